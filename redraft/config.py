@@ -1,0 +1,149 @@
+"""Parameters of a request and of an engine: frozen, checked, and built the same way by kwargs, YAML and the CLI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from redraft.errors import InvalidInput, did_you_mean
+
+
+class Settings(BaseModel):
+    """A frozen pydantic model whose errors are one line: field, value, what is allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InvalidInput(_one_line(type(self), error)) from None
+
+    def but(self, **values: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
+
+
+def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"])) or cls.__name__
+    if first["type"] == "extra_forbidden":
+        return f"unknown option {name!r} of {cls.__name__}: {did_you_mean(name, cls.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{cls.__name__}.{name} = {first['input']!r}: {message}" if first["loc"] else f"{cls.__name__}: {message}"
+
+
+class SamplingParams(Settings):
+    """How one request is sampled and when it ends. The order of the processors is fixed: bias, bad words, min tokens,
+    penalties, temperature, top-k, top-p, min-p, typical-p."""
+
+    n: int = Field(1, ge=1, le=1024, description="how many texts for the prompt")
+    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0 is greedy")
+    top_k: int = Field(0, ge=-1, description="keep the k likeliest tokens; 0 or -1: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
+    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this fraction of the likeliest one's probability")
+    typical_p: float = Field(1.0, gt=0, le=1, description="keep the tokens nearest to the entropy that hold this probability")
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides (multiplies) positive (negative) logits of tokens seen in prompt and output")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted once from tokens seen in the output")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted per occurrence in the output")
+    logit_bias: dict[int, float] = Field(default_factory=dict, description="added to the logits of token ids")
+    bad_words: tuple[str, ...] = Field((), description="texts that must not be generated")
+    min_tokens: int = Field(0, ge=0, description="no end of text and no stop before so many new tokens")
+    max_tokens: int | None = Field(None, ge=1, description="new tokens at most; None: the rest of the context")
+    ignore_eos: bool = Field(False, description="the end-of-text token does not end the text")
+    stop: tuple[str, ...] = Field((), description="texts that end the output")
+    stop_token_ids: tuple[int, ...] = Field((), description="token ids that end the output")
+    include_stop_str_in_output: bool = False
+    seed: int | None = Field(None, ge=0, lt=1 << 64, description="None: chosen at admission and reported")
+    logprobs: int | None = Field(None, ge=0, le=1024, description="log-probabilities of each token and of the k likeliest, of the raw logits")
+    prompt_logprobs: int | None = Field(None, ge=0, le=1024)
+    skip_special_tokens: bool = True
+
+    @field_validator("stop", "bad_words", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @field_validator("stop", "bad_words")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text for text in value):
+            raise ValueError("an empty string is not allowed")
+        return value
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> Self:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens = {self.min_tokens} is more than max_tokens = {self.max_tokens}")
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class ModelConfig(Settings):
+    """Which checkpoint, and how its numbers are held."""
+
+    model: str = Field("embedded", description="a folder, a hub id (repo@revision), or 'embedded'")
+    dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    backend: str = Field("torch", description="torch or reference (float64, the definition)")
+    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
+    threads: int | None = Field(None, ge=1, description="CPU threads; None: PyTorch's default")
+
+
+class CacheConfig(Settings):
+    """The pool of pages that all requests share."""
+
+    memory: int | None = Field(None, ge=1, description="bytes of the pool; None: `fraction` of what is free after the weights")
+    fraction: float = Field(0.3, gt=0, le=0.95)
+    prefix_sharing: bool = True
+
+
+class SchedulerConfig(Settings):
+    """Who runs, how many rows: a registered scheduler and the budgets it obeys."""
+
+    scheduler: str = "sarathi"
+    token_budget: int = Field(512, ge=1, description="rows a step, prompts and drafts together")
+    max_seqs: int = Field(64, ge=1, description="sequences that run at once")
+    draft_rows: int = Field(16, ge=0, description="drafted nodes a sequence and step")
+    draft_total: int | None = Field(None, ge=0, description="drafted nodes a step, shared evenly; None: 32 on CPU, 128 on CUDA")
+
+
+class EngineConfig(Settings):
+    """All of an engine's configuration. `EngineConfig.of(model=..., draft=..., token_budget=...)` takes flat names."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    schedule: SchedulerConfig = SchedulerConfig()
+    draft: str = Field("none", description="name:option=value,... of a drafter")
+    verify: str = Field("coupled", description="name:option=value,... of a verifier")
+
+    @classmethod
+    def of(cls, **flat: Any) -> EngineConfig:
+        """From flat names: every field of ModelConfig, CacheConfig (`cache_memory`, `cache_fraction`) and SchedulerConfig."""
+        parts: dict[str, dict[str, Any]] = {"model": {}, "cache": {}, "schedule": {}, "": {}}
+        homes = cls._homes()
+        for name, value in flat.items():
+            if name not in homes:
+                raise InvalidInput(f"unknown option {name!r}: {did_you_mean(name, homes)}")
+            part, field = homes[name]
+            parts[part][field] = str(value) if isinstance(value, Path) else value
+        return cls(
+            model=ModelConfig(**parts["model"]),
+            cache=CacheConfig(**parts["cache"]),
+            schedule=SchedulerConfig(**parts["schedule"]),
+            **parts[""],
+        )
+
+    @staticmethod
+    def _homes() -> dict[str, tuple[str, str]]:
+        homes = {name: ("model", name) for name in ModelConfig.model_fields}
+        homes |= {name: ("schedule", name) for name in SchedulerConfig.model_fields}
+        homes |= {"cache_memory": ("cache", "memory"), "cache_fraction": ("cache", "fraction")}
+        homes |= {"prefix_sharing": ("cache", "prefix_sharing"), "draft": ("", "draft"), "verify": ("", "verify")}
+        return homes

@@ -1,0 +1,120 @@
+"""One step, packed: the only input of a forward pass besides taps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+
+from redraft.core.plan import Work
+from redraft.core.sequence import Lanes
+from redraft.core.tree import I32, U64, TokenTree
+
+
+@dataclass(frozen=True)
+class PageView:
+    """Where each sequence's keys lie. Row r of sequence s has slot lengths[s][lane] + tail[s] + r in every lane.
+
+    kinds[s]: its lane kind; pages[s]: i32[lanes, n] page ids in slot order (a page id counts units of the sequence's
+    lane kind; see PageTable); lengths[s]: i32[lanes] committed slots; tail[s]: tentative rows that an earlier forward
+    of the same tail wrote; chain[s]: chain rows of the whole tail, so node j has slot lengths + chain + j;
+    fresh: (kind, page) pairs handed out by this reserve, to be zeroed; positions[s]: None while slot i holds
+    position i, else one i32[length] a lane.
+    """
+
+    kinds: list[Lanes]
+    pages: list[I32]
+    lengths: list[I32]
+    tail: list[int]
+    chain: list[int]
+    fresh: list[tuple[Lanes, int]]
+    positions: list[list[I32] | None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T packed rows of S sequences. Rows before tree_starts[s] are the causal chain, from it on they are nodes.
+
+    tokens, positions: i32[T]; starts: i32[S + 1]; tree_starts: i32[S]; ancestors: u64[tree rows, W], bit j: tentative
+    node j of my sequence is on my path, self included (chain rows carry no bits); logit_rows: i32[R], the rows whose
+    logits are wanted; roots: i32[S], the logit row of each last pending token, -1 where the chunk ends earlier.
+    Node i of sequence s (counted from Work.first) has logit row roots[s] + 1 + i.
+
+    A chunk of 3 of a longer prompt, a chain that draws, and a tree of two branches under one pending token:
+
+        sequence        s0: chunk      s1: decode   s2: decode + tree
+        row             0   1   2      3            4    5    6    7
+        token           11  12  13     21           31   40   41   50
+        position        0   1   2      9            5    6    6    7     (root 5; 40 and 41 are siblings, 50 follows 40)
+        ancestors       .   .   .      .            .    001  010  101   (only the tree rows carry bits)
+        logit row       .   .   .      0            1    2    3    4
+
+    >>> from redraft.core.testing import work, view
+    >>> ws = [work([11, 12, 13, 14], rows=3), work(range(12, 22), stored=9), work(range(26, 32), stored=5)]
+    >>> tree = TokenTree.build([40, 41, 50], [-1, -1, 0], vocab=99, rows=8, depth=8)
+    >>> empty = TokenTree.chain([])
+    >>> b = Batch.pack(ws, [empty, empty, tree], view(ws))
+    >>> b.tokens.tolist()
+    [11, 12, 13, 21, 31, 40, 41, 50]
+    >>> b.positions.tolist()
+    [0, 1, 2, 9, 5, 6, 6, 7]
+    >>> b.starts.tolist(), b.tree_starts.tolist()
+    ([0, 3, 4, 8], [3, 4, 5])
+    >>> b.ancestors.ravel().tolist(), b.logit_rows.tolist(), b.roots.tolist()
+    ([1, 2, 5], [3, 4, 5, 6, 7], [-1, 0, 1])
+    """
+
+    tokens: I32
+    positions: I32
+    starts: I32
+    tree_starts: I32
+    ancestors: U64
+    pages: PageView
+    logit_rows: I32
+    roots: I32
+
+    @classmethod
+    def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
+        """chain(pending) + draft, for every sequence. Logits are wanted where a token is drawn and at all nodes;
+        over the whole prompt when the request asks for prompt_logprobs."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        starts, tree_starts = [0], []
+        logit_rows: list[int] = []
+        roots: list[int] = []
+        bits: list[U64] = []
+        words = max((t.ancestors().shape[1] for t in trees if len(t)), default=0)
+        for w, tree in zip(work, trees, strict=True):
+            seq, at = w.seq, len(tokens)
+            rows = 0 if w.first else w.rows  # a growing tail packs its chain once
+            tokens += seq.tokens[seq.stored : seq.stored + rows]
+            positions += range(seq.stored, seq.stored + rows)
+            root = seq.stored + w.rows - 1
+            tree_starts.append(len(tokens))
+            if len(tree) > w.first:
+                tokens += tree.tokens[w.first :].tolist()
+                positions += (tree.depths()[w.first :] + root).tolist()
+                own = tree.ancestors()[w.first :]
+                bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
+            starts.append(len(tokens))
+            if seq.params.prompt_logprobs is not None and seq.stored < seq.prompt_len - 1 and rows > 1:
+                logit_rows += range(at, tree_starts[-1] - 1)
+            last = tree_starts[-1] - 1
+            if w.done:
+                roots.append(len(logit_rows) if rows else -1)
+                logit_rows += range(last if rows else tree_starts[-1], len(tokens))
+            else:
+                roots.append(-1)
+                if seq.params.prompt_logprobs is not None and last + 1 > at and seq.stored < seq.prompt_len - 1:
+                    logit_rows.append(last)
+        return cls(
+            np.asarray(tokens, np.int32),
+            np.asarray(positions, np.int32),
+            np.asarray(starts, np.int32),
+            np.asarray(tree_starts, np.int32),
+            np.concatenate(bits) if bits else np.zeros((0, max(words, 1)), np.uint64),
+            pages,
+            np.asarray(logit_rows, np.int32),
+            np.asarray(roots, np.int32),
+        )

@@ -1,0 +1,35 @@
+"""The seam between the sampler, which knows the law of the next token, and the verifier, which asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, Protocol
+
+from redraft.core.tree import I32
+
+
+class TopLogprobs(NamedTuple):
+    """One drawn (or prompt) token: its log-probability and rank under the raw logits, and the k likeliest tokens."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class Law(Protocol):
+    """The target's law at the logit rows of one step; lazy: nothing of size V is made for a row nobody visits.
+
+    `roots` is Batch.roots; node i of sequence s is row roots[s] + 1 + i.
+    """
+
+    @property
+    def roots(self) -> I32: ...
+
+    def draw(self, rows: Seq[int]) -> list[int]:
+        """The token drawn at each row: processors on the row's own path, TARGET noise of its own position."""
+        ...
+
+    def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
+        """log softmax of the raw logits of each row at `ids`, with the k largest."""
+        ...

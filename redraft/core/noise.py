@@ -1,0 +1,64 @@
+"""Noise as a pure function of (seed, stream, position, token id or draw number).
+
+Tree shape, batch and step never enter, so no way of speculating can disturb what is drawn. The hash is the finaliser
+of SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014) applied twice.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class Stream(IntEnum):
+    """Independent sources of noise, so that a drafter's draws never touch the target's."""
+
+    TARGET = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+def _finalise(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def mix(seed: int, *words: int) -> int:
+    """A 64-bit key from a seed and words; every word changes every bit."""
+    state = seed & _MASK
+    for word in words:
+        state = _finalise((state + _GOLDEN * (2 * (word & _MASK) + 1)) & _MASK)
+    return state
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of n: the request's own for the first."""
+    return seed if index == 0 else mix(seed, index)
+
+
+def key(seed: int, stream: Stream, position: int) -> int:
+    """The key of one draw; `position` is the index of the token being drawn."""
+    return mix(seed, stream, position)
+
+
+def uniform(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in (0, 1) for each id, 53 bits."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(key) + ids.astype(np.uint64) * np.uint64(_GOLDEN)
+        for _ in range(2):
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x ^= x >> np.uint64(31)
+    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Standard Gumbel noise for each id: argmax(log p + gumbel) is a sample of p."""
+    return -np.log(-np.log(uniform(key, ids)))

@@ -1,0 +1,66 @@
+"""What a step decides before it runs, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from redraft.core.sequence import FinishReason, Sequence
+from redraft.core.tree import TokenTree
+
+if TYPE_CHECKING:
+    from redraft.core.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`rows` pending tokens of `seq` run this step. Nodes before `first` were packed by an earlier forward of the same tail."""
+
+    seq: Sequence
+    rows: int
+    first: int = 0
+
+    @property
+    def done(self) -> bool:
+        """True when the last pending token runs: the sequence draws a token. Meaningful until the commit."""
+        return self.seq.stored + self.rows == len(self.seq.tokens)
+
+
+class Budget(NamedTuple):
+    """At most `rows` drafted nodes, none deeper than `depth`."""
+
+    rows: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Who runs, who is admitted (with the prefix tokens to attach) and who is preempted."""
+
+    work: list[Work]
+    budgets: list[Budget]
+    admit: list[tuple[Sequence, int]] = field(default_factory=list)
+    preempt: list[Sequence] = field(default_factory=list)
+
+    @property
+    def seqs(self) -> list[Sequence]:
+        return [w.seq for w in self.work]
+
+
+class Accepted(NamedTuple):
+    """path: drafted nodes from the root down. tokens: the path's and the bonus; empty for an unfinished chunk."""
+
+    path: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Everything a step found, for drafters and policies that learn from it. `out` is the backend's Outputs."""
+
+    work: list[Work]
+    trees: list[TokenTree]
+    batch: Batch
+    accepted: list[Accepted]
+    out: Any

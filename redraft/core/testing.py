@@ -1,0 +1,41 @@
+"""Sequences, work and page views made by hand, for doctests and tests of single parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from redraft.config import SamplingParams
+from redraft.core.batch import PageView
+from redraft.core.plan import Work
+from redraft.core.sequence import Lanes, Request, Sequence
+
+
+def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None = None, **params: object) -> Sequence:
+    """A sequence that belongs to no engine; `params` are SamplingParams fields."""
+    tokens = list(tokens)
+    length = len(tokens) if prompt_len is None else prompt_len
+    request = Request("test", tokens[:length], SamplingParams(**params))  # type: ignore[arg-type]
+    seq = Sequence(0, request, 0, tokens, length, seed=request.params.seed or 0, border=1 << 30, stored=stored)
+    request.sequences.append(seq)
+    return seq
+
+
+def work(tokens: Iterable[int], *, stored: int = 0, rows: int | None = None, **params: object) -> Work:
+    """Work on a fresh sequence; all pending rows unless told otherwise."""
+    seq = sequence(tokens, stored=stored, **params)
+    return Work(seq, seq.pending if rows is None else rows)
+
+
+def view(works: Seq[Work], page: int = 32) -> PageView:
+    """A page view in which every sequence has its own consecutive SHARED pages."""
+    pages, lengths, at = [], [], 0
+    for w in works:
+        n = -(-(len(w.seq.tokens) + 64) // page)
+        pages.append(np.arange(at, at + n, dtype=np.int32)[None])
+        lengths.append(np.asarray([w.seq.stored], np.int32))
+        at += n
+    kinds = [Lanes.SHARED] * len(works)
+    return PageView(kinds, pages, lengths, [0] * len(works), [w.rows for w in works], [], [None] * len(works))

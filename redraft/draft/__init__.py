@@ -1,0 +1,1 @@
+"""What may come next? One drafter per file; the seam is drafter.py."""

@@ -1,0 +1,61 @@
+"""Every error that a user can cause or meet.
+
+    RedraftError
+    ├── InvalidInput            a field, its value and what is allowed (also a ValueError)
+    │   ├── UnknownMethod       no such method; near names are suggested
+    │   └── PromptTooLong       the prompt does not fit the context
+    ├── CheckpointError         a model folder that cannot be loaded: what and where
+    ├── OutOfMemory             weights or cache pool do not fit; with the figures
+    └── Unsupported             a backend, method or format that lacks what was asked, by name
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "InvalidInput",
+    "OutOfMemory",
+    "PromptTooLong",
+    "RedraftError",
+    "UnknownMethod",
+    "Unsupported",
+    "did_you_mean",
+]
+
+
+class RedraftError(Exception):
+    """Base of everything Redraft raises on purpose; its text is one line for the user."""
+
+
+class InvalidInput(RedraftError, ValueError):
+    """A parameter out of range: names the field, the value and what is allowed."""
+
+
+class UnknownMethod(InvalidInput):
+    """A method or option name that is not registered."""
+
+
+class PromptTooLong(InvalidInput):
+    """A prompt that leaves no room for one new token in the context."""
+
+
+class CheckpointError(RedraftError):
+    """A checkpoint that is missing, damaged or of a kind that Redraft does not read."""
+
+
+class OutOfMemory(RedraftError):
+    """Weights and cache pool exceed what the machine or container allows."""
+
+
+class Unsupported(RedraftError):
+    """A feature that this part lacks; never skipped silently."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: near names, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"

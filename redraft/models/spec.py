@@ -1,0 +1,159 @@
+"""The shape of a decoder as data. A family file fills it from a checkpoint's config; only layers.py and a native
+backend interpret it.
+
+Canonical weights, by name (shapes in brackets; H heads, K kv heads, D head size, I mlp hidden, E experts):
+
+    embed [V, hidden]        positions [context, hidden] (learned positions only)     head [V, hidden] (untied only)
+    final_norm.weight (.bias)
+    layers.N.attn_norm.weight (.bias)     layers.N.qkv.weight [(H + 2 K) D, hidden] (.bias)    layers.N.out.weight [hidden, H D] (.bias)
+    layers.N.q_norm.weight [D]            layers.N.k_norm.weight [D]
+    layers.N.mlp_norm.weight (.bias)
+    layers.N.up.weight [2 I, hidden] gate rows first when gated, [I, hidden] otherwise (.bias)
+    layers.N.down.weight [hidden, I] (.bias)
+    layers.N.router.weight [E, hidden]    layers.N.experts.up [E, 2 I, hidden]    layers.N.experts.down [E, hidden, I]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Norm:
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-5
+
+    @property
+    def bias(self) -> bool:
+        return self.kind == "layer"
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Half-split rotary positions: pair (i, i + dim / 2) turns by position * frequencies[i] (radians, float64),
+    scaling already applied; `scale` multiplies cos and sin (YaRN)."""
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        return 2 * len(self.frequencies)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    hidden: int
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture: softmax over the router's logits, the `top_k` largest, renormalised to sum 1 when `renormalise`."""
+
+    count: int
+    top_k: int
+    mlp: Mlp
+    renormalise: bool = True
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: Mlp | Experts
+    norm: Norm = Norm()
+    rotary: Rotary | None = None
+    window: int | None = None  # a row sees keys at positions > its own - window
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Norm | None = None  # per head, before rotary
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a canonical weight lies in the checkpoint: `names` are concatenated along the output dimension; `stack`
+    makes one such group an expert, stacked in front; `transposed`: stored [in, out]."""
+
+    names: tuple[str, ...] = ()
+    stack: tuple[tuple[str, ...], ...] = ()
+    transposed: bool = False
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return self.names + tuple(n for group in self.stack for n in group)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    vocab: int
+    hidden: int
+    context: int  # positions the checkpoint was made for
+    layers: tuple[LayerSpec, ...]
+    final_norm: Norm
+    tied: bool
+    source: Callable[[str], Source] = field(repr=False, compare=False)
+    learned_positions: int | None = None  # rows of the learned position table
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        first = self.layers[0]
+        for i, layer in enumerate(self.layers):
+            if (layer.kv_heads, layer.head_dim) != (first.kv_heads, first.head_dim):
+                raise AssertionError(f"layer {i}: pages of different shape are not supported yet")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.layers[0].kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.layers[0].head_dim
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape, for every weight that the network has."""
+        h = self.hidden
+        out: dict[str, tuple[int, ...]] = {"embed": (self.vocab, h)}
+        if self.learned_positions is not None:
+            out["positions"] = (self.learned_positions, h)
+        if not self.tied:
+            out["head"] = (self.vocab, h)
+
+        def norm(name: str, n: Norm, size: int) -> None:
+            out[f"{name}.weight"] = (size,)
+            if n.bias:
+                out[f"{name}.bias"] = (size,)
+
+        def linear(name: str, rows: int, cols: int, bias: bool) -> None:
+            out[f"{name}.weight"] = (rows, cols)
+            if bias:
+                out[f"{name}.bias"] = (rows,)
+
+        norm("final_norm", self.final_norm, h)
+        for i, layer in enumerate(self.layers):
+            at = f"layers.{i}"
+            norm(f"{at}.attn_norm", layer.norm, h)
+            linear(f"{at}.qkv", layer.qkv_rows, h, layer.qkv_bias)
+            linear(f"{at}.out", h, layer.heads * layer.head_dim, layer.out_bias)
+            if layer.qk_norm is not None:
+                norm(f"{at}.q_norm", layer.qk_norm, layer.head_dim)
+                norm(f"{at}.k_norm", layer.qk_norm, layer.head_dim)
+            norm(f"{at}.mlp_norm", layer.norm, h)
+            if isinstance(layer.mlp, Experts):
+                mlp = layer.mlp.mlp
+                out[f"{at}.router.weight"] = (layer.mlp.count, h)
+                out[f"{at}.experts.up"] = (layer.mlp.count, mlp.hidden * (2 if mlp.gated else 1), h)
+                out[f"{at}.experts.down"] = (layer.mlp.count, h, mlp.hidden)
+            else:
+                linear(f"{at}.up", layer.mlp.hidden * (2 if layer.mlp.gated else 1), h, layer.mlp.bias)
+                linear(f"{at}.down", h, layer.mlp.hidden, layer.mlp.bias)
+        return out

@@ -1,0 +1,98 @@
+"""Names of methods: seam -> name -> "module:Class". Strings only; a module is imported when its method is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from typing import Any
+
+from redraft.errors import InvalidInput, UnknownMethod, did_you_mean
+
+METHODS: dict[str, dict[str, str]] = {
+    "draft": {
+        "none": "redraft.draft.none:NoDraft",
+        "copyspec": "redraft.draft.copyspec:CopySpec",
+        "token-recycling": "redraft.draft.token_recycling:TokenRecycling",
+    },
+    "verify": {
+        "coupled": "redraft.verify.coupled:Coupled",
+    },
+    "sched": {
+        "fcfs": "redraft.sched.fcfs:FCFS",
+        "sarathi": "redraft.sched.sarathi:Sarathi",
+    },
+}
+
+BACKENDS: dict[str, str] = {
+    "reference": "redraft.ops.reference:Reference",
+    "torch": "redraft.ops.torch_ops:TorchOps",
+}
+
+# config.json "architectures"[0] -> the function that fills a ModelSpec from the checkpoint's config
+FAMILIES: dict[str, str] = {
+    "GPT2LMHeadModel": "redraft.models.gpt2:spec",
+    "LlamaForCausalLM": "redraft.models.llama:spec",
+    "MistralForCausalLM": "redraft.models.mistral:spec",
+    "MixtralForCausalLM": "redraft.models.mixtral:spec",
+    "Qwen2ForCausalLM": "redraft.models.qwen2:spec",
+    "Qwen3ForCausalLM": "redraft.models.qwen3:spec",
+}
+
+
+def load(target: str) -> Any:
+    """The object that "module:name" points to."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def method(seam: str, name: str) -> type:
+    """The class registered under `name`; UnknownMethod suggests near names."""
+    if name not in METHODS[seam]:
+        raise UnknownMethod(f"no {seam} method {name!r}: {did_you_mean(name, METHODS[seam])}")
+    return typing.cast(type, load(METHODS[seam][name]))
+
+
+def options(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The hyper-parameters of a method: the fields of its frozen dataclass."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.init}
+
+
+def parse(text: str) -> tuple[str, dict[str, str]]:
+    """"name:option=value,option=value" -> (name, {option: value}), values still text."""
+    name, _, rest = text.partition(":")
+    given: dict[str, str] = {}
+    for item in filter(None, rest.split(",")):
+        option, equals, value = item.partition("=")
+        if not equals:
+            raise InvalidInput(f"{text!r}: {item!r} is not option=value")
+        given[option.strip().replace("-", "_")] = value.strip()
+    return name.strip(), given
+
+
+def create(seam: str, text: str, **defaults: Any) -> Any:
+    """An instance from "name:option=value,..."; `defaults` fill options that the text leaves out and the class has."""
+    name, given = parse(text)
+    cls = method(seam, name)
+    known = options(cls)
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {k: v for k, v in defaults.items() if k in known}
+    for option, value in given.items():
+        if option not in known:
+            allowed = ", ".join(known) or "none"
+            raise UnknownMethod(f"unknown option {option!r} of {name}; allowed: {allowed}")
+        values[option] = _convert(name, option, value, hints[option])
+    return cls(**values)
+
+
+def _convert(name: str, option: str, value: str, hint: Any) -> Any:
+    kinds = [t for t in (typing.get_args(hint) or (hint,)) if t is not type(None)]
+    if value.lower() == "none" and len(kinds) < len(typing.get_args(hint)):
+        return None
+    kind = kinds[0]
+    try:
+        if kind is bool:
+            return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[value.lower()]
+        return kind(value)
+    except (KeyError, ValueError):
+        raise InvalidInput(f"{name}:{option}={value}: not a {kind.__name__}") from None

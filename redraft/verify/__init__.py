@@ -1,0 +1,1 @@
+"""What is accepted? One verifier per file; the seam is verifier.py."""
