@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from redraft.errors import InvalidInput, UnknownMethod, did_you_mean
@@ -46,10 +47,14 @@ def load(target: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def unknown(what: str, name: str, known: Iterable[str]) -> UnknownMethod:
+    return UnknownMethod(f"no {what} {name!r}: {did_you_mean(name, known)}")
+
+
 def method(seam: str, name: str) -> type:
     """The class registered under `name`; UnknownMethod suggests near names."""
     if name not in METHODS[seam]:
-        raise UnknownMethod(f"no {seam} method {name!r}: {did_you_mean(name, METHODS[seam])}")
+        raise unknown(f"{seam} method", name, METHODS[seam])
     return typing.cast(type, load(METHODS[seam][name]))
 
 

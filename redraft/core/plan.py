@@ -10,6 +10,7 @@ from redraft.core.tree import TokenTree
 
 if TYPE_CHECKING:
     from redraft.core.batch import Batch
+    from redraft.core.law import Law
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,10 @@ class Accepted(NamedTuple):
 class StepResult:
     """Everything a step found, for drafters and policies that learn from it. `out` is the backend's Outputs."""
 
+
     work: list[Work]
     trees: list[TokenTree]
     batch: Batch
     accepted: list[Accepted]
     out: Any
+    law: Law

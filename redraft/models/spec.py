@@ -81,12 +81,15 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a canonical weight lies in the checkpoint: `names` are concatenated along the output dimension; `stack`
-    makes one such group an expert, stacked in front; `transposed`: stored [in, out]."""
+    """Where a canonical weight lies in the checkpoint: `names` are concatenated along the output dimension, each with
+    its number of `rows` (equal parts when empty); `stack` makes one such group an expert, stacked in front;
+    `transposed`: stored [in, out]; `otherwise`: where it lies when the first name is not in the checkpoint."""
 
     names: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
     stack: tuple[tuple[str, ...], ...] = ()
     transposed: bool = False
+    otherwise: Source | None = None
 
     @property
     def all_names(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from redraft.core.batch import Batch
 from redraft.core.sequence import Lanes
 from redraft.core.taps import Taps
 from redraft.core.tree import I32
-
-if TYPE_CHECKING:
-    from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
+from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 
 
 class Feature(StrEnum):
@@ -90,6 +88,14 @@ class Outputs:
     top_k: I32 | None = None
     logits: Tensor | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+def best_first(logits: Tensor, k: int) -> I32:
+    """i32[R, k]: ids of the k largest logits of each row, by value descending, then id ascending."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    ids, order = ids.sort(dim=-1)
+    order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    return ids.gather(-1, order).int().cpu().numpy()
 
 
 class Backend(Protocol):

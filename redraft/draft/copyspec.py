@@ -1,0 +1,93 @@
+"""Where the last few tokens stood in the text before, proposes the tokens that followed them there.
+
+Razvan-Gabriel Dumitru, Minglai Yang, Vikas Yadav, Mihai Surdeanu: CopySpec: Accelerating LLMs with Speculative
+Copy-and-Paste Without Compromising Quality, 2025, arXiv 2502.08923.
+
+1. Index every window of gamma tokens of prompt and output under the place where it ends; only windows that another
+   token follows, so that the newest window never finds itself. Committed tokens are final: the index only grows.
+2. Look up the last gamma tokens.
+3. Found: propose the (at most `block`) tokens that followed, as a chain that ends with the text. Not found: nothing.
+
+Differs: the most recent match is copied unless latest=false (the release: the first one); windows are compared token by
+token, not by hash; without a match the step is a plain one (the paper may fall back on a draft model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.core.plan import Budget
+from redraft.core.sequence import Sequence
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.draft.drafter import Stateless
+from redraft.errors import InvalidInput
+
+
+@dataclass
+class Windows:
+    """The index of one sequence: window -> where its continuation starts. Always a function of the tokens seen."""
+
+    size: int
+    latest: bool
+    follows: dict[tuple[int, ...], int] = field(default_factory=dict)
+    seen: int = 0  # tokens whose windows are indexed, that is the windows that end before token `seen`
+
+    def catch_up(self, tokens: list[int]) -> None:
+        """Adds the windows of `tokens` that are followed by a token and not yet indexed."""
+        for end in range(max(self.seen, self.size), len(tokens)):
+            window = tuple(tokens[end - self.size : end])
+            if self.latest:
+                self.follows[window] = end
+            else:
+                self.follows.setdefault(window, end)
+        self.seen = max(self.seen, len(tokens))
+
+    def find(self, tokens: list[int]) -> int | None:
+        """Where the tokens that followed the last window start, or None."""
+        return self.follows.get(tuple(tokens[-self.size :]))
+
+
+@dataclass(frozen=True)
+class CopySpec(Stateless):
+    """gamma: tokens that must match; block: most tokens copied; latest: copy from the most recent match, not the first."""
+
+    gamma: int = 3
+    block: int = 10
+    latest: bool = True
+
+    card: ClassVar[Card] = Card(
+        "CopySpec",
+        "Dumitru, Yang, Yadav, Surdeanu, CopySpec: Accelerating LLMs with Speculative Copy-and-Paste Without Compromising "
+        "Quality, 2025, arXiv 2502.08923",
+        Guarantee.SAME_TEXT,
+        deviates="copies the most recent match (latest=false: the first, as released); no fallback drafter",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "block"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"copyspec:{name}={getattr(self, name)}: must be 1 or more")
+
+    def open(self, runner: Any, sampler: Any) -> CopySpec:
+        return self
+
+    def begin(self, seq: Sequence) -> Windows:
+        return Windows(self.gamma, self.latest)
+
+    def fork(self, state: Windows, seq: Sequence) -> Windows:
+        return Windows(state.size, state.latest, dict(state.follows), state.seen)
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        """A chain for each sequence whose last `gamma` tokens occurred before."""
+        return [self._copy(seq, min(self.block, *budget)) for seq, budget in zip(seqs, budgets, strict=True)]
+
+    def _copy(self, seq: Sequence, most: int) -> TokenTree:
+        if most < 1:
+            return EMPTY
+        windows: Windows = seq.state[self]
+        windows.catch_up(seq.tokens)  # 1.
+        start = windows.find(seq.tokens)  # 2.
+        return EMPTY if start is None else TokenTree.chain(seq.tokens[start : start + most])  # 3.

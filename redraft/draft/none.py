@@ -1,0 +1,34 @@
+"""Proposes nothing: every step keeps one token, so this is the plain loop and the baseline of all others.
+
+(no paper)
+
+1. An empty tree for every sequence.
+
+Differs: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.core.plan import Budget
+from redraft.core.sequence import Sequence
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.draft.drafter import Stateless
+
+
+@dataclass(frozen=True)
+class NoDraft(Stateless):
+    """Plain decoding."""
+
+    card: ClassVar[Card] = Card("No drafter", "", Guarantee.SAME_TEXT)
+
+    def open(self, runner: Any, sampler: Any) -> NoDraft:
+        return self
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        """An empty tree for each sequence."""
+        return [EMPTY for _ in seqs]  # 1.

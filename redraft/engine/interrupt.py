@@ -1,0 +1,39 @@
+"""Ctrl-C between steps, never within one: what was found is told and nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class InterruptBetween:
+    """While entered, SIGINT is remembered; `check` raises KeyboardInterrupt for it at a moment of the caller's choice.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._hit = False
+        self._before: Any = None
+
+    def __enter__(self) -> InterruptBetween:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._hit and callable(self._before):  # a second Ctrl-C does not wait
+            self._before(number, frame)
+        self._hit = True
+
+    def check(self) -> None:
+        if self._hit:
+            self._hit = False
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None

@@ -1,0 +1,50 @@
+"""Tokens to text, a piece at a time: UTF-8 is never split, and text that may turn out to be a stop string is held back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+Decode = Callable[[list[int]], str]
+CONTEXT = 6  # prompt tokens decoded along with the first new one, for decoders that look at what stands before
+
+
+class Text(NamedTuple):
+    """The text of an output so far. tokens[first:read] is context that was already turned into text."""
+
+    done: str
+    first: int
+    read: int
+
+    @classmethod
+    def start(cls, prompt_len: int) -> Text:
+        return cls("", max(0, prompt_len - CONTEXT), prompt_len)
+
+    def extend(self, tokens: Seq[int], decode: Decode, *, last: bool = False) -> Text:
+        """The text with all of `tokens`; characters whose bytes are not complete wait, unless these are the last."""
+        before = decode(list(tokens[self.first : self.read]))
+        now = decode(list(tokens[self.first :]))
+        if len(now) <= len(before) or (now.endswith("\N{REPLACEMENT CHARACTER}") and not last):
+            return self
+        return Text(self.done + now[len(before) :], self.read, len(tokens))
+
+
+def find_stop(text: str, stops: Iterable[str], start: int) -> tuple[int, int] | None:
+    """(begin, end) of the first stop string in text[start:], the earliest and then the longest; None without one."""
+    found = [(at, -len(stop)) for stop in stops if (at := text.find(stop, max(0, start))) >= 0]
+    if not found:
+        return None
+    at, length = min(found)
+    return at, at - length
+
+
+def held_back(text: str, stops: Iterable[str]) -> int:
+    """How many characters at the end of `text` could be the beginning of a stop string."""
+    longest = 0
+    for stop in stops:
+        for n in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:n]):
+                longest = n
+                break
+    return longest

@@ -1,0 +1,291 @@
+"""`LLM`: a checkpoint that generates. Loads once, then any number of prompts through one engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from redraft import registry
+from redraft.card import Guarantee
+from redraft.config import EngineConfig, SamplingParams
+from redraft.core.law import TopLogprobs
+from redraft.core.sequence import Request
+from redraft.engine.engine import Engine, Event, Stats
+from redraft.engine.interrupt import InterruptBetween
+from redraft.errors import InvalidInput, RedraftError
+from redraft.models import loader, memory
+from redraft.models.runner import Runner
+from redraft.models.tokenizer import Message, Tokenizer
+from redraft.sample.sampler import Sampler
+
+Prompt = str | Mapping[str, Any]
+
+
+@dataclass
+class CompletionOutput:
+    """One text. `drafted[i]`: token i was an accepted draft; `stats`: steps, drafted, accepted, mean_acceptance_length."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TopLogprobs] | None = None
+    finish_reason: str | None = None
+    drafted: list[bool] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass
+class RequestOutput:
+    """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[TopLogprobs | None] | None = None
+    cached_tokens: int = 0
+    seed: int | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or all(output.finish_reason for output in self.outputs)
+
+
+class Delta(NamedTuple):
+    """A piece of a stream: `prompt` is the prompt's place in the list, `index` the sample's."""
+
+    prompt: int
+    index: int
+    text: str
+    token_ids: list[int]
+    drafted: list[bool]
+    logprobs: list[TopLogprobs]
+    finish_reason: str | None
+    stats: Stats
+    error: str | None = None
+
+
+class LLM:
+    """A loaded model with an engine.
+
+    >>> from redraft import LLM, SamplingParams
+    >>> llm = LLM("embedded", draft="token-recycling")                                          # doctest: +SKIP
+    >>> llm.generate("def add(", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text    # doctest: +SKIP
+
+    Options are the flat fields of EngineConfig (model, dtype, draft, verify, scheduler, token_budget, max_seqs,
+    draft_rows, cache_memory ...). Raises CheckpointError, OutOfMemory, InvalidInput or Unsupported, one line each.
+    """
+
+    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
+        if config is not None and (options or model is not None):
+            raise InvalidInput("LLM takes either a config or options, not both")
+        if config is None:
+            config = EngineConfig.of(**({} if model is None else {"model": model}), **options)
+        self.config = config
+        if config.model.threads is not None:
+            torch.set_num_threads(config.model.threads)
+        drafter = registry.create("draft", config.draft)  # wrong names are told before anything is loaded
+        registry.create("verify", config.verify)
+        device = _device(config.model.device)
+        scheduler = self._scheduler(config, device)
+        path = loader.resolve(config.model.model)
+        checkpoint = loader.inspect(path, "float64" if config.model.backend == "reference" else config.model.dtype, device)
+        if config.model.backend not in registry.BACKENDS:
+            raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
+        backend = registry.load(registry.BACKENDS[config.model.backend])(checkpoint.dtype, device)
+        self.max_model_len = config.model.max_model_len or checkpoint.context
+        if self.max_model_len > checkpoint.context:
+            raise InvalidInput(f"max_model_len = {self.max_model_len}: the checkpoint's context is {checkpoint.context}")
+        slab_bytes = backend.slab_bytes(checkpoint.spec)
+        slabs = memory.pool_slabs(
+            config.cache, checkpoint, slab_bytes, self.max_model_len, max_seqs=scheduler.max_seqs, free=memory.limits(device)
+        )
+        self.tokenizer = Tokenizer(path)
+        self.defaults = checkpoint.defaults
+        self.eos = frozenset(checkpoint.eos_ids)
+        self.name = config.model.model
+        weights = loader.read(checkpoint, device)
+        self.runner = Runner(checkpoint.spec, weights, backend, slabs, sharing=config.cache.prefix_sharing)
+        self.engine = self._engine(scheduler, drafter)
+        self._numbers = itertools.count()
+
+    def sibling(self, **options: Any) -> Self:
+        """The same loaded model behind another engine: other draft, verify or scheduler options. The two share pages
+        and must not run at the same time; nothing is loaded again."""
+        flat = {**self.config.schedule.model_dump(), "draft": self.config.draft, "verify": self.config.verify, **options}
+        changed = EngineConfig.of(**flat)
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.config = changed.but(model=self.config.model, cache=self.config.cache)
+        drafter = registry.create("draft", twin.config.draft)
+        twin.engine = twin._engine(self._scheduler(twin.config, self.runner.backend.device), drafter)
+        return twin
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The weakest of the parts."""
+        config = self.config
+        parts = {"draft": config.draft, "verify": config.verify, "sched": config.schedule.scheduler}
+        return max(registry.method(seam, registry.parse(text)[0]).card.guarantee for seam, text in parts.items())  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _scheduler(config: EngineConfig, device: torch.device) -> Any:
+        schedule = config.schedule
+        total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
+        budgets = {"token_budget": schedule.token_budget, "max_seqs": schedule.max_seqs, "draft_rows": schedule.draft_rows}
+        return registry.create("sched", schedule.scheduler, draft_total=total, **budgets)
+
+    def _engine(self, scheduler: Any, drafter: Any) -> Engine:
+        sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings)
+        return Engine(
+            self.runner,
+            scheduler,
+            drafter.open(self.runner, sampler),
+            registry.create("verify", self.config.verify),
+            sampler,
+            max_model_len=self.max_model_len,
+            eos=self.eos,
+            decode=self.tokenizer.decode,
+            decode_all=self.tokenizer.decode_all,
+        )
+
+    # ---- use
+
+    def params(self, params: SamplingParams | None = None) -> SamplingParams:
+        """The given fields over those that the checkpoint's generation_config.json sets."""
+        given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
+        return SamplingParams(**{**self.defaults, **given})
+
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Texts for one prompt or a list: each a string or {"prompt_token_ids": [...]}. A single bad prompt raises; in
+        a list its RequestOutput.error is set and the rest finish."""
+        outputs = self._submit(prompts, params)
+        for _ in self._run(outputs):
+            pass
+        return outputs
+
+    def chat(
+        self, messages: Seq[Message] | Seq[Seq[Message]], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Replies to one conversation or a list, by the checkpoint's chat template."""
+        return self.generate(self.chat_prompts(messages), params)
+
+    def chat_prompts(self, messages: Seq[Message] | Seq[Seq[Message]]) -> list[Prompt] | Prompt:
+        """Conversations as prompts, for generate and stream."""
+        if not messages:
+            raise InvalidInput("messages is empty: at least one message is needed")
+        if isinstance(messages[0], Mapping):
+            return {"prompt_token_ids": self.tokenizer.encode_chat(messages)}  # type: ignore[arg-type]
+        return [{"prompt_token_ids": self.tokenizer.encode_chat(one)} for one in messages]  # type: ignore[arg-type]
+
+    def stream(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> Iterator[Delta]:
+        """The same as `generate`, piece by piece. Closing the iterator aborts what is not finished."""
+        outputs = self._submit(prompts, params)
+        return self._deltas(outputs)
+
+    def _deltas(self, outputs: list[RequestOutput]) -> Iterator[Delta]:
+        place = {output.request_id: i for i, output in enumerate(outputs)}
+        for i, output in enumerate(outputs):
+            if output.error is not None:
+                yield Delta(i, 0, "", [], [], [], "error", Stats(), output.error)
+        for event in self._run(outputs):
+            reason = None if event.reason is None else str(event.reason)
+            yield Delta(
+                place[event.request.id], event.index, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats
+            )
+
+    def _submit(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        single = isinstance(prompts, (str, Mapping))
+        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        every = list(params) if isinstance(params, (list, tuple)) else [params] * len(many)
+        if len(every) != len(many):
+            raise InvalidInput(f"{len(many)} prompts but {len(every)} sampling params: give one, or one each")
+        outputs = []
+        for prompt, one in zip(many, every, strict=True):
+            output = RequestOutput(str(next(self._numbers)), prompt if isinstance(prompt, str) else None, [])
+            try:
+                chosen = self.params(one)
+                output.prompt_token_ids = self._tokens(prompt)
+                request = Request(output.request_id, output.prompt_token_ids, chosen)
+                self.engine.add(request)
+            except RedraftError as error:
+                if single:
+                    raise
+                output.error = str(error)
+            else:
+                output.seed = request.params.seed
+                output.outputs = [
+                    CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)
+                ]
+            outputs.append(output)
+        return outputs
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt) if prompt else []
+        if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
+            raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
+        return list(prompt["prompt_token_ids"])
+
+    def _run(self, outputs: list[RequestOutput]) -> Iterator[Event]:
+        """Steps until all are finished. Whatever happens, Ctrl-C and a closed iterator too, nothing of these requests
+        stays in the engine."""
+        mine = {output.request_id: output for output in outputs if output.error is None}
+        left = sum(len(output.outputs) for output in mine.values())
+        try:
+            while left:
+                with InterruptBetween() as interrupt:
+                    events = self.engine.step()
+                    for event in events:
+                        if event.request.id in mine:
+                            self._apply(event, mine[event.request.id])
+                            left -= event.reason is not None
+                    interrupt.check()
+                yield from (event for event in events if event.request.id in mine)
+        finally:
+            for request_id, output in mine.items():
+                if not output.finished:
+                    self.engine.abort(request_id)
+                    for one in output.outputs:
+                        one.finish_reason = one.finish_reason or "abort"
+
+    @staticmethod
+    def _apply(event: Event, output: RequestOutput) -> None:
+        one = output.outputs[event.index]
+        one.text += event.text
+        one.token_ids += event.tokens
+        one.drafted += event.drafted
+        one.stats = event.stats
+        if one.logprobs is not None:
+            one.logprobs += event.logprobs
+        if event.reason is not None:
+            one.finish_reason = str(event.reason)
+        output.cached_tokens = event.request.cached_tokens
+        if event.request.params.prompt_logprobs is not None:
+            output.prompt_logprobs = event.request.prompt_logprobs
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(f"device = {name!r}: PyTorch finds no CUDA device here")
+    return device

@@ -1,0 +1,66 @@
+"""GPT-2: learned positions, LayerNorm, biases everywhere. Radford et al., Language Models are Unsupervised Multitask
+Learners, 2019."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from redraft.errors import CheckpointError, Unsupported
+from redraft.models.llama import activation, refuse
+from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_PARTS = {
+    "attn_norm": "ln_1",
+    "qkv": "attn.c_attn",
+    "out": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+_TOP = {"embed": "wte.weight", "positions": "wpe.weight", "final_norm.weight": "ln_f.weight", "final_norm.bias": "ln_f.bias"}
+
+
+def spec(config: PretrainedConfig) -> ModelSpec:
+    refuse(config, ("scale_attn_by_inverse_layer_idx", "add_cross_attention"))
+    if not config.scale_attn_weights:
+        raise Unsupported("config field scale_attn_weights = False")
+    if config.n_embd % config.n_head:
+        raise CheckpointError(f"n_embd = {config.n_embd} is not a multiple of n_head = {config.n_head}")
+    norm = Norm("layer", config.layer_norm_epsilon)
+    layer = LayerSpec(
+        heads=config.n_head,
+        kv_heads=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        mlp=Mlp(config.n_inner or 4 * config.n_embd, activation(config.activation_function), gated=False, bias=True),
+        norm=norm,
+        qkv_bias=True,
+        out_bias=True,
+    )
+    return ModelSpec(
+        vocab=config.vocab_size,
+        hidden=config.n_embd,
+        context=config.n_positions,
+        layers=(layer,) * config.n_layer,
+        final_norm=norm,
+        tied=config.tie_word_embeddings,
+        source=_source,
+        learned_positions=config.n_positions,
+        family="gpt2",
+    )
+
+
+def _source(name: str) -> Source:
+    if name == "head":
+        return Source(("lm_head.weight",))
+    if name in _TOP:
+        bare = Source((_TOP[name],))
+    else:
+        _, layer, part, kind = name.split(".")
+        dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D keeps [in, out]
+        bare = Source((f"h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)
+    # saved from GPT2LMHeadModel the names have a prefix, saved from GPT2Model (as the hub's gpt2 is) they have none
+    return replace(bare, names=(f"transformer.{bare.names[0]}",), otherwise=bare)

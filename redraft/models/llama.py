@@ -1,0 +1,135 @@
+"""Llama 2, 3 and 3.x, SmolLM, and the frame of every family of the same shape.
+
+Touvron et al., Llama 2: Open Foundation and Fine-Tuned Chat Models, 2023, arXiv:2307.09288; Grattafiori et al., The
+Llama 3 Herd of Models, 2024, arXiv:2407.21783.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from redraft.errors import CheckpointError, Unsupported
+from redraft.models.rotary import rotary
+from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+}  # fmt: skip
+
+# Fields of sibling architectures that change the network, set on a checkpoint that claims one of ours.
+_FOREIGN = (
+    "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "logit_scale", "logits_scaling", "embedding_multiplier",
+    "residual_multiplier", "attention_multiplier", "no_rope_layers", "use_qk_norm", "qk_layernorm", "attention_sinks",
+)  # fmt: skip
+
+_PARTS = {
+    "attn_norm": ("input_layernorm",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_TOP = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm.weight": "model.norm.weight"}
+
+
+def spec(config: PretrainedConfig) -> ModelSpec:
+    return decoder(
+        config,
+        family="llama",
+        qkv_bias=config.attention_bias,
+        out_bias=config.attention_bias,
+        mlp_bias=getattr(config, "mlp_bias", False),
+    )
+
+
+def decoder(
+    config: PretrainedConfig,
+    *,
+    family: str,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    windows: list[int | None] | None = None,
+    experts: Callable[[Mlp], Experts] | None = None,
+    source: Callable[[str], Source | None] = lambda name: None,
+) -> ModelSpec:
+    """A model of Llama's shape. `windows`: one a layer; `experts`: makes the mixture from its mlp; `source`: where this
+    family's own weights lie, None for those that lie as in Llama."""
+    refuse(config, _FOREIGN)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % kv_heads:
+        raise CheckpointError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
+    norm = Norm("rms", config.rms_norm_eps)
+    mlp = Mlp(config.intermediate_size, activation(config.hidden_act), gated=True, bias=mlp_bias)
+    turn = rotary(config, head_dim)
+    rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+
+    def place(name: str) -> Source:
+        if found := source(name):
+            return found
+        if name in _TOP:
+            return Source((_TOP[name],))
+        _, layer, part, kind = name.split(".")
+        names = tuple(f"model.layers.{layer}.{p}.{kind}" for p in _PARTS[part])
+        return Source(names, rows if part == "qkv" else ())
+
+    return ModelSpec(
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        context=config.max_position_embeddings,
+        layers=tuple(
+            LayerSpec(
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                mlp=experts(mlp) if experts else mlp,
+                norm=norm,
+                rotary=turn,
+                window=window,
+                qkv_bias=qkv_bias,
+                out_bias=out_bias,
+                qk_norm=norm if qk_norm else None,
+            )
+            for window in windows or [None] * config.num_hidden_layers
+        ),
+        final_norm=norm,
+        tied=config.tie_word_embeddings,
+        source=place,
+        family=family,
+    )
+
+
+def activation(name: str) -> Activation:
+    """transformers' name of an activation -> ours; Unsupported names any other."""
+    if name not in _ACTIVATIONS:
+        raise Unsupported(f"activation {name!r}; known: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def refuse(config: PretrainedConfig, fields: tuple[str, ...]) -> None:
+    """Unsupported when one of `fields` is set: ignoring it would give another network."""
+    for name in fields:
+        if value := getattr(config, name, None):
+            raise Unsupported(f"config field {name} = {value!r}")
+
+
+def windows(config: PretrainedConfig) -> list[int | None]:
+    """One a layer, as `layer_types` says, else from layer `max_window_layers` on; none unless `use_sliding_window`."""
+    window = config.sliding_window if config.use_sliding_window else None
+    kinds = getattr(config, "layer_types", None) or [
+        "sliding_attention" if i >= config.max_window_layers else "full_attention" for i in range(config.num_hidden_layers)
+    ]
+    if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+        raise Unsupported(f"layer type {unknown[0]!r}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,0 +1,38 @@
+"""Mixtral: Mistral with a mixture of experts. Jiang et al., Mixtral of Experts, 2024, arXiv:2401.04088."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from redraft.models.llama import decoder, refuse
+from redraft.models.spec import Experts, ModelSpec, Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def spec(config: PretrainedConfig) -> ModelSpec:
+    refuse(config, ("layer_types",))
+    count = config.num_local_experts
+
+    def source(name: str) -> Source | None:
+        # Hub checkpoints hold one matrix an expert; transformers 5 can also save its fused tensors, under `mlp`.
+        if ".router." not in name and ".experts." not in name:
+            return None
+        layer = f"model.layers.{name.split('.')[1]}"
+        if name.endswith("router.weight"):
+            fused = Source((f"{layer}.mlp.gate.weight",))
+            return Source((f"{layer}.block_sparse_moe.gate.weight",), otherwise=fused)
+        up = name.endswith("up")
+        fused = Source((f"{layer}.mlp.experts.{'gate_up' if up else 'down'}_proj",))
+        parts = ("w1", "w3") if up else ("w2",)
+        at = f"{layer}.block_sparse_moe.experts"
+        return Source(stack=tuple(tuple(f"{at}.{e}.{p}.weight" for p in parts) for e in range(count)), otherwise=fused)
+
+    return decoder(
+        config,
+        family="mixtral",
+        windows=[config.sliding_window] * config.num_hidden_layers,
+        experts=lambda mlp: Experts(count, config.num_experts_per_tok, mlp, renormalise=True),
+        source=source,
+    )

@@ -1,0 +1,94 @@
+"""A config's rope parameters -> rotary frequencies, in float64.
+
+Linear: Chen et al., Extending Context Window of Large Language Models via Positional Interpolation, 2023,
+arXiv:2306.15595. YaRN: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models, 2023,
+arXiv:2309.00071. llama3: the rule that Meta published with Llama 3.1 (Grattafiori et al., 2024, arXiv:2407.21783).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from redraft.errors import CheckpointError, Unsupported
+from redraft.models.spec import Rotary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_KINDS = ("default", "linear", "llama3", "yarn")
+_FIELDS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate", "finetuned",
+}  # fmt: skip
+
+
+def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
+    """The frequencies of one head. Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+    Unsupported names a kind or field of scaling that Redraft does not know."""
+    rope = _parameters(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in _KINDS:
+        raise Unsupported(f"rope type {kind!r}; known: {', '.join(_KINDS)}")
+    if unknown := sorted(set(rope) - _FIELDS):
+        raise Unsupported(f"rope parameter {unknown[0]!r} of type {kind!r}")
+    if (part := rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
+        raise Unsupported(f"partial_rotary_factor = {part}: only whole heads are turned")
+    if head_dim % 2:
+        raise CheckpointError(f"head_dim = {head_dim}: rotary positions need an even one")
+    theta = float(rope["rope_theta"])
+    plain = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    if kind == "default":
+        return Rotary(tuple(plain))
+    if kind == "linear":
+        return Rotary(tuple(f / _number(rope, kind, "factor") for f in plain))
+    original = float(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    if kind == "llama3":
+        low, high, factor = (_number(rope, kind, name) for name in ("low_freq_factor", "high_freq_factor", "factor"))
+        return Rotary(tuple(_llama3(f, factor, low, high, original) for f in plain))
+    return _yarn(rope, plain, theta, original, float(config.max_position_embeddings))
+
+
+def _parameters(config: PretrainedConfig) -> dict[str, Any]:
+    rope = {**(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})}
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = getattr(config, "rope_theta", None) or getattr(config, "default_theta", 10_000.0)
+    return rope
+
+
+def _number(rope: dict[str, Any], kind: str, name: str) -> float:
+    if rope.get(name) is None:
+        raise CheckpointError(f"rope type {kind!r} lacks {name!r}")
+    return float(rope[name])
+
+
+def _llama3(frequency: float, factor: float, low: float, high: float, original: float) -> float:
+    """Turns within the original context: below `low` interpolated, above `high` kept, blended in between."""
+    turns = original * frequency / (2 * math.pi)
+    keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return frequency * (keep + (1 - keep) / factor)
+
+
+def _yarn(rope: dict[str, Any], plain: list[float], theta: float, original: float, context: float) -> Rotary:
+    factor = float(rope.get("factor") or context / original)
+    dim = 2 * len(plain)
+
+    def pair(turns: float) -> float:  # the (real) index of the pair that makes so many turns in the original context
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = pair(rope.get("beta_fast") or 32.0), pair(rope.get("beta_slow") or 1.0)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    width = (last - first) or 0.001
+    kept = [1 - min(max((i - first) / width, 0.0), 1.0) for i in range(len(plain))]
+    frequencies = tuple(f * (keep + (1 - keep) / factor) for f, keep in zip(plain, kept, strict=True))
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    scale = rope.get("attention_factor")
+    if scale is None:
+        above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale = magnitude(above) / magnitude(below) if above and below else magnitude(1.0)
+    return Rotary(frequencies, float(scale))

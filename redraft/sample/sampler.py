@@ -1,0 +1,140 @@
+"""How a token is chosen: argmax of the processed logits plus Gumbel noise of (seed, position, id) over the tokens that
+the filters left; greedy is the case of zero noise, ties go to the lowest id.
+
+The result is a function of the row's logits, the parameters, the row's own path, the seed and the position: of nothing
+else, so neither tree, batch nor chunk can change a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from redraft.config import SamplingParams
+from redraft.core.batch import Batch
+from redraft.core.law import TopLogprobs
+from redraft.core.noise import Stream, gumbel, key
+from redraft.core.plan import Work
+from redraft.core.sequence import Sequence
+from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import I32, TokenTree
+from redraft.ops.backend import Outputs
+from redraft.sample.processors.bad_words import BadWords
+from redraft.sample.processors.bias import Bias
+from redraft.sample.processors.min_p import MinP
+from redraft.sample.processors.min_tokens import MinTokens
+from redraft.sample.processors.penalties import Penalties
+from redraft.sample.processors.processor import F64, I64, Processor, Row, Vocabulary, ranked
+from redraft.sample.processors.temperature import Temperature
+from redraft.sample.processors.top_k import TopK
+from redraft.sample.processors.top_p import TopP
+from redraft.sample.processors.typical_p import TypicalP
+
+ORDER: tuple[type[Processor], ...] = (Bias, BadWords, MinTokens, Penalties, Temperature, TopK, TopP, MinP, TypicalP)
+
+Chosen = tuple[Processor, ...]  # a request's own processors, in ORDER: its state in seq.state[sampler]
+
+BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the CPU's cache
+
+
+class Sampler:
+    """vocab: size of the logits; eos: ids that end a text of this model; encode: the token id sequences that spell a
+    bad word, None without a tokenizer."""
+
+    def __init__(self, vocab: int, eos: frozenset[int], encode: Callable[[str], list[list[int]]] | None = None) -> None:
+        self.vocabulary = Vocabulary(vocab, eos, encode)
+        self.ids: I64 = np.arange(vocab)
+
+    def check(self, params: SamplingParams) -> Chosen:
+        """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
+        made = (processor.of(params, self.vocabulary) for processor in ORDER)
+        return tuple(processor for processor in made if processor is not None)
+
+    def begin(self, seq: Sequence) -> Chosen:
+        return self.check(seq.params)
+
+    def fork(self, state: Chosen, seq: Sequence) -> Chosen:
+        return self.begin(seq)  # counts follow seq.tokens by themselves
+
+    def end(self, state: Chosen) -> None:
+        pass
+
+    def needs(self, work: Seq[Work]) -> Taps:
+        """Nothing beyond the argmax while every row is greedy without processors and nobody asks for logprobs."""
+        return Taps(logits=True) if any(map(self._reads_logits, work)) else NOTHING
+
+    def _reads_logits(self, work: Work) -> bool:
+        seq, params = work.seq, work.seq.params
+        draws = work.done and (not params.greedy or bool(seq.state[self]) or params.logprobs is not None)
+        return draws or (params.prompt_logprobs is not None and seq.stored < seq.prompt_len - 1)
+
+    def law(self, out: Outputs, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetLaw:
+        """The law of the next token at each logit row of one step. Nothing is computed before a row is asked for."""
+        return TargetLaw(self, out, batch, work, trees, batch.roots)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetLaw:
+    """redraft.core.law.Law of one step."""
+
+    sampler: Sampler
+    out: Outputs
+    batch: Batch
+    work: Seq[Work]
+    trees: Seq[TokenTree]
+    roots: I32
+
+    def only(self, indices: Seq[int]) -> TargetLaw:
+        """The law as a verifier of some of the sequences sees it."""
+        return replace(self, roots=self.roots[np.asarray(indices, np.int64)])
+
+    def draw(self, rows: Seq[int]) -> list[int]:
+        """The token drawn at each logit row, by the processors and noise of its own sequence, path and position."""
+        packed = self.batch.logit_rows[np.asarray(rows, np.int64)]
+        owners = np.searchsorted(self.batch.starts, packed, side="right") - 1
+        drawn: list[int] = [int(self.out.argmax[row]) for row in rows]
+        asked = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
+        fetched = self._fetch([rows[i] for i in asked])
+        for i, values in zip(asked, fetched, strict=True):
+            drawn[i] = self._draw(values, int(owners[i]), int(packed[i]))
+        return drawn
+
+    def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
+        """log softmax in float64 of the raw logits; ranks from 1, of equal logits the lowest id first."""
+        found = []
+        for token, values in zip(ids, self._fetch(rows), strict=True):
+            own = values[token]
+            rank = 1 + np.count_nonzero(values > own) + np.count_nonzero(values[:token] == own)
+            best = ranked(values, k) if k else self.sampler.ids[:0]
+            top = values.max()
+            total = top + np.log(np.exp(values - top).sum())
+            likeliest = tuple(zip(best.tolist(), (values[best] - total).tolist(), strict=True))
+            found.append(TopLogprobs(token, float(own - total), int(rank), likeliest))
+        return found
+
+    def _argmax_suffices(self, seq: Sequence) -> bool:
+        return seq.params.greedy and not seq.state[self.sampler]
+
+    def _fetch(self, rows: Seq[int]) -> list[F64]:
+        """Fresh float64 copies of these rows of logits, in one transfer."""
+        if not rows:
+            return []
+        assert self.out.logits is not None, "logits were not asked for: see Sampler.needs"
+        wanted = torch.as_tensor(list(rows), device=self.out.logits.device)
+        return [row.to(torch.float64, copy=True).numpy() for row in self.out.logits[wanted].detach().cpu()]
+
+    def _draw(self, values: F64, s: int, packed: int) -> int:
+        seq, tree, first_node = self.work[s].seq, self.trees[s], int(self.batch.tree_starts[s])
+        nodes = tree.path_to(self.work[s].first + packed - first_node) if packed >= first_node else []
+        row = Row(self.sampler.ids, values, seq, tree.tokens[nodes].tolist() if nodes else [])
+        for processor in seq.state[self.sampler]:
+            processor.apply(row)
+        if not seq.params.greedy:
+            noise = key(seq.seed, Stream.TARGET, int(self.batch.positions[packed]) + 1)
+            for at in range(0, len(row.ids), BLOCK):
+                row.values[at : at + BLOCK] += gumbel(noise, row.ids[at : at + BLOCK])
+        return int(row.ids[row.values.argmax()])

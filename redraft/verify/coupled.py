@@ -1,0 +1,50 @@
+"""Accepts a drafted token where the target, with its own noise, draws the same one: the text of the plain loop.
+
+Rules V1 and V2 of the drafting cards' verification.md: Miao et al., SpecInfer: Accelerating generative large language
+model serving with tree-based speculative inference and verification, 2023, arXiv 2305.09781 (greedy and sampled match
+over a tree); the noise that belongs to the position rather than to the step is what makes the text itself the same.
+
+1. Draw the target's token at the last pending row, and then at each node that is reached.
+2. Follow the child that carries it.
+3. Where no child does, stop: the token is the bonus.
+
+Differs: one draw per visited node, never one per root-to-leaf row, which would favour whatever was drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.core.law import Law
+from redraft.core.plan import Accepted
+from redraft.core.tree import Kind, TokenTree
+
+
+@dataclass(frozen=True)
+class Coupled:
+    card: ClassVar[Card] = Card(
+        title="Coupled",
+        paper="Miao et al., SpecInfer, 2023, arXiv 2305.09781",
+        guarantee=Guarantee.SAME_TEXT,
+        deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its law",
+    )
+    undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+
+    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
+        roots = law.roots.tolist()
+        paths: list[list[int]] = [[] for _ in trees]
+        tokens: list[list[int]] = [[] for _ in trees]
+        reached = {s: -1 for s, root in enumerate(roots) if root >= 0}
+        while reached:
+            drawn = law.draw([roots[s] + 1 + node for s, node in reached.items()])  # 1.
+            for s, token in zip(list(reached), drawn, strict=True):
+                tokens[s].append(token)
+                reached[s] = trees[s].child(reached[s], token)
+                if reached[s] >= 0:
+                    paths[s].append(reached[s])  # 2.
+                else:
+                    del reached[s]  # 3.
+        return [Accepted(tuple(path), tuple(own)) for path, own in zip(paths, tokens, strict=True)]

@@ -1,0 +1,108 @@
+"""Batch.pack against a row-by-row definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from redraft.core.batch import Batch
+from redraft.core.plan import Work
+from redraft.core.testing import view, work
+from redraft.core.tree import EMPTY, TokenTree
+
+
+@st.composite
+def steps(draw):
+    """Work of one to four sequences, some with prompt_logprobs, with a tree where the sequence draws."""
+    works, trees = [], []
+    for _ in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(1, 12))
+        stored = draw(st.integers(0, length - 1))
+        rows = draw(st.integers(1, length - stored))
+        prompt_len = draw(st.integers(1, length))
+        w = work(range(50, 50 + length), stored=stored, rows=rows, prompt_logprobs=draw(st.sampled_from([None, 0, 2])))
+        w.seq.prompt_len = prompt_len
+        n = draw(st.sampled_from([0, 1, 3, 9, 70])) if w.done else 0
+        parents = [draw(st.integers(max(-1, i - 4), i - 1)) for i in range(n)]
+        works.append(w)
+        trees.append(TokenTree.build(list(range(n)), parents, vocab=100, rows=99, depth=99))
+    return works, trees
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps())
+def test_rows_by_definition(step):
+    works, trees = step
+    batch = Batch.pack(works, trees, view(works))
+    rows = []  # (token, position, bits, its logits are wanted, sequence whose root it is)
+    for s, (w, tree) in enumerate(zip(works, trees, strict=True)):
+        asks = w.seq.params.prompt_logprobs is not None and w.seq.stored < w.seq.prompt_len - 1
+        for r in range(w.rows):
+            last = r == w.rows - 1
+            rows.append((w.seq.tokens[w.seq.stored + r], w.seq.stored + r, [], asks or (last and w.done), s if last and w.done else None))
+        for node in range(len(tree)):
+            path = tree.path_to(node)
+            rows.append((int(tree.tokens[node]), w.seq.stored + w.rows - 1 + len(path), path, True, None))
+    assert batch.tokens.tolist() == [row[0] for row in rows]
+    assert batch.positions.tolist() == [row[1] for row in rows]
+    chains = [r for s, w in enumerate(works) for r in range(batch.starts[s], batch.tree_starts[s])]
+    found = iter(batch.ancestors.tolist())
+    for r, (_, _, path, _, _) in enumerate(rows):
+        if r in chains:
+            assert path == []
+        else:
+            words = next(found)
+            assert [j for j in range(64 * len(words)) if words[j // 64] >> (j % 64) & 1] == path
+    assert next(found, None) is None
+    assert batch.logit_rows.tolist() == [r for r, row in enumerate(rows) if row[3]]
+    for s, w in enumerate(works):
+        at = int(batch.roots[s])
+        if w.done:
+            assert rows[batch.logit_rows[at]][4] == s
+            nodes = batch.logit_rows[at + 1 : at + 1 + len(trees[s])].tolist()
+            assert nodes == list(range(batch.tree_starts[s], batch.starts[s + 1]))
+        else:
+            assert at == -1
+
+
+def test_prompt_logprobs_reach_to_the_end_of_the_prompt():
+    whole = work(range(6), rows=6, prompt_logprobs=0)
+    chunk = work(range(6), rows=3, prompt_logprobs=0)
+    decode = work(range(6), stored=5, prompt_logprobs=0)
+    works = [whole, chunk, decode]
+    batch = Batch.pack(works, [EMPTY] * 3, view(works))
+    assert batch.logit_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert batch.roots.tolist() == [5, -1, 9]
+
+
+def test_a_growing_tail_packs_its_new_nodes_only():
+    w = work(range(20, 25), stored=3)
+    other = work(range(30, 33), stored=2)
+    tree = TokenTree.build([40, 41, 42, 43], [-1, -1, 0, 2], vocab=99, rows=9, depth=9)
+    works = [Work(w.seq, w.rows, first=2), Work(other.seq, other.rows, first=1)]
+    chain = TokenTree.chain([60, 61, 62])
+    pages = replace(view(works), tail=[4, 2])
+    batch = Batch.pack(works, [tree, chain], pages)
+    assert batch.tokens.tolist() == [42, 43, 61, 62]
+    assert batch.positions.tolist() == [6, 7, 4, 5]
+    assert batch.ancestors.ravel().tolist() == [0b101, 0b1101, 0b11, 0b111]
+    assert (batch.starts.tolist(), batch.tree_starts.tolist()) == ([0, 2, 4], [0, 2])
+    assert batch.logit_rows.tolist() == [0, 1, 2, 3]
+    assert batch.pages is pages
+
+
+def test_each_sequence_needs_a_tree():
+    w = work([1, 2])
+    with pytest.raises(ValueError):
+        Batch.pack([w, w], [EMPTY], view([w]))
+
+
+def test_dtypes():
+    w = work([1, 2])
+    batch = Batch.pack([w], [EMPTY], view([w]))
+    assert {a.dtype for a in (batch.tokens, batch.positions, batch.starts, batch.tree_starts, batch.logit_rows, batch.roots)} == {np.dtype(np.int32)}
+    assert batch.ancestors.dtype == np.uint64 and batch.ancestors.shape[0] == 0

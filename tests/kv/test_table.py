@@ -1,0 +1,596 @@
+"""The page table against a model of what every place of every unit of the pool must hold."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from redraft.core.batch import PageView
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Lanes, Sequence
+from redraft.core.testing import sequence
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.kv.table import Moves, OutOfPages, PageTable
+
+LAYERS, HEADS = 2, 3
+PER_SLAB = {Lanes.SHARED: 1, Lanes.PER_LAYER: LAYERS, Lanes.PER_HEAD: LAYERS * HEADS}
+UNITS = LAYERS * HEADS
+
+
+def make(ident: int, tokens: Iterable[int], kind: Lanes = Lanes.SHARED, salt: str = "") -> Sequence:
+    seq = sequence(tokens)
+    seq.id, seq.lanes, seq.request.salt = ident, kind, salt
+    return seq
+
+
+def run(table: PageTable, seq: Sequence, rows: int | None = None) -> PageView:
+    """Stores `rows` pending tokens, all unless told otherwise; the sequence draws token 0 if it may."""
+    work = Work(seq, seq.pending if rows is None else rows)
+    view = table.reserve([work], [EMPTY])
+    assert table.commit([work], [Accepted((), (0,) if work.done else ())]) == []
+    table.publish(seq)
+    table.check()
+    return view
+
+
+def admit(table: PageTable, seq: Sequence, rows: int | None = None) -> PageView | None:
+    """Opens, attaches what matches, runs the rest."""
+    table.open(seq)
+    table.attach(seq, table.match(seq.tokens, seq.request.salt))
+    return run(table, seq, rows) if rows != 0 else None
+
+
+def listed(table: PageTable, seq: Sequence) -> list[int]:
+    """The pages of the first lane, as the outside sees them."""
+    pages: list[int] = table.reserve([Work(seq, 1)], [EMPTY]).pages[0][0].tolist()
+    table.discard(seq)
+    return pages
+
+
+def pairs(moves: Moves) -> list[tuple[int, int]]:
+    return list(zip(moves.src.tolist(), moves.dst.tolist(), strict=True))
+
+
+# ---- single operations
+
+
+def test_the_drawn_example() -> None:
+    table = PageTable(8, LAYERS, HEADS)
+    seq = make(1, range(65))
+    table.open(seq)
+    run(table, seq, 64)
+    work, tree = Work(seq, 1), TokenTree.chain([90, 91, 92, 93, 94])
+    view = table.reserve([work], [tree])
+    last = view.pages[0][0, 2]
+    assert view.lengths[0].tolist() == [64] and view.tail == [0] and view.chain == [1] and view.positions == [None]
+    assert view.fresh == [(Lanes.SHARED, last)]
+    (moves,) = table.commit([work], [Accepted((1, 4), (91, 94, 7))])
+    assert moves.kind is Lanes.SHARED and pairs(moves) == [(last * 32 + 2, last * 32 + 1), (last * 32 + 5, last * 32 + 2)]
+    assert seq.stored == 67 and seq.tokens == [*range(65), 91, 94, 7]
+    table.check()
+
+
+def test_pages_behind_the_path_are_freed_and_moves_cross_pages() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    seqs = [make(1, range(4)), make(2, range(6), Lanes.PER_LAYER)]
+    for seq in seqs:
+        table.open(seq)
+    works = [Work(seq, seq.pending) for seq in seqs]
+    trees = [TokenTree.chain(range(6)), TokenTree.chain(range(2))]
+    view = table.reserve(works, trees)
+    moves = table.commit(works, [Accepted((5,), (5, 9)), Accepted((1,), (1, 9))])
+    assert [m.kind for m in moves] == [Lanes.SHARED, Lanes.PER_LAYER]
+    assert pairs(moves[0]) == [(view.pages[0][0, 2] * 4 + 1, view.pages[0][0, 1] * 4)]
+    assert pairs(moves[1]) == [(p * 4 + 3, p * 4 + 2) for p in view.pages[1][:, 1].tolist()]
+    assert table.used() == 2 + 2 and table.peak == 3 + 2
+    table.reset_peak()
+    assert table.peak == 4
+
+
+def test_a_growing_tail_packs_its_chain_once() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    seq = make(1, range(3))
+    table.open(seq)
+    tree = TokenTree.chain(range(5))
+    first = table.reserve([Work(seq, 3)], [TokenTree.chain(range(2))])
+    second = table.reserve([Work(seq, 3, first=2)], [tree])
+    assert (first.tail, first.chain, second.tail, second.chain) == ([0], [3], [5], [3])
+    assert second.lengths[0].tolist() == [0] and second.pages[0].shape == (1, 2) and second.fresh == []
+    with pytest.raises(AssertionError, match="tail of 5 nodes, first 0"):
+        table.reserve([Work(seq, 3)], [tree])
+    table.discard(seq)
+    table.reserve([Work(seq, 3)], [EMPTY])
+    with pytest.raises(AssertionError, match="packed once"):
+        table.reserve([Work(seq, 3)], [EMPTY])
+    table.check()
+
+
+def test_reserve_is_all_or_nothing() -> None:
+    table = PageTable(3, LAYERS, HEADS, page=4)
+    kept, small, large = make(0, range(5)), make(1, range(4)), make(2, range(5), Lanes.PER_HEAD)
+    admit(table, kept, 4)
+    table.free(kept)  # leaves an idle page, which a failing call must not evict either
+    for seq in (small, large):
+        table.open(seq)
+    before = snapshot(table)
+    with pytest.raises(OutOfPages, match="4 slabs wanted, 3 of 3 available"):
+        table.reserve([Work(small, 4), Work(large, 5)], [TokenTree.chain(range(4)), EMPTY])
+    assert snapshot(table) == before
+    table.check()
+    table.reserve([Work(small, 4), Work(large, 5)], [EMPTY, EMPTY])
+    table.check()
+    assert table.available() == 0
+
+
+def test_match_leaves_one_token_and_changes_nothing() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    seq = make(1, range(8))
+    admit(table, seq)
+    before = snapshot(table)
+    assert [table.match(range(n), "") for n in (0, 4, 5, 8, 9, 12)] == [0, 0, 4, 4, 8, 8]
+    assert table.match([0, 1, 2, 9, 4], "") == 0 and table.match(range(9), "tenant") == 0
+    assert snapshot(table) == before
+    other = make(2, range(9))
+    table.open(other)
+    with pytest.raises(AssertionError, match="12 tokens to attach, 2 pages match"):
+        table.attach(other, 12)
+
+
+def test_sharing_lists_the_same_pages_and_can_be_switched_off() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    a, b, c = make(1, range(10)), make(2, [*range(8), 50]), make(3, range(10), salt="tenant")
+    for seq in (a, b, c):
+        admit(table, seq)
+    assert listed(table, b)[:2] == listed(table, a)[:2] and listed(table, b)[2] != listed(table, a)[2]
+    assert not set(listed(table, c)) & set(listed(table, a))
+    assert table.used() == 4 + 3
+    off = PageTable(8, LAYERS, HEADS, page=4, sharing=False)
+    admit(off, make(1, range(10)))
+    assert off.match(range(10), "") == 0 and off.idle_matched(range(10), "") == 0
+
+
+def test_equal_pages_made_at_the_same_time_stay_private() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    a, b, c = make(1, range(5)), make(2, [*range(4), 60, 61, 62, 63, 64]), make(3, [*range(4), 60, 61, 62, 63, 65])
+    for seq in (a, b):
+        table.open(seq)
+    run(table, a)
+    run(table, b)
+    pages = {seq.id: listed(table, seq) for seq in (a, b)}
+    assert pages[1][0] != pages[2][0]
+    admit(table, c)  # finds the second page of b under the first page of a
+    assert listed(table, c)[:2] == [pages[1][0], pages[2][1]]
+    table.free(c)
+    table.free(a)
+    assert list(table.prefix.idle) == [pages[1][0]] and table.available() == 8 - 3
+    big = make(4, range(100, 120))
+    admit(table, big)  # needs all that is available: a's page goes, b's second page is private now
+    table.check()
+    assert table.available() == 0 and table.match(c.tokens, "") == 0
+    table.free(big)
+    b.tokens += range(70, 73)
+    run(table, b)  # another page became full: b publishes from the start, as the equal page is gone
+    assert table.match(c.tokens, "") == 8 and listed(table, b)[:2] == pages[2][:2]
+
+
+def test_idle_pages_count_as_available_except_the_matched() -> None:
+    table = PageTable(4, LAYERS, HEADS, page=4)
+    a = make(1, range(9))
+    admit(table, a)
+    assert table.available() == 1 and table.idle_matched(range(9), "") == 0
+    table.free(a)
+    assert table.available() == 4 and table.used() == 0 and table.idle_matched(range(9), "") == 2
+    b = make(2, range(9))
+    assert table.need(b, 9) == 3 and table.need(b, 9, matched=8) == 1
+    table.open(b)
+    table.attach(b, 8)
+    assert b.stored == 8 and table.available() == 2
+    table.check()
+
+
+def test_least_recently_listed_leaf_goes_first() -> None:
+    table = PageTable(4, LAYERS, HEADS, page=4)
+    old, new = make(1, range(9)), make(2, range(50, 55))
+    for seq in (old, new):
+        admit(table, seq, 8 if seq is old else 4)
+        table.free(seq)
+    again = make(3, range(5))
+    admit(table, again, 0)
+    table.free(again)  # the first page of `old` was used again, its second was not
+    survivors = []
+    filler = make(4, range(200, 220))
+    table.open(filler)
+    for _ in range(4):
+        run(table, filler, 4)
+        survivors.append((table.match(range(9), ""), table.match(range(50, 55), "")))
+    assert survivors == [(8, 4), (4, 4), (4, 0), (0, 0)]
+
+
+def test_fork_copies_the_partial_page_only() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    seq, child = make(1, range(10)), make(2, [*range(10), 0])
+    admit(table, seq)
+    mine = listed(table, seq)
+    moves = table.fork(seq, child)
+    table.check()
+    theirs = listed(table, child)
+    assert child.stored == seq.stored == 10 and theirs[:2] == mine[:2] and theirs[2] != mine[2]
+    assert pairs(moves) == [(mine[2] * 4 + i, theirs[2] * 4 + i) for i in range(4)]
+    even = make(3, range(50, 59))
+    admit(table, even, 8)
+    assert pairs(table.fork(even, make(4, range(50, 59)))) == []
+
+
+def test_keep_writes_no_shared_page_and_keeps_positions() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    seq = make(1, range(12))
+    admit(table, seq, 10)
+    old = listed(table, seq)
+    moves = table.keep(seq, 0, [0, 1, 2, 3, 5, 7, 9])
+    table.check()
+    view = table.reserve([Work(seq, 2)], [EMPTY])
+    new = view.pages[0][0].tolist()
+    assert new[0] == old[0] and new[1] not in old and view.lengths[0].tolist() == [7]
+    fill = (old[2] * 4 + 1, new[1] * 4 + 3)
+    assert pairs(moves) == [(old[1] * 4 + 1, new[1] * 4), (old[1] * 4 + 3, new[1] * 4 + 1), (old[2] * 4 + 1, new[1] * 4 + 2), fill]
+    assert view.positions[0] is not None and view.positions[0][0].tolist() == [0, 1, 2, 3, 5, 7, 9]
+    table.commit([Work(seq, 2)], [Accepted((), (9,))])
+    table.publish(seq)
+    table.check()
+    assert table.match([*range(12), 9], "") == 8  # what was published before, nothing since
+    after = table.reserve([Work(seq, 1)], [EMPTY]).positions[0]
+    assert after is not None and after[0].tolist() == [0, 1, 2, 3, 5, 7, 9, 10, 11]
+
+
+def test_lanes_of_one_sequence_differ_after_keep() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    seq = make(1, range(9), Lanes.PER_LAYER)
+    admit(table, seq, 8)
+    used = table.used()
+    for lane in range(LAYERS):
+        table.keep(seq, lane, [] if lane else [1, 6])
+    table.check()
+    view = table.reserve([Work(seq, 1)], [EMPTY])
+    assert view.lengths[0].tolist() == [2, 0] and view.pages[0].shape == (2, 1) and table.used() == used - 1
+    assert view.positions[0] is not None and [p.tolist() for p in view.positions[0]] == [[1, 6], []]
+
+
+def test_discard_is_harmless_and_a_second_free_is_not() -> None:
+    table = PageTable(4, LAYERS, HEADS, page=4)
+    seq = make(1, range(9))
+    table.discard(seq)
+    table.open(seq)
+    table.reserve([Work(seq, 9)], [TokenTree.chain(range(3))])
+    table.discard(seq)
+    table.discard(seq)
+    table.check()
+    assert table.available() == 4
+    table.free(seq)
+    with pytest.raises(AssertionError, match="not open"):
+        table.free(seq)
+
+
+@pytest.mark.parametrize("fault", ["listing", "reference", "slab", "spare", "idle", "stored"])
+def test_check_sees(fault: str) -> None:
+    table = PageTable(6, LAYERS, HEADS, page=4)
+    seq, head, gone = make(1, range(6)), make(2, range(3), Lanes.PER_LAYER), make(3, range(50, 55))
+    for each in (seq, head, gone):
+        admit(table, each)
+    table.keep(head, 0, [])  # its page is free, the slab is not
+    table.free(gone)
+    table.check()
+    held = table._held[1]
+    match fault:
+        case "listing":
+            held.lanes[0].pages.append(5)
+        case "reference":
+            held.pool.refs[held.lanes[0].pages[0]] += 1
+        case "slab":
+            table._free.pop()
+        case "spare":
+            table._pools[Lanes.PER_LAYER].spare.clear()
+        case "idle":
+            table.prefix.idle.clear()
+        case "stored":
+            seq.stored -= 1
+    with pytest.raises(AssertionError):
+        table.check()
+
+
+# ---- random programs
+
+PAGE, SLABS, MAX_TOKENS = 4, 24, 48
+POISON = -1  # what an unlisted page may hold; it must never show in a page that somebody lists
+ZERO = 0
+
+
+def snapshot(table: PageTable) -> object:
+    """All that a failing operation must leave as it was."""
+    held = [(i, h.chain, h.nodes, h.published, [(list(lane.pages), lane.length) for lane in h.lanes]) for i, h in table._held.items()]
+    pools = [(dict(p.refs), {s: list(f) for s, f in p.spare.items()}, p.spares) for p in table._pools.values()]
+    nodes = {page: (node.key, sorted(c.page for c in node.children.values())) for page, node in table.prefix.nodes.items()}
+    return held, pools, list(table._free), nodes, list(table.prefix.idle), table.peak
+
+
+class Program(RuleBasedStateMachine):
+    """Admissions, steps over batches with random trees, forks, evictions, preemptions and discards on a small pool.
+
+    Every place of every unit holds a number that stands for the key there: a function of (taint, salt, the tokens up to
+    and including its own), where the taint is set once keys were evicted, as keys are not pure from then on.
+    """
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def start(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.table = PageTable(SLABS, LAYERS, HEADS, page=PAGE)
+        self.memory = np.full((SLABS * UNITS, PAGE), POISON, np.int64)
+        self.numbers: dict[object, int] = {}
+        self.seqs: dict[int, Sequence] = {}
+        self.expected: dict[int, list[list[int]]] = {}  # what each committed slot of each lane holds
+        self.positions: dict[int, list[list[int]]] = {}
+        self.taint: dict[int, object] = {}
+        self.count = 0
+        self.prompts = [[self.random.randrange(3) for _ in range(30)] for _ in range(2)]
+
+    # -- the model
+
+    def number(self, seq: Sequence, prefix: Seq[int]) -> int:
+        key = (self.taint[seq.id], seq.request.salt, tuple(prefix))
+        return self.numbers.setdefault(key, len(self.numbers) + 1)
+
+    def units(self, kind: Lanes, page: int) -> slice:
+        size = UNITS // PER_SLAB[kind]
+        return slice(page * size, (page + 1) * size)
+
+    def move(self, moves: Moves) -> None:
+        got = [self.memory[self.units(moves.kind, s // PAGE), s % PAGE].copy() for s in moves.src.tolist()]
+        assert len(set(moves.dst.tolist())) == len(moves.dst) and not np.any(moves.src == moves.dst)
+        for d, values in zip(moves.dst.tolist(), got, strict=True):
+            self.memory[self.units(moves.kind, d // PAGE), d % PAGE] = values
+
+    def forget(self) -> None:
+        """Poisons the units that nobody owns."""
+        owned = np.zeros(SLABS * UNITS, bool)
+        for seq in self.seqs.values():
+            for lane in self.table._held[seq.id].lanes:
+                for page in lane.pages:
+                    owned[self.units(seq.lanes, page)] = True
+        for page in self.table.prefix.nodes:
+            owned[self.units(Lanes.SHARED, page)] = True
+        self.memory[~owned] = POISON
+
+    def pick(self) -> Sequence:
+        return self.random.choice(list(self.seqs.values()))
+
+    def born(self, seq: Sequence, taint: object = None) -> None:
+        self.seqs[seq.id] = seq
+        self.taint[seq.id] = taint
+        lanes = PER_SLAB[seq.lanes]
+        self.expected[seq.id] = [[self.number(seq, seq.tokens[: i + 1]) for i in range(seq.stored)] for _ in range(lanes)]
+        self.positions[seq.id] = [list(range(seq.stored)) for _ in range(lanes)]
+
+    def enter(self, seq: Sequence) -> None:
+        """Open and attach, as the scheduler counts it: nothing unless all of the tokens fit."""
+        table, salt = self.table, seq.request.salt
+        n = table.match(seq.tokens, salt) if seq.lanes is Lanes.SHARED else 0
+        idle = table.idle_matched(seq.tokens, salt) if n else 0
+        assert n < len(seq.tokens) and n % PAGE == 0
+        fits = table.need(seq, len(seq.tokens), matched=n) <= table.available() - idle
+        before = table.available()
+        table.open(seq)
+        if fits:
+            table.attach(seq, n)
+            assert table.available() == before - idle
+            assert seq.stored == n
+            assert table.need(seq, seq.pending) <= table.available()
+        self.born(seq)
+
+    # -- the rules
+
+    @precondition(lambda self: len(self.seqs) < 6)
+    @rule(kind=st.sampled_from([Lanes.SHARED, Lanes.SHARED, Lanes.PER_LAYER, Lanes.PER_HEAD]), salt=st.sampled_from(["", "", "tenant"]))
+    def admit(self, kind: Lanes, salt: str) -> None:
+        r = self.random
+        tokens = r.choice(self.prompts)[: r.randrange(30)] + [r.randrange(3) for _ in range(r.randint(1, 5))]
+        self.count += 1
+        self.enter(make(self.count, tokens, kind, salt))
+
+    def tree(self, done: bool) -> TokenTree:
+        r = self.random
+        n = r.choice([0, r.randrange(3), r.randrange(12)]) if done else 0
+        parents = [r.randrange(-1, i) for i in range(n)]
+        return TokenTree(np.array([r.randrange(3) for _ in range(n)], np.int32), np.array(parents, np.int32), np.zeros(n + 1, np.uint8))
+
+    def forward(self, works: list[Work], trees: list[TokenTree]) -> bool:
+        """Reserve, zero, write; False where the pool cannot hold it, after which nothing may have changed."""
+        table = self.table
+        growth = [(0 if w.first else w.rows, len(t) - w.first) for w, t in zip(works, trees, strict=True)]
+        promised = sum(table.need(w.seq, sum(g)) for w, g in zip(works, growth, strict=True)) <= table.available()
+        before = snapshot(table)
+        tails = [table._held[w.seq.id].chain + table._held[w.seq.id].nodes for w in works]
+        try:
+            view = table.reserve(works, trees)
+        except OutOfPages:
+            assert not promised, "need() <= available(), yet reserve failed"
+            assert snapshot(table) == before, "a failing reserve changed something"
+            return False
+        assert view.tail == tails and view.chain == [w.rows for w in works] and view.kinds == [w.seq.lanes for w in works]
+        assert len(set(view.fresh)) == len(view.fresh)
+        for kind, page in view.fresh:
+            self.memory[self.units(kind, page)] = ZERO
+        for s, (w, tree) in enumerate(zip(works, trees, strict=True)):
+            seq, (chain, nodes) = w.seq, growth[s]
+            values = [self.number(seq, seq.tokens[: seq.stored + i + 1]) for i in range(chain)]
+            values += [self.number(seq, self.path_prefix(w, tree, j)) for j in range(w.first, w.first + nodes)]
+            assert view.lengths[s].tolist() == [len(lane) for lane in self.expected[seq.id]]
+            positions = view.positions[s]
+            if positions is None:
+                assert self.positions[seq.id] == [list(range(seq.stored))] * PER_SLAB[seq.lanes]
+            else:
+                assert [p.tolist() for p in positions] == self.positions[seq.id]
+            for lane, length in enumerate(view.lengths[s].tolist()):
+                for r, value in enumerate(values):
+                    slot = length + view.tail[s] + r
+                    self.memory[self.units(seq.lanes, view.pages[s][lane, slot // PAGE]), slot % PAGE] = value
+        return True
+
+    def path_prefix(self, w: Work, tree: TokenTree, node: int) -> list[int]:
+        return w.seq.tokens[: w.seq.stored + w.rows] + tree.tokens[tree.path_to(node)].tolist()
+
+    @precondition(lambda self: self.seqs)
+    @rule(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 7)), min_size=1, max_size=4))
+    def run(self, steps: list[tuple[bool, int]]) -> None:
+        for twice, fail in steps:
+            self.step(twice, fail)
+            self.everything_lies_where_it_should()
+
+    def step(self, twice: bool, fail: int) -> None:
+        r = self.random
+        ready = [s for s in self.seqs.values() if len(s.tokens) < MAX_TOKENS and s.pending]
+        works = [Work(s, r.choice([s.pending, r.randint(1, s.pending)])) for s in r.sample(ready, r.randint(0, len(ready)))]
+        trees = [self.tree(w.done) for w in works]
+        if twice:  # the first levels in one forward, the rest in a second one
+            cuts = [r.randint(0, len(t)) for t in trees]
+            heads = [TokenTree(t.tokens[:c], t.parents[:c], t.kinds[: c + 1]) for t, c in zip(trees, cuts, strict=True)]
+            if not self.forward(works, heads):
+                return
+            grown = [i for i, c in enumerate(cuts) if c]
+            if not self.forward([Work(works[i].seq, works[i].rows, cuts[i]) for i in grown], [trees[i] for i in grown]):
+                fail = 0  # the engine discards a tail that it cannot finish
+            trees = [t if c else h for t, h, c in zip(trees, heads, cuts, strict=True)]
+            works = [Work(w.seq, w.rows, c) for w, c in zip(works, cuts, strict=True)]
+        elif not self.forward(works, trees):
+            return
+        self.table.check()
+        if fail == 0:
+            for w in works:
+                self.table.discard(w.seq)
+            return
+        accepted = [self.accept(w, t) for w, t in zip(works, trees, strict=True)]
+        before = [(w.seq, w.seq.stored, list(w.seq.tokens)) for w in works]
+        moves = self.table.commit(works, accepted)
+        assert len({m.kind for m in moves}) == len(moves) and all(len(m.src) for m in moves)
+        for m in moves:
+            self.move(m)
+        for w, a, (seq, stored, tokens) in zip(works, accepted, before, strict=True):
+            assert seq.stored == stored + w.rows + len(a.path) and seq.tokens == [*tokens, *a.tokens]
+            for lane, positions in zip(self.expected[seq.id], self.positions[seq.id], strict=True):
+                lane += [self.number(seq, seq.tokens[: i + 1]) for i in range(stored, seq.stored)]
+                positions += range(stored, seq.stored)
+            self.table.publish(seq)
+
+    def accept(self, w: Work, tree: TokenTree) -> Accepted:
+        if not w.done:
+            return Accepted()
+        path: list[int] = []
+        while self.random.random() < 0.8:
+            children = np.flatnonzero(tree.parents == (path[-1] if path else -1)).tolist()
+            if not children:
+                break
+            path.append(self.random.choice(children))
+        return Accepted(tuple(path), (*tree.tokens[path].tolist(), self.random.randrange(3)))
+
+    @precondition(lambda self: 0 < len(self.seqs) < 6)
+    @rule()
+    def fork(self) -> None:
+        seq = self.pick()
+        self.count += 1
+        child = make(self.count, seq.tokens, seq.lanes, seq.request.salt)
+        before = snapshot(self.table)
+        fits = self.table.available() >= 1
+        try:
+            moves = self.table.fork(seq, child)
+        except OutOfPages:
+            assert not fits and snapshot(self.table) == before
+            return
+        self.move(moves)
+        self.seqs[child.id] = child
+        self.taint[child.id] = self.taint[seq.id]
+        self.expected[child.id] = [list(lane) for lane in self.expected[seq.id]]
+        self.positions[child.id] = [list(lane) for lane in self.positions[seq.id]]
+        assert child.stored == seq.stored
+
+    @precondition(lambda self: self.seqs)
+    @rule()
+    def keep(self) -> None:
+        r, seq = self.random, self.pick()
+        lane = r.randrange(PER_SLAB[seq.lanes])
+        values, positions = self.expected[seq.id][lane], self.positions[seq.id][lane]
+        n = len(values)
+        slots = sorted(r.sample(range(n), r.randint(0, n))) if r.random() < 0.8 else list(range(r.randint(0, n)))
+        before = snapshot(self.table)
+        try:
+            moves = self.table.keep(seq, lane, slots)
+        except OutOfPages:
+            assert snapshot(self.table) == before
+            return
+        self.move(moves)
+        self.expected[seq.id][lane] = [values[i] for i in slots]
+        self.positions[seq.id][lane] = [positions[i] for i in slots]
+        if len(slots) < n:
+            self.taint[seq.id] = (seq.id, len(self.numbers), self.taint[seq.id])
+
+    @precondition(lambda self: self.seqs)
+    @rule()
+    def preempt(self) -> None:
+        seq = self.pick()
+        self.table.free(seq)
+        del self.seqs[seq.id]
+        self.forget()
+        self.enter(seq)
+
+    @precondition(lambda self: self.seqs)
+    @rule()
+    def finish(self) -> None:
+        seq = self.pick()
+        self.table.free(seq)
+        del self.seqs[seq.id]
+
+    @invariant()
+    def everything_lies_where_it_should(self) -> None:
+        if not hasattr(self, "table"):  # before `start`
+            return
+        table = self.table
+        table.check()
+        self.forget()
+        assert table.used() + table.available() == SLABS and table.peak >= table.used()
+        for seq in self.seqs.values():
+            for lane, values in zip(table._held[seq.id].lanes, self.expected[seq.id], strict=True):
+                for i, page in enumerate(lane.pages):
+                    block = self.memory[self.units(seq.lanes, page)]
+                    assert not np.any(block == POISON), f"page {page} still holds what its former owner left"
+                    want = values[i * PAGE : (i + 1) * PAGE]
+                    assert np.all(block[:, : len(want)] == want), f"sequence {seq.id}, page {i}"
+        below = [(node, node.key[1]) for node in table.prefix.root.children.values()]
+        while below:
+            node, prefix = below.pop()
+            want = [self.numbers[(None, node.key[0], prefix[:i])] for i in range(len(prefix) - PAGE + 1, len(prefix) + 1)]
+            assert np.all(self.memory[self.units(Lanes.SHARED, node.page)] == want), f"published page {node.page}"
+            below += [(child, prefix + child.key[1]) for child in node.children.values()]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "table"):
+            return
+        for seq in self.seqs.values():
+            self.table.free(seq)
+        self.table.check()
+        assert self.table.available() == SLABS
+        all_of_it = make(0, range(100, 100 + SLABS * PAGE))
+        self.table.open(all_of_it)
+        self.table.reserve([Work(all_of_it, SLABS * PAGE)], [EMPTY])  # evicts every published page
+        self.table.check()
+        assert not self.table.prefix.nodes
+        self.table.free(all_of_it)
+        self.table.check()
+        assert len(self.table._free) == SLABS
+
+
+TestProgram = Program.TestCase
+TestProgram.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,142 @@
+"""What each family's file makes of a config: fields, places of weights, rope, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from redraft import registry
+from redraft.errors import CheckpointError, Unsupported
+from redraft.models import rotary
+from redraft.models.spec import Experts, Mlp, ModelSpec
+from tests.models import tiny
+
+
+def config(name: str, **changes: Any) -> Any:
+    prefix, fields = tiny.FAMILIES[name]
+    return getattr(transformers, f"{prefix}Config")(**{**fields, **changes})
+
+
+def spec(name: str, **changes: Any) -> ModelSpec:
+    prefix = tiny.FAMILIES[name][0]
+    family = f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}"
+    made: ModelSpec = registry.load(registry.FAMILIES[family])(config(name, **changes))
+    return made
+
+
+def test_llama() -> None:
+    model = spec("llama-biases")
+    layer = model.layers[0]
+    assert (model.vocab, model.hidden, model.context, len(model.layers), model.tied) == (tiny.V, 24, tiny.CONTEXT, 3, False)
+    assert (layer.heads, layer.kv_heads, layer.head_dim, layer.window, layer.qk_norm) == (4, 2, 10, None, None)
+    assert layer.qkv_bias and layer.out_bias and layer.mlp == Mlp(40, "silu", gated=True, bias=True)
+    assert model.source("layers.2.qkv.bias").names == tuple(f"model.layers.2.self_attn.{p}_proj.bias" for p in "qkv")
+    assert model.source("layers.2.qkv.bias").rows == (40, 20, 20)
+    assert model.source("layers.0.up.weight").names == ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    assert not spec("llama2").layers[0].qkv_bias
+
+
+def test_windows() -> None:
+    assert [layer.window for layer in spec("mistral").layers] == [11] * 3
+    assert [layer.window for layer in spec("mistral-full").layers] == [None] * 3
+    assert [layer.window for layer in spec("qwen2").layers] == [None] * 3
+    assert [layer.window for layer in spec("qwen2-window").layers] == [None, None, 9]
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert [layer.window for layer in spec("qwen2-window", layer_types=kinds).layers] == [9, None, 9]
+
+
+def test_qwen() -> None:
+    assert spec("qwen2").layers[0].qkv_bias and not spec("qwen2").layers[0].out_bias
+    assert spec("qwen3").tied and spec("qwen3").layers[0].qk_norm is not None and spec("qwen3").layers[0].head_dim == 12
+    assert "layers.0.q_norm.weight" in spec("qwen3").shapes()
+
+
+def test_mixtral() -> None:
+    model = spec("mixtral")
+    assert model.layers[0].mlp == Experts(5, 2, Mlp(40, "silu", gated=True), renormalise=True)
+    assert model.source("layers.1.experts.up").stack[4] == tuple(
+        f"model.layers.1.block_sparse_moe.experts.4.{p}.weight" for p in ("w1", "w3")
+    )
+
+
+def test_gpt2() -> None:
+    model = spec("gpt2")
+    layer = model.layers[0]
+    assert model.tied and model.learned_positions == tiny.CONTEXT and layer.rotary is None
+    assert (layer.norm.kind, layer.qkv_bias, layer.out_bias) == ("layer", True, True)
+    assert layer.mlp == Mlp(96, "gelu_tanh", gated=False, bias=True)
+    place = model.source("layers.1.qkv.weight")
+    assert place.transposed and place.otherwise is not None and place.otherwise.names == ("h.1.attn.c_attn.weight",)
+    assert not model.source("layers.1.qkv.bias").transposed
+
+
+@pytest.mark.parametrize(
+    ("theta", "context", "rope"),
+    [
+        (10_000.0, 4096, {"rope_type": "linear", "factor": 4.0}),
+        (5e5, 131072, {**tiny._LLAMA3, "original_max_position_embeddings": 8192}),  # Llama 3.1 8B
+        (5e5, 131072, {**tiny._LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}),  # Llama 3.2 1B
+        (1e6, 32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),  # Qwen2.5
+        (1e4, 4096, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048, "attention_factor": 0.7}),
+        (1e4, 4096, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "mscale": 0.8, "mscale_all_dim": 0.5}),
+        (1e4, 4096, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "beta_fast": 20, "truncate": False}),
+    ],
+)
+def test_rope_equals_transformers(theta: float, context: int, rope: dict[str, Any]) -> None:
+    made = config("llama2", head_dim=64, max_position_embeddings=context, rope_parameters={**rope, "rope_theta": theta})
+    want, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](made, None)
+    got = rotary.rotary(made, 64)
+    assert got.frequencies == pytest.approx(want.tolist(), rel=1e-5)
+    assert got.scale == pytest.approx(scale, rel=1e-9)
+    assert got.frequencies != rotary.rotary(config("llama2", rope_parameters={"rope_type": "default", "rope_theta": theta}), 64).frequencies
+
+
+class Old:
+    """A config as transformers 4 has it."""
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(max_position_embeddings=64, **fields)
+
+
+def test_rope_of_older_configs() -> None:
+    assert rotary.rotary(Old(rope_theta=100.0, rope_scaling=None), 4).frequencies == pytest.approx((1.0, 0.1))  # type: ignore[arg-type]
+    old = Old(rope_theta=100.0, rope_scaling={"type": "linear", "factor": 2.0})
+    assert rotary.rotary(old, 4).frequencies == pytest.approx((0.5, 0.05))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="'linear' lacks 'factor'"):
+        rotary.rotary(Old(rope_theta=100.0, rope_scaling={"type": "linear"}), 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "'longrope'"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_type": "default", "spiral": 3}, "'spiral'"),
+    ],
+)
+def test_rope_refusals(rope: dict[str, Any], named: str) -> None:
+    with pytest.raises(Unsupported, match=named):
+        rotary.rotary(Old(rope_parameters={**rope, "rope_theta": 1e4}), 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error", "named"),
+    [
+        ("llama2", {"hidden_act": "mish"}, Unsupported, "activation 'mish'"),
+        ("llama2", {"attn_logit_softcapping": 50.0}, Unsupported, "attn_logit_softcapping = 50.0"),
+        ("llama2", {"final_logit_softcapping": 30.0}, Unsupported, "final_logit_softcapping"),
+        ("llama2", {"num_key_value_heads": 3}, CheckpointError, "num_key_value_heads = 3"),
+        ("mistral", {"layer_types": ["sliding_attention"] * 3}, Unsupported, "layer_types"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, Unsupported, "chunked_attention"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, Unsupported, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"scale_attn_weights": False}, Unsupported, "scale_attn_weights"),
+        ("gpt2", {"add_cross_attention": True}, Unsupported, "add_cross_attention"),
+    ],
+)
+def test_fields_that_would_change_the_network(name: str, changes: dict[str, Any], error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        spec(name, **changes)

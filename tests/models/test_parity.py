@@ -1,0 +1,82 @@
+"""Logits of every family equal transformers', however the prompt is cut into steps."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from redraft import registry
+from redraft.core.batch import Batch
+from redraft.core.plan import Accepted, Work
+from redraft.core.taps import Taps
+from redraft.core.testing import sequence
+from redraft.core.tree import EMPTY
+from redraft.models import loader
+from redraft.models.runner import Runner
+from tests.models import tiny
+
+PROMPT = torch.randint(3, tiny.V, (45,), generator=torch.Generator().manual_seed(5)).tolist()  # two pages
+BACKENDS = {"torch": torch.float32, "reference": torch.float64}
+SHARE = 1e-4  # of the largest logit
+
+
+@cache
+def expected(name: str) -> torch.Tensor:
+    with torch.inference_mode():
+        return tiny.model(name)(torch.tensor([PROMPT])).logits[0].double()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny")
+
+
+def logits(runner: Runner, rows: int) -> torch.Tensor:
+    """[len(PROMPT), V], `rows` tokens a step."""
+    seq = sequence(PROMPT, prompt_logprobs=0)
+    runner.table.open(seq)
+    out = []
+    while seq.pending:
+        work = [Work(seq, min(rows, seq.pending))]
+        pages = runner.table.reserve(work, [EMPTY])
+        runner.store.zero(pages.fresh)
+        result = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
+        assert result.logits is not None
+        assert result.argmax.tolist() == result.logits.argmax(-1).tolist()
+        out.append(result.logits.double())
+        runner.store.move(runner.table.commit(work, [Accepted()]))
+    runner.table.free(seq)
+    runner.table.check()
+    return torch.cat(out)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    bound = SHARE * want.abs().max().item()
+    assert got.shape == want.shape
+    assert (got - want).abs().max().item() < bound
+    best = want.gather(-1, got.argmax(-1, keepdim=True))[:, 0]  # what transformers gives the token we would choose
+    assert (want.max(-1).values - best).max().item() < bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> None:
+    path = folder / name
+    if not path.exists():
+        tiny.save(name, path)
+    spec, weights = loader.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(BACKENDS[backend]), slabs=4)
+    for rows in (len(PROMPT), 7, 1):
+        close(logits(runner, rows), expected(name))
+
+
+def test_the_bound_sees_a_wrong_window(folder: Path) -> None:
+    """The must-fail control: one key too many in the window is far outside of the bound."""
+    path = tiny.save("mistral", folder / "wrong", sliding_window=12)
+    spec, weights = loader.load(path, dtype="float32")
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), slabs=4)
+    with pytest.raises(AssertionError):
+        close(logits(runner, 7), expected("mistral"))
