@@ -46,7 +46,9 @@ class SamplingParams(Settings):
     top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
     min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this fraction of the likeliest one's probability")
     typical_p: float = Field(1.0, gt=0, le=1, description="keep the tokens nearest to the entropy that hold this probability")
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False, description="divides (multiplies) positive (negative) logits of tokens seen in prompt and output")
+    repetition_penalty: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="divides (multiplies) positive (negative) logits of tokens seen in prompt and output"
+    )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted once from tokens seen in the output")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted per occurrence in the output")
     logit_bias: dict[int, float] = Field(default_factory=dict, description="added to the logits of token ids")
@@ -56,11 +58,13 @@ class SamplingParams(Settings):
     ignore_eos: bool = Field(False, description="the end-of-text token does not end the text")
     stop: tuple[str, ...] = Field((), description="texts that end the output")
     stop_token_ids: tuple[int, ...] = Field((), description="token ids that end the output")
-    include_stop_str_in_output: bool = False
+    include_stop_str_in_output: bool = Field(False, description="the text keeps the stop string that ended it")
     seed: int | None = Field(None, ge=0, lt=1 << 64, description="None: chosen at admission and reported")
-    logprobs: int | None = Field(None, ge=0, le=1024, description="log-probabilities of each token and of the k likeliest, of the raw logits")
+    logprobs: int | None = Field(
+        None, ge=0, le=1024, description="log-probabilities of each token and of the k likeliest, of the raw logits"
+    )
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
-    skip_special_tokens: bool = True
+    skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
     @field_validator("stop", "bad_words", mode="before")
     @classmethod
@@ -100,14 +104,14 @@ class CacheConfig(Settings):
     """The pool of pages that all requests share."""
 
     memory: int | None = Field(None, ge=1, description="bytes of the pool; None: `fraction` of what is free after the weights")
-    fraction: float = Field(0.3, gt=0, le=0.95)
-    prefix_sharing: bool = True
+    fraction: float = Field(0.3, gt=0, le=0.95, description="of what is free after the weights")
+    prefix_sharing: bool = Field(True, description="pages of equal prefixes are computed once")
 
 
 class SchedulerConfig(Settings):
     """Who runs, how many rows: a registered scheduler and the budgets it obeys."""
 
-    scheduler: str = "sarathi"
+    scheduler: str = Field("sarathi", description="name:option=value,... of a scheduler")
     token_budget: int = Field(512, ge=1, description="rows a step, prompts and drafts together")
     max_seqs: int = Field(64, ge=1, description="sequences that run at once")
     draft_rows: int = Field(16, ge=0, description="drafted nodes a sequence and step")

@@ -1,12 +1,12 @@
 """Every error that a user can cause or meet.
 
-    RedraftError
-    ├── InvalidInput            a field, its value and what is allowed (also a ValueError)
-    │   ├── UnknownMethod       no such method; near names are suggested
-    │   └── PromptTooLong       the prompt does not fit the context
-    ├── CheckpointError         a model folder that cannot be loaded: what and where
-    ├── OutOfMemory             weights or cache pool do not fit; with the figures
-    └── Unsupported             a backend, method or format that lacks what was asked, by name
+RedraftError
+├── InvalidInput            a field, its value and what is allowed (also a ValueError)
+│   ├── UnknownMethod       no such method; near names are suggested
+│   └── PromptTooLong       the prompt does not fit the context
+├── CheckpointError         a model folder that cannot be loaded: what and where
+├── OutOfMemory             weights or cache pool do not fit; with the figures
+└── Unsupported             a backend, method or format that lacks what was asked, by name
 """
 
 from __future__ import annotations

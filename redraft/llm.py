@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Self, cast
 
 import torch
 
 from redraft import registry
-from redraft.card import Guarantee
+from redraft.card import Card, Guarantee
 from redraft.config import EngineConfig, SamplingParams
 from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Request
+from redraft.draft.drafter import Drafter
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import InvalidInput, RedraftError
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Message, Tokenizer
+from redraft.ops.backend import Backend
 from redraft.sample.sampler import Sampler
+from redraft.sched.scheduler import Scheduler
 
 Prompt = str | Mapping[str, Any]
 
@@ -57,7 +60,8 @@ class RequestOutput:
         return self.error is not None or all(output.finish_reason for output in self.outputs)
 
 
-class Delta(NamedTuple):
+@dataclass(frozen=True)
+class Delta:
     """A piece of a stream: `prompt` is the prompt's place in the list, `index` the sample's."""
 
     prompt: int
@@ -69,6 +73,37 @@ class Delta(NamedTuple):
     finish_reason: str | None
     stats: Stats
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What follows from a configuration and the checkpoint's headers, before any weight is read. slabs: the pool."""
+
+    drafter: Drafter
+    scheduler: Scheduler
+    checkpoint: loader.Checkpoint
+    backend: Backend
+    max_model_len: int
+    slabs: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Setup:
+        drafter = registry.create("draft", config.draft)  # wrong names are told before the checkpoint is looked for
+        registry.create("verify", config.verify)
+        device = _device(config.model.device)
+        scheduler = _scheduler(config, device)
+        if config.model.backend not in registry.BACKENDS:
+            raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
+        path = loader.resolve(config.model.model)
+        checkpoint = loader.inspect(path, "float64" if config.model.backend == "reference" else config.model.dtype, device)
+        backend = registry.load(registry.BACKENDS[config.model.backend])(checkpoint.dtype, device)
+        max_model_len = config.model.max_model_len or checkpoint.context
+        if max_model_len > checkpoint.context:
+            raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
+        slab_bytes = backend.slab_bytes(checkpoint.spec)
+        free, most = memory.limits(device), scheduler.max_seqs
+        slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)
+        return cls(drafter, scheduler, checkpoint, backend, max_model_len, slabs)
 
 
 class LLM:
@@ -90,29 +125,16 @@ class LLM:
         self.config = config
         if config.model.threads is not None:
             torch.set_num_threads(config.model.threads)
-        drafter = registry.create("draft", config.draft)  # wrong names are told before anything is loaded
-        registry.create("verify", config.verify)
-        device = _device(config.model.device)
-        scheduler = self._scheduler(config, device)
-        path = loader.resolve(config.model.model)
-        checkpoint = loader.inspect(path, "float64" if config.model.backend == "reference" else config.model.dtype, device)
-        if config.model.backend not in registry.BACKENDS:
-            raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
-        backend = registry.load(registry.BACKENDS[config.model.backend])(checkpoint.dtype, device)
-        self.max_model_len = config.model.max_model_len or checkpoint.context
-        if self.max_model_len > checkpoint.context:
-            raise InvalidInput(f"max_model_len = {self.max_model_len}: the checkpoint's context is {checkpoint.context}")
-        slab_bytes = backend.slab_bytes(checkpoint.spec)
-        slabs = memory.pool_slabs(
-            config.cache, checkpoint, slab_bytes, self.max_model_len, max_seqs=scheduler.max_seqs, free=memory.limits(device)
-        )
-        self.tokenizer = Tokenizer(path)
+        setup = Setup.of(config)
+        checkpoint = setup.checkpoint
+        self.max_model_len = setup.max_model_len
+        self.tokenizer = Tokenizer(checkpoint.path)
         self.defaults = checkpoint.defaults
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
-        weights = loader.read(checkpoint, device)
-        self.runner = Runner(checkpoint.spec, weights, backend, slabs, sharing=config.cache.prefix_sharing)
-        self.engine = self._engine(scheduler, drafter)
+        weights = loader.read(checkpoint, setup.backend.device, setup.backend.pack)
+        self.runner = Runner(checkpoint.spec, weights, setup.backend, setup.slabs, sharing=config.cache.prefix_sharing)
+        self.engine = self._engine(setup.scheduler, setup.drafter)
         self._numbers = itertools.count()
 
     def sibling(self, **options: Any) -> Self:
@@ -124,7 +146,7 @@ class LLM:
         twin.__dict__.update(self.__dict__)
         twin.config = changed.but(model=self.config.model, cache=self.config.cache)
         drafter = registry.create("draft", twin.config.draft)
-        twin.engine = twin._engine(self._scheduler(twin.config, self.runner.backend.device), drafter)
+        twin.engine = twin._engine(_scheduler(twin.config, self.runner.backend.device), drafter)
         return twin
 
     @property
@@ -132,14 +154,8 @@ class LLM:
         """The weakest of the parts."""
         config = self.config
         parts = {"draft": config.draft, "verify": config.verify, "sched": config.schedule.scheduler}
-        return max(registry.method(seam, registry.parse(text)[0]).card.guarantee for seam, text in parts.items())  # type: ignore[attr-defined]
-
-    @staticmethod
-    def _scheduler(config: EngineConfig, device: torch.device) -> Any:
-        schedule = config.schedule
-        total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
-        budgets = {"token_budget": schedule.token_budget, "max_seqs": schedule.max_seqs, "draft_rows": schedule.draft_rows}
-        return registry.create("sched", schedule.scheduler, draft_total=total, **budgets)
+        cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in parts.items()]
+        return max(card.guarantee for card in cards)
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings)
@@ -162,9 +178,7 @@ class LLM:
         given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
         return SamplingParams(**{**self.defaults, **given})
 
-    def generate(
-        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None) -> list[RequestOutput]:
         """Texts for one prompt or a list: each a string or {"prompt_token_ids": [...]}. A single bad prompt raises; in
         a list its RequestOutput.error is set and the rest finish."""
         outputs = self._submit(prompts, params)
@@ -183,33 +197,28 @@ class LLM:
         if not messages:
             raise InvalidInput("messages is empty: at least one message is needed")
         if isinstance(messages[0], Mapping):
-            return {"prompt_token_ids": self.tokenizer.encode_chat(messages)}  # type: ignore[arg-type]
-        return [{"prompt_token_ids": self.tokenizer.encode_chat(one)} for one in messages]  # type: ignore[arg-type]
+            return {"prompt_token_ids": self.tokenizer.encode_chat(cast(Seq[Message], messages))}
+        return [{"prompt_token_ids": self.tokenizer.encode_chat(one)} for one in cast(Seq[Seq[Message]], messages)]
 
-    def stream(
-        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> Iterator[Delta]:
+    def stream(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None) -> Generator[Delta]:
         """The same as `generate`, piece by piece. Closing the iterator aborts what is not finished."""
         outputs = self._submit(prompts, params)
         return self._deltas(outputs)
 
-    def _deltas(self, outputs: list[RequestOutput]) -> Iterator[Delta]:
+    def _deltas(self, outputs: list[RequestOutput]) -> Generator[Delta]:
         place = {output.request_id: i for i, output in enumerate(outputs)}
         for i, output in enumerate(outputs):
             if output.error is not None:
                 yield Delta(i, 0, "", [], [], [], "error", Stats(), output.error)
         for event in self._run(outputs):
             reason = None if event.reason is None else str(event.reason)
-            yield Delta(
-                place[event.request.id], event.index, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats
-            )
+            yield Delta(place[event.request.id], event.index, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats)
 
-    def _submit(
-        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None
-    ) -> list[RequestOutput]:
+    def _submit(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None) -> list[RequestOutput]:
         single = isinstance(prompts, (str, Mapping))
-        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        every = list(params) if isinstance(params, (list, tuple)) else [params] * len(many)
+        many: list[Prompt] = [cast(Prompt, prompts)] if single else list(cast(Seq[Prompt], prompts))
+        every: list[SamplingParams | None]
+        every = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(every) != len(many):
             raise InvalidInput(f"{len(many)} prompts but {len(every)} sampling params: give one, or one each")
         outputs = []
@@ -226,9 +235,7 @@ class LLM:
                 output.error = str(error)
             else:
                 output.seed = request.params.seed
-                output.outputs = [
-                    CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)
-                ]
+                output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
             outputs.append(output)
         return outputs
 
@@ -275,6 +282,13 @@ class LLM:
         output.cached_tokens = event.request.cached_tokens
         if event.request.params.prompt_logprobs is not None:
             output.prompt_logprobs = event.request.prompt_logprobs
+
+
+def _scheduler(config: EngineConfig, device: torch.device) -> Scheduler:
+    schedule = config.schedule
+    total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
+    budgets = {"token_budget": schedule.token_budget, "max_seqs": schedule.max_seqs, "draft_rows": schedule.draft_rows}
+    return cast(Scheduler, registry.create("sched", schedule.scheduler, draft_total=total, **budgets))
 
 
 def _device(name: str) -> torch.device:

@@ -64,7 +64,7 @@ def options(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
-    """"name:option=value,option=value" -> (name, {option: value}), values still text."""
+    """ "name:option=value,option=value" -> (name, {option: value}), values still text."""
     name, _, rest = text.partition(":")
     given: dict[str, str] = {}
     for item in filter(None, rest.split(",")):

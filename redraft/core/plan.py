@@ -60,7 +60,6 @@ class Accepted(NamedTuple):
 class StepResult:
     """Everything a step found, for drafters and policies that learn from it. `out` is the backend's Outputs."""
 
-
     work: list[Work]
     trees: list[TokenTree]
     batch: Batch

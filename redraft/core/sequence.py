@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -56,7 +55,7 @@ class Sequence:
     stored: int = 0
     lanes: Lanes = Lanes.SHARED
     reason: FinishReason | None = None
-    state: dict[Hashable, Any] = field(default_factory=dict)
+    state: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def params(self) -> SamplingParams:

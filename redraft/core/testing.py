@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 
@@ -13,17 +14,17 @@ from redraft.core.plan import Work
 from redraft.core.sequence import Lanes, Request, Sequence
 
 
-def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None = None, **params: object) -> Sequence:
+def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None = None, **params: Any) -> Sequence:
     """A sequence that belongs to no engine; `params` are SamplingParams fields."""
     tokens = list(tokens)
     length = len(tokens) if prompt_len is None else prompt_len
-    request = Request("test", tokens[:length], SamplingParams(**params))  # type: ignore[arg-type]
+    request = Request("test", tokens[:length], SamplingParams(**params))
     seq = Sequence(0, request, 0, tokens, length, seed=request.params.seed or 0, border=1 << 30, stored=stored)
     request.sequences.append(seq)
     return seq
 
 
-def work(tokens: Iterable[int], *, stored: int = 0, rows: int | None = None, **params: object) -> Work:
+def work(tokens: Iterable[int], *, stored: int = 0, rows: int | None = None, **params: Any) -> Work:
     """Work on a fresh sequence; all pending rows unless told otherwise."""
     seq = sequence(tokens, stored=stored, **params)
     return Work(seq, seq.pending if rows is None else rows)

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
@@ -15,7 +14,6 @@ from redraft.core.noise import sample_seed
 from redraft.core.plan import Accepted, StepPlan, StepResult, Work
 from redraft.core.sequence import FinishReason, Request, Sequence
 from redraft.core.taps import Taps
-from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.text import Decode, Text, find_stop, held_back
 from redraft.errors import InvalidInput, PromptTooLong, Unsupported
@@ -38,7 +36,8 @@ class Stats:
         return 1 + self.accepted / self.steps if self.steps else 0.0
 
 
-class Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Event:
     """News of one text. drafted[i]: whether tokens[i] was an accepted draft; the last event carries the reason."""
 
     request: Request
@@ -321,7 +320,7 @@ class Engine:
         seq.stored = 0
         while seq.state:
             plugin, state = seq.state.popitem()
-            plugin.end(state)  # type: ignore[attr-defined]
+            plugin.end(state)
 
     def _decoder(self, seq: Sequence) -> Decode:
         decode = self.decode if seq.params.skip_special_tokens else self.decode_all

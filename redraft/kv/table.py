@@ -144,12 +144,9 @@ class PageTable:
         will attach `matched` of them. An upper bound, also as a sum over sequences: free pages of carved slabs are not
         counted on. While the sum is at most available(), reserve succeeds."""
         held = self._held.get(seq.id)
-        pool = self._pools[seq.lanes]
-        if held is not None:
-            missing = held.missing(rows, self.page)
-        else:
-            missing = pool.per_slab * (-(-rows // self.page) - matched // self.page)
-        return -(-missing // pool.per_slab)
+        if held is None:  # as many lanes as pages in a slab, all of one length
+            return -(-rows // self.page) - matched // self.page
+        return -(-held.missing(rows, self.page) // held.pool.per_slab)
 
     def gain(self, seq: Sequence) -> int:
         """Slabs that freeing `seq` would add to available(): those whose pages nobody else lists."""

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+Pack = Callable[[Linear], Linear]
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -85,7 +87,7 @@ def resolve(model: str) -> Path:
     try:
         # top-level files only: repositories also keep originals and exports of other runtimes in folders
         found = snapshot_download(hub["repo"], revision=hub["revision"], allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"])
-    except Exception as error:  # noqa: BLE001 - the hub's client lets errors of three libraries through
+    except Exception as error:  # the hub's client lets errors of three libraries through
         raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {_first_line(error)}") from None
     return Path(found)
 
@@ -112,7 +114,7 @@ def read_config(path: Path) -> PretrainedConfig:
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 - whatever a family's own checks raise
+    except Exception as error:  # whatever a family's own checks raise
         raise CheckpointError(f"{file}: {_first_line(error)}") from None
     return config
 
@@ -136,6 +138,8 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu")
         raise type(error)(f"{path / 'config.json'}: {error}") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field missing or out of all range
         raise CheckpointError(f"{path / 'config.json'}: {_first_line(error)}") from None
+    if config.model_type != spec.family:
+        raise CheckpointError(f"{path / 'config.json'}: model_type {config.model_type!r} is not that of {config.architectures}")
     entries = _entries(path)
     sources = {name: _check(path, entries, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
     _check_nothing_left(path, spec, sources, entries)
@@ -151,9 +155,9 @@ def load(path: Path, device: torch.device | str = "cpu", dtype: str = "auto") ->
     return checkpoint.spec, read(checkpoint, device)
 
 
-def read(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Weights:
+def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack = lambda weights: weights) -> Weights:
     """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files, so that at
-    no time more than one weight is held twice."""
+    no time more than one weight is held twice. `pack` (Backend.pack) gives linear weights their final form."""
     tensors: dict[str, Tensor] = {}
     files = {file: _open(file) for file in sorted({entry.file for entry in checkpoint.entries.values()})}
     shapes = checkpoint.spec.shapes()
@@ -172,12 +176,20 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Weights:
         head = files[checkpoint.entries["lm_head.weight"].file].get_tensor("lm_head.weight")
         if not torch.equal(head.to(tensors["embed"]), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, yet tie_word_embeddings is true")
-    return _assemble(checkpoint.spec, tensors)
+    return _assemble(checkpoint.spec, tensors, pack)
 
 
-def _assemble(spec: ModelSpec, tensors: dict[str, Tensor]) -> Weights:
+def hollow(checkpoint: Checkpoint) -> Weights:
+    """The weights as shapes on the meta device, without reading a number: for a Runner that is only looked at."""
+    shapes = checkpoint.spec.shapes().items()
+    return _assemble(checkpoint.spec, {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes}, lambda weights: weights)
+
+
+def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], pack: Pack) -> Weights:
     def linear(name: str) -> Linear | None:
-        return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) if f"{name}.weight" in tensors else None
+        if f"{name}.weight" not in tensors:
+            return None
+        return pack(Linear(tensors.pop(f"{name}.weight"), tensors.get(f"{name}.bias")))  # popped: freed once packed
 
     def norm(name: str) -> NormWeights | None:
         return NormWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) if f"{name}.weight" in tensors else None
@@ -203,7 +215,7 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor]) -> Weights:
     assert final
     return Weights(
         embed=tensors["embed"],
-        head=tensors["embed"] if spec.tied else tensors["head"],
+        head=pack(Linear(tensors["embed"] if spec.tied else tensors.pop("head"))),
         final_norm=final,
         layers=tuple(layer(f"layers.{i}") for i in range(len(spec.layers))),
         positions=tensors.get("positions"),

@@ -57,7 +57,7 @@ class Weights:
     """All of a model's numbers, on one device, in one dtype."""
 
     embed: Tensor
-    head: Tensor  # the same tensor as `embed` when tied
+    head: Linear  # over `embed` itself when tied
     final_norm: NormWeights
     layers: tuple[LayerWeights, ...]
     positions: Tensor | None = None
@@ -120,6 +120,10 @@ class Backend(Protocol):
 
     def plan(self, batch: Batch, spec: ModelSpec) -> Any:
         """Device tensors of one step: rows, positions, places, masks. Unsupported by name where a feature lacks."""
+        ...
+
+    def pack(self, weights: Linear) -> Linear:
+        """The form of a weight that `linear` likes best; called once at load, on one weight at a time."""
         ...
 
     def embed(self, weights: Weights, plan: Any) -> Tensor: ...

@@ -58,6 +58,9 @@ class Reference:
     def plan(self, batch: Batch, spec: ModelSpec) -> Plan:
         return Plan(batch, torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).double())
 
+    def pack(self, weights: Linear) -> Linear:
+        return weights
+
     def embed(self, weights: Weights, plan: Plan) -> Tensor:
         x = weights.embed[plan.tokens]
         return x if weights.positions is None else x + weights.positions[plan.positions.long()]
@@ -149,7 +152,7 @@ class Reference:
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Plan, taps: Taps) -> Outputs:
         rows = self.norm(x[torch.from_numpy(plan.batch.logit_rows).long()], weights.final_norm, final)
-        logits = rows @ weights.head.T
+        logits = self.linear(rows, weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         argmax = logits.argmax(-1).int().numpy()
         return Outputs(argmax, top_k, logits if taps.logits else None)

@@ -7,6 +7,7 @@ sequences with many rows (prompt chunks) go alone, so that padding never costs m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
 from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Weights, best_first
 
 PAGE = 32
+PACKED_FOR = 16  # rows; the layout serves every number of rows, one made for a single row serves only that
 ALONE = 48  # a sequence with more rows than this is attended by itself
 
 
@@ -204,8 +206,18 @@ class TorchOps:
             return F.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, norm.eps)
         return F.rms_norm(x, x.shape[-1:], weights.weight, norm.eps)
 
+    def pack(self, weights: Linear) -> Linear:
+        """On the CPU, oneDNN's blocked layout: 17 rows then cost 1.7 times one row instead of 2.3 (docs/log.md)."""
+        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+            return weights
+        return Linear(torch.ops.mkldnn._reorder_linear_weight(weights.weight, PACKED_FOR), weights.bias)
+
     def linear(self, x: Tensor, weights: Linear) -> Tensor:
-        return F.linear(x, weights.weight, weights.bias)
+        if not weights.weight.is_mkldnn:
+            return F.linear(x, weights.weight, weights.bias)
+        if not len(x):
+            return x.new_empty(0, weights.weight.shape[0])
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weights.weight, weights.bias, "none", [], ""))
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
         gate = x.narrow(-1, 0, x.shape[-1] // 2) if gated else x
@@ -281,7 +293,7 @@ class TorchOps:
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Plan, taps: Taps) -> Outputs:
         rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
-        logits = F.linear(self.norm(rows, weights.final_norm, final), weights.head)
+        logits = self.linear(self.norm(rows, weights.final_norm, final), weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         argmax = logits.argmax(-1).int().cpu().numpy()
         return Outputs(argmax, top_k, logits if taps.logits else None)

@@ -28,7 +28,7 @@ from redraft.sample.processors.bias import Bias
 from redraft.sample.processors.min_p import MinP
 from redraft.sample.processors.min_tokens import MinTokens
 from redraft.sample.processors.penalties import Penalties
-from redraft.sample.processors.processor import F64, I64, Processor, Row, Vocabulary, ranked
+from redraft.sample.processors.processor import F64, I64, Processor, Row, Vocabulary, top
 from redraft.sample.processors.temperature import Temperature
 from redraft.sample.processors.top_k import TopK
 from redraft.sample.processors.top_p import TopP
@@ -109,9 +109,9 @@ class TargetLaw:
         for token, values in zip(ids, self._fetch(rows), strict=True):
             own = values[token]
             rank = 1 + np.count_nonzero(values > own) + np.count_nonzero(values[:token] == own)
-            best = ranked(values, k) if k else self.sampler.ids[:0]
-            top = values.max()
-            total = top + np.log(np.exp(values - top).sum())
+            best = top(values, k)
+            most = values.max()
+            total = most + np.log(np.exp(values - most).sum())
             likeliest = tuple(zip(best.tolist(), (values[best] - total).tolist(), strict=True))
             found.append(TopLogprobs(token, float(own - total), int(rank), likeliest))
         return found

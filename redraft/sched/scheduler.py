@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 
 from redraft.card import Card
 from redraft.core.plan import Budget, StepPlan, Work
-from redraft.core.sequence import Sequence
+from redraft.core.sequence import Lanes, Sequence
 from redraft.errors import InvalidInput
 
 
@@ -66,7 +66,7 @@ class Scheduler:
         ordered = self.order(run)
         drawing = [seq for seq in ordered if seq.pending == 1 and seq.border >= len(seq.tokens)]
         share = min(self.draft_rows, self.draft_total // len(drawing)) if drawing else 0
-        drafts = set(seq.id for seq in drawing) if share else set()
+        drafts = {seq.id for seq in drawing} if share else set()
         left = self.token_budget
         work: list[Work] = []
         budgets: list[Budget] = []
@@ -93,8 +93,9 @@ class Scheduler:
                 if len(run) + len(admit) == self.max_seqs or left <= 0:
                     break
                 salt = seq.request.salt
-                # a prompt whose logprobs are wanted must run as a whole
-                matched = 0 if seq.params.prompt_logprobs is not None else table.match(seq.tokens, salt)
+                # only shared lanes attach pages, and a prompt whose logprobs are wanted must run as a whole
+                shares = seq.lanes is Lanes.SHARED and seq.params.prompt_logprobs is None
+                matched = table.match(seq.tokens, salt) if shares else 0
                 cost = table.need(seq, len(seq.tokens), matched) + (table.idle_matched(seq.tokens, salt) if matched else 0)
                 reserve = int(self.watermark * table.slabs) if run or admit else 0
                 if cost > spare - reserve:

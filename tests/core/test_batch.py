@@ -104,5 +104,6 @@ def test_each_sequence_needs_a_tree():
 def test_dtypes():
     w = work([1, 2])
     batch = Batch.pack([w], [EMPTY], view([w]))
-    assert {a.dtype for a in (batch.tokens, batch.positions, batch.starts, batch.tree_starts, batch.logit_rows, batch.roots)} == {np.dtype(np.int32)}
+    arrays = [batch.tokens, batch.positions, batch.starts, batch.tree_starts, batch.logit_rows, batch.roots]
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
     assert batch.ancestors.dtype == np.uint64 and batch.ancestors.shape[0] == 0

@@ -55,7 +55,12 @@ def test_a_chain():
 
 @pytest.mark.parametrize(
     ("tokens", "parents", "said"),
-    [([1, 4], [-1, 0], "node 1 has token 4, not in 0..3"), ([-1], [-1], "token -1"), ([1, 1], [-1, 1], "node 1 has parent 1"), ([1], [-2], "parent -2")],
+    [
+        ([1, 4], [-1, 0], "node 1 has token 4, not in 0..3"),
+        ([-1], [-1], "token -1"),
+        ([1, 1], [-1, 1], "node 1 has parent 1"),
+        ([1], [-2], "parent -2"),
+    ],
 )
 def test_a_drafters_bug_raises(tokens, parents, said):
     with pytest.raises(ValueError, match=said):

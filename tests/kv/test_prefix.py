@@ -27,8 +27,8 @@ def test_walk_finds_whole_pages_and_leaves_a_token() -> None:
     grow(tree, A, B, page=10)
     assert pages(tree, A + B + (9,)) == [10, 11]
     assert pages(tree, A + B) == [10]
-    assert pages(tree, A + (2,)) == [10]
-    assert pages(tree, A) == [] and pages(tree, ()) == [] and pages(tree, B + (9,)) == []
+    assert pages(tree, (*A, 2)) == [10]
+    assert pages(tree, A) == [] and pages(tree, ()) == [] and pages(tree, (*B, 9)) == []
     tree.check()
 
 
@@ -39,7 +39,7 @@ def test_a_page_belongs_to_its_parent_and_salt() -> None:
     grow(tree, A, page=30, salt="tenant")
     assert pages(tree, C + B + (9,)) == [20, 21]
     assert pages(tree, A + B + (9,), "tenant") == [30]
-    assert pages(tree, A + (9,), "other") == []
+    assert pages(tree, (*A, 9), "other") == []
     tree.check()
 
 

@@ -213,6 +213,19 @@ def test_least_recently_listed_leaf_goes_first() -> None:
     assert survivors == [(8, 4), (4, 4), (4, 0), (0, 0)]
 
 
+def test_a_prefix_is_evicted_from_its_end() -> None:
+    table = PageTable(3, LAYERS, HEADS, page=4)
+    old, filler = make(1, range(12)), make(2, range(50, 62))
+    admit(table, old)
+    table.free(old)
+    table.open(filler)
+    left = []
+    for _ in range(3):
+        run(table, filler, 4)
+        left.append(table.match(range(13), ""))
+    assert left == [8, 4, 0]
+
+
 def test_fork_copies_the_partial_page_only() -> None:
     table = PageTable(8, LAYERS, HEADS, page=4)
     seq, child = make(1, range(10)), make(2, [*range(10), 0])
@@ -392,6 +405,12 @@ class Program(RuleBasedStateMachine):
             assert table.need(seq, seq.pending) <= table.available()
         self.born(seq)
 
+    def leave(self, seq: Sequence) -> None:
+        promised = self.table.available() + self.table.gain(seq)
+        self.table.free(seq)
+        assert self.table.available() == promised
+        del self.seqs[seq.id]
+
     # -- the rules
 
     @precondition(lambda self: len(self.seqs) < 6)
@@ -442,7 +461,7 @@ class Program(RuleBasedStateMachine):
         return True
 
     def path_prefix(self, w: Work, tree: TokenTree, node: int) -> list[int]:
-        return w.seq.tokens[: w.seq.stored + w.rows] + tree.tokens[tree.path_to(node)].tolist()
+        return [*w.seq.tokens[: w.seq.stored + w.rows], *tree.tokens[tree.path_to(node)].tolist()]
 
     @precondition(lambda self: self.seqs)
     @rule(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 7)), min_size=1, max_size=4))
@@ -541,17 +560,14 @@ class Program(RuleBasedStateMachine):
     @rule()
     def preempt(self) -> None:
         seq = self.pick()
-        self.table.free(seq)
-        del self.seqs[seq.id]
+        self.leave(seq)
         self.forget()
         self.enter(seq)
 
     @precondition(lambda self: self.seqs)
     @rule()
     def finish(self) -> None:
-        seq = self.pick()
-        self.table.free(seq)
-        del self.seqs[seq.id]
+        self.leave(self.pick())
 
     @invariant()
     def everything_lies_where_it_should(self) -> None:
@@ -593,4 +609,4 @@ class Program(RuleBasedStateMachine):
 
 
 TestProgram = Program.TestCase
-TestProgram.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestProgram.settings = settings(max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))

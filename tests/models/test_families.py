@@ -77,8 +77,8 @@ def test_gpt2() -> None:
     ("theta", "context", "rope"),
     [
         (10_000.0, 4096, {"rope_type": "linear", "factor": 4.0}),
-        (5e5, 131072, {**tiny._LLAMA3, "original_max_position_embeddings": 8192}),  # Llama 3.1 8B
-        (5e5, 131072, {**tiny._LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}),  # Llama 3.2 1B
+        (5e5, 131072, {**tiny.LLAMA3, "original_max_position_embeddings": 8192}),  # Llama 3.1 8B
+        (5e5, 131072, {**tiny.LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}),  # Llama 3.2 1B
         (1e6, 32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),  # Qwen2.5
         (1e4, 4096, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048, "attention_factor": 0.7}),
         (1e4, 4096, {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 512, "mscale": 0.8, "mscale_all_dim": 0.5}),

@@ -19,14 +19,14 @@ _BASE = {
     "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _ROPE = {"rope_theta": 10_000.0}
-_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 _GPT2 = {"vocab_size": V, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 1, "eos_token_id": 2}
 
 # name -> (class prefix in transformers, fields of the config)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {**_BASE}),
-    "llama3": ("Llama", {**_BASE, "rope_parameters": {**_LLAMA3, "rope_theta": 500_000.0}}),
+    "llama3": ("Llama", {**_BASE, "rope_parameters": {**LLAMA3, "rope_theta": 500_000.0}}),
     "llama-linear": ("Llama", {**_BASE, "rope_parameters": {**_ROPE, "rope_type": "linear", "factor": 3.0}}),
     "llama-yarn": ("Llama", {**_BASE, "rope_parameters": {**_ROPE, **_YARN}}),
     "llama-biases": ("Llama", {**_BASE, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),

@@ -15,7 +15,8 @@ from redraft.core.sequence import Sequence
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-FIRST = 1024  # the largest so many values are sorted first; seldom does a filter need more
+FEW = 256  # so many are sorted rather than spread over buckets
+BUCKETS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,32 +62,41 @@ class Processor(Protocol):
         ...
 
 
-def largest(values: F64, n: int) -> I64:
-    """The places of the n largest, ascending; of equal ones the first. No sort: one partition."""
-    if n >= len(values):
-        return np.arange(len(values))
-    top = np.argpartition(values, -n)[-n:]
-    least = values[top].min()
-    above = np.flatnonzero(values > least)
-    ties = np.flatnonzero(values == least)[: n - len(above)]
-    return np.sort(np.concatenate([above, ties]))
+def largest(keys: F64, weights: F64, wanted: float) -> I64:
+    """The places, ascending, of the fewest largest keys whose weights sum to `wanted`; of equal keys the first.
+
+    No sort of them all: keys fall into buckets of equal width, the buckets before the one in which the sum is reached
+    are in, and only that one is looked at again.
+    """
+    inside = np.zeros(len(keys), bool)
+    places = np.arange(len(keys))  # of the keys not decided yet
+    while len(places) > FEW and (width := _width(keys)) > 0:
+        bucket = np.minimum((keys.max() - keys) / width, BUCKETS).astype(np.int64)
+        sums = np.cumsum(np.bincount(bucket, weights, BUCKETS + 1))
+        reached = int(np.searchsorted(sums, wanted))
+        inside[places[bucket < reached]] = True
+        wanted -= sums[reached - 1] if reached else 0
+        rest = np.flatnonzero(bucket == reached)
+        places, keys, weights = places[rest], keys[rest], weights[rest]
+    order = np.argsort(-keys, kind="stable")
+    inside[places[order[: int(np.searchsorted(np.cumsum(weights[order]), wanted)) + 1]]] = True
+    return np.flatnonzero(inside)
 
 
-def ranked(values: F64, n: int) -> I64:
-    """The places of the n largest, best first; of equal ones the first."""
-    places = largest(values, n)
-    return places[np.argsort(-values[places], kind="stable")]
+def _width(keys: F64) -> float:
+    """The buckets' width: 0 when all finite keys are equal, or there is none."""
+    finite = keys[keys > -np.inf]
+    return float(finite.max() - finite.min()) / BUCKETS if len(finite) else 0.0
 
 
-def nucleus(keys: F64, weights: F64, mass: float) -> I64:
-    """The places, ascending, of the fewest largest keys whose weights sum to `mass` of all the weights or more."""
-    wanted, n = mass * weights.sum(), FIRST
-    while True:
-        order = ranked(keys, n)
-        sums = np.cumsum(weights[order])
-        if sums[-1] >= wanted or n >= len(keys):
-            return np.sort(order[: int(np.searchsorted(sums, wanted)) + 1])
-        n *= 2
+def top(values: F64, k: int) -> I64:
+    """The places of the k largest, best first; of equal ones the first. One partition, no sort of them all."""
+    places = np.arange(len(values))
+    if 0 < k < len(values):
+        least = values[np.argpartition(values, -k)[-k:]].min()
+        above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
+        places = np.sort(np.concatenate([above, equal[: k - len(above)]]))
+    return places[np.argsort(-values[places], kind="stable")][:k]
 
 
 def weigh(values: F64) -> F64:

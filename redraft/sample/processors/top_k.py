@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+
 from redraft.config import SamplingParams
-from redraft.sample.processors.processor import Row, Vocabulary, largest
+from redraft.sample.processors.processor import Row, Vocabulary, top
 
 
 @dataclass(frozen=True)
@@ -18,4 +20,4 @@ class TopK:
         return cls(params.top_k) if 0 < params.top_k < vocabulary.size and not params.greedy else None
 
     def apply(self, row: Row) -> None:
-        row.keep(largest(row.values, self.k))
+        row.keep(np.sort(top(row.values, self.k)))

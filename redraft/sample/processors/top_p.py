@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+
 from redraft.config import SamplingParams
-from redraft.sample.processors.processor import Row, Vocabulary, nucleus, weigh
+from redraft.sample.processors.processor import Row, Vocabulary, largest, weigh
 
 
 @dataclass(frozen=True)
@@ -19,4 +21,8 @@ class TopP:
         return cls(params.top_p) if params.top_p < 1 and not params.greedy else None
 
     def apply(self, row: Row) -> None:
-        row.keep(nucleus(row.values, weigh(row.values), self.p))
+        weights = weigh(row.values)
+        total = weights.sum()
+        # the tokens below this weight hold (1 - p) / 2 together at most, so p is reached without them
+        likely = np.flatnonzero(weights > (1 - self.p) / 2 * total / len(weights))
+        row.keep(likely[largest(row.values[likely], weights[likely], self.p * total)])

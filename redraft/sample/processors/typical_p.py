@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from redraft.config import SamplingParams
-from redraft.sample.processors.processor import Row, Vocabulary, nucleus, weigh
+from redraft.sample.processors.processor import Row, Vocabulary, largest, weigh
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ class TypicalP:
         with np.errstate(divide="ignore"):
             information = -np.log(probs)
         likely = probs > 0
-        entropy = probs[likely] @ information[likely]
-        row.keep(nucleus(-np.abs(information - entropy), weights, self.p))
+        entropy = (probs[likely] * information[likely]).sum()  # no dot product: BLAS threads would change its last bit
+        row.keep(largest(-np.abs(information - entropy), probs, self.p))

@@ -1,0 +1,151 @@
+"""Two texts that should be the same: are they, and if not, is it a near-tie of the numbers or a fault?
+
+A text that differs from the plain loop's is fed to the plain model again, teacher-forced: its own tokens as a causal
+chain, no tree and no draft, with the processors, the seed and the positions of the request. It is excused where each of
+its tokens is the one the plain model draws there, or within `tolerance` of it: the difference to the best token (after
+processors and noise), or, for a token that a filter dropped, what its logit would have to gain to come back and win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from redraft.config import SamplingParams
+from redraft.core.batch import Batch
+from redraft.core.noise import Stream, gumbel, key
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Request, Sequence
+from redraft.core.taps import Taps
+from redraft.core.tree import EMPTY
+from redraft.llm import LLM
+from redraft.sample.processors.processor import F64, Row
+
+NEAR_TIE = 1e-4  # float32: architecture, section 6.6
+ROUND_OFFS = 2.0  # bfloat16 and float16: so many spacings of numbers as large as the row's largest logit
+CHUNK = 64
+
+
+def tolerance(dtype: torch.dtype, logits: F64) -> float:
+    """How far from the plain model's choice a token may lie. float64: not at all."""
+    if dtype is torch.float64:
+        return 0.0
+    if dtype is torch.float32:
+        return NEAR_TIE
+    return ROUND_OFFS * torch.finfo(dtype).eps * float(np.abs(logits[np.isfinite(logits)]).max())
+
+
+def tolerance_label(dtype: torch.dtype) -> str:
+    if dtype is torch.float64:
+        return "none"
+    if dtype is torch.float32:
+        return f"a margin under {NEAR_TIE:g}"
+    return f"a margin under {100 * ROUND_OFFS * torch.finfo(dtype).eps:.1f} % of the row's largest logit"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where a text left the plain loop's. `expected`, `found`: token ids, None where that text had
+    ended. `margin`: between the two after processors and noise, None where a filter dropped one or a text had ended.
+    `worst`: of all tokens of the text, the largest gap to the plain model's choice. near_tie: all within tolerance."""
+
+    prompt: str
+    turn: int
+    position: int
+    expected: int | None
+    found: int | None
+    margin: float | None
+    worst: float | None
+    near_tie: bool
+
+
+def first_difference(plain: Seq[int], text: Seq[int]) -> int | None:
+    """The first place at which two texts differ, None when they are equal."""
+    for i, (a, b) in enumerate(zip(plain, text)):
+        if a != b:
+            return i
+    return None if len(plain) == len(text) else min(len(plain), len(text))
+
+
+def examine(llm: LLM, name: str, turn: int, prompt: list[int], plain: list[int], text: list[int], params: SamplingParams) -> Divergence:
+    """Why `text` is not `plain`, both written after the tokens `prompt`; `llm` is the plain loop and must be idle."""
+    at = first_difference(plain, text)
+    assert at is not None
+    if at >= min(len(plain), len(text)):
+        expected, found = [tokens[at] if at < len(tokens) else None for tokens in (plain, text)]
+        return Divergence(name, turn, at, expected, found, None, None, False)
+    law = _Law(llm, prompt, text, params)
+    worst, margin, near = 0.0, None, True
+    for i, logits in enumerate(law.rows()):
+        most = tolerance(llm.runner.backend.dtype, logits)
+        row = law.weigh(logits, i)
+        gap = law.gap(row, logits, i, most)
+        worst, near = max(worst, gap), near and gap <= most
+        if i == at:
+            a, b = law.value(row, plain[i]), law.value(row, text[i])
+            margin = abs(a - b) if a is not None and b is not None else None
+            near = near and most > 0 and (margin is None or margin < most)
+    return Divergence(name, turn, at, plain[at], text[at], margin, worst, near)
+
+
+@dataclass(frozen=True)
+class _Law:
+    """The plain model's choice before each token of a text."""
+
+    llm: LLM
+    prompt: list[int]
+    text: list[int]
+    params: SamplingParams
+
+    def rows(self) -> Iterator[F64]:
+        """Raw logits, f64[V], before each token of the text, from causal chunks of the plain runner."""
+        runner = self.llm.runner
+        tokens = [*self.prompt, *self.text[:-1]]
+        params = self.params.but(prompt_logprobs=0)  # asks for the logits of every chain row
+        seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), params.seed or 0, border=len(tokens))
+        runner.table.open(seq)
+        try:
+            while seq.pending:
+                work = [Work(seq, min(CHUNK, seq.pending))]
+                first = seq.stored
+                pages = runner.table.reserve(work, [EMPTY])
+                runner.store.zero(pages.fresh)
+                out = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
+                assert out.logits is not None and len(out.logits) == work[0].rows
+                runner.store.move(runner.table.commit(work, [Accepted()]))
+                for row in out.logits[max(0, len(self.prompt) - 1 - first) :]:
+                    yield row.to(torch.float64).cpu().numpy()
+        finally:
+            runner.table.free(seq)
+
+    def weigh(self, logits: F64, i: int) -> Row:
+        """Processed logits with the noise of the token at place i of the text."""
+        sampler = self.llm.engine.sampler
+        seq = Sequence(-1, Request("replay", self.prompt, self.params), 0, self.prompt, len(self.prompt), self.params.seed or 0, border=0)
+        row = Row(sampler.ids, logits.copy(), seq, self.text[:i])
+        for processor in sampler.check(self.params):
+            processor.apply(row)
+        if not self.params.greedy:
+            row.values += gumbel(key(seq.seed, Stream.TARGET, len(self.prompt) + i), row.ids)
+        return row
+
+    def value(self, row: Row, token: int) -> float | None:
+        """What the token weighs there, None where a filter dropped it."""
+        place = np.flatnonzero(row.ids == token)
+        return float(row.values[place[0]]) if len(place) else None
+
+    def gap(self, row: Row, logits: F64, i: int, most: float) -> float:
+        """How far the text's token at place i lies behind the best; `most` for one that a filter dropped and a logit
+        larger by `most` brings back to the top, else infinite."""
+        own = self.value(row, self.text[i])
+        if own is not None:
+            return float(row.values.max()) - own
+        raised = logits.copy()
+        raised[self.text[i]] += most
+        row = self.weigh(raised, i)
+        own = self.value(row, self.text[i])
+        return most if own is not None and own >= row.values.max() else float("inf")

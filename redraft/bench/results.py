@@ -1,0 +1,156 @@
+"""From measurements to rows: speeds, ratios, equality of texts, repetition. One row an entry and category, and one over all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from statistics import median
+
+from redraft.bench.compare import Comparison, Entry, Mode, Run
+from redraft.bench.divergence import Divergence, examine
+from redraft.card import Guarantee
+
+GRAM = 8
+LOW_REPEAT = 0.3
+ENOUGH = 5  # outputs; with fewer of little repetition no speed-up is claimed for them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. tokens_per_second and speedup are medians over the rounds, speedup_low and speedup_high the
+    least and the largest; None where no speed-up may be claimed (`withheld` says why) or for the baseline itself.
+
+    tokens_equal: all texts of the plain loop in all rounds; first_divergence: else the first text that is not, a fault
+    before a near-tie; near_ties: texts that differ within the tolerance. repeated_8gram_share: of this entry's tokens.
+    low_repeat_outputs: prompts whose plain text has a share under 0.3, in a batch only where all of them have;
+    low_repeat_speedup: over those, None with fewer than five.
+    """
+
+    method: str
+    mode: str
+    category: str | None
+    guarantee: str
+    tokens_per_second: float
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    mean_acceptance_length: float
+    tokens_equal: bool
+    first_divergence: Divergence | None
+    near_ties: int
+    divergences: int
+    repeated_8gram_share: float
+    peak_kv_bytes: int
+    outputs: int
+    low_repeat_outputs: int
+    low_repeat_speedup: float | None
+    withheld: str | None = None
+
+
+def repeated(tokens: Seq[int], n: int = GRAM) -> int:
+    """How many tokens lie in an n-gram that occurs more than once in the text, all its occurrences counted."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    counts = Counter(grams)
+    covered = {i + k for i, gram in enumerate(grams) if counts[gram] > 1 for k in range(n)}
+    return len(covered)
+
+
+def output(run: Run, i: int) -> list[int]:
+    """All that was written in a conversation, turn behind turn."""
+    return [token for turn in run.conversations[i] for token in turn.tokens]
+
+
+def rows(comparison: Comparison) -> list[Row]:
+    """All entries over all prompts, then by category where there are several."""
+    categories = list(dict.fromkeys(group.category for group in comparison.groups))
+    found = [divergences(comparison, e) for e in range(len(comparison.entries))]
+    lies = {
+        entry.method
+        for entry, texts in zip(comparison.entries, found, strict=True)
+        if promises(comparison, entry) and any(not one.near_tie for one in texts.values())
+    }
+    chosen: list[str | None] = [None, *(categories if len(categories) > 1 else [])]
+    return [_row(comparison, e, category, found[e], lies) for category in chosen for e in range(len(comparison.entries))]
+
+
+def promises(comparison: Comparison, entry: Entry) -> bool:
+    """Whether the entry's guarantee says that the tokens are those of the plain loop."""
+    greedy = comparison.groups[0].params[0].greedy
+    return entry.llm.guarantee <= (Guarantee.SAME_TEXT_GREEDY if greedy else Guarantee.SAME_TEXT)
+
+
+def divergences(comparison: Comparison, e: int) -> dict[tuple[int, int], Divergence]:
+    """(group, prompt in it) -> the worst first divergence over the rounds. Turns behind it read other text and are not
+    compared."""
+    found: dict[tuple[int, int], Divergence] = {}
+    seen: dict[tuple[int, int, tuple[int, ...]], Divergence] = {}  # the rounds mostly repeat each other
+    plain_llm = comparison.entries[0].llm
+    for plain_round, own_round in zip(comparison.runs[0], comparison.runs[e], strict=True):
+        for g, (plain, own) in enumerate(zip(plain_round, own_round, strict=True)):
+            group = comparison.groups[g]
+            for i, (expected, got) in enumerate(zip(plain.conversations, own.conversations, strict=True)):
+                turn = next((t for t, (a, b) in enumerate(zip(expected, got)) if a.tokens != b.tokens), None)
+                if turn is None:
+                    continue
+                key = (g, i, tuple(got[turn].tokens))
+                if key not in seen:
+                    a, b = expected[turn], got[turn]
+                    seen[key] = examine(plain_llm, group.prompts[i].id, turn, a.prompt, a.tokens, b.tokens, group.params[i])
+                if (g, i) not in found or not seen[key].near_tie:
+                    found[g, i] = seen[key]
+    return found
+
+
+def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple[int, int], Divergence], lies: set[str]) -> Row:
+    entry, groups = comparison.entries[e], comparison.groups
+    wanted = [g for g, group in enumerate(groups) if category in (None, group.category)]
+    plain = comparison.runs[0]
+    little = [g for g in wanted if all(share(plain[0][g], i) < LOW_REPEAT for i in range(len(groups[g].prompts)))]
+    low_outputs = sum(len(groups[g].prompts) for g in little)
+    all_runs = [one[g] for one in comparison.runs[e] for g in wanted]
+    texts = [output(run, i) for run in all_runs for i in range(len(run.conversations))]
+    mine = {place: one for place, one in found.items() if place[0] in wanted}
+    worst_first = sorted(mine, key=lambda place: (mine[place].near_tie, place))
+    withheld = "its tokens differ from the plain loop's in this run" if entry.method in lies else None
+    claims = entry.mode is not Mode.BASELINE and withheld is None
+    ratios = _ratios(comparison, e, wanted) if claims else []
+    steps = sum(run.steps for run in all_runs)
+    return Row(
+        method=entry.method,
+        mode=str(entry.mode),
+        category=category,
+        guarantee=entry.llm.guarantee.label,
+        tokens_per_second=median(_speed(one, wanted) for one in comparison.runs[e]),
+        speedup=median(ratios) if ratios else None,
+        speedup_low=min(ratios, default=None),
+        speedup_high=max(ratios, default=None),
+        mean_acceptance_length=1 + sum(run.accepted for run in all_runs) / steps if steps else 0.0,
+        tokens_equal=not mine,
+        first_divergence=mine[worst_first[0]] if worst_first else None,
+        near_ties=sum(one.near_tie for one in mine.values()),
+        divergences=len(mine),
+        repeated_8gram_share=sum(map(repeated, texts)) / max(1, sum(map(len, texts))),
+        peak_kv_bytes=max(run.peak for run in all_runs) * entry.llm.runner.store.slab_bytes,
+        outputs=sum(len(groups[g].prompts) for g in wanted),
+        low_repeat_outputs=low_outputs,
+        low_repeat_speedup=median(_ratios(comparison, e, little)) if ratios and low_outputs >= ENOUGH else None,
+        withheld=withheld,
+    )
+
+
+def share(run: Run, i: int) -> float:
+    """The part of conversation i's output that lies in repeated 8-grams."""
+    tokens = output(run, i)
+    return repeated(tokens) / max(1, len(tokens))
+
+
+def _speed(runs: Seq[Run], wanted: Seq[int]) -> float:
+    """New tokens a second over some groups of one round."""
+    return sum(runs[g].tokens for g in wanted) / sum(runs[g].seconds for g in wanted)
+
+
+def _ratios(comparison: Comparison, e: int, wanted: Seq[int]) -> list[float]:
+    """Speed over the plain loop's, of each round."""
+    pairs = zip(comparison.runs[e], comparison.runs[0], strict=True)
+    return [_speed(own, wanted) / _speed(plain, wanted) for own, plain in pairs]

@@ -1,0 +1,60 @@
+"""`redraft compare`: the plain loop and drafting methods on the same prompts, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+
+
+@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "prefix_sharing"))
+def compare(
+    model: Model = "embedded",
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, messages or turns; else our own suite.")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="name:option=value,... of a drafter, repeated for more; else all.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens a prompt and turn.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The prompts' own seeds are made from it.")] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts that run at once, all of one category.")] = 1,
+    rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
+    limit: Annotated[int | None, typer.Option(help="At most so many prompts, evenly from all categories.")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Only this category, repeated for more.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    *,
+    sampling: Given,
+    engine: Given,
+) -> None:
+    """Measure drafters against the plain loop, on the same prompts and in the same process.
+
+    Runs are interleaved and repeated. The table has tokens a second, the speed-up with its spread, tokens a step, whether
+    the text is the plain loop's, and how repetitive it is. The table goes to stdout, the progress bar to stderr.
+    """
+    from rich.console import Console
+
+    from redraft import registry
+    from redraft.bench import compare as bench
+    from redraft.bench import prompts as suite
+    from redraft.bench import report, results
+    from redraft.config import SamplingParams
+    from redraft.llm import LLM
+
+    every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE]
+    params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    options = bench.Options(tuple(draft or every), params, rounds, batch)
+    chosen = suite.load(prompts, category or None, limit)
+    if json is not None:
+        report.check_writable(json)
+    # A prefix found in the cache would spare whoever comes second the reading of the prompt.
+    config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": bench.BASELINE, "prefix_sharing": False})
+    progress = Console(stderr=True)
+    with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
+        comparison = bench.compare(LLM(config=config), options, chosen, tick)
+    rows = results.rows(comparison)
+    report.show(Console(), comparison, options, rows)
+    if json is not None:
+        source = "the suite of redraft" if prompts is None else str(prompts)
+        report.write(json, report.document(comparison, options, rows, source))
+        progress.print(f"written to {json}")

@@ -1,0 +1,155 @@
+"""`redraft explain`: the step of a configuration, line by line, with the part that does each line.
+
+Reads headers, never weights: the engine is a real one, on a model of shapes without numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from redraft import registry
+from redraft.card import Card, Guarantee
+from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+from redraft.config import EngineConfig, SamplingParams
+
+if TYPE_CHECKING:
+    from redraft.core.taps import Taps
+    from redraft.engine.engine import Engine
+    from redraft.llm import Setup
+
+CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a part at work, in a line of Engine.step
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the engine as its lines under the step. guarantee: None where it makes no claim of its own."""
+
+    lines: list[str]
+    guarantee: Guarantee | None = None
+
+
+@takes(sampling=SAMPLING, engine=ENGINE)
+def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> None:
+    """Print the step for a configuration, and who does each line.
+
+    For each part: what it asks of the model, its guarantee, options and paper. Reads headers, not weights.
+    """
+    config = engine_config(model, engine)
+    params = SamplingParams(**sampling)
+    from redraft.engine.engine import Engine
+    from redraft.llm import Setup
+
+    setup = Setup.of(config)
+    params = SamplingParams(**{**setup.checkpoint.defaults, **sampling})
+    built = _engine(config, setup)
+    parts = _parts(config, setup, built, params)
+    for line in _model(config, setup, parts):
+        typer.echo(line)
+    typer.echo()
+    shown = set()
+    for line in textwrap.dedent(inspect.getsource(Engine.step)).splitlines():
+        typer.secho(line, bold=True)
+        indent = " " * (len(line) - len(line.lstrip()) + 8)
+        for name in CALL.findall(line):
+            if name in parts and name not in shown:
+                shown.add(name)
+                for told in parts[name].lines:
+                    typer.echo(indent + told)
+
+
+def _engine(config: EngineConfig, setup: Setup) -> Engine:
+    """As LLM makes it, but for the weights and a pool of one page."""
+    from redraft.engine.engine import Engine
+    from redraft.models import loader
+    from redraft.models.runner import Runner
+    from redraft.models.tokenizer import Tokenizer
+    from redraft.sample.sampler import Sampler
+
+    checkpoint = setup.checkpoint
+    runner = Runner(checkpoint.spec, loader.hollow(checkpoint), setup.backend, 1, sharing=config.cache.prefix_sharing)
+    sampler = Sampler(checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), Tokenizer(checkpoint.path).spellings)
+    drafter = setup.drafter.open(runner, sampler)
+    verifier = registry.create("verify", config.verify)
+    return Engine(runner, setup.scheduler, drafter, verifier, sampler, max_model_len=setup.max_model_len, eos=checkpoint.eos_ids)
+
+
+def _model(config: EngineConfig, setup: Setup, parts: dict[str, Part]) -> list[str]:
+    from redraft.models.memory import size
+
+    checkpoint, spec = setup.checkpoint, setup.checkpoint.spec
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    pool = size(setup.slabs * setup.backend.slab_bytes(spec))
+    weakest = max(part.guarantee for part in parts.values() if part.guarantee is not None)
+    return [
+        f"{config.model.model}: {spec.family}, {len(spec.layers)} layers of {spec.hidden}, vocabulary {spec.vocab}, {dtype}",
+        f"  weights {size(checkpoint.weight_bytes)}; cache pool {pool}: {setup.slabs} pages of 32 tokens;"
+        f" texts of up to {setup.max_model_len} tokens",
+        f"  guarantee: {weakest.label}, the weakest of the parts",
+    ]
+
+
+def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingParams) -> dict[str, Part]:
+    """Attribute of the engine -> what it is in this configuration."""
+    from redraft.core.plan import StepPlan
+
+    work = _work(engine, params)
+    asked = {"sampler": engine.sampler.needs([work]), f"drafter {config.draft}": engine.drafter.taps}
+    union = engine.taps(StepPlan([work], []))
+    segments = [f"{first}..{last - 1}" for first, last in engine.runner.segments(union)]
+    backend = setup.backend
+    runner = [
+        f"runner: backend {backend.name} on {backend.device}; segments of layers: {', '.join(segments)}",
+        *(f"  {who} asks for {_asks(taps)}" for who, taps in asked.items()),
+    ]
+    chosen = [type(processor).__name__ for processor in work.seq.state[engine.sampler]]
+    sampler = f"sampler: {'greedy' if params.greedy else 'argmax of processed logits and noise'}; processors: {', '.join(chosen) or 'none'}"
+    schedule, budgets = config.schedule, setup.scheduler
+    sharing = "shared across requests" if config.cache.prefix_sharing else "not shared"
+    return {
+        "scheduler": _registered("scheduler", "sched", schedule.scheduler, budgets),
+        "drafter": _registered("drafter", "draft", config.draft, setup.drafter),
+        "table": Part([f"cache: {setup.slabs} pages of 32 tokens, prefixes {sharing}"]),
+        "runner": Part(runner),
+        "sampler": Part([sampler]),
+        "verifier": _registered("verifier", "verify", config.verify, engine.verifier),
+    }
+
+
+def _work(engine: Engine, params: SamplingParams) -> Any:
+    """A text of one token that is about to draw its next."""
+    from redraft.core.plan import Work
+    from redraft.core.sequence import Request, Sequence
+
+    request = Request("explain", [0], params)
+    seq = Sequence(0, request, 0, [0], 1, 0, engine.max_model_len - 1)
+    seq.state[engine.sampler] = engine.sampler.begin(seq)
+    return Work(seq, 1)
+
+
+def _registered(role: str, seam: str, text: str, made: Any) -> Part:
+    name = registry.parse(text)[0]
+    card: Card = made.card
+    values = ", ".join(f"{option}={getattr(made, option)}" for option in registry.options(type(made)))
+    lines = [
+        f"{role}: {name}, {card.title}; guarantee {card.guarantee.label}",
+        *([f"  {values}"] if values else []),
+        *([f"  {card.paper}"] if card.paper else []),
+    ]
+    return Part(lines, card.guarantee)
+
+
+def _asks(taps: Taps) -> str:
+    asked = []
+    if taps.logits:
+        asked.append("logits")
+    if taps.top_k:
+        asked.append(f"the {taps.top_k} likeliest tokens of every row")
+    if taps.hidden:
+        asked.append(f"hidden states after layers {', '.join(map(str, sorted(taps.hidden)))}")
+    return " and ".join(asked) or "nothing beyond the argmax"

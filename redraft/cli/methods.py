@@ -1,0 +1,132 @@
+"""`redraft methods`: what is registered, from the cards alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from redraft import registry
+from redraft.card import Card
+
+SEAMS = {
+    "draft": "Drafters: what may come next?",
+    "verify": "Verifiers: what is accepted?",
+    "sched": "Schedulers: who runs, how many rows?",
+}
+
+BAR = "\\|"  # in a Markdown table
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    name: str
+    type: str
+    default: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A registered method as its card and its class tell of it."""
+
+    name: str
+    seam: str
+    guarantee: str
+    needs: str
+    paper: str
+    title: str
+    deviates: str
+    options: list[Option]
+    doc: str
+
+
+def described(name: str | None = None) -> list[Method]:
+    """All registered methods, or those called `name` in any seam. UnknownMethod suggests near names."""
+    known = [(seam, one) for seam, methods in registry.METHODS.items() for one in methods]
+    wanted = [(seam, one) for seam, one in known if name in (None, one)]
+    if not wanted:
+        raise registry.unknown("method", str(name), {one for _, one in known})
+    return [_describe(seam, one) for seam, one in wanted]
+
+
+def _describe(seam: str, name: str) -> Method:
+    cls = registry.method(seam, name)
+    card: Card = cls.card  # type: ignore[attr-defined]
+    options = [Option(field.name, _type(field), _default(field)) for field in registry.options(cls).values()]
+    doc = inspect.getdoc(sys.modules[cls.__module__]) or ""
+    return Method(name, seam, card.guarantee.label, card.needs, card.paper, card.title, card.deviates, options, doc)
+
+
+def _type(field: dataclasses.Field[Any]) -> str:
+    return field.type if isinstance(field.type, str) else field.type.__name__
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """As JSON has it: what JSON lacks as text, a value that must be given as "required"."""
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    elif field.default is not dataclasses.MISSING:
+        value = field.default
+    else:
+        return "required"
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: its options and what its file says.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
+) -> None:
+    """List the methods, with what each guarantees and needs."""
+    found = described(name)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(method) for method in found], indent=2))
+    elif as_markdown:
+        typer.echo(markdown(found), nl=False)
+    elif name is None:
+        _table(found)
+    else:
+        typer.echo("\n\n".join(map(_page, found)))
+
+
+def _table(found: list[Method]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "seam", "guarantee", "needs", "paper"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for method in found:
+        table.add_row(method.name, method.seam, method.guarantee, method.needs, method.paper or "-")
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 240  # in a pipe, one line a method
+    console.print(table)
+
+
+def _page(method: Method) -> str:
+    lines = [f"{method.name} ({method.seam}): {method.title}", ""]
+    lines += [f"guarantee  {method.guarantee}", f"needs      {method.needs}"]
+    lines += [f"deviates   {method.deviates}", f"paper      {method.paper or '-'}", ""]
+    options = [f"  {method.name}:{option.name}=...  {option.type}, default {option.default}" for option in method.options]
+    return "\n".join([*lines, *(options or ["  no options"]), "", method.doc])
+
+
+def markdown(found: list[Method]) -> str:
+    """docs/methods.md: a table for each seam, then each method's options and docstring."""
+    lines = ["# Methods", "", "Made by `redraft methods --markdown > docs/methods.md`; the suite checks that it is current."]
+    for seam in dict.fromkeys(method.seam for method in found):
+        lines += ["", f"## {SEAMS.get(seam, seam)}", "", "| name | guarantee | needs | paper |", "| --- | --- | --- | --- |"]
+        of_seam = [method for method in found if method.seam == seam]
+        lines += [f"| [{m.name}](#{m.name}) | {m.guarantee} | {m.needs} | {m.paper or '-'} |" for m in of_seam]
+        for method in of_seam:
+            lines += ["", f"### {method.name}", "", f"{method.title}. Deviates from the paper: {method.deviates}.", ""]
+            if method.options:
+                lines += ["| option | type | default |", "| --- | --- | --- |"]
+                lines += [f"| `{o.name}` | `{o.type.replace('|', BAR)}` | `{o.default}` |" for o in method.options]
+                lines += [""]
+            lines += ["```text", method.doc, "```"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,132 @@
+"""Text as it comes: plain into a pipe; in a terminal, tokens that were accepted drafts are green."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from redraft.engine.text import Decode, Text
+
+if TYPE_CHECKING:
+    from redraft.config import SamplingParams
+    from redraft.llm import LLM, Delta
+
+Part = tuple[str, bool]  # a piece of text and whether an accepted draft brought it
+
+DRAFTED = "green"
+# What a model writes must not steer the terminal: control codes are shown as pictures (U+2400 on), not obeyed.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+
+
+class Colours:
+    """Which characters of one text came from accepted drafts. A character of several tokens belongs to its last one."""
+
+    def __init__(self, prompt: list[int], decode: Decode) -> None:
+        self.decode = decode
+        self._tokens, self._text = list(prompt), Text.start(len(prompt))
+        self._ends: list[tuple[int, bool]] = []  # where the text of each token ends, of tokens not wholly shown
+        self._shown = 0
+
+    def split(self, delta: Delta) -> list[Part]:
+        """The text of `delta`, which may lag behind its tokens, cut where the colour changes."""
+        for token, drafted in zip(delta.token_ids, delta.drafted, strict=True):
+            self._tokens.append(token)
+            self._text = self._text.extend(self._tokens, self.decode)
+            self._ends.append((len(self._text.done), drafted))
+        parts, left = [], delta.text
+        while left:
+            end, drafted = self._ends[0]
+            size = end - self._shown if len(self._ends) > 1 else len(left)
+            piece, left = left[:size], left[size:]
+            self._shown += len(piece)
+            if piece:
+                parts.append((piece, drafted))
+            if left:
+                self._ends.pop(0)
+        return parts
+
+
+class Screen:
+    """Standard output."""
+
+    def __init__(self) -> None:
+        console = Console()
+        self.terminal = console.is_terminal
+        self.coloured = console.is_terminal and not console.no_color and console.color_system is not None
+        self._line_open = False
+
+    def write(self, parts: Iterable[Part]) -> None:
+        for text, drafted in parts:
+            shown = text.translate(PICTURES) if self.terminal else text
+            sys.stdout.write(typer.style(shown, fg=DRAFTED) if drafted and self.coloured else shown)
+            self._line_open = not text.endswith("\n")
+        sys.stdout.flush()
+
+    def end_line(self) -> None:
+        if self.coloured:
+            sys.stdout.write("\x1b[0m")  # Ctrl-C may have come in the middle of a colour
+        if self._line_open:
+            self.write([("\n", False)])
+        sys.stdout.flush()
+
+
+@dataclass
+class Shown:
+    """What was generated: texts by sample, and what the last line tells about it."""
+
+    seconds: float = 0.0
+    interrupted: bool = False
+    texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
+    tokens: int = 0
+    steps: int = 0
+    accepted: int = 0
+
+    def summary(self, llm: LLM, params: SamplingParams) -> str:
+        length = f"mean acceptance length {1 + self.accepted / self.steps:.2f}, " if self.steps else ""
+        rate = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
+        draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
+        return f"{self.tokens} new tokens, {rate}{length}{llm.config.draft}, {llm.guarantee.label}, {draw}"
+
+
+def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
+    """Generates and writes the texts for one prompt, the first as it comes and each further one behind it. Ctrl-C ends
+    it between two steps: `interrupted`."""
+    screen, shown, n = Screen(), Shown(), params.n
+    decode = llm.tokenizer.decode if params.skip_special_tokens else llm.tokenizer.decode_all
+    colours = [Colours(prompt, decode) for _ in range(n)]
+    held: dict[int, list[Part]] = defaultdict(list)
+    ended: set[int] = set()
+    stats = {}
+    current = 0
+    begun = time.perf_counter()
+    try:
+        with closing(llm.stream({"prompt_token_ids": prompt}, params)) as deltas:
+            if n > 1:
+                screen.write([(f"[1/{n}]\n", False)])
+            for delta in deltas:
+                stats[delta.index] = delta.stats
+                shown.tokens += len(delta.token_ids)
+                shown.texts[delta.index] += delta.text
+                held[delta.index] += colours[delta.index].split(delta)
+                if delta.finish_reason is not None:
+                    ended.add(delta.index)
+                screen.write(held.pop(current, []))
+                while current in ended and current < n - 1:
+                    current += 1
+                    screen.end_line()
+                    screen.write([(f"[{current + 1}/{n}]\n", False), *held.pop(current, [])])
+    except KeyboardInterrupt:
+        shown.interrupted = True
+    shown.seconds = time.perf_counter() - begun
+    screen.end_line()
+    shown.steps = sum(one.steps for one in stats.values())
+    shown.accepted = sum(one.accepted for one in stats.values())
+    return shown

@@ -1,0 +1,163 @@
+"""The engine's tokens against plain.py's, for one condition: drafter, chunks, batch, pool, lanes, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
+
+from redraft import registry
+from redraft.config import SamplingParams
+from redraft.core.sequence import Lanes, Request
+from redraft.draft.drafter import OpenDrafter
+from redraft.engine.engine import Engine, Event
+from redraft.models.runner import Runner
+from redraft.sample.sampler import Sampler
+from redraft.verify.coupled import Coupled
+from tests.contracts import plain
+from tests.contracts.drafters import FullFanOut, RandomTrees
+
+SAMPLING = {
+    "greedy": SamplingParams(temperature=0, max_tokens=26),
+    "sampled": SamplingParams(temperature=0.8, max_tokens=26),
+    "filtered": SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_tokens=26),
+}
+
+
+class Different(AssertionError):
+    """A token that is not the definition's: what a planted fault must bring about."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`chunk`: rows a step; `arrivals`: the step before which each request comes; `pool`: slabs; `lanes`: of each request."""
+
+    drafter: str = "none"
+    sampling: str = "greedy"
+    backend: str = "torch"
+    chunk: int = 512
+    arrivals: tuple[int, ...] = (0,)
+    pool: int = 40
+    lanes: tuple[Lanes, ...] = (Lanes.SHARED,)
+    window: int | None = None
+    sharing: bool = True
+    scheduler: str = "sarathi"
+
+    def __str__(self) -> str:
+        kinds = "+".join(kind.value for kind in self.lanes)
+        mix = "alone" if len(self.arrivals) == 1 else f"{len(self.arrivals)} requests"
+        window = f" window {self.window}" if self.window else ""
+        return f"{self.backend} {self.drafter} {self.sampling} chunk {self.chunk} {mix} pool {self.pool} {kinds}{window}"
+
+
+@dataclass
+class Seen:
+    """What a run met on its way; a condition that never met what it is about proves nothing."""
+
+    texts: dict[str, list[int]] = field(default_factory=dict)
+    accepted: int = 0
+    rejected: int = 0
+    preempted: int = 0
+    cached: int = 0
+    steps: int = 0
+
+
+@lru_cache
+def prompts() -> tuple[tuple[int, ...], ...]:
+    """Several lengths around the page of 32; the second shares a page and more with the first, the last is one token."""
+    dice = Random(5)
+
+    def some(n: int) -> tuple[int, ...]:
+        return tuple(dice.randrange(plain.VOCAB) for _ in range(n))
+
+    first = some(45)
+    return first, first[:38] + some(3), some(29), some(20), some(32), some(1)
+
+
+@lru_cache(maxsize=None)
+def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: int) -> tuple[int, ...]:
+    return tuple(plain.generate(*plain.tiny(window), prompt, SAMPLING[sampling], seed=seed))
+
+
+def engine(
+    drafter: OpenDrafter | str = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40, sharing: bool = True,
+    scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, **options: object
+) -> Engine:  # fmt: skip
+    """An engine around the tiny model, float64. `drafter`: an opened one, or the name of a registered one."""
+    spec, weights = plain.tiny(window)
+    import torch
+
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool, sharing=sharing)
+    sampler = Sampler(spec.vocab, frozenset(options.get("eos", ())))  # type: ignore[call-overload]
+    opened = registry.create("draft", drafter).open(runner, sampler) if isinstance(drafter, str) else drafter
+    budgets = {"token_budget": chunk, "max_seqs": max_seqs or min(8, chunk), "draft_rows": 80, "draft_total": 160}
+    made = registry.create("sched", scheduler, **budgets)
+    return Engine(runner, made, opened, Coupled(), sampler, **{"max_model_len": 128, **options})  # type: ignore[arg-type]
+
+
+def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | str:
+    match name:
+        case "random":
+            return RandomTrees(plain.VOCAB, seed=1)
+        case "oracle":
+            return RandomTrees(plain.VOCAB, seed=2, right=0.8, known=known)
+        case "fan-out":
+            return FullFanOut(plain.VOCAB)
+    return name
+
+
+def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> Seen:
+    """Steps until all are finished; each request is added before the step that `arrivals` names."""
+    seen, waiting = Seen(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
+    while waiting or engine.has_work:
+        while waiting and (waiting[0][0] <= seen.steps or not engine.has_work):
+            engine.add(waiting.pop(0)[2])
+        events = engine.step()
+        seen.steps += 1
+        assert seen.steps < 5000, "the engine makes no progress"
+        if check:
+            engine.table.check()
+        for event in events:
+            _note(seen, event)
+    seen.preempted = engine.preemptions
+    seen.cached = sum(request.cached_tokens for request in requests)
+    if check:
+        engine.table.check()
+        assert engine.table.used() == 0, "pages are held after the last text"
+        assert not engine.outputs
+    return seen
+
+
+def _note(seen: Seen, event: Event) -> None:
+    name = event.request.id if event.request.params.n == 1 else f"{event.request.id}/{event.index}"
+    seen.texts.setdefault(name, []).extend(event.tokens)
+    if event.reason is not None:
+        seen.accepted += event.stats.accepted
+        seen.rejected += event.stats.drafted - event.stats.accepted
+
+
+def check(condition: Condition, *, strict: bool = True) -> Seen:
+    """Runs it; Different where a token is not the definition's. `strict`: the table is checked after each step."""
+    chosen = [prompts()[i % len(prompts())] for i in range(len(condition.arrivals))]
+    truth = {str(i): list(expected(condition.window, prompt, condition.sampling, 100 + i)) for i, prompt in enumerate(chosen)}
+    requests = [
+        Request(str(i), list(prompt), SAMPLING[condition.sampling].but(seed=100 + i)) for i, prompt in enumerate(chosen)
+    ]
+    made = engine(
+        drafter(condition.drafter, {(name, 0): text for name, text in truth.items()}), backend=condition.backend,
+        window=condition.window, pool=condition.pool, sharing=condition.sharing, chunk=condition.chunk, scheduler=condition.scheduler,
+    )  # fmt: skip
+    add = made.add
+
+    def add_with_lanes(request: Request) -> None:  # lanes are a policy's choice, and there is no such policy yet
+        add(request)
+        made.waiting[-1].lanes = condition.lanes[int(request.id) % len(condition.lanes)]
+
+    made.add = add_with_lanes  # type: ignore[method-assign]
+    seen = drive(made, requests, condition.arrivals, check=strict)
+    for name, text in truth.items():
+        if seen.texts[name] != text:
+            at = next((i for i, (a, b) in enumerate(zip(seen.texts[name], text, strict=False)) if a != b), len(text))
+            raise Different(f"{condition}: request {name} token {at}: {seen.texts[name][at : at + 3]} instead of {text[at : at + 3]}")
+    return seen

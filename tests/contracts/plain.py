@@ -1,0 +1,139 @@
+"""The definition of a text: a dense forward over all tokens for each new one. No cache, no engine, nothing of redraft.ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redraft.config import SamplingParams
+from redraft.core.noise import Stream, gumbel, key
+from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
+
+VOCAB = 24
+
+
+@lru_cache
+def tiny(window: int | None = None, seed: int = 0) -> tuple[ModelSpec, Weights]:
+    """A random Llama-like model with power, float64: untied head, and queries and keys large enough that attention picks
+    few tokens, so that the text is varied and hangs on every token before it."""
+    hidden, layers, heads, kv_heads, size, inner = 32, 2, 4, 2, 8, 48
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, scale: float) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    def norm() -> NormWeights:
+        return NormWeights(1 + rand(hidden, scale=0.1))
+
+    rotary = Rotary(tuple(float(100.0 ** (-i / (size // 2))) for i in range(size // 2)))
+    layer = LayerSpec(heads, kv_heads, size, Mlp(inner), rotary=rotary, window=window)
+    spec = ModelSpec(VOCAB, hidden, 256, (layer,) * layers, Norm(), False, lambda name: Source((name,)))
+    made = []
+    for _ in range(layers):
+        qkv = rand(layer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))
+        qkv[: (heads + kv_heads) * size] *= 1.7  # attention that chooses
+        made.append(
+            LayerWeights(
+                attn_norm=norm(),
+                qkv=Linear(qkv),
+                out=Linear(rand(hidden, heads * size, scale=2 / math.sqrt(heads * size))),
+                mlp_norm=norm(),
+                up=Linear(rand(2 * inner, hidden, scale=1 / math.sqrt(hidden))),
+                down=Linear(rand(hidden, inner, scale=1.5 / math.sqrt(inner))),
+            )
+        )
+    head = rand(VOCAB, hidden, scale=2.0 / math.sqrt(hidden))
+    return spec, Weights(rand(VOCAB, hidden, scale=1.0), Linear(head), norm(), tuple(made))
+
+
+def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
+    """[T, V] in the dtype of the weights; Llama-like models only (RMS norm, gated SiLU, rotary, optional window)."""
+    ids = torch.as_tensor(list(tokens))
+    at = torch.arange(len(ids))
+    x = weights.embed[ids]
+    for layer, w in zip(spec.layers, weights.layers, strict=True):
+        h, k, d = layer.heads, layer.kv_heads, layer.head_dim
+        qkv = F.linear(_rms(x, w.attn_norm, layer.norm), *w.qkv).view(len(ids), h + 2 * k, d)
+        q, keys, values = qkv.split([h, k, k], 1)
+        q, keys = _turn(q, layer, at), _turn(keys, layer, at)
+        keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
+        behind = at[:, None] - at[None, :]
+        seen = (behind >= 0) & (behind < (layer.window or len(ids) + 1))
+        mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
+        x = x + F.linear(mixed.reshape(len(ids), h * d), *w.out)
+        assert w.up is not None and w.down is not None
+        gate, up = F.linear(_rms(x, w.mlp_norm, layer.norm), *w.up).chunk(2, -1)
+        x = x + F.linear(F.silu(gate) * up, *w.down)
+    return F.linear(_rms(x, weights.final_norm, spec.final_norm), *weights.head)
+
+
+def _rms(x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weights.weight
+
+
+def _turn(x: Tensor, layer: LayerSpec, at: Tensor) -> Tensor:
+    assert layer.rotary is not None
+    angles = at.double()[:, None, None] * torch.tensor(layer.rotary.frequencies, dtype=torch.float64)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def draw(row: Tensor, params: SamplingParams, seed: int, tokens: Seq[int]) -> tuple[int, float]:
+    """The token drawn behind `tokens`, and the margin by which: the smaller of the distance to the runner-up (after
+    noise) and of the distance of the last token kept from the first one cut. Repetition penalty, temperature, top-p."""
+    x = row.double().numpy().copy()
+    for token in set(tokens):
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    if params.temperature == 0:
+        return int(x.argmax()), _gap(x)
+    x = x / params.temperature
+    order = sorted(range(len(x)), key=lambda token: (-x[token], token))
+    weights = np.exp(x - x.max())
+    probs = weights / weights.sum()
+    kept, mass, cut = [], 0.0, math.inf
+    for token in order:
+        if mass >= params.top_p:
+            break
+        kept.append(token)
+        mass += float(probs[token])
+        cut = min(cut, abs(mass - params.top_p))
+    if params.top_p == 1:
+        kept, cut = order, math.inf
+    elif len(kept) < len(order):
+        cut = min(cut, float(x[kept[-1]] - x[order[len(kept)]]))
+    ids = np.array(sorted(kept))
+    noisy = x[ids] + gumbel(key(seed, Stream.TARGET, len(tokens)), ids)
+    return int(ids[noisy.argmax()]), min(_gap(noisy), cut)
+
+
+def _gap(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return math.inf
+    second, first = np.sort(values)[-2:]
+    return float(first - second)
+
+
+@torch.inference_mode()
+def generate(
+    spec: ModelSpec, weights: Weights, prompt: Seq[int], params: SamplingParams, *, seed: int | None = None, eos: Iterable[int] = ()
+) -> list[int]:
+    """New tokens: one at a time, each from a dense forward over everything before it."""
+    assert params.seed is not None or seed is not None or params.temperature == 0
+    assert params.max_tokens is not None
+    tokens, ends = list(prompt), set(eos)
+    for _ in range(params.max_tokens):
+        token, _ = draw(logits(spec, weights, tokens)[-1], params, seed if seed is not None else params.seed or 0, tokens)
+        tokens.append(token)
+        if token in ends:
+            break
+    return tokens[len(prompt) :]

@@ -1,0 +1,58 @@
+"""Whatever the drafter, chunks, batch, pool, lanes: the tokens are those of plain.py."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from redraft.core.sequence import Lanes
+from tests.contracts.identity import SAMPLING, Condition, check
+
+DRAFTERS = ("none", "random", "oracle", "fan-out", "copyspec", "token-recycling")
+MIXED = (0, 3, 0, 5, 9, 11)
+CROWD = (0, 1, 0, 1, 0, 0)
+SMALL = 5  # slabs: five requests of two or three pages do not fit at once
+
+TORCH = [
+    *(
+        Condition(drafter, sampling, chunk=chunk, arrivals=arrivals, pool=pool)
+        for drafter, sampling, (chunk, arrivals, pool) in itertools.product(
+            DRAFTERS, SAMPLING, [(512, (0,), 40), (11, (0,), 40), (512, MIXED, 40), (24, MIXED, 40), (512, CROWD, SMALL), (24, CROWD, SMALL)]
+        )
+    ),
+    Condition("none", chunk=1, arrivals=MIXED),
+    *(Condition(drafter, "sampled", arrivals=CROWD, chunk=24, pool=SMALL, window=9) for drafter in DRAFTERS),
+    *(Condition(drafter, "filtered", arrivals=CROWD, chunk=24, pool=SMALL, scheduler="fcfs") for drafter in DRAFTERS),
+    Condition("oracle", "sampled", arrivals=MIXED, sharing=False),
+]
+ALL_LANES = (Lanes.SHARED, Lanes.PER_LAYER, Lanes.PER_HEAD)
+REFERENCE = [
+    Condition("none", "filtered", "reference", chunk=11),
+    Condition("oracle", "greedy", "reference"),
+    Condition("fan-out", "sampled", "reference", lanes=(Lanes.PER_HEAD,)),
+    Condition("random", "filtered", "reference", lanes=(Lanes.PER_LAYER,)),
+    Condition("oracle", "sampled", "reference", chunk=24, arrivals=CROWD, pool=SMALL, lanes=ALL_LANES),
+    Condition("token-recycling", "filtered", "reference", chunk=24, arrivals=CROWD, pool=SMALL, lanes=ALL_LANES),
+    Condition("oracle", "sampled", "reference", arrivals=(0, 0, 3), window=9, lanes=ALL_LANES),
+]
+
+
+@pytest.mark.parametrize("condition", TORCH + REFERENCE, ids=str)
+def test_the_text_is_the_definitions(condition: Condition) -> None:
+    seen = check(condition)
+    if condition.drafter == "none":
+        assert seen.accepted == seen.rejected == 0
+    elif condition.drafter != "copyspec":  # a random model's text may have nothing to copy
+        assert seen.accepted and seen.rejected
+    if condition.pool == SMALL:
+        assert seen.preempted
+    if condition.drafter == "oracle" and condition.chunk > 100:
+        assert seen.accepted > 2 * len(condition.arrivals)
+    if len(condition.arrivals) > 1 and condition.sharing and condition.pool != SMALL and condition.lanes == (Lanes.SHARED,):
+        assert seen.cached
+
+
+def test_copyspec_was_right_and_wrong_somewhere() -> None:
+    runs = [check(Condition("copyspec", sampling, arrivals=MIXED)) for sampling in SAMPLING]
+    assert sum(seen.rejected for seen in runs)
