@@ -96,6 +96,8 @@ class Engine:
     # ---- the step
 
     def step(self) -> list[Event]:
+        if any(seq.reason for seq in self.running):
+            return self.emit()  # a part raised behind the last commit: what was found is told first
         plan = self.scheduler.plan(self.waiting, self.running, self.table)  # pure: who runs, is admitted, is preempted
         self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
         if not plan.work:
@@ -148,15 +150,14 @@ class Engine:
         for i, token in enumerate(found.tokens):
             new = seq.generated + i + 1
             reason = None
-            if new >= params.min_tokens:
-                if token in params.stop_token_ids or (token in self.eos and not params.ignore_eos):
-                    reason = FinishReason.STOP
-                elif params.stop and self.decode is not None:
-                    before = len(text.done)
-                    text = text.extend([*seq.tokens, *found.tokens[: i + 1]], self._decoder(seq))
-                    longest = max(map(len, params.stop))
-                    self.outputs[seq.id].stop = stop = find_stop(text.done, params.stop, before - longest + 1)
+            if params.stop:
+                before = len(text.done)
+                text = text.extend([*seq.tokens, *found.tokens[: i + 1]], self._decoder(seq))
+                if new >= params.min_tokens:
+                    self.outputs[seq.id].stop = stop = find_stop(text.done, params.stop, before)
                     reason = FinishReason.STOP if stop else None
+            if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
+                reason = FinishReason.STOP
             if reason is None and (new == params.max_tokens or seq.prompt_len + new == self.max_model_len):
                 reason = FinishReason.LENGTH
             if reason is not None:
@@ -205,9 +206,7 @@ class Engine:
             for index in range(1, request.params.n):
                 child = self._sequence(request, index)
                 if len(self.running) < self.scheduler.max_seqs and self.table.available() > len(self.running):
-                    self.store.move([self.table.fork(seq, child)])
-                    for plugin in (self.sampler, self.drafter):
-                        child.state[plugin] = plugin.fork(seq.state[plugin], child)
+                    self._fork(seq, child)
                     self.running.append(child)
                 else:
                     self.waiting.append(child)
@@ -312,6 +311,16 @@ class Engine:
                 seq.state[plugin] = plugin.begin(seq)
         except BaseException:
             self._stop(seq)
+            raise
+
+    def _fork(self, seq: Sequence, child: Sequence) -> None:
+        self.store.move([self.table.fork(seq, child)])
+        try:
+            for plugin in (self.sampler, self.drafter):
+                child.state[plugin] = plugin.fork(seq.state[plugin], child)
+        except BaseException:
+            self._stop(child)
+            self.waiting.append(child)  # it starts from its tokens, as after preemption
             raise
 
     def _stop(self, seq: Sequence) -> None:

@@ -30,9 +30,9 @@ class Text(NamedTuple):
         return Text(self.done + now[len(before) :], self.read, len(tokens))
 
 
-def find_stop(text: str, stops: Iterable[str], start: int) -> tuple[int, int] | None:
-    """(begin, end) of the first stop string in text[start:], the earliest and then the longest; None without one."""
-    found = [(at, -len(stop)) for stop in stops if (at := text.find(stop, max(0, start))) >= 0]
+def find_stop(text: str, stops: Iterable[str], before: int) -> tuple[int, int] | None:
+    """(begin, end) of the first stop string that ends behind text[:before], the earliest and then the longest."""
+    found = [(at, -len(stop)) for stop in stops if (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0]
     if not found:
         return None
     at, length = min(found)

@@ -125,7 +125,7 @@ class TargetLaw:
             return []
         assert self.out.logits is not None, "logits were not asked for: see Sampler.needs"
         wanted = torch.as_tensor(list(rows), device=self.out.logits.device)
-        return [row.to(torch.float64, copy=True).numpy() for row in self.out.logits[wanted].detach().cpu()]
+        return [row.double().numpy() for row in self.out.logits[wanted].detach().cpu()]  # indexing copies
 
     def _draw(self, values: F64, s: int, packed: int) -> int:
         seq, tree, first_node = self.work[s].seq, self.trees[s], int(self.batch.tree_starts[s])

@@ -65,7 +65,10 @@ class Scheduler:
         # 2. Rows in order, drafts shared evenly among those who draw, and given up first when pages or rows run short.
         ordered = self.order(run)
         drawing = [seq for seq in ordered if seq.pending == 1 and seq.border >= len(seq.tokens)]
-        share = min(self.draft_rows, self.draft_total // len(drawing)) if drawing else 0
+        room = self.token_budget - len(drawing)
+        if waiting or len(drawing) < len(run):
+            room //= 2  # drafts never take all rows from prompts
+        share = min(self.draft_rows, min(self.draft_total, room) // len(drawing)) if drawing else 0
         drafts = {seq.id for seq in drawing} if share else set()
         left = self.token_budget
         work: list[Work] = []

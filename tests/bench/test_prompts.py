@@ -51,11 +51,15 @@ def test_forms(tmp_path: Path) -> None:
         {"messages": messages},
         {"question_id": 81, "category": "writing", "turns": ["One", "Two"], "reference": ["1", "2"]},
     )
-    assert load(path) == load(str(path)) == [
-        Prompt("a", "c", prompt="Once"),
-        Prompt("3", "all", messages=messages),
-        Prompt("81", "writing", turns=["One", "Two"]),
-    ]
+    assert (
+        load(path)
+        == load(str(path))
+        == [
+            Prompt("a", "c", prompt="Once"),
+            Prompt("3", "all", messages=messages),
+            Prompt("81", "writing", turns=["One", "Two"]),
+        ]
+    )
 
 
 def test_line_separators_inside_a_text(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_growing_tail_packs_its_new_nodes_only():
 
 def test_each_sequence_needs_a_tree():
     w = work([1, 2])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         Batch.pack([w, w], [EMPTY], view([w]))
 
 

@@ -68,5 +68,5 @@ def test_a_drafters_bug_raises(tokens, parents, said):
 
 
 def test_different_lengths_raise():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         TokenTree.build([1, 2], [-1], vocab=4, rows=9, depth=9)

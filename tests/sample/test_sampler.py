@@ -137,14 +137,15 @@ def test_position_is_the_index_of_the_drawn_token():
 
 def test_a_growing_tail_draws_as_the_whole_tree():
     own = sampler()
-    a, b = begun(own, [1, 2, 3], seed=4, frequency_penalty=1.0), begun(own, [5, 6], seed=5)
     tree = TokenTree.build([4, 5, 6, 6], [-1, -1, 0, 2], vocab=V, rows=9, depth=9)
-    whole = step(own, [b, a], [EMPTY, tree])
-    works = [Work(b, 1, first=0), Work(a, 1, first=2)]
-    batch = Batch.pack(works, [EMPTY, tree], view(works))
-    assert whole.out.logits is not None
-    law = own.law(Outputs(whole.out.argmax[[0, 4, 5]], logits=whole.out.logits[[0, 4, 5]]), batch, works, [EMPTY, tree])
-    assert law.draw([0, 1, 2]) == whole.draw([0, 4, 5])
+    for seed in range(20):
+        a, b = begun(own, [1, 2, 3], seed=seed, frequency_penalty=2.0), begun(own, [5, 6], seed=5)
+        whole = step(own, [b, a], [EMPTY, tree])
+        works = [Work(b, 1, first=0), Work(a, 1, first=2)]
+        batch = Batch.pack(works, [EMPTY, tree], view(works))
+        assert whole.out.logits is not None
+        law = own.law(Outputs(whole.out.argmax[[0, 4, 5]], logits=whole.out.logits[[0, 4, 5]]), batch, works, [EMPTY, tree])
+        assert law.draw([0, 1, 2]) == whole.draw([0, 4, 5])
 
 
 def test_needs():
@@ -173,7 +174,7 @@ def test_greedy_rows_need_no_logits():
     assert bare.draw([1, 0]) == [3, 7]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_drawing_leaves_the_logits_as_they_are(dtype):
     own = sampler()
     seqs = [begun(own, [1, i], seed=i, temperature=0.5, logit_bias={1: 2.0}) for i in range(4)]

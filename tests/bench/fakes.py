@@ -1,0 +1,97 @@
+"""Methods that lie, spy or guess badly, and a tiny checkpoint with a tokenizer, for the tests of `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tokenizers
+import transformers
+
+from redraft.card import Card, Guarantee
+from redraft.core.law import Law
+from redraft.core.plan import Accepted, Budget, StepResult
+from redraft.core.sequence import Sequence
+from redraft.core.tree import EMPTY, Kind, TokenTree
+from redraft.draft.drafter import Stateless
+from tests.models import tiny
+
+
+def checkpoint(folder: Path) -> Path:
+    """A random Llama whose tokens are the words w0 to w60."""
+    tiny.save("llama2", folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(tiny.V)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", bos_token="w1").save_pretrained(folder)
+    return folder
+
+
+def card(title: str) -> Card:
+    return Card(title, "nobody, nothing, 2025", Guarantee.SAME_TEXT)
+
+
+@dataclass
+class Spy(Stateless):
+    """Learns the prompts that it has observed. `log`: (own prompt, what was known) whenever a sequence begins."""
+
+    known: frozenset[tuple[int, ...]] = frozenset()
+    log: list[tuple[tuple[int, ...], frozenset[tuple[int, ...]]]] = field(default_factory=list)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def begin(self, seq: Sequence) -> None:
+        self.log.append((tuple(seq.request.prompt), self.known))
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        return [EMPTY for _ in seqs]
+
+    def observe(self, result: StepResult) -> None:
+        self.known |= {tuple(work.seq.request.prompt) for work in result.work}
+
+    def snapshot(self) -> Any:
+        return self.known
+
+    def restore(self, snapshot: Any) -> None:
+        self.known = snapshot
+
+
+@dataclass(frozen=True)
+class Spying:
+    card: ClassVar[Card] = card("Spy")
+
+    def open(self, runner: Any, sampler: Any) -> Spy:
+        return Spy()
+
+
+@dataclass(frozen=True)
+class Guess(Stateless):
+    """Always proposes the same two tokens."""
+
+    card: ClassVar[Card] = card("Guess")
+
+    def open(self, runner: Any, sampler: Any) -> Guess:
+        return self
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        return [TokenTree.chain([7, 9][: min(budget)]) for budget in budgets]
+
+
+@dataclass(frozen=True)
+class Gullible:
+    """Takes every draft for true, whatever the target says; without drafts it is right."""
+
+    card: ClassVar[Card] = card("Gullible")
+    undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+
+    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
+        found = []
+        for root, tree in zip(law.roots.tolist(), trees):
+            if root < 0:
+                found.append(Accepted())
+                continue
+            path = tuple(range(len(tree)))
+            found.append(Accepted(path, (*tree.tokens.tolist(), *law.draw([root + len(path)]))))
+        return found

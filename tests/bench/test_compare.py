@@ -1,0 +1,385 @@
+"""Comparisons that can be believed: nothing learned from what is measured, no speed-up for a text that is not the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from rich.console import Console
+
+from redraft import LLM, SamplingParams, registry
+from redraft.bench import compare as bench
+from redraft.bench import divergence, report, results
+from redraft.bench.compare import Comparison, Entry, Mode, Options, Run, Turn, order, split
+from redraft.bench.divergence import Divergence, examine, first_difference
+from redraft.bench.prompts import Prompt
+from redraft.bench.results import repeated
+from redraft.card import Guarantee
+from redraft.cli.main import run as command
+from redraft.errors import InvalidInput, PromptTooLong, UnknownMethod
+from tests.bench import fakes
+
+PARAMS = SamplingParams(temperature=0, max_tokens=6, seed=3, ignore_eos=True)
+PROMPTS = [Prompt(f"p{i}", "ab"[i % 2], prompt=f"w{10 + i} w{20 + i} w{30 + i}") for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fakes.checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS["draft"], "spy", "tests.bench.fakes:Spying")
+    monkeypatch.setitem(registry.METHODS["draft"], "guess", "tests.bench.fakes:Guess")
+    monkeypatch.setitem(registry.METHODS["verify"], "gullible", "tests.bench.fakes:Gullible")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> LLM:
+    return load(folder)
+
+
+def load(folder: Path, **options: Any) -> LLM:
+    return LLM(str(folder), dtype="float32", prefix_sharing=False, cache_memory=1 << 20, **options)
+
+
+def shown(comparison: Comparison, options: Options, found: list[results.Row], width: int = 160) -> str:
+    out = StringIO()
+    report.show(Console(file=out, width=width), comparison, options, found)
+    return out.getvalue()
+
+
+# ---- what is measured, and in which order
+
+
+def test_every_entry_takes_every_place_and_both_directions() -> None:
+    for entries in (2, 3, 5):
+        orders = [order(entries, 0, group) for group in range(entries)]
+        for place in range(entries):
+            assert sorted(one[place] for one in orders) == list(range(entries))
+    neighbours = {pair for turn in (0, 1) for group in range(3) for pair in pairwise(order(3, turn, group))}
+    assert {(0, 1), (1, 0)} <= neighbours
+
+
+def test_runs_are_interleaved_group_by_group(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+    measure = bench.measure
+
+    def spied(llm: LLM, group: bench.Group, state: Any) -> Run:
+        ran.append((llm.config.draft, group.prompts[0].id))
+        return measure(llm, group, state)
+
+    monkeypatch.setattr(bench, "measure", spied)
+    bench.compare(plain, Options(("guess", "copyspec"), PARAMS, rounds=2), PROMPTS[:3])
+    blocks = [ran[at : at + 3] for at in range(0, len(ran), 3)]
+    assert len(blocks) == 2 * 3
+    assert all({name for name, _ in block} == {"none", "guess", "copyspec"} and len({group for _, group in block}) == 1 for block in blocks)
+    assert len({tuple(name for name, _ in block) for block in blocks}) > 2
+
+
+def test_halves_are_even_in_each_category_and_over_all() -> None:
+    prompts = [Prompt(f"{c}{i}", c, prompt="w5") for c, n in (("a", 5), ("b", 3), ("c", 1), ("d", 1)) for i in range(n)]
+    groups = split(prompts, 2, PARAMS)
+    assert sorted(prompt.id for group in groups for prompt in group.prompts) == sorted(prompt.id for prompt in prompts)
+    sizes = {half: sum(len(group.prompts) for group in groups if group.half == half) for half in (0, 1)}
+    assert sizes == {0: 5, 1: 5}
+    for category in "ab":
+        mine = [sum(len(g.prompts) for g in groups if (g.category, g.half) == (category, half)) for half in (0, 1)]
+        assert abs(mine[0] - mine[1]) == 1
+    assert all(len(group.prompts) <= 2 and {p.category for p in group.prompts} == {group.category} for group in groups)
+    assert len({params.seed for group in groups for params in group.params}) == len(prompts)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nothing_is_measured_on_prompts_already_seen(plain: LLM, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    opened: list[fakes.Spy] = []
+    monkeypatch.setattr(fakes.Spying, "open", lambda self, runner, sampler: opened.append(fakes.Spy()) or opened[-1])
+    starts: list[frozenset[tuple[int, ...]]] = []  # what was known when a measurement of the spy began
+    generate = bench.generate
+
+    def spied(llm: LLM, group: bench.Group) -> Run:
+        if timed and llm.config.draft == "spy":
+            starts.append(opened[0].known)
+        return generate(llm, group)
+
+    timed: list[bool] = []
+    measure = bench.measure
+
+    def measured(*given: Any) -> Run:
+        timed.append(True)
+        try:
+            return measure(*given)
+        finally:
+            timed.pop()
+
+    monkeypatch.setattr(bench, "generate", spied)
+    monkeypatch.setattr(bench, "measure", measured)
+    comparison = bench.compare(plain, Options(("spy",), PARAMS, rounds=2, batch=batch), PROMPTS)
+    assert [entry.mode for entry in comparison.entries] == [Mode.BASELINE, Mode.COLD, Mode.HOT]
+    assert len(starts) == 2 * 2 * len(comparison.groups)
+    (spy,) = opened
+    assert all(own not in known for own, known in spy.log)
+    ids = {prompt.id: tuple(plain.tokenizer.encode(prompt.prompt or "")) for prompt in PROMPTS}
+    halves = [frozenset(ids[p.id] for g in comparison.groups if g.half == half for p in g.prompts) for half in (0, 1)]
+    assert set(starts) == {frozenset(), *halves}
+    assert starts.count(frozenset()) == len(starts) / 2
+    assert starts.count(halves[1]) == 2 * sum(g.half == 0 for g in comparison.groups)
+
+
+def test_one_prompt_has_no_hot_state(plain: LLM) -> None:
+    comparison = bench.compare(plain, Options(("spy",), PARAMS, rounds=1), PROMPTS[:1])
+    assert [entry.mode for entry in comparison.entries] == [Mode.BASELINE, Mode.COLD]
+
+
+def test_turns_are_answered_one_after_the_other(plain: LLM) -> None:
+    turns = Prompt("t", "chat", turns=["w5 w6", "w7"])
+    chat = Prompt("m", "chat", messages=[{"role": "user", "content": "w8 w9"}, {"role": "assistant", "content": "w10"}])
+    comparison = bench.compare(plain, Options(("copyspec",), PARAMS, rounds=1, batch=2), [turns, chat, dataclasses.replace(turns, id="u")])
+    found = {
+        prompt.id: said
+        for group, run in zip(comparison.groups, comparison.runs[1][0])
+        for prompt, said in zip(group.prompts, run.conversations)
+    }
+    first, second = found["t"]
+    assert first.prompt == [5, 6] and second.prompt == [5, 6, *first.tokens, 7] and len(second.tokens) == 6
+    assert [turn.prompt for turn in found["m"]] == [[8, 9, 10]]
+    assert found["t"] == found["u"]
+    assert all(row.tokens_equal for row in results.rows(comparison))
+
+
+def test_prompts_that_do_not_fit_are_named(plain: LLM) -> None:
+    long = Prompt("long", "a", prompt=" ".join(["w5"] * plain.max_model_len))
+    grows = Prompt("grows", "a", turns=["w5", " ".join(["w6"] * (plain.max_model_len - 4))])
+    options = Options(("guess",), PARAMS, rounds=1)
+    comparison = bench.compare(plain, options, [*PROMPTS[:2], long, grows])
+    assert comparison.left_out == ["long"] and comparison.cut_short == ["grows"]
+    text = " ".join(shown(comparison, options, results.rows(comparison)).split())
+    assert "longer than the context of 96: long" in text and "before their last turn, at the context of 96: grows" in text
+    with pytest.raises(PromptTooLong, match="none of the 1 prompts fits"):
+        bench.compare(plain, options, [long])
+
+
+# ---- is the text the same?
+
+
+def test_a_method_that_lies_gets_no_speed_up(folder: Path) -> None:
+    options = Options(("guess",), PARAMS, rounds=2)
+    comparison = bench.compare(load(folder, verify="gullible"), options, PROMPTS)
+    baseline, row, *_ = found = results.rows(comparison)
+    assert baseline.tokens_equal and baseline.divergences == 0 and row.guarantee == "same-text"
+    assert not row.tokens_equal and row.divergences == len(PROMPTS) and row.near_ties == 0
+    assert row.first_divergence is not None and row.first_divergence.found == 7 and row.first_divergence.position == 0
+    assert row.first_divergence.margin is not None and row.first_divergence.margin > 0.01
+    liars = [one for one in found if one.method == "guess"]
+    assert len(liars) == 3  # over all and two categories
+    for liar in liars:
+        assert (liar.speedup, liar.speedup_low, liar.speedup_high, liar.low_repeat_speedup) == (None,) * 4 and liar.withheld
+    text = shown(comparison, options, found)
+    assert "no: 7 of 7" in text and "no speed-up, its tokens differ" in " ".join(text.split())
+
+
+def test_a_method_that_promises_less_keeps_its_speed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fakes.Gullible, "card", dataclasses.replace(fakes.Gullible.card, guarantee=Guarantee.LOSSY))
+    row = results.rows(bench.compare(load(folder, verify="gullible"), Options(("guess",), PARAMS, rounds=1), PROMPTS))[1]
+    assert row.guarantee == "lossy" and not row.tokens_equal and row.speedup is not None and row.withheld is None
+
+
+def test_near_ties_are_excused_and_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "NEAR_TIE", 1e6)
+    options = Options(("guess",), PARAMS, rounds=1)
+    comparison = bench.compare(load(folder, verify="gullible"), options, PROMPTS)
+    row = (found := results.rows(comparison))[1]
+    assert not row.tokens_equal and row.near_ties == row.divergences == len(PROMPTS)
+    assert row.speedup is not None and row.withheld is None
+    assert "7 near-ties of 7" in shown(comparison, options, found)
+
+
+SAMPLINGS = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.3},
+    {"temperature": 0.8},
+    {"temperature": 0.9, "top_p": 0.7, "repetition_penalty": 1.1, "min_tokens": 5},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_plain_models_own_text_has_no_gap(plain: LLM, sampling: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=75, seed=11, **sampling)  # more than one chunk of the replay
+    prompt = [5, 6, 7, 8]
+    text = plain.generate([{"prompt_token_ids": prompt}], params)[0].outputs[0].token_ids
+    wrong = [*text[:2], (text[2] + 1) % 60, *text[3:]]
+    found = examine(plain, "p", 0, prompt, wrong, text, params)
+    assert found.worst is not None and found.worst < 1e-4
+    assert (found.position, found.expected, found.found) == (2, wrong[2], text[2])
+    assert not found.near_tie  # the plain loop is not what it says it is
+    found = examine(plain, "p", 0, prompt, text, wrong, params)
+    assert found.worst is None or found.worst > 1e-4
+    assert not found.near_tie
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3])
+def test_the_margin_is_the_distance_of_the_two_tokens(plain: LLM, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=4, seed=11, ignore_eos=True, **sampling)
+    text = plain.generate([{"prompt_token_ids": [5, 6, 7]}], params)[0].outputs[0].token_ids
+    law = divergence._Law(plain, [5, 6, 7], text, params)
+    row = law.weigh(list(law.rows())[3], 3)
+    second = int(row.values.argsort()[-2])
+    gap = float(row.values.max() - row.values[second])
+    monkeypatch.setattr(divergence, "NEAR_TIE", gap + 1e-3)
+    close = examine(plain, "p", 0, [5, 6, 7], text, [*text[:3], second], params)
+    assert close.near_tie and close.margin == pytest.approx(gap, abs=1e-5) and close.worst == pytest.approx(gap, abs=1e-5)
+    monkeypatch.setattr(divergence, "NEAR_TIE", gap - 1e-3)
+    assert not examine(plain, "p", 0, [5, 6, 7], text, [*text[:3], second], params).near_tie
+
+
+def test_a_token_at_the_cut_of_a_filter_is_a_near_tie_only_within_the_tolerance(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=4, seed=11, ignore_eos=True, temperature=0.8, top_k=1)
+    text = plain.generate([{"prompt_token_ids": [5, 6, 7]}], params)[0].outputs[0].token_ids
+    logits = list(divergence._Law(plain, [5, 6, 7], text, params).rows())[3]
+    second = int(logits.argsort()[-2])
+    gap = float(logits.max() - logits[second])
+    for most, near in ((gap * 1.1, True), (gap * 0.9, False)):
+        monkeypatch.setattr(divergence, "NEAR_TIE", most)
+        found = examine(plain, "p", 0, [5, 6, 7], text, [*text[:3], second], params)
+        assert found.near_tie is near and found.margin is None
+
+
+def test_a_text_that_ends_early_is_no_near_tie(plain: LLM) -> None:
+    found = examine(plain, "p", 1, [5], [6, 7, 8], [6, 7], PARAMS)
+    assert found == Divergence("p", 1, 2, 8, None, None, None, False)
+    assert first_difference([1, 2], [1, 2]) is None and first_difference([1, 2], [1, 3]) == 1 and first_difference([1], [1, 2]) == 1
+    plain.runner.table.check()
+
+
+def test_tolerances() -> None:
+    logits = torch.tensor([-8.0, 4.0]).double().numpy()
+    assert divergence.tolerance(torch.float64, logits) == 0
+    assert divergence.tolerance(torch.float32, logits) == 1e-4
+    assert divergence.tolerance(torch.bfloat16, logits) == pytest.approx(8 * 2**-6)
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(
+    ("tokens", "covered"),
+    [
+        ([1, 2, 3], 0),
+        (list(range(40)), 0),
+        ([*range(8), *range(8)], 16),
+        ([*range(8), 99, *range(8), 98], 16),
+        ([5] * 9, 9),
+        ([5] * 8, 0),  # one 8-gram, once
+        ([*range(7), 99, *range(7)], 0),
+    ],
+)
+def test_repeated_8_grams(tokens: list[int], covered: int) -> None:
+    assert repeated(tokens) == covered
+
+
+def made(seconds: dict[int, list[float]], outputs: list[list[int]], category: str = "ab") -> Comparison:
+    """One prompt a group; seconds[entry][round] for every group."""
+    store = SimpleNamespace(slab_bytes=1000)
+    llm = cast(Any, SimpleNamespace(guarantee=Guarantee.SAME_TEXT, runner=SimpleNamespace(store=store)))
+    groups = split([Prompt(str(i), category[i % len(category)], prompt="x") for i in range(len(outputs))], 1, PARAMS)
+    mine = {p.id: outputs[int(p.id)] for g in groups for p in g.prompts}
+    entries = [Entry("none", Mode.BASELINE, llm, (None, None)), Entry("some", Mode.SAME, llm, (None, None))]
+    runs = [
+        [[Run([[Turn([1], mine[g.prompts[0].id])]], one, steps=10, accepted=5 * e, peak=2 + e) for g in groups] for one in seconds[e]]
+        for e in range(2)
+    ]
+    return Comparison(entries, groups, runs, [], [])
+
+
+def test_rows_compare_within_each_round() -> None:
+    outputs = [list(range(20)) for _ in range(3)] + [[5] * 20] * 3
+    baseline, row, *rest = results.rows(made({0: [1.0, 2.0, 4.0], 1: [0.5, 2.5, 1.0]}, outputs))
+    assert (row.speedup, row.speedup_low, row.speedup_high) == (2.0, 0.8, 4.0)
+    assert row.tokens_per_second == 20 and baseline.tokens_per_second == 10 and baseline.speedup is None
+    assert row.mean_acceptance_length == 1.5 and baseline.mean_acceptance_length == 1
+    assert row.peak_kv_bytes == 3000 and row.repeated_8gram_share == 0.5 and row.outputs == 6
+    assert row.low_repeat_outputs == 3 and row.low_repeat_speedup is None  # fewer than five
+    assert [one.category for one in rest] == ["a", "a", "b", "b"] and sum(one.outputs for one in rest) == 12
+    assert [one.category for one in results.rows(made({0: [1.0], 1: [1.0]}, outputs, "a"))] == [None, None]
+
+
+def test_low_repeat_speed_up_needs_five_outputs() -> None:
+    row = results.rows(made({0: [1.0], 1: [0.5]}, [list(range(20)) for _ in range(5)] + [[5] * 20]))[1]
+    assert (row.low_repeat_outputs, row.low_repeat_speedup) == (5, 2.0)
+
+
+# ---- what is shown and written
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": p.id, "category": p.category, "prompt": p.prompt}) + "\n" for p in PROMPTS[:3]))
+    return path
+
+
+def test_the_command_prints_a_table_and_writes_json(folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    words = f"--prompts {file} --draft guess --draft token-recycling --max-tokens 5 --rounds 1 --dtype float32 --json {out}"
+    assert command(["compare", str(folder), *words.split()]) == 0
+    shown = capsys.readouterr()
+    assert "token-recycling" in shown.out and "tokens/s" in shown.out and "fewer than 5" in " ".join(shown.out.split())
+    found = json.loads(out.read_text())
+    assert {"model", "hardware", "commit", "baseline", "settings", "rows"} <= set(found)
+    assert found["baseline"] == "none" and found["model"] == str(folder)
+    assert {"cpu", "cores", "threads", "torch"} <= set(found["hardware"])
+    wanted = "method mode category guarantee tokens_per_second speedup speedup_low speedup_high mean_acceptance_length tokens_equal"
+    wanted += " first_divergence near_ties repeated_8gram_share peak_kv_bytes low_repeat_outputs low_repeat_speedup"
+    assert all(set(wanted.split()) <= set(row) for row in found["rows"])
+    overall = [(row["method"], row["mode"]) for row in found["rows"] if row["category"] is None]
+    assert overall == [("none", "baseline"), ("guess", "cold=hot"), ("token-recycling", "cold"), ("token-recycling", "hot")]
+    assert all(row["tokens_equal"] and row["first_divergence"] is None for row in found["rows"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "prompts.jsonl"]
+
+
+def test_a_slower_method_is_called_slower() -> None:
+    rows = results.rows(made({0: [1.0], 1: [2.0]}, [list(range(20))]))
+    assert str(report._speedup(rows[1])) == "0.50x slower"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="JSON"):
+        report.write(path, {"a": float("inf")})
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--draft token-recyclin", "did you mean 'token-recycling'"),
+        ("--draft copyspec:gama=3", "unknown option 'gama'"),
+        ("--draft copyspec --draft copyspec", "given more than once"),
+        ("--batch 0", "batch = 0"),
+        ("--rounds 0", "rounds = 0"),
+        ("--temperature -1", "temperature = -1.0"),
+        ("--json /nowhere/at/all.json", "there is no folder /nowhere/at"),
+        ("--json /", "is a folder"),
+        ("--prompts /nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["compare", "/no/such/model", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UnknownMethod):
+        Options(("nothing-like-it",), PARAMS)
+    with pytest.raises(InvalidInput, match="at least one method"):
+        Options((), PARAMS)

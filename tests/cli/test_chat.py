@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from redraft import LLM, SamplingParams
+from tests.checkpoints import tiny_llama
+from tests.cli.conftest import Ran, start
+
+OPTIONS = ("--temperature", "0", "--max-tokens", "20", "--ignore-eos", "--dtype", "float32")
+
+
+def piped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_each_line_is_a_turn_of_one_conversation(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, messages, replies = LLM(tiny, dtype="float32"), [{"role": "system", "content": "Be brief."}], ""
+    for said in ("hello", "and now?"):
+        messages.append({"role": "user", "content": said})
+        reply = llm.chat(messages, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))[0].outputs[0].text
+        messages.append({"role": "assistant", "content": reply})
+        replies += reply if reply.endswith("\n") else reply + "\n"
+    piped("hello\n\nand now?\n", monkeypatch)
+    code, out, err = redraft("chat", tiny, "--system", "Be brief.", *OPTIONS)
+    assert (code, out) == (0, replies)
+    cached = [int(n) for n in re.findall(r"(\d+) of \d+ prompt tokens cached", err)]
+    assert cached[0] == 0
+    assert cached[1] >= 32, "the first turn's pages serve the second"
+
+
+def test_commands(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped("hello\n", monkeypatch)
+    once = redraft("chat", tiny, *OPTIONS)[1]
+    piped("hello\n/clear\nhello\n/exit\nhello\n", monkeypatch)
+    assert redraft("chat", tiny, *OPTIONS)[1] == once * 2
+
+
+def test_the_first_reply_leaves_room_for_a_second(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped("hello\nand\n", monkeypatch)
+    code, _, err = redraft("chat", tiny, "--temperature", "0", "--ignore-eos", "--dtype", "float32")
+    assert (code, err.count("64 new tokens")) == (0, 2)
+
+
+def test_a_conversation_too_long_is_one_line(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped("x" * 300, monkeypatch)
+    code, out, err = redraft("chat", tiny, *OPTIONS)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "max_model_len = 256" in err
+
+
+def test_refused_without_a_chat_template(redraft: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped("", monkeypatch)
+    code, out, err = redraft("chat", str(tiny_llama(tmp_path / "base", chat=False)))
+    assert (code, out) == (2, "")
+    assert err == "error: this checkpoint has no chat template: use generate with a prompt instead\n"
+
+
+def test_at_a_terminal_ctrl_c_ends_the_reply_and_ctrl_d_the_conversation(tmp_path: Path) -> None:
+    model = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536))
+    ours, theirs = pty.openpty()
+    options = ("--ignore-eos", "--temperature", "0", "--cache-memory", "100000000", "--max-tokens", "60000")
+    environment = {**os.environ, "TERM": "xterm"}
+    process = start("chat", model, *options, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=False, env=environment)
+    os.close(theirs)
+    seen = ""
+
+    def until(wanted: str, times: int = 1) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while len(re.findall(wanted, seen, re.DOTALL)) < times:
+            assert time.monotonic() < deadline, seen
+            seen += os.read(ours, 4096).decode(errors="replace")
+
+    until("> ")
+    os.write(ours, b"hello\n")
+    until("hello.{40}")
+    process.send_signal(2)  # what Ctrl-C sends; the pty is not this test's controlling terminal
+    until("new tokens.*> ")
+    process.send_signal(2)
+    until("> .*> .*> ")
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
+    assert "Traceback" not in seen

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from redraft import registry
+from redraft.card import Card, Guarantee
+from redraft.core.taps import Taps
+from redraft.draft.none import NoDraft
+from redraft.models import loader
+from tests.cli.conftest import Ran
+
+
+@dataclass(frozen=True)
+class Spy(NoDraft):
+    """Opened, it looks into layers of the model that it was opened with."""
+
+    card: ClassVar[Card] = Card("Spy", "Nobody, 2026", Guarantee.LOSSY)
+
+    def open(self, runner: Any, sampler: Any) -> Spy:
+        found = Spy()
+        object.__setattr__(found, "taps", Taps(hidden=frozenset({0, len(runner.spec.layers) - 2})))
+        return found
+
+
+def below(out: str, call: str) -> str:
+    """What is told under the first line of the step that has `call`."""
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if call in line)
+    indent = len(lines[at]) - len(lines[at].lstrip())
+    told = []
+    for line in lines[at + 1 :]:
+        if len(line) - len(line.lstrip()) <= indent + 4:
+            break
+        told.append(line.strip())
+    return "\n".join(told)
+
+
+def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("explain reads headers only")
+
+    monkeypatch.setattr(loader, "read", read)
+    options = "--draft token-recycling:k=5 --scheduler fcfs --draft-total 24 --cache-memory 1000000 --dtype float32".split()
+    code, out, _ = redraft("explain", tiny, *options)
+    assert code == 0
+    assert "weights 103 KiB" in out  # 4 bytes for each of 26,424
+    assert "guarantee: same-text, the weakest of the parts" in out
+    assert below(out, "self.scheduler.plan(").startswith("scheduler: fcfs, First come, first served; guarantee same-text\n")
+    assert "draft_rows=16, draft_total=24" in below(out, "self.scheduler.plan(")
+    assert "Orca" in below(out, "self.scheduler.plan(")
+    assert "k=5" in below(out, "self.drafter.propose(")
+    assert "arXiv 2408.08696" in below(out, "self.drafter.propose(")
+    assert re.match(r"cache: \d+ pages of 32 tokens, prefixes shared across requests", below(out, "self.table.reserve("))
+    runner = below(out, "self.runner.forward(")
+    assert "segments of layers: 0..2\n" in runner
+    assert "sampler asks for nothing beyond the argmax" in runner
+    assert "drafter token-recycling:k=5 asks for the 5 likeliest tokens of every row" in runner
+    assert "sampler: greedy; processors: none" in below(out, "self.sampler.law(")
+    assert "verifier: coupled" in below(out, "self.verifier.accept(")
+    assert "arXiv 2305.09781" in below(out, "self.verifier.accept(")
+
+
+def test_sampling_options_change_what_is_asked_for(redraft: Callable[..., Ran], tiny: str) -> None:
+    _, out, _ = redraft("explain", tiny, "--temperature", "0.8", "--top-p", "0.9", "--bad-words", "x")
+    assert "sampler asks for logits" in below(out, "self.runner.forward(")
+    assert "processors: BadWords, Temperature, TopP" in below(out, "self.sampler.law(")
+
+
+def test_taps_and_the_weakest_guarantee_come_from_the_parts(
+    redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.METHODS["draft"], "spy", f"{__name__}:Spy")
+    _, out, _ = redraft("explain", tiny, "--draft", "spy")
+    assert "guarantee: lossy, the weakest of the parts" in out
+    assert "segments of layers: 0..0, 1..1, 2..2" in below(out, "self.runner.forward(")
+    assert "drafter spy asks for hidden states after layers 0, 1" in below(out, "self.runner.forward(")

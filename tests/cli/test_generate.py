@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from redraft import LLM, SamplingParams
+from redraft.cli.generate import PROMPT
+from redraft.cli.stream import PICTURES
+from tests.checkpoints import tiny_llama
+from tests.cli.conftest import Ran, start
+
+ANSI = re.compile("\x1b\\[[0-9;]*m")
+STATS = re.compile(r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+), (\S+), same-text, (greedy|seed \d+)\n")
+
+
+@pytest.fixture(scope="module")
+def texts(tiny: str) -> list[str]:
+    """Two samples of the same request by the Python interface, without drafts."""
+    params = SamplingParams(n=2, temperature=1, seed=5, max_tokens=60, ignore_eos=True)
+    return [output.text for output in LLM(tiny, dtype="float32").generate("hello there", params)[0].outputs]
+
+
+SAMPLED = ("--temperature", "1", "--seed", "5", "--max-tokens", "60", "--ignore-eos", "--dtype", "float32")
+
+
+def test_a_pipe_gets_the_text_and_nothing_else(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
+    code, out, err = redraft("generate", tiny, "--prompt", "hello there", *SAMPLED)
+    assert (code, out.removesuffix("\n")) == (0, texts[0].removesuffix("\n"))
+    assert out.endswith("\n")
+    tokens, length, method, draw = STATS.fullmatch(err).groups()  # type: ignore[union-attr]
+    assert (tokens, method, draw) == ("60", "token-recycling", "seed 5")
+    assert 1 <= float(length) < 16
+
+
+def test_several_texts_come_one_behind_the_other(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
+    _, out, err = redraft("generate", tiny, "--prompt", "hello there", "--n", "2", *SAMPLED)
+    ended = [text if text.endswith("\n") else text + "\n" for text in texts]
+    assert out == f"[1/2]\n{ended[0]}[2/2]\n{ended[1]}"
+    assert err.startswith("120 new tokens")
+
+
+def test_a_terminal_shows_accepted_drafts_green(
+    redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    arguments = (
+        "generate",
+        tiny,
+        "--prompt",
+        "hello there",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "120",
+        "--ignore-eos",
+        "--dtype",
+        "float64",
+    )
+    _, out, err = redraft(*arguments)
+    green = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", out, re.DOTALL)
+    assert green, "the tiny model's greedy text is known to hold accepted drafts"
+    assert float(STATS.fullmatch(err)[2]) > 1  # type: ignore[index]
+    plain = LLM(tiny, dtype="float64").generate("hello there", SamplingParams(temperature=0, max_tokens=120, ignore_eos=True))
+    assert ANSI.sub("", out) == "hello there" + plain[0].outputs[0].text.translate(PICTURES) + "\n"
+    assert "\x1b" in plain[0].outputs[0].text, "or this does not show that a model cannot steer the terminal"
+    _, out, _ = redraft(*arguments, "--draft", "none")
+    assert "\x1b[32m" not in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    _, out, _ = redraft(*arguments)
+    assert "\x1b[32m" not in out
+
+
+def test_the_prompt_may_be_piped_in(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--temperature", "0", "--max-tokens", "20", "--ignore-eos", "--dtype", "float32")
+    for piped, prompt in (("two\nlines\n", "two\nlines"), ("", PROMPT[:200])):
+        monkeypatch.setattr("redraft.cli.generate.PROMPT", PROMPT[:200])
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+        assert redraft("generate", tiny, *options)[1] == redraft("generate", tiny, "--prompt", prompt, *options)[1] != ""
+
+
+def test_a_stop_string_ends_the_text(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
+    stop = texts[0][20:23]
+    _, out, _ = redraft("generate", tiny, "--prompt", "hello there", *SAMPLED, "--stop", stop)
+    assert out == texts[0][: texts[0].index(stop)] + "\n"
+
+
+def test_ctrl_c_tells_what_there_is_and_exits_130(tmp_path: Path) -> None:
+    model = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536))
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start("generate", model, "--prompt", "x", "--ignore-eos", "--temperature", "0", "--cache-memory", "100000000", **pipes)
+    assert process.stdout is not None
+    assert process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith(b"\n")
+    told = STATS.fullmatch(err.decode())
+    assert told is not None, err
+    assert 0 < int(told[1]) < 65_000

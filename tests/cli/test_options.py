@@ -1,0 +1,54 @@
+"""Options are the fields of config.py: none is forgotten, and what was given arrives as it was meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+from redraft.cli.options import DEFAULTS, ENGINE, SAMPLING, Given, engine_config, takes
+from redraft.config import EngineConfig, SamplingParams
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    got: dict[str, Any] = {}
+
+    @takes(sampling=SAMPLING, engine=ENGINE)
+    def verb(name: str = "it", *, sampling: Given, engine: Given) -> None:
+        """Help."""
+        got.update(name=name, sampling=sampling, engine=engine)
+
+    app = typer.Typer()
+    app.command()(verb)
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, done.output
+    return got
+
+
+def test_only_what_was_given_arrives() -> None:
+    assert parsed() == {"name": "it", "sampling": {}, "engine": {}}
+    assert parsed("--seed", "0", "--temperature", "0", "--draft-rows", "0")["sampling"] == {"seed": 0, "temperature": 0.0}
+
+
+def test_values_have_the_types_of_their_fields() -> None:
+    got = parsed(
+        *("--name", "x", "--stop", "a,b", "--stop", "c", "--stop-token-ids", "3", "--ignore-eos", "--top-p", "0.5", "--max-tokens", "7"),
+        *("--no-prefix-sharing", "--draft", "copyspec:gamma=2", "--draft-total", "9", "--dtype", "float64", "--cache-memory", "5"),
+    )
+    params = SamplingParams(**got["sampling"])
+    assert params == SamplingParams(stop=("a,b", "c"), stop_token_ids=(3,), ignore_eos=True, top_p=0.5, max_tokens=7)
+    expected = EngineConfig.of(prefix_sharing=False, draft="copyspec:gamma=2", draft_total=9, dtype="float64", cache_memory=5)
+    assert engine_config("embedded", got["engine"]) == expected
+
+
+def test_every_field_has_an_option_with_help() -> None:
+    assert set(SamplingParams.model_fields) - set(SAMPLING.fields) == {"logit_bias", "logprobs", "prompt_logprobs"}
+    assert set(EngineConfig._homes()) - set(ENGINE.fields) == {"model"}
+    assert set(ENGINE.fields) <= set(EngineConfig._homes())
+    assert [name for group in (SAMPLING, ENGINE) for name, field in group.fields.items() if not field.description and name != "dtype"] == []
+
+
+def test_drafting_is_on_by_default() -> None:
+    assert engine_config("embedded", {}).draft == DEFAULTS["draft"] == "token-recycling"
+    assert engine_config("embedded", {"draft": "none"}).draft == "none"
