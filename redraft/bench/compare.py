@@ -167,11 +167,16 @@ def compare(llm: LLM, options: Options, prompts: Seq[Prompt], tick: Tick = lambd
         entries += enter(draft, twin, groups, tick)
     warm_up(llm, groups[0])
     runs: list[list[list[Run]]] = [[[] for _ in range(options.rounds)] for _ in entries]
-    for turn in range(options.rounds):
-        for g, group in enumerate(groups):
-            for e in order(len(entries), turn, g):
-                runs[e][turn].append(measure(entries[e].llm, group, entries[e].states[group.half]))
-                tick(f"round {turn + 1}/{options.rounds}: {entries[e].method}")
+    gc.collect()
+    gc.freeze()  # what lives already need not be looked through again before each measurement
+    try:
+        for turn in range(options.rounds):
+            for g, group in enumerate(groups):
+                for e in order(len(entries), turn, g):
+                    runs[e][turn].append(measure(entries[e].llm, group, entries[e].states[group.half]))
+                    tick(f"round {turn + 1}/{options.rounds}: {entries[e].method}")
+    finally:
+        gc.unfreeze()
     left_out = [prompt.id for prompt in prompts if prompt not in fits]
     return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]))
 

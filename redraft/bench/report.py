@@ -143,21 +143,22 @@ def dtype_name(comparison: Comparison) -> str:
 def show(console: Console, comparison: Comparison, options: Options, rows: list[Row]) -> None:
     llm = comparison.entries[0].llm
     machine, params = hardware(), llm.params(options.params)
+    threads = machine["threads"]
     outputs = sum(len(group.prompts) for group in comparison.groups)
     head = (
         f"{llm.name}, {dtype_name(comparison)}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
-        f"batch {options.batch}, {outputs} prompts, {options.rounds} rounds\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, PyTorch {machine['torch']}"
+        f"batch {options.batch}, {outputs} prompts, {options.rounds} round{'s' * (options.rounds > 1)}\n"
+        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, PyTorch {machine['torch']}"
     )
-    told = Table.grid(padding=(0, 1))
+    told = Table.grid(padding=(0, 1, 0, 0))
     for note in notes(comparison, rows):
         told.add_row("-", note)
-    console.print(Group(Text(head, style="bold"), Text(), _table(rows), Text(), told))
+    console.print(Group(Text(head, style="bold"), Text(), _table(rows, 2 if console.width >= 120 else 1), Text(), told))
 
 
-def _table(rows: list[Row]) -> Table:
-    """All prompts first, then a part for each category."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+def _table(rows: list[Row], gap: int) -> Table:
+    """All prompts first, then a part for each category; `gap` spaces between columns."""
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("method", overflow="fold")
     table.add_column("state", no_wrap=True)
     table.add_column("guarantee", no_wrap=True)

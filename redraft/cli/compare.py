@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+
+WIDTH = 120  # columns of the table where it is no terminal that reads it
 
 
 @takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "prefix_sharing"))
@@ -53,7 +57,7 @@ def compare(
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
         comparison = bench.compare(LLM(config=config), options, chosen, tick)
     rows = results.rows(comparison)
-    report.show(Console(), comparison, options, rows)
+    report.show(Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH), comparison, options, rows)
     if json is not None:
         source = "the suite of redraft" if prompts is None else str(prompts)
         report.write(json, report.document(comparison, options, rows, source))

@@ -8,8 +8,8 @@ Copy-and-Paste Without Compromising Quality, 2025, arXiv 2502.08923.
 2. Look up the last gamma tokens.
 3. Found: propose the (at most `block`) tokens that followed, as a chain that ends with the text. Not found: nothing.
 
-Differs: the most recent match is copied unless latest=false (the release: the first one); windows are compared token by
-token, not by hash; without a match the step is a plain one (the paper may fall back on a draft model).
+Differs: windows are compared token by token, not by hash; latest=true copies from the most recent match instead of the
+first; without a match the step is a plain one (the paper may fall back on a draft model).
 """
 
 from __future__ import annotations
@@ -52,18 +52,22 @@ class Windows:
 
 @dataclass(frozen=True)
 class CopySpec(Stateless):
-    """gamma: tokens that must match; block: most tokens copied; latest: copy from the most recent match, not the first."""
+    """gamma: tokens that must match; block: most tokens copied; latest: copy from the most recent match, not the first.
+
+    On the suite with pilot-16m the first match is as good or better (greedy, tokens per step: 2.24 against 2.20; 1.92
+    against 1.80 on code edits): where a text repeats itself, the most recent match has little text behind it.
+    """
 
     gamma: int = 3
     block: int = 10
-    latest: bool = True
+    latest: bool = False
 
     card: ClassVar[Card] = Card(
         "CopySpec",
         "Dumitru, Yang, Yadav, Surdeanu, CopySpec: Accelerating LLMs with Speculative Copy-and-Paste Without Compromising "
         "Quality, 2025, arXiv 2502.08923",
         Guarantee.SAME_TEXT,
-        deviates="copies the most recent match (latest=false: the first, as released); no fallback drafter",
+        deviates="no fallback drafter; the most recent match instead of the first is an option",
     )
 
     def __post_init__(self) -> None:

@@ -121,10 +121,7 @@ class Recycler(Stateless):
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """For each sequence the template filled from the table, cut to the budget."""
-        return [
-            self._read(seq.tokens[-1], budget) if min(budget) > 0 else EMPTY
-            for seq, budget in zip(seqs, budgets, strict=True)
-        ]
+        return [self._read(seq.tokens[-1], budget) if min(budget) > 0 else EMPTY for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _read(self, root: int, budget: Budget) -> TokenTree:
         shape = cut(min(budget.rows, MOST), min(budget.depth, DEEPEST), self.matrix.shape[1])  # 2.

@@ -68,7 +68,7 @@ class Weights:
 
         def walk(value: Any) -> None:
             if isinstance(value, Tensor):
-                seen[value.data_ptr()] = value.numel() * value.element_size()
+                seen[id(value)] = value.numel() * value.element_size()
             elif isinstance(value, LayerWeights):
                 walk(tuple(vars(value).values()))
             elif isinstance(value, tuple):

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,14 @@ class Bench:
         from tests.contracts import plain
 
         with torch.inference_mode():
-            return plain.logits(self.llm.runner.spec, self.llm.runner.weights, tokens)
+            return plain.logits(self.llm.runner.spec, self.weights, tokens)
+
+    @cached_property
+    def weights(self) -> Any:
+        """The checkpoint's own numbers in float64, for the dense recompute and for margins."""
+        from redraft.models import loader
+
+        return loader.read(loader.inspect(MODELS[self.task.model], "float64"))
 
     def draw(self, row: Any, index: int, tokens: list[int]) -> tuple[int, float]:
         from tests.contracts import plain

@@ -20,11 +20,12 @@ from tests.models import tiny
 
 
 def checkpoint(folder: Path) -> Path:
-    """A random Llama whose tokens are the words w0 to w60."""
+    """A random Llama whose tokens are the words w3 to w60."""
     tiny.save("llama2", folder)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(tiny.V)}, unk_token="w0"))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, tiny.V)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", bos_token="w1").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", bos_token="<s>").save_pretrained(folder)
     return folder
 
 

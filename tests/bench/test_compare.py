@@ -149,7 +149,9 @@ def test_turns_are_answered_one_after_the_other(plain: LLM) -> None:
         for prompt, said in zip(group.prompts, run.conversations)
     }
     first, second = found["t"]
-    assert first.prompt == [5, 6] and second.prompt == [5, 6, *first.tokens, 7] and len(second.tokens) == 6
+    assert (
+        first.prompt == [5, 6] and second.prompt == [5, 6, *(token for token in first.tokens if token > 2), 7] and len(second.tokens) == 6
+    )
     assert [turn.prompt for turn in found["m"]] == [[8, 9, 10]]
     assert found["t"] == found["u"]
     assert all(row.tokens_equal for row in results.rows(comparison))
@@ -176,7 +178,7 @@ def test_a_method_that_lies_gets_no_speed_up(folder: Path) -> None:
     baseline, row, *_ = found = results.rows(comparison)
     assert baseline.tokens_equal and baseline.divergences == 0 and row.guarantee == "same-text"
     assert not row.tokens_equal and row.divergences == len(PROMPTS) and row.near_ties == 0
-    assert row.first_divergence is not None and row.first_divergence.found == 7 and row.first_divergence.position == 0
+    assert row.first_divergence is not None and row.first_divergence.found == 7
     assert row.first_divergence.margin is not None and row.first_divergence.margin > 0.01
     liars = [one for one in found if one.method == "guess"]
     assert len(liars) == 3  # over all and two categories

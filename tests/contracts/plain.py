@@ -61,7 +61,7 @@ def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
     x = weights.embed[ids]
     for layer, w in zip(spec.layers, weights.layers, strict=True):
         h, k, d = layer.heads, layer.kv_heads, layer.head_dim
-        qkv = F.linear(_rms(x, w.attn_norm, layer.norm), *w.qkv).view(len(ids), h + 2 * k, d)
+        qkv = _linear(_rms(x, w.attn_norm, layer.norm), w.qkv).view(len(ids), h + 2 * k, d)
         q, keys, values = qkv.split([h, k, k], 1)
         q, keys = _turn(q, layer, at), _turn(keys, layer, at)
         keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
@@ -69,11 +69,16 @@ def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
         behind = at[:, None] - at[None, :]
         seen = (behind >= 0) & (behind < (layer.window or len(ids) + 1))
         mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
-        x = x + F.linear(mixed.reshape(len(ids), h * d), *w.out)
+        x = x + _linear(mixed.reshape(len(ids), h * d), w.out)
         assert w.up is not None and w.down is not None
-        gate, up = F.linear(_rms(x, w.mlp_norm, layer.norm), *w.up).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, *w.down)
-    return F.linear(_rms(x, weights.final_norm, spec.final_norm), *weights.head)
+        gate, up = _linear(_rms(x, w.mlp_norm, layer.norm), w.up).chunk(2, -1)
+        x = x + _linear(F.silu(gate) * up, w.down)
+    return _linear(_rms(x, weights.final_norm, spec.final_norm), weights.head)
+
+
+def _linear(x: Tensor, weights: Linear) -> Tensor:
+    packed = weights.weight.is_mkldnn  # a backend's own layout, see Backend.pack
+    return F.linear(x, weights.weight.to_dense() if packed else weights.weight, weights.bias)
 
 
 def _rms(x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:

@@ -99,7 +99,7 @@ def test_begin_after_preemption_meets_generated_tokens() -> None:
 
 
 def test_forks_are_independent() -> None:
-    drafter = CopySpec()
+    drafter = CopySpec(latest=True)
     seq = begun(drafter, [1, 2, 3, 4, 9])
     drafted(drafter, seq)
     child = sequence(seq.tokens)

@@ -91,11 +91,10 @@ def _width(keys: F64) -> float:
 
 def top(values: F64, k: int) -> I64:
     """The places of the k largest, best first; of equal ones the first. One partition, no sort of them all."""
-    places = np.arange(len(values))
-    if 0 < k < len(values):
-        least = values[np.argpartition(values, -k)[-k:]].min()
-        above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
-        places = np.sort(np.concatenate([above, equal[: k - len(above)]]))
+    if k == 0:
+        return np.zeros(0, np.int64)
+    least = values[np.argpartition(values, -k)[-k:]].min() if k < len(values) else -np.inf
+    places = np.flatnonzero(values >= least)
     return places[np.argsort(-values[places], kind="stable")][:k]
 
 
