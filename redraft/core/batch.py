@@ -38,8 +38,8 @@ class Batch:
 
     tokens, positions: i32[T]; starts: i32[S + 1]; tree_starts: i32[S]; ancestors: u64[tree rows, W], bit j: tentative
     node j of my sequence is on my path, self included (chain rows carry no bits); logit_rows: i32[R], the rows whose
-    logits are wanted; roots: i32[S], the logit row of each last pending token, -1 where the chunk ends earlier.
-    Node i of sequence s (counted from Work.first) has logit row roots[s] + 1 + i.
+    logits are wanted; roots: i32[S], the logit row of each last pending token, -1 where the chunk ends earlier
+    or an earlier forward of the same tail ran it. Node i of sequence s has logit row roots[s] + 1 + i.
 
     A chunk of 3 of a longer prompt, a chain that draws, and a tree of two branches under one pending token:
 

@@ -49,14 +49,14 @@ def key(seed: int, stream: Stream, position: int) -> int:
 
 
 def uniform(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in (0, 1) for each id, 53 bits."""
+    """One number in (0, 1) for each id; 52 bits, so that the half-step offset is exact and 1 is never reached."""
     with np.errstate(over="ignore"):
         x = np.uint64(key) + ids.astype(np.uint64) * np.uint64(_GOLDEN)
         for _ in range(2):
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             x ^= x >> np.uint64(31)
-    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -230,7 +230,9 @@ class Engine:
         told, ended = output.told_tokens, seq.reason is not None
         text = ""
         if self.decode is not None:
-            output.text = output.text.extend(seq.tokens, self._decoder(seq), last=ended)
+            first, count = seq.prompt_len + told + 1, len(seq.tokens)
+            for end in range(first, count + 1):  # one by one: what waits for its bytes must not depend on the step's size
+                output.text = output.text.extend(seq.tokens[:end], self._decoder(seq), last=ended and end == count)
             done, stops = output.text.done, seq.params.stop
             end = len(done)
             if output.stop is not None and seq.reason is FinishReason.STOP:

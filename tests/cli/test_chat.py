@@ -4,6 +4,8 @@ import io
 import os
 import pty
 import re
+import select
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,27 +68,32 @@ def test_refused_without_a_chat_template(redraft: Callable[..., Ran], tmp_path: 
 def test_at_a_terminal_ctrl_c_ends_the_reply_and_ctrl_d_the_conversation(tmp_path: Path) -> None:
     model = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536))
     ours, theirs = pty.openpty()
-    options = ("--ignore-eos", "--temperature", "0", "--cache-memory", "100000000", "--max-tokens", "60000")
-    environment = {**os.environ, "TERM": "xterm"}
-    process = start("chat", model, *options, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=False, env=environment)
+    options = ["--ignore-eos", "--temperature", "0", "--cache-memory", "100000000", "--max-tokens", "60000", "--draft", "none"]
+    process = start("chat", model, *options, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     seen = ""
 
-    def until(wanted: str, times: int = 1) -> None:
+    def until(wanted: str) -> None:
+        """Reads on until `wanted`, a regular expression, is found in what came since the last call."""
         nonlocal seen
-        deadline = time.monotonic() + 60
-        while len(re.findall(wanted, seen, re.DOTALL)) < times:
-            assert time.monotonic() < deadline, seen
-            seen += os.read(ours, 4096).decode(errors="replace")
+        fresh, deadline = "", time.monotonic() + 60
+        while not re.search(wanted, fresh, re.DOTALL):
+            assert select.select([ours], [], [], deadline - time.monotonic())[0], f"no {wanted!r} in {fresh!r} after {seen!r}"
+            fresh += os.read(ours, 4096).decode(errors="replace")
+        seen += fresh
 
-    until("> ")
-    os.write(ours, b"hello\n")
-    until("hello.{40}")
-    process.send_signal(2)  # what Ctrl-C sends; the pty is not this test's controlling terminal
-    until("new tokens.*> ")
-    process.send_signal(2)
-    until("> .*> .*> ")
-    os.write(ours, b"\x04")
-    assert process.wait(timeout=60) == 0
-    os.close(ours)
+    try:
+        until("> $")
+        os.write(ours, b"hello\n")
+        until("hello.{60}")
+        process.send_signal(signal.SIGINT)  # as Ctrl-C does; the pty is not the controlling terminal of the process
+        until("tokens cached.*> $")
+        process.send_signal(signal.SIGINT)
+        until("> $")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
     assert "Traceback" not in seen

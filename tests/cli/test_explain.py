@@ -45,8 +45,8 @@ def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str
         raise AssertionError("explain reads headers only")
 
     monkeypatch.setattr(loader, "read", read)
-    options = "--draft token-recycling:k=5 --scheduler fcfs --draft-total 24 --cache-memory 1000000 --dtype float32".split()
-    code, out, _ = redraft("explain", tiny, *options)
+    options = ["--draft", "token-recycling:k=5", "--scheduler", "fcfs", "--draft-total", "24", "--cache-memory", "1000000"]
+    code, out, _ = redraft("explain", tiny, "--dtype", "float32", *options)
     assert code == 0
     assert "weights 103 KiB" in out  # 4 bytes for each of 26,424
     assert "guarantee: same-text, the weakest of the parts" in out

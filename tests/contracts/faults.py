@@ -1,0 +1,118 @@
+"""Faults to plant: each is a bug that an engine like this one could have, and the identity contract must notice it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import pytest
+import torch
+
+from redraft.core.plan import Accepted, Work
+from redraft.core.tree import TokenTree
+from redraft.kv.store import Store
+from redraft.kv.table import Moves, PageTable
+from redraft.ops.torch_ops import TorchOps
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def position_by_row(patch: pytest.MonkeyPatch) -> None:
+    """A node's position is its row's, not its depth's."""
+    patch.setattr(TokenTree, "depths", lambda tree: np.arange(1, len(tree) + 1, dtype=np.int32))
+
+
+def visible_sibling(patch: pytest.MonkeyPatch) -> None:
+    """A node sees the sibling before it."""
+    right = TokenTree.ancestors
+
+    def wrong(tree: TokenTree) -> np.ndarray:
+        bits = right(tree).copy()
+        last: dict[int, int] = {}
+        for node, parent in enumerate(tree.parents.tolist()):
+            if parent in last:
+                bits[node, last[parent] // 64] |= np.uint64(1 << last[parent] % 64)
+            last[parent] = node
+        return bits
+
+    patch.setattr(TokenTree, "ancestors", wrong)
+
+
+def _commit(patch: pytest.MonkeyPatch, change: Callable[[Work, TokenTree, Accepted], tuple[Accepted, int]]) -> None:
+    """Commit another path than the one that was accepted; `change` tells it, and by how much seq.stored is then off."""
+    right, reserve = PageTable.commit, PageTable.reserve
+    trees: dict[int, TokenTree] = {}
+
+    def remember(table: PageTable, work: Seq[Work], drafts: Seq[TokenTree]) -> object:
+        trees.update((w.seq.id, tree) for w, tree in zip(work, drafts, strict=True))
+        return reserve(table, work, drafts)
+
+    def wrong(table: PageTable, work: Seq[Work], accepted: Seq[Accepted]) -> list[Moves]:
+        changed = [change(w, trees[w.seq.id], a) for w, a in zip(work, accepted, strict=True)]
+        moves = right(table, work, [a for a, _ in changed])
+        for w, (_, off) in zip(work, changed, strict=True):
+            w.seq.stored += off
+        return moves
+
+    patch.setattr(PageTable, "reserve", remember)
+    patch.setattr(PageTable, "commit", wrong)
+
+
+def rejected_slot_kept(patch: pytest.MonkeyPatch) -> None:
+    """The node behind the accepted path stays in the cache, too."""
+
+    def change(w: Work, tree: TokenTree, a: Accepted) -> tuple[Accepted, int]:
+        extra = a.path[-1] + 1 if a.path else 0
+        if not a.tokens or extra >= len(tree):
+            return a, 0
+        return Accepted((*a.path, extra), a.tokens, a.reason), -1
+
+    _commit(patch, change)
+
+
+def path_one_short(patch: pytest.MonkeyPatch) -> None:
+    """The last accepted node is counted as stored, but its slot is not kept."""
+    _commit(patch, lambda w, tree, a: (Accepted(a.path[:-1], a.tokens, a.reason), 1) if a.path else (a, 0))
+
+
+def moves_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """The table says what moves, but nothing is copied: slots hold what lay there before."""
+    patch.setattr(Store, "move", lambda store, moves: None)
+
+
+def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
+    """Pages come as their last owner left them, here full of NaN."""
+    allocate = TorchOps.allocate
+    patch.setattr(TorchOps, "allocate", lambda ops, spec, slabs: torch.full_like(allocate(ops, spec, slabs), torch.nan))
+    patch.setattr(Store, "zero", lambda store, fresh: None)
+
+
+def noise_by_step(patch: pytest.MonkeyPatch) -> None:
+    """Noise that belongs to the row of the step rather than to the position."""
+    from redraft.sample import sampler
+
+    right = sampler.TargetLaw._draw
+
+    def wrong(law: sampler.TargetLaw, values: np.ndarray, s: int, packed: int) -> int:
+        saved = law.batch.positions
+        shifted = saved.copy()
+        shifted[packed] += packed - int(law.batch.starts[s])
+        object.__setattr__(law.batch, "positions", shifted)
+        try:
+            return right(law, values, s, packed)
+        finally:
+            object.__setattr__(law.batch, "positions", saved)
+
+    patch.setattr(sampler.TargetLaw, "_draw", wrong)
+
+
+FAULTS: tuple[Plant, ...] = (
+    position_by_row,
+    visible_sibling,
+    rejected_slot_kept,
+    path_one_short,
+    moves_forgotten,
+    page_not_zeroed,
+    noise_by_step,
+)
