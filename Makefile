@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test install clean
 
 demo: install
-	$(BIN)/redraft generate --max-tokens 160
+	$(BIN)/redraft generate --max-tokens 160 --seed 1 < /dev/null
 	$(BIN)/redraft compare --draft copyspec --draft token-recycling --limit 12 --max-tokens 96 --rounds 3 --temperature 0
 
 test: install

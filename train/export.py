@@ -15,6 +15,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from train import tokenizer as bpe
 
+TEMPERATURE = 0.5  # of the generation_config.json: what `redraft generate` samples with unless told otherwise
+
 
 @dataclass(frozen=True)
 class Result:
@@ -34,7 +36,9 @@ def write(model: LlamaForCausalLM, tokenizer: Tokenizer, result: Result, folder:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         partial = Path(name)
         half = copy.deepcopy(model).to(torch.bfloat16)
-        half.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+        # a small model repeats itself at temperature 0 and wanders at 1
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        half.generation_config = GenerationConfig(**ends, do_sample=True, temperature=TEMPERATURE)
         half.save_pretrained(partial)
         bpe.save(tokenizer, partial, config.max_position_embeddings)
         (partial / "MODEL_CARD.md").write_text(card(folder.name, model, result))

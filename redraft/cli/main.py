@@ -51,7 +51,8 @@ def run(arguments: Seq[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    if message:  # none where the help was shown instead
+        typer.echo(f"error: {' '.join(message.split())}", err=True)
     return code
 
 

@@ -279,7 +279,7 @@ class TorchOps:
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         assert weights.router is not None and weights.experts_up is not None and weights.experts_down is not None
-        chances = self.linear(x, weights.router).float().softmax(-1)
+        chances = self.linear(x, weights.router).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
         share, chosen = chances.topk(experts.top_k, dim=-1)
         if experts.renormalise:
             share = share / share.sum(-1, keepdim=True)

@@ -1,0 +1,205 @@
+"""torch_ops against reference, the definition: the same random programs of chunks, decodes, trees and growing tails."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from redraft.core.batch import Batch
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Lanes
+from redraft.core.taps import Taps
+from redraft.core.testing import sequence
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.errors import Unsupported
+from redraft.models.runner import Runner
+from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
+from redraft.ops.reference import Reference
+from redraft.ops.torch_ops import TorchOps
+
+VOCAB, HIDDEN, SIZE = 37, 32, 8
+
+
+def model(*, window: int | None = None, experts: bool = False, norm: str = "rms", seed: int = 0) -> tuple[ModelSpec, Weights]:
+    """Two layers, the second windowed; 4 query heads on 2 kv heads; biases; optionally a mixture of experts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[-1])
+
+    def linear(rows: int, cols: int) -> Linear:
+        return Linear(rand(rows, cols), rand(rows))
+
+    def weigh() -> NormWeights:
+        return NormWeights(1 + 0.1 * rand(HIDDEN), 0.1 * rand(HIDDEN) if norm == "layer" else None)
+
+    rotary = Rotary(tuple(50.0 ** (-i / 4) for i in range(SIZE // 2)))
+    mlp = Mlp(24, "silu" if norm == "rms" else "gelu_tanh", gated=norm == "rms", bias=True)
+    inner = Experts(4, 2, Mlp(24)) if experts else mlp
+    kind = Norm(norm)  # type: ignore[arg-type]
+    layers = tuple(
+        LayerSpec(4, 2, SIZE, inner, kind, rotary, window if i else None, qkv_bias=True, out_bias=True, qk_norm=None) for i in range(2)
+    )
+    spec = ModelSpec(VOCAB, HIDDEN, 512, layers, kind, False, lambda name: Source((name,)))
+    made = []
+    for layer in layers:
+        some: dict[str, object] = {}
+        if experts:
+            some = {"router": Linear(3 * rand(4, HIDDEN)), "experts_up": rand(4, 48, HIDDEN), "experts_down": rand(4, HIDDEN, 24)}
+        else:
+            some = {"up": linear(24 * (2 if mlp.gated else 1), HIDDEN), "down": linear(HIDDEN, 24)}
+        qkv = Linear(3 * rand(layer.qkv_rows, HIDDEN), rand(layer.qkv_rows))
+        made.append(LayerWeights(weigh(), qkv, linear(HIDDEN, 4 * SIZE), weigh(), **some))  # type: ignore[arg-type]
+    return spec, Weights(rand(VOCAB, HIDDEN) * 6, Linear(3 * rand(VOCAB, HIDDEN)), weigh(), tuple(made))
+
+
+def cast(weights: Weights, backend: TorchOps) -> Weights:
+    """The weights in the backend's dtype and layout."""
+
+    def walk(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.to(backend.dtype)
+        if isinstance(value, Linear):
+            return backend.pack(Linear(*(None if part is None else part.to(backend.dtype) for part in value)))
+        if isinstance(value, NormWeights):
+            return NormWeights(*(None if part is None else part.to(backend.dtype) for part in value))
+        if isinstance(value, LayerWeights):
+            return LayerWeights(**{name: walk(part) for name, part in vars(value).items()})
+        return tuple(map(walk, value)) if isinstance(value, tuple) else value
+
+    return Weights(**{name: walk(part) for name, part in vars(weights).items()})  # type: ignore[arg-type]
+
+
+def random_tree(rng: random.Random, most: int) -> TokenTree:
+    n = rng.randint(0, most)
+    tokens, parents = [rng.randrange(VOCAB) for _ in range(n)], [rng.randint(-1, i - 1) for i in range(n)]
+    return TokenTree.build(tokens, parents, vocab=VOCAB, rows=most, depth=most)
+
+
+def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Runs the same steps on both; the logits of each forward. Sequences of very different numbers of rows mixed."""
+    rng = random.Random(seed)
+    seqs = [sequence([rng.randrange(VOCAB) for _ in range(n)]) for n in (90, 3, 40, 1)]
+    twins = [sequence(list(seq.tokens)) for seq in seqs]
+    for i, pair in enumerate(zip(seqs, twins, strict=True)):
+        for seq, runner in zip(pair, (left, right), strict=True):
+            seq.id = i
+            runner.table.open(seq)
+    found = []
+    for _ in range(9):
+        rows = [min(seq.pending, rng.choice([1, 7, 33, 64])) for seq in seqs]
+        trees = [random_tree(rng, most) if n == seq.pending else EMPTY for n, seq in zip(rows, seqs, strict=True)]
+        cuts = [rng.randint(1, len(tree)) if len(tree) and rng.random() < 0.5 else len(tree) for tree in trees]
+        paths, bonus = [], rng.randrange(VOCAB)
+        for tree in trees:
+            path: list[int] = []
+            while len(tree) and (kids := [i for i, parent in enumerate(tree.parents) if parent == (path[-1] if path else -1)]):
+                if rng.random() < 0.2:
+                    break
+                path.append(rng.choice(kids))
+            paths.append(path)
+        logits = []
+        for own, runner in ((seqs, left), (twins, right)):
+            mine = []
+            work = [Work(seq, n) for seq, n in zip(own, rows, strict=True)]
+            heads = [TokenTree(tree.tokens[:cut], tree.parents[:cut], tree.kinds[: cut + 1]) for tree, cut in zip(trees, cuts, strict=True)]
+            mine.append(forward(runner, work, heads))
+            grown = [s for s in range(len(own)) if cuts[s] < len(trees[s])]
+            if grown:  # the same tails, some levels further
+                later = [Work(own[s], rows[s], first=cuts[s]) for s in grown]
+                mine.append(forward(runner, later, [trees[s] for s in grown]))
+            done = [w.done for w in work]
+            accepted = [
+                Accepted(tuple(path), (*(int(tree.tokens[i]) for i in path), bonus)) if end else Accepted()
+                for path, tree, end in zip(paths, trees, done, strict=True)
+            ]
+            runner.store.move(runner.table.commit(work, accepted))
+            runner.table.check()
+            logits.append(mine)
+        found += list(zip(*logits, strict=True))
+    return found
+
+
+def forward(runner: Runner, work: list[Work], trees: list[TokenTree]) -> torch.Tensor:
+    view = runner.table.reserve(work, trees)
+    runner.store.zero(view.fresh)
+    out = runner.forward(Batch.pack(work, trees, view), Taps(logits=True, top_k=3))
+    assert out.logits is not None
+    assert out.top_k is not None
+    assert (out.top_k[:, 0] == out.argmax).all()
+    return out.logits
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.12)])
+def test_torch_computes_what_the_reference_defines(dtype: torch.dtype, most: float, window: int | None) -> None:
+    spec, weights = model(window=window)
+    fast = TorchOps(dtype)
+    left = Runner(spec, weights, Reference(), 40)
+    right = Runner(spec, cast(weights, fast), fast, 40)
+    for one, other in program(left, right, seed=1):
+        assert one.shape == other.shape
+        assert (one - other.double()).abs().max() <= most * one.abs().max()
+
+
+@pytest.mark.parametrize(("experts", "norm"), [(True, "rms"), (False, "layer")])
+def test_experts_and_layer_norm(experts: bool, norm: str) -> None:
+    spec, weights = model(experts=experts, norm=norm)
+    fast = TorchOps(torch.float64)
+    for one, other in program(Runner(spec, weights, Reference(), 40), Runner(spec, cast(weights, fast), fast, 40), seed=2):
+        assert (one - other).abs().max() <= 1e-12 * one.abs().max()
+
+
+def test_more_than_64_nodes() -> None:
+    """Ancestors of more than one word."""
+    spec, weights = model()
+    fast = TorchOps(torch.float64)
+    pairs = program(Runner(spec, weights, Reference(), 60), Runner(spec, cast(weights, fast), fast, 60), seed=5, most=100)
+    assert max(len(one) for one, _ in pairs) > 80
+    for one, other in pairs:
+        assert (one - other).abs().max() <= 1e-12 * one.abs().max()
+
+
+@pytest.mark.parametrize("fault", ["window", "tail", "ancestors"])
+def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is a little wrong is seen."""
+    spec, weights = model(window=6)
+    fast = TorchOps(torch.float64)
+    honest = TorchOps._mask
+
+    def wrong(self: TorchOps, batch: Batch, group: list[int], width: int, slots: int, window: int | None, *rest: object) -> torch.Tensor:
+        if fault == "window":
+            window = None if window is None else window + 1
+        if fault == "tail":
+            batch.pages.chain[group[0]] = max(0, batch.pages.chain[group[0]] - 1)
+        if fault == "ancestors":
+            batch.ancestors[...] |= 1
+        return honest(self, batch, group, width, slots, window, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TorchOps, "_mask", wrong)
+    try:
+        pairs = program(Runner(spec, weights, Reference(), 40), Runner(spec, cast(weights, fast), fast, 40), seed=1)
+    except (ValueError, AssertionError, IndexError):
+        return
+    assert any((one - other).abs().max() > 1e-9 for one, other in pairs)
+
+
+@pytest.mark.parametrize("lanes", [Lanes.PER_LAYER, Lanes.PER_HEAD])
+def test_torch_refuses_other_lanes_by_name(lanes: Lanes) -> None:
+    spec, weights = model()
+    fast = TorchOps(torch.float64)
+    runner = Runner(spec, cast(weights, fast), fast, 40)
+    seq = sequence([1, 2, 3])
+    seq.lanes = lanes
+    runner.table.open(seq)
+    with pytest.raises(Unsupported, match="per-head lanes need backend 'reference'"):
+        forward(runner, [Work(seq, 3)], [EMPTY])
+
+
+def test_reference_is_float64_on_the_cpu() -> None:
+    with pytest.raises(Unsupported, match="float64 on the CPU only"):
+        Reference(torch.float32)
