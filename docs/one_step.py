@@ -77,7 +77,9 @@ def page() -> str:
     ]
     for i, (token, parent, depth) in enumerate(zip(tree.tokens.tolist(), tree.parents.tolist(), tree.depths().tolist(), strict=True)):
         kept = "   accepted" if i in accepted.path else ""
-        lines.append(f"    node {i}  {token:5d} {'  ' * depth}{decode([token])!r:12s} under {'pending' if parent < 0 else f'node {parent}'}{kept}")
+        lines.append(
+            f"    node {i}  {token:5d} {'  ' * depth}{decode([token])!r:12s} under {'pending' if parent < 0 else f'node {parent}'}{kept}"
+        )
     length = int(view.lengths[0][0])
     n = view.pages[0].shape[1]
     lines += [

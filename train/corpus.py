@@ -108,10 +108,7 @@ class Mixture:
 
     def rows(self, count: int, context: int) -> np.ndarray:
         """(about `count`, context + 1) ids in random order: a row's inputs are `[:-1]`, its targets `[1:]`."""
-        blocks = [
-            windows(self.take(source, round(count * share) * context + 1), context)
-            for source, share in self.shares.items()
-        ]
+        blocks = [windows(self.take(source, round(count * share) * context + 1), context) for source, share in self.shares.items()]
         rows = np.concatenate(blocks)
         return rows[self.random.permutation(len(rows))]
 

@@ -51,8 +51,7 @@ def card(name: str, model: LlamaForCausalLM, result: Result) -> str:
     """The model card: data, licences, tokens seen and held-out loss."""
     config = model.config
     rows = "\n".join(
-        f"| {source} | {loss:.3f} | {result.characters[source]:.2f} | "
-        f"{loss / result.characters[source] / math.log(2):.3f} |"
+        f"| {source} | {loss:.3f} | {result.characters[source]:.2f} | {loss / result.characters[source] / math.log(2):.3f} |"
         for source, loss in result.held_out.items()
     )
     state = "" if result.tokens >= result.planned else " **An unfinished checkpoint: it will be replaced.**"

@@ -94,8 +94,7 @@ class Trainer:
         self.model, self.plan, self.held_out, self.folder = model, plan, held_out, folder
         self.step = 0
         self.rows = [
-            mixture.rows(steps * plan.batch // phase.context, phase.context)
-            for steps, phase in zip(plan.steps(), plan.phases, strict=True)
+            mixture.rows(steps * plan.batch // phase.context, phase.context) for steps, phase in zip(plan.steps(), plan.phases, strict=True)
         ]
         self.optimizers = optimizers(model, plan)
         folder.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,11 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
 def hollow(checkpoint: Checkpoint) -> Weights:
     """The weights as shapes on the meta device, without reading a number: for a Runner that is only looked at."""
     shapes = checkpoint.spec.shapes().items()
-    return _assemble(checkpoint.spec, {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes}, lambda weights: weights)
+    return _assemble(
+        checkpoint.spec,
+        {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes},
+        lambda weights: weights,
+    )
 
 
 def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], pack: Pack) -> Weights:

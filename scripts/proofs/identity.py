@@ -136,7 +136,9 @@ class Bench:
         scheduler = registry.create("sched", "sarathi", token_budget=chunk, max_seqs=batch)
         return Engine(runner, scheduler, opened, registry.create("verify", "coupled"), sampler, max_model_len=256, eos=self.llm.eos)
 
-    def run(self, drafter: str, mode: str, slabs: int = 80, known: dict[tuple[str, int], list[int]] | None = None) -> tuple[Row, list[list[int]]]:
+    def run(
+        self, drafter: str, mode: str, slabs: int = 80, known: dict[tuple[str, int], list[int]] | None = None
+    ) -> tuple[Row, list[list[int]]]:
         chunk, batch = {"alone": (512, 1), "chunks of 32": (32, BATCH)}.get(mode, (512, BATCH))
         engine = self.engine(drafter, slabs, chunk, batch, known or {})
         began = time.process_time()

@@ -43,7 +43,9 @@ def model(backend: Any) -> tuple[ModelSpec, Weights]:
     layer = LayerSpec(HEADS, HEADS, size, Mlp(MLP), rotary=rotary)
     spec = ModelSpec(VOCAB, HIDDEN, 1024, (layer,) * LAYERS, Norm(), False, lambda name: Source((name,)))
     made = tuple(
-        LayerWeights(norm(), linear(layer.qkv_rows, HIDDEN), linear(HIDDEN, HIDDEN), norm(), up=linear(2 * MLP, HIDDEN), down=linear(HIDDEN, MLP))
+        LayerWeights(
+            norm(), linear(layer.qkv_rows, HIDDEN), linear(HIDDEN, HIDDEN), norm(), up=linear(2 * MLP, HIDDEN), down=linear(HIDDEN, MLP)
+        )
         for _ in range(LAYERS)
     )
     return spec, Weights(torch.randn(VOCAB, HIDDEN, generator=generator) * 0.02, linear(VOCAB, HIDDEN), norm(), made)
@@ -128,11 +130,15 @@ def main() -> int:
                 runner, scheduler, opened, registry.create("verify", "coupled"), sampler, max_model_len=1024, decode=text.decode
             )
             found[name].append(measure(engine, clock, params, options.steps))
-    print(f"{LAYERS} layers of {HIDDEN}, vocabulary {VOCAB}, float32, batch {BATCH}, {CACHED} cached tokens, {torch.get_num_threads()} threads")
+    print(
+        f"{LAYERS} layers of {HIDDEN}, vocabulary {VOCAB}, float32, batch {BATCH}, {CACHED} cached tokens, {torch.get_num_threads()} threads"
+    )
     for name, rounds in found.items():
         shares, steps, rows = zip(*rounds[1:], strict=True)
         spread = f"{min(shares):.1%} to {max(shares):.1%}"
-        print(f"{name:40} outside forward {statistics.median(shares):6.1%} ({spread}), step {statistics.median(steps):.1f} ms, drafted {rows[-1]:.0f} a step")
+        print(
+            f"{name:40} outside forward {statistics.median(shares):6.1%} ({spread}), step {statistics.median(steps):.1f} ms, drafted {rows[-1]:.0f} a step"
+        )
     first = statistics.median(share for share, _, _ in found["greedy, none"][1:])
     print(f"greedy, none: {first:.1%} of wall time outside Runner.forward, bound {BOUND:.0%}: {'held' if first < BOUND else 'EXCEEDED'}")
     return 0 if first < BOUND else 1

@@ -141,9 +141,7 @@ def check(condition: Condition, *, strict: bool = True) -> Seen:
     """Runs it; Different where a token is not the definition's. `strict`: the table is checked after each step."""
     chosen = [prompts()[i % len(prompts())] for i in range(len(condition.arrivals))]
     truth = {str(i): list(expected(condition.window, prompt, condition.sampling, 100 + i)) for i, prompt in enumerate(chosen)}
-    requests = [
-        Request(str(i), list(prompt), SAMPLING[condition.sampling].but(seed=100 + i)) for i, prompt in enumerate(chosen)
-    ]
+    requests = [Request(str(i), list(prompt), SAMPLING[condition.sampling].but(seed=100 + i)) for i, prompt in enumerate(chosen)]
     made = engine(
         drafter(condition.drafter, {(name, 0): text for name, text in truth.items()}), backend=condition.backend,
         window=condition.window, pool=condition.pool, sharing=condition.sharing, chunk=condition.chunk, scheduler=condition.scheduler,

@@ -18,7 +18,9 @@ TORCH = [
     *(
         Condition(drafter, sampling, chunk=chunk, arrivals=arrivals, pool=pool)
         for drafter, sampling, (chunk, arrivals, pool) in itertools.product(
-            DRAFTERS, SAMPLING, [(512, (0,), 40), (11, (0,), 40), (512, MIXED, 40), (24, MIXED, 40), (512, CROWD, SMALL), (24, CROWD, SMALL)]
+            DRAFTERS,
+            SAMPLING,
+            [(512, (0,), 40), (11, (0,), 40), (512, MIXED, 40), (24, MIXED, 40), (512, CROWD, SMALL), (24, CROWD, SMALL)],
         )
     ),
     Condition("none", chunk=1, arrivals=MIXED),

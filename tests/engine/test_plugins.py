@@ -189,5 +189,3 @@ def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
     with pytest.raises(Unsupported, match=r"Narrow cannot undo.*FIXED") as refused:
         Engine(made.runner, made.scheduler, made.drafter, Narrow(), made.sampler, max_model_len=64)
     assert "\n" not in str(refused.value)
-
-

@@ -66,9 +66,7 @@ def trainer(folder: Path) -> pretrain.Trainer:
     return pretrain.Trainer(pretrain.build(tiny(), plan.seed), plan, mixture, held_out, folder)
 
 
-@pytest.mark.parametrize(
-    ("progress", "rate"), [(0.0, 0.0), (0.01, 0.5), (0.02, 1.0), (0.5, 1.0), (0.75, 1.0), (0.875, 0.5), (1.0, 0.0)]
-)
+@pytest.mark.parametrize(("progress", "rate"), [(0.0, 0.0), (0.01, 0.5), (0.02, 1.0), (0.5, 1.0), (0.75, 1.0), (0.875, 0.5), (1.0, 0.0)])
 def test_schedule_at_its_corners(progress: float, rate: float) -> None:
     assert pretrain.rate_at(progress, warmup=0.02, decay=0.25) == pytest.approx(rate)
 
@@ -160,9 +158,7 @@ def test_separated_file_parts_documents_and_normalises_newlines(tmp_path: Path) 
     assert [document.text for document in corpus.separated_file(path, "peps")] == ["one\nmore\n", "two\n"]
 
 
-def test_a_missing_corpus_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = tmp_path / "peps.txt"
     with pytest.raises(FileNotFoundError, match=str(missing)):
         corpus.separated_file(missing, "peps")
