@@ -221,7 +221,7 @@ class LLM:
         every = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(every) != len(many):
             raise InvalidInput(f"{len(many)} prompts but {len(every)} sampling params: give one, or one each")
-        outputs = []
+        outputs: list[RequestOutput] = []
         for prompt, one in zip(many, every, strict=True):
             output = RequestOutput(str(next(self._numbers)), prompt if isinstance(prompt, str) else None, [])
             try:
@@ -233,6 +233,10 @@ class LLM:
                 if single:
                     raise
                 output.error = str(error)
+            except BaseException:  # not a prompt's fault: those before it must not stay behind
+                for before in outputs:
+                    self.engine.abort(before.request_id)
+                raise
             else:
                 output.seed = request.params.seed
                 output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
@@ -244,7 +248,10 @@ class LLM:
             return self.tokenizer.encode(prompt) if prompt else []
         if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
             raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
-        return list(prompt["prompt_token_ids"])
+        ids = prompt["prompt_token_ids"]
+        if not isinstance(ids, (list, tuple)):
+            raise InvalidInput(f"prompt_token_ids of type {type(ids).__name__}: a list of token ids is needed")
+        return list(ids)
 
     def _run(self, outputs: list[RequestOutput]) -> Iterator[Event]:
         """Steps until all are finished. Whatever happens, Ctrl-C and a closed iterator too, nothing of these requests

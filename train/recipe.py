@@ -64,8 +64,8 @@ def shape(hidden: int, layers: int, heads: int, mlp: int) -> LlamaConfig:
 
 
 PAIR = (
-    Member("target", shape(hidden=320, layers=8, heads=5, mlp=896), tokens=10_800_000),
-    Member("draft", shape(hidden=128, layers=3, heads=2, mlp=448), tokens=10_000_000),
+    Member("target", shape(hidden=320, layers=8, heads=5, mlp=896), tokens=5_500_000),
+    Member("draft", shape(hidden=128, layers=3, heads=2, mlp=448), tokens=4_000_000),
 )
 
 

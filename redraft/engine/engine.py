@@ -117,8 +117,10 @@ class Engine:
         self.store.move(self.table.commit(plan.work, accepted))  # path kept, siblings freed; tokens and stored advance
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.record(result)
-        self.drafter.observe(result)
-        self.cross(plan.seqs)  # full pages are published; borders reached: n > 1 forks
+        try:
+            self.drafter.observe(result)
+        finally:
+            self.cross(plan.seqs)  # full pages are published; borders reached: n > 1 forks
         return self.emit()
 
     # ---- what the step is made of
@@ -203,14 +205,14 @@ class Engine:
             request = seq.request
             if seq.stored != seq.prompt_len - 1 or len(request.sequences) == request.params.n:
                 continue
-            for index in range(1, request.params.n):
-                child = self._sequence(request, index)
+            seq.border = self._last_border(request)
+            children = [self._sequence(request, index) for index in range(1, request.params.n)]
+            self.waiting += children  # a fork that raises leaves the siblings waiting
+            for child in children:
                 if len(self.running) < self.scheduler.max_seqs and self.table.available() > len(self.running):
                     self._fork(seq, child)
+                    self.waiting.remove(child)
                     self.running.append(child)
-                else:
-                    self.waiting.append(child)
-            seq.border = self._last_border(request)
 
     def emit(self) -> list[Event]:
         """News of every text since it was last told; what finished is freed."""
@@ -321,8 +323,7 @@ class Engine:
             for plugin in (self.sampler, self.drafter):
                 child.state[plugin] = plugin.fork(seq.state[plugin], child)
         except BaseException:
-            self._stop(child)
-            self.waiting.append(child)  # it starts from its tokens, as after preemption
+            self._stop(child)  # it waits and starts from its tokens, as after preemption
             raise
 
     def _stop(self, seq: Sequence) -> None:

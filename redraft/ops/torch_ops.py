@@ -113,13 +113,14 @@ class TorchOps:
         up = iter(self._upload(np.concatenate([p.ravel() for p in parts])).split(sizes))
         tokens, positions, logit_rows, writes = next(up), next(up), next(up), next(up)
         groups = []
+        deepest = np.maximum.reduceat(batch.positions, batch.starts[:-1])  # a tree's last row need not be its deepest
         tree_rows = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
         share = spec.layers[0].heads // heads
         for group, (count, width, slots) in zip(members, shapes, strict=True):
             masks: dict[int | None, Tensor] = {}
             for window in windows:
                 # a window that no row can reach past is no window: most steps share one mask
-                reach = None if window is None or max(int(batch.positions[batch.starts[s + 1] - 1]) for s in group) < window else window
+                reach = None if window is None or int(deepest[group].max()) < window else window
                 if reach not in masks:
                     masks[reach] = self._mask(batch, group, width, slots, reach, tree_rows, share)
                 masks[window] = masks[reach]

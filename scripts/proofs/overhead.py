@@ -130,15 +130,12 @@ def main() -> int:
                 runner, scheduler, opened, registry.create("verify", "coupled"), sampler, max_model_len=1024, decode=text.decode
             )
             found[name].append(measure(engine, clock, params, options.steps))
-    print(
-        f"{LAYERS} layers of {HIDDEN}, vocabulary {VOCAB}, float32, batch {BATCH}, {CACHED} cached tokens, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"{LAYERS} layers of {HIDDEN}, vocabulary {VOCAB}, float32, batch {BATCH}, {CACHED} cached tokens, {threads} threads")
     for name, rounds in found.items():
         shares, steps, rows = zip(*rounds[1:], strict=True)
-        spread = f"{min(shares):.1%} to {max(shares):.1%}"
-        print(
-            f"{name:40} outside forward {statistics.median(shares):6.1%} ({spread}), step {statistics.median(steps):.1f} ms, drafted {rows[-1]:.0f} a step"
-        )
+        spread = f"outside forward {statistics.median(shares):6.1%} ({min(shares):.1%} to {max(shares):.1%})"
+        print(f"{name:40} {spread}, step {statistics.median(steps):.1f} ms, drafted {rows[-1]:.0f} a step")
     first = statistics.median(share for share, _, _ in found["greedy, none"][1:])
     print(f"greedy, none: {first:.1%} of wall time outside Runner.forward, bound {BOUND:.0%}: {'held' if first < BOUND else 'EXCEEDED'}")
     return 0 if first < BOUND else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 
 from redraft import registry
@@ -75,7 +75,7 @@ def prompts() -> tuple[tuple[int, ...], ...]:
     return first, first[:38] + some(3), some(29), some(20), some(32), some(1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: int) -> tuple[int, ...]:
     return tuple(plain.generate(*plain.tiny(window), prompt, SAMPLING[sampling], seed=seed))
 

@@ -19,7 +19,7 @@ def test_texts_are_varied_and_hang_on_every_early_token(window: int | None, samp
     text = plain.generate(spec, weights, prompt, long, seed=3)
     assert len(set(text)) >= plain.VOCAB // 2
     changed = 0
-    for i in range(0, 8):
+    for i in range(8):
         other = [*prompt[:i], (prompt[i] + 1) % plain.VOCAB, *prompt[i + 1 :]]
         changed += plain.generate(spec, weights, other, long, seed=3) != text
     assert changed >= (7 if window is None else 2)

@@ -55,7 +55,7 @@ from tests.contracts.identity import Condition, check
 """
 
 
-@pytest.mark.parametrize("name", [name for name in registry.METHODS["draft"]])
+@pytest.mark.parametrize("name", list(registry.METHODS["draft"]))
 def test_the_engine_does_without_any_one_drafter(name: str) -> None:
     run = 'check(Condition("none"))' if name != "none" else 'check(Condition("random"))'
     done = subprocess.run([sys.executable, "-c", WITHOUT.format(name=name, run=run)], capture_output=True, text=True)

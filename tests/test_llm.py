@@ -1,0 +1,301 @@
+"""`LLM` as a user meets it: lists and singles, streams, bad input, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import LLM, SamplingParams, registry
+from redraft.config import EngineConfig
+from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod
+from tests.checkpoints import tiny_llama
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, max_tokens=25, seed=3, ignore_eos=True)
+PROMPTS = ["def f(x):", "a b a b a b", "once upon a time there was a café"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llm") / "llama")
+
+
+@pytest.fixture(scope="module")
+def loaded(path: Path) -> LLM:
+    return LLM(str(path), dtype="float64", draft="token-recycling", threads=1, cache_memory=1 << 22)
+
+
+@pytest.fixture
+def llm(loaded: LLM) -> Iterator[LLM]:
+    yield loaded
+    loaded.engine.table.check()
+    assert loaded.engine.table.used() == 0 and not loaded.engine.has_work and not loaded.engine.outputs
+
+
+def texts(llm: LLM, prompts: Any = PROMPTS, params: Any = SAMPLED) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+
+
+def one_line(error: BaseException) -> bool:
+    return bool(str(error)) and "\n" not in str(error)
+
+
+# ---- use
+
+
+def test_every_drafter_gives_the_plain_text(llm: LLM) -> None:
+    plain = texts(llm.sibling(draft="none"))
+    assert len({tuple(text) for text in plain}) == 3
+    for draft in registry.METHODS["draft"]:
+        assert texts(llm.sibling(draft=draft)) == plain
+    for prompt, text in zip(PROMPTS, plain, strict=True):
+        assert texts(llm, prompt) == [text]
+
+
+def test_a_stream_joins_to_what_generate_gives(llm: LLM) -> None:
+    whole = llm.generate(PROMPTS, SAMPLED.but(n=2))
+    joined: dict[tuple[int, int], tuple[str, list[int], str | None]] = {}
+    for delta in llm.stream(PROMPTS, SAMPLED.but(n=2)):
+        text, tokens, _ = joined.get((delta.prompt, delta.index), ("", [], None))
+        joined[delta.prompt, delta.index] = text + delta.text, tokens + delta.token_ids, delta.finish_reason
+    for i, output in enumerate(whole):
+        for one in output.outputs:
+            assert joined[i, one.index] == (one.text, one.token_ids, one.finish_reason)
+            assert one.text == llm.tokenizer.decode(one.token_ids)
+            assert len(one.drafted) == len(one.token_ids) == one.stats.steps + one.stats.accepted
+
+
+def test_closing_a_stream_frees_what_it_held(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS, SAMPLED)
+    next(iter(stream))
+    assert llm.engine.table.used()
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_seed_is_chosen_and_reported(llm: LLM) -> None:
+    first = llm.generate(PROMPTS[0], SAMPLED.but(seed=None))[0]
+    assert first.seed is not None
+    assert texts(llm, PROMPTS[0], SAMPLED.but(seed=first.seed)) == [first.outputs[0].token_ids]
+
+
+def test_params_for_each_prompt(llm: LLM) -> None:
+    found = llm.generate(PROMPTS, [GREEDY.but(max_tokens=n) for n in (1, 2, 3)])
+    assert [len(output.outputs[0].token_ids) for output in found] == [1, 2, 3]
+    with pytest.raises(InvalidInput, match="3 prompts but 2 sampling params"):
+        llm.generate(PROMPTS, [GREEDY, GREEDY])
+
+
+def test_what_is_no_sampling_params_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(AttributeError):
+        llm.generate(PROMPTS, [GREEDY, {"temperature": 0}, GREEDY])  # type: ignore[list-item]
+    assert not llm.engine.has_work
+
+
+def test_cached_tokens_and_logprobs_are_reported(llm: LLM) -> None:
+    prompt = {"prompt_token_ids": list(range(3, 80))}
+    llm.generate(prompt, GREEDY)
+    again = llm.generate(prompt, GREEDY.but(logprobs=2))[0]
+    assert again.cached_tokens == 64
+    assert again.outputs[0].logprobs is not None and len(again.outputs[0].logprobs) == 12
+    assert all(entry.rank == 1 for entry in again.outputs[0].logprobs)
+    whole = llm.generate(prompt, GREEDY.but(prompt_logprobs=1))[0]
+    assert whole.prompt_logprobs is not None and len(whole.prompt_logprobs) == 77 and whole.prompt_logprobs[0] is None
+
+
+# ---- bad input
+
+BAD: dict[str, tuple[Any, type[RedraftError], str]] = {
+    "empty text": ("", InvalidInput, "prompt is empty"),
+    "no tokens": ({"prompt_token_ids": []}, InvalidInput, "prompt is empty"),
+    "id beyond the vocabulary": ({"prompt_token_ids": [5, 259]}, InvalidInput, r"prompt_token_ids\[1\] = 259.*0\.\.258"),
+    "negative id": ({"prompt_token_ids": [-1]}, InvalidInput, r"prompt_token_ids\[0\] = -1"),
+    "id that is no integer": ({"prompt_token_ids": [1, "a"]}, InvalidInput, r"prompt_token_ids\[1\] = 'a'"),
+    "too long": ({"prompt_token_ids": [5] * 256}, PromptTooLong, "prompt has 256 tokens: max_model_len = 256"),
+    "another key": ({"tokens": [1]}, InvalidInput, "prompt_token_ids"),
+    "no prompt at all": (17, InvalidInput, "int"),
+    "nothing": (None, InvalidInput, "NoneType"),
+    "ids that are no list": ({"prompt_token_ids": None}, InvalidInput, "prompt_token_ids"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_prompt_alone_raises_one_line(llm: LLM, name: str) -> None:
+    prompt, kind, message = BAD[name]
+    if not isinstance(prompt, (str, dict)):
+        return  # alone it is not even a prompt: generate takes it for a list
+    with pytest.raises(kind, match=message) as refused:
+        llm.generate(prompt, GREEDY)
+    assert one_line(refused.value)
+
+
+def test_in_a_list_the_bad_ones_tell_their_error_and_the_rest_finish(llm: LLM) -> None:
+    bad = [prompt for prompt, _, _ in BAD.values()]
+    found = llm.generate([PROMPTS[0], *bad, PROMPTS[1]], SAMPLED)
+    assert [found[0].outputs[0].token_ids, found[-1].outputs[0].token_ids] == texts(llm, PROMPTS[:2])
+    for output, (_, _, message) in zip(found[1:-1], BAD.values(), strict=True):
+        assert output.error is not None and "\n" not in output.error and not output.outputs and output.finished
+        assert re.search(message, output.error)
+    told = {delta.prompt: delta for delta in llm.stream([PROMPTS[0], "", PROMPTS[1]], GREEDY) if delta.error}
+    assert list(told) == [1] and told[1].finish_reason == "error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": -0.1}, "SamplingParams.temperature = -0.1"),
+        ({"temperature": float("nan")}, "SamplingParams.temperature"),
+        ({"top_p": 0}, "SamplingParams.top_p = 0"),
+        ({"max_tokens": 0}, "SamplingParams.max_tokens = 0"),
+        ({"temprature": 1}, "unknown option 'temprature' of SamplingParams: did you mean 'temperature'"),
+        ({"stop": ("",)}, "empty string"),
+        ({"n": 0}, "SamplingParams.n = 0"),
+        ({"seed": -1}, "SamplingParams.seed = -1"),
+    ],
+)
+def test_bad_sampling_params(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as refused:
+        SamplingParams(**fields)
+    assert one_line(refused.value)
+
+
+@pytest.mark.parametrize("fields", [{"logit_bias": {999: 1.0}}, {"stop_token_ids": (999,)}])
+def test_params_that_do_not_fit_the_vocabulary(llm: LLM, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="999") as refused:
+        llm.generate(PROMPTS[0], GREEDY.but(**fields))
+    assert one_line(refused.value)
+    bad, good = llm.generate(PROMPTS[:2], [GREEDY.but(**fields), GREEDY])
+    assert bad.error and not good.error
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"drft": "none"}, InvalidInput, "unknown option 'drft'.*'draft'"),
+        ({"draft": "copyspecc"}, UnknownMethod, "no draft method 'copyspecc': did you mean 'copyspec'"),
+        ({"draft": "copyspec:gama=2"}, UnknownMethod, "unknown option 'gama' of copyspec; allowed: gamma"),
+        ({"draft": "copyspec:gamma=x"}, InvalidInput, "copyspec:gamma=x"),
+        ({"verify": "hope"}, UnknownMethod, "no verify method 'hope'"),
+        ({"scheduler": "lifo"}, UnknownMethod, "no sched method 'lifo'"),
+        ({"backend": "cuda"}, UnknownMethod, "no backend 'cuda'"),
+        ({"device": "tpu"}, InvalidInput, "device = 'tpu'"),
+        ({"dtype": "int8"}, InvalidInput, "ModelConfig.dtype = 'int8'"),
+        ({"max_model_len": 257}, InvalidInput, "max_model_len = 257.*256"),
+        ({"token_budget": 3, "max_seqs": 4}, InvalidInput, "token_budget = 3"),
+        ({"cache_memory": 50_000}, OutOfMemory, "cannot hold one sequence of max_model_len = 256"),
+        ({"cache_memory": 1 << 50}, OutOfMemory, "does not fit"),
+    ],
+)
+def test_bad_options_are_refused_at_loading(path: Path, options: dict[str, Any], kind: type[RedraftError], message: str) -> None:
+    with pytest.raises(kind, match=message) as refused:
+        LLM(str(path), **{"dtype": "float32", **options})
+    assert one_line(refused.value)
+
+
+def test_a_config_and_options_together_are_refused(path: Path) -> None:
+    with pytest.raises(InvalidInput, match="either a config or options"):
+        LLM(str(path), config=EngineConfig())
+
+
+def test_missing_and_corrupt_checkpoints(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(RedraftError) as missing:
+        LLM(str(tmp_path / "nowhere"))
+    assert one_line(missing.value) and "nowhere" in str(missing.value)
+
+    def broken(name: str, spoil: Any) -> None:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in path.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        spoil(folder)
+        with pytest.raises(CheckpointError) as refused:
+            LLM(str(folder), dtype="float32")
+        assert one_line(refused.value) and name in str(refused.value)
+
+    broken("truncated", lambda folder: os.truncate(folder / "model.safetensors", 5000))
+    broken("garbage", lambda folder: (folder / "model.safetensors").write_bytes(b"garbage" * 100))
+    broken("config", lambda folder: (folder / "config.json").write_text("{"))
+    broken("weightless", lambda folder: (folder / "model.safetensors").unlink())
+    broken("wordless", lambda folder: [file.unlink() for file in folder.glob("tokenizer*")])
+
+
+# ---- what goes wrong in mid-step
+
+
+class Bang(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Bang, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "propose", "observe"])
+def test_an_error_in_mid_step_leaves_a_usable_engine(
+    llm: LLM, place: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = texts(llm)
+    owner: Any = llm.runner if place == "forward" else llm.engine.drafter
+    right, calls = getattr(owner, place), 0
+
+    def wrong(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise error
+        return right(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, wrong)
+        with pytest.raises(error):
+            llm.generate(PROMPTS, SAMPLED)
+    llm.engine.table.check()
+    assert llm.engine.table.used() == 0 and not llm.engine.has_work
+    assert texts(llm) == truth
+
+
+@pytest.mark.parametrize("place", ["forward", "observe"])
+def test_ctrl_c_waits_for_the_steps_end(llm: LLM, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = texts(llm)
+    owner: Any = llm.runner if place == "forward" else llm.engine.drafter
+    right, calls, told = getattr(owner, place), 0, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            os.kill(os.getpid(), signal.SIGINT)  # a real one
+        return right(*args)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            for delta in llm.stream(PROMPTS, SAMPLED):
+                told += len(delta.token_ids)
+    assert calls == 4 and told >= 6, "the steps before were told"
+    assert signal.getsignal(signal.SIGINT) is handler
+    llm.engine.table.check()
+    assert llm.engine.table.used() == 0
+    assert texts(llm) == truth
+
+
+def test_generate_works_in_another_thread(llm: LLM) -> None:
+    truth, found = texts(llm), []
+    thread = threading.Thread(target=lambda: found.append(texts(llm)))
+    thread.start()
+    thread.join(60)
+    assert found == [truth]
+
+
+def test_threads_option(path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        LLM(str(path), dtype="float32", threads=1, cache_memory=1 << 22)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
