@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +110,12 @@ class Bench:
         import torch
 
         from redraft import LLM, SamplingParams
+        from redraft.models import loader
 
         torch.set_num_threads(1)
         self.task = task
+        # the checkpoint's own numbers, for the dense recompute and for margins; read now: a training run may replace the file
+        self.weights = loader.read(loader.inspect(MODELS[task.model], "float64"))
         self.llm = LLM(str(MODELS[task.model]), dtype=task.dtype, threads=1, max_model_len=256, cache_fraction=0.1)
         story = task.model.startswith(("babyllama", "stories"))
         self.prompts = cut_prompts(self.llm.tokenizer, story, task.prompts)
@@ -188,13 +190,6 @@ class Bench:
 
         with torch.inference_mode():
             return plain.logits(self.llm.runner.spec, self.weights, tokens)
-
-    @cached_property
-    def weights(self) -> Any:
-        """The checkpoint's own numbers in float64, for the dense recompute and for margins."""
-        from redraft.models import loader
-
-        return loader.read(loader.inspect(MODELS[self.task.model], "float64"))
 
     def draw(self, row: Any, index: int, tokens: list[int]) -> tuple[int, float]:
         from tests.contracts import plain
