@@ -23,7 +23,7 @@ class Settings(BaseModel):
 
     def but(self, **values: Any) -> Self:
         """A copy with some fields changed, checked again."""
-        return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **values})
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
 
 
 def _one_line(cls: type[BaseModel], error: ValidationError) -> str:

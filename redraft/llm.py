@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, SupportsIndex, cast
 
 import torch
 
 from redraft import registry
 from redraft.card import Card, Guarantee
-from redraft.config import EngineConfig, SamplingParams
+from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Request
 from redraft.draft.drafter import Drafter
@@ -136,11 +137,15 @@ class LLM:
         self.runner = Runner(checkpoint.spec, weights, setup.backend, setup.slabs, sharing=config.cache.prefix_sharing)
         self.engine = self._engine(setup.scheduler, setup.drafter)
         self._numbers = itertools.count()
+        self._inboxes: dict[str, deque[Event]] = {}  # request id -> news that its caller has not taken yet
 
     def sibling(self, **options: Any) -> Self:
         """The same loaded model behind another engine: other draft, verify or scheduler options. The two share pages
         and must not run at the same time; nothing is loaded again."""
-        flat = {**self.config.schedule.model_dump(), "draft": self.config.draft, "verify": self.config.verify, **options}
+        own = {**self.config.schedule.model_dump(exclude_unset=True), "draft": self.config.draft, "verify": self.config.verify}
+        if other := set(options) - {*SchedulerConfig.model_fields, "draft", "verify"}:
+            raise InvalidInput(f"sibling: {', '.join(sorted(other))} cannot differ from the loaded model's")
+        flat = {**own, **options}
         changed = EngineConfig.of(**flat)
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -178,19 +183,24 @@ class LLM:
         given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
         return SamplingParams(**{**self.defaults, **given})
 
-    def generate(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
         """Texts for one prompt or a list: each a string or {"prompt_token_ids": [...]}. A single bad prompt raises; in
         a list its RequestOutput.error is set and the rest finish."""
-        outputs = self._submit(prompts, params)
-        for _ in self._run(outputs):
-            pass
+        outputs = self._submit(prompts, sampling_params)
+        try:
+            for _ in self._run(outputs):
+                pass
+        finally:
+            self._end(outputs)
         return outputs
 
     def chat(
-        self, messages: Seq[Message] | Seq[Seq[Message]], params: SamplingParams | Seq[SamplingParams] | None = None
+        self, messages: Seq[Message] | Seq[Seq[Message]], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Replies to one conversation or a list, by the checkpoint's chat template."""
-        return self.generate(self.chat_prompts(messages), params)
+        return self.generate(self.chat_prompts(messages), sampling_params)
 
     def chat_prompts(self, messages: Seq[Message] | Seq[Seq[Message]]) -> list[Prompt] | Prompt:
         """Conversations as prompts, for generate and stream."""
@@ -200,27 +210,43 @@ class LLM:
             return {"prompt_token_ids": self.tokenizer.encode_chat(cast(Seq[Message], messages))}
         return [{"prompt_token_ids": self.tokenizer.encode_chat(one)} for one in cast(Seq[Seq[Message]], messages)]
 
-    def stream(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None) -> Generator[Delta]:
+    def stream(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> Generator[Delta]:
         """The same as `generate`, piece by piece. Closing the iterator aborts what is not finished."""
-        outputs = self._submit(prompts, params)
-        return self._deltas(outputs)
+        outputs = self._submit(prompts, sampling_params)
+        deltas = self._deltas(outputs)
+        next(deltas)  # into its try: an iterator that is dropped unread aborts too
+        return deltas
 
     def _deltas(self, outputs: list[RequestOutput]) -> Generator[Delta]:
         place = {output.request_id: i for i, output in enumerate(outputs)}
-        for i, output in enumerate(outputs):
-            if output.error is not None:
-                yield Delta(i, 0, "", [], [], [], "error", Stats(), output.error)
-        for event in self._run(outputs):
-            reason = None if event.reason is None else str(event.reason)
-            yield Delta(place[event.request.id], event.index, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats)
+        try:
+            yield cast(Delta, None)  # taken by `stream`
+            for i, output in enumerate(outputs):
+                if output.error is not None:
+                    yield Delta(i, 0, "", [], [], [], "error", Stats(), output.error)
+            for event in self._run(outputs):
+                reason = None if event.reason is None else str(event.reason)
+                where = place[event.request.id], event.index
+                yield Delta(*where, event.text, event.tokens, event.drafted, event.logprobs, reason, replace(event.stats))
+        finally:
+            self._end(outputs)
 
-    def _submit(self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None) -> list[RequestOutput]:
+    def _submit(self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None) -> list[RequestOutput]:
         single = isinstance(prompts, (str, Mapping))
         many: list[Prompt] = [cast(Prompt, prompts)] if single else list(cast(Seq[Prompt], prompts))
         every: list[SamplingParams | None]
-        every = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        every = (
+            [sampling_params] * len(many)
+            if sampling_params is None or isinstance(sampling_params, SamplingParams)
+            else list(sampling_params)
+        )
         if len(every) != len(many):
             raise InvalidInput(f"{len(many)} prompts but {len(every)} sampling params: give one, or one each")
+        for i, one in enumerate(every):
+            if not isinstance(one, SamplingParams | None):
+                raise InvalidInput(f"sampling_params[{i}] is a {type(one).__name__}: SamplingParams is needed")
         outputs: list[RequestOutput] = []
         for prompt, one in zip(many, every, strict=True):
             output = RequestOutput(str(next(self._numbers)), prompt if isinstance(prompt, str) else None, [])
@@ -229,13 +255,13 @@ class LLM:
                 output.prompt_token_ids = self._tokens(prompt)
                 request = Request(output.request_id, output.prompt_token_ids, chosen)
                 self.engine.add(request)
+                self._inboxes[request.id] = deque()
             except RedraftError as error:
                 if single:
                     raise
                 output.error = str(error)
             except BaseException:  # not a prompt's fault: those before it must not stay behind
-                for before in outputs:
-                    self.engine.abort(before.request_id)
+                self._end(outputs)
                 raise
             else:
                 output.seed = request.params.seed
@@ -249,31 +275,37 @@ class LLM:
         if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
             raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
         ids = prompt["prompt_token_ids"]
-        if not isinstance(ids, (list, tuple)):
+        if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
             raise InvalidInput(f"prompt_token_ids of type {type(ids).__name__}: a list of token ids is needed")
-        return list(ids)
+        return [token if isinstance(token, bool) or not isinstance(token, SupportsIndex) else token.__index__() for token in ids]
 
     def _run(self, outputs: list[RequestOutput]) -> Iterator[Event]:
-        """Steps until all are finished. Whatever happens, Ctrl-C and a closed iterator too, nothing of these requests
-        stays in the engine."""
+        """Steps until all are finished. Others may be under way in the same engine: whoever steps leaves their news in
+        their inboxes."""
         mine = {output.request_id: output for output in outputs if output.error is None}
-        left = sum(len(output.outputs) for output in mine.values())
-        try:
-            while left:
+        while not all(output.finished for output in mine.values()):
+            if not any(self._inboxes[request_id] for request_id in mine):
+                if not self.engine.has_work:
+                    return  # aborted by someone else
                 with InterruptBetween() as interrupt:
-                    events = self.engine.step()
-                    for event in events:
-                        if event.request.id in mine:
-                            self._apply(event, mine[event.request.id])
-                            left -= event.reason is not None
+                    for event in self.engine.step():
+                        if event.request.id in self._inboxes:
+                            self._inboxes[event.request.id].append(event)
                     interrupt.check()
-                yield from (event for event in events if event.request.id in mine)
-        finally:
             for request_id, output in mine.items():
-                if not output.finished:
-                    self.engine.abort(request_id)
-                    for one in output.outputs:
-                        one.finish_reason = one.finish_reason or "abort"
+                while inbox := self._inboxes[request_id]:
+                    event = inbox.popleft()
+                    self._apply(event, output)
+                    yield event
+
+    def _end(self, outputs: list[RequestOutput]) -> None:
+        """Whatever happened, Ctrl-C and a closed iterator too, nothing of these requests stays in the engine."""
+        for output in outputs:
+            self._inboxes.pop(output.request_id, None)
+            if not output.finished:
+                self.engine.abort(output.request_id)
+                for one in output.outputs:
+                    one.finish_reason = one.finish_reason or "abort"
 
     @staticmethod
     def _apply(event: Event, output: RequestOutput) -> None:
@@ -286,7 +318,7 @@ class LLM:
             one.logprobs += event.logprobs
         if event.reason is not None:
             one.finish_reason = str(event.reason)
-        output.cached_tokens = event.request.cached_tokens
+        output.cached_tokens = event.request.cached_tokens or 0
         if event.request.params.prompt_logprobs is not None:
             output.prompt_logprobs = event.request.prompt_logprobs
 
@@ -294,7 +326,9 @@ class LLM:
 def _scheduler(config: EngineConfig, device: torch.device) -> Scheduler:
     schedule = config.schedule
     total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
-    budgets = {"token_budget": schedule.token_budget, "max_seqs": schedule.max_seqs, "draft_rows": schedule.draft_rows}
+    asked = "max_seqs" in schedule.model_fields_set
+    max_seqs = schedule.max_seqs if asked else min(schedule.max_seqs, schedule.token_budget)
+    budgets = {"token_budget": schedule.token_budget, "max_seqs": max_seqs, "draft_rows": schedule.draft_rows}
     return cast(Scheduler, registry.create("sched", schedule.scheduler, draft_total=total, **budgets))
 
 

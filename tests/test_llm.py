@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from redraft import LLM, SamplingParams, registry
 from redraft.config import EngineConfig
+from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod
 from tests.checkpoints import tiny_llama
 
@@ -94,7 +96,7 @@ def test_params_for_each_prompt(llm: LLM) -> None:
 
 
 def test_what_is_no_sampling_params_leaves_nothing_behind(llm: LLM) -> None:
-    with pytest.raises(AttributeError):
+    with pytest.raises(InvalidInput, match=r"sampling_params\[1\] is a dict"):
         llm.generate(PROMPTS, [GREEDY, {"temperature": 0}, GREEDY])  # type: ignore[list-item]
     assert not llm.engine.has_work
 
@@ -299,3 +301,70 @@ def test_threads_option(path: Path) -> None:
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# ---- several users of one engine
+
+
+def test_two_callers_of_one_llm_both_get_all_of_their_text(llm: LLM) -> None:
+    """A generate inside the loop over a stream, and two streams at once: whoever steps loses nobody's news."""
+    truth = texts(llm)
+    inside, found = [], []
+    for delta in llm.stream(PROMPTS[0], SAMPLED):
+        found += delta.token_ids
+        if not inside:
+            inside = texts(llm, PROMPTS[1])
+    assert [found, inside[0]] == truth[:2]
+    one, other = llm.stream(PROMPTS[0], SAMPLED), llm.stream(PROMPTS[2], SAMPLED)
+    pairs: tuple[list[int], list[int]] = ([], [])
+    for stream, text in ((one, pairs[0]), (other, pairs[1]), (one, pairs[0])):
+        text += next(stream).token_ids
+    for stream, text in ((other, pairs[1]), (one, pairs[0])):
+        for delta in stream:
+            text += delta.token_ids
+    assert list(pairs) == [truth[0], truth[2]]
+
+
+def test_a_stream_that_nobody_reads_is_aborted(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS, GREEDY)
+    assert llm.engine.has_work
+    stream.close()
+    assert not llm.engine.has_work
+    llm.stream(PROMPTS, GREEDY)  # dropped at once
+    assert not llm.engine.has_work
+
+
+def test_an_abort_from_outside_ends_a_stream(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    next(stream)
+    (seq,) = llm.engine.running
+    assert llm.engine.abort(seq.request.id)
+    assert list(stream) == []
+
+
+def test_changed_params_keep_what_was_left_to_the_checkpoint() -> None:
+    assert SamplingParams(top_k=3).but(max_tokens=5).model_fields_set == {"top_k", "max_tokens"}
+
+
+def test_numpy_token_ids_are_token_ids(llm: LLM) -> None:
+    ids = np.array([5, 6, 7])
+    assert texts(llm, {"prompt_token_ids": ids}) == texts(llm, {"prompt_token_ids": ids.tolist()})
+
+
+def test_a_sibling_shares_what_was_loaded(llm: LLM) -> None:
+    with pytest.raises(InvalidInput, match="sibling: dtype cannot differ"):
+        llm.sibling(dtype="float32")
+
+
+@pytest.mark.parametrize("before", ["own", "ignored"])
+def test_sigint_goes_where_the_caller_wants_it(before: str) -> None:
+    hits: list[int] = []
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN if before == "ignored" else lambda number, frame: hits.append(number))
+    try:
+        with InterruptBetween() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+            assert hits == []  # not within
+            interrupt.check()
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert hits == ([] if before == "ignored" else [signal.SIGINT])

@@ -30,11 +30,10 @@ class Request:
     id: str
     prompt: list[int]
     params: SamplingParams
-    arrival: int = 0
     salt: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Any] = field(default_factory=list)  # one entry a prompt token once asked for, the first None
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
 
 
 @dataclass(eq=False)

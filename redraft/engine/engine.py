@@ -16,7 +16,7 @@ from redraft.core.sequence import FinishReason, Request, Sequence
 from redraft.core.taps import Taps
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.text import Decode, Text, find_stop, held_back
-from redraft.errors import InvalidInput, PromptTooLong, Unsupported
+from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
 from redraft.sched.scheduler import Scheduler
@@ -83,6 +83,8 @@ class Engine:
         if unfit := drafter.kinds - verifier.undoes:
             names = ", ".join(sorted(kind.name for kind in unfit))
             raise Unsupported(f"verifier {type(verifier).__name__} cannot undo children made {names}, as this drafter makes them")
+        if runner.table.slabs * runner.table.page < max_model_len:
+            raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
         self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, drafter, verifier, sampler
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
@@ -91,13 +93,14 @@ class Engine:
         self.running: list[Sequence] = []
         self.outputs: dict[int, Output] = {}
         self.preemptions = 0
-        self._arrivals = self._ids = 0
+        self._ids = 0
 
     # ---- the step
 
     def step(self) -> list[Event]:
         if any(seq.reason for seq in self.running):
             return self.emit()  # a part raised behind the last commit: what was found is told first
+        self.cross(list(self.running))  # newcomers that start at their border, and where a part raised before this
         plan = self.scheduler.plan(self.waiting, self.running, self.table)  # pure: who runs, is admitted, is preempted
         self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
         if not plan.work:
@@ -117,10 +120,8 @@ class Engine:
         self.store.move(self.table.commit(plan.work, accepted))  # path kept, siblings freed; tokens and stored advance
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.record(result)
-        try:
-            self.drafter.observe(result)
-        finally:
-            self.cross(plan.seqs)  # full pages are published; borders reached: n > 1 forks
+        self.drafter.observe(result)
+        self.cross(plan.seqs)  # full pages are published; borders reached: n > 1 forks
         return self.emit()
 
     # ---- what the step is made of
@@ -136,9 +137,8 @@ class Engine:
             self._start(seq, matched)
             self.waiting.remove(seq)
             self.running.append(seq)
-            if not seq.generated:
-                seq.request.cached_tokens = max(seq.request.cached_tokens, matched)
-        self.cross([seq for seq, _ in plan.admit])
+            if seq.request.cached_tokens is None:
+                seq.request.cached_tokens = matched
 
     def taps(self, plan: StepPlan) -> Taps:
         return self.sampler.needs(plan.work) | self.drafter.taps
@@ -148,13 +148,14 @@ class Engine:
         return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
 
     def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
-        params, text = seq.params, self.outputs[seq.id].text
+        params, text, start = seq.params, self.outputs[seq.id].text, self.outputs[seq.id].text.first
+        tail = [*seq.tokens[start:], *found.tokens] if params.stop else []
         for i, token in enumerate(found.tokens):
             new = seq.generated + i + 1
             reason = None
             if params.stop:
                 before = len(text.done)
-                text = text.extend([*seq.tokens, *found.tokens[: i + 1]], self._decoder(seq))
+                text = text.extend(tail[: len(seq.tokens) - start + i + 1], self._decoder(seq), start=start)
                 if new >= params.min_tokens:
                     self.outputs[seq.id].stop = stop = find_stop(text.done, params.stop, before)
                     reason = FinishReason.STOP if stop else None
@@ -232,9 +233,10 @@ class Engine:
         told, ended = output.told_tokens, seq.reason is not None
         text = ""
         if self.decode is not None:
-            first, count = seq.prompt_len + told + 1, len(seq.tokens)
-            for end in range(first, count + 1):  # one by one: what waits for its bytes must not depend on the step's size
-                output.text = output.text.extend(seq.tokens[:end], self._decoder(seq), last=ended and end == count)
+            start = output.text.first
+            tail = seq.tokens[start:]
+            for end in range(seq.prompt_len + told + 1 - start, len(tail) + 1):  # one by one, whatever the step's size
+                output.text = output.text.extend(tail[:end], self._decoder(seq), start=start, last=ended and end == len(tail))
             done, stops = output.text.done, seq.params.stop
             end = len(done)
             if output.stop is not None and seq.reason is FinishReason.STOP:
@@ -256,20 +258,18 @@ class Engine:
         if not prompt:
             raise InvalidInput("prompt is empty: at least one token is needed")
         for i, token in enumerate(prompt):
-            if not isinstance(token, int) or not 0 <= token < vocab:
+            if type(token) is not int or not 0 <= token < vocab:
                 raise InvalidInput(f"prompt_token_ids[{i}] = {token!r}: not a token id in 0..{vocab - 1}")
         if len(prompt) >= self.max_model_len:
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(request.params, name):
-                if not 0 <= token < vocab:
-                    raise InvalidInput(f"{name}: {token} is not a token id in 0..{vocab - 1}")
+        for token in request.params.stop_token_ids:
+            if not 0 <= token < vocab:
+                raise InvalidInput(f"stop_token_ids: {token} is not a token id in 0..{vocab - 1}")
         if request.params.stop and self.decode is None:
             raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self.sampler.check(request.params)
         if request.params.seed is None:
             request.params = request.params.but(seed=secrets.randbits(63))
-        request.arrival = self._arrivals = self._arrivals + 1
         seq = self._sequence(request, 0)
         if request.params.n > 1:
             seq.border = min(seq.border, seq.prompt_len - 1)

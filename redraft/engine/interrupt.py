@@ -31,7 +31,10 @@ class InterruptBetween:
     def check(self) -> None:
         if self._hit:
             self._hit = False
-            raise KeyboardInterrupt
+            if callable(self._before):
+                self._before(signal.SIGINT, None)  # Python's own raises KeyboardInterrupt; a server's shuts down
+            elif self._before is not signal.SIG_IGN:
+                raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 Decode = Callable[[list[int]], str]
+WINDOW = 64  # tokens without any text that are decoded again and again before they are let go
 CONTEXT = 6  # prompt tokens decoded along with the first new one, for decoders that look at what stands before
 
 
@@ -21,13 +22,16 @@ class Text(NamedTuple):
     def start(cls, prompt_len: int) -> Text:
         return cls("", max(0, prompt_len - CONTEXT), prompt_len)
 
-    def extend(self, tokens: Seq[int], decode: Decode, *, last: bool = False) -> Text:
-        """The text with all of `tokens`; characters whose bytes are not complete wait, unless these are the last."""
-        before = decode(list(tokens[self.first : self.read]))
-        now = decode(list(tokens[self.first :]))
-        if len(now) <= len(before) or (now.endswith("\N{REPLACEMENT CHARACTER}") and not last):
+    def extend(self, tokens: Seq[int], decode: Decode, *, start: int = 0, last: bool = False) -> Text:
+        """The text with all of `tokens`, of which only those from `start` (at most `first`) on are given; characters whose
+        bytes are not complete wait, unless these are the last."""
+        window = list(tokens[self.first - start :])
+        before, now = decode(window[: self.read - self.first]), decode(window)
+        if now.endswith("\N{REPLACEMENT CHARACTER}") and not last:
             return self
-        return Text(self.done + now[len(before) :], self.read, len(tokens))
+        if len(now) <= len(before) and len(window) < WINDOW:
+            return self
+        return Text(self.done + now[len(before) :], self.read, self.first + len(window))
 
 
 def find_stop(text: str, stops: Iterable[str], before: int) -> tuple[int, int] | None:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from redraft.errors import Unsupported
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -112,7 +114,7 @@ class ModelSpec:
         first = self.layers[0]
         for i, layer in enumerate(self.layers):
             if (layer.kv_heads, layer.head_dim) != (first.kv_heads, first.head_dim):
-                raise AssertionError(f"layer {i}: pages of different shape are not supported yet")
+                raise Unsupported(f"layer {i}: kv heads or head size differ from layer 0; pages have one shape")
 
     @property
     def kv_heads(self) -> int:

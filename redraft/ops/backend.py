@@ -91,7 +91,8 @@ class Outputs:
 
 
 def best_first(logits: Tensor, k: int) -> I32:
-    """i32[R, k]: ids of the k largest logits of each row, by value descending, then id ascending."""
+    """i32[R, k]: ids of the k largest logits of each row, by value descending, then id ascending; which of several
+    equal ones at the cut are among them is PyTorch's choice."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     ids, order = ids.sort(dim=-1)
     order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices

@@ -7,7 +7,7 @@ else, so neither tree, batch nor chunk can change a text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -119,13 +119,14 @@ class TargetLaw:
     def _argmax_suffices(self, seq: Sequence) -> bool:
         return seq.params.greedy and not seq.state[self.sampler]
 
-    def _fetch(self, rows: Seq[int]) -> list[F64]:
-        """Fresh float64 copies of these rows of logits, in one transfer."""
+    def _fetch(self, rows: Seq[int]) -> Iterator[F64]:
+        """Fresh float64 copies of these rows of logits, in one transfer, one at a time."""
         if not rows:
-            return []
+            return
         assert self.out.logits is not None, "logits were not asked for: see Sampler.needs"
         wanted = torch.as_tensor(list(rows), device=self.out.logits.device)
-        return [row.double().numpy() for row in self.out.logits[wanted].detach().cpu()]  # indexing copies
+        for row in self.out.logits[wanted].detach().cpu():  # indexing copies; one row in float64 at a time
+            yield row.double().numpy()
 
     def _draw(self, values: F64, s: int, packed: int) -> int:
         seq, tree, first_node = self.work[s].seq, self.trees[s], int(self.batch.tree_starts[s])

@@ -64,30 +64,29 @@ class Scheduler:
 
         # 2. Rows in order, drafts shared evenly among those who draw, and given up first when pages or rows run short.
         ordered = self.order(run)
-        drawing = [seq for seq in ordered if seq.pending == 1 and seq.border >= len(seq.tokens)]
-        room = self.token_budget - len(drawing)
-        if waiting or len(drawing) < len(run):
+        drawing = sum(seq.pending == 1 for seq in run)
+        room = max(0, self.token_budget - drawing)  # rows that nobody needs to draw
+        if waiting or drawing < len(run):
             room //= 2  # drafts never take all rows from prompts
-        share = min(self.draft_rows, min(self.draft_total, room) // len(drawing)) if drawing else 0
-        drafts = {seq.id for seq in drawing} if share else set()
-        left = self.token_budget
+        drafts, drafting = min(self.draft_total, room), sum(_depth(seq) > 0 for seq in run)
+        left = self.token_budget - drafts
         work: list[Work] = []
         budgets: list[Budget] = []
-        for place, seq in enumerate(ordered):
+        for seq in ordered:
             rows = min(seq.pending, seq.border - seq.stored, left)
             if rows <= 0:
                 continue
             left -= rows
-            draft, depth = 0, max(0, seq.border - len(seq.tokens))
-            if seq.id in drafts and depth:
-                behind = sum(1 for other in ordered[place + 1 :] if other.pending == 1) if left < self.token_budget // 2 else 0
-                draft = max(0, min(share, left - behind))
+            draft, depth = 0, _depth(seq)
+            if depth:
+                draft = min(self.draft_rows, drafts // drafting)
                 while draft and table.need(seq, rows + draft) - needs[seq.id] > spare:
                     draft //= 2
                 spare -= table.need(seq, rows + draft) - needs[seq.id] if draft else 0
-                left -= draft
+                drafts, drafting = drafts - draft, drafting - 1
             work.append(Work(seq, rows))
             budgets.append(Budget(draft, depth if draft else 0))
+        left += drafts  # what nobody drafts is left to newcomers
 
         # 3. Newcomers in arrival order while the whole prompt and one token fit; the head of the queue blocks.
         admit: list[tuple[Sequence, int]] = []
@@ -99,7 +98,7 @@ class Scheduler:
                 # only shared lanes attach pages, and a prompt whose logprobs are wanted must run as a whole
                 shares = seq.lanes is Lanes.SHARED and seq.params.prompt_logprobs is None
                 matched = table.match(seq.tokens, salt) if shares else 0
-                cost = table.need(seq, len(seq.tokens), matched) + (table.idle_matched(seq.tokens, salt) if matched else 0)
+                cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(seq.tokens, salt) if matched else 0)
                 reserve = int(self.watermark * table.slabs) if run or admit else 0
                 if cost > spare - reserve:
                     break
@@ -111,3 +110,8 @@ class Scheduler:
                     work.append(Work(seq, rows))
                     budgets.append(Budget(0, 0))
         return StepPlan(work, budgets, admit, preempt)
+
+
+def _depth(seq: Sequence) -> int:
+    """How deep a draft may be: 0 for a prompt in progress, and for a text with no room for a second token."""
+    return max(0, seq.border - len(seq.tokens)) if seq.pending == 1 else 0

@@ -200,3 +200,23 @@ def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
     with pytest.raises(Unsupported, match=r"Narrow cannot undo.*FIXED") as refused:
         Engine(made.runner, made.scheduler, made.drafter, Narrow(), made.sampler, max_model_len=64)
     assert "\n" not in str(refused.value)
+
+
+def test_a_begin_that_raises_behind_a_newcomer_at_its_border_stalls_nobody() -> None:
+    """A prompt of one token with n > 1 starts at its border; the next admission raises before it can fork."""
+    drafter = counting(begin=2)
+    made = engine(drafter)
+    made.add(Request("one", PROMPT[:1], SAMPLED.but(n=2)))
+    made.add(Request("two", PROMPT, SAMPLED))
+    told: dict[str, list[int]] = {}
+    assert go(made, told) == 1
+    assert len(told["one"]) == 2 * 30 and len(told["two"]) == 30
+    paired(drafter)
+
+
+def test_cached_tokens_are_those_of_the_first_admission() -> None:
+    made = engine(counting(), max_seqs=1)
+    request = Request("r", (PROMPT * 20)[:90], SAMPLED.but(n=3))
+    made.add(request)
+    go(made, {})
+    assert request.cached_tokens == 0

@@ -43,7 +43,7 @@ class World:
     def add(self, prompt: int, new: int, lanes: Lanes = Lanes.SHARED, salt: str = "") -> Sequence:
         self.made += 1
         tokens = [self.made % 7] * prompt
-        request = Request(str(self.made), tokens, SamplingParams(max_tokens=new), self.made, salt)
+        request = Request(str(self.made), tokens, SamplingParams(max_tokens=new), salt)
         seq = Sequence(self.made, request, 0, list(tokens), prompt, 0, prompt + new - 1, lanes=lanes)
         request.sequences.append(seq)
         self.waiting.append(seq)
@@ -266,3 +266,16 @@ def test_a_matched_prefix_is_not_paid_twice() -> None:
 def test_a_budget_that_would_stall_texts_is_refused() -> None:
     with pytest.raises(InvalidInput, match="token_budget = 4 is less than max_seqs = 8"):
         scheduler(token_budget=4, max_seqs=8)
+
+
+@pytest.mark.parametrize(("texts", "drafts"), [(1, 16), (2, 32), (3, 32), (20, 32), (33, 32), (40, 32)])
+def test_drafts_are_shared_without_a_cliff(texts: int, drafts: int) -> None:
+    """All of draft_total is given out, evenly, however many draw."""
+    made = world(slabs=200, token_budget=512, max_seqs=64, draft_rows=16, draft_total=32)
+    for _ in range(texts):
+        made.add(4, 40)
+    made.step()
+    budgets = [budget.rows for budget in made.plan().budgets]
+    assert len(budgets) == texts
+    assert sum(budgets) == drafts
+    assert max(budgets) - min(budgets) <= 1
