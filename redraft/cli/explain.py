@@ -64,7 +64,7 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
 
 
 def _engine(config: EngineConfig, setup: Setup) -> Engine:
-    """As LLM makes it, but for the weights and a pool of one page."""
+    """As LLM makes it, but for the weights and a pool of one sequence."""
     from redraft.engine.engine import Engine
     from redraft.models import loader
     from redraft.models.runner import Runner
@@ -72,7 +72,8 @@ def _engine(config: EngineConfig, setup: Setup) -> Engine:
     from redraft.sample.sampler import Sampler
 
     checkpoint = setup.checkpoint
-    runner = Runner(checkpoint.spec, loader.hollow(checkpoint), setup.backend, 1, sharing=config.cache.prefix_sharing)
+    slabs = -(-setup.max_model_len // 32) + 1
+    runner = Runner(checkpoint.spec, loader.hollow(checkpoint), setup.backend, slabs, sharing=config.cache.prefix_sharing)
     sampler = Sampler(checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), Tokenizer(checkpoint.path).spellings)
     drafter = setup.drafter.open(runner, sampler)
     verifier = registry.create("verify", config.verify)

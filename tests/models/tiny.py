@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
 import torch
 import transformers
+
+transformers.utils.logging.disable_progress_bar()  # saving shows one, into what tests of the command line compare
 
 V, CONTEXT = 61, 96
 _BASE = {
