@@ -85,7 +85,7 @@ def page() -> str:
     lines += [
         "",
         "pages = table.reserve(plan.work, trees)",
-        f"    pages   {view.pages[0][0].tolist()}   {length} slots committed; the tail is slots {length}..{length + len(tree)} ({n} pages of 32)",
+        f"    pages   {view.pages[0][0].tolist()}   {n} of 32 slots; {length} are committed, the tail is {length}..{length + len(tree)}",
         f"    fresh   {[page for _, page in view.fresh]}   zeroed before use",
         "",
         "batch = Batch.pack(plan.work, trees, pages)",
