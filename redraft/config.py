@@ -125,6 +125,9 @@ class EngineConfig(Settings):
     cache: CacheConfig = CacheConfig()
     schedule: SchedulerConfig = SchedulerConfig()
     draft: str = Field("none", description="name:option=value,... of a drafter")
+    draft_model: str | None = Field(
+        None, description="the checkpoint of drafters that use a second model; with the embedded model its small sibling"
+    )
     verify: str = Field("coupled", description="name:option=value,... of a verifier")
 
     @classmethod
@@ -149,5 +152,6 @@ class EngineConfig(Settings):
         homes = {name: ("model", name) for name in ModelConfig.model_fields}
         homes |= {name: ("schedule", name) for name in SchedulerConfig.model_fields}
         homes |= {"cache_memory": ("cache", "memory"), "cache_fraction": ("cache", "fraction")}
-        homes |= {"prefix_sharing": ("cache", "prefix_sharing"), "draft": ("", "draft"), "verify": ("", "verify")}
+        homes |= {"prefix_sharing": ("cache", "prefix_sharing")}
+        homes |= {name: ("", name) for name in ("draft", "draft_model", "verify")}
         return homes

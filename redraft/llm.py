@@ -134,7 +134,15 @@ class LLM:
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
         weights = loader.read(checkpoint, setup.backend.device, setup.backend.pack)
-        self.runner = Runner(checkpoint.spec, weights, setup.backend, setup.slabs, sharing=config.cache.prefix_sharing)
+        self.runner = Runner(
+            checkpoint.spec,
+            weights,
+            setup.backend,
+            setup.slabs,
+            sharing=config.cache.prefix_sharing,
+            source=checkpoint.path,
+            draft_model=config.draft_model,
+        )
         self.engine = self._engine(setup.scheduler, setup.drafter)
         self._numbers = itertools.count()
         self._inboxes: dict[str, deque[Event]] = {}  # request id -> news that its caller has not taken yet
@@ -149,7 +157,7 @@ class LLM:
         changed = EngineConfig.of(**flat)
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.config = changed.but(model=self.config.model, cache=self.config.cache)
+        twin.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
         drafter = registry.create("draft", twin.config.draft)
         twin.engine = twin._engine(_scheduler(twin.config, self.runner.backend.device), drafter)
         return twin
@@ -163,12 +171,13 @@ class LLM:
         return max(card.guarantee for card in cards)
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
-        sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings)
+        verifier = registry.create("verify", self.config.verify)
+        sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings, verifier.drafts)
         return Engine(
             self.runner,
             scheduler,
             drafter.open(self.runner, sampler),
-            registry.create("verify", self.config.verify),
+            verifier,
             sampler,
             max_model_len=self.max_model_len,
             eos=self.eos,

@@ -14,10 +14,12 @@ METHODS: dict[str, dict[str, str]] = {
     "draft": {
         "none": "redraft.draft.none:NoDraft",
         "copyspec": "redraft.draft.copyspec:CopySpec",
+        "draft-model": "redraft.draft.draft_model:DraftModel",
         "token-recycling": "redraft.draft.token_recycling:TokenRecycling",
     },
     "verify": {
         "coupled": "redraft.verify.coupled:Coupled",
+        "rejection": "redraft.verify.rejection:Rejection",
     },
     "sched": {
         "fcfs": "redraft.sched.fcfs:FCFS",
@@ -63,11 +65,30 @@ def options(cls: type) -> dict[str, dataclasses.Field[Any]]:
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
+def split(text: str, separator: str) -> list[str]:
+    """The parts between separators that stand outside of parentheses, not empty ones; a part that is wholly in
+    parentheses loses them.
+
+    >>> split("(copyspec:gamma=4,block=8)+token-recycling", "+")
+    ['copyspec:gamma=4,block=8', 'token-recycling']
+    """
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(text + separator):
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0 or (i == len(text) and depth):
+            raise InvalidInput(f"{text!r}: parentheses do not match")
+        if letter == separator and not depth:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    return [part[1:-1] if part[0] == "(" and part[-1] == ")" else part for part in parts if part]
+
+
 def parse(text: str) -> tuple[str, dict[str, str]]:
-    """ "name:option=value,option=value" -> (name, {option: value}), values still text."""
+    """ "name:option=value,option=value" -> (name, {option: value}), values still text. A value that holds commas, such
+    as another method with options, stands in parentheses."""
     name, _, rest = text.partition(":")
     given: dict[str, str] = {}
-    for item in filter(None, rest.split(",")):
+    for item in split(rest, ","):
         option, equals, value = item.partition("=")
         if not equals:
             raise InvalidInput(f"{text!r}: {item!r} is not option=value")

@@ -73,10 +73,18 @@ def _engine(config: EngineConfig, setup: Setup) -> Engine:
 
     checkpoint = setup.checkpoint
     slabs = -(-setup.max_model_len // 32) + 1
-    runner = Runner(checkpoint.spec, loader.hollow(checkpoint), setup.backend, slabs, sharing=config.cache.prefix_sharing)
-    sampler = Sampler(checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), Tokenizer(checkpoint.path).spellings)
-    drafter = setup.drafter.open(runner, sampler)
+    runner = Runner(
+        checkpoint.spec,
+        loader.hollow(checkpoint),
+        setup.backend,
+        slabs,
+        sharing=config.cache.prefix_sharing,
+        source=checkpoint.path,
+        draft_model=config.draft_model,
+    )
     verifier = registry.create("verify", config.verify)
+    sampler = Sampler(checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), Tokenizer(checkpoint.path).spellings, verifier.drafts)
+    drafter = setup.drafter.open(runner, sampler)
     return Engine(runner, setup.scheduler, drafter, verifier, sampler, max_model_len=setup.max_model_len, eos=checkpoint.eos_ids)
 
 

@@ -35,7 +35,7 @@ SAMPLING = Group(
 )
 ENGINE = Group(
     "Engine",
-    {name: EngineConfig.model_fields[name] for name in ("draft", "verify")}
+    {name: EngineConfig.model_fields[name] for name in ("draft", "draft_model", "verify")}
     | {name: field for name, field in ModelConfig.model_fields.items() if name != "model"}
     | dict(SchedulerConfig.model_fields)
     | {"cache_memory": CacheConfig.model_fields["memory"], "cache_fraction": CacheConfig.model_fields["fraction"]}

@@ -85,9 +85,9 @@ class Batch:
         roots: list[int] = []
         bits: list[U64] = []
         words = max((t.ancestors().shape[1] for t in trees if len(t)), default=0)
-        for w, tree in zip(work, trees, strict=True):
+        for w, tree, tail in zip(work, trees, pages.tail, strict=True):
             seq, at = w.seq, len(tokens)
-            rows = 0 if w.first else w.rows  # a growing tail packs its chain once
+            rows = 0 if tail else w.rows  # a growing tail packs its chain once
             tokens += seq.tokens[seq.stored : seq.stored + rows]
             positions += range(seq.stored, seq.stored + rows)
             root = seq.stored + w.rows - 1

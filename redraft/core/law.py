@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol
 
-from redraft.core.tree import I32
+from redraft.core.tree import F64, I32, Probs
 
 
 class TopLogprobs(NamedTuple):
@@ -17,7 +17,7 @@ class TopLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-class Law(Protocol):
+class Law(Probs, Protocol):
     """The target's law at the logit rows of one step; lazy: nothing of size V is made for a row nobody visits.
 
     `roots` is Batch.roots; node i of sequence s is row roots[s] + 1 + i.
@@ -28,6 +28,14 @@ class Law(Protocol):
 
     def draw(self, rows: Seq[int]) -> list[int]:
         """The token drawn at each row: processors on the row's own path, TARGET noise of its own position."""
+        ...
+
+    def uniform(self, rows: Seq[int], n: int) -> F64:
+        """f64[R, n] in (0, 1): ACCEPT noise of each row's position, for the coins of a rule that rejects."""
+        ...
+
+    def choose(self, row: int, weights: F64) -> int:
+        """A token drawn from `weights` (f64[V], of any sum) with RESIDUAL noise of the row's position."""
         ...
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`rows` pending tokens of `seq` run this step. Nodes before `first` were packed by an earlier forward of the same tail."""
+    """`rows` pending tokens of `seq` run this step. Nodes before `first` were packed by an earlier forward of the same tail,
+    as the pending tokens were where the tail is not empty."""
 
     seq: Sequence
     rows: int

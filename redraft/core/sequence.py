@@ -41,7 +41,8 @@ class Sequence:
     """One text in the making. tokens[stored:] is `pending`: tokens whose keys are not in the cache yet.
 
     `border` is a value of `stored` that no step may cross; the engine sets it (end of max_tokens, of the context,
-    the fork of n > 1, a policy's next decision). `state` holds what each opened plugin's `begin` returned.
+    the fork of n > 1, a policy's next decision). `state` holds what each opened plugin's `begin` returned. `fault`: why
+    this text goes on without drafts, empty while it does not.
     """
 
     id: int
@@ -55,6 +56,7 @@ class Sequence:
     lanes: Lanes = Lanes.SHARED
     reason: FinishReason | None = None
     state: dict[Any, Any] = field(default_factory=dict)
+    fault: str = ""
 
     @property
     def params(self) -> SamplingParams:

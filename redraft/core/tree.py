@@ -6,22 +6,37 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
+U16 = NDArray[np.uint16]
 U64 = NDArray[np.uint64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 
 class Kind(IntEnum):
-    """How the children of a node were made; it selects the verification rules that are right for them."""
+    """How the children of a node were made; it selects the verification rules that are right for them. A node without
+    children counts as FIXED."""
 
     FIXED = 0  # any way that does not look at the target's sample: n-gram, copy, table, top-k
     IID = 1  # independent samples of the draft law
     WITHOUT_REPLACEMENT = 2  # samples without replacement, in draw order
     TOP_PLUS_ONE = 3  # the likeliest k - 1 and one random from the rest
+    SINGLE = 4  # one sample of the draft law: the case of one child of the three before
+
+
+class Probs(Protocol):
+    """Laws of the next token at some rows."""
+
+    def probs(self, rows: Seq[int]) -> F64:
+        """f64[R, V], each row sums to 1."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -29,12 +44,20 @@ class TokenTree:
     """Drafted nodes only, parents before children, siblings in draw order; parent -1 is the last pending row.
 
     tokens, parents: i32[N]; kinds: u8[N + 1], kinds[i + 1] says how node i's children were made, kinds[0] the root's.
+    laws: for sampled kinds, the law that they were drawn from; row i + 1 is that of node i's children, row 0 the root's.
+    draws: i32[D], the nodes in the order in which they were drawn, a node as often as it was drawn; None: each once, in
+    order. origins: u16[N], which part of a union proposed each node; scores: f32[N], the drafter's own confidence.
     """
 
     tokens: I32
     parents: I32
     kinds: U8
+    laws: Probs | None = None
+    draws: I32 | None = None
+    origins: U16 | None = None
+    scores: F32 | None = None
     _children: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
+    _drawn: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def chain(cls, tokens: Seq[int]) -> TokenTree:
@@ -79,6 +102,26 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def check(self, *, vocab: int, rows: int, depth: int) -> None:
+        """ValueError where this is no tree of at most `rows` nodes and `depth` levels over `vocab` tokens."""
+        n = len(self.tokens)
+        if n > rows:
+            raise ValueError(f"{n} nodes for a budget of {rows}")
+        for name, array, shape in (("tokens", self.tokens, (n,)), ("parents", self.parents, (n,)), ("kinds", self.kinds, (n + 1,))):
+            wanted = np.dtype(np.uint8 if name == "kinds" else np.int32)
+            if array.shape != shape or array.dtype != wanted:
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)} instead of {wanted}{list(shape)}")
+        if not n:
+            return
+        if self.tokens.min() < 0 or self.tokens.max() >= vocab:
+            raise ValueError(f"a token outside 0..{vocab - 1}: {self.tokens.tolist()}")
+        if self.parents.min() < -1 or (self.parents >= np.arange(n)).any():
+            raise ValueError(f"a node that does not come behind its parent: {self.parents.tolist()}")
+        if len(set(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))) < n:
+            raise ValueError("two siblings with the same token")
+        if (deepest := int(self.depths().max())) > depth:
+            raise ValueError(f"{deepest} levels for a budget of {depth}")
+
     def depths(self) -> I32:
         """i32[N]: 1 for a child of the root; a node's position is the root's plus its depth."""
         return _shape(self.parents.tobytes())[0]
@@ -94,6 +137,13 @@ class TokenTree:
             for i, pair in enumerate(pairs):
                 self._children.setdefault(pair, i)
         return self._children.get((node, token), -1)
+
+    def drawn(self, node: int) -> list[int]:
+        """The children of `node` (-1: the root) in the order in which they were drawn, each as often as it was."""
+        if not self._drawn and len(self.tokens):
+            for i in range(len(self.tokens)) if self.draws is None else self.draws.tolist():
+                self._drawn.setdefault(int(self.parents[i]), []).append(i)
+        return self._drawn.get(node, [])
 
     def path_to(self, node: int) -> list[int]:
         """The nodes from the root's child down to `node`; empty for the root (-1)."""

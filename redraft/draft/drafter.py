@@ -7,14 +7,17 @@ is kept in seq.state[opened] and copied by `fork`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from redraft.card import Card
+from redraft.core.noise import Stream
 from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import Kind, TokenTree
+from redraft.core.tree import F64, I64, Kind, TokenTree
 
 
 class OpenDrafter(Protocol):
@@ -29,7 +32,9 @@ class OpenDrafter(Protocol):
         """One tree per sequence, within its budget; budget 0 or nothing to say: an empty tree."""
         ...
 
-    def observe(self, result: StepResult) -> None: ...
+    def observe(self, result: StepResult) -> None:
+        """What the step found. A sequence without state of this drafter drafts no more, or never did."""
+        ...
 
     def begin(self, seq: Sequence) -> Any:
         """State of one sequence; it may meet generated tokens, after preemption. Always paired with `end`."""
@@ -46,12 +51,89 @@ class OpenDrafter(Protocol):
     def restore(self, snapshot: Any) -> None: ...
 
 
+class DraftRow(Protocol):
+    """Logits behind the request's processors: ids i64[M], ascending, and values f64[M] of the tokens that are left."""
+
+    @property
+    def ids(self) -> I64: ...
+    @property
+    def values(self) -> F64: ...
+
+
+class DraftVocabulary(Protocol):
+    """`size` token ids, of which `eos` end a text."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def eos(self) -> frozenset[int]: ...
+
+
+class DraftSampler(Protocol):
+    """What a drafter that samples may ask of the sampler. drafts: the noise it must draw with, the verifier's choice."""
+
+    @property
+    def vocabulary(self) -> DraftVocabulary: ...
+    @property
+    def drafts(self) -> Stream: ...
+
+    def row(self, values: F64, seq: Sequence, drafted: list[int]) -> DraftRow:
+        """Fresh logits f64[V] behind seq.tokens and `drafted`, as the request's processors leave them."""
+        ...
+
+
 class Drafter(Protocol):
-    """A registered drafter: hyper-parameters only. `runner` and `sampler` are what a drafter may use from above."""
+    """A registered drafter: hyper-parameters only. `runner` and `sampler` (a DraftSampler) are what it may use from above."""
 
     card: ClassVar[Card]
 
     def open(self, runner: Any, sampler: Any) -> OpenDrafter: ...
+
+
+class Wrapper:
+    """Defaults for opened drafters made of others: forwards begin, fork, end and all that is learned to its parts."""
+
+    def __init__(self, parts: Seq[OpenDrafter]) -> None:
+        self.parts = tuple(parts)
+        self.taps = NOTHING
+        for part in self.parts:
+            self.taps |= part.taps
+        self.kinds = frozenset[Kind]().union(*(part.kinds for part in self.parts))
+
+    def observe(self, result: StepResult) -> None:
+        for part in self.parts:
+            part.observe(result)
+
+    def begin(self, seq: Sequence) -> list[Any]:
+        return self._each(seq, [part.begin for part in self.parts])
+
+    def fork(self, state: list[Any], seq: Sequence) -> list[Any]:
+        return self._each(seq, [partial(part.fork, one) for part, one in zip(self.parts, state, strict=True)])
+
+    def end(self, state: list[Any]) -> None:
+        for part, one in zip(self.parts, state, strict=False):
+            part.end(one)
+
+    def snapshot(self) -> Any:
+        found = [part.snapshot() for part in self.parts]
+        return None if all(one is None for one in found) else found
+
+    def restore(self, snapshot: list[Any]) -> None:
+        for part, one in zip(self.parts, snapshot, strict=True):
+            if one is not None:
+                part.restore(one)
+
+    def _each(self, seq: Sequence, starts: list[Callable[[Sequence], Any]]) -> list[Any]:
+        """Starts every part, or none: what began is ended where a later part raises."""
+        states: list[Any] = []
+        try:
+            for part, start in zip(self.parts, starts, strict=True):
+                states.append(start(seq))
+                seq.state[part] = states[-1]  # a part finds its own state as if it stood alone
+        except BaseException:
+            self.end(states)
+            raise
+        return states
 
 
 class Stateless:

@@ -15,6 +15,7 @@ from redraft.core.plan import Accepted, StepPlan, StepResult, Work
 from redraft.core.sequence import FinishReason, Request, Sequence
 from redraft.core.taps import Taps
 from redraft.draft.drafter import OpenDrafter
+from redraft.engine.guard import Guard
 from redraft.engine.text import Decode, Text, find_stop, held_back
 from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
 from redraft.models.runner import Runner
@@ -25,11 +26,13 @@ from redraft.verify.verifier import Verifier
 
 @dataclass(slots=True)
 class Stats:
-    """What drafting did for one text. steps: passes that drew a token; drafted: nodes checked; accepted: of them kept."""
+    """What drafting did for one text. steps: passes that drew a token; drafted: nodes checked; accepted: of them kept;
+    fault: which drafter failed and how, where the text went on without drafts."""
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    fault: str = ""
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -86,7 +89,7 @@ class Engine:
         if runner.table.slabs * runner.table.page < max_model_len:
             raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
-        self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, drafter, verifier, sampler
+        self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, Guard(drafter, runner.spec.vocab), verifier, sampler
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
         self.decode, self.decode_all = decode, decode_all
         self.waiting: deque[Sequence] = deque()
@@ -177,6 +180,7 @@ class Engine:
                 continue
             output, w.seq.reason = self.outputs[w.seq.id], found.reason
             output.stats.steps += 1
+            output.stats.fault = w.seq.fault
             output.stats.drafted += len(tree)
             output.stats.accepted += len(found.path)
             output.drafted += [True] * len(found.path) + [False]
@@ -311,8 +315,8 @@ class Engine:
         try:
             if matched:
                 self.table.attach(seq, matched)
-            for plugin in (self.sampler, self.drafter):
-                seq.state[plugin] = plugin.begin(seq)
+            seq.state[self.sampler] = self.sampler.begin(seq)
+            self.drafter.begin(seq)
         except BaseException:
             self._stop(seq)
             raise
@@ -320,8 +324,8 @@ class Engine:
     def _fork(self, seq: Sequence, child: Sequence) -> None:
         self.store.move([self.table.fork(seq, child)])
         try:
-            for plugin in (self.sampler, self.drafter):
-                child.state[plugin] = plugin.fork(seq.state[plugin], child)
+            child.state[self.sampler] = self.sampler.fork(seq.state[self.sampler], child)
+            self.drafter.fork(seq, child)
         except BaseException:
             self._stop(child)  # it waits and starts from its tokens, as after preemption
             raise
@@ -330,9 +334,10 @@ class Engine:
         """Plugin states end and pages go; the tokens stay, so a preempted sequence can start again."""
         self.table.free(seq)
         seq.stored = 0
-        while seq.state:
-            plugin, state = seq.state.popitem()
-            plugin.end(state)
+        self.drafter.end(seq)
+        if self.sampler in seq.state:
+            self.sampler.end(seq.state[self.sampler])
+        seq.state.clear()
 
     def _decoder(self, seq: Sequence) -> Decode:
         decode = self.decode if seq.params.skip_special_tokens else self.decode_all

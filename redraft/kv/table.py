@@ -215,19 +215,20 @@ class PageTable:
             self._drop(held.pool, reversed(lane.pages))
 
     def reserve(self, work: Seq[Work], trees: Seq[TokenTree]) -> PageView:
-        """Grows every tail by the rows packed now: `w.rows` chain rows unless w.first, and the nodes from w.first on.
+        """Grows every tail by the rows packed now: `w.rows` chain rows unless it has them, and the nodes from w.first on.
 
-        May be called again before commit, with w.first > 0. Raises OutOfPages and changes nothing where memory lacks.
+        May be called again before commit, with w.first = the nodes that the tail has. Raises OutOfPages and changes nothing
+        where memory lacks.
         """
         growth: list[tuple[_Held, int, int, int]] = []
         wanted: dict[Lanes, int] = {}
         for w, tree in zip(work, trees, strict=True):
             held = self._held[w.seq.id]
-            chain = 0 if w.first else w.rows
+            chain = 0 if held.chain else w.rows
             nodes = len(tree) - w.first
             assert chain <= w.seq.pending, f"sequence {w.seq.id}: {chain} rows to run, {w.seq.pending} pending"
             assert nodes >= 0 and held.nodes == w.first, f"sequence {w.seq.id}: tail of {held.nodes} nodes, first {w.first}"
-            assert bool(held.chain) == bool(w.first), f"sequence {w.seq.id}: a tail's chain is packed once, at its start"
+            assert held.chain in (0, w.rows), f"sequence {w.seq.id}: a tail of {held.chain} chain rows goes on with {w.rows}"
             missing = held.missing(chain + nodes, self.page)
             if missing:
                 wanted[held.pool.kind] = wanted.get(held.pool.kind, 0) + missing

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
+_EMBEDDED = {"embedded": "target", "embedded-draft": "draft"}
+
 Pack = Callable[[Linear], Linear]
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -68,10 +70,10 @@ class Checkpoint:
 
 
 def resolve(model: str) -> Path:
-    """The folder of 'embedded', of a path, or of a hub id (`org/name` or `org/name@revision`, downloaded unless cached;
+    """The folder of 'embedded' or 'embedded-draft', of a path, or of a hub id (`org/name` or `org/name@revision`, downloaded unless cached;
     HF_HOME and HF_HUB_OFFLINE are honoured). CheckpointError when it is none of these."""
-    if model == "embedded":
-        return Path(__file__).parent.parent / "embedded" / "target"
+    if model in _EMBEDDED:
+        return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -16,10 +17,26 @@ from redraft.ops.backend import Backend, Outputs, Weights
 
 
 class Runner:
-    """Owns the page table and the store of one model; a draft model is a second Runner with its own."""
+    """Owns the page table and the store of one model; a draft model is a second Runner with its own (see companion.py).
 
-    def __init__(self, spec: ModelSpec, weights: Weights, backend: Backend, slabs: int, *, sharing: bool = True) -> None:
+    source: the checkpoint's folder, None for weights from elsewhere; draft_model: the checkpoint that drafters with a
+    second model use unless they name one; companions: the second models loaded so far, by folder.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        backend: Backend,
+        slabs: int,
+        *,
+        sharing: bool = True,
+        source: Path | None = None,
+        draft_model: str | None = None,
+    ) -> None:
         self.spec, self.weights, self.backend = spec, weights, backend
+        self.source, self.draft_model = source, draft_model
+        self.companions: dict[Path, Runner] = {}
         self.table = PageTable(slabs, len(spec.layers), spec.kv_heads, sharing=sharing)
         self.store = Store(backend, spec, slabs)
 

@@ -17,8 +17,9 @@ import torch
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
-from redraft.core.noise import Stream, gumbel, key
+from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Work
+from redraft.core.ranking import top
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32, TokenTree
@@ -28,7 +29,7 @@ from redraft.sample.processors.bias import Bias
 from redraft.sample.processors.min_p import MinP
 from redraft.sample.processors.min_tokens import MinTokens
 from redraft.sample.processors.penalties import Penalties
-from redraft.sample.processors.processor import F64, I64, Processor, Row, Vocabulary, top
+from redraft.sample.processors.processor import F64, I64, Processor, Row, Vocabulary, weigh
 from redraft.sample.processors.temperature import Temperature
 from redraft.sample.processors.top_k import TopK
 from redraft.sample.processors.top_p import TopP
@@ -43,11 +44,19 @@ BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the 
 
 class Sampler:
     """vocab: size of the logits; eos: ids that end a text of this model; encode: the token id sequences that spell a
-    bad word, None without a tokenizer."""
+    bad word, None without a tokenizer; drafts: the noise that a drafter which samples must draw with, the verifier's
+    choice (Verifier.drafts)."""
 
-    def __init__(self, vocab: int, eos: frozenset[int], encode: Callable[[str], list[list[int]]] | None = None) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        eos: frozenset[int],
+        encode: Callable[[str], list[list[int]]] | None = None,
+        drafts: Stream = Stream.TARGET,
+    ) -> None:
         self.vocabulary = Vocabulary(vocab, eos, encode)
         self.ids: I64 = np.arange(vocab)
+        self.drafts = drafts
 
     def check(self, params: SamplingParams) -> Chosen:
         """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
@@ -72,6 +81,14 @@ class Sampler:
         draws = work.done and (not params.greedy or bool(seq.state[self]) or params.logprobs is not None)
         return draws or (params.prompt_logprobs is not None and seq.stored < seq.prompt_len - 1)
 
+    def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
+        """Logits (fresh, f64[V]) behind seq.tokens and `drafted`, as the request's processors leave them: what the target
+        is sampled from, and a draft model too."""
+        row = Row(self.ids, values, seq, drafted)
+        for processor in seq.state[self]:
+            processor.apply(row)
+        return row
+
     def law(self, out: Outputs, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetLaw:
         """The law of the next token at each logit row of one step. Nothing is computed before a row is asked for."""
         return TargetLaw(self, out, batch, work, trees, batch.roots)
@@ -94,14 +111,43 @@ class TargetLaw:
 
     def draw(self, rows: Seq[int]) -> list[int]:
         """The token drawn at each logit row, by the processors and noise of its own sequence, path and position."""
-        packed = self.batch.logit_rows[np.asarray(rows, np.int64)]
-        owners = np.searchsorted(self.batch.starts, packed, side="right") - 1
         drawn: list[int] = [int(self.out.argmax[row]) for row in rows]
+        packed, owners = self._owners(rows)
         asked = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
         fetched = self._fetch([rows[i] for i in asked])
         for i, values in zip(asked, fetched, strict=True):
-            drawn[i] = self._draw(values, int(owners[i]), int(packed[i]))
+            row = self._row(values, owners[i], packed[i])
+            if not row.seq.params.greedy:
+                noise = self._key(row.seq, Stream.TARGET, packed[i])
+                for at in range(0, len(row.ids), BLOCK):
+                    row.values[at : at + BLOCK] += gumbel(noise, row.ids[at : at + BLOCK])
+            drawn[i] = int(row.ids[row.values.argmax()])
         return drawn
+
+    def probs(self, rows: Seq[int]) -> F64:
+        """f64[R, V]: the law that `draw` samples; all of it on one token where the request is greedy."""
+        packed, owners = self._owners(rows)
+        probs = np.zeros((len(rows), self.sampler.vocabulary.size))
+        greedy = [self.work[s].seq.params.greedy for s in owners]
+        certain = [i for i, one in enumerate(greedy) if one]
+        probs[certain, self.draw([rows[i] for i in certain])] = 1
+        sampled = [i for i, one in enumerate(greedy) if not one]
+        for i, values in zip(sampled, self._fetch([rows[i] for i in sampled]), strict=True):
+            row = self._row(values, owners[i], packed[i])
+            weights = weigh(row.values)
+            probs[i, row.ids] = weights / weights.sum()
+        return probs
+
+    def uniform(self, rows: Seq[int], n: int) -> F64:
+        packed, owners = self._owners(rows)
+        keys = [self._key(self.work[s].seq, Stream.ACCEPT, at) for s, at in zip(owners, packed, strict=True)]
+        return np.stack([uniform(one, np.arange(n)) for one in keys])
+
+    def choose(self, row: int, weights: F64) -> int:
+        (packed,), (owner,) = self._owners([row])
+        ids = np.flatnonzero(weights)
+        noise = gumbel(self._key(self.work[owner].seq, Stream.RESIDUAL, packed), ids)
+        return int(ids[(np.log(weights[ids]) + noise).argmax()])
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
         """log softmax in float64 of the raw logits; ranks from 1, of equal logits the lowest id first."""
@@ -128,14 +174,15 @@ class TargetLaw:
         for row in self.out.logits[wanted].detach().cpu():  # indexing copies; one row in float64 at a time
             yield row.double().numpy()
 
-    def _draw(self, values: F64, s: int, packed: int) -> int:
-        seq, tree, first_node = self.work[s].seq, self.trees[s], int(self.batch.tree_starts[s])
+    def _owners(self, rows: Seq[int]) -> tuple[list[int], list[int]]:
+        """Of each logit row: the packed row, and the place of its sequence in the batch."""
+        packed = self.batch.logit_rows[np.asarray(rows, np.int64)]
+        return packed.tolist(), (np.searchsorted(self.batch.starts, packed, side="right") - 1).tolist()
+
+    def _key(self, seq: Sequence, stream: Stream, packed: int) -> int:
+        return key(seq.seed, stream, int(self.batch.positions[packed]) + 1)
+
+    def _row(self, values: F64, s: int, packed: int) -> Row:
+        tree, first_node = self.trees[s], int(self.batch.tree_starts[s])
         nodes = tree.path_to(self.work[s].first + packed - first_node) if packed >= first_node else []
-        row = Row(self.sampler.ids, values, seq, tree.tokens[nodes].tolist() if nodes else [])
-        for processor in seq.state[self.sampler]:
-            processor.apply(row)
-        if not seq.params.greedy:
-            noise = key(seq.seed, Stream.TARGET, int(self.batch.positions[packed]) + 1)
-            for at in range(0, len(row.ids), BLOCK):
-                row.values[at : at + BLOCK] += gumbel(noise, row.ids[at : at + BLOCK])
-        return int(row.ids[row.values.argmax()])
+        return self.sampler.row(values, self.work[s].seq, tree.tokens[nodes].tolist() if nodes else [])

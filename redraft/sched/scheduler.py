@@ -113,5 +113,5 @@ class Scheduler:
 
 
 def _depth(seq: Sequence) -> int:
-    """How deep a draft may be: 0 for a prompt in progress, and for a text with no room for a second token."""
-    return max(0, seq.border - len(seq.tokens)) if seq.pending == 1 else 0
+    """How deep a draft may be: 0 for a prompt in progress, a text with no room for a second token or without a drafter."""
+    return max(0, seq.border - len(seq.tokens)) if seq.pending == 1 and not seq.fault else 0

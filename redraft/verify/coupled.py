@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.core.law import Law
+from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
 from redraft.core.tree import Kind, TokenTree
 
@@ -32,6 +33,7 @@ class Coupled:
         deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its law",
     )
     undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+    drafts: ClassVar[Stream] = Stream.TARGET
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
         roots = law.roots.tolist()

@@ -2,21 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from typing import ClassVar, Protocol
 
 from redraft.card import Card
 from redraft.core.law import Law
+from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
-from redraft.core.tree import Kind, TokenTree
+from redraft.core.tree import F64, Kind, TokenTree
+from redraft.errors import Unsupported
+
+Stages = Generator[float, None, F64]
+"""A rule at one node: yields for each draw in turn the probability with which it is accepted, given that those before it
+were rejected, and returns the law (of any sum) of the token where all are. Nothing random in it: so it can be enumerated."""
 
 
 class Verifier(Protocol):
-    """A frozen dataclass. `undoes`: the kinds of children whose making it undoes without bias."""
+    """A frozen dataclass. `undoes`: the kinds of children whose making it undoes without bias. `drafts`: the noise that a
+    drafter which samples must draw with: the target's own, or a stream that is independent of it."""
 
     card: ClassVar[Card]
     undoes: ClassVar[frozenset[Kind]]
+    drafts: ClassVar[Stream]
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
         """One Accepted per sequence; empty where law.roots is -1 (an unfinished chunk draws nothing)."""
         ...
+
+
+class Rejecting:
+    """A verifier that tosses coins where children were sampled: a subclass gives the rule.
+
+    Fixed children need no coin: the target draws a token and the child that carries it is followed (rule V2), and so a
+    leaf's bonus and the whole text without a drafter are those of the plain loop.
+    """
+
+    undoes: ClassVar[frozenset[Kind]]
+    drafts: ClassVar[Stream] = Stream.DRAFT
+
+    def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
+        """p: f64[V], the target's law; q: f64[V], the law the children were drawn from; drawn: their tokens in draw order,
+        with repeats; `kind`: how they were made."""
+        raise NotImplementedError
+
+    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
+        roots = law.roots.tolist()
+        paths: list[list[int]] = [[] for _ in trees]
+        tokens: list[list[int]] = [[] for _ in trees]
+        reached = {s: -1 for s, root in enumerate(roots) if root >= 0}
+        while reached:
+            fixed = [s for s, node in reached.items() if trees[s].kinds[node + 1] == Kind.FIXED or not trees[s].drawn(node)]
+            drawn = dict(zip(fixed, law.draw([roots[s] + 1 + reached[s] for s in fixed]), strict=True))
+            for s, node in list(reached.items()):
+                token = drawn[s] if s in drawn else self._toss(trees[s], node, law, roots[s] + 1 + node)
+                tokens[s].append(token)
+                reached[s] = trees[s].child(node, token)
+                if reached[s] >= 0:
+                    paths[s].append(reached[s])
+                else:
+                    del reached[s]
+        return [Accepted(tuple(path), tuple(own)) for path, own in zip(paths, tokens, strict=True)]
+
+    def _toss(self, tree: TokenTree, node: int, law: Law, row: int) -> int:
+        """The next token: of the first child whose coin accepts it, else from the rule's residual."""
+        kind, laws = Kind(tree.kinds[node + 1]), tree.laws
+        if kind not in self.undoes:
+            raise Unsupported(f"verifier {type(self).__name__} cannot undo children made {kind.name}")
+        assert laws is not None, "sampled children without the law they were drawn from"
+        draws = tree.tokens[tree.drawn(node)].tolist()
+        (p,), (q,), (coins,) = law.probs([row]), laws.probs([node + 1]), law.uniform([row], len(draws))
+        rule = self.stages(p, q, draws, kind)
+        for token, coin in zip(draws, coins, strict=True):
+            if coin < next(rule):
+                return int(token)
+        weights = residual(rule)
+        if not weights.any():  # p and q differ by rounding only, and the coin fell on the last bit
+            weights = p.copy()
+            weights[draws] = 0
+        return law.choose(row, weights if weights.any() else p)
+
+
+def residual(rule: Stages) -> F64:
+    """What a rule returns when every draw was rejected."""
+    try:
+        next(rule)
+    except StopIteration as end:
+        weights: F64 = end.value
+        return weights
+    raise AssertionError("a rule with more stages than draws")

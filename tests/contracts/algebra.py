@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from redraft.core.law import TopLogprobs
-from redraft.core.noise import Stream, gumbel, key
+from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Accepted
 from redraft.core.tree import TokenTree
 from redraft.verify.verifier import Verifier
@@ -49,11 +49,25 @@ class ToyLaw:
         self.roots = np.arange(samples, dtype=np.int32) * (len(tree) + 1)
         paths = [tree.tokens[tree.path_to(node)].tolist() for node in range(-1, len(tree))]
         self.depths = np.asarray([len(path) for path in paths])
-        self.probs = np.stack([laws[len(path)][tuple(path)] for path in paths])
+        self.law_probs = np.stack([laws[len(path)][tuple(path)] for path in paths])
 
     def draw(self, rows: Seq[int]) -> list[int]:
         seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)
-        return self.tokens(self.probs[places], seeds, self.depths[places]).tolist()
+        return self.tokens(self.law_probs[places], seeds, self.depths[places]).tolist()
+
+    def probs(self, rows: Seq[int]) -> np.ndarray:
+        return self.law_probs[np.asarray(rows) % (len(self.tree) + 1)]
+
+    def uniform(self, rows: Seq[int], n: int) -> np.ndarray:
+        seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)
+        keys = self.keys(Stream.ACCEPT, seeds, self.depths[places])
+        return uniform(keys[:, None], np.arange(n))
+
+    def choose(self, row: int, weights: np.ndarray) -> int:
+        seed, place = divmod(row, len(self.tree) + 1)
+        noise = gumbel(self.keys(Stream.RESIDUAL, np.array([seed]), self.depths[[place]])[0], np.arange(VOCAB))
+        with np.errstate(divide="ignore"):
+            return int(np.argmax(np.log(weights) + noise))
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
         raise AssertionError("no verifier asks for logprobs")
@@ -64,8 +78,10 @@ class ToyLaw:
         return np.argmax(scores if self.greedy else scores + self.noise(seeds, positions), axis=-1)
 
     def noise(self, seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        keys = [key(int(s), Stream.TARGET, int(at)) for s, at in zip(seeds, positions, strict=True)]
-        return gumbel(np.asarray(keys, np.uint64)[:, None], np.arange(VOCAB))
+        return gumbel(self.keys(Stream.TARGET, seeds, positions)[:, None], np.arange(VOCAB))
+
+    def keys(self, stream: Stream, seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return np.asarray([key(int(s), stream, int(at)) for s, at in zip(seeds, positions, strict=True)], np.uint64)
 
     def complete(self, texts: Seq[Seq[int]], length: int = LENGTH) -> np.ndarray:
         """Each text cut or continued to `length` tokens by the plain loop: [samples, length]."""

@@ -14,7 +14,6 @@ from redraft.draft.drafter import OpenDrafter
 from redraft.engine.engine import Engine, Event
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
-from redraft.verify.coupled import Coupled
 from tests.contracts import plain
 from tests.contracts.drafters import FullFanOut, RandomTrees
 
@@ -89,11 +88,12 @@ def engine(
     import torch
 
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool, sharing=sharing)
-    sampler = Sampler(spec.vocab, frozenset(options.get("eos", ())))  # type: ignore[call-overload]
+    verifier = registry.create("verify", str(options.pop("verify", "coupled")))
+    sampler = Sampler(spec.vocab, frozenset(options.get("eos", ())), drafts=verifier.drafts)  # type: ignore[call-overload]
     opened = registry.create("draft", drafter).open(runner, sampler) if isinstance(drafter, str) else drafter
     budgets = {"token_budget": chunk, "max_seqs": max_seqs or min(8, chunk), "draft_rows": 80, "draft_total": 160}
     made = registry.create("sched", scheduler, **budgets)
-    return Engine(runner, made, opened, Coupled(), sampler, **{"max_model_len": 128, **options})  # type: ignore[arg-type]
+    return Engine(runner, made, opened, verifier, sampler, **{"max_model_len": 128, **options})  # type: ignore[arg-type]
 
 
 def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | str:
@@ -132,6 +132,7 @@ def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: 
 def _note(seen: Seen, event: Event) -> None:
     name = event.request.id if event.request.params.n == 1 else f"{event.request.id}/{event.index}"
     seen.texts.setdefault(name, []).extend(event.tokens)
+    assert not event.stats.fault, f"{name}: {event.stats.fault}"
     if event.reason is not None:
         seen.accepted += event.stats.accepted
         seen.rejected += event.stats.drafted - event.stats.accepted

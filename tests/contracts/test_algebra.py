@@ -73,7 +73,7 @@ class NodeNoise(ToyLaw):
 
     def draw(self, rows):
         seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)
-        return self.tokens(self.probs[places], seeds, places).tolist()
+        return self.tokens(self.law_probs[places], seeds, places).tolist()
 
 
 @pytest.mark.parametrize("verifier", SAME_TEXT, ids=lambda v: v.card.title)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from redraft.config import SamplingParams
 from redraft.errors import InvalidInput
-from redraft.sample.processors.processor import BUCKETS, Row, largest, top
+from redraft.core.ranking import top
+from redraft.sample.processors.processor import BUCKETS, Row, largest
 from redraft.sample.sampler import ORDER, Sampler
 from tests.sample import plain
 from tests.sample.toy import begun

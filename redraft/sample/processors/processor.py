@@ -1,4 +1,4 @@
-"""The seam of processors: one row of logits on its way to a token, and what two filters share: exact selection."""
+"""The seam of processors: one row of logits on its way to a token, and what filters share."""
 
 from __future__ import annotations
 
@@ -87,15 +87,6 @@ def _width(keys: F64) -> float:
     """The buckets' width: 0 when all finite keys are equal, or there is none."""
     finite = keys[keys > -np.inf]
     return float(finite.max() - finite.min()) / BUCKETS if len(finite) else 0.0
-
-
-def top(values: F64, k: int) -> I64:
-    """The places of the k largest, best first; of equal ones the first. One partition, no sort of them all."""
-    if k == 0:
-        return np.zeros(0, np.int64)
-    least = values[np.argpartition(values, -k)[-k:]].min() if k < len(values) else -np.inf
-    places = np.flatnonzero(values >= least)
-    return places[np.argsort(-values[places], kind="stable")][:k]
 
 
 def weigh(values: F64) -> F64:

@@ -8,7 +8,8 @@ from typing import Self
 import numpy as np
 
 from redraft.config import SamplingParams
-from redraft.sample.processors.processor import Row, Vocabulary, top
+from redraft.core.ranking import top
+from redraft.sample.processors.processor import Row, Vocabulary
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""A smaller model of the same vocabulary writes ahead, one token after the other; it may stop where it grows unsure.
+
+Yaniv Leviathan, Matan Kalman, Yossi Matias: Fast Inference from Transformers via Speculative Decoding, 2022,
+arXiv 2211.17192; the stopping rule: Kaixuan Huang, Xudong Guo, Mengdi Wang: SpecDec++: Boosting Speculative Decoding via
+Adaptive Candidate Lengths, 2024, arXiv 2405.19715.
+
+1. Sample a token from the draft's law (the likeliest at temperature 0).
+2. Multiply its probability into the chance that all tokens so far are accepted.
+3. Stop behind it where the chance of a rejection exceeds `stop`, or at `length` tokens. No token is ever withdrawn.
+
+Differs: SpecDec++ trains a head that predicts acceptance; here a token's own draft probability stands in for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from redraft.card import Card, Guarantee
+from redraft.core.tree import Kind
+from redraft.draft.second import SecondModel, Sketch
+from redraft.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class DraftModel(SecondModel):
+    """length: most tokens a step; stop: the chance of a rejection at which drafting stops, 1 never; least: tokens before
+    it may stop."""
+
+    length: int = 5
+    stop: float = 1.0
+    least: int = 1
+
+    card: ClassVar[Card] = Card(
+        "Draft model",
+        "Leviathan, Kalman, Matias, Fast Inference from Transformers via Speculative Decoding, 2022, arXiv 2211.17192; "
+        "Huang, Guo, Wang, SpecDec++, 2024, arXiv 2405.19715",
+        Guarantee.SAME_TEXT,
+        needs="a draft model of the same vocabulary",
+        deviates="the draft's own probabilities stand in for SpecDec++'s trained head",
+    )
+    kind: ClassVar[Kind] = Kind.SINGLE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("length", 1)
+        self.at_least("least", 1)
+        if not 0 <= self.stop <= 1:
+            raise InvalidInput(f"draft-model:stop={self.stop}: must be 0 to 1")
+
+    def grow(self, tree: Sketch) -> Iterator[None]:
+        node, sure = -1, 1.0
+        for drafted in range(1, min(self.length, tree.room) + 1):
+            law = tree.law(node)
+            (place,) = law.best(1)
+            node = tree.add(node, place)  # 1.
+            sure *= float(np.exp(law.logq[place]))  # 2.
+            if not tree.open(node) or (drafted >= self.least and 1 - sure > self.stop):
+                return  # 3.
+            yield

@@ -1,0 +1,345 @@
+"""What all drafters with a second model share: its cache kept level with the text, and trees grown level by level.
+
+A method is a generator, `grow(sketch)`: it adds nodes drawn from laws that the sketch knows, and each `yield` asks for the
+laws behind all nodes added since. The trees of all sequences grow in lockstep, one forward of the second model a level.
+
+The second model keeps its own table. Its text follows the target's: what is pending there runs first, a chunk at a time,
+while the target reads the prompt; behind it the tree is the tail, and what the target accepted of it is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from redraft.core.batch import Batch
+from redraft.core.noise import Stream, gumbel, key, mix, uniform
+from redraft.core.plan import Accepted, Budget, StepResult, Work
+from redraft.core.ranking import top
+from redraft.core.sequence import Sequence
+from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
+from redraft.draft.drafter import DraftSampler, Stateless
+from redraft.errors import InvalidInput
+from redraft.models.companion import companion
+from redraft.models.runner import Runner
+
+CHUNK = 512  # rows of text that a step reads at most
+
+
+class NextLaw:
+    """The draft's law of the token behind one node. ids: i64[M], ascending; logq: f64[M], log of the law that children
+    are drawn from; noise: the key of the node's own noise, None at temperature 0."""
+
+    def __init__(self, ids: I64, values: F64, most: int, noise: int | None, *, target: bool) -> None:
+        if most and len(ids) > most:
+            kept = np.sort(top(values, most))
+            ids, values = ids[kept], values[kept]
+        self.ids, self._noise, self._target = ids, noise, target
+        best = values.max()
+        self.logq: F64 = values - (best + np.log(np.exp(values - best).sum()))
+
+    @cached_property
+    def keys(self) -> F64:
+        """f64[M]: log q plus Gumbel noise, by which children are drawn; log q itself at temperature 0."""
+        return self.logq if self._noise is None else self.logq + gumbel(self._noise, self.ids)
+
+    def best(self, k: int) -> list[int]:
+        """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer where
+        fewer tokens have mass."""
+        return [int(place) for place in top(self.keys, min(k, len(self.ids))) if self.logq[place] > -np.inf]
+
+    def samples(self, numbers: Seq[int]) -> list[int]:
+        """The places of independent samples, one for each draw number. Where the target's own noise is asked for, number
+        0 draws with it. All the likeliest token at temperature 0."""
+        if self._noise is None:
+            return self.best(1) * len(numbers)
+        sums = np.cumsum(np.exp(self.logq))
+        coins = uniform(mix(self._noise, 1), np.asarray(numbers)) * sums[-1]
+        places = np.searchsorted(sums, coins, side="right").tolist()
+        return [self.best(1)[0] if self._target and number == 0 else place for number, place in zip(numbers, places, strict=True)]
+
+
+class Sketch:
+    """A tree in the making: what `grow` sees. Node -1 is the text's last token."""
+
+    def __init__(self, seq: Sequence, budget: Budget, kind: Kind, sampler: DraftSampler, most: int) -> None:
+        self.seq, self.budget, self.sampler, self.most = seq, budget, sampler, most
+        self.kind = Kind.FIXED if seq.params.greedy else kind
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.draws: list[int] = []
+        self.scores: list[float] = []
+        self.laws: list[NextLaw] = []  # of node i at place i + 1
+        self._inner: set[int] = set()
+        self._ends = frozenset() if seq.params.ignore_eos else sampler.vocabulary.eos
+
+    # ---- for methods
+
+    @property
+    def room(self) -> int:
+        """Nodes that may still be added."""
+        return self.budget.rows - len(self.tokens)
+
+    def law(self, node: int) -> NextLaw:
+        return self.laws[node + 1]
+
+    def open(self, node: int) -> bool:
+        """Whether `node` may have children: it is not as deep as allowed, and its token does not end the text."""
+        return node < 0 or (self.depths[node] < self.budget.depth and self.tokens[node] not in self._ends)
+
+    def add(self, parent: int, place: int) -> int:
+        """A child of `parent` that carries the token at `place` of its law: the node, an old one where it has that token
+        already (one more draw of it)."""
+        law = self.law(parent)
+        token = int(law.ids[place])
+        for node in range(max(parent + 1, 0), len(self.tokens)):
+            if self.parents[node] == parent and self.tokens[node] == token:
+                self.draws.append(node)
+                return node
+        above, depth = (1.0, 0) if parent < 0 else (self.scores[parent], self.depths[parent])
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(depth + 1)
+        self.scores.append(above * float(np.exp(law.logq[place])))
+        self._inner.add(parent)
+        self.draws.append(len(self.tokens) - 1)
+        return len(self.tokens) - 1
+
+    # ---- for the grower
+
+    def learn(self, node: int, values: F64) -> None:
+        """The second model's logits behind `node`."""
+        path: list[int] = []
+        at = node
+        while at >= 0:
+            path.append(self.tokens[at])
+            at = self.parents[at]
+        path.reverse()
+        row = self.sampler.row(values, self.seq, path)
+        target = self.sampler.drafts is Stream.TARGET
+        noise = None
+        if not self.seq.params.greedy:
+            noise = key(self.seq.seed, self.sampler.drafts, len(self.seq.tokens) + len(path))
+            if not target:
+                # Nodes of one depth must not share noise where coins are tossed: how many children one gets may depend on
+                # what another drew, which would tell of its own next draw.
+                noise = mix(noise, *path)
+        self.laws.append(NextLaw(row.ids, row.values, self.most, noise, target=target))
+
+    def tree(self) -> TokenTree:
+        n = len(self.tokens)
+        if not n:
+            return EMPTY
+        kinds = np.zeros(n + 1, np.uint8)
+        kinds[[node + 1 for node in self._inner]] = self.kind
+        return TokenTree(
+            np.array(self.tokens, np.int32),
+            np.array(self.parents, np.int32),
+            kinds,
+            laws=None if self.kind is Kind.FIXED else Laws(self.laws, self.sampler.vocabulary.size),
+            draws=np.array(self.draws, np.int32) if self.kind is Kind.IID else None,
+            scores=np.array(self.scores, np.float32),
+        )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Laws:
+    """Probs of a sketch's nodes; dense rows are made when a verifier asks."""
+
+    laws: list[NextLaw]
+    vocab: int
+
+    def probs(self, rows: Seq[int]) -> F64:
+        out = np.zeros((len(rows), self.vocab))
+        for i, row in enumerate(rows):
+            law = self.laws[row]
+            q = np.exp(law.logq)
+            out[i, law.ids] = q / q.sum()
+        return out
+
+
+@dataclass(eq=False, slots=True)
+class Twin:
+    """One text as the second model's table holds it. sketch, packed: the tree whose first nodes are its tail; work: how
+    its tail began."""
+
+    seq: Sequence
+    sketch: Sketch | None = None
+    work: Work | None = None
+    packed: int = 0
+
+
+@dataclass(frozen=True)
+class SecondModel:
+    """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target.
+    candidates: children are drawn from the likeliest so many tokens of the draft's law, renormalised; 0: from all."""
+
+    model: str | None = field(default=None, kw_only=True)
+    candidates: int = field(default=0, kw_only=True)
+
+    kind: ClassVar[Kind]
+
+    def __post_init__(self) -> None:
+        self.at_least("candidates", 0)
+
+    def at_least(self, name: str, least: float) -> None:
+        """InvalidInput where an option is smaller."""
+        if getattr(self, name) < least:
+            raise InvalidInput(f"{type(self).__name__}.{name} = {getattr(self, name)}: must be {least} or more")
+
+    def grow(self, tree: Sketch) -> Iterator[None]:
+        """Adds nodes; every yield asks for the laws behind all nodes added since."""
+        raise NotImplementedError
+
+    def open(self, runner: Any, sampler: Any) -> Grower:
+        return Grower(self, companion(runner, self.model), sampler)
+
+
+class Grower(Stateless):
+    """The opened form of every drafter with a second model: state of a request is its Twin."""
+
+    def __init__(self, method: SecondModel, runner: Runner, sampler: DraftSampler) -> None:
+        self.method, self.runner, self.sampler = method, runner, sampler
+        self.table, self.store = runner.table, runner.store
+        self.kinds = frozenset({Kind.FIXED, method.kind})
+
+    # ---- one text
+
+    def begin(self, seq: Sequence) -> Twin:
+        twin = Sequence(seq.id, seq.request, seq.index, list(seq.tokens), seq.prompt_len, seq.seed, border=0)
+        self.table.open(twin)
+        self.table.attach(twin, self.table.match(twin.tokens, seq.request.salt))
+        return Twin(twin)
+
+    def fork(self, state: Twin, seq: Sequence) -> Twin:
+        self._forget(state)
+        twin = Sequence(seq.id, seq.request, seq.index, list(state.seq.tokens), seq.prompt_len, seq.seed, border=0)
+        if self.table.available() < 1:  # the partial page is copied; without one the text is read again
+            return self.begin(seq)
+        self.store.move([self.table.fork(state.seq, twin)])
+        return Twin(twin)
+
+    def end(self, state: Twin) -> None:
+        state.sketch = state.work = None
+        self.table.free(state.seq)
+
+    # ---- one step
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        """A tree for each sequence whose text the second model has read; the rest it reads on."""
+        trees = [EMPTY] * len(seqs)
+        growing: list[tuple[int, Twin, Iterator[None]]] = []
+        works: list[Work] = []
+        drafting: list[tuple[int, Twin] | None] = []  # beside works
+        left, free = CHUNK, self.table.available()
+        for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
+            state: Twin = seq.state[self]
+            self._forget(state)
+            twin = state.seq
+            twin.tokens += seq.tokens[len(twin.tokens) :]
+            depth = min(budget.depth, self.runner.spec.context - len(twin.tokens))
+            rows = min(twin.pending, left)
+            whole = rows == twin.pending and min(budget.rows, depth) > 0
+            need = self.table.need(twin, rows + (budget.rows if whole else 0))
+            if not rows or depth < 0 or need > free:
+                continue
+            left, free = left - rows, free - need
+            works.append(Work(twin, rows))
+            if whole:
+                state.sketch = Sketch(seq, Budget(budget.rows, depth), self.method.kind, self.sampler, self.method.candidates)
+                state.work, state.packed = works[-1], 0
+            drafting.append((i, state) if whole else None)
+        if not works:
+            return trees
+        logits = self._forward(works, [EMPTY] * len(works), wanted=any(drafting))
+        read = [work for work, one in zip(works, drafting, strict=True) if one is None]
+        self._commit(read, [Accepted()] * len(read))
+        at = 0
+        for work, one in zip(works, drafting, strict=True):
+            if one is not None:
+                i, state = one
+                assert state.sketch is not None and logits is not None
+                state.sketch.learn(-1, logits[at])
+                growing.append((i, state, self.method.grow(state.sketch)))
+            at += work.done
+        self._grow(growing)
+        for i, state, _ in growing:
+            assert state.sketch is not None
+            trees[i] = state.sketch.tree()
+        return trees
+
+    def _grow(self, growing: list[tuple[int, Twin, Iterator[None]]]) -> None:
+        """Level by level, all together, until no generator asks for more."""
+        while growing:
+            asking = []
+            for one in growing:
+                if next(one[2], one) is not one and len(one[1].sketch.tokens) > one[1].packed:  # type: ignore[union-attr]
+                    asking.append(one)
+            growing = asking
+            if not growing:
+                return
+            states = [state for _, state, _ in growing]
+            works = [Work(state.seq, state.work.rows, state.packed) for state in states if state.work is not None]
+            trees = [state.sketch.tree() for state in states if state.sketch is not None]
+            logits = self._forward(works, trees)
+            assert logits is not None
+            at = 0
+            for state, tree in zip(states, trees, strict=True):
+                assert state.sketch is not None
+                for node in range(state.packed, len(tree)):
+                    state.sketch.learn(node, logits[at])
+                    at += 1
+                state.packed = len(tree)
+
+    def observe(self, result: StepResult) -> None:
+        """Commits what the target accepted of each tree, as far as its nodes were run."""
+        works, kept = [], []
+        for work, accepted in zip(result.work, result.accepted, strict=True):
+            state: Twin | None = work.seq.state.get(self)
+            if state is None or state.work is None or state.sketch is None:
+                continue
+            tree, node, path = state.sketch.tree(), -1, []
+            for token in accepted.tokens[:-1]:
+                node = tree.child(node, token)
+                if not 0 <= node < state.packed:
+                    break
+                path.append(node)
+            works.append(state.work)
+            kept.append(Accepted(tuple(path), tuple(accepted.tokens[: len(path)])))
+            state.sketch = state.work = None
+        self._commit(works, kept)
+
+    # ---- the second model
+
+    def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[F64] | None:
+        """Runs rows into the tails; the logits behind each text's last token and each new node, in float64."""
+        pages = self.table.reserve(works, trees)
+        self.store.zero(pages.fresh)
+        out = self.runner.forward(Batch.pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
+        if not wanted:
+            return None
+        assert out.logits is not None
+        vocab = self.sampler.vocabulary.size  # checkpoints of one vocabulary are padded to different sizes
+        logits = out.logits[:, :vocab].double().cpu()
+        if logits.shape[1] < vocab:
+            logits = torch.nn.functional.pad(logits, (0, vocab - logits.shape[1]), value=-torch.inf)
+        return list(logits.numpy())
+
+    def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
+        if works:
+            self.store.move(self.table.commit(works, accepted))
+            for work in works:
+                self.table.publish(work.seq)
+
+    def _forget(self, state: Twin) -> None:
+        """Drops the tail of a step that raised before its end."""
+        self.table.discard(state.seq)
+        state.sketch = state.work = None

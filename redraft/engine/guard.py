@@ -1,0 +1,98 @@
+"""The drafter as the engine calls it: whatever it raises or proposes, the text goes on, plainly, and says why.
+
+A draft decides nothing, so no fault of a drafter may end a request. A sequence whose drafter raised, or proposed what is
+no tree within its budget, drafts no more; its `fault` names the drafter and what was wrong. Ctrl-C passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from redraft.core.plan import Budget, StepResult
+from redraft.core.sequence import Sequence
+from redraft.core.taps import Taps
+from redraft.core.tree import EMPTY, Kind, TokenTree
+from redraft.draft.drafter import OpenDrafter
+
+LONGEST = 300  # letters of a fault: an absurd tree has an absurd description
+
+
+class Guard:
+    """An opened drafter, and the number of tokens that it may choose from."""
+
+    def __init__(self, drafter: OpenDrafter, vocab: int) -> None:
+        self.drafter, self.vocab = drafter, vocab
+
+    @property
+    def taps(self) -> Taps:
+        return self.drafter.taps
+
+    def begin(self, seq: Sequence) -> None:
+        if not seq.fault:
+            try:
+                seq.state[self.drafter] = self.drafter.begin(seq)
+            except Exception as error:
+                self._drop(seq, error)
+
+    def fork(self, seq: Sequence, child: Sequence) -> None:
+        child.fault = seq.fault
+        if not seq.fault:
+            try:
+                child.state[self.drafter] = self.drafter.fork(seq.state[self.drafter], child)
+            except Exception as error:
+                self._drop(child, error)
+
+    def end(self, seq: Sequence) -> None:
+        if self.drafter in seq.state:
+            try:
+                self.drafter.end(seq.state.pop(self.drafter))
+            except Exception as error:
+                self._drop(seq, error)
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        """A tree for each sequence, within its budget. Where a batch raises, each is asked alone: one is at fault."""
+        sound = [i for i, seq in enumerate(seqs) if not seq.fault]
+        trees = [EMPTY] * len(seqs)
+        try:
+            found = self.drafter.propose([seqs[i] for i in sound], [budgets[i] for i in sound])
+            if len(found) != len(sound):
+                raise ValueError(f"{len(found)} trees for {len(sound)} sequences")
+        except Exception as error:
+            if len(sound) == 1:
+                self._drop(seqs[sound[0]], error)
+            else:
+                for i in sound:
+                    (trees[i],) = self.propose([seqs[i]], [budgets[i]])
+            return trees
+        for i, tree in zip(sound, found, strict=True):
+            try:
+                self._check(tree, budgets[i])
+                trees[i] = tree
+            except Exception as error:
+                self._drop(seqs[i], error)
+        return trees
+
+    def observe(self, result: StepResult) -> None:
+        """Where it raises, every sequence of the step drafts no more: nobody knows which one it was."""
+        try:
+            self.drafter.observe(result)
+        except Exception as error:
+            for work in result.work:
+                self._drop(work.seq, error)
+
+    def snapshot(self) -> Any:
+        return self.drafter.snapshot()
+
+    def restore(self, snapshot: Any) -> None:
+        self.drafter.restore(snapshot)
+
+    def _check(self, tree: TokenTree, budget: Budget) -> None:
+        tree.check(vocab=self.vocab, rows=budget.rows, depth=budget.depth)
+        if unknown := {Kind(kind) for kind in tree.kinds.tolist()} - self.drafter.kinds - {Kind.FIXED}:
+            raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which it does not declare")
+
+    def _drop(self, seq: Sequence, error: Exception) -> None:
+        lines = f"{type(self.drafter).__name__}: {type(error).__name__}: {error}".splitlines()
+        seq.fault = seq.fault or lines[0][:LONGEST]
+        self.end(seq)

@@ -1,0 +1,66 @@
+"""A second, smaller model beside a Runner: same backend and vocabulary, its own weights, table and store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
+from redraft.models import loader, memory
+from redraft.models.runner import Runner
+from redraft.models.tokenizer import Tokenizer
+
+SHARE = 0.5  # of what is free behind the weights, at most, for the second model's pool
+
+
+def companion(target: Runner, model: str | None) -> Runner:
+    """The second model: `model`, else the target's `draft_model`, else the embedded one beside the embedded target.
+
+    Loaded once for each target, in the target's dtype; hollow beside a hollow target. Its pool has as many pages as
+    the target's, so that whatever the target holds fits, unless memory is short: then a drafter stays silent where pages
+    lack. Raises InvalidInput without a name, CheckpointError where the vocabularies differ, OutOfMemory with figures.
+    """
+    asked = model or target.draft_model
+    if asked is None and target.source == loader.resolve("embedded"):
+        asked = "embedded-draft"
+    if asked is None:
+        raise InvalidInput("a second model is needed and none is named: give --draft-model FOLDER, or the method's option model=FOLDER")
+    path = loader.resolve(asked)
+    if path not in target.companions:
+        target.companions[path] = _load(target, path)
+    return target.companions[path]
+
+
+def _load(target: Runner, path: Path) -> Runner:
+    backend = target.backend
+    dtype = next(name for name, one in loader.DTYPES.items() if one == backend.dtype)
+    checkpoint = loader.inspect(path, dtype, backend.device)
+    if target.source is not None:
+        check_vocabulary(target.source, path)
+    elif checkpoint.spec.vocab != target.spec.vocab:
+        raise CheckpointError(f"{path}: the draft model's vocabulary is {checkpoint.spec.vocab}, the target's {target.spec.vocab}")
+    if target.weights.embed.is_meta:
+        return Runner(checkpoint.spec, loader.hollow(checkpoint), backend, 1, source=path)
+    free = memory.limits(backend.device)
+    left = free - checkpoint.weight_bytes
+    slabs = min(target.table.slabs, int(left * SHARE) // backend.slab_bytes(checkpoint.spec))
+    if slabs < 1:
+        needed = memory.size(checkpoint.weight_bytes)
+        raise OutOfMemory(f"{path}: the draft model does not fit beside the target: weights {needed}, free {memory.size(free)}")
+    weights = loader.read(checkpoint, backend.device, backend.pack)
+    return Runner(checkpoint.spec, weights, backend, slabs, sharing=target.table.sharing, source=path)
+
+
+def check_vocabulary(target: Path, draft: Path) -> None:
+    """CheckpointError unless both tokenizers give every token the same id; it names both and the first difference."""
+    if target == draft:
+        return
+    ours, theirs = (dict(Tokenizer(path).hf.get_vocab()) for path in (target, draft))
+    if ours == theirs:
+        return
+    by_id = [{place: token for token, place in vocabulary.items()} for vocabulary in (ours, theirs)]
+    places = [place for place in sorted({*by_id[0], *by_id[1]}) if by_id[0].get(place) != by_id[1].get(place)]
+    first = places[0]
+    raise CheckpointError(
+        f"{draft}: the draft model's vocabulary ({len(theirs)} tokens) is not that of the target {target} ({len(ours)} tokens):"
+        f" {len(places)} ids differ, the first is {first}: {by_id[1].get(first)!r} instead of {by_id[0].get(first)!r}"
+    )

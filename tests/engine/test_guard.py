@@ -1,0 +1,157 @@
+"""A drafter that raises, is silent or proposes the absurd hurts nobody: its request goes on plainly, and the statistics say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import pytest
+
+from redraft.core.plan import Budget, StepResult
+from redraft.core.sequence import Request, Sequence
+from redraft.core.tree import EMPTY, Kind, TokenTree
+from redraft.draft.drafter import Stateless
+from redraft.engine.engine import Engine
+from tests.contracts import plain
+from tests.contracts.drafters import RandomTrees
+from tests.contracts.identity import engine
+from tests.engine.spelling import PROMPT, truth
+from tests.engine.test_plugins import SAMPLED
+
+TEXTS = {str(i): truth(SAMPLED, PROMPT[i:], new=30) for i in range(4)}
+KNOWN = {(name, 0): text for name, text in TEXTS.items()}
+CULPRIT = "2"
+
+
+def wrong(tokens: Seq[int], parents: Seq[int], kind: Kind = Kind.FIXED) -> TokenTree:
+    return TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.full(len(tokens) + 1, kind, np.uint8))
+
+
+ABSURD: dict[str, Any] = {
+    "100,000 nodes": wrong([3] * 100_000, range(-1, 99_999)),
+    "a cycle": wrong([1, 2, 3], [2, 0, 1]),
+    "its own parent": wrong([1], [0]),
+    "a parent before the root": wrong([1], [-2]),
+    "an unknown token": wrong([1, plain.VOCAB], [-1, 0]),
+    "a negative token": wrong([-1], [-1]),
+    "equal siblings": wrong([4, 4], [-1, -1]),
+    "too deep": wrong([1] * 60, range(-1, 59)),
+    "sampled children undeclared": wrong([1], [-1], Kind.IID),
+    "no tree": None,
+    "arrays of other lengths": TokenTree(np.array([1, 2], np.int32), np.array([-1], np.int32), np.zeros(3, np.uint8)),
+    "no integers": TokenTree(np.array([1.5]), np.array([-1], np.int32), np.zeros(2, np.uint8)),  # type: ignore[arg-type]
+}
+
+
+class Saboteur(Stateless):
+    """Right for all requests but one, where from its `call`-th proposal on it does what it was told."""
+
+    def __init__(self, deed: Any, call: int) -> None:
+        self.inner, self.deed, self.call = RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), deed, call
+        self.calls = 0
+        self.began: list[str] = []
+        self.ended: list[str] = []
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        trees = self.inner.propose(seqs, budgets)
+        for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
+            if seq.request.id == CULPRIT and min(budget) > 0:
+                self.calls += 1
+                if self.calls >= self.call:
+                    if isinstance(self.deed, Exception):
+                        raise self.deed
+                    trees[i] = self.deed
+        return trees
+
+    def begin(self, seq: Sequence) -> str:
+        self.began.append(seq.request.id)
+        return seq.request.id
+
+    def end(self, state: str) -> None:
+        self.ended.append(state)
+
+
+def run(made: Engine, count: int = 4) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    told: dict[str, list[int]] = {}
+    stats: dict[str, Any] = {}
+    for i in range(count):
+        made.add(Request(str(i), PROMPT[i:], SAMPLED))
+    while made.has_work:
+        for event in made.step():
+            told.setdefault(event.request.id, []).extend(event.tokens)
+            stats[event.request.id] = event.stats
+        made.table.check()
+    assert made.table.used() == 0
+    return told, stats
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("deed", [RuntimeError("out of ideas"), *ABSURD.values()], ids=["raises", *ABSURD])
+def test_its_request_goes_on_plainly_and_the_statistics_name_it(deed: Any, call: int) -> None:
+    drafter = Saboteur(deed, call)
+    told, stats = run(engine(drafter))
+    assert told == TEXTS
+    assert stats[CULPRIT].fault.startswith("Saboteur: ")
+    assert "\n" not in stats[CULPRIT].fault and len(stats[CULPRIT].fault) <= 300
+    again = isinstance(deed, Exception)  # in a batch, each is asked once more, alone: who was it?
+    assert call <= drafter.calls <= call + again, "it was not asked again"
+    for name in set(TEXTS) - {CULPRIT}:
+        assert not stats[name].fault and stats[name].accepted > 0
+    assert (stats[CULPRIT].drafted > 0) == (call > 1), "what it drafted before stays counted"
+    assert sorted(drafter.began) == sorted(drafter.ended) == sorted(TEXTS)
+
+
+def test_a_fault_outlives_preemption() -> None:
+    drafter = Saboteur(RuntimeError("out of ideas"), 1)
+    made = engine(drafter, pool=5)
+    told, stats = run(made)
+    assert made.preemptions and told == TEXTS and drafter.calls <= 2 and stats[CULPRIT].fault
+
+
+class Silent(Stateless):
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        return [EMPTY] * len(seqs)
+
+
+class Short(Stateless):
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        return []
+
+
+def test_a_silent_drafter_is_no_fault() -> None:
+    told, stats = run(engine(Silent()))
+    assert told == TEXTS
+    assert all(one.drafted == 0 and not one.fault for one in stats.values())
+
+
+def test_too_few_trees_are_everybodys_fault() -> None:
+    told, stats = run(engine(Short()))
+    assert told == TEXTS
+    assert all("0 trees for 1 sequences" in one.fault for one in stats.values())
+
+
+class Deaf(RandomTrees):
+    def observe(self, result: StepResult) -> None:
+        raise ValueError("cannot hear")
+
+
+class Stillborn(RandomTrees):
+    def begin(self, seq: Sequence) -> Any:
+        raise ValueError("cannot begin")
+
+
+class Undying(RandomTrees):
+    def end(self, state: Any) -> None:
+        raise ValueError("cannot end")
+
+
+@pytest.mark.parametrize("drafter", [Deaf(plain.VOCAB), Stillborn(plain.VOCAB)], ids=lambda one: type(one).__name__)
+def test_a_drafter_that_cannot_hear_or_begin(drafter: Any) -> None:
+    told, stats = run(engine(drafter))
+    assert told == TEXTS
+    assert all("cannot" in one.fault for one in stats.values())
+
+
+def test_a_drafter_that_cannot_end() -> None:
+    assert run(engine(Undying(plain.VOCAB)))[0] == TEXTS
