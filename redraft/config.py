@@ -64,6 +64,9 @@ class SamplingParams(Settings):
         None, ge=0, le=1024, description="log-probabilities of each token and of the k likeliest, of the raw logits"
     )
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
+    prediction: str | tuple[int, ...] | None = Field(
+        None, description="what the output may be close to, such as a text to edit: a hint for drafters that copy, never a constraint"
+    )
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
     @field_validator("stop", "bad_words", mode="before")

@@ -261,6 +261,8 @@ class LLM:
             output = RequestOutput(str(next(self._numbers)), prompt if isinstance(prompt, str) else None, [])
             try:
                 chosen = self.params(one)
+                if isinstance(chosen.prediction, str):
+                    chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
                 output.prompt_token_ids = self._tokens(prompt)
                 request = Request(output.request_id, output.prompt_token_ids, chosen)
                 self.engine.add(request)

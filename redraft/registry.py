@@ -15,6 +15,11 @@ METHODS: dict[str, dict[str, str]] = {
         "none": "redraft.draft.none:NoDraft",
         "copyspec": "redraft.draft.copyspec:CopySpec",
         "draft-model": "redraft.draft.draft_model:DraftModel",
+        "dyspec": "redraft.draft.dyspec:DySpec",
+        "optimal-multi-draft": "redraft.draft.optimal_multi_draft:OptimalMultiDraft",
+        "rsd-c": "redraft.draft.rsd_c:RSDC",
+        "rsd-s": "redraft.draft.rsd_s:RSDS",
+        "spectr": "redraft.draft.spectr:SpecTr",
         "token-recycling": "redraft.draft.token_recycling:TokenRecycling",
     },
     "verify": {

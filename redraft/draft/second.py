@@ -42,6 +42,7 @@ class NextLaw:
             kept = np.sort(top(values, most))
             ids, values = ids[kept], values[kept]
         self.ids, self._noise, self._target = ids, noise, target
+        self._order: list[int] = []
         best = values.max()
         self.logq: F64 = values - (best + np.log(np.exp(values - best).sum()))
 
@@ -54,6 +55,19 @@ class NextLaw:
         """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer where
         fewer tokens have mass."""
         return [int(place) for place in top(self.keys, min(k, len(self.ids))) if self.logq[place] > -np.inf]
+
+    def likeliest(self, k: int) -> list[int]:
+        """The places in ids of the k largest probabilities, best first."""
+        return [int(place) for place in top(self.logq, min(k, len(self.ids))) if self.logq[place] > -np.inf]
+
+    def nth(self, i: int) -> int | None:
+        """The place of the i-th sample without replacement, from 0; None where no token with mass is left."""
+        while i >= len(self._order) < len(self.ids):
+            wanted = 2 * max(i + 1, len(self._order))
+            self._order = self.best(wanted)
+            if len(self._order) < wanted:
+                break
+        return self._order[i] if i < len(self._order) else None
 
     def samples(self, numbers: Seq[int]) -> list[int]:
         """The places of independent samples, one for each draw number. Where the target's own noise is asked for, number
@@ -78,7 +92,7 @@ class Sketch:
         self.draws: list[int] = []
         self.scores: list[float] = []
         self.laws: list[NextLaw] = []  # of node i at place i + 1
-        self._inner: set[int] = set()
+        self._children: dict[tuple[int, int], int] = {}
         self._ends = frozenset() if seq.params.ignore_eos else sampler.vocabulary.eos
 
     # ---- for methods
@@ -87,6 +101,10 @@ class Sketch:
     def room(self) -> int:
         """Nodes that may still be added."""
         return self.budget.rows - len(self.tokens)
+
+    @property
+    def greedy(self) -> bool:
+        return self.seq.params.greedy
 
     def law(self, node: int) -> NextLaw:
         return self.laws[node + 1]
@@ -100,18 +118,16 @@ class Sketch:
         already (one more draw of it)."""
         law = self.law(parent)
         token = int(law.ids[place])
-        for node in range(max(parent + 1, 0), len(self.tokens)):
-            if self.parents[node] == parent and self.tokens[node] == token:
-                self.draws.append(node)
-                return node
+        if (node := self._children.setdefault((parent, token), len(self.tokens))) < len(self.tokens):
+            self.draws.append(node)
+            return node
         above, depth = (1.0, 0) if parent < 0 else (self.scores[parent], self.depths[parent])
         self.tokens.append(token)
         self.parents.append(parent)
         self.depths.append(depth + 1)
         self.scores.append(above * float(np.exp(law.logq[place])))
-        self._inner.add(parent)
-        self.draws.append(len(self.tokens) - 1)
-        return len(self.tokens) - 1
+        self.draws.append(node)
+        return node
 
     # ---- for the grower
 
@@ -139,7 +155,7 @@ class Sketch:
         if not n:
             return EMPTY
         kinds = np.zeros(n + 1, np.uint8)
-        kinds[[node + 1 for node in self._inner]] = self.kind
+        kinds[[parent + 1 for parent in self.parents]] = self.kind
         return TokenTree(
             np.array(self.tokens, np.int32),
             np.array(self.parents, np.int32),

@@ -269,6 +269,8 @@ class Engine:
         for token in request.params.stop_token_ids:
             if not 0 <= token < vocab:
                 raise InvalidInput(f"stop_token_ids: {token} is not a token id in 0..{vocab - 1}")
+        if isinstance(request.params.prediction, str):
+            raise InvalidInput("prediction is a text, and this engine has no tokenizer; give token ids")
         if request.params.stop and self.decode is None:
             raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self.sampler.check(request.params)

@@ -7,6 +7,7 @@ from redraft.core.sequence import Sequence
 from redraft.core.testing import sequence
 from redraft.draft.copyspec import CopySpec, Windows
 from redraft.errors import InvalidInput
+from tests.contracts.identity import SAMPLING, Condition, check
 
 WIDE = Budget(64, 64)
 
@@ -123,3 +124,8 @@ def test_a_batch_at_different_stages() -> None:
 def test_options_are_checked(options: dict[str, int]) -> None:
     with pytest.raises(InvalidInput, match=r"^copyspec:\w+=0: must be 1 or more$"):
         CopySpec(**options)
+
+
+def test_it_was_wrong_somewhere_and_the_text_is_the_definitions() -> None:
+    runs = [check(Condition("copyspec", sampling, arrivals=(0, 3, 0, 5, 9, 11))) for sampling in SAMPLING]
+    assert sum(seen.rejected for seen in runs)

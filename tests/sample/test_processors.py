@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from redraft.config import SamplingParams
-from redraft.errors import InvalidInput
 from redraft.core.ranking import top
+from redraft.errors import InvalidInput
 from redraft.sample.processors.processor import BUCKETS, Row, largest
 from redraft.sample.sampler import ORDER, Sampler
 from tests.sample import plain

@@ -1,0 +1,56 @@
+"""Draws the children of a node as the draft's likeliest tokens and one more at random, for which an optimal rule is known.
+
+Zhengmian Hu, Tong Zheng, Vignesh Viswanathan, Ziyi Chen, Ryan A. Rossi, Yihan Wu, Dinesh Manocha, Heng Huang: Towards
+Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779 (greedy drafting).
+
+1. The first `children` - 1 children of a node are the likeliest tokens of the draft, in order.
+2. The last one is drawn from the draft's law of the rest.
+
+Differs: the paper studies one node; here every node of `depth` levels is drawn like that, and the last nodes of a level
+get fewer children or none where the budget is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.core.tree import Kind
+from redraft.draft.second import SecondModel, Sketch
+
+
+@dataclass(frozen=True)
+class OptimalMultiDraft(SecondModel):
+    """children: of each node; depth: levels."""
+
+    children: int = 2
+    depth: int = 3
+
+    card: ClassVar[Card] = Card(
+        "Optimal multi-draft, greedy drafting",
+        "Hu, Zheng, Viswanathan, Chen, Rossi, Wu, Manocha, Huang, Towards Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779",
+        Guarantee.SAME_TEXT,
+        needs="a draft model of the same vocabulary",
+        deviates="a tree of several levels; the last nodes of a short budget get fewer children",
+    )
+    kind: ClassVar[Kind] = Kind.TOP_PLUS_ONE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("children", 1)
+        self.at_least("depth", 1)
+
+    def grow(self, tree: Sketch) -> Iterator[None]:
+        level = [-1]
+        for depth in range(self.depth):
+            if depth:
+                yield
+            above, level = level, []
+            for parent in above:
+                if tree.open(parent) and (children := min(self.children, tree.room)):
+                    law = tree.law(parent)
+                    likeliest = law.likeliest(children - 1)  # 1.
+                    rest = [place for place in law.best(children) if place not in likeliest][:1]  # 2.
+                    level += [tree.add(parent, place) for place in (*likeliest, *rest)]

@@ -1,0 +1,75 @@
+"""Draws whole draft sequences without replacement, a few per level, by stochastic beam search over a draft model.
+
+Wonseok Jeon, Mukul Gagrani, Raghavv Goel, Junyoung Park, Mingu Lee, Christopher Lott: Recursive Speculative Decoding:
+Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160 (RSD-S); the search: Wouter Kool, Herke
+van Hoof, Max Welling: Stochastic Beams and Where to Find Them, 2019, arXiv 1903.06059.
+
+1. Each beam element carries phi, the log-probability of its sequence, and psi, its perturbed value; the root has 0 and 0.
+2. Perturb the log-probability of every continuation with Gumbel noise, and condition the noise on its maximum being psi.
+3. Keep the `width` largest psi of all continuations, each under its parent, siblings in decreasing order; go on for
+   `depth` levels. Every kept node is verified, also those that get no child.
+
+Differs: at temperature 0 the noise is zero and this is plain beam search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from redraft.card import Card, Guarantee
+from redraft.core.ranking import top
+from redraft.core.tree import F64, Kind
+from redraft.draft.second import SecondModel, Sketch
+
+
+@dataclass(frozen=True)
+class RSDS(SecondModel):
+    """width: sequences kept on each level; depth: levels."""
+
+    width: int = 4
+    depth: int = 4
+
+    card: ClassVar[Card] = Card(
+        "Recursive speculative decoding, stochastic beam search",
+        "Jeon, Gagrani, Goel, Park, Lee, Lott, Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without "
+        "Replacement, 2024, arXiv 2402.14160",
+        Guarantee.SAME_TEXT,
+        needs="a draft model of the same vocabulary",
+    )
+    kind: ClassVar[Kind] = Kind.WITHOUT_REPLACEMENT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("width", 1)
+        self.at_least("depth", 1)
+
+    def grow(self, tree: Sketch) -> Iterator[None]:
+        beam = [(-1, 0.0, 0.0)]  # 1. node, phi, psi
+        for level in range(self.depth):
+            if level:
+                yield
+            found: list[tuple[float, float, int, int]] = []  # psi, phi, parent, place
+            for node, phi, psi in beam:
+                if tree.open(node):
+                    law = tree.law(node)
+                    places = law.best(self.width)  # a child beyond its parent's `width` best cannot be kept
+                    own = phi + law.logq[places]
+                    perturbed = own if tree.greedy else condition(phi + law.keys[places], psi)  # 2.
+                    found += zip(perturbed.tolist(), own.tolist(), [node] * len(places), places, strict=True)
+            kept = top(np.array([psi for psi, _, _, _ in found]), min(self.width, tree.room, len(found)))  # 3.
+            beam = [(tree.add(found[i][2], found[i][3]), found[i][1], found[i][0]) for i in kept.tolist()]
+            if not beam:
+                return
+
+
+def condition(perturbed: F64, psi: float) -> F64:
+    """Perturbed values (decreasing) as they would be had their maximum been psi: the order stays, the first becomes psi."""
+    with np.errstate(divide="ignore"):
+        v = psi - perturbed + np.log1p(-np.exp(perturbed - perturbed[0]))
+    out: F64 = psi - np.maximum(0, v) - np.log1p(np.exp(-np.abs(v)))
+    out[0] = psi
+    return out

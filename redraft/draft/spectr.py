@@ -1,0 +1,56 @@
+"""Draws several whole continuations from a draft model, independent of each other, and merges equal beginnings.
+
+Ziteng Sun, Ananda Theertha Suresh, Jae Hun Ro, Ahmad Beirami, Himanshu Jain, Felix Yu: SpecTr: Fast Speculative Decoding
+via Optimal Transport, 2023, arXiv 2310.15141.
+
+1. Draw `drafts` sequences of `length` tokens, each token from the draft's law behind the sequence so far.
+2. Merge them into a tree; a token drawn twice at a node is one node but stays two draws, which the rules count.
+
+Differs: at temperature 0 all sequences are the same chain; where the budget is short, the last draft ends early, and no
+other draws replace it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.core.tree import Kind
+from redraft.draft.second import SecondModel, Sketch
+
+
+@dataclass(frozen=True)
+class SpecTr(SecondModel):
+    """drafts: sequences; length: tokens of each."""
+
+    drafts: int = 4
+    length: int = 4
+
+    card: ClassVar[Card] = Card(
+        "SpecTr",
+        "Sun, Suresh, Ro, Beirami, Jain, Yu, SpecTr: Fast Speculative Decoding via Optimal Transport, 2023, arXiv 2310.15141",
+        Guarantee.SAME_TEXT,
+        needs="a draft model of the same vocabulary",
+        deviates="fewer drafts where the node budget is short",
+    )
+    kind: ClassVar[Kind] = Kind.IID
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least("drafts", 1)
+        self.at_least("length", 1)
+
+    def grow(self, tree: Sketch) -> Iterator[None]:
+        drafts = min(self.drafts, tree.room)  # decided before anything is drawn, so that no draw decides what is kept
+        length = min(self.length, tree.room // max(1, drafts))
+        at = [-1] * drafts
+        for level in range(length):
+            if level:
+                yield
+            for node in dict.fromkeys(at):  # 2.
+                members = [d for d, own in enumerate(at) if own == node]
+                if tree.open(node):
+                    for d, place in zip(members, tree.law(node).samples(members), strict=True):  # 1.
+                        at[d] = tree.add(node, place)
