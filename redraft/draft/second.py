@@ -264,13 +264,16 @@ class Grower(Stateless):
             depth = min(budget.depth, self.runner.spec.context - len(twin.tokens))
             rows = min(twin.pending, left)
             whole = rows == twin.pending and min(budget.rows, depth) > 0
-            need = self.table.need(twin, rows + (budget.rows if whole else 0))
-            if not rows or depth < 0 or need > free:
+            room = budget.rows if whole else 0
+            while room and self.table.need(twin, rows + room) > free:
+                room //= 2
+            need = self.table.need(twin, rows + room)
+            if not rows or depth < 0 or need > free or (whole and not room):
                 continue
             left, free = left - rows, free - need
             works.append(Work(twin, rows))
             if whole:
-                state.sketch = Sketch(seq, Budget(budget.rows, depth), self.method.kind, self.sampler, self.method.candidates)
+                state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler, self.method.candidates)
                 state.work, state.packed = works[-1], 0
             drafting.append((i, state) if whole else None)
         if not works:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from random import Random
 from typing import cast
 
@@ -28,6 +29,9 @@ SAMPLING = {
     "sampled": SamplingParams(temperature=0.8, max_tokens=26),
     "filtered": SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_tokens=26),
 }
+
+
+Opener = Callable[[Runner, Sampler], OpenDrafter]
 
 
 class Different(AssertionError):
@@ -86,15 +90,17 @@ def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: i
 
 
 def engine(
-    drafter: OpenDrafter | str = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40, sharing: bool = True,
+    drafter: OpenDrafter | str | Opener = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40, sharing: bool = True,
     scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, **options: object
 ) -> Engine:  # fmt: skip
-    """An engine around the tiny model, float64. `drafter`: an opened one, or the name of a registered one."""
+    """An engine around the tiny model, float64. `drafter`: an opened one, the name of a registered one, or what opens one."""
     spec, weights = plain.tiny(window)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool, sharing=sharing)
     verifier = registry.create("verify", str(options.pop("verify", "coupled")))
     sampler = Sampler(spec.vocab, frozenset(options.get("eos", ())), drafts=verifier.drafts)  # type: ignore[call-overload]
-    opened = opened_by_name(drafter, runner, sampler) if isinstance(drafter, str) else drafter
+    if isinstance(drafter, str):
+        drafter = partial(opened_by_name, drafter)
+    opened = drafter(runner, sampler) if callable(drafter) else drafter
     budgets = {"token_budget": chunk, "max_seqs": max_seqs or min(8, chunk), "draft_rows": 80, "draft_total": 160}
     made = registry.create("sched", scheduler, **budgets)
     return Engine(runner, made, opened, verifier, sampler, **{"max_model_len": 128, **options})  # type: ignore[arg-type]
@@ -112,12 +118,15 @@ def complete(seam: str, name: str) -> bool:
 def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
     """A registered drafter; one with a second model gets the tiny target with a head that is a little off."""
     made = registry.create("draft", name)
-    if not isinstance(made, SecondModel):
-        return cast(OpenDrafter, made.open(runner, sampler))
+    return second(made, runner, sampler) if isinstance(made, SecondModel) else cast(OpenDrafter, made.open(runner, sampler))
+
+
+def second(made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, slabs: int | None = None, context: int = 256) -> Grower:
     head = runner.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
-    weights = replace(runner.weights, head=Linear(head + 0.4 * head.std() * noise))
-    return Grower(made, Runner(runner.spec, weights, runner.backend, runner.table.slabs, sharing=runner.table.sharing), sampler)
+    weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))
+    spec = replace(runner.spec, context=context)
+    return Grower(made, Runner(spec, weights, runner.backend, slabs or runner.table.slabs, sharing=runner.table.sharing), sampler)
 
 
 def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | str:

@@ -1,0 +1,268 @@
+"""The second model's cache follows the text through everything that happens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from redraft import registry
+from redraft.config import SamplingParams
+from redraft.core.plan import Budget
+from redraft.core.sequence import Request, Sequence
+from redraft.core.tree import TokenTree
+from redraft.draft import second as module
+from redraft.draft.second import Grower, NextLaw, SecondModel, Sketch
+from redraft.engine.engine import Engine
+from redraft.errors import InvalidInput
+from redraft.models.runner import Runner
+from redraft.sample.sampler import Sampler
+from tests.contracts import plain
+from tests.contracts.identity import SAMPLING, complete, drive, engine, expected, prompts, second
+
+NAMES = [name for name in registry.METHODS["draft"] if complete("draft", name) and isinstance(registry.create("draft", name), SecondModel)]
+CHAIN = next(iter(NAMES))
+
+
+def method(name: str) -> SecondModel:
+    made = registry.create("draft", name)
+    assert isinstance(made, SecondModel)
+    return made
+
+
+def requests(sampling: str, count: int = 4, **changes: Any) -> list[Request]:
+    return [Request(str(i), list(prompts()[i]), SAMPLING[sampling].but(seed=100 + i, **changes)) for i in range(count)]
+
+
+def check_texts(texts: dict[str, list[int]], sampling: str) -> None:
+    for name, text in texts.items():
+        assert text == list(expected(None, prompts()[int(name)], sampling, 100 + int(name)))
+
+
+class Rereading(Grower):
+    """Compares each tree with that of a second model that reads the whole text again."""
+
+    compared = 0
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        trees = super().propose(seqs, budgets)
+        for seq, budget, tree in zip(seqs, budgets, trees, strict=True):
+            if len(tree):
+                runner = Runner(self.runner.spec, self.runner.weights, self.runner.backend, 10)
+                fresh = Grower(self.method, runner, self.sampler)
+                twin = Sequence(seq.id, seq.request, seq.index, seq.tokens, seq.prompt_len, seq.seed, seq.border, state=dict(seq.state))
+                twin.state[fresh] = fresh.begin(twin)
+                (again,) = fresh.propose([twin], [budget])
+                assert again.tokens.tolist() == tree.tokens.tolist() and again.parents.tolist() == tree.parents.tolist()
+                self.compared += 1
+        return trees
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pool", [40, 5])
+def test_every_tree_is_that_of_a_model_that_reads_the_text_afresh(name: str, pool: int) -> None:
+    def opener(runner: Runner, sampler: Sampler) -> Grower:
+        made = second(method(name), runner, sampler)
+        return Rereading(made.method, made.runner, sampler)
+
+    made = engine(opener, pool=pool, chunk=24)
+    seen = drive(made, requests("filtered"), (0, 0, 2, 5))
+    check_texts(seen.texts, "filtered")
+    assert made.drafter.drafter.compared > 20 and seen.accepted and seen.rejected  # type: ignore[attr-defined]
+    assert bool(seen.preempted) == (pool == 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_a_draft_model_that_is_the_target_is_always_right(name: str, sampling: str) -> None:
+    seen = drive(engine(partial(second, method(name), off=0.0)), requests(sampling, 1), (0,))
+    check_texts(seen.texts, sampling)
+    lengths = 26 / seen.steps
+    assert lengths > 2.5, "each level of a tree holds the target's own token"
+
+
+def test_it_reads_a_long_prompt_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 8)
+    rows: list[int] = []
+
+    def opener(runner: Runner, sampler: Sampler) -> Grower:
+        made = second(method(CHAIN), runner, sampler)
+        forward = made.runner.forward
+        made.runner.forward = lambda batch, taps: (rows.append(len(batch.tokens)), forward(batch, taps))[1]  # type: ignore
+        return made
+
+    made = engine(opener)
+    made.add(requests("greedy", 1)[0])
+    drafted = []
+    while made.has_work:
+        drafted += [event.stats.drafted for event in made.step()]
+    assert max(rows) == 8 and rows[:5] == [8] * 5, "45 tokens are read eight at a time, while the target goes on"
+    assert drafted[0] == drafted[1] == 0 < drafted[-1]
+
+
+def test_a_text_longer_than_its_context_goes_on_without_drafts() -> None:
+    made = engine(partial(second, method(CHAIN), context=50))
+    seen = drive(made, requests("sampled", 3), (0, 0, 0))  # prompts of 45, 41 and 29 tokens, 26 new ones
+    check_texts(seen.texts, "sampled")
+    assert seen.accepted
+
+
+@pytest.mark.parametrize(("slabs", "count", "accepts"), [(1, 1, False), (2, 1, True), (1, 4, True), (3, 4, True)])
+def test_where_its_pool_is_full_it_stays_silent(slabs: int, count: int, accepts: bool) -> None:
+    made = engine(partial(second, method(CHAIN), slabs=slabs))  # a page holds 32; prompts have 45, 41, 29 and 20 tokens
+    seen = drive(made, requests("sampled", count), (0,) * count)
+    check_texts(seen.texts, "sampled")
+    assert bool(seen.accepted) == accepts
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pool", [40, 7])
+def test_n_texts_and_aborts_leak_nothing(name: str, pool: int) -> None:
+    made = engine(name, pool=pool)
+    drafter = made.drafter.drafter
+    assert isinstance(drafter, Grower)
+    for request in requests("sampled", 3, n=3):
+        made.add(request)
+    for _ in range(6):
+        made.step()
+        drafter.table.check()
+    assert made.abort("1")
+    drafter.table.check()
+    while made.has_work:
+        made.step()
+        drafter.table.check()
+    assert drafter.table.used() == made.table.used() == 0
+
+
+def test_forks_draft_what_they_would_alone() -> None:
+    alone, forked = engine(CHAIN), engine(CHAIN)
+    (one,) = requests("sampled", 1, n=2)
+    texts = drive(forked, [one], (0,)).texts
+    assert texts["0/0"] == list(expected(None, prompts()[0], "sampled", 100)) != texts["0/1"]
+    again = Request("again", list(prompts()[0]), one.params.but(n=1, seed=one.sequences[1].seed))
+    assert drive(alone, [again], (0,)).texts["again"] == texts["0/1"]
+
+
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_an_interrupt_between_proposal_and_commit_leaves_no_tail(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(CHAIN)
+    forward, calls = made.runner.forward, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(made.runner, "forward", interrupted)
+    for request in requests("sampled"):
+        made.add(request)
+    assert finish(made, "sampled") == 1
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 7])
+def test_an_interrupt_while_it_drafts_leaves_no_tail(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(CHAIN)
+    runner = made.drafter.drafter.runner  # type: ignore[attr-defined]
+    forward, calls = runner.forward, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        out = forward(*args)
+        if calls == call:
+            raise KeyboardInterrupt
+        return out
+
+    monkeypatch.setattr(runner, "forward", interrupted)
+    for request in requests("sampled"):
+        made.add(request)
+    assert finish(made, "sampled") == 1
+
+
+def finish(made: Engine, sampling: str) -> int:
+    told: dict[str, list[int]] = {}
+    raised = 0
+    while made.has_work:
+        try:
+            for event in made.step():
+                told.setdefault(event.request.id, []).extend(event.tokens)
+                assert not event.stats.fault
+        except KeyboardInterrupt:
+            raised += 1
+    check_texts(told, sampling)
+    table = made.drafter.drafter.table  # type: ignore[attr-defined]
+    table.check()
+    assert table.used() == 0
+    return raised
+
+
+# ---- laws and sketches
+
+
+def law(seed: int = 1, target: bool = False, noise: int | None = 7, most: int = 0) -> NextLaw:
+    values = np.random.default_rng(seed).normal(size=50)
+    return NextLaw(np.arange(50), values, most, noise, target=target)
+
+
+def test_a_law_sums_to_one_and_its_candidates_are_the_likeliest() -> None:
+    whole, some = law(), law(most=8)
+    assert np.exp(whole.logq).sum() == pytest.approx(1) == np.exp(some.logq).sum()
+    assert some.ids.tolist() == sorted(np.argsort(-whole.logq)[:8])
+    np.testing.assert_allclose(np.diff(some.logq), np.diff(whole.logq[some.ids]))
+
+
+def test_best_is_a_prefix_of_one_order_and_skips_what_has_no_mass() -> None:
+    one = law()
+    assert [one.nth(i) for i in range(50)] == one.best(50) and one.nth(50) is None
+    values = np.array([0.0, -np.inf, 1.0])
+    few = NextLaw(np.arange(3), values, 0, 5, target=False)
+    assert sorted(few.best(3)) == [0, 2] and few.nth(2) is None and few.likeliest(3) == [2, 0]
+
+
+def test_samples_follow_the_law_and_number_0_the_targets_noise() -> None:
+    counts = np.zeros(50)
+    for noise in range(400):
+        for place in law(noise=noise).samples(range(10)):
+            counts[place] += 1
+    q = np.exp(law().logq)
+    assert ((counts - 4000 * q) ** 2 / (4000 * q)).sum() < 49 + 5 * np.sqrt(2 * 49)
+    assert all(law(noise=n, target=True).samples([0]) == law(noise=n).best(1) for n in range(20))
+    assert law(noise=None).samples([0, 1, 2]) == law(noise=None).best(1) * 3
+
+
+def sketch(**changes: Any) -> Sketch:
+    sampler = Sampler(plain.VOCAB, frozenset({3}))
+    request = Request("r", [1, 2], SamplingParams(seed=1, **changes))
+    seq = Sequence(0, request, 0, [1, 2], 2, 1, 99)
+    seq.state[sampler] = sampler.begin(seq)
+    made = Sketch(seq, Budget(4, 2), method(CHAIN).kind, sampler, 0)
+    made.learn(-1, np.zeros(plain.VOCAB))
+    return made
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_nothing_grows_behind_the_end_of_the_text(ignore: bool) -> None:
+    made = sketch(ignore_eos=ignore)
+    end, other = made.add(-1, 3), made.add(-1, 4)
+    assert made.open(-1) and made.open(other) and made.open(end) == ignore
+
+
+def test_nothing_grows_deeper_than_the_budget_and_a_token_is_one_node() -> None:
+    made = sketch()
+    first = made.add(-1, 5)
+    assert made.add(-1, 5) == first and made.draws == [first, first] and made.room == 3
+    made.learn(first, np.zeros(plain.VOCAB))
+    assert not made.open(made.add(first, 6))
+    assert made.scores == pytest.approx([1 / plain.VOCAB, 1 / plain.VOCAB**2])
+
+
+@pytest.mark.parametrize("option", ["candidates=-1", "candidates=x"])
+@pytest.mark.parametrize("name", NAMES)
+def test_options_are_checked(name: str, option: str) -> None:
+    with pytest.raises(InvalidInput, match="candidates"):
+        registry.create("draft", f"{name}:{option}")
