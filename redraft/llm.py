@@ -183,6 +183,7 @@ class LLM:
             eos=self.eos,
             decode=self.tokenizer.decode,
             decode_all=self.tokenizer.decode_all,
+            draft=self.config.draft,
         )
 
     # ---- use

@@ -13,6 +13,8 @@ from redraft.errors import InvalidInput, UnknownMethod, did_you_mean
 METHODS: dict[str, dict[str, str]] = {
     "draft": {
         "none": "redraft.draft.none:NoDraft",
+        "aded": "redraft.draft.aded:ADED",
+        "aggressive": "redraft.draft.aggressive:Aggressive",
         "copyspec": "redraft.draft.copyspec:CopySpec",
         "draft-model": "redraft.draft.draft_model:DraftModel",
         "dyspec": "redraft.draft.dyspec:DySpec",
@@ -21,10 +23,17 @@ METHODS: dict[str, dict[str, str]] = {
         "rsd-s": "redraft.draft.rsd_s:RSDS",
         "spectr": "redraft.draft.spectr:SpecTr",
         "token-recycling": "redraft.draft.token_recycling:TokenRecycling",
+        "union": "redraft.draft.union:Union",
+        "vocabtrim": "redraft.draft.vocabtrim:VocabTrim",
     },
     "verify": {
         "coupled": "redraft.verify.coupled:Coupled",
+        "greedy-multi-draft": "redraft.verify.greedy_multi_draft:GreedyMultiDraft",
+        "k-seq": "redraft.verify.k_seq:KSeq",
+        "multi-candidate": "redraft.verify.multi_candidate:MultiCandidate",
+        "recursive": "redraft.verify.recursive:Recursive",
         "rejection": "redraft.verify.rejection:Rejection",
+        "typical": "redraft.verify.typical:Typical",
     },
     "sched": {
         "fcfs": "redraft.sched.fcfs:FCFS",

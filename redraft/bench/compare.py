@@ -12,15 +12,17 @@ import gc
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from redraft import registry
+from redraft.bench.gauge import Share, measured
 from redraft.bench.prompts import Prompt
 from redraft.config import SamplingParams
 from redraft.core.noise import sample_seed
-from redraft.errors import InvalidInput, PromptTooLong
+from redraft.errors import InvalidInput, PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.models.tokenizer import Tokenizer
 
@@ -41,12 +43,16 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared and how. drafts: methods as "name:option=value,..."; batch: prompts that run at once."""
+    """What is compared and how. drafts: methods as "name:option=value,..."; batch: prompts that run at once; lenient:
+    methods that this model or verifier cannot have are left out and named, instead of refused; bound: also how much of the
+    most that any rule could accept was accepted, in an untimed pass."""
 
     drafts: tuple[str, ...]
     params: SamplingParams
     rounds: int = 3
     batch: int = 1
+    lenient: bool = False
+    bound: bool = False
 
     def __post_init__(self) -> None:
         """InvalidInput (UnknownMethod) before anything is loaded."""
@@ -91,13 +97,15 @@ class Turn:
 
 @dataclass
 class Run:
-    """One measurement: a group's conversations by one entry. `peak`: slabs of the cache in use at most."""
+    """One measurement: a group's conversations by one entry. peak: bytes of cache in use at most, a second model's too;
+    fault: what the first drafter that failed said."""
 
     conversations: list[list[Turn]]
     seconds: float = 0.0
     steps: int = 0
     accepted: int = 0
     peak: int = 0
+    fault: str = ""
 
     @property
     def tokens(self) -> int:
@@ -113,6 +121,8 @@ class Comparison:
     runs: list[list[list[Run]]]
     left_out: list[str]  # ids of prompts that do not fit the context
     cut_short: list[str]  # ids of conversations that outgrew it after the first turn
+    refused: list[str] = field(default_factory=list)  # methods left out, each with the reason
+    bounds: dict[int, Share] = field(default_factory=dict)  # entry -> acceptance over its bound, where there is one
 
 
 class Dialogue:
@@ -161,8 +171,15 @@ def compare(llm: LLM, options: Options, prompts: Seq[Prompt], tick: Tick = lambd
         raise PromptTooLong(f"none of the {len(prompts)} prompts fits the context: max_model_len = {llm.max_model_len}")
     groups = split(fits, options.batch, llm.params(options.params))
     entries = [Entry(BASELINE, Mode.BASELINE, llm, (None, None))]
+    refused = []
     for draft in options.drafts:
-        twin = llm.sibling(draft=draft)
+        try:
+            twin = llm.sibling(draft=draft)
+        except RedraftError as error:
+            if not options.lenient:
+                raise
+            refused.append(f"{draft}: {error}")
+            continue
         warm_up(twin, groups[0])
         entries += enter(draft, twin, groups, tick)
     warm_up(llm, groups[0])
@@ -177,8 +194,24 @@ def compare(llm: LLM, options: Options, prompts: Seq[Prompt], tick: Tick = lambd
                     tick(f"round {turn + 1}/{options.rounds}: {entries[e].method}")
     finally:
         gc.unfreeze()
+    bounds = gauge_all(entries, groups, runs) if options.bound else {}
     left_out = [prompt.id for prompt in prompts if prompt not in fits]
-    return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]))
+    return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]), refused, bounds)
+
+
+def gauge_all(entries: Seq[Entry], groups: Seq[Group], runs: Seq[Seq[Seq[Run]]]) -> dict[int, Share]:
+    """Entry -> acceptance over its bound, by one more pass over all groups."""
+    found = {}
+    for e, entry in enumerate(entries):
+        visits = sum(run.steps + run.accepted for run in runs[e][0])
+        share = measured(entry.llm, visits, partial(run_all, entry, groups))
+        if share is not None:
+            found[e] = share
+    return found
+
+
+def run_all(entry: Entry, groups: Seq[Group]) -> list[Run]:
+    return [measure(entry.llm, group, entry.states[group.half]) for group in groups]
 
 
 def ticks(prompts: int, options: Options) -> int:
@@ -256,8 +289,9 @@ def generate(llm: LLM, group: Group) -> Run:
     the next turn says is put together with the clock stopped."""
     dialogues = [Dialogue(prompt, llm.tokenizer) for prompt in group.prompts]
     run = Run([[] for _ in dialogues])
-    table = llm.runner.table
-    table.reset_peak()
+    runners = [llm.runner, *llm.runner.companions.values()]
+    for runner in runners:
+        runner.table.reset_peak()
     while active := [i for i, dialogue in enumerate(dialogues) if dialogue.open]:
         asked = [dialogues[i].ids() for i in active]
         params = [group.params[i] for i in active]
@@ -271,9 +305,10 @@ def generate(llm: LLM, group: Group) -> Run:
             found = output.outputs[0]
             run.steps += found.stats.steps
             run.accepted += found.stats.accepted
+            run.fault = run.fault or found.stats.fault
             run.conversations[i].append(Turn(ids, found.token_ids))
             dialogues[i].reply(found.token_ids)
-    run.peak = table.peak
+    run.peak = sum(runner.table.peak * runner.store.slab_bytes for runner in runners)
     return run
 
 

@@ -24,6 +24,7 @@ from rich.text import Text
 from redraft.bench.compare import BASELINE, Comparison, Mode, Options, Tick, has_template
 from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
+from redraft.card import Guarantee
 from redraft.errors import InvalidInput
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
@@ -73,6 +74,7 @@ def document(comparison: Comparison, options: Options, rows: list[Row], source: 
         "outputs": sum(len(group.prompts) for group in comparison.groups),
         "left_out": comparison.left_out,
         "cut_short": comparison.cut_short,
+        "refused": comparison.refused,
         "chat_template": has_template(llm.tokenizer),
         "drafts": list(options.drafts),
         "rounds": options.rounds,
@@ -81,6 +83,7 @@ def document(comparison: Comparison, options: Options, rows: list[Row], source: 
         "dtype": dtype_name(comparison),
         "device": str(llm.runner.backend.device),
         "tolerance": tolerance_label(llm.runner.backend.dtype),
+        "verify": llm.config.verify,
         "schedule": llm.config.schedule.model_dump(),
     }
     return {
@@ -220,10 +223,17 @@ def notes(comparison: Comparison, rows: list[Row]) -> list[str]:
     if any(row.mode in (Mode.COLD, Mode.HOT) for row in overall):
         lines.append("cold: nothing learned before each prompt group; hot: learned on the other half of the prompts, never on these")
     for row in overall:
-        if row.first_divergence is not None:
+        if row.first_divergence is not None and (row.withheld is not None or promised(row)):
             lines.append(f"{row.method} {row.mode}: {_tell(row, row.first_divergence)}")
         if row.withheld is not None:
             lines.append(f"{row.method} {row.mode}: no speed-up, {row.withheld} although it promises {row.guarantee}")
+        if row.acceptance_over_bound is not None:
+            share = row.acceptance_over_bound
+            lines.append(f"{row.method} {row.mode}: accepts {share.ratio:.1%} (+- {share.error:.1%}) of what the best possible rule would")
+        if row.fault is not None:
+            lines.append(f"{row.method} {row.mode}: some texts went on without drafts: {row.fault}")
+    if free := sorted({row.guarantee for row in overall if not promised(row)}):
+        lines.append(f"{', '.join(free)}: the guarantee is not one of equal texts, so other texts are no fault")
     if any(row.near_ties for row in overall):
         where, within = dtype_name(comparison), tolerance_label(llm.runner.backend.dtype)
         lines.append(f"near-tie: each token is what the plain model ({where}) draws after the same text, or has {within}")
@@ -232,10 +242,16 @@ def notes(comparison: Comparison, rows: list[Row]) -> list[str]:
         lines.append(f"left out, longer than the context of {llm.max_model_len}: {', '.join(comparison.left_out)}")
     if comparison.cut_short:
         lines.append(f"ended before their last turn, at the context of {llm.max_model_len}: {', '.join(comparison.cut_short)}")
+    lines += [f"left out, {one}" for one in comparison.refused]
     chats = any(prompt.prompt is None for group in comparison.groups for prompt in group.prompts)
     if chats and not has_template(llm.tokenizer):
         lines.append("this checkpoint has no chat template: chats are read as plain text, their messages on lines of their own")
     return lines
+
+
+def promised(row: Row) -> bool:
+    """Whether the row's guarantee is one of equal texts, at some temperature at least."""
+    return Guarantee[row.guarantee.upper().replace("-", "_")] <= Guarantee.SAME_TEXT_GREEDY
 
 
 def _tell(row: Row, one: Divergence) -> str:

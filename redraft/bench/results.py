@@ -9,6 +9,7 @@ from statistics import median
 
 from redraft.bench.compare import Comparison, Entry, Mode, Run
 from redraft.bench.divergence import Divergence, examine
+from redraft.bench.gauge import Share
 from redraft.card import Guarantee
 
 GRAM = 8
@@ -24,7 +25,8 @@ class Row:
     tokens_equal: all texts of the plain loop in all rounds; first_divergence: else the first text that is not, a fault
     before a near-tie; near_ties: texts that differ within the tolerance. repeated_8gram_share: of this entry's tokens.
     low_repeat_outputs: prompts whose plain text has a share under 0.3, in a batch only where all of them have;
-    low_repeat_speedup: over those, None with fewer than five.
+    low_repeat_speedup: over those, None with fewer than five. fault: why some text went on without drafts.
+    acceptance_over_bound: of all prompts, where it was asked for and the verifier tosses coins.
     """
 
     method: str
@@ -46,6 +48,8 @@ class Row:
     low_repeat_outputs: int
     low_repeat_speedup: float | None
     withheld: str | None = None
+    fault: str | None = None
+    acceptance_over_bound: Share | None = None
 
 
 def repeated(tokens: Seq[int], n: int = GRAM) -> int:
@@ -131,11 +135,13 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
         near_ties=sum(one.near_tie for one in mine.values()),
         divergences=len(mine),
         repeated_8gram_share=sum(map(repeated, texts)) / max(1, sum(map(len, texts))),
-        peak_kv_bytes=max(run.peak for run in all_runs) * entry.llm.runner.store.slab_bytes,
+        peak_kv_bytes=max(run.peak for run in all_runs),
         outputs=sum(len(groups[g].prompts) for g in wanted),
         low_repeat_outputs=low_outputs,
         low_repeat_speedup=median(_ratios(comparison, e, little)) if ratios and low_outputs >= ENOUGH else None,
         withheld=withheld,
+        acceptance_over_bound=comparison.bounds.get(e) if category is None else None,
+        fault=next((run.fault for run in all_runs if run.fault), None),
     )
 
 

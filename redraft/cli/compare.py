@@ -26,6 +26,7 @@ def compare(
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
     limit: Annotated[int | None, typer.Option(help="At most so many prompts, evenly from all categories.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Only this category, repeated for more.")] = None,
+    bound: Annotated[bool, typer.Option("--bound", help="Also: how much of the most that any rule could accept was accepted.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     *,
     sampling: Given,
@@ -45,9 +46,9 @@ def compare(
     from redraft.config import SamplingParams
     from redraft.llm import LLM
 
-    every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE]
+    every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
     params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
-    options = bench.Options(tuple(draft or every), params, rounds, batch)
+    options = bench.Options(tuple(draft or every), params, rounds, batch, lenient=not draft, bound=bound)
     chosen = suite.load(prompts, category or None, limit)
     if json is not None:
         report.check_writable(json)
@@ -62,3 +63,15 @@ def compare(
         source = "the suite of redraft" if prompts is None else str(prompts)
         report.write(json, report.document(comparison, options, rows, source))
         progress.print(f"written to {json}")
+
+
+def complete(name: str) -> bool:
+    """Whether a drafter can be made without options: a wrapper cannot."""
+    from redraft import registry
+    from redraft.errors import InvalidInput
+
+    try:
+        registry.create("draft", name)
+    except InvalidInput:
+        return False
+    return True

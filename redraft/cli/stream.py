@@ -88,12 +88,14 @@ class Shown:
     tokens: int = 0
     steps: int = 0
     accepted: int = 0
+    fault: str = ""
 
     def summary(self, llm: LLM, params: SamplingParams) -> str:
         length = f"mean acceptance length {1 + self.accepted / self.steps:.2f}, " if self.steps else ""
         rate = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
-        return f"{self.tokens} new tokens, {rate}{length}{llm.config.draft}, {llm.guarantee.label}, {draw}"
+        fault = f"\nwent on without drafts: {self.fault}" if self.fault else ""
+        return f"{self.tokens} new tokens, {rate}{length}{llm.config.draft}, {llm.guarantee.label}, {draw}{fault}"
 
 
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
@@ -129,4 +131,5 @@ def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
     screen.end_line()
     shown.steps = sum(one.steps for one in stats.values())
     shown.accepted = sum(one.accepted for one in stats.values())
+    shown.fault = next((one.fault for one in stats.values() if one.fault), "")
     return shown

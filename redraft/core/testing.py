@@ -31,7 +31,7 @@ def work(tokens: Iterable[int], *, stored: int = 0, rows: int | None = None, **p
 
 
 def view(works: Seq[Work], page: int = 32) -> PageView:
-    """A page view in which every sequence has its own consecutive SHARED pages."""
+    """A page view in which every sequence has its own consecutive SHARED pages; w.first > 0: its tail began earlier."""
     pages, lengths, at = [], [], 0
     for w in works:
         n = -(-(len(w.seq.tokens) + 64) // page)
@@ -39,4 +39,6 @@ def view(works: Seq[Work], page: int = 32) -> PageView:
         lengths.append(np.asarray([w.seq.stored], np.int32))
         at += n
     kinds = [Lanes.SHARED] * len(works)
-    return PageView(kinds, pages, lengths, [0] * len(works), [w.rows for w in works], [], [None] * len(works))
+    return PageView(
+        kinds, pages, lengths, [w.rows + w.first if w.first else 0 for w in works], [w.rows for w in works], [], [None] * len(works)
+    )

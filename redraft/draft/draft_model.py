@@ -55,7 +55,8 @@ class DraftModel(SecondModel):
         node, sure = -1, 1.0
         for drafted in range(1, min(self.length, tree.room) + 1):
             law = tree.law(node)
-            (place,) = law.best(1)
+            if (place := law.nth(0)) is None:
+                return
             node = tree.add(node, place)  # 1.
             sure *= float(np.exp(law.logq[place]))  # 2.
             if not tree.open(node) or (drafted >= self.least and 1 - sure > self.stop):

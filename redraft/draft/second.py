@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from redraft.core.batch import Batch
 from redraft.core.noise import Stream, gumbel, key, mix, uniform
@@ -27,24 +27,24 @@ from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
 from redraft.errors import InvalidInput
-from redraft.models.companion import companion
-from redraft.models.runner import Runner
+
+if TYPE_CHECKING:
+    from redraft.models.runner import Runner
 
 CHUNK = 512  # rows of text that a step reads at most
 
 
 class NextLaw:
-    """The draft's law of the token behind one node. ids: i64[M], ascending; logq: f64[M], log of the law that children
-    are drawn from; noise: the key of the node's own noise, None at temperature 0."""
+    """The draft's law of the token behind one node. ids: i64[M], ascending, the tokens that have mass; logq: f64[M], log of
+    the law that children are drawn from; noise: the key of the node's own noise, None at temperature 0."""
 
-    def __init__(self, ids: I64, values: F64, most: int, noise: int | None, *, target: bool) -> None:
-        if most and len(ids) > most:
-            kept = np.sort(top(values, most))
-            ids, values = ids[kept], values[kept]
+    def __init__(self, ids: I64, values: F64, noise: int | None, *, target: bool) -> None:
+        if len(alive := np.flatnonzero(values > -np.inf)) < len(ids):
+            ids, values = ids[alive], values[alive]
         self.ids, self._noise, self._target = ids, noise, target
         self._order: list[int] = []
-        best = values.max()
-        self.logq: F64 = values - (best + np.log(np.exp(values - best).sum()))
+        best = values.max(initial=-np.inf)
+        self.logq: F64 = values - (best + np.log(np.exp(values - best).sum())) if len(ids) else values
 
     @cached_property
     def keys(self) -> F64:
@@ -54,25 +54,22 @@ class NextLaw:
     def best(self, k: int) -> list[int]:
         """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer where
         fewer tokens have mass."""
-        return [int(place) for place in top(self.keys, min(k, len(self.ids))) if self.logq[place] > -np.inf]
+        return [int(place) for place in top(self.keys, min(k, len(self.ids)))]
 
     def likeliest(self, k: int) -> list[int]:
         """The places in ids of the k largest probabilities, best first."""
-        return [int(place) for place in top(self.logq, min(k, len(self.ids))) if self.logq[place] > -np.inf]
+        return [int(place) for place in top(self.logq, min(k, len(self.ids)))]
 
     def nth(self, i: int) -> int | None:
         """The place of the i-th sample without replacement, from 0; None where no token with mass is left."""
         while i >= len(self._order) < len(self.ids):
-            wanted = 2 * max(i + 1, len(self._order))
-            self._order = self.best(wanted)
-            if len(self._order) < wanted:
-                break
+            self._order = self.best(2 * (i + 1))
         return self._order[i] if i < len(self._order) else None
 
     def samples(self, numbers: Seq[int]) -> list[int]:
         """The places of independent samples, one for each draw number. Where the target's own noise is asked for, number
         0 draws with it. All the likeliest token at temperature 0."""
-        if self._noise is None:
+        if self._noise is None or not len(self.ids):
             return self.best(1) * len(numbers)
         sums = np.cumsum(np.exp(self.logq))
         coins = uniform(mix(self._noise, 1), np.asarray(numbers)) * sums[-1]
@@ -83,8 +80,8 @@ class NextLaw:
 class Sketch:
     """A tree in the making: what `grow` sees. Node -1 is the text's last token."""
 
-    def __init__(self, seq: Sequence, budget: Budget, kind: Kind, sampler: DraftSampler, most: int) -> None:
-        self.seq, self.budget, self.sampler, self.most = seq, budget, sampler, most
+    def __init__(self, seq: Sequence, budget: Budget, kind: Kind, sampler: DraftSampler) -> None:
+        self.seq, self.budget, self.sampler = seq, budget, sampler
         self.kind = Kind.FIXED if seq.params.greedy else kind
         self.tokens: list[int] = []
         self.parents: list[int] = []
@@ -148,7 +145,7 @@ class Sketch:
                 # Nodes of one depth must not share noise where coins are tossed: how many children one gets may depend on
                 # what another drew, which would tell of its own next draw.
                 noise = mix(noise, *path)
-        self.laws.append(NextLaw(row.ids, row.values, self.most, noise, target=target))
+        self.laws.append(NextLaw(row.ids, row.values, noise, target=target))
 
     def tree(self) -> TokenTree:
         n = len(self.tokens)
@@ -216,6 +213,8 @@ class SecondModel:
         raise NotImplementedError
 
     def open(self, runner: Any, sampler: Any) -> Grower:
+        from redraft.models.companion import companion  # loads torch, which `redraft methods` does without
+
         return Grower(self, companion(runner, self.model), sampler)
 
 
@@ -226,6 +225,21 @@ class Grower(Stateless):
         self.method, self.runner, self.sampler = method, runner, sampler
         self.table, self.store = runner.table, runner.store
         self.kinds = frozenset({Kind.FIXED, method.kind})
+        self.kept: I64 | None = None  # the tokens of the head's rows where it was trimmed
+
+    def trim(self, keep: I64) -> None:
+        """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the second model
+        sees nothing of it."""
+        whole = self.runner.weights
+        weight, bias = whole.head
+        if weight.is_meta:  # a model that is only looked at
+            return
+        keep = keep[keep < len(weight)]  # checkpoints of one vocabulary are padded to different sizes
+        dense = weight.to_dense() if weight.is_mkldnn else weight  # a backend's own layout, see Backend.pack
+        head = whole.head._replace(weight=dense[keep], bias=None if bias is None else bias[keep])
+        self.runner = copy(self.runner)  # same table, store and layers
+        self.runner.weights = replace(whole, head=self.runner.backend.pack(head))
+        self.kept = keep
 
     # ---- one text
 
@@ -273,7 +287,7 @@ class Grower(Stateless):
             left, free = left - rows, free - need
             works.append(Work(twin, rows))
             if whole:
-                state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler, self.method.candidates)
+                state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler)
                 state.work, state.packed = works[-1], 0
             drafting.append((i, state) if whole else None)
         if not works:
@@ -347,10 +361,14 @@ class Grower(Stateless):
             return None
         assert out.logits is not None
         vocab = self.sampler.vocabulary.size  # checkpoints of one vocabulary are padded to different sizes
-        logits = out.logits[:, :vocab].double().cpu()
-        if logits.shape[1] < vocab:
-            logits = torch.nn.functional.pad(logits, (0, vocab - logits.shape[1]), value=-torch.inf)
-        return list(logits.numpy())
+        logits, most = out.logits[:, :vocab], self.method.candidates
+        places: I64 = np.arange(logits.shape[1])[None]
+        if 0 < most < logits.shape[1]:
+            logits, likeliest = logits.topk(most, sorted=False)
+            places = likeliest.cpu().numpy()
+        rows = np.full((len(logits), vocab), -np.inf)
+        np.put_along_axis(rows, places if self.kept is None else self.kept[places], logits.double().cpu().numpy(), 1)
+        return list(rows)
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
         if works:

@@ -178,7 +178,7 @@ class Recycler(Stateless):
             found = safetensors.numpy.load(path.read_bytes()).get("successors")
         except OSError as error:
             raise InvalidInput(f"{at}: cannot be read ({error.strerror})") from None
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: of a dtype that numpy lacks
             raise InvalidInput(f"{at}: not a safetensors file ({error})") from None
         vocab, k = self.matrix.shape
         if found is None or found.ndim != 2 or found.dtype != np.int32:

@@ -81,15 +81,16 @@ class Engine:
         eos: Iterable[int] = (),
         decode: Decode | None = None,
         decode_all: Decode | None = None,
+        draft: str | None = None,
     ) -> None:
-        """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text."""
+        """`draft`: what the drafter is called in the statistics. `decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text."""
         if unfit := drafter.kinds - verifier.undoes:
             names = ", ".join(sorted(kind.name for kind in unfit))
             raise Unsupported(f"verifier {type(verifier).__name__} cannot undo children made {names}, as this drafter makes them")
         if runner.table.slabs * runner.table.page < max_model_len:
             raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
-        self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, Guard(drafter, runner.spec.vocab), verifier, sampler
+        self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, Guard(drafter, runner.spec.vocab, draft), verifier, sampler
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
         self.decode, self.decode_all = decode, decode_all
         self.waiting: deque[Sequence] = deque()
@@ -271,6 +272,9 @@ class Engine:
                 raise InvalidInput(f"stop_token_ids: {token} is not a token id in 0..{vocab - 1}")
         if isinstance(request.params.prediction, str):
             raise InvalidInput("prediction is a text, and this engine has no tokenizer; give token ids")
+        for i, token in enumerate(request.params.prediction or ()):
+            if not 0 <= token < vocab:
+                raise InvalidInput(f"prediction[{i}] = {token}: not a token id in 0..{vocab - 1}")
         if request.params.stop and self.decode is None:
             raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self.sampler.check(request.params)

@@ -19,10 +19,10 @@ LONGEST = 300  # letters of a fault: an absurd tree has an absurd description
 
 
 class Guard:
-    """An opened drafter, and the number of tokens that it may choose from."""
+    """An opened drafter, the number of tokens that it may choose from, and what it is called."""
 
-    def __init__(self, drafter: OpenDrafter, vocab: int) -> None:
-        self.drafter, self.vocab = drafter, vocab
+    def __init__(self, drafter: OpenDrafter, vocab: int, name: str | None = None) -> None:
+        self.drafter, self.vocab, self.name = drafter, vocab, name or type(drafter).__name__
 
     @property
     def taps(self) -> Taps:
@@ -93,6 +93,6 @@ class Guard:
             raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which it does not declare")
 
     def _drop(self, seq: Sequence, error: Exception) -> None:
-        lines = f"{type(self.drafter).__name__}: {type(error).__name__}: {error}".splitlines()
+        lines = f"{self.name}: {type(error).__name__}: {error}".splitlines()
         seq.fault = seq.fault or lines[0][:LONGEST]
         self.end(seq)

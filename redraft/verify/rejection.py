@@ -35,5 +35,5 @@ class Rejection(Rejecting):
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         (x,) = drawn
-        yield float(p[x] / q[x]) if p[x] < q[x] else 1.0  # 1.
+        yield float(p[x] / max(p[x], q[x])) if p[x] else 0.0  # 1.
         return np.maximum(p - q, 0)  # 2.

@@ -35,6 +35,11 @@ SAMPLING: dict[str, dict[str, float]] = {
     "t=0.8": {"temperature": 0.8},
     "t=0.8 p=0.9 r=1.1": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1},
 }
+DRAFT_MODELS = {
+    "babyllama-105-target": str(SHARED / "models" / "babyllama-105-draft"),
+    "pilot-16m": str(SHARED / "models" / "pilot-1m"),
+    "embedded": "embedded-draft",
+}
 DRAFTERS = ("token-recycling", "copyspec", "random trees")
 BATCH = 8
 LEAST_MARGIN = 1e-4
@@ -50,6 +55,7 @@ class Task:
     sampling: str
     prompts: int
     new: int
+    drafters: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.model} {self.dtype} {self.sampling}"
@@ -116,6 +122,7 @@ class Bench:
         self.task = task
         # the checkpoint's own numbers, for the dense recompute and for margins; read now: a training run may replace the file
         self.weights = loader.read(loader.inspect(MODELS[task.model], "float64"))
+        self.companions: dict[Path, Any] = {}
         self.llm = LLM(str(MODELS[task.model]), dtype=task.dtype, threads=1, max_model_len=256, cache_fraction=0.1)
         story = task.model.startswith(("babyllama", "stories"))
         self.prompts = cut_prompts(self.llm.tokenizer, story, task.prompts)
@@ -129,7 +136,10 @@ class Bench:
         from tests.contracts.drafters import RandomTrees
 
         own = self.llm.runner
-        runner = runner or Runner(own.spec, own.weights, own.backend, slabs)
+        if runner is None:
+            source, draft_model = MODELS[self.task.model], DRAFT_MODELS.get(self.task.model)
+            runner = Runner(own.spec, own.weights, own.backend, slabs, source=source, draft_model=draft_model)
+            runner.companions = self.companions  # loaded once for all conditions
         sampler = Sampler(own.spec.vocab, self.llm.eos)
         if drafter == "random trees":
             opened: Any = RandomTrees(own.spec.vocab, seed=1, right=0.5, known=known)
@@ -149,9 +159,11 @@ class Bench:
         row.accepted = sum(s.accepted for s in stats)
         row.rejected = sum(s.drafted - s.accepted for s in stats)
         row.preempted = len(preempted)
-        engine.table.check()
-        if engine.table.used():
-            row.faults.append(f"{engine.table.used()} slabs are still held")
+        for table in (engine.table, *(companion.table for companion in self.companions.values())):
+            table.check()
+            if table.used():
+                row.faults.append(f"{table.used()} slabs are still held")
+        row.faults += sorted({s.fault for s in stats if s.fault})
         if drafter != "none" and not (row.accepted and row.rejected):
             row.faults.append("saw no acceptance or no rejection")
         if mode.startswith("pool") and not preempted:
@@ -270,7 +282,7 @@ def work(task: Task) -> list[Row]:
         base.faults += bench.dense(truth)
     slabs = bench.small_pool()
     known = {(str(i), 0): text for i, text in enumerate(truth)}
-    for drafter in DRAFTERS:
+    for drafter in task.drafters:
         for mode in ("alone", f"batch of {BATCH}", "chunks of 32", f"pool of {slabs}"):
             row, found = bench.run(drafter, mode, slabs if mode.startswith("pool") else 80, known)
             bench.compare(row, truth, found)
@@ -282,7 +294,7 @@ def tasks(options: argparse.Namespace) -> tuple[list[Task], list[str]]:
     """The tasks, longest first, and the models that are asked for and absent."""
     there = [name for name in options.models if (MODELS[name] / "model.safetensors").exists()]
     made = [
-        Task(name, dtype, sampling, options.prompts, options.new)
+        Task(name, dtype, sampling, options.prompts, options.new, tuple(options.drafts))
         for name in sorted(there, key=lambda name: -(MODELS[name] / "model.safetensors").stat().st_size)
         for dtype in options.dtype
         for sampling in SAMPLING
@@ -294,6 +306,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=["float64", "float32"], default=["float64", "float32"])
+    parser.add_argument("--drafts", nargs="+", default=list(DRAFTERS), help="registered ones as on the command line, or 'random trees'")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--new", type=int, default=100, help="tokens of each text")
     parser.add_argument("--quick", action="store_true", help="8 prompts of 40 new tokens")

@@ -12,6 +12,7 @@ import transformers
 
 from redraft.card import Card, Guarantee
 from redraft.core.law import Law
+from redraft.core.noise import Stream
 from redraft.core.plan import Accepted, Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
@@ -86,6 +87,7 @@ class Gullible:
 
     card: ClassVar[Card] = card("Gullible")
     undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+    drafts: ClassVar[Stream] = Stream.TARGET
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
         found = []

@@ -17,7 +17,7 @@ from rich.console import Console
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import compare as bench
 from redraft.bench import divergence, report, results
-from redraft.bench.compare import Comparison, Entry, Mode, Options, Run, Turn, order, split
+from redraft.bench.compare import Comparison, Entry, Group, Mode, Options, Run, Turn, order, split
 from redraft.bench.divergence import Divergence, examine, first_difference
 from redraft.bench.prompts import Prompt
 from redraft.bench.results import repeated
@@ -289,15 +289,15 @@ def test_repeated_8_grams(tokens: list[int], covered: int) -> None:
 
 def made(seconds: dict[int, list[float]], outputs: list[list[int]], category: str = "ab") -> Comparison:
     """One prompt a group; seconds[entry][round] for every group."""
-    store = SimpleNamespace(slab_bytes=1000)
-    llm = cast(Any, SimpleNamespace(guarantee=Guarantee.SAME_TEXT, runner=SimpleNamespace(store=store)))
+    llm = cast(Any, SimpleNamespace(guarantee=Guarantee.SAME_TEXT))
     groups = split([Prompt(str(i), category[i % len(category)], prompt="x") for i in range(len(outputs))], 1, PARAMS)
     mine = {p.id: outputs[int(p.id)] for g in groups for p in g.prompts}
     entries = [Entry("none", Mode.BASELINE, llm, (None, None)), Entry("some", Mode.SAME, llm, (None, None))]
-    runs = [
-        [[Run([[Turn([1], mine[g.prompts[0].id])]], one, steps=10, accepted=5 * e, peak=2 + e) for g in groups] for one in seconds[e]]
-        for e in range(2)
-    ]
+
+    def run(group: Group, e: int, one: float) -> Run:
+        return Run([[Turn([1], mine[group.prompts[0].id])]], one, steps=10, accepted=5 * e, peak=1000 * (2 + e))
+
+    runs = [[[run(group, e, one) for group in groups] for one in seconds[e]] for e in range(2)]
     return Comparison(entries, groups, runs, [], [])
 
 

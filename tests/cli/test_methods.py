@@ -13,7 +13,7 @@ REGISTERED = [(name, seam) for seam, methods in registry.METHODS.items() for nam
 
 def test_the_table_has_every_method(redraft: Callable[..., Ran]) -> None:
     code, out, _ = redraft("methods")
-    head, *rows = out.splitlines()
+    head, *rows = (line for line in out.splitlines() if not line.startswith(" "))  # long cells go on in the next line
     assert (code, head.split()) == (0, ["name", "seam", "guarantee", "needs", "paper"])
     assert [tuple(row.split()[:2]) for row in rows] == REGISTERED
     assert "arXiv 2408.08696" in out

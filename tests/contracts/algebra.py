@@ -2,13 +2,15 @@
 
 A toy target with an arbitrary law for every context, and as many sequences as samples are wanted, all with the same
 tree: a verifier sees one large batch. `check_law` compares the joint law of the first three tokens with p1 p2 p3;
-outputs that end sooner are completed by plain sampling, as an engine would in later steps.
+outputs that end sooner are completed by plain sampling, as an engine would in later steps. `drawn_tree` makes the trees
+of a batch in which each sequence has its own, drawn from a draft's law.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch
 from redraft.core.law import TopLogprobs
 from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Accepted
-from redraft.core.tree import TokenTree
+from redraft.core.tree import Kind, TokenTree
 from redraft.verify.verifier import Verifier
 
 VOCAB = 5
@@ -39,6 +41,56 @@ def random_tree(rng: np.random.Generator, nodes: int, depth: int = LENGTH - 1) -
     """Tokens and parents at random; a fixed tree, since nothing looks at the target's sample."""
     parents = [int(rng.integers(-1, i)) for i in range(nodes)]
     return TokenTree.build(rng.integers(0, VOCAB, nodes).tolist(), parents, vocab=VOCAB, rows=nodes, depth=depth)
+
+
+@dataclass(frozen=True)
+class Table:
+    """redraft.core.tree.Probs of a drawn tree; rows: f64[N + 1, V]."""
+
+    rows: np.ndarray
+
+    def probs(self, rows: Seq[int]) -> np.ndarray:
+        return self.rows[list(rows)]
+
+
+def draw(rng: np.random.Generator, q: np.ndarray, k: int, kind: Kind) -> list[int]:
+    """k children of the law q, in draw order; fewer where fewer tokens have mass, repeated ones where `kind` allows."""
+    if kind in (Kind.IID, Kind.SINGLE):
+        return rng.choice(len(q), 1 if kind is Kind.SINGLE else k, p=q).tolist()
+    k = min(k, np.count_nonzero(q))
+    with np.errstate(divide="ignore"):
+        keys = np.log(q) + (rng.gumbel(size=len(q)) if kind is Kind.WITHOUT_REPLACEMENT else 0)
+    best = np.argsort(-keys, kind="stable")[:k].tolist()
+    if kind is Kind.TOP_PLUS_ONE:
+        rest = q.copy()
+        rest[best[:-1]] = 0
+        best[-1] = int(rng.choice(len(q), p=rest / rest.sum()))
+    return best
+
+
+def drawn_tree(rng: np.random.Generator, laws: Laws, kinds: Seq[Kind], k: int = 3, draw: Callable[..., list[int]] = draw) -> TokenTree:
+    """A tree drawn from draft laws: each inner node of one of `kinds`. The root has k children and their nodes k - 1 each;
+    below independent samples a node has as many as it was drawn times, so that k sequences are drawn as a whole."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    draws: list[int] = []
+    own, rows = [Kind.FIXED], np.zeros((1 + k + k * k, VOCAB))
+    open_nodes: list[tuple[int, tuple[int, ...], int]] = [(-1, (), k)]
+    for node, path, count in open_nodes:
+        kind = own[node + 1] = kinds[rng.integers(len(kinds))]
+        q = rows[node + 1] = laws[len(path)][path]
+        drawn = draw(rng, q, count, kind)
+        place = {}
+        for x in dict.fromkeys(drawn):
+            place[x] = len(tokens)
+            tokens.append(x)
+            parents.append(node)
+            own.append(Kind.FIXED)
+            if len(path) + 2 < LENGTH:
+                open_nodes.append((place[x], (*path, x), drawn.count(x) if kind is Kind.IID else k - 1))
+        draws += [place[x] for x in drawn]
+    as_i32 = [np.asarray(ints, np.int32) for ints in (tokens, parents, draws)]
+    return TokenTree(as_i32[0], as_i32[1], np.asarray(own, np.uint8), Table(rows), as_i32[2])
 
 
 class ToyLaw:
@@ -128,18 +180,28 @@ def check_law(
     toy = law(laws, tree, samples)
     accepted = verifier.accept([tree] * samples, toy)
     for a in accepted:
-        assert tree.tokens[list(a.path)].tolist() == list(a.tokens[:-1]), "tokens are the path's and one bonus"
-        assert [int(tree.parents[node]) for node in a.path] == [-1, *a.path][: len(a.path)], "a path goes from parent to child"
-    texts = toy.complete([a.tokens for a in accepted])
+        check_path(tree, a)
+    return law_p(laws, toy.complete([a.tokens for a in accepted])), accepted
+
+
+def check_path(tree: TokenTree, accepted: Accepted) -> None:
+    assert tree.tokens[list(accepted.path)].tolist() == list(accepted.tokens[:-1]), "tokens are the path's and one bonus"
+    assert [int(tree.parents[node]) for node in accepted.path] == [-1, *accepted.path][:-1], "a path goes from parent to child"
+
+
+def law_p(laws: Laws, texts: np.ndarray) -> float:
+    """p-value of the joint law of the tokens of `texts`, [samples, len(laws)]."""
     joint = laws[0]
     for p in laws[1:]:
         joint = joint[..., None] * p
     cells = np.ravel_multi_index(tuple(texts.T), joint.shape)
-    return chi_square_p(np.bincount(cells, minlength=joint.size), joint.ravel() * samples), accepted
+    return chi_square_p(np.bincount(cells, minlength=joint.size), joint.ravel() * len(texts))
 
 
-def check_text(verifier: Verifier, laws: Laws, tree: TokenTree, samples: int, greedy: bool = False) -> None:
+def check_text(
+    verifier: Verifier, laws: Laws, tree: TokenTree, samples: int, greedy: bool = False, law: Callable[..., ToyLaw] = ToyLaw
+) -> None:
     """SAME_TEXT: with every seed, the tokens of the plain loop."""
-    toy = ToyLaw(laws, tree, samples, greedy)
+    toy = law(laws, tree, samples, greedy)
     accepted = verifier.accept([tree] * samples, toy)
     np.testing.assert_array_equal(toy.complete([a.tokens for a in accepted]), toy.plain())

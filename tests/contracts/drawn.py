@@ -31,7 +31,7 @@ def forest(method: SecondModel, laws: Laws, samples: int, budget: Budget, params
     for seed in range(samples):
         seq = Sequence(seed, request, 0, [0] * START, START, seed, border=99)
         seq.state[sampler] = sampler.begin(seq)
-        trees.append(grow(method, Sketch(seq, budget, method.kind, sampler, 0), logs))
+        trees.append(grow(method, Sketch(seq, budget, method.kind, sampler), logs))
     return trees
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from redraft.core.noise import Stream, key
 from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Sequence
 from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
@@ -21,6 +23,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def position_by_row(patch: pytest.MonkeyPatch) -> None:
     """A node's position is its row's, not its depth's."""
     patch.setattr(TokenTree, "depths", lambda tree: np.arange(1, len(tree) + 1, dtype=np.int32))
+    patch.setattr(TokenTree, "check", lambda tree, **limits: None)  # or no tree would be as flat as its budget asks
 
 
 def visible_sibling(patch: pytest.MonkeyPatch) -> None:
@@ -92,19 +95,12 @@ def noise_by_step(patch: pytest.MonkeyPatch) -> None:
     """Noise that belongs to the row of the step rather than to the position."""
     from redraft.sample import sampler
 
-    right = sampler.TargetLaw._draw
+    def wrong(law: sampler.TargetLaw, seq: Sequence, stream: Stream, packed: int) -> int:
+        starts = law.batch.starts
+        row = packed - int(starts[np.searchsorted(starts, packed, side="right") - 1])
+        return key(seq.seed, stream, int(law.batch.positions[packed]) + 1 + row)
 
-    def wrong(law: sampler.TargetLaw, values: np.ndarray, s: int, packed: int) -> int:
-        saved = law.batch.positions
-        shifted = saved.copy()
-        shifted[packed] += packed - int(law.batch.starts[s])
-        object.__setattr__(law.batch, "positions", shifted)
-        try:
-            return right(law, values, s, packed)
-        finally:
-            object.__setattr__(law.batch, "positions", saved)
-
-    patch.setattr(sampler.TargetLaw, "_draw", wrong)
+    patch.setattr(sampler.TargetLaw, "_key", wrong)
 
 
 FAULTS: tuple[Plant, ...] = (

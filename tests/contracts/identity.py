@@ -90,8 +90,8 @@ def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: i
 
 
 def engine(
-    drafter: OpenDrafter | str | Opener = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40, sharing: bool = True,
-    scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, **options: object
+    drafter: OpenDrafter | str | Opener = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40,
+    sharing: bool = True, scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, **options: object
 ) -> Engine:  # fmt: skip
     """An engine around the tiny model, float64. `drafter`: an opened one, the name of a registered one, or what opens one."""
     spec, weights = plain.tiny(window)
@@ -121,7 +121,9 @@ def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
     return second(made, runner, sampler) if isinstance(made, SecondModel) else cast(OpenDrafter, made.open(runner, sampler))
 
 
-def second(made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, slabs: int | None = None, context: int = 256) -> Grower:
+def second(
+    made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, slabs: int | None = None, context: int = 256
+) -> Grower:
     head = runner.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))

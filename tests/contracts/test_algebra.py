@@ -9,10 +9,27 @@ from redraft import registry
 from redraft.card import Guarantee
 from redraft.core.plan import Accepted
 from redraft.core.tree import EMPTY, Kind, TokenTree
-from tests.contracts.algebra import LEAST_P, VOCAB, FreshLaw, ToyLaw, check_law, check_text, random_laws, random_tree
+from redraft.errors import Unsupported
+from tests.contracts.algebra import (
+    LEAST_P,
+    VOCAB,
+    FreshLaw,
+    ToyLaw,
+    check_law,
+    check_path,
+    check_text,
+    draw,
+    drawn_tree,
+    law_p,
+    random_laws,
+    random_tree,
+)
+from tests.contracts.drawn import ForestLaw, texts
+from tests.contracts.exact import RULES, Reused, likeliest
 
 VERIFIERS = [registry.method("verify", name)() for name in registry.METHODS["verify"]]
-FIXED = [v for v in VERIFIERS if Kind.FIXED in v.undoes and v.card.guarantee <= Guarantee.SAME_LAW]
+SAME_LAW = [v for v in VERIFIERS if v.card.guarantee <= Guarantee.SAME_LAW]
+FIXED = [v for v in SAME_LAW if Kind.FIXED in v.undoes and not hasattr(v, "stages")]  # those meet them in mixed trees
 SAME_TEXT = [v for v in VERIFIERS if v.card.guarantee == Guarantee.SAME_TEXT]
 
 
@@ -34,6 +51,66 @@ def test_law_of_fixed_trees(verifier, seed):
 def test_law_with_independent_noise(verifier):
     rng = np.random.default_rng(7)
     assert check_law(verifier, random_laws(rng), random_tree(rng, 8), 50_000, FreshLaw)[0] >= LEAST_P
+
+
+# ---- trees drawn from a draft's law, one for each sequence
+
+FOREST = 4000
+
+
+def drawn_p(verifier, kinds, draw=draw):
+    """p-value of the law of three tokens where each node of each tree is of one of `kinds`; numbers of accepted nodes."""
+    rng = np.random.default_rng(5)
+    laws, draft = random_laws(rng), random_laws(rng)
+    trees = [drawn_tree(rng, draft, kinds, draw=draw) for _ in range(FOREST)]
+    accepted = verifier.accept(trees, ForestLaw(laws, trees))
+    for tree, a in zip(trees, accepted, strict=True):
+        check_path(tree, a)
+        assert tree.child([-1, *a.path][-1], a.tokens[-1]) < 0, "a child that carries the token is followed"
+    p_value = law_p(laws, texts(laws, [a.tokens for a in accepted], 3, np.random.default_rng(6)))
+    return p_value, {len(a.path) for a in accepted}
+
+
+@pytest.mark.parametrize("verifier", SAME_LAW, ids=lambda v: v.card.title)
+def test_law_of_drawn_trees_of_mixed_kinds(verifier):
+    many = sorted(verifier.undoes - {Kind.FIXED, Kind.SINGLE})
+    p_value, lengths = drawn_p(verifier, [*sorted(verifier.undoes), *many, *many])
+    assert p_value >= LEAST_P
+    assert lengths == {0, 1, 2}, "rejected, partly and wholly accepted somewhere"
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, rule in RULES.items() for kind in set(Kind) - rule.undoes])
+def test_children_of_another_kind_are_refused_by_name(name, kind):
+    rng = np.random.default_rng(8)
+    tree = drawn_tree(rng, random_laws(rng), [kind])
+    with pytest.raises(Unsupported, match=f"{type(RULES[name]).__name__} .* {kind.name}"):
+        RULES[name].accept([tree], ForestLaw(random_laws(rng), [tree]))
+
+
+WITHOUT_REPLACEMENT = [name for name, rule in RULES.items() if Kind.WITHOUT_REPLACEMENT in rule.undoes]
+
+
+def test_control_q_reused_after_a_rejection_is_biased():
+    assert drawn_p(Reused(), [Kind.WITHOUT_REPLACEMENT])[0] < LEAST_P
+
+
+@pytest.mark.parametrize("name", WITHOUT_REPLACEMENT)
+def test_control_pruning_by_probability_after_sampling_is_biased(name):
+    def pruned(rng, q, k, kind):
+        return [x for x in draw(rng, q, k, kind) if q[x] > 0.2]
+
+    assert drawn_p(RULES[name], [Kind.WITHOUT_REPLACEMENT], pruned)[0] < LEAST_P
+
+
+@pytest.mark.parametrize("name", WITHOUT_REPLACEMENT)
+def test_control_a_deterministic_tree_is_biased(name):
+    def best(rng, q, k, kind):
+        return list(likeliest(q, min(k, np.count_nonzero(q))))
+
+    assert drawn_p(RULES[name], [Kind.WITHOUT_REPLACEMENT], best)[0] < LEAST_P
+
+
+# ---- the text
 
 
 @pytest.mark.parametrize("verifier", SAME_TEXT, ids=lambda v: v.card.title)

@@ -15,7 +15,7 @@ from tests.contracts.drawn import ForestLaw, forest, texts
 from tests.contracts.identity import complete
 
 SAMPLES = 6000
-BUDGET = Budget(5, 2)
+BUDGET = Budget(8, 2)
 
 METHODS = {name: registry.create("draft", name) for name in registry.METHODS["draft"] if complete("draft", name)}
 DRAWN = {name: method for name, method in METHODS.items() if isinstance(method, SecondModel)}

@@ -25,25 +25,30 @@ def test_one_step_is_what_the_engine_does() -> None:
     assert made == (ROOT / "docs" / "one-step.md").read_text(encoding="utf-8"), "run: python docs/one_step.py"
 
 
-def test_the_drafter_of_adding_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (drafter,) = (code for code in blocks("docs/adding.md", "python") if "class RepeatLast" in code)
-    source = f"""
+DRAFTERS = """
 from dataclasses import dataclass
 from typing import ClassVar
 from redraft.card import Card, Guarantee
-from redraft.core.tree import TokenTree
+from redraft.core.tree import Kind, TokenTree
 from redraft.draft.drafter import Stateless
+from redraft.draft.second import SecondModel
 
-{drafter}"""
-    (tmp_path / "repeat_last.py").write_text(source)
+"""
+
+
+@pytest.mark.parametrize(("name", "options"), [("RepeatLast", ":length=3"), ("TwoLevels", "")])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_the_drafters_of_adding_run(name: str, options: str, temperature: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (drafter,) = (code for code in blocks("docs/adding.md", "python") if f"class {name}" in code)
+    (tmp_path / f"adding_{name.lower()}.py").write_text(DRAFTERS + drafter)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(registry.METHODS["draft"], "repeat-last", "repeat_last:RepeatLast")
-    params = SamplingParams(temperature=0, max_tokens=24)
-    llm = LLM("embedded", dtype="float64", draft="repeat-last:length=3", cache_memory=1 << 26)
+    monkeypatch.setitem(registry.METHODS["draft"], "new", f"adding_{name.lower()}:{name}")
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=24)
+    llm = LLM("embedded", dtype="float64", draft=f"new{options}", cache_memory=1 << 26)
     drafted = llm.generate("a = [1, 1, 1, 1, 1, 1, 1,", params)[0].outputs[0]
     plain = llm.sibling(draft="none").generate("a = [1, 1, 1, 1, 1, 1, 1,", params)[0].outputs[0]
     assert drafted.token_ids == plain.token_ids
-    assert drafted.stats.drafted > 0
+    assert drafted.stats.drafted > 0 and not drafted.stats.fault
 
 
 def test_the_commands_of_the_readme_exist() -> None:

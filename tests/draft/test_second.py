@@ -204,24 +204,50 @@ def finish(made: Engine, sampling: str) -> int:
 # ---- laws and sketches
 
 
-def law(seed: int = 1, target: bool = False, noise: int | None = 7, most: int = 0) -> NextLaw:
+def law(seed: int = 1, target: bool = False, noise: int | None = 7) -> NextLaw:
     values = np.random.default_rng(seed).normal(size=50)
-    return NextLaw(np.arange(50), values, most, noise, target=target)
+    return NextLaw(np.arange(50), values, noise, target=target)
 
 
-def test_a_law_sums_to_one_and_its_candidates_are_the_likeliest() -> None:
-    whole, some = law(), law(most=8)
-    assert np.exp(whole.logq).sum() == pytest.approx(1) == np.exp(some.logq).sum()
-    assert some.ids.tolist() == sorted(np.argsort(-whole.logq)[:8])
-    np.testing.assert_allclose(np.diff(some.logq), np.diff(whole.logq[some.ids]))
+@pytest.mark.parametrize("candidates", [1, 3, 99])
+def test_children_are_drawn_from_the_likeliest_candidates(candidates: int) -> None:
+    counts: set[int] = set()
+
+    class Watched(Grower):
+        def _forward(self, *args: Any, **options: Any) -> Any:
+            few = super()._forward(*args, **options)
+            for row in few or []:
+                counts.add(int((row > -np.inf).sum()))
+            return few
+
+    def opener(runner: Runner, sampler: Sampler) -> Grower:
+        made = second(registry.create("draft", f"{CHAIN}:candidates={candidates}"), runner, sampler)
+        return Watched(made.method, made.runner, sampler)
+
+    seen = drive(engine(opener), requests("sampled"), (0, 0, 2, 5))
+    check_texts(seen.texts, "sampled")
+    assert counts == {min(candidates, plain.VOCAB)} and seen.accepted
+
+
+def test_one_candidate_is_the_likeliest_token() -> None:
+    greedy = drive(engine(CHAIN), requests("greedy"), (0, 0, 2, 5))
+    one = drive(engine(f"{CHAIN}:candidates=1"), requests("greedy"), (0, 0, 2, 5))
+    assert (one.accepted, one.rejected) == (greedy.accepted, greedy.rejected)
+
+
+def test_a_law_sums_to_one_over_what_has_mass() -> None:
+    values = np.array([0.0, -np.inf, 1.0])
+    assert np.exp(law().logq).sum() == pytest.approx(1) == np.exp(NextLaw(np.arange(3), values, 1, target=False).logq).sum()
+    nothing = NextLaw(np.arange(3), np.full(3, -np.inf), 1, target=False)
+    assert nothing.best(2) == nothing.likeliest(2) == nothing.samples([0, 1]) == [] and nothing.nth(0) is None
 
 
 def test_best_is_a_prefix_of_one_order_and_skips_what_has_no_mass() -> None:
     one = law()
     assert [one.nth(i) for i in range(50)] == one.best(50) and one.nth(50) is None
     values = np.array([0.0, -np.inf, 1.0])
-    few = NextLaw(np.arange(3), values, 0, 5, target=False)
-    assert sorted(few.best(3)) == [0, 2] and few.nth(2) is None and few.likeliest(3) == [2, 0]
+    few = NextLaw(np.arange(3), values, 5, target=False)
+    assert sorted(few.ids[few.best(3)]) == [0, 2] and few.nth(2) is None and few.ids[few.likeliest(3)].tolist() == [2, 0]
 
 
 def test_samples_follow_the_law_and_number_0_the_targets_noise() -> None:
@@ -240,7 +266,7 @@ def sketch(**changes: Any) -> Sketch:
     request = Request("r", [1, 2], SamplingParams(seed=1, **changes))
     seq = Sequence(0, request, 0, [1, 2], 2, 1, 99)
     seq.state[sampler] = sampler.begin(seq)
-    made = Sketch(seq, Budget(4, 2), method(CHAIN).kind, sampler, 0)
+    made = Sketch(seq, Budget(4, 2), method(CHAIN).kind, sampler)
     made.learn(-1, np.zeros(plain.VOCAB))
     return made
 

@@ -106,9 +106,11 @@ def test_a_growing_tail_packs_its_chain_once() -> None:
     with pytest.raises(AssertionError, match="tail of 5 nodes, first 0"):
         table.reserve([Work(seq, 3)], [tree])
     table.discard(seq)
-    table.reserve([Work(seq, 3)], [EMPTY])
-    with pytest.raises(AssertionError, match="packed once"):
-        table.reserve([Work(seq, 3)], [EMPTY])
+    assert table.reserve([Work(seq, 3)], [EMPTY]).tail == [0]
+    behind = table.reserve([Work(seq, 3)], [tree])  # a chain alone is a tail too
+    assert (behind.tail, behind.chain) == ([3], [3])
+    with pytest.raises(AssertionError, match="a tail of 3 chain rows goes on with 2"):
+        table.reserve([Work(seq, 2, first=5)], [tree])
     table.check()
 
 

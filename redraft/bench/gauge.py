@@ -1,0 +1,81 @@
+"""How much of what any rule could accept was accepted: an untimed pass beside the measurements of `compare`.
+
+Only for verifiers that toss coins: the bound is over what a drafter might have drawn independently of the target's noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from redraft.core.law import Law
+from redraft.core.noise import Stream
+from redraft.core.plan import Accepted
+from redraft.core.tree import Kind, TokenTree
+from redraft.verify.bound import gauge
+from redraft.verify.verifier import Rejecting
+
+if TYPE_CHECKING:
+    from redraft.llm import LLM
+
+MOST = 200  # nodes that are looked at: the bound of many draws over a large vocabulary takes tens of milliseconds
+
+
+@dataclass(frozen=True)
+class Share:
+    """Mean acceptance over mean bound, and its standard error."""
+
+    ratio: float
+    error: float
+
+
+@dataclass
+class Gauged:
+    """A verifier, and at every `every`-th node that it visits and whose children were sampled (acceptance, bound)."""
+
+    inner: Rejecting
+    every: int = 1
+    visited: int = 0
+    found: list[tuple[float, float]] = field(default_factory=list)
+
+    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
+        accepted = self.inner.accept(trees, law)
+        for root, tree, one in zip(law.roots.tolist(), trees, accepted, strict=True):
+            for node in (-1, *one.path) if root >= 0 else ():
+                kind, drawn = Kind(tree.kinds[node + 1]), tree.drawn(node)
+                if kind is Kind.FIXED or not drawn or tree.laws is None:
+                    continue
+                self.visited += 1
+                if self.visited % self.every == 0 and len(self.found) < MOST:
+                    (p,), (q,) = law.probs([root + 1 + node]), tree.laws.probs([node + 1])
+                    self.found.append(gauge(self.inner, p, q, tree.tokens[drawn].tolist(), kind))
+        return accepted
+
+    @property
+    def share(self) -> Share | None:
+        """None where nothing was sampled."""
+        if len(self.found) < 2:
+            return None
+        own, bound = np.array(self.found).T
+        ratio = own.mean() / bound.mean()
+        return Share(ratio, float((own - ratio * bound).std(ddof=1) / bound.mean() / np.sqrt(len(own))))
+
+
+def measured(llm: LLM, visits: int, run: Callable[[], object]) -> Share | None:
+    """The share of the bound that `llm`'s verifier reaches in `run`, which generates and visits about so many nodes; None
+    where it tosses no coins."""
+    verifier: Any = llm.engine.verifier
+    if verifier.drafts is not Stream.DRAFT:
+        return None
+    gauged: Any = Gauged(verifier, every=max(1, visits // MOST))
+    llm.engine.verifier = gauged
+    try:
+        run()
+    finally:
+        llm.engine.verifier = verifier
+    share: Share | None = gauged.share
+    return share

@@ -1,0 +1,120 @@
+"""Trims the head of a draft model to the tokens that a text uses most, so that drafting costs less; the target keeps all.
+
+Raghavv Goel, Sudhanshu Agrawal, Mukul Gagrani, Junyoung Park, et al.: VocabTrim: Vocabulary Pruning for Efficient
+Speculative Decoding in LLMs, 2025, arXiv 2506.22694.
+
+1. Count the target's tokens in a text; best is what the target wrote on prompts like those to come.
+2. Keep the `keep` most frequent, ties by id, and those that no text may lack: ends of text, special tokens, newline, digits.
+3. The draft's head keeps their rows only. Its embedding stays whole.
+4. Elsewhere the draft's law is 0, so what it draws is always a kept token; the target's law is untouched.
+
+Differs: logits are spread over the whole vocabulary again before the request's processors, which know tokens by their ids;
+what is saved is the head's matrix product, not the passes over a row of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast
+
+import numpy as np
+
+from redraft import registry
+from redraft.card import Card, Guarantee
+from redraft.core.plan import Budget, StepResult
+from redraft.core.sequence import Sequence
+from redraft.core.tree import I64, TokenTree
+from redraft.draft.drafter import Drafter, OpenDrafter, Wrapper
+from redraft.errors import InvalidInput, Unsupported
+from redraft.models.tokenizer import Tokenizer
+
+ALWAYS = "\n0123456789"
+
+
+class WithHead(OpenDrafter, Protocol):
+    """An opened drafter with a model of its own."""
+
+    def trim(self, keep: I64) -> None: ...
+
+
+@dataclass(frozen=True)
+class VocabTrim:
+    """draft: the drafter whose model is trimmed, with options in parentheses; keep: tokens that stay, besides the forced
+    ones; text: a UTF-8 file, such as the target's own answers."""
+
+    draft: str = "draft-model"
+    keep: int = 2048
+    text: Path | None = None
+
+    card: ClassVar[Card] = Card(
+        "VocabTrim",
+        "Goel, Agrawal, Gagrani, Park, et al., VocabTrim: Vocabulary Pruning for Efficient Speculative Decoding in LLMs, 2025, "
+        "arXiv 2506.22694",
+        Guarantee.SAME_TEXT,
+        needs="a drafter with a second model and a text to count tokens in",
+        deviates="only the head's matrix product gets smaller; processors see logits of full width",
+    )
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise InvalidInput(f"vocabtrim:keep={self.keep}: must be 1 or more")
+        if self.text is None:
+            raise InvalidInput("vocabtrim:text=none: a file with text is needed, best written by the target")
+        self.made()
+
+    def made(self) -> Drafter:
+        (inner,) = registry.split(self.draft, "\n")  # without its parentheses
+        return cast(Drafter, registry.create("draft", inner))
+
+    def open(self, runner: Any, sampler: Any) -> Trimmed:
+        opened = self.made().open(runner, sampler)
+        if not hasattr(opened, "trim"):
+            raise Unsupported(f"vocabtrim:draft={self.draft}: this drafter has no second model whose head could be trimmed")
+        vocabulary = sampler.vocabulary
+        tokenizer = Tokenizer(runner.source)
+        always = {*vocabulary.eos, *tokenizer.hf.all_special_ids}
+        always.update(token for one in ALWAYS for token in tokenizer.encode(one, special=False))
+        keep = frequent(tokenizer.encode(self._read(), special=False), self.keep, vocabulary.size)  # 1.
+        keep = np.union1d(keep, [token for token in always if token < vocabulary.size])  # 2.
+        return Trimmed(cast(WithHead, opened), keep, vocabulary.size)
+
+    def _read(self) -> str:
+        assert self.text is not None
+        try:
+            return self.text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise InvalidInput(f"vocabtrim:text={self.text}: cannot be read ({reason})") from None
+
+
+def frequent(tokens: Seq[int], count: int, vocab: int) -> I64:
+    """i64[min(count, vocab)]: the most frequent of 0..vocab-1, ties by id."""
+    return np.argsort(-np.bincount(tokens, minlength=vocab)[:vocab], kind="stable")[:count]
+
+
+class Trimmed(Wrapper):
+    """The opened form. keep: i64[k], ascending, the tokens that are drafted; all `vocab` is no change at all."""
+
+    def __init__(self, drafter: WithHead, keep: I64, vocab: int) -> None:
+        super().__init__([drafter])
+        self.keep = keep
+        self._kept = np.isin(np.arange(vocab), keep)
+        self._seen = self._inside = 0
+        if len(keep) < vocab:
+            drafter.trim(keep)  # 3.
+
+    @property
+    def coverage(self) -> float:
+        """The share of `keep` in the tokens written so far: where it is low, the text was not like this traffic."""
+        return self._inside / self._seen if self._seen else 1.0
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        return self.parts[0].propose(seqs, budgets)  # 4.
+
+    def observe(self, result: StepResult) -> None:
+        super().observe(result)
+        tokens = [token for accepted in result.accepted for token in accepted.tokens]
+        self._seen += len(tokens)
+        self._inside += int(self._kept[tokens].sum())

@@ -1,0 +1,48 @@
+"""Tests samples drawn without replacement in draw order, each against the law that it was drawn from.
+
+Wonseok Jeon, Mukul Gagrani, Raghavv Goel, Junyoung Park, Mingu Lee, Christopher Lott: Recursive Speculative Decoding:
+Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160. Rule V5 of the drafting cards'
+verification.md; Sequoia and DySpec verify in the same way.
+
+1. Start with r = p, the target's law, and s = q, the draft law.
+2. Accept the next drawn token x with probability min(1, r(x) / s(x)).
+3. Rejected: r becomes max(r - s, 0), normalised; s loses x and is normalised: the law that the next one was drawn from.
+4. All rejected: draw from r.
+
+Exact where each child, given all that decided that it exists, is a sample of s: so children are never dropped or sorted
+because of their own probability. Differs: coins belong to the position (noise of seed and position), not to the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from redraft.card import Card, Guarantee
+from redraft.core.tree import F64, Kind
+from redraft.verify.verifier import Rejecting, Stages
+
+
+@dataclass(frozen=True)
+class Recursive(Rejecting):
+    card: ClassVar[Card] = Card(
+        "Recursive rejection sampling",
+        "Jeon, Gagrani, Goel, Park, Lee, Lott, Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without "
+        "Replacement, 2024, arXiv 2402.14160",
+        Guarantee.SAME_LAW,
+        deviates="coins are a function of seed and position",
+    )
+    undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.WITHOUT_REPLACEMENT})
+
+    def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
+        r, s = p, q.copy()  # 1.
+        for x in drawn:
+            yield float(r[x] / max(r[x], s[x])) if r[x] else 0.0  # 2.
+            r = np.maximum(r - s, 0)
+            r /= r.sum() or 1
+            s[x] = 0
+            s /= s.sum() or 1  # 3.
+        return r  # 4.

@@ -1,0 +1,177 @@
+"""Accepted tokens per step of drawn trees at an equal node budget: chain, i.i.d., RSD-C, RSD-S, DySpec, and more.
+
+Every way of drawing gets the same number of nodes, in its best of a few shapes (all are printed), verified by the rule
+made for it and by `coupled`, at temperature 1, on a pair of a target and a draft model. Prompts are the suite's, and the
+spread is a bootstrap over prompts (95 %). Orders are judged on paired differences over the same prompts: of two ways one
+is called better where the interval of their difference leaves out zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from redraft import LLM, SamplingParams
+from redraft.bench import prompts as suite
+from redraft.bench.compare import Dialogue
+from redraft.core.noise import sample_seed
+
+SHARED = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "models"
+PAIRS = {
+    "pilot": (str(SHARED / "pilot-16m"), str(SHARED / "pilot-1m")),
+    "embedded": ("embedded", "embedded-draft"),
+}
+SHAPES = {
+    6: {
+        "chain": ["draft-model:length=6"],
+        "i.i.d.": ["spectr:drafts=2,length=3", "spectr:drafts=3,length=2"],
+        "top + one": ["optimal-multi-draft:children=2,depth=2"],
+        "RSD-C": ["rsd-c:branching=2x2", "rsd-c:branching=2x1x1", "rsd-c:branching=3x1"],
+        "RSD-S": ["rsd-s:width=2,depth=3", "rsd-s:width=3,depth=2"],
+        "DySpec": ["dyspec"],
+    },
+    14: {
+        "chain": ["draft-model:length=14"],
+        "i.i.d.": ["spectr:drafts=4,length=3", "spectr:drafts=7,length=2", "spectr:drafts=2,length=7"],
+        "top + one": ["optimal-multi-draft:children=2,depth=3", "optimal-multi-draft:children=3,depth=2"],
+        "RSD-C": ["rsd-c:branching=2x2x2", "rsd-c:branching=3x2x1", "rsd-c:branching=4x1x1"],
+        "RSD-S": ["rsd-s:width=4,depth=3", "rsd-s:width=7,depth=2", "rsd-s:width=3,depth=4"],
+        "DySpec": ["dyspec"],
+    },
+}
+RULES = {
+    "chain": ["rejection"],
+    "i.i.d.": ["multi-candidate", "k-seq"],
+    "top + one": ["greedy-multi-draft"],
+    "RSD-C": ["recursive"],
+    "RSD-S": ["recursive"],
+    "DySpec": ["recursive"],
+}
+ORDER = ["chain", "i.i.d.", "RSD-C", "RSD-S"]  # of the RSD paper; DySpec's claims to beat all fixed trees
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way, shape and rule: accepted tokens and steps of each prompt."""
+
+    way: str
+    shape: str
+    rule: str
+    accepted: np.ndarray
+    steps: np.ndarray
+    drafted: float
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return float(self.accepted.sum() / self.steps.sum())
+
+
+def measure(llm: LLM, way: str, shape: str, rule: str, budget: int, asked: Seq[list[int]], params: Seq[SamplingParams]) -> Cell:
+    twin = llm.sibling(draft=shape, verify=rule, draft_rows=budget, draft_total=budget * len(asked))
+    start = time.perf_counter()
+    outputs = twin.generate([{"prompt_token_ids": ids} for ids in asked], params)
+    stats = [output.outputs[0].stats for output in outputs]
+    faults = {one.fault for one in stats if one.fault}
+    if faults:
+        raise SystemExit(f"{shape} under {rule}: {faults}")
+    accepted, steps = (np.array([getattr(one, name) for one in stats], float) for name in ("accepted", "steps"))
+    drafted = sum(one.drafted for one in stats) / steps.sum()
+    return Cell(way, shape, rule, accepted, steps, drafted, time.perf_counter() - start)
+
+
+def resampled(cells: Seq[Cell], rng: np.random.Generator, draws: int = 2000) -> list[np.ndarray]:
+    """Accepted per step of each cell over the same resampled prompts."""
+    n = len(cells[0].steps)
+    chosen = rng.integers(0, n, (draws, n))
+    return [cell.accepted[chosen].sum(1) / cell.steps[chosen].sum(1) for cell in cells]
+
+
+def interval(values: np.ndarray) -> str:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return f"{low:.3f} to {high:.3f}"
+
+
+def judge(better: Cell, worse: Cell, rng: np.random.Generator) -> str:
+    one, other = resampled([better, worse], rng)
+    low, high = np.percentile(one - other, [2.5, 97.5])
+    word = "confirmed" if low > 0 else "refuted" if high < 0 else "undecided"
+    gain = better.mean - worse.mean
+    return f"{better.way} ({better.rule}) above {worse.way} ({worse.rule}): {word}, {gain:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="prove acceptance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, action="append", help="all unless given")
+    parser.add_argument("--budget", type=int, choices=SHAPES, action="append", help="nodes a step; all unless given")
+    parser.add_argument("--limit", type=int, default=None, help="at most so many prompts, evenly from all categories")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for name in options.pair or PAIRS:
+        target, draft = PAIRS[name]
+        if name != "embedded" and not Path(target).exists():
+            console.print(f"{name}: {target} is not here, left out")
+            continue
+        llm = LLM(target, draft_model=draft, dtype=options.dtype, draft="none", max_seqs=64, token_budget=4096)
+        prompts = suite.load(None, None, options.limit)
+        ids = [Dialogue(one, llm.tokenizer).ids() for one in prompts]
+        room = min(llm.max_model_len, 1024) - options.tokens
+        asked = [one for one in ids if len(one) < room]
+        params = [
+            SamplingParams(temperature=options.temperature, top_k=0, top_p=1.0, max_tokens=options.tokens, seed=sample_seed(0, i))
+            for i in range(len(asked))
+        ]
+        for budget in options.budget or SHAPES:
+            report(console, llm, name, budget, asked, params, options.temperature)
+
+
+def report(
+    console: Console, llm: LLM, name: str, budget: int, asked: Seq[list[int]], params: Seq[SamplingParams], temperature: float
+) -> None:
+    rng = np.random.default_rng(0)
+    jobs = [(way, shape, rule) for way, shapes in SHAPES[budget].items() for shape in shapes for rule in [*RULES[way], "coupled"]]
+    cells = []
+    for i, (way, shape, rule) in enumerate(jobs):
+        print(f"\r{name} {budget} nodes: {i + 1}/{len(jobs)} {shape} {rule}\033[K", end="", file=sys.stderr, flush=True)
+        cells.append(measure(llm, way, shape, rule, budget, asked, params))
+    print("\r\033[K", end="", file=sys.stderr)
+    table = Table(title=f"{name}: accepted tokens per step, {budget} nodes, temperature {temperature:g}, {len(asked)} prompts", box=None)
+    for heading in ("way", "shape", "rule", "accepted/step", "95 %", "nodes/step", "steps", "s"):
+        table.add_column(heading, justify="left" if heading in ("way", "shape", "rule") else "right")
+    best: dict[tuple[str, bool], Cell] = {}
+    for cell in cells:
+        key = cell.way, cell.rule == "coupled"
+        if key not in best or cell.mean > best[key].mean:
+            best[key] = cell
+        (spread,) = resampled([cell], rng)
+        table.add_row(
+            cell.way, cell.shape, cell.rule, f"{cell.mean:.3f}", interval(spread), f"{cell.drafted:.1f}", f"{cell.steps.sum():.0f}",
+            f"{cell.seconds:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print("of the best shapes, by the rules that toss coins:")
+    for worse, better in pairwise(ORDER):
+        console.print(" ", judge(best[better, False], best[worse, False], rng))
+    for way in ORDER:
+        console.print(" ", judge(best["DySpec", False], best[way, False], rng))
+    console.print(" ", judge(best["top + one", False], best["RSD-C", False], rng))
+    console.print("of the best shapes, the rule against coupled:")
+    for way in SHAPES[budget]:
+        console.print(" ", judge(best[way, False], best[way, True], rng))
+    console.print()
+
+
+if __name__ == "__main__":
+    main()
