@@ -9,7 +9,7 @@ while the target reads the prompt; behind it the tree is the tail, and what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -32,24 +32,33 @@ if TYPE_CHECKING:
     from redraft.models.runner import Runner
 
 CHUNK = 512  # rows of text that a step reads at most
+LIKELIEST = 128  # tokens that are looked at behind a node at temperature 0, and the most children that it can get there
+
+
+Noise = Callable[[int, I64], F64]
 
 
 class NextLaw:
     """The draft's law of the token behind one node. ids: i64[M], ascending, the tokens that have mass; logq: f64[M], log of
-    the law that children are drawn from; noise: the key of the node's own noise, None at temperature 0."""
+    the law that children are drawn from; noise: the key of the node's own noise, None at temperature 0; total: log of the
+    sum of exp(values) over all tokens where these are some of them."""
 
-    def __init__(self, ids: I64, values: F64, noise: int | None, *, target: bool) -> None:
+    def __init__(
+        self, ids: I64, values: F64, noise: int | None, *, target: bool, total: float | None = None, noise_of: Noise = gumbel
+    ) -> None:
         if len(alive := np.flatnonzero(values > -np.inf)) < len(ids):
             ids, values = ids[alive], values[alive]
-        self.ids, self._noise, self._target = ids, noise, target
+        self.ids, self._noise, self._target, self._gumbel = ids, noise, target, noise_of
         self._order: list[int] = []
-        best = values.max(initial=-np.inf)
-        self.logq: F64 = values - (best + np.log(np.exp(values - best).sum())) if len(ids) else values
+        if total is None and len(ids):
+            best = values.max()
+            total = best + np.log(np.exp(values - best).sum())
+        self.logq: F64 = values if total is None else values - total
 
     @cached_property
     def keys(self) -> F64:
         """f64[M]: log q plus Gumbel noise, by which children are drawn; log q itself at temperature 0."""
-        return self.logq if self._noise is None else self.logq + gumbel(self._noise, self.ids)
+        return self.logq if self._noise is None else self.logq + self._gumbel(self._noise, self.ids)
 
     def best(self, k: int) -> list[int]:
         """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer where
@@ -90,6 +99,7 @@ class Sketch:
         self.scores: list[float] = []
         self.laws: list[NextLaw] = []  # of node i at place i + 1
         self._children: dict[tuple[int, int], int] = {}
+        self._noise: dict[int, F64] = {}
         self._ends = frozenset() if seq.params.ignore_eos else sampler.vocabulary.eos
 
     # ---- for methods
@@ -128,8 +138,16 @@ class Sketch:
 
     # ---- for the grower
 
-    def learn(self, node: int, values: F64) -> None:
-        """The second model's logits behind `node`."""
+    def _gumbel(self, noise: int, ids: I64) -> F64:
+        """Nodes of one depth share the target's noise: over the whole vocabulary it is made once for all of them."""
+        if len(ids) < self.sampler.vocabulary.size:
+            return gumbel(noise, ids)
+        if noise not in self._noise:
+            self._noise[noise] = gumbel(noise, ids)
+        return self._noise[noise]
+
+    def learn(self, node: int, values: F64, total: float | None = None) -> None:
+        """The second model's logits behind `node`; total: see NextLaw."""
         path: list[int] = []
         at = node
         while at >= 0:
@@ -145,7 +163,7 @@ class Sketch:
                 # Nodes of one depth must not share noise where coins are tossed: how many children one gets may depend on
                 # what another drew, which would tell of its own next draw.
                 noise = mix(noise, *path)
-        self.laws.append(NextLaw(row.ids, row.values, noise, target=target))
+        self.laws.append(NextLaw(row.ids, row.values, noise, target=target, total=total, noise_of=self._gumbel))
 
     def tree(self) -> TokenTree:
         n = len(self.tokens)
@@ -300,7 +318,7 @@ class Grower(Stateless):
             if one is not None:
                 i, state = one
                 assert state.sketch is not None and logits is not None
-                state.sketch.learn(-1, logits[at])
+                state.sketch.learn(-1, *logits[at])
                 growing.append((i, state, self.method.grow(state.sketch)))
             at += work.done
         self._grow(growing)
@@ -328,7 +346,7 @@ class Grower(Stateless):
             for state, tree in zip(states, trees, strict=True):
                 assert state.sketch is not None
                 for node in range(state.packed, len(tree)):
-                    state.sketch.learn(node, logits[at])
+                    state.sketch.learn(node, *logits[at])
                     at += 1
                 state.packed = len(tree)
 
@@ -352,8 +370,9 @@ class Grower(Stateless):
 
     # ---- the second model
 
-    def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[F64] | None:
-        """Runs rows into the tails; the logits behind each text's last token and each new node, in float64."""
+    def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
+        """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where
+        they are not looked at, and the log of the sum of all their exponentials where that is not the sum of these."""
         pages = self.table.reserve(works, trees)
         self.store.zero(pages.fresh)
         out = self.runner.forward(Batch.pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
@@ -362,13 +381,18 @@ class Grower(Stateless):
         assert out.logits is not None
         vocab = self.sampler.vocabulary.size  # checkpoints of one vocabulary are padded to different sizes
         logits, most = out.logits[:, :vocab], self.method.candidates
+        totals: list[float | None] = [None] * len(logits)
         places: I64 = np.arange(logits.shape[1])[None]
+        if greedy := not most and all(work.seq.params.greedy for work in works):
+            most = LIKELIEST
         if 0 < most < logits.shape[1]:
+            if greedy:  # nothing is drawn, and a probability is how sure the model is
+                totals = logits.double().logsumexp(-1).tolist()
             logits, likeliest = logits.topk(most, sorted=False)
             places = likeliest.cpu().numpy()
         rows = np.full((len(logits), vocab), -np.inf)
         np.put_along_axis(rows, places if self.kept is None else self.kept[places], logits.double().cpu().numpy(), 1)
-        return list(rows)
+        return list(zip(rows, totals, strict=True))
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
         if works:

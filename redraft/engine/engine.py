@@ -83,7 +83,8 @@ class Engine:
         decode_all: Decode | None = None,
         draft: str | None = None,
     ) -> None:
-        """`draft`: what the drafter is called in the statistics. `decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text."""
+        """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
+        what the drafter is called in the statistics."""
         if unfit := drafter.kinds - verifier.undoes:
             names = ", ".join(sorted(kind.name for kind in unfit))
             raise Unsupported(f"verifier {type(verifier).__name__} cannot undo children made {names}, as this drafter makes them")

@@ -216,7 +216,7 @@ def test_children_are_drawn_from_the_likeliest_candidates(candidates: int) -> No
     class Watched(Grower):
         def _forward(self, *args: Any, **options: Any) -> Any:
             few = super()._forward(*args, **options)
-            for row in few or []:
+            for row, _ in few or []:
                 counts.add(int((row > -np.inf).sum()))
             return few
 
