@@ -63,6 +63,13 @@ def test_every_drafter_gives_the_plain_text(llm: LLM) -> None:
         assert texts(llm, prompt) == [text]
 
 
+@pytest.mark.parametrize("prediction", ["a b a b", (1, 2, 3), (), ""])
+def test_a_prediction_is_a_hint_and_changes_no_text(llm: LLM, prediction: Any) -> None:
+    plain = texts(llm)
+    for draft in (name for name in registry.METHODS["draft"] if complete("draft", name)):
+        assert texts(llm.sibling(draft=draft), params=SAMPLED.but(prediction=prediction)) == plain
+
+
 def test_a_stream_joins_to_what_generate_gives(llm: LLM) -> None:
     whole = llm.generate(PROMPTS, SAMPLED.but(n=2))
     joined: dict[tuple[int, int], tuple[str, list[int], str | None]] = {}
@@ -169,7 +176,7 @@ def test_bad_sampling_params(fields: dict[str, Any], message: str) -> None:
     assert one_line(refused.value)
 
 
-@pytest.mark.parametrize("fields", [{"logit_bias": {999: 1.0}}, {"stop_token_ids": (999,)}])
+@pytest.mark.parametrize("fields", [{"logit_bias": {999: 1.0}}, {"stop_token_ids": (999,)}, {"prediction": (3, 999)}])
 def test_params_that_do_not_fit_the_vocabulary(llm: LLM, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="999") as refused:
         llm.generate(PROMPTS[0], GREEDY.but(**fields))

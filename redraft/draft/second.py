@@ -208,6 +208,14 @@ class Twin:
     packed: int = 0
 
 
+def shadow(seq: Sequence, tokens: Seq[int]) -> Sequence:
+    """A sequence for the second model's table, which nobody asks for log-probabilities of its prompt."""
+    request, params = seq.request, seq.params
+    if params.prompt_logprobs is not None:
+        request = replace(request, params=params.but(prompt_logprobs=None))
+    return Sequence(seq.id, request, seq.index, list(tokens), seq.prompt_len, seq.seed, border=0)
+
+
 @dataclass(frozen=True)
 class SecondModel:
     """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target.
@@ -262,14 +270,14 @@ class Grower(Stateless):
     # ---- one text
 
     def begin(self, seq: Sequence) -> Twin:
-        twin = Sequence(seq.id, seq.request, seq.index, list(seq.tokens), seq.prompt_len, seq.seed, border=0)
+        twin = shadow(seq, seq.tokens)
         self.table.open(twin)
         self.table.attach(twin, self.table.match(twin.tokens, seq.request.salt))
         return Twin(twin)
 
     def fork(self, state: Twin, seq: Sequence) -> Twin:
         self._forget(state)
-        twin = Sequence(seq.id, seq.request, seq.index, list(state.seq.tokens), seq.prompt_len, seq.seed, border=0)
+        twin = shadow(seq, state.seq.tokens)
         if self.table.available() < 1:  # the partial page is copied; without one the text is read again
             return self.begin(seq)
         self.store.move([self.table.fork(state.seq, twin)])

@@ -137,6 +137,15 @@ def test_n_texts_and_aborts_leak_nothing(name: str, pool: int) -> None:
     assert drafter.table.used() == made.table.used() == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_whoever_asks_for_prompt_logprobs_gets_the_same_drafts(name: str) -> None:
+    asked, plainly = engine(name), engine(name)
+    seen = drive(asked, requests("sampled", prompt_logprobs=1), (0, 0, 0, 0))
+    check_texts(seen.texts, "sampled")
+    other = drive(plainly, requests("sampled"), (0, 0, 0, 0))
+    assert (seen.accepted, seen.rejected) == (other.accepted, other.rejected)
+
+
 def test_forks_draft_what_they_would_alone() -> None:
     alone, forked = engine(CHAIN), engine(CHAIN)
     (one,) = requests("sampled", 1, n=2)
