@@ -77,15 +77,15 @@ class Cell:
 
 
 def measure(llm: LLM, way: str, shape: str, rule: str, budget: int, asked: Seq[list[int]], params: Seq[SamplingParams]) -> Cell:
-    twin = llm.sibling(draft=shape, verify=rule, draft_rows=budget, draft_total=budget * len(asked))
+    twin = llm.sibling(draft=shape, verify=rule, draft_rows=budget, draft_total=budget * 64)
     start = time.perf_counter()
     outputs = twin.generate([{"prompt_token_ids": ids} for ids in asked], params)
-    stats = [output.outputs[0].stats for output in outputs]
-    faults = {one.fault for one in stats if one.fault}
+    stats = [[one.stats for one in output.outputs] for output in outputs]
+    faults = {one.fault for many in stats for one in many if one.fault}
     if faults:
         raise SystemExit(f"{shape} under {rule}: {faults}")
-    accepted, steps = (np.array([getattr(one, name) for one in stats], float) for name in ("accepted", "steps"))
-    drafted = sum(one.drafted for one in stats) / steps.sum()
+    accepted, steps = (np.array([sum(getattr(one, name) for one in many) for many in stats], float) for name in ("accepted", "steps"))
+    drafted = sum(one.drafted for many in stats for one in many) / steps.sum()
     return Cell(way, shape, rule, accepted, steps, drafted, time.perf_counter() - start)
 
 
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, choices=SHAPES, action="append", help="nodes a step; all unless given")
     parser.add_argument("--limit", type=int, default=None, help="at most so many prompts, evenly from all categories")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--seeds", type=int, default=1, help="texts of each prompt")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -129,10 +130,8 @@ def main() -> None:
         ids = [Dialogue(one, llm.tokenizer).ids() for one in prompts]
         room = min(llm.max_model_len, 1024) - options.tokens
         asked = [one for one in ids if len(one) < room]
-        params = [
-            SamplingParams(temperature=options.temperature, top_k=0, top_p=1.0, max_tokens=options.tokens, seed=sample_seed(0, i))
-            for i in range(len(asked))
-        ]
+        common = SamplingParams(temperature=options.temperature, top_k=0, top_p=1.0, max_tokens=options.tokens, n=options.seeds)
+        params = [common.but(seed=sample_seed(0, i)) for i in range(len(asked))]
         for budget in options.budget or SHAPES:
             report(console, llm, name, budget, asked, params, options.temperature)
 
