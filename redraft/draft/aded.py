@@ -16,7 +16,7 @@ Xukun Liu, Bowen Lei, Ruqi Zhang, Dongkuan Xu: Adaptive Draft-Verification for E
 A proposal takes 0.2 to 0.9 ms of one core on texts of pilot-16m, 1.1 ms where every pair has 12 successors; a pair about 0.4
 KB of memory, 1.5 KB with 12 successors.
 Differs: step 6 counts nodes of the merged tree; the release drops long paths until the sum of their lengths is 64, which under
-a budget of 16 leaves a shallow tree (scripts/prove aded, greedy, filled table: 2.05 tokens a forward against 2.44). A full pair
+a budget of 16 leaves a shallow tree (scripts/prove aded, greedy, filled table: 2.25 tokens a forward against 3.01). A full pair
 gives up its lightest successor for a new one, a full table the pair that it learned of longest ago; rollouts draw from the noise
 of (seed, position); where nothing is found nothing is drafted, not a dummy token; increment=0 creates no successors of weight 0.
 """
