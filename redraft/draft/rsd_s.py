@@ -56,7 +56,8 @@ class RSDS(SecondModel):
             for node, phi, psi in beam:
                 if tree.open(node):
                     law = tree.law(node)
-                    places = law.best(self.width)  # a child beyond its parent's `width` best cannot be kept
+                    if not (places := law.best(self.width)):  # a child beyond its parent's `width` best cannot be kept
+                        continue
                     own = phi + law.logq[places]
                     perturbed = own if tree.greedy else condition(phi + law.keys[places], psi)  # 2.
                     found += zip(perturbed.tolist(), own.tolist(), [node] * len(places), places, strict=True)

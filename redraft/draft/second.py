@@ -9,6 +9,7 @@ while the target reads the prompt; behind it the tree is the tail, and what the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from copy import copy
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from redraft.models.runner import Runner
 
 CHUNK = 512  # rows of text that a step reads at most
+UNDERFLOW = 600.0  # nats below the likeliest token at which a token cannot be drawn where coins weigh it: q must be a number
 LIKELIEST = 128  # tokens that are looked at behind a node at temperature 0, and the most children that it can get there
 
 
@@ -46,7 +48,8 @@ class NextLaw:
     def __init__(
         self, ids: I64, values: F64, noise: int | None, *, target: bool, total: float | None = None, noise_of: Noise = gumbel
     ) -> None:
-        if len(alive := np.flatnonzero(values > -np.inf)) < len(ids):
+        least = -np.inf if noise is None or target else values.max(initial=-np.inf) - UNDERFLOW
+        if len(alive := np.flatnonzero(values > least)) < len(ids):
             ids, values = ids[alive], values[alive]
         self.ids, self._noise, self._target, self._gumbel = ids, noise, target, noise_of
         self._order: list[int] = []
@@ -208,12 +211,16 @@ class Twin:
     packed: int = 0
 
 
+_numbers = itertools.count()
+
+
 def shadow(seq: Sequence, tokens: Seq[int]) -> Sequence:
-    """A sequence for the second model's table, which nobody asks for log-probabilities of its prompt."""
+    """A sequence for the second model's table, which nobody asks for log-probabilities of its prompt. It has a number of
+    its own, because several drafters may share the model."""
     request, params = seq.request, seq.params
     if params.prompt_logprobs is not None:
         request = replace(request, params=params.but(prompt_logprobs=None))
-    return Sequence(seq.id, request, seq.index, list(tokens), seq.prompt_len, seq.seed, border=0)
+    return Sequence(next(_numbers), request, seq.index, list(tokens), seq.prompt_len, seq.seed, border=0)
 
 
 @dataclass(frozen=True)
@@ -270,9 +277,14 @@ class Grower(Stateless):
     # ---- one text
 
     def begin(self, seq: Sequence) -> Twin:
-        twin = shadow(seq, seq.tokens)
+        twin = shadow(seq, seq.tokens if self._knows(seq.tokens) else [])
         self.table.open(twin)
-        self.table.attach(twin, self.table.match(twin.tokens, seq.request.salt))
+        try:
+            if twin.tokens:
+                self.table.attach(twin, self.table.match(twin.tokens, seq.request.salt))
+        except BaseException:
+            self.table.free(twin)
+            raise
         return Twin(twin)
 
     def fork(self, state: Twin, seq: Sequence) -> Twin:
@@ -280,7 +292,12 @@ class Grower(Stateless):
         twin = shadow(seq, state.seq.tokens)
         if self.table.available() < 1:  # the partial page is copied; without one the text is read again
             return self.begin(seq)
-        self.store.move([self.table.fork(state.seq, twin)])
+        moves = self.table.fork(state.seq, twin)
+        try:
+            self.store.move([moves])
+        except BaseException:
+            self.table.free(twin)
+            raise
         return Twin(twin)
 
     def end(self, state: Twin) -> None:
@@ -300,7 +317,9 @@ class Grower(Stateless):
             state: Twin = seq.state[self]
             self._forget(state)
             twin = state.seq
-            twin.tokens += seq.tokens[len(twin.tokens) :]
+            if not self._knows(new := seq.tokens[len(twin.tokens) :]):
+                continue
+            twin.tokens += new
             depth = min(budget.depth, self.runner.spec.context - len(twin.tokens))
             rows = min(twin.pending, left)
             whole = rows == twin.pending and min(budget.rows, depth) > 0
@@ -318,17 +337,18 @@ class Grower(Stateless):
             drafting.append((i, state) if whole else None)
         if not works:
             return trees
+        drawing = [work.done for work in works]  # as long as nothing is committed
         logits = self._forward(works, [EMPTY] * len(works), wanted=any(drafting))
         read = [work for work, one in zip(works, drafting, strict=True) if one is None]
         self._commit(read, [Accepted()] * len(read))
         at = 0
-        for work, one in zip(works, drafting, strict=True):
+        for done, one in zip(drawing, drafting, strict=True):
             if one is not None:
                 i, state = one
                 assert state.sketch is not None and logits is not None
                 state.sketch.learn(-1, *logits[at])
                 growing.append((i, state, self.method.grow(state.sketch)))
-            at += work.done
+            at += done
         self._grow(growing)
         for i, state, _ in growing:
             assert state.sketch is not None
@@ -377,6 +397,10 @@ class Grower(Stateless):
         self._commit(works, kept)
 
     # ---- the second model
+
+    def _knows(self, tokens: Seq[int]) -> bool:
+        """Whether it has embeddings for them: checkpoints of one vocabulary are padded to different sizes."""
+        return max(tokens, default=0) < self.runner.spec.vocab
 
     def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
         """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where

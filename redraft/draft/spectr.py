@@ -51,6 +51,6 @@ class SpecTr(SecondModel):
                 yield
             for node in dict.fromkeys(at):  # 2.
                 members = [d for d, own in enumerate(at) if own == node]
-                if tree.open(node):
+                if tree.open(node) and len(tree.law(node).ids):
                     for d, place in zip(members, tree.law(node).samples(members), strict=True):  # 1.
                         at[d] = tree.add(node, place)

@@ -45,5 +45,8 @@ class GreedyMultiDraft(Rejecting):
         qt /= qt.sum() or 1  # 1.
         for _ in tops:
             yield 0.0  # 2.
+        if not qt[x]:  # no sample of qt, as the law tells it: untested, nothing is taken from p
+            yield 0.0
+            return p
         yield float(p[x] / max(p[x], qt[x])) if p[x] else 0.0  # 3.
         return np.maximum(p - qt, 0)  # 4. qt is 0 on the tops

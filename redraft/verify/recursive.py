@@ -40,6 +40,9 @@ class Recursive(Rejecting):
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         r, s = p, q.copy()  # 1.
         for x in drawn:
+            if not s[x]:  # no sample of s, as the law tells it: untested, it stays in r
+                yield 0.0
+                continue
             yield float(r[x] / max(r[x], s[x])) if r[x] else 0.0  # 2.
             r = np.maximum(r - s, 0)
             r /= r.sum() or 1

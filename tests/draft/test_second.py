@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from redraft.draft.second import Grower, NextLaw, SecondModel, Sketch
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
+from redraft.ops.backend import Linear
 from redraft.sample.sampler import Sampler
 from tests.contracts import plain
 from tests.contracts.identity import SAMPLING, complete, drive, engine, expected, prompts, second
@@ -210,7 +212,87 @@ def finish(made: Engine, sampling: str) -> int:
     return raised
 
 
+@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+def test_who_drafts_is_not_confused_with_who_only_reads(sampling: str) -> None:
+    """Two texts, room for one node a step: the one without a budget runs its row too, and gives no law."""
+    made = engine(partial(second, method(CHAIN), off=0.0))
+    made.scheduler = replace(made.scheduler, draft_total=1)  # type: ignore[type-var]
+    seen = drive(made, requests(sampling, 2), (0, 0))
+    check_texts(seen.texts, sampling)
+    assert seen.accepted > 10 and not seen.rejected, "the draft model is the target"
+
+
+def test_tokens_that_it_has_no_embedding_for_end_its_drafts() -> None:
+    def opener(runner: Runner, sampler: Sampler) -> Grower:
+        made = second(method(CHAIN), runner, sampler)
+        weights = made.runner.weights
+        small = replace(weights, embed=weights.embed[:15], head=Linear(weights.head.weight[:15]))
+        return Grower(made.method, Runner(replace(made.runner.spec, vocab=15), small, made.runner.backend, 40), sampler)
+
+    made = engine(opener)
+    tokens = [token for token in prompts()[0] if token < 15]
+    params = SAMPLING["sampled"].but(seed=1, logit_bias=dict.fromkeys(range(15, plain.VOCAB), -100.0))
+    made.add(Request("known", tokens, params))
+    made.add(Request("unknown", [*tokens, 20], params))
+    stats = {}
+    while made.has_work:
+        for event in made.step():
+            stats[event.request.id] = event.stats
+    assert stats["known"].drafted and not stats["unknown"].drafted
+    assert not any(one.fault for one in stats.values())
+
+
+def test_two_drafters_may_share_the_model() -> None:
+    made = engine(CHAIN)
+    one = made.drafter.drafter
+    assert isinstance(one, Grower)
+    other = Grower(one.method, one.runner, one.sampler)
+    seq = Sequence(1, requests("greedy", 1)[0], 0, [1, 2, 3], 3, 1, 99)
+    states = [one.begin(seq), other.begin(seq), other.fork(one.begin(seq), seq)]
+    assert len({state.seq.id for state in states}) == 3
+    for state in states:
+        one.end(state)
+
+
+@pytest.mark.parametrize("place", ["move", "attach"])
+def test_a_twin_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(CHAIN)
+    drafter = made.drafter.drafter
+    assert isinstance(drafter, Grower)
+
+    def fails(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drafter.store if place == "move" else drafter.table, place, fails)
+    seq = Sequence(1, requests("greedy", 1)[0], 0, [1, 2, 3], 3, 1, 99)
+    if place == "move":
+        state = drafter.begin(seq)
+        with pytest.raises(KeyboardInterrupt):
+            drafter.fork(state, seq)
+        drafter.end(state)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            drafter.begin(seq)
+    assert not drafter.table._held
+
+
 # ---- laws and sketches
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_where_no_token_has_mass_nothing_is_drafted(name: str, temperature: float) -> None:
+    made = sketch(values=np.full(plain.VOCAB, -np.inf), temperature=temperature)
+    for _ in method(name).grow(made):
+        assert not made.tokens
+    assert not made.tokens
+
+
+def test_where_coins_weigh_it_no_child_has_a_probability_of_zero() -> None:
+    values = np.array([0.0, -500.0, -800.0, -1e5])
+    coins = NextLaw(np.arange(4), values, 3, target=False)
+    assert coins.ids.tolist() == [0, 1] and (np.exp(coins.logq) > 0).all()
+    assert len(NextLaw(np.arange(4), values, 3, target=True).best(4)) == 4, "the target's own noise weighs nothing"
 
 
 def law(seed: int = 1, target: bool = False, noise: int | None = 7) -> NextLaw:
@@ -270,13 +352,13 @@ def test_samples_follow_the_law_and_number_0_the_targets_noise() -> None:
     assert law(noise=None).samples([0, 1, 2]) == law(noise=None).best(1) * 3
 
 
-def sketch(**changes: Any) -> Sketch:
+def sketch(values: np.ndarray | None = None, **changes: Any) -> Sketch:
     sampler = Sampler(plain.VOCAB, frozenset({3}))
     request = Request("r", [1, 2], SamplingParams(seed=1, **changes))
     seq = Sequence(0, request, 0, [1, 2], 2, 1, 99)
     seq.state[sampler] = sampler.begin(seq)
     made = Sketch(seq, Budget(4, 2), method(CHAIN).kind, sampler)
-    made.learn(-1, np.zeros(plain.VOCAB))
+    made.learn(-1, np.zeros(plain.VOCAB) if values is None else values)
     return made
 
 
