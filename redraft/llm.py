@@ -19,7 +19,7 @@ from redraft.core.sequence import Request
 from redraft.draft.drafter import Drafter
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
-from redraft.errors import InvalidInput, RedraftError
+from redraft.errors import InvalidInput, RedraftError, Unsupported
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Message, Tokenizer
@@ -96,6 +96,8 @@ class Setup:
         if config.model.backend not in registry.BACKENDS:
             raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
         path = loader.resolve(config.model.model)
+        if config.draft_model is not None:
+            loader.resolve(config.draft_model)  # whether it is used or not
         checkpoint = loader.inspect(path, "float64" if config.model.backend == "reference" else config.model.dtype, device)
         backend = registry.load(registry.BACKENDS[config.model.backend])(checkpoint.dtype, device)
         max_model_len = config.model.max_model_len or checkpoint.context
@@ -173,10 +175,18 @@ class LLM:
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
         sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings, verifier.drafts)
+        opened = drafter.open(self.runner, sampler)
+        if unfit := opened.kinds - verifier.undoes:
+            names = ", ".join(sorted(kind.name.lower().replace("_", " ") for kind in unfit))
+            fit = [name for name in registry.METHODS["verify"] if opened.kinds <= cast(Any, registry.method("verify", name)).undoes]
+            raise Unsupported(
+                f"verify = {self.config.verify!r} cannot undo children made {names}, as draft = {self.config.draft!r} makes them;"
+                f" these can: {', '.join(fit)}"
+            )
         return Engine(
             self.runner,
             scheduler,
-            drafter.open(self.runner, sampler),
+            opened,
             verifier,
             sampler,
             max_model_len=self.max_model_len,

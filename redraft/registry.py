@@ -74,6 +74,12 @@ def method(seam: str, name: str) -> type:
     return typing.cast(type, load(METHODS[seam][name]))
 
 
+def name_of(cls: type) -> str:
+    """What a method is called on the command line; the class's own name where it is not registered."""
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for methods in METHODS.values() for name, one in methods.items() if one == target), cls.__name__)
+
+
 def options(cls: type) -> dict[str, dataclasses.Field[Any]]:
     """The hyper-parameters of a method: the fields of its frozen dataclass."""
     return {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -94,13 +100,23 @@ def split(text: str, separator: str) -> list[str]:
         if letter == separator and not depth:
             parts.append(text[start:i].strip())
             start = i + 1
-    return [part[1:-1] if part[0] == "(" and part[-1] == ")" else part for part in parts if part]
+    return [_bare(part) for part in parts if part]
+
+
+def _bare(text: str) -> str:
+    """Without the parentheses around the whole of it."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[1:-1] if letter == ")" and i == len(text) - 1 else text
+    return text
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
     """ "name:option=value,option=value" -> (name, {option: value}), values still text. A value that holds commas, such
     as another method with options, stands in parentheses."""
-    name, _, rest = text.partition(":")
+    name, _, rest = _bare(text.strip()).partition(":")
     given: dict[str, str] = {}
     for item in split(rest, ","):
         option, equals, value = item.partition("=")
@@ -135,4 +151,4 @@ def _convert(name: str, option: str, value: str, hint: Any) -> Any:
             return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[value.lower()]
         return kind(value)
     except (KeyError, ValueError):
-        raise InvalidInput(f"{name}:{option}={value}: not a {kind.__name__}") from None
+        raise InvalidInput(f"{name}:{option}={value}: not {'an' if kind is int else 'a'} {kind.__name__}") from None

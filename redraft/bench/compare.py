@@ -65,6 +65,8 @@ class Options:
             if self.drafts.count(draft) > 1:
                 raise InvalidInput(f"draft = {draft!r} is given more than once")
             registry.create("draft", draft)
+        if BASELINE in self.drafts:
+            raise InvalidInput(f"draft = {BASELINE!r} is the plain loop, which every method is measured against anyway")
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ def gauge_all(entries: Seq[Entry], groups: Seq[Group], runs: Seq[Seq[Seq[Run]]])
     """Entry -> acceptance over its bound, by one more pass over all groups."""
     found = {}
     for e, entry in enumerate(entries):
+        if entry.mode is Mode.BASELINE or groups[0].params[0].greedy:
+            continue
         visits = sum(run.steps + run.accepted for run in runs[e][0])
         share = measured(entry.llm, visits, partial(run_all, entry, groups))
         if share is not None:

@@ -154,7 +154,7 @@ def show(console: Console, comparison: Comparison, options: Options, rows: list[
         f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, PyTorch {machine['torch']}"
     )
     told = Table.grid(padding=(0, 1, 0, 0))
-    for note in notes(comparison, rows):
+    for note in notes(comparison, options, rows):
         told.add_row("-", note)
     console.print(Group(Text(head, style="bold"), Text(), _table(rows, 2 if console.width >= 120 else 1), Text(), told))
 
@@ -215,7 +215,7 @@ def _bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
-def notes(comparison: Comparison, rows: list[Row]) -> list[str]:
+def notes(comparison: Comparison, options: Options, rows: list[Row]) -> list[str]:
     """What a reader has to know beside the figures, a line each."""
     llm = comparison.entries[0].llm
     overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
@@ -226,12 +226,15 @@ def notes(comparison: Comparison, rows: list[Row]) -> list[str]:
         if row.first_divergence is not None and (row.withheld is not None or promised(row)):
             lines.append(f"{row.method} {row.mode}: {_tell(row, row.first_divergence)}")
         if row.withheld is not None:
-            lines.append(f"{row.method} {row.mode}: no speed-up, {row.withheld} although it promises {row.guarantee}")
+            promise = "" if row.fault else f" although it promises {row.guarantee}"
+            lines.append(f"{row.method} {row.mode}: no speed-up, {row.withheld}{promise}")
         if row.acceptance_over_bound is not None:
             share = row.acceptance_over_bound
             lines.append(f"{row.method} {row.mode}: accepts {share.ratio:.1%} (+- {share.error:.1%}) of what the best possible rule would")
         if row.fault is not None:
-            lines.append(f"{row.method} {row.mode}: some texts went on without drafts: {row.fault}")
+            lines.append(f"{row.method} {row.mode}: {row.fault}")
+    if options.bound and not comparison.bounds:
+        lines.append("bound: only for drawn children that coins decide on, that is with --verify recursive or the like, and not greedy")
     if free := sorted({row.guarantee for row in overall if not promised(row)}):
         lines.append(f"{', '.join(free)}: the guarantee is not one of equal texts, so other texts are no fault")
     if any(row.near_ties for row in overall):

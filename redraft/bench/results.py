@@ -117,6 +117,9 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
     mine = {place: one for place, one in found.items() if place[0] in wanted}
     worst_first = sorted(mine, key=lambda place: (mine[place].near_tie, place))
     withheld = "its tokens differ from the plain loop's in this run" if entry.method in lies else None
+    fault = next((run.fault for run in all_runs if run.fault), None)
+    if fault is not None and withheld is None:
+        withheld = "some texts went on without drafts"
     claims = entry.mode is not Mode.BASELINE and withheld is None
     ratios = _ratios(comparison, e, wanted) if claims else []
     steps = sum(run.steps for run in all_runs)
@@ -141,7 +144,7 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
         low_repeat_speedup=median(_ratios(comparison, e, little)) if ratios and low_outputs >= ENOUGH else None,
         withheld=withheld,
         acceptance_over_bound=comparison.bounds.get(e) if category is None else None,
-        fault=next((run.fault for run in all_runs if run.fault), None),
+        fault=fault,
     )
 
 

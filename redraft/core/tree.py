@@ -31,11 +31,15 @@ class Kind(IntEnum):
     SINGLE = 4  # one sample of the draft law: the case of one child of the three before
 
 
+class NoLaw(Exception):
+    """A law that was promised and cannot be told."""
+
+
 class Probs(Protocol):
     """Laws of the next token at some rows."""
 
     def probs(self, rows: Seq[int]) -> F64:
-        """f64[R, V], each row sums to 1."""
+        """f64[R, V], each row sums to 1. NoLaw where a drafter cannot tell what it drew from."""
         ...
 
 
@@ -119,6 +123,10 @@ class TokenTree:
             raise ValueError(f"a node that does not come behind its parent: {self.parents.tolist()}")
         if len(set(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))) < n:
             raise ValueError("two siblings with the same token")
+        if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
+            raise ValueError(f"draws are not of the {n} nodes, each at least once: {self.draws.tolist()}")
+        if self.laws is None and (self.kinds != Kind.FIXED).any():
+            raise ValueError("sampled children without the law that they were drawn from")
         if (deepest := int(self.depths().max())) > depth:
             raise ValueError(f"{deepest} levels for a budget of {depth}")
 

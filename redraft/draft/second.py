@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from redraft import registry
 from redraft.core.batch import Batch
 from redraft.core.noise import Stream, gumbel, key, mix, uniform
 from redraft.core.plan import Accepted, Budget, StepResult, Work
@@ -239,7 +240,7 @@ class SecondModel:
     def at_least(self, name: str, least: float) -> None:
         """InvalidInput where an option is smaller."""
         if getattr(self, name) < least:
-            raise InvalidInput(f"{type(self).__name__}.{name} = {getattr(self, name)}: must be {least} or more")
+            raise InvalidInput(f"{registry.name_of(type(self))}:{name}={getattr(self, name)}: must be {least} or more")
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         """Adds nodes; every yield asks for the laws behind all nodes added since."""

@@ -26,7 +26,7 @@ import numpy as np
 from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.core.noise import Stream
-from redraft.core.plan import Budget, StepResult
+from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import Drafter, DraftSampler, OpenDrafter, Wrapper
@@ -66,7 +66,7 @@ class Union:
 
 
 class Merger(Wrapper):
-    """The opened form. accepted[i]: nodes of origin i that the target accepted so far."""
+    """The opened form."""
 
     def __init__(self, names: Seq[str], parts: Seq[OpenDrafter], sampler: DraftSampler) -> None:
         super().__init__(parts)
@@ -76,18 +76,10 @@ class Merger(Wrapper):
                 kinds = ", ".join(sorted(kind.name for kind in drawn))
                 raise Unsupported(f"union: {name} makes children {kinds}, which no coin can undo in a merged tree; use verifier coupled")
         self.kinds = frozenset({Kind.FIXED})
-        self.accepted = [0] * len(parts)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         asked = [part.propose(seqs, budgets) for part in self.parts]  # 1.
         return [merge(trees, budget.rows) for trees, budget in zip(zip(*asked, strict=True), budgets, strict=True)]
-
-    def observe(self, result: StepResult) -> None:
-        super().observe(result)
-        for tree, accepted in zip(result.trees, result.accepted, strict=True):
-            for node in accepted.path:
-                assert tree.origins is not None
-                self.accepted[tree.origins[node]] += 1
 
 
 def merge(trees: Seq[TokenTree], rows: int) -> TokenTree:

@@ -7,14 +7,18 @@ no tree within its budget, drafts no more; its `fault` names the drafter and wha
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
-from redraft.core.tree import EMPTY, Kind, TokenTree
+from redraft.core.tree import EMPTY, F64, Kind, NoLaw, Probs, TokenTree
 from redraft.draft.drafter import OpenDrafter
 
+TOLERANCE = 1e-6  # of the sum of a law
 LONGEST = 300  # letters of a fault: an absurd tree has an absurd description
 
 
@@ -68,7 +72,7 @@ class Guard:
         for i, tree in zip(sound, found, strict=True):
             try:
                 self._check(tree, budgets[i])
-                trees[i] = tree
+                trees[i] = tree if tree.laws is None else replace(tree, laws=Told(self, seqs[i], tree.laws))
             except Exception as error:
                 self._drop(seqs[i], error)
         return trees
@@ -92,7 +96,30 @@ class Guard:
         if unknown := {Kind(kind) for kind in tree.kinds.tolist()} - self.drafter.kinds - {Kind.FIXED}:
             raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which it does not declare")
 
+    def told(self, seq: Sequence, laws: Probs, rows: Seq[int]) -> F64:
+        """The laws at these rows, if they are laws; else the sequence drafts no more."""
+        try:
+            found = np.asarray(laws.probs(rows), np.float64)
+            if found.shape != (len(rows), self.vocab) or not (found >= 0).all() or (np.abs(found.sum(1) - 1) > TOLERANCE).any():
+                raise ValueError(f"what it drew from is no law over {self.vocab} tokens")
+        except Exception as error:
+            self._drop(seq, error)
+            raise NoLaw from error
+        return found
+
     def _drop(self, seq: Sequence, error: Exception) -> None:
         lines = f"{self.name}: {type(error).__name__}: {error}".splitlines()
         seq.fault = seq.fault or lines[0][:LONGEST]
         self.end(seq)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Told:
+    """A tree's laws behind the guard: Probs."""
+
+    guard: Guard
+    seq: Sequence
+    laws: Probs
+
+    def probs(self, rows: Seq[int]) -> F64:
+        return self.guard.told(self.seq, self.laws, rows)

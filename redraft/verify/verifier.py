@@ -10,7 +10,7 @@ from redraft.card import Card
 from redraft.core.law import Law
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
-from redraft.core.tree import F64, Kind, TokenTree
+from redraft.core.tree import F64, Kind, NoLaw, TokenTree
 from redraft.errors import Unsupported
 
 Stages = Generator[float, None, F64]
@@ -71,7 +71,11 @@ class Rejecting:
             raise Unsupported(f"verifier {type(self).__name__} cannot undo children made {kind.name}")
         assert laws is not None, "sampled children without the law they were drawn from"
         draws = tree.tokens[tree.drawn(node)].tolist()
-        (p,), (q,), (coins,) = law.probs([row]), laws.probs([node + 1]), law.uniform([row], len(draws))
+        try:
+            (q,) = laws.probs([node + 1])
+        except NoLaw:  # children of any making, drawn without the target's noise, may be matched: rule V2
+            return law.draw([row])[0]
+        (p,), (coins,) = law.probs([row]), law.uniform([row], len(draws))
         rule = self.stages(p, q, draws, kind)
         for token, coin in zip(draws, coins, strict=True):
             if coin < next(rule):

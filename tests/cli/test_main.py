@@ -51,7 +51,7 @@ def test_version(redraft: Callable[..., Ran]) -> None:
         (["generate", "--colour"], 2, "--colour"),
         (["generate", "--draft", "token-recyclin"], 2, "did you mean 'token-recycling'?"),
         (["generate", "--draft", "copyspec:gama=2"], 2, "allowed: gamma, block, latest"),
-        (["generate", "--draft", "copyspec:gamma=two"], 2, "not a int"),
+        (["generate", "--draft", "copyspec:gamma=two"], 2, "not an int"),
         (["generate", "--verify", "couple"], 2, "did you mean 'coupled'?"),
         (["generate", "--backend", "tortch"], 2, "did you mean 'torch'?"),
         (["generate", "--device", "gpu"], 2, "auto, cpu, cuda or cuda:N"),

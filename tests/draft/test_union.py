@@ -189,12 +189,11 @@ def test_with_a_second_model_and_trees_that_know_the_text(sampling: str, pool: i
     plain = engine(pool=pool, chunk=24)
     second = opened_by_name("rsd-s", plain.runner, plain.sampler)
     oracle = RandomTrees(24, seed=3, right=0.5, known={(name, 0): text for name, text in truth.items()})
-    made, merger = joined(plain, second, oracle)
+    made, _ = joined(plain, second, oracle)
     requests = [Request(str(i), list(prompt), SAMPLING[sampling].but(seed=100 + i)) for i, prompt in enumerate(prompts())]
     seen = drive(made, requests, CROWD)
     assert seen.texts == truth
-    assert all(merger.accepted), "each part was right somewhere"
-    assert sum(merger.accepted) == seen.accepted > 26
+    assert seen.accepted > 26
     assert bool(seen.preempted) == (pool == 5)
     table = second.table  # type: ignore[attr-defined]
     table.check()
@@ -204,8 +203,6 @@ def test_with_a_second_model_and_trees_that_know_the_text(sampling: str, pool: i
 def test_parts_learn_from_the_steps_of_the_union() -> None:
     made, merger = joined(engine(), *(opened_by_name(name, engine().runner, engine().sampler) for name in ("none", "token-recycling")))
     drive(made, [Request("0", list(prompts()[0]), SAMPLING["greedy"].but(seed=100))], [0])
-    assert merger.accepted[0] == 0
-    assert merger.accepted[1] > 0
     assert merger.snapshot()[0] is None
     assert (merger.snapshot()[1] >= 0).any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,63 @@ def test_its_request_goes_on_plainly_and_the_statistics_name_it(deed: Any, call:
         assert not stats[name].fault and stats[name].accepted > 0
     assert (stats[CULPRIT].drafted > 0) == (call > 1), "what it drafted before stays counted"
     assert sorted(drafter.began) == sorted(drafter.ended) == sorted(TEXTS)
+
+
+class Lawless(Stateless):
+    """Draws one child, and cannot tell from what, for one request of all."""
+
+    kinds = frozenset({Kind.SINGLE})
+
+    def __init__(self, laws: Any) -> None:
+        self.laws = laws
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        made = []
+        for seq, budget in zip(seqs, budgets, strict=True):
+            if min(budget) < 1:
+                made.append(EMPTY)
+                continue
+            right = Laws(lambda rows: np.full((len(rows), plain.VOCAB), 1 / plain.VOCAB))
+            laws = self.laws if seq.request.id == CULPRIT else right
+            made.append(
+                replace(tree, kinds=np.array([Kind.SINGLE, Kind.FIXED], np.uint8)[: len(tree) + 1], laws=laws) if len(tree) else EMPTY
+            )
+        return made
+
+
+class Laws:
+    def __init__(self, told: Any) -> None:
+        self.told = told
+
+    def probs(self, rows: Seq[int]) -> Any:
+        return self.told(rows)
+
+
+@pytest.mark.parametrize(
+    "laws",
+    [
+        None,
+        Laws(lambda rows: 1 / 0),
+        Laws(lambda rows: np.full((len(rows), 7), 1 / 7)),
+        Laws(lambda rows: np.full((len(rows), plain.VOCAB), np.nan)),
+        Laws(lambda rows: np.zeros((len(rows), plain.VOCAB))),
+        Laws(lambda rows: None),
+    ],
+    ids=["none", "raises", "narrow", "nan", "zero", "nothing"],
+)
+def test_a_law_that_is_none_ends_nobodys_text(laws: Any) -> None:
+    told, stats = run(engine(Lawless(laws), verify="rejection"))
+    assert all(len(text) == 30 for text in told.values())
+    assert stats[CULPRIT].fault.startswith("Lawless: ") and stats[CULPRIT].drafted <= 1
+    assert all(not stats[name].fault and stats[name].drafted > 5 for name in set(TEXTS) - {CULPRIT})
+
+
+@pytest.mark.parametrize("draws", [[7], [], [-1]])
+def test_draws_of_other_nodes_are_a_fault(draws: list[int]) -> None:
+    tree = TokenTree.chain([5])
+    tree = replace(tree, draws=np.array(draws, np.int32))
+    with pytest.raises(ValueError, match="draws"):
+        tree.check(vocab=9, rows=1, depth=1)
 
 
 def test_a_fault_outlives_preemption() -> None:
