@@ -119,9 +119,7 @@ class Lawless(Stateless):
                 continue
             right = Laws(lambda rows: np.full((len(rows), plain.VOCAB), 1 / plain.VOCAB))
             laws = self.laws if seq.request.id == CULPRIT else right
-            made.append(
-                replace(tree, kinds=np.array([Kind.SINGLE, Kind.FIXED], np.uint8)[: len(tree) + 1], laws=laws) if len(tree) else EMPTY
-            )
+            made.append(replace(TokenTree.chain([5]), kinds=np.array([Kind.SINGLE, Kind.FIXED], np.uint8), laws=laws))
         return made
 
 
