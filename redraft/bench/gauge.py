@@ -15,7 +15,7 @@ import numpy as np
 from redraft.core.law import Law
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
-from redraft.core.tree import Kind, TokenTree
+from redraft.core.tree import Kind, NoLaw, TokenTree
 from redraft.verify.bound import gauge
 from redraft.verify.verifier import Rejecting
 
@@ -51,7 +51,10 @@ class Gauged:
                     continue
                 self.visited += 1
                 if self.visited % self.every == 0 and len(self.found) < MOST:
-                    (p,), (q,) = law.probs([root + 1 + node]), tree.laws.probs([node + 1])
+                    try:
+                        (p,), (q,) = law.probs([root + 1 + node]), tree.laws.probs([node + 1])
+                    except NoLaw:
+                        continue  # a drafter that fails is named in the statistics, and must not end the comparison
                     self.found.append(gauge(self.inner, p, q, tree.tokens[drawn].tolist(), kind))
         return accepted
 

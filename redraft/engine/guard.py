@@ -58,6 +58,8 @@ class Guard:
         """A tree for each sequence, within its budget. Where a batch raises, each is asked alone: one is at fault."""
         sound = [i for i, seq in enumerate(seqs) if not seq.fault]
         trees = [EMPTY] * len(seqs)
+        if not sound:
+            return trees
         try:
             found = self.drafter.propose([seqs[i] for i in sound], [budgets[i] for i in sound])
             if len(found) != len(sound):

@@ -22,6 +22,7 @@ from redraft.core.law import Law
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
 from redraft.core.tree import Kind, TokenTree
+from redraft.verify.verifier import follow
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,4 @@ class Coupled:
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
         roots = law.roots.tolist()
-        paths: list[list[int]] = [[] for _ in trees]
-        tokens: list[list[int]] = [[] for _ in trees]
-        reached = {s: -1 for s, root in enumerate(roots) if root >= 0}
-        while reached:
-            drawn = law.draw([roots[s] + 1 + node for s, node in reached.items()])  # 1.
-            for s, token in zip(list(reached), drawn, strict=True):
-                tokens[s].append(token)
-                reached[s] = trees[s].child(reached[s], token)
-                if reached[s] >= 0:
-                    paths[s].append(reached[s])  # 2.
-                else:
-                    del reached[s]  # 3.
-        return [Accepted(tuple(path), tuple(own)) for path, own in zip(paths, tokens, strict=True)]
+        return follow(trees, law, lambda reached: law.draw([roots[s] + 1 + node for s, node in reached.items()]))  # 1. to 3.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
 from typing import ClassVar, Protocol
 
@@ -31,6 +31,23 @@ class Verifier(Protocol):
         ...
 
 
+def follow(trees: Seq[TokenTree], law: Law, tokens: Callable[[dict[int, int]], list[int]]) -> list[Accepted]:
+    """From each root down, as long as a child carries the next token. `tokens` gives it for each of {sequence: the node that
+    was reached, -1 the root}, in order."""
+    paths: list[list[int]] = [[] for _ in trees]
+    texts: list[list[int]] = [[] for _ in trees]
+    reached = {s: -1 for s, root in enumerate(law.roots.tolist()) if root >= 0}
+    while reached:
+        for s, token in zip(list(reached), tokens(reached), strict=True):
+            texts[s].append(token)
+            reached[s] = trees[s].child(reached[s], token)
+            if reached[s] >= 0:
+                paths[s].append(reached[s])
+            else:
+                del reached[s]
+    return [Accepted(tuple(path), tuple(text)) for path, text in zip(paths, texts, strict=True)]
+
+
 class Rejecting:
     """A verifier that tosses coins where children were sampled: a subclass gives the rule.
 
@@ -47,22 +64,13 @@ class Rejecting:
         raise NotImplementedError
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
-        roots = law.roots.tolist()
-        paths: list[list[int]] = [[] for _ in trees]
-        tokens: list[list[int]] = [[] for _ in trees]
-        reached = {s: -1 for s, root in enumerate(roots) if root >= 0}
-        while reached:
+        def tokens(reached: dict[int, int]) -> list[int]:
+            rows = {s: int(law.roots[s]) + 1 + node for s, node in reached.items()}
             fixed = [s for s, node in reached.items() if trees[s].kinds[node + 1] == Kind.FIXED or not trees[s].drawn(node)]
-            drawn = dict(zip(fixed, law.draw([roots[s] + 1 + reached[s] for s in fixed]), strict=True))
-            for s, node in list(reached.items()):
-                token = drawn[s] if s in drawn else self._toss(trees[s], node, law, roots[s] + 1 + node)
-                tokens[s].append(token)
-                reached[s] = trees[s].child(node, token)
-                if reached[s] >= 0:
-                    paths[s].append(reached[s])
-                else:
-                    del reached[s]
-        return [Accepted(tuple(path), tuple(own)) for path, own in zip(paths, tokens, strict=True)]
+            drawn = dict(zip(fixed, law.draw([rows[s] for s in fixed]), strict=True))
+            return [drawn[s] if s in drawn else self._toss(trees[s], node, law, rows[s]) for s, node in reached.items()]
+
+        return follow(trees, law, tokens)
 
     def _toss(self, tree: TokenTree, node: int, law: Law, row: int) -> int:
         """The next token: of the first child whose coin accepts it, else from the rule's residual."""
