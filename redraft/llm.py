@@ -19,7 +19,7 @@ from redraft.core.sequence import Request
 from redraft.draft.drafter import Drafter
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
-from redraft.errors import InvalidInput, RedraftError, Unsupported
+from redraft.errors import InvalidInput, RedraftError
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Message, Tokenizer
@@ -175,18 +175,10 @@ class LLM:
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
         sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings, verifier.drafts)
-        opened = drafter.open(self.runner, sampler)
-        if unfit := opened.kinds - verifier.undoes:
-            names = ", ".join(sorted(kind.name.lower().replace("_", " ") for kind in unfit))
-            fit = [name for name in registry.METHODS["verify"] if opened.kinds <= cast(Any, registry.method("verify", name)).undoes]
-            raise Unsupported(
-                f"verify = {self.config.verify!r} cannot undo children made {names}, as draft = {self.config.draft!r} makes them;"
-                f" these can: {', '.join(fit)}"
-            )
         return Engine(
             self.runner,
             scheduler,
-            opened,
+            drafter.open(self.runner, sampler),
             verifier,
             sampler,
             max_model_len=self.max_model_len,

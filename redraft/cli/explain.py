@@ -85,7 +85,9 @@ def _engine(config: EngineConfig, setup: Setup) -> Engine:
     verifier = registry.create("verify", config.verify)
     sampler = Sampler(checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), Tokenizer(checkpoint.path).spellings, verifier.drafts)
     drafter = setup.drafter.open(runner, sampler)
-    return Engine(runner, setup.scheduler, drafter, verifier, sampler, max_model_len=setup.max_model_len, eos=checkpoint.eos_ids)
+    return Engine(
+        runner, setup.scheduler, drafter, verifier, sampler, max_model_len=setup.max_model_len, eos=checkpoint.eos_ids, draft=config.draft
+    )
 
 
 def _model(config: EngineConfig, setup: Setup, parts: dict[str, Part]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from redraft import registry
 from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
 from redraft.core.noise import sample_seed
@@ -86,8 +87,10 @@ class Engine:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
         what the drafter is called in the statistics."""
         if unfit := drafter.kinds - verifier.undoes:
-            names = ", ".join(sorted(kind.name for kind in unfit))
-            raise Unsupported(f"verifier {type(verifier).__name__} cannot undo children made {names}, as this drafter makes them")
+            kinds = ", ".join(sorted(kind.name for kind in unfit))
+            fit = [name for name in registry.METHODS["verify"] if drafter.kinds <= registry.method("verify", name).undoes]  # type: ignore[attr-defined]
+            own, drawn = registry.name_of(type(verifier)), draft or type(drafter).__name__
+            raise Unsupported(f"verifier {own} cannot undo children made {kinds}, as {drawn} makes them; these can: {', '.join(fit)}")
         if runner.table.slabs * runner.table.page < max_model_len:
             raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
