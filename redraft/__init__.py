@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from redraft.llm import LLM as LLM
     from redraft.llm import CompletionOutput as CompletionOutput
     from redraft.llm import Delta as Delta
+    from redraft.llm import Patch as Patch
     from redraft.llm import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
@@ -22,12 +23,13 @@ _HOMES = {
     "Delta": "redraft.llm",
     "EngineConfig": "redraft.config",
     "LLM": "redraft.llm",
+    "Patch": "redraft.llm",
     "RedraftError": "redraft.errors",
     "RequestOutput": "redraft.llm",
     "SamplingParams": "redraft.config",
 }
 
-__all__ = ["LLM", "CompletionOutput", "Delta", "EngineConfig", "RedraftError", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Delta", "EngineConfig", "Patch", "RedraftError", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -67,7 +67,16 @@ class SamplingParams(Settings):
     prediction: str | tuple[int, ...] | None = Field(
         None, description="what the output may be close to, such as a text to edit: a hint for drafters that copy, never a constraint"
     )
+    keep: str | None = Field(None, description="name:option=value,... of a policy that evicts from the cache")
+    codec: str | None = Field(None, description="name:option=value,... of a form in which the cache is stored")
+    read: str | None = Field(None, description="name:option=value,... of a way to read the cache sparsely")
+    depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run behind the prompt")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
+
+    @field_validator("keep", "codec", "read", "depth")
+    @classmethod
+    def _none(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
 
     @field_validator("stop", "bad_words", mode="before")
     @classmethod

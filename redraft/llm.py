@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, SupportsIndex, cast
+from typing import Any, NamedTuple, Self, SupportsIndex, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Request
 from redraft.draft.drafter import Drafter
+from redraft.engine import policies
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import InvalidInput, RedraftError
@@ -43,9 +44,35 @@ class CompletionOutput:
     stats: Stats = field(default_factory=Stats)
 
 
+@dataclass(frozen=True)
+class CacheMiss:
+    """Why no more of a prompt came from the prefix cache: its token `at` differs from cached text. cached_text: what stands there
+    in the cache; lost: tokens that would have been reused as well, had it been the same from there on."""
+
+    at: int
+    token: int
+    text: str
+    cached_token: int
+    cached_text: str
+    lost: int
+
+    def __str__(self) -> str:
+        return f"token {self.at} is {self.text!r}, in the cache {self.cached_text!r}: up to {self.lost} more tokens would have been reused"
+
+
+class Patch(NamedTuple):
+    """`text` in place of the characters start..end (end excluded) of a text; start = end inserts, an empty text deletes."""
+
+    start: int
+    end: int
+    text: str
+
+
 @dataclass
 class RequestOutput:
-    """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused."""
+    """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused. cached_tokens: of the
+    prompt, found in the prefix cache; cache_miss: what ended that, None where nothing cached goes on; reused_tokens: of an
+    edited text, taken over from the text before the edit."""
 
     request_id: str
     prompt: str | None
@@ -53,6 +80,8 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     prompt_logprobs: list[TopLogprobs | None] | None = None
     cached_tokens: int = 0
+    reused_tokens: int = 0
+    cache_miss: CacheMiss | None = None
     seed: int | None = None
     error: str | None = None
 
@@ -166,11 +195,15 @@ class LLM:
 
     @property
     def guarantee(self) -> Guarantee:
-        """The weakest of the parts."""
+        """The weakest of the parts, for requests that choose no policies of their own; see `guarantee_of`."""
         config = self.config
         parts = {"draft": config.draft, "verify": config.verify, "sched": config.schedule.scheduler}
         cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in parts.items()]
         return max(card.guarantee for card in cards)
+
+    def guarantee_of(self, params: SamplingParams) -> Guarantee:
+        """The weakest of the engine's parts and of the policies that a request chooses."""
+        return max(self.guarantee, policies.guarantee(params))
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
@@ -198,8 +231,9 @@ class LLM:
     def generate(
         self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[RequestOutput]:
-        """Texts for one prompt or a list: each a string or {"prompt_token_ids": [...]}. A single bad prompt raises; in
-        a list its RequestOutput.error is set and the rest finish."""
+        """Texts for one prompt or a list: each a string or {"prompt_token_ids": [...]}, with "context": n where policies shall
+        act on the prompt's tokens behind the first n as if they had been generated. A single bad prompt raises; in a list its
+        RequestOutput.error is set and the rest finish."""
         outputs = self._submit(prompts, sampling_params)
         try:
             for _ in self._run(outputs):
@@ -207,6 +241,31 @@ class LLM:
         finally:
             self._end(outputs)
         return outputs
+
+    def edit(
+        self,
+        text: str | RequestOutput,
+        patch: Patch | Seq[Patch],
+        sampling_params: SamplingParams | None = None,
+        *,
+        reuse: str = "pie",
+    ) -> list[RequestOutput]:
+        """Goes on with a text that was changed: what is in the cache of the old text is taken over, the edited part computed.
+
+        text: as given to `generate` before, or what it returned (the prompt and its first text); patch: one or several, places in
+        characters of the old text, not overlapping. Nothing in the cache: the new text is computed as any other. InvalidInput
+        names a place outside of the text.
+        """
+        if isinstance(text, RequestOutput):
+            if not text.outputs:
+                raise InvalidInput("edit: this output holds no text, its prompt was refused")
+            before = text.prompt_token_ids + text.outputs[0].token_ids
+            prompt = self.tokenizer.decode(text.prompt_token_ids) if text.prompt is None else text.prompt
+            old = prompt + text.outputs[0].text
+        else:
+            before, old = self._tokens(text), text
+        new = _patched(old, [patch] if isinstance(patch, Patch) else list(patch))
+        return self.generate({"prompt_token_ids": self._tokens(new), "before": before, "reuse": reuse}, sampling_params)
 
     def chat(
         self, messages: Seq[Message] | Seq[Seq[Message]], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
@@ -267,7 +326,8 @@ class LLM:
                 if isinstance(chosen.prediction, str):
                     chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
                 output.prompt_token_ids = self._tokens(prompt)
-                request = Request(output.request_id, output.prompt_token_ids, chosen)
+                extra = {name: value for name, value in prompt.items() if name != "prompt_token_ids"} if isinstance(prompt, Mapping) else {}
+                request = Request(output.request_id, output.prompt_token_ids, chosen, **extra)
                 self.engine.add(request)
                 self._inboxes[request.id] = deque()
             except RedraftError as error:
@@ -286,8 +346,12 @@ class LLM:
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt) if prompt else []
-        if not isinstance(prompt, Mapping) or set(prompt) != {"prompt_token_ids"}:
+        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
             raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
+        if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse"}:
+            raise InvalidInput(f"prompt has an unknown key {min(unknown)!r}: prompt_token_ids, context, before and reuse are allowed")
+        if type(prompt.get("context", 0)) is not int:
+            raise InvalidInput(f"context = {prompt['context']!r}: a number of tokens is needed")
         ids = prompt["prompt_token_ids"]
         if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
             raise InvalidInput(f"prompt_token_ids of type {type(ids).__name__}: a list of token ids is needed")
@@ -321,8 +385,7 @@ class LLM:
                 for one in output.outputs:
                     one.finish_reason = one.finish_reason or "abort"
 
-    @staticmethod
-    def _apply(event: Event, output: RequestOutput) -> None:
+    def _apply(self, event: Event, output: RequestOutput) -> None:
         one = output.outputs[event.index]
         one.text += event.text
         one.token_ids += event.tokens
@@ -332,9 +395,24 @@ class LLM:
             one.logprobs += event.logprobs
         if event.reason is not None:
             one.finish_reason = str(event.reason)
-        output.cached_tokens = event.request.cached_tokens or 0
+        output.cached_tokens, output.reused_tokens = event.request.cached_tokens or 0, event.request.reused_tokens
+        if event.request.miss is not None and output.cache_miss is None:
+            at, token, cached, lost = event.request.miss
+            output.cache_miss = CacheMiss(at, token, self.tokenizer.decode_all([token]), cached, self.tokenizer.decode_all([cached]), lost)
         if event.request.params.prompt_logprobs is not None:
             output.prompt_logprobs = event.request.prompt_logprobs
+
+
+def _patched(text: str, patches: list[Patch]) -> str:
+    """The text with all patches applied; places are those of the text before any of them."""
+    parts, at = [], 0
+    for start, end, new in sorted(patches):
+        if not at <= start <= end <= len(text):
+            allowed = f"{at} <= start <= end <= {len(text)}"
+            raise InvalidInput(f"patch = ({start}, {end}, ...): outside of the text or over another patch; {allowed} is allowed")
+        parts += [text[at:start], new]
+        at = end
+    return "".join([*parts, text[at:]])
 
 
 def _scheduler(config: EngineConfig, device: torch.device) -> Scheduler:

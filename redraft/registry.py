@@ -21,10 +21,30 @@ METHODS: dict[str, dict[str, str]] = {
         "optimal-multi-draft": "redraft.draft.optimal_multi_draft:OptimalMultiDraft",
         "rsd-c": "redraft.draft.rsd_c:RSDC",
         "rsd-s": "redraft.draft.rsd_s:RSDS",
+        "self-skip": "redraft.draft.self_skip:SelfSkip",
         "spectr": "redraft.draft.spectr:SpecTr",
         "token-recycling": "redraft.draft.token_recycling:TokenRecycling",
         "union": "redraft.draft.union:Union",
         "vocabtrim": "redraft.draft.vocabtrim:VocabTrim",
+    },
+    "codec": {
+        "int4": "redraft.kv.codec.int4:Int4",
+        "int8": "redraft.kv.codec.int8:Int8",
+    },
+    "depth": {
+        "layer-skip": "redraft.depth.layer_skip:UnifiedLayerSkipping",
+    },
+    "keep": {
+        "ada-kv": "redraft.kv.keep.ada_kv:AdaKV",
+        "scissorhands": "redraft.kv.keep.scissorhands:Scissorhands",
+        "streaming-llm": "redraft.kv.keep.streaming_llm:StreamingLLM",
+    },
+    "read": {
+        "double-sparsity": "redraft.kv.read.double_sparsity:DoubleSparsity",
+        "page-top-k": "redraft.kv.read.page_top_k:PageTopK",
+    },
+    "reuse": {
+        "pie": "redraft.kv.reuse.pie:PIE",
     },
     "verify": {
         "coupled": "redraft.verify.coupled:Coupled",

@@ -14,7 +14,7 @@ import typer
 from redraft import __version__, registry
 from redraft.errors import InvalidInput, RedraftError
 
-VERBS = ("generate", "chat", "compare", "methods", "explain")
+VERBS = ("generate", "chat", "compare", "methods", "explain", "calibrate")
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # of click's errors typer exports this one; its base is all
 
@@ -36,6 +36,7 @@ def redraft(
 
 for _verb in VERBS:
     app.command(_verb)(registry.load(f"redraft.cli.{_verb}:{_verb}"))
+app.add_typer(registry.load("redraft.cli.bench:bench"))
 
 
 def run(arguments: Seq[str] | None = None) -> int:

@@ -18,6 +18,11 @@ from redraft.card import Card
 SEAMS = {
     "draft": "Drafters: what may come next?",
     "verify": "Verifiers: what is accepted?",
+    "keep": "Cache policies: what stays?",
+    "codec": "Codecs: how is a page stored?",
+    "read": "Sparse reads: what is read this step?",
+    "reuse": "Reuse: which spans come from elsewhere?",
+    "depth": "Depth: which layers run?",
     "sched": "Schedulers: who runs, how many rows?",
 }
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from redraft.core.plan import Work
-from redraft.core.sequence import Lanes
+from redraft.core.sequence import Lanes, Sequence, Space
 from redraft.core.tree import I32, U64, TokenTree
+from redraft.core.view import View
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class PageView:
     kinds[s]: its lane kind; pages[s]: i32[lanes, n] page ids in slot order (a page id counts units of the sequence's
     lane kind; see PageTable); lengths[s]: i32[lanes] committed slots; tail[s]: tentative rows that an earlier forward
     of the same tail wrote; chain[s]: chain rows of the whole tail, so node j has slot lengths + chain + j;
-    fresh: (kind, page) pairs handed out by this reserve, to be zeroed; positions[s]: None while slot i holds
-    position i, else one i32[length] a lane.
+    fresh: pages handed out by this reserve, to be zeroed; positions[s]: None while slot i holds
+    position i, else one i32[length] a lane; coded[s]: i32[lanes, m] pages that hold a lane's first 32 m slots in the
+    sequence's block format, in front of pages[s].
     """
 
     kinds: list[Lanes]
@@ -28,8 +30,22 @@ class PageView:
     lengths: list[I32]
     tail: list[int]
     chain: list[int]
-    fresh: list[tuple[Lanes, int]]
+    fresh: list[tuple[Space, int]]
     positions: list[list[I32] | None]
+    coded: list[I32]
+
+    def only(self, chosen: Seq[int]) -> PageView:
+        """The pages of some sequences."""
+        return PageView(
+            [self.kinds[s] for s in chosen],
+            [self.pages[s] for s in chosen],
+            [self.lengths[s] for s in chosen],
+            [self.tail[s] for s in chosen],
+            [self.chain[s] for s in chosen],
+            [],
+            [self.positions[s] for s in chosen],
+            [self.coded[s] for s in chosen],
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,8 @@ class Batch:
     tokens, positions: i32[T]; starts: i32[S + 1]; tree_starts: i32[S]; ancestors: u64[tree rows, W], bit j: tentative
     node j of my sequence is on my path, self included (chain rows carry no bits); logit_rows: i32[R], the rows whose
     logits are wanted; roots: i32[S], the logit row of each last pending token, -1 where the chunk ends earlier
-    or an earlier forward of the same tail ran it. Node i of sequence s has logit row roots[s] + 1 + i.
+    or an earlier forward of the same tail ran it. Node i of sequence s has logit row roots[s] + 1 + i. views[s]: how its rows
+    see their slots, None: all of them; layers[s]: the layers that its rows run, None: all.
 
     A chunk of 3 of a longer prompt, a chain that draws, and a tree of two branches under one pending token:
 
@@ -73,11 +90,13 @@ class Batch:
     pages: PageView
     logit_rows: I32
     roots: I32
+    views: list[View | None]
+    layers: list[frozenset[int] | None]
 
     @classmethod
-    def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
+    def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView, layers: frozenset[int] | None = None) -> Batch:
         """chain(pending) + draft, for every sequence. Logits are wanted where a token is drawn and at all nodes;
-        over the whole prompt when the request asks for prompt_logprobs."""
+        over the whole prompt when the request asks for prompt_logprobs. layers: those that run, whatever the sequences chose."""
         tokens: list[int] = []
         positions: list[int] = []
         starts, tree_starts = [0], []
@@ -117,4 +136,43 @@ class Batch:
             pages,
             np.asarray(logit_rows, np.int32),
             np.asarray(roots, np.int32),
+            [_view(w.seq, max(positions[a:z], default=0)) for w, a, z in zip(work, starts[:-1], starts[1:], strict=True)],
+            [layers or (w.seq.layers if w.seq.stored >= w.seq.context else None) for w in work],
         )
+
+    def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
+        """The batch of some sequences, which asks for no logits, and the rows that it has of this one."""
+        spans = [range(int(self.starts[s]), int(self.starts[s + 1])) for s in chosen]
+        rows = np.fromiter((row for span in spans for row in span), np.int32)
+        chains = [int(self.tree_starts[s] - self.starts[s]) for s in chosen]
+        starts = np.cumsum([0, *map(len, spans)])
+        nodes = self.starts[1:] - self.tree_starts
+        first = np.cumsum(np.concatenate([[0], nodes]))
+        bits = [self.ancestors[first[s] : first[s] + nodes[s]] for s in chosen]
+        none = np.zeros(0, np.int32)
+        return (
+            Batch(
+                self.tokens[rows],
+                self.positions[rows],
+                starts.astype(np.int32),
+                (starts[:-1] + chains).astype(np.int32),
+                np.concatenate(bits) if bits else self.ancestors[:0],
+                self.pages.only(chosen),
+                none,
+                np.full(len(chosen), -1, np.int32),
+                [self.views[s] for s in chosen],
+                [self.layers[s] for s in chosen],
+            ),
+            rows,
+        )
+
+
+def _view(seq: Sequence, deepest: int) -> View | None:
+    """Row properties: what is read behind the context differs from what is read before it, and no step mixes both; what hides
+    nothing from the deepest row is not in force."""
+    chosen = seq.policies
+    if chosen is None:
+        return None
+    read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.least else None
+    window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
+    return View(seq.format, seq.block, window, read) if (seq.format or seq.block or window or read) else None

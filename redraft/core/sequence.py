@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from redraft.config import SamplingParams
+
+NEVER = 1 << 30  # tokens: more than any text has
 
 
 class Lanes(StrEnum):
@@ -15,6 +17,13 @@ class Lanes(StrEnum):
     SHARED = "shared"  # one for the whole model
     PER_LAYER = "per-layer"
     PER_HEAD = "per-head"  # one for each layer and kv head
+
+
+class Space(NamedTuple):
+    """Pages of one size: a lane kind and the name of a format, empty for keys and values as they are."""
+
+    lanes: Lanes = Lanes.SHARED
+    format: str = ""
 
 
 class FinishReason(StrEnum):
@@ -31,6 +40,11 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     salt: str = ""
+    reuse: str = ""  # how the cache of `before` is taken over; empty: not at all
+    before: list[int] = field(default_factory=list)  # the text that this one was made from by edits
+    reused_tokens: int = 0  # taken over from it
+    miss: Any = None  # where the prefix cache parts from the prompt, see PrefixTree.miss
+    context: int | None = None  # tokens that count as given; None: the prompt. Behind them policies act as on new text
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[Any] = field(default_factory=list)  # one entry a prompt token once asked for, the first None
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
@@ -42,7 +56,11 @@ class Sequence:
 
     `border` is a value of `stored` that no step may cross; the engine sets it (end of max_tokens, of the context,
     the fork of n > 1, a policy's next decision). `state` holds what each opened plugin's `begin` returned. `fault`: why
-    this text goes on without drafts, empty while it does not.
+    this text goes on without drafts, empty while it does not. `policies`: what the request chose, opened, None where nothing.
+    `format`, `block`: how its pages are stored, see View; `encoded`: every so many stored tokens full pages go over to
+    `block`. `pure`: leading tokens whose pages depend on these tokens alone. `most`: slots that a lane may hold at most.
+    `layers`: those that run behind the context, None for all. `spans`: text to take over from `source`, a sequence that
+    holds it in the cache, where `stored` reaches it.
     """
 
     id: int
@@ -57,6 +75,20 @@ class Sequence:
     reason: FinishReason | None = None
     state: dict[Any, Any] = field(default_factory=dict)
     fault: str = ""
+    policies: Any = None
+    format: str = ""
+    block: str = ""
+    encoded: int = NEVER
+    pure: int = NEVER
+    most: int = NEVER
+    layers: frozenset[int] | None = None
+    spans: list[Any] = field(default_factory=list)
+    source: Sequence | None = None
+    sought: bool = False  # whether spans were looked for since the text was admitted
+
+    @property
+    def context(self) -> int:
+        return self.prompt_len if self.request.context is None else self.request.context
 
     @property
     def params(self) -> SamplingParams:

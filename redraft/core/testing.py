@@ -40,5 +40,6 @@ def view(works: Seq[Work], page: int = 32) -> PageView:
         at += n
     kinds = [Lanes.SHARED] * len(works)
     return PageView(
-        kinds, pages, lengths, [w.rows + w.first if w.first else 0 for w in works], [w.rows for w in works], [], [None] * len(works)
-    )
+        kinds, pages, lengths, [w.rows + w.first if w.first else 0 for w in works], [w.rows for w in works], [], [None] * len(works),
+        [np.zeros((1, 0), np.int32)] * len(works),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What all drafters with a second model share: its cache kept level with the text, and trees grown level by level.
+"""What drafters that draw from a model share: trees grown level by level, and a second model's cache kept level with the text.
 
 A method is a generator, `grow(sketch)`: it adds nodes drawn from laws that the sketch knows, and each `yield` asks for the
-laws behind all nodes added since. The trees of all sequences grow in lockstep, one forward of the second model a level.
+laws behind all nodes added since. The trees of all sequences grow in lockstep, one forward of the drafting model a level.
 
 The second model keeps its own table. Its text follows the target's: what is pending there runs first, a chunk at a time,
 while the target reads the prompt; behind it the tree is the tail, and what the target accepted of it is committed.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from redraft import registry
-from redraft.core.batch import Batch
+from redraft.core.batch import Batch, PageView
 from redraft.core.noise import Stream, gumbel, key, mix, uniform
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.ranking import top
@@ -151,7 +151,7 @@ class Sketch:
         return self._noise[noise]
 
     def learn(self, node: int, values: F64, total: float | None = None) -> None:
-        """The second model's logits behind `node`; total: see NextLaw."""
+        """The drafting model's logits behind `node`; total: see NextLaw."""
         path: list[int] = []
         at = node
         while at >= 0:
@@ -203,7 +203,7 @@ class Laws:
 
 @dataclass(eq=False, slots=True)
 class Twin:
-    """One text as the second model's table holds it. sketch, packed: the tree whose first nodes are its tail; work: how
+    """One text as the drafting model's table holds it. sketch, packed: the tree whose first nodes are its tail; work: how
     its tail began."""
 
     seq: Sequence
@@ -225,11 +225,9 @@ def shadow(seq: Sequence, tokens: Seq[int]) -> Sequence:
 
 
 @dataclass(frozen=True)
-class SecondModel:
-    """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target.
-    candidates: children are drawn from the likeliest so many tokens of the draft's law, renormalised; 0: from all."""
+class Drawing:
+    """candidates: children are drawn from the likeliest so many tokens of the draft's law, renormalised; 0: from all."""
 
-    model: str | None = field(default=None, kw_only=True)
     candidates: int = field(default=0, kw_only=True)
 
     kind: ClassVar[Kind]
@@ -246,24 +244,31 @@ class SecondModel:
         """Adds nodes; every yield asks for the laws behind all nodes added since."""
         raise NotImplementedError
 
+
+@dataclass(frozen=True)
+class SecondModel(Drawing):
+    """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target."""
+
+    model: str | None = field(default=None, kw_only=True)
+
     def open(self, runner: Any, sampler: Any) -> Grower:
         from redraft.models.companion import companion  # loads torch, which `redraft methods` does without
 
         return Grower(self, companion(runner, self.model), sampler)
 
 
-class Grower(Stateless):
-    """The opened form of every drafter with a second model: state of a request is its Twin."""
+class Leveller(Stateless):
+    """Trees grown on a model, its own or the target's, in the tails of that model's table."""
 
-    def __init__(self, method: SecondModel, runner: Runner, sampler: DraftSampler) -> None:
+    def __init__(self, method: Drawing, runner: Runner, sampler: DraftSampler) -> None:
         self.method, self.runner, self.sampler = method, runner, sampler
         self.table, self.store = runner.table, runner.store
         self.kinds = frozenset({Kind.FIXED, method.kind})
         self.kept: I64 | None = None  # the tokens of the head's rows where it was trimmed
 
     def trim(self, keep: I64) -> None:
-        """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the second model
-        sees nothing of it."""
+        """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the model sees
+        nothing of it."""
         whole = self.runner.weights
         weight, bias = whole.head
         if weight.is_meta:  # a model that is only looked at
@@ -274,6 +279,60 @@ class Grower(Stateless):
         self.runner = copy(self.runner)  # same table, store and layers
         self.runner.weights = replace(whole, head=self.runner.backend.pack(head))
         self.kept = keep
+
+    def _grow(self, growing: list[tuple[int, Twin, Iterator[None]]]) -> None:
+        """Level by level, all together, until no generator asks for more."""
+        while growing:
+            asking = []
+            for one in growing:
+                if next(one[2], one) is not one and len(one[1].sketch.tokens) > one[1].packed:  # type: ignore[union-attr]
+                    asking.append(one)
+            growing = asking
+            if not growing:
+                return
+            states = [state for _, state, _ in growing]
+            works = [Work(state.seq, state.work.rows, state.packed) for state in states if state.work is not None]
+            trees = [state.sketch.tree() for state in states if state.sketch is not None]
+            logits = self._forward(works, trees)
+            assert logits is not None
+            at = 0
+            for state, tree in zip(states, trees, strict=True):
+                assert state.sketch is not None
+                for node in range(state.packed, len(tree)):
+                    state.sketch.learn(node, *logits[at])
+                    at += 1
+                state.packed = len(tree)
+
+    def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
+        """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where
+        they are not looked at, and the log of the sum of all their exponentials where that is not the sum of these."""
+        pages = self.table.reserve(works, trees)
+        self.store.zero(pages.fresh)
+        out = self.runner.forward(self._pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
+        if not wanted:
+            return None
+        assert out.logits is not None
+        vocab = self.sampler.vocabulary.size  # checkpoints of one vocabulary are padded to different sizes
+        logits, most = out.logits[:, :vocab], self.method.candidates
+        totals: list[float | None] = [None] * len(logits)
+        places: I64 = np.arange(logits.shape[1])[None]
+        if greedy := not most and all(work.seq.params.greedy for work in works):
+            most = LIKELIEST
+        if 0 < most < logits.shape[1]:
+            if greedy:  # nothing is drawn, and a probability is how sure the model is
+                totals = logits.double().logsumexp(-1).tolist()
+            logits, likeliest = logits.topk(most, sorted=False)
+            places = likeliest.cpu().numpy()
+        rows = np.full((len(logits), vocab), -np.inf)
+        np.put_along_axis(rows, places if self.kept is None else self.kept[places], logits.double().cpu().numpy(), 1)
+        return list(zip(rows, totals, strict=True))
+
+    def _pack(self, works: list[Work], trees: list[TokenTree], pages: PageView) -> Batch:
+        return Batch.pack(works, trees, pages)
+
+
+class Grower(Leveller):
+    """The opened form of every drafter with a second model: state of a request is its Twin."""
 
     # ---- one text
 
@@ -356,29 +415,6 @@ class Grower(Stateless):
             trees[i] = state.sketch.tree()
         return trees
 
-    def _grow(self, growing: list[tuple[int, Twin, Iterator[None]]]) -> None:
-        """Level by level, all together, until no generator asks for more."""
-        while growing:
-            asking = []
-            for one in growing:
-                if next(one[2], one) is not one and len(one[1].sketch.tokens) > one[1].packed:  # type: ignore[union-attr]
-                    asking.append(one)
-            growing = asking
-            if not growing:
-                return
-            states = [state for _, state, _ in growing]
-            works = [Work(state.seq, state.work.rows, state.packed) for state in states if state.work is not None]
-            trees = [state.sketch.tree() for state in states if state.sketch is not None]
-            logits = self._forward(works, trees)
-            assert logits is not None
-            at = 0
-            for state, tree in zip(states, trees, strict=True):
-                assert state.sketch is not None
-                for node in range(state.packed, len(tree)):
-                    state.sketch.learn(node, *logits[at])
-                    at += 1
-                state.packed = len(tree)
-
     def observe(self, result: StepResult) -> None:
         """Commits what the target accepted of each tree, as far as its nodes were run."""
         works, kept = [], []
@@ -402,30 +438,6 @@ class Grower(Stateless):
     def _knows(self, tokens: Seq[int]) -> bool:
         """Whether it has embeddings for them: checkpoints of one vocabulary are padded to different sizes."""
         return max(tokens, default=0) < self.runner.spec.vocab
-
-    def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
-        """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where
-        they are not looked at, and the log of the sum of all their exponentials where that is not the sum of these."""
-        pages = self.table.reserve(works, trees)
-        self.store.zero(pages.fresh)
-        out = self.runner.forward(Batch.pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
-        if not wanted:
-            return None
-        assert out.logits is not None
-        vocab = self.sampler.vocabulary.size  # checkpoints of one vocabulary are padded to different sizes
-        logits, most = out.logits[:, :vocab], self.method.candidates
-        totals: list[float | None] = [None] * len(logits)
-        places: I64 = np.arange(logits.shape[1])[None]
-        if greedy := not most and all(work.seq.params.greedy for work in works):
-            most = LIKELIEST
-        if 0 < most < logits.shape[1]:
-            if greedy:  # nothing is drawn, and a probability is how sure the model is
-                totals = logits.double().logsumexp(-1).tolist()
-            logits, likeliest = logits.topk(most, sorted=False)
-            places = likeliest.cpu().numpy()
-        rows = np.full((len(logits), vocab), -np.inf)
-        np.put_along_axis(rows, places if self.kept is None else self.kept[places], logits.double().cpu().numpy(), 1)
-        return list(zip(rows, totals, strict=True))
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
         if works:

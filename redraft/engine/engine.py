@@ -13,10 +13,11 @@ from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
 from redraft.core.noise import sample_seed
 from redraft.core.plan import Accepted, StepPlan, StepResult, Work
-from redraft.core.sequence import FinishReason, Request, Sequence
+from redraft.core.sequence import NEVER, FinishReason, Request, Sequence
 from redraft.core.taps import Taps
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.guard import Guard
+from redraft.engine.policies import Policies
 from redraft.engine.text import Decode, Text, find_stop, held_back
 from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
 from redraft.models.runner import Runner
@@ -95,6 +96,7 @@ class Engine:
             raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
         self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, Guard(drafter, runner.spec.vocab, draft), verifier, sampler
+        self.policies = Policies(runner, scheduler.draft_rows)
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
         self.decode, self.decode_all = decode, decode_all
         self.waiting: deque[Sequence] = deque()
@@ -118,7 +120,7 @@ class Engine:
             pages = self.table.reserve(plan.work, trees)  # every sequence's tentative tail
             self.store.zero(pages.fresh)
             batch = Batch.pack(plan.work, trees, pages)  # chain(pending) + draft, for every sequence
-            out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler and drafter ask for
+            out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
             law = self.sampler.law(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
             accepted = self.finish(plan.work, self.verifier.accept(trees, law))  # cut at end of text, stop, max_tokens, context
         except BaseException:
@@ -129,7 +131,8 @@ class Engine:
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.record(result)
         self.drafter.observe(result)
-        self.cross(plan.seqs)  # full pages are published; borders reached: n > 1 forks
+        self.policies.observe(result)
+        self.cross(plan.seqs)  # full pages are published; borders reached: a policy decides, n > 1 forks
         return self.emit()
 
     # ---- what the step is made of
@@ -147,9 +150,10 @@ class Engine:
             self.running.append(seq)
             if seq.request.cached_tokens is None:
                 seq.request.cached_tokens = matched
+                seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
 
     def taps(self, plan: StepPlan) -> Taps:
-        return self.sampler.needs(plan.work) | self.drafter.taps
+        return self.sampler.needs(plan.work) | self.drafter.taps | Taps(attention=self.policies.watch(plan.seqs))
 
     def finish(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Accepted]:
         """Cuts each path before anything is committed, observed or counted; after it, no code shortens a sequence."""
@@ -169,7 +173,7 @@ class Engine:
                     reason = FinishReason.STOP if stop else None
             if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
                 reason = FinishReason.STOP
-            if reason is None and (new == params.max_tokens or seq.prompt_len + new == self.max_model_len):
+            if reason is None and (new == params.max_tokens or seq.prompt_len + new == self._limit(seq.request)):
                 reason = FinishReason.LENGTH
             if reason is not None:
                 return Accepted(found.path[:i], found.tokens[: i + 1], reason)
@@ -208,21 +212,25 @@ class Engine:
             told += result.law.logprobs([place[r] for r in wanted], ids, k)
 
     def cross(self, seqs: Iterable[Sequence]) -> None:
-        """Publishes pages that became full. At the border behind all but the last prompt token, a request for n texts
-        forks; without pages for a fork, the sibling waits and finds its prompt in the prefix cache."""
+        """Publishes pages that became full; policies decide. At the border behind all but the last prompt token, a request for
+        n texts forks; without pages for a fork, the sibling waits and finds its prompt in the prefix cache."""
         for seq in seqs:
             self.table.publish(seq)
-            request = seq.request
-            if seq.stored != seq.prompt_len - 1 or len(request.sequences) == request.params.n:
-                continue
-            seq.border = self._last_border(request)
-            children = [self._sequence(request, index) for index in range(1, request.params.n)]
-            self.waiting += children  # a fork that raises leaves the siblings waiting
-            for child in children:
-                if len(self.running) < self.scheduler.max_seqs and self.table.available() > len(self.running):
-                    self._fork(seq, child)
-                    self.waiting.remove(child)
-                    self.running.append(child)
+            self.policies.cross(seq)
+            if seq.request.reuse:
+                self.policies.take_over(seq, self._spare())
+            if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
+                self._branch(seq)
+            seq.border = self._border(seq)
+
+    def _branch(self, seq: Sequence) -> None:
+        children = [self._sequence(seq.request, index) for index in range(1, seq.params.n)]
+        self.waiting += children  # a fork that raises leaves the siblings waiting
+        for child in children:
+            if len(self.running) < self.scheduler.max_seqs and self.table.available() > len(self.running):
+                self._fork(seq, child)
+                self.waiting.remove(child)
+                self.running.append(child)
 
     def emit(self) -> list[Event]:
         """News of every text since it was last told; what finished is freed."""
@@ -269,8 +277,14 @@ class Engine:
         for i, token in enumerate(prompt):
             if type(token) is not int or not 0 <= token < vocab:
                 raise InvalidInput(f"prompt_token_ids[{i}] = {token!r}: not a token id in 0..{vocab - 1}")
-        if len(prompt) >= self.max_model_len:
+        self.policies.check(request.params, request.reuse)
+        if len(prompt) >= self._limit(request):
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
+        for i, token in enumerate(request.before):
+            if type(token) is not int or not 0 <= token < vocab:
+                raise InvalidInput(f"before[{i}] = {token!r}: not a token id in 0..{vocab - 1}")
+        if request.context is not None and not 1 <= request.context <= len(prompt):
+            raise InvalidInput(f"context = {request.context}: 1 to {len(prompt)}, the tokens of the prompt, is allowed")
         for token in request.params.stop_token_ids:
             if not 0 <= token < vocab:
                 raise InvalidInput(f"stop_token_ids: {token} is not a token id in 0..{vocab - 1}")
@@ -284,10 +298,7 @@ class Engine:
         self.sampler.check(request.params)
         if request.params.seed is None:
             request.params = request.params.but(seed=secrets.randbits(63))
-        seq = self._sequence(request, 0)
-        if request.params.n > 1:
-            seq.border = min(seq.border, seq.prompt_len - 1)
-        self.waiting.append(seq)
+        self.waiting.append(self._sequence(request, 0))
 
     def abort(self, request_id: str) -> bool:
         """Ends all texts of a request at once and frees what they hold; False when there is no such request."""
@@ -310,15 +321,32 @@ class Engine:
     def _sequence(self, request: Request, index: int) -> Sequence:
         assert request.params.seed is not None
         self._ids += 1
-        seed, border = sample_seed(request.params.seed, index), self._last_border(request)
-        seq = Sequence(self._ids, request, index, list(request.prompt), len(request.prompt), seed, border)
+        seq = Sequence(self._ids, request, index, list(request.prompt), len(request.prompt), sample_seed(request.params.seed, index), 0)
+        self.policies.fit(seq)
         request.sequences.append(seq)
+        seq.border = self._border(seq)
         self.outputs[seq.id] = Output(Text.start(seq.prompt_len))
         return seq
 
-    def _last_border(self, request: Request) -> int:
-        most = self.max_model_len if request.params.max_tokens is None else len(request.prompt) + request.params.max_tokens
-        return min(most, self.max_model_len) - 1
+    def _border(self, seq: Sequence) -> int:
+        """The next value of `stored` that no step may cross."""
+        request = seq.request
+        border = self._limit(request) - 1
+        if request.params.max_tokens is not None:
+            border = min(border, seq.prompt_len + request.params.max_tokens - 1)
+        if seq.index == 0 and len(request.sequences) < request.params.n and seq.stored < seq.prompt_len:
+            border = seq.prompt_len - 1
+        return min(border, self.policies.border(seq))
+
+    def _spare(self) -> int:
+        """Slabs that no text in progress needs."""
+        rows = self.scheduler.draft_rows + 1
+        return self.table.available() - sum(self.table.need(seq, seq.pending + rows) for seq in self.running)
+
+    def _limit(self, request: Request) -> int:
+        """Tokens of prompt and output. A policy for which the context has no end is taken at its word where max_tokens is given."""
+        endless = request.params.max_tokens is not None and self.policies.endless(request.params)
+        return NEVER if endless else self.max_model_len
 
     def _start(self, seq: Sequence, matched: int) -> None:
         self.table.open(seq)
@@ -326,6 +354,7 @@ class Engine:
             if matched:
                 self.table.attach(seq, matched)
             seq.state[self.sampler] = self.sampler.begin(seq)
+            self.policies.begin(seq)
             self.drafter.begin(seq)
         except BaseException:
             self._stop(seq)
@@ -335,6 +364,7 @@ class Engine:
         self.store.move([self.table.fork(seq, child)])
         try:
             child.state[self.sampler] = self.sampler.fork(seq.state[self.sampler], child)
+            self.policies.fork(seq, child)
             self.drafter.fork(seq, child)
         except BaseException:
             self._stop(child)  # it waits and starts from its tokens, as after preemption
@@ -344,6 +374,8 @@ class Engine:
         """Plugin states end and pages go; the tokens stay, so a preempted sequence can start again."""
         self.table.free(seq)
         seq.stored = 0
+        self.policies.end(seq)
+        seq.border = self._border(seq)
         self.drafter.end(seq)
         if self.sampler in seq.state:
             self.sampler.end(seq.state[self.sampler])

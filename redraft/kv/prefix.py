@@ -9,8 +9,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 Key = tuple[str, tuple[int, ...]]  # salt, the tokens of one page
+
+
+class Miss(NamedTuple):
+    """The first token that differs from cached text: its place, itself, what stands there in the cache, and how many more tokens
+    would have been reused, had it been the same from there on."""
+
+    at: int
+    token: int
+    cached: int
+    lost: int
 
 
 @dataclass(eq=False, slots=True)
@@ -49,6 +61,28 @@ class PrefixTree:
             found.append(child)
             at = child
         return found
+
+    def miss(self, tokens: Seq[int], salt: str, most: int = 1000) -> Miss | None:
+        """Where the published text that goes on longest with `tokens` parts from it; None where nothing published goes further.
+
+        Looks at no more than `most` pages that follow the last one which matches.
+        """
+        found = self.walk(tokens, salt)
+        at, start = found[-1] if found else self.root, len(found) * self.page
+        rest = tuple(tokens[start : start + self.page])
+        best: tuple[int, Node] | None = None
+        for key, child in islice(at.children.items(), most):
+            if key[0] == salt and key[1] != rest:
+                same = next(i for i, token in enumerate(key[1]) if i >= len(rest) or token != rest[i])
+                if best is None or same > best[0]:
+                    best = same, child
+        if best is None or start + best[0] >= len(tokens):
+            return None
+        same, child = best
+        depth, level = 0, [child]
+        while level:
+            depth, level = depth + 1, [below for node in level for below in node.children.values()]
+        return Miss(start + same, tokens[start + same], child.key[1][same], depth * self.page)
 
     def insert(self, parent: Node, salt: str, tokens: Seq[int], page: int) -> Node:
         """The child of `parent` for these tokens: the one that is there, or `page` published as a new one."""

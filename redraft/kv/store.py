@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from redraft.core.sequence import Lanes
-from redraft.kv.table import Moves
+from redraft.core.sequence import Space
+from redraft.core.tree import I32
+from redraft.kv.table import Encoding, Moves
 from redraft.models.spec import ModelSpec
-from redraft.ops.backend import Backend
+from redraft.ops.backend import Backend, Select
+from redraft.ops.format import Format
 
 
 class Store:
-    """`slabs` times 32 tokens of keys and values of all layers and heads."""
+    """`slabs` times 32 tokens of keys and values of all layers and heads. A slab may be cut into units of any format."""
 
     def __init__(self, backend: Backend, spec: ModelSpec, slabs: int) -> None:
         self.backend = backend
+        self.spec = spec
         self.slab_bytes = backend.slab_bytes(spec)
         self.bytes = slabs * self.slab_bytes
         self.pool = backend.allocate(spec, slabs)
 
-    def zero(self, fresh: list[tuple[Lanes, int]]) -> None:
+    def define(self, fmt: Format) -> int:
+        """Makes a format known to the backend; returns how many of its units a slab holds."""
+        return self.backend.define(self.pool, fmt)
+
+    def zero(self, fresh: list[tuple[Space, int]]) -> None:
         """Zeroes pages that were just handed out: 0 times an old NaN would be NaN."""
         if fresh:
             self.backend.zero(self.pool, fresh)
 
     def move(self, moves: list[Moves]) -> None:
-        for kind, src, dst in moves:
-            self.backend.move(self.pool, kind, src, dst)
+        for space, src, dst, delta in moves:
+            if len(src):
+                self.backend.move(self.pool, space, src, dst, delta)
+
+    def fold(self, space: Space, pages: I32, read: Select) -> None:
+        """Full pages get the whole arrays of a sparse read."""
+        self.backend.fold(self.pool, space, pages, read)
+
+    def encode(self, encodings: list[Encoding]) -> None:
+        for source, target, src, dst in encodings:
+            if len(src):
+                self.backend.encode(self.pool, source, target, src, dst)

@@ -2,8 +2,8 @@
 
 A lane is a growing array of slots in text order without holes: slot i is place i % 32 of its page i // 32. Memory is
 cut into slabs of equal bytes (32 tokens of all layers and kv heads). A slab is one SHARED page, or is carved into pages
-of one other lane kind, and is free again when the last of them is. Only the end of a lane is written, and the page
-there is listed by that lane alone: full pages can be shared without copying on write.
+of one other space (a lane kind and a format of storing), and is free again when the last of them is. Only the end of a
+lane is written, and the page there is listed by that lane alone: full pages can be shared without copying on write.
 
     A: [p7][p9][p12, 5 slots]     B, same first 64 tokens: [p7][p9][p31]     fork of A: [p7][p9][p40, copy of p12]
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike
 
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes, Sequence
-from redraft.core.tree import I32, TokenTree
+from redraft.core.sequence import NEVER, Lanes, Sequence, Space
+from redraft.core.tree import I32, I64, TokenTree
 from redraft.kv.prefix import Node, PrefixTree
 
 _NONE = np.zeros(0, np.int32)
@@ -37,9 +37,20 @@ class OutOfPages(AssertionError):
 
 
 class Moves(NamedTuple):
-    """Slots to copy, all gathered and then scattered. A place is page * 32 + offset in units of `kind`."""
+    """Slots to copy, all gathered and then scattered. A place is page * 32 + offset, the page one of `space`. delta: by how
+    many positions the keys are turned on the way."""
 
-    kind: Lanes
+    space: Space
+    src: I32
+    dst: I32
+    delta: int = 0
+
+
+class Encoding(NamedTuple):
+    """Whole pages to be encoded: src[i] of one space into dst[i] of another."""
+
+    source: Space
+    target: Space
     src: I32
     dst: I32
 
@@ -48,6 +59,8 @@ class Moves(NamedTuple):
 class _Lane:
     pages: list[int]
     length: int = 0  # committed slots
+    coded: list[int] = field(default_factory=list)  # pages of the block format, in front of `pages`
+    folded: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
 
     def append(self, start: int, count: int) -> None:
@@ -63,11 +76,12 @@ class _Lane:
 
 
 class _Pool:
-    """The pages of one lane kind: `per_slab` to a slab, slab s holding pages s * per_slab and on."""
+    """The pages of one space: `per_slab` to a slab, slab s holding pages s * per_slab and on. lanes: of each sequence."""
 
-    def __init__(self, kind: Lanes, per_slab: int) -> None:
-        self.kind = kind
+    def __init__(self, space: Space, per_slab: int, lanes: int) -> None:
+        self.space = space
         self.per_slab = per_slab
+        self.lanes = lanes
         self.refs: dict[int, int] = {}  # page -> how many lanes list it; no entry for an idle published page
         self.spare: dict[int, list[int]] = {}  # carved slab -> its free pages; slabs without any are left out
         self.spares = 0
@@ -79,12 +93,13 @@ class _Held:
 
     seq: Sequence
     pool: _Pool
+    block: _Pool | None  # of the coded pages
     lanes: list[_Lane]
     cursor: Node  # the published prefix of the lane ends here ...
     published: int = 0  # ... after so many pages
     chain: int = 0
     nodes: int = 0
-    view: I32 | None = None  # i32[lanes, n], rebuilt when pages change
+    view: tuple[I32, I32] | None = None  # what arrays() tells, until pages change
 
     @property
     def edited(self) -> bool:
@@ -94,25 +109,33 @@ class _Held:
     def missing(self, rows: int, page: int) -> int:
         """Pages that the lanes lack for `rows` rows behind the tail."""
         more = self.chain + self.nodes + rows
-        return sum(-(-(lane.length + more) // page) - len(lane.pages) for lane in self.lanes)
+        return sum(-(-(lane.length + more) // page) - len(lane.pages) - len(lane.coded) for lane in self.lanes)
 
-    def pages(self) -> I32:
-        """i32[lanes, n], shorter lanes padded with 0 on the right."""
+    def listed(self) -> list[tuple[_Pool, list[int]]]:
+        """All pages by pool, a lane's last first."""
+        found = [(self.pool, [page for lane in self.lanes for page in reversed(lane.pages)])]
+        if self.block is not None:
+            found.append((self.block, [page for lane in self.lanes for page in reversed(lane.coded)]))
+        return found
+
+    def arrays(self) -> tuple[I32, I32]:
+        """`pages` and `coded` of all lanes: i32[lanes, n] and i32[lanes, m], shorter lanes padded with 0 on the right."""
         if self.view is None:
-            self.view = np.array(self.padded(), np.int32)
+            self.view = _padded([lane.pages for lane in self.lanes]), _padded([lane.coded for lane in self.lanes])
         return self.view
 
-    def padded(self) -> list[list[int]]:
-        width = max(len(lane.pages) for lane in self.lanes)
-        return [lane.pages + [0] * (width - len(lane.pages)) for lane in self.lanes]
+
+def _padded(lists: list[list[int]]) -> I32:
+    width = max(map(len, lists))
+    return np.array([[*pages, *[0] * (width - len(pages))] for pages in lists], np.int32)
 
 
 class PageTable:
     """`slabs` slabs for a model of `layers` layers and `kv_heads` kv heads; `page` tokens a page.
 
-    A page id counts units of its lane kind: SHARED s is slab s, PER_LAYER s * layers + i and PER_HEAD
-    s * layers * kv_heads + i lie in slab s. A sequence that is open has `lanes` lanes: one, one a layer, or one a layer
-    and kv head (layer * kv_heads + head). `slabs`, `used()`, `peak` and `available()` count slabs.
+    Pages are numbered within their space: page i lies in slab i // per_slab, where per_slab is 1 for SHARED, `layers` for
+    PER_LAYER, `layers` * `kv_heads` for PER_HEAD, and what define() was told for pages of a format. A sequence that is open has
+    one lane, one a layer, or one a layer and kv head (layer * kv_heads + head). All figures count slabs.
     """
 
     def __init__(self, slabs: int, layers: int, kv_heads: int, page: int = 32, sharing: bool = True) -> None:
@@ -121,10 +144,16 @@ class PageTable:
         self.sharing = sharing
         self.prefix = PrefixTree(page)
         self.peak = 0  # most slabs in use since the last reset_peak
-        lanes = {Lanes.SHARED: 1, Lanes.PER_LAYER: layers, Lanes.PER_HEAD: layers * kv_heads}
-        self._pools = {kind: _Pool(kind, count) for kind, count in lanes.items()}
+        self._lanes = {Lanes.SHARED: 1, Lanes.PER_LAYER: layers, Lanes.PER_HEAD: layers * kv_heads}
+        self._pools = {Space(kind): _Pool(Space(kind), count, count) for kind, count in self._lanes.items()}
         self._free = list(range(slabs - 1, -1, -1))
         self._held: dict[int, _Held] = {}
+
+    def define(self, space: Space, per_slab: int) -> None:
+        """A further space, whose pages are of another size: `per_slab` of them are carved from a slab."""
+        assert per_slab > 0, f"{space}: a page is larger than a slab"
+        pool = self._pools.setdefault(space, _Pool(space, per_slab, self._lanes[space.lanes]))
+        assert pool.per_slab == per_slab, f"{space}: {per_slab} pages a slab, defined with {pool.per_slab}"
 
     # ---- figures
 
@@ -141,19 +170,32 @@ class PageTable:
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
         """Slabs for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and
-        will attach `matched` of them. An upper bound, also as a sum over sequences: free pages of carved slabs are not
-        counted on. While the sum is at most available(), reserve succeeds."""
-        held = self._held.get(seq.id)
-        if held is None:  # as many lanes as pages in a slab, all of one length
-            return -(-rows // self.page) - matched // self.page
-        return -(-held.missing(rows, self.page) // held.pool.per_slab)
+        will attach `matched` of them; rows beyond the pending tokens are drafts. An upper bound, also as a sum over sequences:
+        free pages of carved slabs are not counted on. While the sum is at most available(), neither reserve nor what follows the
+        commit at a border (keep, encode, splice) lacks pages."""
+        held = self._held.get(seq.id) or self._fresh(seq)
+        size, tail = self.page, held.chain + held.nodes + rows
+        drafted = max(0, tail - seq.pending)
+        evicts = seq.most < NEVER and seq.stored + tail >= seq.pure  # then survivors of pages that others list are copied
+        exact = coded = 0
+        for lane in held.lanes:
+            own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
+            end = max(lane.length, min(lane.length + tail - drafted, seq.most)) + drafted
+            if held.block is not None:
+                coded += max(0, end // seq.encoded * seq.encoded // size - len(lane.coded))
+                end = min(end, size * len(lane.coded) + seq.encoded + drafted)
+            exact += max(0, -(-end // size) - len(lane.coded) - own)
+        slabs = -(-exact // held.pool.per_slab) - (0 if evicts else matched // size)
+        return slabs + (-(-coded // held.block.per_slab) if held.block is not None else 0)
 
     def gain(self, seq: Sequence) -> int:
         """Slabs that freeing `seq` would add to available(): those whose pages nobody else lists."""
         held = self._held[seq.id]
-        pool = held.pool
-        mine = Counter(page // pool.per_slab for lane in held.lanes for page in lane.pages if pool.refs[page] == 1)
-        return sum(count + len(pool.spare.get(slab, ())) == pool.per_slab for slab, count in mine.items())
+        gained = 0
+        for pool, listed in held.listed():
+            mine = Counter(page // pool.per_slab for page in listed if pool.refs[page] == 1)
+            gained += sum(count + len(pool.spare.get(slab, ())) == pool.per_slab for slab, count in mine.items())
+        return gained
 
     # ---- sharing
 
@@ -172,7 +214,7 @@ class PageTable:
         held = self._held[seq.id]
         nodes = self.prefix.walk(seq.tokens, seq.request.salt)[: n // self.page]
         lane = held.lanes[0]
-        assert held.pool.kind is Lanes.SHARED and not lane.pages, f"sequence {seq.id}: only an empty SHARED lane attaches"
+        assert held.pool.space == Space() and not lane.pages, f"sequence {seq.id}: only an empty SHARED lane attaches"
         assert n == len(nodes) * self.page, f"sequence {seq.id}: {n} tokens to attach, {len(nodes)} pages match"
         for node in nodes:
             self._list(held.pool, node.page)
@@ -188,8 +230,8 @@ class PageTable:
         """
         held = self._held[seq.id]
         lane = held.lanes[0]
-        full = lane.length // self.page
-        if full == held.published or not self.sharing or held.pool.kind is not Lanes.SHARED or held.edited:
+        full = min(lane.length, seq.pure) // self.page
+        if full <= held.published or not self.sharing or held.pool.space != Space() or held.edited:
             return
         if not held.cursor.alive:  # an equal page under which this sequence published was evicted: from the start
             held.cursor, held.published = self.prefix.root, 0
@@ -203,16 +245,19 @@ class PageTable:
     def open(self, seq: Sequence) -> None:
         """Empty lanes of kind `seq.lanes`; nothing is stored."""
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
-        pool = self._pools[seq.lanes]
-        self._held[seq.id] = _Held(seq, pool, [_Lane([]) for _ in range(pool.per_slab)], self.prefix.root)
+        self._held[seq.id] = self._fresh(seq)
         seq.stored = 0
+
+    def _fresh(self, seq: Sequence) -> _Held:
+        pool = self._pools[Space(seq.lanes, seq.format)]
+        block = self._pools[Space(seq.lanes, seq.block)] if seq.block else None
+        return _Held(seq, pool, block, [_Lane([]) for _ in range(pool.lanes)], self.prefix.root)
 
     def free(self, seq: Sequence) -> None:
         """Lets go of all pages and forgets the sequence. Published pages stay while memory lasts."""
         assert seq.id in self._held, f"sequence {seq.id} is not open"
-        held = self._held.pop(seq.id)
-        for lane in held.lanes:
-            self._drop(held.pool, reversed(lane.pages))
+        for pool, pages in self._held.pop(seq.id).listed():
+            self._drop(pool, pages)
 
     def reserve(self, work: Seq[Work], trees: Seq[TokenTree]) -> PageView:
         """Grows every tail by the rows packed now: `w.rows` chain rows unless it has them, and the nodes from w.first on.
@@ -221,7 +266,7 @@ class PageTable:
         where memory lacks.
         """
         growth: list[tuple[_Held, int, int, int]] = []
-        wanted: dict[Lanes, int] = {}
+        wanted: dict[Space, int] = {}
         for w, tree in zip(work, trees, strict=True):
             held = self._held[w.seq.id]
             chain = 0 if held.chain else w.rows
@@ -231,19 +276,21 @@ class PageTable:
             assert held.chain in (0, w.rows), f"sequence {w.seq.id}: a tail of {held.chain} chain rows goes on with {w.rows}"
             missing = held.missing(chain + nodes, self.page)
             if missing:
-                wanted[held.pool.kind] = wanted.get(held.pool.kind, 0) + missing
+                wanted[held.pool.space] = wanted.get(held.pool.space, 0) + missing
             growth.append((held, chain, nodes, missing))
         if wanted:
             self._ensure(wanted)
-        view = PageView([], [], [], [], [], [], [])
+        view = PageView([], [], [], [], [], [], [], [])
         for held, chain, nodes, missing in growth:
             tail = held.chain + held.nodes
             held.chain += chain
             held.nodes += nodes
             if missing:
                 self._grow(held, view.fresh)
-            view.kinds.append(held.pool.kind)
-            view.pages.append(held.pages())
+            view.kinds.append(held.pool.space.lanes)
+            pages, coded = held.arrays()
+            view.pages.append(pages)
+            view.coded.append(coded)
             view.lengths.append(np.array([lane.length for lane in held.lanes], np.int32))
             view.tail.append(tail)
             view.chain.append(held.chain)
@@ -267,7 +314,7 @@ class PageTable:
 
         Then seq.tokens and seq.stored advance.
         """
-        moved: dict[Lanes, tuple[list[int], list[int]]] = {}
+        moved: dict[Space, tuple[list[int], list[int]]] = {}
         size = self.page
         for w, (path, tokens, _) in zip(work, accepted, strict=True):
             held = self._held[w.seq.id]
@@ -278,9 +325,9 @@ class PageTable:
                     f"sequence {w.seq.id}: path {path} in a tail of {held.nodes} nodes"
                 )
             if path and path[-1] != kept - 1:
-                src, dst = moved.setdefault(held.pool.kind, ([], []))
+                src, dst = moved.setdefault(held.pool.space, ([], []))
                 for lane in held.lanes:
-                    base, pages = lane.length + held.chain, lane.pages
+                    base, pages = lane.length + held.chain - size * len(lane.coded), lane.pages
                     for k, node in enumerate(path):
                         if node != k:
                             src.append(pages[(base + node) // size] * size + (base + node) % size)
@@ -289,7 +336,7 @@ class PageTable:
                 lane.append(w.seq.stored, w.rows + kept)
             self._cut(held)
             w.seq.advance(w.rows, tokens, kept)
-        return [Moves(kind, np.array(src, np.int32), np.array(dst, np.int32)) for kind, (src, dst) in moved.items()]
+        return [Moves(space, np.array(src, np.int32), np.array(dst, np.int32)) for space, (src, dst) in moved.items()]
 
     def discard(self, seq: Sequence) -> None:
         """Drops the tail, if there is one."""
@@ -300,135 +347,209 @@ class PageTable:
     def keep(self, seq: Sequence, lane: int, slots: ArrayLike) -> Moves:
         """Eviction: only `slots` (ascending) of this lane survive, and close up. The tail must be empty.
 
-        A page that someone else lists, or that is published, is not written: its survivors go to a fresh page. Places
-        of a fresh page behind the lane's end get a copy of the last survivor, so that nothing of its former owner is left.
+        A page that survives whole, or as far as the lane goes, is listed as it is. What must be written goes to pages that this
+        lane alone lists, or to fresh ones; places of a fresh page behind the lane's end get a copy of the last survivor, so that
+        nothing of its former owner is left. Where memory lacks, published pages that nobody else lists are taken back first.
+
+            slots      0 .. 31 | 32 .. 63 | 64 .. 95 | 96 .. 99      kept: 0..31, 64..99
+            pages      [p3]      [p7]       [p8]       [p2]
+            after      [p3]      [p8]       [p2]                      nothing moves, p7 is free
         """
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: keep while a tail is open"
         it, pool, size = held.lanes[lane], held.pool, self.page
         keep = np.asarray(slots, np.int32)
-        n = len(keep)
+        n, old = len(keep), it.pages
         assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
             f"sequence {seq.id}: slots to keep must ascend within 0..{it.length - 1}"
         )
+        assert not it.coded, f"sequence {seq.id}: coded pages are not evicted from"
         if n == it.length:
-            return Moves(pool.kind, _NONE, _NONE)
+            return Moves(pool.space, _NONE, _NONE)
+        first = np.arange(0, n, size)  # of each page to be
+        last = np.minimum(first + size, n) - 1
+        whole = (keep[first] % size == 0) & (keep[last] - keep[first] == last - first)
+        whole &= (last - first == size - 1) | (keep[last] == it.length - 1)
+        pages = [old[slot // size] if stays else -1 for slot, stays in zip(keep[first].tolist(), whole.tolist(), strict=True)]
+        stay, writing = set(pages), np.flatnonzero(~whole)
+        gone = [page for page in old if page not in stay]
+        loose = self._loose(pool, gone, len(writing))
+        for i, b in enumerate(writing.tolist()):
+            pages[b] = loose[i] if i < len(loose) else self._take(pool)
+        self._mark()
+        to = (writing[:, None] * size + np.arange(size)).ravel()
+        if len(loose) == len(writing):
+            to = to[to < n]  # the last page is not a fresh one
+        src, dst = self._places(old, keep[np.minimum(to, n - 1)]), self._places(pages, to)
         if not held.edited:
             for other in held.lanes:
                 other.positions = np.arange(other.length, dtype=np.int32)
         assert it.positions is not None
-        shifted = np.flatnonzero(keep != np.arange(n))
-        first = (int(shifted[0]) if len(shifted) else n) // size  # pages before it stay as they are
-        old = it.pages
-        new = old[: -(-n // size)]
-        foreign = [i for i in range(first, len(new)) if not self._private(pool, old[i])]
-        self._ensure({pool.kind: len(foreign)})
-        for i in foreign:
-            new[i] = self._take(pool)
-        self._mark()
-        filled = len(new) * size if foreign and foreign[-1] == len(new) - 1 else n
-        to = np.arange(first * size, filled, dtype=np.int32)
-        at = keep[np.minimum(to, n - 1)]
-        src = np.array(old, np.int32)[at // size] * size + at % size
-        dst = np.array(new, np.int32)[to // size] * size + to % size
         it.positions = it.positions[keep]
-        it.pages, it.length, held.view = new, n, None
-        gone = set(old) - set(new)
-        self._drop(pool, [page for page in reversed(old) if page in gone])
+        it.pages, it.length, it.folded, held.view = pages, n, 0, None
+        used = set(pages)
+        self._drop(pool, [page for page in reversed(gone) if page not in used])
         moved = src != dst
-        return Moves(pool.kind, src[moved], dst[moved])
+        return Moves(pool.space, src[moved], dst[moved])
+
+    def positions(self, seq: Sequence) -> list[I32]:
+        """The positions that the committed slots of each lane hold."""
+        held = self._held[seq.id]
+        return [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
+
+    def unfolded(self, seq: Sequence) -> I32:
+        """Full pages that were not asked for yet, or whose slots an eviction has moved since."""
+        held, found = self._held[seq.id], []
+        for lane in held.lanes:
+            full = lane.length // self.page
+            found += lane.pages[max(0, lane.folded - len(lane.coded)) : full - len(lane.coded)]
+            lane.folded = full
+        return np.array(found, np.int32)
+
+    def encode(self, seq: Sequence) -> Encoding:
+        """The full pages of every lane go over to the sequence's block format; the tail must be empty."""
+        held = self._held[seq.id]
+        assert held.block is not None and not held.chain, f"sequence {seq.id}: no block format, or a tail is open"
+        full = [lane.length // self.page - len(lane.coded) for lane in held.lanes]
+        self._ensure({held.block.space: sum(full)})
+        src: list[int] = []
+        dst: list[int] = []
+        for lane, count in zip(held.lanes, full, strict=True):
+            gone, lane.pages = lane.pages[:count], lane.pages[count:]
+            coded = [self._take(held.block) for _ in gone]
+            lane.coded += coded
+            src += gone
+            dst += coded
+        self._mark()
+        self._drop(held.pool, reversed(src))
+        held.view = None
+        return Encoding(held.pool.space, held.block.space, np.array(src, np.int32), np.array(dst, np.int32))
+
+    def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> Moves:
+        """Appends private copies of `count` slots of an open sequence, from slot `first` on, as the next slots of `seq`: text
+        that moved. Keys turn by as many positions as it moved. exact: what stands before is the same in both, so that the pages
+        stay a function of their tokens. SHARED lanes of plain pages; the tail must be empty."""
+        held, other = self._held[seq.id], self._held[source.id]
+        assert held.pool.space == other.pool.space == Space() and not held.chain, f"sequence {seq.id}: cannot take over slots"
+        mine, theirs, pool = held.lanes[0], other.lanes[0], held.pool
+        start = mine.length
+        assert first + count <= theirs.length and not held.edited and not other.edited, f"sequence {seq.id}: no such slots to take"
+        assert first == start or not exact, f"sequence {seq.id}: text that moved from {first} to {start} is not exact"
+        lacking = -(-(start + count) // self.page) - len(mine.pages)
+        self._ensure({pool.space: lacking})
+        mine.pages += [self._take(pool) for _ in range(lacking)]
+        self._mark()
+        to = np.arange(start, len(mine.pages) * self.page if lacking else start + count, dtype=np.int32)  # a fresh page is filled
+        at = np.minimum(to - start + first, first + count - 1)
+        seq.pure = min(seq.pure, source.pure if exact else start)
+        mine.append(start, count)
+        seq.stored += count
+        held.view = None
+        return Moves(pool.space, self._places(theirs.pages, at), self._places(mine.pages, to), start - first)
 
     def fork(self, seq: Sequence, child: Sequence) -> Moves:
         """Opens `child` with the same lanes: full pages are listed by both, the partial one is copied whole, so that
         nothing of its former owner is left in the new one. The tail must be empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: fork while a tail is open"
-        assert child.id not in self._held and child.lanes is seq.lanes, f"sequence {child.id}: open, or of another lane kind"
+        same = (child.lanes, child.format, child.block) == (seq.lanes, seq.format, seq.block)
+        assert child.id not in self._held and same, f"sequence {child.id}: open, or of another space"
         pool, size = held.pool, self.page
-        self._ensure({pool.kind: sum(lane.length % size > 0 for lane in held.lanes)})
+        self._ensure({pool.space: sum(lane.length % size > 0 for lane in held.lanes)})
         lanes, src, dst = [], [], []
         for lane in held.lanes:
-            full = lane.length // size
+            full = lane.length // size - len(lane.coded)
             pages = lane.pages[:full]
+            for page in lane.coded:
+                assert held.block is not None
+                self._list(held.block, page)
             for page in pages:
                 self._list(pool, page)
             if full < len(lane.pages):
                 pages.append(self._take(pool))
                 src.append(lane.pages[full])
                 dst.append(pages[full])
-            lanes.append(_Lane(pages, lane.length, None if lane.positions is None else lane.positions[: lane.length].copy()))
-        self._held[child.id] = _Held(child, pool, lanes, held.cursor, held.published)
-        child.stored = seq.stored
+            positions = None if lane.positions is None else lane.positions[: lane.length].copy()
+            lanes.append(_Lane(pages, lane.length, list(lane.coded), lane.folded, positions))
+        self._held[child.id] = _Held(child, pool, held.block, lanes, held.cursor, held.published)
+        child.stored, child.pure = seq.stored, min(child.pure, seq.pure)
         self._mark()
-        return Moves(pool.kind, self._places(src), self._places(dst))
+        places = np.arange(len(src) * size)
+        return Moves(pool.space, self._places(src, places), self._places(dst, places))
 
     def check(self) -> None:
         """AssertionError where an invariant broke: references equal listings; units in use + free units + free slabs =
-        pool; no lane longer than its pages; published pages full and never at a lane's writable end."""
+        pool; no lane longer than its pages; coded pages full; published pages full and never at a lane's writable end."""
         size = self.page
-        listed: dict[Lanes, Counter[int]] = {kind: Counter() for kind in Lanes}
+        listed: dict[Space, Counter[int]] = {space: Counter() for space in self._pools}
         for held in self._held.values():
             name = f"sequence {held.seq.id}"
-            refs = self._pools[held.pool.kind].refs
+            refs, shared_kind = held.pool.refs, held.pool.space == Space()
+            for pool, pages in held.listed():
+                listed[pool.space].update(pages)
             for index, lane in enumerate(held.lanes):
                 end = lane.length + held.chain + held.nodes
-                assert len(lane.pages) == -(-end // size), f"{name} lane {index}: {len(lane.pages)} pages for {end} slots"
+                count, skipped = len(lane.pages) + len(lane.coded), len(lane.coded)
+                assert count == -(-end // size), f"{name} lane {index}: {count} pages for {end} slots"
+                assert skipped * size <= lane.length, f"{name} lane {index}: {skipped} coded pages for {lane.length} slots"
                 assert held.edited or lane.length == held.seq.stored, f"{name} lane {index}: {lane.length} slots, {held.seq.stored} stored"
                 assert held.edited == (lane.positions is not None), f"{name} lane {index}: positions of some lanes only"
-                listed[held.pool.kind].update(lane.pages)
-                for i, page in enumerate(lane.pages):
-                    published = held.pool.kind is Lanes.SHARED and page in self.prefix
+                where = np.arange(lane.length) if lane.positions is None else lane.positions
+                for i, page in enumerate(lane.pages, skipped):
+                    published = shared_kind and page in self.prefix
                     if i >= lane.length // size:
                         assert refs.get(page) == 1 and not published, f"{name} lane {index}: writable page {page} is shared"
                     elif published:
-                        key = (held.seq.request.salt, tuple(held.seq.tokens[i * size : (i + 1) * size]))
+                        tokens = tuple(held.seq.tokens[p] for p in where[i * size : (i + 1) * size])
+                        key = (held.seq.request.salt, tokens)
                         assert self.prefix.nodes[page].key == key, f"{name}: page {page} is published for other tokens"
-            assert held.view is None or held.view.tolist() == held.padded(), f"{name}: stale page array"
+            seen, held.view = held.view, None
+            assert seen is None or all(map(np.array_equal, seen, held.arrays())), f"{name}: stale page arrays"
         self.prefix.check()
-        shared = self._pools[Lanes.SHARED]
+        shared = self._pools[Space()]
         idle = set(self.prefix.nodes) - set(shared.refs)
         assert idle == set(self.prefix.idle), f"idle pages {sorted(self.prefix.idle)}, published and unlisted {sorted(idle)}"
         slabs: list[int] = list(self._free)
         for pool in self._pools.values():
-            assert pool.refs == listed[pool.kind], f"{pool.kind}: references {pool.refs}, listings {dict(listed[pool.kind])}"
+            assert pool.refs == listed[pool.space], f"{pool.space}: references {pool.refs}, listings {dict(listed[pool.space])}"
             spare = [page for pages in pool.spare.values() for page in pages]
             taken = list(pool.refs) + (list(idle) if pool is shared else [])
-            assert len(spare) == pool.spares, f"{pool.kind}: {len(spare)} free pages, counted {pool.spares}"
+            assert len(spare) == pool.spares, f"{pool.space}: {len(spare)} free pages, counted {pool.spares}"
             assert all(page // pool.per_slab == slab for slab, pages in pool.spare.items() for page in pages)
             in_slab = Counter(page // pool.per_slab for page in taken)
             units = Counter(page // pool.per_slab for page in {*taken, *spare})
-            assert len({*taken, *spare}) == len(taken) + len(spare), f"{pool.kind}: a page is both free and in use"
-            assert all(n == pool.per_slab for n in units.values()), f"{pool.kind}: pages of a slab are lost: {dict(units)}"
-            assert in_slab.keys() == units.keys(), f"{pool.kind}: a slab without pages in use was not given back"
+            assert len({*taken, *spare}) == len(taken) + len(spare), f"{pool.space}: a page is both free and in use"
+            assert all(n == pool.per_slab for n in units.values()), f"{pool.space}: pages of a slab are lost: {dict(units)}"
+            assert in_slab.keys() == units.keys(), f"{pool.space}: a slab without pages in use was not given back"
             slabs += units
         assert sorted(slabs) == list(range(self.slabs)), f"slabs lost or owned twice: {sorted(slabs)}"
 
     # ---- pages
 
-    def _ensure(self, wanted: dict[Lanes, int]) -> None:
+    def _ensure(self, wanted: dict[Space, int]) -> None:
         """Raises OutOfPages unless so many pages of each kind can be taken."""
-        slabs = sum(-(-max(0, n - self._pools[kind].spares) // self._pools[kind].per_slab) for kind, n in wanted.items())
+        slabs = sum(-(-max(0, n - self._pools[space].spares) // self._pools[space].per_slab) for space, n in wanted.items())
         if slabs > self.available():
             raise OutOfPages(f"{slabs} slabs wanted, {self.available()} of {self.slabs} available")
 
     def _mark(self) -> None:
         self.peak = max(self.peak, self.used())
 
-    def _grow(self, held: _Held, fresh: list[tuple[Lanes, int]]) -> None:
+    def _grow(self, held: _Held, fresh: list[tuple[Space, int]]) -> None:
         """Takes the pages that the lanes lack for their tail."""
         tail = held.chain + held.nodes
         for lane in held.lanes:
-            for _ in range(-(-(lane.length + tail) // self.page) - len(lane.pages)):
+            for _ in range(-(-(lane.length + tail) // self.page) - len(lane.pages) - len(lane.coded)):
                 page = self._take(held.pool)
                 lane.pages.append(page)
-                fresh.append((held.pool.kind, page))
+                fresh.append((held.pool.space, page))
         held.view = None
 
     def _cut(self, held: _Held) -> None:
         """Ends the tail and lets go of the pages behind the committed slots."""
         held.chain = held.nodes = 0
         for lane in held.lanes:
-            count = -(-lane.length // self.page)
+            count = -(-lane.length // self.page) - len(lane.coded)
             if count < len(lane.pages):
                 self._drop(held.pool, reversed(lane.pages[count:]))
                 del lane.pages[count:]
@@ -439,7 +560,7 @@ class PageTable:
         if not pool.spare:
             if not self._free:
                 for page in self.prefix.evict():
-                    self._release(self._pools[Lanes.SHARED], page)
+                    self._release(self._pools[Space()], page)
             slab = self._free.pop()
             pool.spare[slab] = list(range((slab + 1) * pool.per_slab - 1, slab * pool.per_slab - 1, -1))
             pool.spares += pool.per_slab
@@ -466,7 +587,7 @@ class PageTable:
                 pool.refs[page] -= 1
                 continue
             del pool.refs[page]
-            if pool.kind is Lanes.SHARED and page in self.prefix:
+            if pool.space == Space() and page in self.prefix:
                 self.prefix.rest(page)
             else:
                 self._release(pool, page)
@@ -481,9 +602,26 @@ class PageTable:
             pool.spares -= pool.per_slab
             self._free.append(slab)
 
-    def _private(self, pool: _Pool, page: int) -> bool:
-        return pool.refs[page] == 1 and not (pool.kind is Lanes.SHARED and page in self.prefix)
+    def _loose(self, pool: _Pool, gone: list[int], wanted: int) -> list[int]:
+        """Of the pages that a lane gives up, at most `wanted` that it may write. OutOfPages where fresh ones lack for the rest."""
+        loose = [page for page in gone if self._private(pool, page)]
+        alone = [page for page in gone if pool.refs[page] == 1 and page not in loose]  # published
+        lacking = wanted - len(loose)
+        if pool.space == Space() and self.available() < lacking <= self.available() + len(alone):
+            for page in alone[self.available() - lacking :]:
+                if page in self.prefix:  # or it went with one before it
+                    self.prefix.rest(page)
+                    self.prefix.idle.move_to_end(page, last=False)
+                    for freed in self.prefix.evict():
+                        if freed != page:
+                            self._release(pool, freed)
+            loose = [page for page in gone if self._private(pool, page)]
+        self._ensure({pool.space: max(0, wanted - len(loose))})
+        return loose[:wanted]
 
-    def _places(self, pages: list[int]) -> I32:
-        """All places of these pages."""
-        return np.array([page * self.page + offset for page in pages for offset in range(self.page)], np.int32)
+    def _private(self, pool: _Pool, page: int) -> bool:
+        return pool.refs[page] == 1 and not (pool.space == Space() and page in self.prefix)
+
+    def _places(self, pages: list[int], slots: I32 | I64) -> I32:
+        """Where these slots of a lane of `pages` lie."""
+        return (np.array(pages, np.int32)[slots // self.page] * self.page + slots % self.page).astype(np.int32)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.taps import NOTHING, Taps
@@ -13,7 +16,7 @@ from redraft.kv.store import Store
 from redraft.kv.table import PageTable
 from redraft.models.layers import decoder_layer
 from redraft.models.spec import ModelSpec
-from redraft.ops.backend import Backend, Outputs, Weights
+from redraft.ops.backend import Backend, Outputs, Seen, Weights
 
 
 class Runner:
@@ -42,18 +45,29 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, taps: Taps = NOTHING) -> Outputs:
-        """Embed, segments of layers, head on the wanted rows. Keys and values of all rows are written on the way."""
+        """Embed, segments of layers, head on the wanted rows. Keys and values of the rows that run are written on the way.
+
+        Where sequences skip a layer, the rows of the others run alone, and a skipped layer passes hidden states on.
+        """
         backend, spec, weights = self.backend, self.spec, self.weights
-        plan = backend.plan(batch, spec)
+        plan = backend.plan(batch, spec, taps)
+        parts = _Parts(self, batch, taps)
         h = backend.embed(weights, plan)
         hidden = {}
         for first, last in self.segments(taps):
             for i in range(first, last):
-                h = decoder_layer(h, i, spec.layers[i], weights.layers[i], backend, self.store.pool, plan)
+                part = parts.at(i)
+                if part is None:
+                    h = decoder_layer(h, i, spec.layers[i], weights.layers[i], backend, self.store.pool, plan)
+                elif len(part.rows):
+                    own = decoder_layer(h[part.rows], i, spec.layers[i], weights.layers[i], backend, self.store.pool, part.plan)
+                    h = h.index_copy(0, part.rows, own)
             if last - 1 in taps.hidden:
                 hidden[last - 1] = h
         out = backend.head(h, weights, spec.final_norm, plan, taps)
-        return Outputs(out.argmax, out.top_k, out.logits, hidden) if hidden else out
+        if not hidden and not taps.attention:
+            return out
+        return replace(out, hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
 
     def segments(self, taps: Taps) -> Iterator[tuple[int, int]]:
         """Runs of layers that nobody looks into: cut behind every tapped layer."""
@@ -61,3 +75,44 @@ class Runner:
         for last in sorted(taps.hidden | {len(self.spec.layers) - 1}):
             yield first, last + 1
             first = last + 1
+
+
+class _Part(NamedTuple):
+    """Some of a batch's sequences: their places, their rows and their own plan."""
+
+    places: tuple[int, ...]
+    rows: Tensor
+    plan: Any
+
+
+class _Parts:
+    """Who runs which layer, with a plan for each set of sequences that run alone."""
+
+    def __init__(self, runner: Runner, batch: Batch, taps: Taps) -> None:
+        self.runner, self.batch, self.taps = runner, batch, taps
+        self.whole = all(layers is None for layers in batch.layers)
+        self.made: dict[tuple[int, ...], _Part] = {}
+
+    def at(self, layer: int) -> _Part | None:
+        """None: all sequences run this layer."""
+        if self.whole:
+            return None
+        places = tuple(s for s, layers in enumerate(self.batch.layers) if layers is None or layer in layers)
+        if len(places) == len(self.batch.layers):
+            return None
+        if places not in self.made:
+            part, rows = self.batch.only(places)
+            watched = {i: self.taps.attention[s] for i, s in enumerate(places) if s in self.taps.attention}
+            plan = self.runner.backend.plan(part, self.runner.spec, Taps(attention=watched)) if places else None
+            self.made[places] = _Part(places, torch.from_numpy(rows).long().to(self.runner.backend.device), plan)
+        return self.made[places]
+
+    def watched(self, plan: Any) -> dict[int, Seen]:
+        """Statistics of all layers: each layer ran under one of the plans."""
+        backend = self.runner.backend
+        found = dict(backend.watched(plan))
+        for part in self.made.values():
+            for i, seen in backend.watched(part.plan).items() if part.places else ():
+                before = found[part.places[i]]
+                found[part.places[i]] = Seen(before.chain + seen.chain, before.nodes + seen.nodes)
+        return found

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from redraft.core.batch import Batch
-from redraft.core.sequence import Lanes
-from redraft.core.taps import Taps
+from redraft.core.sequence import Space
+from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
+from redraft.ops.format import Array, Arrays, Format
+
+if TYPE_CHECKING:  # the cards of methods are read without loading it
+    import torch
+    from torch import Tensor
 
 
 class Feature(StrEnum):
@@ -64,6 +66,8 @@ class Weights:
 
     @property
     def bytes(self) -> int:
+        from torch import Tensor
+
         seen: dict[int, int] = {}
 
         def walk(value: Any) -> None:
@@ -79,15 +83,27 @@ class Weights:
         return sum(seen.values())
 
 
+class Seen(NamedTuple):
+    """Statistics of one sequence's attention weights in float32 or better, w watches in the order of Taps.attention. Slot j
+    of a lane with n committed slots: committed where j < n, else row j - n of the sequence's tail; lanes are padded to the
+    longest. chain: [w, L, K, slots], summed over the chain rows at positions >= since; nodes: [w, N, L, K, slots], of each
+    tree row by itself."""
+
+    chain: Tensor
+    nodes: Tensor
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What a forward pass returns, one row a logit row. argmax: i32[R], lowest id wins ties; top_k: i32[R, k], best
-    first, ties by id; logits: [R, V] in the backend's dtype; hidden: layer -> [T, hidden] after that layer."""
+    first, ties by id; logits: [R, V] in the backend's dtype; hidden: layer -> [T, hidden] after that layer; attention:
+    place of a sequence in the batch -> Seen."""
 
     argmax: I32
     top_k: I32 | None = None
     logits: Tensor | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, Seen] = field(default_factory=dict)
 
 
 def best_first(logits: Tensor, k: int) -> I32:
@@ -97,6 +113,27 @@ def best_first(logits: Tensor, k: int) -> I32:
     ids, order = ids.sort(dim=-1)
     order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(-1, order).int().cpu().numpy()
+
+
+class Select(Protocol):
+    """An opened method that reads sparsely, as attention meets it. Its side data are arrays of the unit, filled on write (one
+    entry a slot) or when a page is full and committed (whole arrays). K kv heads, G query heads of each, R rows, n slots."""
+
+    def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]: ...
+
+    def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
+        """Entries [T, K, ...] of the per-slot arrays for keys [T, K, D] of layer `index`, as attention reads them."""
+        ...
+
+    def fold(self, keys: Tensor) -> dict[str, Tensor]:
+        """The whole arrays [m, *shape] of m units from their keys [m, 32, D]."""
+        ...
+
+    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor) -> Tensor:
+        """Which of the visible keys are read. q [K, G, R, D]; held: its side data of the lane's units [K, n / 32, *shape]; seen:
+        bool [K, R, n]; where: i64 [K, n], positions of the slots; at: i64 [R], positions of the rows -> bool [K, G, R, n] or
+        [K, 1, R, n], a subset of seen."""
+        ...
 
 
 class Backend(Protocol):
@@ -113,13 +150,26 @@ class Backend(Protocol):
 
     def slab_bytes(self, spec: ModelSpec) -> int: ...
 
-    def zero(self, pool: Any, pages: list[tuple[Lanes, int]]) -> None: ...
-
-    def move(self, pool: Any, kind: Lanes, src: I32, dst: I32) -> None:
-        """Copies slots, all gathered and then scattered. A place is page * 32 + offset in units of `kind`."""
+    def define(self, pool: Any, fmt: Format) -> int:
+        """Pages of this format may follow; returns how many units of it one slab holds. Unsupported where it holds none."""
         ...
 
-    def plan(self, batch: Batch, spec: ModelSpec) -> Any:
+    def zero(self, pool: Any, pages: list[tuple[Space, int]]) -> None: ...
+
+    def move(self, pool: Any, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
+        """Copies slots with all their per-slot arrays, all gathered and then scattered. A place is page * 32 + offset in pages of
+        `space`. delta: keys are turned by so many positions on the way, angles in float64 (plain pages only)."""
+        ...
+
+    def encode(self, pool: Any, source: Space, target: Space, src: I32, dst: I32) -> None:
+        """Whole pages src[i] of one space into dst[i] of another, by the target format's codec; side data go with them."""
+        ...
+
+    def fold(self, pool: Any, space: Space, pages: I32, read: Select) -> None:
+        """Fills the whole arrays of `read` in these pages, which are full, from their keys as attention reads them."""
+        ...
+
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Any:
         """Device tensors of one step: rows, positions, places, masks. Unsupported by name where a feature lacks."""
         ...
 
@@ -140,7 +190,12 @@ class Backend(Protocol):
         ...
 
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
-        """Writes this step's keys and values of layer `index`, then reads: q [T, H, D] -> [T, H * D]."""
+        """Writes this step's keys and values of layer `index`, then reads: q [T, H, D] -> [T, H * D]. What each row sees is told
+        by the batch's pages and views; statistics that `plan` was asked for are added up in it."""
+        ...
+
+    def watched(self, plan: Any) -> Mapping[int, Seen]:
+        """The statistics that the taps of `plan` asked for, after all layers."""
         ...
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor: ...

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redraft.core.batch import Batch, PageView
-from redraft.core.sequence import Lanes
-from redraft.core.taps import Taps
+from redraft.core.batch import Batch
+from redraft.core.sequence import Lanes, Space
+from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32
+from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
-from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Weights, best_first
-
-PAGE = 32
+from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
+from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Seen, Select, Weights, best_first
+from redraft.ops.format import PAGE, Arrays, Format, plain
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,48 @@ class Plan:
     batch: Batch
     tokens: Tensor
     positions: Tensor
+    watches: Mapping[int, tuple[Watch, ...]]
+    seen: dict[int, Seen]
+
+
+class Shelf:
+    """All units of one format: name of an array -> [units, *shape]. Each format has memory of its own here."""
+
+    def __init__(self, fmt: Format, arrays: dict[str, Tensor], sides: set[str]) -> None:
+        self.format, self.arrays = fmt, arrays
+        self.codes = [name for name in arrays if name not in sides]
+
+    def keys_values(self, unit: int) -> tuple[Tensor, Tensor]:
+        """[32, D], as attention reads them."""
+        held = {name: self.arrays[name][unit] for name in self.codes}
+        if self.format.codec is None:
+            return held["keys"], held["values"]
+        return self.format.codec.decode(held)
+
+    def write(self, unit: int, offset: int, key: Tensor, value: Tensor) -> None:
+        """One slot's entries of the codec's arrays."""
+        entries: Arrays = {"keys": key[None], "values": value[None]}
+        if self.format.codec is not None:
+            entries = self.format.codec.store(key[None], value[None])
+        for name, entry in entries.items():
+            self.arrays[name][unit, offset] = entry[0]
+
+
+@dataclass
+class Pool:
+    """data: float64 [slabs, layers, kv heads, 2 (key, value), 32, D], the units of the plain format."""
+
+    data: Tensor
+    spec: ModelSpec
+    shelves: dict[str, Shelf] = field(default_factory=dict)
+
+    def units(self, space: Space, page: int) -> range:
+        layers, heads = self.data.shape[1:3]
+        count = {Lanes.SHARED: layers * heads, Lanes.PER_LAYER: heads, Lanes.PER_HEAD: 1}[space.lanes]
+        return range(page * count, (page + 1) * count)
 
 
 class Reference:
-    """Pool: float64 [slabs, layers, kv heads, 2 (key, value), 32, D]."""
-
     name = "reference"
     features = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
 
@@ -42,21 +79,71 @@ class Reference:
     def slab_bytes(self, spec: ModelSpec) -> int:
         return len(spec.layers) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
 
-    def allocate(self, spec: ModelSpec, slabs: int) -> Tensor:
-        return torch.zeros(slabs, len(spec.layers), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
+    def allocate(self, spec: ModelSpec, slabs: int) -> Pool:
+        data = torch.zeros(slabs, len(spec.layers), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
+        units = data.view(-1, 2, PAGE, spec.head_dim)
+        exact = Shelf(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())
+        return Pool(data, spec, {"": exact})
 
-    def zero(self, pool: Tensor, pages: list[tuple[Lanes, int]]) -> None:
-        for kind, page in pages:
-            _units(pool, kind)[page] = 0
+    def define(self, pool: Pool, fmt: Format) -> int:
+        count = self.slab_bytes(pool.spec) // fmt.bytes
+        if not count:
+            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than a slab")
+        arrays = {name: torch.zeros(len(pool.data) * count, *a.shape, dtype=a.dtype) for name, a in fmt.arrays.items()}
+        sides = {name for side in fmt.sides for name in side.arrays(pool.spec.head_dim, self.dtype)}
+        pool.shelves[fmt.name] = Shelf(fmt, arrays, sides)
+        return count
 
-    def move(self, pool: Tensor, kind: Lanes, src: I32, dst: I32) -> None:
-        units = _units(pool, kind)  # [pages of this kind, heads in a page, 2, 32, D]
-        got = [units[s // PAGE][..., s % PAGE, :].clone() for s in src.tolist()]
-        for d, value in zip(dst.tolist(), got, strict=True):
-            units[d // PAGE][..., d % PAGE, :] = value
+    def zero(self, pool: Pool, pages: list[tuple[Space, int]]) -> None:
+        for space, page in pages:
+            for array in pool.shelves[space.format].arrays.values():
+                for unit in pool.units(space, page):
+                    array[unit] = 0
 
-    def plan(self, batch: Batch, spec: ModelSpec) -> Plan:
-        return Plan(batch, torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).double())
+    def move(self, pool: Pool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
+        assert not delta or space == Space(), f"{space}: keys are turned in plain shared pages only"
+        shelf = pool.shelves[space.format]
+        for name, array in shelf.arrays.items():
+            if shelf.format.arrays[name].whole:
+                continue
+            got = [[array[u, s % PAGE].clone() for u in pool.units(space, s // PAGE)] for s in src.tolist()]
+            for d, values in zip(dst.tolist(), got, strict=True):
+                for u, value in zip(pool.units(space, d // PAGE), values, strict=True):
+                    if delta and name == "keys":  # the units of a page go layer by layer
+                        value = turned(value, pool.spec.layers[u // pool.spec.kv_heads % len(pool.spec.layers)].rotary, delta)
+                    array[u, d % PAGE] = value
+
+    def encode(self, pool: Pool, source: Space, target: Space, src: I32, dst: I32) -> None:
+        old, new = pool.shelves[source.format], pool.shelves[target.format]
+        for s, d in zip(src.tolist(), dst.tolist(), strict=True):
+            for here, there in zip(pool.units(source, s), pool.units(target, d), strict=True):
+                keys, values = old.keys_values(here)
+                made: Arrays = {"keys": keys[None], "values": values[None]}
+                if new.format.codec is not None:
+                    made = new.format.codec.pack(keys[None], values[None])
+                for name in new.arrays:
+                    if name in new.codes:
+                        new.arrays[name][there] = made[name][0]
+                    elif name in old.arrays:
+                        new.arrays[name][there] = old.arrays[name][here]
+
+    def fold(self, pool: Pool, space: Space, pages: I32, read: Select) -> None:
+        shelf = pool.shelves[space.format]
+        for page in pages.tolist():
+            for unit in pool.units(space, page):
+                for name, value in read.fold(shelf.keys_values(unit)[0][None]).items():
+                    shelf.arrays[name][unit] = value[0]
+
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Plan:
+        tokens, positions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).double()
+        seen = {}
+        for s, watches in taps.attention.items():
+            nodes = int(batch.starts[s + 1] - batch.tree_starts[s])
+            rows = batch.pages.tail[s] + int(batch.starts[s + 1] - batch.starts[s])
+            shape = len(spec.layers), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
+            n = len(watches)
+            seen[s] = Seen(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
+        return Plan(batch, tokens, positions, taps.attention, seen)
 
     def pack(self, weights: Linear) -> Linear:
         return weights
@@ -89,54 +176,23 @@ class Reference:
         raise Unsupported(f"activation {activation!r}")
 
     def rope(self, x: Tensor, layer: LayerSpec, plan: Plan) -> Tensor:
-        rotary = layer.rotary
-        if rotary is None:
+        if layer.rotary is None:
             return x
-        angles = plan.positions[:, None] * torch.tensor(rotary.frequencies, dtype=torch.float64)
-        cos, sin = (angles.cos() * rotary.scale)[:, None], (angles.sin() * rotary.scale)[:, None]
-        a, b, rest = x.split([rotary.dim // 2, rotary.dim // 2, x.shape[-1] - rotary.dim], -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+        return turned(x, layer.rotary, plan.positions[:, None, None]) * _scales(x, layer.rotary)
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Tensor, plan: Plan) -> Tensor:
-        batch, pages = plan.batch, plan.batch.pages
+    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
         out = torch.zeros(q.shape[0], layer.heads, layer.head_dim, dtype=self.dtype)
-        group = layer.heads // layer.kv_heads
-        at = 0  # tree rows before this sequence
-        for s in range(len(batch.tree_starts)):
-            start, tree_start, end = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
-            for head in range(layer.kv_heads):
-                lane = _lane(pages.kinds[s], index, head, layer.kv_heads)
-                length, tail = int(pages.lengths[s][lane]), pages.tail[s]
-                memory = [_place(pool, pages, s, lane, slot, index, head) for slot in range(length + tail + end - start)]
-                for r in range(start, end):  # every row is written before any is read
-                    memory[length + tail + r - start][0] = k[r, head]
-                    memory[length + tail + r - start][1] = v[r, head]
-                held = pages.positions[s]
-                positions = list(range(length)) if held is None else held[lane].tolist()
-                for r in range(start, end):
-                    seen = list(range(length))
-                    where = list(positions)
-                    mine = int(batch.positions[r])
-                    if r < tree_start:  # a chain row sees the chain up to itself
-                        seen += range(length, length + r - start + 1)
-                        where += range(mine - (r - start), mine + 1)
-                    else:  # a node sees the whole chain, its ancestors and itself
-                        chain = pages.chain[s]
-                        bits = batch.ancestors[at + r - tree_start]
-                        path = [j for j in range(64 * len(bits)) if int(bits[j // 64]) >> (j % 64) & 1]
-                        root = mine - len(path)
-                        seen += range(length, length + chain)
-                        where += range(root - chain + 1, root + 1)
-                        seen += [length + chain + j for j in path]
-                        where += range(root + 1, mine + 1)
-                    if layer.window is not None:
-                        seen = [i for i, p in zip(seen, where, strict=True) if mine - p < layer.window]
-                    keys = torch.stack([memory[i][0] for i in seen])
-                    values = torch.stack([memory[i][1] for i in seen])
-                    for h in range(head * group, (head + 1) * group):
-                        out[r, h] = (keys @ q[r, h] / math.sqrt(layer.head_dim)).softmax(0) @ values
-            at += end - tree_start
+        for s in range(len(plan.batch.tree_starts)):
+            own = slice(int(plan.batch.starts[s]), int(plan.batch.starts[s + 1]))
+            text = Text(pool, plan.batch, s, index, layer)
+            text.write(k[own], v[own])  # every row is written before any is read
+            text.hold()
+            for r in range(own.start, own.stop):
+                out[r] = text.attend(r, q[r], plan)
         return out.view(q.shape[0], -1)
+
+    def watched(self, plan: Plan) -> Mapping[int, Seen]:
+        return plan.seen
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         assert weights.router is not None and weights.experts_up is not None and weights.experts_down is not None
@@ -158,20 +214,139 @@ class Reference:
         return Outputs(argmax, top_k, logits if taps.logits else None)
 
 
-def _units(pool: Tensor, kind: Lanes) -> Tensor:
-    """The pool as [pages of this kind, heads in a page, 2, 32, D]."""
-    slabs, layers, heads = pool.shape[:3]
-    of = {Lanes.SHARED: layers * heads, Lanes.PER_LAYER: heads, Lanes.PER_HEAD: 1}[kind]
-    return pool.view(slabs * layers * heads // of, of, *pool.shape[3:])
+def turned(x: Tensor, rotary: Rotary | None, by: Tensor | float) -> Tensor:
+    """x [..., D] turned by so many positions."""
+    if rotary is None:
+        return x
+    angles = by * torch.tensor(rotary.frequencies, dtype=torch.float64)
+    a, b, rest = x.split([rotary.dim // 2, rotary.dim // 2, x.shape[-1] - rotary.dim], -1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin(), rest], -1)
 
 
-def _lane(kind: Lanes, layer: int, head: int, kv_heads: int) -> int:
-    return {Lanes.SHARED: 0, Lanes.PER_LAYER: layer, Lanes.PER_HEAD: layer * kv_heads + head}[kind]
+def _scales(x: Tensor, rotary: Rotary) -> Tensor:
+    """YaRN's factor for the dimensions that turn, 1 for the rest."""
+    return torch.tensor([rotary.scale] * rotary.dim + [1.0] * (x.shape[-1] - rotary.dim), dtype=torch.float64)
 
 
-def _place(pool: Tensor, pages: PageView, s: int, lane: int, slot: int, layer: int, head: int) -> Any:
-    """[2, D]: key and value of one slot, a view into the pool."""
-    kind = pages.kinds[s]
-    unit = {Lanes.SHARED: layer * pool.shape[2] + head, Lanes.PER_LAYER: head, Lanes.PER_HEAD: 0}[kind]
-    page = int(pages.pages[s][lane, slot // PAGE])
-    return _units(pool, kind)[page, unit][:, slot % PAGE]
+class Text:
+    """One sequence in one layer: its slots, and which of them a row sees."""
+
+    def __init__(self, pool: Pool, batch: Batch, s: int, index: int, layer: LayerSpec) -> None:
+        self.pool, self.batch, self.s, self.index, self.layer = pool, batch, s, index, layer
+        self.view = batch.views[s] or View()
+        self.heads, self.share = layer.kv_heads, layer.heads // layer.kv_heads
+        self.start, self.tree_start, self.end = (int(x) for x in (batch.starts[s], batch.tree_starts[s], batch.starts[s + 1]))
+        self.first_bits = int((batch.starts[1 : s + 1] - batch.tree_starts[:s]).sum())  # tree rows before this sequence
+        self.tail, self.chain = batch.pages.tail[s], batch.pages.chain[s]
+        kind = batch.pages.kinds[s]
+        self.lanes = [{Lanes.SHARED: 0, Lanes.PER_LAYER: index, Lanes.PER_HEAD: index * self.heads + h}[kind] for h in range(self.heads)]
+        self.inside = [{Lanes.SHARED: index * self.heads + h, Lanes.PER_LAYER: h, Lanes.PER_HEAD: 0}[kind] for h in range(self.heads)]
+        self.lengths = [int(batch.pages.lengths[s][lane]) for lane in self.lanes]
+        rows = self.tail + self.end - self.start
+        self.units = [self._units(head, -(-(self.lengths[head] + rows) // PAGE)) for head in range(self.heads)]
+        self.slots = PAGE * max(map(len, self.units))
+
+    def _units(self, head: int, count: int) -> list[tuple[Shelf, int]]:
+        """Where each page of a head's lane lies, the coded ones first."""
+        pages, lane, found = self.batch.pages, self.lanes[head], []
+        coded = pages.coded[self.s][lane].tolist()
+        for i, page in enumerate([*coded, *pages.pages[self.s][lane].tolist()][:count]):
+            name = self.view.block if i < len(coded) else self.view.format
+            space = Space(pages.kinds[self.s], name)
+            found.append((self.pool.shelves[name], self.pool.units(space, page)[self.inside[head]]))
+        return found
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """k, v [rows, K, D]"""
+        for head in range(self.heads):
+            for r in range(len(k)):
+                slot = self.lengths[head] + self.tail + r
+                shelf, unit = self.units[head][slot // PAGE]
+                shelf.write(unit, slot % PAGE, k[r, head], v[r, head])
+        for r in range(len(k)):  # side data are of keys as they are read
+            at = [(*self.units[head][(n + self.tail + r) // PAGE], (n + self.tail + r) % PAGE) for head, n in enumerate(self.lengths)]
+            keys = torch.stack([shelf.keys_values(unit)[0][offset] for shelf, unit, offset in at])
+            for side in at[0][0].format.sides:
+                for name, entry in side.fill(self.index, keys[None]).items():
+                    for head, (shelf, unit, offset) in enumerate(at):
+                        shelf.arrays[name][unit, offset] = entry[0, head]
+
+    def hold(self) -> None:
+        """Keys and values [slots, D] of each head as they are read."""
+        units = [[shelf.keys_values(unit) for shelf, unit in units] for units in self.units]
+        self.held = [(torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in units]
+
+    def visible(self, r: int, head: int) -> dict[int, int]:
+        """Slot -> position of all keys that row r sees."""
+        length, mine = self.lengths[head], int(self.batch.positions[r])
+        held = self.batch.pages.positions[self.s]
+        where = dict(enumerate(range(length) if held is None else held[self.lanes[head]].tolist()))
+        if r < self.tree_start:  # a chain row sees the chain up to itself
+            for i in range(r - self.start + 1):
+                where[length + i] = mine - (r - self.start) + i
+        else:  # a node sees the whole chain, its ancestors and itself
+            bits = self.batch.ancestors[self.first_bits + r - self.tree_start]
+            path = [j for j in range(64 * len(bits)) if int(bits[j // 64]) >> (j % 64) & 1]
+            root = mine - len(path)
+            for i in range(self.chain):
+                where[length + i] = root - self.chain + 1 + i
+            for depth, node in enumerate(path, 1):
+                where[length + self.chain + node] = root + depth
+        if self.layer.window is not None:
+            where = {slot: p for slot, p in where.items() if mine - p < self.layer.window}
+        if (window := self.view.window) is not None:
+            where = {slot: p for slot, p in where.items() if p < window.sinks or mine - p < window.recent}
+        return where
+
+    def attend(self, r: int, q: Tensor, plan: Plan) -> Tensor:
+        """q [H, D] -> [H, D]"""
+        mine, size = int(self.batch.positions[r]), self.layer.head_dim
+        seen = [self.visible(r, head) for head in range(self.heads)]
+        read = self._read(r, q, seen)
+        far, sinks = q, 0
+        if (window := self.view.window) is not None:
+            sinks = window.sinks
+            far = turned(q, self.layer.rotary, -max(0, mine + 1 - window.sinks - window.recent))
+        out = torch.zeros_like(q)
+        weights = torch.zeros(self.heads, self.share, self.slots, dtype=torch.float64)
+        for head in range(self.heads):
+            keys, values = self.held[head]
+            for g in range(self.share):
+                h, slots = head * self.share + g, read[head][g]
+                turns = torch.tensor([seen[head][slot] < sinks for slot in slots])
+                scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h]) / math.sqrt(size)
+                weights[head, g, slots] = scores.softmax(0)
+                out[h] = scores.softmax(0) @ values[slots]
+        for i, watch in enumerate(plan.watches.get(self.s, ())):
+            if mine >= watch.since:
+                self._note(watch, r, weights.mean(1), seen, Seen(*(part[i] for part in plan.seen[self.s])))
+        return out
+
+    def _read(self, r: int, q: Tensor, seen: list[dict[int, int]]) -> list[list[list[int]]]:
+        """For each kv head and query head of it the slots that row r reads."""
+        if self.view.read is None:
+            return [[sorted(slots)] * self.share for slots in seen]
+        mask = torch.zeros(self.heads, 1, self.slots, dtype=torch.bool)
+        where = torch.zeros(self.heads, self.slots, dtype=torch.long)
+        for head, slots in enumerate(seen):
+            for slot, position in slots.items():
+                mask[head, 0, slot], where[head, slot] = True, position
+        names = list(self.view.read.arrays(self.layer.head_dim, q.dtype))
+        padded = [units + units[:1] * (self.slots // PAGE - len(units)) for units in self.units]
+        held = {name: torch.stack([torch.stack([s.arrays[name][u] for s, u in units]) for units in padded]) for name in names}
+        rows, at = q.view(self.heads, self.share, 1, -1), torch.tensor([int(self.batch.positions[r])])
+        picked = self.view.read.select(self.index, rows, held, mask, where, at)[:, :, 0].expand(-1, self.share, -1)
+        return [[row.nonzero().flatten().tolist() for row in head] for head in picked]
+
+    def _note(self, watch: Watch, r: int, weights: Tensor, seen: list[dict[int, int]], to: Seen) -> None:
+        """weights [K, slots] of row r; to: chain [L, K, slots], nodes [N, L, K, slots]."""
+        for head, slots in enumerate(seen):
+            for slot in slots:
+                a = float(weights[head, slot])
+                if watch.statistic not in ("mass", "low"):
+                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: mass, low")
+                value = a if watch.statistic == "mass" else float(a < 1 / len(slots))
+                if r < self.tree_start:
+                    to.chain[self.index, head, slot] += value
+                else:
+                    to.nodes[r - self.tree_start, self.index, head, slot] = value

@@ -1,12 +1,16 @@
 """PyTorch on CPU or CUDA: all index and mask tensors are made once a step, then a layer is a handful of large operations.
 
 Attention gathers each sequence's pages into a padded [S, K, slots, D] block and calls scaled_dot_product_attention;
-sequences with many rows (prompt chunks) go alone, so that padding never costs more than it saves.
+sequences with many rows (prompt chunks) go alone, so that padding never costs more than it saves. A sequence whose lanes,
+pages or view are not the plain ones, or whose weights are watched, is attended by itself, layer by layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from math import gcd, prod
 from typing import cast
 
 import numpy as np
@@ -16,14 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.batch import Batch
-from redraft.core.sequence import Lanes
-from redraft.core.taps import Taps
+from redraft.core.sequence import Lanes, Space
+from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32
+from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
-from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Weights, best_first
+from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Seen, Select, Weights, best_first
+from redraft.ops.format import PAGE, Arrays, Codec, Format, plain
 
-PAGE = 32
 PACKED_FOR = 16  # rows; the layout serves every number of rows, one made for a single row serves only that
 ALONE = 48  # a sequence with more rows than this is attended by itself
 
@@ -44,6 +49,172 @@ class Group:
     real: Tensor | None = None
 
 
+class Exact:
+    """Keys and values as they are, with the verbs of a codec."""
+
+    def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return {"keys": keys, "values": values}
+
+    pack = store
+
+    def scores(self, held: Arrays, q: Tensor) -> Tensor:
+        return q @ held["keys"].flatten(1, 2).to(q.dtype).mT
+
+    def mix(self, held: Arrays, weights: Tensor) -> Tensor:
+        return weights @ held["values"].flatten(1, 2).to(weights.dtype)
+
+    def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
+        return held["keys"], held["values"]
+
+
+class Shelf:
+    """The units of one format as views of the pool's memory: unit u is the (u % per_slab)th of slab u // per_slab.
+
+    arrays: name -> [slabs, per_slab, *shape]; codes: the names of the codec's arrays, the others are side data; bytes: u8[slabs,
+    per_slab, bytes of a unit].
+    """
+
+    def __init__(self, data: Tensor, fmt: Format) -> None:
+        memory = data.view(-1)
+        slab_bytes = memory.numel() * memory.itemsize // len(data)
+        self.format, self.codec, self.exact = fmt, fmt.codec or cast(Codec, Exact()), fmt.codec is None
+        self.per_slab = slab_bytes // fmt.bytes
+        if not self.per_slab:
+            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than the {slab_bytes} of a slab")
+        size, dtype = data.shape[-1], data.dtype
+        sides = {name for side in fmt.sides for name in side.arrays(size, dtype)}
+        self.codes = [name for name in fmt.arrays if name not in sides]
+        self.bytes = memory.view(torch.uint8).as_strided((len(data), self.per_slab, fmt.bytes), (slab_bytes, fmt.bytes, 1))
+        self.arrays: dict[str, Tensor] = {}
+        # index_select of rows is several times faster than indexing by (slab, place), and rows may start at any multiple of
+        # what divides both sizes
+        grain = gcd(slab_bytes, fmt.bytes)
+        self._steps = slab_bytes // grain, fmt.bytes // grain
+        self._units: dict[str, Tensor] = {}
+        self._slots: dict[str, tuple[Tensor, int, int]] = {}
+        for name, at in fmt.offsets().items():
+            shape, kind, whole = fmt.arrays[name]
+            item, typed = kind.itemsize, memory.view(torch.uint8).view(kind)
+            assert slab_bytes % item == 0 and fmt.bytes % item == 0 and at % item == 0, f"format {fmt.name!r}: {name} is not aligned"
+            inner = torch.empty(shape, device="meta").stride()
+            steps = (slab_bytes // item, fmt.bytes // item, *inner)
+            self.arrays[name] = typed.as_strided((len(data), self.per_slab, *shape), steps, at // item)
+            self._units[name] = _rows(typed, at // item, prod(shape), grain // item)
+            if not whole:
+                slot = prod(shape[1:])
+                step = gcd(grain // item, slot)
+                self._slots[name] = _rows(typed, at // item, slot, step), grain // item // step, slot // step
+
+    def at(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        return units // self.per_slab, units % self.per_slab
+
+    def take(self, names: Iterable[str], units: Tensor) -> dict[str, Tensor]:
+        """Arrays [*units.shape, *shape]."""
+        slab, place = self.at(units.flatten())
+        rows = slab * self._steps[0] + place * self._steps[1]
+        return {name: self._units[name].index_select(0, rows).view(*units.shape, *self.format.arrays[name].shape) for name in names}
+
+    def pick(self, names: Iterable[str], units: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """Entries [*units.shape, *shape[1:]] of per-slot arrays."""
+        slab, place = self.at(units.flatten())
+        rows, found = slab * self._steps[0] + place * self._steps[1], {}
+        for name in names:
+            slots, unit, step = self._slots[name]
+            got = slots.index_select(0, rows * unit + offsets.flatten() * step)
+            found[name] = got.view(*units.shape, *self.format.arrays[name].shape[1:])
+        return found
+
+    def put(self, arrays: Arrays, units: Tensor) -> None:
+        for name, value in arrays.items():
+            self.arrays[name][self.at(units)] = value
+
+
+def _rows(memory: Tensor, start: int, size: int, step: int) -> Tensor:
+    """[n, size]: what begins at start, start + step, ... of flat memory; rows may overlap."""
+    return memory.as_strided(((len(memory) - start - size) // step + 1, size), (step, 1), start)
+
+
+@dataclass
+class Pool:
+    """data: [slabs, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: format name -> its units in the
+    same memory."""
+
+    data: Tensor
+    spec: ModelSpec
+    shelves: dict[str, Shelf] = field(default_factory=dict)
+
+    def units(self, space: Space, pages: I32) -> NDArray[np.int64]:
+        """[pages, units of a page]"""
+        layers, heads = self.data.shape[1:3]
+        count = {Lanes.SHARED: layers * heads, Lanes.PER_LAYER: heads, Lanes.PER_HEAD: 1}[space.lanes]
+        return pages.astype(np.int64)[:, None] * count + np.arange(count)
+
+
+def _units(pages: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.int64]:
+    """Unit ids i64[L, K, n] of pages [lanes, n]."""
+    own = np.arange(layers * heads).reshape(layers, heads, 1)
+    match kind:
+        case Lanes.SHARED:
+            return pages.astype(np.int64) * (layers * heads) + own
+        case Lanes.PER_LAYER:
+            return pages.astype(np.int64)[:, None] * heads + own[:1]
+    return pages.astype(np.int64).reshape(layers, heads, -1)
+
+
+def _by_head(lanes: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.integer]:
+    """[lanes, n] -> [L, K, n]"""
+    apart = {Lanes.SHARED: (1, 1), Lanes.PER_LAYER: (layers, 1), Lanes.PER_HEAD: (layers, heads)}[kind]
+    return np.broadcast_to(lanes.reshape(*apart, -1), (layers, heads, lanes.shape[1]))
+
+
+@dataclass
+class Writer:
+    """Where the rows of sequences that are attended by themselves go, of one format: units, offsets i64[L, rows, K]."""
+
+    format: str
+    rows: Tensor
+    units: Tensor
+    offsets: Tensor
+
+
+@dataclass
+class Lone:
+    """A sequence attended by itself. Where all lanes are alike, lengths and where are [1, 1, ...] instead of [L, K, ...].
+
+    coded, units: i64[L, K, m], i64[L, K, n], so that there are 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R]
+    positions of the rows; where: i64[L, K, slots] positions of the slots, where anything asks for them; tail: bool[R, 2 + tail],
+    what rows see of the tail, behind a column for the committed slots (all seen) and in front of one for the rest (none);
+    window: where it is in force; near: how many leading slots hold all sinks that are scored by turned queries; first: the
+    first row that is watched; chain: chain rows of this step; masks, turns: made once where layers share them.
+    """
+
+    place: int
+    rows: slice
+    view: View
+    coded: Tensor
+    units: Tensor
+    lengths: Tensor
+    at: Tensor
+    where: Tensor | None
+    tail: Tensor
+    window: Window | None
+    near: int
+    deepest: int
+    chain: int
+    watches: tuple[Watch, ...]
+    first: int
+    seen: Seen
+    masks: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    turns: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> int:
+        return PAGE * (self.coded.shape[2] + self.units.shape[2])
+
+
+Source = tuple[Codec, Arrays, int]  # the arrays [K, units, ...] of pages of one format, and how many units
+
+
 @dataclass
 class Plan:
     tokens: Tensor
@@ -52,14 +223,17 @@ class Plan:
     writes: Tensor  # i64[T * K]: row of the pool's slots for the key of (row, head) in layer 0; the value lies 32 on
     groups: list[Group]
     kv_heads: int
+    plain: Tensor | None  # the rows that `writes` is about, None: all
+    writers: list[Writer]
+    lone: list[Lone]
     turns: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class TorchOps:
-    """Pool: [slabs, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype."""
+    """See Pool for the layout of memory."""
 
     name = "torch"
-    features: frozenset[Feature] = frozenset()
+    features: frozenset[Feature] = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.dtype, self.device = dtype, torch.device(device)
@@ -67,25 +241,66 @@ class TorchOps:
     def slab_bytes(self, spec: ModelSpec) -> int:
         return len(spec.layers) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
 
-    def allocate(self, spec: ModelSpec, slabs: int) -> Tensor:
+    def allocate(self, spec: ModelSpec, slabs: int) -> Pool:
         # not zeroed: a page is, when it is handed out, and untouched memory costs nothing
-        return torch.empty(slabs, len(spec.layers), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype, device=self.device)
+        shape = slabs, len(spec.layers), spec.kv_heads, 2, PAGE, spec.head_dim
+        pool = Pool(torch.empty(shape, dtype=self.dtype, device=self.device), spec)
+        self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
+        return pool
 
-    def zero(self, pool: Tensor, pages: list[tuple[Lanes, int]]) -> None:
-        if any(kind != Lanes.SHARED for kind, _ in pages):
-            raise self._lanes()
-        for _, page in pages:
-            pool[page].zero_()
+    def define(self, pool: Pool, fmt: Format) -> int:
+        pool.shelves[fmt.name] = Shelf(pool.data, fmt)
+        return pool.shelves[fmt.name].per_slab
 
-    def move(self, pool: Tensor, kind: Lanes, src: I32, dst: I32) -> None:
-        if kind != Lanes.SHARED:
-            raise self._lanes()
-        places = self._upload(np.stack([src // PAGE, src % PAGE, dst // PAGE, dst % PAGE]))
-        got = pool[places[0], :, :, :, places[1]]  # [moves, L, K, 2, D]: all gathered, then scattered
-        pool[places[2], :, :, :, places[3]] = got
+    def zero(self, pool: Pool, pages: list[tuple[Space, int]]) -> None:
+        of: dict[Space, list[int]] = {}
+        for space, page in pages:
+            if space == Space():
+                pool.data[page].zero_()
+            else:
+                of.setdefault(space, []).append(page)
+        for space, some in of.items():
+            shelf = pool.shelves[space.format]
+            shelf.bytes[shelf.at(self._upload(pool.units(space, np.array(some))))] = 0
 
-    def _lanes(self) -> Unsupported:
-        return Unsupported("backend 'torch' attends shared lanes only; per-layer and per-head lanes need backend 'reference'")
+    def move(self, pool: Pool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
+        if space == Space():
+            places = self._upload(np.stack([src // PAGE, src % PAGE, dst // PAGE, dst % PAGE]))
+            got = pool.data[places[0], :, :, :, places[1]]  # [moves, L, K, 2, D]: all gathered, then scattered
+            if delta:
+                self._turn_keys(got, pool.spec, delta)
+            pool.data[places[2], :, :, :, places[3]] = got
+            return
+        assert not delta, f"{space}: keys are turned in plain shared pages only"
+        shelf = pool.shelves[space.format]
+        (here, there), (of, to) = (
+            self._upload(np.stack([pool.units(space, src // PAGE), pool.units(space, dst // PAGE)])),
+            self._upload(np.stack([src % PAGE, dst % PAGE]))[..., None],
+        )
+        for name, array in shelf.arrays.items():
+            if not shelf.format.arrays[name].whole:
+                array[*shelf.at(there), to] = array[*shelf.at(here), of]
+
+    def _turn_keys(self, got: Tensor, spec: ModelSpec, delta: int) -> None:
+        """got [moves, L, K, 2, D]"""
+        by, wide = torch.tensor([delta], device=self.device), self._wide()
+        for rotary in {layer.rotary for layer in spec.layers} - {None}:
+            assert rotary is not None
+            layers = [i for i, layer in enumerate(spec.layers) if layer.rotary == rotary]
+            got[:, layers, :, 0] = _turn(got[:, layers, :, 0].to(wide), *self._turns(rotary, by, 1.0, wide)).to(self.dtype)
+
+    def encode(self, pool: Pool, source: Space, target: Space, src: I32, dst: I32) -> None:
+        old, new = pool.shelves[source.format], pool.shelves[target.format]
+        here, there = self._upload(pool.units(source, src)).flatten(), self._upload(pool.units(target, dst)).flatten()
+        new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here))), there)
+        new.put(old.take([name for name in new.arrays if name not in new.codes and name in old.arrays], here), there)
+
+    def fold(self, pool: Pool, space: Space, pages: I32, read: Select) -> None:
+        shelf, units = pool.shelves[space.format], self._upload(pool.units(space, pages)).flatten()
+        shelf.put(read.fold(shelf.codec.decode(shelf.take(shelf.codes, units))[0]), units)
+
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
 
     def _upload(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.int64))
@@ -93,15 +308,17 @@ class TorchOps:
 
     # ---- the plan: integers of one step, uploaded in one buffer
 
-    def plan(self, batch: Batch, spec: ModelSpec) -> Plan:
-        if any(kind != Lanes.SHARED for kind in batch.pages.kinds):
-            raise self._lanes()
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Plan:
         layers, heads = len(spec.layers), spec.kv_heads
         rows = np.diff(batch.starts).tolist()
-        small = [s for s, n in enumerate(rows) if n <= ALONE]
-        members = ([small] if small else []) + [[s] for s, n in enumerate(rows) if n > ALONE]
+        lone = [
+            s for s, kind in enumerate(batch.pages.kinds) if kind is not Lanes.SHARED or batch.views[s] is not None or taps.attention.get(s)
+        ]
+        together = [s for s in range(len(rows)) if s not in lone]
+        small = [s for s in together if rows[s] <= ALONE]
+        members = ([small] if small else []) + [[s] for s in together if rows[s] > ALONE]
         windows = {layer.window for layer in spec.layers}
-        parts: list[NDArray[np.generic]] = [batch.tokens, batch.positions, batch.logit_rows, self._writes(batch, layers, heads)]
+        parts: list[NDArray[np.generic]] = [batch.tokens, batch.positions, batch.logit_rows, self._writes(batch, together, layers, heads)]
         shapes: list[tuple[int, int, int]] = []
         for group in members:
             pages, slots = self._pages(batch, group, layers, heads)
@@ -109,8 +326,9 @@ class TorchOps:
             shapes.append((len(group), width, slots))
             parts.append(pages)
             parts += self._padding(batch, group, rows, width)
-        sizes = [p.size for p in parts]
-        up = iter(self._upload(np.concatenate([p.ravel() for p in parts])).split(sizes))
+        if lone:
+            parts.append(np.flatnonzero(np.repeat([s in together for s in range(len(rows))], rows)))
+        up = iter(self._upload(np.concatenate([p.ravel() for p in parts])).split([p.size for p in parts]))
         tokens, positions, logit_rows, writes = next(up), next(up), next(up), next(up)
         groups = []
         deepest = np.maximum.reduceat(batch.positions, batch.starts[:-1])  # a tree's last row need not be its deepest
@@ -127,11 +345,19 @@ class TorchOps:
             pages_t, rows_t, kept, real = next(up), next(up), next(up), next(up)
             padded = (rows_t.view(count, width), kept, real) if rows_t.numel() else (None, None, None)
             groups.append(Group(count, width, slots, pages_t, masks, *padded))
-        return Plan(tokens, positions, logit_rows, writes, groups, heads)
+        writers = self._writers(batch, lone, layers, heads)
+        alone = [self._alone(batch, s, spec, taps.attention.get(s, ()), int(tree_rows[s])) for s in lone]
+        return Plan(tokens, positions, logit_rows, writes, groups, heads, next(up) if lone else None, writers, alone)
 
-    def _writes(self, batch: Batch, layers: int, heads: int) -> NDArray[np.int64]:
-        view, slots = batch.pages, []
-        for s, (a, z) in enumerate(zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True)):
+    def _uploads(self, arrays: Seq[NDArray[np.generic]]) -> list[Tensor]:
+        """All in one buffer."""
+        flat = self._upload(np.concatenate([array.ravel() for array in arrays]))
+        return [part.view(array.shape) for part, array in zip(flat.split([a.size for a in arrays]), arrays, strict=True)]
+
+    def _writes(self, batch: Batch, together: list[int], layers: int, heads: int) -> NDArray[np.int64]:
+        view, slots, starts = batch.pages, [], batch.starts.tolist()
+        for s in together:
+            a, z = starts[s], starts[s + 1]
             first = int(view.lengths[s][0]) + view.tail[s]
             slot = np.arange(first, first + z - a)
             slots.append(view.pages[s][0, slot // PAGE].astype(np.int64) * (layers * heads * 2 * PAGE) + slot % PAGE)
@@ -174,9 +400,8 @@ class TorchOps:
             mine[:rows, length : length + rows] = np.tri(rows, dtype=bool)
             bits = None
             if z > t:
-                own = batch.ancestors[tree_rows[s] : tree_rows[s] + z - t]
                 nodes = view.tail[s] + rows + z - t - chain
-                bits = np.unpackbits(own.astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :nodes].astype(bool)
+                bits = _bits(batch, int(tree_rows[s]), z - t, nodes)
                 mine[rows : z - a, length + chain : length + chain + nodes] = bits
             if window is not None:
                 held = view.positions[s]
@@ -195,6 +420,75 @@ class TorchOps:
         seen = torch.from_numpy(see).to(self.device)
         mask = torch.zeros(see.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask[:, None].expand(-1, share, -1, -1).reshape(len(group), 1, share * width, slots)
+
+    # ---- the plan of sequences that are attended by themselves
+
+    def _writers(self, batch: Batch, lone: list[int], layers: int, heads: int) -> list[Writer]:
+        view = batch.pages
+        of: dict[str, list[tuple[NDArray[np.integer], ...]]] = {}
+        for s in lone:
+            a, z = int(batch.starts[s]), int(batch.starts[s + 1])
+            slot = view.lengths[s][:, None] + view.tail[s] + np.arange(z - a)
+            pages = np.take_along_axis(view.pages[s], slot // PAGE - view.coded[s].shape[1], 1)
+            parts = _units(pages, view.kinds[s], layers, heads), _by_head(slot % PAGE, view.kinds[s], layers, heads)
+            name = "" if (chosen := batch.views[s]) is None else chosen.format
+            of.setdefault(name, []).append((np.arange(a, z), *(part.swapaxes(1, 2) for part in parts)))
+        made = []
+        for name, found in of.items():
+            rows, units, offsets = zip(*found, strict=True)
+            made.append(Writer(name, *self._uploads([np.concatenate(rows), np.concatenate(units, 1), np.concatenate(offsets, 1)])))
+        return made
+
+    def _alone(self, batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], first: int) -> Lone:
+        layers, heads, pages, chosen = len(spec.layers), spec.kv_heads, batch.pages, batch.views[s] or View()
+        a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
+        kind, lengths, chain, rows = pages.kinds[s], pages.lengths[s].astype(np.int64), pages.chain[s], t - a
+        at, tail = batch.positions[a:z].astype(np.int64), pages.tail[s] + z - a
+        bits = _bits(batch, first, z - t, tail - chain)
+        see = np.zeros((z - a, tail + 2), bool)
+        see[:, 0] = True
+        see[:rows, 1 : rows + 1] = np.tri(rows, dtype=bool)
+        see[rows:, 1 : chain + 1] = True
+        see[rows:, chain + 1 : -1] = bits
+        deepest = int(at.max())
+        window = chosen.window if chosen.window and deepest + 1 > sum(chosen.window) else None  # in force
+        windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.layers)
+        spoken = windows or chosen.read is not None  # positions matter
+        positions = pages.positions[s] if spoken else None
+        # lanes are told apart only where they differ in what is asked of them
+        apart = len(set(lengths.tolist())) > 1 or (positions is not None and kind != Lanes.SHARED)
+        held = -(-(lengths + tail) // PAGE) - pages.coded[s].shape[1]
+        inside = np.arange(held.max()) < held[:, None]
+        # padding must point at memory that this sequence owns
+        table = np.where(inside, pages.pages[s][:, : held.max()], pages.pages[s][:, :1])
+        slots = PAGE * (pages.coded[s].shape[1] + table.shape[1])
+        where, near = np.zeros((len(lengths) if apart else 1, slots if spoken else 0), np.int64), 0
+        if spoken:
+            root = at[rows] - bits[0].sum() if z > t else at[-1]
+            ends = np.concatenate([np.arange(root - chain + 1, root + 1), root + (np.cumsum(bits, 1) * bits).max(0, initial=0)])
+            for lane, (line, n) in enumerate(zip(where, lengths.tolist(), strict=False)):
+                line[:n] = np.arange(n) if positions is None else positions[lane]
+                line[n : n + tail] = ends
+                if window is not None and (line[: n + tail] < window.sinks).any():
+                    near = max(near, 1 + int(np.flatnonzero(line[: n + tail] < window.sinks)[-1]))
+        head = (layers, heads) if apart else (1, 1)
+        up = self._uploads(
+            [
+                _units(pages.coded[s], kind, layers, heads),
+                _units(table, kind, layers, heads),
+                _by_head(lengths[:, None] if apart else lengths[:1, None], kind if apart else Lanes.SHARED, *head),
+                at,
+                _by_head(where, kind if apart else Lanes.SHARED, *head),
+            ]
+        )
+        since = min((watch.since for watch in watches), default=0)
+        shape = layers, heads, int(lengths.max()) + tail
+        seen = [torch.zeros(len(watches), *n, *shape, dtype=self._wide(), device=self.device) for n in ((), (z - t,))]
+        return Lone(
+            place=s, rows=slice(a, z), view=chosen, coded=up[0], units=up[1], lengths=up[2], at=up[3], where=up[4] if spoken else None,
+            tail=torch.from_numpy(see).to(self.device), window=window, near=near, deepest=deepest, chain=rows, watches=watches,
+            first=min(max(0, since - int(at[0])), rows), seen=Seen(*seen),
+        )  # fmt: skip
 
     # ---- the operations
 
@@ -240,27 +534,28 @@ class TorchOps:
         if rotary is None:
             return x
         if rotary not in plan.turns:
-            plan.turns[rotary] = self._turns(rotary, plan.positions)
-        cos, sin = plan.turns[rotary]
-        if rotary.dim == x.shape[-1]:
-            return torch.addcmul(x * cos, x.roll(rotary.dim // 2, -1), sin)
-        turned, rest = x.split([rotary.dim, x.shape[-1] - rotary.dim], -1)
-        return torch.cat([torch.addcmul(turned * cos, turned.roll(rotary.dim // 2, -1), sin), rest], -1)
+            cos, sin = self._turns(rotary, plan.positions, rotary.scale, self.dtype)
+            plan.turns[rotary] = cos[:, None], sin[:, None]
+        return _turn(x, *plan.turns[rotary])
 
-    def _turns(self, rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [T, 1, dim] such that x * cos + roll(x, dim / 2) * sin turns x; angles in float64."""
+    def _turns(self, rotary: Rotary, positions: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [T, dim] such that x * cos + roll(x, dim / 2) * sin turns x; angles in float64."""
         angles = positions.double()[:, None] * torch.tensor(rotary.frequencies, dtype=torch.float64, device=self.device)
-        cos, sin = angles.cos() * rotary.scale, angles.sin() * rotary.scale
-        return torch.cat([cos, cos], -1)[:, None].to(self.dtype), torch.cat([-sin, sin], -1)[:, None].to(self.dtype)
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Tensor, plan: Plan) -> Tensor:
+    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
         heads, size = layer.kv_heads, layer.head_dim
         share = layer.heads // heads
-        slots = pool.view(-1, size)
+        for writer in plan.writers:
+            self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
+        if plan.plain is not None:
+            k, v = k[plan.plain], v[plan.plain]
+        slots = pool.data.view(-1, size)
         writes = plan.writes + index * heads * 2 * PAGE
         slots.index_copy_(0, writes, k.reshape(-1, size))
         slots.index_copy_(0, writes + PAGE, v.reshape(-1, size))
-        pages = pool.view(-1, PAGE * size)
+        pages = pool.data.view(-1, PAGE * size)
         out = None
         for group in plan.groups:
             held = pages.index_select(0, group.pages + index * heads * 2).view(2, group.count, heads, group.slots, size)
@@ -275,8 +570,161 @@ class TorchOps:
             if out is None:
                 out = torch.empty(q.shape[0], heads * share * size, dtype=q.dtype, device=q.device)
             out[group.real] = seen[group.kept]
+        if out is None and plan.lone:
+            out = torch.empty(q.shape[0], heads * share * size, dtype=q.dtype, device=q.device)
         assert out is not None, "an empty batch has no attention"
+        for it in plan.lone:
+            rows = q[it.rows].view(-1, heads, share, size).permute(1, 2, 0, 3)
+            out[it.rows] = self._attend_alone(index, layer, rows, pool, it).permute(2, 0, 1, 3).flatten(1)
         return out
+
+    def watched(self, plan: Plan) -> Mapping[int, Seen]:
+        return {it.place: it.seen for it in plan.lone if it.watches}
+
+    # ---- attention of a sequence by itself
+
+    def _write(self, index: int, k: Tensor, v: Tensor, shelf: Shelf, writer: Writer) -> None:
+        """k, v [rows, K, D]"""
+        at = *shelf.at(writer.units[index]), writer.offsets[index]
+        made = shelf.codec.store(k.flatten(0, 1), v.flatten(0, 1))
+        entries = {name: entry.view(*k.shape[:2], *entry.shape[1:]) for name, entry in made.items()}
+        if shelf.format.sides and not shelf.exact:  # side data are of keys as they are read
+            k = _keys(shelf.codec, made).view(k.shape)
+        for side in shelf.format.sides:
+            entries |= side.fill(index, k)
+        for name, entry in entries.items():
+            shelf.arrays[name][at] = entry
+
+    def _attend_alone(self, index: int, layer: LayerSpec, q: Tensor, pool: Pool, it: Lone) -> Tensor:
+        """q [K, G, R, D] -> the same shape."""
+        heads, share, rows, size = q.shape
+        seen, mask = self._visible(index, layer, share, it)
+        shelf, turned = pool.shelves[it.view.format], it.near > 0 and layer.rotary is not None
+        picked = seen[:, None]
+        if it.view.read is not None:
+            picked = self._picked(index, q, seen, pool, it)
+        small = it.view.read is not None and not turned and not it.coded.numel() and self._few(picked, it.slots)
+        weights = None
+        if small and not any(shelf.format.arrays[name].whole for name in shelf.codes):
+            out = self._gathered(index, q, picked, small, shelf, it)
+        elif shelf.exact and not turned and not it.coded.numel():
+            if it.view.read is not None:
+                mask = self._additive(picked, share)
+            held = shelf.take(shelf.codes, it.units[index])
+            keys, values = (held[name].view(1, heads, it.slots, size) for name in ("keys", "values"))
+            out = F.scaled_dot_product_attention(q.reshape(1, heads, share * rows, size), keys, values, attn_mask=mask)
+        else:
+            sources = self._sources(index, pool, it)
+            weights = self._weights(index, layer, q, picked, sources, it)
+            out = _mix(sources, weights.flatten(1, 2))
+        if it.watches and it.first < rows:
+            if weights is None:
+                watched = self._weights(index, layer, q[:, :, it.first :], picked, self._sources(index, pool, it), it)
+            else:
+                watched = weights[:, :, it.first :]
+            self._note(index, watched.mean(1), seen[:, it.first :], it)
+        return out.reshape(q.shape).to(q.dtype)
+
+    def _visible(self, index: int, layer: LayerSpec, share: int, it: Lone) -> tuple[Tensor, Tensor]:
+        """bool [K or 1, R, slots], and as an additive mask [1, K or 1, G R, slots]."""
+        reach = None if layer.window is None or it.deepest < layer.window else layer.window
+        apart = it.lengths.shape[0] > 1
+        if reach in it.masks and not apart:
+            return it.masks[reach]
+        lane = index if apart else 0
+        column = (torch.arange(it.slots, device=self.device) - it.lengths[lane] + 1).clamp_(0, it.tail.shape[1] - 1)
+        seen = it.tail[:, column].transpose(0, 1)
+        if it.where is not None:
+            where = it.where[lane][:, None]
+            behind = it.at[:, None] - where
+            if reach is not None:
+                seen = seen & (behind < reach)
+            if it.window is not None:
+                seen = seen & ((where < it.window.sinks) | (behind < it.window.recent))
+        found = it.masks[reach] = seen, self._additive(seen[:, None], share)
+        return found
+
+    def _additive(self, seen: Tensor, share: int) -> Tensor:
+        """bool [K, G or 1, R, slots] -> [1, K, G R, slots]"""
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        return mask.expand(-1, share, -1, -1).flatten(1, 2)[None]
+
+    def _picked(self, index: int, q: Tensor, seen: Tensor, pool: Pool, it: Lone) -> Tensor:
+        """bool [K, G or 1, R, slots]: what `read` chooses."""
+        read: Select = cast(Select, it.view.read)
+        shelf, heads = pool.shelves[it.view.format], len(q)
+        names = list(read.arrays(q.shape[-1], self.dtype))
+        held = shelf.take(names, it.units[index])
+        if it.coded.numel():
+            front = pool.shelves[it.view.block].take(names, it.coded[index])
+            held = {name: torch.cat([front[name], held[name]], 1) for name in names}
+        assert it.where is not None
+        where = it.where[index if len(it.where) > 1 else 0].expand(heads, -1)
+        return read.select(index, q, held, seen.expand(heads, -1, -1), where, it.at)
+
+    def _few(self, picked: Tensor, slots: int) -> int:
+        """How many slots a row reads at most, in whole pages, where gathering these alone is less work than all; else 0.
+        On a GPU never: the number would have to come back to the CPU in every layer."""
+        if self.device.type != "cpu":
+            return 0
+        most = -(-int(picked.sum(-1).max()) // PAGE) * PAGE
+        return most if picked.shape[1] * picked.shape[2] * most < slots else 0
+
+    def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, shelf: Shelf, it: Lone) -> Tensor:
+        """Attention over the picked slots, gathered for every row (and query head, where these differ)."""
+        heads, share, rows, size = q.shape
+        picked, apart = picked.expand(heads, -1, -1, -1), picked.shape[1]
+        order = picked * torch.arange(it.slots, 0, -1, device=self.device)  # slot order stays, so that sums do
+        chosen = order.topk(count, -1)
+        slot = chosen.indices.view(heads, -1)
+        units = it.units[index].gather(1, slot // PAGE)
+        got = shelf.pick(shelf.codes, units, slot % PAGE)
+        some = heads * apart * rows
+        held = {name: entry.reshape(some, count // PAGE, PAGE, *entry.shape[2:]) for name, entry in got.items()}
+        mine = q.view(heads, apart, share // apart, rows, size).transpose(2, 3).reshape(some, share // apart, size).to(self._wide())
+        scores = shelf.codec.scores(held, mine) * size**-0.5
+        weights = scores.masked_fill_(~(chosen.values > 0).view(some, 1, count), float("-inf")).softmax(-1)
+        mixed = shelf.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
+        return mixed.transpose(2, 3).reshape(q.shape)
+
+    def _sources(self, index: int, pool: Pool, it: Lone) -> list[Source]:
+        found = [(it.view.block, it.coded[index])] if it.coded.numel() else []
+        shelves = [(pool.shelves[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
+        return [(shelf.codec, shelf.take(shelf.codes, units), units.shape[1]) for shelf, units in shelves]
+
+    def _weights(self, index: int, layer: LayerSpec, q: Tensor, picked: Tensor, sources: list[Source], it: Lone) -> Tensor:
+        """Attention weights [K, G, R, slots] of the last R rows in float32 or better."""
+        _, share, rows, size = q.shape
+        q, picked = q.to(self._wide()), picked[:, :, -rows:]
+        scores = _scores(sources, q.flatten(1, 2), it.slots // PAGE)
+        if it.near and layer.rotary is not None:
+            assert it.window is not None and it.where is not None
+            if layer.rotary not in it.turns:
+                gone = (it.at + 1 - sum(it.window)).clamp(min=0)
+                it.turns[layer.rotary] = self._turns(layer.rotary, -gone, 1.0, self._wide())  # q has the scale of its rotary already
+            cos, sin = it.turns[layer.rotary]
+            turned = _scores(sources, _turn(q, cos[-rows:], sin[-rows:]).flatten(1, 2), -(-it.near // PAGE))
+            front = scores[..., : turned.shape[-1]]
+            sinks = it.where[index if len(it.where) > 1 else 0][:, None, : turned.shape[-1]] < it.window.sinks
+            front.copy_(torch.where(sinks, turned, front))
+        scores = scores.reshape(-1, share, rows, scores.shape[-1]).mul_(size**-0.5)
+        return scores.masked_fill_(~picked, float("-inf")).softmax(-1)
+
+    def _note(self, index: int, weights: Tensor, seen: Tensor, it: Lone) -> None:
+        """Adds up what is watched: weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
+        at, chain, width = it.at[it.first :], it.chain - it.first, it.seen.chain.shape[-1]
+        weights, seen = weights[..., :width], seen[..., :width]
+        for i, watch in enumerate(it.watches):
+            match watch.statistic:
+                case "mass":
+                    found = weights
+                case "low":
+                    found = (seen & (weights < 1 / seen.sum(-1, keepdim=True).to(weights.dtype))).to(weights.dtype)
+                case _:
+                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: mass, low")
+            found = found * (at >= watch.since)[:, None]
+            it.seen.chain[i, index] = found[:, :chain].sum(1)
+            it.seen.nodes[i, :, index] = found[:, chain:].transpose(0, 1)
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         assert weights.router is not None and weights.experts_up is not None and weights.experts_down is not None
@@ -298,3 +746,41 @@ class TorchOps:
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         argmax = logits.argmax(-1).int().cpu().numpy()
         return Outputs(argmax, top_k, logits if taps.logits else None)
+
+
+def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:
+    """bool[rows, nodes]: the ancestors of tree rows from `first` on."""
+    own = batch.ancestors[first : first + rows]
+    return np.unpackbits(own.astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :nodes].astype(bool)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The leading dimensions of x, as many as cos and sin have, turned."""
+    dim = cos.shape[-1]
+    if dim == x.shape[-1]:
+        return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
+    turned, rest = x.split([dim, x.shape[-1] - dim], -1)
+    return torch.cat([torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin), rest], -1)
+
+
+def _keys(codec: Codec, entries: Arrays) -> Tensor:
+    """Entries [m, ...] of per-slot arrays -> keys [m, D] as they are read: a codec decodes units."""
+    held = {name: F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % PAGE)).unflatten(0, (-1, PAGE)) for name, x in entries.items()}
+    return codec.decode(held)[0].flatten(0, 1)[: len(next(iter(entries.values())))]
+
+
+def _scores(sources: list[Source], q: Tensor, units: int) -> Tensor:
+    """q [K, R, D] -> [K, R, 32 units], for the leading units of all sources."""
+    found = []
+    for codec, held, count in sources:
+        some = min(count, units)
+        if some:
+            found.append(codec.scores(held if some == count else {name: array[:, :some] for name, array in held.items()}, q))
+        units -= some
+    return torch.cat(found, -1) if len(found) > 1 else found[0]
+
+
+def _mix(sources: list[Source], weights: Tensor) -> Tensor:
+    """weights [K, R, slots] -> [K, R, D]"""
+    parts = weights.split([count * PAGE for _, _, count in sources], -1)
+    return torch.stack([codec.mix(held, part) for (codec, held, _), part in zip(sources, parts, strict=True)]).sum(0)

@@ -97,8 +97,9 @@ class Scheduler:
                 salt = seq.request.salt
                 # only shared lanes attach pages, and a prompt whose logprobs are wanted must run as a whole
                 shares = seq.lanes is Lanes.SHARED and seq.params.prompt_logprobs is None
-                matched = table.match(seq.tokens, salt) if shares else 0
-                cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(seq.tokens, salt) if matched else 0)
+                tokens = seq.tokens[: seq.pure + 1]  # at most all but the last of them match
+                matched = table.match(tokens, salt) if shares else 0
+                cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
                 reserve = int(self.watermark * table.slabs) if run or admit else 0
                 if cost > spare - reserve:
                     break

@@ -15,7 +15,8 @@ from redraft.core.sequence import Sequence
 from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
-from redraft.ops.torch_ops import TorchOps
+from redraft.models.spec import ModelSpec
+from redraft.ops.torch_ops import Pool, TorchOps
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -87,7 +88,13 @@ def moves_forgotten(patch: pytest.MonkeyPatch) -> None:
 def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
     """Pages come as their last owner left them, here full of NaN."""
     allocate = TorchOps.allocate
-    patch.setattr(TorchOps, "allocate", lambda ops, spec, slabs: torch.full_like(allocate(ops, spec, slabs), torch.nan))
+
+    def filled(ops: TorchOps, spec: ModelSpec, slabs: int) -> Pool:
+        pool = allocate(ops, spec, slabs)
+        pool.data.fill_(torch.nan)
+        return pool
+
+    patch.setattr(TorchOps, "allocate", filled)
     patch.setattr(Store, "zero", lambda store, fresh: None)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -186,18 +185,6 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
     except (ValueError, AssertionError, IndexError):
         return
     assert any((one - other).abs().max() > 1e-9 for one, other in pairs)
-
-
-@pytest.mark.parametrize("lanes", [Lanes.PER_LAYER, Lanes.PER_HEAD])
-def test_torch_refuses_other_lanes_by_name(lanes: Lanes) -> None:
-    spec, weights = model()
-    fast = TorchOps(torch.float64)
-    runner = Runner(spec, cast(weights, fast), fast, 40)
-    seq = sequence([1, 2, 3])
-    seq.lanes = lanes
-    runner.table.open(seq)
-    with pytest.raises(Unsupported, match="per-head lanes need backend 'reference'"):
-        forward(runner, [Work(seq, 3)], [EMPTY])
 
 
 def test_reference_is_float64_on_the_cpu() -> None:

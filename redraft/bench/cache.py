@@ -1,0 +1,374 @@
+"""What cache policies cost in quality and save in memory, on texts scored token by token.
+
+A policy is scored on the same texts as the whole cache, by the log-probabilities that it leaves to the right tokens. Rows of a
+text's context count as given, rows behind it as generated, so one pass scores a text as if it had been written token by token.
+A budget is a part of the longest text of a task, in tokens. Spreads are bootstraps over texts (95 %), of differences on the
+same texts.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redraft import registry
+from redraft.bench.tasks import Probe, Task
+from redraft.config import SamplingParams
+from redraft.core.sequence import Request
+from redraft.engine.engine import Engine
+from redraft.engine.policies import SEAMS
+from redraft.errors import InvalidInput, RedraftError, did_you_mean
+from redraft.llm import LLM
+from redraft.models.runner import Runner
+from redraft.ops.format import PAGE, plain
+
+F64 = NDArray[np.float64]
+Tick = Callable[[str], None]  # told after each group of texts
+Refused = dict[str, dict[float | None, str]]  # policy -> budget -> why it could not be had, in some task at least
+
+POLICIES = (
+    "keep=streaming-llm:sinks=4,recent={recent}",
+    "keep=scissorhands:budget={tokens}",
+    "keep=ada-kv:budget={tokens}",
+    "read=page-top-k:tokens={paged}",
+    "read=double-sparsity:tokens={tokens}",
+    "depth=layer-skip:speedup={speedup}",
+    "codec=int8",
+    "codec=int4",
+)
+SINKS = 4  # tokens of a budget that {recent} leaves to the sinks
+NUMBERS = ("tokens", "recent", "paged", "speedup")
+BUDGETS = (100.0, 50.0, 25.0, 10.0)
+FOOTPRINT_BUDGET = 25.0  # percent, of policies that have one
+DRAWS = 2000
+LAST = 96  # tokens that a text still writes when its neighbour comes
+REPLY = 16  # tokens that the neighbour writes
+CHECKED = 32  # steps between two checks of the table
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured and how. policies: "seam=name:option=value,...", joined by + where a request chooses several, with
+    one of NUMBERS in braces where a budget goes; none: all of POLICIES that this model can have. budgets: percent; batch:
+    texts scored at once; memory: tokens that are generated to measure cache bytes, 0 for none."""
+
+    policies: tuple[str, ...] = ()
+    budgets: tuple[float, ...] = BUDGETS
+    batch: int = 8
+    memory: int = 4000
+
+    def __post_init__(self) -> None:
+        """InvalidInput (UnknownMethod) before anything is loaded."""
+        for budget in self.budgets:
+            if not 0 < budget <= 100:
+                raise InvalidInput(f"budget = {budget:g}: percent above 0 and up to 100 are allowed")
+        if self.batch < 1:
+            raise InvalidInput(f"batch = {self.batch}: must be 1 or more")
+        if self.memory < 0 or 0 < self.memory <= 2 * LAST:
+            raise InvalidInput(f"memory = {self.memory}: must be 0 or more than {2 * LAST}")
+        for text in self.policies:
+            Policy.of(text)
+
+    @property
+    def chosen(self) -> list[Policy]:
+        if self.policies:
+            return [Policy.of(text) for text in self.policies]
+        return [Policy.of(text) for text in POLICIES if known(text)]
+
+
+def known(text: str) -> bool:
+    """Whether a policy of the standing list is registered."""
+    seam, _, method = text.partition("=")
+    return registry.parse(method)[0] in registry.METHODS[seam]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """text: as given; parts: seam -> method, with the places where numbers go."""
+
+    text: str
+    parts: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, text: str) -> Policy:
+        """InvalidInput where it is no policy; UnknownMethod where there is no such method."""
+        parts = []
+        for part in registry.split(text, "+"):
+            seam, equals, method = part.partition("=")
+            if not equals or seam not in SEAMS:
+                raise InvalidInput(f"policy = {text!r}: must be seam=name:option=value,...; seams: {', '.join(SEAMS)}")
+            registry.method(seam, registry.parse(method)[0])
+            parts.append((seam, method))
+        if not parts or len(dict(parts)) < len(parts):
+            raise InvalidInput(f"policy = {text!r}: must name one method or more, each of another seam")
+        policy = cls(text, tuple(parts))
+        if unknown := policy.places - {*NUMBERS}:
+            raise InvalidInput(f"policy = {text!r}: no number {{{min(unknown)}}}: {did_you_mean(min(unknown), NUMBERS)}")
+        return policy
+
+    @property
+    def name(self) -> str:
+        return " + ".join(registry.parse(method)[0] for _, method in self.parts)
+
+    @property
+    def places(self) -> set[str]:
+        """Which numbers it takes from a budget."""
+        try:
+            return {name for _, method in self.parts for _, name, _, _ in string.Formatter().parse(method) if name is not None}
+        except ValueError:
+            raise InvalidInput(f"policy = {self.text!r}: braces do not match") from None
+
+    def at(self, budget: float, tokens: int) -> dict[str, str]:
+        """Fields of SamplingParams for `budget` percent of a text of `tokens` tokens. {paged}: up to whole pages; {speedup}: how
+        many times less is left."""
+        held = budgeted(budget, tokens)
+        numbers = (held, max(1, held - SINKS), -(-held // PAGE) * PAGE, f"{100 / budget:g}")
+        return {seam: method.format(**dict(zip(NUMBERS, numbers, strict=True))) for seam, method in self.parts}
+
+
+def budgeted(budget: float, tokens: int) -> int:
+    return math.ceil(budget / 100 * tokens)
+
+
+class Choice(NamedTuple):
+    """What requests choose. budget: percent, None where a policy takes none; share: of the full cache's bytes a token, where its
+    codec says so."""
+
+    policy: str
+    budget: float | None
+    tokens: int | None
+    params: dict[str, str]
+    share: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.policy if self.budget is None else f"{self.policy} at {self.budget:g} %"
+
+
+FULL = Choice("full", None, None, {})
+
+
+class Scores(NamedTuple):
+    """f64[items, places]: mean log-probability of an answer's tokens, and 1 where the greedy text is the answer."""
+
+    logprobs: F64
+    right: F64
+
+
+class Interval(NamedTuple):
+    """A mean over texts and the 95 % of its bootstrap."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def visible(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task: the whole cache, also where contexts say otherwise (None for running text), and each choice."""
+
+    task: Task
+    full: Scores
+    control: Scores | None
+    runs: list[tuple[Choice, Scores]]
+
+    def difference(self, scores: Scores) -> Interval:
+        """Mean log-probability less the whole cache's."""
+        return bootstrap((scores.logprobs - self.full.logprobs).mean(1))
+
+    @property
+    def retrieves(self) -> Interval | None:
+        """By how much an answer is likelier, under the whole cache, for being told in the context; None for running text."""
+        return None if self.control is None else bootstrap((self.full.logprobs - self.control.logprobs).mean(1))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Cache of one text. peak, steady: bytes at most and over the last quarter of its tokens; beside: tokens of another request
+    that ran while it was still written, in pages that it had left of a pool for one whole text."""
+
+    choice: Choice
+    tokens: int
+    peak: int
+    steady: int
+    beside: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    results: list[Result]
+    footprints: list[Footprint]
+    refused: Refused = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will run. tokens: of the texts whose cache is measured under `footprints`."""
+
+    runs: list[tuple[Task, list[Choice]]]
+    footprints: list[Choice]
+    tokens: int
+    batch: int
+    refused: Refused
+
+    @classmethod
+    def of(cls, llm: LLM, options: Options, tasks: Seq[Task]) -> Plan:
+        """Raises what a policy that was asked for by name is refused with, before anything is measured."""
+        refused: Refused = {}
+        runs = [(task, choices(llm, options, task.longest, refused)) for task in tasks]
+        tokens = room(llm, options.memory)
+        footprints = [FULL, *choices(llm, options, tokens, refused, (FOOTPRINT_BUDGET,))] if tokens else []
+        return cls(runs, footprints, tokens, options.batch, refused)
+
+    @property
+    def ticks(self) -> int:
+        """How often `measure` tells that something ran."""
+        scored = [len(task.probes) for task, chosen in self.runs for _ in range(1 + len(chosen))]
+        scored += [len(task.controls) for task, _ in self.runs]
+        return sum(-(-probes // self.batch) for probes in scored) + len(self.footprints)
+
+
+def measure(llm: LLM, plan: Plan, tick: Tick = lambda what: None) -> Measured:
+    """Runs it. `llm` is loaded with prefix_sharing=False and without a drafter."""
+    results = []
+    for task, chosen in plan.runs:
+        full = score(llm, task, task.probes, FULL, plan.batch, tick)
+        control = score(llm, task, task.controls, FULL, plan.batch, tick) if task.retrieval else None
+        runs = [(choice, score(llm, task, task.probes, choice, plan.batch, tick)) for choice in chosen]
+        results.append(Result(task, full, control, runs))
+    footprints = [footprint(llm, choice, plan.tokens, tick) for choice in plan.footprints]
+    return Measured(results, footprints, plan.refused)
+
+
+def choices(llm: LLM, options: Options, tokens: int, refused: Refused, budgets: Seq[float] = ()) -> list[Choice]:
+    """All policies at all budgets (else those of `options`) of a text of `tokens` tokens. What this model cannot have, or not with
+    so little, goes to `refused`; a policy that was asked for by name and has nothing left raises."""
+    found: list[Choice] = []
+    for policy in options.chosen:
+        before, error = len(found), None
+        for budget in (budgets or options.budgets) if policy.places else (None,):
+            params = policy.at(budget or 100, tokens)
+            try:
+                llm.engine.policies.check(SamplingParams(**params))
+            except RedraftError as raised:
+                error = raised
+                refused.setdefault(policy.name, {}).setdefault(budget, str(raised))
+                continue
+            held = None if budget is None else budgeted(budget, tokens)
+            found.append(Choice(policy.name, budget, held, params, stored(llm, params)))
+        if options.policies and error is not None and len(found) == before:
+            raise error
+    return found
+
+
+def stored(llm: LLM, params: dict[str, str]) -> float | None:
+    """Bytes that a codec takes for a token, as a part of the exact ones. A codec of blocks: of what it has encoded."""
+    if params.get("codec") is None:
+        return None
+    codec = registry.create("codec", params["codec"]).open(llm.runner)
+    exact = plain(llm.runner.backend.dtype, llm.runner.spec.head_dim)
+    held, whole = (sum(array.bytes for array in arrays.values()) for arrays in (codec.arrays, exact))
+    return float(held / whole)
+
+
+# ---- quality
+
+
+def score(llm: LLM, task: Task, probes: Seq[Probe], choice: Choice, batch: int, tick: Tick) -> Scores:
+    """Every answer of every probe. An answer is right where each of its tokens is the likeliest one behind those before it,
+    which is when greedy decoding writes it."""
+    logprobs, right = (np.full((task.items, len(task.places)), np.nan) for _ in range(2))
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, **choice.params)
+    for at in range(0, len(probes), batch):
+        group = probes[at : at + batch]
+        outputs = llm.generate([{"prompt_token_ids": probe.ids, "context": probe.context} for probe in group], params)
+        for probe, output in zip(group, outputs, strict=True):
+            if output.error is not None or output.prompt_logprobs is None:
+                raise InvalidInput(f"{task.name}, {choice.label}: {output.error}")
+            for place, first, last in probe.answers:
+                told = [one for one in output.prompt_logprobs[first:last] if one is not None]
+                assert len(told) == last - first
+                logprobs[probe.item, place] = np.mean([one.logprob for one in told])
+                right[probe.item, place] = all(one.rank == 1 for one in told)
+        tick(f"{task.name}: {choice.label}")
+    assert not np.isnan(logprobs).any(), f"{task.name}: an item lacks an answer at some place"
+    return Scores(logprobs, right)
+
+
+def bootstrap(values: F64) -> Interval:
+    """Over values[items], with the same draws at each call."""
+    drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+# ---- memory
+
+
+def room(llm: LLM, tokens: int) -> int:
+    """Tokens that a text may have: positions that are turned have no end, learned ones do. Behind the trained context a text
+    means little, but takes as much memory."""
+    learned = llm.runner.spec.learned_positions
+    return tokens if learned is None else min(tokens, learned - 1)
+
+
+def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
+    """Generates a text of `tokens` tokens in a pool of its own that holds one such text, with the whole cache or with this choice
+    where that takes more. Shortly before its end another request, with the whole cache, comes for half of the pages that are free
+    then. AssertionError where the table does not add up."""
+    prompt = llm.tokenizer.encode("def")[:8]
+    params = SamplingParams(temperature=1, seed=0, max_tokens=tokens - len(prompt), ignore_eos=True, **choice.params)
+    text, slabs = Request("text", prompt, params), -(-tokens // llm.runner.table.page) + 1
+    engine = pool(llm, tokens, slabs)
+    engine.add(text)
+    if (needed := engine.table.need(text.sequences[0], tokens)) > slabs:  # side data
+        text.sequences.clear()
+        engine = pool(llm, tokens, needed + 1)
+        engine.add(text)
+    table, slab_bytes = engine.table, engine.store.slab_bytes
+    used: list[int] = []
+    while text.sequences[0].generated < tokens - len(prompt) - LAST:
+        engine.step()
+        used.append(table.used())
+        if len(used) % CHECKED == 0:
+            table.check()
+    peak, steady = table.peak, float(np.mean(used[-max(1, len(used) // 4) :]))
+    beside = neighbour(engine, prompt, table.available() // 2 * table.page - REPLY)
+    table.check()
+    assert not table.used(), f"{choice.label}: {table.used()} slabs are still in use"
+    tick(f"memory: {choice.label}")
+    return Footprint(choice, tokens, peak * slab_bytes, round(steady * slab_bytes), beside)
+
+
+def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
+    """Runs what is under way to its end, beside a request of `count` tokens that writes REPLY more. Returns how many tokens of it
+    were stored while the other text was written; none where one of the two had to make way."""
+    if count > 0:
+        params = SamplingParams(temperature=0, max_tokens=REPLY, ignore_eos=True)
+        engine.add(Request("neighbour", (prompt * count)[:count], params))
+    beside = 0
+    while engine.has_work:
+        for event in engine.step():
+            if event.request.id == "neighbour" and event.reason is not None and engine.running:
+                beside = count + REPLY
+        engine.table.check()
+    return 0 if engine.preemptions else beside
+
+
+def pool(llm: LLM, tokens: int, slabs: int) -> Engine:
+    """An engine over the same weights that goes on for `tokens` tokens, with a cache of its own."""
+    own, engine = llm.runner, llm.engine
+    runner = Runner(own.spec, own.weights, own.backend, slabs, sharing=False, source=own.source)
+    drafter: Any = registry.create("draft", "none").open(runner, engine.sampler)
+    return Engine(runner, engine.scheduler, drafter, engine.verifier, engine.sampler, max_model_len=tokens)

@@ -1,0 +1,141 @@
+"""Older pages as 4-bit codes, keys with a grid for each channel and values with one for each token; the newest tokens stay exact.
+
+Zirui Liu, Jiayi Yuan, Hongye Jin, Shaochen (Henry) Zhong, Zhaozhuo Xu, Vladimir Braverman, Beidi Chen, Xia Hu: KIVI: A Tuning-Free
+Asymmetric 2bit Quantization for KV Cache, 2024, arXiv 2402.02750.
+
+1. A group is a channel of the keys over the 32 tokens of a page, or the value of one token.
+2. Its grid has 16 even steps from its least to its largest element: zero = least, scale = (largest - least) / 15.
+3. Codes are rounded half to even and packed two a byte: the first half of the channels low, the second half high.
+4. Score: (query times the channels' scales) times codes, plus query times the channels' zeros.
+5. Output: (weights times the tokens' scales) times codes, plus weights times the tokens' zeros.
+
+Differs: 4 bits instead of 2; values are grouped by whole tokens, not by 32 channels of them; values are encoded in blocks like keys,
+where the paper keeps a sliding window of exact ones; rows of the prompt beyond a border see codes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.errors import InvalidInput, Unsupported
+from redraft.ops.format import PAGE, Array, Arrays
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+STEPS = 15
+ROOM = 2**22  # elements of scaled queries at once: each page has its own, and the many rows of a chunk would fill the memory
+
+
+@dataclass(frozen=True)
+class Int4:
+    """block: tokens that are encoded at once; the newest 0 to block - 1 committed ones are exact."""
+
+    block: int = 128
+
+    card: ClassVar[Card] = Card(
+        "KIVI, 4 bits",
+        "Liu, Yuan, Jin, Zhong, Xu, Braverman, Chen, Hu, KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, 2024, "
+        "arXiv 2402.02750",
+        Guarantee.LOSSY,
+        deviates="4 bits; whole tokens as groups of values; exact values end at a border like keys, not in a sliding window",
+    )
+
+    def __post_init__(self) -> None:
+        if self.block < PAGE or self.block % PAGE:
+            raise InvalidInput(f"int4:block={self.block}: must be a multiple of {PAGE}, {PAGE} or more")
+
+    def open(self, runner: Any) -> Int4Units:
+        return Int4Units(runner.spec.head_dim, runner.backend.dtype, self.block)
+
+
+class Int4Units:
+    """D + (2 D + 64) b / 32 bytes a token and head where an element of the backend's dtype has b bytes: 76 at D = 64 in bfloat16.
+
+    Scales and zeros are in that dtype, so that a zero, being one of the elements, is exact, and so is a group of equal ones. An
+    element moves by half a scale at most, rounding apart. What is not finite takes its group along. `decode` rounds to the backend's
+    dtype what `scores` and `mix` use unrounded.
+    """
+
+    name = "int4"
+
+    def __init__(self, head_dim: int, dtype: torch.dtype, block: int) -> None:
+        import torch
+
+        if head_dim % 2:
+            raise Unsupported(f"codec 'int4' packs two channels into a byte: the head size {head_dim} is odd")
+        self.dtype, self.block = dtype, block
+        channels, tokens = Array((head_dim,), dtype, whole=True), Array((PAGE,), dtype)
+        self.arrays: Mapping[str, Array] = {
+            "keys": Array((PAGE, head_dim // 2), torch.uint8, whole=True),  # a key means nothing in another page's grid
+            "values": Array((PAGE, head_dim // 2), torch.uint8),
+            "key_scales": channels,
+            "key_zeros": channels,
+            "value_scales": tokens,
+            "value_zeros": tokens,
+        }
+
+    def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        raise Unsupported("codec 'int4' encodes whole pages: single tokens are written to exact ones")
+
+    def pack(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        (k, key_scales, key_zeros), (v, value_scales, value_zeros) = self._encode(keys, -2), self._encode(values, -1)
+        return {
+            "keys": k,
+            "values": v,
+            "key_scales": key_scales,
+            "key_zeros": key_zeros,
+            "value_scales": value_scales,
+            "value_zeros": value_zeros,
+        }
+
+    def _encode(self, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x [..., 32, D] -> codes [..., 32, D / 2], scales, zeros, of groups that run along a dimension."""
+        import torch
+
+        x = x.to(_wide(self.dtype))
+        low, high = x.aminmax(dim=along, keepdim=True)  # 1.
+        scales, zeros = ((high - low) / STEPS).to(self.dtype), low.to(self.dtype)  # 2.
+        codes = ((x - zeros) / scales).nan_to_num_(0, 0, 0).round_().clamp_(0, STEPS).to(torch.uint8)
+        first, second = codes.chunk(2, -1)
+        return first | second << 4, scales.squeeze(along), zeros.squeeze(along)  # 3.
+
+    def scores(self, held: Arrays, q: Tensor) -> Tensor:
+        import torch
+
+        found = q.new_empty(*q.shape[:2], held["keys"].shape[1], PAGE)
+        run = max(1, ROOM // max(1, q.numel()))
+        parts = (found.split(run, 2), *(held[name].split(run, 1) for name in ("keys", "key_scales", "key_zeros")))
+        for some, codes, scales, zeros in zip(*parts, strict=True):
+            products = (q[:, None] * scales[:, :, None].to(q.dtype)) @ _unpack(codes, q.dtype).mT  # [K, run, R, 32]
+            torch.add(products.transpose(1, 2), (q @ zeros.to(q.dtype).mT)[..., None], out=some)  # 4.
+        return found.flatten(2)
+
+    def mix(self, held: Arrays, weights: Tensor) -> Tensor:
+        scales, zeros = (held[name].flatten(1)[:, None].to(weights.dtype) for name in ("value_scales", "value_zeros"))
+        codes = _unpack(held["values"], weights.dtype).flatten(1, 2)
+        return (weights * scales) @ codes + weights @ zeros.mT  # 5.
+
+    def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
+        wide, found = _wide(self.dtype), []
+        for name, along in (("key", -2), ("value", -1)):
+            scales, zeros = (held[f"{name}_{part}"].to(wide).unsqueeze(along) for part in ("scales", "zeros"))
+            found.append((_unpack(held[f"{name}s"], wide) * scales + zeros).to(self.dtype))
+        return found[0], found[1]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    import torch
+
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes [..., D] of bytes [..., D / 2]."""
+    import torch
+
+    return torch.cat([packed & STEPS, packed >> 4], -1).to(dtype)

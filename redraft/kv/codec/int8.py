@@ -1,0 +1,102 @@
+"""Keys and values as 8-bit integers, each vector of a token and head with a scale of its own.
+
+Tim Dettmers, Mike Lewis, Younes Belkada, Luke Zettlemoyer: LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale,
+2022, arXiv 2208.07339 (the grid that it uses for rows of hidden states). For caches it is common practice and no paper's own;
+vLLM's `int8_per_token_head` has the same layout.
+
+1. The scale of a vector is its largest magnitude / 127.
+2. Its codes are the multiples of the scale, rounded half to even.
+3. Score: query times codes, times the key's scale.
+4. Output: weights times the values' scales, times codes.
+
+What it may change. |q.k' - q.k| <= sum|q| max|k| / 254 for a query and a key k' of codes, and an output moves by no more than the
+largest max|v| / 254 of the tokens it reads, in every channel; both within rounding of float32. This holds for one layer and what
+that layer is given; how far a text moves is not bounded.
+
+Differs: keys and values of a cache instead of factors of a product; no columns are kept apart as outliers; queries and weights
+stay floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.ops.format import PAGE, Array, Arrays
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MOST = 127
+
+
+@dataclass(frozen=True)
+class Int8:
+    """No hyper-parameters."""
+
+    card: ClassVar[Card] = Card(
+        "8-bit keys and values",
+        "Dettmers, Lewis, Belkada, Zettlemoyer, LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022, arXiv 2208.07339",
+        Guarantee.NEAR,
+        deviates="the paper's grid, on cached keys and values; no outlier columns; queries and weights stay floating point",
+    )
+
+    def open(self, runner: Any) -> Int8Units:
+        return Int8Units(runner.spec.head_dim, runner.backend.dtype)
+
+
+class Int8Units:
+    """2 D + 8 bytes a token and head. The codes of a token depend on that token alone.
+
+    Vectors in which something is not finite, or beyond 127 times what float32 holds, decode to NaN as a whole; rows that do not see
+    them are not touched. Vectors below 1e-36 lose precision and end at zero. `decode` rounds to the backend's dtype what `scores` and
+    `mix` use unrounded.
+    """
+
+    name = "int8"
+    block = 0
+
+    def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
+        import torch
+
+        self.dtype = dtype
+        codes, scales = Array((PAGE, head_dim), torch.int8), Array((PAGE,), torch.float32)
+        self.arrays: Mapping[str, Array] = {"keys": codes, "values": codes, "key_scales": scales, "value_scales": scales}
+
+    def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Vectors [..., D] -> codes [..., D] and scales [...]."""
+        (k, key_scales), (v, value_scales) = _encode(keys), _encode(values)
+        return {"keys": k, "values": v, "key_scales": key_scales, "value_scales": value_scales}
+
+    pack = store
+
+    def scores(self, held: Arrays, q: Tensor) -> Tensor:
+        scales = held["key_scales"].flatten(1).to(q.dtype)
+        return (q @ held["keys"].flatten(1, 2).to(q.dtype).mT).mul_(scales[:, None])  # 3.
+
+    def mix(self, held: Arrays, weights: Tensor) -> Tensor:
+        scales = held["value_scales"].flatten(1).to(weights.dtype)
+        shares = (weights * scales[:, None]).masked_fill_(weights == 0, 0)  # 0 x NaN is NaN
+        return shares @ held["values"].flatten(1, 2).to(weights.dtype)  # 4.
+
+    def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
+        keys, values = (held[f"{name}s"] * held[f"{name}_scales"][..., None].to(_wide(self.dtype)) for name in ("key", "value"))
+        return keys.to(self.dtype), values.to(self.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    import torch
+
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
+    x = x.to(_wide(x.dtype))
+    scales = (x.abs().amax(-1) / MOST).float()  # 1.
+    steps = (x / scales[..., None]).nan_to_num_(0, 0, 0)  # of a scale that is 0 or not finite: its product with 0 says which
+    return steps.round_().clamp_(-MOST, MOST).to(torch.int8), scales  # 2.

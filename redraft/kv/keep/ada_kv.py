@@ -1,0 +1,62 @@
+"""The kv heads of a layer share a budget: what its newest rows attend to most stays, in whichever head it lies.
+
+Yuan Feng, Junlin Lv, Yukun Cao, Xike Xie, S. Kevin Zhou: Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation
+for Efficient LLM Inference, 2024, arXiv 2407.11550.
+
+1. Score a slot by the attention that the last `history` rows gave it, as SnapKV does.
+2. Spare the newest `recent`, which are those rows: few of them have seen the others, so their scores say little.
+3. Every head keeps at least its best `floor` of the even share.
+4. The rest of the layer's budget goes to the best slots of all its heads together, so that heads that spread their
+   attention keep more.
+
+Differs: it is done whenever a layer is full, budget * drop tokens a head after the last time, and while a prompt is read, not
+once at its end; scores are not pooled over neighbours; the floor is a minimum (the paper mixes an even share with the adaptive
+one); weights are averaged over the query heads of a kv head; the first `sinks` are spared too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.errors import InvalidInput
+from redraft.kv.keep.keep import OpenKeep
+from redraft.kv.keep.parts import Across, Budgeted, Evicting, Mass
+
+
+@dataclass(frozen=True)
+class AdaKV(Budgeted):
+    """budget: slots of a kv head, on average over a layer; drop: the part of them that goes when all are taken; history: newest
+    rows that are looked at; recent, sinks: newest and first tokens that never go; floor: the part of the even share that
+    every head keeps."""
+
+    history: int = 32
+    recent: int = 32
+    floor: float = 0.2
+
+    card: ClassVar[Card] = Card(
+        "Ada-KV",
+        "Feng, Lv, Cao, Xie, Zhou, Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM "
+        "Inference, 2024, arXiv 2407.11550",
+        Guarantee.LOSSY,
+        deviates="evicts whenever the budget is full; scores are not pooled; the floor is a minimum",
+    )
+    name: ClassVar[str] = "ada-kv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise InvalidInput(f"ada-kv:floor={self.floor}: must be 0 to 1")
+
+    def open(self, runner: Any) -> OpenKeep:
+        heads, trigger = runner.spec.kv_heads, self.trigger
+        allocator = Across(heads, max(self.sinks + self.recent, int(self.floor * trigger.kept)))  # 3. and 4.
+        return Evicting(
+            len(runner.spec.layers) * heads,
+            allocator.most(trigger),
+            scorer=Mass(self.history),  # 1.
+            selector=self.selector,  # 2.
+            trigger=trigger,
+            allocator=allocator,
+        )

@@ -1,0 +1,1 @@
+"""Which spans come from elsewhere?"""

@@ -1,0 +1,366 @@
+"""Scores are the model's own, budgets are obeyed, and what cannot be seen is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from redraft import LLM, SamplingParams, registry
+from redraft.bench import cache, curves
+from redraft.bench.cache import FULL, Choice, Footprint, Measured, Options, Policy, Result, Scores, bootstrap, score
+from redraft.bench.tasks import Answer, Probe, Task, Wanted, build
+from redraft.card import Card, Guarantee
+from redraft.core.sequence import Sequence
+from redraft.core.tree import I32
+from redraft.errors import InvalidInput, UnknownMethod
+from redraft.kv.keep.keep import OpenKeep, Stateless
+from redraft.kv.table import PageTable
+from tests.checkpoints import tiny_llama
+
+TEXT = "".join(chr(97 + i * i % 23) for i in range(3000))
+
+
+@dataclass(frozen=True)
+class Newest(Stateless):
+    """Whenever twice `budget` tokens are stored, all but the newest `budget` go. budget: a multiple of 32."""
+
+    budget: int = 64
+    card: ClassVar[Card] = Card("Newest", "nobody, nothing, 2025", Guarantee.LOSSY)
+
+    def __post_init__(self) -> None:
+        if self.budget < 32:
+            raise InvalidInput(f"newest:budget={self.budget}: must be 32 or more")
+
+    def open(self, runner: Any) -> OpenKeep:
+        return self
+
+    @property
+    def most(self) -> int:  # type: ignore[override]
+        return 2 * self.budget
+
+    @property
+    def pure(self) -> int:  # type: ignore[override]
+        return 2 * self.budget
+
+    def border(self, seq: Sequence) -> int:
+        return (seq.stored // self.budget + 1) * self.budget
+
+    def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
+        lanes = positions()
+        if len(lanes[0]) < 2 * self.budget:
+            return None
+        return [np.arange(len(lane) - self.budget, len(lane), dtype=np.int32) for lane in lanes]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return load(str(tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")))
+
+
+def load(path: str) -> LLM:
+    return LLM(path, dtype="float64", prefix_sharing=False, cache_memory=1 << 22)
+
+
+@pytest.fixture(autouse=True)
+def newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS["keep"], "newest", f"{__name__}:Newest")
+
+
+@pytest.fixture(scope="module")
+def tasks(llm: LLM) -> list[Task]:
+    return build(llm.tokenizer, {"text": [TEXT]}, Wanted(200, 2, 2, 8), llm.max_model_len - 1)
+
+
+def quiet(what: str) -> None:
+    pass
+
+
+# ---- scores
+
+
+def test_scores_are_the_models_own_log_probabilities(llm: LLM) -> None:
+    """Against the log-probabilities that generation itself reports, of a text that greedy decoding writes and of one it does not."""
+    prompt = llm.tokenizer.encode(TEXT[:40])
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
+    (written,) = llm.generate([{"prompt_token_ids": prompt}], params)[0].outputs
+    wrong = [*written.token_ids[:5], (written.token_ids[5] + 1) % llm.runner.spec.vocab]
+    answers = (Answer(0, 41, 44), Answer(1, 44, 47))
+    probes = [Probe(i, [*prompt, *ids], 8, answers) for i, ids in enumerate((written.token_ids, wrong))]
+    found = score(llm, Task("t", ("a", "b"), probes, []), probes, FULL, 2, quiet)
+    told = [one.logprob for one in written.logprobs or []]
+    assert found.logprobs[0] == pytest.approx([np.mean(told[:3]), np.mean(told[3:])], abs=1e-12)
+    assert found.logprobs[1, 0] == pytest.approx(found.logprobs[0, 0], abs=1e-12) and found.logprobs[1, 1] < found.logprobs[0, 1]
+    assert found.right.tolist() == [[1, 1], [1, 0]]
+
+
+STANDING = [text for text in cache.POLICIES if cache.known(text) and "double-sparsity" not in text]
+
+
+@pytest.mark.parametrize("text", ["keep=newest:budget=32", *STANDING])
+def test_one_pass_scores_every_turn_as_if_the_text_ended_there(llm: LLM, tasks: list[Task], text: str) -> None:
+    """Turn by turn over the right answers, as SCBench asks, against the one pass that is measured."""
+    task = next(task for task in tasks if task.name == "key-value, multi-turn")
+    policy = Policy.of(text)
+    choice = Choice(policy.name, 70.0, None, policy.at(70, task.longest))
+    together = score(llm, task, task.probes, choice, 8, quiet)
+    apart = [Probe(probe.item, probe.ids[: answer.last], probe.context, (answer,)) for probe in task.probes for answer in probe.answers]
+    alone = score(llm, task, apart, choice, 3, quiet)
+    assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-9) and (together.right == alone.right).all()
+    if "codec" not in text:
+        full = score(llm, task, task.probes, FULL, 8, quiet)
+        assert np.abs(together.logprobs - full.logprobs).min() > 1e-9, "a policy that changes nothing would pass"
+
+
+def test_policies_act_behind_the_context_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read or a depth counts what stands before `context` as given: its scores there are those of the whole cache."""
+    monkeypatch.setitem(registry.METHODS["depth"], "top", f"{__name__}:Top")
+    ids = llm.tokenizer.encode(TEXT[:100])
+    answers = (Answer(0, 30, 60), Answer(1, 61, 90))
+    task = Task("t", ("before", "behind"), [Probe(0, ids, 60, answers), Probe(1, ids, 60, answers)], [])
+    own, full = (score(llm, task, task.probes, choice, 2, quiet) for choice in (Choice("top", None, None, {"depth": "top"}), FULL))
+    assert own.logprobs[:, 0] == pytest.approx(full.logprobs[:, 0], abs=1e-12)
+    assert np.abs(own.logprobs[:, 1] - full.logprobs[:, 1]).min() > 1e-3
+
+
+@dataclass(frozen=True)
+class Top:
+    """Skips the layer in the middle."""
+
+    card: ClassVar[Card] = Card("Top", "nobody, nothing, 2025", Guarantee.LOSSY)
+
+    def layers(self, count: int) -> frozenset[int]:
+        return frozenset({0, count - 1})
+
+
+# ---- policies and budgets
+
+
+def test_a_budget_fills_the_numbers_of_a_policy() -> None:
+    policy = Policy.of("keep=newest:budget={tokens}+read=page-top-k:tokens={paged}+depth=layer-skip:speedup={speedup}")
+    assert policy.name == "newest + page-top-k + layer-skip" and policy.places == {"tokens", "paged", "speedup"}
+    assert policy.at(25, 1001) == {"keep": "newest:budget=251", "read": "page-top-k:tokens=256", "depth": "layer-skip:speedup=4"}
+    assert Policy.of("keep=newest:budget={recent}").at(100, 300) == {"keep": "newest:budget=296"}
+    assert Policy.of("keep=newest:budget={recent}").at(1, 300) == {"keep": "newest:budget=1"}
+    assert not Policy.of("keep=newest").places
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"policies": ("newest",)}, "must be seam=name:option=value"),
+        ({"policies": ("verify=coupled",)}, "seams: keep, codec, read, depth"),
+        ({"policies": ("",)}, "must name one method or more"),
+        ({"policies": ("keep=newest+keep=newest",)}, "each of another seam"),
+        ({"policies": ("keep=newest:budget={token}",)}, "no number {token}: did you mean 'tokens'"),
+        ({"policies": ("keep=newest:budget={tokens",)}, "braces do not match"),
+        ({"budgets": (0.0,)}, "budget = 0: percent above 0 and up to 100"),
+        ({"budgets": (120.0,)}, "budget = 120: percent"),
+        ({"batch": 0}, "batch = 0: must be 1 or more"),
+        ({"memory": 100}, "memory = 100: must be 0 or more than 192"),
+    ],
+)
+def test_bad_options_are_one_line(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidInput, match=told) as caught:
+        Options(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_methods_are_named() -> None:
+    with pytest.raises(UnknownMethod, match="did you mean 'newest'"):
+        Options(("keep=newes:budget=3",))
+
+
+def test_what_a_model_cannot_have_is_left_out_and_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "POLICIES", ("keep=newest:budget={tokens}", "keep=unheard-of:budget={tokens}", "depth=top"))
+    monkeypatch.setitem(registry.METHODS["depth"], "top", f"{__name__}:Top")
+    refused: cache.Refused = {}
+    found = cache.choices(llm, Options(), 100, refused)
+    assert [(one.label, one.tokens) for one in found] == [("newest at 100 %", 100), ("newest at 50 %", 50), ("top", None)]
+    assert refused == {"newest": {25.0: "newest:budget=25: must be 32 or more", 10.0: "newest:budget=10: must be 32 or more"}}
+    with pytest.raises(InvalidInput, match="newest:budget=25: must be 32"):
+        cache.choices(llm, Options(("keep=newest:budget={tokens}",)), 100, {}, (25.0,))
+
+
+def test_a_codec_is_placed_by_its_bytes(llm: LLM) -> None:
+    assert cache.stored(llm, {"keep": "newest"}) is None
+    for name in registry.METHODS["codec"]:
+        share = cache.stored(llm, {"codec": name})
+        assert share is not None and 0.02 < share < 0.6, f"{name}: codes of float64 numbers"
+
+
+def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
+    plan = cache.Plan.of(llm, Options(("keep=newest:budget={tokens}",), (100.0, 40.0), 3, memory=200), tasks)
+    ticked: list[str] = []
+    measured = cache.measure(llm, plan, ticked.append)
+    assert len(ticked) == plan.ticks and {line.partition(":")[0] for line in ticked} == {task.name for task in tasks} | {"memory"}
+    assert [len(one.runs) for one in measured.results] == [2] * 4 and len(measured.footprints) == 2
+    for one in measured.results:
+        same, tight = (scores for _, scores in one.runs)
+        assert (same.logprobs == one.full.logprobs).all() and not np.allclose(tight.logprobs, one.full.logprobs)
+        assert (one.control is None) == (one.task.name == "text")
+
+
+# ---- memory
+
+
+def test_the_whole_cache_grows_and_a_budget_does_not(llm: LLM) -> None:
+    tokens, slab = 400, llm.runner.store.slab_bytes
+    full = cache.footprint(llm, FULL, tokens, quiet)
+    assert full.peak == -(-(tokens - cache.LAST) // 32) * slab, "all but the last tokens, in pages of 32"
+    assert full.steady < full.peak and full.beside == 2 * 32, "half of the 4 pages that are left"
+    short = cache.footprint(llm, Choice("newest", 25.0, 64, {"keep": "newest:budget=64"}), tokens, quiet)
+    assert 64 <= short.peak / slab * 32 <= 128 + 2 * 32 and short.steady <= short.peak < full.peak / 2
+    assert short.beside > full.beside, "another request runs in what was freed"
+
+
+def test_pages_that_are_not_given_back_are_noticed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = PageTable._release
+    monkeypatch.setattr(PageTable, "_release", lambda self, pool, page: None if page == 5 else release(self, pool, page))
+    with pytest.raises(AssertionError, match=r"slabs lost|still in use"):
+        cache.footprint(llm, FULL, 300, quiet)
+
+
+def test_a_text_with_learned_positions_ends_where_they_do(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache.room(llm, 4000) == 4000
+    monkeypatch.setattr(type(llm.runner.spec), "learned_positions", 1024, raising=False)
+    monkeypatch.setattr(llm.runner, "spec", _Learned())
+    assert cache.room(llm, 4000) == 1023 and cache.room(llm, 500) == 500
+
+
+class _Learned:
+    learned_positions = 1024
+
+
+# ---- words and figures
+
+
+def result(full: Any, control: Any = None, retrieval: bool = True, **runs: Any) -> Result:
+    """Scores by item; runs: "policy_50" -> log-probabilities."""
+    probes = [Probe(i, [0] * 10, 2, (Answer(0, 2, 10),)) for i in range(len(full))]
+    task = Task("key-value", ("turn 1",), probes, probes if retrieval else [], 0.25)
+
+    def scores(logprobs: Any) -> Scores:
+        return Scores(np.array(logprobs, float)[:, None], np.zeros((len(full), 1)))
+
+    chosen = []
+    for name, logprobs in runs.items():
+        policy, _, budget = name.partition("_")
+        chosen.append((Choice(policy, float(budget) if budget else None, 5, {"keep": policy}), scores(logprobs)))
+    return Result(task, scores(full), None if control is None else scores(control), chosen)
+
+
+FLAT = [-2.0, -2.2, -1.8, -2.0] * 3
+NOISE = np.array([0.3, -0.3, 0.2, -0.2] * 3)
+
+
+def findings(one: Result) -> str:
+    return "\n".join(curves.findings(Measured([one], []), Options(("keep=newest",))))
+
+
+def test_a_model_that_does_not_retrieve_is_called_that() -> None:
+    blind = findings(result(FLAT, np.array(FLAT) + NOISE, newest_50=np.array(FLAT) - 1))
+    assert "says nothing of retrieval" in blind and "accuracy 0.0%, 25.0% by chance" in blind
+    seeing = findings(result(FLAT, np.array(FLAT) - 1 + NOISE, newest_50=np.array(FLAT) - 1))
+    assert "says nothing" not in seeing and "the model retrieves with its whole cache: an answer gains +1.00" in seeing
+
+
+def test_differences_within_the_spread_are_named_and_others_are_not() -> None:
+    told = findings(
+        result(
+            FLAT,
+            retrieval=False,
+            hidden_50=FLAT + NOISE,
+            hidden_25=FLAT + NOISE,
+            worse_50=np.array(FLAT) - 0.5,
+            better=np.array(FLAT) + 0.1,
+        )
+    )
+    assert "no difference to the whole cache beyond the spread over 12 texts: hidden at 50, 25 %\n" in told
+    assert "better than the whole cache: better\n" in told and "worse" not in told
+
+
+def test_a_budget_of_everything_must_change_nothing() -> None:
+    told = findings(result(FLAT, retrieval=False, same_100=FLAT, other_100=np.array(FLAT) + 1e-6))
+    assert "at 100 % the very scores of the whole cache: same\n" in told
+    assert "at 100 % not the scores of the whole cache: other (by 1.0e-06 nats a token at most)" in told
+    assert "beyond the spread" not in told
+
+
+def test_few_texts_are_no_ground_for_spreads() -> None:
+    assert "too narrow to be trusted" in findings(result(FLAT[:4], retrieval=False))
+    assert "too narrow" not in findings(result(FLAT, retrieval=False))
+
+
+def test_what_was_not_measured_is_listed_with_its_needs() -> None:
+    told = findings(result(FLAT, retrieval=False))
+    for seam in ("keep", "codec", "read", "depth"):
+        for name in registry.METHODS[seam]:
+            assert (f"{seam}={name} (needs: " in told) == (name != "newest")
+
+
+def test_spreads() -> None:
+    same = bootstrap(np.full(9, 0.5))
+    assert same == (0.5, 0.5, 0.5) and same.visible and not bootstrap(np.zeros(9)).visible
+    spread = bootstrap(NOISE)
+    assert spread.low < 0 < spread.high and not spread.visible and spread == bootstrap(NOISE)
+    assert bootstrap(NOISE + 1).visible and bootstrap(NOISE - 1).visible
+
+
+@pytest.fixture
+def measured() -> Measured:
+    retrieval = result(FLAT, np.array(FLAT) - 1, newest_100=FLAT, newest_50=np.array(FLAT) - 0.5, newest_25=np.array(FLAT) - 1)
+    running = result(FLAT, retrieval=False, newest_50=np.array(FLAT) - 0.1, ruin_50=np.array(FLAT) - 3)
+    prints = [Footprint(FULL, 400, 1 << 20, 1 << 19, 64), Footprint(Choice("newest", 25.0, 100, {}), 400, 1 << 18, 1 << 18, 128)]
+    return Measured([retrieval, running], prints, {"newest": {10.0: "newest:budget=5: must be 32 or more"}})
+
+
+def test_tables(llm: LLM, measured: Measured) -> None:
+    out = StringIO()
+    curves.show(Console(file=out, width=160), llm, Options(("keep=newest",)), measured)
+    lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
+    assert "newest 50 %, 5 0.0% -2.50 -2.50 -0.50 (-0.50 to -0.50)" in lines
+    assert "newest 50 %, 5 8.166 8.166 +10.5% (+10.5% to +10.5%)" in lines
+    assert "full 7.389 7.389" in lines
+    assert "newest 256 KiB 25% 256 KiB 50% 128" in lines
+    assert any("left out where refused, newest at 10 %: newest:budget=5" in line for line in lines)
+
+
+def test_json_holds_every_curve(llm: LLM, measured: Measured) -> None:
+    found = json.loads(json.dumps(curves.document(llm, Options(("keep=newest",)), measured, {"seed": 0}), allow_nan=False))
+    first, second = found["tasks"]
+    assert [(row["policy"], row["budget"]) for row in first["rows"]] == [("full", None), ("newest", 100), ("newest", 50), ("newest", 25)]
+    assert first["gain_of_being_told"]["mean"] == pytest.approx(1) and second["gain_of_being_told"] is None
+    row = first["rows"][2]
+    assert row["difference"]["mean"] == pytest.approx(-0.5) and row["places"]["turn 1"]["logprob"] == pytest.approx(-2.5)
+    assert row["perplexity"] is None and second["rows"][0]["perplexity"] == pytest.approx(np.exp(2))
+    assert [(one["policy"], one["peak_bytes"], one["tokens_beside"]) for one in found["memory"]] == [
+        ("full", 1 << 20, 64),
+        ("newest", 1 << 18, 128),
+    ]
+    assert found["findings"] and found["settings"]["policies"] == ["keep=newest"]
+
+
+def test_the_figure_has_a_labelled_panel_for_each_measure(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    curves.plot(tmp_path / "a.png", "title", measured)
+    (one,) = drawn
+    panels = [axis for axis in one.axes if axis.axison]
+    assert len(panels) == 7 and all(axis.get_xlabel() and axis.get_title() for axis in panels)
+    assert [axis.get_ylabel() for axis in panels[:4]] == [
+        "log-probability of the answer", "accuracy", "log-probability less the whole cache's", "perplexity",
+    ]  # fmt: skip
+    (legend,) = one.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"whole cache", "newest", "ruin"}
+    (curve,) = panels[0].containers
+    assert curve[0].get_xydata().round(3).tolist() == [[25, -3], [50, -2.5], [100, -2]]
+    assert panels[3].get_ylim()[1] < 12, "a policy that ruins the text must not flatten the others"

@@ -1,0 +1,155 @@
+"""Whatever the drafter, chunks, batch and pool: a text under cache and depth policies is the one that it is alone, on the
+reference backend, token by token. And policies that have nothing to do change nothing."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache, partial
+
+import pytest
+
+from redraft import registry
+from redraft.card import Guarantee
+from redraft.config import SamplingParams
+from redraft.core.sequence import Request
+from redraft.engine.policies import guarantee
+from redraft.errors import Unsupported
+from redraft.llm import LLM
+from tests.contracts import identity
+from tests.contracts.identity import Seen, drafter, drive, prompts
+
+engine = partial(identity.engine, layers=4)
+SEAMS = ("keep", "codec", "read", "depth")
+# Options at which a method bites on texts of a hundred tokens; a method without an entry is tested as it comes.
+BITING = {
+    "ada-kv": "budget=32,recent=4,sinks=1,history=8",
+    "double-sparsity": None,  # needs a profile of the model: tests/kv/read
+    "int4": "block=32",
+    "layer-skip": "speedup=2",
+    "page-top-k": "tokens=64,sinks=0",
+    "scissorhands": "budget=32,recent=4,sinks=1,history=8",
+    "streaming-llm": "sinks=2,recent=14",
+}
+NEUTRAL = {
+    "ada-kv": "budget=4096",
+    "layer-skip": "speedup=1",
+    "page-top-k": "tokens=4096",
+    "scissorhands": "budget=4096",
+    "streaming-llm": "recent=4096",
+}
+
+
+def chosen(options: dict[str, str | None]) -> list[tuple[str, str]]:
+    """(seam, text) of every registered method that has options here, or needs none."""
+    found = []
+    for seam in SEAMS:
+        for name in registry.METHODS[seam]:
+            if options.get(name, "") is not None and (options is BITING or name in options):
+                found.append((seam, f"{name}:{options.get(name, '')}".rstrip(":")))
+    return found
+
+
+def pairs() -> list[tuple[tuple[str, str], ...]]:
+    """Every two methods of different seams that go together."""
+    both = [(a, b) for a, b in itertools.combinations(chosen(BITING), 2) if a[0] != b[0]]
+    return [pair for pair in both if allowed(dict(pair))]
+
+
+def allowed(policies: dict[str, str]) -> bool:
+    try:
+        engine().policies.check(SamplingParams(**policies))
+    except Unsupported:
+        return False
+    return True
+
+
+def params(policies: dict[str, str], i: int, temperature: float = 0.8) -> SamplingParams:
+    return SamplingParams(temperature=temperature, max_tokens=60, seed=100 + i, **policies)
+
+
+def requests(policies: list[dict[str, str]], count: int) -> list[Request]:
+    return [Request(str(i), list(prompts()[i % len(prompts())]), params(policies[i % len(policies)], i)) for i in range(count)]
+
+
+@cache
+def alone(policies: tuple[tuple[str, str], ...], i: int) -> tuple[int, ...]:
+    """Request i by itself: float64, one row a step, no drafts."""
+    request = requests([dict(policies)], i + 1)[i]
+    return tuple(drive(engine(backend="reference", chunk=1, sharing=False), [request], [0]).texts[request.id])
+
+
+def same(seen: Seen, policies: list[tuple[tuple[str, str], ...]], count: int) -> None:
+    for i in range(count):
+        assert tuple(seen.texts[str(i)]) == alone(policies[i % len(policies)], i), f"request {i} under {policies[i % len(policies)]}"
+
+
+SINGLE = [(one,) for one in chosen(BITING)]
+ids = [" ".join(text for _, text in one) for one in SINGLE]
+
+
+@pytest.mark.parametrize("one", SINGLE, ids=ids)
+def test_a_policy_bites(one: tuple[tuple[str, str], ...]) -> None:
+    """Else the tests below prove nothing: some text differs from the one without it."""
+    if guarantee(SamplingParams(**dict(one))) < Guarantee.LOSSY:
+        pytest.skip("near: the text may well be the same")
+    assert any(alone(one, i) != alone((), i) for i in range(3))
+
+
+@pytest.mark.parametrize("chunk", [512, 11])
+@pytest.mark.parametrize("draft", ["none", "oracle", "token-recycling", "self-skip:skip=1"])
+@pytest.mark.parametrize("one", SINGLE, ids=ids)
+def test_alone_with_drafts_and_chunks(one: tuple[tuple[str, str], ...], draft: str, chunk: int) -> None:
+    if draft.partition(":")[0] not in (*registry.METHODS["draft"], "oracle"):
+        pytest.skip(f"{draft} is not registered")
+    for i in range(2):
+        request = requests([dict(one)], i + 1)[i]
+        known = {(request.id, 0): alone(one, i)}
+        seen = drive(engine(drafter(draft, known), chunk=chunk), [request], [0])
+        assert tuple(seen.texts[request.id]) == alone(one, i), f"request {i}"
+        assert draft != "oracle" or (seen.accepted and seen.rejected)
+
+
+@pytest.mark.parametrize("pool", [60, 9])
+@pytest.mark.parametrize("draft", ["none", "oracle"])
+def test_all_policies_in_one_batch(draft: str, pool: int) -> None:
+    """Plain texts and every policy side by side; in the small pool texts are preempted and start again."""
+    every = [(), *SINGLE]
+    count = max(8, len(every))
+    asked = requests([dict(one) for one in every], count)
+    known = {(str(i), 0): alone(every[i % len(every)], i) for i in range(count)}
+    seen = drive(engine(drafter(draft, known), chunk=96, pool=pool), asked, [i % 3 for i in range(count)])
+    same(seen, every, count)
+    assert pool > 9 or seen.preempted
+
+
+@pytest.mark.parametrize("pair", pairs(), ids=lambda pair: " ".join(text for _, text in pair))
+def test_two_policies_together(pair: tuple[tuple[str, str], ...]) -> None:
+    asked = requests([dict(pair), {}], 4)
+    known = {(str(i), 0): alone(pair if i % 2 == 0 else (), i) for i in range(4)}
+    seen = drive(engine(drafter("oracle", known), chunk=40), asked, [0, 0, 1, 2])
+    same(seen, [pair, ()], 4)
+
+
+@pytest.mark.parametrize("one", chosen(NEUTRAL), ids=lambda one: one[1])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_neutral_settings_change_no_bit(embedded: dict[str, LLM], one: tuple[str, str], dtype: str) -> None:
+    llm = embedded[dtype]
+    prompt = "class Stack:\n    def push(self, item):\n"
+    seam, text = one
+    plain_params = SamplingParams(temperature=0.8, seed=3, max_tokens=40, logprobs=5)
+    (before,), (after,) = llm.generate(prompt, plain_params), llm.generate(prompt, plain_params.but(**{seam: text}))
+    assert after.outputs[0].token_ids == before.outputs[0].token_ids
+    assert after.outputs[0].logprobs == before.outputs[0].logprobs
+
+
+@pytest.fixture(scope="module")
+def embedded() -> dict[str, LLM]:
+    return {dtype: LLM("embedded", dtype=dtype, prefix_sharing=False, max_seqs=4) for dtype in ("float64", "float32")}
+
+
+def test_n_texts_of_one_prompt_fork_under_policies() -> None:
+    for one in SINGLE:
+        request = Request("r", list(prompts()[0]), params(dict(one), 0).but(n=3))
+        seen = drive(engine(chunk=512), [request], [0])
+        assert tuple(seen.texts["r/0"]) == alone(one, 0), one
+        assert len({tuple(text) for text in seen.texts.values()}) == 3

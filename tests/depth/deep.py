@@ -1,0 +1,80 @@
+"""A tiny model of six layers, where depth means something, the definition of rows that skip some, and an engine around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from redraft import registry
+from redraft.config import SamplingParams
+from redraft.core.sequence import Request
+from redraft.engine.engine import Engine
+from redraft.models.runner import Runner
+from redraft.models.spec import ModelSpec
+from redraft.ops.backend import LayerWeights, Linear, Weights
+from redraft.sample.sampler import Sampler
+from tests.contracts import plain
+from tests.contracts.identity import prompts
+
+LAYERS = 6
+ALL = frozenset(range(LAYERS))
+
+
+@cache
+def deep(power: float = 0.3) -> tuple[ModelSpec, Weights]:
+    """plain.py's tiny model, where the layers between the first and the last write `power` of what they would: at 0 they pass on
+    what they get."""
+    spec, weights = plain.tiny(layers=LAYERS)
+    first, *between, last = weights.layers
+    return spec, replace(weights, layers=(first, *(_weaker(layer, power) for layer in between), last))
+
+
+def _weaker(layer: LayerWeights, power: float) -> LayerWeights:
+    assert layer.down is not None
+    return replace(layer, out=Linear(layer.out.weight * power), down=Linear(layer.down.weight * power))
+
+
+@torch.inference_mode()
+def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> Tensor:
+    """[T, V]: plain.logits of the deep model where row t runs the layers runs[t] only, and leaves keys in no other."""
+    spec, weights = deep(power)
+    x = weights.embed[torch.as_tensor(list(tokens))]
+    for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
+        at = torch.tensor([t for t, layers in enumerate(runs) if i in layers])
+        h, k, d = layer.heads, layer.kv_heads, layer.head_dim
+        qkv = F.linear(plain._rms(x[at], w.attn_norm, layer.norm), w.qkv.weight).view(len(at), h + 2 * k, d)
+        q, keys, values = qkv.split([h, k, k], 1)
+        q, keys = plain._turn(q, layer, at), plain._turn(keys, layer, at).repeat_interleave(h // k, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
+        scores = scores.masked_fill(at[None] > at[:, None], -math.inf)
+        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(h // k, 1))
+        y = x[at] + F.linear(mixed.reshape(len(at), h * d), w.out.weight)
+        assert w.up is not None and w.down is not None
+        gate, up = F.linear(plain._rms(y, w.mlp_norm, layer.norm), w.up.weight).chunk(2, -1)
+        x = x.index_copy(0, at, y + F.linear(F.silu(gate) * up, w.down.weight))
+    return F.linear(plain._rms(x, weights.final_norm, spec.final_norm), weights.head.weight)
+
+
+def engine(open_drafter: Callable[[Runner, Sampler], Any] | None = None, *, backend: str = "torch", power: float = 0.3, pool: int = 40,
+           chunk: int = 512, verify: str = "coupled", rows: int = 8, eos: tuple[int, ...] = ()) -> Engine:  # fmt: skip
+    """An engine around the deep model, float64."""
+    spec, weights = deep(power)
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool)
+    verifier = registry.create("verify", verify)
+    sampler = Sampler(spec.vocab, frozenset(eos), drafts=verifier.drafts)
+    opened = open_drafter(runner, sampler) if open_drafter else registry.create("draft", "none").open(runner, sampler)
+    sched = registry.create("sched", "sarathi", token_budget=chunk, max_seqs=8, draft_rows=rows, draft_total=8 * rows)
+    return Engine(runner, sched, opened, verifier, sampler, max_model_len=128, eos=eos)
+
+
+def requests(params: SamplingParams, count: int = 4, first: int = 0) -> list[Request]:
+    """Request i has prompt i and seed 100 + i."""
+    return [Request(str(i), list(prompts()[i]), params.but(seed=100 + i)) for i in range(first, first + count)]

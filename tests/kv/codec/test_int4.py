@@ -1,0 +1,272 @@
+"""int4 against its definition, written again in float64 with one loop a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from redraft.card import Guarantee
+from redraft.errors import InvalidInput, Unsupported
+from redraft.kv.codec import int4
+from redraft.kv.codec.int4 import Int4, Int4Units
+from redraft.ops.format import PAGE, Format
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+
+
+def opened(dtype: torch.dtype = F64, head_dim: int = 6, block: int = 128) -> Int4Units:
+    return Int4(block).open(SimpleNamespace(spec=SimpleNamespace(head_dim=head_dim), backend=SimpleNamespace(dtype=dtype)))
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    """Normal numbers, with a mean and a spread of their own in each channel, as keys have."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, spread = torch.randn(2, shape[-1], generator=generator, dtype=F64).mul_(3).unbind()
+    return (torch.randn(*shape, generator=generator, dtype=F64) * spread + mean).to(dtype)
+
+
+def encoded(group: list[float]) -> tuple[list[int], float, float]:
+    """The definition."""
+    zero = min(group)
+    scale = (max(group) - zero) / 15
+    return [round((x - zero) / scale) if scale else 0 for x in group], scale, zero  # round() is half to even
+
+
+def held(codec: Int4Units, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """Units [K, n, 32, D] as attention meets them."""
+    return {
+        name: array.view(*keys.shape[:2], *array.shape[1:]) for name, array in codec.pack(keys.flatten(0, 1), values.flatten(0, 1)).items()
+    }
+
+
+def dense(codec: Int4Units, units: dict[str, Tensor], q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and outputs over the decoded cache, one loop a head, in float64."""
+    keys, values = (x.double().flatten(1, 2) for x in codec.decode(units))
+    each = range(len(q))
+    return torch.stack([q[h].double() @ keys[h].T for h in each]), torch.stack([weights[h].double() @ values[h] for h in each])
+
+
+def nibbles(row: list[int]) -> list[int]:
+    """The bytes of one row: channel i low, channel i + D / 2 high."""
+    half = len(row) // 2
+    return [row[i] + 16 * row[i + half] for i in range(half)]
+
+
+def agrees_with_the_definition(codec: Int4Units, seed: int = 0) -> None:
+    size = 6
+    keys, values = draw(seed, 2, 3, PAGE, size), draw(seed + 1, 2, 3, PAGE, size)
+    units = held(codec, keys, values)
+    back_keys, back_values = codec.decode(units)
+    for at in np.ndindex(2, 3):
+        channels = [encoded(keys[at][:, c].tolist()) for c in range(size)]
+        assert units["key_scales"][at].tolist() == [scale for _, scale, _ in channels]
+        assert units["key_zeros"][at].tolist() == [zero for _, _, zero in channels]
+        for t in range(PAGE):
+            assert units["keys"][at][t].tolist() == nibbles([codes[t] for codes, _, _ in channels])
+            assert back_keys[at][t].tolist() == [codes[t] * scale + zero for codes, scale, zero in channels]
+            codes, scale, zero = encoded(values[at][t].tolist())
+            assert units["values"][at][t].tolist() == nibbles(codes)
+            assert (units["value_scales"][at][t].item(), units["value_zeros"][at][t].item()) == (scale, zero)
+            assert back_values[at][t].tolist() == [code * scale + zero for code in codes]
+    q, weights = draw(seed + 2, 2, 5, size), draw(seed + 3, 2, 5, 3 * PAGE)
+    scores, out = dense(codec, units, q, weights)
+    torch.testing.assert_close(codec.scores(units, q), scores, rtol=1e-12, atol=1e-12 * float(scores.abs().max()))
+    torch.testing.assert_close(codec.mix(units, weights), out, rtol=1e-12, atol=1e-12 * float(out.abs().max()))
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=5, deadline=None)
+def test_definition(seed: int) -> None:
+    agrees_with_the_definition(opened(), seed)
+
+
+encode, unpack = Int4Units._encode, int4._unpack
+
+
+def keys_by_token(self: Int4Units, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, zeros = encode(self, x, -1)
+    return (codes, scales, zeros) if along == -1 else (codes, scales[..., : x.shape[-1]], zeros[..., : x.shape[-1]])
+
+
+def one_grid(self: Int4Units, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+    low, high = x.aminmax()
+    _, scales, zeros = encode(self, x, along)
+    shared = ((x - low) / ((high - low) / 15)).round().to(torch.uint8).chunk(2, -1)
+    return shared[0] | shared[1] << 4, ((high - low) / 15).expand(scales.shape), low.expand(zeros.shape)
+
+
+def symmetric(self: Int4Units, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, _ = encode(self, x, along)
+    return codes, scales, -7.5 * scales
+
+
+def other_order(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat([packed >> 4, packed & 15], -1).to(dtype)
+
+
+def side_by_side(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(dtype)
+
+
+@pytest.mark.parametrize("fault", [keys_by_token, one_grid, symmetric])
+def test_a_wrong_grid_is_caught(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Int4Units, "_encode", fault)
+    with pytest.raises(AssertionError):
+        agrees_with_the_definition(opened())
+
+
+@pytest.mark.parametrize("fault", [other_order, side_by_side])
+def test_a_wrong_order_of_nibbles_is_caught(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4, "_unpack", fault)
+    with pytest.raises(AssertionError):
+        agrees_with_the_definition(opened())
+
+
+@pytest.mark.parametrize("verb", ["scores", "mix"])
+@pytest.mark.parametrize("part", ["scales", "zeros"])
+def test_a_wrong_grid_in_attention_is_caught(verb: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next unit's grid."""
+    right, name = getattr(Int4Units, verb), f"{'key' if verb == 'scores' else 'value'}_{part}"
+    monkeypatch.setattr(Int4Units, verb, lambda self, units, x: right(self, units | {name: units[name].roll(1, 1)}, x))
+    with pytest.raises(AssertionError):
+        agrees_with_the_definition(opened())
+
+
+@pytest.mark.parametrize("room", [1, 2 * 5 * 6, 2 * 2 * 5 * 6])
+def test_pages_in_runs(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one page, and of two with one left over."""
+    monkeypatch.setattr(int4, "ROOM", room)
+    agrees_with_the_definition(opened())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-6), (BF16, 2**-8)])
+def test_attention_over_codes_is_attention_over_the_decoded_cache(dtype: torch.dtype, tolerance: float) -> None:
+    """q and weights in float32, as in the engine. bfloat16: decode() rounds, by 2 ** -9 at most."""
+    codec = opened(dtype, 16)
+    units = held(codec, draw(0, 2, 4, PAGE, 16, dtype=dtype), draw(1, 2, 4, PAGE, 16, dtype=dtype))
+    assert [x.dtype for x in codec.decode(units)] == [dtype, dtype]
+    q, weights = draw(2, 2, 6, 16, dtype=F32), draw(3, 2, 6, 4 * PAGE, dtype=F32).softmax(-1)
+    scores, out = dense(codec, units, q, weights)
+    most = q.abs().sum(-1, keepdim=True) * codec.decode(units)[0].abs().max()
+    assert codec.scores(units, q).dtype == codec.mix(units, weights).dtype == F32
+    assert ((codec.scores(units, q) - scores).abs() <= tolerance * most).all()
+    assert ((codec.mix(units, weights) - out).abs() <= tolerance * codec.decode(units)[1].abs().max()).all()
+
+
+def test_queries_of_bfloat16() -> None:
+    codec = opened(BF16, 16)
+    units = held(codec, draw(0, 1, 2, PAGE, 16, dtype=BF16), draw(1, 1, 2, PAGE, 16, dtype=BF16))
+    q, weights = draw(2, 1, 3, 16, dtype=BF16), draw(3, 1, 3, 2 * PAGE, dtype=F32).softmax(-1).to(BF16)
+    for got, want in zip((codec.scores(units, q), codec.mix(units, weights)), dense(codec, units, q, weights), strict=True):
+        assert got.dtype == BF16
+        assert (got.double() - want).abs().max() <= 0.02 * want.abs().max()
+
+
+@given(st.integers(0, 2**32), st.sampled_from([F64, F32, BF16]), st.integers(-30, 30))
+@settings(max_examples=40, deadline=None)
+def test_half_a_scale(seed: int, dtype: torch.dtype, power: int) -> None:
+    """An element moves by half a scale at most, and a scale is a 15th of its group's range; least elements come back as they were."""
+    codec = opened(dtype, 16)
+    keys, values = draw(seed, 4, PAGE, 16, dtype=dtype) * 10.0**power, draw(seed + 1, 4, PAGE, 16, dtype=dtype) * 10.0**power
+    units = codec.pack(keys, values)
+    eps = torch.finfo(dtype).eps
+    for name, x, along, back in zip(("key", "value"), (keys, values), (-2, -1), codec.decode(units), strict=True):
+        scale = units[f"{name}_scales"].double().unsqueeze(along)
+        low, high = x.double().aminmax(dim=along, keepdim=True)
+        torch.testing.assert_close(scale, (high - low) / 15, rtol=2 * eps, atol=0)
+        assert ((back.double() - x.double()).abs() <= scale / 2 * (1 + 1e-4) + eps * torch.maximum(-low, high)).all()
+        assert torch.equal(back.amin(along), x.amin(along))
+
+
+@given(st.floats(-(2.0**120), 2.0**120, width=32), st.sampled_from([F64, F32, BF16]))
+@settings(max_examples=50, deadline=None)
+def test_groups_of_equal_elements_are_exact(value: float, dtype: torch.dtype) -> None:
+    """Keys: each channel constant, next to one that is not; values: each token constant."""
+    keys = torch.full((1, PAGE, 4), value).to(dtype)
+    keys[..., 1] = torch.arange(PAGE)
+    values = torch.full((1, PAGE, 4), value).to(dtype)
+    values[:, 3] = torch.arange(4)
+    codec = opened(dtype, 4)
+    back = codec.decode(codec.pack(keys, values))
+    assert torch.equal(back[0][..., [0, 2, 3]], keys[..., [0, 2, 3]])
+    others = torch.arange(PAGE) != 3
+    assert torch.equal(back[1][:, others], values[:, others])
+
+
+@pytest.mark.parametrize(("most", "scale"), [(22, 1), (7, 0)])
+def test_ranges_too_small_for_a_scale(most: int, scale: int) -> None:
+    """In multiples of the least float32: the scale is rounded down by a third, or to zero; then all codes are zero."""
+    x = torch.arange(PAGE, dtype=F32)[:, None].clamp(max=most).expand(1, PAGE, PAGE) * 2.0**-149
+    codec = opened(F32, PAGE)
+    units = codec.pack(x, x.mT)
+    least = torch.arange(PAGE).clamp(max=15 * scale) * 2.0**-149
+    assert all(torch.equal(units[f"{name}_scales"], torch.full((1, PAGE), scale * 2.0**-149)) for name in ("key", "value"))
+    assert torch.equal(codec.decode(units)[0][0, :, 0], least) and torch.equal(codec.decode(units)[1][0, 0], least)
+    assert scale or not (units["keys"].any() or units["values"].any())
+
+
+def test_fresh_pages_decode_to_zeros() -> None:
+    codec = opened()
+    fresh = {name: torch.zeros(1, 2, *array.shape, dtype=array.dtype) for name, array in codec.arrays.items()}
+    assert not any(x.any() for x in codec.decode(fresh))
+    assert not codec.scores(fresh, torch.ones(1, 3, 6)).any() and not codec.mix(fresh, torch.ones(1, 3, 2 * PAGE)).any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_takes_its_group_and_no_other(bad: float) -> None:
+    codec = opened(F32)
+    keys, values = draw(0, 2, PAGE, 6, dtype=F32), draw(1, 2, PAGE, 6, dtype=F32)
+    good = codec.decode(codec.pack(keys, values))
+    keys[1, 5, 3] = values[1, 7, 2] = bad
+    back = codec.decode(codec.pack(keys, values))
+    hit = torch.zeros(2, 2, PAGE, 6, dtype=torch.bool)
+    hit[0, 1, :, 3] = hit[1, 1, 7] = True
+    for i in range(2):
+        assert back[i][hit[i]].isnan().all()
+        assert torch.equal(back[i][~hit[i]], good[i][~hit[i]])
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_codes_depend_on_their_unit_alone(dtype: torch.dtype) -> None:
+    codec = opened(dtype)
+    keys, values = draw(0, 5, PAGE, 6, dtype=dtype), draw(1, 5, PAGE, 6, dtype=dtype)
+    together = codec.pack(keys, values)
+    alone = [codec.pack(keys[i : i + 1], values[i : i + 1]) for i in range(5)]
+    for name, array in together.items():
+        assert torch.equal(torch.cat([one[name] for one in alone]), array)
+
+
+@pytest.mark.parametrize(("dtype", "most", "full"), [(F32, 88, 512), (BF16, 76, 256)])
+def test_bytes(dtype: torch.dtype, most: int, full: int) -> None:
+    """Bytes a token and head at D = 64; the arrays are what pack() makes."""
+    codec = opened(dtype, 64)
+    assert Format(codec.name, codec.arrays, codec).bytes == PAGE * most
+    assert 2 * 64 * dtype.itemsize == full and most == 64 + (2 * 64 + 64) * dtype.itemsize / 32
+    made = codec.pack(draw(0, 3, PAGE, 64, dtype=dtype), draw(1, 3, PAGE, 64, dtype=dtype))
+    assert list(made) == list(codec.arrays)
+    for name, array in codec.arrays.items():
+        assert made[name].shape == (3, *array.shape) and made[name].dtype == array.dtype
+
+
+def test_what_is_refused() -> None:
+    for block in (0, -32, 16, 100):
+        with pytest.raises(InvalidInput, match=f"int4:block={block}: must be a multiple of 32"):
+            Int4(block)
+    with pytest.raises(Unsupported, match="head size 7 is odd"):
+        opened(head_dim=7)
+    with pytest.raises(Unsupported, match="whole pages"):
+        opened().store(torch.zeros(1, 6), torch.zeros(1, 6))
+
+
+def test_claim() -> None:
+    assert Int4.card.guarantee == Guarantee.LOSSY
+    assert [(opened(block=b).name, opened(block=b).block) for b in (32, 128)] == [("int4", 32), ("int4", 128)]

@@ -1,0 +1,157 @@
+"""Drives an opened policy through a real page table, with attention that is made up: whole numbers that depend on the row's
+position, the lane and the slot's position alone, so that sums are exact however rows are grouped into steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from copy import copy
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Sequence
+from redraft.core.testing import sequence
+from redraft.core.tree import TokenTree
+from redraft.kv.table import PageTable
+from redraft.ops.backend import Seen
+
+LAYERS, HEADS = 2, 3
+LANES = LAYERS * HEADS
+ROGUE = 1 << 20  # of rows and columns that must not count
+
+
+class Step(NamedTuple):
+    """`rows` chain rows; parents of the drafted nodes; the path that is accepted."""
+
+    rows: int
+    parents: tuple[int, ...] = ()
+    path: tuple[int, ...] = ()
+
+
+def runner(layers: int = LAYERS, heads: int = HEADS, page: int = 32) -> Any:
+    """What a policy may ask when it is opened."""
+    return SimpleNamespace(spec=SimpleNamespace(layers=(None,) * layers, kv_heads=heads), table=SimpleNamespace(page=page))
+
+
+def given(statistic: str, lane: int, row: int, slot: int) -> int:
+    """The statistic of a row at one of the slots that it sees, by their positions."""
+    noise = (row * 7919 + slot * 104729 + lane * 15485863 + 31) * 2654435761 >> 7
+    if statistic == "low":
+        return int(noise % 5 < 1 + slot % 4)  # some slots are low more often than others
+    return noise % 4 + (3 * (slot % 3) if lane % HEADS == 1 else 0)  # one head gives more than the others
+
+
+class Drive:
+    """One sequence under a policy. kept: what each decision left, by the count at which it fell: positions of each lane; longest:
+    slots of a lane after a commit; moved: slots that decisions copied."""
+
+    def __init__(self, policy: Any, *, page: int = 32, table: PageTable | None = None, ident: int = 1) -> None:
+        self.policy = policy
+        self.table = table or PageTable(2000, LAYERS, HEADS, page=page)
+        self.seq = self._sequence(ident)
+        self.table.open(self.seq)
+        self.seq.state[policy] = policy.begin(self.seq)
+        self.kept: dict[int, list[list[int]]] = {}
+        self.longest = self.moved = 0
+
+    def _sequence(self, ident: int) -> Sequence:
+        seq = sequence([0])
+        seq.id, seq.lanes = ident, self.policy.lanes
+        return seq
+
+    def fork(self, ident: int) -> Drive:
+        other = copy(self)
+        other.kept, other.seq = dict(self.kept), self._sequence(ident)
+        self.table.fork(self.seq, other.seq)
+        other.seq.state[self.policy] = self.policy.fork(self.seq.state[self.policy], other.seq)
+        return other
+
+    def positions(self) -> list[list[int]]:
+        return [lane.tolist() for lane in self.table.positions(self.seq)]
+
+    def run(self, steps: Iterable[Step], salt: int = 0) -> Drive:
+        """salt: other attention, as of another text."""
+        for step in steps:
+            self.step(step, salt)
+        return self
+
+    def step(self, step: Step, salt: int = 0) -> None:
+        """Reserve, commit, observe, decide, as the engine does."""
+        seq, policy, nodes = self.seq, self.policy, len(step.parents)
+        assert step.rows + len(step.path) <= policy.border(seq) - seq.stored, "a step crosses a border"
+        seen = made_up(watches, self.positions(), seq.stored, step, salt) if (watches := policy.watch(seq)) else None
+        seq.tokens = [0] * (seq.stored + step.rows)
+        work = Work(seq, step.rows)
+        tree = TokenTree(np.zeros(nodes, np.int32), np.array(step.parents, np.int32), np.zeros(nodes + 1, np.uint8))
+        self.table.reserve([work], [tree])
+        self.table.commit([work], [Accepted(step.path, (0,) * (len(step.path) + 1))])
+        self.longest = max(self.longest, *map(len, self.positions()))
+        policy.observe(seq, seen, step.rows, step.path)
+        if self.decide():
+            self.kept[seq.stored] = self.positions()
+        assert not self.decide(), "two decisions at one count"
+        self.table.check()
+
+    def decide(self) -> bool:
+        kept = self.policy.decide(self.seq, lambda: self.table.positions(self.seq))
+        for lane, slots in enumerate(kept or ()):
+            self.moved += len(self.table.keep(self.seq, lane, slots).src)
+        return kept is not None
+
+
+def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt: int = 0) -> Seen:
+    """Seen of rows and nodes behind lanes that hold the positions `before`. What no row sees, rejected rows and padding hold rogue
+    numbers, but for chain rows at nodes: those columns are summed, and a chain row gives a node nothing."""
+    rows, nodes, longest = step.rows, len(step.parents), max(map(len, before))
+    width = longest + rows + nodes
+    depth: list[int] = []
+    above: list[list[int]] = []  # ancestors of each node, itself included
+    for parent in step.parents:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+        above.append([*(above[parent] if parent >= 0 else ()), len(above)])
+    chain = np.full((len(watches), len(before), width), ROGUE, float)
+    tree = np.full((len(watches), nodes, len(before), width), ROGUE, float)
+    for w, (statistic, since) in enumerate(watches):
+        for lane, held in enumerate(before):
+            end = len(held) + rows
+            at = [*held, *range(stored, stored + rows)]
+            counted = [r for r in range(rows) if stored + r >= since]
+            for j, slot in enumerate(at):
+                chain[w, lane, j] = sum(given(statistic, lane, stored + r, slot + salt) for r in counted if slot <= stored + r)
+            chain[w, lane, end : end + nodes] = 0
+            for k in step.path:
+                row = stored + rows + depth[k]
+                tree[w, k, lane, :end] = [given(statistic, lane, row, slot + salt) for slot in at]
+                tree[w, k, lane, [end + j for j in step.path]] = 0
+                for j in above[k]:
+                    tree[w, k, lane, end + j] = given(statistic, lane, row, stored + rows + depth[j] + salt)
+    shape = (len(watches), LAYERS, HEADS, width) if len(before) == LANES else (len(watches), 1, len(before), width)
+    folded = (len(watches), nodes, *shape[1:])
+    return Seen(torch.from_numpy(chain).reshape(shape), torch.from_numpy(tree).reshape(folded))
+
+
+def one_by_one(length: int) -> Iterator[Step]:
+    return (Step(1) for _ in range(length))
+
+
+def grouped(policy: Any, length: int, seed: int, drafting: bool) -> Iterator[Step]:
+    """Steps of random sizes up to `length` committed tokens that cross no border; trees with random paths, or chunks only."""
+    random_, stored = random.Random(seed), 0
+    while stored < length:
+        room = min(policy.border(SimpleNamespace(stored=stored)), length) - stored
+        if drafting:
+            parents = tuple(random_.randint(-1, i - 1) for i in range(random_.randint(0, 7)))
+            path: list[int] = []
+            children = [i for i, parent in enumerate(parents) if parent == -1]
+            while children and len(path) < room - 1 and random_.random() < 0.8:
+                path.append(random_.choice(children))
+                children = [i for i, parent in enumerate(parents) if parent == path[-1]]
+            step = Step(1, parents, tuple(path))
+        else:
+            step = Step(random_.randint(1, min(room, 40)))
+        stored += step.rows + len(step.path)
+        yield step
