@@ -317,10 +317,11 @@ def bootstrap(values: F64) -> Interval:
 
 
 def room(llm: LLM, tokens: int) -> int:
-    """Tokens that a text may have: positions that are turned have no end, learned ones do. Behind the trained context a text
-    means little, but takes as much memory."""
+    """Tokens that a text may have, 0 where they are too few to measure: positions that are turned have no end, learned ones do.
+    Behind the trained context a text means little, but takes as much memory."""
     learned = llm.runner.spec.learned_positions
-    return tokens if learned is None else min(tokens, learned - 1)
+    most = tokens if learned is None else min(tokens, learned - 1)
+    return most if most > 2 * LAST else 0
 
 
 def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
@@ -346,14 +347,13 @@ def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
     peak, steady = table.peak, float(np.mean(used[-max(1, len(used) // 4) :]))
     beside = neighbour(engine, prompt, table.available() // 2 * table.page - REPLY)
     table.check()
-    assert not table.used(), f"{choice.label}: {table.used()} slabs are still in use"
     tick(f"memory: {choice.label}")
     return Footprint(choice, tokens, peak * slab_bytes, round(steady * slab_bytes), beside)
 
 
 def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
-    """Runs what is under way to its end, beside a request of `count` tokens that writes REPLY more. Returns how many tokens of it
-    were stored while the other text was written; none where one of the two had to make way."""
+    """Runs what is under way to its end, beside a request of `count` tokens that writes REPLY more. Returns its tokens where it was
+    through before the other text, 0 where it had to wait for pages."""
     if count > 0:
         params = SamplingParams(temperature=0, max_tokens=REPLY, ignore_eos=True)
         engine.add(Request("neighbour", (prompt * count)[:count], params))
@@ -363,7 +363,7 @@ def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
             if event.request.id == "neighbour" and event.reason is not None and engine.running:
                 beside = count + REPLY
         engine.table.check()
-    return 0 if engine.preemptions else beside
+    return beside
 
 
 def pool(llm: LLM, tokens: int, slabs: int) -> Engine:

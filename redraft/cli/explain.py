@@ -128,6 +128,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
         "table": Part([f"cache: {setup.slabs} pages of 32 tokens, prefixes {sharing}"]),
         "runner": Part(runner),
         "sampler": Part([sampler]),
+        "policies": _policies(engine, params),
         "verifier": _registered("verifier", "verify", config.verify, engine.verifier),
     }
 
@@ -141,6 +142,17 @@ def _work(engine: Engine, params: SamplingParams) -> Any:
     seq = Sequence(0, request, 0, [0], 1, 0, engine.max_model_len - 1)
     seq.state[engine.sampler] = engine.sampler.begin(seq)
     return Work(seq, 1)
+
+
+def _policies(engine: Engine, params: SamplingParams) -> Part:
+    """What the request chose of cache and depth, one after the other."""
+    from redraft.engine.policies import SEAMS
+
+    engine.policies.check(params)
+    parts = [_registered(seam, seam, text, registry.create(seam, text)) for seam in SEAMS if (text := getattr(params, seam))]
+    if not parts:
+        return Part(["policies: the whole cache as it is, read by every row; all layers"])
+    return Part([line for part in parts for line in part.lines], max(part.guarantee for part in parts if part.guarantee is not None))
 
 
 def _registered(role: str, seam: str, text: str, made: Any) -> Part:

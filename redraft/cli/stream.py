@@ -95,7 +95,8 @@ class Shown:
         rate = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
         fault = f"\nwent on without drafts: {self.fault}" if self.fault else ""
-        return f"{self.tokens} new tokens, {rate}{length}{llm.config.draft}, {llm.guarantee.label}, {draw}{fault}"
+        chosen = "".join(f"{text}, " for text in (params.keep, params.codec, params.read, params.depth) if text)
+        return f"{self.tokens} new tokens, {rate}{length}{llm.config.draft}, {chosen}{llm.guarantee_of(params).label}, {draw}{fault}"
 
 
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:

@@ -363,7 +363,7 @@ class PageTable:
         assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
             f"sequence {seq.id}: slots to keep must ascend within 0..{it.length - 1}"
         )
-        assert not it.coded, f"sequence {seq.id}: coded pages are not evicted from"
+        assert held.block is None, f"sequence {seq.id}: a block format is not evicted from"
         if n == it.length:
             return Moves(pool.space, _NONE, _NONE)
         first = np.arange(0, n, size)  # of each page to be

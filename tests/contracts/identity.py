@@ -91,7 +91,7 @@ def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: i
 
 def engine(
     drafter: OpenDrafter | str | Opener = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40,
-    sharing: bool = True, scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, layers: int = 2, **options: object
+    sharing: bool = True, scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, layers: int = 3, **options: object
 ) -> Engine:  # fmt: skip
     """An engine around the tiny model, float64. `drafter`: an opened one, the name of a registered one, or what opens one."""
     spec, weights = plain.tiny(window, layers=layers)

@@ -592,7 +592,7 @@ class Program(RuleBasedStateMachine):
         lane = r.randrange(LANES[seq.lanes])
         values, positions, held = self.expected[seq.id][lane], self.positions[seq.id][lane], self.table._held[seq.id]
         n, old = len(values), list(held.lanes[lane].pages)
-        if held.lanes[lane].coded:
+        if seq.block:
             return
         whole = r.random() < 0.3  # pages, and the end of the lane
         if whole:
