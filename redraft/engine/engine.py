@@ -298,7 +298,16 @@ class Engine:
         self.sampler.check(request.params)
         if request.params.seed is None:
             request.params = request.params.but(seed=secrets.randbits(63))
-        self.waiting.append(self._sequence(request, 0))
+        seq = self._sequence(request, 0)
+        total = min(self._limit(request), len(prompt) + (request.params.max_tokens or self.max_model_len))
+        if (need := self.table.need(seq, total)) > self.table.slabs:
+            del self.outputs[seq.id]
+            request.sequences.clear()
+            raise InvalidInput(
+                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.table.slabs}: ask for fewer"
+                " max_tokens, or give the pool more memory"
+            )
+        self.waiting.append(seq)
 
     def abort(self, request_id: str) -> bool:
         """Ends all texts of a request at once and frees what they hold; False when there is no such request."""

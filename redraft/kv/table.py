@@ -170,12 +170,12 @@ class PageTable:
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
         """Slabs for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and
-        will attach `matched` of them; rows beyond the pending tokens are drafts. An upper bound, also as a sum over sequences:
+        will attach `matched` of them; an open one's rows beyond its pending tokens are drafts. An upper bound, also as a sum:
         free pages of carved slabs are not counted on. While the sum is at most available(), neither reserve nor what follows the
         commit at a border (keep, encode, splice) lacks pages."""
         held = self._held.get(seq.id) or self._fresh(seq)
         size, tail = self.page, held.chain + held.nodes + rows
-        drafted = max(0, tail - seq.pending)
+        drafted = max(0, tail - seq.pending) if seq.id in self._held else 0
         evicts = seq.most < NEVER and seq.stored + tail >= seq.pure  # then survivors of pages that others list are copied
         exact = coded = 0
         for lane in held.lanes:
@@ -605,9 +605,9 @@ class PageTable:
     def _loose(self, pool: _Pool, gone: list[int], wanted: int) -> list[int]:
         """Of the pages that a lane gives up, at most `wanted` that it may write. OutOfPages where fresh ones lack for the rest."""
         loose = [page for page in gone if self._private(pool, page)]
-        alone = [page for page in gone if pool.refs[page] == 1 and page not in loose]  # published
+        alone = [page for page in gone if page in self.prefix and pool.refs[page] == 1] if pool.space == Space() else []
         lacking = wanted - len(loose)
-        if pool.space == Space() and self.available() < lacking <= self.available() + len(alone):
+        if self.available() < lacking <= self.available() + len(alone):
             for page in alone[self.available() - lacking :]:
                 if page in self.prefix:  # or it went with one before it
                     self.prefix.rest(page)

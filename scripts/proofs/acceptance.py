@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="at most so many prompts, evenly from all categories")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
     parser.add_argument("--seeds", type=int, default=1, help="texts of each prompt")
+    parser.add_argument("--shapes", nargs="+", default=None, help="only shapes that begin like one of these, such as rsd-s:width=4")
+    parser.add_argument("--coins", action="store_true", help="only the rules that toss coins, not coupled")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -133,17 +135,30 @@ def main() -> None:
         common = SamplingParams(temperature=options.temperature, top_k=0, top_p=1.0, max_tokens=options.tokens, n=options.seeds)
         params = [common.but(seed=sample_seed(0, i)) for i in range(len(asked))]
         for budget in options.budget or SHAPES:
-            report(console, llm, name, budget, asked, params, options.temperature)
+            report(console, llm, name, budget, jobs(budget, options.shapes, options.coins), asked, params, options.temperature)
+
+
+def jobs(budget: int, wanted: Seq[str] | None, coins: bool) -> list[tuple[str, str, str]]:
+    """(way, shape, rule) of everything that is measured."""
+    found = [(way, shape) for way, shapes in SHAPES[budget].items() for shape in shapes]
+    chosen = [(way, shape) for way, shape in found if wanted is None or shape.startswith(tuple(wanted))]
+    return [(way, shape, rule) for way, shape in chosen for rule in [*RULES[way], *([] if coins else ["coupled"])]]
 
 
 def report(
-    console: Console, llm: LLM, name: str, budget: int, asked: Seq[list[int]], params: Seq[SamplingParams], temperature: float
+    console: Console,
+    llm: LLM,
+    name: str,
+    budget: int,
+    wanted: Seq[tuple[str, str, str]],
+    asked: Seq[list[int]],
+    params: Seq[SamplingParams],
+    temperature: float,
 ) -> None:
     rng = np.random.default_rng(0)
-    jobs = [(way, shape, rule) for way, shapes in SHAPES[budget].items() for shape in shapes for rule in [*RULES[way], "coupled"]]
     cells = []
-    for i, (way, shape, rule) in enumerate(jobs):
-        print(f"\r{name} {budget} nodes: {i + 1}/{len(jobs)} {shape} {rule}\033[K", end="", file=sys.stderr, flush=True)
+    for i, (way, shape, rule) in enumerate(wanted):
+        print(f"\r{name} {budget} nodes: {i + 1}/{len(wanted)} {shape} {rule}\033[K", end="", file=sys.stderr, flush=True)
         cells.append(measure(llm, way, shape, rule, budget, asked, params))
     print("\r\033[K", end="", file=sys.stderr)
     table = Table(title=f"{name}: accepted tokens per step, {budget} nodes, temperature {temperature:g}, {len(asked)} prompts", box=None)
@@ -161,14 +176,14 @@ def report(
         )  # fmt: skip
     console.print(table)
     console.print("of the best shapes, by the rules that toss coins:")
-    for worse, better in pairwise(ORDER):
-        console.print(" ", judge(best[better, False], best[worse, False], rng))
-    for way in ORDER:
-        console.print(" ", judge(best["DySpec", False], best[way, False], rng))
-    console.print(" ", judge(best["top + one", False], best["RSD-C", False], rng))
+    orders = [*((better, worse) for worse, better in pairwise(ORDER)), *(("DySpec", way) for way in ORDER), ("top + one", "RSD-C")]
+    for better, worse in orders:
+        if (better, False) in best and (worse, False) in best:
+            console.print(" ", judge(best[better, False], best[worse, False], rng))
     console.print("of the best shapes, the rule against coupled:")
     for way in SHAPES[budget]:
-        console.print(" ", judge(best[way, False], best[way, True], rng))
+        if (way, True) in best:
+            console.print(" ", judge(best[way, False], best[way, True], rng))
     console.print()
 
 

@@ -21,7 +21,7 @@ VOCAB = 24
 
 
 @lru_cache
-def tiny(window: int | None = None, seed: int = 0, layers: int = 3) -> tuple[ModelSpec, Weights]:
+def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[ModelSpec, Weights]:
     """A random Llama-like model with power, float64: untied head, and queries and keys large enough that attention picks
     few tokens, so that the text is varied and hangs on every token before it."""
     hidden, heads, kv_heads, size, inner = 32, 4, 2, 8, 48

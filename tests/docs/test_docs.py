@@ -57,7 +57,8 @@ def test_the_commands_of_the_readme_exist() -> None:
     assert lines
     for line in lines:
         verb, *rest = shlex.split(line, comments=True)[1:]
-        shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "300", "TERM": "dumb"})
+        verbs = [verb, rest[0]] if verb == "bench" else [verb]
+        shown = CliRunner().invoke(app, [*verbs, "--help"], env={"COLUMNS": "300", "TERM": "dumb"})
         assert shown.exit_code == 0, line
         for option in (word for word in rest if word.startswith("--")):
             assert option in shown.output, f"{line}: no {option}"
@@ -75,3 +76,9 @@ def test_the_file_tree_of_the_readme_is_whole() -> None:
     here = {path.name for path in (ROOT / "redraft").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")}
     assert here - named == set()
     assert named - here - {path.name for path in (ROOT / "train").glob("*.py")} == set()
+
+
+def test_the_diffs_are_those_of_the_files() -> None:
+    """docs/adding.md shows what adding a method took, as the files have it now."""
+    made = runpy.run_path(str(ROOT / "docs" / "adding_diffs.py"))
+    assert made["page"]() == (ROOT / "docs" / "adding.md").read_text(encoding="utf-8"), "run: python docs/adding_diffs.py"
