@@ -13,7 +13,7 @@ from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
 from redraft.core.noise import sample_seed
 from redraft.core.plan import Accepted, StepPlan, StepResult, Work
-from redraft.core.sequence import NEVER, FinishReason, Request, Sequence
+from redraft.core.sequence import NEVER, FinishReason, Lanes, Request, Sequence
 from redraft.core.taps import Taps
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.guard import Guard
@@ -96,7 +96,7 @@ class Engine:
             raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
         self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, Guard(drafter, runner.spec.vocab, draft), verifier, sampler
-        self.policies = Policies(runner, scheduler.draft_rows)
+        self.policies = Policies(runner)
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
         self.decode, self.decode_all = decode, decode_all
         self.waiting: deque[Sequence] = deque()
@@ -227,7 +227,9 @@ class Engine:
         children = [self._sequence(seq.request, index) for index in range(1, seq.params.n)]
         self.waiting += children  # a fork that raises leaves the siblings waiting
         for child in children:
-            if len(self.running) < self.scheduler.max_seqs and self.table.available() > len(self.running):
+            # a fork of shared lanes copies the last page and soon fills it; of others, at worst all that a new text would take
+            wanted = 2 if child.lanes is Lanes.SHARED else self.table.need(child, child.prompt_len + 1)
+            if len(self.running) < self.scheduler.max_seqs and self._spare() >= wanted:
                 self._fork(seq, child)
                 self.waiting.remove(child)
                 self.running.append(child)
@@ -349,8 +351,7 @@ class Engine:
 
     def _spare(self) -> int:
         """Slabs that no text in progress needs."""
-        rows = self.scheduler.draft_rows + 1
-        return self.table.available() - sum(self.table.need(seq, seq.pending + rows) for seq in self.running)
+        return self.table.available() - sum(self.table.need(seq, seq.pending) for seq in self.running)
 
     def _limit(self, request: Request) -> int:
         """Tokens of prompt and output. A policy for which the context has no end is taken at its word where max_tokens is given."""

@@ -54,8 +54,8 @@ class Chosen:
 class Policies:
     """The dispatcher of an engine."""
 
-    def __init__(self, runner: Runner, draft_rows: int) -> None:
-        self.runner, self.draft_rows = runner, draft_rows
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
         self._opened: dict[tuple[str, str], Any] = {}
         self._chosen: dict[tuple[str | None, ...], Chosen | None] = {}
         self._sources = 0
@@ -123,7 +123,7 @@ class Policies:
         if chosen.codec is not None and chosen.codec.block:
             seq.encoded = chosen.codec.block
         if chosen.keep is not None:
-            seq.most, seq.pure = chosen.keep.most + self.draft_rows + 1, chosen.keep.pure
+            seq.most, seq.pure = chosen.keep.most, chosen.keep.pure
         if chosen.layers is not None or chosen.read is not None:
             seq.pure = min(seq.pure, seq.context)
 

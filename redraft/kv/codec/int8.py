@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 127
+LARGEST = 2.679388e36  # a scale whose product with MOST is a float32
 
 
 @dataclass(frozen=True)
@@ -98,5 +99,6 @@ def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
 
     x = x.to(_wide(x.dtype))
     scales = (x.abs().amax(-1) / MOST).float()  # 1.
+    scales = scales.where(scales.isinf(), scales.clamp(max=LARGEST))
     steps = (x / scales[..., None]).nan_to_num_(0, 0, 0)  # of a scale that is 0 or not finite: its product with 0 says which
     return steps.round_().clamp_(-MOST, MOST).to(torch.int8), scales  # 2.
