@@ -16,7 +16,8 @@ from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
 from redraft.models.spec import ModelSpec
-from redraft.ops.torch_ops import Pool, TorchOps
+from redraft.ops.torch_ops import TorchOps
+from redraft.ops.torch_pool import Pool
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

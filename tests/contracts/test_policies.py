@@ -134,7 +134,7 @@ def test_two_policies_together(pair: tuple[tuple[str, str], ...]) -> None:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_neutral_settings_change_no_bit(embedded: dict[str, LLM], one: tuple[str, str], dtype: str) -> None:
     llm = embedded[dtype]
-    prompt = "class Stack:\n    def push(self, item):\n"
+    prompt = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n" * 8  # several pages
     seam, text = one
     plain_params = SamplingParams(temperature=0.8, seed=3, max_tokens=40, logprobs=5)
     (before,), (after,) = llm.generate(prompt, plain_params), llm.generate(prompt, plain_params.but(**{seam: text}))

@@ -1,0 +1,137 @@
+"""The pool as PyTorch holds it: one tensor, and views of it for every format of pages that is cut from its slabs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import gcd, prod
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from redraft.core.sequence import Lanes, Space
+from redraft.core.tree import I32
+from redraft.errors import Unsupported
+from redraft.models.spec import ModelSpec
+from redraft.ops.format import Arrays, Codec, Format
+
+
+class Exact:
+    """Keys and values as they are, with the verbs of a codec."""
+
+    def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return {"keys": keys, "values": values}
+
+    pack = store
+
+    def scores(self, held: Arrays, q: Tensor) -> Tensor:
+        return q @ held["keys"].flatten(1, 2).to(q.dtype).mT
+
+    def mix(self, held: Arrays, weights: Tensor) -> Tensor:
+        return weights @ held["values"].flatten(1, 2).to(weights.dtype)
+
+    def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
+        return held["keys"], held["values"]
+
+
+class Shelf:
+    """The units of one format as views of the pool's memory: unit u is the (u % per_slab)th of slab u // per_slab.
+
+    arrays: name -> [slabs, per_slab, *shape]; codes: the names of the codec's arrays, the others are side data; bytes: u8[slabs,
+    per_slab, bytes of a unit].
+    """
+
+    def __init__(self, data: Tensor, fmt: Format) -> None:
+        memory = data.view(-1)
+        slab_bytes = memory.numel() * memory.itemsize // len(data)
+        self.format, self.codec, self.exact = fmt, fmt.codec or cast(Codec, Exact()), fmt.codec is None
+        self.per_slab = slab_bytes // fmt.bytes
+        if not self.per_slab:
+            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than the {slab_bytes} of a slab")
+        size, dtype = data.shape[-1], data.dtype
+        sides = {name for side in fmt.sides for name in side.arrays(size, dtype)}
+        self.codes = [name for name in fmt.arrays if name not in sides]
+        self.bytes = memory.view(torch.uint8).as_strided((len(data), self.per_slab, fmt.bytes), (slab_bytes, fmt.bytes, 1))
+        self.arrays: dict[str, Tensor] = {}
+        # index_select of rows is several times faster than indexing by (slab, place), and rows may start at any multiple of
+        # what divides both sizes
+        grain = gcd(slab_bytes, fmt.bytes)
+        self._steps = slab_bytes // grain, fmt.bytes // grain
+        self._units: dict[str, Tensor] = {}
+        self._slots: dict[str, tuple[Tensor, int, int]] = {}
+        for name, at in fmt.offsets().items():
+            shape, kind, whole = fmt.arrays[name]
+            item, typed = kind.itemsize, memory.view(torch.uint8).view(kind)
+            assert slab_bytes % item == 0 and fmt.bytes % item == 0 and at % item == 0, f"format {fmt.name!r}: {name} is not aligned"
+            inner = torch.empty(shape, device="meta").stride()
+            steps = (slab_bytes // item, fmt.bytes // item, *inner)
+            self.arrays[name] = typed.as_strided((len(data), self.per_slab, *shape), steps, at // item)
+            self._units[name] = _rows(typed, at // item, prod(shape), grain // item)
+            if not whole:
+                slot = prod(shape[1:])
+                step = gcd(grain // item, slot)
+                self._slots[name] = _rows(typed, at // item, slot, step), grain // item // step, slot // step
+
+    def at(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        return units // self.per_slab, units % self.per_slab
+
+    def take(self, names: Iterable[str], units: Tensor) -> dict[str, Tensor]:
+        """Arrays [*units.shape, *shape]."""
+        slab, place = self.at(units.flatten())
+        rows = slab * self._steps[0] + place * self._steps[1]
+        return {name: self._units[name].index_select(0, rows).view(*units.shape, *self.format.arrays[name].shape) for name in names}
+
+    def pick(self, names: Iterable[str], units: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """Entries [*units.shape, *shape[1:]] of per-slot arrays."""
+        slab, place = self.at(units.flatten())
+        rows, found = slab * self._steps[0] + place * self._steps[1], {}
+        for name in names:
+            slots, unit, step = self._slots[name]
+            got = slots.index_select(0, rows * unit + offsets.flatten() * step)
+            found[name] = got.view(*units.shape, *self.format.arrays[name].shape[1:])
+        return found
+
+    def put(self, arrays: Arrays, units: Tensor) -> None:
+        for name, value in arrays.items():
+            self.arrays[name][self.at(units)] = value
+
+
+def _rows(memory: Tensor, start: int, size: int, step: int) -> Tensor:
+    """[n, size]: what begins at start, start + step, ... of flat memory; rows may overlap."""
+    return memory.as_strided(((len(memory) - start - size) // step + 1, size), (step, 1), start)
+
+
+@dataclass
+class Pool:
+    """data: [slabs, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: format name -> its units in the
+    same memory."""
+
+    data: Tensor
+    spec: ModelSpec
+    shelves: dict[str, Shelf] = field(default_factory=dict)
+
+    def units(self, space: Space, pages: I32) -> NDArray[np.int64]:
+        """[pages, units of a page]"""
+        layers, heads = self.data.shape[1:3]
+        count = {Lanes.SHARED: layers * heads, Lanes.PER_LAYER: heads, Lanes.PER_HEAD: 1}[space.lanes]
+        return pages.astype(np.int64)[:, None] * count + np.arange(count)
+
+
+def units_of(pages: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.int64]:
+    """Unit ids i64[L, K, n] of pages [lanes, n]."""
+    own = np.arange(layers * heads).reshape(layers, heads, 1)
+    match kind:
+        case Lanes.SHARED:
+            return pages.astype(np.int64) * (layers * heads) + own
+        case Lanes.PER_LAYER:
+            return pages.astype(np.int64)[:, None] * heads + own[:1]
+    return pages.astype(np.int64).reshape(layers, heads, -1)
+
+
+def by_head(lanes: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.integer]:
+    """[lanes, n] -> [L, K, n]"""
+    apart = {Lanes.SHARED: (1, 1), Lanes.PER_LAYER: (layers, 1), Lanes.PER_HEAD: (layers, heads)}[kind]
+    return np.broadcast_to(lanes.reshape(*apart, -1), (layers, heads, lanes.shape[1]))
