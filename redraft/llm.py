@@ -72,7 +72,7 @@ class Patch(NamedTuple):
 class RequestOutput:
     """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused. cached_tokens: of the
     prompt, found in the prefix cache; cache_miss: what ended that, None where nothing cached goes on; reused_tokens: of an
-    edited text, taken over from the text before the edit."""
+    edited text, taken over from the text before the edit; guarantee: of the text, the weakest of engine and policies."""
 
     request_id: str
     prompt: str | None
@@ -82,6 +82,7 @@ class RequestOutput:
     cached_tokens: int = 0
     reused_tokens: int = 0
     cache_miss: CacheMiss | None = None
+    guarantee: str = ""
     seed: int | None = None
     error: str | None = None
 
@@ -201,9 +202,9 @@ class LLM:
         cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in parts.items()]
         return max(card.guarantee for card in cards)
 
-    def guarantee_of(self, params: SamplingParams) -> Guarantee:
-        """The weakest of the engine's parts and of the policies that a request chooses."""
-        return max(self.guarantee, policies.guarantee(params))
+    def guarantee_of(self, params: SamplingParams, reuse: str = "") -> Guarantee:
+        """The weakest of the engine's parts and of the policies that a request chooses; reuse: as given to `edit`."""
+        return max(self.guarantee, policies.guarantee(params, reuse))
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
@@ -338,7 +339,7 @@ class LLM:
                 self._end(outputs)
                 raise
             else:
-                output.seed = request.params.seed
+                output.seed, output.guarantee = request.params.seed, self.guarantee_of(chosen, request.reuse).label
                 output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
             outputs.append(output)
         return outputs

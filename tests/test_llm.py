@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from redraft import LLM, SamplingParams, registry
+from redraft import LLM, Patch, SamplingParams, registry
 from redraft.config import EngineConfig
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod
@@ -376,3 +376,61 @@ def test_sigint_goes_where_the_caller_wants_it(before: str) -> None:
     finally:
         signal.signal(signal.SIGINT, old)
     assert hits == ([] if before == "ignored" else [signal.SIGINT])
+
+
+# ---- edits, misses, policies
+
+
+def test_an_edit_keeps_the_cache_of_what_was_not_edited() -> None:
+    llm = LLM("embedded", dtype="float64")
+    text = "import os\n\n\ndef size(path):\n    return os.stat(path).st_size\n\n\n" * 6
+    params = SamplingParams(temperature=0, max_tokens=8)
+    before = llm.generate(text, params)[0]
+    at = text.index("def size", 100)
+    after = llm.edit(text, Patch(at, at + len("def size"), "def bytes_of"), params)[0]
+    assert after.prompt_token_ids == llm.tokenizer.encode(text[:at] + "def bytes_of" + text[at + len("def size") :])
+    assert after.guarantee == "lossy" and before.guarantee == "same-text"
+    computed = len(after.prompt_token_ids) - after.cached_tokens - after.reused_tokens
+    assert after.cached_tokens and after.reused_tokens and computed < 48
+    again = llm.edit(before, [Patch(0, 6, "from"), Patch(len(text), len(text), "x = 1\n")], params)[0]
+    assert llm.tokenizer.decode(again.prompt_token_ids).startswith("from os")
+    llm.engine.table.check()
+    assert llm.engine.table.used() == 0
+
+
+@pytest.mark.parametrize("patch", [Patch(5, 4, ""), Patch(-1, 2, "x"), Patch(0, 999, ""), [Patch(0, 5, "a"), Patch(3, 6, "b")]])
+def test_patches_outside_of_the_text_are_refused(patch: Patch) -> None:
+    with pytest.raises(InvalidInput, match="patch = "):
+        LLM("embedded").edit("x = 1 + 2\n", patch)
+
+
+def test_a_cache_miss_names_the_token_that_differs() -> None:
+    llm = LLM("embedded", dtype="float32")
+    text = "".join(f"name_{i} = {i}\n" for i in range(40))
+    params = SamplingParams(temperature=0, max_tokens=2)
+    first = llm.generate(text, params)[0]
+    assert first.cache_miss is None
+    changed = llm.generate(text.replace("name_9 ", "other_9 "), params)[0]
+    miss = changed.cache_miss
+    assert miss is not None
+    at = next(i for i, (a, b) in enumerate(zip(first.prompt_token_ids, changed.prompt_token_ids, strict=False)) if a != b)
+    assert (miss.at, miss.token, miss.cached_token) == (at, changed.prompt_token_ids[at], first.prompt_token_ids[at])
+    assert miss.lost == len(first.prompt_token_ids) // 32 * 32 - changed.cached_tokens
+    assert repr(miss.text) in str(miss) and f"token {at}" in str(miss)
+    assert llm.generate(text, params)[0].cache_miss is None
+
+
+def test_a_text_goes_on_beyond_the_trained_context() -> None:
+    llm = LLM("embedded", dtype="float32", max_model_len=96)
+    endless = SamplingParams(temperature=0.8, seed=1, max_tokens=300, ignore_eos=True, keep="streaming-llm:recent=60")
+    (one,) = llm.generate("x = [", endless)
+    assert len(one.outputs[0].token_ids) == 300
+    assert len(llm.generate("x = [", endless.but(max_tokens=None))[0].outputs[0].token_ids) < 96
+    assert llm.engine.table.peak <= 5
+
+
+def test_what_the_pool_can_never_hold_is_refused() -> None:
+    llm = LLM("embedded", dtype="float32", prefix_sharing=False, cache_memory=33 * LLM("embedded", dtype="float32").runner.store.slab_bytes)
+    with pytest.raises(InvalidInput, match="ask for fewer max_tokens, or give the pool more memory"):
+        llm.generate("x = 1", SamplingParams(max_tokens=1000, read="page-top-k:tokens=128"))
+    assert llm.generate("x = 1", SamplingParams(max_tokens=4, read="page-top-k:tokens=128"))[0].outputs[0].token_ids

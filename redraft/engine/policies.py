@@ -26,9 +26,9 @@ from redraft.ops.format import Format, plain
 SEAMS = ("keep", "codec", "read", "depth")
 
 
-def guarantee(params: SamplingParams) -> Guarantee:
+def guarantee(params: SamplingParams, reuse: str = "") -> Guarantee:
     """The weakest of what a request chose."""
-    chosen = [(seam, getattr(params, seam)) for seam in SEAMS if getattr(params, seam)]
+    chosen = [(seam, text) for seam in SEAMS if (text := getattr(params, seam))] + ([("reuse", reuse)] if reuse else [])
     cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in chosen]
     return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)
 
