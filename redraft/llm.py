@@ -70,9 +70,12 @@ class Patch(NamedTuple):
 
 @dataclass
 class RequestOutput:
-    """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused. cached_tokens: of the
-    prompt, found in the prefix cache; cache_miss: what ended that, None where nothing cached goes on; reused_tokens: of an
-    edited text, taken over from the text before the edit; guarantee: of the text, the weakest of engine and policies."""
+    """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused.
+
+    cached_tokens: of the prompt, found in the prefix cache; cache_miss: what ended that, None where nothing cached goes on (texts
+    with a codec, per-head eviction or a read with data of its own share no cache); reused_tokens: of an edited text, taken over
+    from the text before the edit, whose tokens `before` are; guarantee: of the text, the weakest of engine and policies.
+    """
 
     request_id: str
     prompt: str | None
@@ -83,6 +86,7 @@ class RequestOutput:
     reused_tokens: int = 0
     cache_miss: CacheMiss | None = None
     guarantee: str = ""
+    before: list[int] = field(default_factory=list)
     seed: int | None = None
     error: str | None = None
 
@@ -253,20 +257,28 @@ class LLM:
     ) -> list[RequestOutput]:
         """Goes on with a text that was changed: what is in the cache of the old text is taken over, the edited part computed.
 
-        text: as given to `generate` before, or what it returned (the prompt and its first text); patch: one or several, places in
-        characters of the old text, not overlapping. Nothing in the cache: the new text is computed as any other. InvalidInput
-        names a place outside of the text.
+        text: as given to `generate` before, or what it or `edit` returned (the prompt and its first text); patch: one or several,
+        places in characters of that text, not overlapping. Nothing in the cache: the new text is computed as any other. An
+        edited text's own pages are nobody's, so a chain of edits goes back to the last text that was computed whole. Such a
+        request takes no keep, no codec and no read with data of its own. InvalidInput names a place outside of the text.
         """
         if isinstance(text, RequestOutput):
             if not text.outputs:
                 raise InvalidInput("edit: this output holds no text, its prompt was refused")
-            before = text.prompt_token_ids + text.outputs[0].token_ids
             prompt = self.tokenizer.decode(text.prompt_token_ids) if text.prompt is None else text.prompt
+            before = text.before or text.prompt_token_ids + text.outputs[0].token_ids
             old = prompt + text.outputs[0].text
-        else:
+        elif isinstance(text, str):
             before, old = self._tokens(text), text
+        else:
+            raise InvalidInput(f"edit: text of type {type(text).__name__}: a string or a RequestOutput is needed")
+        if not isinstance(reuse, str) or registry.parse(reuse)[0] not in registry.METHODS["reuse"]:
+            raise registry.unknown("reuse method", str(reuse), registry.METHODS["reuse"])
         new = _patched(old, [patch] if isinstance(patch, Patch) else list(patch))
-        return self.generate({"prompt_token_ids": self._tokens(new), "before": before, "reuse": reuse}, sampling_params)
+        outputs = self.generate({"prompt_token_ids": self._tokens(new), "before": before, "reuse": reuse}, sampling_params)
+        for output in outputs:
+            output.prompt, output.before = new, before
+        return outputs
 
     def chat(
         self, messages: Seq[Message] | Seq[Seq[Message]], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
@@ -407,6 +419,9 @@ class LLM:
 def _patched(text: str, patches: list[Patch]) -> str:
     """The text with all patches applied; places are those of the text before any of them."""
     parts, at = [], 0
+    for i, patch in enumerate(patches):
+        if not isinstance(patch, Patch) or [type(part) for part in patch] != [int, int, str]:
+            raise InvalidInput(f"patch[{i}] = {patch!r}: a Patch of two places and a text is needed")
     for start, end, new in sorted(patches):
         if not at <= start <= end <= len(text):
             allowed = f"{at} <= start <= end <= {len(text)}"

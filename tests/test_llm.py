@@ -434,3 +434,34 @@ def test_what_the_pool_can_never_hold_is_refused() -> None:
     with pytest.raises(InvalidInput, match="ask for fewer max_tokens, or give the pool more memory"):
         llm.generate("x = 1", SamplingParams(max_tokens=1000, read="page-top-k:tokens=128"))
     assert llm.generate("x = 1", SamplingParams(max_tokens=4, read="page-top-k:tokens=128"))[0].outputs[0].token_ids
+
+
+def test_edits_of_edits_and_several_texts_of_one() -> None:
+    llm = LLM("embedded", dtype="float64")
+    text = "import os\n\n\ndef size(path):\n    return os.stat(path).st_size\n\n\n" * 6
+    params = SamplingParams(temperature=0.8, seed=2, max_tokens=6, n=2)
+    llm.generate(text, params)
+    one = llm.edit(text, Patch(130, 134, "bytes_of"), params)[0]
+    assert len(one.outputs) == 2 and one.prompt == text[:130] + "bytes_of" + text[134:]
+    two = llm.edit(one, Patch(10, 10, "# new\n"), params)[0]
+    assert two.prompt == text[:10] + "# new\n" + text[10:130] + "bytes_of" + text[134:] + one.outputs[0].text
+    assert two.reused_tokens > 60
+    llm.engine.table.check()
+    assert llm.engine.table.used() == 0
+
+
+@pytest.mark.parametrize(
+    ("patch", "options"),
+    [
+        (Patch(0.5, 3, "a"), {}),  # type: ignore[arg-type]
+        (Patch(0, 3, 3), {}),  # type: ignore[arg-type]
+        ((0, 3, "a"), {}),
+        ("abc", {}),
+        (Patch(0, 1, ""), {"reuse": 3}),
+        (Patch(0, 1, ""), {"reuse": "pi"}),
+    ],
+    ids=str,
+)
+def test_edit_names_what_is_wrong(patch: Any, options: dict[str, Any]) -> None:
+    with pytest.raises((InvalidInput, UnknownMethod), match=r"patch\[0\] = |no reuse method"):
+        LLM("embedded").edit("x = 1 + 2\n", patch, **options)

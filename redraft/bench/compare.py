@@ -171,6 +171,7 @@ def compare(llm: LLM, options: Options, prompts: Seq[Prompt], tick: Tick = lambd
     fits = [prompt for prompt in prompts if len(Dialogue(prompt, llm.tokenizer).ids()) < llm.max_model_len]
     if not fits:
         raise PromptTooLong(f"none of the {len(prompts)} prompts fits the context: max_model_len = {llm.max_model_len}")
+    llm.engine.policies.check(llm.params(options.params))  # what the engine would refuse for each prompt, once
     groups = split(fits, options.batch, llm.params(options.params))
     entries = [Entry(BASELINE, Mode.BASELINE, llm, (None, None))]
     refused = []

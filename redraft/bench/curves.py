@@ -62,7 +62,7 @@ def _finding(result: Result) -> Iterator[str]:
         if retrieves.low <= 0:
             yield f"{name}: says nothing of retrieval, for with its {WHOLE} too the model cannot tell which answer is right: {gap}"
         else:
-            yield f"{name}: the model retrieves with its {WHOLE}: {gap}"
+            yield f"{name}: what the context says counts with its {WHOLE}: {gap}"
     tight = [(choice, result.difference(scores)) for choice, scores in result.runs if choice.budget != 100]
     hidden = [(choice.policy, choice.budget) for choice, difference in tight if not difference.visible]
     better = [(choice.policy, choice.budget) for choice, difference in tight if difference.low > 0]

@@ -25,6 +25,7 @@ from redraft.bench.compare import BASELINE, Comparison, Mode, Options, Tick, has
 from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
 from redraft.card import Guarantee
+from redraft.engine.policies import SEAMS
 from redraft.errors import InvalidInput
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
@@ -153,6 +154,9 @@ def show(console: Console, comparison: Comparison, options: Options, rows: list[
         f"batch {options.batch}, {outputs} prompts, {options.rounds} round{'s' * (options.rounds > 1)}\n"
         f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, PyTorch {machine['torch']}"
     )
+    if chosen := [f"{seam} {text}" for seam in SEAMS if (text := getattr(params, seam))]:
+        weakest = llm.guarantee_of(params).label
+        head += f"\nall under {', '.join(chosen)}, {weakest}; the guarantees below are towards the plain loop under the same"
     told = Table.grid(padding=(0, 1, 0, 0))
     for note in notes(comparison, options, rows):
         told.add_row("-", note)

@@ -65,7 +65,11 @@ class Policies:
         texts = tuple(getattr(params, seam) for seam in SEAMS)
         if texts not in self._chosen:
             parts = [None if text is None else self._open(seam, text) for seam, text in zip(SEAMS, texts, strict=True)]
-            self._chosen[texts] = self._choose(*parts) if any(parts) else None
+            try:
+                self._chosen[texts] = self._choose(*parts) if any(parts) else None
+            except Unsupported as error:
+                asked = ", ".join(f"{seam}={text}" for seam, text in zip(SEAMS, texts, strict=True) if text)
+                raise Unsupported(f"{asked}: {error}") from None
         chosen = self._chosen[texts]
         if reuse:
             self._open("reuse", reuse)
@@ -82,7 +86,7 @@ class Policies:
     def _choose(self, keep: OpenKeep | None, codec: OpenCodec | None, read: OpenRead | None, depth: Depth | None) -> Chosen:
         spec, backend = self.runner.spec, self.runner.backend
         if keep is not None and codec is not None and codec.block:
-            raise Unsupported(f"codec {codec.name} encodes whole blocks, from which no keep policy can evict; choose one of the two")
+            raise Unsupported("this codec encodes whole blocks, from which no keep policy can evict; choose one of the two")
         if keep is not None and keep.endless and spec.learned_positions is not None:
             raise Unsupported(
                 f"{spec.family} has {spec.learned_positions} learned positions: keys cannot be numbered by their place in the cache"
@@ -111,9 +115,11 @@ class Policies:
     # ---- one sequence
 
     def endless(self, params: SamplingParams) -> bool:
-        """Whether positions may pass the trained context."""
+        """Whether positions may pass the trained context: where distances within the cache never do."""
         chosen = self.check(params)
-        return chosen is not None and chosen.keep is not None and chosen.keep.endless
+        if chosen is None or chosen.keep is None or not chosen.keep.endless:
+            return False
+        return chosen.window is not None and sum(chosen.window) <= self.runner.spec.context
 
     def fit(self, seq: Sequence) -> None:
         """Gives a new sequence the form that its request chose."""
@@ -132,6 +138,7 @@ class Policies:
             seq.state[keep] = keep.begin(seq)
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
+        child.sought = True  # it has what its sibling took over
         if seq.policies is not None and (keep := seq.policies.keep) is not None:
             child.state[keep] = keep.fork(seq.state[keep], child)
 
@@ -161,7 +168,8 @@ class Policies:
         table, request = self.runner.table, seq.request
         old = [*request.before, 0]  # a match leaves one token to run; nothing of the old text runs
         count = table.match(old, request.salt)
-        spans = self._open("reuse", request.reuse).spans(old[:count], request.prompt, seq.stored)
+        found = self._open("reuse", request.reuse).spans(old[:count], request.prompt, seq.stored)
+        spans = [span for span in found if span.at >= seq.stored]
         if spans and table.idle_matched(old, request.salt) <= spare:
             self._sources -= 1
             seq.source, seq.spans = Sequence(self._sources, request, 0, old, len(old), 0, 0), spans
