@@ -363,6 +363,8 @@ class LLM:
             raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
         if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse"}:
             raise InvalidInput(f"prompt has an unknown key {min(unknown)!r}: prompt_token_ids, context, before and reuse are allowed")
+        if not isinstance(prompt.get("reuse", ""), str) or not isinstance(prompt.get("before", []), list):
+            raise InvalidInput("prompt: reuse is the name of a way of reuse, before a list of token ids")
         if type(prompt.get("context", 0)) is not int:
             raise InvalidInput(f"context = {prompt['context']!r}: a number of tokens is needed")
         ids = prompt["prompt_token_ids"]

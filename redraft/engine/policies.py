@@ -73,6 +73,8 @@ class Policies:
         chosen = self._chosen[texts]
         if reuse:
             self._open("reuse", reuse)
+            if params.prompt_logprobs is not None:
+                raise Unsupported(f"reuse {reuse}: prompt_logprobs need the whole prompt computed, which is what it avoids")
             if chosen is not None and (chosen.keep or chosen.lanes is not Lanes.SHARED):
                 raise Unsupported(f"reuse {reuse} takes over plain pages, which keep, codec and read with data of their own do not have")
         return chosen
@@ -154,6 +156,8 @@ class Policies:
         table, store = self.runner.table, self.runner.store
         if not seq.sought:
             seq.sought = True
+            if seq.index == 0:
+                seq.request.reused_tokens = 0
             self._find(seq, spare)
         elif spare < 0:
             self._release(seq)

@@ -89,6 +89,8 @@ class Reference:
         count = self.slab_bytes(pool.spec) // fmt.bytes
         if not count:
             raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than a slab")
+        if fmt.name in pool.shelves:  # another combination of methods with the same format
+            return count
         arrays = {name: torch.zeros(len(pool.data) * count, *a.shape, dtype=a.dtype) for name, a in fmt.arrays.items()}
         sides = {name for side in fmt.sides for name in side.arrays(pool.spec.head_dim, self.dtype)}
         pool.shelves[fmt.name] = Shelf(fmt, arrays, sides)

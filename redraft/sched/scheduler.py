@@ -100,6 +100,8 @@ class Scheduler:
                 tokens = seq.tokens[: seq.pure + 1]  # at most all but the last of them match
                 matched = table.match(tokens, salt) if shares else 0
                 cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
+                if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # it would copy more than it finds
+                    matched, cost = 0, alone
                 reserve = int(self.watermark * table.slabs) if run or admit else 0
                 if cost > spare - reserve:
                     break

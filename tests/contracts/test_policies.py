@@ -15,7 +15,7 @@ from redraft.core.sequence import Request
 from redraft.engine.policies import guarantee
 from redraft.errors import Unsupported
 from redraft.llm import LLM
-from tests.contracts import identity
+from tests.contracts import identity, plain
 from tests.contracts.identity import Seen, drafter, drive, prompts
 
 engine = partial(identity.engine, layers=4)
@@ -153,3 +153,41 @@ def test_n_texts_of_one_prompt_fork_under_policies() -> None:
         seen = drive(engine(chunk=512), [request], [0])
         assert tuple(seen.texts["r/0"]) == alone(one, 0), one
         assert len({tuple(text) for text in seen.texts.values()}) == 3
+
+
+# ---- what a fresh reader found
+
+
+def test_an_evicting_text_is_admitted_where_its_prefix_is_cached() -> None:
+    """Its survivors of cached pages would be copied: with a pool of its own size it computes the prompt instead."""
+    made = identity.engine(pool=5, max_model_len=160)
+    policy = SamplingParams(temperature=0, max_tokens=20, seed=1, keep="streaming-llm:sinks=2,recent=64")
+    prompt = [token for one in prompts()[:4] for token in one][:150]
+    texts = [drive(made, [Request(name, list(prompt), policy)], [0]).texts[name] for name in "01"]
+    assert texts[0] == texts[1]
+
+
+def test_a_format_that_comes_again_leaves_what_is_stored() -> None:
+    """Two codecs that differ in their borders only share a format; the second comes while the first is in use."""
+    first = SamplingParams(temperature=0, max_tokens=30, seed=1, codec="int4:block=32")
+    second = first.but(codec="int4:block=64")
+    prompt = list(prompts()[0][:40])
+    for backend in ("reference", "torch"):
+        by_itself = drive(engine(backend=backend), [Request("0", prompt, first)], [0]).texts["0"]
+        both = drive(engine(backend=backend), [Request("0", prompt, first), Request("1", prompt, second)], [0, 10])
+        assert both.texts["0"] == by_itself
+
+
+def test_first_tokens_are_those_of_the_text_where_the_lane_begins_later() -> None:
+    """A sparse read that spares the first pages, over a window that forgets them."""
+    policy = {"keep": "streaming-llm:sinks=0,recent=100", "read": "page-top-k:tokens=96"}
+    request = Request("0", list(prompts()[0][:40]), SamplingParams(temperature=0.8, max_tokens=150, seed=1, **policy))
+    slow = drive(engine(chunk=1, pool=80, max_model_len=256), [request], [0]).texts["0"]
+    again = Request("0", list(request.prompt), request.params)
+    oracle = identity.RandomTrees(plain.VOCAB, seed=2, right=0.9, known={("0", 0): slow})
+    assert drive(engine(oracle, pool=80, max_model_len=256), [again], [0]).texts["0"] == slow
+
+
+def test_prompt_logprobs_of_an_edited_text_are_refused() -> None:
+    with pytest.raises(Unsupported, match="prompt_logprobs need the whole prompt computed"):
+        engine().add(Request("r", [1, 2, 3], SamplingParams(prompt_logprobs=0), reuse="pie", before=[1, 2]))

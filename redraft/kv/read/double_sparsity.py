@@ -203,7 +203,7 @@ class Labels:
         exact = torch.promote_types(q.dtype, torch.float32)
         labels = held["labels"].flatten(1, 2).to(exact)
         scores = q.gather(3, chosen).to(exact) @ labels.transpose(-1, -2)[:, None]  # 4.
-        scores[..., : self.sinks] = inf
+        scores = scores.masked_fill((where < self.sinks)[:, None, None], inf)  # of the text: a lane may begin later
         scores = scores.masked_fill((where[:, None] == at[:, None])[:, None], inf).masked_fill(~seen[:, None], -inf)
         last = scores.topk(min(self.tokens, scores.shape[-1])).values[..., -1:]
         above, equal = scores > last, scores == last

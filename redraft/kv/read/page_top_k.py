@@ -104,7 +104,8 @@ class PageTopK:
         newest = (at // PAGE * PAGE)[:, None]
         old: Tensor = (seen & (where[:, None] < newest)).unflatten(2, (-1, PAGE)).all(-1)  # [K, R, n / 32]
         scores = self.bounds(q, held).unflatten(3, (-1, PAGE // self.logical)).amax((1, 4))  # 3.
-        scores[..., : self.sinks] = inf
+        first = (where < PAGE * self.sinks).unflatten(1, (-1, PAGE)).all(-1)  # of the text: a lane may begin later
+        scores = scores.masked_fill(first[:, None], inf)
         order = scores.masked_fill(~old, -inf).sort(dim=-1, descending=True, stable=True).indices  # lower pages first
         best = order[..., : self.tokens // PAGE - 1]  # 4.
         read = torch.scatter(~old, -1, best, True)
