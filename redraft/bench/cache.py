@@ -325,18 +325,14 @@ def room(llm: LLM, tokens: int) -> int:
 
 
 def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
-    """Generates a text of `tokens` tokens in a pool of its own that holds one such text, with the whole cache or with this choice
-    where that takes more. Shortly before its end another request, with the whole cache, comes for half of the pages that are free
-    then. AssertionError where the table does not add up."""
+    """Generates a text of `tokens` tokens in a pool of its own, which holds one and a half with the whole cache. Shortly before its
+    end another request, with the whole cache, comes for half of the pages that are free then. AssertionError where the table
+    does not add up."""
     prompt = llm.tokenizer.encode("def")[:8]
     params = SamplingParams(temperature=1, seed=0, max_tokens=tokens - len(prompt), ignore_eos=True, **choice.params)
-    text, slabs = Request("text", prompt, params), -(-tokens // llm.runner.table.page) + 1
+    text, slabs = Request("text", prompt, params), 3 * -(-tokens // llm.runner.table.page) // 2 + 1
     engine = pool(llm, tokens, slabs)
     engine.add(text)
-    if (needed := engine.table.need(text.sequences[0], tokens)) > slabs:  # side data
-        text.sequences.clear()
-        engine = pool(llm, tokens, needed + 1)
-        engine.add(text)
     table, slab_bytes = engine.table, engine.store.slab_bytes
     used: list[int] = []
     while text.sequences[0].generated < tokens - len(prompt) - LAST:

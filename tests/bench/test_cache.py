@@ -284,7 +284,7 @@ def test_a_model_that_does_not_retrieve_is_called_that() -> None:
     blind = findings(result(FLAT, np.array(FLAT) + NOISE, newest_50=np.array(FLAT) - 1))
     assert "says nothing of retrieval" in blind and "accuracy 0.0%, 25.0% by chance" in blind
     seeing = findings(result(FLAT, np.array(FLAT) - 1 + NOISE, newest_50=np.array(FLAT) - 1))
-    assert "says nothing" not in seeing and "the model retrieves with its whole cache: an answer gains +1.00" in seeing
+    assert "says nothing" not in seeing and "what the context says counts with its whole cache: an answer gains +1.00" in seeing
 
 
 def test_differences_within_the_spread_are_named_and_others_are_not() -> None:

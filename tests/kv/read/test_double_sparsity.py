@@ -71,7 +71,7 @@ def chosen(labels: Labels, at: Scene) -> Tensor:
 def definition(labels: Labels, at: Scene, head: int, group: int, row: int) -> list[int]:
     visible, channels = at.visible(head, row), labels.channels[0, head]
     q = at.q[head, group, row, channels]
-    forced = [s for s in visible if s < labels.sinks or int(at.where[head, s]) == int(at.at[row])]
+    forced = [s for s in visible if int(at.where[head, s]) < labels.sinks or int(at.where[head, s]) == int(at.at[row])]
     rest = sorted(set(visible) - set(forced), key=lambda s: (-float(q @ at.keys[head, s, channels]), s))
     return sorted([*forced, *rest[: labels.tokens - len(forced)]])
 

@@ -55,7 +55,8 @@ def definition(method: PageTopK, at: Scene, head: int, row: int) -> list[int]:
             for q in at.q[head, :, row]:
                 best = sum(max(float(q[c] * keys[:, c].min()), float(q[c] * keys[:, c].max())) for c in range(len(q)))
                 scores[page] = max(scores[page], best)
-    order = sorted(scores, key=lambda page: (page >= method.sinks, page if page < method.sinks else -scores[page], page))
+    first = {page for page in scores if int(at.where[head, (page + 1) * PAGE - 1]) < PAGE * method.sinks}  # of the text
+    order = sorted(scores, key=lambda page: (page not in first, page if page in first else -scores[page], page))
     taken = order[: method.tokens // PAGE - 1]
     return sorted(rest + [slot for page in taken for slot in range(page * PAGE, (page + 1) * PAGE)])
 
