@@ -94,9 +94,9 @@ class Batch:
     layers: list[frozenset[int] | None]
 
     @classmethod
-    def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView, layers: frozenset[int] | None = None) -> Batch:
+    def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
         """chain(pending) + draft, for every sequence. Logits are wanted where a token is drawn and at all nodes;
-        over the whole prompt when the request asks for prompt_logprobs. layers: those that run, whatever the sequences chose."""
+        over the whole prompt when the request asks for prompt_logprobs."""
         tokens: list[int] = []
         positions: list[int] = []
         starts, tree_starts = [0], []
@@ -137,7 +137,7 @@ class Batch:
             np.asarray(logit_rows, np.int32),
             np.asarray(roots, np.int32),
             [_view(w.seq, max(positions[a:z], default=0)) for w, a, z in zip(work, starts[:-1], starts[1:], strict=True)],
-            [layers or (w.seq.layers if w.seq.stored >= w.seq.context else None) for w in work],
+            [w.seq.layers if w.seq.stored >= w.seq.context else None for w in work],
         )
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
@@ -40,6 +40,9 @@ class UnifiedLayerSkipping:
     def __post_init__(self) -> None:
         if not 1 <= self.speedup < math.inf:
             raise InvalidInput(f"layer-skip:speedup={self.speedup}: must be 1 or more")
+
+    def open(self, runner: Any) -> Self:
+        return self
 
     def layers(self, count: int) -> frozenset[int]:
         """The layers that run behind the prompt, of `count`. InvalidInput where the first and the last are not both left."""

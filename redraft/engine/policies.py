@@ -15,7 +15,7 @@ from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
 from redraft.core.sequence import NEVER, Lanes, Sequence, Space
 from redraft.core.view import Watch, Window
-from redraft.depth.depth import Depth
+from redraft.depth.depth import OpenDepth
 from redraft.errors import Unsupported
 from redraft.kv.codec.codec import OpenCodec
 from redraft.kv.keep.keep import OpenKeep
@@ -40,7 +40,7 @@ class Chosen:
     keep: OpenKeep | None
     codec: OpenCodec | None
     read: OpenRead | None
-    depth: Depth | None
+    depth: OpenDepth | None
     lanes: Lanes
     format: str
     block: str
@@ -81,11 +81,10 @@ class Policies:
 
     def _open(self, seam: str, text: str) -> Any:
         if (seam, text) not in self._opened:
-            made = registry.create(seam, text)
-            self._opened[seam, text] = made.open(self.runner) if hasattr(made, "open") else made
+            self._opened[seam, text] = registry.create(seam, text).open(self.runner)
         return self._opened[seam, text]
 
-    def _choose(self, keep: OpenKeep | None, codec: OpenCodec | None, read: OpenRead | None, depth: Depth | None) -> Chosen:
+    def _choose(self, keep: OpenKeep | None, codec: OpenCodec | None, read: OpenRead | None, depth: OpenDepth | None) -> Chosen:
         spec, backend = self.runner.spec, self.runner.backend
         if keep is not None and codec is not None and codec.block:
             raise Unsupported("this codec encodes whole blocks, from which no keep policy can evict; choose one of the two")
