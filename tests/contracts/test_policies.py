@@ -122,6 +122,17 @@ def test_all_policies_in_one_batch(draft: str, pool: int) -> None:
     assert pool > 9 or seen.preempted
 
 
+@pytest.mark.parametrize("one", SINGLE, ids=ids)
+def test_preempted_texts_start_again(one: tuple[tuple[str, str], ...]) -> None:
+    """Prompt and new tokens then come in one chunk, which must part where policies begin to act."""
+    for pool in (9, 6, 5):
+        seen = drive(engine(chunk=96, pool=pool, max_model_len=128), requests([dict(one)], 6), [0, 0, 0, 1, 1, 2])
+        same(seen, [one], 6)
+        if seen.preempted:
+            return
+    assert dict(one).keys() & {"codec", "keep"}, "never preempted: nothing is shown"  # a small cache may always fit
+
+
 @pytest.mark.parametrize("pair", pairs(), ids=lambda pair: " ".join(text for _, text in pair))
 def test_two_policies_together(pair: tuple[tuple[str, str], ...]) -> None:
     asked = requests([dict(pair), {}], 4)
