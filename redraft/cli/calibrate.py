@@ -14,7 +14,7 @@ from redraft.errors import InvalidInput
 
 def calibrate(
     model: Model = "embedded",
-    texts: Annotated[list[Path] | None, typer.Option(help="A file of plain text, repeated for more.", show_default=False)] = None,
+    texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more.", show_default=False)] = None,
     method: Annotated[str, typer.Option(help="The way to read the cache that wants it.")] = "double-sparsity",
     samples: Annotated[int, typer.Option(help="Pieces of 512 tokens to run at most, evenly from all texts.")] = 256,
     output: Annotated[Path | None, typer.Option(help="Where to write it; else where the method looks for it.", show_default=False)] = None,
@@ -28,22 +28,15 @@ def calibrate(
         raise InvalidInput(f"--method {method}: needs no calibration")
     if not texts:
         raise InvalidInput("--texts: at least one file of text is needed")
-    read = [_text(file) for file in texts]
+    from redraft.bench.tasks import read
     from redraft.llm import LLM
 
+    given = [read(file) for file in texts]
     llm = LLM(config=engine_config(model, {"draft": "none"}))
-    profile = made.calibrate(llm.runner, [llm.tokenizer.encode(text) for text in read if text], samples)
+    profile = made.calibrate(llm.runner, [llm.tokenizer.encode(text) for text in given if text], samples)
     try:
         path = profile.save(output)
     except OSError as error:
         raise InvalidInput(f"cannot write {error.filename or output}: {error.strerror}") from None
     typer.echo(f"{method}: {profile.tokens} tokens of {profile.texts} texts", err=True)
     typer.echo(path)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InvalidInput(f"--texts {file}: {why}") from None

@@ -1,3 +1,4 @@
+import gzip
 import math
 from argparse import __file__ as first_text
 from dataclasses import replace
@@ -318,8 +319,9 @@ def test_the_command_calibrates_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     found = Profile.load(Path(out.strip()))
     assert torch.equal(found.scores, DoubleSparsity.calibrate(llm.runner, [llm.tokenizer.encode(text.read_text())]).scores)
     assert llm.generate("a text", SamplingParams(max_tokens=4, read="double-sparsity:tokens=8,dense=1"))[0].outputs[0].token_ids
-    own = tmp_path / "own.safetensors"
-    calibrate(str(folder), [text], output=own)
+    own, packed = tmp_path / "own.safetensors", tmp_path / "packed.gz"
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    calibrate(str(folder), [packed], output=own)
     assert torch.equal(Profile.load(own).scores, found.scores)
 
 
@@ -327,8 +329,8 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for given, method, message in (
         (None, "double-sparsity", r"^--texts: at least one file of text is needed$"),
-        ([tmp_path / "none"], "double-sparsity", r"^--texts \S+none: No such file or directory$"),
-        ([tmp_path / "bytes"], "double-sparsity", r"^--texts \S+bytes: not UTF-8 text$"),
+        ([tmp_path / "none"], "double-sparsity", r"^texts = \S+none: cannot be read \(No such file or directory\)$"),
+        ([tmp_path / "bytes"], "double-sparsity", r"^texts = \S+bytes: cannot be read \(not UTF-8 text"),
         ([tmp_path / "none"], "page-top-k", r"^--method page-top-k: needs no calibration$"),
     ):
         with pytest.raises(InvalidInput, match=message):
