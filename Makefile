@@ -13,15 +13,23 @@ demo: install
 test: install
 	scripts/check
 
-install: $(VENV)/installed
+NATIVE := $(wildcard redraft/ops/cpu/*.cpp redraft/ops/cpu/*.h redraft/ops/cpu/CMakeLists.txt)
 
-# one stamp: a second run installs nothing until the requirements change
+install: $(VENV)/installed $(VENV)/compiled
+
+# one stamp: a second run installs nothing until the requirements change. The tools that build are those of the environment, not of
+# a passing one, so that the second stamp needs nothing but a compiler.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Redraft needs Python 3.11 or newer; found " + sys.version.split()[0] + " (make PYTHON=python3.11)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt torch scikit-build-core cmake ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/compiled
+
+# another for the kernels: only what changed is compiled, without pip
+$(VENV)/compiled: $(VENV)/installed $(NATIVE)
+	$(BIN)/cmake --build build/native
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info redraft/ops/cpu/_kernels.so

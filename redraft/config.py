@@ -107,9 +107,17 @@ class ModelConfig(Settings):
     model: str = Field("embedded", description="a folder, a hub id (repo@revision), or 'embedded'")
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    backend: str = Field("torch", description="torch or reference (float64, the definition)")
+    quant: str | None = Field(None, description="name:option=value,... of a form in which linear weights are stored")
+    backend: str = Field(
+        "auto", description="native (compiled, CPU), torch or reference (float64, the definition); auto: native where it can, else torch"
+    )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
     threads: int | None = Field(None, ge=1, description="CPU threads; None: PyTorch's default")
+
+    @field_validator("quant")
+    @classmethod
+    def _none(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
 
 
 class CacheConfig(Settings):

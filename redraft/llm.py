@@ -24,6 +24,7 @@ from redraft.errors import InvalidInput, RedraftError
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Message, Tokenizer
+from redraft.ops import library
 from redraft.ops.backend import Backend
 from redraft.sample.sampler import Sampler
 from redraft.sched.scheduler import Scheduler
@@ -125,15 +126,21 @@ class Setup:
     def of(cls, config: EngineConfig) -> Setup:
         drafter = registry.create("draft", config.draft)  # wrong names are told before the checkpoint is looked for
         registry.create("verify", config.verify)
+        quant = None if config.model.quant is None else registry.create("quant", config.model.quant)
         device = _device(config.model.device)
         scheduler = _scheduler(config, device)
-        if config.model.backend not in registry.BACKENDS:
-            raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
+        chosen = config.model.backend
+        if chosen not in ("auto", *registry.BACKENDS):
+            raise registry.unknown("backend", chosen, registry.BACKENDS)
         path = loader.resolve(config.model.model)
         if config.draft_model is not None:
             loader.resolve(config.draft_model)  # whether it is used or not
-        checkpoint = loader.inspect(path, "float64" if config.model.backend == "reference" else config.model.dtype, device)
-        backend = registry.load(registry.BACKENDS[config.model.backend])(checkpoint.dtype, device)
+        checkpoint = loader.inspect(path, "float64" if chosen == "reference" else config.model.dtype, device, quant)
+        if chosen == "auto":
+            chosen, _ = library.serves(checkpoint.dtype, device, checkpoint.spec)
+        backend: Backend = registry.load(registry.BACKENDS[chosen])(checkpoint.dtype, device)
+        if config.model.threads is not None:
+            backend.use_threads(config.model.threads)
         max_model_len = config.model.max_model_len or checkpoint.context
         if max_model_len > checkpoint.context:
             raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
@@ -160,8 +167,6 @@ class LLM:
         if config is None:
             config = EngineConfig.of(**({} if model is None else {"model": model}), **options)
         self.config = config
-        if config.model.threads is not None:
-            torch.set_num_threads(config.model.threads)
         setup = Setup.of(config)
         checkpoint = setup.checkpoint
         self.max_model_len = setup.max_model_len
@@ -178,6 +183,7 @@ class LLM:
             sharing=config.cache.prefix_sharing,
             source=checkpoint.path,
             draft_model=config.draft_model,
+            quant=checkpoint.quant,
         )
         self.engine = self._engine(setup.scheduler, setup.drafter)
         self._numbers = itertools.count()
@@ -200,15 +206,19 @@ class LLM:
 
     @property
     def guarantee(self) -> Guarantee:
-        """The weakest of the parts, for requests that choose no policies of their own; see `guarantee_of`."""
+        """The weakest of the parts towards the plain loop over the weights as they are held, for requests that choose no policies of
+        their own; see `guarantee_of`."""
         config = self.config
         parts = {"draft": config.draft, "verify": config.verify, "sched": config.schedule.scheduler}
         cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in parts.items()]
         return max(card.guarantee for card in cards)
 
     def guarantee_of(self, params: SamplingParams, reuse: str = "") -> Guarantee:
-        """The weakest of the engine's parts and of the policies that a request chooses; reuse: as given to `edit`."""
-        return max(self.guarantee, policies.guarantee(params, reuse))
+        """The weakest of the engine's parts, of the form of the weights and of the policies that a request chooses; reuse: as given to
+        `edit`."""
+        quant = self.runner.quant
+        weights = Guarantee.SAME_TEXT if quant is None else quant.card.guarantee
+        return max(self.guarantee, weights, policies.guarantee(params, reuse))
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)

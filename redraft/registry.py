@@ -55,6 +55,10 @@ METHODS: dict[str, dict[str, str]] = {
         "rejection": "redraft.verify.rejection:Rejection",
         "typical": "redraft.verify.typical:Typical",
     },
+    "quant": {
+        "int4": "redraft.weights.int4:FineQuant",
+        "int8": "redraft.weights.int8:LLMInt8",
+    },
     "sched": {
         "fcfs": "redraft.sched.fcfs:FCFS",
         "sarathi": "redraft.sched.sarathi:Sarathi",
@@ -62,6 +66,7 @@ METHODS: dict[str, dict[str, str]] = {
 }
 
 BACKENDS: dict[str, str] = {
+    "native": "redraft.ops.native:NativeOps",
     "reference": "redraft.ops.reference:Reference",
     "torch": "redraft.ops.torch_ops:TorchOps",
 }

@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from redraft.cli.options import ENGINE, Given, Model, engine_config, takes
+from redraft.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH = 140  # columns of the tables where it is no terminal that reads them
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure what a policy costs and what it saves.")
+
+
+SHAPE = typer.Argument(
+    help="A folder, a hub id, 'embedded', a config.json, or a shape that gets random weights: llama-3.2-1b, 100m, qwen2-0.5b.",
+    metavar="MODEL",
+    show_default=False,
+)
 
 
 @bench.callback()
@@ -67,7 +78,7 @@ def cache(
     progress = Console(stderr=True)
     with report.bar(progress, plan.ticks) as tick:
         measured = measurement.measure(llm, plan, tick)
-    curves.show(Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH), llm, options, measured)
+    curves.show(_console(), llm, options, measured)
     if json is not None:
         settings = {"texts": [str(path) for path in texts] or "the standard library", "limit": limit, "turns": turns, "seed": seed}
         report.write(json, curves.document(llm, options, measured, settings))
@@ -75,3 +86,126 @@ def cache(
     if plot is not None:
         curves.plot(plot, f"{llm.name}: cache policies", measured)
         progress.print(f"drawn to {plot}")
+
+
+@bench.command("decode")
+def decode(
+    model: Annotated[str, SHAPE] = "llama-3.2-1b",
+    against: Annotated[
+        str, typer.Option(help="Engines to measure beside: transformers, llama.cpp, openvino, with commas; or none.")
+    ] = "transformers",
+    redraft: Annotated[
+        list[str] | None, typer.Option(help="option=value,... of one redraft engine, repeated for more; ratios are against the first.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Of all redraft engines; else the default one, and torch where that is another.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option(help="How redraft's weights are quantized at load.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of all engines; auto: the checkpoint's.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Of each engine; 0: one for each core that this process may use.")] = 0,
+    context: Annotated[int, typer.Option(help="Tokens of the prompt that is decoded behind.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens generated a turn.")] = 32,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
+    rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,4,8,16,32,64",
+    rounds: Annotated[int, typer.Option(help="Turns of each engine and measurement.")] = 5,
+    isa: Annotated[str | None, typer.Option(help="For testing: no newer instructions than avx2, avx512 or avx512-bf16.")] = None,
+    seed: Annotated[int, typer.Option(help="The prompt is drawn from it.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a silent engine is given up.")] = 600.0,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+) -> None:
+    """Measure decode, prefill and steps of many rows against other engines: same weights, same threads, own processes, in turns.
+
+    Tables go to stdout, the progress bar to stderr. Speeds stand beside the read bandwidth and the arithmetic peak of the same run.
+    """
+    from rich.console import Console
+
+    from redraft.bench import decode as measurement
+    from redraft.bench import report
+
+    common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None}
+    options = measurement.Options(
+        redraft=measurement.own_engines(common, redraft or []),
+        against=_names(against),
+        dtype=dtype,
+        threads=threads,
+        context=context,
+        tokens=tokens,
+        prefill=prefill,
+        rows=_numbers("rows", rows),
+        rounds=rounds,
+        isa=isa,
+        seed=seed,
+        timeout=timeout,
+    )
+    measurement.check(model, options)
+    if json is not None:
+        report.check_writable(json)
+    progress = Console(stderr=True)
+    with report.bar(progress, measurement.ticks(options)) as tick:
+        found = measurement.compare(model, options, tick)
+    measurement.show(_console(), found)
+    if json is not None:
+        report.write(json, measurement.document(found))
+        progress.print(f"written to {json}")
+
+
+@bench.command("ops")
+def ops(
+    model: Annotated[str, SHAPE] = "llama-3.2-1b",
+    backend: Annotated[str | None, typer.Option(help="Names with commas; else all that compute fast.")] = None,
+    quant: Annotated[str | None, typer.Option(help="Forms of the weights to measure beside plain ones, with commas.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="0: one for each core that this process may use.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of a linear layer, with commas.")] = "1,4,16,64,512",
+    cached: Annotated[str, typer.Option(help="Tokens that attention reads, with commas.")] = "1024,8192",
+    shared: Annotated[int, typer.Option(help="Tokens of a prefix that 8 sequences share; 0: not measured.")] = 4096,
+    rounds: Annotated[int, typer.Option(help="Turns of each measurement.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+) -> None:
+    """Measure single operations of each backend beside the read bandwidth and the arithmetic peak: linear layers and attention.
+
+    Tables go to stdout, the progress bar to stderr. Only the shape of the model matters; no weight is read.
+    """
+    from rich.console import Console
+
+    from redraft.bench import ops as measurement
+    from redraft.bench import report, shapes
+    from redraft.ops.library import default_threads
+
+    options = measurement.Options(
+        backends=_names(backend),
+        quants=_names(quant),
+        dtype=dtype,
+        threads=threads or default_threads(),
+        rows=_numbers("rows", rows),
+        cached=_numbers("cached", cached),
+        shared=shared,
+        rounds=rounds,
+    )
+    shapes.spec_of(model)  # what is wrong with it is told first
+    if json is not None:
+        report.check_writable(json)
+    progress = Console(stderr=True)
+    with report.bar(progress, measurement.ticks(options)) as tick:
+        found = measurement.measure(model, options, tick)
+    measurement.show(_console(), found)
+    if json is not None:
+        report.write(json, measurement.document(found))
+        progress.print(f"written to {json}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip() not in ("", "none"))
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidInput(f"{name} = {text!r}: whole numbers with commas are needed") from None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)

@@ -270,14 +270,11 @@ class Leveller(Stateless):
         """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the model sees
         nothing of it."""
         whole = self.runner.weights
-        weight, bias = whole.head
-        if weight.is_meta:  # a model that is only looked at
+        if whole.head.hollow:  # a model that is only looked at
             return
-        keep = keep[keep < len(weight)]  # checkpoints of one vocabulary are padded to different sizes
-        dense = weight.to_dense() if weight.is_mkldnn else weight  # a backend's own layout, see Backend.pack
-        head = whole.head._replace(weight=dense[keep], bias=None if bias is None else bias[keep])
+        keep = keep[keep < whole.head.outs]  # checkpoints of one vocabulary are padded to different sizes
         self.runner = copy(self.runner)  # same table, store and layers
-        self.runner.weights = replace(whole, head=self.runner.backend.pack(head))
+        self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
 
     def _grow(self, growing: list[tuple[int, Twin, Iterator[None]]]) -> None:

@@ -15,7 +15,7 @@ SHARE = 0.5  # of what is free behind the weights, at most, for the second model
 def companion(target: Runner, model: str | None) -> Runner:
     """The second model: `model`, else the target's `draft_model`, else the embedded one beside the embedded target.
 
-    Loaded once for each target, in the target's dtype; hollow beside a hollow target. Its pool has as many pages as
+    Loaded once for each target, in the target's dtype and form of weights; hollow beside a hollow target. Its pool has as many pages as
     the target's, so that whatever the target holds fits, unless memory is short: then a drafter stays silent where pages
     lack. Raises InvalidInput without a name, CheckpointError where the vocabularies differ, OutOfMemory with figures.
     """
@@ -33,12 +33,12 @@ def companion(target: Runner, model: str | None) -> Runner:
 def _load(target: Runner, path: Path) -> Runner:
     backend = target.backend
     dtype = next(name for name, one in loader.DTYPES.items() if one == backend.dtype)
-    checkpoint = loader.inspect(path, dtype, backend.device)
+    checkpoint = loader.inspect(path, dtype, backend.device, target.quant)
     if target.source is not None:
         check_vocabulary(target.source, path)
     elif checkpoint.spec.vocab != target.spec.vocab:
         raise CheckpointError(f"{path}: the draft model's vocabulary is {checkpoint.spec.vocab}, the target's {target.spec.vocab}")
-    if target.weights.embed.is_meta:
+    if target.weights.head.hollow:
         return Runner(checkpoint.spec, loader.hollow(checkpoint), backend, 1, source=path)
     free = memory.limits(backend.device)
     left = free - checkpoint.weight_bytes

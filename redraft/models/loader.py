@@ -19,23 +19,28 @@ from torch import Tensor
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
-from redraft.models.spec import ModelSpec, Source
-from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
+from redraft.models.spec import Experts, Mlp, ModelSpec, Source
+from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
+from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from redraft.weights.quant import Quantizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 _EMBEDDED = {"embedded": "target", "embedded-draft": "draft"}
 
-Pack = Callable[[Linear], Linear]
+Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 
 _STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = ["model*.safetensors", _INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(bias|masked_bias)$")  # buffers that old versions saved
+_LINEAR = re.compile(r"(?P<base>(?P<layer>layers\.\d+)\.(?P<part>qkv|out|up|down|router))\.weight|head")
+_BEHIND = {"qkv": "attn_norm", "up": "mlp_norm"}  # whose inputs a norm makes
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -51,8 +56,9 @@ class Entry(NamedTuple):
 class Checkpoint:
     """What headers and JSON files tell, before anything large is read.
 
-    weight_bytes: of all weights in `dtype`; eos_ids: the tokens that end a text; defaults: fields of SamplingParams
-    that generation_config.json sets; sources: canonical name -> where it lies; entries: the tensors of the files.
+    weight_bytes: of all weights in `dtype`, at most where `quant` stores them otherwise; eos_ids: the tokens that end a text;
+    defaults: fields of SamplingParams that generation_config.json sets; sources: canonical name -> where it lies;
+    entries: the tensors of the files.
     """
 
     path: Path
@@ -63,6 +69,7 @@ class Checkpoint:
     defaults: dict[str, Any]
     sources: dict[str, Source] = field(repr=False)
     entries: dict[str, Entry] = field(repr=False)
+    quant: Quantizer | None = None
 
     @property
     def context(self) -> int:
@@ -125,11 +132,12 @@ def _architecture(names: Any) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu") -> Checkpoint:
+def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu", quant: Quantizer | None = None) -> Checkpoint:
     """Checks the whole checkpoint by its headers: every weight there, of the right shape, nothing left over.
 
     dtype 'auto' is the checkpoint's own, except that float16 becomes float32 on the CPU, which has no fast float16 and
-    would overflow where it matters. Raises CheckpointError or Unsupported, one line each.
+    would overflow where it matters. quant: how linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one
+    line each.
     """
     config = read_config(path)
     if config.num_hidden_layers < 1:
@@ -147,8 +155,23 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu")
     _check_nothing_left(path, spec, sources, entries)
     chosen = _dtype(config, dtype, torch.device(device), entries[sources["embed"].names[0]])
     eos_ids, defaults = _generation(path, config)
-    size = sum(math.prod(shape) for shape in spec.shapes().values()) * chosen.itemsize
-    return Checkpoint(path, spec, chosen, size, eos_ids, defaults, sources, entries)
+    if quant is not None and any(isinstance(layer.mlp, Experts) for layer in spec.layers):
+        raise Unsupported(f"{path}: a mixture of experts: quant stores no experts, which are most of its weights; leave quant out")
+    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, defaults, sources, entries, quant)
+
+
+def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
+    size = 0
+    for name, shape in spec.shapes().items():
+        linear = _LINEAR.fullmatch(name)
+        if quant is None or linear is None or linear["part"] == "router":
+            size += math.prod(shape) * dtype.itemsize
+        else:
+            size += quant.bytes(shape[0], shape[1], dtype, "layer" if linear["part"] else "head")
+    if quant is not None and spec.tied:
+        head = quant.bytes(spec.vocab, spec.hidden, dtype, "head")
+        size += head if head < spec.vocab * spec.hidden * dtype.itemsize else 0  # else it is the embedding
+    return size
 
 
 def load(path: Path, device: torch.device | str = "cpu", dtype: str = "auto") -> tuple[ModelSpec, Weights]:
@@ -157,13 +180,16 @@ def load(path: Path, device: torch.device | str = "cpu", dtype: str = "auto") ->
     return checkpoint.spec, read(checkpoint, device)
 
 
-def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack = lambda weights: weights) -> Weights:
-    """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files, so that at
-    no time more than one weight is held twice. `pack` (Backend.pack) gives linear weights their final form."""
+def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack = lambda weights, gated: weights) -> Weights:
+    """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files. The checkpoint's `quant`
+    and then `pack` (Backend.pack) give a linear weight its final form before the next one is read, so that at no time more than
+    one weight is held twice."""
     tensors: dict[str, Tensor] = {}
+    linears: dict[str, LinearWeights] = {}
     files = {file: _open(file) for file in sorted({entry.file for entry in checkpoint.entries.values()})}
     shapes = checkpoint.spec.shapes()
-    for name in _progress(checkpoint, shapes):
+
+    def filled(name: str) -> Tensor:
         out = torch.empty(shapes[name], dtype=checkpoint.dtype, device=device)
         source = checkpoint.sources[name]
         for part, target in _parts(source, out):
@@ -173,46 +199,82 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{entry.file}: {part}: {_first_line(error)}") from None
             target.copy_(stored.T if source.transposed else stored)
-        tensors[name] = out
+        return out
+
+    # biases and norms come first: what a matrix is packed with is there when it is read
+    for name in _progress(checkpoint, {name: shapes[name] for name in sorted(shapes, key=lambda name: len(shapes[name]) > 1)}):
+        if linear := _LINEAR.fullmatch(name):
+            base = linear["base"] or name
+            stored = _stored(checkpoint, linear, Linear(filled(name), tensors.get(f"{base}.bias")), tensors)
+            linears[base] = pack(stored, linear["part"] == "up" and _gated(checkpoint.spec, linear))
+            del stored
+        else:
+            tensors[name] = filled(name)
     if checkpoint.spec.tied and "lm_head.weight" in checkpoint.entries:
         head = files[checkpoint.entries["lm_head.weight"].file].get_tensor("lm_head.weight")
         if not torch.equal(head.to(tensors["embed"]), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, yet tie_word_embeddings is true")
-    return _assemble(checkpoint.spec, tensors, pack)
+    if checkpoint.spec.tied:
+        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
+        linears["head"] = head = pack(stored, False)
+        if isinstance(stored, Linear) and not isinstance(head, Linear):  # the same numbers: they are not held twice
+            del tensors["embed"], stored
+    return _assemble(checkpoint.spec, tensors, linears)
+
+
+def _gated(spec: ModelSpec, linear: re.Match[str]) -> bool:
+    mlp = spec.layers[int(linear["layer"].removeprefix("layers."))].mlp
+    return isinstance(mlp, Mlp) and mlp.gated
+
+
+def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linear, tensors: dict[str, Tensor]) -> LinearWeights:
+    """As the checkpoint's `quant` stores it. linear: the match of its name; None: the tied head."""
+    part = linear["part"] if linear else None
+    if checkpoint.quant is None or part == "router":
+        return weights
+    norm = f"{linear['layer']}.{_BEHIND[part]}" if linear and part in _BEHIND else None if part else "final_norm"
+    gains = None
+    if norm is not None:
+        gains = tensors[f"{norm}.weight"].abs()
+        if (shift := tensors.get(f"{norm}.bias")) is not None:
+            gains = gains + shift.abs()
+    try:
+        return checkpoint.quant.quantize(weights, "layer" if part else "head", gains)
+    except Unsupported as error:
+        raise Unsupported(f"{checkpoint.path}: {linear[0] if linear else 'head'}: {error}") from None
 
 
 def hollow(checkpoint: Checkpoint) -> Weights:
     """The weights as shapes on the meta device, without reading a number: for a Runner that is only looked at."""
     shapes = checkpoint.spec.shapes().items()
-    return _assemble(
-        checkpoint.spec,
-        {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes},
-        lambda weights: weights,
-    )
+    tensors = {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes}
+    linears: dict[str, LinearWeights] = {"head": Linear(tensors["embed"])}
+    for name, tensor in tensors.items():
+        if linear := _LINEAR.fullmatch(name):
+            base = linear["base"] or name
+            linears[base] = Linear(tensor, tensors.get(f"{base}.bias"))
+    return _assemble(checkpoint.spec, tensors, linears)
 
 
-def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], pack: Pack) -> Weights:
-    def linear(name: str) -> Linear | None:
-        if f"{name}.weight" not in tensors:
-            return None
-        return pack(Linear(tensors.pop(f"{name}.weight"), tensors.get(f"{name}.bias")))  # popped: freed once packed
+def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, LinearWeights]) -> Weights:
+    """Where there is no `embed`, the head is tied to it and holds its numbers."""
 
     def norm(name: str) -> NormWeights | None:
         return NormWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) if f"{name}.weight" in tensors else None
 
     def layer(at: str) -> LayerWeights:
-        attn_norm, mlp_norm, qkv, out = norm(f"{at}.attn_norm"), norm(f"{at}.mlp_norm"), linear(f"{at}.qkv"), linear(f"{at}.out")
-        assert attn_norm and mlp_norm and qkv and out
+        attn_norm, mlp_norm, router = norm(f"{at}.attn_norm"), norm(f"{at}.mlp_norm"), linears.get(f"{at}.router")
+        assert attn_norm and mlp_norm and not isinstance(router, Quantized)
         return LayerWeights(
             attn_norm=attn_norm,
-            qkv=qkv,
-            out=out,
+            qkv=linears[f"{at}.qkv"],
+            out=linears[f"{at}.out"],
             mlp_norm=mlp_norm,
             q_norm=norm(f"{at}.q_norm"),
             k_norm=norm(f"{at}.k_norm"),
-            up=linear(f"{at}.up"),
-            down=linear(f"{at}.down"),
-            router=linear(f"{at}.router"),
+            up=linears.get(f"{at}.up"),
+            down=linears.get(f"{at}.down"),
+            router=router,
             experts_up=tensors.get(f"{at}.experts.up"),
             experts_down=tensors.get(f"{at}.experts.down"),
         )
@@ -220,8 +282,8 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], pack: Pack) -> Weight
     final = norm("final_norm")
     assert final
     return Weights(
-        embed=tensors["embed"],
-        head=pack(Linear(tensors["embed"] if spec.tied else tensors.pop("head"))),
+        embed=tensors["embed"] if "embed" in tensors else linears["head"],
+        head=linears["head"],
         final_norm=final,
         layers=tuple(layer(f"layers.{i}") for i in range(len(spec.layers))),
         positions=tensors.get("positions"),
@@ -359,7 +421,7 @@ def _progress(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Ite
 
     columns = TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(checkpoint.path.name, total=checkpoint.weight_bytes)
+    task = bar.add_task(checkpoint.path.name, total=sum(map(math.prod, shapes.values())) * checkpoint.dtype.itemsize)
     begun, shown = time.monotonic(), False
     try:
         for name, shape in shapes.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,18 @@ from redraft.kv.store import Store
 from redraft.kv.table import PageTable
 from redraft.models.layers import decoder_layer
 from redraft.models.spec import ModelSpec
-from redraft.ops.backend import Backend, Outputs, Seen, Weights
+from redraft.ops.backend import Backend, Feature, Outputs, Seen, Weights
+
+if TYPE_CHECKING:
+    from redraft.weights.quant import Quantizer
 
 
 class Runner:
     """Owns the page table and the store of one model; a draft model is a second Runner with its own (see companion.py).
 
     source: the checkpoint's folder, None for weights from elsewhere; draft_model: the checkpoint that drafters with a
-    second model use unless they name one; companions: the second models loaded so far, by folder.
+    second model use unless they name one; quant: how linear weights are stored, also those of second models;
+    companions: the second models loaded so far, by folder.
     """
 
     def __init__(
@@ -36,9 +40,10 @@ class Runner:
         sharing: bool = True,
         source: Path | None = None,
         draft_model: str | None = None,
+        quant: Quantizer | None = None,
     ) -> None:
         self.spec, self.weights, self.backend = spec, weights, backend
-        self.source, self.draft_model = source, draft_model
+        self.source, self.draft_model, self.quant = source, draft_model, quant
         self.companions: dict[Path, Runner] = {}
         self.table = PageTable(slabs, len(spec.layers), spec.kv_heads, sharing=sharing)
         self.store = Store(backend, spec, slabs)
@@ -54,8 +59,12 @@ class Runner:
         parts = _Parts(self, batch, taps)
         h = backend.embed(weights, plan)
         hidden = {}
+        whole = parts.whole and Feature.RUN in backend.features
         for first, last in self.segments(taps):
-            for i in range(first, last):
+            done = backend.run(first, last, h, spec, weights, self.store.pool, plan) if whole else None
+            if done is not None:
+                h = done
+            for i in range(first, last) if done is None else ():
                 part = parts.at(i)
                 if part is None:
                     h = decoder_layer(h, i, spec.layers[i], weights.layers[i], backend, self.store.pool, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,9 +13,11 @@ from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops.format import Array, Arrays, Format
+from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:  # the cards of methods are read without loading it
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -24,6 +26,7 @@ class Feature(StrEnum):
 
     PER_LAYER = "per-layer lanes"
     PER_HEAD = "per-head lanes"
+    RUN = "a segment of layers in one call"
     BIT_EXACT = "an output element does not depend on rows, threads or neighbours"
 
 
@@ -32,6 +35,35 @@ class Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None = None
+
+    @property
+    def outs(self) -> int:
+        return len(self.weight)
+
+    @property
+    def hollow(self) -> bool:
+        """Shapes without numbers."""
+        return self.weight.is_meta
+
+    def rows(self, keep: NDArray[Any]) -> Linear:
+        """Only these outputs, unpacked."""
+        dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight  # a backend's own layout, see Backend.pack
+        return Linear(dense[keep], None if self.bias is None else self.bias[keep])
+
+
+class Stored(Protocol):
+    """A linear layer in a form that only its backend reads; see Backend.pack."""
+
+    @property
+    def outs(self) -> int: ...
+
+    @property
+    def hollow(self) -> bool: ...
+
+    def rows(self, keep: NDArray[Any]) -> Linear | Quantized: ...
+
+
+LinearWeights = Linear | Quantized | Stored
 
 
 class NormWeights(NamedTuple):
@@ -42,24 +74,24 @@ class NormWeights(NamedTuple):
 @dataclass(frozen=True)
 class LayerWeights:
     attn_norm: NormWeights
-    qkv: Linear
-    out: Linear
+    qkv: LinearWeights
+    out: LinearWeights
     mlp_norm: NormWeights
     q_norm: NormWeights | None = None
     k_norm: NormWeights | None = None
-    up: Linear | None = None
-    down: Linear | None = None
-    router: Linear | None = None
+    up: LinearWeights | None = None
+    down: LinearWeights | None = None
+    router: LinearWeights | None = None
     experts_up: Tensor | None = None  # [E, 2 I or I, hidden]
     experts_down: Tensor | None = None  # [E, hidden, I]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a model's numbers, on one device, in one dtype."""
+    """All of a model's numbers, on one device, in one dtype but for quantized ones."""
 
-    embed: Tensor
-    head: Linear  # over `embed` itself when tied
+    embed: Tensor | Stored  # Stored: the head, which it is tied to, in its backend's form
+    head: LinearWeights  # over `embed` itself when tied
     final_norm: NormWeights
     layers: tuple[LayerWeights, ...]
     positions: Tensor | None = None
@@ -73,10 +105,10 @@ class Weights:
         def walk(value: Any) -> None:
             if isinstance(value, Tensor):
                 seen[id(value)] = value.numel() * value.element_size()
-            elif isinstance(value, LayerWeights):
+            elif is_dataclass(value):  # a layer, or a linear layer as a backend holds it
                 walk(tuple(vars(value).values()))
-            elif isinstance(value, tuple):
-                for item in value:
+            elif isinstance(value, tuple | dict):
+                for item in value.values() if isinstance(value, dict) else value:
                     walk(item)
 
         walk(tuple(vars(self).values()))
@@ -173,15 +205,22 @@ class Backend(Protocol):
         """Device tensors of one step: rows, positions, places, masks. Unsupported by name where a feature lacks."""
         ...
 
-    def pack(self, weights: Linear) -> Linear:
-        """The form of a weight that `linear` likes best; called once at load, on one weight at a time."""
+    def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
+        """The form of a weight that `linear` likes best; called once at load, on one weight at a time. gated: its first half of the
+        outputs are gates of the other half."""
+        ...
+
+    def use_threads(self, count: int) -> None:
+        """How many of the CPU work for it from now on."""
         ...
 
     def embed(self, weights: Weights, plan: Any) -> Tensor: ...
 
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor: ...
 
-    def linear(self, x: Tensor, weights: Linear) -> Tensor: ...
+    def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        """x [T, ins] -> [T, outs]. With quantized weights bit for bit as ops/quantized.py defines it."""
+        ...
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor: ...
 
@@ -192,6 +231,11 @@ class Backend(Protocol):
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
         """Writes this step's keys and values of layer `index`, then reads: q [T, H, D] -> [T, H * D]. What each row sees is told
         by the batch's pages and views; statistics that `plan` was asked for are added up in it."""
+        ...
+
+    def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Any, plan: Any) -> Tensor | None:
+        """Feature.RUN: what models/layers.py does for layers first..last (exclusive), in one call, bit for bit; None where this batch
+        needs one operation at a time."""
         ...
 
     def watched(self, plan: Any) -> Mapping[int, Seen]:

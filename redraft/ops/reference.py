@@ -17,8 +17,9 @@ from redraft.core.tree import I32
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
-from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Seen, Select, Weights, best_first
+from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Select, Weights, best_first
 from redraft.ops.format import PAGE, Arrays, Format, plain
+from redraft.ops.quantized import Quantized
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,14 @@ class Reference:
             seen[s] = Seen(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
         return Plan(batch, tokens, positions, taps.attention, seen)
 
-    def pack(self, weights: Linear) -> Linear:
-        return weights
+    def use_threads(self, count: int) -> None:
+        torch.set_num_threads(count)
+
+    def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
+        return weights.halved() if isinstance(weights, Quantized) else weights
 
     def embed(self, weights: Weights, plan: Plan) -> Tensor:
+        assert isinstance(weights.embed, Tensor), "an embedding in another backend's form"
         x = weights.embed[plan.tokens]
         return x if weights.positions is None else x + weights.positions[plan.positions.long()]
 
@@ -160,7 +165,10 @@ class Reference:
         x = x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weights.weight
         return x if weights.bias is None else x + weights.bias
 
-    def linear(self, x: Tensor, weights: Linear) -> Tensor:
+    def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        if isinstance(weights, Quantized):
+            return torch.stack([quantized_row(row, weights) for row in x]) if len(x) else x.new_empty(0, weights.shape[0])
+        assert isinstance(weights, Linear), "a weight in another backend's form"
         y = x @ weights.weight.T
         return y if weights.bias is None else y + weights.bias
 
@@ -214,6 +222,33 @@ class Reference:
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         argmax = logits.argmax(-1).int().numpy()
         return Outputs(argmax, top_k, logits if taps.logits else None)
+
+
+def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
+    """x [ins] -> [outs], step by step as ops/quantized.py defines it, in its float32: bits, not only values, are defined there."""
+    codes, v = weights.whole().long(), x.float()
+    if weights.columns is not None:
+        v[weights.columns] = 0
+    most = torch.tensor(127.0)
+    m = v.abs().max()
+    s, r = m / most, most / m
+    if not m.isfinite():
+        return torch.full((len(codes),), math.nan, dtype=x.dtype)
+    code = torch.round(v * (r if r.isfinite() else 0)).long()
+    if weights.grouped:
+        total = torch.zeros(len(codes))
+        for g, scale in enumerate(weights.scale.T.double()):
+            own = slice(g * weights.group, (g + 1) * weights.group)
+            total = ((codes[:, own] @ code[own]) * scale + total).float()  # the sum is exact in float64, then rounded once
+        y = total * s
+    else:
+        y = (codes @ code).float() * (s * weights.scale)
+    if weights.columns is not None and weights.side is not None:
+        for column, side in zip(weights.columns.tolist(), weights.side.T.float(), strict=True):
+            y = y + x[column].float() * side
+    if weights.bias is not None:
+        y = y + weights.bias.float()
+    return y.to(x.dtype)
 
 
 def turned(x: Tensor, rotary: Rotary | None, by: Tensor | float) -> Tensor:

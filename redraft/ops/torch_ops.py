@@ -25,8 +25,9 @@ from redraft.core.tree import I32
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
-from redraft.ops.backend import Feature, LayerWeights, Linear, NormWeights, Outputs, Seen, Select, Weights, best_first
+from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Select, Weights, best_first
 from redraft.ops.format import PAGE, Arrays, Codec, Format, plain
+from redraft.ops.quantized import Quantized, product
 from redraft.ops.torch_pool import Pool, Shelf, by_head, units_of
 
 PACKED_FOR = 16  # rows; the layout serves every number of rows, one made for a single row serves only that
@@ -375,6 +376,7 @@ class TorchOps:
     # ---- the operations
 
     def embed(self, weights: Weights, plan: Plan) -> Tensor:
+        assert isinstance(weights.embed, Tensor), "an embedding in another backend's form"
         x = weights.embed.index_select(0, plan.tokens)
         return x if weights.positions is None else x + weights.positions.index_select(0, plan.positions)
 
@@ -383,13 +385,22 @@ class TorchOps:
             return F.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, norm.eps)
         return F.rms_norm(x, x.shape[-1:], weights.weight, norm.eps)
 
-    def pack(self, weights: Linear) -> Linear:
+    def use_threads(self, count: int) -> None:
+        torch.set_num_threads(count)
+
+    def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         """On the CPU, oneDNN's blocked layout: 17 rows then cost 1.7 times one row instead of 2.3 (docs/log.md)."""
+        if isinstance(weights, Quantized):
+            return weights.halved()
+        assert isinstance(weights, Linear)
         if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
             return weights
         return Linear(torch.ops.mkldnn._reorder_linear_weight(weights.weight, PACKED_FOR), weights.bias)
 
-    def linear(self, x: Tensor, weights: Linear) -> Tensor:
+    def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        if isinstance(weights, Quantized):
+            return product(x, weights)
+        assert isinstance(weights, Linear), "a weight in another backend's form"
         if not weights.weight.is_mkldnn:
             return F.linear(x, weights.weight, weights.bias)
         if not len(x):

@@ -1,0 +1,551 @@
+"""How fast engines run one model: the same weights, the same threads, each engine in its own process, taking turns.
+
+Every round gives each engine one turn for each measurement, in an order that turns from round to round; who waits is stopped with all
+its threads (SIGSTOP), so that nothing spins beside what is measured. What the machine allows at most is measured in turns of its own.
+Ratios are taken within a round: what slows the machine down for a while slows both down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from redraft import registry
+from redraft.bench import report, shapes
+from redraft.bench.divergence import first_difference
+from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.process import Lost, Worker
+from redraft.config import EngineConfig, ModelConfig
+from redraft.errors import InvalidInput, RedraftError, UnknownMethod, did_you_mean
+from redraft.models import loader
+from redraft.models.spec import Experts, ModelSpec
+
+if TYPE_CHECKING:
+    from redraft.weights.quant import Quantizer
+
+Tick = Callable[[str], None]
+
+MEASURES = ("decode", "prefill", "steps")
+LIMIT_OF = {"decode": "bandwidth", "prefill": "peak"}  # which limit takes its turn among the engines
+LIMITS = "redraft.bench.peers.limits:Limits"
+
+
+class Package(NamedTuple):
+    """Where a peer's class lies, the module that it needs and what to install for it."""
+
+    target: str
+    module: str
+    pip: str
+
+
+PEERS: dict[str, Package] = {
+    "transformers": Package("redraft.bench.peers.transformers:Transformers", "transformers", "transformers"),
+    "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf"),
+    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino_genai", "openvino-genai gguf"),
+}
+OWN = "redraft.bench.peers.redraft:Redraft"
+
+# What each library reads to use no newer instructions than these. llama.cpp is bound to what it was compiled for.
+ISAS: dict[str, dict[str, str]] = {
+    "avx2": {
+        "REDRAFT_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {
+        "REDRAFT_ISA": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx512-bf16": {
+        "REDRAFT_ISA": "avx512_bf16",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512_E1",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """context, tokens, prefill, rows, repeats: see Asked. redraft: options of each redraft engine; against: names of peers."""
+
+    redraft: tuple[Mapping[str, Any], ...] = ({},)
+    against: tuple[str, ...] = ("transformers",)
+    dtype: str = "auto"
+    threads: int = 0
+    context: int = 128
+    tokens: int = 32
+    prefill: int = 512
+    rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+    rounds: int = 5
+    repeats: int = 3
+    isa: str | None = None
+    seed: int = 0
+    timeout: float = 600.0
+    buffer: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"context": 1, "tokens": 4, "prefill": 1, "rounds": 1, "repeats": 1, "threads": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InvalidInput(f"{name} = {getattr(self, name)}: must be {low} or more")
+        if not self.rows or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
+            raise InvalidInput(f"rows = {','.join(map(str, self.rows))}: ascending numbers from 1 on are needed")
+        for name in self.against:
+            if name not in PEERS:
+                raise UnknownMethod(f"no engine {name!r} to run against: {did_you_mean(name, PEERS)}")
+        if self.isa is not None and self.isa not in ISAS:
+            raise InvalidInput(f"isa = {self.isa!r}: {did_you_mean(self.isa, ISAS)}")
+        for own in self.redraft:
+            config = EngineConfig.of(**{"dtype": self.dtype, **own})
+            if config.model.backend not in ("auto", *registry.BACKENDS):
+                raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
+            if config.model.quant is not None:
+                registry.create("quant", config.model.quant)
+
+    @property
+    def workers(self) -> int:
+        """Threads of each engine."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.threads or cores or 1
+
+
+def own_engines(common: Mapping[str, Any], several: Seq[str]) -> tuple[Mapping[str, Any], ...]:
+    """Options of the redraft engines: one for each "name=value,name=value", over what is common to all; without any, the default
+    backend, and PyTorch's beside it where that is another one."""
+    if several:
+        return tuple({**common, **_named(text)} for text in several)
+    default = ModelConfig.model_fields["backend"].default
+    return (dict(common),) if common or default == "torch" else ({}, {"backend": "torch"})
+
+
+def _named(text: str) -> dict[str, str]:
+    found = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InvalidInput(f"redraft = {text!r}: {item!r} is not option=value")
+        found[name.strip().replace("-", "_")] = value.strip()
+    return found
+
+
+# ---- the run
+
+
+@dataclass
+class Engine:
+    """One engine of a run. found: measurement -> what it answered, one entry a round, None where it did not run. lost: why it left."""
+
+    name: str
+    target: str
+    options: Mapping[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, list[Any]] = field(default_factory=dict)
+    lost: str | None = None
+    worker: Worker | None = field(default=None, repr=False)
+    differs: dict[str, Any] | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The greedy text of its first turn."""
+        return next((one["tokens"] for one in self.found.get("decode", []) if one), [])
+
+
+@dataclass
+class Comparison:
+    model: str
+    folder: Path
+    spec: ModelSpec
+    options: Options
+    engines: list[Engine]
+    limits: Engine
+    missing: dict[str, str]  # peer -> what would bring it
+
+    @property
+    def base(self) -> Engine:
+        """The first redraft engine: ratios are against it."""
+        return self.engines[0]
+
+
+def check(model: str, options: Options) -> ModelSpec:
+    """The network of a model that such a run fits; InvalidInput, or what is wrong with the model, else. Writes nothing."""
+    spec = shapes.spec_of(model)
+    if (longest := _asked(spec, Path(), options).longest) > spec.context:
+        raise InvalidInput(f"context, tokens, rows or prefill: {longest} places are needed, the model's context is {spec.context}")
+    return spec
+
+
+def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Comparison:
+    """Runs everything; ends every process whatever happens."""
+    spec = check(model, options)
+    folder = shapes.checkpoint(model, tick)
+    found = Comparison(model, folder, spec, options, *_engines(options))
+    asked = _asked(spec, folder, options)
+    everyone = [*found.engines, found.limits]
+    try:
+        for engine in everyone:
+            tick(f"loading {engine.name}")
+            _start(engine, asked, options)
+        if all(engine.lost for engine in found.engines):
+            raise RedraftError(f"no engine runs: {'; '.join(f'{engine.name}: {engine.lost}' for engine in found.engines)}")
+        for turn in range(options.rounds):
+            for measure in MEASURES:
+                for engine in _order(everyone, turn):
+                    tick(f"round {turn + 1}/{options.rounds}, {measure}: {engine.name}")
+                    _measure(engine, LIMIT_OF.get(measure, "") if engine is found.limits else measure)
+        _explain(found, asked)
+    finally:
+        for engine in everyone:
+            if engine.worker is not None:
+                engine.worker.end()
+    return found
+
+
+def ticks(options: Options) -> int:
+    """About how often `tick` is called."""
+    return (len(options.redraft) + len(options.against) + 1) * (1 + options.rounds * len(MEASURES))
+
+
+def _engines(options: Options) -> tuple[list[Engine], Engine, dict[str, str]]:
+    engines = [Engine(_own_name(own), OWN, own) for own in options.redraft]
+    missing = {}
+    for name in options.against:
+        target, module, pip = PEERS[name]
+        if importlib.util.find_spec(module) is None:
+            missing[name] = pip
+        else:
+            engines.append(Engine(name, target, {}))
+    size = {} if options.buffer is None else {"bytes": options.buffer, "side": 64}
+    return engines, Engine("limits", LIMITS, size), missing
+
+
+def _own_name(own: Mapping[str, Any]) -> str:
+    return " ".join(["redraft", *(f"{name}={value}" for name, value in own.items())])
+
+
+def _asked(spec: ModelSpec, folder: Path, o: Options) -> Asked:
+    return Asked(str(folder), o.dtype, o.workers, spec.vocab, o.context, o.tokens, o.prefill, o.rows, o.repeats, o.seed)
+
+
+def _start(engine: Engine, asked: Asked, options: Options) -> None:
+    threads = str(asked.threads)
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(ISAS[options.isa] if options.isa else {})}
+    try:
+        engine.worker = Worker(engine.target, dataclasses.replace(asked, options=engine.options), environment, options.timeout)
+        engine.facts = engine.worker.facts
+    except Lost as error:
+        engine.lost = f"not loaded: {error}"
+
+
+def _order(engines: list[Engine], turn: int) -> list[Engine]:
+    first = turn % len(engines)
+    return engines[first:] + engines[:first]
+
+
+def _measure(engine: Engine, measure: str) -> None:
+    """One turn. An engine that fails is left out from here on, and its process is ended."""
+    found = None
+    if engine.worker is not None and measure in engine.worker.does:
+        try:
+            found = engine.worker.ask({"do": measure})
+        except Lost as error:
+            engine.lost = f"{measure}: {error}"
+            engine.worker.end()
+            engine.worker = None
+    if measure:
+        engine.found.setdefault(measure, []).append(found)
+
+
+def _explain(found: Comparison, asked: Asked) -> None:
+    """Where a text first leaves the base's, and how near the two tokens are there in the base's own logits."""
+    for engine in found.engines[1:]:
+        mine, its = found.base.tokens, engine.tokens
+        if not mine or not its or (at := first_difference(mine, its)) is None:
+            continue
+        engine.differs = {"token": at, "expected": mine[at], "found": its[at], "margin": None, "near": None}
+        if found.base.worker is not None:
+            prompt = asked.prompt(asked.context) + mine[:at]
+            try:
+                told = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
+                engine.differs |= told
+            except Lost as error:
+                found.base.lost = f"margin: {error}"
+
+
+# ---- figures
+
+
+class Spread(NamedTuple):
+    """Over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Seq[float | None]) -> Spread | None:
+        known = [value for value in values if value is not None]
+        return cls(median(known), min(known), max(known)) if known else None
+
+
+def seconds(engine: Engine, measure: str, rows: int | None = None) -> list[float | None]:
+    """Seconds of a token, of the prompt or of a step of `rows`, one entry a round."""
+    return [None if one is None else _seconds(one, measure, rows) for one in engine.found.get(measure, [])]
+
+
+def _seconds(one: dict[str, Any], measure: str, rows: int | None) -> float:
+    if measure == "steps":
+        return float(one["seconds"][str(rows)])
+    return median(one["seconds"][2:]) if measure == "decode" else float(one["seconds"])  # the first two steps warm up
+
+
+def over(values: Seq[float | None], by: Seq[float | None]) -> Spread | None:
+    """Round by round."""
+    return Spread.of([a / b if a is not None and b else None for a, b in zip(values, by)])
+
+
+def speed_of_base(found: Comparison, engine: Engine, measure: str, rows: int | None = None) -> Spread | None:
+    """How fast the engine is beside the base: 0.5 is half as fast."""
+    return over(seconds(found.base, measure, rows), seconds(engine, measure, rows))
+
+
+def share(found: Comparison, engine: Engine, measure: str) -> Spread | None:
+    """Of the read bandwidth for decode, of the peak of its number format for prefill."""
+    if not engine.facts:
+        return None
+    work, limit = amount(found, engine, measure), _limit(found, engine, measure)
+    return over([work / took if took else None for took in seconds(engine, measure)], limit)
+
+
+def amount(found: Comparison, engine: Engine, measure: str) -> float:
+    """Bytes that one token must read, or operations that the prompt takes."""
+    if measure == "decode":
+        cached = found.options.context + found.options.tokens / 2
+        dtype = str(engine.facts["dtype"])
+        return read_bytes(found.spec, dtype, _quant(engine)) + cache_bytes(found.spec, cached, loader.DTYPES[dtype].itemsize)
+    return linear_flops(found.spec, found.options.prefill)
+
+
+def _quant(engine: Engine) -> str | None:
+    quant = engine.options.get("quant")
+    return None if quant in (None, "none") else str(quant)
+
+
+def _limit(found: Comparison, engine: Engine, measure: str) -> list[float | None]:
+    every = found.limits.found.get(LIMIT_OF[measure], [])
+    if measure == "decode":
+        return [one and one["bytes_per_second"] for one in every]
+    kind = "int8" if _quant(engine) else engine.facts["dtype"]
+    return [one and one["flops_per_second"].get(kind) for one in every]
+
+
+def linears(spec: ModelSpec) -> Iterator[tuple[tuple[int, ...], float]]:
+    """The shape of every matrix of the layers, and the part of it that one row meets: of a mixture, its chosen experts."""
+    every = spec.shapes()
+    for i, layer in enumerate(spec.layers):
+        part = layer.mlp.top_k / layer.mlp.count if isinstance(layer.mlp, Experts) else 1.0
+        for name, shape in every.items():
+            if name.startswith(f"layers.{i}.") and len(shape) > 1:
+                yield shape, part if ".experts." in name else 1.0
+
+
+def read_bytes(spec: ModelSpec, dtype: str, quant: str | None = None) -> float:
+    """Bytes of weights that one token must read. Embedding rows, norms and biases are too few to count."""
+    kind = loader.DTYPES[dtype]
+    if quant is None:
+        return _linear_weights(spec) * kind.itemsize + spec.vocab * spec.hidden * kind.itemsize
+    quantizer: Quantizer = registry.create("quant", quant)  # of dense models only
+    layers = sum(quantizer.bytes(shape[0], shape[1], kind, "layer") for shape, _ in linears(spec))
+    return layers + quantizer.bytes(spec.vocab, spec.hidden, kind, "head")
+
+
+def _linear_weights(spec: ModelSpec) -> float:
+    return sum(math.prod(shape) * part for shape, part in linears(spec))
+
+
+def cache_bytes(spec: ModelSpec, tokens: float, width: float) -> float:
+    return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * tokens * width
+
+
+def linear_flops(spec: ModelSpec, rows: int) -> float:
+    """The head runs on one row."""
+    return 2 * (_linear_weights(spec) * rows + spec.vocab * spec.hidden)
+
+
+# ---- tables
+
+
+def show(console: Console, found: Comparison) -> None:
+    o, machine = found.options, report.hardware()
+    head = (
+        f"{found.model}: {o.rounds} rounds in turns, {o.workers} threads each{f', {o.isa} only' if o.isa else ''}; "
+        f"medians, in brackets least and most\n{machine['cpu']}, {machine['cores']} cores; limits: {_limits(found)}"
+    )
+    told = Table.grid(padding=(0, 1, 0, 0))
+    for note in notes(found):
+        told.add_row("-", note)
+    console.print(Group(Text(head, style="bold"), *(part for title, table in _tables(found) for part in (Text(), Text(title), table))))
+    console.print(Group(Text(), told))
+
+
+def _limits(found: Comparison) -> str:
+    every = found.limits.found
+    reads = Spread.of([one and one["bytes_per_second"] for one in every.get("bandwidth", [])])
+    parts = [] if reads is None else [f"reads {_span(reads, 1e-9, '.1f')} GB/s"]
+    peaks = [one["flops_per_second"] for one in every.get("peak", []) if one]
+    for kind in peaks[0] if peaks else ():
+        flops = Spread.of([one[kind] for one in peaks])
+        assert flops is not None
+        parts.append(f"{kind} {_span(flops, 1e-12, '.2f')} TFLOP/s")
+    return (
+        ", ".join([*parts, f"measured by {found.limits.facts['how']} ({found.limits.facts['isa']})"])
+        if parts
+        else f"none, {found.limits.lost}"
+    )
+
+
+def _tables(found: Comparison) -> Iterator[tuple[str, Table]]:
+    o = found.options
+    columns = "engine", "tokens/s", "speed of base", "GB/s", "of bandwidth"
+    yield f"plain decode behind {o.context} tokens, {o.tokens} tokens", _rows(found, "decode", columns, 1.0, 1e-9)
+    columns = "engine", "tokens/s", "speed of base", "TFLOP/s", "of peak"
+    yield f"prefill of {o.prefill} tokens", _rows(found, "prefill", columns, float(o.prefill), 1e-12)
+    table = _table(["engine", *(f"{rows} row{'s' * (rows > 1)}" for rows in o.rows)])
+    for engine in found.engines:
+        if any(engine.found.get("steps", [])):
+            _steps(found, engine, table)
+    yield f"one step behind {o.context} tokens: milliseconds, times the first column, speed of base", table
+
+
+def _rows(found: Comparison, measure: str, columns: Seq[str], tokens: float, unit: float) -> Table:
+    table = _table(columns)
+    for engine in found.engines:
+        took = seconds(engine, measure)
+        if any(took):
+            rate = Spread.of([tokens / one if one else None for one in took])
+            work = Spread.of([amount(found, engine, measure) / one if one else None for one in took])
+            assert rate is not None and work is not None
+            cells = _span(rate, 1, ".1f"), _ratio(found, engine, measure), f"{work.median * unit:.2f}"
+            part = share(found, engine, measure)
+            table.add_row(engine.name, *cells, "" if part is None else _span(part, 100, ".0f", " %"))
+    return table
+
+
+def _steps(found: Comparison, engine: Engine, table: Table) -> None:
+    cells = []
+    for rows in found.options.rows:
+        took = Spread.of(seconds(engine, "steps", rows))
+        more = over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))
+        assert took is not None and more is not None
+        ratio = "" if engine is found.base else "\n" + _ratio(found, engine, "steps", rows)
+        cells.append(f"{took.median * 1e3:.1f}\nx {more.median:.2f}{ratio}")
+    table.add_row(engine.name, *cells)
+
+
+def _ratio(found: Comparison, engine: Engine, measure: str, rows: int | None = None) -> str:
+    ratio = speed_of_base(found, engine, measure, rows)
+    return "base" if engine is found.base else "" if ratio is None else _span(ratio, 1, ".2f")
+
+
+def _span(spread: Spread, unit: float, form: str, after: str = "") -> str:
+    middle, low, high = (format(value * unit, form) for value in spread)
+    return f"{middle}{after} ({low}..{high})"
+
+
+def _table(columns: Seq[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def notes(found: Comparison) -> Iterator[str]:
+    """What the tables cannot say: who is missing, who left, whose text differs."""
+    for name, pip in found.missing.items():
+        yield f"{name} is not installed: pip install {pip}"
+    for engine in [*found.engines, found.limits]:
+        if engine.lost:
+            yield f"{engine.name} left: {engine.lost}"
+        if note := engine.facts.get("note"):
+            yield f"{engine.name}: {note}"
+    for engine in found.engines[1:]:
+        if engine.tokens and found.base.tokens:
+            yield f"{engine.name}: {_text(engine, found.base)}"
+
+
+def _text(engine: Engine, base: Engine) -> str:
+    differs = engine.differs
+    if differs is None:
+        return f"the same {len(base.tokens)} greedy tokens as {base.name}"
+    at = f"greedy text differs from {base.name}'s at token {differs['token'] + 1} of {len(base.tokens)}"
+    if differs["margin"] is None:
+        return at
+    kind = "a near-tie" if abs(differs["margin"]) <= differs["near"] else "NO near-tie"
+    return f"{at}: {kind}, {differs['margin']:.3g} apart in {base.name}'s logits (near: up to {differs['near']:.2g})"
+
+
+# ---- JSON
+
+
+def document(found: Comparison) -> dict[str, Any]:
+    options = dataclasses.asdict(found.options) | {"threads": found.options.workers}
+    del options["redraft"], options["buffer"]
+    return {
+        "model": found.model,
+        "folder": str(found.folder),
+        "hardware": report.hardware(),
+        "commit": report.commit(),
+        "settings": options,
+        "environment": ISAS[found.options.isa] if found.options.isa else {},
+        "base": found.base.name,
+        "per_token_read_bytes": {engine.name: amount(found, engine, "decode") for engine in found.engines if engine.facts},
+        "prefill_linear_flops": linear_flops(found.spec, found.options.prefill),
+        "missing": found.missing,
+        "engines": [_engine(found, engine) for engine in found.engines],
+        "limits": {"facts": found.limits.facts, "lost": found.limits.lost, "rounds": found.limits.found},
+    }
+
+
+def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
+    def told(spread: Spread | None) -> dict[str, float] | None:
+        return None if spread is None else spread._asdict()
+
+    summary: dict[str, Any] = {}
+    for measure in ("decode", "prefill"):
+        summary[measure] = {
+            "seconds": told(Spread.of(seconds(engine, measure))),
+            "speed_of_base": told(speed_of_base(found, engine, measure)),
+            "share_of_limit": told(share(found, engine, measure)),
+        }
+    summary["steps"] = {
+        rows: {
+            "seconds": told(Spread.of(seconds(engine, "steps", rows))),
+            "of_one_row": told(over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))),
+            "speed_of_base": told(speed_of_base(found, engine, "steps", rows)),
+        }
+        for rows in found.options.rows
+    }
+    return {
+        "name": engine.name,
+        "options": dict(engine.options),
+        "facts": engine.facts,
+        "lost": engine.lost,
+        "text_differs": engine.differs,
+        "summary": summary,
+        "rounds": engine.found,
+    }

@@ -1,0 +1,341 @@
+"""Single operations of each backend: linear layers by number of rows, attention over the cache, beside what the machine allows.
+
+Backends take turns within one process, and only the one that is measured has more than one thread. A weight is read from memory and not
+from a cache: several copies of it are used in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from redraft import registry
+from redraft.bench import report, shapes
+from redraft.bench.decode import Spread, Tick
+from redraft.bench.peers import limits
+from redraft.config import SamplingParams
+from redraft.core.batch import Batch
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.errors import InvalidInput
+from redraft.kv.store import Store
+from redraft.kv.table import PageTable
+from redraft.models.spec import ModelSpec
+from redraft.ops.backend import Backend, Linear
+
+COLD = 512 << 20  # bytes of copies of one weight: more than caches hold
+COPIES = 1024  # at most: of a tiny weight no number of them is worth the wait
+SAMPLE = 0.03  # seconds that one measurement takes at least
+PAGE = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """backends: names, () for all that compute on this machine; quants: forms of the weights beside plain ones; cached: tokens that
+    attention reads; shared: tokens of a prefix that 8 sequences share, 0 for none; cold: bytes, see COLD."""
+
+    backends: tuple[str, ...] = ()
+    quants: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    threads: int = 1
+    rows: tuple[int, ...] = (1, 4, 16, 64, 512)
+    cached: tuple[int, ...] = (1024, 8192)
+    shared: int = 4096
+    rounds: int = 5
+    cold: int = COLD
+
+    def __post_init__(self) -> None:
+        for name in self.backends:
+            if name not in registry.BACKENDS:
+                raise registry.unknown("backend", name, registry.BACKENDS)
+        if self.dtype not in limits.KINDS:
+            raise InvalidInput(f"dtype = {self.dtype!r}: allowed are {', '.join(limits.KINDS)}")
+        for name, values, low in (("rows", self.rows, 1), ("cached", self.cached, 1)):
+            if any(value < low for value in values) or not values:
+                raise InvalidInput(f"{name} = {','.join(map(str, values))}: numbers from {low} on are needed")
+        for name, value in (("rounds", self.rounds), ("threads", self.threads)):
+            if value < 1:
+                raise InvalidInput(f"{name} = {value}: must be 1 or more")
+        for text in self.quants:
+            registry.create("quant", text)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        return self.backends or tuple(name for name in registry.BACKENDS if name != "reference")
+
+
+@dataclass
+class Line:
+    """One operation of one backend: what it takes and what it was measured at, one entry a round. bytes: that must be read; flops:
+    operations; kind: of the numbers that are multiplied; floor: limits measured beside it."""
+
+    operation: str
+    backend: str
+    size: str  # "1 row", "8192 tokens, 16 rows"
+    bytes: float
+    flops: float
+    kind: str
+    floor: dict[str, Any]
+    run: Callable[[], object] = field(repr=False)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def took(self) -> Spread:
+        found = Spread.of(self.seconds)
+        assert found is not None
+        return found
+
+    @property
+    def of_bandwidth(self) -> float:
+        return self.bytes / self.took.median / float(self.floor["bytes_per_second"])
+
+    @property
+    def of_peak(self) -> float | None:
+        peak = self.floor["flops_per_second"].get(self.kind)
+        return self.flops / self.took.median / peak if peak else None
+
+
+@dataclass
+class Measured:
+    model: str
+    options: Options
+    lines: list[Line]
+    refused: dict[str, str]  # backend -> why it does not run here
+
+
+def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Measured:
+    """Everything, one operation after another; `tick` is told each."""
+    spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
+    limits.use_threads(options.threads)
+    backends, refused = _backends(options, dtype)
+    found = Measured(model, options, [], refused)
+    for name, make in _operations(spec, options, backends):
+        tick(name)
+        limits.use_threads(options.threads)
+        floor = limits.limits()
+        lines = make(floor)
+        _take_turns(lines, options)
+        for line in lines:
+            line.run = _nothing  # its weights go before the next operation's are made
+        found.lines += lines
+    limits.use_threads(options.threads)
+    return found
+
+
+def ticks(options: Options) -> int:
+    return 5 + len(options.cached) + bool(options.shared)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _backends(options: Options, dtype: torch.dtype) -> tuple[dict[str, Backend], dict[str, str]]:
+    from redraft.errors import Unsupported
+
+    found, refused = {}, {}
+    for name in options.chosen:
+        try:
+            found[name] = registry.load(registry.BACKENDS[name])(dtype, torch.device("cpu"))
+        except Unsupported as error:
+            refused[name] = str(error)
+    if not found:
+        raise Unsupported(f"no backend runs here: {'; '.join(refused.values())}")
+    return found, refused
+
+
+Make = Callable[[dict[str, Any]], list[Line]]
+
+
+def _operations(spec: ModelSpec, options: Options, backends: dict[str, Backend]) -> Iterator[tuple[str, Make]]:
+    every = spec.shapes()
+    wanted = {name.split(".")[2]: shape for name, shape in every.items() if name.startswith("layers.0.") and len(shape) == 2}
+    for name, (outs, ins) in {**wanted, "head": (spec.vocab, spec.hidden)}.items():
+        title = f"{name}, {ins} to {outs}"
+        yield title, lambda floor, title=title, outs=outs, ins=ins: _linears(title, outs, ins, options, backends, floor)  # type: ignore[misc]
+    for cached in options.cached:
+        title = f"attention over {cached} cached tokens"
+        yield title, lambda floor, title=title, cached=cached: _attention(title, cached, 1, spec, options, backends, floor)  # type: ignore[misc]
+    if options.shared:
+        title = f"attention of sequences that share a prefix of {options.shared} tokens"
+        yield title, lambda floor: _attention(title, options.shared, 8, spec, options, backends, floor)
+
+
+# ---- turns
+
+
+def _take_turns(lines: list[Line], options: Options) -> None:
+    """Round by round, backends next to each other; in an order that turns."""
+    for turn in range(options.rounds + 1):
+        first = turn % len(lines)
+        for line in lines[first:] + lines[:first]:
+            torch.set_num_threads(1 if line.backend.startswith("native") else options.threads)
+            took = _sample(line.run)
+            if turn:  # the first round warms up
+                line.seconds.append(took)
+
+
+@torch.inference_mode()
+def _sample(run: Callable[[], object]) -> float:
+    count, begun = 0, time.perf_counter()
+    while (took := time.perf_counter() - begun) < SAMPLE or not count:
+        run()
+        count += 1
+    return took / count
+
+
+# ---- operations
+
+
+def _linears(title: str, outs: int, ins: int, options: Options, backends: dict[str, Backend], floor: dict[str, Any]) -> list[Line]:
+    lines = []
+    dtype = limits.KINDS[options.dtype]
+    copies = min(COPIES, max(1, -(-options.cold // (outs * ins * dtype.itemsize))))
+    plain = Linear((torch.randn(outs, ins) / ins**0.5).to(dtype))
+    for quant in ("", *options.quants):
+        stored: Any = plain
+        size = float(outs * ins * dtype.itemsize)
+        if quant:
+            quantizer, part = registry.create("quant", quant), "head" if title.startswith("head") else "layer"
+            stored, size = quantizer.quantize(plain, part, None), float(quantizer.bytes(outs, ins, dtype, part))
+        for name, backend in backends.items():
+            packed = [backend.pack(_copy(stored)) for _ in range(copies)]
+            for rows in options.rows:
+                run = _linear(backend, torch.randn(rows, ins).to(dtype), cycle(packed))
+                label = f"{name} {quant}".strip()
+                kind = "int8" if quant else options.dtype
+                lines.append(Line(title, label, f"{rows} row{'s' * (rows > 1)}", size, 2.0 * rows * outs * ins, kind, floor, run))
+    return sorted(lines, key=lambda line: int(line.size.split()[0]))  # what is compared stands side by side
+
+
+def _copy(weights: Any) -> Any:
+    """Its own memory, so that copies are not one in a cache."""
+    if isinstance(weights, Linear):
+        return Linear(weights.weight.clone())
+    return dataclasses.replace(
+        weights, **{f.name: v.clone() for f in dataclasses.fields(weights) if isinstance(v := getattr(weights, f.name), Tensor)}
+    )
+
+
+def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[], object]:
+    return lambda: backend.linear(x, next(weights))
+
+
+def _attention(
+    title: str, cached: int, most: int, spec: ModelSpec, options: Options, backends: dict[str, Backend], floor: dict[str, Any]
+) -> list[Line]:
+    """Layers in turn, so that keys come from memory. With `most` > 1: one and so many sequences of one row; else 1 and 16 rows."""
+    cases = [(1, 1), (most, 1)] if most > 1 else [(1, 1), (1, 16)]
+    lines, layer, width = [], spec.layers[0], limits.KINDS[options.dtype].itemsize
+    for count, rows in cases:
+        for name, backend in backends.items():
+            size = 2.0 * cached * spec.kv_heads * spec.head_dim * width
+            flops = 4.0 * count * rows * cached * layer.heads * spec.head_dim
+            told = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
+            lines.append(Line(title, name, told, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
+    return lines
+
+
+def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int) -> Callable[[], object]:
+    """One layer of `count` sequences that share `cached` tokens. Keys are zeros: how long it takes does not depend on them."""
+    slabs = -(-cached // PAGE) + count * (2 + rows // PAGE)
+    table = PageTable(slabs, len(spec.layers), spec.kv_heads)
+    store = Store(backend, spec, slabs)
+    cached -= cached % PAGE if count > 1 else 0  # whole pages are shared
+    works = []
+    for i in range(count):
+        tokens = [0] * cached + [1 + i]
+        seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, border=NEVER)
+        table.open(seq)
+        table.attach(seq, table.match(tokens, ""))
+        if seq.stored < cached:
+            work = [Work(seq, cached - seq.stored)]
+            store.zero(table.reserve(work, [EMPTY]).fresh)
+            store.move(table.commit(work, [Accepted()]))
+            table.publish(seq)
+        works.append(Work(seq, 1))
+    tree = TokenTree.chain([1] * (rows - 1))
+    pages = table.reserve(works, [tree] * count)
+    store.zero(pages.fresh)
+    plan = backend.plan(Batch.pack(works, [tree] * count, pages), spec)
+    turn = cycle(range(len(spec.layers)))
+    layer, size = spec.layers[0], (count * rows, spec.head_dim)
+    q, k, v = (torch.randn(size[0], heads, size[1]).to(backend.dtype) for heads in (layer.heads, spec.kv_heads, spec.kv_heads))
+    return lambda: backend.attend(i := next(turn), spec.layers[i], q, k, v, store.pool, plan)
+
+
+# ---- report
+
+
+def show(console: Console, found: Measured) -> None:
+    o, machine = found.options, report.hardware()
+    head = (
+        f"{found.model}, {o.dtype}: {o.rounds} rounds in turns, {o.threads} thread{'s' * (o.threads > 1)}; medians\n"
+        f"{machine['cpu']}, {machine['cores']} cores; milliseconds, GB/s and share of the read bandwidth, TFLOP/s and share of the peak"
+    )
+    parts: list[Any] = [Text(head, style="bold")]
+    for operation in dict.fromkeys(line.operation for line in found.lines):
+        own = [line for line in found.lines if line.operation == operation]
+        parts += [Text(), Text(f"{operation}; {_floor(own[0].floor)}"), _table(own)]
+    parts += [Text(f"- {name} does not run here: {why}") for name, why in found.refused.items()]
+    console.print(Group(*parts))
+
+
+def _floor(floor: dict[str, Any]) -> str:
+    peaks = ", ".join(f"{kind} {flops * 1e-12:.2f} TFLOP/s" for kind, flops in floor["flops_per_second"].items())
+    return f"limits: {floor['bytes_per_second'] * 1e-9:.1f} GB/s, {peaks}"
+
+
+def _table(lines: Seq[Line]) -> Table:
+    sizes = list(dict.fromkeys(line.size for line in lines))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(["backend", *sizes]):
+        table.add_column(column, justify="right" if i else "left")
+    for backend in dict.fromkeys(line.backend for line in lines):
+        cells = {line.size: _cell(line) for line in lines if line.backend == backend}
+        table.add_row(backend, *(cells.get(size, "") for size in sizes))
+    return table
+
+
+def _cell(line: Line) -> str:
+    took, part = line.took.median, line.of_peak
+    peak = "" if part is None else f" {part:.0%}"
+    return f"{took * 1e3:.3g} ms\n{line.bytes / took * 1e-9:.1f} GB/s {line.of_bandwidth:.0%}\n{line.flops / took * 1e-12:.3f} TF{peak}"
+
+
+def document(found: Measured) -> dict[str, Any]:
+    return {
+        "model": found.model,
+        "hardware": report.hardware(),
+        "commit": report.commit(),
+        "settings": dataclasses.asdict(found.options),
+        "refused": found.refused,
+        "lines": [
+            {
+                "operation": line.operation,
+                "backend": line.backend,
+                "size": line.size,
+                "bytes": line.bytes,
+                "flops": line.flops,
+                "kind": line.kind,
+                "limits": line.floor,
+                "seconds": line.took._asdict(),
+                "rounds": line.seconds,
+                "of_bandwidth": line.of_bandwidth,
+                "of_peak": line.of_peak,
+            }
+            for line in found.lines
+        ],
+    }

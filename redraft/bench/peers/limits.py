@@ -1,0 +1,97 @@
+"""What the machine allows at most: bytes read a second from memory, floating-point operations a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.bench.peers.peer import Asked
+from redraft.models import memory
+from redraft.ops import library
+
+BUFFER = 2 << 30  # bytes: the last level of cache of some machines holds hundreds of MiB
+SIDE = 2048  # of the square matrices whose product measures the peak
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Limits:
+    """Takes its turns among the engines. Options, for tests: `bytes` of the buffer, `side` of the matrices."""
+
+    does = ("bandwidth", "peak")
+
+    def __init__(self, asked: Asked) -> None:
+        use_threads(asked.threads)
+        self.buffer = buffer(asked.options.get("bytes"))
+        self.side = int(asked.options.get("side", SIDE))
+        self.facts: dict[str, Any] = {"buffer_bytes": self.buffer.nbytes, **how()}
+
+    def bandwidth(self) -> dict[str, Any]:
+        return {"bytes_per_second": bandwidth(self.buffer)}
+
+    def peak(self) -> dict[str, Any]:
+        return {"flops_per_second": peaks(self.side)}
+
+
+def limits(size: int | None = None, side: int = SIDE) -> dict[str, Any]:
+    """Both limits of this machine, within seconds."""
+    return {"bytes_per_second": bandwidth(buffer(size)), "flops_per_second": peaks(side), **how()}
+
+
+def how() -> dict[str, str]:
+    """What measures: the native kernels where they are compiled, else PyTorch."""
+    native = library.load()
+    return {
+        "how": "PyTorch" if native is None else "the native kernels",
+        "isa": native.isa if native else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def use_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    if (native := library.load()) is not None:
+        native.set_threads(count)
+
+
+def buffer(size: int | None = None) -> Tensor:
+    """Memory that is all there: 2 GiB, or a quarter of what is free where that is less."""
+    held = torch.empty((size or min(BUFFER, memory.limits() // 4)) // 8, dtype=torch.int64)
+    if (native := library.load()) is not None:
+        native.fill(held.data_ptr(), held.nbytes)
+    else:
+        held.fill_(1)
+    return held
+
+
+def bandwidth(held: Tensor, repeats: int = 4) -> float:
+    """Bytes a second at which all threads together read the buffer; the best of some passes."""
+    if (native := library.load()) is not None:
+        return native.read_bandwidth(held.data_ptr(), held.nbytes, repeats)
+    return held.nbytes / _best(lambda: held.sum(), repeats)
+
+
+def peaks(side: int = SIDE) -> dict[str, float]:
+    """Operations a second by kind of number: the native kernels' in registers, or else the best of some large matrix products.
+    What the machine has no instruction for is left out."""
+    if (native := library.load()) is not None:
+        found = {kind: native.peak(kind) for kind in (*KINDS, "int8")}
+        return {kind: flops for kind, flops in found.items() if flops}
+    return {kind: _product(dtype, side) for kind, dtype in KINDS.items()}
+
+
+def _product(dtype: torch.dtype, side: int, repeats: int = 4) -> float:
+    a, b = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
+    torch.mm(a, b)
+    return 2 * side**3 / _best(lambda: torch.mm(a, b), repeats)
+
+
+def _best(run: Callable[[], object], repeats: int) -> float:
+    found = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begun)
+    return min(found)

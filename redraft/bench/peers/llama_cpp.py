@@ -1,0 +1,96 @@
+"""llama.cpp through llama-cpp-python's plain C functions. It runs with the instructions that it was compiled for."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redraft.bench.peers.gguf import converted
+from redraft.bench.peers.peer import Asked, timed
+from redraft.errors import Unsupported
+from redraft.models import loader
+
+llama_cpp: Any = importlib.import_module("llama_cpp")  # an optional package
+
+
+class LlamaCpp:
+    does = ("decode", "prefill", "steps")
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        folder = loader.resolve(asked.folder)
+        file = converted(Path(folder), asked.dtype)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise Unsupported(f"llama.cpp does not load {file}")
+        params = llama_cpp.llama_context_default_params()
+        most = max(asked.context, asked.prefill, *asked.rows)
+        params.n_ctx, params.n_batch, params.n_ubatch = asked.longest, most, most
+        params.n_threads = params.n_threads_batch = asked.threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise Unsupported(f"llama.cpp makes no context of {asked.longest} tokens")
+        self.memory: Any = llama_cpp.llama_get_memory(self.context)
+        self.batch = llama_cpp.llama_batch_init(most, 0, 1)
+        self.facts: dict[str, Any] = {
+            "version": llama_cpp.__version__,
+            "dtype": str(loader.inspect(folder, asked.dtype).dtype).removeprefix("torch."),
+            "file": str(file),
+            "system": llama_cpp.llama_print_system_info().decode().strip(),
+        }
+
+    def decode(self) -> dict[str, Any]:
+        llama_cpp.llama_memory_clear(self.memory, True)
+        prompt = self.asked.prompt(self.asked.context)
+        token = self._run(prompt, 0, 1)[0]
+        tokens, stamps = [token], [time.perf_counter()]
+        for i in range(self.asked.tokens):
+            token = self._run([token], len(prompt) + i, 1)[0]
+            stamps.append(time.perf_counter())
+            tokens.append(token)
+        return {"seconds": [z - a for a, z in pairwise(stamps)], "tokens": tokens}
+
+    def prefill(self) -> dict[str, Any]:
+        return {"seconds": timed(self._prefill, self.asked.repeats)}
+
+    def steps(self) -> dict[str, Any]:
+        most, context = max(self.asked.rows), self.asked.context
+        tokens = self.asked.prompt(context + most)
+        llama_cpp.llama_memory_clear(self.memory, True)
+        self._run(tokens[:context], 0, 1)
+        self._step(tokens[context:])  # first calls are nobody's time
+        found = {n: timed(lambda n=n: self._step(tokens[context:][:n]), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
+        return {"seconds": found}
+
+    def _prefill(self) -> float:
+        llama_cpp.llama_memory_clear(self.memory, True)
+        prompt = self.asked.prompt(self.asked.prefill)
+        begun = time.perf_counter()
+        self._run(prompt, 0, 1)
+        return time.perf_counter() - begun
+
+    def _step(self, tokens: list[int]) -> float:
+        begun = time.perf_counter()
+        self._run(tokens, self.asked.context, len(tokens))
+        took = time.perf_counter() - begun
+        if not llama_cpp.llama_memory_seq_rm(self.memory, 0, self.asked.context, -1):
+            raise Unsupported("llama.cpp cannot drop the last tokens of this model's cache")
+        return took
+
+    def _run(self, tokens: list[int], first: int, wanted: int) -> list[int]:
+        """One forward; the likeliest token behind each of the last `wanted` rows."""
+        batch, count = self.batch, len(tokens)
+        batch.n_tokens = count
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, first + i, 1, 0
+            batch.logits[i] = i >= count - wanted
+        if code := llama_cpp.llama_decode(self.context, batch):
+            raise Unsupported(f"llama_decode of {count} rows returned {code}")
+        rows = (llama_cpp.llama_get_logits_ith(self.context, i) for i in range(count - wanted, count))
+        return [int(np.ctypeslib.as_array(row, (self.asked.vocab,)).argmax()) for row in rows]

@@ -1,0 +1,115 @@
+"""Redraft itself: decode and prefill through `LLM`, a step of many rows as the forward that verifies a draft."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from redraft import __version__
+from redraft.bench.divergence import tolerance
+from redraft.bench.peers.peer import Asked, timed
+from redraft.config import EngineConfig, SamplingParams
+from redraft.core.batch import Batch
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.llm import LLM
+from redraft.ops.backend import Outputs
+
+
+class Redraft:
+    does = ("decode", "prefill", "steps")
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        given = {"threads": asked.threads, "dtype": asked.dtype, "token_budget": max(512, asked.prefill), **asked.options}
+        config = EngineConfig.of(model=asked.folder, max_model_len=asked.longest, max_seqs=1, prefix_sharing=False, draft="none", **given)
+        self.llm = LLM(config=config)
+        self.runner = self.llm.runner
+        backend = self.runner.backend
+        self.facts: dict[str, Any] = {
+            "version": __version__,
+            "backend": backend.name,
+            "dtype": str(backend.dtype).removeprefix("torch."),
+            "features": sorted(backend.features),
+            "torch": torch.__version__,
+            "torch_threads": torch.get_num_threads(),
+            "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    # ---- measurements
+
+    def decode(self) -> dict[str, Any]:
+        params = SamplingParams(temperature=0, max_tokens=self.asked.tokens + 1, ignore_eos=True)
+        stamps, tokens = [], []
+        for delta in self.llm.stream({"prompt_token_ids": self.asked.prompt(self.asked.context)}, params):
+            if delta.token_ids:
+                stamps.append(time.perf_counter())
+                tokens += delta.token_ids
+        return {"seconds": [z - a for a, z in pairwise(stamps)], "tokens": tokens}
+
+    def prefill(self) -> dict[str, Any]:
+        return {"seconds": timed(self._prefill, self.asked.repeats)}
+
+    def steps(self) -> dict[str, Any]:
+        most, context = max(self.asked.rows), self.asked.context
+        tokens = self.asked.prompt(context + most)
+        seq = self._open(tokens[: context + 1])
+        try:
+            self._read(seq, context)
+            self._step(seq, tokens[context + 1 :][: most - 1])  # first calls are nobody's time
+            found = {n: timed(lambda n=n: self._step(seq, tokens[context + 1 :][: n - 1]), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
+        finally:
+            self.runner.table.free(seq)
+        return {"seconds": found}
+
+    def margin(self, prompt: list[int], expected: int, found: int) -> dict[str, Any]:
+        """By how much `expected` is likelier than `found` behind `prompt`, in logits, and what counts as a near-tie there."""
+        seq = self._open(prompt)
+        try:
+            self._read(seq, len(prompt) - 1)
+            logits = self._forward(Work(seq, 1), EMPTY, Taps(logits=True)).logits
+        finally:
+            self.runner.table.free(seq)
+        assert logits is not None
+        row = logits[0].double().cpu().numpy()
+        return {"margin": float(row[expected] - row[found]), "near": tolerance(self.runner.backend.dtype, row)}
+
+    # ---- one forward pass
+
+    def _prefill(self) -> float:
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        begun = time.perf_counter()
+        self.llm.generate({"prompt_token_ids": self.asked.prompt(self.asked.prefill)}, params)
+        return time.perf_counter() - begun
+
+    def _open(self, tokens: list[int]) -> Sequence:
+        seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, border=NEVER)
+        self.runner.table.open(seq)
+        return seq
+
+    def _read(self, seq: Sequence, length: int) -> None:
+        """The first `length` tokens into the cache."""
+        while seq.stored < length:
+            work = Work(seq, min(512, length - seq.stored))
+            self._forward(work, EMPTY)
+            self.runner.store.move(self.runner.table.commit([work], [Accepted()]))
+
+    def _step(self, seq: Sequence, draft: list[int]) -> float:
+        """The last token and a drafted chain behind it, as a step runs them; nothing of it stays."""
+        tree = TokenTree.chain(draft)
+        begun = time.perf_counter()
+        out = self._forward(Work(seq, 1), tree)
+        took = time.perf_counter() - begun
+        assert len(out.argmax) == 1 + len(draft)
+        self.runner.table.discard(seq)
+        return took
+
+    def _forward(self, work: Work, tree: TokenTree, taps: Taps = NOTHING) -> Outputs:
+        pages = self.runner.table.reserve([work], [tree])
+        self.runner.store.zero(pages.fresh)
+        return self.runner.forward(Batch.pack([work], [tree], pages), taps)

@@ -1,0 +1,83 @@
+"""Hugging Face transformers: its model called in a plain loop, which is less work than its `generate`."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from redraft.bench.peers.peer import Asked, timed
+from redraft.models import loader
+
+
+class Transformers:
+    does = ("decode", "prefill", "steps")
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        torch.set_num_threads(asked.threads)
+        transformers.utils.logging.set_verbosity_error()
+        dtype = loader.inspect(loader.resolve(asked.folder), asked.dtype).dtype
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            asked.folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        ).eval()
+        self.facts: dict[str, Any] = {
+            "version": transformers.__version__,
+            "dtype": str(dtype).removeprefix("torch."),
+            "attention": "sdpa",
+            "torch": torch.__version__,
+            "torch_threads": torch.get_num_threads(),
+            "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        }
+
+    @torch.inference_mode()
+    def decode(self) -> dict[str, Any]:
+        cache = transformers.DynamicCache()
+        token = self._likeliest(self.asked.prompt(self.asked.context), cache)
+        tokens, stamps = [token], [time.perf_counter()]
+        for _ in range(self.asked.tokens):
+            token = self._likeliest([token], cache)
+            stamps.append(time.perf_counter())
+            tokens.append(token)
+        return {"seconds": [z - a for a, z in pairwise(stamps)], "tokens": tokens}
+
+    def prefill(self) -> dict[str, Any]:
+        return {"seconds": timed(self._prefill, self.asked.repeats)}
+
+    @torch.inference_mode()
+    def steps(self) -> dict[str, Any]:
+        most, context = max(self.asked.rows), self.asked.context
+        tokens = self.asked.prompt(context + most)
+        cache = transformers.DynamicCache()
+        self._likeliest(tokens[:context], cache)
+        self._step(tokens[context:], cache)  # first calls are nobody's time
+        found = {n: timed(lambda n=n: self._step(tokens[context:][:n], cache), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
+        return {"seconds": found}
+
+    @torch.inference_mode()
+    def _prefill(self) -> float:
+        prompt = self.asked.prompt(self.asked.prefill)
+        begun = time.perf_counter()
+        self._likeliest(prompt, transformers.DynamicCache())
+        return time.perf_counter() - begun
+
+    def _step(self, tokens: list[int], cache: Any) -> float:
+        begun = time.perf_counter()
+        best = self._logits(tokens, cache, len(tokens)).argmax(-1).tolist()
+        took = time.perf_counter() - begun
+        assert len(best) == len(tokens)
+        cache.crop(-len(tokens))
+        return took
+
+    def _likeliest(self, tokens: list[int], cache: Any) -> int:
+        """The token behind the last one; the head runs on that row only."""
+        return int(self._logits(tokens, cache, 1)[0].argmax())
+
+    def _logits(self, tokens: list[int], cache: Any, rows: int) -> Tensor:
+        out = self.model(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=rows)
+        logits: Tensor = out.logits[0]
+        return logits

@@ -1,0 +1,224 @@
+"""Shapes of models without a checkpoint: random weights for a config.json, written once into the cache folder.
+
+How fast an engine is depends on the shape of a model and not on what its weights say, so every engine of a benchmark reads
+the same random weights from the same files. They are drawn from a fixed seed: the same everywhere, and greedy texts can be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from redraft import registry
+from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, did_you_mean
+from redraft.models import loader
+from redraft.models.memory import size
+from redraft.models.spec import ModelSpec
+
+Tick = Callable[[str], None]
+
+SHARD = 512 << 20  # bytes of a file, and about what is held in memory while weights are written
+SPREAD = 0.02  # standard deviation of embeddings, head, biases and of norms around 1
+GAIN = 1.2  # of matrices: sqrt(inputs) times their deviation. From 1 down greedy texts repeat one token; far above, rounding grows
+VERSION = 1  # of how weights are drawn: another one makes another folder
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        **_LLAMA,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "100m": {
+        **_LLAMA,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "max_position_embeddings": 16384,
+        "rope_theta": 10000.0,
+    },
+    "qwen2-0.5b": {
+        **_LLAMA,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+    },
+}
+
+
+def cache_folder() -> Path:
+    """REDRAFT_CACHE, else ~/.cache/redraft."""
+    return Path(os.environ.get("REDRAFT_CACHE") or "~/.cache/redraft").expanduser()
+
+
+def config_of(model: str) -> dict[str, Any] | None:
+    """The config.json of a shape: of a name in SHAPES, of a folder without weights or of a JSON file; None for what has weights."""
+    if model in SHAPES:
+        return SHAPES[model]
+    path = Path(model).expanduser()
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        return None
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix == ".json" and file.is_file():
+        raw = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size else None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{file}: not a JSON object")
+        return raw
+    if path.exists() or "/" in model or model.startswith("embedded"):
+        return None  # the loader says what is wrong with it
+    raise InvalidInput(f"no shape and no folder {model!r}: {did_you_mean(model, [*SHAPES, 'embedded'])}")
+
+
+def spec_of(model: str) -> ModelSpec:
+    """The network of a model or shape. No weight is written or read."""
+    config = config_of(model)
+    if config is None:
+        return loader.inspect(loader.resolve(model)).spec
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return _spec(Path(folder))
+
+
+def checkpoint(model: str, tick: Tick = lambda what: None) -> Path:
+    """The folder with the weights of a model or shape; a shape's are written on first use. `tick` is told what is written."""
+    config = config_of(model)
+    if config is None:
+        return loader.resolve(model)
+    made = cache_folder() / "shapes" / folder_name(model, config)
+    if (made / "config.json").exists():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{made.name}.", dir=made.parent))
+    try:
+        write(part, config, tick=tick)
+        part.chmod(0o755)
+        try:
+            part.rename(made)
+        except OSError:
+            if not (made / "config.json").exists():  # else another run was faster, with the same weights
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return made
+
+
+def folder_name(model: str, config: dict[str, Any]) -> str:
+    """Another config or another way of drawing gets another folder."""
+    path = Path(model)
+    name = model if model in SHAPES else path.stem if path.suffix == ".json" else path.resolve().name
+    told = json.dumps([VERSION, SPREAD, GAIN, config], sort_keys=True).encode()
+    return f"{name}-{hashlib.sha256(told).hexdigest()[:10]}"
+
+
+def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = SHARD, tick: Tick = lambda what: None) -> None:
+    """A checkpoint of random weights in `folder`: safetensors in files of at most `shard` bytes or one tensor, and a tokenizer."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    spec, dtype = _spec(folder), loader.DTYPES[str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")]
+    _check(folder, spec, dtype)
+    for name in TOKENIZER:
+        shutil.copyfile(loader.resolve("embedded") / name, folder / name)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    total = sum(math.prod(shape) for shape in spec.shapes().values()) * dtype.itemsize
+    written = 0
+    files: list[tuple[str, list[str]]] = []
+    held: dict[str, Tensor] = {}
+    for i, (name, shape, law) in enumerate(_stored(spec)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        tensor = torch.empty(shape, dtype=dtype).normal_(*law, generator=generator)
+        if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > shard:
+            files.append(_save(folder, held, len(files)))
+            held = {}
+        held[name] = tensor
+        written += tensor.nbytes
+        tick(f"writing {size(total)} of random weights, {written / total:.0%}")
+    files.append(_save(folder, held, len(files)))
+    places = {name: file for file, names in files for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
+
+
+def _spec(folder: Path) -> ModelSpec:
+    config = loader.read_config(folder)
+    spec: ModelSpec = registry.load(registry.FAMILIES[config.architectures[0]])(config)
+    return spec
+
+
+def _check(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
+    words = json.loads((loader.resolve("embedded") / TOKENIZER[0]).read_text(encoding="utf-8"))["model"]["vocab"]
+    if spec.vocab < len(words):
+        raise InvalidInput(f"vocab_size = {spec.vocab}: the tokenizer that random weights get has {len(words)} tokens")
+    needed = sum(math.prod(shape) for shape in spec.shapes().values()) * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutOfMemory(
+            f"{folder.parent}: random weights of {size(needed)} do not fit, free {size(free)}; REDRAFT_CACHE names another folder"
+        )
+
+
+def _stored(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[float, float]]]:
+    """Every tensor that a checkpoint of this network has: name, shape as stored, mean and deviation of its numbers."""
+    for name, shape in spec.shapes().items():
+        source = spec.source(name)
+        inner = shape[1:] if source.stack else shape
+        matrix = name.startswith("layers.") and len(inner) == 2
+        law = float("norm.weight" in name), GAIN / math.sqrt(inner[-1]) if matrix else SPREAD
+        for group in source.stack or (source.names,):
+            rows = source.rows or (inner[0] // len(group),) * len(group)
+            for part, count in zip(group, rows, strict=True):
+                stored = (count, *inner[1:])
+                yield part, stored[::-1] if source.transposed else stored, law
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], number: int) -> tuple[str, list[str]]:
+    file = f"model-{number + 1:05d}.safetensors"
+    save_file(tensors, folder / file, {"format": "pt"})
+    return file, list(tensors)

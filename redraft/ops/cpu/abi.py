@@ -1,0 +1,90 @@
+"""The structures of kernels.h and layers.h, and the functions of api.cpp, as ctypes and numpy see them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+F32, BF16, I8, I4 = range(4)
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+PANEL, LINE = 64, 64
+
+POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", POINTER), ("rows", SIZE), ("cols", SIZE), ("stride", SIZE), ("kind", NUMBER)]
+
+    @classmethod
+    def of(cls, x: Tensor, kind: int) -> Rows:
+        """x [T, cols], its last dimension contiguous."""
+        return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0) * x.element_size(), kind)
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [
+        ("panels", POINTER), ("bias", POINTER), ("scale", POINTER), ("sums", POINTER), ("scales", POINTER),
+        ("outs", SIZE), ("ins", SIZE), ("kind", NUMBER), ("group", NUMBER), ("gated", NUMBER),
+    ]  # fmt: skip
+
+
+class Pool(ctypes.Structure):
+    _fields_ = [
+        ("data", POINTER), ("slab_bytes", SIZE), ("unit_bytes", SIZE), ("per_slab", SIZE), ("values", SIZE),
+        ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
+    ]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("qkv", Linear), ("out", Linear), ("up", Linear), ("down", Linear),
+        ("attn_norm", POINTER), ("attn_norm_bias", POINTER), ("mlp_norm", POINTER), ("mlp_norm_bias", POINTER),
+        ("q_norm", POINTER), ("k_norm", POINTER), ("eps", REAL), ("qk_eps", REAL),
+        ("rms", NUMBER), ("heads", NUMBER), ("window", NUMBER), ("rotary", NUMBER), ("activation", NUMBER),
+    ]  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    _fields_ = [("rows", SIZE), ("count", SIZE), ("seqs", POINTER), ("pool", Pool), ("cos", POINTER), ("sin", POINTER)]
+
+
+SEQ = np.dtype(
+    [
+        *((name, np.int32) for name in ("first", "rows", "chain_rows", "tail", "chain", "lanes", "pages_per_lane", "words")),
+        *((name, np.int64) for name in ("pages", "lengths", "positions", "ancestors", "at")),  # pointers
+    ]
+)
+BEST = np.dtype([("value", np.float32), ("index", np.int32)])
+
+_ROWS, _LINEAR, _STEP = (ctypes.POINTER(kind) for kind in (Rows, Linear, Step))
+SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it takes
+    "rd_huge": (None, POINTER, SIZE),
+    "rd_panel_bytes": (SIZE, _LINEAR),
+    "rd_pack": (NUMBER, _LINEAR, POINTER, POINTER),
+    "rd_rows": (None, _LINEAR, POINTER, SIZE, POINTER),
+    "rd_pack_floats": (NUMBER, _LINEAR, POINTER, POINTER),
+    "rd_pack_int8": (NUMBER, _LINEAR, POINTER, POINTER, POINTER),
+    "rd_pack_int4": (NUMBER, _LINEAR, POINTER, POINTER, POINTER, POINTER),
+    "rd_linear": (NUMBER, _LINEAR, _ROWS, _ROWS, NUMBER, NUMBER),
+    "rd_best": (NUMBER, _LINEAR, _ROWS, NUMBER, POINTER),
+    "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER),
+    "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),
+    "rd_rope": (NUMBER, _ROWS, SIZE, SIZE, POINTER, POINTER),
+    "rd_plan": (POINTER, _STEP, NUMBER),
+    "rd_plan_free": (None, POINTER),
+    "rd_attend": (NUMBER, _STEP, POINTER, NUMBER, NUMBER, NUMBER, _ROWS, _ROWS, _ROWS, _ROWS),
+    "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, POINTER, _ROWS),
+}
+
+
+def bind(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Gives the functions their types."""
+    for name, (returned, *taken) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = returned, taken
+    return library

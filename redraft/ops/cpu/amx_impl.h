@@ -1,0 +1,380 @@
+// Linear layers by tiles. Included inside an anonymous namespace behind linear_impl.h.
+//
+// An output element is one chain of tile products over whole lines of its inputs (32 bf16 or 64 codes) in order. A tile's rows do not
+// meet each other, so that neither the number of rows nor the block that a row falls into changes a bit; between chunks of lines the
+// sums rest in memory, which changes none either. One row goes through tiles too.
+
+// ---- instructions
+
+// How large each tile is, as the processor reads it.
+struct alignas(64) Shapes {
+    uint8_t palette, start, reserved[14];
+    uint16_t line[16];
+    uint8_t rows[16];
+};
+static_assert(sizeof(Shapes) == 64);
+
+#ifndef REDRAFT_EMULATE_TILES
+// By hand: compilers' intrinsics do not say that these read memory, so that stores to what they read may be dropped or come late.
+inline void load_shapes(const Shapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
+inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
+template <int T>
+inline void tile_load(const void* from, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+inline void tile_store(void* to, int64_t stride) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+inline void tile_zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+struct HalfProduct {  // of bf16
+    template <int C, int A, int B>
+    static void run() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    }
+};
+struct CodeProduct {  // of signed bytes
+    template <int C, int A, int B>
+    static void run() {
+        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    }
+};
+#else
+inline void load_shapes(const Shapes& shapes) { emulated::configure(&shapes); }
+inline void release_tiles() { emulated::release(); }
+template <int T>
+inline void tile_load(const void* from, int64_t stride) {
+    emulated::load(T, from, stride);
+}
+template <int T>
+inline void tile_store(void* to, int64_t stride) {
+    emulated::store(T, to, stride);
+}
+template <int T>
+inline void tile_zero() {
+    emulated::zero(T);
+}
+struct HalfProduct {
+    template <int C, int A, int B>
+    static void run() {
+        emulated::dot_bf16(C, A, B);
+    }
+};
+struct CodeProduct {
+    template <int C, int A, int B>
+    static void run() {
+        emulated::dot_bytes(C, A, B, true, true);
+    }
+};
+#endif
+
+// Tiles 0 to 3 hold sums, 4 and 5 lines of rows, 6 and 7 weights. With two blocks of rows, 0, 1 and 4 belong to the first one
+// and 2, 3 and 5 to the second; with one block all of them to that. Shapes are loaded only where they change.
+class Tiles {
+public:
+    explicit Tiles(int64_t line = LINE) : line_(line) {}
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+    ~Tiles() { release_tiles(); }  // the system saves tiles in use at every switch of threads
+
+    void hold(int64_t first, int64_t second) {
+        if (first == first_ && second == second_) return;
+        first_ = first, second_ = second;
+        Shapes shapes{};
+        shapes.palette = 1;
+        for (int t : {0, 1, 4}) shape(shapes, t, first);
+        for (int t : {2, 3, 5}) shape(shapes, t, second);
+        for (int t : {6, 7}) shape(shapes, t, line_ / 4);
+        shapes.line[4] = shapes.line[5] = uint16_t(line_);
+        load_shapes(shapes);
+    }
+
+private:
+    static void shape(Shapes& shapes, int t, int64_t rows) {
+        shapes.rows[t] = uint8_t(rows);
+        shapes.line[t] = LINE;
+    }
+    int64_t line_, first_ = 0, second_ = 0;
+};
+
+// ---- weights on their way from memory
+
+// Cache lines fetched a few at a time while something else is computed.
+struct Fetch {
+    const uint8_t *at, *end;
+    int64_t each;
+
+    void some() {
+        const uint8_t* to = end - at < each * 64 ? end : at + each * 64;
+        for (; at < to; at += 64) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+    }
+};
+constexpr int64_t AHEAD = 4 * LINE * PANEL;  // where weights go by once: four lines, some microseconds at the speed of memory
+constexpr int64_t CHUNK = 8;                 // lines of weights that stay in the first cache while rows go by: 32 KiB
+
+// ---- bf16 and int8
+
+// Where the sums of a block of rows begin: rows of PANEL numbers of 4 bytes, or one row for all.
+struct Start {
+    const uint8_t* row;
+    int64_t stride;
+};
+
+// Lines of a panel for one block of rows and all outputs.
+template <class Product>
+void one_block(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, Start start, uint8_t* sums, Fetch& fetch) {
+    tile_load<0>(start.row, start.stride);
+    tile_load<1>(start.row + 64, start.stride);
+    tile_load<2>(start.row + 128, start.stride);
+    tile_load<3>(start.row + 192, start.stride);
+    for (int64_t line = 0; line < lines; line++, w += STEPS * STEP, x += tall * LINE) {
+        tile_load<4>(x, LINE);
+        tile_load<6>(w, STEP);
+        Product::template run<0, 4, 6>();
+        fetch.some();
+        tile_load<7>(w + 64, STEP);
+        Product::template run<1, 4, 7>();
+        fetch.some();
+        tile_load<6>(w + 128, STEP);
+        Product::template run<2, 4, 6>();
+        fetch.some();
+        tile_load<7>(w + 192, STEP);
+        Product::template run<3, 4, 7>();
+        fetch.some();
+    }
+    tile_store<0>(sums, STEP);
+    tile_store<1>(sums + 64, STEP);
+    tile_store<2>(sums + 128, STEP);
+    tile_store<3>(sums + 192, STEP);
+}
+
+// Lines of a panel for two blocks of rows, the first of TALL, and half of the outputs. Half as many loads a product as above.
+template <class Product>
+void two_blocks(const uint8_t* w, const uint8_t* x, const uint8_t* x2, int64_t tall2, int64_t lines, Start start, uint8_t* sums, Fetch& fetch) {
+    tile_load<0>(start.row, start.stride);
+    tile_load<1>(start.row + 64, start.stride);
+    tile_load<2>(start.row + TALL * start.stride, start.stride);
+    tile_load<3>(start.row + TALL * start.stride + 64, start.stride);
+    for (int64_t line = 0; line < lines; line++, w += STEPS * STEP, x += TALL * LINE, x2 += tall2 * LINE) {
+        tile_load<6>(w, STEP);
+        tile_load<4>(x, LINE);
+        Product::template run<0, 4, 6>();
+        fetch.some();
+        tile_load<7>(w + 64, STEP);
+        Product::template run<1, 4, 7>();
+        fetch.some();
+        tile_load<5>(x2, LINE);
+        Product::template run<2, 5, 6>();
+        fetch.some();
+        Product::template run<3, 5, 7>();
+        fetch.some();
+    }
+    tile_store<0>(sums, STEP);
+    tile_store<1>(sums + 64, STEP);
+    tile_store<2>(sums + TALL * STEP, STEP);
+    tile_store<3>(sums + TALL * STEP + 64, STEP);
+}
+
+// Lines first..last of a panel for all rows of x; sums [rows][PANEL] go on, or from `fresh` where that is not null. back: the last rows
+// first, which have their tiles' shapes from the chunk before.
+template <class Product>
+void tile_chunk(Tiles& tiles, const uint8_t* w, const Rows& x, int64_t first, int64_t last, const uint8_t* fresh, uint8_t* sums, bool back,
+                Fetch& fetch) {
+    const auto block_at = [&](int64_t r) { return x.data + (r * x.lines() + first * x.tall(r)) * LINE; };
+    const uint8_t* from = w + first * STEPS * STEP;
+    const int64_t pairs = (x.rows + 2 * TALL - 1) / (2 * TALL);
+    for (int64_t i = 0; i < pairs; i++) {
+        const int64_t r = (back ? pairs - 1 - i : i) * 2 * TALL, second = r + TALL;
+        uint8_t* own = sums + r * STEP;
+        if (second >= x.rows) {
+            tiles.hold(x.tall(r), x.tall(r));
+            one_block<Product>(from, block_at(r), x.tall(r), last - first, fresh ? Start{fresh, 0} : Start{own, STEP}, own, fetch);
+            continue;
+        }
+        tiles.hold(TALL, x.tall(second));
+        for (int64_t part = 0; part < STEP; part += STEP / 2) {
+            const Start start = fresh ? Start{fresh + part, 0} : Start{own + part, STEP};
+            two_blocks<Product>(from + part, block_at(r), block_at(second), x.tall(second), last - first, start, own + part, fetch);
+        }
+    }
+}
+
+// `count` rows of a job's, from `first` on, a multiple of TALL.
+inline Rows some_of(const Rows& x, int64_t first, int64_t count) {
+    Rows some = x;
+    some.data = x.data ? x.at(first, 0) : nullptr;
+    some.rows = count;
+    return some;
+}
+inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
+    LinearJob some = j;
+    some.x = some_of(j.x, first, count);
+    some.y = some_of(j.y, first, count);
+    if (j.x_scale) some.x_scale += first;
+    if (j.x_sums) some.x_sums += first * j.w.groups();
+    if (j.best) some.best += first;
+    return some;
+}
+
+// Sums that the first chunk begins with. The epilogue shared with vpdpbusd takes SHIFT times the codes' sums away.
+inline void begin_sums(const Linear& w, int64_t p, int32_t* row) {
+    for (int64_t i = 0; i < PANEL; i++) row[i] = w.kind == I8 ? SHIFT * w.sums[p * PANEL + i] : 0;
+}
+
+// Panels together for some rows at a time, so that weights as well as rows stay in the second cache; what one of both would read more
+// often, the other reads less. Sums of all the panels of a group are held: as many as scratch has room for.
+struct Blocking {
+    static constexpr int64_t ROWS = 8 * TALL, PANELS = 4;
+    int64_t panels, rows, chunks;
+
+    Blocking(int64_t all_rows, int64_t lines)
+        : panels(all_rows / ROWS < 1 ? 1 : all_rows / ROWS < PANELS ? all_rows / ROWS : PANELS),
+          rows(panels > 1 ? ROWS : all_rows),
+          chunks(all_rows <= TALL ? 1 : (lines + CHUNK - 1) / CHUNK) {}
+};
+
+// Panels p..end for all rows of j; scratch holds their sums one behind the other. after: the weights read next, or null.
+template <class Product>
+void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64_t chunks, const uint8_t* after, float* scratch) {
+    const int64_t lines = j.w.steps() / STEPS, size = j.w.panel_bytes(), blocks = (j.x.rows + TALL - 1) / TALL, each = j.x.rows * PANEL;
+    const int64_t bytes = (lines + chunks - 1) / chunks * STEPS * STEP, apart = (LINE / 4 + blocks - 1) / blocks;
+    int64_t turn = p * chunks;
+    alignas(64) int32_t fresh[Blocking::PANELS][PANEL];
+    for (int64_t i = p; i < end; i++) begin_sums(j.w, i, fresh[i - p]);
+    for (int64_t c = 0; c < chunks; c++) {
+        const int64_t first = lines * c / chunks, last = lines * (c + 1) / chunks;
+        for (int64_t i = p; i < end; i++, turn++) {
+            const uint8_t* w = j.w.panels + i * size;
+            Fetch fetch{w + AHEAD, w + size + AHEAD, LINE / 4};
+            if (chunks > 1 || blocks > 1) {  // what comes next, spread evenly over the time that this chunk takes
+                const uint8_t* next = i + 1 < end ? w + size + first * STEPS * STEP : c + 1 < chunks ? j.w.panels + p * size + last * STEPS * STEP : after;
+                fetch = {next, next ? next + bytes : next, apart};
+            }
+            const uint8_t* begin = c ? nullptr : reinterpret_cast<const uint8_t*>(fresh[i - p]);
+            tile_chunk<Product>(tiles, w, j.x, first, last, begin, reinterpret_cast<uint8_t*>(scratch + (i - p) * each), turn % 2, fetch);
+        }
+    }
+    for (int64_t i = p; i < end; i++) settle(j, i, scratch + (i - p) * each);
+}
+
+template <class Product>
+void tile_layer(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
+    const Blocking by(j.x.rows, j.w.steps() / STEPS);
+    const uint8_t* const panels = j.w.panels;
+    const int64_t size = j.w.panel_bytes();
+    Tiles tiles;
+    for (int64_t p = first; p < last; p += by.panels) {
+        const int64_t end = p + by.panels < last ? p + by.panels : last;
+        for (int64_t r = 0; r < j.x.rows; r += by.rows) {
+            const int64_t count = j.x.rows - r < by.rows ? j.x.rows - r : by.rows;
+            const uint8_t* after = r + count < j.x.rows ? panels + p * size : end < last ? panels + end * size : nullptr;
+            tile_panels<Product>(tiles, some_of(j, r, count), p, end, by.chunks, after, scratch);
+        }
+    }
+}
+
+// ---- int4
+
+constexpr int64_t UNPACKED = 4;  // lines of codes that are unpacked at a time, for all rows: 16 KiB
+
+// Lines first..last of a panel as signed codes, laid out as int8's are.
+inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes) {
+    const __m512i low = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(8);
+    for (int64_t s = first * STEPS; s < last * STEPS; s += 2, codes += 2 * STEP) {
+        const uint8_t* from = w + s / 2 * STEP;
+        for (int64_t i = 0; i < STEP; i += 64) {
+            const __m512i both = _mm512_loadu_si512(from + i), high = _mm512_srli_epi16(both, 4);
+            _mm512_store_si512(codes + i, _mm512_sub_epi8(_mm512_and_si512(both, low), bias));
+            _mm512_store_si512(codes + STEP + i, _mm512_sub_epi8(_mm512_and_si512(high, low), bias));
+        }
+    }
+}
+
+// A group's whole sums become floats and are added with their scales: the same instructions as int4_chains.
+inline void add_group(const int32_t* whole, const uint16_t* scales, int64_t rows, bool fresh, float* sums) {
+    Vec scale[PANEL / Vec::N];
+    for (int64_t v = 0; v < PANEL / Vec::N; v++) scale[v] = from_f16(scales + v * Vec::N);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t v = 0; v < PANEL / Vec::N; v++) {
+            float* sum = sums + r * PANEL + v * Vec::N;
+            store(sum, fma(from_i32(whole + r * PANEL + v * Vec::N), scale[v], fresh ? zero() : load(sum)));
+        }
+}
+
+// One group of one block of rows: `count` tiles of `line` bytes a row.
+inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t first, int64_t count, int64_t line, int32_t* whole, Fetch& fetch) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int64_t t = first; t < first + count; t++, w += line / 4 * STEP) {
+        tile_load<4>(x + t * line / LINE * tall * LINE + t * line % LINE, LINE);
+        tile_load<6>(w, STEP);
+        CodeProduct::run<0, 4, 6>();
+        tile_load<7>(w + 64, STEP);
+        CodeProduct::run<1, 4, 7>();
+        fetch.some();
+        tile_load<6>(w + 128, STEP);
+        CodeProduct::run<2, 4, 6>();
+        tile_load<7>(w + 192, STEP);
+        CodeProduct::run<3, 4, 7>();
+        fetch.some();
+    }
+    tile_store<0>(whole, STEP);
+    tile_store<1>(whole + 16, STEP);
+    tile_store<2>(whole + 32, STEP);
+    tile_store<3>(whole + 48, STEP);
+}
+
+// Bytes of a row in a tile such that tiles end where groups do, or 0 where none do or a group's codes are too many to unpack.
+inline int64_t line_of(const Linear& w) {
+    if (w.group > UNPACKED * LINE) return 0;
+    return w.group % LINE == 0 ? LINE : w.group % (LINE / 2) == 0 ? LINE / 2 : 0;
+}
+
+void tile_int4_panel(Tiles& tiles, const LinearJob& j, int64_t p, int64_t line, uint8_t* codes, int32_t* whole, float* sums) {
+    const int64_t groups = j.w.groups(), lines = j.w.steps() / STEPS, each = j.w.group / line, all = lines * LINE / line;
+    const int64_t per_chunk = UNPACKED * LINE / j.w.group, chunks = (groups + per_chunk - 1) / per_chunk, blocks = (j.x.rows + TALL - 1) / TALL;
+    const uint8_t* w = j.w.panels + p * j.w.panel_bytes();
+    const uint16_t* scales = j.w.scales + p * groups * PANEL;
+    for (int64_t g0 = 0; g0 < groups; g0 += per_chunk) {
+        const int64_t g1 = g0 + per_chunk < groups ? g0 + per_chunk : groups;
+        const int64_t begin = g0 * each * line / LINE, end = g1 == groups ? lines : (g1 * each * line + LINE - 1) / LINE;
+        unpack(w, begin, end, codes);
+        const uint8_t* next = w + end * STEPS / 2 * STEP;
+        Fetch fetch{next, next + UNPACKED * STEPS / 2 * STEP, (LINE / 4 * line / LINE + blocks - 1) / blocks};
+        const bool back = (p * chunks + g0 / per_chunk) % 2;  // there and back, so that shapes change once a chunk at most
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t r = (back ? blocks - 1 - b : b) * TALL, tall = j.x.tall(r);
+            tiles.hold(tall, tall);
+            for (int64_t g = g0; g < g1; g++) {
+                const int64_t first = g * each, last = g + 1 == groups ? all : first + each;
+                const uint8_t* own = codes + (first * line / 4 - begin * STEPS) * STEP;
+                group_sums(own, j.x.data + r * j.x.lines() * LINE, tall, first, last - first, line, whole, fetch);
+                add_group(whole, scales + g * PANEL, tall, g == 0, sums + r * PANEL);
+            }
+        }
+    }
+}
+
+void tile_int4(const LinearJob& j, int64_t first, int64_t last, int64_t line, float* scratch) {
+    alignas(64) uint8_t codes[UNPACKED * STEPS * STEP];
+    alignas(64) int32_t whole[TALL * PANEL];
+    Tiles tiles(line);
+    for (int64_t p = first; p < last; p++) {
+        tile_int4_panel(tiles, j, p, line, codes, whole, scratch);
+        settle(j, p, scratch);
+    }
+}
+
+void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
+    if (j.x.rows < 1 || first >= last) return;
+    const int64_t line = j.w.kind == I4 ? line_of(j.w) : 0;
+    if (j.w.kind == BF16) tile_layer<HalfProduct>(j, first, last, scratch);
+    else if (j.w.kind == I8) tile_layer<CodeProduct>(j, first, last, scratch);
+    else if (line) tile_int4(j, first, last, line, scratch);
+    else linear(j, first, last, scratch);
+}

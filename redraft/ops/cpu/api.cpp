@@ -1,0 +1,142 @@
+// The C border: what redraft/ops/library.py calls. Structures are those of kernels.h and layers.h; 0 is success, else the caller
+// ran out of memory (the only thing that can fail here: all else was checked before).
+#include <cmath>
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "isa.h"
+#include "kernels.h"
+#include "layers.h"
+#include "pack.h"
+#include "threads.h"
+
+#define BORDER extern "C" __attribute__((visibility("default")))
+
+using namespace redraft;
+
+namespace {
+
+const Kernels* kernels_of(Isa isa) {
+    switch (isa) {
+#ifdef REDRAFT_HAS_AMX
+        case Isa::AMX: return amx_kernels();
+#endif
+#ifdef REDRAFT_HAS_AVX512_BF16
+        case Isa::AVX512_BF16: return avx512_bf16_kernels();
+#endif
+#ifdef REDRAFT_HAS_AVX512
+        case Isa::AVX512: return avx512_kernels();
+#endif
+#ifdef REDRAFT_HAS_AVX2
+        case Isa::AVX2: return avx2_kernels();
+#endif
+        default: return nullptr;
+    }
+}
+
+const Kernels& kernels() {
+    static const Kernels* chosen = kernels_of(chosen_isa());
+    return *chosen;
+}
+
+template <class Work>
+int guarded(Work work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+BORDER const char* rd_kernels() { return kernels_of(chosen_isa()) ? kernels().name : ""; }
+
+// Asks for pages of 2 MiB, before the memory is first written; where the system gives none it works as well, more slowly.
+BORDER void rd_huge(void* memory, int64_t bytes) {
+#ifdef __linux__
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+BORDER int64_t rd_panel_bytes(const Linear* w) { return w->count() * w->panel_bytes(); }
+BORDER int rd_pack(const Linear* w, const void* from, void* to) {
+    return guarded([&] { pack_plain(*w, from, to); });
+}
+BORDER void rd_rows(const Linear* w, const int64_t* rows, int64_t count, void* to) { rows_of(*w, rows, count, to); }
+BORDER int rd_pack_floats(const Linear* w, const float* from, float* to) {
+    return guarded([&] { pack_floats(*w, from, to); });
+}
+BORDER int rd_pack_int8(const Linear* w, const int8_t* codes, void* to, int32_t* sums) {
+    return guarded([&] { pack_int8(*w, codes, to, sums); });
+}
+BORDER int rd_pack_int4(const Linear* w, const int8_t* codes, const uint16_t* scales, void* to, uint16_t* arranged) {
+    return guarded([&] { pack_int4(*w, codes, scales, to, arranged); });
+}
+
+BORDER int rd_linear(const Linear* w, const Rows* x, const Rows* y, int activation, int add) {
+    return guarded([&] { run_linear(kernels(), *w, *x, *y, Activation(activation), add != 0); });
+}
+BORDER int rd_best(const Linear* w, const Rows* x, int rounded, Best* best) {
+    return guarded([&] { run_best(kernels(), *w, *x, Kind(rounded), best); });
+}
+BORDER int rd_norm(const Rows* x, const Rows* y, const void* weight, const void* bias, float eps, int rms) {
+    return guarded([&] {
+        const NormJob job{*x, *y, static_cast<const uint8_t*>(weight), static_cast<const uint8_t*>(bias), eps, rms, x->kind};
+        run([&](int worker, int workers) {
+            const Share own(x->rows, worker, workers);
+            kernels().norm(job, own.first, own.last);
+        });
+    });
+}
+BORDER int rd_activate(const Rows* x, const Rows* y, int activation, int gated) {
+    return guarded([&] {
+        run([&](int worker, int workers) {
+            const Share own(x->rows, worker, workers);
+            kernels().activate(*x, *y, Activation(activation), gated, own.first, own.last);
+        });
+    });
+}
+BORDER int rd_rope(const Rows* x, int64_t heads, int64_t size, const float* cos, const float* sin) {
+    return guarded([&] {
+        run([&](int worker, int workers) {
+            const Share own(x->rows, worker, workers);
+            kernels().rope(*x, heads, size, cos, sin, own.first, own.last);
+        });
+    });
+}
+
+// The plan of attention of one forward pass; freed by rd_plan_free.
+BORDER void* rd_plan(const Step* step, int heads) {
+    void* made = nullptr;
+    guarded([&] {
+        AttendChoices choices;
+        choices.workers = threads();
+        made = new AttendPlan(plan_attention(step->seqs, step->count, step->pool, heads, choices));
+    });
+    return made;
+}
+BORDER void rd_plan_free(void* plan) { delete static_cast<AttendPlan*>(plan); }
+
+// Writes k and v, then attends: q [T, heads * size] -> out.
+BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int window, const Rows* q, const Rows* k, const Rows* v, const Rows* out) {
+    return guarded([&] {
+        const AttendJob job{step->seqs, step->count, step->pool, layer, heads, window, *q, *out, 1.0f / std::sqrt(float(step->pool.size))};
+        const AttendPlan& chosen = *static_cast<AttendPlan*>(plan);
+        attention().prepare(*kernels().attend, chosen, heads, threads());
+        run([&](int worker, int workers) {
+            write_keys(*step, layer, *k, *v, worker, workers);
+            barrier();
+            attend(*kernels().attend, job, chosen, attention(), worker, workers);
+        });
+    });
+}
+BORDER int rd_run(const Layer* layers, int64_t first, int64_t last, const Step* step, void* plan, const Rows* h) {
+    return guarded([&] { run_layers(kernels(), layers, first, last, *step, *static_cast<AttendPlan*>(plan), *h); });
+}

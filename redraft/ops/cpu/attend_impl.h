@@ -1,0 +1,614 @@
+// Attention over pages. Included inside an anonymous namespace, behind vec_*.h and vec_math.h; attend.h before it, outside.
+//
+// An element of a score or of a mix is one chain of fused multiply-adds in a fixed order: over the head for a score, over path
+// indices for a mix. So blocks of queries and of columns may be cut as registers allow, and a score may be computed at any place.
+
+constexpr int64_t SLOTS = PAGE / Vec::N;  // registers of a page's scores
+constexpr int WIDE = Vec::N == 16 ? 8 : 6;  // queries of a block whose sums fill the registers, two registers each
+constexpr int64_t BATCH = 32;             // queries that are scored, weighed and mixed before the next ones
+constexpr int64_t MOST_ROWS = 256;        // of a task
+
+#if defined(__AVX512F__)
+// 16 x 16 numbers turned.
+inline void turn(Vec* x) {
+    __m512 t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+        t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int i = 0; i < 4; i++) {  // u[4 b + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 b .. 4 b + 3
+        const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+        const __m512 c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+        x[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
+        x[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+        x[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
+        x[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+}
+// The numbers of bf16 pairs that lie first and second.
+inline Vec first_of(Vec pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
+inline Vec second_of(Vec pairs) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v), _mm512_set1_epi32(int(0xffff0000))))};
+}
+inline float first_number(Vec x) { return _mm512_cvtss_f32(x.v); }
+inline float peak(Vec x) {
+    const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+#elif defined(__AVX2__)
+// 8 x 8 numbers turned.
+inline void turn(Vec* x) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+        t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        x[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        x[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
+// The numbers of bf16 pairs that lie first and second.
+inline Vec first_of(Vec pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.v), 16))}; }
+inline Vec second_of(Vec pairs) {
+    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs.v), _mm256_set1_epi32(int(0xffff0000))))};
+}
+inline float first_number(Vec x) { return _mm256_cvtss_f32(x.v); }
+inline float peak(Vec x) {
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+#endif
+
+inline float minus_infinity() { return -__builtin_inff(); }
+inline uint32_t low_bits(int64_t count) { return count <= 0 ? 0 : count >= 32 ? ~0u : (1u << count) - 1; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline float exponential_of(float x) { return first_number(exponential(set1(x))); }
+
+// A row of a task: what it sees by path index.
+struct Line {
+    const Seq* seq;
+    const int32_t* positions;  // of committed slots, or null
+    const uint64_t* path;      // of a node row, else null
+    int64_t length, base;      // committed slots; path indices below the first node
+    int64_t seen, straight;    // path indices; of them those that are slots too
+    int64_t at, row;           // position; row of the batch
+};
+
+inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head) {
+    const Seq& s = job.seqs[row.seq];
+    const int64_t lane = s.lanes == 0 ? 0 : s.lanes == 1 ? job.layer : int64_t(job.layer) * job.pool.kv_heads + kv_head;
+    Line line{};
+    line.seq = &s;
+    line.positions = s.positions ? s.positions[lane] : nullptr;
+    line.length = s.lengths[lane];
+    line.at = s.at[row.row];
+    line.row = s.first + row.row;
+    if (row.row < s.chain_rows) {
+        line.base = line.seen = line.straight = line.length + s.tail + row.row + 1;
+        return line;
+    }
+    line.path = s.ancestors + (row.row - s.chain_rows) * int64_t(s.words);
+    line.base = line.seen = line.straight = line.length + s.chain;
+    bool gap = false;
+    for (int64_t w = 0; w < s.words; w++) {
+        line.seen += __builtin_popcountll(line.path[w]);
+        if (gap) continue;
+        gap = ~line.path[w] != 0;
+        line.straight += gap ? __builtin_ctzll(~line.path[w]) : 64;
+    }
+    return line;
+}
+
+// Which of the path indices first .. first + 31 the row sees.
+inline uint32_t visible(const Line& line, int64_t first, int64_t window) {
+    const int64_t count = at_most(line.seen - first, PAGE);
+    uint32_t bits = low_bits(count);
+    if (!window || !bits) return bits;
+    const int64_t low = line.at - window, from_end = line.at + 1 - line.seen;  // position of a tail index: index + from_end
+    if (!line.positions || first >= line.length) {
+        if (first + count <= line.length && first + count - 1 <= low) return 0;
+        if ((first > low || first >= line.length) && first + from_end > low) return bits;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t index = first + i;
+        const int64_t position = index >= line.length ? index + from_end : line.positions ? line.positions[index] : index;
+        if (position <= low) bits &= ~(1u << i);
+    }
+    return bits;
+}
+
+// Whether path indices first .. first + 31 are other slots than first .. first + 31.
+inline bool scattered(const Line& line, int64_t first) { return at_most(line.seen, first + PAGE) > line.straight && line.straight < line.seen; }
+
+// The slots of the path indices first .. first + 31 of a node row, as far as it sees them.
+inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
+    const int64_t last = at_most(line.seen, first + PAGE);
+    for (int64_t i = first; i < last && i < line.base; i++) slots[i - first] = int32_t(i);
+    int64_t index = line.base;
+    for (int64_t w = 0; w < line.seq->words && index < last; w++)
+        for (uint64_t bits = line.path[w]; bits && index < last; bits &= bits - 1, index++)
+            if (index >= first) slots[index - first] = int32_t(line.base + 64 * w + __builtin_ctzll(bits));
+}
+
+// Vec::N slots' keys, `words` words of 4 bytes of each, turned. ahead: bytes from here to what is wanted next.
+template <Kind KIND, bool WHOLE>
+inline void load_block(const uint8_t* from, int64_t ahead, int64_t row_bytes, int64_t words, float* to) {
+    constexpr int64_t PER = KIND == F32 ? 1 : 2;  // numbers of a word
+    Vec x[Vec::N];
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::N; i++) {
+        const uint8_t* row = from + i * row_bytes;
+        __builtin_prefetch(row + ahead, 0, 2);  // to the second level: the first one's queue is too short
+        x[i] = WHOLE ? load(reinterpret_cast<const float*>(row)) : read_some(row, F32, words);
+    }
+    turn(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::N; i++) {
+        if (!WHOLE && i >= words) return;
+        float* row = to + i * PER * PAGE;
+        if (KIND == F32) {
+            store(row, x[i]);
+        } else {
+            store(row, first_of(x[i]));
+            store(row + PAGE, second_of(x[i]));
+        }
+    }
+}
+
+// Keys of a unit as float32 [size][32].
+template <Kind KIND>
+inline void load_keys(const uint8_t* unit, int64_t ahead, int64_t size, float* keys) {
+    constexpr int64_t PER = KIND == F32 ? 1 : 2;
+    const int64_t words = size / PER, row_bytes = words * 4;
+    for (int64_t slot = 0; slot < PAGE; slot += Vec::N)
+        for (int64_t word = 0; word < words; word += Vec::N) {
+            const uint8_t* from = unit + slot * row_bytes + word * 4;
+            float* to = keys + word * PER * PAGE + slot;
+            if (word + Vec::N <= words) load_block<KIND, true>(from, ahead, row_bytes, words - word, to);
+            else load_block<KIND, false>(from, ahead, row_bytes, words - word, to);
+        }
+}
+inline void load_keys(const uint8_t* unit, int64_t ahead, Kind kind, int64_t size, float* keys) {
+    if (kind == F32) load_keys<F32>(unit, ahead, size, keys);
+    else load_keys<BF16>(unit, ahead, size, keys);
+}
+
+// One slot's values as float32, zeros behind them.
+inline void load_value(const uint8_t* from, Kind kind, int64_t size, int64_t padded, float* to) {
+    for (int64_t c = 0; c < padded; c += Vec::N)
+        store(to + c, size - c >= Vec::N ? read(from + c * bytes_of(kind), kind) : size > c ? read_some(from + c * bytes_of(kind), kind, size - c) : zero());
+}
+
+struct Float32 {
+    static Vec get(const uint8_t* row, int64_t c) { return load(reinterpret_cast<const float*>(row) + c); }
+    static constexpr int64_t bytes = 4;
+};
+struct Bfloat16 {
+    static Vec get(const uint8_t* row, int64_t c) { return from_bf16(reinterpret_cast<const uint16_t*>(row) + c); }
+    static constexpr int64_t bytes = 2;
+};
+
+// out[q][C registers] = sum over d of q[d] * keys[d]
+template <int Q, int C>
+inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t size, float* out, int64_t out_stride) {
+    Vec sums[Q][C];
+    for (int i = 0; i < Q; i++)
+        for (int c = 0; c < C; c++) sums[i][c] = zero();
+    for (int64_t d = 0; d < size; d++) {
+        Vec key[C];
+        for (int c = 0; c < C; c++) key[c] = load(keys + d * PAGE + c * Vec::N);
+        for (int i = 0; i < Q; i++) {
+            const Vec x = set1(q[i * stride + d]);
+            for (int c = 0; c < C; c++) sums[i][c] = fma(x, key[c], sums[i][c]);
+        }
+    }
+    for (int i = 0; i < Q; i++)
+        for (int c = 0; c < C; c++) store(out + i * out_stride + c * Vec::N, sums[i][c]);
+}
+
+template <int Q>
+inline void dot_page(const float* q, int64_t stride, const float* keys, int64_t size, float* out, int64_t out_stride) {
+    for (int64_t c = 0; c < PAGE; c += 2 * Vec::N) dot_block<Q, 2>(q, stride, keys + c, size, out + c, out_stride);
+}
+
+// Scores of some queries with a page's 32 slots.
+inline void dots(const float* q, int64_t stride, int64_t count, const float* keys, int64_t size, float* out, int64_t out_stride) {
+    for (int64_t i = 0, take; i < count; i += take) {
+        take = at_most(count - i, WIDE);
+        const float* x = q + i * stride;
+        float* to = out + i * out_stride;
+        switch (take) {
+            case 1: dot_page<1>(x, stride, keys, size, to, out_stride); break;
+            case 2: dot_page<2>(x, stride, keys, size, to, out_stride); break;
+            case 3: dot_page<3>(x, stride, keys, size, to, out_stride); break;
+            case 4: dot_page<4>(x, stride, keys, size, to, out_stride); break;
+            case 5: dot_page<5>(x, stride, keys, size, to, out_stride); break;
+            case 6: dot_page<6>(x, stride, keys, size, to, out_stride); break;
+            case 7: dot_page<WIDE < 7 ? 6 : 7>(x, stride, keys, size, to, out_stride); break;
+            default: dot_page<WIDE < 8 ? 6 : 8>(x, stride, keys, size, to, out_stride);
+        }
+    }
+}
+
+// The seen slots of a page in path order, and where their values lie behind the first slot's.
+struct Taken {
+    uint32_t bits;
+    int64_t step, count;
+    int32_t place[PAGE];
+    int64_t offset[PAGE];
+};
+
+inline void take(uint32_t bits, int64_t step, Taken* taken) {
+    if (taken->bits == bits && taken->step == step) return;
+    taken->bits = bits;
+    taken->step = step;
+    taken->count = 0;
+    for (; bits; bits &= bits - 1) {
+        const int32_t slot = __builtin_ctz(bits);
+        taken->place[taken->count] = slot;
+        taken->offset[taken->count++] = slot * step;
+    }
+}
+
+// mix[q][C registers] = mix * shrink[q] + sum over the taken slots of p[q][place] * values
+template <int Q, int C, class Source>
+inline void mix_block(const float* p, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix, int64_t stride) {
+    Vec sums[Q][C];
+    for (int i = 0; i < Q; i++)
+        for (int c = 0; c < C; c++) sums[i][c] = load(mix + i * stride + c * Vec::N) * set1(shrink[i]);
+    for (int64_t s = 0; s < taken.count; s++) {
+        const uint8_t* from = values + taken.offset[s];
+        const float* weights = p + taken.place[s];
+        if (ahead)
+            for (int64_t b = 0; b < C * Vec::N * Source::bytes; b += LINE) __builtin_prefetch(from + ahead + b, 0, 2);
+        Vec value[C];
+        for (int c = 0; c < C; c++) value[c] = Source::get(from, c * Vec::N);
+        for (int i = 0; i < Q; i++) {
+            const Vec x = set1(weights[i * PAGE]);
+            for (int c = 0; c < C; c++) sums[i][c] = fma(x, value[c], sums[i][c]);
+        }
+    }
+    for (int i = 0; i < Q; i++)
+        for (int c = 0; c < C; c++) store(mix + i * stride + c * Vec::N, sums[i][c]);
+}
+
+template <int Q, class Source>
+inline void mix_page(const float* p, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix, int64_t stride, int64_t size) {
+    constexpr int MOST = Q <= (Vec::N == 16 ? 4 : 3) ? 4 : 2;
+    for (int64_t c = 0, some; c < size; c += some * Vec::N) {
+        const int64_t left = (size - c + Vec::N - 1) / Vec::N;
+        const uint8_t* from = values + c * Source::bytes;
+        some = left >= MOST ? MOST : left >= 2 ? 2 : 1;
+        if (some == MOST) mix_block<Q, MOST, Source>(p, taken, from, ahead, shrink, mix + c, stride);
+        else if (some == 2) mix_block<Q, 2, Source>(p, taken, from, ahead, shrink, mix + c, stride);
+        else mix_block<Q, 1, Source>(p, taken, from, ahead, shrink, mix + c, stride);
+    }
+}
+
+template <class Source>
+inline void mixes(const float* p, int64_t count, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix,
+                  int64_t stride, int64_t size) {
+    for (int64_t i = 0, take; i < count; i += take, ahead = 0) {
+        take = at_most(count - i, WIDE);
+        const float* x = p + i * PAGE;
+        const float* factor = shrink + i;
+        float* to = mix + i * stride;
+        switch (take) {
+            case 1: mix_page<1, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            case 2: mix_page<2, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            case 3: mix_page<3, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            case 4: mix_page<4, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            case 5: mix_page<5, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            case 6: mix_page<6, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            case 7: mix_page<WIDE < 7 ? 6 : 7, Source>(x, taken, values, ahead, factor, to, stride, size); break;
+            default: mix_page<WIDE < 8 ? 6 : 8, Source>(x, taken, values, ahead, factor, to, stride, size);
+        }
+    }
+}
+
+// A worker's memory. Of queries: q, mix [padded], sums [16] by slot modulo a register, most; whole_*: over the groups so far.
+struct Scratch {
+    float *keys, *values, *q, *mix, *sums, *most, *whole_mix, *whole_sum, *whole_most, *p, *tail;
+};
+
+inline int64_t carve(const AttendShape& shape, float* memory, Scratch* made) {
+    int64_t used = 0;
+    const auto take = [&](int64_t count) {
+        float* at = memory ? memory + used : nullptr;
+        used += (count + 15) / 16 * 16;
+        return at;
+    };
+    made->keys = take(shape.size * PAGE);
+    made->values = take(shape.padded * PAGE);
+    made->p = take(BATCH * PAGE);
+    made->q = take(shape.queries * shape.padded);
+    made->mix = take(shape.queries * shape.padded);
+    made->sums = take(shape.queries * 16);
+    made->most = take(shape.queries);
+    made->whole_mix = take(shape.queries * shape.padded);
+    made->whole_sum = take(shape.queries);
+    made->whole_most = take(shape.queries);
+    made->tail = take(shape.queries * shape.tail);
+    return used;
+}
+
+inline int64_t attend_scratch(const AttendShape& shape) {
+    Scratch scratch;
+    return carve(shape, nullptr, &scratch);
+}
+
+// Merges one more group into what groups before it gave. A group without a key leaves no trace.
+inline void merge_group(float* most, float* sum, float* mix, float group_most, float group_sum, const float* group_mix, int64_t size) {
+    if (group_most == minus_infinity()) return;
+    const float top = *most < group_most ? group_most : *most;
+    const float old = exponential_of(*most - top), fresh = exponential_of(group_most - top);
+    *sum = first_number(fma(set1(*sum), set1(old), set1(group_sum) * set1(fresh)));
+    *most = top;
+    for (int64_t c = 0; c < size; c += Vec::N) store(mix + c, fma(load(mix + c), set1(old), load(group_mix + c) * set1(fresh)));
+}
+
+// `count` numbers to (r, c) and behind it; in tiles they may cross lines.
+inline void put(const Rows& out, int64_t r, int64_t c, Vec x, int64_t count) {
+    alignas(64) uint8_t t[4 * Vec::N];
+    write(t, out.kind, x);
+    const int64_t bytes = bytes_of(out.kind);
+    for (int64_t done = 0, some; done < count; done += some) {
+        const int64_t room = out.stride ? count : (LINE - (c + done) * bytes % LINE) / bytes;
+        some = at_most(count - done, room);
+        if (some == Vec::N) write(out.at(r, c), out.kind, x);
+        else __builtin_memcpy(out.at(r, c + done), t + done * bytes, size_t(some * bytes));
+    }
+}
+
+inline void write_result(const AttendJob& job, int64_t row, int64_t head, float sum, const float* mix) {
+    const int64_t size = job.pool.size, first = head * size;
+    for (int64_t c = 0; c < size; c += Vec::N) {
+        const Vec x = sum == 0.0f ? zero() : load(mix + c) / set1(sum);
+        put(job.out, row, first + c, x, at_most(size - c, Vec::N));
+    }
+    const int64_t beyond = job.out.cols * bytes_of(job.out.kind) % LINE;
+    if (head == job.heads - 1 && !job.out.stride && beyond)
+        __builtin_memset(job.out.at(row, job.out.cols - 1) + bytes_of(job.out.kind), 0, size_t(LINE - beyond));
+}
+
+class Task {
+public:
+    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, float* memory)
+        : job_(job), pool_(job.pool), shape_(shape), rows_(rows), count_(count), kv_head_(kv_head) {
+        carve(shape, memory, &s_);
+        direct_ = pool_.size % Vec::N == 0;
+        for (int64_t i = 0; i < count; i++) {
+            lines_[i] = line_of(job, rows[i], kv_head);
+            most_seen_ = most_seen_ < lines_[i].seen ? lines_[i].seen : most_seen_;
+            load_queries(i);
+        }
+    }
+
+    void one_group(int64_t group, const Partials& partials) {
+        attend_group(group);
+        for (int64_t i = 0; i < count_; i++)
+            for (int64_t g = 0; g < shape_.share; g++) {
+                const int64_t at = (rows_[i].partial + group) * job_.heads + kv_head_ * shape_.share + g, q = i * shape_.share + g;
+                partials.most[at] = s_.most[q];
+                partials.sum[at] = sum(load_sums(q));
+                for (int64_t c = 0; c < shape_.padded; c += Vec::N) store(partials.mix + at * shape_.padded + c, load(s_.mix + q * shape_.padded + c));
+            }
+    }
+
+    void all_groups() {
+        const int64_t queries = count_ * shape_.share, padded = shape_.padded;
+        for (int64_t q = 0; q < queries; q++) {
+            s_.whole_most[q] = minus_infinity();
+            s_.whole_sum[q] = 0.0f;
+        }
+        clear(s_.whole_mix, queries * padded);
+        for (int64_t group = 0; group * GROUP * PAGE < most_seen_; group++) {
+            attend_group(group);
+            for (int64_t q = 0; q < queries; q++)
+                merge_group(s_.whole_most + q, s_.whole_sum + q, s_.whole_mix + q * padded, s_.most[q], sum(load_sums(q)), s_.mix + q * padded, shape_.size);
+        }
+        for (int64_t q = 0; q < queries; q++)
+            write_result(job_, lines_[q / shape_.share].row, kv_head_ * shape_.share + q % shape_.share, s_.whole_sum[q], s_.whole_mix + q * padded);
+    }
+
+private:
+    static void clear(float* p, int64_t count) {
+        for (int64_t i = 0; i < count; i += Vec::N) store(p + i, zero());
+    }
+
+    Vec load_sums(int64_t q) const { return load(s_.sums + q * 16); }
+
+    void load_queries(int64_t i) {
+        for (int64_t g = 0; g < shape_.share; g++) {
+            const uint8_t* from = job_.q.at(lines_[i].row, (kv_head_ * shape_.share + g) * shape_.size);
+            load_value(from, job_.q.kind, shape_.size, shape_.padded, s_.q + (i * shape_.share + g) * shape_.padded);
+        }
+    }
+
+    const uint8_t* unit(const Seq& s, int64_t page) const { return at_unit(pool_, unit_of(s, pool_, job_.layer, kv_head_, page)); }
+
+    void attend_group(int64_t group) {
+        const int64_t queries = count_ * shape_.share;
+        clear(s_.mix, queries * shape_.padded);
+        clear(s_.sums, queries * 16);
+        for (int64_t q = 0; q < queries; q++) s_.most[q] = minus_infinity();
+        const int64_t first = group * GROUP, last = at_most(first + GROUP, (most_seen_ + PAGE - 1) / PAGE);
+        for (int64_t page = first; page < last; page++) attend_page(page, page + 1 < last);
+    }
+
+    // Runs of rows that see the page where it lies share one reading of it; rows that see it scattered come one by one.
+    void attend_page(int64_t page, bool more) {
+        int64_t in_place = 0, any = -1;
+        bool gather = false;
+        for (int64_t i = 0; i < count_; i++) {
+            bits_[i] = visible(lines_[i], page * PAGE, job_.window);
+            scattered_[i] = bits_[i] && scattered(lines_[i], page * PAGE);
+            gather |= scattered_[i];
+            if (!bits_[i] || scattered_[i]) continue;
+            in_place++;
+            any = i;
+        }
+        if (any >= 0) attend_in_place(page, *lines_[any].seq, in_place * shape_.share, more);
+        if (!gather) return;
+        if (!tail_scored_) score_tail();
+        for (int64_t i = 0; i < count_; i++)
+            if (scattered_[i]) attend_scattered(i, page * PAGE);
+    }
+
+    void attend_in_place(int64_t page, const Seq& seq, int64_t queries, bool more) {
+        const uint8_t* here = unit(seq, page);
+        const int64_t ahead = more ? unit(seq, page + 1) - here : 0;
+        load_keys(here, ahead, pool_.kind, pool_.size, s_.keys);
+        const bool raw = direct_ && queries <= WIDE;
+        if (!raw)
+            for (int64_t slot = 0; slot < PAGE; slot++)
+                load_value(here + pool_.values + slot * row_bytes(), pool_.kind, pool_.size, shape_.padded, s_.values + slot * shape_.padded);
+        for (int64_t i = 0; i < count_;) {
+            if (!bits_[i] || scattered_[i]) {
+                i++;
+                continue;
+            }
+            int64_t end = i + 1;
+            while (end < count_ && bits_[end] && !scattered_[end]) end++;
+            attend_run(i * shape_.share, end * shape_.share, raw ? here + pool_.values : nullptr, ahead);
+            i = end;
+        }
+    }
+
+    int64_t row_bytes() const { return pool_.size * bytes_of(pool_.kind); }
+
+    // Queries first..last of rows that see the page in place. raw: its values as stored, or null: they lie in the scratch.
+    void attend_run(int64_t first, int64_t last, const uint8_t* raw, int64_t ahead) {
+        for (int64_t q = first; q < last; q += BATCH) {
+            const int64_t count = at_most(last - q, BATCH);
+            dots(s_.q + q * shape_.padded, shape_.padded, count, s_.keys, shape_.size, s_.p, PAGE);
+            for (int64_t i = 0; i < count; i++) shrink_[i] = weigh(s_.p + i * PAGE, bits_[(q + i) / shape_.share], q + i);
+            for (int64_t i = 0; i < count;) {
+                const uint32_t bits = bits_[(q + i) / shape_.share];
+                int64_t end = i + 1;
+                while (end < count && bits_[(q + end) / shape_.share] == bits) end++;
+                mix(q, i, end, bits, raw, ahead);
+                i = end;
+            }
+        }
+    }
+
+    // Adds the values that `bits` takes to the mixes of queries q + first .. q + last, whose weights are those of the batch.
+    void mix(int64_t q, int64_t first, int64_t last, uint32_t bits, const uint8_t* raw, int64_t ahead) {
+        take(bits, raw ? row_bytes() : shape_.padded * 4, &taken_);
+        float* to = s_.mix + (q + first) * shape_.padded;
+        const float* p = s_.p + first * PAGE;
+        const uint8_t* values = raw ? raw : reinterpret_cast<const uint8_t*>(s_.values);
+        if (raw && pool_.kind == BF16) mixes<Bfloat16>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
+        else mixes<Float32>(p, last - first, taken_, values, raw ? ahead : 0, shrink_ + first, to, shape_.padded, shape_.size);
+    }
+
+    // Dot products of query q become weights; returns what its sum and mix so far are worth beside them.
+    float weigh(float* p, uint32_t bits, int64_t q) {
+        Vec x[SLOTS];
+        for (int64_t c = 0; c < SLOTS; c++) {
+            x[c] = load(p + c * Vec::N) * set1(job_.scale);
+            if (bits != ~0u) x[c] = keep_where(bits >> (c * Vec::N), x[c], set1(minus_infinity()));
+        }
+        Vec most = x[0];
+        for (int64_t c = 1; c < SLOTS; c++) most = maximum(most, x[c]);
+        const float here = peak(most), before = s_.most[q], top = before < here ? here : before;
+        s_.most[q] = top;
+        const Vec shrink = exponential(set1(before - top));
+        for (int64_t c = 0; c < SLOTS; c++) {
+            x[c] = exponential(x[c] - set1(top));
+            store(p + c * Vec::N, x[c]);
+        }
+        for (int64_t n = SLOTS / 2; n; n /= 2)
+            for (int64_t c = 0; c < n; c++) x[c] = x[c] + x[c + n];
+        store(s_.sums + q * 16, fma(load_sums(q), shrink, x[0]));
+        return first_number(shrink);
+    }
+
+    // Scores of all node rows with all slots of the pages that hold nodes: tail[query][slot - tail_first_].
+    void score_tail() {
+        tail_scored_ = true;
+        int64_t row = 0;
+        while (!lines_[row].path) row++;
+        const Line& line = lines_[row];
+        const Seq& seq = *line.seq;
+        const int64_t nodes = int64_t(seq.tail) + seq.rows - seq.chain;
+        tail_first_ = line.base / PAGE * PAGE;
+        for (int64_t slot = tail_first_; slot < line.base + nodes; slot += PAGE) {
+            load_keys(unit(seq, slot / PAGE), 0, pool_.kind, pool_.size, s_.keys);
+            const int64_t q = row * shape_.share, count = (count_ - row) * shape_.share;
+            dots(s_.q + q * shape_.padded, shape_.padded, count, s_.keys, shape_.size, s_.tail + q * shape_.tail + slot - tail_first_, shape_.tail);
+        }
+    }
+
+    // One row whose path indices first .. first + 31 lie among other nodes: scores and values are gathered in path order.
+    void attend_scattered(int64_t row, int64_t first) {
+        const Line& line = lines_[row];
+        int32_t slots[PAGE];
+        slots_of(line, first, slots);
+        const int64_t count = at_most(line.seen - first, PAGE);
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t* from = unit(*line.seq, slots[i] / PAGE) + pool_.values + slots[i] % PAGE * row_bytes();
+            load_value(from, pool_.kind, pool_.size, shape_.padded, s_.values + i * shape_.padded);
+        }
+        for (int64_t g = 0; g < shape_.share; g += BATCH) {
+            const int64_t q = row * shape_.share + g, some = at_most(shape_.share - g, BATCH);
+            for (int64_t k = 0; k < some; k++) {
+                float* scores = s_.p + k * PAGE;
+                for (int64_t i = 0; i < PAGE; i++) scores[i] = i < count ? s_.tail[(q + k) * shape_.tail + slots[i] - tail_first_] : 0.0f;
+                shrink_[k] = weigh(scores, bits_[row], q + k);
+            }
+            mix(q, 0, some, bits_[row], nullptr, 0);
+        }
+    }
+
+    const AttendJob& job_;
+    const Pool& pool_;
+    const AttendShape& shape_;
+    const AttendRow* rows_;
+    int64_t count_, kv_head_, most_seen_ = 0, tail_first_ = 0;
+    bool direct_, tail_scored_ = false;
+    Scratch s_;
+    Taken taken_{};
+    alignas(64) float shrink_[BATCH] = {};
+    uint32_t bits_[MOST_ROWS];
+    bool scattered_[MOST_ROWS];
+    Line lines_[MOST_ROWS];
+};
+
+inline void attend_task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, const AttendTask& task, int64_t kv_head,
+                        const Partials& partials, float* scratch) {
+    Task one(job, shape, rows, task.rows, kv_head, scratch);
+    if (task.group < 0) one.all_groups();
+    else one.one_group(task.group, partials);
+}
+
+inline void attend_merge(const AttendJob& job, const AttendShape& shape, const AttendRow& row, int64_t groups, int64_t head,
+                         const Partials& partials, float* scratch) {
+    Scratch s;
+    carve(shape, scratch, &s);
+    float most = minus_infinity(), total = 0.0f;
+    for (int64_t c = 0; c < shape.padded; c += Vec::N) store(s.whole_mix + c, zero());
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t at = (row.partial + group) * job.heads + head;
+        merge_group(&most, &total, s.whole_mix, partials.most[at], partials.sum[at], partials.mix + at * shape.padded, shape.size);
+    }
+    write_result(job, job.seqs[row.seq].first + row.row, head, total, s.whole_mix);
+}
+
+constexpr AttendKernels ATTEND = {attend_scratch, attend_task, attend_merge};

@@ -1,0 +1,17 @@
+// Kernels for AVX-512 (F, BW, DQ, VL).
+#include <immintrin.h>
+
+#include "attend.h"
+#include "kernels.h"
+
+namespace redraft {
+namespace {
+#include "vec_avx512.h"
+#include "vec_math.h"
+#include "linear_impl.h"
+#include "rows_impl.h"
+#include "attend_impl.h"
+const Kernels kernels{"avx512", takes, linear, norm, copy, quantize, activate, rope, &ATTEND};
+}  // namespace
+const Kernels* avx512_kernels() { return &kernels; }
+}  // namespace redraft

@@ -1,0 +1,20 @@
+// Kernels for AVX-512 with BF16 and VNNI.
+#include <immintrin.h>
+
+#include "attend.h"
+#include "kernels.h"
+
+#define DOT_BF16
+#define DOT_INT8
+
+namespace redraft {
+namespace {
+#include "vec_avx512.h"
+#include "vec_math.h"
+#include "linear_impl.h"
+#include "rows_impl.h"
+#include "attend_impl.h"
+const Kernels kernels{"avx512_bf16", takes, linear, norm, copy, quantize, activate, rope, &ATTEND};
+}  // namespace
+const Kernels* avx512_bf16_kernels() { return &kernels; }
+}  // namespace redraft

@@ -1,0 +1,210 @@
+#include "layers.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "arena.h"
+#include "threads.h"
+
+namespace redraft {
+namespace {
+
+// Tiles of the rows that go into a linear layer, in the form that it takes.
+struct Feed {
+    Rows tiles{};
+    float* scale = nullptr;
+    int32_t* sums = nullptr;
+
+    bool codes() const { return tiles.kind == I8; }
+};
+
+class Feeds {  // one buffer for each linear layer of a decoder layer that may be filled while another is read
+public:
+    Feed of(const Kernels& kernels, const Linear& w, int64_t rows) {
+        const Kind kind = kernels.takes(w.kind);
+        const int64_t per_step = w.kind == F32 ? 1 : w.kind == BF16 ? 2 : 4;
+        Feed feed;
+        feed.tiles = {nullptr, rows, w.steps() * per_step, 0, kind};
+        feed.tiles.data = tiles_.of(feed.tiles.size());
+        if (kind == I8) {
+            feed.scale = scale_.of<float>(rows);
+            if (w.kind == I4) feed.sums = sums_.of<int32_t>(rows * w.groups());
+        }
+        return feed;
+    }
+
+private:
+    Buffer tiles_, scale_, sums_;
+};
+
+void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& feed, Share rows) {
+    if (feed.codes()) kernels.quantize(x, feed.tiles, feed.scale, feed.sums, w.group, rows.first, rows.last);
+    else kernels.copy(x, feed.tiles, rows.first, rows.last);
+}
+
+LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
+    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr};
+}
+
+struct Scratch {  // of one worker: sums of a panel
+    std::vector<Buffer> of_worker;
+
+    void grow(int workers, int64_t rows) {
+        if (int(of_worker.size()) < workers) of_worker = std::vector<Buffer>(workers);
+        for (auto& one : of_worker) one.of<float>(rows * PANEL);
+    }
+    float* at(int worker, int64_t rows) { return of_worker[worker].of<float>(rows * PANEL); }
+};
+
+Scratch scratch;
+Feeds feeds[4];
+Buffer buffers[4];
+
+Rows strided(uint8_t* data, int64_t rows, int64_t cols, Kind kind) { return {data, rows, cols, cols * bytes_of(kind), kind}; }
+Rows columns(const Rows& x, int64_t first, int64_t count) { return {x.data + first * bytes_of(x.kind), x.rows, count, x.stride, x.kind}; }
+
+}  // namespace
+
+Attention& attention() {
+    static Attention* made = new Attention();  // never destroyed: see threads.cpp
+    return *made;
+}
+
+void write_keys(const Step& step, int64_t layer, const Rows& k, const Rows& v, int worker, int workers) {
+    const Pool& pool = step.pool;
+    const int64_t bytes = pool.size * bytes_of(pool.kind);
+    for (int64_t s = 0; s < step.count; s++) {
+        const Seq& seq = step.seqs[s];
+        const Share own(seq.rows, worker, workers);
+        for (int64_t head = 0; head < pool.kv_heads; head++) {
+            const int64_t start = length_of(seq, pool, layer, head) + seq.tail;
+            for (int64_t r = own.first; r < own.last; r++) {
+                const int64_t slot = start + r;
+                uint8_t* unit = at_unit(pool, unit_of(seq, pool, layer, head, slot / PAGE)) + slot % PAGE * bytes;
+                std::memcpy(unit, k.at(seq.first + r, head * pool.size), bytes);
+                std::memcpy(unit + pool.values, v.at(seq.first + r, head * pool.size), bytes);
+            }
+        }
+    }
+}
+
+void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Rows& y, Activation activation, bool add) {
+    const Feed feed = feeds[0].of(kernels, w, x.rows);
+    scratch.grow(threads(), x.rows);
+    run([&](int worker, int workers) {
+        fill(kernels, w, x, feed, Share(x.rows, worker, workers));
+        barrier();
+        LinearJob job = job_of(w, feed, y, y.kind);
+        job.activation = activation;
+        job.add = add;
+        const Share own(w.count(), worker, workers);
+        kernels.linear(job, own.first, own.last, scratch.at(worker, x.rows));
+    });
+}
+
+void run_best(const Kernels& kernels, const Linear& w, const Rows& x, Kind rounded, Best* best) {
+    const Feed feed = feeds[0].of(kernels, w, x.rows);
+    const int64_t workers_now = threads();
+    scratch.grow(int(workers_now), x.rows);
+    std::vector<Best> found(workers_now * x.rows, Best{-std::numeric_limits<float>::infinity(), -1});
+    run([&](int worker, int workers) {
+        fill(kernels, w, x, feed, Share(x.rows, worker, workers));
+        barrier();
+        LinearJob job = job_of(w, feed, Rows{}, rounded);
+        job.best = found.data() + worker * x.rows;
+        const Share own(w.count(), worker, workers);
+        kernels.linear(job, own.first, own.last, scratch.at(worker, x.rows));
+    });
+    for (int64_t r = 0; r < x.rows; r++) {
+        best[r] = {-std::numeric_limits<float>::infinity(), 0};
+        for (int64_t worker = 0; worker < workers_now; worker++) {  // in the order of outputs: the lowest of equal ones stays
+            const Best& one = found[worker * x.rows + r];
+            if (one.index >= 0 && best[r].value == best[r].value && !(one.value <= best[r].value)) best[r] = one;
+        }
+    }
+}
+
+void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step& step, const AttendPlan& plan, Rows h) {
+    const int64_t rows = step.rows;
+    const Kind kind = h.kind;
+    const Pool& pool = step.pool;
+    scratch.grow(threads(), rows);
+    for (int64_t i = first; i < last; i++) {  // all buffers have their size before workers meet them
+        const Layer& l = layers[i];
+        feeds[0].of(kernels, l.qkv, rows), feeds[1].of(kernels, l.out, rows);
+        feeds[2].of(kernels, l.up, rows), feeds[3].of(kernels, l.down, rows);
+        const int64_t q_size = l.heads * pool.size, k_size = pool.kv_heads * pool.size;
+        int64_t wanted[] = {h.cols, q_size + 2 * k_size, q_size, l.down.ins};
+        for (int b = 0; b < 4; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
+    }
+    attention().prepare(*kernels.attend, plan, layers[first].heads, threads());
+    run([&](int worker, int workers) {
+        const Share own(rows, worker, workers);
+        float* sums = scratch.at(worker, rows);
+        // The norm of h, as the input of w: straight into tiles, or by way of rows where codes are made of them.
+        const auto normed = [&](const Layer& layer, const uint8_t* weight, const uint8_t* bias, const Linear& w, const Feed& feed, const Rows& rows_of) {
+            NormJob job{h, feed.codes() ? rows_of : feed.tiles, weight, bias, layer.eps, layer.rms, kind};
+            kernels.norm(job, own.first, own.last);
+            if (feed.codes()) fill(kernels, w, rows_of, feed, own);
+        };
+        const auto panels = [&](LinearJob job) {
+            const Share mine(job.w.count(), worker, workers);
+            kernels.linear(job, mine.first, mine.last, sums);
+        };
+        for (int64_t i = first; i < last; i++) {
+            const Layer& l = layers[i];
+            const int64_t q_size = l.heads * pool.size, k_size = pool.kv_heads * pool.size;
+            const Feed for_qkv = feeds[0].of(kernels, l.qkv, rows), for_out = feeds[1].of(kernels, l.out, rows);
+            const Feed for_up = feeds[2].of(kernels, l.up, rows), for_down = feeds[3].of(kernels, l.down, rows);
+            const Rows norms = strided(buffers[0].of(0), rows, h.cols, kind);
+            const Rows qkv = strided(buffers[1].of(0), rows, q_size + 2 * k_size, kind);
+            const Rows seen = strided(buffers[2].of(0), rows, q_size, kind);
+            const Rows inner = strided(buffers[3].of(0), rows, l.down.ins, kind);
+
+            normed(l, l.attn_norm, l.attn_norm_bias, l.qkv, for_qkv, norms);
+            barrier();
+            panels(job_of(l.qkv, for_qkv, qkv, kind));
+            barrier();
+
+            const Rows q = columns(qkv, 0, q_size), k = columns(qkv, q_size, k_size), v = columns(qkv, q_size + k_size, k_size);
+            if (l.q_norm) {
+                for (int64_t head = 0; head < l.heads + pool.kv_heads; head++) {
+                    const Rows one = columns(qkv, head * pool.size, pool.size);
+                    kernels.norm({one, one, head < l.heads ? l.q_norm : l.k_norm, nullptr, l.qk_eps, 1, kind}, own.first, own.last);
+                }
+            }
+            if (l.rotary >= 0)
+                kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, step.cos[l.rotary], step.sin[l.rotary], own.first, own.last);
+            barrier();
+            write_keys(step, i, k, v, worker, workers);
+            barrier();
+            attend(*kernels.attend, {step.seqs, step.count, pool, int32_t(i), l.heads, l.window, q, seen, 1.0f / std::sqrt(float(pool.size))}, plan, attention(), worker, workers);
+            barrier();
+            fill(kernels, l.out, seen, for_out, own);
+            barrier();
+            LinearJob job = job_of(l.out, for_out, h, kind);
+            job.add = 1;
+            panels(job);
+            barrier();
+
+            normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_up, norms);
+            barrier();
+            job = job_of(l.up, for_up, for_down.codes() ? inner : for_down.tiles, kind);
+            job.activation = l.activation;
+            panels(job);
+            barrier();
+            if (for_down.codes()) {
+                fill(kernels, l.down, inner, for_down, own);
+                barrier();
+            }
+            job = job_of(l.down, for_down, h, kind);
+            job.add = 1;
+            panels(job);
+            barrier();
+        }
+    });
+}
+
+}  // namespace redraft

@@ -1,0 +1,97 @@
+// Weights into panels, once at load.
+#include "pack.h"
+
+#include <cstring>
+
+#include "threads.h"
+
+namespace redraft {
+namespace {
+
+// The output that lies at place i of panel p, or -1 where none does.
+int64_t output(const Linear& w, int64_t p, int64_t i) {
+    if (!w.gated) return p * PANEL + i < w.outs ? p * PANEL + i : -1;
+    const int64_t half = PANEL / 2, own = p * half + i % half;
+    return own < w.outs / 2 ? own + (i < half ? 0 : w.outs / 2) : -1;
+}
+
+// Rows [outs, ins] of `size` bytes an element into steps of 4 bytes.
+void interleave(const Linear& w, const uint8_t* from, int64_t size, uint8_t* to) {
+    const int64_t steps = w.steps(), bytes = w.ins * size, panel = steps * PANEL * 4;
+    run([&](int worker, int workers) {
+        const Share own(w.count(), worker, workers);
+        for (int64_t p = own.first; p < own.last; p++) {
+            uint8_t* dst = to + p * panel;
+            std::memset(dst, 0, panel);
+            for (int64_t i = 0; i < PANEL; i++) {
+                const int64_t out = output(w, p, i);
+                if (out < 0) continue;
+                const uint8_t* src = from + out * bytes;
+                const int64_t whole = bytes / 4;
+                for (int64_t s = 0; s < whole; s++) std::memcpy(dst + (s * PANEL + i) * 4, src + s * 4, 4);
+                if (bytes % 4) std::memcpy(dst + (whole * PANEL + i) * 4, src + whole * 4, bytes % 4);
+            }
+        }
+    });
+}
+
+template <class T>
+void arrange(const Linear& w, const T* from, T* to) {
+    for (int64_t p = 0; p < w.count(); p++)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const int64_t out = output(w, p, i);
+            to[p * PANEL + i] = out < 0 ? T{} : from[out];
+        }
+}
+
+}  // namespace
+
+void pack_plain(const Linear& w, const void* from, void* to) {
+    interleave(w, static_cast<const uint8_t*>(from), bytes_of(w.kind), static_cast<uint8_t*>(to));
+}
+
+void rows_of(const Linear& w, const int64_t* rows, int64_t count, void* to) {
+    const int64_t bytes = w.ins * bytes_of(w.kind), whole = bytes / 4;
+    for (int64_t r = 0; r < count; r++) {
+        const uint8_t* from = w.panels + rows[r] / PANEL * w.panel_bytes() + rows[r] % PANEL * 4;
+        uint8_t* out = static_cast<uint8_t*>(to) + r * bytes;
+        for (int64_t s = 0; s < whole; s++) std::memcpy(out + s * 4, from + s * PANEL * 4, 4);
+        if (bytes % 4) std::memcpy(out + whole * 4, from + whole * PANEL * 4, bytes % 4);
+    }
+}
+
+void pack_floats(const Linear& w, const float* from, float* to) { arrange(w, from, to); }
+
+void pack_int8(const Linear& w, const int8_t* codes, void* to, int32_t* sums) {
+    interleave(w, reinterpret_cast<const uint8_t*>(codes), 1, static_cast<uint8_t*>(to));
+    for (int64_t p = 0; p < w.count(); p++)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const int64_t out = output(w, p, i);
+            int32_t sum = 0;
+            for (int64_t c = 0; out >= 0 && c < w.ins; c++) sum += codes[out * w.ins + c];
+            sums[p * PANEL + i] = sum;
+        }
+}
+
+void pack_int4(const Linear& w, const int8_t* codes, const uint16_t* scales, void* to, uint16_t* arranged) {
+    const int64_t panel = w.panel_bytes(), groups = w.groups();
+    run([&](int worker, int workers) {
+        const Share own(w.count(), worker, workers);
+        for (int64_t p = own.first; p < own.last; p++) {
+            uint8_t* dst = static_cast<uint8_t*>(to) + p * panel;
+            std::memset(dst, 0x88, panel);
+            for (int64_t i = 0; i < PANEL; i++) {
+                const int64_t out = output(w, p, i);
+                for (int64_t g = 0; g < groups; g++) arranged[(p * groups + g) * PANEL + i] = out < 0 ? 0 : scales[out * groups + g];
+                for (int64_t c = 0; out >= 0 && c < w.ins; c++) {
+                    const int64_t step = c / 4;
+                    uint8_t& byte = dst[(step / 2 * PANEL + i) * 4 + c % 4];
+                    const uint8_t code = uint8_t(codes[out * w.ins + c] + 8);
+                    byte = step % 2 ? uint8_t((byte & 0x0f) | code << 4) : uint8_t((byte & 0xf0) | code);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace redraft

@@ -1,0 +1,22 @@
+// The most arithmetic that one core can do: loops over registers alone, one file for each instruction set.
+#pragma once
+#include <cstdint>
+
+namespace redraft {
+
+// What each unit offers for numbers of one kind. `run` does `rounds` rounds of `operations` additions and multiplications each;
+// null where the instruction set has no instruction of its own for such numbers.
+struct Peak {
+    void (*run)(int64_t rounds);
+    double operations;
+    const char* instruction;
+};
+
+enum PeakKind : int { PEAK_F32 = 0, PEAK_BF16 = 1, PEAK_I8 = 2 };
+
+Peak peak_avx2(int kind);
+Peak peak_avx512(int kind);
+Peak peak_avx512_bf16(int kind);
+Peak peak_amx(int kind);
+
+}  // namespace redraft

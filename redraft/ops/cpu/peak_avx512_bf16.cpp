@@ -1,0 +1,47 @@
+#include "peak.h"
+
+#include <immintrin.h>
+
+namespace redraft {
+namespace {
+
+constexpr int CHAINS = 16;  // sums that do not wait for one another
+
+void dot_bf16(int64_t rounds) {
+    volatile int ones = 0x3f803f80;  // two bf16 ones; volatile, or the compiler would do the sums itself
+    const __m512i bits = _mm512_set1_epi32(ones);
+    const __m512bh factor = (__m512bh)bits, other = (__m512bh)bits;
+    __m512 sums[CHAINS];
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_dpbf16_ps(sums[i], factor, other);
+    }
+    volatile float seen;
+    for (auto sum : sums) seen = _mm512_cvtss_f32(sum);
+    (void)seen;
+}
+
+void dot_i8(int64_t rounds) {
+    volatile int ones = 0x01010101;
+    const __m512i factor = _mm512_set1_epi32(ones), other = _mm512_set1_epi32(ones);
+    __m512i sums[CHAINS];
+    for (auto& sum : sums) sum = _mm512_setzero_si512();
+    for (int64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_dpbusd_epi32(sums[i], factor, other);
+    }
+    volatile int seen;
+    for (auto sum : sums) seen = _mm512_cvtsi512_si32(sum);
+    (void)seen;
+}
+
+}  // namespace
+
+Peak peak_avx512_bf16(int kind) {
+    if (kind == PEAK_BF16) return {dot_bf16, 2.0 * 32 * CHAINS, "vdpbf16ps, 512 bits"};
+    if (kind == PEAK_I8) return {dot_i8, 2.0 * 64 * CHAINS, "vpdpbusd, 512 bits"};
+    return peak_avx512(kind);
+}
+
+}  // namespace redraft

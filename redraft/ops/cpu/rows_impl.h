@@ -1,0 +1,99 @@
+// What is done to rows one by one: norms, layouts, codes, activations, positions. Included inside an anonymous namespace, behind
+// linear_impl.h. Every function does rows first..last.
+
+// Walks a row of x and y register by register; behind x's columns y is filled with zeros up to its own (a tile's filling).
+template <class Value>
+void row_of(const Rows& x, const Rows& y, int64_t r, Value value) {
+    const int64_t per_line = LINE / bytes_of(y.kind), end = y.stride ? y.cols : y.lines() * per_line;
+    for (int64_t c = 0; c < end; c += Vec::N) {
+        const int64_t live = x.cols - c;
+        Vec out = zero();
+        if (live > 0) {
+            out = value(read_some(x.at(r, c), x.kind, live), c, live);
+            if (live < Vec::N) out = keep_where((1u << live) - 1, out, zero());
+        }
+        write_some(y.at(r, c), y.kind, out, end - c);
+    }
+}
+
+void copy(const Rows& x, const Rows& y, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) row_of(x, y, r, [](Vec v, int64_t, int64_t) { return v; });
+}
+
+void norm(const NormJob& j, int64_t first, int64_t last) {
+    const int64_t size = bytes_of(j.x.kind);
+    for (int64_t r = first; r < last; r++) {
+        Vec total = zero(), squares = zero();
+        for (int64_t c = 0; c < j.x.cols; c += Vec::N) {
+            const Vec v = read_some(j.x.at(r, c), j.x.kind, j.x.cols - c);
+            total = total + v;
+            squares = fma(v, v, squares);
+        }
+        float mean = 0, variance = sum(squares) / float(j.x.cols);
+        if (!j.rms) {  // in two passes: the difference of large sums would lose digits
+            mean = sum(total) / float(j.x.cols);
+            squares = zero();
+            for (int64_t c = 0; c < j.x.cols; c += Vec::N) {
+                const int64_t live = j.x.cols - c;
+                Vec v = read_some(j.x.at(r, c), j.x.kind, live) - set1(mean);
+                if (live < Vec::N) v = keep_where((1u << live) - 1, v, zero());
+                squares = fma(v, v, squares);
+            }
+            variance = sum(squares) / float(j.x.cols);
+        }
+        const Vec scale = set1(1.0f / __builtin_sqrtf(variance + j.eps)), middle = set1(mean);
+        row_of(j.x, j.y, r, [&](Vec v, int64_t c, int64_t live) {
+            Vec y = (v - middle) * scale * read_some(j.weight + c * size, j.x.kind, live);
+            if (j.bias) y = y + read_some(j.bias + c * size, j.x.kind, live);
+            return rounded(y, j.rounded);
+        });
+    }
+}
+
+// codes: int8 tiles; scale [rows]: what a code stands for; sums [rows][groups]: of the codes in each group of columns, or null.
+void quantize(const Rows& x, const Rows& codes, float* scale, int32_t* sums, int32_t group, int64_t first, int64_t last) {
+    const int64_t groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
+    for (int64_t r = first; r < last; r++) {
+        Vec most = zero();
+        for (int64_t c = 0; c < x.cols; c += Vec::N) most = maximum(absolute(read_some(x.at(r, c), x.kind, x.cols - c)), most);
+        const float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0;
+        scale[r] = peak / 127.0f;
+        const Vec by = set1(inverse), top = set1(127.0f);
+        for (int64_t c = 0; c < end; c += Vec::N) {
+            Vec v = c < x.cols ? read_some(x.at(r, c), x.kind, x.cols - c) * by : zero();
+            v = maximum(minimum(round_even(v), top), zero() - top);
+            to_i8(reinterpret_cast<int8_t*>(codes.at(r, c)), v);
+        }
+        for (int64_t g = 0; g < groups; g++) {
+            int32_t sum = 0;
+            for (int64_t c = g * group; c < (g + 1) * group && c < end; c++) sum += *reinterpret_cast<const int8_t*>(codes.at(r, c));
+            sums[r * groups + g] = sum;
+        }
+    }
+}
+
+void activate(const Rows& x, const Rows& y, Activation activation, int32_t gated, int64_t first, int64_t last) {
+    Rows gate = x;
+    if (gated) gate.cols = x.cols / 2;
+    const int64_t up = gate.cols * bytes_of(x.kind);
+    for (int64_t r = first; r < last; r++)
+        row_of(gate, y, r, [&](Vec v, int64_t c, int64_t live) {
+            v = activated(v, activation);
+            return gated ? v * read_some(x.at(r, c) + up, x.kind, live) : v;
+        });
+}
+
+void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last) {
+    const int64_t half = size / 2;
+    for (int64_t r = first; r < last; r++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t i = 0; i < half; i += Vec::N) {
+                const int64_t live = half - i;
+                uint8_t *low = x.at(r, h * size + i), *high = x.at(r, h * size + half + i);
+                const Vec a = read_some(low, x.kind, live), b = read_some(high, x.kind, live);
+                const uint8_t *turn = reinterpret_cast<const uint8_t*>(cos + r * half + i), *by = reinterpret_cast<const uint8_t*>(sin + r * half + i);
+                const Vec c = read_some(turn, F32, live), s = read_some(by, F32, live);
+                write_some(low, x.kind, fma(zero() - b, s, a * c), live);
+                write_some(high, x.kind, fma(a, s, b * c), live);
+            }
+}

@@ -1,0 +1,649 @@
+// Stand-alone test of attention over pages. No library, one instruction set, told by the flags:
+//   g++ -std=c++17 -O2 -ffp-contract=off -mavx2 -mfma -mf16c attend_test.cpp ../attend.cpp ../threads.cpp -pthread -o attend_test
+//   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl; with -fsanitize=address,undefined too)
+// attend_test [seed [worlds]]: results against a definition in double, and against each row computed alone on committed slots.
+// attend_test bench [row|shared|prefill]: speed beside the bandwidth and the arithmetic of the same run.
+#include "../attend.h"
+#include "../threads.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <immintrin.h>
+#include <memory>
+#include <random>
+#include <string>
+#include <sys/mman.h>
+#include <utility>
+#include <vector>
+
+namespace redraft {
+namespace {
+#if defined(__AVX512F__)
+#include "../vec_avx512.h"
+#else
+#include "../vec_avx2.h"
+#endif
+#include "../vec_math.h"
+
+#include "../attend_impl.h"
+}  // namespace
+}  // namespace redraft
+
+using namespace redraft;
+using std::vector;
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void check(bool good, const std::string& what) {
+    (good ? passed : failed)++;
+    if (!good && failed <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+struct Random {
+    std::mt19937_64 engine;
+    int64_t below(int64_t n) { return int64_t(engine() % uint64_t(n)); }
+    bool chance(double p) { return double(engine() >> 11) * 0x1p-53 < p; }
+    float normal() { return std::normal_distribution<float>()(engine); }
+    template <class T> T of(std::initializer_list<T> list) { return list.begin()[below(int64_t(list.size()))]; }
+};
+
+float as_float(const uint8_t* p, Kind kind) {
+    if (kind == F32) {
+        float x;
+        std::memcpy(&x, p, 4);
+        return x;
+    }
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+void keep_float(uint8_t* p, Kind kind, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (kind == BF16) {
+        const uint16_t half = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        std::memcpy(p, &half, 2);
+    } else {
+        std::memcpy(p, &bits, 4);
+    }
+}
+
+// Memory on large pages where the kernel gives them, as an engine should hold its pool.
+struct Block {
+    uint8_t* data;
+    explicit Block(size_t bytes, int value) {
+        constexpr size_t LARGE = size_t(1) << 21;
+        const bool large = bytes >= LARGE;
+        data = static_cast<uint8_t*>(large ? std::aligned_alloc(LARGE, (bytes + LARGE - 1) / LARGE * LARGE) : std::malloc(bytes));
+        if (large) madvise(data, bytes, MADV_HUGEPAGE);
+        std::memset(data, value, bytes);
+    }
+    Block(const Block&) = delete;
+    ~Block() { std::free(data); }
+};
+
+// A pool of slabs that are handed out at random; pages of any lane kind are carved from them.
+struct Memory {
+    Pool pool{};
+    size_t size;
+    std::unique_ptr<Block> bytes;
+    vector<int32_t> slabs;
+
+    Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind) {
+        pool.layers = layers, pool.kv_heads = kv_heads, pool.size = head_size, pool.kind = kind;
+        pool.values = PAGE * head_size * bytes_of(kind);
+        pool.unit_bytes = 2 * pool.values;
+        pool.per_slab = layers * kv_heads;
+        pool.slab_bytes = pool.per_slab * pool.unit_bytes;
+        size = size_t(count * pool.slab_bytes);
+        bytes = std::make_unique<Block>(size, 0xff);  // NaN, wherever nothing is written
+        pool.data = bytes->data;
+        for (int64_t i = 0; i < count; i++) slabs.push_back(int32_t(i));
+        std::shuffle(slabs.begin(), slabs.end(), random.engine);
+    }
+    int32_t slab() {
+        if (slabs.empty()) std::abort();
+        const int32_t id = slabs.back();
+        slabs.pop_back();
+        return id;
+    }
+};
+
+struct Node {
+    int32_t parent;  // -1: the last chain row
+};
+
+// A text in the pool: committed slots, a chain, and a tree, all keys and values written.
+struct Text {
+    Memory* memory;
+    int32_t lanes = 0, count = 1, per_lane = 0, chain = 0;
+    vector<int32_t> pages, lengths;
+    vector<vector<int32_t>> positions;  // of committed slots by lane; empty: none kept
+    vector<Node> nodes;
+    int32_t next = 0;  // position of the first chain row
+
+    Text(Memory& m, int32_t kind) : memory(&m), lanes(kind) {
+        count = kind == 0 ? 1 : kind == 1 ? m.pool.layers : m.pool.layers * m.pool.kv_heads;
+        lengths.assign(size_t(count), 0);
+    }
+    int64_t lane(int64_t layer, int64_t head) const { return lanes == 0 ? 0 : lanes == 1 ? layer : layer * memory->pool.kv_heads + head; }
+
+    // Pages for `slots` slots of every lane; the first `shared` of them are those of another text.
+    void room(int64_t slots, const Text* from = nullptr, int64_t shared = 0) {
+        per_lane = int32_t((slots + PAGE - 1) / PAGE);
+        const int32_t pages_a_slab = lanes == 0 ? 1 : lanes == 1 ? memory->pool.layers : int32_t(memory->pool.per_slab);
+        int32_t left = 0, slab = 0;
+        for (int64_t i = 0; i < count * per_lane; i++) {
+            if (i < shared) {
+                pages.push_back(from->pages[size_t(i)]);
+                continue;
+            }
+            if (!left) left = pages_a_slab, slab = memory->slab();
+            pages.push_back(slab * pages_a_slab + --left);
+        }
+    }
+    uint8_t* place(int64_t layer, int64_t head, int64_t slot, bool value) const {
+        const Pool& p = memory->pool;
+        const int64_t id = pages[size_t(lane(layer, head) * per_lane + slot / PAGE)];
+        const int64_t unit = lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : lanes == 1 ? id * p.kv_heads + head : id;
+        uint8_t* at = p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
+        return at + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind);
+    }
+    int64_t last_slot(int64_t lane) const { return lengths[size_t(lane)] + chain + int64_t(nodes.size()); }
+
+    vector<int32_t> path(int64_t node) const {
+        vector<int32_t> found;
+        for (int64_t at = node; at >= 0; at = nodes[size_t(at)].parent) found.insert(found.begin(), int32_t(at));
+        return found;
+    }
+    int32_t position(int64_t row) const {  // rows: the chain, then the nodes
+        return next + (row < chain ? int32_t(row) : chain + int32_t(path(row - chain).size()) - 1);
+    }
+    // Slots that a row sees, in text order, with their positions.
+    vector<std::pair<int64_t, int64_t>> seen(int64_t row, int64_t layer, int64_t head, int64_t window) const {
+        const int64_t own = lane(layer, head), length = lengths[size_t(own)];
+        vector<std::pair<int64_t, int64_t>> found;
+        const auto see = [&](int64_t slot, int64_t position) {
+            if (!window || position > this->position(row) - window) found.push_back({slot, position});
+        };
+        for (int64_t i = 0; i < length; i++) see(i, positions.empty() ? i : positions[size_t(own)][size_t(i)]);
+        for (int64_t i = 0; i < chain && i <= row; i++) see(length + i, next + i);
+        if (row < chain) return found;
+        int64_t deep = 0;
+        for (int32_t node : path(row - chain)) see(length + chain + node, next + chain + deep++);
+        return found;
+    }
+};
+
+void fill(Text& text, Random& random, float spread, int64_t from = 0) {
+    const Pool& p = text.memory->pool;
+    for (int64_t layer = 0; layer < p.layers; layer++)
+        for (int64_t head = 0; head < p.kv_heads; head++)
+            for (int64_t slot = from; slot < text.last_slot(text.lane(layer, head)); slot++)
+                for (int64_t d = 0; d < p.size; d++)
+                    for (bool value : {false, true})
+                        keep_float(text.place(layer, head, slot, value) + d * bytes_of(p.kind), p.kind, random.normal() * (value ? 1.0f : spread));
+}
+
+// Rows first..last of a text as attention gets them; chain rows before `first` count as committed if all rows are of the chain.
+struct Part {
+    const Text* text;
+    int64_t first, last;
+    vector<int32_t> lengths, at;
+    vector<vector<int32_t>> positions;
+    vector<const int32_t*> tables;
+    vector<uint64_t> ancestors;
+    Seq seq{};
+
+    Part(const Text& t, int64_t from, int64_t to, int32_t words) : text(&t), first(from), last(to), lengths(t.lengths), positions(t.positions) {
+        const bool tree_only = from >= t.chain && !t.nodes.empty();
+        const int64_t grown = tree_only ? 0 : from;
+        for (size_t lane = 0; lane < lengths.size(); lane++) {
+            lengths[lane] += int32_t(grown);
+            for (int64_t i = 0; i < grown && !positions.empty(); i++) positions[lane].push_back(t.position(i));
+        }
+        for (const auto& list : positions) tables.push_back(list.data());
+        seq.rows = int32_t(to - from);
+        seq.chain_rows = int32_t(std::max<int64_t>(0, std::min<int64_t>(to, t.chain) - from));
+        seq.tail = tree_only ? int32_t(from) : 0;
+        seq.chain = tree_only ? t.chain : seq.chain_rows;
+        for (int64_t row = from; row < to; row++) {
+            at.push_back(t.position(row));
+            if (row < t.chain) continue;
+            ancestors.resize(ancestors.size() + size_t(words));
+            for (int32_t node : t.path(row - t.chain)) ancestors[ancestors.size() - size_t(words) + size_t(node / 64)] |= uint64_t(1) << node % 64;
+        }
+        seq.words = words;
+    }
+    Seq made(int32_t place) {
+        seq.first = place, seq.lanes = text->lanes, seq.pages_per_lane = text->per_lane, seq.pages = text->pages.data();
+        seq.lengths = lengths.data(), seq.at = at.data(), seq.ancestors = ancestors.data();
+        seq.positions = tables.empty() ? nullptr : tables.data();
+        return seq;
+    }
+};
+
+struct Setting {
+    int32_t layer, heads, window;
+    Kind q_kind, out_kind;
+    bool tiles;
+    float scale;
+};
+
+// Numbers of rows [heads * size], as floats of what was written.
+using Result = vector<vector<float>>;
+using Queries = std::function<float(const Text*, int64_t row, int64_t column)>;
+
+struct Buffer {
+    vector<uint8_t> bytes;
+    Rows rows{};
+    Buffer(int64_t count, int64_t cols, Kind kind, bool tiles) {
+        rows = {nullptr, count, cols, tiles ? 0 : cols * bytes_of(kind), kind};
+        bytes.assign(size_t(rows.size()), 0xff);  // exactly as large as told: sanitizers see any byte beyond
+        rows.data = bytes.data();
+    }
+};
+
+Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, const Queries& queries, const AttendChoices& choices, int workers) {
+    vector<Seq> seqs;
+    int32_t total = 0;
+    for (Part& part : parts) {
+        seqs.push_back(part.made(total));
+        total += int32_t(part.last - part.first);
+    }
+    const int64_t cols = int64_t(setting.heads) * pool.size;
+    Buffer q(total, cols, setting.q_kind, false), out(total, cols, setting.out_kind, setting.tiles);
+    int64_t r = 0;
+    for (const Part& part : parts)
+        for (int64_t row = part.first; row < part.last; row++, r++)
+            for (int64_t c = 0; c < cols; c++) keep_float(q.rows.at(r, c), setting.q_kind, queries(part.text, row, c));
+    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.layer, setting.heads, setting.window, q.rows, out.rows, setting.scale};
+    static Attention memory;
+    const AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
+    memory.prepare(ATTEND, plan, setting.heads, workers);
+    set_threads(workers);
+    run([&](int worker, int all) { attend(ATTEND, job, plan, memory, worker, all); });
+    Result result;
+    for (int64_t i = 0; i < total; i++) {
+        result.emplace_back();
+        for (int64_t c = 0; c < cols; c++) result.back().push_back(as_float(out.rows.at(i, c), setting.out_kind));
+        if (!setting.tiles) continue;
+        for (int64_t c = cols; c * bytes_of(setting.out_kind) % LINE; c++)  // the last line's end is zero
+            if (as_float(out.rows.at(i, cols - 1) + (c - cols + 1) * bytes_of(setting.out_kind), setting.out_kind) != 0) result.back()[0] = NAN;
+    }
+    return result;
+}
+
+vector<double> defined(const Setting& setting, const Text& text, int64_t row, const Queries& queries) {
+    const Pool& p = text.memory->pool;
+    const int64_t size = p.size, share = setting.heads / p.kv_heads;
+    vector<double> result(size_t(setting.heads * size));
+    for (int64_t h = 0; h < setting.heads; h++) {
+        vector<double> weights;
+        double most = -INFINITY, total = 0;
+        const auto slots = text.seen(row, setting.layer, h / share, setting.window);
+        for (const auto& [slot, position] : slots) {
+            double s = 0;
+            for (int64_t d = 0; d < size; d++) {
+                uint8_t held[4];
+                keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
+                s += double(as_float(held, setting.q_kind)) * as_float(text.place(setting.layer, h / share, slot, false) + d * bytes_of(p.kind), p.kind);
+            }
+            weights.push_back(s * setting.scale);
+            most = std::max(most, weights.back());
+        }
+        for (double& w : weights) total += w = std::exp(w - most);
+        for (size_t i = 0; i < slots.size(); i++)
+            for (int64_t d = 0; d < size; d++)
+                result[size_t(h * size + d)] += weights[i] / total * as_float(text.place(setting.layer, h / share, slots[i].first, true) + d * bytes_of(p.kind), p.kind);
+    }
+    return result;
+}
+
+bool same_bits(const vector<float>& a, const vector<float>& b) { return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * 4); }
+
+// The same row decoded as the last of a plain text: every slot of its path is copied in order into fresh pages and committed.
+Text flattened(const Text& text, int64_t row) {
+    Text flat(*text.memory, text.lanes);
+    const Pool& p = text.memory->pool;
+    const int64_t longest = *std::max_element(text.lengths.begin(), text.lengths.end()) + row + 2;
+    flat.room(longest);
+    flat.chain = 1;
+    flat.next = text.position(row);
+    if (!text.positions.empty()) flat.positions.resize(size_t(flat.count));
+    for (int64_t layer = 0; layer < p.layers; layer++)
+        for (int64_t head = 0; head < p.kv_heads; head++) {
+            const auto slots = text.seen(row, layer, head, 0);
+            const size_t lane = size_t(flat.lane(layer, head));
+            flat.lengths[lane] = int32_t(slots.size()) - 1;
+            for (size_t i = 0; i < slots.size(); i++)
+                for (bool value : {false, true})
+                    std::memcpy(flat.place(layer, head, int64_t(i), value), text.place(layer, head, slots[i].first, value), size_t(p.size * bytes_of(p.kind)));
+            if (flat.positions.empty() || !flat.positions[lane].empty()) continue;
+            for (size_t i = 0; i + 1 < slots.size(); i++) flat.positions[lane].push_back(int32_t(slots[i].second));
+        }
+    return flat;
+}
+
+void grow_tree(Text& text, Random& random, int64_t count) {
+    const bool fan = random.chance(0.2), straight = random.chance(0.2);
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t recent = std::max<int64_t>(-1, i - 6);
+        text.nodes.push_back({int32_t(fan ? -1 : straight ? i - 1 : recent + random.below(i - recent))});
+    }
+}
+
+struct World {
+    Random random;
+    Setting setting{};
+    Memory memory;
+    vector<Text> texts;
+    int32_t words = 1;
+    uint64_t seed;
+
+    static Memory memory_for(Random& random, Setting& setting) {
+        const int32_t size = random.of({8, 8, 24, 48, 64, 64, 80, 128}), kv_heads = random.of({1, 2}), share = random.of({1, 2, 3, 4, 7});
+        setting = {int32_t(random.below(2)), kv_heads * share, random.chance(0.3) ? int32_t(1 + random.below(700)) : 0, random.of({F32, BF16}),
+                   random.of({F32, BF16}), random.chance(0.5), 1.0f / std::sqrt(float(size))};
+        return Memory(random, 1500, 2, kv_heads, size, random.of({F32, BF16}));
+    }
+
+    explicit World(uint64_t number) : random{std::mt19937_64(number)}, memory(memory_for(random, setting)), seed(number) {
+        const int64_t count = 1 + random.below(3);
+        for (int64_t i = 0; i < count; i++) {
+            texts.push_back(text(random.of({0, 0, 1, 2})));
+            if (texts.back().lanes == 0 && random.chance(0.6)) share_prefix();
+        }
+        for (const Text& t : texts) words = std::max(words, int32_t((t.nodes.size() + 63) / 64));
+    }
+
+    int32_t length() {
+        const int64_t base = random.of<int64_t>({0, 1, 32, 64, 480, 512, 544, 1024, 1536});
+        return int32_t(std::max<int64_t>(0, base + random.below(5) - 2));
+    }
+
+    void tail_of(Text& t) {
+        t.chain = int32_t(random.of<int64_t>({1, 1, 2, 5, 40, 70}));
+        if (random.chance(0.6)) grow_tree(t, random, random.of<int64_t>({1, 3, 8, 30, 40, 70}));
+        int32_t longest = *std::max_element(t.lengths.begin(), t.lengths.end());
+        t.next = longest;
+        if (t.lanes == 0 && random.chance(0.7)) return;  // nothing was evicted
+        t.next = longest + int32_t(random.below(100));
+        for (int32_t length : t.lengths) {
+            t.positions.emplace_back();
+            for (int32_t slot = 0, at = t.next - length; slot < length; slot++) {  // distinct, ascending, some left out at the beginning
+                t.positions.back().push_back(slot < length / 2 ? slot : at + slot);
+            }
+        }
+    }
+
+    Text text(int32_t kind) {
+        Text t(memory, kind);
+        const int32_t one = length();
+        for (int32_t& l : t.lengths) l = random.chance(0.5) ? one : length();
+        tail_of(t);
+        t.room(t.last_slot(std::max_element(t.lengths.begin(), t.lengths.end()) - t.lengths.begin()));
+        fill(t, random, random.of({1.0f, 3.0f}));
+        return t;
+    }
+
+    // Others that list the first pages of the last text, whose slots there are committed.
+    void share_prefix() {
+        const size_t origin = texts.size() - 1;
+        const int64_t others = 1 + random.below(3);
+        for (int64_t i = 0; i < others; i++) {
+            const int64_t shared = texts[origin].lengths[0] / PAGE;
+            Text t(memory, 0);
+            t.lengths[0] = int32_t(shared * PAGE + random.below(90));
+            tail_of(t);
+            t.room(t.last_slot(0), &texts[origin], shared);
+            fill(t, random, 1.0f, shared * PAGE);
+            texts.push_back(std::move(t));
+        }
+    }
+};
+
+vector<Part> whole(const World& world) {
+    vector<Part> parts;
+    for (const Text& t : world.texts) parts.emplace_back(t, 0, t.chain + int64_t(t.nodes.size()), world.words);
+    return parts;
+}
+
+// The texts' rows cut into steps at random places, as chunked prefill and drafters with several levels cut them.
+vector<vector<Part>> cut(World& world) {
+    vector<vector<Part>> steps;
+    for (const Text& t : world.texts) {
+        const int64_t end = t.chain + int64_t(t.nodes.size());
+        for (int64_t from = 0, to, step = 0; from < end; from = to, step++) {
+            to = std::min<int64_t>(end, from + 1 + world.random.below(40));
+            if (from < t.chain && to > t.chain && from > 0) to = t.chain;  // a chain with nodes begins where the committed slots end
+            if (int64_t(steps.size()) <= step) steps.emplace_back();
+            steps[size_t(step)].emplace_back(t, from, to, world.words);
+        }
+    }
+    return steps;
+}
+
+void test_world(uint64_t seed) {
+    World world(seed);
+    const Setting& setting = world.setting;
+    const Pool& pool = world.memory.pool;
+    const std::string name = "world " + std::to_string(seed) + " (size " + std::to_string(pool.size) + ", window " + std::to_string(setting.window) + "): ";
+    vector<std::pair<const Text*, vector<float>>> questions;
+    for (const Text& t : world.texts) {
+        questions.push_back({&t, {}});
+        for (int64_t i = 0; i < (t.chain + int64_t(t.nodes.size())) * setting.heads * pool.size; i++) questions.back().second.push_back(world.random.normal());
+    }
+    const Queries queries = [&](const Text* text, int64_t row, int64_t column) {
+        for (const auto& [whose, numbers] : questions)
+            if (whose == text) return numbers[size_t(row * setting.heads * pool.size + column)];
+        std::abort();
+    };
+
+    AttendChoices plain;
+    vector<Part> all = whole(world);
+    const Result base = attended(pool, setting, all, queries, plain, 1);
+
+    // against the definition, some rows; and the same rows decoded alone after a committed text
+    const double tolerance = setting.out_kind == BF16 ? 0x1p-8 : 0;
+    size_t place = 0;
+    for (const Text& t : world.texts) {
+        const int64_t rows = t.chain + int64_t(t.nodes.size());
+        for (int64_t row = 0; row < rows; row++, place++) {
+            if (rows > 6 && row && row + 1 < rows && !world.random.chance(6.0 / double(rows))) continue;
+            const vector<double> right = defined(setting, t, row, queries);
+            double worst = 0;
+            for (size_t c = 0; c < right.size(); c++) {
+                const double off = std::fabs(base[place][c] - right[c]) / (1e-4 + tolerance * std::fabs(right[c]));
+                worst = off <= worst ? worst : std::isnan(off) ? 1e9 : off;  // NaN compares false
+            }
+            check(worst <= 1, name + "row " + std::to_string(row) + " is off by " + std::to_string(worst) + " tolerances");
+            if (world.memory.slabs.size() < 150) continue;
+            Text flat = flattened(t, row);
+            vector<Part> alone;
+            alone.emplace_back(flat, 0, 1, 1);
+            const Queries own = [&](const Text*, int64_t, int64_t column) { return queries(&t, row, column); };
+            check(same_bits(attended(pool, setting, alone, own, plain, 1)[0], base[place]), name + "row " + std::to_string(row) + " as committed text");
+            for (int32_t page : flat.pages)
+                if (flat.lanes == 0) world.memory.slabs.push_back(page);
+        }
+    }
+
+    const auto same_as_base = [&](const Result& got, const vector<Part>& parts, const std::string& what) {
+        size_t at = 0;
+        bool good = true;
+        for (const Part& part : parts) {
+            size_t from = 0;
+            for (const Text& t : world.texts) {
+                if (&t == part.text) break;
+                from += size_t(t.chain) + t.nodes.size();
+            }
+            for (int64_t row = part.first; row < part.last; row++) good = same_bits(got[at++], base[from + size_t(row)]) && good;
+        }
+        check(good, name + what);
+    };
+    for (int workers : {1, 2, 3}) {
+        AttendChoices choices{workers, world.random.of({0, 16, 1000}), world.random.of({1, 16, 100, 256}), int32_t(world.random.below(2))};
+        same_as_base(attended(pool, setting, all, queries, choices, workers), all, "choices of " + std::to_string(workers) + " workers");
+        choices.few = 1000, choices.shared = 1;
+        same_as_base(attended(pool, setting, all, queries, choices, workers), all, "shared groups, " + std::to_string(workers) + " workers");
+    }
+    for (const Text& t : world.texts) {
+        vector<Part> one;
+        one.emplace_back(t, 0, t.chain + int64_t(t.nodes.size()), world.words);
+        same_as_base(attended(pool, setting, one, queries, plain, 1), one, "a text alone");
+    }
+    for (vector<Part>& step : cut(world)) same_as_base(attended(pool, setting, step, queries, plain, 2), step, "cut into steps");
+}
+
+// ---- speed ----
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+double best_of(int times, const std::function<void()>& work) {
+    double best = 1e9;
+    for (int i = 0; i < times; i++) {
+        const double start = seconds();
+        work();
+        best = std::min(best, seconds() - start);
+    }
+    return best;
+}
+
+double bandwidth(int times) {
+    const int64_t count = 512 << 18;  // floats in 512 MiB
+    static const Block block(size_t(count) * 4, 0);
+    const float* data = reinterpret_cast<const float*>(block.data);
+    [[maybe_unused]] static volatile float sink[64];
+    return double(count) * 4 / best_of(times, [&] {
+        run([&](int worker, int workers) {
+            const Share share(count / 64, worker, workers);
+            Vec sums[8];
+            for (Vec& x : sums) x = zero();
+            for (int64_t i = share.first; i < share.last; i++)
+                for (int j = 0; j < 64 / Vec::N; j++) sums[j] = sums[j] + load(data + i * 64 + j * Vec::N);
+            for (int j = 1; j < 8; j++) sums[0] = sums[0] + sums[j];
+            sink[worker] = sum(sums[0]);
+        });
+    });
+}
+
+double arithmetic(int times) {
+    [[maybe_unused]] static volatile float sink[64];
+    const int64_t rounds = 2000000;
+    int all = 1;
+    const double time = best_of(times, [&] {
+        run([&](int worker, int workers) {
+            all = workers;
+            Vec x[12];
+            for (Vec& one : x) one = set1(float(worker));
+            for (int64_t i = 0; i < rounds; i++)
+                for (Vec& one : x) one = fma(one, set1(0.5f), set1(1.0f));
+            for (int j = 1; j < 12; j++) x[0] = x[0] + x[j];
+            sink[worker] = sum(x[0]);
+        });
+    });
+    return 2.0 * 12 * Vec::N * double(rounds) * all / time;
+}
+
+struct Bench {
+    Random random{std::mt19937_64(7)};
+    Memory memory;
+    vector<Text> texts;
+    vector<Seq> seqs;
+    vector<Part> parts;
+    Setting setting{0, 32, 0, BF16, BF16, true, 0.125f};
+    int32_t layers;
+
+    // `count` texts of `length` committed tokens, all in common but the last slots, each with `rows` chain rows
+    Bench(int64_t count, int32_t length, int32_t rows, int32_t layers_)
+        : memory(random, (length + rows) / PAGE + 8 + count * (rows / PAGE + 3), layers_, 8, 64, BF16), layers(layers_) {
+        uint32_t x = 1;
+        for (size_t i = 0; i < memory.size; i += 2) keep_float(memory.pool.data + i, BF16, float(int32_t(x = x * 1664525 + 1013904223)) * 0x1p-31f);
+        texts.reserve(size_t(count));
+        for (int64_t i = 0; i < count; i++) {
+            texts.emplace_back(memory, 0);
+            texts.back().lengths[0] = texts.back().next = length;
+            texts.back().chain = rows;
+            texts.back().room(length + rows, texts.data(), i ? length / PAGE : 0);
+        }
+        int32_t place = 0;
+        parts.reserve(size_t(count));
+        for (Text& t : texts) {
+            parts.emplace_back(t, 0, t.chain, 1);
+            seqs.push_back(parts.back().made(place));
+            place += t.chain;
+        }
+    }
+
+    double time(int workers, int times, int32_t shared = 1) {
+        const int64_t total = int64_t(seqs.size()) * texts[0].chain;
+        Buffer q(total, 32 * 64, BF16, false), out(total, 32 * 64, BF16, true);
+        for (int64_t r = 0; r < total; r++)
+            for (int64_t c = 0; c < 32 * 64; c++) keep_float(q.rows.at(r, c), BF16, random.normal());
+        AttendChoices choices;
+        choices.workers = workers, choices.shared = shared;
+        Attention scratch;
+        set_threads(workers);
+        return best_of(times, [&] {
+            const AttendPlan plan = plan_attention(seqs.data(), int64_t(seqs.size()), memory.pool, 32, choices);
+            scratch.prepare(ATTEND, plan, 32, workers);
+            run([&](int worker, int all) {
+                for (int32_t layer = 0; layer < layers; layer++) {
+                    const AttendJob job{seqs.data(), int64_t(seqs.size()), memory.pool, layer, 32, 0, q.rows, out.rows, setting.scale};
+                    attend(ATTEND, job, plan, scratch, worker, all);
+                    barrier();
+                }
+            });
+        }) / layers;
+    }
+};
+
+void bench(const std::string& only) {
+    const auto wanted = [&](const char* name) { return only.empty() || only == name; };
+    for (int workers : {1, 2}) {
+        set_threads(workers);
+        const double bytes = bandwidth(8), flops = arithmetic(8);
+        std::printf("%d threads, %zu floats a register: reads %.1f GB/s, float32 %.0f GFLOP/s\n", workers, size_t(Vec::N), bytes / 1e9, flops / 1e9);
+        if (wanted("row")) {
+            Bench decode(1, 8192, 1, 16);
+            const double time = decode.time(workers, 20), rate = 8192.0 * 8 * 64 * 2 * 2 / time;
+            std::printf("  1 row, 8192 cached: %.0f us a layer, %.1f GB/s, %.0f %% of the reads\n", time * 1e6, rate / 1e9, 100 * rate / bytes);
+        }
+        if (wanted("shared")) {
+            Bench one(1, 4096, 1, 16), eight(8, 4096, 1, 16);
+            const double a = one.time(workers, 20), b = eight.time(workers, 20), c = eight.time(workers, 5, 0);
+            std::printf("  4096 cached: one %.0f us a layer, eight sharing %.0f us (%.2f times), not shared %.0f us\n", a * 1e6, b * 1e6, b / a, c * 1e6);
+        }
+        for (int32_t length : {0, 4096}) {
+            if (!wanted("prefill")) break;
+            Bench prefill(1, length, 512, 2);
+            const double time = prefill.time(workers, 10), work = 4.0 * 32 * 64 * 512 * (length + 513 / 2.0);
+            std::printf("  512 rows behind %d: %.2f ms a layer, %.0f GFLOP/s, %.0f %% of float32\n", length, time * 1e3, work / time / 1e9, 100 * work / time / flops);
+        }
+    }
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    if (count > 1 && !std::strcmp(words[1], "bench")) {
+        bench(count > 2 ? words[2] : "");
+        return 0;
+    }
+    const uint64_t first = count > 1 ? std::strtoull(words[1], nullptr, 10) : 1, worlds = count > 2 ? std::strtoull(words[2], nullptr, 10) : 24;
+    for (uint64_t seed = first; seed < first + worlds; seed++) test_world(seed);
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}

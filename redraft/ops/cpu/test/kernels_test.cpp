@@ -1,0 +1,645 @@
+// Stand-alone test of all kernels but attention. No library, one instruction set, told by the flags:
+//   g++ -std=c++17 -O1 -ffp-contract=off -mavx2 -mfma -mf16c kernels_test.cpp ../pack.cpp ../layers.cpp ../attend.cpp ../threads.cpp -pthread
+//   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl too, or -mavx512bf16 -mavx512vnni too; with -fsanitize=address,undefined)
+// kernels_test [seed [rounds]]: results against definitions in double, those of codes bit for bit; every row alone and every panel
+// alone gives the same bits; nothing beside what is to be written changes. Buffers are as long as their contents, to the byte.
+#include "../kernels.h"
+#include "../layers.h"
+#include "../pack.h"
+#include "../threads.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <immintrin.h>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#define DOT_BF16
+#endif
+#if defined(__AVX512VNNI__)
+#define DOT_INT8
+#endif
+
+namespace redraft {
+namespace {
+#if defined(__AVX512F__)
+#include "../vec_avx512.h"
+#else
+#include "../vec_avx2.h"
+#endif
+#include "../vec_math.h"
+
+#include "../linear_impl.h"
+#include "../rows_impl.h"
+const Kernels kernels{"tested", takes, linear, norm, copy, quantize, activate, rope, nullptr};
+}  // namespace
+}  // namespace redraft
+
+using namespace redraft;
+using std::vector;
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void check(bool good, const std::string& what) {
+    (good ? passed : failed)++;
+    if (!good && failed <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+struct Random {
+    std::mt19937_64 engine;
+    int64_t below(int64_t n) { return int64_t(engine() % uint64_t(n)); }
+    int64_t between(int64_t low, int64_t high) { return low + below(high - low + 1); }
+    bool chance(double p) { return double(engine() >> 11) * 0x1p-53 < p; }
+    float normal() { return std::normal_distribution<float>()(engine); }
+    template <class T> T of(std::initializer_list<T> list) { return list.begin()[below(int64_t(list.size()))]; }
+};
+Random dice;
+
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+constexpr uint8_t UNTOUCHED = 0xa5;
+
+float get(const uint8_t* p, Kind kind) {
+    float x;
+    if (kind == F32) {
+        std::memcpy(&x, p, 4);
+        return x;
+    }
+    uint16_t half;
+    std::memcpy(&half, p, 2);
+    const uint32_t bits = uint32_t(half) << 16;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+// To nearest, ties to even; numbers only.
+float nearest(float x, Kind kind) {
+    if (kind == F32) return x;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+void put_number(uint8_t* p, Kind kind, float x) {
+    x = nearest(x, kind);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint16_t half = uint16_t(bits >> 16);
+    if (kind == F32) std::memcpy(p, &x, 4);
+    else std::memcpy(p, &half, 2);
+}
+// What one rounding to `kind` may change, and the float32 arithmetic before it.
+double slack(Kind kind) { return kind == F32 ? 0x1p-22 : 0x1p-8; }
+
+// Rows with memory of their own: strided ones have bytes between them, which nobody may write.
+struct Matrix {
+    Rows rows;
+    vector<uint8_t> memory;
+
+    Matrix(int64_t count, int64_t cols, Kind kind, bool tiles, int64_t gap = 0) : rows{nullptr, count, cols, 0, kind} {
+        if (!tiles) rows.stride = cols * bytes_of(kind) + gap * bytes_of(kind);
+        memory.assign(tiles ? rows.size() : (count - 1) * rows.stride + cols * bytes_of(kind), UNTOUCHED);
+        memory.shrink_to_fit();
+        rows.data = memory.data();
+    }
+    Matrix(const Matrix& other) : rows(other.rows), memory(other.memory) { rows.data = memory.data(); }
+
+    float at(int64_t r, int64_t c) const { return get(rows.at(r, c), rows.kind); }
+    void fill(Kind of, float size = 1.0f) {
+        for (int64_t r = 0; r < rows.rows; r++)
+            for (int64_t c = 0; c < rows.cols; c++) put_number(rows.at(r, c), rows.kind, nearest(size * dice.normal(), of));
+        if (!rows.stride) blank();
+    }
+    void blank() {  // the filling of tiles
+        const int64_t end = rows.lines() * LINE / bytes_of(rows.kind);
+        for (int64_t r = 0; r < rows.rows; r++)
+            for (int64_t c = rows.cols; c < end; c++) std::memset(rows.at(r, c), 0, bytes_of(rows.kind));
+    }
+    bool filled(int64_t first = 0) const {
+        const int64_t size = bytes_of(rows.kind), end = rows.lines() * LINE / size;
+        for (int64_t r = first; !rows.stride && r < rows.rows; r++)
+            for (int64_t c = rows.cols; c < end; c++)
+                for (int64_t b = 0; b < size; b++)
+                    if (rows.at(r, c)[b]) return false;
+        return true;
+    }
+    bool gaps_untouched() const {
+        for (int64_t r = 0; rows.stride && r + 1 < rows.rows; r++)
+            for (int64_t b = rows.cols * bytes_of(rows.kind); b < rows.stride; b++)
+                if (rows.data[r * rows.stride + b] != UNTOUCHED) return false;
+        return true;
+    }
+    bool same_row(int64_t r, const Matrix& other, int64_t r2) const {
+        for (int64_t c = 0; c < rows.cols; c++)
+            if (std::memcmp(rows.at(r, c), other.rows.at(r2, c), bytes_of(rows.kind))) return false;
+        return true;
+    }
+};
+
+std::string shape(const char* name, int64_t rows, int64_t outs, int64_t ins, Kind kind) {
+    return std::string(name) + " rows " + std::to_string(rows) + " outs " + std::to_string(outs) + " ins " + std::to_string(ins) + " kind " +
+           std::to_string(kind);
+}
+
+double activated_exactly(double x, Activation activation) {
+    switch (activation) {
+        case SILU: return x / (1 + std::exp(-x));
+        case GELU: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+        case GELU_TANH: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+        case RELU: return x > 0 ? x : 0;
+        default: return x;
+    }
+}
+
+// ---- weights
+
+// A linear layer packed, and the numbers that it was packed from.
+struct Weights {
+    Linear c{};
+    vector<float> weight;   // [outs][ins], codes too
+    vector<float> bias, scale;
+    vector<uint16_t> scales;
+    vector<uint8_t> panels;
+    vector<float> packed_bias, packed_scale;
+    vector<int32_t> sums;
+    vector<uint16_t> packed_scales;
+
+    Weights(int64_t outs, int64_t ins, Kind kind, bool gated, bool biased, int32_t group) {
+        c.outs = outs, c.ins = ins, c.kind = kind, c.gated = gated, c.group = group;
+        weight.resize(outs * ins);
+        panels.resize(c.count() * c.panel_bytes());
+        panels.shrink_to_fit();
+        if (kind == F32 || kind == BF16) numbers();
+        else codes();
+        if (biased) {
+            for (int64_t o = 0; o < outs; o++) bias.push_back(dice.normal());
+            packed_bias.assign(c.count() * PANEL, NOT_A_NUMBER);
+            pack_floats(c, bias.data(), packed_bias.data());
+            c.bias = packed_bias.data();
+        }
+        c.panels = panels.data();
+    }
+    Weights(const Weights&) = delete;
+
+    void numbers() {
+        vector<uint8_t> from(weight.size() * bytes_of(c.kind));
+        for (size_t i = 0; i < weight.size(); i++) {
+            weight[i] = nearest(dice.normal(), c.kind);
+            put_number(from.data() + i * bytes_of(c.kind), c.kind, weight[i]);
+        }
+        pack_plain(c, from.data(), panels.data());
+    }
+    void codes() {
+        const int64_t low = c.kind == I8 ? -127 : -8, high = c.kind == I8 ? 127 : 7;
+        vector<int8_t> from(weight.size());
+        for (size_t i = 0; i < from.size(); i++) weight[i] = from[i] = int8_t(dice.chance(0.2) ? dice.of({low, high}) : dice.between(low, high));
+        if (c.kind == I4) {
+            for (int64_t i = 0; i < c.outs * c.groups(); i++) scales.push_back(_cvtss_sh(0.1f * dice.normal(), 0));
+            packed_scales.assign(c.count() * c.groups() * PANEL, 0x7e00);
+            pack_int4(c, from.data(), scales.data(), panels.data(), packed_scales.data());
+            c.scales = packed_scales.data();
+            return;
+        }
+        for (int64_t o = 0; o < c.outs; o++) scale.push_back(0.1f * std::fabs(dice.normal()));
+        packed_scale.assign(c.count() * PANEL, NOT_A_NUMBER);
+        sums.assign(c.count() * PANEL, -1);
+        pack_int8(c, from.data(), panels.data(), sums.data());
+        pack_floats(c, scale.data(), packed_scale.data());
+        c.sums = sums.data();
+        c.scale = packed_scale.data();
+    }
+    // The output at place i of panel p, or -1, as kernels.h says.
+    int64_t output(int64_t p, int64_t i) const {
+        if (!c.gated) return p * 64 + i < c.outs ? p * 64 + i : -1;
+        const int64_t own = p * 32 + i % 32;
+        return own < c.outs / 2 ? own + (i < 32 ? 0 : c.outs / 2) : -1;
+    }
+    // What lies for column c of place i in panel p.
+    float unpacked(int64_t p, int64_t i, int64_t column) const {
+        const uint8_t* panel = panels.data() + p * c.panel_bytes();
+        if (c.kind == F32) return get(panel + (column * 64 + i) * 4, F32);
+        if (c.kind == BF16) return get(panel + (column / 2 * 64 + i) * 4 + column % 2 * 2, BF16);
+        if (c.kind == I8) return int8_t(panel[(column / 4 * 64 + i) * 4 + column % 4]);
+        const uint8_t both = panel[(column / 8 * 64 + i) * 4 + column % 4];
+        return float(int(column / 4 % 2 ? both >> 4 : both & 15) - 8);
+    }
+};
+
+void test_pack(const Weights& w) {
+    bool numbers = true, others = true;
+    const int64_t columns = w.c.steps() * (w.c.kind == F32 ? 1 : w.c.kind == BF16 ? 2 : 4);
+    for (int64_t p = 0; p < w.c.count(); p++)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const int64_t out = w.output(p, i);
+            int32_t sum = 0;
+            for (int64_t c = 0; c < columns; c++) {
+                const float expected = out >= 0 && c < w.c.ins ? w.weight[out * w.c.ins + c] : 0;
+                numbers &= w.unpacked(p, i, c) == expected;
+                sum += int32_t(expected);
+            }
+            if (w.c.bias) others &= w.c.bias[p * PANEL + i] == (out < 0 ? 0 : w.bias[out]);
+            if (w.c.kind == I8) others &= w.c.sums[p * PANEL + i] == sum && w.c.scale[p * PANEL + i] == (out < 0 ? 0 : w.scale[out]);
+            for (int64_t g = 0; g < w.c.groups(); g++)
+                others &= w.c.scales[(p * w.c.groups() + g) * PANEL + i] == (out < 0 ? 0 : w.scales[out * w.c.groups() + g]);
+        }
+    check(numbers, shape("packed weights", 0, w.c.outs, w.c.ins, w.c.kind));
+    check(others, shape("packed scales and biases", 0, w.c.outs, w.c.ins, w.c.kind));
+}
+
+// ---- linear
+
+// The input of a layer in the form that it takes.
+struct Feed {
+    Matrix tiles;
+    vector<float> scale;
+    vector<int32_t> sums;
+
+    Feed(const Weights& w, const Matrix& x)
+        : tiles(x.rows.rows, w.c.steps() * (w.c.kind == F32 ? 1 : w.c.kind == BF16 ? 2 : 4), kernels.takes(w.c.kind), true) {
+        if (tiles.rows.kind != I8) {
+            copy(x.rows, tiles.rows, 0, x.rows.rows);
+            return;
+        }
+        scale.resize(x.rows.rows);
+        sums.resize(x.rows.rows * w.c.groups());
+        quantize(x.rows, tiles.rows, scale.data(), w.c.kind == I4 ? sums.data() : nullptr, w.c.group, 0, x.rows.rows);
+    }
+    LinearJob job(const Weights& w, const Rows& y, Kind rounded, Activation activation, bool add) const {
+        return {w.c, tiles.rows, scale.data(), sums.data(), y, rounded, activation, add, nullptr};
+    }
+};
+
+struct Sum {
+    double value, size;  // size: what roundings are relative to
+};
+
+// Steps 1 to 3 and 5 of ops/quantized.py for one output, before it is rounded to the kind of x.
+float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
+    float most = 0;
+    bool finite = true;
+    for (int64_t c = 0; c < x.rows.cols; c++) {
+        most = std::fmax(most, std::fabs(x.at(r, c)));
+        finite &= std::isfinite(x.at(r, c));
+    }
+    if (!finite) return NOT_A_NUMBER;
+    const float s = most / 127.0f, inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
+    const auto code = [&](int64_t c) { return int32_t(std::nearbyint(x.at(r, c) * inverse)); };
+    const float* own = w.weight.data() + out * w.c.ins;
+    float y;
+    if (w.c.kind == I8) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < w.c.ins; c++) sum += code(c) * int32_t(own[c]);
+        y = float(sum) * (s * w.scale[out]);
+    } else {
+        float total = 0;
+        for (int64_t g = 0; g < w.c.groups(); g++) {
+            int32_t sum = 0;
+            for (int64_t c = g * w.c.group; c < w.c.ins && c < (g + 1) * w.c.group; c++) sum += code(c) * int32_t(own[c]);
+            total = std::fmaf(float(sum), _cvtsh_ss(w.scales[out * w.c.groups() + g]), total);
+        }
+        y = total * s;
+    }
+    return w.bias.empty() ? y : y + w.bias[out];
+}
+
+Sum dot(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
+    if (w.c.kind == I8 || w.c.kind == I4) return {of_codes(w, x, r, out), 0};
+    Sum sum{};
+    for (int64_t c = 0; c < w.c.ins; c++) {
+        const double term = double(x.at(r, c)) * double(w.weight[out * w.c.ins + c]);
+        sum.value += term;
+        sum.size += std::fabs(term);
+    }
+    if (!w.bias.empty()) sum.value += w.bias[out], sum.size += std::fabs(w.bias[out]);
+    return sum;
+}
+
+bool close(double found, double expected, double allowed) {
+    if (std::isnan(expected)) return std::isnan(found);
+    return std::fabs(found - expected) <= allowed;
+}
+
+void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind numbers) {
+    const bool gated = dice.chance(0.4), biased = dice.chance(0.5), tiles = dice.chance(0.4);
+    if (gated) outs *= 2;
+    const Activation activation = dice.of({NONE, NONE, SILU, GELU, GELU_TANH, RELU});
+    const bool fused = gated && activation != NONE, add = !tiles && activation == NONE && !gated && dice.chance(0.5);
+    const Kind y_kind = tiles && dice.chance(0.5) ? F32 : numbers;
+    const int32_t group = kind == I4 ? int32_t(dice.of({16, 32, 48, 64, 128})) : 0;
+    const Weights w(outs, ins, kind, gated, biased, group);
+    test_pack(w);
+    Matrix x(rows, ins, numbers, false, dice.below(3));
+    x.fill(numbers, dice.of({0.01f, 1.0f, 30.0f}));
+    const int64_t odd = kind >= I8 && rows > 4 ? 4 : 0;  // rows of zeros, of tiny numbers and of none
+    if (odd) {
+        for (int64_t c = 0; c < ins; c++) put_number(x.rows.at(0, c), numbers, 0), put_number(x.rows.at(1, c), numbers, 1e-40f);
+        put_number(x.rows.at(2, dice.below(ins)), numbers, dice.of({INFINITY, -INFINITY}));
+        uint8_t* one = x.rows.at(3, dice.below(ins));
+        std::memset(one, 0xff, size_t(bytes_of(numbers)));  // a NaN
+    }
+    const Feed feed(w, x);
+    const bool tile_output = tiles && !(gated && !fused);  // halves lie in rows
+    Matrix before(rows, fused ? outs / 2 : outs, y_kind, tile_output, dice.below(3));
+    if (add) before.fill(y_kind);
+    Matrix y(before);
+    vector<float> scratch(rows * PANEL);
+    linear(feed.job(w, y.rows, numbers, activation, add), 0, w.c.count(), scratch.data());
+
+    const std::string what = shape("linear", rows, outs, ins, kind) + " of " + std::to_string(numbers) + " activation " + std::to_string(activation) +
+                             (gated ? " gated" : "") + (biased ? " biased" : "") + (add ? " added" : "") + (tile_output ? " tiles" : "");
+    const bool codes = kind >= I8, exact = codes && activation == NONE;
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < y.rows.cols; c++) {
+            const Sum gate = dot(w, x, r, c);
+            double expected = gate.value, allowed = gate.size * 0x1p-21 + std::fabs(expected) * slack(numbers);
+            if (exact) {
+                float value = nearest(float(gate.value), numbers);
+                if (add) value = nearest(before.at(r, c) + value, y_kind);
+                expected = value, allowed = 0;
+            } else if (add) {
+                expected += before.at(r, c), allowed += std::fabs(expected) * slack(y_kind);
+            } else if (activation != NONE && !gated) {
+                expected = activated_exactly(expected, activation), allowed = 1.2 * allowed + (1 + std::fabs(gate.value)) * slack(numbers);
+            } else if (fused) {
+                const Sum up = dot(w, x, r, c + outs / 2);
+                const double a = activated_exactly(gate.value, activation), b = up.value;
+                const double of_a = 1.2 * allowed + (1 + std::fabs(gate.value)) * slack(numbers), of_b = up.size * 0x1p-21 + std::fabs(b) * slack(numbers);
+                expected = a * b, allowed = of_a * (std::fabs(b) + of_b) + of_b * std::fabs(a) + std::fabs(a * b) * slack(numbers);
+            }
+            if (!std::isfinite(gate.value) && activation != NONE) continue;  // what becomes of it is not defined
+            good &= close(y.at(r, c), expected, allowed + 1e-30);
+        }
+    check(good, what);
+    check(y.filled(odd), what + ": filling");
+    check(y.gaps_untouched(), what + ": wrote between rows");
+
+    // the same bits for a row alone, and from panels one by one in any order
+    Matrix again(before);
+    for (int64_t p = w.c.count() - 1; p >= 0; p--) linear(feed.job(w, again.rows, numbers, activation, add), p, p + 1, scratch.data());
+    check(again.memory == y.memory, what + ": panel by panel");
+    const int64_t r = dice.below(rows);
+    Matrix one(1, ins, numbers, false), its(1, y.rows.cols, y_kind, tile_output);
+    std::memcpy(one.memory.data(), x.rows.at(r, 0), one.memory.size());
+    if (add) std::memcpy(its.memory.data(), before.rows.at(r, 0), its.memory.size());
+    const Feed alone(w, one);
+    vector<float> small(PANEL);
+    linear(alone.job(w, its.rows, numbers, activation, add), 0, w.c.count(), small.data());
+    check(its.same_row(0, y, r), what + ": row alone");
+
+    if (gated || add || activation != NONE || tiles) return;
+    for (int workers : {1, 3}) {  // the same through the pool of threads, and the largest outputs
+        set_threads(workers);
+        Matrix shared(before);
+        run_linear(kernels, w.c, x.rows, shared.rows, NONE, false);
+        check(shared.memory == y.memory, what + ": " + std::to_string(workers) + " threads");
+        vector<Best> best(rows);
+        run_best(kernels, w.c, x.rows, numbers, best.data());
+        bool right = true;
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t most = 0;
+            for (int64_t c = 1; c < outs; c++) {
+                const float a = y.at(row, most), b = y.at(row, c);
+                if (a == a && (b != b || b > a)) most = c;
+            }
+            right &= best[row].index == most;
+        }
+        check(right, what + ": largest, " + std::to_string(workers) + " threads");
+    }
+}
+
+// Equal outputs in one panel, in several and in parts of several workers: the lowest wins; so does the first that is no number.
+void test_ties() {
+    const int64_t outs = 300, ins = 40;
+    Weights w(outs, ins, F32, false, true, 0);
+    for (const int64_t at : {int64_t(17), int64_t(18), int64_t(63), int64_t(64), int64_t(170), int64_t(299)}) {
+        vector<float> bias(outs, 0.0f), packed(w.c.count() * PANEL);
+        for (const int64_t equal : {at, int64_t(299), std::min(at + 1, outs - 1)}) bias[equal] = 1e30f;
+        pack_floats(w.c, bias.data(), packed.data());
+        w.c.bias = packed.data();
+        Matrix x(3, ins, F32, false);
+        x.fill(F32);
+        for (int workers : {1, 2, 3}) {
+            set_threads(workers);
+            vector<Best> best(3);
+            run_best(kernels, w.c, x.rows, F32, best.data());
+            for (const Best& one : best) check(one.index == at && one.value == 1e30f, "ties go to the lowest");
+            vector<float> holed = packed;
+            holed[at] = NOT_A_NUMBER, holed[299] = NOT_A_NUMBER;
+            w.c.bias = holed.data();
+            run_best(kernels, w.c, x.rows, F32, best.data());
+            for (const Best& one : best) check(one.index == at && one.value != one.value, "the first that is no number");
+            vector<float> low(holed.size(), -INFINITY);
+            w.c.bias = low.data();
+            run_best(kernels, w.c, x.rows, F32, best.data());
+            for (const Best& one : best) check(one.index == 0, "all of them minus infinity");
+            w.c.bias = packed.data();
+        }
+    }
+}
+
+// ---- rows
+
+void test_norm(int64_t rows, int64_t cols, Kind kind, bool rms, bool tiles) {
+    const bool biased = !rms || dice.chance(0.3);
+    const Kind y_kind = tiles && dice.chance(0.5) ? F32 : kind;
+    Matrix x(rows, cols, kind, dice.chance(0.3), dice.below(3)), weight(1, cols, kind, false), bias(1, cols, kind, false);
+    x.fill(kind, 3.0f), weight.fill(kind), bias.fill(kind);
+    for (int64_t c = 0; c < cols; c++) put_number(x.rows.at(0, c), kind, x.at(0, c) + 50.0f);  // a row far from zero
+    const float eps = dice.of({1e-5f, 1e-6f});
+    Matrix y(rows, cols, y_kind, tiles, dice.below(3)), again(y);
+    const NormJob job{x.rows, y.rows, weight.rows.data, biased ? bias.rows.data : nullptr, eps, rms, kind};
+    norm(job, 0, rows);
+    const std::string what = shape(rms ? "rms norm" : "layer norm", rows, cols, 0, kind) + (tiles ? " tiles" : "");
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++) {
+        double mean = 0, squares = 0, largest = 0;
+        for (int64_t c = 0; c < cols && !rms; c++) mean += x.at(r, c) / double(cols);
+        for (int64_t c = 0; c < cols; c++) squares += (x.at(r, c) - mean) * (x.at(r, c) - mean), largest = std::fmax(largest, std::fabs(x.at(r, c)));
+        const double scale = 1 / std::sqrt(squares / double(cols) + eps);
+        for (int64_t c = 0; c < cols; c++) {
+            const double term = (x.at(r, c) - mean) * scale * weight.at(0, c), expected = term + (biased ? bias.at(0, c) : 0.0);
+            const double allowed = std::fabs(expected) * slack(kind) + (std::fabs(term) + largest * scale * std::fabs(weight.at(0, c))) * 0x1p-20;
+            good &= close(y.at(r, c), expected, allowed + 1e-7);
+        }
+    }
+    check(good, what);
+    check(y.filled(), what + ": filling");
+    check(y.gaps_untouched(), what + ": wrote between rows");
+    for (int64_t r = rows - 1; r >= 0; r--) norm({x.rows, again.rows, job.weight, job.bias, eps, rms, kind}, r, r + 1);
+    check(again.memory == y.memory, what + ": row by row");
+}
+
+void test_copy(int64_t rows, int64_t cols) {
+    const Kind from = dice.of({F32, BF16}), to = from == BF16 ? dice.of({F32, BF16}) : F32;
+    Matrix x(rows, cols, from, dice.chance(0.5), dice.below(3)), y(rows, cols, to, dice.chance(0.7), dice.below(3));
+    x.fill(from);
+    const int64_t cut = dice.below(rows + 1);
+    copy(x.rows, y.rows, cut, rows);
+    copy(x.rows, y.rows, 0, cut);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) good &= x.at(r, c) == y.at(r, c);
+    check(good && y.filled() && y.gaps_untouched(), shape("copy", rows, cols, to, from));
+}
+
+// To nearest, ties to even, and what is no number stays none.
+void test_rounding() {
+    Matrix x(1, 4096, F32, false), y(1, 4096, BF16, false);
+    for (int64_t c = 0; c < x.rows.cols; c++) {
+        const uint32_t ties = uint32_t(dice.engine()) & 0xffff0000u, half = dice.chance(0.5) ? 0x8000u : uint32_t(dice.below(0x10000));
+        uint32_t bits = ties | half;
+        if ((bits & 0x7f800000u) == 0x7f800000u) bits &= 0xbfffffffu;
+        std::memcpy(x.rows.at(0, c), &bits, 4);
+    }
+    put_number(x.rows.at(0, 5), F32, NOT_A_NUMBER), put_number(x.rows.at(0, 6), F32, INFINITY), put_number(x.rows.at(0, 7), F32, 3.4e38f);
+    copy(x.rows, y.rows, 0, 1);
+    bool good = std::isnan(y.at(0, 5)) && y.at(0, 6) == INFINITY && y.at(0, 7) == INFINITY;
+    for (int64_t c = 8; c < x.rows.cols; c++) good &= y.at(0, c) == nearest(x.at(0, c), BF16);
+    check(good, "rounding to bfloat16");
+}
+
+void test_quantize(int64_t rows, int64_t cols, Kind kind) {
+    const int32_t group = int32_t(dice.of({16, 32, 64, 128}));
+    const int64_t groups = (cols + group - 1) / group, end = (cols + LINE - 1) / LINE * LINE;
+    Matrix x(rows, cols, kind, dice.chance(0.3), dice.below(3)), codes(rows, end, I8, true);
+    x.fill(kind, dice.of({1e-3f, 1.0f, 1e4f}));
+    vector<float> scale(rows, NOT_A_NUMBER);
+    vector<int32_t> sums(rows * groups, -1);
+    quantize(x.rows, codes.rows, scale.data(), sums.data(), group, 0, rows);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++) {
+        float most = 0;
+        for (int64_t c = 0; c < cols; c++) most = std::fmax(most, std::fabs(x.at(r, c)));
+        const float inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
+        good &= scale[r] == most / 127.0f;
+        for (int64_t g = 0; g < groups; g++) {
+            int32_t sum = 0;
+            for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(x.at(r, c) * inverse));
+            good &= sums[r * groups + g] == sum;
+        }
+        for (int64_t c = 0; c < end; c++) {
+            const int8_t found = int8_t(*codes.rows.at(r, c));
+            good &= found == (c < cols ? int8_t(std::nearbyint(x.at(r, c) * inverse)) : 0);
+        }
+    }
+    check(good, shape("codes of rows", rows, cols, group, kind));
+}
+
+void test_activate(int64_t rows, int64_t cols, Kind kind) {
+    const Activation activation = dice.of({SILU, GELU, GELU_TANH, RELU});
+    const bool gated = dice.chance(0.5);
+    Matrix x(rows, gated ? 2 * cols : cols, kind, false, dice.below(3)), y(rows, cols, kind, dice.chance(0.3), dice.below(3)), again(y);
+    x.fill(kind, dice.of({1.0f, 30.0f}));
+    put_number(x.rows.at(0, 0), kind, dice.of({0.0f, -100.0f, 100.0f, 1e30f, -1e30f}));
+    activate(x.rows, y.rows, activation, gated, 0, rows);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) {
+            const double gate = x.at(r, c), up = gated ? x.at(r, cols + c) : 1.0, expected = activated_exactly(gate, activation) * up;
+            good &= close(y.at(r, c), expected, std::fabs(expected) * slack(kind) + std::fmin(std::fabs(gate), 10.0) * std::fabs(up) * 0x1p-20 + 1e-30);
+        }
+    const std::string what = shape("activate", rows, cols, activation, kind) + (gated ? " gated" : "");
+    check(good && y.filled() && y.gaps_untouched(), what);
+    for (int64_t r = rows - 1; r >= 0; r--) activate(x.rows, again.rows, activation, gated, r, r + 1);
+    check(again.memory == y.memory, what + ": row by row");
+}
+
+void test_rope(int64_t rows, int64_t heads, int64_t size, Kind kind) {
+    const int64_t half = size / 2;
+    Matrix x(rows, heads * size, kind, false, size);  // values stand behind the heads that turn
+    x.fill(kind);
+    const Matrix before(x);
+    vector<float> cos, sin;
+    for (int64_t i = 0; i < rows * half; i++) {
+        const double angle = 1e4 * dice.normal();
+        cos.push_back(float(std::cos(angle))), sin.push_back(float(std::sin(angle)));
+    }
+    const int64_t cut = dice.below(rows + 1);
+    rope(x.rows, heads, size, cos.data(), sin.data(), cut, rows);
+    rope(x.rows, heads, size, cos.data(), sin.data(), 0, cut);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t i = 0; i < half; i++) {
+                const double a = before.at(r, h * size + i), b = before.at(r, h * size + half + i), c = cos[r * half + i], s = sin[r * half + i];
+                const double one = a * c - b * s, other = b * c + a * s, allowed = (std::fabs(a) + std::fabs(b)) * 0x1p-22;
+                good &= close(x.at(r, h * size + i), one, allowed + std::fabs(one) * slack(kind));
+                good &= close(x.at(r, h * size + half + i), other, allowed + std::fabs(other) * slack(kind));
+            }
+    check(good && x.gaps_untouched(), shape("rope", rows, heads, size, kind));
+}
+
+// ---- threads
+
+void test_threads(int workers) {
+    set_threads(workers);
+    check(threads() == workers, "as many workers as asked for");
+    vector<std::atomic<int>> calls(workers);
+    std::atomic<int> arrived{0};
+    bool in_step = true;
+    for (int job = 0; job < 20; job++) {
+        arrived = 0;
+        std::atomic<bool> late{false};
+        run([&](int worker, int all) {
+            calls[worker]++;
+            for (int step = 1; step <= 5; step++) {
+                arrived++;
+                barrier();
+                if (all != workers || arrived < step * workers) late = true;  // all have come as far as this
+                barrier();
+            }
+        });
+        in_step &= !late && arrived == 5 * workers;
+    }
+    check(in_step, "barriers hold " + std::to_string(workers) + " workers");
+    for (const auto& one : calls) check(one == 20, "every worker once a job");
+    for (const int64_t n : {0, 1, 5, 64, 1001}) {
+        int64_t next = 0;
+        for (int worker = 0; worker < workers; worker++) {
+            const Share share(n, worker, workers);
+            check(share.first == next && share.last >= share.first, "shares join");
+            next = share.last;
+        }
+        check(next == n, "shares are everything");
+    }
+}
+
+void round_of_tests() {
+    const auto some_rows = [] { return dice.chance(0.5) ? dice.between(1, 18) : dice.between(1, 40); };
+    const auto some_ins = [] { return dice.chance(0.5) ? dice.of<int64_t>({1, 8, 40, 64, 100, 128}) : dice.between(1, 200); };
+    const auto some_outs = [] { return dice.chance(0.5) ? dice.of<int64_t>({1, 31, 32, 33, 63, 64, 65}) : dice.between(1, 150); };
+    for (const Kind numbers : {F32, BF16}) {
+        for (const Kind kind : {numbers, I8, I4}) test_linear(some_rows(), some_outs(), some_ins(), kind, numbers);
+        for (const bool rms : {true, false}) test_norm(some_rows(), some_ins(), numbers, rms, dice.chance(0.5));
+        test_quantize(some_rows(), some_ins(), numbers);
+        test_activate(some_rows(), some_ins(), numbers);
+        test_rope(some_rows(), dice.between(1, 5), 2 * dice.between(1, 40), numbers);
+    }
+    test_copy(some_rows(), some_ins());
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    const uint64_t seed = count > 1 ? std::strtoull(words[1], nullptr, 10) : 1, rounds = count > 2 ? std::strtoull(words[2], nullptr, 10) : 40;
+    for (uint64_t i = 0; i < rounds; i++) {
+        dice.engine.seed(seed + i);
+        round_of_tests();
+    }
+    test_linear(3, 70, 5000, F32, F32);  // inputs go by in several chunks
+    test_linear(40, 70, 3000, BF16, BF16);
+    test_linear(20, 70, 5000, I8, F32);
+    test_ties();
+    test_rounding();
+    for (const int workers : {1, 3, 2, 4, 1}) test_threads(workers);
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed ? 1 : 0;
+}

@@ -1,0 +1,151 @@
+#include "threads.h"
+
+#include <atomic>
+#include <mutex>
+#include <pthread.h>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <climits>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace redraft {
+namespace {
+
+constexpr int SPINS = 4000;  // pauses before a worker sleeps: some 50 microseconds, more than lies between two calls of a step
+
+inline void pause_once() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// A number that is waited for: first by looking, then asleep in the kernel. Nobody is woken who does not sleep.
+struct Gate {
+    std::atomic<uint32_t> at{0};
+    std::atomic<int> asleep{0};
+
+    void open() {
+        at.fetch_add(1);  // in one order with `asleep`: who goes to sleep behind it sees the new number
+        if (asleep.load()) wake();
+    }
+
+    void wait(uint32_t old) {
+        for (int i = 0; i < SPINS; i++) {
+            if (at.load(std::memory_order_acquire) != old) return;
+            pause_once();
+        }
+        asleep.fetch_add(1);
+        while (at.load() == old) sleep(old);
+        asleep.fetch_sub(1);
+    }
+
+private:
+#ifdef __linux__
+    void sleep(uint32_t old) { syscall(SYS_futex, reinterpret_cast<uint32_t*>(&at), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0); }
+    void wake() { syscall(SYS_futex, reinterpret_cast<uint32_t*>(&at), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
+#else
+    void sleep(uint32_t) { std::this_thread::yield(); }
+    void wake() {}
+#endif
+};
+
+struct Workers {
+    std::vector<std::thread> threads;
+    Gate ticket, finished, crossed;  // a new job or the end; jobs that all have done; barriers
+    std::atomic<int> left{0};        // workers still in the job
+    std::atomic<int> arrived{0};     // at the barrier
+    const std::function<void(int, int)>* job = nullptr;
+    bool ending = false;
+    int count = 1;
+
+    void work(int worker, uint32_t seen) {
+        for (;;) {
+            ticket.wait(seen++);
+            if (ending) return;
+            (*job)(worker, count);
+            if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.open();
+        }
+    }
+
+    void resize(int wanted) {
+        if (count > 1) {
+            ending = true;
+            ticket.open();
+            for (auto& thread : threads) thread.join();
+            threads.clear();
+            ending = false;
+        }
+        count = 1;
+        const uint32_t seen = ticket.at.load();
+        for (int i = 1; i < wanted; i++) {  // a thread that cannot be started leaves those that could
+            threads.emplace_back(&Workers::work, this, i, seen);
+            count = i + 1;
+        }
+    }
+
+    void run(const std::function<void(int, int)>& one) {
+        if (count == 1) {
+            one(0, 1);
+            return;
+        }
+        job = &one;
+        left.store(count, std::memory_order_relaxed);
+        const uint32_t done = finished.at.load(std::memory_order_relaxed);
+        ticket.open();
+        one(0, count);
+        if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.open();
+        else finished.wait(done);
+    }
+
+    void barrier() {
+        if (count == 1) return;
+        const uint32_t now = crossed.at.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            crossed.open();
+        } else {
+            crossed.wait(now);
+        }
+    }
+};
+
+std::mutex entrance;    // one job at a time, whichever thread brings it
+Workers* pool = nullptr;  // never destroyed: workers may sleep in it when the process ends
+
+Workers& workers() {
+    if (!pool) {
+        pool = new Workers();
+        // a forked child has no workers: it starts with its own thread alone, until it asks for more
+        pthread_atfork(nullptr, nullptr, [] {
+            pool = new Workers();
+            new (&entrance) std::mutex();
+        });
+    }
+    return *pool;
+}
+
+}  // namespace
+
+int threads() {
+    std::lock_guard<std::mutex> held(entrance);
+    return workers().count;
+}
+
+void set_threads(int count) {
+    std::lock_guard<std::mutex> held(entrance);
+    if (count != workers().count) workers().resize(count);
+}
+
+void barrier() { pool->barrier(); }
+
+void run(const std::function<void(int, int)>& job) {
+    std::lock_guard<std::mutex> held(entrance);
+    workers().run(job);
+}
+
+}  // namespace redraft

@@ -1,0 +1,63 @@
+"""Weights and rows as 8-bit codes with one scale an output and one a row; a few outlier columns stay as they are.
+
+Tim Dettmers, Mike Lewis, Younes Belkada, Luke Zettlemoyer: LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022,
+arXiv 2208.07339.
+
+1. Outlier columns of a weight behind a norm: the `outliers` inputs that the norm makes largest, ties by column.
+2. Each output's scale is max |w| / 127 over the other columns, its codes are rint(w / scale).
+3. The columns stay in the model's dtype, [outs, n], beside codes that are 0 there.
+4. A row: the same with max |x| / 127 over the other columns; product of codes, times both scales, plus the columns' product.
+
+Differs: the paper finds columns in each batch, so that what a row gives depends on its neighbours; here they are fixed at load, by the
+gains of the norm in front (|weight| + |bias|), and weights without a norm in front (`out`, `down`) have none. The columns' weights are
+exact, not made from codes. The head is quantized too unless head=none. Rows are rounded by one division, 127 / max.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.errors import InvalidInput
+from redraft.weights.quant import Role, by_output, by_output_bytes, check_head
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from redraft.ops.backend import Linear
+    from redraft.ops.quantized import Quantized
+
+
+@dataclass(frozen=True)
+class LLMInt8:
+    """outliers: columns of each weight behind a norm that stay as they are; head: int8, or none to leave it as it is."""
+
+    outliers: int = 0
+    head: str = "int8"
+
+    card: ClassVar[Card] = Card(
+        "LLM.int8()",
+        "Dettmers, Lewis, Belkada, Zettlemoyer, LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022, arXiv 2208.07339",
+        Guarantee.LOSSY,
+        deviates="outlier columns are fixed at load by the gains of the norm in front, none by default; the head is quantized too",
+    )
+
+    def __post_init__(self) -> None:
+        if self.outliers < 0:
+            raise InvalidInput(f"int8:outliers={self.outliers}: must be 0 or more")
+        check_head("int8", self.head, "int8", "none")
+
+    def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear | Quantized:
+        if role == "head" and self.head == "none":
+            return weights
+        columns = None
+        if self.outliers and gains is not None:
+            columns = gains.float().argsort(descending=True, stable=True)[: self.outliers].sort().values  # 1.
+        return by_output(weights, columns)  # 2. 3.
+
+    def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
+        if role == "head" and self.head == "none":
+            return outs * ins * dtype.itemsize
+        return by_output_bytes(outs, ins) + min(self.outliers, ins) * (outs * dtype.itemsize + 8)

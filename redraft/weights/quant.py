@@ -1,0 +1,81 @@
+"""The seam of quantizers: how a linear layer's weights are stored. The type is Quantized, in ops/quantized.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from redraft.card import Card
+from redraft.errors import InvalidInput, Unsupported
+from redraft.ops.quantized import MOST, Quantized
+
+if TYPE_CHECKING:  # the cards of methods are read without loading it
+    import torch
+    from torch import Tensor
+
+    from redraft.ops.backend import Linear
+
+Role = Literal["layer", "head"]
+ROOM = 1 << 24  # numbers in float32 at once, however large the weight
+
+
+class Quantizer(Protocol):
+    """A frozen dataclass. Its card's guarantee is towards the model as stored; the product with what it makes is exact by definition,
+    so every other guarantee of a configuration holds towards the plain loop of the quantized model."""
+
+    card: ClassVar[Card]
+
+    def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear | Quantized:
+        """A weight as it is stored; unchanged where the method leaves it so. A function of its arguments alone. gains: [ins], how
+        large the norm in front makes each input, None where no norm stands in front."""
+        ...
+
+    def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
+        """What such a weight takes at most, without its bias, told before it is read."""
+        ...
+
+
+def by_output(weights: Linear, columns: Tensor | None = None) -> Quantized:
+    """8-bit codes with one scale an output: scale = max |w| / 127 in float32, code = rint(w / scale). Outlier `columns` are left out
+    of both and kept as they are. An output of zeros, or whose scale is too small for float32, has scale 0 and codes 0."""
+    import torch
+
+    weight, bias = weights
+    outs, ins = weight.shape
+    codes = torch.empty(outs, ins, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(outs, device=weight.device)
+    for rows, w in parts(weight):
+        if columns is not None:
+            w[:, columns] = 0
+        m = w.abs().amax(1)
+        scale[rows] = m / torch.full_like(m, MOST)
+        codes[rows] = rounded(w / scale[rows, None], -MOST, MOST)
+    side = None if columns is None else weight[:, columns].clone()
+    return Quantized(codes, scale, ins, weight.dtype, bias=bias, columns=columns, side=side)
+
+
+def by_output_bytes(outs: int, ins: int) -> int:
+    return outs * ins + 4 * outs
+
+
+def parts(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after the other, as float32 copies. Unsupported where a number is not finite."""
+    step = max(1, ROOM // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        w = weight[rows].float().clone()
+        if not w.isfinite().all():
+            raise Unsupported("a number that is not finite in float32 has no code")
+        yield rows, w
+
+
+def rounded(steps: Tensor, low: int, high: int) -> Tensor:
+    """int8, ties to even; a division by 0 gives 0."""
+    import torch
+
+    return steps.nan_to_num_(0, 0, 0).round_().clamp_(low, high).to(torch.int8)
+
+
+def check_head(name: str, head: str, *allowed: str) -> None:
+    if head not in allowed:
+        raise InvalidInput(f"{name}:head={head}: {', '.join(allowed[:-1])} or {allowed[-1]} is allowed")

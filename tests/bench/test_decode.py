@@ -1,0 +1,309 @@
+"""`redraft bench decode`: engines in processes of their own, taking turns. Nothing here asserts how long anything takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import registry
+from redraft.bench import decode, shapes
+from redraft.bench.decode import Comparison, Engine, Options, Package, Spread
+from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.process import Lost, Worker
+from redraft.errors import InvalidInput, RedraftError, UnknownMethod
+from redraft.models import loader
+from tests.bench.test_shapes import CONFIG
+from tests.bench.workers import Fake
+from tests.cli.conftest import Ran
+
+pytest_plugins = ["tests.cli.conftest"]
+HERE = "tests.bench.workers"
+SMALL = ["--context", "24", "--tokens", "6", "--prefill", "40", "--rows", "1,5", "--threads", "1"]
+TOLD = {"context": 24, "tokens": 6, "prefill": 40, "rows": (1, 5), "rounds": 2, "repeats": 1, "threads": 1, "buffer": 1 << 16}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shape") / "small"
+    folder.mkdir()
+    shapes.write(folder, {**CONFIG, "dtype": "float32"})
+    return str(folder)
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Fake", "Other", "Raises", "Dies", "Refuses", "Sleeps"):
+        monkeypatch.setitem(decode.PEERS, name.lower(), Package(f"{HERE}:{name}", "json", "nothing"))
+
+
+def asked(model: str, **changes: Any) -> Asked:
+    given = {"dtype": "auto", "threads": 1, "vocab": 4096, "context": 24, "tokens": 6, "prefill": 40, "rows": (1, 5)}
+    return Asked(model, **{**given, **changes})
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- whole runs
+
+
+def test_redraft_and_transformers_say_the_same(
+    redraft: Callable[..., Ran], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_engines", small_limits(decode._engines))
+    found = tmp_path / "found.json"
+    small = [*SMALL, "--rounds", "2", "--redraft", "backend=torch"]
+    code, out, err = redraft("bench", "decode", model, *small, "--isa", "avx2", "--json", str(found))
+    assert code == 0, err
+    assert "transformers: the same 7 greedy tokens as redraft backend=torch" in out and "tokens/s" in out and "of peak" in out
+    document = json.loads(found.read_text())
+    own, other = document["engines"]
+    assert (own["name"], other["name"]) == ("redraft backend=torch", "transformers")
+    assert own["facts"]["torch_threads"] == other["facts"]["torch_threads"] == 1
+    assert own["facts"]["torch_isa"] == other["facts"]["torch_isa"] == "AVX2"
+    for engine in (own, other):
+        assert engine["lost"] is None and engine["text_differs"] is None
+        assert [len(engine["rounds"][measure]) for measure in decode.MEASURES] == [2, 2, 2]
+        assert all(len(one["seconds"]) == 6 for one in engine["rounds"]["decode"])
+        assert set(engine["rounds"]["steps"][0]["seconds"]) == {"1", "5"}
+        assert engine["summary"]["decode"]["share_of_limit"]["median"] > 0
+    assert own["rounds"]["decode"][0]["tokens"] == own["rounds"]["decode"][1]["tokens"]
+    assert len(set(own["rounds"]["decode"][0]["tokens"])) > 1  # one token again and again would hide differences
+    assert own["summary"]["decode"]["speed_of_base"] == {"median": 1, "low": 1, "high": 1}
+
+
+def small_limits(make: Callable[[Options], Any]) -> Callable[[Options], Any]:
+    def made(options: Options) -> Any:
+        engines, limits, missing = make(options)
+        limits.options = {"bytes": 1 << 16, "side": 64}
+        return engines, limits, missing
+
+    return made
+
+
+def test_who_fails_is_named_and_the_others_go_on(model: str, peers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
+    monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
+    options = Options(against=("raises", "dies", "refuses", "sleeps", "other"), timeout=4, redraft=({"backend": "torch"},), **TOLD)
+    found = decode.compare(model, options)
+    lost = {engine.name: engine.lost for engine in found.engines}
+    assert lost == {
+        "redraft backend=torch": None,
+        "raises": "prefill: ValueError: no prefill today",
+        "dies": "decode: ended by SIGKILL: last words",
+        "refuses": "not loaded: RedraftError: cannot load this",
+        "sleeps": "decode: no answer within 4 seconds",
+        "other": None,
+    }
+    raises, other = found.engines[1], found.engines[5]
+    assert raises.found["decode"][0] and raises.found["prefill"] == raises.found["steps"] == [None, None]
+    assert len(other.found["steps"]) == 2 and decode.speed_of_base(found, other, "prefill") == Spread(1, 1, 1)
+    assert not any(lives(engine.facts["pid"]) for engine in found.engines[1:] if engine.facts)
+    told = list(decode.notes(found))
+    assert "dies left: decode: ended by SIGKILL: last words" in told
+    document = json.loads(json.dumps(decode.document(found), allow_nan=False))
+    assert document["engines"][2]["lost"] == lost["dies"]
+    assert other.differs == {"token": 2, "expected": 3, "found": 9, "margin": 26.5, "near": 0.25}
+    assert any("other: greedy text differs" in note and "token 3 of 7: NO near-tie" in note for note in told)
+    assert raises.differs is None and "raises: the same 7 greedy tokens as redraft backend=torch" in told
+
+
+def test_without_any_engine_there_is_an_error(model: str, peers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
+    monkeypatch.setattr(decode, "OWN", f"{HERE}:Refuses")
+    with pytest.raises(RedraftError, match="no engine runs: redraft: not loaded: RedraftError: cannot load this"):
+        decode.compare(model, Options(against=(), **TOLD))
+
+
+def test_a_peer_that_is_not_installed_is_named_with_its_package(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
+    monkeypatch.setitem(decode.PEERS, "llama.cpp", Package("none:None", "no_such_module", "llama-cpp-python gguf"))
+    monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
+    found = decode.compare(model, Options(against=("llama.cpp",), **TOLD))
+    assert list(decode.notes(found)) == ["llama.cpp is not installed: pip install llama-cpp-python gguf"]
+    assert found.base.facts["threads"] == "1" and found.base.facts["isa"] is None
+
+
+def test_ctrl_c_ends_every_process(model: str, peers: None) -> None:
+    code = f"""
+from redraft.bench import decode
+decode.OWN, decode.LIMITS = "{HERE}:Fake", "{HERE}:Bounds"
+decode.compare({model!r}, decode.Options(redraft=({{}}, {{}}), against=(), rounds=10**6, threads=1, prefill=40, rows=(1,)))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    try:
+        mine = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(mine.read_text().split()) < 3 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        workers = [int(pid) for pid in mine.read_text().split()]
+        assert len(workers) == 3
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        assert not any(lives(pid) for pid in workers)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# ---- one process
+
+
+def test_an_idle_worker_stands_still_with_all_its_threads(model: str) -> None:
+    worker = Worker(f"{HERE}:Counts", asked(model), {"OMP_NUM_THREADS": "1"}, 30)
+    try:
+        worker.ask({"do": "decode"})
+        before = worker.ask({"do": "decode"})["count"]
+        time.sleep(0.5)
+        assert worker.ask({"do": "decode"})["count"] - before < 250  # it would be 400 and more
+    finally:
+        worker.end()
+    assert not lives(worker.process.pid)
+
+
+def test_a_worker_dies_with_its_parent() -> None:
+    code = f"""
+import os, sys
+from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.process import Worker
+worker = Worker("{HERE}:Fake", Asked("", "auto", 1, 9, 1, 4, 1, (1,)), {{"OMP_NUM_THREADS": "1"}}, 30)
+print(worker.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid, deadline = int(done.stdout), time.monotonic() + 10
+    while lives(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not lives(pid)
+
+
+def test_an_unknown_measurement_is_an_error_and_not_the_end(model: str) -> None:
+    worker = Worker(f"{HERE}:Fake", asked(model), {"OMP_NUM_THREADS": "1"}, 30)
+    try:
+        with pytest.raises(Lost, match="AttributeError"):
+            worker.ask({"do": "nothing"})
+        assert worker.ask({"do": "prefill"}) == {"seconds": 2.0}
+    finally:
+        worker.end()
+
+
+def test_the_margin_is_of_the_logits_behind_the_prompt(model: str) -> None:
+    from redraft.bench.peers.redraft import Redraft
+
+    threads = torch.get_num_threads()
+    try:
+        peer = Redraft(asked(model))
+    finally:
+        torch.set_num_threads(threads)
+    prompt = asked(model).prompt(24)
+    tokens = peer.decode()["tokens"]
+    for i, token in enumerate(tokens[:3]):
+        assert peer.margin(prompt + tokens[:i], token, (token + 1) % 4096)["margin"] > 0
+    assert peer.margin(prompt, 7, 7)["margin"] == 0
+    assert not peer.runner.table._held
+
+
+# ---- figures
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    def engine(name: str, *took: float | None) -> Engine:
+        found: dict[str, list[Any]] = {"prefill": [one and {"seconds": one} for one in took]}
+        return Engine(name, "", {}, {"dtype": "bfloat16"}, found)
+
+    spec = shapes.spec_of("100m")
+    limits = Engine("limits", "", {}, {}, {"peak": [{"flops_per_second": {"bfloat16": peak}} for peak in (1e12, 2e12, 4e12)]})
+    base, peer = engine("base", 1.0, 2.0, 4.0), engine("peer", 2.0, None, 2.0)
+    found = Comparison("m", Path(), spec, Options(), [base, peer], limits, {})
+    assert decode.speed_of_base(found, peer, "prefill") == Spread(1.25, 0.5, 2.0)
+    work = decode.linear_flops(spec, 512)
+    assert decode.share(found, base, "prefill") == pytest.approx(
+        (work / 4e12, work / 1.6e13, work / 1e12)[:0] or (work / 4e12, work / 16e12, work / 1e12)
+    )
+
+
+def test_what_a_token_must_read_and_a_prompt_computes() -> None:
+    spec = shapes.spec_of("llama-3.2-1b")
+    layer = 2048 * (2048 + 2 * 512) + 2048 * 2048 + 3 * 2048 * 8192
+    head = 128256 * 2048
+    assert decode.read_bytes(spec, "bfloat16") == 2 * (16 * layer + head)
+    assert decode.linear_flops(spec, 512) == 2 * (512 * 16 * layer + head)
+    assert decode.cache_bytes(spec, 1024, 2) == 2 * 16 * 8 * 64 * 1024 * 2
+    codes = decode.read_bytes(spec, "bfloat16", "int8")
+    assert 16 * layer + head < codes < 1.01 * (16 * layer + head)
+
+
+def test_decode_is_the_median_of_the_steady_part() -> None:
+    engine = Engine("e", "", {}, {}, {"decode": [Fake(asked_nothing()).decode(), None]})
+    assert decode.seconds(engine, "decode") == [0.5, None]
+
+
+def asked_nothing() -> Asked:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return Asked("", "auto", 1, 9, 1, 4, 1, (1,))
+
+
+def test_all_engines_get_the_same_prompt() -> None:
+    one, two = asked("a"), asked("b", options={"backend": "torch"})
+    assert one.prompt(30) == two.prompt(30) and one.prompt(9) == one.prompt(30)[:9] and asked("a", seed=1).prompt(9) != one.prompt(9)
+    assert one.longest == 41 and asked("a", context=90, rows=(1, 64)).longest == 155
+
+
+def test_own_engines() -> None:
+    assert decode.own_engines({"quant": "int8"}, []) == ({"quant": "int8"},)
+    both = decode.own_engines({"quant": "int8"}, ["backend=torch", "backend=native,quant=int4"])
+    assert both == ({"quant": "int8", "backend": "torch"}, {"quant": "int4", "backend": "native"})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"against": ("transformer",)}, "no engine 'transformer' to run against: did you mean 'transformers'"),
+        ({"redraft": ({"backend": "torhc"},)}, "no backend 'torhc': did you mean 'torch'"),
+        ({"redraft": ({"bakend": "torch"},)}, "unknown option 'bakend': did you mean 'backend'"),
+        ({"redraft": ({"quant": "int9"},)}, "no quant method 'int9': did you mean 'int"),
+        ({"isa": "avx"}, "isa = 'avx': did you mean 'avx"),
+        ({"rows": (4, 1)}, "rows = 4,1: ascending numbers"),
+        ({"rounds": 0}, "rounds = 0: must be 1 or more"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told_before_anything_runs(options: dict[str, Any], told: str) -> None:
+    with pytest.raises((InvalidInput, UnknownMethod)) as error:
+        Options(**options)
+    assert told in str(error.value)
+
+
+def test_a_run_that_outgrows_the_context_is_refused(model: str) -> None:
+    with pytest.raises(InvalidInput, match="601 places are needed, the model's context is 512"):
+        decode.compare(model, Options(prefill=600))
+
+
+def test_errors_of_the_command_line_are_one_line(redraft: Callable[..., Ran]) -> None:
+    for arguments, told in (
+        (["llama-3.2-1"], "did you mean 'llama-3.2-1b'?"),
+        (["100m", "--against", "lama.cpp"], "did you mean 'llama.cpp'?"),
+        (["100m", "--rows", "1,x"], "rows = '1,x': whole numbers with commas are needed"),
+        (["100m", "--redraft", "torch"], "'torch' is not option=value"),
+    ):
+        code, out, err = redraft("bench", "decode", *arguments)
+        assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and told in err, err
+
+
+def test_registered_names_lead_somewhere() -> None:
+    for target in (decode.OWN, decode.LIMITS, decode.PEERS["transformers"].target, decode.PEERS["openvino"].target):
+        assert registry.load(target).__doc__ is not None or registry.load(target)
+    assert loader.DTYPES  # the names that facts use

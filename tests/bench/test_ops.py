@@ -1,0 +1,125 @@
+"""`redraft bench ops`: every operation of every backend has its line. Nothing here asserts how long anything takes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import registry
+from redraft.bench import ops, shapes
+from redraft.bench.ops import Options
+from redraft.errors import InvalidInput, UnknownMethod, Unsupported
+from redraft.ops.torch_ops import TorchOps
+from tests.bench.test_shapes import CONFIG
+from tests.cli.conftest import Ran
+
+pytest_plugins = ["tests.cli.conftest"]
+TINY: dict[str, Any] = {"dtype": "float32", "rows": (1, 3), "cached": (40,), "shared": 64, "rounds": 2, "cold": 1 << 14}
+
+
+class Noted(TorchOps):
+    """Notes with how many threads it computes, on what, and which memory it read."""
+
+    name = "noted"
+    log: list[tuple[Any, ...]] = []  # noqa: RUF012
+
+    def linear(self, x: Any, weights: Any) -> Any:
+        self.log.append((torch.get_num_threads(), tuple(x.shape), id(weights)))
+        return super().linear(x, weights)
+
+    def attend(self, index: int, layer: Any, q: Any, k: Any, v: Any, pool: Any, plan: Any) -> Any:
+        out = super().attend(index, layer, q, k, v, pool, plan)
+        slots = sum(group.slots for group in plan.groups)
+        self.log.append((torch.get_num_threads(), index, tuple(q.shape), slots))
+        assert torch.isfinite(out).all()
+        return out
+
+
+class Absent(TorchOps):
+    def __init__(self, *given: Any) -> None:
+        raise Unsupported("backend 'absent': no compiler")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ops, "SAMPLE", 0.0)
+    floor = {"bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}}
+    monkeypatch.setattr(ops.limits, "limits", lambda *given: floor)
+    monkeypatch.setitem(registry.BACKENDS, "noted", "tests.bench.test_ops:Noted")
+    monkeypatch.setitem(registry.BACKENDS, "native-like", "tests.bench.test_ops:Noted")
+    monkeypatch.setitem(registry.BACKENDS, "absent", "tests.bench.test_ops:Absent")
+    Noted.log.clear()
+    threads = torch.get_num_threads()
+    yield
+    ops.limits.use_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("shape") / "config.json"
+    file.write_text(json.dumps(CONFIG))
+    return str(file)
+
+
+def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> None:
+    told: list[str] = []
+    found = ops.measure(model, Options(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), told.append)
+    names = [name.split(",")[0] for name in told]
+    assert names[:5] == ["qkv", "out", "up", "down", "head"] and len(told) == 7 == ops.ticks(found.options)
+    assert found.refused == {"absent": "backend 'absent': no compiler"}
+    lines = {(line.operation, line.backend, line.size) for line in found.lines}
+    assert len(lines) == len(found.lines) == 5 * 2 * 2 * 2 + 2 * 2 * 2
+    assert all(len(line.seconds) == 2 and min(line.seconds) > 0 for line in found.lines)
+    spec = shapes.spec_of(model)
+    qkv = next(line for line in found.lines if line.operation.startswith("qkv") and line.size == "3 rows" and line.backend == "noted")
+    assert qkv.bytes == 4 * 32 * 16 and qkv.flops == 2 * 3 * 32 * 16 and qkv.kind == "float32"
+    int8 = next(line for line in found.lines if line.operation.startswith("head") and line.backend == "torch int8")
+    assert spec.vocab * 16 < int8.bytes < spec.vocab * 16 * 1.5 and int8.kind == "int8"
+
+
+def test_attention_reads_what_it_says_in_all_layers(model: str) -> None:
+    ops.measure(model, Options(backends=("noted",), **TINY))
+    seen = [entry for entry in Noted.log if len(entry) == 4]
+    assert {index for _, index, _, _ in seen} == {0, 1}
+    # 40 cached and 1 or 16 rows are two pages; 64 shared and a row three
+    assert {(shape[0], slots) for _, _, shape, slots in seen} == {(1, 64), (16, 64), (1, 96), (8, 96)}
+
+
+def test_weights_are_read_from_several_copies_and_others_threads_rest(model: str) -> None:
+    ops.measure(model, Options(backends=("noted", "native-like"), threads=2, **TINY))
+    linear = [entry for entry in Noted.log if len(entry) == 3]
+    assert {threads for threads, _, _ in linear} == {1, 2}
+    copies = {place for _, shape, place in linear if shape == (1, 16)}
+    assert len(copies) > 8
+
+
+def test_document_and_table(redraft: Callable[..., Ran], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "COPIES", 2)
+    file = tmp_path / "found.json"
+    small = ["--rows", "1,3", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--dtype", "float32"]
+    code, out, err = redraft("bench", "ops", model, "--backend", "torch", *small, "--json", str(file))
+    assert code == 0 and "attention over 40 cached tokens" in out and "GB/s" in out, err
+    document = json.loads(file.read_text())
+    assert len(document["lines"]) == 5 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"backends": ("torhc",)}, "no backend 'torhc': did you mean 'torch'"),
+        ({"quants": ("int9",)}, "no quant method 'int9': did you mean 'int"),
+        ({"dtype": "float16"}, "dtype = 'float16': allowed are"),
+        ({"rows": (0,)}, "rows = 0: numbers from 1 on"),
+        ({"rounds": 0}, "rounds = 0: must be 1 or more"),
+    ],
+)
+def test_what_is_asked_wrongly_is_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises((InvalidInput, UnknownMethod)) as error:
+        Options(**options)
+    assert told in str(error.value)

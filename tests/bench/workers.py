@@ -1,0 +1,92 @@
+"""Engines that fail in every way that a process can. Imports little: each test starts some processes that read this."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from redraft.bench.peers.peer import Asked
+from redraft.errors import RedraftError
+
+
+class Fake:
+    """Answers without computing; its text is its own unless `tokens` are given."""
+
+    does = ("decode", "prefill", "steps")
+    tokens = (1, 2, 3, 4, 5, 6, 7)
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        self.facts: dict[str, Any] = {"dtype": "float32", "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
+        self.facts["isa"] = os.environ.get("REDRAFT_ISA")
+        print("libraries print")  # must not be taken for an answer
+
+    def decode(self) -> dict[str, Any]:
+        return {"seconds": [9.0, 9.0, 0.5, 0.25, 0.5, 1.0], "tokens": list(self.tokens)}
+
+    def prefill(self) -> dict[str, Any]:
+        return {"seconds": 2.0}
+
+    def margin(self, prompt: list[int], expected: int, found: int) -> dict[str, Any]:
+        return {"margin": 0.5 + len(prompt), "near": 0.25}
+
+    def steps(self) -> dict[str, Any]:
+        return {"seconds": {rows: 0.1 * rows for rows in self.asked.rows}}
+
+
+class Raises(Fake):
+    def prefill(self) -> dict[str, Any]:
+        raise ValueError("no prefill today")
+
+
+class Dies(Fake):
+    def decode(self) -> dict[str, Any]:
+        print("last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+class Refuses(Fake):
+    def __init__(self, asked: Asked) -> None:
+        raise RedraftError("cannot load this")
+
+
+class Sleeps(Fake):
+    def decode(self) -> dict[str, Any]:
+        time.sleep(100)
+        return {}
+
+
+class Counts(Fake):
+    """Spins in another thread, and tells how far that came."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self.count = 0
+        threading.Thread(target=self._spin, daemon=True).start()
+
+    def _spin(self) -> None:
+        while True:
+            self.count += 1
+            time.sleep(0.001)
+
+    def decode(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+
+class Other(Fake):
+    tokens = (1, 2, 9, 4, 5, 6, 7)
+
+
+class Bounds(Fake):
+    does = ("bandwidth", "peak")
+
+    def bandwidth(self) -> dict[str, Any]:
+        return {"bytes_per_second": 1e10}
+
+    def peak(self) -> dict[str, Any]:
+        return {"flops_per_second": {"float32": 1e11}}

@@ -1,0 +1,93 @@
+"""`redraft doctor`: what it says with the library, without it, and on a busy machine. No figure is asserted, only that it is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from redraft.cli import doctor
+from redraft.ops import library
+from tests.cli.conftest import Ran
+
+native = pytest.mark.skipif(not library.PATH.exists() or library.load() is None, reason="no native library")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "BUFFER", 4 << 20)
+    monkeypatch.setattr(doctor, "ROUNDS", 2)
+
+
+@native
+def test_it_says_what_serves_and_measures(redraft: Callable[..., Ran], tmp_path: Path) -> None:
+    code, out, _ = redraft("doctor", "--json", str(tmp_path / "facts.json"))
+    assert code == 0
+    loaded = library.load()
+    assert loaded is not None
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["library"] == str(library.PATH) and facts["library_why_not"] is None
+    assert (facts["isa"], facts["threads"]) == (loaded.isa, loaded.threads)
+    assert [(one["dtype"], one["device"], one["backend"]) for one in facts["serves"][:2]] == [
+        ("float32", "cpu", "native"),
+        ("bfloat16", "cpu", "native"),
+    ]
+    assert facts["buffer_bytes"] == 4 << 20
+    assert facts["tokens_per_second_limit"] == pytest.approx(facts["read_bytes_per_second"] / 2.48e9)
+    assert list(facts["peaks"]) == ["float32", "bfloat16", "int8"]
+    assert facts["peaks"]["float32"]["flops"] > 0
+    assert 0 < facts["cpu_share"] <= 1
+    for told in ("read bandwidth", "GB/s", "peak float32", "huge pages", "tokens/s at most", loaded.isa, str(facts["torch"])):
+        assert told in out
+
+
+def test_without_the_library_it_says_why(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "_load", lambda: (None, "nobody compiled it"))
+    code, out, _ = redraft("doctor", "--json", str(tmp_path / "facts.json"))
+    assert code == 0
+    assert "none: nobody compiled it" in out
+    assert "torch: nobody compiled it" in out
+    assert "not measured" in out
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["library"] is None and facts["read_bytes_per_second"] is None
+    assert {one["backend"] for one in facts["serves"]} == {"torch"}
+
+
+@native
+def test_a_smaller_buffer_is_told(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "all that memory allows" not in redraft("doctor")[1]
+    monkeypatch.setattr("redraft.models.memory.limits", lambda *_: 5 << 20)
+    assert "buffer of 2.0 MiB, all that memory allows" in redraft("doctor")[1]
+    monkeypatch.setattr("redraft.models.memory.limits", lambda *_: 1 << 20)
+    assert "there is no memory for a buffer" in redraft("doctor")[1]
+
+
+@native
+def test_a_busy_machine_is_told(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if half of the time had gone to others: the process's clock runs at half the speed of the wall's."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(doctor.time, "process_time", lambda: 0.5 * library.load().threads * next(clock))  # type: ignore[union-attr]
+    wall = iter(range(1000))
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: float(next(wall)))
+    assert "50% of" in redraft("doctor")[1]
+    monkeypatch.setattr(doctor, "BUSY", 0.4)
+    assert "other processes" not in redraft("doctor")[1]
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(redraft: Callable[..., Ran], tmp_path: Path) -> None:
+    code, out, err = redraft("doctor", "--json", str(tmp_path / "none" / "facts.json"))
+    assert (code, out) == (2, "")
+    assert "no folder" in err
+
+
+@pytest.mark.parametrize(("text", "found"), [("always [madvise] never\n", "madvise"), ("[always] madvise never\n", "always"), ("", None)])
+def test_huge_pages_are_read_from_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, found: str | None) -> None:
+    file = tmp_path / "kernel/mm/transparent_hugepage/enabled"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    monkeypatch.setattr(doctor, "SYS", tmp_path)
+    assert doctor._huge_pages() == found
+    monkeypatch.setattr(doctor, "SYS", tmp_path / "none")
+    assert doctor._huge_pages() is None

@@ -1,0 +1,781 @@
+"""native against reference, the definition, and against itself: no bit depends on what a row is computed beside, or how."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from redraft.config import SamplingParams
+from redraft.core.batch import Batch
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Lanes, Request, Sequence, Space
+from redraft.core.taps import Taps
+from redraft.core.tree import EMPTY, TokenTree
+from redraft.core.view import View, Window
+from redraft.errors import InvalidInput, Unsupported
+from redraft.models.runner import Runner
+from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.ops import library
+from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
+from redraft.ops.quantized import Quantized, product
+from redraft.ops.reference import Reference
+from redraft.weights.int4 import by_group
+from redraft.weights.quant import by_output
+from tests.ops import test_backends, test_views
+
+if why_not := library.why_not():
+    pytest.skip(f"no native kernels: {why_not}", allow_module_level=True)
+
+from redraft.ops.native import NativeOps, Packed
+
+F32, BF16 = torch.float32, torch.bfloat16
+DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+HALF = {F32: 2.0**-23, BF16: 2.0**-8}  # of a number, that one rounding may change; bfloat16's twice
+KERNELS = 2.0**-21  # of the sum of absolute terms, that float32 arithmetic may change
+SIZES = [1, 8, 40, 63, 64, 65, 100, 130]
+FEW = settings(max_examples=25, derandomize=True, deadline=None, database=None)
+
+
+def few(examples: int) -> Any:
+    return settings(FEW, max_examples=examples)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets their number, and gives back what was."""
+    loaded = library.load()
+    assert loaded is not None
+    before, torchs = loaded.threads, torch.get_num_threads()
+    yield loaded.set_threads
+    loaded.set_threads(before)
+    torch.set_num_threads(torchs)
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---- operations against the definition
+
+
+def within(found: Tensor, expected: Tensor, dtype: torch.dtype, terms: Tensor | float = 0.0) -> None:
+    """expected in float64, rounded once to the dtype; terms: the sum of absolute terms that float32 arithmetic went over."""
+    assert found.dtype == dtype and found.shape == expected.shape
+    allowed = HALF[dtype] * expected.abs() + KERNELS * terms + 1e-30
+    assert ((found.double() - expected).abs() <= allowed).all(), float(((found.double() - expected).abs() - allowed).max())
+
+
+@DTYPES
+@few(40)
+@given(st.integers(1, 40), st.sampled_from(SIZES), st.sampled_from(SIZES), st.booleans(), st.booleans(), st.integers(0, 99))
+@example(33, 65, 100, True, True, 0)
+@example(1, 1, 1, False, False, 0)
+def test_linear(dtype: torch.dtype, rows: int, outs: int, ins: int, biased: bool, gated: bool, seed: int) -> None:
+    ops, outs = NativeOps(dtype), outs * 2 if gated else outs
+    x, weight = randn(seed, rows, ins, dtype=dtype), randn(seed + 1, outs, ins, dtype=dtype)
+    bias = randn(seed + 2, outs, dtype=dtype) if biased else None
+    found = ops.linear(x, ops.pack(Linear(weight, bias), gated))
+    exact = Linear(weight.double(), None if bias is None else bias.double())
+    within(found, Reference().linear(x.double(), exact), dtype, x.double().abs() @ weight.double().abs().T + 5)
+    if gated:  # how panels lie changes no bit
+        assert torch.equal(found, ops.linear(x, ops.pack(Linear(weight, bias))))
+    strided = randn(seed, rows, ins + 3, dtype=dtype)
+    strided[:, 1 : ins + 1] = x
+    assert torch.equal(found, ops.linear(strided[:, 1 : ins + 1], ops.pack(Linear(weight, bias), gated)))
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@few(20)
+@given(st.integers(1, 40), st.sampled_from(SIZES), st.sampled_from([0.0, 30.0]), st.integers(0, 99))
+def test_norm(kind: Any, dtype: torch.dtype, rows: int, size: int, middle: float, seed: int) -> None:
+    x, weight = (3 * randn(seed, rows, size) + middle).to(dtype), randn(seed + 1, size, dtype=dtype)
+    norm = Norm(kind, 1e-5)
+    for bias in (randn(seed + 2, size, dtype=dtype), None):
+        own = NormWeights(weight, bias)
+        exact = Reference().norm(x.double(), NormWeights(*(None if part is None else part.double() for part in own)), norm)
+        spread = (x.double() - (x.double().mean(-1, keepdim=True) if kind == "layer" else 0)).pow(2).mean(-1, keepdim=True).sqrt()
+        terms = x.double().abs().amax(-1, keepdim=True) / (spread + 1e-3) * weight.double().abs() + 3
+        within(NativeOps(dtype).norm(x, own, norm), exact, dtype, terms)
+    heads = x[:, None].expand(rows, 3, size)  # as for queries and keys
+    assert torch.equal(NativeOps(dtype).norm(heads, NormWeights(weight), norm)[:, 2], NativeOps(dtype).norm(x, NormWeights(weight), norm))
+
+
+@DTYPES
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activate(activation: str, gated: bool, dtype: torch.dtype) -> None:
+    for rows, size in ((1, 1), (7, 40), (33, 65)):
+        x = (4 * randn(rows, rows, size * (1 + gated))).to(dtype)
+        x[0, 0] = -100.0
+        x[-1, -1] = 90.0
+        gate, up = x.double().chunk(2, -1) if gated else (x.double(), torch.tensor(1.0))
+        terms = (gate.abs().clamp(max=10) + gate.abs() / 8) * up.abs()
+        within(NativeOps(dtype).activate(x, activation, gated), Reference().activate(x.double(), activation, gated), dtype, terms)
+
+
+def test_an_unknown_activation_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match="swish"):
+        NativeOps().activate(torch.zeros(1, 2), "swish", True)
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 8), (5, 12), (2, 64), (1, 100)])
+def test_rope(heads: int, size: int, dtype: torch.dtype) -> None:
+    """Far positions too: angles are in float64."""
+    turn = Rotary(tuple(500.0 ** (-2 * i / size) for i in range(size // 2)), 1.2)
+    layer = LayerSpec(heads, heads, size, Mlp(8), rotary=turn)
+    positions = torch.tensor([0, 1, 31, 77_777, 1_000_003])
+    cos, sin = (f(positions.double()[:, None] * torch.tensor(turn.frequencies, dtype=torch.float64)) * 1.2 for f in (torch.cos, torch.sin))
+    plan: Any = SimpleNamespace(turns={turn: 0}, cos=[cos.float().numpy()], sin=[sin.float().numpy()])
+    x = randn(3, 5, heads + 2, size, dtype=dtype)[:, 1 : heads + 1]  # a part of the projections
+    before = x.clone()
+    exact = Reference().rope(x.double(), layer, SimpleNamespace(positions=positions.double()))  # type: ignore[arg-type]
+    half = torch.cat([x.double().abs()[..., size // 2 :], x.double().abs()[..., : size // 2]], -1)
+    within(NativeOps(dtype).rope(x, layer, plan), exact, dtype, 2 * (x.double().abs() + half))
+    assert torch.equal(x, before)
+
+
+@DTYPES
+@pytest.mark.parametrize("workers", [1, 3])
+def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """argmax, top_k and logits of some rows; of equal logits the lowest id, also over panels and threads; rows of no numbers."""
+    threads(workers)
+    ops, ref, vocab, hidden = NativeOps(dtype), Reference(), 300, 40
+    weight = randn(1, vocab, hidden, dtype=dtype)
+    for same in ((3, 299), (63, 64, 250), (130, 131)):
+        weight[list(same)] = 3 * weight[same[0]]
+    x = randn(2, 9, hidden, dtype=dtype)
+    for i, same in enumerate((3, 63, 130)):
+        x[i] = weight[same]
+    x[8, 7] = math.nan
+    norm, gain = Norm(), NormWeights(1 + 0.1 * randn(3, hidden, dtype=dtype))
+    weights = Weights(weight, ops.pack(Linear(weight)), gain, ())
+    rows = [0, 1, 2, 4, 5, 8]
+    plan: Any = SimpleNamespace(logit_rows=torch.tensor(rows))
+    best, all_of_them = ops.head(x, weights, norm, plan, Taps()), ops.head(x, weights, norm, plan, Taps(logits=True, top_k=5))
+    assert best.logits is None and all_of_them.logits is not None and all_of_them.top_k is not None
+    exact = Weights(weight.double(), Linear(weight.double()), NormWeights(gain.weight.double()), ())
+    definition = ref.head(
+        x.double(), exact, norm, SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(rows))), Taps(logits=True)  # type: ignore[arg-type]
+    )
+    assert definition.logits is not None
+    assert best.argmax.tolist() == all_of_them.argmax.tolist()
+    assert best.argmax.tolist()[:3] == [3, 63, 130] and best.argmax.tolist()[5] == 0
+    assert best.argmax.tolist() == all_of_them.logits.argmax(-1).tolist()
+    assert all_of_them.top_k[:5, 0].tolist() == best.argmax.tolist()[:5]
+    if dtype == F32:
+        assert best.argmax.tolist()[:5] == definition.argmax.tolist()[:5]
+    error = (all_of_them.logits[:5].double() - definition.logits[:5]).abs().max()
+    assert error <= (1e-4 if dtype == F32 else 0.1) * definition.logits[:5].abs().max()
+    assert all_of_them.logits[5].isnan().all()
+
+
+@DTYPES
+def test_one_logit_that_is_no_number_wins(dtype: torch.dtype) -> None:
+    """As in PyTorch; rows of nothing but minus infinity give the lowest id."""
+    ops, weight = NativeOps(dtype), randn(1, 200, 8, dtype=dtype)
+    plan: Any = SimpleNamespace(logit_rows=torch.arange(3))
+    for bias, expected in ((math.nan, 77), (math.inf, 77)):
+        shift = torch.zeros(200, dtype=dtype)
+        shift[77] = shift[190] = bias
+        weights = Weights(weight, ops.pack(Linear(weight, shift)), NormWeights(torch.ones(8, dtype=dtype)), ())
+        assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [expected] * 3
+    low = ops.pack(Linear(weight, torch.full((200,), -math.inf, dtype=dtype)))
+    weights = Weights(weight, low, NormWeights(torch.ones(8, dtype=dtype)), ())
+    assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("name", ["per head", "per head, evicted", "shared, window", "int8, evicted, window", "read by position", "coded pages"])
+@DTYPES
+def test_attention_beside_every_view(name: str, dtype: torch.dtype) -> None:
+    """In memory that was full of NaN, with a tail that grows, evicted lanes and codes; a sequence without a view beside it."""
+    case = test_views.CASES[name]
+    watch = tuple(w for w in case.watch if w.statistic == "mass")
+    test_views.compare(replace(case, watch=watch), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("dtype", "most"), [(F32, 1e-5), (BF16, 0.12)])
+def test_whole_models(dtype: torch.dtype, most: float, window: int | None) -> None:
+    """Chunks, trees whose tails grow and decodes through two layers, every step by both."""
+    spec, weights = test_backends.model(window=window)
+    ops = NativeOps(dtype)
+    left, right = Runner(spec, weights, Reference(), 40), Runner(spec, cast(weights, ops), ops, 40)
+    for one, other in test_backends.program(left, right, seed=1):
+        assert one.shape == other.shape
+        assert (one - other.double()).abs().max() <= most * one.abs().max()
+
+
+# ---- models of all shapes
+
+
+class Shape(NamedTuple):
+    """What differs between the families that the kernels run."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    hidden: int
+    mlp: Mlp
+    norm: Norm = Norm()
+    qk_norm: bool = False
+    biases: bool = False
+    window: int | None = None
+    learned: bool = False
+
+
+FAMILIES = {
+    "llama": Shape(4, 2, 8, 40, Mlp(52)),
+    "qwen3": Shape(6, 2, 12, 36, Mlp(50), qk_norm=True, biases=True),
+    "gpt2": Shape(3, 3, 10, 30, Mlp(100, "gelu_tanh", gated=False, bias=True), Norm("layer"), biases=True, learned=True),
+    "mistral": Shape(4, 1, 16, 64, Mlp(33), window=11),
+}
+VOCAB, CONTEXT, LAYERS = 133, 700, 3
+
+
+def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
+    shape = FAMILIES[family]
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator) / math.sqrt(sizes[-1])
+
+    def weigh(size: int, norm: Norm) -> NormWeights:
+        return NormWeights(1 + 0.3 * rand(size), 0.3 * rand(size) if norm.bias else None)
+
+    def linear(outs: int, ins: int, bias: bool, size: float = 1.0) -> Linear:
+        return Linear(size * rand(outs, ins), rand(outs) if bias else None)
+
+    rotary = None if shape.learned else Rotary(tuple(100.0 ** (-2 * i / shape.size) for i in range(shape.size // 2)))
+    qk = Norm(eps=1e-6) if shape.qk_norm else None
+    layers = tuple(
+        LayerSpec(
+            shape.heads, shape.kv_heads, shape.size, shape.mlp, shape.norm, rotary, None if i == 1 else shape.window,
+            qkv_bias=shape.biases, out_bias=shape.biases, qk_norm=qk,
+        )
+        for i in range(LAYERS)
+    )  # fmt: skip
+    spec = ModelSpec(
+        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: Source((name,)), CONTEXT if shape.learned else None
+    )
+    made = [
+        LayerWeights(
+            weigh(shape.hidden, shape.norm), linear(layer.qkv_rows, shape.hidden, shape.biases, 3.0),
+            linear(shape.hidden, shape.heads * shape.size, shape.biases), weigh(shape.hidden, shape.norm),
+            weigh(shape.size, qk) if qk else None, weigh(shape.size, qk) if qk else None,
+            linear(shape.mlp.hidden * (1 + shape.mlp.gated), shape.hidden, shape.mlp.bias), linear(shape.hidden, shape.mlp.hidden, shape.mlp.bias),
+        )
+        for layer in layers
+    ]  # fmt: skip
+    positions = rand(CONTEXT, shape.hidden) * 3 if shape.learned else None
+    head = linear(VOCAB, shape.hidden, False, 3.0)
+    return spec, Weights(rand(VOCAB, shape.hidden) * 5, head, weigh(shape.hidden, shape.norm), tuple(made), positions)
+
+
+def quantized(weights: Linear, quant: str) -> LinearWeights:
+    return by_output(weights) if quant == "int8" else by_group(weights, 32) if quant == "int4" else weights
+
+
+def cast(weights: Weights, ops: NativeOps, quant: str = "") -> Weights:
+    """The weights in the backend's dtype, quantized if wanted, in panels."""
+
+    def typed(part: Any) -> Any:
+        return None if part is None else type(part)(*(None if one is None else one.to(ops.dtype) for one in part))
+
+    def packed(part: Any, gated: bool = False) -> Any:
+        return None if part is None else ops.pack(quantized(typed(part), quant), gated)
+
+    layers = []
+    for own in weights.layers:
+        assert isinstance(own.up, Linear) and isinstance(own.down, Linear)
+        gated = len(own.up.weight) == 2 * own.down.weight.shape[1]
+        norms = {name: typed(getattr(own, name)) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")}
+        layers.append(LayerWeights(**norms, qkv=packed(own.qkv), out=packed(own.out), up=packed(own.up, gated), down=packed(own.down)))
+    positions = None if weights.positions is None else weights.positions.to(ops.dtype)
+    return Weights(weights.embed.to(ops.dtype), packed(weights.head), typed(weights.final_norm), tuple(layers), positions)
+
+
+class Switched(NativeOps):
+    """Counts segments; refuses them where `whole` says so."""
+
+    whole, segments = True, 0
+
+    def run(self, *args: Any) -> Tensor | None:
+        done = super().run(*args) if self.whole else None
+        self.segments += done is not None
+        return done
+
+
+# ---- bits
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.dtype == BF16 else torch.int32)
+
+
+@dataclass(eq=False)
+class Text:
+    """One text in a runner. kept: what survives of each lane where `cut` tokens are stored, if something is evicted there."""
+
+    seq: Sequence
+    cut: int = 0
+    kept: list[list[int]] | None = None
+    neighbour: bool = False  # has a view, or skips layers: nothing is said of its numbers
+
+    def twin(self, tokens: list[int]) -> Text:
+        return Text(text_of(99, tokens, self.seq.lanes), self.cut, self.kept)
+
+
+def text_of(number: int, tokens: list[int], lanes: Lanes = Lanes.SHARED) -> Sequence:
+    """All its rows give logits, as those of a prompt do."""
+    request = Request("test", tokens, SamplingParams(prompt_logprobs=0), context=0)
+    return Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, border=1 << 30, lanes=lanes)
+
+
+class Bench:
+    """A runner, what it said of every prefix of every text, and what it says of the same prefix alone."""
+
+    def __init__(self, family: str, dtype: torch.dtype, quant: str = "", *, sharing: bool = True, slabs: int = 60) -> None:
+        self.spec, weights = model(family)
+        self.ops = Switched(dtype)
+        self.weights = cast(weights, self.ops, quant)
+        self.runner = Runner(self.spec, self.weights, self.ops, slabs, sharing=sharing)
+        self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
+        for name, fmt in test_views.formats(dtype, None).items():
+            if self.spec.head_dim == test_views.SIZE:
+                self.runner.table.define(Space(Lanes.SHARED, name), self.runner.store.define(fmt) // (LAYERS * self.spec.kv_heads))
+        self.said: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
+
+    def step(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: list[int], taps: Taps) -> None:
+        work = [Work(text.seq, n, cut) for text, n, cut in zip(texts, rows, first, strict=True)]
+        view = self.runner.table.reserve(work, trees)
+        self.runner.store.zero(view.fresh)
+        batch = Batch.pack(work, trees, view)
+        out = self.runner.forward(batch, taps)
+        asked = {row: i for i, row in enumerate(batch.logit_rows.tolist())}
+        for s, (text, n, tree, cut) in enumerate(zip(texts, rows, trees, first, strict=True)):
+            start, nodes, end = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
+            for row in range(start, end):
+                if text.neighbour or row not in asked:
+                    continue
+                prefix = text.seq.tokens[: text.seq.stored + (row - start + 1 if row < nodes else n)]
+                if row >= nodes:
+                    prefix = prefix + [int(tree.tokens[node]) for node in path_to(tree, cut + row - nodes)]
+                i = asked[row]
+                self.said.append((text, tuple(prefix), None if out.logits is None else out.logits[i], int(out.argmax[i])))
+
+    def alone(self, text: Text, tokens: list[int], chunks: Callable[[], int]) -> dict[int, Tensor]:
+        """Length of a prefix -> logits, of a text that runs with nobody beside it, without trees."""
+        twin, table, found = text.twin(tokens), self.lonely.table, {}
+        table.open(twin.seq)
+        while twin.seq.pending:
+            n = min(twin.seq.pending, chunks(), border(twin))
+            work = [Work(twin.seq, n)]
+            view = table.reserve(work, [EMPTY])
+            self.lonely.store.zero(view.fresh)
+            batch = Batch.pack(work, [EMPTY], view)
+            out = self.lonely.forward(batch, Taps(logits=True))
+            assert out.logits is not None
+            for i, row in enumerate(batch.logit_rows.tolist()):
+                found[twin.seq.stored + row + 1] = out.logits[i]
+            self.lonely.store.move(table.commit(work, [Accepted()]))
+            evict(self.lonely, twin)
+        table.free(twin.seq)
+        return found
+
+    def check(self, dice: random.Random) -> int:
+        """All that was said is what is said alone, bit for bit. How many rows."""
+        self.ops.whole = True
+        ways = [lambda: 1000, lambda: 1, lambda: dice.choice([1, 2, 7, 33])]
+        for text in {id(text): text for text, *_ in self.said}.values():
+            line = self.alone(text, text.seq.tokens, ways[1])  # decoded one by one
+            for chunks in (ways[0], ways[2]):
+                for length, logits in self.alone(text, text.seq.tokens, chunks).items():
+                    assert torch.equal(bits(logits), bits(line[length])), f"{length} tokens, another chunking"
+            for own, prefix, logits, best in self.said:
+                if own is not text:
+                    continue
+                if prefix == tuple(text.seq.tokens[: len(prefix)]) and len(prefix) in line:
+                    expected = line[len(prefix)]
+                else:
+                    expected = self.alone(text, list(prefix), dice.choice(ways[::2]))[len(prefix)]
+                assert best == int(expected.argmax())
+                assert logits is None or torch.equal(bits(logits), bits(expected)), f"{len(prefix)} tokens of {len(text.seq.tokens)}"
+        return len(self.said)
+
+
+def path_to(tree: TokenTree, node: int) -> list[int]:
+    path = [node]
+    while (parent := int(tree.parents[path[-1]])) >= 0:
+        path.append(parent)
+    return path[::-1]
+
+
+def border(text: Text) -> int:
+    """No chunk crosses the place where something is evicted."""
+    left = text.cut - text.seq.stored
+    return left if text.kept is not None and left > 0 else 1000
+
+
+def evict(runner: Runner, text: Text) -> None:
+    if text.kept is not None and text.seq.stored == text.cut:
+        for lane, kept in enumerate(text.kept):
+            runner.store.move([runner.table.keep(text.seq, lane, kept)])
+
+
+def random_tree(dice: random.Random, most: int) -> TokenTree:
+    n = dice.randint(0, most)
+    deep = dice.random() < 0.4  # long paths among siblings
+    parents = [dice.randint(max(-1, i - 3), i - 1) if deep else dice.randint(-1, i - 1) for i in range(n)]
+    return TokenTree.build([dice.randrange(VOCAB) for _ in range(n)], parents, vocab=VOCAB, rows=most, depth=most)
+
+
+def random_path(dice: random.Random, tree: TokenTree) -> list[int]:
+    path: list[int] = []
+    while kids := [i for i in range(len(tree)) if tree.parents[i] == (path[-1] if path else -1)]:
+        if dice.random() < 0.15:
+            break
+        path.append(dice.choice(kids))
+    return path
+
+
+def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
+    """With stems in common; of every kind of lanes, some of them evicted from; neighbours that PyTorch attends to."""
+    stem = [dice.randrange(VOCAB) for _ in range(100)]
+    lanes = [Lanes.SHARED, Lanes.SHARED, dice.choice([Lanes.SHARED, Lanes.PER_LAYER]), dice.choice([Lanes.PER_LAYER, Lanes.PER_HEAD])]
+    texts = []
+    for i, kind in enumerate(lanes):
+        tokens = stem[: dice.choice([0, 40, 70, 100])] + [dice.randrange(VOCAB) for _ in range(dice.choice([1, 5, 30]))]
+        text = Text(text_of(i, tokens, kind), len(tokens))
+        if kind != Lanes.SHARED and dice.random() < 0.7 and len(tokens) > 3:
+            count = LAYERS * (bench.spec.kv_heads if kind == Lanes.PER_HEAD else 1)
+            text.kept = [sorted(dice.sample(range(len(tokens)), dice.randint(1, len(tokens)))) for _ in range(count)]
+        texts.append(text)
+    if dice.random() < 0.6:
+        seq = text_of(9, stem[:45])
+        plain: dict[str, Any] = {"window": None, "read": None}
+        choices: list[Callable[[], Any]] = [
+            lambda: setattr(seq, "policies", SimpleNamespace(**{**plain, "window": Window(3, 20)})),
+            lambda: setattr(seq, "policies", SimpleNamespace(window=None, read=Reading())),
+            lambda: setattr(seq, "layers", frozenset({0, 2})),
+            lambda: (setattr(seq, "format", "int8"), setattr(seq, "policies", SimpleNamespace(**plain))),
+        ]
+        dice.choice(choices if bench.spec.head_dim == test_views.SIZE else choices[:3])()
+        texts.append(Text(seq, neighbour=True))
+    return texts
+
+
+@dataclass(frozen=True)
+class Reading(test_views.Even):
+    """Reads every eighth key."""
+
+    every: int = 8
+    labels: bool = False
+    least: int = field(default=0)
+
+
+def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: int = 7) -> None:
+    """Texts come one by one and run in random company, chunks and trees, with random threads, taps and ways through the layers."""
+    dice = random.Random(seed)
+    texts, table = random_texts(bench, dice), bench.runner.table
+    waiting, running = list(texts), []
+    for number in range(steps):
+        while waiting and (not running or dice.random() < 0.5):
+            text = waiting.pop(0)
+            table.open(text.seq)
+            if text.seq.lanes is Lanes.SHARED and not text.neighbour:
+                table.attach(text.seq, table.match(text.seq.tokens, ""))
+            running.append(text)
+        some = [text for text in running if dice.random() < 0.8] or running[:1]
+        dice.shuffle(some)
+        rows = [min(text.seq.pending, border(text), dice.choice([1, 2, 7, 33, 64])) for text in some]
+        done = [n == text.seq.pending for text, n in zip(some, rows, strict=True)]
+        trees = [random_tree(dice, 70 if dice.random() < 0.1 else 9) if end and border(t) == 1000 else EMPTY for t, end in zip(some, done, strict=True)]
+        cuts = [dice.randint(1, len(tree)) if len(tree) and dice.random() < 0.4 else len(tree) for tree in trees]
+        set_threads(dice.choice([1, 2, 3]))
+        bench.ops.whole = dice.random() < 0.6
+        hidden = frozenset(i for i in range(LAYERS) if dice.random() < 0.4) if dice.random() < 0.4 else frozenset[int]()
+        taps = Taps(hidden, logits=dice.random() < 0.8)
+        heads = [TokenTree(tree.tokens[:cut], tree.parents[:cut], tree.kinds[: cut + 1]) for tree, cut in zip(trees, cuts, strict=True)]
+        bench.step(some, rows, heads, [0] * len(some), taps)
+        grown = [s for s in range(len(some)) if cuts[s] < len(trees[s])]
+        if grown:
+            bench.step(*([part[s] for s in grown] for part in (some, rows, trees, cuts)), taps)  # type: ignore[arg-type]
+        paths = [random_path(dice, tree) for tree in trees]
+        accepted = [
+            Accepted(tuple(path), (*(int(tree.tokens[i]) for i in path), dice.randrange(VOCAB))) if end else Accepted()
+            for path, tree, end in zip(paths, trees, done, strict=True)
+        ]
+        works = [Work(text.seq, n) for text, n in zip(some, rows, strict=True)]
+        bench.runner.store.move(table.commit(works, accepted))
+        for text in some:
+            evict(bench.runner, text)
+            if not text.neighbour:
+                table.publish(text.seq)
+        table.check()
+        if number == steps - 2 and running[0].seq.lanes is Lanes.SHARED:  # pages of a text that is gone are found again
+            table.free(running.pop(0).seq)
+    set_threads(1)
+    assert bench.check(dice) > 20
+    for text in running:
+        table.free(text.seq)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@DTYPES
+@few(3)
+@given(seed=st.integers(0, 2**32 - 1))
+@example(seed=12345)
+def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, seed: int) -> None:
+    loaded = library.load()
+    assert loaded is not None
+    bench = Bench(family, dtype)
+    program(bench, seed, loaded.set_threads)
+    assert bench.ops.segments
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@DTYPES
+@few(2)
+@given(seed=st.integers(0, 2**32 - 1))
+@example(seed=54321)
+def test_a_row_of_codes_has_the_bits_that_it_has_alone(quant: str, dtype: torch.dtype, seed: int) -> None:
+    loaded = library.load()
+    assert loaded is not None
+    bench = Bench("llama", dtype, quant)
+    program(bench, seed, loaded.set_threads)
+    assert bench.ops.segments
+
+
+@DTYPES
+def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Whole groups of 16 pages are attended for all sequences together; groups of one row by different threads."""
+    bench, dice = Bench("llama", dtype, slabs=90), random.Random(1)
+    stem = [dice.randrange(VOCAB) for _ in range(555)]
+    texts = [Text(text_of(i, [*stem[: 555 - i], dice.randrange(VOCAB)])) for i in range(4)]
+    table = bench.runner.table
+    for text in texts:
+        table.open(text.seq)
+        table.attach(text.seq, table.match(text.seq.tokens, ""))
+        while text.seq.pending:
+            n = min(text.seq.pending, 300)
+            threads(2)
+            bench.step([text], [n], [EMPTY], [0], Taps(logits=True))
+            bench.runner.store.move(table.commit([Work(text.seq, n)], [Accepted((), (dice.randrange(VOCAB),)) if n == text.seq.pending else Accepted()]))
+            table.publish(text.seq)
+            if n < 300:
+                break
+    shared = [table.reserve([Work(text.seq, 1)], [EMPTY]).pages[0][0, :16].tolist() for text in texts]
+    for text in texts:
+        table.discard(text.seq)
+    assert all(pages == shared[0] for pages in shared), "nothing was shared"
+    for workers in (1, 2, 3):
+        threads(workers)
+        tree = random_tree(dice, 9)
+        bench.step(texts, [1] * 4, [tree, EMPTY, random_tree(dice, 9), EMPTY], [0] * 4, Taps(logits=True))
+        for text in texts:
+            table.discard(text.seq)
+    threads(1)
+    bench.check(dice)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_compute_what_the_reference_defines(family: str) -> None:
+    spec, weights = model(family)
+    bench, dice = Bench(family, F32), random.Random(3)
+    tokens = [dice.randrange(VOCAB) for _ in range(70)]
+    found = bench.alone(Text(text_of(0, tokens)), tokens, lambda: 33)
+
+    def exact(part: Any) -> Any:
+        if isinstance(part, LayerWeights | Weights):
+            return type(part)(**{name: exact(value) for name, value in vars(part).items()})
+        if isinstance(part, tuple):
+            return type(part)(*map(exact, part)) if hasattr(part, "_fields") else tuple(map(exact, part))
+        return None if part is None else part.double()
+
+    runner = Runner(spec, exact(weights), Reference(), 4)
+    seq = text_of(0, tokens)
+    runner.table.open(seq)
+    work = [Work(seq, 70)]
+    view = runner.table.reserve(work, [EMPTY])
+    runner.store.zero(view.fresh)
+    out = runner.forward(Batch.pack(work, [EMPTY], view), Taps(logits=True))
+    assert out.logits is not None
+    mine = torch.stack([found[n] for n in range(1, 71)])
+    assert (mine.double() - out.logits).abs().max() <= 1e-5 * out.logits.abs().max()
+    assert (mine.argmax(-1) == out.logits.argmax(-1)).all()
+
+
+# ---- codes
+
+
+def codes(outs: int, ins: int, group: int, biased: bool, seed: int) -> Quantized:
+    weights = Linear(randn(seed, outs, ins), randn(seed + 1, outs) if biased else None)
+    return by_group(weights, group) if group else by_output(weights)
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [0, 32, 64, 128], ids=["int8", "int4-32", "int4-64", "int4-128"])
+@few(15)
+@given(st.integers(1, 40), st.sampled_from(SIZES), st.sampled_from(SIZES), st.booleans(), st.integers(0, 99))
+def test_codes_are_multiplied_as_defined(dtype: torch.dtype, group: int, rows: int, outs: int, ins: int, biased: bool, seed: int) -> None:
+    ops, weights = NativeOps(dtype), codes(outs, ins, group, biased, seed)
+    x = (randn(seed + 2, rows, ins) * 10 ** (seed % 5 - 2)).to(dtype)
+    x[-1] = 0
+    found = ops.linear(x, ops.pack(weights))
+    assert torch.equal(bits(found), bits(product(x, weights)))
+    if outs % 2 == 0:
+        assert torch.equal(bits(found), bits(ops.linear(x, ops.pack(weights, True))))
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [0, 32], ids=["int8", "int4"])
+@pytest.mark.parametrize("odd", [0.0, 1e-40, 1e38, math.nan, math.inf, -math.inf])
+def test_rows_that_have_no_codes(odd: float, group: int, dtype: torch.dtype) -> None:
+    """Of zeros, so small that no inverse is finite, of no numbers: as ops/quantized.py says."""
+    ops, weights, x = NativeOps(dtype), codes(70, 50, group, True, 0), randn(1, 3, 50, dtype=dtype)
+    x[1] = odd if abs(odd) < 1 else x[1]
+    x[1, 20] = odd
+    found, expected = ops.linear(x, ops.pack(weights)), product(x, weights)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+
+
+def test_codes_beside_outliers_are_pytorchs() -> None:
+    """Outlier columns are not in panels, and the product is the same."""
+    ops = NativeOps()
+    weights = by_output(Linear(randn(0, 70, 50)), torch.tensor([3, 20]))
+    packed = ops.pack(weights)
+    assert isinstance(packed, Quantized)
+    x = randn(1, 5, 50)
+    assert torch.equal(ops.linear(x, packed), product(x, weights))
+
+
+@pytest.mark.parametrize(("outs", "ins"), [(1, 1), (63, 40), (130, 101)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_rows_are_given_back(biased: bool, outs: int, ins: int) -> None:
+    keep = np.array([0, outs - 1, outs // 2, 0])
+    bias = randn(7, outs) if biased else None
+    for dtype in (F32, BF16):
+        weights = Linear(randn(3, outs, ins, dtype=dtype), None if bias is None else bias.to(dtype))
+        packed = NativeOps(dtype).pack(weights)
+        assert isinstance(packed, Packed)
+        some = packed.rows(keep)
+        assert isinstance(some, Linear)
+        for found, expected in zip(some, weights.rows(keep), strict=True):
+            assert (found is None) == (expected is None)
+            assert found is None or (found.dtype == dtype and torch.equal(found, expected))
+    for group in (0, 32, 128):
+        weights8, ops, x = codes(outs, ins, group, biased, 3), NativeOps(), randn(4, 3, ins)
+        part: Any = ops.pack(weights8)
+        few = part.rows(keep)
+        assert isinstance(few, Quantized)
+        assert torch.equal(few.whole(), weights8.whole()[keep]) and torch.equal(few.scale, weights8.scale[keep])
+        assert torch.equal(ops.linear(x, ops.pack(few)), ops.linear(x, part)[:, keep])
+
+
+# ---- what it does not do
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "told"), [(torch.float64, "cpu", "float64"), (torch.float16, "cpu", "float16"), (F32, "cuda", "cuda")]
+)
+def test_other_dtypes_and_devices_are_refused_by_name(dtype: torch.dtype, device: str, told: str) -> None:
+    with pytest.raises(Unsupported, match=f"backend 'native'.*{told}"):
+        NativeOps(dtype, device)
+
+
+def test_odd_heads_are_refused_by_name() -> None:
+    """In a process of its own: an error that passes the border of C ends it."""
+    code = """
+import torch
+from dataclasses import replace
+from tests.ops import test_native as t
+t.FAMILIES["odd"] = t.FAMILIES["gpt2"]._replace(size=7)
+tokens = [1, 2, 3]
+try:
+    t.Bench("odd", torch.float32).alone(t.Text(t.text_of(0, tokens)), tokens, lambda: 3)
+except t.Unsupported as error:
+    print(error)
+"""
+    done = child(code)
+    assert done.returncode == 0, done.stderr[-300:]
+    assert "7" in done.stdout
+
+
+def test_a_mixture_of_experts_is_computed_operation_by_operation() -> None:
+    """Until there are kernels for it: right, but in no segment."""
+    spec, weights = test_backends.model(experts=True)
+    ops = Switched(F32)
+    right = Runner(spec, test_backends.cast(weights, ops), ops, 40)
+    assert isinstance(spec.layers[0].mlp, Experts)
+    for one, other in test_backends.program(Runner(spec, weights, Reference(), 40), right, seed=2):
+        assert (one - other.double()).abs().max() <= 1e-5 * one.abs().max()
+
+
+def test_gates_packed_as_plain_outputs_take_no_segment() -> None:
+    """Who packs without saying that a weight is gated gets the same numbers."""
+    spec, weights = test_backends.model()
+    ops = Switched(F32)
+    right = Runner(spec, test_backends.cast(weights, ops), ops, 40)  # knows of no gates
+    for one, other in test_backends.program(Runner(spec, weights, Reference(), 40), right, seed=2):
+        assert (one - other.double()).abs().max() <= 1e-5 * one.abs().max()
+
+
+# ---- other instruction sets
+
+
+def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+SMALL = """
+import torch
+from redraft.ops import library
+from tests.ops import test_native as t
+lib = library.load()
+for family, dtype, quant in (("llama", t.F32, ""), ("gpt2", t.BF16, ""), ("llama", t.BF16, "int8"), ("llama", t.F32, "int4")):
+    bench = t.Bench(family, dtype, quant)
+    t.program(bench, 5, lib.set_threads, 5)
+    assert bench.ops.segments
+t.test_models_compute_what_the_reference_defines("qwen3")
+for group in (0, 64):
+    for rows in (1, 3, 19):
+        weights, x = t.codes(65, 100, group, True, 2), t.randn(3, rows, 100)
+        assert torch.equal(t.NativeOps().linear(x, t.NativeOps().pack(weights)), t.product(x, weights))
+print(lib.isa)
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_other_instruction_sets(isa: str) -> None:
+    loaded = library.load()
+    assert loaded is not None
+    known = [name for name in ISAS if name in loaded.isas_compiled and ISAS.index(name) <= ISAS.index(loaded.isa_detected)]
+    if isa not in known:
+        code = "from redraft.ops.native import NativeOps; from redraft.errors import InvalidInput\ntry: NativeOps()\nexcept InvalidInput as e: print(e)"
+        done = child(code, REDRAFT_ISA=isa)
+        assert done.returncode == 0, done.stderr[-300:]
+        assert isa in done.stdout
+        return
+    if isa == loaded.isa:
+        pytest.skip(f"{isa} is what all other tests ran on")
+    done = child(SMALL, REDRAFT_ISA=isa)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == isa
