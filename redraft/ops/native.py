@@ -71,22 +71,31 @@ class Packed:
 
 
 @dataclass
+class Group:
+    """Sequences that are attended natively, whose pages are of one format; rows: theirs in the batch, None where they are all."""
+
+    format: str
+    rows: Tensor | None
+    step: abi.Step
+    attention: int | None = None  # the kernels' plan
+    kept: list[Any] = field(default_factory=list)  # what `step` points to
+
+
+@dataclass
 class NativePlan:
-    """step, attention: of the sequences in `own`; other: PyTorch's plan of those in `theirs`; rows of both, where there are both."""
+    """other: PyTorch's plan of the sequences with the rows `theirs`. A sequence may be attended by both, for what PyTorch does on the
+    way (side data, statistics); then the native result stands."""
 
     tokens: Tensor
     positions: Tensor
     logit_rows: Tensor
-    turns: dict[Rotary, int]
-    cos: list[NDArray[np.float32]]
-    sin: list[NDArray[np.float32]]
-    step: abi.Step
-    attention: int | None
-    own: Tensor | None = None
+    turns: Mapping[int, int]  # id of a layer's Rotary -> its place in cos and sin
+    cos: tuple[NDArray[np.float32], ...]
+    sin: tuple[NDArray[np.float32], ...]
+    groups: list[Group] = field(default_factory=list)
     theirs: Tensor | None = None
     other: Plan | None = None
     places: list[int] = field(default_factory=list)  # in the batch, of the sequences of `other`
-    kept: list[Any] = field(default_factory=list)  # what `step` points to
 
 
 class NativeOps(TorchOps):
@@ -104,6 +113,7 @@ class NativeOps(TorchOps):
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
         self._segments: dict[int, Any] = {}
+        self._turns_of: dict[int, tuple[ModelSpec, list[Rotary], dict[int, int]]] = {}
         torch.set_num_threads(1)  # two pools of spinning threads cost a factor of 40
 
     def use_threads(self, count: int) -> None:
@@ -172,63 +182,65 @@ class NativeOps(TorchOps):
 
     def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> NativePlan:  # type: ignore[override]
         count = len(batch.tree_starts)
-        theirs = [s for s in range(count) if batch.views[s] is not None or taps.attention.get(s)]
         tokens, positions, logit_rows = self._uploads([batch.tokens, batch.positions, batch.logit_rows])
-        plan = NativePlan(tokens, positions, logit_rows, {}, [], [], abi.Step(), None)
-        for layer in spec.layers:
-            if layer.rotary is not None and layer.rotary not in plan.turns:
-                plan.turns[layer.rotary] = len(plan.cos)
-                cos, sin = _angles(layer.rotary, batch.positions)
-                plan.cos.append(cos)
-                plan.sin.append(sin)
-        own = batch
+        rotaries, places = self._rotaries(spec)
+        cos, sin = zip(*(_angles(rotary, batch.positions) for rotary in rotaries)) if rotaries else ((), ())
+        plan = NativePlan(tokens, positions, logit_rows, places, cos, sin)
+        theirs = [s for s in range(count) if batch.views[s] is not None or taps.attention.get(s)]
         if theirs:
             other, rows = batch.only(theirs)
             watched = {i: taps.attention[s] for i, s in enumerate(theirs) if s in taps.attention}
             plan.other, plan.theirs, plan.places = super().plan(other, spec, Taps(attention=watched)), torch.from_numpy(rows).long(), theirs
-            rest = [s for s in range(count) if s not in theirs]
-            own, mine = batch.only(rest)
-            plan.own = torch.from_numpy(mine).long()
-        self._step(plan, own, spec)
+        own: dict[str, list[int]] = {}
+        for s, view in enumerate(batch.views):
+            if view is None or not (view.block or view.window or view.read):  # all is seen, of pages that may hold side data
+                own.setdefault("" if view is None else view.format, []).append(s)
+        for name, members in own.items():
+            some, mine = (batch, None) if len(members) == count else batch.only(members)
+            plan.groups.append(self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan))
         return plan
 
-    def _step(self, plan: NativePlan, batch: Batch, spec: ModelSpec) -> None:
+    def _rotaries(self, spec: ModelSpec) -> tuple[list[Rotary], dict[int, int]]:
+        """The different rotaries of a model, and the place of each layer's among them by its id: to hash one takes its time."""
+        if id(spec) not in self._turns_of:
+            every = [layer.rotary for layer in spec.layers if layer.rotary is not None]
+            different = list(dict.fromkeys(every))
+            self._turns_of[id(spec)] = spec, different, {id(rotary): different.index(rotary) for rotary in every}
+        return self._turns_of[id(spec)][1:]
+
+    def _group(self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan) -> Group:
         view, count = batch.pages, len(batch.tree_starts)
         seqs = np.zeros(count, abi.SEQ)
         nodes = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
         ancestors, at = np.ascontiguousarray(batch.ancestors), np.ascontiguousarray(batch.positions)
         words = ancestors.shape[1]
-        plan.kept += [seqs, ancestors, at]
+        kept: list[Any] = [seqs, ancestors, at]
         for s in range(count):
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             pages, lengths = (np.ascontiguousarray(x, np.int32) for x in (view.pages[s], view.lengths[s]))
             held, pointers = view.positions[s], 0
-            plan.kept += [pages, lengths]
+            kept += [pages, lengths]
             if held is not None:
                 lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
-                plan.kept += [lanes, lines]
+                kept += [lanes, lines]
                 pointers = lines.ctypes.data
             seqs[s] = (
                 a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words,
                 pages.ctypes.data, lengths.ctypes.data, pointers, ancestors.ctypes.data + int(nodes[s]) * words * 8, at.ctypes.data + 4 * a,
             )  # fmt: skip
-        for name, made in (("cos", plan.cos), ("sin", plan.sin)):
-            pointers_of = np.array([one.ctypes.data for one in made], np.int64)
-            plan.kept.append(pointers_of)
-            setattr(plan.step, name, pointers_of.ctypes.data)
-        plan.step.rows, plan.step.count, plan.step.seqs = len(batch.tokens), count, seqs.ctypes.data
+        turns = [np.array([one.ctypes.data for one in made], np.int64) for made in (plan.cos, plan.sin)]
+        kept += [*turns, plan.cos, plan.sin]
         first = spec.layers[0]
-        unit = 2 * 32 * first.head_dim * self.dtype.itemsize
-        per_slab = len(spec.layers) * first.kv_heads
-        plan.step.pool = abi.Pool(
-            None, per_slab * unit, unit, per_slab, unit // 2, len(spec.layers), first.kv_heads, first.head_dim, self.kind
-        )
-        if count:
-            plan.attention = self.c.rd_plan(plan.step, first.heads)
-            if not plan.attention:
+        pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
+        step = abi.Step(len(batch.tokens), count, seqs.ctypes.data, pool, turns[0].ctypes.data, turns[1].ctypes.data)
+        group = Group(name, rows, step, None, kept)
+        if len(batch.tokens):
+            group.attention = self.c.rd_plan(step, first.heads)
+            if not group.attention:
                 raise MemoryError("attention's plan")
-            weakref.finalize(plan, self.c.rd_plan_free, plan.attention)
+            weakref.finalize(group, self.c.rd_plan_free, group.attention)
+        return group
 
     # ---- the operations
 
@@ -253,17 +265,17 @@ class NativeOps(TorchOps):
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
         if not isinstance(weights, Packed):
             return super().linear(x, weights)
-        out = x.new_empty(len(x), weights.c.outs)
+        x, out = x.contiguous(), x.new_empty(len(x), weights.c.outs)  # Rows hold an address only: x must live until the call is over
         if len(x):
-            self._call("rd_linear", weights.c, self._rows(x.contiguous()), self._rows(out), abi.ACTIVATIONS["none"], 0)
+            self._call("rd_linear", weights.c, self._rows(x), self._rows(out), abi.ACTIVATIONS["none"], 0)
         return out
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
         if activation not in abi.ACTIVATIONS:
             raise Unsupported(f"activation {activation!r}")
-        out = x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
+        x, out = x.contiguous(), x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
         if len(x):
-            self._call("rd_activate", self._rows(x.contiguous()), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
+            self._call("rd_activate", self._rows(x), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
         return out
 
     def rope(self, x: Tensor, layer: LayerSpec, plan: NativePlan) -> Tensor:  # type: ignore[override]
@@ -271,43 +283,57 @@ class NativeOps(TorchOps):
             return x
         out = x.contiguous() if not x.is_contiguous() else x.clone()
         if len(x):
-            place = plan.turns[layer.rotary]
+            place = plan.turns[id(layer.rotary)]
             rows = self._rows(out.view(len(x), -1))
             self._call("rd_rope", rows, x.shape[1], x.shape[2], plan.cos[place].ctypes.data, plan.sin[place].ctypes.data)
         return out
 
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
-        if plan.other is None or plan.theirs is None or plan.own is None:
-            return self._attend(index, layer, q, k, v, pool, plan)
+        if plan.other is None and len(plan.groups) == 1:
+            return self._attend_group(index, layer, q, k, v, pool, plan.groups[0])
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
-        at = plan.theirs
-        out[at] = super().attend(index, layer, q[at], k[at], v[at], pool, plan.other)
-        at = plan.own
-        if len(at):
-            out[at] = self._attend(index, layer, q[at], k[at], v[at], pool, plan)
+        if plan.other is not None and plan.theirs is not None:
+            at = plan.theirs
+            out[at] = super().attend(index, layer, q[at], k[at], v[at], pool, plan.other)
+        for group in plan.groups:
+            if group.rows is None:
+                out = self._attend_group(index, layer, q, k, v, pool, group) if pool.shelves[group.format].exact else out
+            elif len(at := group.rows) and pool.shelves[group.format].exact:
+                out[at] = self._attend_group(index, layer, q[at], k[at], v[at], pool, group)
         return out
 
-    def _attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:
+    def _attend_group(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
+        if not len(q):
+            return out
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
-        plan.step.pool.data = pool.data.data_ptr()
+        self._place(group, pool)
         rows = (self._rows(x) for x in (q, k, v, out))
-        self._call("rd_attend", plan.step, plan.attention, index, layer.heads, layer.window or 0, *rows)
+        self._call("rd_attend", group.step, group.attention, index, layer.heads, layer.window or 0, *rows)
         return out
+
+    def _place(self, group: Group, pool: Pool) -> None:
+        """Where the units of the group's format lie."""
+        shelf, to = pool.shelves[group.format], group.step.pool
+        offsets = shelf.format.offsets()
+        to.data = pool.data.data_ptr() + offsets["keys"]
+        to.values = offsets["values"] - offsets["keys"]
+        to.slab_bytes, to.unit_bytes, to.per_slab = pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab
 
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
         return {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
         """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""
-        if plan.other is not None or not len(h):
+        if plan.other is not None or len(plan.groups) != 1 or not len(h):
             return None
         segment = self._segment(spec, weights, plan)
         if segment is None:
             return None
         out = h.clone(memory_format=torch.contiguous_format)
-        plan.step.pool.data = pool.data.data_ptr()
-        self._call("rd_run", segment, first, last, plan.step, plan.attention, self._rows(out))
+        (group,) = plan.groups
+        self._place(group, pool)
+        self._call("rd_run", segment, first, last, group.step, group.attention, self._rows(out))
         return out
 
     def _segment(self, spec: ModelSpec, weights: Weights, plan: NativePlan) -> Any:
@@ -321,7 +347,7 @@ class NativeOps(TorchOps):
 
     def _layer(self, layer: LayerSpec, own: LayerWeights, plan: NativePlan) -> abi.Layer | None:
         parts = [part.c for part in (own.qkv, own.out, own.up, own.down) if isinstance(part, Packed)]
-        if isinstance(layer.mlp, Experts) or len(parts) < 4:
+        if isinstance(layer.mlp, Experts) or len(parts) < 4 or bool(parts[2].gated) != layer.mlp.gated:
             return None
 
         def at(x: Tensor | None) -> int | None:
@@ -332,22 +358,22 @@ class NativeOps(TorchOps):
         return abi.Layer(
             *parts, *map(at, (*norms, *qk)),
             layer.norm.eps, layer.qk_norm.eps if layer.qk_norm else 0.0, int(layer.norm.kind == "rms"), layer.heads, layer.window or 0,
-            -1 if layer.rotary is None else plan.turns[layer.rotary], abi.ACTIVATIONS[layer.mlp.activation],
+            -1 if layer.rotary is None else plan.turns[id(layer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> Outputs:  # type: ignore[override]
         rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
         rows = self.norm(rows, weights.final_norm, final)
         head = weights.head
-        if not isinstance(head, Packed) or taps.logits or taps.top_k:
+        if not isinstance(head, Packed) or taps.logits:
             logits = self.linear(rows, head)
             top_k = best_first(logits, taps.top_k) if taps.top_k else None
             return Outputs(logits.argmax(-1).int().numpy(), top_k, logits if taps.logits else None)
-        best = np.zeros(len(rows), abi.BEST)
+        best = np.zeros((len(rows), min(max(1, taps.top_k), head.outs)), abi.BEST)
         if len(rows):
-            self._call("rd_best", head.c, self._rows(rows), self.kind, best.ctypes.data)
-        argmax: I32 = np.ascontiguousarray(best["index"])
-        return Outputs(argmax)
+            self._call("rd_best", head.c, self._rows(rows), self.kind, best.shape[1], best.ctypes.data)
+        found: I32 = np.ascontiguousarray(best["index"])
+        return Outputs(found[:, 0].copy(), found if taps.top_k else None)
 
     def _rows(self, x: Tensor) -> abi.Rows:
         return abi.Rows.of(x, self.kind)

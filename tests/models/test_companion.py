@@ -15,6 +15,7 @@ from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
 from redraft.models import loader, memory
 from redraft.models.companion import companion
 from redraft.models.runner import Runner
+from redraft.ops.backend import Linear
 from redraft.ops.torch_ops import TorchOps
 
 
@@ -86,7 +87,7 @@ def test_another_size_is_refused_where_there_are_no_tokenizers(other: Path) -> N
 
 def test_it_must_fit_beside_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = target()
-    runner.weights = replace(runner.weights, embed=torch.zeros(1))
+    runner.weights = replace(runner.weights, head=Linear(torch.zeros(1, 1)))
     monkeypatch.setattr(memory, "limits", lambda device: 1 << 20)
     with pytest.raises(OutOfMemory, match=r"does not fit beside the target: weights 4\.\d MiB, free 1\.0 MiB"):
         companion(runner, None)

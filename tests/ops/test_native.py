@@ -25,14 +25,14 @@ from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.core.view import View, Window
-from redraft.errors import InvalidInput, Unsupported
+from redraft.core.view import Window
+from redraft.errors import Unsupported
 from redraft.models.runner import Runner
-from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops import library
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
 from redraft.ops.quantized import Quantized, product
-from redraft.ops.reference import Reference
+from redraft.ops.reference import Reference, quantized_row
 from redraft.weights.int4 import by_group
 from redraft.weights.quant import by_output
 from tests.ops import test_backends, test_views
@@ -171,7 +171,11 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
     assert best.logits is None and all_of_them.logits is not None and all_of_them.top_k is not None
     exact = Weights(weight.double(), Linear(weight.double()), NormWeights(gain.weight.double()), ())
     definition = ref.head(
-        x.double(), exact, norm, SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(rows))), Taps(logits=True)  # type: ignore[arg-type]
+        x.double(),
+        exact,
+        norm,
+        SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(rows))),
+        Taps(logits=True),  # type: ignore[arg-type]
     )
     assert definition.logits is not None
     assert best.argmax.tolist() == all_of_them.argmax.tolist()
@@ -200,7 +204,9 @@ def test_one_logit_that_is_no_number_wins(dtype: torch.dtype) -> None:
     assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [0] * 3
 
 
-@pytest.mark.parametrize("name", ["per head", "per head, evicted", "shared, window", "int8, evicted, window", "read by position", "coded pages"])
+@pytest.mark.parametrize(
+    "name", ["per head", "per head, evicted", "shared, window", "int8, evicted, window", "read by position", "coded pages"]
+)
 @DTYPES
 def test_attention_beside_every_view(name: str, dtype: torch.dtype) -> None:
     """In memory that was full of NaN, with a tail that grows, evicted lanes and codes; a sequence without a view beside it."""
@@ -356,9 +362,9 @@ class Bench:
         self.weights = cast(weights, self.ops, quant)
         self.runner = Runner(self.spec, self.weights, self.ops, slabs, sharing=sharing)
         self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
-        for name, fmt in test_views.formats(dtype, None).items():
-            if self.spec.head_dim == test_views.SIZE:
-                self.runner.table.define(Space(Lanes.SHARED, name), self.runner.store.define(fmt) // (LAYERS * self.spec.kv_heads))
+        if self.spec.head_dim == test_views.SIZE:
+            int8 = test_views.formats(dtype, None)["int8"]
+            self.runner.table.define(Space(Lanes.PER_HEAD, int8.name), self.runner.store.define(int8))
         self.said: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
 
     def step(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: list[int], taps: Taps) -> None:
@@ -473,7 +479,7 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
             lambda: setattr(seq, "policies", SimpleNamespace(**{**plain, "window": Window(3, 20)})),
             lambda: setattr(seq, "policies", SimpleNamespace(window=None, read=Reading())),
             lambda: setattr(seq, "layers", frozenset({0, 2})),
-            lambda: (setattr(seq, "format", "int8"), setattr(seq, "policies", SimpleNamespace(**plain))),
+            lambda: [setattr(seq, *of) for of in (("format", "int8"), ("lanes", Lanes.PER_HEAD), ("policies", SimpleNamespace(**plain)))],
         ]
         dice.choice(choices if bench.spec.head_dim == test_views.SIZE else choices[:3])()
         texts.append(Text(seq, neighbour=True))
@@ -505,7 +511,10 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         dice.shuffle(some)
         rows = [min(text.seq.pending, border(text), dice.choice([1, 2, 7, 33, 64])) for text in some]
         done = [n == text.seq.pending for text, n in zip(some, rows, strict=True)]
-        trees = [random_tree(dice, 70 if dice.random() < 0.1 else 9) if end and border(t) == 1000 else EMPTY for t, end in zip(some, done, strict=True)]
+        trees = [
+            random_tree(dice, 70 if dice.random() < 0.1 else 9) if end and border(t) == 1000 else EMPTY
+            for t, end in zip(some, done, strict=True)
+        ]
         cuts = [dice.randint(1, len(tree)) if len(tree) and dice.random() < 0.4 else len(tree) for tree in trees]
         set_threads(dice.choice([1, 2, 3]))
         bench.ops.whole = dice.random() < 0.6
@@ -576,7 +585,9 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
             n = min(text.seq.pending, 300)
             threads(2)
             bench.step([text], [n], [EMPTY], [0], Taps(logits=True))
-            bench.runner.store.move(table.commit([Work(text.seq, n)], [Accepted((), (dice.randrange(VOCAB),)) if n == text.seq.pending else Accepted()]))
+            bench.runner.store.move(
+                table.commit([Work(text.seq, n)], [Accepted((), (dice.randrange(VOCAB),)) if n == text.seq.pending else Accepted()])
+            )
             table.publish(text.seq)
             if n < 300:
                 break
@@ -638,7 +649,9 @@ def test_codes_are_multiplied_as_defined(dtype: torch.dtype, group: int, rows: i
     x = (randn(seed + 2, rows, ins) * 10 ** (seed % 5 - 2)).to(dtype)
     x[-1] = 0
     found = ops.linear(x, ops.pack(weights))
-    assert torch.equal(bits(found), bits(product(x, weights)))
+    assert torch.equal(bits(found), bits(torch.stack([quantized_row(row, weights) for row in x])))
+    if ins > 1:  # PyTorch's product of int8 is wrong for one column
+        assert torch.equal(bits(found), bits(product(x, weights)))
     if outs % 2 == 0:
         assert torch.equal(bits(found), bits(ops.linear(x, ops.pack(weights, True))))
 
@@ -700,32 +713,22 @@ def test_other_dtypes_and_devices_are_refused_by_name(dtype: torch.dtype, device
         NativeOps(dtype, device)
 
 
-def test_odd_heads_are_refused_by_name() -> None:
-    """In a process of its own: an error that passes the border of C ends it."""
-    code = """
-import torch
-from dataclasses import replace
-from tests.ops import test_native as t
-t.FAMILIES["odd"] = t.FAMILIES["gpt2"]._replace(size=7)
-tokens = [1, 2, 3]
-try:
-    t.Bench("odd", torch.float32).alone(t.Text(t.text_of(0, tokens)), tokens, lambda: 3)
-except t.Unsupported as error:
-    print(error)
-"""
-    done = child(code)
-    assert done.returncode == 0, done.stderr[-300:]
-    assert "7" in done.stdout
+def test_heads_that_no_kernel_attends_are_refused_by_name() -> None:
+    """Of odd sizes, or of numbers that differ by layer: before the kernels see them."""
+    spec, _ = model("gpt2")
+    odd = replace(spec, layers=tuple(replace(layer, head_dim=7) for layer in spec.layers))
+    with pytest.raises(Unsupported, match="backend 'native'.*7"):
+        NativeOps().slab_bytes(odd)
+    spec, _ = model("llama")
+    mixed = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], heads=2)))
+    with pytest.raises(Unsupported, match="backend 'native'.*heads"):
+        NativeOps().slab_bytes(mixed)
 
 
-def test_a_mixture_of_experts_is_computed_operation_by_operation() -> None:
-    """Until there are kernels for it: right, but in no segment."""
-    spec, weights = test_backends.model(experts=True)
-    ops = Switched(F32)
-    right = Runner(spec, test_backends.cast(weights, ops), ops, 40)
-    assert isinstance(spec.layers[0].mlp, Experts)
-    for one, other in test_backends.program(Runner(spec, weights, Reference(), 40), right, seed=2):
-        assert (one - other.double()).abs().max() <= 1e-5 * one.abs().max()
+def test_a_mixture_of_experts_is_refused_by_name() -> None:
+    spec, _ = test_backends.model(experts=True)
+    with pytest.raises(Unsupported, match="backend 'native'.*mixtures of experts"):
+        NativeOps().slab_bytes(spec)
 
 
 def test_gates_packed_as_plain_outputs_take_no_segment() -> None:

@@ -104,7 +104,7 @@ def test_the_estimate_is_what_is_held(family: str, quant: str, tmp_path: Path) -
 
 
 def test_memory_is_checked_with_the_quantized_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LLM(str(path), cache_memory=1 << 20).config
+    config = LLM(str(path), backend="torch", cache_memory=1 << 20).config
     whole = loader.inspect(path, "float32").weight_bytes
     monkeypatch.setattr(memory, "limits", lambda device: whole * 3 // 4 + (1 << 20))
     with pytest.raises(OutOfMemory):
@@ -192,7 +192,9 @@ def test_the_embedded_model_stays_near(name: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     sizes, scores = [], []
     for quant in (None, name):
-        llm = LLM("embedded", dtype="bfloat16", quant=quant, draft="none", max_model_len=64, threads=1, cache_memory=1 << 22)
+        llm = LLM(
+            "embedded", backend="torch", dtype="bfloat16", quant=quant, draft="none", max_model_len=64, threads=1, cache_memory=1 << 22
+        )
         (output,) = llm.generate(text, params)
         assert output.prompt_logprobs is not None
         told = [one.logprob for one in output.prompt_logprobs if one is not None]
@@ -211,6 +213,6 @@ def test_the_rest_does_without_any_one_method(name: str, path: Path, monkeypatch
     monkeypatch.delitem(registry.METHODS["quant"], name)
     monkeypatch.setitem(sys.modules, module, None)
     for other in (None, *registry.METHODS["quant"]):
-        assert LLM(str(path), quant=other, threads=1, cache_memory=1 << 22).generate("def", GREEDY)[0].outputs[0].token_ids
+        assert LLM(str(path), backend="torch", quant=other, threads=1, cache_memory=1 << 22).generate("def", GREEDY)[0].outputs[0].token_ids
     with pytest.raises(UnknownMethod):
         LLM(str(path), quant=name)

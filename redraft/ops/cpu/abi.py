@@ -71,7 +71,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it take
     "rd_pack_int8": (NUMBER, _LINEAR, POINTER, POINTER, POINTER),
     "rd_pack_int4": (NUMBER, _LINEAR, POINTER, POINTER, POINTER, POINTER),
     "rd_linear": (NUMBER, _LINEAR, _ROWS, _ROWS, NUMBER, NUMBER),
-    "rd_best": (NUMBER, _LINEAR, _ROWS, NUMBER, POINTER),
+    "rd_best": (NUMBER, _LINEAR, _ROWS, NUMBER, NUMBER, POINTER),
     "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER),
     "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),
     "rd_rope": (NUMBER, _ROWS, SIZE, SIZE, POINTER, POINTER),

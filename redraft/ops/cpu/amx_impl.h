@@ -153,7 +153,8 @@ void one_block(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, 
 
 // Lines of a panel for two blocks of rows, the first of TALL, and half of the outputs. Half as many loads a product as above.
 template <class Product>
-void two_blocks(const uint8_t* w, const uint8_t* x, const uint8_t* x2, int64_t tall2, int64_t lines, Start start, uint8_t* sums, Fetch& fetch) {
+void two_blocks(const uint8_t* w, const uint8_t* x, const uint8_t* x2, int64_t tall2, int64_t lines, Start start, uint8_t* sums,
+                Fetch& fetch) {
     tile_load<0>(start.row, start.stride);
     tile_load<1>(start.row + 64, start.stride);
     tile_load<2>(start.row + TALL * start.stride, start.stride);
@@ -215,7 +216,7 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     some.y = some_of(j.y, first, count);
     if (j.x_scale) some.x_scale += first;
     if (j.x_sums) some.x_sums += first * j.w.groups();
-    if (j.best) some.best += first;
+    if (j.best) some.best += first * j.keep;
     return some;
 }
 
@@ -248,9 +249,10 @@ void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64
         const int64_t first = lines * c / chunks, last = lines * (c + 1) / chunks;
         for (int64_t i = p; i < end; i++, turn++) {
             const uint8_t* w = j.w.panels + i * size;
-            Fetch fetch{w + AHEAD, w + size + AHEAD, LINE / 4};
-            if (chunks > 1 || blocks > 1) {  // what comes next, spread evenly over the time that this chunk takes
-                const uint8_t* next = i + 1 < end ? w + size + first * STEPS * STEP : c + 1 < chunks ? j.w.panels + p * size + last * STEPS * STEP : after;
+            Fetch fetch{w + first * STEPS * STEP + AHEAD, w + size + AHEAD, LINE / 4};
+            if (blocks > 1) {  // what comes next, spread evenly over the time that this chunk takes
+                const uint8_t* next = c + 1 < chunks ? w - (i - p) * size + last * STEPS * STEP : after;
+                if (i + 1 < end) next = w + size + first * STEPS * STEP;
                 fetch = {next, next ? next + bytes : next, apart};
             }
             const uint8_t* begin = c ? nullptr : reinterpret_cast<const uint8_t*>(fresh[i - p]);
@@ -305,7 +307,8 @@ inline void add_group(const int32_t* whole, const uint16_t* scales, int64_t rows
 }
 
 // One group of one block of rows: `count` tiles of `line` bytes a row.
-inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t first, int64_t count, int64_t line, int32_t* whole, Fetch& fetch) {
+inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t first, int64_t count, int64_t line, int32_t* whole,
+                       Fetch& fetch) {
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();

@@ -83,8 +83,8 @@ BORDER int rd_pack_int4(const Linear* w, const int8_t* codes, const uint16_t* sc
 BORDER int rd_linear(const Linear* w, const Rows* x, const Rows* y, int activation, int add) {
     return guarded([&] { run_linear(kernels(), *w, *x, *y, Activation(activation), add != 0); });
 }
-BORDER int rd_best(const Linear* w, const Rows* x, int rounded, Best* best) {
-    return guarded([&] { run_best(kernels(), *w, *x, Kind(rounded), best); });
+BORDER int rd_best(const Linear* w, const Rows* x, int rounded, int keep, Best* best) {
+    return guarded([&] { run_best(kernels(), *w, *x, Kind(rounded), keep, best); });
 }
 BORDER int rd_norm(const Rows* x, const Rows* y, const void* weight, const void* bias, float eps, int rms) {
     return guarded([&] {

@@ -28,7 +28,7 @@ public:
         if (pool.kind != F32 && pool.kind != BF16) throw std::invalid_argument("attention: pages of this kind are not supported");
         AttendShape& shape = plan_.shape;
         shape.size = pool.size;
-        shape.padded = ceil_div(pool.size, 16) * 16;
+        shape.padded = ceil_div(pool.size, 32) * 32;
         shape.share = heads / pool.kv_heads;
         most_rows_ = std::max<int64_t>(1, std::min<int64_t>(choices.block, 256) / shape.share);
         shape.queries = most_rows_ * shape.share;

@@ -203,44 +203,60 @@ struct Bfloat16 {
     static constexpr int64_t bytes = 2;
 };
 
-// out[q][C registers] = sum over d of q[d] * keys[d]
-template <int Q, int C>
-inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t size, float* out, int64_t out_stride) {
+// What a word of 4 bytes of a query and of a key holds.
+struct Singles {
+    static Vec add(Vec sums, Vec a, Vec b) { return fma(a, b, sums); }
+};
+#ifdef DOT_BF16
+constexpr bool PAIRS = true;
+struct Pairs {  // of bf16
+    static Vec add(Vec sums, Vec a, Vec b) {
+        return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+    }
+};
+#else
+constexpr bool PAIRS = false;
+#endif
+
+// out[q][C registers] = sum over words d of q[d] * keys[d]
+template <class Product, int Q, int C>
+inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t words, float* out, int64_t out_stride) {
     Vec sums[Q][C];
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < C; c++) sums[i][c] = zero();
-    for (int64_t d = 0; d < size; d++) {
+    for (int64_t d = 0; d < words; d++) {
         Vec key[C];
         for (int c = 0; c < C; c++) key[c] = load(keys + d * PAGE + c * Vec::N);
         for (int i = 0; i < Q; i++) {
             const Vec x = set1(q[i * stride + d]);
-            for (int c = 0; c < C; c++) sums[i][c] = fma(x, key[c], sums[i][c]);
+            for (int c = 0; c < C; c++) sums[i][c] = Product::add(sums[i][c], x, key[c]);
         }
     }
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < C; c++) store(out + i * out_stride + c * Vec::N, sums[i][c]);
 }
 
-template <int Q>
-inline void dot_page(const float* q, int64_t stride, const float* keys, int64_t size, float* out, int64_t out_stride) {
-    for (int64_t c = 0; c < PAGE; c += 2 * Vec::N) dot_block<Q, 2>(q, stride, keys + c, size, out + c, out_stride);
+template <class Product, int Q>
+inline void dot_page(const float* q, int64_t stride, const float* keys, int64_t words, float* out, int64_t out_stride) {
+    for (int64_t c = 0; c < PAGE; c += 2 * Vec::N) dot_block<Product, Q, 2>(q, stride, keys + c, words, out + c, out_stride);
 }
 
 // Scores of some queries with a page's 32 slots.
-inline void dots(const float* q, int64_t stride, int64_t count, const float* keys, int64_t size, float* out, int64_t out_stride) {
+template <class Product>
+inline void dots(const float* q, int64_t stride, int64_t count, const float* keys, int64_t words, float* out, int64_t out_stride) {
     for (int64_t i = 0, take; i < count; i += take) {
         take = at_most(count - i, WIDE);
         const float* x = q + i * stride;
         float* to = out + i * out_stride;
         switch (take) {
-            case 1: dot_page<1>(x, stride, keys, size, to, out_stride); break;
-            case 2: dot_page<2>(x, stride, keys, size, to, out_stride); break;
-            case 3: dot_page<3>(x, stride, keys, size, to, out_stride); break;
-            case 4: dot_page<4>(x, stride, keys, size, to, out_stride); break;
-            case 5: dot_page<5>(x, stride, keys, size, to, out_stride); break;
-            case 6: dot_page<6>(x, stride, keys, size, to, out_stride); break;
-            case 7: dot_page<WIDE < 7 ? 6 : 7>(x, stride, keys, size, to, out_stride); break;
-            default: dot_page<WIDE < 8 ? 6 : 8>(x, stride, keys, size, to, out_stride);
+            case 1: dot_page<Product, 1>(x, stride, keys, words, to, out_stride); break;
+            case 2: dot_page<Product, 2>(x, stride, keys, words, to, out_stride); break;
+            case 3: dot_page<Product, 3>(x, stride, keys, words, to, out_stride); break;
+            case 4: dot_page<Product, 4>(x, stride, keys, words, to, out_stride); break;
+            case 5: dot_page<Product, 5>(x, stride, keys, words, to, out_stride); break;
+            case 6: dot_page<Product, 6>(x, stride, keys, words, to, out_stride); break;
+            case 7: dot_page<Product, WIDE < 7 ? 6 : 7>(x, stride, keys, words, to, out_stride); break;
+            default: dot_page<Product, WIDE < 8 ? 6 : 8>(x, stride, keys, words, to, out_stride);
         }
     }
 }
@@ -321,6 +337,105 @@ inline void mixes(const float* p, int64_t count, const Taken& taken, const uint8
     }
 }
 
+#ifdef DOT_BF16
+#ifndef PARTS
+#define PARTS 1
+#endif
+// The same of pairs of slots: weights are bf16, a pair in a word of p; values lie `step` bytes behind each other as stored. What a register of
+// two rows' 32 columns is torn into stays so until the end of the group: even and odd fours of columns.
+template <int Q, int C, bool WHOLE>
+inline void mix_pairs(const float* p, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
+                      int64_t stride, int64_t columns) {
+    Vec sums[Q][2 * C];
+    for (int i = 0; i < Q; i++)
+        for (int c = 0; c < 2 * C; c++) sums[i][c] = load(mix + i * stride + c * Vec::N) * set1(shrink[i]);
+    for (int64_t pair = 0; pair < PAGE / 2; pair++, bits >>= 2) {
+        if (!WHOLE && !(bits & 3)) continue;
+        const uint8_t* from = values + 2 * pair * step;
+        if (ahead)
+            for (int64_t b = 0; b < C * LINE; b += LINE) {
+                __builtin_prefetch(from + ahead + b, 0, 2);
+                __builtin_prefetch(from + step + ahead + b, 0, 2);
+            }
+        Vec value[2 * C];
+        for (int c = 0; c < C; c++) {
+            const uint32_t inside = low_bits(columns - 32 * c);
+            const __m512i a = WHOLE ? _mm512_loadu_si512(from + c * LINE) : _mm512_maskz_loadu_epi16(bits & 1 ? inside : 0, from + c * LINE);
+            const __m512i b = WHOLE ? _mm512_loadu_si512(from + step + c * LINE) : _mm512_maskz_loadu_epi16(bits & 2 ? inside : 0, from + step + c * LINE);
+            value[2 * c].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+            value[2 * c + 1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+        }
+        for (int i = 0; i < Q; i++)
+            for (int part = 0; part < PARTS; part++) {
+                const Vec x = set1(p[i * PAGE + 16 * part + pair]);
+                for (int c = 0; c < 2 * C; c++) sums[i][c] = Pairs::add(sums[i][c], x, value[c]);
+            }
+    }
+    for (int i = 0; i < Q; i++)
+        for (int c = 0; c < 2 * C; c++) store(mix + i * stride + c * Vec::N, sums[i][c]);
+}
+
+template <int Q>
+inline void mix_pairs(const float* p, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
+                      int64_t stride, int64_t size) {
+    constexpr int C = Q <= 4 ? 2 : 1;
+    const bool whole = bits == ~0u && size % (32 * C) == 0;
+    for (int64_t c = 0; c < size; c += 32 * C) {
+        if (whole) mix_pairs<Q, C, true>(p, bits, values + 2 * c, step, ahead, shrink, mix + c, stride, size - c);
+        else if (size - c > 32) mix_pairs<Q, C, false>(p, bits, values + 2 * c, step, ahead, shrink, mix + c, stride, size - c);
+        else mix_pairs<Q, 1, false>(p, bits, values + 2 * c, step, ahead, shrink, mix + c, stride, size - c);
+    }
+}
+
+inline void mix_pairs(const float* p, int64_t count, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
+                      int64_t stride, int64_t size) {
+    for (int64_t i = 0, take; i < count; i += take, ahead = 0) {
+        take = at_most(count - i, WIDE);
+        const float* x = p + i * PAGE;
+        const float* factor = shrink + i;
+        float* to = mix + i * stride;
+        switch (take) {
+            case 1: mix_pairs<1>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            case 2: mix_pairs<2>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            case 3: mix_pairs<3>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            case 4: mix_pairs<4>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            case 5: mix_pairs<5>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            case 6: mix_pairs<6>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            case 7: mix_pairs<7>(x, bits, values, step, ahead, factor, to, stride, size); break;
+            default: mix_pairs<8>(x, bits, values, step, ahead, factor, to, stride, size);
+        }
+    }
+}
+
+// Columns in order again.
+inline void mend(float* mix, int64_t padded) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t c = 0; c < padded; c += 32) {
+        const Vec even = load(mix + c), odd = load(mix + c + 16);
+        store(mix + c, {_mm512_permutex2var_ps(even.v, low, odd.v)});
+        store(mix + c + 16, {_mm512_permutex2var_ps(even.v, high, odd.v)});
+    }
+}
+
+// A page's weights in bf16 to p, their sums added to those so far.
+inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
+    const Vec ones = {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))};
+    const Vec first = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v))};
+    store(p, first);
+    sums = Pairs::add(sums, first, ones);
+#if PARTS == 2
+    const __m512i bits = _mm512_castps_si512(first.v);
+    const Vec a = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16))};
+    const Vec b = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16))};
+    const Vec second = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh((x[1] - b).v, (x[0] - a).v))};
+    store(p + 16, second);
+    sums = Pairs::add(sums, second, ones);
+#endif
+    return sums;
+}
+#endif
+
 // A worker's memory. Of queries: q, mix [padded], sums [16] by slot modulo a register, most; whole_*: over the groups so far.
 struct Scratch {
     float *keys, *values, *q, *mix, *sums, *most, *whole_mix, *whole_sum, *whole_most, *p, *tail;
@@ -392,6 +507,8 @@ public:
         : job_(job), pool_(job.pool), shape_(shape), rows_(rows), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
         direct_ = pool_.size % Vec::N == 0;
+        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16;
+        words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
             lines_[i] = line_of(job, rows[i], kv_head);
             most_seen_ = most_seen_ < lines_[i].seen ? lines_[i].seen : most_seen_;
@@ -436,7 +553,9 @@ private:
     void load_queries(int64_t i) {
         for (int64_t g = 0; g < shape_.share; g++) {
             const uint8_t* from = job_.q.at(lines_[i].row, (kv_head_ * shape_.share + g) * shape_.size);
-            load_value(from, job_.q.kind, shape_.size, shape_.padded, s_.q + (i * shape_.share + g) * shape_.padded);
+            float* to = s_.q + (i * shape_.share + g) * shape_.padded;
+            if (paired_) __builtin_memcpy(to, from, size_t(row_bytes()));
+            else load_value(from, job_.q.kind, shape_.size, shape_.padded, to);
         }
     }
 
@@ -449,6 +568,20 @@ private:
         for (int64_t q = 0; q < queries; q++) s_.most[q] = minus_infinity();
         const int64_t first = group * GROUP, last = at_most(first + GROUP, (most_seen_ + PAGE - 1) / PAGE);
         for (int64_t page = first; page < last; page++) attend_page(page, page + 1 < last);
+#ifdef DOT_BF16
+        for (int64_t q = 0; q < queries && paired_; q++) mend(s_.mix + q * shape_.padded, shape_.padded);
+#endif
+    }
+
+    // Keys of a unit turned, words of 4 bytes by slots; pairs of bf16 turn as float32 does.
+    void turn_keys(const uint8_t* unit, int64_t ahead) { load_keys(unit, ahead, paired_ ? F32 : pool_.kind, words_, s_.keys); }
+
+    void score(int64_t q, int64_t count, float* out, int64_t stride) {
+        const float* from = s_.q + q * shape_.padded;
+#ifdef DOT_BF16
+        if (paired_) return dots<Pairs>(from, shape_.padded, count, s_.keys, words_, out, stride);
+#endif
+        dots<Singles>(from, shape_.padded, count, s_.keys, words_, out, stride);
     }
 
     // Runs of rows that see the page where it lies share one reading of it; rows that see it scattered come one by one.
@@ -473,8 +606,8 @@ private:
     void attend_in_place(int64_t page, const Seq& seq, int64_t queries, bool more) {
         const uint8_t* here = unit(seq, page);
         const int64_t ahead = more ? unit(seq, page + 1) - here : 0;
-        load_keys(here, ahead, pool_.kind, pool_.size, s_.keys);
-        const bool raw = direct_ && queries <= WIDE;
+        turn_keys(here, ahead);
+        const bool raw = paired_ || (direct_ && queries <= WIDE);
         if (!raw)
             for (int64_t slot = 0; slot < PAGE; slot++)
                 load_value(here + pool_.values + slot * row_bytes(), pool_.kind, pool_.size, shape_.padded, s_.values + slot * shape_.padded);
@@ -496,8 +629,8 @@ private:
     void attend_run(int64_t first, int64_t last, const uint8_t* raw, int64_t ahead) {
         for (int64_t q = first; q < last; q += BATCH) {
             const int64_t count = at_most(last - q, BATCH);
-            dots(s_.q + q * shape_.padded, shape_.padded, count, s_.keys, shape_.size, s_.p, PAGE);
-            for (int64_t i = 0; i < count; i++) shrink_[i] = weigh(s_.p + i * PAGE, bits_[(q + i) / shape_.share], q + i);
+            score(q, count, s_.p, PAGE);
+            weigh(q, count);
             for (int64_t i = 0; i < count;) {
                 const uint32_t bits = bits_[(q + i) / shape_.share];
                 int64_t end = i + 1;
@@ -510,34 +643,55 @@ private:
 
     // Adds the values that `bits` takes to the mixes of queries q + first .. q + last, whose weights are those of the batch.
     void mix(int64_t q, int64_t first, int64_t last, uint32_t bits, const uint8_t* raw, int64_t ahead) {
-        take(bits, raw ? row_bytes() : shape_.padded * 4, &taken_);
         float* to = s_.mix + (q + first) * shape_.padded;
         const float* p = s_.p + first * PAGE;
         const uint8_t* values = raw ? raw : reinterpret_cast<const uint8_t*>(s_.values);
+#ifdef DOT_BF16
+        if (paired_) return mix_pairs(p, last - first, bits, values, row_bytes(), ahead, shrink_ + first, to, shape_.padded, shape_.size);
+#endif
+        take(bits, raw ? row_bytes() : shape_.padded * 4, &taken_);
         if (raw && pool_.kind == BF16) mixes<Bfloat16>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
         else mixes<Float32>(p, last - first, taken_, values, raw ? ahead : 0, shrink_ + first, to, shape_.padded, shape_.size);
     }
 
-    // Dot products of query q become weights; returns what its sum and mix so far are worth beside them.
-    float weigh(float* p, uint32_t bits, int64_t q) {
+    // Dot products of queries q .. q + count become weights; shrink_ is what their sums and mixes so far are worth beside them.
+    void weigh(int64_t q, int64_t count) {
+        uint32_t raised = 0;
+        for (int64_t i = 0; i < count; i++) raised |= uint32_t(bound(s_.p + i * PAGE, bits_[(q + i) / shape_.share], s_.most + q + i, shrink_ + i)) << i;
+        if (raised)
+            for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, exponential(load(shrink_ + i)));
+        else
+            for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, set1(1.0f));
+        for (int64_t i = 0; i < count; i++) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], s_.sums + (q + i) * 16);
+    }
+
+    // Scales and masks a query's dot products; whether they raise its largest score, and by how much it was less.
+    bool bound(float* p, uint32_t bits, float* most, float* below) const {
         Vec x[SLOTS];
         for (int64_t c = 0; c < SLOTS; c++) {
             x[c] = load(p + c * Vec::N) * set1(job_.scale);
             if (bits != ~0u) x[c] = keep_where(bits >> (c * Vec::N), x[c], set1(minus_infinity()));
-        }
-        Vec most = x[0];
-        for (int64_t c = 1; c < SLOTS; c++) most = maximum(most, x[c]);
-        const float here = peak(most), before = s_.most[q], top = before < here ? here : before;
-        s_.most[q] = top;
-        const Vec shrink = exponential(set1(before - top));
-        for (int64_t c = 0; c < SLOTS; c++) {
-            x[c] = exponential(x[c] - set1(top));
             store(p + c * Vec::N, x[c]);
         }
+        for (int64_t c = 1; c < SLOTS; c++) x[0] = maximum(x[0], x[c]);
+        *below = 0.0f;
+        const float before = *most;
+        if (!any_above(x[0], set1(before))) return false;
+        *most = peak(x[0]);
+        *below = before - *most;
+        return true;
+    }
+
+    void expand(float* p, float most, float shrink, float* sums) const {
+        Vec x[SLOTS];
+        for (int64_t c = 0; c < SLOTS; c++) x[c] = exponential(load(p + c * Vec::N) - set1(most));
+#ifdef DOT_BF16
+        if (paired_) return store(sums, keep_weights(x, p, load(sums) * set1(shrink)));
+#endif
+        for (int64_t c = 0; c < SLOTS; c++) store(p + c * Vec::N, x[c]);
         for (int64_t n = SLOTS / 2; n; n /= 2)
             for (int64_t c = 0; c < n; c++) x[c] = x[c] + x[c + n];
-        store(s_.sums + q * 16, fma(load_sums(q), shrink, x[0]));
-        return first_number(shrink);
+        store(sums, fma(load(sums), set1(shrink), x[0]));
     }
 
     // Scores of all node rows with all slots of the pages that hold nodes: tail[query][slot - tail_first_].
@@ -550,9 +704,9 @@ private:
         const int64_t nodes = int64_t(seq.tail) + seq.rows - seq.chain;
         tail_first_ = line.base / PAGE * PAGE;
         for (int64_t slot = tail_first_; slot < line.base + nodes; slot += PAGE) {
-            load_keys(unit(seq, slot / PAGE), 0, pool_.kind, pool_.size, s_.keys);
+            turn_keys(unit(seq, slot / PAGE), 0);
             const int64_t q = row * shape_.share, count = (count_ - row) * shape_.share;
-            dots(s_.q + q * shape_.padded, shape_.padded, count, s_.keys, shape_.size, s_.tail + q * shape_.tail + slot - tail_first_, shape_.tail);
+            score(q, count, s_.tail + q * shape_.tail + slot - tail_first_, shape_.tail);
         }
     }
 
@@ -564,15 +718,16 @@ private:
         const int64_t count = at_most(line.seen - first, PAGE);
         for (int64_t i = 0; i < count; i++) {
             const uint8_t* from = unit(*line.seq, slots[i] / PAGE) + pool_.values + slots[i] % PAGE * row_bytes();
-            load_value(from, pool_.kind, pool_.size, shape_.padded, s_.values + i * shape_.padded);
+            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * row_bytes(), from, size_t(row_bytes()));
+            else load_value(from, pool_.kind, pool_.size, shape_.padded, s_.values + i * shape_.padded);
         }
         for (int64_t g = 0; g < shape_.share; g += BATCH) {
             const int64_t q = row * shape_.share + g, some = at_most(shape_.share - g, BATCH);
             for (int64_t k = 0; k < some; k++) {
                 float* scores = s_.p + k * PAGE;
                 for (int64_t i = 0; i < PAGE; i++) scores[i] = i < count ? s_.tail[(q + k) * shape_.tail + slots[i] - tail_first_] : 0.0f;
-                shrink_[k] = weigh(scores, bits_[row], q + k);
             }
+            weigh(q, some);
             mix(q, 0, some, bits_[row], nullptr, 0);
         }
     }
@@ -581,7 +736,8 @@ private:
     const Pool& pool_;
     const AttendShape& shape_;
     const AttendRow* rows_;
-    int64_t count_, kv_head_, most_seen_ = 0, tail_first_ = 0;
+    int64_t count_, kv_head_, words_, most_seen_ = 0, tail_first_ = 0;
+    bool paired_;  // queries and pages of bf16, whose products are added in pairs
     bool direct_, tail_scored_ = false;
     Scratch s_;
     Taken taken_{};

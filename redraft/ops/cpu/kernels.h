@@ -66,8 +66,8 @@ struct Linear {
 
 // y = x W^T + bias. x: tiles of the kind that Kernels::takes says. The sum of an element runs over its inputs in order, is rounded to y's
 // kind with its bias, and then, where `add`, added to what y holds (rounded again); where w is gated and an activation given, y
-// has outs / 2 columns and is activation(gate) * up of the rounded halves. best: where not null, no y is written but the largest output of each row
-// (rounded to y.kind first, lowest index of equal ones) among the job's panels.
+// has outs / 2 columns and is activation(gate) * up of the rounded halves. best: where not null, no y is written; the `keep` largest outputs of each
+// row (rounded first) go into what is there, best first, the lowest index of equal ones in front.
 struct Best {
     float value;
     int32_t index;
@@ -81,7 +81,8 @@ struct LinearJob {
     Kind rounded;           // what numbers are rounded to: y may be float32 tiles of bf16 numbers
     Activation activation;
     int32_t add;
-    Best* best;             // [rows]
+    Best* best;             // [rows][keep]
+    int32_t keep;
 };
 
 struct NormJob {
@@ -139,7 +140,7 @@ struct AttendKernels;  // attend.h
 struct Kernels {
     const char* name;
     Kind (*takes)(Kind weights);                                             // kind of the tiles that linear wants for such weights
-    void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // panels; scratch: [rows of x][64] floats and 64 KiB
+    void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // panels; scratch: [rows of x][64]
     void (*norm)(const NormJob&, int64_t first, int64_t last);               // rows
     void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; a tile's padding is zeroed
     void (*quantize)(const Rows& x, const Rows& codes, float* scale, int32_t* sums, int32_t group, int64_t first, int64_t last);

@@ -1,5 +1,6 @@
 #include "layers.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -45,7 +46,7 @@ void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& fe
 }
 
 LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
-    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr};
+    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr, 0};
 }
 
 struct Scratch {  // of one worker: sums of a panel
@@ -104,25 +105,31 @@ void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Ro
     });
 }
 
-void run_best(const Kernels& kernels, const Linear& w, const Rows& x, Kind rounded, Best* best) {
+void run_best(const Kernels& kernels, const Linear& w, const Rows& x, Kind rounded, int32_t keep, Best* best) {
     const Feed feed = feeds[0].of(kernels, w, x.rows);
-    const int64_t workers_now = threads();
-    scratch.grow(int(workers_now), x.rows);
-    std::vector<Best> found(workers_now * x.rows, Best{-std::numeric_limits<float>::infinity(), -1});
+    const int64_t all = threads(), own_size = x.rows * keep;
+    scratch.grow(int(all), x.rows);
+    std::vector<Best> found(all * own_size, Best{-std::numeric_limits<float>::infinity(), -1});
     run([&](int worker, int workers) {
         fill(kernels, w, x, feed, Share(x.rows, worker, workers));
         barrier();
         LinearJob job = job_of(w, feed, Rows{}, rounded);
-        job.best = found.data() + worker * x.rows;
+        job.best = found.data() + worker * own_size;
+        job.keep = keep;
         const Share own(w.count(), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, x.rows));
     });
+    const auto above = [](const Best& a, const Best& b) {  // those of the first worker have the lower indices
+        return a.value > b.value || (a.value != a.value && b.value == b.value);
+    };
+    std::vector<Best> merged;
     for (int64_t r = 0; r < x.rows; r++) {
-        best[r] = {-std::numeric_limits<float>::infinity(), 0};
-        for (int64_t worker = 0; worker < workers_now; worker++) {  // in the order of outputs: the lowest of equal ones stays
-            const Best& one = found[worker * x.rows + r];
-            if (one.index >= 0 && best[r].value == best[r].value && !(one.value <= best[r].value)) best[r] = one;
-        }
+        merged.clear();
+        for (int64_t worker = 0; worker < all; worker++)
+            for (int32_t i = 0; i < keep; i++)
+                if (const Best& one = found[worker * own_size + r * keep + i]; one.index >= 0) merged.push_back(one);
+        std::stable_sort(merged.begin(), merged.end(), above);
+        for (int32_t i = 0; i < keep; i++) best[r * keep + i] = i < int32_t(merged.size()) ? merged[i] : Best{0, 0};
     }
 }
 

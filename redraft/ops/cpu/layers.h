@@ -30,8 +30,8 @@ void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last
 // y = x W^T + bias, x and y rows of the model's kind; h: where a sum goes to (`add`).
 void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Activation, bool add);
 
-// The largest output of every row.
-void run_best(const Kernels&, const Linear&, const Rows& x, Kind rounded, Best* best);
+// The `keep` largest outputs of every row, [rows][keep].
+void run_best(const Kernels&, const Linear&, const Rows& x, Kind rounded, int32_t keep, Best* best);
 
 void write_keys(const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
 

@@ -294,18 +294,29 @@ inline Vec activated(Vec x, Activation activation) {
     }
 }
 
+// Into the largest so far, best first; of equal ones the earlier stays in front. A number that is none is above all, as in PyTorch.
+inline bool above(float a, float b) { return a > b || (a != a && b == b); }
+inline void insert(Best* best, int64_t keep, Best one) {
+    if (!above(one.value, best[keep - 1].value)) return;
+    int64_t at = keep - 1;
+    for (; at > 0 && above(one.value, best[at - 1].value); at--) best[at] = best[at - 1];
+    best[at] = one;
+}
+
 void settle(const LinearJob& j, int64_t p, const float* sums) {
     if (j.best) {
         const int64_t live = j.w.outs - p * PANEL < PANEL ? j.w.outs - p * PANEL : PANEL;
         for (int64_t r = 0; r < j.x.rows; r++) {
             alignas(64) float y[PANEL];
-            for (int64_t at = 0; at < PANEL; at += Vec::N) store(y + at, rounded(finished(j, p, r, at, sums), j.rounded));
-            Best best = j.best[r];
-            for (int64_t i = 0; i < live; i++)
-                if (y[i] > best.value || y[i] != y[i]) {  // a number that is none wins, as in PyTorch, and is kept
-                    if (best.value == best.value) best = {y[i], int32_t(p * PANEL + i)};
-                }
-            j.best[r] = best;
+            Best* best = j.best + r * j.keep;
+            const Vec least = set1(best[j.keep - 1].value);
+            bool some = false;
+            for (int64_t at = 0; at < PANEL; at += Vec::N) {
+                const Vec found = rounded(finished(j, p, r, at, sums), j.rounded);
+                store(y + at, found);
+                some |= any_above(found, least);
+            }
+            for (int64_t i = 0; some && i < live; i++) insert(best, j.keep, {y[i], int32_t(p * PANEL + i)});
         }
         return;
     }

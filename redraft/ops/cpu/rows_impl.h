@@ -54,10 +54,14 @@ void norm(const NormJob& j, int64_t first, int64_t last) {
 void quantize(const Rows& x, const Rows& codes, float* scale, int32_t* sums, int32_t group, int64_t first, int64_t last) {
     const int64_t groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
     for (int64_t r = first; r < last; r++) {
-        Vec most = zero();
-        for (int64_t c = 0; c < x.cols; c += Vec::N) most = maximum(absolute(read_some(x.at(r, c), x.kind, x.cols - c)), most);
-        const float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0;
-        scale[r] = peak / 127.0f;
+        Vec most = zero(), odd = zero();  // odd: 0, or no number where one of x is infinite or none; then all outputs are none
+        for (int64_t c = 0; c < x.cols; c += Vec::N) {
+            const Vec v = read_some(x.at(r, c), x.kind, x.cols - c);
+            most = maximum(absolute(v), most);
+            odd = odd + (v - v);
+        }
+        const float peak = largest(most), ratio = 127.0f / peak, inverse = ratio < __builtin_inff() ? ratio : 0;
+        scale[r] = peak / 127.0f + sum(odd);
         const Vec by = set1(inverse), top = set1(127.0f);
         for (int64_t c = 0; c < end; c += Vec::N) {
             Vec v = c < x.cols ? read_some(x.at(r, c), x.kind, x.cols - c) * by : zero();

@@ -352,7 +352,7 @@ class Tape:
 
 
 def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones() -> None:
-    llm = LLM("embedded")
+    llm = LLM("embedded", backend="torch")
     ids = [llm.tokenizer.encode(Path(file).read_text(encoding="utf-8")) for file in (first_text, second_text)]
     profile = DoubleSparsity.calibrate(llm.runner, [ids[0][:1024]])
     tape = Tape(llm.runner.backend)

@@ -23,6 +23,9 @@
 
 namespace redraft {
 namespace {
+#if defined(__AVX512BF16__)
+#define DOT_BF16
+#endif
 #if defined(__AVX512F__)
 #include "../vec_avx512.h"
 #else
@@ -616,6 +619,12 @@ void bench(const std::string& only) {
         set_threads(workers);
         const double bytes = bandwidth(8), flops = arithmetic(8);
         std::printf("%d threads, %zu floats a register: reads %.1f GB/s, float32 %.0f GFLOP/s\n", workers, size_t(Vec::N), bytes / 1e9, flops / 1e9);
+        if (wanted("cache")) {
+            Bench decode(1, 256, 1, 1);
+            decode.setting.layer = 0;
+            const double time = decode.time(workers, 400) / (9 * 8.0 / workers);
+            std::printf("  a page of a kv head in cache: %.0f ns, worth %.0f float32 registers multiplied and added\n", time * 1e9, time * flops / workers / 2 / Vec::N);
+        }
         if (wanted("row")) {
             Bench decode(1, 8192, 1, 16);
             const double time = decode.time(workers, 20), rate = 8192.0 * 8 * 64 * 2 * 2 / time;

@@ -331,7 +331,6 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     if (gated) outs *= 2;
     const Activation activation = dice.of({NONE, NONE, SILU, GELU, GELU_TANH, RELU});
     const bool fused = gated && activation != NONE, add = !tiles && activation == NONE && !gated && dice.chance(0.5);
-    const Kind y_kind = tiles && dice.chance(0.5) ? F32 : numbers;
     const int32_t group = kind == I4 ? int32_t(dice.of({16, 32, 48, 64, 128})) : 0;
     const Weights w(outs, ins, kind, gated, biased, group);
     test_pack(w);
@@ -346,6 +345,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     }
     const Feed feed(w, x);
     const bool tile_output = tiles && !(gated && !fused);  // halves lie in rows
+    const Kind y_kind = tile_output && dice.chance(0.5) ? F32 : numbers;
     Matrix before(rows, fused ? outs / 2 : outs, y_kind, tile_output, dice.below(3));
     if (add) before.fill(y_kind);
     Matrix y(before);

@@ -1,0 +1,57 @@
+"""The kernels as programs of their own, under the sanitizers of addresses and undefined behaviour, once for each instruction set."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CPU = Path(__file__).parents[2] / "redraft/ops/cpu"
+COMPILER = shutil.which(os.environ.get("CXX") or "g++")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+SETS = {  # what Linux calls the bits that it takes, and its flags
+    "avx2": ("avx2 fma f16c", AVX2),
+    "avx512": ("avx512f avx512bw avx512dq avx512vl", AVX512),
+    "avx512_bf16": ("avx512_bf16 avx512_vnni", [*AVX512, "-mavx512bf16", "-mavx512vnni"]),
+}
+PROGRAMS = {  # sources beside it; what it is told: a seed and how many rounds
+    "kernels_test": (["pack.cpp", "layers.cpp", "attend.cpp", "threads.cpp"], ["1", "12"]),
+    "attend_test": (["attend.cpp", "threads.cpp"], ["1", "3"]),
+}
+
+
+def has(words: str) -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and set(words.split()) <= set(re.findall(r"\w+", info.read_text()))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++ here")
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_clean_under_sanitizers(program: str, isa: str, tmp_path: Path) -> None:
+    bits, flags = SETS[isa]
+    beside, words = PROGRAMS[program]
+    source = CPU / "test" / f"{program}.cpp"
+    if not has(bits):
+        pytest.skip(f"this machine has no {isa}")
+    if not source.exists():
+        pytest.skip(f"no {source.name}")
+    if program == "attend_test" and isa == "avx512_bf16":
+        pytest.skip("attention is compiled alike for avx512 and avx512_bf16")
+    assert COMPILER is not None
+    common = ["-std=c++17", "-O0", "-ffp-contract=off", "-pthread", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [source, *(CPU / name for name in beside)]
+    made = subprocess.run([COMPILER, *common, *flags, *sources, "-o", tmp_path / program], capture_output=True, text=True, check=False)
+    if "cannot find -lasan" in made.stderr or "cannot find -lubsan" in made.stderr:
+        pytest.skip("the compiler has no sanitizers here")
+    assert made.returncode == 0, made.stderr[-2000:]
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # pools of threads live as long as the process
+    done = subprocess.run([tmp_path / program, *words], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    passed = re.fullmatch(r"(\d+) passed, 0 failed", done.stdout.strip().splitlines()[-1])
+    assert passed and int(passed[1]) > 50
