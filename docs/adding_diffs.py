@@ -42,9 +42,10 @@ def diff(path: str, lines: list[str]) -> list[str]:
     return ["```diff", f"+++ {path}", *(f"+{line}" for line in lines), "```", ""]
 
 
-def registered(name: str) -> list[str]:
+def registered(name: str, path: str) -> list[str]:
     lines = (ROOT / "redraft" / "registry.py").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if f'"{name}": "redraft.' in line]
+    module = path.removesuffix(".py").replace("/", ".")
+    return [line for line in lines if f'"{name}": "{module}:' in line]
 
 
 def contract(name: str) -> list[str]:
@@ -56,7 +57,7 @@ def section() -> str:
     parts = [START, ""]
     for seam, (name, path, names) in SHOWN.items():
         parts += [f"### {seam}: `{name}`", ""]
-        parts += diff("redraft/registry.py", registered(name))
+        parts += diff("redraft/registry.py", registered(name, path))
         parts += diff(path, added(path, names))
         if lines := contract(name):
             parts += diff("tests/contracts/test_policies.py", lines)

@@ -23,6 +23,7 @@ SEAMS = {
     "read": "Sparse reads: what is read this step?",
     "reuse": "Reuse: which spans come from elsewhere?",
     "depth": "Depth: which layers run?",
+    "quant": "Weights: how are they stored?",
     "sched": "Schedulers: who runs, how many rows?",
 }
 

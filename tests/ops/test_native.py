@@ -50,7 +50,7 @@ SIZES = [1, 8, 40, 63, 64, 65, 100, 130]
 FEW = settings(max_examples=25, derandomize=True, deadline=None, database=None)
 
 
-def few(examples: int) -> Any:
+def few(examples: int) -> settings:
     return settings(FEW, max_examples=examples)
 
 
@@ -284,7 +284,8 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
             weigh(shape.hidden, shape.norm), linear(layer.qkv_rows, shape.hidden, shape.biases, 3.0),
             linear(shape.hidden, shape.heads * shape.size, shape.biases), weigh(shape.hidden, shape.norm),
             weigh(shape.size, qk) if qk else None, weigh(shape.size, qk) if qk else None,
-            linear(shape.mlp.hidden * (1 + shape.mlp.gated), shape.hidden, shape.mlp.bias), linear(shape.hidden, shape.mlp.hidden, shape.mlp.bias),
+            linear(shape.mlp.hidden * (1 + shape.mlp.gated), shape.hidden, shape.mlp.bias),
+            linear(shape.hidden, shape.mlp.hidden, shape.mlp.bias),
         )
         for layer in layers
     ]  # fmt: skip
@@ -576,7 +577,8 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
     """Whole groups of 16 pages are attended for all sequences together; groups of one row by different threads."""
     bench, dice = Bench("llama", dtype, slabs=90), random.Random(1)
     stem = [dice.randrange(VOCAB) for _ in range(555)]
-    texts = [Text(text_of(i, [*stem[: 555 - i], dice.randrange(VOCAB)])) for i in range(4)]
+    texts = [Text(text_of(i, [*stem[: 555 - i], dice.randrange(VOCAB)])) for i in range(3)]
+    texts.append(Text(text_of(3, stem[:490] + [dice.randrange(VOCAB) for _ in range(60)])))  # leaves the others in the group's last page
     table = bench.runner.table
     for text in texts:
         table.open(text.seq)
@@ -589,12 +591,13 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
                 table.commit([Work(text.seq, n)], [Accepted((), (dice.randrange(VOCAB),)) if n == text.seq.pending else Accepted()])
             )
             table.publish(text.seq)
-            if n < 300:
+            if n < 250:
                 break
     shared = [table.reserve([Work(text.seq, 1)], [EMPTY]).pages[0][0, :16].tolist() for text in texts]
     for text in texts:
         table.discard(text.seq)
-    assert all(pages == shared[0] for pages in shared), "nothing was shared"
+    assert shared[0] == shared[1] == shared[2], "nothing was shared"
+    assert shared[3][:15] == shared[0][:15] and shared[3][15] != shared[0][15]
     for workers in (1, 2, 3):
         threads(workers)
         tree = random_tree(dice, 9)
@@ -717,17 +720,17 @@ def test_heads_that_no_kernel_attends_are_refused_by_name() -> None:
     """Of odd sizes, or of numbers that differ by layer: before the kernels see them."""
     spec, _ = model("gpt2")
     odd = replace(spec, layers=tuple(replace(layer, head_dim=7) for layer in spec.layers))
-    with pytest.raises(Unsupported, match="backend 'native'.*7"):
+    with pytest.raises(Unsupported, match=r"backend 'native'.*7"):
         NativeOps().slab_bytes(odd)
     spec, _ = model("llama")
     mixed = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], heads=2)))
-    with pytest.raises(Unsupported, match="backend 'native'.*heads"):
+    with pytest.raises(Unsupported, match=r"backend 'native'.*heads"):
         NativeOps().slab_bytes(mixed)
 
 
 def test_a_mixture_of_experts_is_refused_by_name() -> None:
     spec, _ = test_backends.model(experts=True)
-    with pytest.raises(Unsupported, match="backend 'native'.*mixtures of experts"):
+    with pytest.raises(Unsupported, match=r"backend 'native'.*mixtures of experts"):
         NativeOps().slab_bytes(spec)
 
 
@@ -772,7 +775,7 @@ def test_other_instruction_sets(isa: str) -> None:
     assert loaded is not None
     known = [name for name in ISAS if name in loaded.isas_compiled and ISAS.index(name) <= ISAS.index(loaded.isa_detected)]
     if isa not in known:
-        code = "from redraft.ops.native import NativeOps; from redraft.errors import InvalidInput\ntry: NativeOps()\nexcept InvalidInput as e: print(e)"
+        code = "from redraft.ops.native import NativeOps\\ntry: NativeOps()\\nexcept ValueError as error: print(error)"
         done = child(code, REDRAFT_ISA=isa)
         assert done.returncode == 0, done.stderr[-300:]
         assert isa in done.stdout
