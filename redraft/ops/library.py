@@ -119,6 +119,10 @@ def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec
         return "torch", f"native kernels know {' and '.join(NATIVE_DTYPES)}, not {name}"
     if spec is not None and any(isinstance(layer.mlp, Experts) for layer in spec.layers):
         return "torch", "native kernels run no mixtures of experts"
+    if spec is not None and spec.head_dim % 2:
+        return "torch", f"native kernels know even head sizes, not {spec.head_dim}"
+    if spec is not None and len({layer.heads for layer in spec.layers}) > 1:
+        return "torch", "native kernels run no layers of different numbers of heads"
     library = load()
     if library is None:
         return "torch", why_not()

@@ -53,6 +53,7 @@ class Packed:
 
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized:
         """Only these outputs, unpacked."""
+        assert not self.c.gated, "rows of gates lie between others"
         own = torch.as_tensor(keep)
         bias = self.extra["bias"][own] if "bias" in self.extra else None
         if self.c.kind == abi.I4:

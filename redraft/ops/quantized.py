@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the cards of methods are read without loading it
 MOST = 127  # codes of rows, and of weights with one scale an output
 LOW, HIGH = -8, 7  # codes of weights with a scale a group
 LARGEST = 2.0**29  # of a total in step 3
+LEAST = 32  # columns that PyTorch's product is asked for; with a single one its result is wrong
 EXACT = 1024  # columns whose sum of products of 8-bit codes is below 2^24, exact in float32 in any order
 
 
@@ -170,7 +171,7 @@ def _sums(x: Tensor, w: Tensor) -> Tensor:
     """Exact: int8 [T, n] times int8 [outs, n] -> int32 [T, outs]."""
     import torch
 
-    if x.device.type == "cpu" and _whole_numbers():
+    if x.device.type == "cpu" and x.shape[1] >= LEAST and _whole_numbers():
         return torch._int_mm(x, w.T)
     found = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
     for some, others in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):

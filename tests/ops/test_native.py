@@ -24,6 +24,7 @@ from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
+from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import Window
 from redraft.errors import Unsupported
@@ -139,12 +140,13 @@ def test_rope(heads: int, size: int, dtype: torch.dtype) -> None:
     """Far positions too: angles are in float64."""
     turn = Rotary(tuple(500.0 ** (-2 * i / size) for i in range(size // 2)), 1.2)
     layer = LayerSpec(heads, heads, size, Mlp(8), rotary=turn)
-    positions = torch.tensor([0, 1, 31, 77_777, 1_000_003])
-    cos, sin = (f(positions.double()[:, None] * torch.tensor(turn.frequencies, dtype=torch.float64)) * 1.2 for f in (torch.cos, torch.sin))
-    plan: Any = SimpleNamespace(turns={turn: 0}, cos=[cos.float().numpy()], sin=[sin.float().numpy()])
+    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: Source((name,)))
+    positions = np.array([0, 1, 31, 77_777, 1_000_003], np.int32)
+    works = [work([1]) for _ in positions]
+    plan = NativeOps(dtype).plan(replace(Batch.pack(works, [EMPTY] * 5, view(works)), positions=positions), spec)
     x = randn(3, 5, heads + 2, size, dtype=dtype)[:, 1 : heads + 1]  # a part of the projections
     before = x.clone()
-    exact = Reference().rope(x.double(), layer, SimpleNamespace(positions=positions.double()))  # type: ignore[arg-type]
+    exact = Reference().rope(x.double(), layer, SimpleNamespace(positions=torch.tensor(positions).double()))  # type: ignore[arg-type]
     half = torch.cat([x.double().abs()[..., size // 2 :], x.double().abs()[..., : size // 2]], -1)
     within(NativeOps(dtype).rope(x, layer, plan), exact, dtype, 2 * (x.double().abs() + half))
     assert torch.equal(x, before)
@@ -775,7 +777,7 @@ def test_other_instruction_sets(isa: str) -> None:
     assert loaded is not None
     known = [name for name in ISAS if name in loaded.isas_compiled and ISAS.index(name) <= ISAS.index(loaded.isa_detected)]
     if isa not in known:
-        code = "from redraft.ops.native import NativeOps\\ntry: NativeOps()\\nexcept ValueError as error: print(error)"
+        code = "from redraft.ops.native import NativeOps\ntry: NativeOps()\nexcept ValueError as error: print(error)"
         done = child(code, REDRAFT_ISA=isa)
         assert done.returncode == 0, done.stderr[-300:]
         assert isa in done.stdout

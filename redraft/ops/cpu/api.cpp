@@ -47,7 +47,7 @@ int guarded(Work work) {
     try {
         work();
         return 0;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
         return 1;
     }
 }

@@ -170,12 +170,24 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
     partials_.mix = partials_.sum + numbers;
 }
 
+namespace {
+const uint8_t* first_page(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head) {
+    const AttendRow& row = plan.rows[task.first];
+    return at_unit(job.pool, unit_of(job.seqs[row.seq], job.pool, job.layer, kv_head, std::max(task.group, 0) * GROUP));
+}
+}  // namespace
+
 void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan& plan, Attention& memory, int worker, int workers) {
     float* scratch = memory.memory_ + worker * memory.per_worker_;
     const int64_t kv_heads = job.pool.kv_heads, items = int64_t(plan.tasks.size()) * kv_heads;
-    for (int64_t item; (item = memory.next_.fetch_add(1, std::memory_order_relaxed)) < items;) {
+    const auto claim = [&] { return memory.next_.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t item = claim(), next; item < items; item = next) {
         const AttendTask& task = plan.tasks[item / kv_heads];
-        kernels.task(job, plan.shape, plan.rows.data() + task.first, task, item % kv_heads, memory.partials_, scratch);
+        const bool brief = task.group >= 0;  // such a task's beginning is worth knowing; a long one claimed early would be missed by others
+        next = brief ? claim() : -1;
+        const uint8_t* then = next >= 0 && next < items ? first_page(job, plan, plan.tasks[next / kv_heads], next % kv_heads) : nullptr;
+        kernels.task(job, plan.shape, plan.rows.data() + task.first, task, item % kv_heads, then, memory.partials_, scratch);
+        if (!brief) next = claim();
     }
     if (memory.left_.fetch_add(1, std::memory_order_acq_rel) == workers - 1) {  // all have found the end
         memory.next_.store(0, std::memory_order_relaxed);

@@ -35,8 +35,9 @@ struct Partials {
 // What attention needs of an instruction set; defined by attend_impl.h.
 struct AttendKernels {
     int64_t (*scratch)(const AttendShape&);  // floats that a worker needs
-    // rows: the task's
-    void (*task)(const AttendJob&, const AttendShape&, const AttendRow* rows, const AttendTask&, int64_t kv_head, const Partials&, float* scratch);
+    // rows: the task's. then: the page that the worker reads next, or null
+    void (*task)(const AttendJob&, const AttendShape&, const AttendRow* rows, const AttendTask&, int64_t kv_head, const uint8_t* then, const Partials&,
+                 float* scratch);
     // The groups of a row from left to right, and the end result.
     void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, int64_t groups, int64_t head, const Partials&, float* scratch);
 };

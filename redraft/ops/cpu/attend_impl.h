@@ -338,9 +338,6 @@ inline void mixes(const float* p, int64_t count, const Taken& taken, const uint8
 }
 
 #ifdef DOT_BF16
-#ifndef PARTS
-#define PARTS 1
-#endif
 // The same of pairs of slots: weights are bf16, a pair in a word of p; values lie `step` bytes behind each other as stored. What a register of
 // two rows' 32 columns is torn into stays so until the end of the group: even and odd fours of columns.
 template <int Q, int C, bool WHOLE>
@@ -365,11 +362,10 @@ inline void mix_pairs(const float* p, uint32_t bits, const uint8_t* values, int6
             value[2 * c].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
             value[2 * c + 1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
         }
-        for (int i = 0; i < Q; i++)
-            for (int part = 0; part < PARTS; part++) {
-                const Vec x = set1(p[i * PAGE + 16 * part + pair]);
-                for (int c = 0; c < 2 * C; c++) sums[i][c] = Pairs::add(sums[i][c], x, value[c]);
-            }
+        for (int i = 0; i < Q; i++) {
+            const Vec x = set1(p[i * PAGE + pair]);
+            for (int c = 0; c < 2 * C; c++) sums[i][c] = Pairs::add(sums[i][c], x, value[c]);
+        }
     }
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < 2 * C; c++) store(mix + i * stride + c * Vec::N, sums[i][c]);
@@ -421,18 +417,9 @@ inline void mend(float* mix, int64_t padded) {
 // A page's weights in bf16 to p, their sums added to those so far.
 inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
     const Vec ones = {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))};
-    const Vec first = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v))};
-    store(p, first);
-    sums = Pairs::add(sums, first, ones);
-#if PARTS == 2
-    const __m512i bits = _mm512_castps_si512(first.v);
-    const Vec a = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16))};
-    const Vec b = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1)), 16))};
-    const Vec second = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh((x[1] - b).v, (x[0] - a).v))};
-    store(p + 16, second);
-    sums = Pairs::add(sums, second, ones);
-#endif
-    return sums;
+    const Vec weights = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v))};
+    store(p, weights);
+    return Pairs::add(sums, weights, ones);
 }
 #endif
 
@@ -503,11 +490,11 @@ inline void write_result(const AttendJob& job, int64_t row, int64_t head, float 
 
 class Task {
 public:
-    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, float* memory)
-        : job_(job), pool_(job.pool), shape_(shape), rows_(rows), count_(count), kv_head_(kv_head) {
+    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* then, float* memory)
+        : job_(job), pool_(job.pool), shape_(shape), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
         direct_ = pool_.size % Vec::N == 0;
-        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16;
+        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
             lines_[i] = line_of(job, rows[i], kv_head);
@@ -517,7 +504,7 @@ public:
     }
 
     void one_group(int64_t group, const Partials& partials) {
-        attend_group(group);
+        attend_group(group, false);
         for (int64_t i = 0; i < count_; i++)
             for (int64_t g = 0; g < shape_.share; g++) {
                 const int64_t at = (rows_[i].partial + group) * job_.heads + kv_head_ * shape_.share + g, q = i * shape_.share + g;
@@ -535,7 +522,7 @@ public:
         }
         clear(s_.whole_mix, queries * padded);
         for (int64_t group = 0; group * GROUP * PAGE < most_seen_; group++) {
-            attend_group(group);
+            attend_group(group, true);
             for (int64_t q = 0; q < queries; q++)
                 merge_group(s_.whole_most + q, s_.whole_sum + q, s_.whole_mix + q * padded, s_.most[q], sum(load_sums(q)), s_.mix + q * padded, shape_.size);
         }
@@ -561,13 +548,15 @@ private:
 
     const uint8_t* unit(const Seq& s, int64_t page) const { return at_unit(pool_, unit_of(s, pool_, job_.layer, kv_head_, page)); }
 
-    void attend_group(int64_t group) {
+    int64_t most_pages() const { return (most_seen_ + PAGE - 1) / PAGE; }
+
+    void attend_group(int64_t group, bool goes_on) {
         const int64_t queries = count_ * shape_.share;
         clear(s_.mix, queries * shape_.padded);
         clear(s_.sums, queries * 16);
         for (int64_t q = 0; q < queries; q++) s_.most[q] = minus_infinity();
-        const int64_t first = group * GROUP, last = at_most(first + GROUP, (most_seen_ + PAGE - 1) / PAGE);
-        for (int64_t page = first; page < last; page++) attend_page(page, page + 1 < last);
+        const int64_t first = group * GROUP, last = at_most(first + GROUP, most_pages());
+        for (int64_t page = first; page < last; page++) attend_page(page, page + 1 < (goes_on ? most_pages() : last));
 #ifdef DOT_BF16
         for (int64_t q = 0; q < queries && paired_; q++) mend(s_.mix + q * shape_.padded, shape_.padded);
 #endif
@@ -605,7 +594,8 @@ private:
 
     void attend_in_place(int64_t page, const Seq& seq, int64_t queries, bool more) {
         const uint8_t* here = unit(seq, page);
-        const int64_t ahead = more ? unit(seq, page + 1) - here : 0;
+        const uint8_t* next = more ? unit(seq, page + 1) : then_;
+        const int64_t ahead = next ? next - here : 0;
         turn_keys(here, ahead);
         const bool raw = paired_ || (direct_ && queries <= WIDE);
         if (!raw)
@@ -736,6 +726,7 @@ private:
     const Pool& pool_;
     const AttendShape& shape_;
     const AttendRow* rows_;
+    const uint8_t* then_;
     int64_t count_, kv_head_, words_, most_seen_ = 0, tail_first_ = 0;
     bool paired_;  // queries and pages of bf16, whose products are added in pairs
     bool direct_, tail_scored_ = false;
@@ -748,8 +739,8 @@ private:
 };
 
 inline void attend_task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, const AttendTask& task, int64_t kv_head,
-                        const Partials& partials, float* scratch) {
-    Task one(job, shape, rows, task.rows, kv_head, scratch);
+                        const uint8_t* then, const Partials& partials, float* scratch) {
+    Task one(job, shape, rows, task.rows, kv_head, then, scratch);
     if (task.group < 0) one.all_groups();
     else one.one_group(task.group, partials);
 }

@@ -129,7 +129,7 @@ void run_best(const Kernels& kernels, const Linear& w, const Rows& x, Kind round
             for (int32_t i = 0; i < keep; i++)
                 if (const Best& one = found[worker * own_size + r * keep + i]; one.index >= 0) merged.push_back(one);
         std::stable_sort(merged.begin(), merged.end(), above);
-        for (int32_t i = 0; i < keep; i++) best[r * keep + i] = i < int32_t(merged.size()) ? merged[i] : Best{0, 0};
+        for (int32_t i = 0; i < keep; i++) best[r * keep + i] = merged[i];  // keep is at most the number of outputs
     }
 }
 

@@ -296,10 +296,11 @@ inline Vec activated(Vec x, Activation activation) {
 
 // Into the largest so far, best first; of equal ones the earlier stays in front. A number that is none is above all, as in PyTorch.
 inline bool above(float a, float b) { return a > b || (a != a && b == b); }
+inline bool goes_before(Best one, Best other) { return other.index < 0 || above(one.value, other.value); }
 inline void insert(Best* best, int64_t keep, Best one) {
-    if (!above(one.value, best[keep - 1].value)) return;
+    if (!goes_before(one, best[keep - 1])) return;
     int64_t at = keep - 1;
-    for (; at > 0 && above(one.value, best[at - 1].value); at--) best[at] = best[at - 1];
+    for (; at > 0 && goes_before(one, best[at - 1]); at--) best[at] = best[at - 1];
     best[at] = one;
 }
 
@@ -310,7 +311,7 @@ void settle(const LinearJob& j, int64_t p, const float* sums) {
             alignas(64) float y[PANEL];
             Best* best = j.best + r * j.keep;
             const Vec least = set1(best[j.keep - 1].value);
-            bool some = false;
+            bool some = best[j.keep - 1].index < 0;  // not full yet
             for (int64_t at = 0; at < PANEL; at += Vec::N) {
                 const Vec found = rounded(finished(j, p, r, at, sums), j.rounded);
                 store(y + at, found);
