@@ -112,7 +112,7 @@ class ModelConfig(Settings):
         "auto", description="native (compiled, CPU), torch or reference (float64, the definition); auto: native where it can, else torch"
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
-    threads: int | None = Field(None, ge=1, description="CPU threads; None: PyTorch's default")
+    threads: int | None = Field(None, ge=1, description="CPU threads; None: as many as this process may use")
 
     @field_validator("quant")
     @classmethod

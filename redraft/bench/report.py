@@ -27,16 +27,21 @@ from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
 from redraft.card import Guarantee
 from redraft.engine.policies import SEAMS
 from redraft.errors import InvalidInput
+from redraft.ops import library
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
 
 
 def hardware() -> dict[str, Any]:
-    """cpu (model name), cores (logical, that this process may use), threads (PyTorch's), gpu (or null), torch, python."""
+    """cpu (model name), cores (logical, that this process may use), threads (PyTorch's), kernels and native_threads (of the native
+    library, null where there is none), gpu (or null), torch, python."""
+    native = library.load()
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": native.isa if native else None,
+        "native_threads": native.threads if native else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -147,12 +152,13 @@ def dtype_name(comparison: Comparison) -> str:
 def show(console: Console, comparison: Comparison, options: Options, rows: list[Row]) -> None:
     llm = comparison.entries[0].llm
     machine, params = hardware(), llm.params(options.params)
-    threads = machine["threads"]
+    backend = llm.runner.backend
+    threads = backend.threads
     outputs = sum(len(group.prompts) for group in comparison.groups)
     head = (
         f"{llm.name}, {dtype_name(comparison)}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
         f"batch {options.batch}, {outputs} prompts, {options.rounds} round{'s' * (options.rounds > 1)}\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, PyTorch {machine['torch']}"
+        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, backend {backend.name}, PyTorch {machine['torch']}"
     )
     if chosen := [f"{seam} {text}" for seam in SEAMS if (text := getattr(params, seam))]:
         weakest = llm.guarantee_of(params).label

@@ -210,6 +210,11 @@ class Backend(Protocol):
         outputs are gates of the other half."""
         ...
 
+    @property
+    def threads(self) -> int:
+        """How many of the CPU work for it."""
+        ...
+
     def use_threads(self, count: int) -> None:
         """How many of the CPU work for it from now on."""
         ...

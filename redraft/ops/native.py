@@ -117,6 +117,10 @@ class NativeOps(TorchOps):
         self._turns_of: dict[int, tuple[ModelSpec, list[Rotary], dict[int, int]]] = {}
         torch.set_num_threads(1)  # two pools of spinning threads cost a factor of 40
 
+    @property
+    def threads(self) -> int:
+        return self.library.threads
+
     def use_threads(self, count: int) -> None:
         self.library.set_threads(count)
 

@@ -148,6 +148,10 @@ class Reference:
             seen[s] = Seen(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
         return Plan(batch, tokens, positions, taps.attention, seen)
 
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 

@@ -385,6 +385,10 @@ class TorchOps:
             return F.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, norm.eps)
         return F.rms_norm(x, x.shape[-1:], weights.weight, norm.eps)
 
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 

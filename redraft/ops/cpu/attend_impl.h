@@ -145,15 +145,14 @@ inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
             if (index >= first) slots[index - first] = int32_t(line.base + 64 * w + __builtin_ctzll(bits));
 }
 
-// Vec::N slots' keys, `words` words of 4 bytes of each, turned. ahead: bytes from here to what is wanted next.
+// Vec::N slots' keys, `words` words of 4 bytes of each, turned.
 template <Kind KIND, bool WHOLE>
-inline void load_block(const uint8_t* from, int64_t ahead, int64_t row_bytes, int64_t words, float* to) {
+inline void load_block(const uint8_t* from, int64_t row_bytes, int64_t words, float* to) {
     constexpr int64_t PER = KIND == F32 ? 1 : 2;  // numbers of a word
     Vec x[Vec::N];
 #pragma GCC unroll 16
     for (int i = 0; i < Vec::N; i++) {
         const uint8_t* row = from + i * row_bytes;
-        __builtin_prefetch(row + ahead, 0, 2);  // to the second level: the first one's queue is too short
         x[i] = WHOLE ? load(reinterpret_cast<const float*>(row)) : read_some(row, F32, words);
     }
     turn(x);
@@ -172,20 +171,20 @@ inline void load_block(const uint8_t* from, int64_t ahead, int64_t row_bytes, in
 
 // Keys of a unit as float32 [size][32].
 template <Kind KIND>
-inline void load_keys(const uint8_t* unit, int64_t ahead, int64_t size, float* keys) {
+inline void load_keys(const uint8_t* unit, int64_t size, float* keys) {
     constexpr int64_t PER = KIND == F32 ? 1 : 2;
     const int64_t words = size / PER, row_bytes = words * 4;
     for (int64_t slot = 0; slot < PAGE; slot += Vec::N)
         for (int64_t word = 0; word < words; word += Vec::N) {
             const uint8_t* from = unit + slot * row_bytes + word * 4;
             float* to = keys + word * PER * PAGE + slot;
-            if (word + Vec::N <= words) load_block<KIND, true>(from, ahead, row_bytes, words - word, to);
-            else load_block<KIND, false>(from, ahead, row_bytes, words - word, to);
+            if (word + Vec::N <= words) load_block<KIND, true>(from, row_bytes, words - word, to);
+            else load_block<KIND, false>(from, row_bytes, words - word, to);
         }
 }
-inline void load_keys(const uint8_t* unit, int64_t ahead, Kind kind, int64_t size, float* keys) {
-    if (kind == F32) load_keys<F32>(unit, ahead, size, keys);
-    else load_keys<BF16>(unit, ahead, size, keys);
+inline void load_keys(const uint8_t* unit, Kind kind, int64_t size, float* keys) {
+    if (kind == F32) load_keys<F32>(unit, size, keys);
+    else load_keys<BF16>(unit, size, keys);
 }
 
 // One slot's values as float32, zeros behind them.
@@ -218,13 +217,26 @@ struct Pairs {  // of bf16
 constexpr bool PAIRS = false;
 #endif
 
+// Memory that is wanted soon, fetched while words are multiplied, so many bytes a word: spread thus, and in order, the fetches do not
+// stand in the way of loads. Into the second level: the first one's queue is too short.
+struct Ahead {
+    const uint8_t* at;  // or null
+    int64_t step;
+    void fetch(int64_t word) const {
+        if (!at) return;
+        __builtin_prefetch(at + word * step, 0, 2);
+        if (step > LINE) __builtin_prefetch(at + word * step + LINE, 0, 2);
+    }
+};
+
 // out[q][C registers] = sum over words d of q[d] * keys[d]
 template <class Product, int Q, int C>
-inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t words, float* out, int64_t out_stride) {
+inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t words, Ahead ahead, float* out, int64_t out_stride) {
     Vec sums[Q][C];
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < C; c++) sums[i][c] = zero();
     for (int64_t d = 0; d < words; d++) {
+        ahead.fetch(d);
         Vec key[C];
         for (int c = 0; c < C; c++) key[c] = load(keys + d * PAGE + c * Vec::N);
         for (int i = 0; i < Q; i++) {
@@ -237,26 +249,26 @@ inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t
 }
 
 template <class Product, int Q>
-inline void dot_page(const float* q, int64_t stride, const float* keys, int64_t words, float* out, int64_t out_stride) {
-    for (int64_t c = 0; c < PAGE; c += 2 * Vec::N) dot_block<Product, Q, 2>(q, stride, keys + c, words, out + c, out_stride);
+inline void dot_page(const float* q, int64_t stride, const float* keys, int64_t words, Ahead ahead, float* out, int64_t out_stride) {
+    for (int64_t c = 0; c < PAGE; c += 2 * Vec::N, ahead.at = nullptr) dot_block<Product, Q, 2>(q, stride, keys + c, words, ahead, out + c, out_stride);
 }
 
 // Scores of some queries with a page's 32 slots.
 template <class Product>
-inline void dots(const float* q, int64_t stride, int64_t count, const float* keys, int64_t words, float* out, int64_t out_stride) {
-    for (int64_t i = 0, take; i < count; i += take) {
+inline void dots(const float* q, int64_t stride, int64_t count, const float* keys, int64_t words, Ahead ahead, float* out, int64_t out_stride) {
+    for (int64_t i = 0, take; i < count; i += take, ahead.at = nullptr) {
         take = at_most(count - i, WIDE);
         const float* x = q + i * stride;
         float* to = out + i * out_stride;
         switch (take) {
-            case 1: dot_page<Product, 1>(x, stride, keys, words, to, out_stride); break;
-            case 2: dot_page<Product, 2>(x, stride, keys, words, to, out_stride); break;
-            case 3: dot_page<Product, 3>(x, stride, keys, words, to, out_stride); break;
-            case 4: dot_page<Product, 4>(x, stride, keys, words, to, out_stride); break;
-            case 5: dot_page<Product, 5>(x, stride, keys, words, to, out_stride); break;
-            case 6: dot_page<Product, 6>(x, stride, keys, words, to, out_stride); break;
-            case 7: dot_page<Product, WIDE < 7 ? 6 : 7>(x, stride, keys, words, to, out_stride); break;
-            default: dot_page<Product, WIDE < 8 ? 6 : 8>(x, stride, keys, words, to, out_stride);
+            case 1: dot_page<Product, 1>(x, stride, keys, words, ahead, to, out_stride); break;
+            case 2: dot_page<Product, 2>(x, stride, keys, words, ahead, to, out_stride); break;
+            case 3: dot_page<Product, 3>(x, stride, keys, words, ahead, to, out_stride); break;
+            case 4: dot_page<Product, 4>(x, stride, keys, words, ahead, to, out_stride); break;
+            case 5: dot_page<Product, 5>(x, stride, keys, words, ahead, to, out_stride); break;
+            case 6: dot_page<Product, 6>(x, stride, keys, words, ahead, to, out_stride); break;
+            case 7: dot_page<Product, WIDE < 7 ? 6 : 7>(x, stride, keys, words, ahead, to, out_stride); break;
+            default: dot_page<Product, WIDE < 8 ? 6 : 8>(x, stride, keys, words, ahead, to, out_stride);
         }
     }
 }
@@ -563,14 +575,15 @@ private:
     }
 
     // Keys of a unit turned, words of 4 bytes by slots; pairs of bf16 turn as float32 does.
-    void turn_keys(const uint8_t* unit, int64_t ahead) { load_keys(unit, ahead, paired_ ? F32 : pool_.kind, words_, s_.keys); }
+    void turn_keys(const uint8_t* unit) { load_keys(unit, paired_ ? F32 : pool_.kind, words_, s_.keys); }
 
-    void score(int64_t q, int64_t count, float* out, int64_t stride) {
+    void score(int64_t q, int64_t count, const uint8_t* next, float* out, int64_t stride) {
         const float* from = s_.q + q * shape_.padded;
+        const Ahead ahead{next, pool_.values / words_};
 #ifdef DOT_BF16
-        if (paired_) return dots<Pairs>(from, shape_.padded, count, s_.keys, words_, out, stride);
+        if (paired_) return dots<Pairs>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
 #endif
-        dots<Singles>(from, shape_.padded, count, s_.keys, words_, out, stride);
+        dots<Singles>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
     }
 
     // Runs of rows that see the page where it lies share one reading of it; rows that see it scattered come one by one.
@@ -595,8 +608,7 @@ private:
     void attend_in_place(int64_t page, const Seq& seq, int64_t queries, bool more) {
         const uint8_t* here = unit(seq, page);
         const uint8_t* next = more ? unit(seq, page + 1) : then_;
-        const int64_t ahead = next ? next - here : 0;
-        turn_keys(here, ahead);
+        turn_keys(here);
         const bool raw = paired_ || (direct_ && queries <= WIDE);
         if (!raw)
             for (int64_t slot = 0; slot < PAGE; slot++)
@@ -608,24 +620,26 @@ private:
             }
             int64_t end = i + 1;
             while (end < count_ && bits_[end] && !scattered_[end]) end++;
-            attend_run(i * shape_.share, end * shape_.share, raw ? here + pool_.values : nullptr, ahead);
+            attend_run(i * shape_.share, end * shape_.share, raw ? here + pool_.values : nullptr, next);
+            next = nullptr;
             i = end;
         }
     }
 
     int64_t row_bytes() const { return pool_.size * bytes_of(pool_.kind); }
 
-    // Queries first..last of rows that see the page in place. raw: its values as stored, or null: they lie in the scratch.
-    void attend_run(int64_t first, int64_t last, const uint8_t* raw, int64_t ahead) {
-        for (int64_t q = first; q < last; q += BATCH) {
+    // Queries first..last of rows that see the page in place. raw: its values as stored, or null: they lie in the scratch. next: the page
+    // that is wanted after this one, or null.
+    void attend_run(int64_t first, int64_t last, const uint8_t* raw, const uint8_t* next) {
+        for (int64_t q = first; q < last; q += BATCH, next = nullptr) {
             const int64_t count = at_most(last - q, BATCH);
-            score(q, count, s_.p, PAGE);
+            score(q, count, next, s_.p, PAGE);
             weigh(q, count);
             for (int64_t i = 0; i < count;) {
                 const uint32_t bits = bits_[(q + i) / shape_.share];
                 int64_t end = i + 1;
                 while (end < count && bits_[(q + end) / shape_.share] == bits) end++;
-                mix(q, i, end, bits, raw, ahead);
+                mix(q, i, end, bits, raw, raw && next && !i ? next + pool_.values - raw : 0);
                 i = end;
             }
         }
@@ -641,7 +655,7 @@ private:
 #endif
         take(bits, raw ? row_bytes() : shape_.padded * 4, &taken_);
         if (raw && pool_.kind == BF16) mixes<Bfloat16>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
-        else mixes<Float32>(p, last - first, taken_, values, raw ? ahead : 0, shrink_ + first, to, shape_.padded, shape_.size);
+        else mixes<Float32>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
     }
 
     // Dot products of queries q .. q + count become weights; shrink_ is what their sums and mixes so far are worth beside them.
@@ -694,9 +708,9 @@ private:
         const int64_t nodes = int64_t(seq.tail) + seq.rows - seq.chain;
         tail_first_ = line.base / PAGE * PAGE;
         for (int64_t slot = tail_first_; slot < line.base + nodes; slot += PAGE) {
-            turn_keys(unit(seq, slot / PAGE), 0);
+            turn_keys(unit(seq, slot / PAGE));
             const int64_t q = row * shape_.share, count = (count_ - row) * shape_.share;
-            score(q, count, s_.tail + q * shape_.tail + slot - tail_first_, shape_.tail);
+            score(q, count, nullptr, s_.tail + q * shape_.tail + slot - tail_first_, shape_.tail);
         }
     }
 
