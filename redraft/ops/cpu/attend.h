@@ -22,7 +22,7 @@ struct AttendTask {
 };
 
 struct AttendShape {
-    int64_t size, padded;    // of a head; in floats, up to whole registers of any width
+    int64_t size, padded;    // of a head; in floats, up to two whole registers of any width
     int64_t share, queries;  // query heads of a kv head; the most queries of a task
     int64_t tail;            // the most slots of the pages that hold tentative nodes of a sequence
 };

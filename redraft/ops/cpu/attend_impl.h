@@ -2,6 +2,10 @@
 //
 // An element of a score or of a mix is one chain of fused multiply-adds in a fixed order: over the head for a score, over path
 // indices for a mix. So blocks of queries and of columns may be cut as registers allow, and a score may be computed at any place.
+//
+// Where queries, pages and results are bf16 and the processor multiplies pairs of bf16 (DOT_BF16), links of these chains are pairs: of
+// neighbours in the head, and of path indices 2 i and 2 i + 1, what is not seen being zero. A weight is then rounded to bf16, and the sum is
+// that of the rounded ones: the result is a mean of values still, and moves by less than its own rounding does.
 
 constexpr int64_t SLOTS = PAGE / Vec::N;  // registers of a page's scores
 constexpr int WIDE = Vec::N == 16 ? 8 : 6;  // queries of a block whose sums fill the registers, two registers each
