@@ -112,7 +112,9 @@ class ModelConfig(Settings):
         "auto", description="native (compiled, CPU), torch or reference (float64, the definition); auto: native where it can, else torch"
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
-    threads: int | None = Field(None, ge=1, description="CPU threads; None: as many as this process may use")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads, of all engines of the process; None: as many as this process may use"
+    )
 
     @field_validator("quant")
     @classmethod

@@ -20,9 +20,10 @@ from redraft.draft.drafter import Drafter
 from redraft.engine import policies
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
-from redraft.errors import InvalidInput, RedraftError
+from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
+from redraft.models.spec import ModelSpec
 from redraft.models.tokenizer import Message, Tokenizer
 from redraft.ops import library
 from redraft.ops.backend import Backend
@@ -131,13 +132,14 @@ class Setup:
         scheduler = _scheduler(config, device)
         chosen = config.model.backend
         if chosen not in ("auto", *registry.BACKENDS):
-            raise registry.unknown("backend", chosen, registry.BACKENDS)
+            raise registry.unknown("backend", chosen, ("auto", *registry.BACKENDS))
         path = loader.resolve(config.model.model)
         if config.draft_model is not None:
             loader.resolve(config.draft_model)  # whether it is used or not
         checkpoint = loader.inspect(path, "float64" if chosen == "reference" else config.model.dtype, device, quant)
         if chosen == "auto":
-            chosen, _ = library.serves(checkpoint.dtype, device, checkpoint.spec)
+            specs = [checkpoint.spec, *_second(config, device)]
+            chosen = "native" if all(library.serves(checkpoint.dtype, device, spec)[0] == "native" for spec in specs) else "torch"
         backend: Backend = registry.load(registry.BACKENDS[chosen])(checkpoint.dtype, device)
         if config.model.threads is not None:
             backend.use_threads(config.model.threads)
@@ -450,6 +452,16 @@ def _scheduler(config: EngineConfig, device: torch.device) -> Scheduler:
     max_seqs = schedule.max_seqs if asked else min(schedule.max_seqs, schedule.token_budget)
     budgets = {"token_budget": schedule.token_budget, "max_seqs": max_seqs, "draft_rows": schedule.draft_rows}
     return cast(Scheduler, registry.create("sched", schedule.scheduler, draft_total=total, **budgets))
+
+
+def _second(config: EngineConfig, device: torch.device) -> list[ModelSpec]:
+    """The second model's spec, where one is named and whole; what is wrong with it is told when it is loaded."""
+    if config.draft_model is None:
+        return []
+    try:
+        return [loader.inspect(loader.resolve(config.draft_model), config.model.dtype, device).spec]
+    except (CheckpointError, Unsupported):
+        return []
 
 
 def _device(name: str) -> torch.device:

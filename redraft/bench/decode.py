@@ -314,6 +314,13 @@ def _seconds(one: dict[str, Any], measure: str, rows: int | None) -> float:
     return median(one["seconds"][2:]) if measure == "decode" else float(one["seconds"])  # the first two steps warm up
 
 
+def outside(engine: Engine) -> Spread | None:
+    """Share of a decode step that is spent outside the kernels, where the engine counts what is spent in them."""
+    return Spread.of(
+        [1 - median(one["inside"][2:]) / median(one["seconds"][2:]) for one in engine.found.get("decode", []) if one and "inside" in one]
+    )
+
+
 def over(values: Seq[float | None], by: Seq[float | None]) -> Spread | None:
     """Round by round."""
     return Spread.of([a / b if a is not None and b else None for a, b in zip(values, by)])
@@ -486,6 +493,9 @@ def notes(found: Comparison) -> Iterator[str]:
     for engine in found.engines[1:]:
         if engine.tokens and found.base.tokens:
             yield f"{engine.name}: {_text(engine, found.base)}"
+    for engine in found.engines:
+        if part := outside(engine):
+            yield f"{engine.name}: {_span(part, 100, '.1f', ' %')} of a decode step is spent outside the kernels"
 
 
 def _text(engine: Engine, base: Engine) -> str:
@@ -532,6 +542,7 @@ def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
             "speed_of_base": told(speed_of_base(found, engine, measure)),
             "share_of_limit": told(share(found, engine, measure)),
         }
+    summary["outside_kernels"] = told(outside(engine))
     summary["steps"] = {
         rows: {
             "seconds": told(Spread.of(seconds(engine, "steps", rows))),

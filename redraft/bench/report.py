@@ -158,7 +158,8 @@ def show(console: Console, comparison: Comparison, options: Options, rows: list[
     head = (
         f"{llm.name}, {dtype_name(comparison)}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
         f"batch {options.batch}, {outputs} prompts, {options.rounds} round{'s' * (options.rounds > 1)}\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, backend {backend.name}, PyTorch {machine['torch']}"
+        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend, "
+        f"PyTorch {machine['torch']}"
     )
     if chosen := [f"{seam} {text}" for seam in SEAMS if (text := getattr(params, seam))]:
         weakest = llm.guarantee_of(params).label

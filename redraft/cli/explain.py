@@ -122,11 +122,12 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
     sampler = f"sampler: {'greedy' if params.greedy else 'argmax of processed logits and noise'}; processors: {', '.join(chosen) or 'none'}"
     schedule, budgets = config.schedule, setup.scheduler
     sharing = "shared across requests" if config.cache.prefix_sharing else "not shared"
+    stored = _registered("weights", "quant", config.model.quant, setup.checkpoint.quant) if config.model.quant else None
     return {
         "scheduler": _registered("scheduler", "sched", schedule.scheduler, budgets),
         "drafter": _registered("drafter", "draft", config.draft, setup.drafter),
         "table": Part([f"cache: {setup.slabs} pages of 32 tokens, prefixes {sharing}"]),
-        "runner": Part(runner),
+        "runner": Part([*runner, *(stored.lines if stored else ())], stored.guarantee if stored else None),
         "sampler": Part([sampler]),
         "policies": _policies(engine, params),
         "verifier": _registered("verifier", "verify", config.verify, engine.verifier),

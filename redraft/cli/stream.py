@@ -95,8 +95,10 @@ class Shown:
         rate = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
         fault = f"\nwent on without drafts: {self.fault}" if self.fault else ""
-        chosen = "".join(f"{text}, " for text in (params.keep, params.codec, params.read, params.depth) if text)
-        return f"{self.tokens} new tokens, {rate}{length}{llm.config.draft}, {chosen}{llm.guarantee_of(params).label}, {draw}{fault}"
+        policies = (llm.config.model.quant, params.keep, params.codec, params.read, params.depth)
+        chosen = "".join(f"{text}, " for text in policies if text)
+        backend = llm.runner.backend.name
+        return f"{self.tokens} new tokens, {rate}{length}{backend}, {llm.config.draft}, {chosen}{llm.guarantee_of(params).label}, {draw}{fault}"
 
 
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:

@@ -119,6 +119,8 @@ def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec
         return "torch", f"native kernels know {' and '.join(NATIVE_DTYPES)}, not {name}"
     if spec is not None and any(isinstance(layer.mlp, Experts) for layer in spec.layers):
         return "torch", "native kernels run no mixtures of experts"
+    if spec is not None and any(layer.rotary is not None and layer.rotary.dim != layer.head_dim for layer in spec.layers):
+        return "torch", "native kernels turn whole heads only"
     if spec is not None and spec.head_dim % 2:
         return "torch", f"native kernels know even head sizes, not {spec.head_dim}"
     if spec is not None and len({layer.heads for layer in spec.layers}) > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, best_first
 from redraft.ops.cpu import abi
 from redraft.ops.quantized import Quantized
-from redraft.ops.torch_ops import Plan, TorchOps
+from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
 from redraft.ops.torch_pool import Pool
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
@@ -106,16 +107,17 @@ class NativeOps(TorchOps):
     features: frozenset[Feature] = TorchOps.features | {Feature.RUN, Feature.BIT_EXACT}
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        super().__init__(dtype, device)
         serves, why = library.serves(dtype, device)
         loaded = library.load()
         if serves != self.name or loaded is None:
             raise Unsupported(f"backend 'native': {why}")
+        super().__init__(dtype, device)
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
+        self.inside = 0.0  # seconds in kernels so far
         self._segments: dict[int, Any] = {}
         self._turns_of: dict[int, tuple[ModelSpec, list[Rotary], dict[int, int]]] = {}
-        torch.set_num_threads(1)  # two pools of spinning threads cost a factor of 40
+        lend_threads()  # two pools of spinning threads cost a factor of 40
 
     @property
     def threads(self) -> int:
@@ -139,7 +141,8 @@ class NativeOps(TorchOps):
         weight, bias = weights
         c = abi.Linear(outs=weight.shape[0], ins=weight.shape[1], kind=self.kind, gated=gated)
         panels = self._panels(c)
-        self._call("rd_pack", c, weight.contiguous().data_ptr(), panels.data_ptr())
+        weight = weight.to(self.dtype).contiguous()
+        self._call("rd_pack", c, weight.data_ptr(), panels.data_ptr())
         return Packed(c, panels, self._floats(c, bias=bias))
 
     def _pack_codes(self, weights: Quantized, gated: bool) -> LinearWeights:
@@ -384,8 +387,11 @@ class NativeOps(TorchOps):
         return abi.Rows.of(x, self.kind)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        if getattr(self.c, name)(*arguments):
-            raise MemoryError(f"{name}: out of memory")
+        began = perf_counter()
+        failed = getattr(self.c, name)(*arguments)
+        self.inside += perf_counter() - began
+        if failed:
+            raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: refused its arguments")
 
 
 def _angles(rotary: Rotary, positions: I32) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -120,6 +120,7 @@ class TorchOps:
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.dtype, self.device = dtype, torch.device(device)
+        take_threads_back()
 
     def slab_bytes(self, spec: ModelSpec) -> int:
         return len(spec.layers) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
@@ -643,6 +644,21 @@ class TorchOps:
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         argmax = logits.argmax(-1).int().cpu().numpy()
         return Outputs(argmax, top_k, logits if taps.logits else None)
+
+
+_lent: list[int] = []  # PyTorch's threads, while another backend uses the processors
+
+
+def lend_threads() -> None:
+    """PyTorch runs with one thread from now on."""
+    if not _lent:
+        _lent.append(torch.get_num_threads())
+    torch.set_num_threads(1)
+
+
+def take_threads_back() -> None:
+    if _lent:
+        torch.set_num_threads(_lent.pop())
 
 
 def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:

@@ -16,7 +16,9 @@ from tests.checkpoints import tiny_llama
 from tests.cli.conftest import Ran, start
 
 ANSI = re.compile("\x1b\\[[0-9;]*m")
-STATS = re.compile(r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+), (\S+), same-text, (greedy|seed \d+)\n")
+STATS = re.compile(
+    r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+), (?:native|torch), (\S+), same-text, (greedy|seed \d+)\n"
+)
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,6 @@ def test_clean_under_sanitizers(program: str, isa: str, tmp_path: Path) -> None:
         pytest.skip(f"this machine has no {isa}")
     if not source.exists():
         pytest.skip(f"no {source.name}")
-    if program == "attend_test" and isa == "avx512_bf16":
-        pytest.skip("attention is compiled alike for avx512 and avx512_bf16")
     assert COMPILER is not None
     common = ["-std=c++17", "-O0", "-ffp-contract=off", "-pthread", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [source, *(CPU / name for name in beside)]

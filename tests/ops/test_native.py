@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from redraft.ops import library
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
+from redraft.ops.torch_ops import TorchOps
 from redraft.weights.int4 import by_group
 from redraft.weights.quant import by_output
 from tests.ops import test_backends, test_views
@@ -787,3 +789,42 @@ def test_other_instruction_sets(isa: str) -> None:
     done = child(SMALL, REDRAFT_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == isa
+
+
+# ---- a process
+
+
+def test_calls_of_two_threads_wait_for_each_other() -> None:
+    """Buffers belong to the process: a call that grows them must not meet one that reads them."""
+    ops = NativeOps(torch.float32)
+    weight, x = torch.randn(300, 200), torch.randn(1500, 200)
+    packed = ops.pack(Linear(weight))
+    expected, wrong = ops.linear(x, packed), []
+
+    def work(sizes: range) -> None:
+        wrong.extend(n for n in sizes if not torch.equal(ops.linear(x[:n], packed), expected[:n]))
+
+    threads = [threading.Thread(target=work, args=(sizes,)) for sizes in (range(1, 1500, 9), range(1, 400, 2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_weight_that_is_not_contiguous_is_packed_as_it_reads() -> None:
+    ops, weight, x = NativeOps(torch.float32), torch.randn(200, 300).T, torch.randn(3, 200)
+    torch.testing.assert_close(ops.linear(x, ops.pack(Linear(weight))), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_pytorch_gets_its_threads_back() -> None:
+    TorchOps(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        NativeOps(torch.float32)
+        assert torch.get_num_threads() == 1
+        TorchOps(torch.float32)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

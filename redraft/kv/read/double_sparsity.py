@@ -159,7 +159,10 @@ class Profile:
                 told = file.metadata() or {}
                 if told.get("method") != METHOD:
                     raise CheckpointError(f"{path}: not a profile of {METHOD}")
-                return cls(file.get_tensor("scores"), told["model"], int(told["texts"]), int(told["tokens"]))
+                scores = file.get_tensor("scores")
+                if not scores.any():
+                    raise CheckpointError(f"{path}: all scores are 0: calibrate again")
+                return cls(scores, told["model"], int(told["texts"]), int(told["tokens"]))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: not a whole profile of {METHOD}: {' '.join(str(error).split())}") from None
 
@@ -222,6 +225,9 @@ class _Meter:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
+
+    def run(self, *segment: Any) -> None:
+        """Every layer is run operation by operation, so that its attention comes by here."""
 
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
         groups = q.unflatten(1, (layer.kv_heads, -1))

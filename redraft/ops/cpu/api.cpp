@@ -1,5 +1,5 @@
-// The C border: what redraft/ops/library.py calls. Structures are those of kernels.h and layers.h; 0 is success, else the caller
-// ran out of memory (the only thing that can fail here: all else was checked before).
+// The C border: what redraft/ops/library.py calls. Structures are those of kernels.h and layers.h; 0 is success, else a
+// Failure.
 #include <cmath>
 #include <new>
 
@@ -42,13 +42,19 @@ const Kernels& kernels() {
     return *chosen;
 }
 
+enum Failure { NO_MEMORY = 1, NOT_POSSIBLE = 2 };
+
+// One call at a time: buffers belong to the process, and Python lets other threads run meanwhile.
 template <class Work>
 int guarded(Work work) {
     try {
+        const Alone alone;
         work();
         return 0;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
     } catch (...) {
-        return 1;
+        return NOT_POSSIBLE;
     }
 }
 

@@ -12,6 +12,7 @@ namespace redraft {
 namespace {
 
 constexpr int64_t SPAN = PAGE * GROUP;  // path indices of a group
+constexpr int64_t MOST_WAITING = 64 << 20;  // bytes of results that wait for their merge; what would be more is not split
 constexpr int64_t EACH = 4;             // items a worker should find at least, so that none waits long for the last one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,9 +64,13 @@ private:
     }
 
     // Few rows, or fewer blocks than keep the workers busy: groups go to different workers.
-    bool splits(size_t i) const {
+    bool splits(size_t i) {
         if (groups_[i] == 1) return false;
-        return seqs_[i].rows <= choices_.few || ceil_div(seqs_[i].rows, 16) * pool_.kv_heads < EACH * choices_.workers;
+        if (seqs_[i].rows > choices_.few && ceil_div(seqs_[i].rows, 16) * pool_.kv_heads >= EACH * choices_.workers) return false;
+        const int64_t waiting = int64_t(seqs_[i].rows) * groups_[i] * plan_.shape.padded * plan_.shape.share * pool_.kv_heads * 4;
+        if (waiting_ + waiting > MOST_WAITING) return false;
+        waiting_ += waiting;
+        return true;
     }
 
     void sweep(size_t i) {
@@ -140,7 +145,7 @@ private:
     const Pool& pool_;
     AttendChoices choices_;
     AttendPlan plan_;
-    int64_t most_rows_ = 1, most_groups_ = 0;
+    int64_t most_rows_ = 1, most_groups_ = 0, waiting_ = 0;
     std::vector<int64_t> groups_, full_, first_partial_, costs_;  // of sequences: groups, whole groups that may be shared; of tasks
     std::vector<int32_t> split_;
 };

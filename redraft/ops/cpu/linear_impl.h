@@ -13,7 +13,7 @@ inline const uint8_t* ahead(const uint8_t* p, int64_t by) {
 }
 
 // Lines of weights that stay near while rows go by: in the first cache for a tile, in the second for more (docs/log.md).
-inline int64_t chunk_of(int64_t rows) { return rows <= TALL ? 2 : 16; }
+inline int64_t chunk_of(int64_t rows) { return rows <= TALL || Vec::N == 8 ? 2 : 16; }
 
 inline float number(const uint8_t* p) {
     float x;

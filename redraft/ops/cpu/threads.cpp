@@ -114,16 +114,16 @@ struct Workers {
     }
 };
 
-std::mutex entrance;    // one job at a time, whichever thread brings it
+std::recursive_mutex entrance;  // one job at a time, whichever thread brings it
 Workers* pool = nullptr;  // never destroyed: workers may sleep in it when the process ends
 
 Workers& workers() {
     if (!pool) {
         pool = new Workers();
         // a forked child has no workers: it starts with its own thread alone, until it asks for more
-        pthread_atfork(nullptr, nullptr, [] {
+        pthread_atfork([] { entrance.lock(); }, [] { entrance.unlock(); }, [] {
             pool = new Workers();
-            new (&entrance) std::mutex();
+            new (&entrance) std::recursive_mutex();
         });
     }
     return *pool;
@@ -131,20 +131,23 @@ Workers& workers() {
 
 }  // namespace
 
+Alone::Alone() { entrance.lock(); }
+Alone::~Alone() { entrance.unlock(); }
+
 int threads() {
-    std::lock_guard<std::mutex> held(entrance);
+    const Alone alone;
     return workers().count;
 }
 
 void set_threads(int count) {
-    std::lock_guard<std::mutex> held(entrance);
+    const Alone alone;
     if (count != workers().count) workers().resize(count);
 }
 
 void barrier() { pool->barrier(); }
 
 void run(const std::function<void(int, int)>& job) {
-    std::lock_guard<std::mutex> held(entrance);
+    const Alone alone;
     workers().run(job);
 }
 

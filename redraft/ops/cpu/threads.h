@@ -5,6 +5,13 @@
 
 namespace redraft {
 
+// While one is held, no other thread runs a job, changes the workers or the buffers that jobs share. The holder may run jobs.
+struct Alone {
+    Alone();
+    ~Alone();
+    Alone(const Alone&) = delete;
+};
+
 int threads();                // workers, with the caller
 void set_threads(int count);  // between jobs only
 void barrier();               // inside a job: returns when all workers have come here

@@ -22,6 +22,7 @@ from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.kv.read.double_sparsity import DoubleSparsity, Labels, Profile, model_hash, place
 from redraft.models.runner import Runner
+from redraft.ops import library
 from redraft.ops.backend import Linear
 from redraft.ops.format import PAGE
 from redraft.ops.reference import Reference
@@ -375,3 +376,12 @@ def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones(
         recall[name] = sum(hits) / len(hits)
     assert recall["true"] == 1
     assert recall["calibrated"] > recall["random"] + 0.1 > 0.3
+
+
+def test_every_backend_shows_the_meter_what_it_attends(tmp_path: Path) -> None:
+    """A backend that runs whole layers in one call would show it nothing."""
+    folder, text = str(tiny_llama(tmp_path / "llama")), [list(range(40))]
+    served = library.serves("float32", "cpu")[0]
+    scores = [DoubleSparsity.calibrate(LLM(folder, dtype="float32", backend=one).runner, text).scores for one in ("torch", served)]
+    assert scores[0].abs().min() > 0
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=1e-4)
