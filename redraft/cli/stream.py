@@ -97,8 +97,8 @@ class Shown:
         fault = f"\nwent on without drafts: {self.fault}" if self.fault else ""
         policies = (llm.config.model.quant, params.keep, params.codec, params.read, params.depth)
         chosen = "".join(f"{text}, " for text in policies if text)
-        backend = llm.runner.backend.name
-        return f"{self.tokens} new tokens, {rate}{length}{backend}, {llm.config.draft}, {chosen}{llm.guarantee_of(params).label}, {draw}{fault}"
+        how = f"{llm.runner.backend.name}, {llm.config.draft}, {chosen}{llm.guarantee_of(params).label}, {draw}{fault}"
+        return f"{self.tokens} new tokens, {rate}{length}{how}"
 
 
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
