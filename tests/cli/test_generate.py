@@ -19,8 +19,6 @@ ANSI = re.compile("\x1b\\[[0-9;]*m")
 STATS = re.compile(
     r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+), (?:native|torch), (\S+), same-text, (greedy|seed \d+)\n"
 )
-    r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+), (?:native|torch), (\S+), same-text, (greedy|seed \d+)\n"
-)
 
 
 @pytest.fixture(scope="module")
