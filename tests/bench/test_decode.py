@@ -24,9 +24,8 @@ from redraft.errors import InvalidInput, RedraftError, UnknownMethod
 from redraft.models import loader
 from tests.bench.test_shapes import CONFIG
 from tests.bench.workers import Fake
-from tests.cli.conftest import Ran
 
-pytest_plugins = ["tests.cli.conftest"]
+Ran = tuple[int, str, str]  # exit code, stdout, stderr
 HERE = "tests.bench.workers"
 SMALL = ["--context", "24", "--tokens", "6", "--prefill", "40", "--rows", "1,5", "--threads", "1"]
 TOLD = {"context": 24, "tokens": 6, "prefill": 40, "rows": (1, 5), "rounds": 2, "repeats": 1, "threads": 1, "buffer": 1 << 16}
@@ -180,6 +179,8 @@ def test_a_worker_dies_with_its_parent() -> None:
 import os, sys
 from redraft.bench.peers.peer import Asked
 from redraft.bench.peers.process import Worker
+
+Ran = tuple[int, str, str]  # exit code, stdout, stderr
 worker = Worker("{HERE}:Fake", Asked("", "auto", 1, 9, 1, 4, 1, (1,)), {{"OMP_NUM_THREADS": "1"}}, 30)
 print(worker.process.pid, flush=True)
 os.kill(os.getpid(), 9)

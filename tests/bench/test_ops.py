@@ -17,9 +17,10 @@ from redraft.bench.ops import Options
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
 from redraft.ops.torch_ops import TorchOps
 from tests.bench.test_shapes import CONFIG
-from tests.cli.conftest import Ran
 
-pytest_plugins = ["tests.cli.conftest"]
+Ran = tuple[int, str, str]  # exit code, stdout, stderr
+
+
 TINY: dict[str, Any] = {"dtype": "float32", "rows": (1, 3), "cached": (40,), "shared": 64, "rounds": 2, "cold": 1 << 14}
 
 

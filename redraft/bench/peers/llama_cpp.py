@@ -15,13 +15,15 @@ from redraft.bench.peers.peer import Asked, timed
 from redraft.errors import Unsupported
 from redraft.models import loader
 
-llama_cpp: Any = importlib.import_module("llama_cpp")  # an optional package
+llama_cpp: Any = None  # an optional package, imported by the first engine
 
 
 class LlamaCpp:
     does = ("decode", "prefill", "steps")
 
     def __init__(self, asked: Asked) -> None:
+        global llama_cpp
+        llama_cpp = importlib.import_module("llama_cpp")
         self.asked = asked
         folder = loader.resolve(asked.folder)
         file = converted(Path(folder), asked.dtype)
