@@ -179,8 +179,6 @@ def test_a_worker_dies_with_its_parent() -> None:
 import os, sys
 from redraft.bench.peers.peer import Asked
 from redraft.bench.peers.process import Worker
-
-Ran = tuple[int, str, str]  # exit code, stdout, stderr
 worker = Worker("{HERE}:Fake", Asked("", "auto", 1, 9, 1, 4, 1, (1,)), {{"OMP_NUM_THREADS": "1"}}, 30)
 print(worker.process.pid, flush=True)
 os.kill(os.getpid(), 9)
