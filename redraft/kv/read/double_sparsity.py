@@ -159,12 +159,12 @@ class Profile:
                 told = file.metadata() or {}
                 if told.get("method") != METHOD:
                     raise CheckpointError(f"{path}: not a profile of {METHOD}")
-                scores = file.get_tensor("scores")
-                if not scores.any():
-                    raise CheckpointError(f"{path}: all scores are 0: calibrate again")
-                return cls(scores, told["model"], int(told["texts"]), int(told["tokens"]))
+                found = cls(file.get_tensor("scores"), told["model"], int(told["texts"]), int(told["tokens"]))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: not a whole profile of {METHOD}: {' '.join(str(error).split())}") from None
+        if not found.scores.any():
+            raise CheckpointError(f"{path}: all scores are 0: calibrate again")
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -385,3 +385,9 @@ def test_every_backend_shows_the_meter_what_it_attends(tmp_path: Path) -> None:
     scores = [DoubleSparsity.calibrate(LLM(folder, dtype="float32", backend=one).runner, text).scores for one in ("torch", served)]
     assert scores[0].abs().min() > 0
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_profile_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = Profile(torch.zeros(2, 1, 8), "a model", 1, 40).save(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match="all scores are 0: calibrate again"):
+        Profile.load(path)
