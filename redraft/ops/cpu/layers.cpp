@@ -1,9 +1,11 @@
 #include "layers.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <vector>
 
 #include "arena.h"
@@ -63,6 +65,22 @@ Scratch scratch;
 Feeds feeds[4];
 Buffer buffers[4];
 
+// Of each job that comes again: a segment or head (by its address) and the number of rows, up to the next power of two.
+constexpr int64_t FEW = 32;  // rows; more of them are work for all
+Pace& pace_of(const void* what, int64_t first, int64_t last, int64_t rows) {
+    static auto* paces = new std::map<std::array<int64_t, 4>, Pace>();
+    if (paces->size() > 1024) paces->clear();
+    int64_t size = 1;
+    while (size < rows) size *= 2;
+    return (*paces)[{reinterpret_cast<int64_t>(what), first, last, size}];
+}
+
+template <class Job>
+void run_paced(const void* what, int64_t first, int64_t last, int64_t rows, const Job& job) {
+    if (rows > FEW) run(job);
+    else run(job, pace_of(what, first, last, rows));
+}
+
 Rows strided(uint8_t* data, int64_t rows, int64_t cols, Kind kind) { return {data, rows, cols, cols * bytes_of(kind), kind}; }
 Rows columns(const Rows& x, int64_t first, int64_t count) { return {x.data + first * bytes_of(x.kind), x.rows, count, x.stride, x.kind}; }
 
@@ -110,7 +128,7 @@ void run_best(const Kernels& kernels, const Linear& w, const Rows& x, Kind round
     const int64_t all = threads(), own_size = x.rows * keep;
     scratch.grow(int(all), x.rows);
     std::vector<Best> found(all * own_size, Best{-std::numeric_limits<float>::infinity(), -1});
-    run([&](int worker, int workers) {
+    run_paced(w.panels, 0, 0, x.rows, [&](int worker, int workers) {
         fill(kernels, w, x, feed, Share(x.rows, worker, workers));
         barrier();
         LinearJob job = job_of(w, feed, Rows{}, rounded);
@@ -147,7 +165,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
         for (int b = 0; b < 4; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
     }
     attention().prepare(*kernels.attend, plan, layers[first].heads, threads());
-    run([&](int worker, int workers) {
+    run_paced(layers, first, last, rows, [&](int worker, int workers) {
         const Share own(rows, worker, workers);
         float* sums = scratch.at(worker, rows);
         // The norm of h, as the input of w: straight into tiles, or by way of rows where codes are made of them.

@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <pthread.h>
 #include <thread>
@@ -61,7 +62,7 @@ struct Workers {
     std::atomic<int> arrived{0};     // at the barrier
     const std::function<void(int, int)>* job = nullptr;
     bool ending = false;
-    int count = 1;
+    int count = 1, active = 1;  // active: at work in this job, all of them or the caller alone
 
     void work(int worker, uint32_t seen) {
         for (;;) {
@@ -88,8 +89,9 @@ struct Workers {
         }
     }
 
-    void run(const std::function<void(int, int)>& one) {
-        if (count == 1) {
+    void run(const std::function<void(int, int)>& one, bool by_all) {
+        active = by_all ? count : 1;
+        if (active == 1) {
             one(0, 1);
             return;
         }
@@ -103,7 +105,7 @@ struct Workers {
     }
 
     void barrier() {
-        if (count == 1) return;
+        if (active == 1) return;
         const uint32_t now = crossed.at.load(std::memory_order_relaxed);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
             arrived.store(0, std::memory_order_relaxed);
@@ -148,7 +150,27 @@ void barrier() { pool->barrier(); }
 
 void run(const std::function<void(int, int)>& job) {
     const Alone alone;
-    workers().run(job);
+    workers().run(job, true);
+}
+
+bool Pace::alone() {
+    calls_++;
+    if (calls_ <= 4) return calls_ % 2 == 0;
+    return (took_[1] < took_[0]) != (calls_ % 64 == 0);
+}
+
+void Pace::note(bool alone, double seconds) {
+    double& took = took_[alone];
+    took = took == 0 || seconds < took ? seconds : took + 0.25 * (seconds - took);
+}
+
+void run(const std::function<void(int, int)>& job, Pace& pace) {
+    const Alone held;
+    if (workers().count == 1) return run(job);
+    const bool alone = pace.alone();
+    const auto began = std::chrono::steady_clock::now();
+    workers().run(job, !alone);
+    pace.note(alone, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
 }
 
 }  // namespace redraft
