@@ -31,6 +31,22 @@ def has(words: str) -> bool:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ here")
+def test_tiles_emulated(tmp_path: Path) -> None:
+    """The AMX unit's own code on emulated tiles, on a machine that has AVX-512 BF16 and no AMX; planted mistakes must be noticed."""
+    bits, flags = SETS["avx512_bf16"]
+    if not has(bits):
+        pytest.skip("this machine has no avx512_bf16")
+    sources = [CPU / "test/amx_test.cpp", *(CPU / name for name in ("amx.cpp", "avx512_bf16.cpp", "pack.cpp", "threads.cpp"))]
+    common = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w", "-mbmi2", "-DREDRAFT_EMULATE_TILES"]
+    assert COMPILER is not None
+    made = subprocess.run([COMPILER, *common, *flags, *sources, "-o", tmp_path / "amx"], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-2000:]
+    done = subprocess.run([tmp_path / "amx", "1", "60"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r"^\d\d+ cases, 0 failed$", done.stdout, re.MULTILINE) and done.stdout.count("noticed: ") >= 7
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++ here")
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_clean_under_sanitizers(program: str, isa: str, tmp_path: Path) -> None:

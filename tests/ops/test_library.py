@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,14 @@ FLAGS = {  # what Linux calls the bits that each set adds
 }
 
 loaded = library.load() if library.PATH.exists() else None
+
+
+@pytest.mark.skipif(shutil.which("c++") is None or platform.machine() != "x86_64", reason="no compiler, or no kernels for this processor")
+def test_where_there_is_a_compiler_there_is_the_library() -> None:
+    """Else every test of the native backend would be skipped, and nobody would know."""
+    assert library.PATH.exists(), "make install compiles it"
+
+
 native = pytest.mark.skipif(loaded is None, reason=f"no native library: {library.why_not()}")
 
 
