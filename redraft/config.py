@@ -71,6 +71,10 @@ class SamplingParams(Settings):
     codec: str | None = Field(None, description="name:option=value,... of a form in which the cache is stored")
     read: str | None = Field(None, description="name:option=value,... of a way to read the cache sparsely")
     depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run behind the prompt")
+    draft: str | None = Field(None, description="name:option=value,... of this request's drafter; None: the engine's")
+    verify: str | None = Field(None, description="name:option=value,... of this request's verifier; None: the engine's")
+    draft_rows: int | None = Field(None, ge=0, description="drafted nodes a step at most; None: the engine's")
+    provenance: bool = Field(False, description="each token tells which drafter proposed it, each step its tree")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
     @field_validator("keep", "codec", "read", "depth")

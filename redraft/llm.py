@@ -6,7 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self, SupportsIndex, cast
 
 import torch
@@ -15,9 +15,10 @@ from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.law import TopLogprobs
-from redraft.core.sequence import Request
+from redraft.core.sequence import Pooling, Request
+from redraft.core.tree import F64
 from redraft.draft.drafter import Drafter
-from redraft.engine import policies
+from redraft.engine import policies, speculation
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
@@ -89,6 +90,7 @@ class RequestOutput:
     cache_miss: CacheMiss | None = None
     guarantee: str = ""
     before: list[int] = field(default_factory=list)
+    request: Request | None = field(default=None, repr=False)
     seed: int | None = None
     error: str | None = None
 
@@ -216,11 +218,13 @@ class LLM:
         return max(card.guarantee for card in cards)
 
     def guarantee_of(self, params: SamplingParams, reuse: str = "") -> Guarantee:
-        """The weakest of the engine's parts, of the form of the weights and of the policies that a request chooses; reuse: as given to
+        """The weakest of the engine's parts, of the form of the weights and of the parts that a request chooses; reuse: as given to
         `edit`."""
-        quant = self.runner.quant
+        quant, sched = self.runner.quant, registry.parse(self.config.schedule.scheduler)[0]
         weights = Guarantee.SAME_TEXT if quant is None else quant.card.guarantee
-        return max(self.guarantee, weights, policies.guarantee(params, reuse))
+        own: Card = cast(Any, registry.method("sched", sched)).card
+        chosen = speculation.guarantee(params, self.config.draft, self.config.verify)
+        return max(own.guarantee, chosen, weights, policies.guarantee(params, reuse))
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
@@ -315,6 +319,24 @@ class LLM:
         next(deltas)  # into its try: an iterator that is dropped unread aborts too
         return deltas
 
+    def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True) -> list[F64]:
+        """f64[hidden] of each prompt: hidden states behind the final norm, of its last token or the mean of all ("last", "mean"), of
+        length 1 where `normalize`. InvalidInput names a prompt that is refused."""
+        if pooling not in ("last", "mean"):
+            raise InvalidInput(f"pooling = {pooling!r}: last or mean is allowed")
+        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none")
+        asked = [{"prompt_token_ids": self._tokens(prompt), "pool": Pooling(pooling)} for prompt in many]
+        outputs = self._submit(asked, params)
+        try:
+            if failed := next((output.error for output in outputs if output.error), None):
+                raise InvalidInput(failed)
+            for _ in self._run(outputs):
+                pass
+        finally:
+            self._end(outputs)
+        return [cast(Request, output.request).embedding(normalize) for output in outputs]
+
     def _deltas(self, outputs: list[RequestOutput]) -> Generator[Delta]:
         place = {output.request_id: i for i, output in enumerate(outputs)}
         try:
@@ -325,7 +347,7 @@ class LLM:
             for event in self._run(outputs):
                 reason = None if event.reason is None else str(event.reason)
                 where = place[event.request.id], event.index
-                yield Delta(*where, event.text, event.tokens, event.drafted, event.logprobs, reason, replace(event.stats))
+                yield Delta(*where, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats.copy())
         finally:
             self._end(outputs)
 
@@ -355,6 +377,7 @@ class LLM:
                 request = Request(output.request_id, output.prompt_token_ids, chosen, **extra)
                 self.engine.add(request)
                 self._inboxes[request.id] = deque()
+                output.request = request
             except RedraftError as error:
                 if single:
                     raise
@@ -373,7 +396,7 @@ class LLM:
             return self.tokenizer.encode(prompt) if prompt else []
         if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
             raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
-        if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse"}:
+        if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse", "pool"}:
             raise InvalidInput(f"prompt has an unknown key {min(unknown)!r}: prompt_token_ids, context, before and reuse are allowed")
         if not isinstance(prompt.get("reuse", ""), str) or not isinstance(prompt.get("before", []), list):
             raise InvalidInput("prompt: reuse is the name of a way of reuse, before a list of token ids")

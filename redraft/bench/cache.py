@@ -367,4 +367,4 @@ def pool(llm: LLM, tokens: int, slabs: int) -> Engine:
     own, engine = llm.runner, llm.engine
     runner = Runner(own.spec, own.weights, own.backend, slabs, sharing=False, source=own.source)
     drafter: Any = registry.create("draft", "none").open(runner, engine.sampler)
-    return Engine(runner, engine.scheduler, drafter, engine.verifier, engine.sampler, max_model_len=tokens)
+    return Engine(runner, engine.scheduler, drafter, engine.verifier.own, engine.sampler, max_model_len=tokens)

@@ -71,14 +71,14 @@ class Gauged:
 def measured(llm: LLM, visits: int, run: Callable[[], object]) -> Share | None:
     """The share of the bound that `llm`'s verifier reaches in `run`, which generates and visits about so many nodes; None
     where it tosses no coins."""
-    verifier: Any = llm.engine.verifier
+    verifier: Any = llm.engine.verifier.own
     if verifier.drafts is not Stream.DRAFT:
         return None
     gauged: Any = Gauged(verifier, every=max(1, visits // MOST))
-    llm.engine.verifier = gauged
+    llm.engine.verifier.own = gauged
     try:
         run()
     finally:
-        llm.engine.verifier = verifier
+        llm.engine.verifier.own = verifier
     share: Share | None = gauged.share
     return share

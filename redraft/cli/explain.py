@@ -110,7 +110,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
     from redraft.core.plan import StepPlan
 
     work = _work(engine, params)
-    asked = {"sampler": engine.sampler.needs([work]), f"drafter {config.draft}": engine.drafter.taps}
+    asked = {"sampler": engine.sampler.needs([work]), f"drafter {config.draft}": engine.drafter.taps([work.seq])}
     union = engine.taps(StepPlan([work], []))
     segments = [f"{first}..{last - 1}" for first, last in engine.runner.segments(union)]
     backend = setup.backend
@@ -130,7 +130,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
         "runner": Part([*runner, *(stored.lines if stored else ())], stored.guarantee if stored else None),
         "sampler": Part([sampler]),
         "policies": _policies(engine, params),
-        "verifier": _registered("verifier", "verify", config.verify, engine.verifier),
+        "verifier": _registered("verifier", "verify", config.verify, engine.verifier.own),
     }
 
 

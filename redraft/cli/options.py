@@ -29,9 +29,10 @@ class Group(NamedTuple):
         return Group(self.heading, {name: field for name, field in self.fields.items() if name not in names})
 
 
+NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance")  # the engine's own are
 SAMPLING = Group(
     "Sampling",
-    {name: field for name, field in SamplingParams.model_fields.items() if name not in ("logit_bias", "logprobs", "prompt_logprobs")},
+    {name: field for name, field in SamplingParams.model_fields.items() if name not in NOT_OFFERED},
 )
 ENGINE = Group(
     "Engine",

@@ -26,6 +26,10 @@ class Law(Probs, Protocol):
     @property
     def roots(self) -> I32: ...
 
+    def only(self, indices: Seq[int]) -> Law:
+        """The law as a verifier of some of the sequences sees it: their roots in place of all."""
+        ...
+
     def draw(self, rows: Seq[int]) -> list[int]:
         """The token drawn at each row: processors on the row's own path, TARGET noise of its own position."""
         ...

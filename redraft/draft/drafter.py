@@ -21,7 +21,8 @@ from redraft.core.tree import F64, I64, Kind, TokenTree
 
 
 class OpenDrafter(Protocol):
-    """An opened drafter. `taps`: what it wants to see of each forward; `kinds`: how it makes children."""
+    """An opened drafter. `taps`: what it wants to see of each forward; `kinds`: how it makes children. Two more it may have, else
+    those of Stateless hold: `quiet`, that it never proposes anything; `names`, what TokenTree.origins count."""
 
     @property
     def taps(self) -> Taps: ...
@@ -141,6 +142,8 @@ class Stateless:
 
     taps: Taps = NOTHING
     kinds: frozenset[Kind] = frozenset({Kind.FIXED})
+    quiet: ClassVar[bool] = False
+    names: Seq[str] = ()
 
     def observe(self, result: StepResult) -> None:
         pass

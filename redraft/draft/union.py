@@ -70,6 +70,7 @@ class Merger(Wrapper):
 
     def __init__(self, names: Seq[str], parts: Seq[OpenDrafter], sampler: DraftSampler) -> None:
         super().__init__(parts)
+        self.names = names
         for name, part in zip(names, parts, strict=True):
             drawn = part.kinds - {Kind.FIXED}
             if drawn and sampler.drafts is not Stream.TARGET:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from time import monotonic
 
-from redraft import registry
+import numpy as np
+
 from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
 from redraft.core.noise import sample_seed
 from redraft.core.plan import Accepted, StepPlan, StepResult, Work
-from redraft.core.sequence import NEVER, FinishReason, Lanes, Request, Sequence
+from redraft.core.sequence import NEVER, FinishReason, Lanes, Pooling, Request, Sequence
 from redraft.core.taps import Taps
+from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
-from redraft.engine.guard import Guard
 from redraft.engine.policies import Policies
+from redraft.engine.speculation import Drafters, Verifiers
 from redraft.engine.text import Decode, Text, find_stop, held_back
-from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
+from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong
 from redraft.models.runner import Runner
-from redraft.sample.sampler import Sampler
+from redraft.sample.sampler import NotNumbers, Sampler
 from redraft.sched.scheduler import Scheduler
 from redraft.verify.verifier import Verifier
 
@@ -29,12 +34,36 @@ from redraft.verify.verifier import Verifier
 @dataclass(slots=True)
 class Stats:
     """What drafting did for one text. steps: passes that drew a token; drafted: nodes checked; accepted: of them kept;
-    fault: which drafter failed and how, where the text went on without drafts."""
+    fault: which drafter failed and how, where the text went on without drafts; drafts: passes that checked any; by_depth[i]:
+    passes that kept i + 1 nodes or more; by_drafter: nodes checked and kept of each."""
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
     fault: str = ""
+    drafts: int = 0
+    by_depth: list[int] = field(default_factory=list)
+    by_drafter: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def count(self, tree: TokenTree, path: Seq[int], names: Seq[str]) -> None:
+        """One pass that drew a token."""
+        self.steps += 1
+        if not len(tree):
+            return
+        self.drafts += 1
+        self.drafted += len(tree)
+        self.accepted += len(path)
+        self.by_depth += [0] * (len(path) - len(self.by_depth))
+        for depth in range(len(path)):
+            self.by_depth[depth] += 1
+        origins = np.zeros(len(tree), np.int64) if tree.origins is None else tree.origins.astype(np.int64)
+        for origin in set(origins.tolist()):
+            checked, kept = self.by_drafter.get(names[origin], (0, 0))
+            own = origins == origin
+            self.by_drafter[names[origin]] = checked + int(own.sum()), kept + int(own[list(path)].sum())
+
+    def copy(self) -> Stats:
+        return replace(self, by_depth=list(self.by_depth), by_drafter=dict(self.by_drafter))
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -42,8 +71,21 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a token is from. step: the pass that drew it, from 1; drafter: who proposed it, empty where the model drew it undrafted;
+    tree, names, path: of the step's first token, what was drafted, by whom, and the nodes that were kept."""
+
+    step: int
+    drafter: str
+    tree: TokenTree | None = None
+    names: Seq[str] = ()
+    path: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
-    """News of one text. drafted[i]: whether tokens[i] was an accepted draft; the last event carries the reason."""
+    """News of one text. drafted[i]: whether tokens[i] was an accepted draft; the last event carries the reason. provenance: one a
+    token where the request asked."""
 
     request: Request
     index: int
@@ -53,6 +95,7 @@ class Event:
     logprobs: list[TopLogprobs]
     reason: FinishReason | None
     stats: Stats
+    provenance: list[Provenance] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -65,6 +108,7 @@ class Output:
     told_text: int = 0
     drafted: list[bool] = field(default_factory=list)
     logprobs: list[TopLogprobs] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
     stop: tuple[int, int] | None = None  # where the stop string that ended the text lies in it
 
 
@@ -87,15 +131,11 @@ class Engine:
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
         what the drafter is called in the statistics."""
-        if unfit := drafter.kinds - verifier.undoes:
-            kinds = ", ".join(sorted(kind.name for kind in unfit))
-            fit = [name for name in registry.METHODS["verify"] if drafter.kinds <= registry.method("verify", name).undoes]  # type: ignore[attr-defined]
-            own, drawn = registry.name_of(type(verifier)), draft or type(drafter).__name__
-            raise Unsupported(f"verifier {own} cannot undo children made {kinds}, as {drawn} makes them; these can: {', '.join(fit)}")
         if runner.table.slabs * runner.table.page < max_model_len:
             raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.runner, self.table, self.store = runner, runner.table, runner.store
-        self.scheduler, self.drafter, self.verifier, self.sampler = scheduler, Guard(drafter, runner.spec.vocab, draft), verifier, sampler
+        self.scheduler, self.sampler = scheduler, sampler
+        self.drafter, self.verifier = Drafters(drafter, runner, sampler, verifier, draft), Verifiers(verifier)
         self.policies = Policies(runner)
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
         self.decode, self.decode_all = decode, decode_all
@@ -103,27 +143,32 @@ class Engine:
         self.running: list[Sequence] = []
         self.outputs: dict[int, Output] = {}
         self.preemptions = 0
+        self.blamed: list[Sequence] = []  # whose part made the last step raise, as far as it is known
         self._ids = 0
 
     # ---- the step
 
-    def step(self) -> list[Event]:
-        if any(seq.reason for seq in self.running):
+    def step(self, only: Sequence | None = None) -> list[Event]:
+        """`only`: this text runs alone; see `settle`."""
+        self.blamed = []
+        waiting, running = (self.waiting, self.running) if only is None else ((), [only])
+        if any(seq.reason for seq in running):
             return self.emit()  # a part raised behind the last commit: what was found is told first
-        self.cross(list(self.running))  # newcomers that start at their border, and where a part raised before this
-        plan = self.scheduler.plan(self.waiting, self.running, self.table)  # pure: who runs, is admitted, is preempted
+        self.cross(list(running))  # newcomers that start at their border, and where a part raised before this
+        plan = self.scheduler.plan(waiting, running, self.table)  # pure: who runs, is admitted, is preempted
         self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
         if not plan.work:
             return self.emit()
         try:
-            trees = self.drafter.propose(plan.seqs, plan.budgets)  # budget 0, or nothing to say: an empty tree
+            trees = self.drafter.propose(plan.work, plan.budgets)  # budget 0, or nothing to say: an empty tree
             pages = self.table.reserve(plan.work, trees)  # every sequence's tentative tail
             self.store.zero(pages.fresh)
             batch = Batch.pack(plan.work, trees, pages)  # chain(pending) + draft, for every sequence
             out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
             law = self.sampler.law(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
-            accepted = self.finish(plan.work, self.verifier.accept(trees, law))  # cut at end of text, stop, max_tokens, context
-        except BaseException:
+            accepted = self.finish(plan.work, self.verifier.accept(plan.work, trees, law))  # cut at end of text, stop, max_tokens, context
+        except BaseException as error:
+            self.blamed += [error.seq] if isinstance(error, NotNumbers) else []
             for seq in plan.seqs:
                 self.table.discard(seq)
             raise
@@ -131,7 +176,7 @@ class Engine:
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.record(result)
         self.drafter.observe(result)
-        self.policies.observe(result)
+        self.policies.observe(result, self.blamed)
         self.cross(plan.seqs)  # full pages are published; borders reached: a policy decides, n > 1 forks
         return self.emit()
 
@@ -142,18 +187,23 @@ class Engine:
         for seq in plan.preempt:
             self.running.remove(seq)
             self._stop(seq)
-            self.waiting.appendleft(seq)
+            self.waiting.insert(bisect_left(self.waiting, seq.request.priority, key=_priority), seq)
             self.preemptions += 1
         for seq, matched in plan.admit:
-            self._start(seq, matched)
+            with self._blame(seq):
+                self._start(seq, matched)
             self.waiting.remove(seq)
-            self.running.append(seq)
+            self._run(seq)
+            if seq.request.admitted is None:
+                seq.request.admitted = monotonic()
             if seq.request.cached_tokens is None:
                 seq.request.cached_tokens = matched
                 seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
 
     def taps(self, plan: StepPlan) -> Taps:
-        return self.sampler.needs(plan.work) | self.drafter.taps | Taps(attention=self.policies.watch(plan.seqs))
+        pooled = any(seq.request.pool for seq in plan.seqs)
+        hidden = frozenset({len(self.runner.spec.layers) - 1} if pooled else ())
+        return self.sampler.needs(plan.work) | self.drafter.taps(plan.seqs) | Taps(hidden, attention=self.policies.watch(plan.seqs))
 
     def finish(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Accepted]:
         """Cuts each path before anything is committed, observed or counted; after it, no code shortens a sequence."""
@@ -185,13 +235,15 @@ class Engine:
             params = w.seq.params
             if params.prompt_logprobs is not None:
                 self._record_prompt(w, s, result)
+            if w.seq.request.pool:
+                self._record_hidden(w, s, result)
             if not found.tokens:
                 continue
             output, w.seq.reason = self.outputs[w.seq.id], found.reason
-            output.stats.steps += 1
-            output.stats.fault = w.seq.fault
-            output.stats.drafted += len(tree)
-            output.stats.accepted += len(found.path)
+            output.stats.fault, names = w.seq.fault, self.drafter.of(w.seq).names
+            output.stats.count(tree, found.path, names)
+            if params.provenance:
+                output.provenance += _provenance(output.stats.steps, tree, found, names)
             output.drafted += [True] * len(found.path) + [False]
             if params.logprobs is not None:
                 root = int(result.batch.roots[s])
@@ -211,28 +263,46 @@ class Engine:
             ids = [seq.tokens[int(result.batch.positions[r]) + 1] for r in wanted]
             told += result.law.logprobs([place[r] for r in wanted], ids, k)
 
+    def _record_hidden(self, w: Work, s: int, result: StepResult) -> None:
+        """The prompt's hidden states behind the final norm: the last row, or the sum of all, added one by one in float64 so that
+        chunks change nothing. Rows that run again after preemption count once."""
+        request, first = w.seq.request, int(result.batch.starts[s])
+        if w.seq.index:
+            return
+        total, count = request.pooled or (None, 0)
+        positions = result.batch.positions[first : int(result.batch.tree_starts[s])]
+        new = np.flatnonzero((positions >= count) & (positions < w.seq.prompt_len))
+        if not len(new):
+            return
+        hidden = result.out.hidden[len(self.runner.spec.layers) - 1]
+        rows = self.runner.normed(hidden[first + int(new[0]) : first + int(new[-1]) + 1])
+        before = [] if total is None or request.pool is Pooling.LAST else [total]
+        request.pooled = (rows[-1] if request.pool is Pooling.LAST else np.add.reduce([*before, *rows])), int(positions[new[-1]]) + 1
+
     def cross(self, seqs: Iterable[Sequence]) -> None:
         """Publishes pages that became full; policies decide. At the border behind all but the last prompt token, a request for
         n texts forks; without pages for a fork, the sibling waits and finds its prompt in the prefix cache."""
         for seq in seqs:
-            self.table.publish(seq)
-            self.policies.cross(seq)
-            if seq.request.reuse:
-                self.policies.take_over(seq, self._spare())
-            if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
-                self._branch(seq)
-            seq.border = self._border(seq)
+            with self._blame(seq):
+                self.table.publish(seq)
+                self.policies.cross(seq)
+                if seq.request.reuse:
+                    self.policies.take_over(seq, self._spare())
+                if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
+                    self._branch(seq)
+                seq.border = self._border(seq)
 
     def _branch(self, seq: Sequence) -> None:
         children = [self._sequence(seq.request, index) for index in range(1, seq.params.n)]
-        self.waiting += children  # a fork that raises leaves the siblings waiting
+        for child in children:  # a fork that raises leaves the siblings waiting
+            self._wait(child)
         for child in children:
             # a fork of shared lanes copies the last page and soon fills it; of others, at worst all that a new text would take
             wanted = 2 if child.lanes is Lanes.SHARED else self.table.need(child, child.prompt_len + 1)
             if len(self.running) < self.scheduler.max_seqs and self._spare() >= wanted:
                 self._fork(seq, child)
                 self.waiting.remove(child)
-                self.running.append(child)
+                self._run(child)
 
     def emit(self) -> list[Event]:
         """News of every text since it was last told; what finished is freed."""
@@ -267,7 +337,8 @@ class Engine:
         output.told_tokens = seq.generated
         new = slice(told, seq.generated)
         tokens = seq.tokens[seq.prompt_len + told :]
-        return Event(seq.request, seq.index, tokens, text, output.drafted[new], output.logprobs[new], seq.reason, output.stats)
+        told_of = output.drafted[new], output.logprobs[new], seq.reason, output.stats, output.provenance[new]
+        return Event(seq.request, seq.index, tokens, text, *told_of)
 
     # ---- requests come and go
 
@@ -280,6 +351,7 @@ class Engine:
             if type(token) is not int or not 0 <= token < vocab:
                 raise InvalidInput(f"prompt_token_ids[{i}] = {token!r}: not a token id in 0..{vocab - 1}")
         self.policies.check(request.params, request.reuse)
+        self.drafter.check(request.params)
         if len(prompt) >= self._limit(request):
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
         for i, token in enumerate(request.before):
@@ -309,7 +381,42 @@ class Engine:
                 f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.table.slabs}: ask for fewer"
                 " max_tokens, or give the pool more memory"
             )
-        self.waiting.append(seq)
+        self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        """Behind all that are as urgent."""
+        self.waiting.insert(bisect_right(self.waiting, seq.request.priority, key=_priority), seq)
+
+    def _run(self, seq: Sequence) -> None:
+        """The last is the first to be preempted."""
+        self.running.insert(bisect_right(self.running, seq.request.priority, key=_priority), seq)
+
+    def settle(self, error: Exception) -> tuple[list[Event], list[tuple[Request, Exception]]]:
+        """After a step that raised: the requests to blame are ended, nobody else. Where it is not known who they are, each text
+        runs a step alone. Returns news of the others, and who was ended by what. What raises when nobody runs is the oldest
+        waiting one's fault: the step would raise forever."""
+        events: list[Event] = []
+        guilty = [(seq, error) for seq in self.blamed]
+        if not guilty and not self.running:
+            guilty = [(seq, error) for seq in list(self.waiting)[:1]]
+        for seq in () if guilty else list(self.running):
+            try:
+                if seq in self.running:
+                    events += self.step(seq)
+            except Exception as own:
+                guilty.append((seq, own))
+        ended = {seq.request.id: (seq.request, own) for seq, own in guilty}
+        for request, _ in ended.values():
+            self.abort(request.id)
+        return events, list(ended.values())
+
+    @contextmanager
+    def _blame(self, seq: Sequence) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.blamed.append(seq)
+            raise
 
     def abort(self, request_id: str) -> bool:
         """Ends all texts of a request at once and frees what they hold; False when there is no such request."""
@@ -334,6 +441,7 @@ class Engine:
         self._ids += 1
         seq = Sequence(self._ids, request, index, list(request.prompt), len(request.prompt), sample_seed(request.params.seed, index), 0)
         self.policies.fit(seq)
+        self.drafter.fit(seq)
         request.sequences.append(seq)
         seq.border = self._border(seq)
         self.outputs[seq.id] = Output(Text.start(seq.prompt_len))
@@ -395,3 +503,15 @@ class Engine:
         decode = self.decode if seq.params.skip_special_tokens else self.decode_all
         assert decode is not None
         return decode
+
+
+def _priority(seq: Sequence) -> int:
+    return seq.request.priority
+
+
+def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) -> list[Provenance]:
+    """Of the tokens of one step: the path's and the bonus."""
+    origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
+    drafters = [*(names[origins[node]] for node in found.path), ""]
+    told = [Provenance(step, drafter) for drafter in drafters[: len(found.tokens)]]
+    return [replace(told[0], tree=tree, names=names, path=found.path), *told[1:]]

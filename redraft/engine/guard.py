@@ -27,6 +27,8 @@ class Guard:
 
     def __init__(self, drafter: OpenDrafter, vocab: int, name: str | None = None) -> None:
         self.drafter, self.vocab, self.name = drafter, vocab, name or type(drafter).__name__
+        self.quiet: bool = getattr(drafter, "quiet", False)
+        self.names: Seq[str] = getattr(drafter, "names", ()) or (self.name,)
 
     @property
     def taps(self) -> Taps:
@@ -56,7 +58,7 @@ class Guard:
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A tree for each sequence, within its budget. Where a batch raises, each is asked alone: one is at fault."""
-        sound = [i for i, seq in enumerate(seqs) if not seq.fault]
+        sound = [i for i, seq in enumerate(seqs) if not seq.fault and not self.quiet]
         trees = [EMPTY] * len(seqs)
         if not sound:
             return trees

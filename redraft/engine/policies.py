@@ -212,10 +212,18 @@ class Policies:
                 found[s] = watch
         return found
 
-    def observe(self, result: StepResult) -> None:
+    def observe(self, result: StepResult, blamed: list[Sequence]) -> None:
+        """Whoever's part raises is blamed; the others' hear of the step all the same."""
+        raised: list[Exception] = []
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
             if work.seq.policies is not None and (keep := work.seq.policies.keep) is not None:
-                keep.observe(work.seq, result.out.attention.get(s), work.rows, accepted.path)
+                try:
+                    keep.observe(work.seq, result.out.attention.get(s), work.rows, accepted.path)
+                except Exception as error:
+                    blamed.append(work.seq)
+                    raised.append(error)
+        if raised:
+            raise raised[0]
 
     def cross(self, seq: Sequence) -> None:
         """After a commit: pages are encoded, evicted from and summarised."""

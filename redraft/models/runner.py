@@ -12,6 +12,7 @@ from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import F64
 from redraft.kv.store import Store
 from redraft.kv.table import PageTable
 from redraft.models.layers import decoder_layer
@@ -77,6 +78,12 @@ class Runner:
         if not hidden and not taps.attention:
             return out
         return replace(out, hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
+
+    @torch.inference_mode()
+    def normed(self, hidden: Tensor) -> F64:
+        """f64[T, hidden]: states behind the last layer as the head sees them."""
+        rows = self.backend.norm(hidden, self.weights.final_norm, self.spec.final_norm)
+        return rows.double().cpu().numpy()
 
     def segments(self, taps: Taps) -> Iterator[tuple[int, int]]:
         """Runs of layers that nobody looks into: cut behind every tapped layer."""

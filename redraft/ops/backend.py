@@ -127,15 +127,23 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a forward pass returns, one row a logit row. argmax: i32[R], lowest id wins ties; top_k: i32[R, k], best
-    first, ties by id; logits: [R, V] in the backend's dtype; hidden: layer -> [T, hidden] after that layer; attention:
-    place of a sequence in the batch -> Seen."""
+    """What a forward pass returns, one row a logit row. argmax: i32[R], lowest id wins ties, -1 where a row holds NaN or +inf; top_k:
+    i32[R, k], best first, ties by id; logits: [R, V] in the backend's dtype; hidden: layer -> [T, hidden] after that layer;
+    attention: place of a sequence in the batch -> Seen."""
 
     argmax: I32
     top_k: I32 | None = None
     logits: Tensor | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Seen] = field(default_factory=dict)
+
+
+def argmax(logits: Tensor) -> I32:
+    """Outputs.argmax of rows of logits."""
+    best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
+    number = logits.gather(-1, best) < float("inf")
+    found: I32 = best.masked_fill(~number, -1).squeeze(-1).int().cpu().numpy()
+    return found
 
 
 def best_first(logits: Tensor, k: int) -> I32:

@@ -25,7 +25,7 @@ from redraft.core.tree import I32
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
 from redraft.ops import library
-from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, best_first
+from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
 from redraft.ops.cpu import abi
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
@@ -376,12 +376,12 @@ class NativeOps(TorchOps):
         if not isinstance(head, Packed) or taps.logits:
             logits = self.linear(rows, head)
             top_k = best_first(logits, taps.top_k) if taps.top_k else None
-            return Outputs(logits.argmax(-1).int().numpy(), top_k, logits if taps.logits else None)
+            return Outputs(argmax(logits), top_k, logits if taps.logits else None)
         best = np.zeros((len(rows), min(max(1, taps.top_k), head.outs)), abi.BEST)
         if len(rows):
             self._call("rd_best", head.c, self._rows(rows), self.kind, best.shape[1], best.ctypes.data)
         found: I32 = np.ascontiguousarray(best["index"])
-        return Outputs(found[:, 0].copy(), found if taps.top_k else None)
+        return Outputs(np.where(best["value"][:, 0] < np.inf, found[:, 0], -1).astype(np.int32), found if taps.top_k else None)
 
     def _rows(self, x: Tensor) -> abi.Rows:
         return abi.Rows.of(x, self.kind)

@@ -17,7 +17,19 @@ from redraft.core.tree import I32
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
-from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Select, Weights, best_first
+from redraft.ops.backend import (
+    Feature,
+    LayerWeights,
+    Linear,
+    LinearWeights,
+    NormWeights,
+    Outputs,
+    Seen,
+    Select,
+    Weights,
+    argmax,
+    best_first,
+)
 from redraft.ops.format import PAGE, Arrays, Format, plain
 from redraft.ops.quantized import Quantized
 
@@ -224,8 +236,7 @@ class Reference:
         rows = self.norm(x[torch.from_numpy(plan.batch.logit_rows).long()], weights.final_norm, final)
         logits = self.linear(rows, weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
-        argmax = logits.argmax(-1).int().numpy()
-        return Outputs(argmax, top_k, logits if taps.logits else None)
+        return Outputs(argmax(logits), top_k, logits if taps.logits else None)
 
 
 def quantized_row(x: Tensor, weights: Quantized) -> Tensor:

@@ -25,7 +25,19 @@ from redraft.core.tree import I32
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
-from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Select, Weights, best_first
+from redraft.ops.backend import (
+    Feature,
+    LayerWeights,
+    Linear,
+    LinearWeights,
+    NormWeights,
+    Outputs,
+    Seen,
+    Select,
+    Weights,
+    argmax,
+    best_first,
+)
 from redraft.ops.format import PAGE, Arrays, Codec, Format, plain
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.torch_pool import Pool, Shelf, by_head, units_of
@@ -642,8 +654,7 @@ class TorchOps:
         rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
         logits = self.linear(self.norm(rows, weights.final_norm, final), weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
-        argmax = logits.argmax(-1).int().cpu().numpy()
-        return Outputs(argmax, top_k, logits if taps.logits else None)
+        return Outputs(argmax(logits), top_k, logits if taps.logits else None)
 
 
 _lent: list[int] = []  # PyTorch's threads, while another backend uses the processors

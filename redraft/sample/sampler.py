@@ -23,6 +23,7 @@ from redraft.core.ranking import top
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32, TokenTree
+from redraft.errors import RedraftError
 from redraft.ops.backend import Outputs
 from redraft.sample.processors.bad_words import BadWords
 from redraft.sample.processors.bias import Bias
@@ -38,6 +39,15 @@ from redraft.sample.processors.typical_p import TypicalP
 ORDER: tuple[type[Processor], ...] = (Bias, BadWords, MinTokens, Penalties, Temperature, TopK, TopP, MinP, TypicalP)
 
 Chosen = tuple[Processor, ...]  # a request's own processors, in ORDER: its state in seq.state[sampler]
+
+
+class NotNumbers(RedraftError):
+    """The model's logits for a text hold NaN or +inf: damaged weights, or an overflow in a narrow dtype."""
+
+    def __init__(self, seq: Sequence) -> None:
+        super().__init__(f"the model's logits behind token {len(seq.tokens) - 1} are not numbers (NaN or infinite)")
+        self.seq = seq
+
 
 BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the CPU's cache
 
@@ -57,6 +67,10 @@ class Sampler:
         self.vocabulary = Vocabulary(vocab, eos, encode)
         self.ids: I64 = np.arange(vocab)
         self.drafts = drafts
+
+    def drawing(self, drafts: Stream) -> Drawing:
+        """The sampler as a drafter sees it that must draw with this noise."""
+        return Drawing(self, drafts)
 
     def check(self, params: SamplingParams) -> Chosen:
         """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
@@ -95,6 +109,21 @@ class Sampler:
 
 
 @dataclass(frozen=True, eq=False)
+class Drawing:
+    """redraft.draft.drafter.DraftSampler for a request whose verifier wants other noise than the engine's own."""
+
+    sampler: Sampler
+    drafts: Stream
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.sampler.vocabulary
+
+    def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
+        return self.sampler.row(values, seq, drafted)
+
+
+@dataclass(frozen=True, eq=False)
 class TargetLaw:
     """redraft.core.law.Law of one step."""
 
@@ -113,6 +142,8 @@ class TargetLaw:
         """The token drawn at each logit row, by the processors and noise of its own sequence, path and position."""
         drawn: list[int] = [int(self.out.argmax[row]) for row in rows]
         packed, owners = self._owners(rows)
+        if min(drawn, default=0) < 0:
+            raise NotNumbers(self.work[owners[drawn.index(-1)]].seq)
         asked = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
         fetched = self._fetch([rows[i] for i in asked])
         for i, values in zip(asked, fetched, strict=True):
@@ -183,6 +214,8 @@ class TargetLaw:
         return key(seq.seed, stream, int(self.batch.positions[packed]) + 1)
 
     def _row(self, values: F64, s: int, packed: int) -> Row:
+        if not values.max() < np.inf:
+            raise NotNumbers(self.work[s].seq)
         tree, first_node = self.trees[s], int(self.batch.tree_starts[s])
         nodes = tree.path_to(self.work[s].first + packed - first_node) if packed >= first_node else []
         return self.sampler.row(values, self.work[s].seq, tree.tokens[nodes].tolist() if nodes else [])

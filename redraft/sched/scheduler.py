@@ -79,7 +79,7 @@ class Scheduler:
             left -= rows
             draft, depth = 0, _depth(seq)
             if depth:
-                draft = min(self.draft_rows, drafts // drafting)
+                draft = min(self.draft_rows, seq.drafts, drafts // drafting)
                 while draft and table.need(seq, rows + draft) - needs[seq.id] > spare:
                     draft //= 2
                 spare -= table.need(seq, rows + draft) - needs[seq.id] if draft else 0
@@ -95,8 +95,7 @@ class Scheduler:
                 if len(run) + len(admit) == self.max_seqs or left <= 0:
                     break
                 salt = seq.request.salt
-                # only shared lanes attach pages, and a prompt whose logprobs are wanted must run as a whole
-                shares = seq.lanes is Lanes.SHARED and seq.params.prompt_logprobs is None
+                shares = seq.lanes is Lanes.SHARED and not seq.request.whole  # only shared lanes attach pages
                 tokens = seq.tokens[: seq.pure + 1]  # at most all but the last of them match
                 matched = table.match(tokens, salt) if shares else 0
                 cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
@@ -117,4 +116,4 @@ class Scheduler:
 
 def _depth(seq: Sequence) -> int:
     """How deep a draft may be: 0 for a prompt in progress, a text with no room for a second token or without a drafter."""
-    return max(0, seq.border - len(seq.tokens)) if seq.pending == 1 and not seq.fault else 0
+    return max(0, seq.border - len(seq.tokens)) if seq.pending == 1 and seq.drafts and not seq.fault else 0

@@ -79,6 +79,6 @@ def test_compare_gives_it_where_coins_are_tossed(tmp_path: Path) -> None:
         llm = LLM(folder, draft_model=folder, dtype="float32", verify=verify, prefix_sharing=False, max_model_len=64)
         found = compare(llm, Options((drafter,), params, rounds=1, bound=True), PROMPTS)
         assert set(found.bounds) == given
-        assert llm.sibling(draft=drafter).engine.verifier.drafts is registry.create("verify", verify).drafts
+        assert llm.sibling(draft=drafter).engine.verifier.own.drafts is registry.create("verify", verify).drafts
         for share in found.bounds.values():
             assert share.ratio == pytest.approx(1), "a draft model that is the target is always right"

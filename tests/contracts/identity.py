@@ -146,8 +146,8 @@ def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | 
 def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> Seen:
     """Steps until all are finished; each request is added before the step that `arrivals` names."""
     tables = [engine.table]
-    if isinstance(engine.drafter.drafter, Grower):
-        tables.append(engine.drafter.drafter.table)
+    if isinstance(engine.drafter.own.drafter, Grower):
+        tables.append(engine.drafter.own.drafter.table)
     seen, waiting = Seen(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
     while waiting or engine.has_work:
         while waiting and (waiting[0][0] <= seen.steps or not engine.has_work):

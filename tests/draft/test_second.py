@@ -73,7 +73,7 @@ def test_every_tree_is_that_of_a_model_that_reads_the_text_afresh(name: str, poo
     made = engine(opener, pool=pool, chunk=24)
     seen = drive(made, requests("filtered"), (0, 0, 2, 5))
     check_texts(seen.texts, "filtered")
-    assert made.drafter.drafter.compared > 20 and seen.accepted and seen.rejected  # type: ignore[attr-defined]
+    assert made.drafter.own.drafter.compared > 20 and seen.accepted and seen.rejected  # type: ignore[attr-defined]
     assert bool(seen.preempted) == (pool == 5)
 
 
@@ -124,7 +124,7 @@ def test_where_its_pool_is_full_it_stays_silent(slabs: int, count: int, accepts:
 @pytest.mark.parametrize("pool", [40, 7])
 def test_n_texts_and_aborts_leak_nothing(name: str, pool: int) -> None:
     made = engine(name, pool=pool)
-    drafter = made.drafter.drafter
+    drafter = made.drafter.own.drafter
     assert isinstance(drafter, Grower)
     for request in requests("sampled", 3, n=3):
         made.add(request)
@@ -178,7 +178,7 @@ def test_an_interrupt_between_proposal_and_commit_leaves_no_tail(call: int, monk
 @pytest.mark.parametrize("call", [1, 2, 3, 7])
 def test_an_interrupt_while_it_drafts_leaves_no_tail(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(CHAIN)
-    runner = made.drafter.drafter.runner  # type: ignore[attr-defined]
+    runner = made.drafter.own.drafter.runner  # type: ignore[attr-defined]
     forward, calls = runner.forward, 0
 
     def interrupted(*args: Any) -> Any:
@@ -206,7 +206,7 @@ def finish(made: Engine, sampling: str) -> int:
         except KeyboardInterrupt:
             raised += 1
     check_texts(told, sampling)
-    table = made.drafter.drafter.table  # type: ignore[attr-defined]
+    table = made.drafter.own.drafter.table  # type: ignore[attr-defined]
     table.check()
     assert table.used() == 0
     return raised
@@ -244,7 +244,7 @@ def test_tokens_that_it_has_no_embedding_for_end_its_drafts() -> None:
 
 def test_two_drafters_may_share_the_model() -> None:
     made = engine(CHAIN)
-    one = made.drafter.drafter
+    one = made.drafter.own.drafter
     assert isinstance(one, Grower)
     other = Grower(one.method, one.runner, one.sampler)
     seq = Sequence(1, requests("greedy", 1)[0], 0, [1, 2, 3], 3, 1, 99)
@@ -257,7 +257,7 @@ def test_two_drafters_may_share_the_model() -> None:
 @pytest.mark.parametrize("place", ["move", "attach"])
 def test_a_twin_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(CHAIN)
-    drafter = made.drafter.drafter
+    drafter = made.drafter.own.drafter
     assert isinstance(drafter, Grower)
 
     def fails(*args: Any) -> None:

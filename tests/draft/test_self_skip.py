@@ -107,7 +107,7 @@ def test_every_draft_is_what_the_kept_layers_say_and_the_text_is_the_plain_one(b
     few = SAMPLING[sampling].but(max_tokens=14)
     both = [*requests(few.but(depth=depth), 1), *requests(few, 1, first=1)]
     seen = drive(made, both, (0, 2))
-    drafter = made.drafter.drafter
+    drafter = made.drafter.own.drafter
     assert isinstance(drafter, Redrafting) and drafter.compared > 18 and drafter.deepest == 4
     assert seen.accepted and seen.rejected
     alone = drive(engine(backend=backend), [Request("0", list(prompts()[0]), both[0].params)], (0,))
@@ -180,7 +180,7 @@ def test_under_rejection_the_law_is_the_targets(fault: bool) -> None:
 
 
 def drafting(made: Engine) -> Skipping:
-    drafter = made.drafter.drafter
+    drafter = made.drafter.own.drafter
     assert isinstance(drafter, Skipping)
     return drafter
 
@@ -330,14 +330,14 @@ def test_a_trimmed_head_drafts_its_tokens_only_and_leaves_the_targets_alone() ->
     keep, head = np.arange(0, plain.VOCAB, 2), made.runner.weights.head.weight
     drafting(made).trim(keep)
     drafted: set[int] = set()
-    propose = made.drafter.drafter.propose
+    propose = made.drafter.own.drafter.propose
 
     def noted(seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         trees = propose(seqs, budgets)
         drafted.update(token for tree in trees for token in tree.tokens.tolist())
         return trees
 
-    made.drafter.drafter.propose = noted  # type: ignore[method-assign]
+    made.drafter.own.drafter.propose = noted  # type: ignore[method-assign]
     seen = drive(made, requests(SAMPLING["sampled"], 2), (0, 0))
     check_texts(seen, "sampled")
     assert seen.accepted and drafted <= set(keep.tolist()) and torch.equal(made.runner.weights.head.weight, head)

@@ -179,7 +179,7 @@ def test_the_text_is_the_definitions(sampling: str) -> None:
 def joined(made: Engine, *parts: OpenDrafter) -> tuple[Engine, Merger]:
     """An engine like `made` whose drafter is the union of `parts`."""
     merger = Merger([type(part).__name__ for part in parts], parts, made.sampler)
-    return Engine(made.runner, made.scheduler, merger, made.verifier, made.sampler, max_model_len=128), merger
+    return Engine(made.runner, made.scheduler, merger, made.verifier.own, made.sampler, max_model_len=128), merger
 
 
 @pytest.mark.parametrize("pool", [40, 5])

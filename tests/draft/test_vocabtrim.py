@@ -45,7 +45,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trimmed(llm: LLM, text: Path, keep: int, draft: str = "draft-model") -> tuple[LLM, Trimmed]:
     made = llm.sibling(draft=f"vocabtrim:draft=({draft}),keep={keep},text={text}")
-    opened: Any = made.engine.drafter.drafter
+    opened: Any = made.engine.drafter.own.drafter
     return made, opened
 
 
@@ -119,7 +119,7 @@ def test_the_text_is_the_plain_one_and_drafts_are_of_kept_tokens(
 
 def drafts_of(llm: LLM, draft: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenTree]:
     made = llm.sibling(draft=draft)
-    trees = drafted(made.engine.drafter.drafter, monkeypatch)
+    trees = drafted(made.engine.drafter.own.drafter, monkeypatch)
     run(made, params)
     return trees
 
@@ -155,7 +155,7 @@ def test_kept_tokens_have_the_logits_that_they_had(llm: LLM, text: Path) -> None
     """Also where the head lies in a layout of the backend's own, as it does here on most CPUs."""
     tokens = llm.tokenizer.encode(PROMPTS[0])
     _, opened = trimmed(llm, text, 30)
-    plain: Any = llm.engine.drafter.drafter
+    plain: Any = llm.engine.drafter.own.drafter
     whole, small = logits(plain, tokens), logits(grower(opened), tokens)
     np.testing.assert_allclose(small[opened.keep], whole[opened.keep], rtol=0, atol=1e-4)
     assert np.ptp(whole) > 5
@@ -188,7 +188,7 @@ def tiny(draft: str = "rsd-s", verify: str = "coupled", pool: int = 40) -> tuple
     plain = engine(pool=pool, chunk=24, verify=verify)
     second = cast(Any, opened_by_name(draft, plain.runner, plain.sampler))
     opened = Trimmed(second, np.arange(0, VOCAB, 2), VOCAB)
-    return Engine(plain.runner, plain.scheduler, opened, plain.verifier, plain.sampler, max_model_len=128), opened
+    return Engine(plain.runner, plain.scheduler, opened, plain.verifier.own, plain.sampler, max_model_len=128), opened
 
 
 @pytest.mark.parametrize("pool", [40, 5])
