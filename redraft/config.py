@@ -33,7 +33,10 @@ def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
         return f"unknown option {name!r} of {cls.__name__}: {did_you_mean(name, cls.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{cls.__name__}.{name} = {first['input']!r}: {message}" if first["loc"] else f"{cls.__name__}: {message}"
+    if not first["loc"]:
+        return f"{cls.__name__}: {message}"
+    given = repr(first["input"]) if cls.model_fields[str(first["loc"][0])].repr else "(hidden)"
+    return f"{cls.__name__}.{name} = {given}: {message}"
 
 
 class SamplingParams(Settings):

@@ -14,7 +14,7 @@ import typer
 from redraft import __version__, registry
 from redraft.errors import InvalidInput, RedraftError
 
-VERBS = ("generate", "chat", "compare", "methods", "explain", "calibrate", "doctor")
+VERBS = ("generate", "chat", "compare", "methods", "explain", "calibrate", "doctor", "serve")
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # of click's errors typer exports this one; its base is all
 

@@ -73,7 +73,7 @@ def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None
 def _parameter(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
     default = DEFAULTS.get(name, field.default)
     text = field.description or ""
-    if default not in (None, ()) and not isinstance(default, bool):
+    if default not in (None, (), "") and not isinstance(default, bool):
         text = f"{text} (default: {default})".strip()
     flags = [f"--{name.replace('_', '-')}"] if default is False else []  # else typer adds a --no- form
     option = typer.Option(*flags, help=text, rich_help_panel=heading, show_default=False)

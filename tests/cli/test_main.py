@@ -22,7 +22,9 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["generate", "--help"], ["methods"], ["methods", "token-recycling"], ["--version"]], ids=" ".join
+    "arguments",
+    [["--help"], ["generate", "--help"], ["serve", "--help"], ["methods"], ["methods", "token-recycling"], ["--version"]],
+    ids=" ".join,
 )
 def test_help_and_methods_import_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False)

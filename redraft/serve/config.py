@@ -1,0 +1,156 @@
+"""Configuration of the server; that of its engine is EngineConfig."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from redraft import registry
+from redraft.config import Settings
+
+WEEK = 7 * 24 * 3600.0
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+MARK = re.compile(r"\{\{|\{%")  # of a template
+SOCKET = 107  # bytes of a unix socket's path, on Linux
+
+
+class ServeConfig(Settings):
+    """Who may ask, how much, and how long an answer may take. Checked: methods and files are there, and the template parses."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all of IPv4")
+    port: int = Field(8000, ge=0, le=65535, description="0: any free one")
+    uds: Path | None = Field(None, description="listen on this unix socket instead of host and port")
+    root_path: str = Field("", pattern=r"^(/[^/\s]+)*$", description="path under which a proxy shows the server, such as /llm")
+    ssl_keyfile: Path | None = Field(None, description="private key (PEM); with the certificate the server speaks HTTPS")
+    ssl_certfile: Path | None = Field(None, description="certificate chain (PEM)")
+    api_key: tuple[str, ...] = Field(
+        (),
+        repr=False,
+        exclude=True,
+        description="a key that clients must send, repeated for more; none: everybody may ask. Others see it in the list of processes:"
+        " prefer the environment or a file",
+    )
+    allow_origins: tuple[str, ...] = Field((), description="origin whose web pages may ask (CORS), repeated for more; *: all")
+    served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
+    chat_template: str | None = Field(None, description="a Jinja file, or the template itself, which it becomes; None: the checkpoint's")
+    response_role: str = Field("assistant", min_length=1, description="role of the replies of a chat")
+    keep: str | None = Field(None, description="name:option=value,... of a policy that evicts from the cache, where a request names none")
+    codec: str | None = Field(None, description="name:option=value,... of a form in which the cache is stored, likewise")
+    read: str | None = Field(None, description="name:option=value,... of a way to read the cache sparsely, likewise")
+    depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run behind the prompt, likewise")
+    max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that wait; further ones are told to come back (429)")
+    request_timeout: float = Field(600.0, ge=0, le=WEEK, description="seconds from a request's arrival to its end; 0: no limit")
+    idle_timeout: float = Field(60.0, gt=0, le=WEEK, description="seconds for which a client may neither read nor send")
+    keep_alive: float = Field(10.0, gt=0, le=3600, description="seconds between comments in a stream that has nothing to tell")
+    shutdown_timeout: float = Field(30.0, ge=0, le=WEEK, description="seconds in which requests may end after SIGTERM")
+    max_body: int = Field(4 << 20, ge=1024, le=1 << 30, description="bytes of a request's body")
+    max_n: int = Field(16, ge=1, le=1024, description="texts that one request may ask for")
+    max_logprobs: int = Field(20, ge=0, le=1024, description="likeliest tokens that a request may ask for at each place")
+    max_stop: int = Field(16, ge=0, le=1024, description="stop strings of one request")
+    metrics_prefix: str = Field(
+        "redraft:",
+        pattern=r"^([a-zA-Z_:][a-zA-Z0-9_:]*)?$",
+        description="in front of the names of the metrics, for dashboards made for others",
+    )
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="critical, error, warning, info, debug")
+    access_log: bool = Field(True, description="a line for each request")
+
+    @field_validator("api_key", "allow_origins", "served_model_name", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("api_key", "allow_origins", "served_model_name")
+    @classmethod
+    def _listed(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for text in value:
+            if not text.strip():
+                raise ValueError("an empty string is not allowed")
+            if info.field_name == "api_key" and not re.fullmatch(r"[!-~]+", text):
+                raise ValueError("a key is of visible ASCII characters, without spaces")
+            if info.field_name == "allow_origins" and not ORIGIN.fullmatch(text):
+                raise ValueError(f"{text!r} is neither * nor scheme://host[:port]")
+        return value
+
+    @field_validator("keep", "codec", "read", "depth")
+    @classmethod
+    def _method(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None or value == "none":
+            return None
+        registry.create(str(info.field_name), value)
+        return value
+
+    @field_validator("ssl_keyfile", "ssl_certfile", "uds")
+    @classmethod
+    def _path(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None:
+            return None
+        path = _home(value)
+        if info.field_name != "uds":
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise ValueError(_reason(error)) from None
+        elif not path.parent.is_dir():
+            raise ValueError("the folder does not exist")
+        elif len(os.fsencode(path)) > SOCKET:
+            raise ValueError(f"a socket's path has at most {SOCKET} bytes")
+        return path
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        """Its text, read from the file."""
+        if value is None:
+            return None
+        text = value
+        if not MARK.search(text):
+            try:
+                text = _home(value).read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ValueError(f"neither a template nor a file that can be read: {_reason(error)}") from None
+            if not MARK.search(text):
+                raise ValueError("the file is no template: it has neither {{ nor {%")
+        from jinja2 import TemplateError, TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        try:
+            ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols", _generation()]).from_string(text)
+        except TemplateError as error:
+            line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise ValueError(f"the template does not parse{line}: {error.message}") from None
+        return text
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile and ssl_certfile are given together or not at all")
+        return self
+
+
+def _home(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8"
+
+
+def _generation() -> Any:
+    """{% generation %}, by which templates mark what the model itself says."""
+    from jinja2.ext import Extension
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 types it
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
