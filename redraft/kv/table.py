@@ -240,6 +240,14 @@ class PageTable:
             held.cursor = self.prefix.insert(held.cursor, seq.request.salt, tokens, lane.pages[i])
         held.published = full
 
+    def forget(self) -> int:
+        """Lets go of the published pages that nobody lists, and returns how many they were; the others stay shared."""
+        count = len(self.prefix.idle)
+        while self.prefix.idle:
+            for page in self.prefix.evict():
+                self._release(self._pools[Space()], page)
+        return count
+
     # ---- sequences
 
     def open(self, seq: Sequence) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +27,38 @@ class Tokenizer:
         except Exception as error:  # whatever the many formats raise
             raise CheckpointError(f"{path}: no tokenizer that can be read: {str(error).splitlines()[0]}") from None
         self._fast = getattr(self.hf, "backend_tokenizer", None)
+        self.encode("")  # settles what the tokenizer's state still holds of its file, so that threads may share it
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text; `special`: with the tokens that the checkpoint puts around every text (such as <s>)."""
-        return list(self.hf(text, add_special_tokens=special)["input_ids"])
+        """Ids of a text; `special`: with the tokens that the checkpoint puts around every text (such as <s>, which is not put
+        before a text that begins with it)."""
+        try:
+            ids: list[int] = list(self.hf(text, add_special_tokens=special)["input_ids"])
+        except UnicodeEncodeError:
+            raise InvalidInput("the text has half of a surrogate pair, which no UTF-8 can hold") from None
+        first = self.hf.bos_token_id
+        return ids[1:] if special and first is not None and ids[:2] == [first, first] else ids
 
-    def encode_chat(self, messages: Seq[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation by the checkpoint's template, which writes <s> itself where it wants one."""
-        if not self.hf.chat_template:
-            raise InvalidInput("this checkpoint has no chat template: use generate with a prompt instead")
+    def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
+        """A conversation as text, by the checkpoint's template or by `template`; variables: what else it shall see, or an argument of
+        transformers' apply_chat_template such as continue_final_message."""
+        if not (template or self.hf.chat_template):
+            raise InvalidInput("this checkpoint has no chat template: give plain prompts, or a template of your own")
         for i, message in enumerate(messages):
             if not {"role", "content"} <= set(message):
                 raise InvalidInput(f"messages[{i}] has {', '.join(message) or 'nothing'}: role and content are needed")
         try:
-            text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+            return str(
+                self.hf.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
+                )
+            )
         except Exception as error:  # jinja's, or what a template raises itself
             raise InvalidInput(f"messages: the chat template refuses them: {error}") from None
-        return self.encode(text, special=False)
+
+    def encode_chat(self, messages: Seq[Message], **options: Any) -> list[int]:
+        """Ids of a conversation by its template, which writes <s> itself where it wants one; options: see render."""
+        return self.encode(self.render(messages, **options), special=False)
 
     def decode(self, ids: list[int]) -> str:
         return self._text(ids, skip=True)
@@ -54,7 +71,32 @@ class Tokenizer:
         decoder = self.hf if self._fast is None else self._fast  # the Rust tokenizer itself: ten times quicker
         return str(decoder.decode(ids, skip_special_tokens=skip))
 
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text; a token may hold a part of a character."""
+        piece = str(self.hf.convert_ids_to_tokens(token))
+        if token in self.hf.all_special_ids or self._fast is None:
+            return piece.encode()
+        if self._byte_level:
+            table = _byte_table()
+            return bytes(table[letter] for letter in piece) if all(letter in table for letter in piece) else piece.encode()
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        """Whether letters of the vocabulary stand for bytes, as in GPT-2's."""
+        return self._fast is not None and '"ByteLevel"' in json.dumps(json.loads(self._fast.to_str()).get("decoder"))
+
     def spellings(self, word: str) -> list[list[int]]:
         """The ids of a word at the start of a text and after a space, to ban both."""
         found = [self.encode(text, special=False) for text in (word, " " + word.lstrip())]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
+
+
+@cache
+def _byte_table() -> dict[str, int]:
+    """The letter that stands for each byte in vocabularies of bytes: itself where it can be printed, else one from 256 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,496 @@
+"""The endpoints: what OpenAI's clients ask, and what those who run a server ask."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import inspect
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import Any, cast
+
+import numpy as np
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from redraft import __version__, registry
+from redraft.config import SamplingParams
+from redraft.core import sequence
+from redraft.core.noise import Stream
+from redraft.core.sequence import Pooling
+from redraft.llm import LLM
+from redraft.serve import schema
+from redraft.serve.config import ServeConfig
+from redraft.serve.errors import ErrorReply, Refused, clean, refused
+from redraft.serve.limits import Limits, answer, unless_gone
+from redraft.serve.metrics import Metrics
+from redraft.serve.reply import ALTERNATIVES, Wanted, Writer
+from redraft.serve.shell import Shell, Ticket
+from redraft.serve.stream import EventStream, lines, whole
+
+PREDICTED = "aggressive"  # the drafter of a request's prediction
+LARGEST = 64  # of a number in a drafter's options, where a request chooses it: tables grow with it
+COMPLETION_TOKENS = 16  # OpenAI's default
+SALTED = 16  # letters of a key's hash
+SAME_NAME = (
+    "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
+    "ignore_eos", "stop_token_ids", "bad_words", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs", "stop",
+)  # fmt: skip
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply, "description": text}
+    for status, text in {
+        400: "the request is wrong: param names the field",
+        401: "no valid key",
+        404: "no such model",
+        408: "the body did not come in time",
+        413: "the body is too large",
+        429: "too many wait",
+        500: "the server's fault",
+        503: "starting, or shutting down",
+        504: "it took too long",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: as it was given, or what was made of messages."""
+
+    tokens: list[int]
+    text: str
+
+
+class Service:
+    """A loaded model and what its server allows."""
+
+    def __init__(self, llm: LLM, config: ServeConfig) -> None:
+        self.llm, self.config = llm, config
+        name = llm.name.rstrip("/").rsplit("/", 1)[-1] if llm.name.startswith(("/", ".", "~")) else llm.name
+        self.names = config.served_model_name or (name,)
+        self.metrics = Metrics(config.metrics_prefix, self.names[0])
+        self.shell = Shell(llm.engine, self.metrics, max_queue=config.max_queue)
+        self.metrics.watch(llm.engine, lambda: self.shell.queued)
+        self.began = int(time.time())
+        self._numbers = itertools.count()
+        self._reader = ThreadPoolExecutor(1, "redraft-tokenizer")  # long texts take a while; one thread, as tokenizers want it
+        self._arguments = frozenset(inspect.signature(llm.tokenizer.hf.apply_chat_template).parameters) | {"messages", "template"}
+
+    # ---- requests
+
+    def known(self, model: str | None) -> str:
+        if model is None or model in self.names:
+            return model or self.names[0]
+        raise Refused(404, f"no model {model!r} here; there is {', '.join(self.names)}", "model", "model_not_found")
+
+    def params(self, body: schema.Sampled, **more: Any) -> SamplingParams:
+        """Those of the request over the checkpoint's own. Refused or RedraftError names a field."""
+        config, given = self.config, {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+        self._within("n", body.n, config.max_n)
+        self._within("prompt_logprobs", body.prompt_logprobs, config.max_logprobs)
+        if isinstance(body.stop, list) and len(body.stop) > config.max_stop:
+            raise Refused(400, f"stop has {len(body.stop)} strings: {config.max_stop} are allowed", "stop")
+        if body.seed is not None:
+            given["seed"] = body.seed % (1 << 64)
+        if body.logit_bias is not None:
+            given["logit_bias"] = {int(token): amount for token, amount in body.logit_bias.items()}
+        for seam in ("keep", "codec", "read", "depth"):
+            own, chosen = getattr(config, seam), getattr(body.cache, seam, None)
+            if chosen is not None:
+                self._safe(seam, chosen, own)
+            if chosen or own:
+                given[seam] = chosen or own
+        return self.llm.params(SamplingParams(**given | self._speculation(body) | {k: v for k, v in more.items() if v is not None}))
+
+    def _speculation(self, body: schema.Sampled) -> dict[str, Any]:
+        """Drafter and verifier. A prediction is drafted from, beside what else is chosen."""
+        engine, chosen = self.llm.config, body.speculation
+        if chosen == "off":
+            return {"draft": "none", "draft_rows": 0}
+        choice = chosen if isinstance(chosen, schema.SpeculationChoice) else schema.SpeculationChoice()
+        given: dict[str, Any] = {}
+        if choice.method is not None:
+            given["draft"] = self._safe("draft", choice.method, engine.draft)
+        if choice.verifier is not None:
+            given["verify"] = self._safe("verify", choice.verifier, engine.verify)
+        if choice.budget is not None:
+            given["draft_rows"] = choice.budget
+        if body.prediction is not None:
+            given["prediction"] = body.prediction.text
+            given["draft"] = self._predicting(given.get("draft", engine.draft), given.get("verify", engine.verify))
+        return given
+
+    @staticmethod
+    def _predicting(draft: str, verify: str) -> str:
+        name = registry.parse(draft)[0]
+        verifier: Any = registry.method("verify", registry.parse(verify)[0])
+        if name == PREDICTED:
+            return draft
+        return PREDICTED if name == "none" or verifier.drafts is not Stream.TARGET else f"union:parts=({PREDICTED})+({draft})"
+
+    def _safe(self, seam: str, text: str, own: str | None) -> str:
+        """A method that a request may choose: one that opens no file and takes no more memory than others."""
+        if text in (own, "none"):
+            return text
+        name, given = registry.parse(text)
+        for option, value in given.items():
+            if option == "model":
+                raise Refused(400, f"{name}: a request cannot choose a model", seam)
+            if seam == "draft" and value.lstrip("-").isdigit() and int(value[:20]) > LARGEST:
+                raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", seam)
+            if seam == "draft" and option in ("parts", "draft"):
+                for part in registry.split(value, "+"):
+                    self._safe(seam, part, own)
+        registry.create(seam, text)
+        return text
+
+    @staticmethod
+    def _within(name: str, value: int | None, most: int) -> None:
+        if value is not None and value > most:
+            raise Refused(400, f"{name} = {value}: at most {most} is allowed", name)
+
+    # ---- prompts
+
+    async def read(self, task: Any) -> Any:
+        """Done by the tokenizer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._reader, task)
+
+    async def prompts(self, given: str | Seq[str] | Seq[int] | Seq[Seq[int]], *, special: bool = True, texts: bool = False) -> list[Prompt]:
+        """One text or list of tokens, or several; texts: their texts are wanted where they are tokens."""
+        if isinstance(given, str):
+            many: list[Any] = [given]
+        elif given and isinstance(given[0], int):
+            many = [given]
+        else:
+            many = list(given)
+        if not many:
+            raise Refused(400, "no prompt was given", "prompt")
+        if len(many) > self.config.max_queue:
+            raise Refused(400, f"{len(many)} prompts: at most {self.config.max_queue} are allowed", "prompt")
+        return [await self.read(partial(self._prompt, one, special, texts)) for one in many]
+
+    def _prompt(self, one: str | list[int], special: bool, texts: bool) -> Prompt:
+        tokenizer = self.llm.tokenizer
+        if isinstance(one, str):
+            return Prompt(tokenizer.encode(one, special=special), one)
+        size = self.llm.runner.spec.vocab
+        if outside := next((token for token in one if token >= size), None):
+            raise Refused(400, f"token {outside}: not in 0..{size - 1}", "prompt")
+        return Prompt(list(one), tokenizer.decode_all(list(one)) if texts else "")
+
+    async def conversation(self, body: schema.ChatRequest | schema.TokenizeRequest) -> Prompt:
+        assert body.messages is not None
+        variables = dict(body.chat_template_kwargs or {})
+        if taken := next((name for name in variables if name in self._arguments or not name.isidentifier()), None):
+            raise Refused(400, f"chat_template_kwargs: {taken!r} is no variable that a request can set", "chat_template_kwargs")
+        going_on = bool(body.continue_final_message)
+        prompting = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
+        if going_on and prompting:
+            raise Refused(400, "add_generation_prompt and continue_final_message exclude each other", "continue_final_message")
+        messages = [message.plain() for message in body.messages]
+        options = {"add_generation_prompt": prompting, "template": self.config.chat_template, **variables}
+        if going_on:
+            options["continue_final_message"] = True
+        return cast(Prompt, await self.read(partial(self._render, messages, options)))
+
+    def _render(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Prompt:
+        text = self.llm.tokenizer.render(messages, **options)
+        return Prompt(self.llm.tokenizer.encode(text, special=False), text)
+
+    # ---- answers
+
+    async def submit(
+        self, prompts: list[Prompt], params: SamplingParams, key: str, body: Any, pool: Pooling = Pooling.NONE
+    ) -> list[Ticket]:
+        """All of them are queued, or none."""
+        if isinstance(params.prediction, str):
+            ids = await self.read(partial(self.llm.tokenizer.encode, params.prediction, special=False))
+            params = params.but(prediction=tuple(ids))
+        salt = hashlib.sha256(key.encode()).hexdigest()[:SALTED] if key else ""
+        salt += f"/{body.cache_salt}" if body.cache_salt else ""
+        tickets: list[Ticket] = []
+        try:
+            for prompt in prompts:
+                name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
+                made = sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, pool=pool)
+                tickets.append(await self.shell.submit(made))
+        except BaseException:
+            self.shell.forget(*tickets)
+            raise
+        return tickets
+
+    @property
+    def deadline(self) -> float:
+        return monotonic() + (self.config.request_timeout or float("inf"))
+
+    async def reply(self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, wanted: Wanted) -> Response:
+        deadline, stream = self.deadline, bool(body.stream)
+        if stream and params.prompt_logprobs is not None and not wanted.echo:
+            raise Refused(400, "prompt_logprobs is not offered with stream", "prompt_logprobs")
+        if body.stream_options is not None and not stream:
+            raise Refused(400, "stream_options needs stream", "stream_options")
+        tickets = await self.submit(prompts, params, http.scope["redraft.key"], body)
+        writer = Writer(wanted, self.llm.tokenizer, tickets, [prompt.text for prompt in prompts])
+        if stream:
+            return EventStream(self.shell, tickets, lines(writer, deadline, self.config.keep_alive))
+        forget = partial(self.shell.forget, *tickets)
+        return JSONResponse(await unless_gone(http.receive, whole(writer, deadline), forget))
+
+    def wanted(self, body: schema.Sampled, params: SamplingParams, **more: Any) -> Wanted:
+        return Wanted(
+            model=self.known(body.model),
+            role=self.config.response_role,
+            token_ids=bool(body.return_token_ids),
+            provenance=params.provenance,
+            usage=bool(body.stream_options and body.stream_options.include_usage),
+            predicted=PREDICTED if params.prediction is not None else "",
+            **more,
+        )
+
+
+router = APIRouter(responses=ERRORS)
+
+
+def service(http: Request) -> Service:
+    return cast(Service, http.app.state.service)
+
+
+def streaming(name: str) -> dict[str, Any]:
+    """The documents of an endpoint that answers whole or as a stream."""
+    return {
+        "responses": {200: {"description": name, "content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}}
+    }
+
+
+@router.post("/v1/completions", **streaming("the texts"))
+async def completions(http: Request, body: schema.CompletionRequest) -> Response:
+    here = service(http)
+    here.known(body.model)
+    here._within("logprobs", body.logprobs, here.config.max_logprobs)
+    drop = body.max_tokens == 0
+    if drop and not body.echo:
+        raise Refused(400, "max_tokens = 0: at least 1, or echo", "max_tokens")
+    likeliest = body.logprobs
+    if body.provenance:
+        likeliest = max(likeliest or 0, ALTERNATIVES + 1)
+    params = here.params(
+        body,
+        max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens or 1,
+        min_tokens=0 if drop else None,
+        logprobs=likeliest,
+        prompt_logprobs=body.logprobs if body.echo else None,
+        provenance=body.provenance,
+    )
+    prompts = await here.prompts(body.prompt, special=body.add_special_tokens is not False, texts=bool(body.echo))
+    name = f"cmpl-{secrets.token_hex(12)}"
+    wanted = here.wanted(body, params, id=name, chat=False, logprobs=body.logprobs, echo=bool(body.echo), drop=drop)
+    return await here.reply(http, body, prompts, params, wanted)
+
+
+@router.post("/v1/chat/completions", **streaming("the replies"))
+async def chat(http: Request, body: schema.ChatRequest) -> Response:
+    here = service(http)
+    here.known(body.model)
+    here._within("top_logprobs", body.top_logprobs, here.config.max_logprobs)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Refused(400, "top_logprobs needs logprobs", "top_logprobs")
+    if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
+        raise Refused(400, "max_tokens and max_completion_tokens differ: give one of them", "max_completion_tokens")
+    asked = (body.top_logprobs or 0) if body.logprobs else None
+    likeliest = max(asked or 0, ALTERNATIVES + 1) if body.provenance else asked
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = here.params(body, max_tokens=most, logprobs=likeliest, provenance=body.provenance)
+    prompt = await here.conversation(body)
+    wanted = here.wanted(body, params, id=f"chatcmpl-{secrets.token_hex(12)}", chat=True, logprobs=asked)
+    return await here.reply(http, body, [prompt], params, wanted)
+
+
+@router.post("/v1/embeddings")
+async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
+    here = service(http)
+    model = here.known(body.model)
+    size = here.llm.runner.spec.hidden
+    if body.dimensions not in (None, size):
+        raise Refused(400, f"dimensions = {body.dimensions}: this model has {size}, no fewer are offered", "dimensions")
+    pool = Pooling(body.pooling or "last")
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0)
+    prompts = await here.prompts(body.input)
+    tickets = await here.submit(prompts, params, http.scope["redraft.key"], body, pool)
+    writer = Writer(Wanted("", model, False), here.llm.tokenizer, tickets, [""] * len(tickets))
+    await unless_gone(http.receive, whole(writer, here.deadline), partial(here.shell.forget, *tickets))
+    data = []
+    for index, ticket in enumerate(tickets):
+        vector = ticket.request.embedding(body.normalize is not False).astype(np.float32)
+        told: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": told})
+    count = sum(len(prompt.tokens) for prompt in prompts)
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
+
+
+@router.get("/v1/models")
+async def models(http: Request) -> dict[str, Any]:
+    here = service(http)
+    return {"object": "list", "data": [_model(here, name) for name in here.names]}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(http: Request, model: str) -> dict[str, Any]:
+    here = service(http)
+    return _model(here, here.known(model))
+
+
+def _model(here: Service, name: str) -> dict[str, Any]:
+    about = {"object": "model", "created": here.began, "owned_by": "redraft", "root": here.names[0], "parent": None}
+    return {"id": name, **about, "max_model_len": here.llm.max_model_len, "permission": []}
+
+
+@router.post("/tokenize")
+async def tokenize(http: Request, body: schema.TokenizeRequest) -> dict[str, Any]:
+    here = service(http)
+    here.known(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise Refused(400, "either prompt or messages is needed", "prompt")
+    if body.messages is not None:
+        prompt = await here.conversation(body)
+    else:
+        (prompt,) = await here.prompts(body.prompt or "", special=body.add_special_tokens is not False)
+    found: dict[str, Any] = {"count": len(prompt.tokens), "max_model_len": here.llm.max_model_len, "tokens": prompt.tokens}
+    if body.return_token_strs:
+        found["token_strs"] = [here.llm.tokenizer.bytes_of(token).decode("utf-8", "replace") for token in prompt.tokens]
+    return found
+
+
+@router.post("/detokenize")
+async def detokenize(http: Request, body: schema.DetokenizeRequest) -> dict[str, Any]:
+    here = service(http)
+    here.known(body.model)
+    if not body.tokens:
+        return {"prompt": ""}
+    (prompt,) = await here.prompts(body.tokens, texts=True)
+    return {"prompt": prompt.text}
+
+
+@router.get("/health")
+async def health(http: Request) -> dict[str, str]:
+    """Whether the process can answer at all."""
+    if not service(http).shell.alive:
+        raise Refused(503, "the engine stopped")
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(http: Request) -> dict[str, str]:
+    """Whether new requests are taken."""
+    shell = service(http).shell
+    if shell.draining or not shell.alive:
+        raise Refused(503, "no new requests are taken")
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(http: Request) -> Response:
+    return Response(service(http).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/server_info")
+async def server_info(http: Request) -> dict[str, Any]:
+    """What is served, and what a request may choose."""
+    here = service(http)
+    llm, config = here.llm, here.llm.config
+    spec, backend = llm.runner.spec, llm.runner.backend
+    return {
+        "version": __version__,
+        "models": list(here.names),
+        "family": spec.family,
+        "max_model_len": llm.max_model_len,
+        "backend": backend.name,
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "device": str(backend.device),
+        "threads": backend.threads,
+        "quant": config.model.quant,
+        "draft": config.draft if "model" not in registry.parse(config.draft)[1] else registry.parse(config.draft)[0],
+        "verify": config.verify,
+        "guarantee": llm.guarantee.label,
+        "scheduler": config.schedule.model_dump(),
+        "cache": {"pages": llm.engine.table.slabs, "tokens_per_page": llm.engine.table.page, "prefix_sharing": config.cache.prefix_sharing},
+        "policies": {seam: getattr(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
+        "methods": {
+            seam: sorted(names) for seam, names in registry.METHODS.items() if seam in ("draft", "verify", "keep", "codec", "read")
+        },
+        "limits": here.config.model_dump(include={"max_queue", "request_timeout", "max_body", "max_n", "max_logprobs", "max_stop"}),
+    }
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(http: Request) -> dict[str, int]:
+    """Forgets cached prefixes that no text under way uses."""
+    here = service(http)
+    return {"pages": await here.shell.call(here.llm.engine.table.forget)}
+
+
+def app(llm: LLM, config: ServeConfig) -> FastAPI:
+    """The ASGI application over a loaded model."""
+    here = Service(llm, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        here.shell.start()
+        yield
+        await here.shell.stop()
+
+    made = FastAPI(title="Redraft", version=__version__, lifespan=lifespan, openapi_url="/openapi.json")
+    made.state.service = here
+    made.include_router(router)
+
+    @made.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return cast(Response, answer(Refused(400, *_wrong(error.errors()))))
+
+    @made.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        status = error.status_code if error.status_code in (404, 405) else 400
+        return cast(Response, answer(Refused(status, str(error.detail), headers=dict(error.headers or {}))))
+
+    @made.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        raise error  # Limits answers it
+
+    made.add_middleware(Limits, config=config)
+    if config.allow_origins:
+        made.add_middleware(CORSMiddleware, allow_origins=list(config.allow_origins), allow_methods=["*"], allow_headers=["*"])
+    return made
+
+
+def _wrong(errors: Seq[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Message and field of the first thing that is wrong with a body."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained", "str", "function-")))
+    kind, text = first["type"], str(first["msg"]).removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"unknown field {place!r}", place
+    if kind == "json_invalid":
+        return f"the body is no JSON: {first.get('ctx', {}).get('error', text)}", None
+    if kind == "value_error" and not place:
+        return text, text.partition(":")[0] or None
+    given = clean(repr(first.get("input")))[:80]
+    return f"{place or 'body'} = {given}: {text[:1].lower()}{text[1:]}", place or None
+
+
+__all__ = ["Service", "app", "refused"]

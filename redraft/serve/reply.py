@@ -1,0 +1,285 @@
+"""Replies in the forms of OpenAI's interface, from what the engine tells."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from redraft import __version__
+from redraft.core.law import TopLogprobs
+from redraft.core.sequence import Request
+from redraft.engine.engine import Event, Provenance, Stats
+from redraft.models.tokenizer import Tokenizer
+from redraft.serve.shell import Ticket
+
+FINGERPRINT = f"redraft-{__version__}"
+ALTERNATIVES = 4  # tokens beside each that provenance tells of
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request wants to be told of each token, and how."""
+
+    id: str
+    model: str
+    chat: bool
+    role: str = "assistant"
+    logprobs: int | None = None  # likeliest tokens at each place
+    token_ids: bool = False
+    provenance: bool = False
+    echo: bool = False
+    drop: bool = False  # nothing of what is generated is told: only the prompt was asked about
+    usage: bool = False  # a last chunk of a stream tells it
+    created: int = field(default_factory=lambda: int(time.time()))
+    predicted: str = ""  # what the drafter of the request's prediction is called in the statistics
+
+
+@dataclass
+class Choice:
+    """One text as far as it is told."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
+    reason: str | None = None
+    stats: Stats = field(default_factory=Stats)
+
+    def hear(self, event: Event) -> None:
+        self.text += event.text
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs
+        self.provenance += event.provenance
+        self.reason = None if event.reason is None else str(event.reason)
+        self.stats = event.stats
+
+
+class Writer:
+    """Of one HTTP request, whose prompts are `tickets`; choice i * n + j is text j of prompt i."""
+
+    def __init__(self, wanted: Wanted, tokenizer: Tokenizer, tickets: list[Ticket], prompts: list[str]) -> None:
+        self.wanted, self.tokenizer, self.tickets, self.prompts = wanted, tokenizer, tickets, prompts
+        self.n = tickets[0].request.params.n
+        self.choices = [Choice(i) for i in range(len(tickets) * self.n)]
+        self._offsets = [len(prompt) if wanted.echo else 0 for prompt in prompts for _ in range(self.n)]
+        self._begun: set[int] = set()
+
+    def hear(self, place: int, event: Event) -> Choice:
+        """Keeps what is told of the text; returns what is new of it."""
+        index = place * self.n + event.index
+        if self.wanted.drop:
+            told = Choice(index, reason="length" if event.reason else None, stats=event.stats)
+        else:
+            told = Choice(index)
+            told.hear(event)
+        whole = self.choices[index]
+        whole.text += told.text
+        whole.tokens += told.tokens
+        whole.logprobs += told.logprobs
+        whole.provenance += told.provenance
+        whole.reason, whole.stats = told.reason, told.stats
+        return told
+
+    # ---- whole replies
+
+    def whole(self) -> dict[str, Any]:
+        reply = self._frame("chat.completion" if self.wanted.chat else "text_completion")
+        reply["choices"] = [self._choice(choice) for choice in self.choices]
+        reply |= {"usage": self.usage(), "metrics": self.metrics()}
+        requests = [ticket.request for ticket in self.tickets]
+        if self.wanted.chat:
+            if requests[0].params.prompt_logprobs is not None:
+                reply["prompt_logprobs"] = self._prompt_logprobs(requests[0])
+            if self.wanted.token_ids:
+                reply["prompt_token_ids"] = requests[0].prompt
+        return reply
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        request = self.tickets[choice.index // self.n].request
+        found: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason}
+        if self.wanted.chat:
+            found["message"] = {"role": self.wanted.role, "content": choice.text, "refusal": None}
+            found["logprobs"] = self._chat_logprobs(choice)
+        else:
+            prompt = self.prompts[choice.index // self.n] if self.wanted.echo else ""
+            found |= {"text": prompt + choice.text, "logprobs": self._completion_logprobs(choice, echo=self.wanted.echo)}
+            if self.wanted.token_ids:
+                found["prompt_token_ids"] = request.prompt
+            if request.params.prompt_logprobs is not None and not self.wanted.echo:
+                found["prompt_logprobs"] = self._prompt_logprobs(request)
+        return found | self._extra(choice)
+
+    # ---- streams
+
+    def chunk(self, told: Choice) -> dict[str, Any] | None:
+        """One piece, None where there is nothing to tell yet."""
+        first = told.index not in self._begun
+        place = told.index // self.n
+        ids = self.wanted.token_ids and told.tokens
+        if not (first or told.text or told.reason or (self.wanted.logprobs is not None and told.logprobs) or told.provenance or ids):
+            return None
+        self._begun.add(told.index)
+        reply = self._frame("chat.completion.chunk" if self.wanted.chat else "text_completion")
+        found: dict[str, Any] = {"index": told.index, "finish_reason": told.reason}
+        if self.wanted.chat:
+            delta = {"role": self.wanted.role} if first else {}
+            found |= {"delta": delta | {"content": told.text}, "logprobs": self._chat_logprobs(told)}
+        else:
+            echo = first and self.wanted.echo
+            found |= {
+                "text": (self.prompts[place] if echo else "") + told.text,
+                "logprobs": self._completion_logprobs(told, echo=echo),
+            }
+        if first and self.wanted.token_ids:
+            found["prompt_token_ids"] = self.tickets[place].request.prompt
+        reply["choices"] = [found | self._extra(told)]
+        if self.wanted.usage:
+            reply["usage"] = None
+        elif all(choice.reason for choice in self.choices):
+            reply["metrics"] = self.metrics()
+        return reply
+
+    def last(self) -> dict[str, Any]:
+        """The chunk of the usage."""
+        reply = self._frame("chat.completion.chunk" if self.wanted.chat else "text_completion")
+        return reply | {"choices": [], "usage": self.usage(), "metrics": self.metrics()}
+
+    # ---- parts
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        wanted = self.wanted
+        return {"id": wanted.id, "object": kind, "created": wanted.created, "model": wanted.model, "system_fingerprint": FINGERPRINT}
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(ticket.request.prompt) for ticket in self.tickets)
+        completion = sum(len(choice.tokens) for choice in self.choices)
+        found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        found["prompt_tokens_details"] = {"cached_tokens": sum(ticket.request.cached_tokens or 0 for ticket in self.tickets)}
+        if self.wanted.predicted:
+            counts = [choice.stats.by_drafter.get(self.wanted.predicted, (0, 0)) for choice in self.choices]
+            drafted, kept = sum(count for count, _ in counts), sum(count for _, count in counts)
+            found["completion_tokens_details"] = {"accepted_prediction_tokens": kept, "rejected_prediction_tokens": drafted - kept}
+        return found
+
+    def metrics(self) -> dict[str, Any]:
+        """What the request took, in seconds, and what drafting did for it."""
+        stats = [choice.stats for choice in self.choices]
+        steps, accepted = sum(one.steps for one in stats), sum(one.accepted for one in stats)
+        deepest = max((len(one.by_depth) for one in stats), default=0)
+        firsts = [ticket.first - ticket.arrived for ticket in self.tickets if ticket.first is not None]
+        gaps = [gap for ticket in self.tickets for gap in ticket.gaps]
+        more = sum(len(choice.tokens) - 1 for choice in self.choices if choice.tokens)
+        queued = [ticket.request.admitted - ticket.arrived for ticket in self.tickets if ticket.request.admitted is not None]
+        return {
+            "time_to_first_token": _rounded(min(firsts, default=None)),
+            "queue_time": _rounded(max(0.0, max(queued, default=0.0))),
+            "mean_inter_token_latency": _rounded(sum(gaps) / more if more else None),
+            "steps": steps,
+            "drafted": sum(one.drafted for one in stats),
+            "accepted": accepted,
+            "mean_acceptance_length": round(1 + accepted / steps, 4) if steps else None,
+            "acceptance_by_position": [
+                sum(one.by_depth[depth] for one in stats if depth < len(one.by_depth)) for depth in range(deepest)
+            ],
+            "faults": sorted({one.fault for one in stats if one.fault}),
+            "seeds": [ticket.request.params.seed for ticket in self.tickets],
+        }  # fmt: skip
+
+    def _extra(self, told: Choice) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.wanted.token_ids:
+            found["token_ids"] = told.tokens
+        if self.wanted.provenance:
+            found["provenance"] = [
+                self._origin(token, one, of) for token, one, of in zip(told.tokens, told.logprobs, told.provenance, strict=True)
+            ]
+            found["trees"] = [self._tree(one) for one in told.provenance if one.tree is not None]
+        return found
+
+    def _origin(self, token: int, one: TopLogprobs, of: Provenance) -> dict[str, Any]:
+        beside = [(other, logprob) for other, logprob in one.top if other != token][:ALTERNATIVES]
+        return {
+            "token": self._text(token),
+            "token_id": token,
+            "step": of.step,
+            "origin": of.drafter or "model",
+            "probability": math.exp(one.logprob),
+            "rank": one.rank,
+            "alternatives": [
+                {"token": self._text(other), "token_id": other, "probability": math.exp(logprob)} for other, logprob in beside
+            ],
+        }
+
+    def _tree(self, of: Provenance) -> dict[str, Any]:
+        assert of.tree is not None
+        tree = of.tree
+        origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
+        nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), origins, strict=True)
+        told = [
+            {"token": self._text(token), "token_id": token, "parent": parent, "origin": of.names[origin], "accepted": i in of.path}
+            for i, (token, parent, origin) in enumerate(nodes)
+        ]
+        return {"step": of.step, "nodes": told}
+
+    def _chat_logprobs(self, told: Choice) -> dict[str, Any] | None:
+        if self.wanted.logprobs is None:
+            return None
+        content = []
+        for one in told.logprobs:
+            top = [self._entry(token, logprob) for token, logprob in one.top[: self.wanted.logprobs]]
+            content.append(self._entry(one.token, one.logprob) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self.tokenizer.bytes_of(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+    def _completion_logprobs(self, told: Choice, *, echo: bool) -> dict[str, Any] | None:
+        if self.wanted.logprobs is None:
+            return None
+        entries: list[TopLogprobs | None] = [*told.logprobs]
+        texts = [self._text(one.token) for one in told.logprobs]
+        offset = self._offsets[told.index]
+        if echo:
+            request = self.tickets[told.index // self.n].request
+            entries = [*request.prompt_logprobs, *entries]
+            texts = [*map(self._text, request.prompt), *texts]
+            offset = 0
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[told.index] = offset
+        top = [
+            None if one is None else {self._text(token): _finite(logprob) for token, logprob in one.top[: self.wanted.logprobs]}
+            for one in entries
+        ]
+        logprobs = [None if one is None else _finite(one.logprob) for one in entries]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _prompt_logprobs(self, request: Request) -> list[dict[str, Any] | None]:
+        told: list[dict[str, Any] | None] = []
+        for one in request.prompt_logprobs:
+            if one is None:
+                told.append(None)
+                continue
+            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top, 1)]
+            if one.token not in dict(one.top):
+                ranked.append((one.token, one.logprob, one.rank))
+            told.append({str(t): {"logprob": _finite(p), "rank": rank, "decoded_token": self._text(t)} for t, p, rank in ranked})
+        return told
+
+    def _text(self, token: int) -> str:
+        return self.tokenizer.bytes_of(token).decode("utf-8", "replace")
+
+
+def _finite(logprob: float) -> float:
+    """JSON knows no -inf."""
+    return max(logprob, -9999.0)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

@@ -1,0 +1,214 @@
+"""The asynchronous shell around the synchronous engine: one thread steps it, the event loop hears what it found.
+
+The thread alone touches the engine. Others hand it things to do, which it does between two steps, so that a request that was
+cancelled holds no page after the step under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Any
+
+from redraft.core.sequence import Request
+from redraft.engine.engine import Engine, Event
+from redraft.errors import RedraftError
+from redraft.serve.errors import Refused
+from redraft.serve.metrics import Metrics
+
+log = logging.getLogger("redraft.serve")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request under way, as the event loop sees it. Times are those of time.monotonic."""
+
+    request: Request
+    arrived: float = field(default_factory=monotonic)
+    queue: asyncio.Queue[list[Event] | Exception] = field(default_factory=asyncio.Queue)
+    left: int = 0  # texts that are not finished
+    first: float | None = None  # when the first token was there
+    last: dict[int, float] = field(default_factory=dict)  # and the latest of each text
+    tokens: int = 0
+    gaps: list[float] = field(default_factory=list)  # seconds between tokens; those of one step came at once
+
+    async def events(self) -> AsyncIterator[list[Event]]:
+        """News, a step's at a time, until all texts are finished. Raises what ended the request before."""
+        while self.left:
+            news = await self.queue.get()
+            if isinstance(news, Exception):
+                raise news
+            yield news
+
+    def hear(self, events: list[Event]) -> None:
+        now = monotonic()
+        for event in events:
+            self.left -= event.reason is not None
+            count = len(event.tokens)
+            self.tokens += count
+            if count and event.index in self.last:
+                self.gaps.append(now - self.last[event.index])
+            if count:
+                self.first = self.first or now
+                self.last[event.index] = now
+        self.queue.put_nowait(events)
+
+
+class Shell:
+    """`start` it in a running event loop. stopped: called in the event loop should the thread die."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, max_queue: int, stopped: Callable[[], None] = lambda: None) -> None:
+        self.engine, self.metrics, self.max_queue, self.stopped = engine, metrics, max_queue, stopped
+        self.draining = False
+        self.died: BaseException | None = None
+        self._tickets: dict[str, Ticket] = {}
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._end = False
+        self._thread = threading.Thread(target=self._main, name="redraft-engine", daemon=True)
+
+    # ---- in the event loop
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self.died is None and self._thread.is_alive()
+
+    @property
+    def busy(self) -> int:
+        """Requests that are not finished."""
+        return len(self._tickets)
+
+    @property
+    def queued(self) -> int:
+        """Requests that did not run yet."""
+        return sum(ticket.request.admitted is None for ticket in self._tickets.values())
+
+    async def submit(self, request: Request) -> Ticket:
+        """Queues a request. Refused where there is no room, RedraftError where the engine does not take it."""
+        if self.draining or not self.alive:
+            raise Refused(503, "the server is shutting down", headers={"Retry-After": "5"})
+        if self.queued >= self.max_queue:
+            raise Refused(429, f"{self.max_queue} requests wait already: try again later", headers={"Retry-After": str(self._patience())})
+        ticket = Ticket(request, left=request.params.n)
+        self._tickets[request.id] = ticket
+        try:
+            await self.call(lambda: self.engine.add(request))
+        except BaseException:  # also where the client went while the request waited to be added
+            self.forget(ticket)
+            raise
+        return ticket
+
+    def forget(self, *tickets: Ticket) -> None:
+        """Requests that are over, or whose answers nobody wants any more: nothing of them stays."""
+        for ticket in tickets:
+            if self._tickets.pop(ticket.request.id, None) is not None:
+                self.metrics.ended(ticket, "abort")
+                self._abort(ticket)
+
+    async def call(self, task: Callable[[], Any]) -> Any:
+        """What `task` returns or raises, done by the engine's thread between two steps."""
+        done: asyncio.Future[Any] = self._loop.create_future()
+
+        def settle(value: Any, error: BaseException | None) -> None:
+            if not done.done():
+                done.set_result(value) if error is None else done.set_exception(error)
+
+        def run() -> None:
+            try:
+                value, error = task(), None
+            except Exception as raised:
+                value, error = None, raised
+            self._loop.call_soon_threadsafe(settle, value, error)
+
+        self._do(run)
+        if not self.alive:
+            raise Refused(503, "the server is shutting down")
+        return await done
+
+    def fail(self, error: Exception) -> None:
+        """Ends every request with this error."""
+        for ticket in list(self._tickets.values()):
+            self._fail(ticket, error)
+
+    async def stop(self) -> None:
+        """Ends the thread behind the step under way."""
+        self._end = True
+        self._do(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _patience(self) -> int:
+        """Seconds until there may be room: what those who wait will take, as far as the latest requests tell."""
+        return max(1, min(60, round(self.metrics.recent * self.queued / max(1, self.engine.scheduler.max_seqs))))
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        self.metrics.ended(ticket, "error")
+        ticket.queue.put_nowait(error)
+        if self._tickets.pop(ticket.request.id, None) is not None:
+            self._abort(ticket)
+
+    def _abort(self, ticket: Ticket) -> None:
+        self._do(lambda: self.engine.abort(ticket.request.id))
+
+    def _hear(self, events: list[Event], failed: list[tuple[Request, Exception]]) -> None:
+        news: dict[str, list[Event]] = {}
+        for event in events:
+            news.setdefault(event.request.id, []).append(event)
+        for name, some in news.items():
+            if (ticket := self._tickets.get(name)) is not None:
+                ticket.hear(some)
+                self.metrics.heard(ticket, some)
+                if not ticket.left:
+                    del self._tickets[name]
+                    self.metrics.ended(ticket, str(some[-1].reason))
+        for request, error in failed:
+            if not isinstance(error, RedraftError):
+                log.error("request %s failed", request.id, exc_info=error)
+            if (ticket := self._tickets.get(request.id)) is not None:
+                self._fail(ticket, error)
+
+    def _dead(self, error: BaseException) -> None:
+        self.fail(Refused(500, "the engine stopped"))
+        self.stopped()
+
+    # ---- from anywhere
+
+    def _do(self, task: Callable[[], Any]) -> None:
+        with self._wake:
+            self._tasks.append(task)
+            self._wake.notify()
+
+    # ---- the engine's thread
+
+    def _main(self) -> None:
+        try:
+            while not self._end:
+                with self._wake:
+                    while not self._tasks and not self.engine.has_work:
+                        self._wake.wait()
+                while self._tasks:
+                    self._tasks.popleft()()
+                if self.engine.has_work and not self._end:
+                    self._step()
+        except BaseException as error:
+            self.died = error
+            log.critical("the engine's thread died", exc_info=error)
+            self._loop.call_soon_threadsafe(self._dead, error)
+
+    def _step(self) -> None:
+        failed: list[tuple[Request, Exception]] = []
+        try:
+            events = self.engine.step()
+        except Exception as error:
+            events, failed = self.engine.settle(error)
+        if events or failed:  # statistics go on changing here
+            told = [replace(event, stats=event.stats.copy()) for event in events]
+            self._loop.call_soon_threadsafe(self._hear, told, failed)

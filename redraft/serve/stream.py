@@ -1,0 +1,131 @@
+"""Server-sent events: a reply piece by piece, with signs of life while there is nothing to tell and errors told rather than cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from time import monotonic
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from redraft.serve.errors import Refused, refused
+from redraft.serve.limits import unless_gone
+from redraft.serve.reply import Writer
+from redraft.serve.shell import Shell, Ticket
+
+ALIVE = b": still at work\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> AsyncIterator[Any]:
+    """What `source` yields, and None whenever it was silent for `every` seconds; Refused (504) at `deadline`, of time.monotonic."""
+    ahead: asyncio.Future[Any] | None = None
+    try:
+        while True:
+            ahead = ahead or asyncio.ensure_future(anext(source))
+            await asyncio.wait({ahead}, timeout=max(0.0, min(every, deadline - monotonic())))
+            if ahead.done():
+                done, ahead = ahead, None
+                try:
+                    value = done.result()
+                except StopAsyncIteration:
+                    return
+                yield value
+            elif monotonic() >= deadline:
+                raise Refused(504, "the request took longer than this server allows")
+            else:
+                yield None
+    finally:
+        if ahead is not None:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+
+async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
+    """(place of the ticket, events of a step) of all of them, as they come."""
+    if len(tickets) == 1:
+        async for events in tickets[0].events():
+            yield 0, events
+        return
+    queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+    async def pump(place: int, ticket: Ticket) -> None:
+        try:
+            async for events in ticket.events():
+                queue.put_nowait((place, events))
+            queue.put_nowait((place, None))
+        except Exception as error:
+            queue.put_nowait((place, error))
+
+    pumps = [asyncio.ensure_future(pump(place, ticket)) for place, ticket in enumerate(tickets)]
+    try:
+        left = len(tickets)
+        while left:
+            place, news = await queue.get()
+            if isinstance(news, Exception):
+                raise news
+            if news is None:
+                left -= 1
+            else:
+                yield place, news
+    finally:
+        for one in pumps:
+            one.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def whole(writer: Writer, deadline: float) -> dict[str, Any]:
+    """The reply when all of it is there."""
+    async for news in paced(together(writer.tickets), 3600.0, deadline):
+        if news is not None:
+            place, events = news
+            for event in events:
+                writer.hear(place, event)
+    return writer.whole()
+
+
+async def lines(writer: Writer, deadline: float, every: float) -> AsyncGenerator[bytes]:
+    """The events of a stream."""
+    try:
+        async for news in paced(together(writer.tickets), every, deadline):
+            if news is None:
+                yield ALIVE
+                continue
+            place, events = news
+            chunks = [writer.chunk(writer.hear(place, event)) for event in events]
+            if told := b"".join(map(_event, filter(None, chunks))):
+                yield told
+        if writer.wanted.usage:
+            yield _event(writer.last())
+    except Exception as error:
+        yield _event(refused(error).body)
+    yield DONE
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+
+
+class EventStream(Response):
+    """Ends, and with it the requests, as soon as the client has left."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, shell: Shell, tickets: list[Ticket], content: AsyncGenerator[bytes]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.shell, self.tickets, self.content = shell, tickets, content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._send(send), lambda: self.shell.forget(*self.tickets))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self.content) as content:
+            async for piece in content:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
