@@ -61,7 +61,7 @@ def cache(
     from rich.console import Console
 
     from redraft.bench import cache as measurement
-    from redraft.bench import curves, report, tasks
+    from redraft.bench import curves, files, report, tasks
     from redraft.llm import LLM
 
     options = measurement.Options(tuple(policy or ()), tuple(budget or measurement.BUDGETS), batch, memory)
@@ -69,7 +69,7 @@ def cache(
     found = tasks.sources(texts)
     wanted = tasks.Wanted(length, limit, turns, given, seed)
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     if plot is not None:
         curves.check_plot(plot)
     llm = LLM(config=engine_config(model, {**engine, "draft": "none", "prefix_sharing": False}))
@@ -81,7 +81,7 @@ def cache(
     curves.show(_console(), llm, options, measured)
     if json is not None:
         settings = {"texts": [str(path) for path in texts] or "the standard library", "limit": limit, "turns": turns, "seed": seed}
-        report.write(json, curves.document(llm, options, measured, settings))
+        files.write(json, curves.document(llm, options, measured, settings))
         progress.print(f"written to {json}")
     if plot is not None:
         curves.plot(plot, f"{llm.name}: cache policies", measured)
@@ -120,7 +120,7 @@ def decode(
     from rich.console import Console
 
     from redraft.bench import decode as measurement
-    from redraft.bench import report
+    from redraft.bench import files, report
 
     common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None}
     options = measurement.Options(
@@ -139,13 +139,13 @@ def decode(
     )
     measurement.check(model, options)
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     progress = Console(stderr=True)
     with report.bar(progress, measurement.ticks(options)) as tick:
         found = measurement.compare(model, options, tick)
     measurement.show(_console(), found)
     if json is not None:
-        report.write(json, measurement.document(found))
+        files.write(json, measurement.document(found))
         progress.print(f"written to {json}")
 
 
@@ -168,8 +168,8 @@ def ops(
     """
     from rich.console import Console
 
+    from redraft.bench import files, report, shapes
     from redraft.bench import ops as measurement
-    from redraft.bench import report, shapes
     from redraft.ops.library import default_threads
 
     options = measurement.Options(
@@ -184,13 +184,13 @@ def ops(
     )
     shapes.spec_of(model)  # what is wrong with it is told first
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     progress = Console(stderr=True)
     with report.bar(progress, measurement.ticks(options)) as tick:
         found = measurement.measure(model, options, tick)
     measurement.show(_console(), found)
     if json is not None:
-        report.write(json, measurement.document(found))
+        files.write(json, measurement.document(found))
         progress.print(f"written to {json}")
 
 
