@@ -3,12 +3,13 @@
 pieces: texts of the chunks; usage: false for none; tokens: what the usage counts, else one a word; metrics: sent with the usage;
 role: false for no chunk that only names the role; status, retry: a refusal; error: an event in the stream; cut: the connection is
 closed after so many chunks; ended: false where the stream stops without a reason; hang: nothing comes until the client goes away;
-gate: pieces beyond the first wait until the test opens it; bytes: each is a write of its own.
+gate: pieces beyond the first wait until the test opens it; bytes: each is a write of its own; tail: written at the end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 from typing import Any, Self
@@ -17,7 +18,8 @@ from aiohttp import web
 
 
 class FakeOpenAI:
-    """In a thread of its own. `bodies`: what was asked, in the order of arrival; `most`: requests that were in flight at once."""
+    """In a thread of its own. tokenizer: words, letters, joined (words, fewer where different ones meet), none. `bodies`: what was
+    asked, in the order of arrival; `most`: requests that were in flight at once."""
 
     def __init__(self, tokenizer: str = "words", **defaults: Any) -> None:
         self.tokenizer, self.defaults = tokenizer, defaults
@@ -65,8 +67,10 @@ class FakeOpenAI:
         """One token before the text, and a template of three in a chat."""
         chat = "messages" in body
         text = "".join(message["content"] for message in body["messages"]) if chat else body["prompt"]
-        text_tokens = len(text.split()) if self.tokenizer == "words" else len(text)
-        return text_tokens + 3 * chat + (body.get("add_special_tokens") is not False)
+        words = text.split()
+        joined = sum(a != b for a, b in itertools.pairwise(words)) // 2 if self.tokenizer == "joined" else 0
+        tokens = len(text) if self.tokenizer == "letters" else len(words) - joined
+        return tokens + 3 * chat + (body.get("add_special_tokens") is not False)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         if self.tokenizer == "none":
@@ -127,4 +131,5 @@ class FakeOpenAI:
                 usage = {"prompt_tokens": self.count(body), "completion_tokens": written}
                 await event({"choices": [], "usage": usage} | ({"metrics": how["metrics"]} if "metrics" in how else {}))
             await event("[DONE]")
+        await response.write(how.get("tail", "").encode())
         return response

@@ -233,6 +233,8 @@ def test_random_prompts_have_their_length_and_share_what_they_should() -> None:
     starts = [tuple(text[:19]) for text in texts]
     assert sorted(starts.count(start) for start in set(starts)) == [5, 5], "each group as often as the other"
     assert len({tuple(text[19:]) for text in texts}) == 10, "what is not shared differs"
+    assert len({text[19] for text in texts if tuple(text[:19]) == starts[0]}) > 1, "from its first word on"
+    assert [ask.group for ask in asks] != [0, 1] * 4, "in no order"
     assert texts == [words.prompt(ask, 0).split() for ask in asks + warmups] != [words.prompt(ask, 1).split() for ask in asks + warmups]
     assert [ask.due is None for ask in asks + warmups] == [False] * 8 + [True] * 2
 

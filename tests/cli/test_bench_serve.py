@@ -140,6 +140,22 @@ def test_a_tokenizer_of_letters_gets_letters(redraft: Redraft, fake: Fake, tmp_p
     assert server.tokenized < 2 + len(workload.WORDS) + len(workload.LETTERS) + 1
 
 
+def test_words_that_join_to_fewer_tokens_are_not_called_exact(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
+    _, out, _, found = serve(redraft, fake(tokenizer="joined"), tmp_path / "out.json", "--num-prompts", "2")
+    assert (found["input_lengths"], found["input_tokens_as_wanted"]) == ("words", 0) and "just as many in 0 of 2 prompts" in out
+
+
+def test_fields_of_extra_are_over_all_others(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
+    server = fake()
+    serve(redraft, server, tmp_path / "out.json", "--num-prompts", "1", "--extra", '{"seed": 70, "max_tokens": 2, "stream_options": null}')
+    assert all((body["seed"], body["max_tokens"], body["stream_options"]) == (70, 2, None) for body in server.bodies)
+
+
+def test_a_stream_may_lack_its_last_empty_line(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
+    given = ["--num-prompts", "1", "--extra", '{"fake": {"ended": false, "tail": "data: [DONE]"}}']
+    assert serve(redraft, fake(), tmp_path / "out.json", *given)[3]["completed"] == 1
+
+
 def test_closed_loop_keeps_its_number_in_flight(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
     server = fake()
     _, out, _, found = serve(redraft, server, tmp_path / "out.json", "--num-prompts", "9", "--concurrency", "3")

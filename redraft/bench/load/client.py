@@ -236,15 +236,17 @@ class Client:
             pass
         return Words()
 
-    async def recount(self, model: str, records: list[Record]) -> None:
-        """Output tokens of a server that sends no usage: by its tokenizer, else a chunk is taken for a token."""
+    async def recount(self, model: str, records: list[Record], tokenizer: bool) -> None:
+        """Output tokens of a server that sends no usage: by its tokenizer; where that fails, or may not be asked, one a chunk."""
         for record in records:
             if record.done and not record.counted:
-                try:
-                    fields = {"model": model, "prompt": record.text, "add_special_tokens": False}
-                    record.output_tokens, record.counted = await self.count(fields), "tokenize"
-                except RedraftError:
-                    record.output_tokens, record.counted = len(record.chunks), "chunks"
+                record.output_tokens, record.counted = len(record.chunks), "chunks"
+                if tokenizer:
+                    try:
+                        fields = {"model": model, "prompt": record.text, "add_special_tokens": False}
+                        record.output_tokens, record.counted = await self.count(fields), "tokenize"
+                    except RedraftError:
+                        tokenizer = False
 
     async def _json(self, method: str, path: str, fields: Any) -> Any:
         url = self.target.root + path

@@ -43,7 +43,7 @@ async def measure(target: Target, load: Load, progress: Progress) -> Found:
             return Found(model, words, [], Run([], 0.0, interrupted=True))
         with progress(len(asks)) as tick:
             run = await drive(client, asks, encode, load.concurrency, tick)
-        await client.recount(model, run.records)
+        await client.recount(model, run.records, tokenizer=not run.interrupted)
     return Found(model, words, [record for record in warmed.records if record.failure is not None], run)
 
 

@@ -43,7 +43,7 @@ def document(target: Target, load: Load, found: Found, figures: Mapping[str, Any
         "tokenizer_id": None,
         "num_prompts": len(found.run.records),
         "request_rate": "inf" if rate == math.inf else rate,
-        "burstiness": 1.0,
+        "burstiness": None if rate is None else 1.0,
         "max_concurrency": load.concurrency,
         **figures,
         "base_url": target.root,
@@ -181,7 +181,7 @@ def notes(found: Found, figures: Mapping[str, Any]) -> list[str]:
     if found.warmups:
         kind, words = found.warmups[0].failure or ("", "")
         lines.append(f"{len(found.warmups)} of the warm-ups failed: {kind}: {words}")
-    if found.words is not None:
+    if found.words is not None and found.run.done:
         lines.append(_lengths(found.words.exact, found.run, figures))
     if (per := figures["mean_tokens_per_chunk"] or 1) > 1.05:
         lines.append(f"an inter-token latency is the time between two chunks, here of {per:.2f} tokens on average; tpot is by tokens")
@@ -199,7 +199,7 @@ def _lengths(exact: bool, run: Run, figures: Mapping[str, Any]) -> str:
     right, done = figures["input_tokens_as_wanted"], len(run.done)
     if right == done:
         return f"input lengths: {how}; the server counted the same"
-    ratio = figures["total_input_tokens"] / (sum(record.wanted_input or 0 for record in run.done) or 1)
+    ratio = figures["total_input_tokens"] / sum(record.wanted_input or 0 for record in run.done)
     return f"input lengths: {how}; the server counted {ratio:.2f} times as many tokens, and just as many in {right or 0} of {done} prompts"
 
 
