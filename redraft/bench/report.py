@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -26,7 +24,6 @@ from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
 from redraft.card import Guarantee
 from redraft.engine.policies import SEAMS
-from redraft.errors import InvalidInput
 from redraft.ops import library
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
@@ -107,30 +104,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def check_writable(path: Path) -> None:
-    """InvalidInput where `write` could not put its file."""
-    if path.is_dir():
-        raise InvalidInput(f"json = {path}: is a folder; a file's name is needed")
-    if not path.parent.is_dir():
-        raise InvalidInput(f"json = {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise InvalidInput(f"json = {path}: the folder {path.parent} cannot be written to")
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: written beside its place, then moved there."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
-        try:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 @contextmanager

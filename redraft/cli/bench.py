@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from redraft.cli.options import ENGINE, Given, Model, engine_config, takes
-from redraft.errors import InvalidInput
+from redraft.errors import InvalidInput, RedraftError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +61,7 @@ def cache(
     from rich.console import Console
 
     from redraft.bench import cache as measurement
-    from redraft.bench import curves, report, tasks
+    from redraft.bench import curves, files, report, tasks
     from redraft.llm import LLM
 
     options = measurement.Options(tuple(policy or ()), tuple(budget or measurement.BUDGETS), batch, memory)
@@ -69,7 +69,7 @@ def cache(
     found = tasks.sources(texts)
     wanted = tasks.Wanted(length, limit, turns, given, seed)
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     if plot is not None:
         curves.check_plot(plot)
     llm = LLM(config=engine_config(model, {**engine, "draft": "none", "prefix_sharing": False}))
@@ -81,7 +81,7 @@ def cache(
     curves.show(_console(), llm, options, measured)
     if json is not None:
         settings = {"texts": [str(path) for path in texts] or "the standard library", "limit": limit, "turns": turns, "seed": seed}
-        report.write(json, curves.document(llm, options, measured, settings))
+        files.write(json, curves.document(llm, options, measured, settings))
         progress.print(f"written to {json}")
     if plot is not None:
         curves.plot(plot, f"{llm.name}: cache policies", measured)
@@ -120,7 +120,7 @@ def decode(
     from rich.console import Console
 
     from redraft.bench import decode as measurement
-    from redraft.bench import report
+    from redraft.bench import files, report
 
     common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None}
     options = measurement.Options(
@@ -139,13 +139,13 @@ def decode(
     )
     measurement.check(model, options)
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     progress = Console(stderr=True)
     with report.bar(progress, measurement.ticks(options)) as tick:
         found = measurement.compare(model, options, tick)
     measurement.show(_console(), found)
     if json is not None:
-        report.write(json, measurement.document(found))
+        files.write(json, measurement.document(found))
         progress.print(f"written to {json}")
 
 
@@ -168,8 +168,8 @@ def ops(
     """
     from rich.console import Console
 
+    from redraft.bench import files, report, shapes
     from redraft.bench import ops as measurement
-    from redraft.bench import report, shapes
     from redraft.ops.library import default_threads
 
     options = measurement.Options(
@@ -184,14 +184,123 @@ def ops(
     )
     shapes.spec_of(model)  # what is wrong with it is told first
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     progress = Console(stderr=True)
     with report.bar(progress, measurement.ticks(options)) as tick:
         found = measurement.measure(model, options, tick)
     measurement.show(_console(), found)
     if json is not None:
-        report.write(json, measurement.document(found))
+        files.write(json, measurement.document(found))
         progress.print(f"written to {json}")
+
+
+@bench.command("serve")
+def serve(
+    base_url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="REDRAFT_API_KEY", help="Sent as a bearer token.")] = None,
+    model: Annotated[str | None, typer.Option(help="Its name there; else the first of /v1/models.")] = None,
+    endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
+    rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson; inf, the default: all at once.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Requests in flight: alone a closed loop; with --rate or --trace the most there may be.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A CSV of arrivals and lengths: TIMESTAMP,ContextTokens,GeneratedTokens or arrival,input,output.")
+    ] = None,
+    trace_scale: Annotated[float, typer.Option(help="How many times faster the trace is played.")] = 1.0,
+    prompts: Annotated[Path | None, typer.Option(help="A JSONL file: prompt or messages, and max_tokens or output_len if wanted.")] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Requests; else the whole trace or file, or 100.")] = None,
+    input_len: Annotated[int | None, typer.Option(help="Tokens of a random prompt (default: 128).")] = None,
+    output_len: Annotated[int | None, typer.Option(help="Tokens to ask for, where no file says it (default: 64).")] = None,
+    shared_prefix: Annotated[int, typer.Option(help="Tokens before each random prompt that its group shares.")] = 0,
+    groups: Annotated[int | None, typer.Option(help="Groups of --shared-prefix (default: 1).")] = None,
+    warmups: Annotated[int, typer.Option(help="Requests before the measurement.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="Else the server's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and words; request i is sent with this seed plus i.")] = 0,
+    ignore_eos: Annotated[
+        bool | None,
+        typer.Option(help="Ask for output until max_tokens; not all servers can. On but for --prompts.", show_default=False),
+    ] = None,
+    extra: Annotated[str, typer.Option(help="""More fields of the body, such as '{"speculation": "off"}'.""")] = "{}",
+    goodput: Annotated[list[str] | None, typer.Option(help="Limits in ms, such as 'ttft:500 tpot:50 e2el:5000'.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for a whole request.")] = 600.0,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file, under the keys of `vllm bench serve`.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with plots to this file; needs matplotlib.")] = None,
+) -> None:
+    """Put any OpenAI-compatible server under load: open loop (Poisson or a trace) or closed, latencies, throughput and goodput.
+
+    Tables go to stdout, progress to stderr. Failures are counted by kind; Ctrl-C tells what was measured so far.
+    """
+    import asyncio
+    from functools import partial
+
+    from rich.console import Console
+
+    from redraft.bench import files
+    from redraft.bench.load import drive, show
+    from redraft.bench.load.client import Target
+    from redraft.bench.load.figures import figures, parse_limits
+    from redraft.bench.load.workload import Load
+
+    load = Load(
+        rate=rate,
+        concurrency=concurrency,
+        trace=trace,
+        scale=trace_scale,
+        prompts=prompts,
+        count=num_prompts,
+        input_len=input_len,
+        output_len=output_len,
+        shared=shared_prefix,
+        groups=groups,
+        warmups=warmups,
+        seed=seed,
+    )
+    target = Target(
+        base_url=base_url,
+        endpoint=endpoint,
+        model=model,
+        api_key=api_key,
+        temperature=temperature,
+        seed=seed,
+        ignore_eos=prompts is None if ignore_eos is None else ignore_eos,
+        extra=_object("extra", extra),
+        timeout=timeout,
+    )
+    limits = parse_limits(goodput or ())
+    if json is not None:
+        files.check_writable(json)
+    if html is not None:
+        show.check_html(html)
+    progress = Console(stderr=True)
+    try:
+        found = asyncio.run(drive.measure(target, load, partial(show.progress, progress)))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None  # before the first request
+    told = figures(found.run, limits)
+    show.show(_console(), target, load, found, told)
+    if json is not None:
+        files.write(json, show.document(target, load, found, told))
+        progress.print(f"written to {json}")
+    if html is not None:
+        files.write_text(html, show.page(target, load, found, told))
+        progress.print(f"written to {html}")
+    if found.run.interrupted:
+        raise typer.Exit(130)
+    if not told["completed"]:
+        raise RedraftError(f"all {told['failed']} requests failed, the first: {': '.join(found.run.records[0].failure or ())}")
+
+
+def _object(name: str, text: str) -> dict[str, Any]:
+    import json
+
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidInput(f"{name} = {text!r}: a JSON object is needed")
+    return found
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -41,8 +41,8 @@ def compare(
 
     from redraft import registry
     from redraft.bench import compare as bench
+    from redraft.bench import files, report, results
     from redraft.bench import prompts as suite
-    from redraft.bench import report, results
     from redraft.config import SamplingParams
     from redraft.llm import LLM
 
@@ -51,7 +51,7 @@ def compare(
     options = bench.Options(tuple(draft or every), params, rounds, batch, lenient=not draft, bound=bound)
     chosen = suite.load(prompts, category or None, limit)
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     # A prefix found in the cache would spare whoever comes second the reading of the prompt.
     config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": bench.BASELINE, "prefix_sharing": False})
     progress = Console(stderr=True)
@@ -61,7 +61,7 @@ def compare(
     report.show(Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH), comparison, options, rows)
     if json is not None:
         source = "the suite of redraft" if prompts is None else str(prompts)
-        report.write(json, report.document(comparison, options, rows, source))
+        files.write(json, report.document(comparison, options, rows, source))
         progress.print(f"written to {json}")
 
 

@@ -48,17 +48,17 @@ def doctor(
     """
     from rich.console import Console
 
-    from redraft.bench import report
+    from redraft.bench import files
     from redraft.ops import library
 
     if json is not None:
-        report.check_writable(json)
+        files.check_writable(json)
     loaded = library.load()
     facts = {**_machine(), **_software(loaded, library.why_not()), **_measured(loaded, Console(stderr=True))}
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     _show(console, facts)
     if json is not None:
-        report.write(json, facts)
+        files.write(json, facts)
 
 
 def _machine() -> Facts:

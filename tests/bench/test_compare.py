@@ -16,7 +16,7 @@ from rich.console import Console
 
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import compare as bench
-from redraft.bench import divergence, report, results
+from redraft.bench import divergence, files, report, results
 from redraft.bench.compare import Comparison, Entry, Group, Mode, Options, Run, Turn, order, split
 from redraft.bench.divergence import Divergence, examine, first_difference
 from redraft.bench.prompts import Prompt
@@ -356,7 +356,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     path.write_text("old")
     with pytest.raises(ValueError, match="JSON"):
-        report.write(path, {"a": float("inf")})
+        files.write(path, {"a": float("inf")})
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "new \ud800")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
