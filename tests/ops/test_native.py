@@ -183,8 +183,8 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
     )
     assert definition.logits is not None
     assert best.argmax.tolist() == all_of_them.argmax.tolist()
-    assert best.argmax.tolist()[:3] == [3, 63, 130] and best.argmax.tolist()[5] == 0
-    assert best.argmax.tolist() == all_of_them.logits.argmax(-1).tolist()
+    assert best.argmax.tolist()[:3] == [3, 63, 130] and best.argmax.tolist()[5] == -1
+    assert best.argmax.tolist()[:5] == all_of_them.logits.argmax(-1).tolist()[:5]
     assert all_of_them.top_k[:5, 0].tolist() == best.argmax.tolist()[:5]
     if dtype == F32:
         assert best.argmax.tolist()[:5] == definition.argmax.tolist()[:5]
@@ -194,15 +194,15 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
 
 
 @DTYPES
-def test_one_logit_that_is_no_number_wins(dtype: torch.dtype) -> None:
-    """As in PyTorch; rows of nothing but minus infinity give the lowest id."""
+def test_one_logit_that_is_no_number_is_told(dtype: torch.dtype) -> None:
+    """Rows of nothing but minus infinity give the lowest id."""
     ops, weight = NativeOps(dtype), randn(1, 200, 8, dtype=dtype)
     plan: Any = SimpleNamespace(logit_rows=torch.arange(3))
-    for bias, expected in ((math.nan, 77), (math.inf, 77)):
+    for bias in (math.nan, math.inf):
         shift = torch.zeros(200, dtype=dtype)
         shift[77] = shift[190] = bias
         weights = Weights(weight, ops.pack(Linear(weight, shift)), NormWeights(torch.ones(8, dtype=dtype)), ())
-        assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [expected] * 3
+        assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [-1] * 3
     low = ops.pack(Linear(weight, torch.full((200,), -math.inf, dtype=dtype)))
     weights = Weights(weight, low, NormWeights(torch.ones(8, dtype=dtype)), ())
     assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [0] * 3
