@@ -230,7 +230,7 @@ class Reference:
 
 def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
     """x [ins] -> [outs], step by step as ops/quantized.py defines it, in its float32: bits, not only values, are defined there."""
-    codes, v = weights.whole().long(), x.float()
+    codes, v = weights.whole().long(), x.float().clone()
     if weights.columns is not None:
         v[weights.columns] = 0
     most = torch.tensor(127.0)

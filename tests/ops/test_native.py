@@ -299,6 +299,8 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
 
 
 def quantized(weights: Linear, quant: str) -> LinearWeights:
+    if quant == "outliers":
+        return by_output(weights, torch.arange(0, weights.weight.shape[1], 7))
     return by_output(weights) if quant == "int8" else by_group(weights, 32) if quant == "int4" else weights
 
 
@@ -563,7 +565,7 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, s
     assert bench.ops.segments
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", ["int8", "int4", "outliers"])
 @DTYPES
 @few(2)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -642,18 +644,31 @@ def test_models_compute_what_the_reference_defines(family: str) -> None:
 # ---- codes
 
 
-def codes(outs: int, ins: int, group: int, biased: bool, seed: int) -> Quantized:
+def codes(outs: int, ins: int, group: int, biased: bool, seed: int, outliers: int = 0) -> Quantized:
     weights = Linear(randn(seed, outs, ins), randn(seed + 1, outs) if biased else None)
-    return by_group(weights, group) if group else by_output(weights)
+    made = by_group(weights, group) if group else by_output(weights)
+    if not outliers:
+        return made
+    columns = torch.randperm(ins, generator=torch.Generator().manual_seed(seed))[:outliers].sort().values
+    return replace(made, codes=made.codes.index_fill(1, columns, 0), columns=columns, side=weights.weight[:, columns])
 
 
 @DTYPES
 @pytest.mark.parametrize("group", [0, 32, 64, 128], ids=["int8", "int4-32", "int4-64", "int4-128"])
-@few(15)
-@given(st.integers(1, 40), st.sampled_from(SIZES), st.sampled_from(SIZES), st.booleans(), st.integers(0, 99))
-def test_codes_are_multiplied_as_defined(dtype: torch.dtype, group: int, rows: int, outs: int, ins: int, biased: bool, seed: int) -> None:
-    ops, weights = NativeOps(dtype), codes(outs, ins, group, biased, seed)
+@few(20)
+@given(
+    st.integers(1, 40), st.sampled_from(SIZES), st.sampled_from(SIZES), st.booleans(), st.sampled_from([0, 0, 1, 5, 17]), st.integers(0, 99)
+)
+@example(19, 100, 100, True, 17, 0)
+@example(3, 65, 8, False, 17, 0)
+def test_codes_are_multiplied_as_defined(
+    dtype: torch.dtype, group: int, rows: int, outs: int, ins: int, biased: bool, outliers: int, seed: int
+) -> None:
+    """Outlier columns are larger by far than the others, of which there may be none."""
+    ops, weights = NativeOps(dtype), codes(outs, ins, group, biased, seed, outliers)
     x = (randn(seed + 2, rows, ins) * 10 ** (seed % 5 - 2)).to(dtype)
+    if weights.columns is not None:
+        x[:, weights.columns] *= 100
     x[-1] = 0
     found = ops.linear(x, ops.pack(weights))
     assert torch.equal(bits(found), bits(torch.stack([quantized_row(row, weights) for row in x])))
@@ -676,14 +691,33 @@ def test_rows_that_have_no_codes(odd: float, group: int, dtype: torch.dtype) -> 
     assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
 
 
-def test_codes_beside_outliers_are_pytorchs() -> None:
-    """Outlier columns are not in panels, and the product is the same."""
-    ops = NativeOps()
-    weights = by_output(Linear(randn(0, 70, 50)), torch.tensor([3, 20]))
+@DTYPES
+@pytest.mark.parametrize("odd", [1e38, math.nan, math.inf, -math.inf])
+def test_an_outlier_that_has_no_code_is_multiplied(odd: float, dtype: torch.dtype) -> None:
+    """What stands in an outlier column is not asked for the row's scale, be it what it may."""
+    ops, weights, x = NativeOps(dtype), codes(70, 50, 0, True, 0, 4), randn(1, 3, 50, dtype=dtype)
+    assert weights.columns is not None
+    x[1, weights.columns[2]] = odd
+    found, expected = ops.linear(x, ops.pack(weights)), product(x, weights)
+    assert torch.equal(found.isnan(), expected.isnan()) and bool(found.isnan().any()) == math.isnan(odd)
+    assert torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+
+
+def test_codes_of_odd_groups_are_pytorchs() -> None:
+    """No panel holds groups that end within 16 columns, and the product is the same."""
+    ops, weights, x = NativeOps(), codes(70, 50, 8, True, 0), randn(1, 5, 50)
     packed = ops.pack(weights)
     assert isinstance(packed, Quantized)
-    x = randn(1, 5, 50)
     assert torch.equal(ops.linear(x, packed), product(x, weights))
+
+
+@pytest.mark.parametrize("outliers", [1, 5])
+def test_the_largest_of_the_head_are_those_of_its_product(outliers: int) -> None:
+    ops, weights = NativeOps(), codes(300, 40, 0, False, 0, outliers)
+    plan: Any = SimpleNamespace(logit_rows=torch.arange(9))
+    held = Weights(randn(0, 300, 40), ops.pack(weights), NormWeights(torch.ones(40)), ())
+    x = ops.norm(randn(1, 9, 40), held.final_norm, Norm())
+    assert ops.head(randn(1, 9, 40), held, Norm(), plan, Taps()).argmax.tolist() == product(x, weights).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(("outs", "ins"), [(1, 1), (63, 40), (130, 101)])
@@ -700,12 +734,15 @@ def test_rows_are_given_back(biased: bool, outs: int, ins: int) -> None:
         for found, expected in zip(some, weights.rows(keep), strict=True):
             assert (found is None) == (expected is None)
             assert found is None or (found.dtype == dtype and torch.equal(found, expected))
-    for group in (0, 32, 128):
-        weights8, ops, x = codes(outs, ins, group, biased, 3), NativeOps(), randn(4, 3, ins)
+    for group, outliers in ((0, 0), (32, 0), (128, 0), (0, 5), (32, 1)):
+        weights8, ops, x = codes(outs, ins, group, biased, 3, outliers), NativeOps(), randn(4, 3, ins)
         part: Any = ops.pack(weights8)
         few = part.rows(keep)
         assert isinstance(few, Quantized)
         assert torch.equal(few.whole(), weights8.whole()[keep]) and torch.equal(few.scale, weights8.scale[keep])
+        if weights8.columns is not None and weights8.side is not None:
+            assert few.columns is not None and few.side is not None
+            assert torch.equal(few.columns, weights8.columns) and torch.equal(few.side, weights8.side[keep])
         assert torch.equal(ops.linear(x, ops.pack(few)), ops.linear(x, part)[:, keep])
 
 
@@ -760,14 +797,14 @@ import torch
 from redraft.ops import library
 from tests.ops import test_native as t
 lib = library.load()
-for family, dtype, quant in (("llama", t.F32, ""), ("gpt2", t.BF16, ""), ("llama", t.BF16, "int8"), ("llama", t.F32, "int4")):
+for family, dtype, quant in (("llama", t.F32, ""), ("gpt2", t.BF16, ""), ("llama", t.BF16, "outliers"), ("llama", t.F32, "int4")):
     bench = t.Bench(family, dtype, quant)
     t.program(bench, 5, lib.set_threads, 5)
     assert bench.ops.segments
 t.test_models_compute_what_the_reference_defines("qwen3")
 for group in (0, 64):
     for rows in (1, 3, 19):
-        weights, x = t.codes(65, 100, group, True, 2), t.randn(3, rows, 100)
+        weights, x = t.codes(65, 100, group, True, 2, rows // 2), t.randn(3, rows, 100)
         assert torch.equal(t.NativeOps().linear(x, t.NativeOps().pack(weights)), t.product(x, weights))
 print(lib.isa)
 """
