@@ -13,11 +13,11 @@ from tests.models import tiny
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
-def tiny_llama(path: Path, *, chat: bool = True, **changes: Any) -> Path:
+def tiny_llama(path: Path, *, family: str = "llama2", chat: bool = True, **changes: Any) -> Path:
     """A Llama of three layers in `path`, one token a byte; `changes` are fields of its config. Greedy by default."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tiny.save("llama2", path, **{"vocab_size": len(vocabulary), "max_position_embeddings": 256, **changes})
+    tiny.save(family, path, **{"vocab_size": len(vocabulary), "max_position_embeddings": 256, **changes})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -376,8 +376,8 @@ def read_bytes(spec: ModelSpec, dtype: str, quant: str | None = None) -> float:
     kind = loader.DTYPES[dtype]
     if quant is None:
         return _linear_weights(spec) * kind.itemsize + spec.vocab * spec.hidden * kind.itemsize
-    quantizer: Quantizer = registry.create("quant", quant)  # of dense models only
-    layers = sum(quantizer.bytes(shape[0], shape[1], kind, "layer") for shape, _ in linears(spec))
+    quantizer: Quantizer = registry.create("quant", quant)
+    layers = sum(part * quantizer.bytes(shape[0], shape[1], kind, "layer") for shape, part in linears(spec))
     return layers + quantizer.bytes(spec.vocab, spec.hidden, kind, "head")
 
 

@@ -208,14 +208,12 @@ def _stored(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[float
     """Every tensor that a checkpoint of this network has: name, shape as stored, mean and deviation of its numbers."""
     for name, shape in spec.shapes().items():
         source = spec.source(name)
-        inner = shape[1:] if source.stack else shape
-        matrix = name.startswith("layers.") and len(inner) == 2
-        law = float("norm.weight" in name), GAIN / math.sqrt(inner[-1]) if matrix else SPREAD
-        for group in source.stack or (source.names,):
-            rows = source.rows or (inner[0] // len(group),) * len(group)
-            for part, count in zip(group, rows, strict=True):
-                stored = (count, *inner[1:])
-                yield part, stored[::-1] if source.transposed else stored, law
+        matrix = name.startswith("layers.") and len(shape) == 2
+        law = float("norm.weight" in name), GAIN / math.sqrt(shape[-1]) if matrix else SPREAD
+        rows = source.rows or (shape[0] // len(source.names),) * len(source.names)
+        for part, count in zip(source.names, rows, strict=True):
+            stored = (count, *shape[1:])
+            yield part, stored[::-1] if source.transposed else stored, law
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], number: int) -> tuple[str, list[str]]:

@@ -39,7 +39,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DOWNLOADED = ["model*.safetensors", _INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(bias|masked_bias)$")  # buffers that old versions saved
-_LINEAR = re.compile(r"(?P<base>(?P<layer>layers\.\d+)\.(?P<part>qkv|out|up|down|router))\.weight|head")
+_LINEAR = re.compile(r"(?P<base>(?P<layer>layers\.\d+)\.(?:experts\.\d+\.)?(?P<part>qkv|out|up|down|router))\.weight|head")
 _BEHIND = {"qkv": "attn_norm", "up": "mlp_norm"}  # whose inputs a norm makes
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -155,8 +155,6 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     _check_nothing_left(path, spec, sources, entries)
     chosen = _dtype(config, dtype, torch.device(device), entries[sources["embed"].names[0]])
     eos_ids, defaults = _generation(path, config)
-    if quant is not None and any(isinstance(layer.mlp, Experts) for layer in spec.layers):
-        raise Unsupported(f"{path}: a mixture of experts: quant stores no experts, which are most of its weights; leave quant out")
     return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, defaults, sources, entries, quant)
 
 
@@ -195,7 +193,7 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
         for part, target in _parts(source, out):
             entry = checkpoint.entries[part]
             try:
-                stored: Tensor = files[entry.file].get_tensor(part)
+                stored: Tensor = files[entry.file].get_slice(part)[source.place[0]] if source.place else files[entry.file].get_tensor(part)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{entry.file}: {part}: {_first_line(error)}") from None
             target.copy_(stored.T if source.transposed else stored)
@@ -224,7 +222,7 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
 
 def _gated(spec: ModelSpec, linear: re.Match[str]) -> bool:
     mlp = spec.layers[int(linear["layer"].removeprefix("layers."))].mlp
-    return isinstance(mlp, Mlp) and mlp.gated
+    return mlp.mlp.gated if isinstance(mlp, Experts) else mlp.gated
 
 
 def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linear, tensors: dict[str, Tensor]) -> LinearWeights:
@@ -262,7 +260,8 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
     def norm(name: str) -> NormWeights | None:
         return NormWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) if f"{name}.weight" in tensors else None
 
-    def layer(at: str) -> LayerWeights:
+    def layer(at: str, mlp: Mlp | Experts) -> LayerWeights:
+        experts = [f"{at}.experts.{e}" for e in range(mlp.count)] if isinstance(mlp, Experts) else []
         attn_norm, mlp_norm, router = norm(f"{at}.attn_norm"), norm(f"{at}.mlp_norm"), linears.get(f"{at}.router")
         assert attn_norm and mlp_norm and not isinstance(router, Quantized)
         return LayerWeights(
@@ -275,8 +274,8 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
             up=linears.get(f"{at}.up"),
             down=linears.get(f"{at}.down"),
             router=router,
-            experts_up=tensors.get(f"{at}.experts.up"),
-            experts_down=tensors.get(f"{at}.experts.down"),
+            experts_up=tuple(linears[f"{one}.up"] for one in experts),
+            experts_down=tuple(linears[f"{one}.down"] for one in experts),
         )
 
     final = norm("final_norm")
@@ -285,16 +284,15 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
         embed=tensors["embed"] if "embed" in tensors else linears["head"],
         head=linears["head"],
         final_norm=final,
-        layers=tuple(layer(f"layers.{i}") for i in range(len(spec.layers))),
+        layers=tuple(layer(f"layers.{i}", own.mlp) for i, own in enumerate(spec.layers)),
         positions=tensors.get("positions"),
     )
 
 
 def _parts(source: Source, out: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Each stored tensor of a weight, and the view of the weight that it fills."""
-    for group, target in zip(source.stack, out, strict=True) if source.stack else [(source.names, out)]:
-        rows = source.rows or [len(target) // len(group)] * len(group)
-        yield from zip(group, target.split(list(rows)), strict=True)
+    rows = source.rows or [len(out) // len(source.names)] * len(source.names)
+    yield from zip(source.names, out.split(list(rows)), strict=True)
 
 
 def _entries(path: Path) -> dict[str, Entry]:
@@ -335,7 +333,7 @@ def _no_weights(path: Path) -> CheckpointError | Unsupported:
 
 def _check(path: Path, entries: dict[str, Entry], name: str, source: Source, shape: tuple[int, ...]) -> Source:
     """The source, or its alternative, with every part in the files, of the right shape and a dtype that is read."""
-    while source.all_names[0] not in entries and source.otherwise and source.otherwise.all_names[0] in entries:
+    while source.names[0] not in entries and source.otherwise and source.otherwise.names[0] in entries:
         source = source.otherwise
     for part, target in _parts(source, torch.empty(shape, device="meta")):
         if part not in entries:
@@ -344,6 +342,8 @@ def _check(path: Path, entries: dict[str, Entry], name: str, source: Source, sha
             raise CheckpointError(f"{path / where}: missing tensor {part}{why}")
         entry = entries[part]
         expected = tuple(target.T.shape) if source.transposed else tuple(target.shape)
+        if source.place:
+            expected = source.place[1], *expected
         if entry.shape != expected:
             raise CheckpointError(f"{entry.file}: {part} has shape {list(entry.shape)}, expected {list(expected)} from config.json")
         if entry.dtype not in _STORED:
@@ -352,7 +352,7 @@ def _check(path: Path, entries: dict[str, Entry], name: str, source: Source, sha
 
 
 def _check_nothing_left(path: Path, spec: ModelSpec, sources: dict[str, Source], entries: dict[str, Entry]) -> None:
-    left = set(entries).difference(*(source.all_names for source in sources.values()))
+    left = set(entries).difference(*(source.names for source in sources.values()))
     left = {name for name in left if not _HARMLESS.search(name) and not (spec.tied and name == "lm_head.weight")}
     if left:
         first = min(left)

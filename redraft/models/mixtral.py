@@ -23,11 +23,10 @@ def spec(config: PretrainedConfig) -> ModelSpec:
         if name.endswith("router.weight"):
             fused = Source((f"{layer}.mlp.gate.weight",))
             return Source((f"{layer}.block_sparse_moe.gate.weight",), otherwise=fused)
-        up = name.endswith("up")
-        fused = Source((f"{layer}.mlp.experts.{'gate_up' if up else 'down'}_proj",))
-        parts = ("w1", "w3") if up else ("w2",)
-        at = f"{layer}.block_sparse_moe.experts"
-        return Source(stack=tuple(tuple(f"{at}.{e}.{p}.weight" for p in parts) for e in range(count)), otherwise=fused)
+        expert, part = int(name.split(".")[3]), name.split(".")[4]
+        fused = Source((f"{layer}.mlp.experts.{'gate_up' if part == 'up' else 'down'}_proj",), place=(expert, count))
+        parts = ("w1", "w3") if part == "up" else ("w2",)
+        return Source(tuple(f"{layer}.block_sparse_moe.experts.{expert}.{p}.weight" for p in parts), otherwise=fused)
 
     return decoder(
         config,

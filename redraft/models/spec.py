@@ -10,7 +10,7 @@ Canonical weights, by name (shapes in brackets; H heads, K kv heads, D head size
     layers.N.mlp_norm.weight (.bias)
     layers.N.up.weight [2 I, hidden] gate rows first when gated, [I, hidden] otherwise (.bias)
     layers.N.down.weight [hidden, I] (.bias)
-    layers.N.router.weight [E, hidden]    layers.N.experts.up [E, 2 I, hidden]    layers.N.experts.down [E, hidden, I]
+    layers.N.router.weight [E, hidden]    layers.N.experts.E.up.weight, layers.N.experts.E.down.weight as without experts
 """
 
 from __future__ import annotations
@@ -84,18 +84,14 @@ class LayerSpec:
 @dataclass(frozen=True)
 class Source:
     """Where a canonical weight lies in the checkpoint: `names` are concatenated along the output dimension, each with
-    its number of `rows` (equal parts when empty); `stack` makes one such group an expert, stacked in front;
-    `transposed`: stored [in, out]; `otherwise`: where it lies when the first name is not in the checkpoint."""
+    its number of `rows` (equal parts when empty); `place`: (i, n) where the tensor holds n such weights, of which this is
+    number i; `transposed`: stored [in, out]; `otherwise`: where it lies when the first name is not in the checkpoint."""
 
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
     rows: tuple[int, ...] = ()
-    stack: tuple[tuple[str, ...], ...] = ()
+    place: tuple[int, int] | None = None
     transposed: bool = False
     otherwise: Source | None = None
-
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        return self.names + tuple(n for group in self.stack for n in group)
 
 
 @dataclass(frozen=True)
@@ -154,11 +150,12 @@ class ModelSpec:
                 norm(f"{at}.k_norm", layer.qk_norm, layer.head_dim)
             norm(f"{at}.mlp_norm", layer.norm, h)
             if isinstance(layer.mlp, Experts):
-                mlp = layer.mlp.mlp
-                out[f"{at}.router.weight"] = (layer.mlp.count, h)
-                out[f"{at}.experts.up"] = (layer.mlp.count, mlp.hidden * (2 if mlp.gated else 1), h)
-                out[f"{at}.experts.down"] = (layer.mlp.count, h, mlp.hidden)
+                linear(f"{at}.router", layer.mlp.count, h, False)
+                mlp, each = layer.mlp.mlp, [f"{at}.experts.{e}" for e in range(layer.mlp.count)]
             else:
-                linear(f"{at}.up", layer.mlp.hidden * (2 if layer.mlp.gated else 1), h, layer.mlp.bias)
-                linear(f"{at}.down", h, layer.mlp.hidden, layer.mlp.bias)
+                mlp, each = layer.mlp, [at]
+            for one in each:
+                linear(f"{one}.up", mlp.hidden * (2 if mlp.gated else 1), h, mlp.bias)
+            for one in each:
+                linear(f"{one}.down", h, mlp.hidden, mlp.bias)
         return out

@@ -82,8 +82,8 @@ class LayerWeights:
     up: LinearWeights | None = None
     down: LinearWeights | None = None
     router: LinearWeights | None = None
-    experts_up: Tensor | None = None  # [E, 2 I or I, hidden]
-    experts_down: Tensor | None = None  # [E, hidden, I]
+    experts_up: tuple[LinearWeights, ...] = ()
+    experts_down: tuple[LinearWeights, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,9 @@ class Backend(Protocol):
         """The statistics that the taps of `plan` asked for, after all layers."""
         ...
 
-    def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor: ...
+    def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
+        """The chosen experts' outputs times their shares, rounded and then added by ascending expert."""
+        ...
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Any, taps: Taps) -> Outputs:
         """Final norm and vocabulary projection of the logit rows only."""

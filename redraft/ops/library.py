@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redraft.errors import InvalidInput
-from redraft.models.spec import Experts
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +116,6 @@ def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec
         return "torch", f"native kernels run on the cpu, not on {place}"
     if name not in NATIVE_DTYPES:
         return "torch", f"native kernels know {' and '.join(NATIVE_DTYPES)}, not {name}"
-    if spec is not None and any(isinstance(layer.mlp, Experts) for layer in spec.layers):
-        return "torch", "native kernels run no mixtures of experts"
     if spec is not None and any(layer.rotary is not None and layer.rotary.dim != layer.head_dim for layer in spec.layers):
         return "torch", "native kernels turn whole heads only"
     if spec is not None and spec.head_dim % 2:

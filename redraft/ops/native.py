@@ -62,12 +62,11 @@ class Packed:
         else:
             codes = self.panels
         dense = codes.transpose(1, 2).flatten(0, 1)[own].flatten(1)
-        match self.c.kind:
-            case abi.I8:
-                return Quantized(dense.view(torch.int8)[:, : self.c.ins], self.extra["scale"][own], self.c.ins, torch.float32, 0, bias)
-            case abi.I4:
-                scale = self.extra["scales"].transpose(1, 2).flatten(0, 1)[own]
-                return Quantized(dense[:, : self.c.ins], scale, self.c.ins, torch.float32, self.c.group, bias)
+        if self.c.kind in (abi.I8, abi.I4):
+            scale = self.extra["scale"][own] if self.c.kind == abi.I8 else _of_outputs(self.extra["scales"])[own]
+            columns, side = (self.extra["columns"].long(), _of_outputs(self.extra["side"])[own]) if self.c.outliers else (None, None)
+            dense = dense.view(torch.int8)[:, : self.c.ins]
+            return Quantized(dense, scale, self.c.ins, torch.float32, self.c.group, bias, columns, side)
         dtype = torch.float32 if self.c.kind == abi.F32 else torch.bfloat16
         return Linear(dense.view(dtype)[:, : self.c.ins].contiguous(), None if bias is None else bias.to(dtype))
 
@@ -146,8 +145,8 @@ class NativeOps(TorchOps):
         return Packed(c, panels, self._floats(c, bias=bias))
 
     def _pack_codes(self, weights: Quantized, gated: bool) -> LinearWeights:
-        if weights.columns is not None or weights.group % 16:
-            return weights.halved()  # outlier columns and odd groups are PyTorch's
+        if weights.group % 16:
+            return weights.halved()  # odd groups are PyTorch's
         outs, ins = weights.shape
         c = abi.Linear(outs=outs, ins=ins, kind=abi.I4 if weights.grouped else abi.I8, group=weights.group, gated=gated)
         codes, panels = weights.whole().contiguous(), self._panels(c)
@@ -161,6 +160,11 @@ class NativeOps(TorchOps):
             self._call("rd_pack_int8", c, codes.data_ptr(), panels.data_ptr(), sums.data_ptr())
             c.sums, extra["sums"] = sums.data_ptr(), sums
             extra |= self._floats(c, scale=weights.scale)
+        if weights.columns is not None and weights.side is not None:
+            parts = [self._floats(c, side=part)["side"].view(-1, abi.PANEL) for part in weights.side.T]
+            columns, side = weights.columns.int(), torch.stack(parts, 1)
+            c.outliers, c.columns, c.side = len(columns), columns.data_ptr(), side.data_ptr()
+            extra |= {"columns": columns, "side": side}
         return Packed(c, panels, extra)
 
     def _panels(self, c: abi.Linear) -> Tensor:
@@ -392,6 +396,11 @@ class NativeOps(TorchOps):
         self.inside += perf_counter() - began
         if failed:
             raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: refused its arguments")
+
+
+def _of_outputs(arranged: Tensor) -> Tensor:
+    """[panels, n, 64] -> [panels * 64, n]"""
+    return arranged.transpose(1, 2).flatten(0, 1)
 
 
 def _angles(rotary: Rotary, positions: I32) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -221,15 +221,15 @@ class Reference:
         return plan.seen
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        assert weights.router is not None and weights.experts_up is not None and weights.experts_down is not None
+        assert weights.router is not None
         chances = self.linear(x, weights.router).softmax(-1)
         out = torch.zeros_like(x)
         for t in range(x.shape[0]):
             top = chances[t].topk(experts.top_k)
             share = top.values / top.values.sum() if experts.renormalise else top.values
-            for e, p in zip(top.indices.tolist(), share, strict=True):
-                inner = self.activate(weights.experts_up[e] @ x[t], experts.mlp.activation, experts.mlp.gated)
-                out[t] += p * (weights.experts_down[e] @ inner)
+            for e, p in sorted(zip(top.indices.tolist(), share, strict=True)):
+                inner = self.activate(self.linear(x[t, None], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
+                out[t] += p * self.linear(inner, weights.experts_down[e])[0]
         return out
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Plan, taps: Taps) -> Outputs:
@@ -241,7 +241,7 @@ class Reference:
 
 def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
     """x [ins] -> [outs], step by step as ops/quantized.py defines it, in its float32: bits, not only values, are defined there."""
-    codes, v = weights.whole().long(), x.float()
+    codes, v = weights.whole().long(), x.float().clone()
     if weights.columns is not None:
         v[weights.columns] = 0
     most = torch.tensor(127.0)

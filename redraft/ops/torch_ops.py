@@ -637,17 +637,17 @@ class TorchOps:
             it.seen.nodes[i, :, index] = found[:, chain:].transpose(0, 1)
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        assert weights.router is not None and weights.experts_up is not None and weights.experts_down is not None
+        assert weights.router is not None
         chances = self.linear(x, weights.router).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
         share, chosen = chances.topk(experts.top_k, dim=-1)
         if experts.renormalise:
-            share = share / share.sum(-1, keepdim=True)
+            share = share / sum(share.split(1, -1))  # one after the other, however many rows there are
         share = share.to(x.dtype)
         out = torch.zeros_like(x)
         for e in chosen.unique().tolist():
             rows, place = (chosen == e).nonzero(as_tuple=True)
-            inner = self.activate(F.linear(x[rows], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
-            out.index_add_(0, rows, F.linear(inner, weights.experts_down[e]) * share[rows, place, None])
+            inner = self.activate(self.linear(x[rows], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
+            out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
         return out
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Plan, taps: Taps) -> Outputs:

@@ -57,9 +57,9 @@ def test_qwen() -> None:
 def test_mixtral() -> None:
     model = spec("mixtral")
     assert model.layers[0].mlp == Experts(5, 2, Mlp(40, "silu", gated=True), renormalise=True)
-    assert model.source("layers.1.experts.up").stack[4] == tuple(
-        f"model.layers.1.block_sparse_moe.experts.4.{p}.weight" for p in ("w1", "w3")
-    )
+    up = model.source("layers.1.experts.4.up.weight")
+    assert up.names == tuple(f"model.layers.1.block_sparse_moe.experts.4.{p}.weight" for p in ("w1", "w3"))
+    assert up.otherwise is not None and up.otherwise.place == (4, 5)
 
 
 def test_gpt2() -> None:

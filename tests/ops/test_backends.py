@@ -48,7 +48,10 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
     for layer in layers:
         some: dict[str, object] = {}
         if experts:
-            some = {"router": Linear(3 * rand(4, HIDDEN)), "experts_up": rand(4, 48, HIDDEN), "experts_down": rand(4, HIDDEN, 24)}
+            ups, downs = rand(4, 48, HIDDEN), rand(4, HIDDEN, 24)
+            some = {
+                "router": Linear(3 * rand(4, HIDDEN)), "experts_up": tuple(map(Linear, ups)), "experts_down": tuple(map(Linear, downs)),
+            }  # fmt: skip
         else:
             some = {"up": linear(24 * (2 if mlp.gated else 1), HIDDEN), "down": linear(HIDDEN, 24)}
         qkv = Linear(3 * rand(layer.qkv_rows, HIDDEN), rand(layer.qkv_rows))

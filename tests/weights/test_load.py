@@ -91,7 +91,7 @@ def test_one_weight_at_a_time_each_with_its_bias_and_the_gains_in_front(family: 
 
 
 @pytest.mark.parametrize("quant", [*METHODS, "int8:outliers=3", "int8:head=none", "int4:head=none", "int4:group=adaptive"])
-@pytest.mark.parametrize("family", ["llama2", "smollm"])
+@pytest.mark.parametrize("family", ["llama2", "smollm", "mixtral"])
 def test_the_estimate_is_what_is_held(family: str, quant: str, tmp_path: Path) -> None:
     if registry.parse(quant)[0] not in METHODS:
         pytest.skip("not registered")
@@ -113,11 +113,28 @@ def test_memory_is_checked_with_the_quantized_size(path: Path, monkeypatch: pyte
         assert Setup.of(config.but(model=config.model.but(quant=name))).checkpoint.weight_bytes < whole * 3 // 4
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_mixtures_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    folder = tiny.save("mixtral", tmp_path / "mixtral")
-    with pytest.raises(Unsupported, match=r"a mixture of experts: quant stores no experts"):
-        loader.inspect(folder, "float32", "cpu", registry.create("quant", name))
+def test_every_expert_is_a_weight_of_its_own(tmp_path: Path) -> None:
+    """One at a time, with the gains of the norm in front of the experts; the router stays as it is."""
+    watching, hub, fused = Watching(), tmp_path / "hub", tmp_path / "fused"
+    tiny.save("mixtral", hub)
+    checkpoint, weights = read(hub, watching)
+    plain = loader.load(hub, dtype="float32")[1]
+    assert watching.alive == [0] * len(watching.asked), "an earlier weight is still held"
+    assert len(watching.asked) == (2 + 2 * 5) * len(weights.layers) + 1
+    assert weights.layers[0].router is not None and not isinstance(weights.layers[0].router, Quantized)
+    for held, before in zip(weights.layers, plain.layers, strict=True):
+        for ours, theirs in ((held.experts_up, before.experts_up), (held.experts_down, before.experts_down)):
+            assert len(ours) == 5
+            for one, other in zip(ours, theirs, strict=True):
+                assert isinstance(one, Quantized) and isinstance(other, Linear)
+                assert all(torch.equal(a, b) for a, b in zip(one.tensors, by_output(other).tensors, strict=True))
+        gains = [found for _, shape, found in watching.asked if shape == (80, 24) and found is not None]
+        assert sum(torch.equal(found, before.mlp_norm.weight.abs()) for found in gains) == 5
+    assert checkpoint.weight_bytes == weights.bytes
+    tiny.model("mixtral").save_pretrained(fused, save_original_format=False)
+    for held, other in zip(weights.layers, read(fused, Watching())[1].layers, strict=True):
+        for one, two in zip(held.experts_up + held.experts_down, other.experts_up + other.experts_down, strict=True):
+            assert isinstance(one, Quantized) and isinstance(two, Quantized) and torch.equal(one.codes, two.codes)
 
 
 @pytest.mark.parametrize("name", METHODS)

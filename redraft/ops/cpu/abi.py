@@ -29,7 +29,8 @@ class Rows(ctypes.Structure):
 class Linear(ctypes.Structure):
     _fields_ = [
         ("panels", POINTER), ("bias", POINTER), ("scale", POINTER), ("sums", POINTER), ("scales", POINTER),
-        ("outs", SIZE), ("ins", SIZE), ("kind", NUMBER), ("group", NUMBER), ("gated", NUMBER),
+        ("columns", POINTER), ("side", POINTER),
+        ("outs", SIZE), ("ins", SIZE), ("kind", NUMBER), ("group", NUMBER), ("gated", NUMBER), ("outliers", NUMBER),
     ]  # fmt: skip
 
 

@@ -216,6 +216,7 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     some.y = some_of(j.y, first, count);
     if (j.x_scale) some.x_scale += first;
     if (j.x_sums) some.x_sums += first * j.w.groups();
+    if (j.x_outliers) some.x_outliers += first * j.w.outliers;
     if (j.best) some.best += first * j.keep;
     return some;
 }

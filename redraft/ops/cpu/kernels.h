@@ -50,10 +50,13 @@ struct Linear {
     const float* scale;     // int8: [panels * 64]
     const int32_t* sums;    // int8: [panels * 64], the sum of an output's codes
     const uint16_t* scales; // int4: float16 [panels][groups][64]
+    const int32_t* columns; // codes: [outliers], the columns beside them in ascending order
+    const float* side;      // [panels][outliers][64], the weights in these columns
     int64_t outs, ins;
     Kind kind;
     int32_t group;          // int4: columns that share a scale, a multiple of 16
     int32_t gated;
+    int32_t outliers;
 
     INLINE int64_t count() const { return (outs + PANEL - 1) / PANEL; }
     INLINE int64_t steps() const {
@@ -83,6 +86,7 @@ struct LinearJob {
     int32_t add;
     Best* best;             // [rows][keep]
     int32_t keep;
+    const float* x_outliers;  // [rows][outliers], the row's numbers in w's outlier columns
 };
 
 struct NormJob {
@@ -143,7 +147,8 @@ struct Kernels {
     void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // panels; scratch: [rows of x][64]
     void (*norm)(const NormJob&, int64_t first, int64_t last);               // rows
     void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; a tile's padding is zeroed
-    void (*quantize)(const Rows& x, const Rows& codes, float* scale, int32_t* sums, int32_t group, int64_t first, int64_t last);
+    // codes of x for w; outliers [rows][w.outliers]: what stands in the columns whose codes are 0
+    void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last);
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     // x [T, heads * size] strided, in place: head h of row r turned by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);

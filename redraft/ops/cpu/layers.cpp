@@ -19,6 +19,7 @@ struct Feed {
     Rows tiles{};
     float* scale = nullptr;
     int32_t* sums = nullptr;
+    float* outliers = nullptr;
 
     bool codes() const { return tiles.kind == I8; }
 };
@@ -34,21 +35,22 @@ public:
         if (kind == I8) {
             feed.scale = scale_.of<float>(rows);
             if (w.kind == I4) feed.sums = sums_.of<int32_t>(rows * w.groups());
+            if (w.outliers) feed.outliers = outliers_.of<float>(rows * w.outliers);
         }
         return feed;
     }
 
 private:
-    Buffer tiles_, scale_, sums_;
+    Buffer tiles_, scale_, sums_, outliers_;
 };
 
 void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& feed, Share rows) {
-    if (feed.codes()) kernels.quantize(x, feed.tiles, feed.scale, feed.sums, w.group, rows.first, rows.last);
+    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.scale, feed.sums, feed.outliers, rows.first, rows.last);
     else kernels.copy(x, feed.tiles, rows.first, rows.last);
 }
 
 LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
-    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr, 0};
+    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr, 0, feed.outliers};
 }
 
 struct Scratch {  // of one worker: sums of a panel

@@ -272,6 +272,9 @@ inline Vec finished(const LinearJob& j, int64_t p, int64_t r, int64_t at, const 
         y = load(sums + r * PANEL + at);
         if (j.w.kind == I4) y = y * set1(j.x_scale[r]);
     }
+    const int64_t beside = j.w.outliers;
+    for (int64_t i = 0; i < beside; i++)  // not fused: product and sum are rounded one after the other
+        y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
     return j.w.bias ? y + load(j.w.bias + out) : y;
 }
 

@@ -50,13 +50,30 @@ void norm(const NormJob& j, int64_t first, int64_t last) {
     }
 }
 
+// Puts zeros into some columns, told in ascending order, of a row that goes by register by register.
+struct Blank {
+    const int32_t *at, *end;
+
+    Vec operator()(Vec v, int64_t c) {
+        uint32_t bits = 0;
+        for (; at < end && *at < c + Vec::N; at++) bits |= 1u << (*at - c);
+        return bits ? keep_where(~bits, v, zero()) : v;
+    }
+};
+
 // codes: int8 tiles; scale [rows]: what a code stands for; sums [rows][groups]: of the codes in each group of columns, or null.
-void quantize(const Rows& x, const Rows& codes, float* scale, int32_t* sums, int32_t group, int64_t first, int64_t last) {
-    const int64_t groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
+void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last) {
+    const int64_t group = w.group, groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
     for (int64_t r = first; r < last; r++) {
+        for (int64_t i = 0; i < w.outliers; i++) {
+            alignas(64) float t[Vec::N];
+            store(t, read_some(x.at(r, w.columns[i]), x.kind, 1));
+            outliers[r * w.outliers + i] = t[0];
+        }
+        Blank blank{w.columns, w.columns + w.outliers}, again = blank;
         Vec most = zero(), odd = zero();  // odd: 0, or no number where one of x is infinite or none; then all outputs are none
         for (int64_t c = 0; c < x.cols; c += Vec::N) {
-            const Vec v = read_some(x.at(r, c), x.kind, x.cols - c);
+            const Vec v = blank(read_some(x.at(r, c), x.kind, x.cols - c), c);
             most = maximum(absolute(v), most);
             odd = odd + (v - v);
         }
@@ -64,7 +81,7 @@ void quantize(const Rows& x, const Rows& codes, float* scale, int32_t* sums, int
         scale[r] = peak / 127.0f + sum(odd);
         const Vec by = set1(inverse), top = set1(127.0f);
         for (int64_t c = 0; c < end; c += Vec::N) {
-            Vec v = c < x.cols ? read_some(x.at(r, c), x.kind, x.cols - c) * by : zero();
+            Vec v = c < x.cols ? again(read_some(x.at(r, c), x.kind, x.cols - c), c) * by : zero();
             v = maximum(minimum(round_even(v), top), zero() - top);
             to_i8(reinterpret_cast<int8_t*>(codes.at(r, c)), v);
         }

@@ -81,11 +81,12 @@ struct Case {
     bool gated, biased, add, tiled;
     int32_t best;  // how many of the largest outputs are asked for, or 0
     Activation activation;
+    int32_t outliers = 0;  // columns at most that have no codes
 
     std::string told() const {
         char text[200];
-        std::snprintf(text, sizeof text, "weights %d form %d rows %ld outs %ld ins %ld group %d gated %d bias %d add %d tiled %d best %d act %d", weights,
-                      form, long(rows), long(outs), long(ins), group, gated, biased, add, tiled, best, activation);
+        std::snprintf(text, sizeof text, "weights %d form %d rows %ld outs %ld ins %ld group %d gated %d bias %d add %d tiled %d best %d act %d outliers %d", weights,
+                      form, long(rows), long(outs), long(ins), group, gated, biased, add, tiled, best, activation, outliers);
         return text;
     }
     int64_t columns() const { return gated && activation != NONE ? outs / 2 : outs; }
@@ -95,8 +96,10 @@ struct Case {
 struct Layer {
     Linear w{};
     vector<float> plain, bias, scale;  // [outs][ins]: what a weight or code is; scale: of an output or of its groups
+    vector<int32_t> columns;
+    vector<float> side;                // [outliers][outs]
     Memory<uint8_t> panels{0};
-    Memory<float> packed_bias{0}, packed_scale{0};
+    Memory<float> packed_bias{0}, packed_scale{0}, packed_side{0};
     Memory<int32_t> sums{0};
     Memory<uint16_t> scales{0};
 };
@@ -105,6 +108,21 @@ template <class T>
 void renew(Memory<T>& m, int64_t n) {
     m.~Memory<T>();
     new (&m) Memory<T>(n);
+}
+
+void leave_out(Layer& l, int32_t outliers, Random& random) {
+    Linear& w = l.w;
+    for (int32_t i = int32_t(random.below(w.ins)); i < w.ins && int32_t(l.columns.size()) < outliers; i += int32_t(random.between(1, 9)))
+        l.columns.push_back(i);
+    w.outliers = int32_t(l.columns.size()), w.columns = l.columns.data();
+    renew(l.packed_side, w.count() * PANEL * w.outliers);
+    Memory<float> one(w.count() * PANEL);
+    for (int64_t i = 0; i < w.outliers; i++) {
+        for (int64_t o = 0; o < w.outs; o++) l.side.push_back(random.normal());
+        pack_floats(w, l.side.data() + i * w.outs, one.data);
+        for (int64_t p = 0; p < w.count(); p++) std::memcpy(l.packed_side.data + (p * w.outliers + i) * PANEL, one.data + p * PANEL, PANEL * 4);
+    }
+    w.side = l.packed_side.data;
 }
 
 void pack_codes(Layer& l, Random& random) {
@@ -145,7 +163,7 @@ Layer make(const Case& c, Random& random) {
     Layer l;
     l.w.outs = c.outs, l.w.ins = c.ins, l.w.kind = c.weights, l.w.group = c.group, l.w.gated = c.gated;
     renew(l.panels, l.w.count() * l.w.panel_bytes());
-    if (c.weights == I8 || c.weights == I4) pack_codes(l, random);
+    if (c.weights == I8 || c.weights == I4) pack_codes(l, random), leave_out(l, c.outliers, random);
     else pack_numbers(l, random);
     if (c.biased) {
         for (int64_t i = 0; i < c.outs; i++) l.bias.push_back(random.normal());
@@ -186,12 +204,13 @@ Outcome pass(const Kernels& unit, const Case& c, const Layer& l, const vector<fl
     const Rows tiles = shaped(out.codes, count, l.w.steps() * per_step, kind, true);
     out.scale.resize(size_t(count));
     Memory<int32_t> sums(count * l.w.groups());
-    if (kind == I8) unit.quantize(from, tiles, out.scale.data(), c.weights == I4 ? sums.data : nullptr, c.group, 0, count);
+    Memory<float> outliers(count * l.w.outliers);
+    if (kind == I8) unit.quantize(from, l.w, tiles, out.scale.data(), c.weights == I4 ? sums.data : nullptr, outliers.data, 0, count);
     else unit.copy(from, tiles, 0, count);
     out.rows = shaped(out.y, count, c.columns(), c.form, c.tiled);
     for (int64_t r = 0; r < count && c.add; r++)
         for (int64_t i = 0; i < c.columns(); i++) set_number(out.rows, r, i, before[size_t((first + r) * c.columns() + i)]);
-    LinearJob job{l.w, tiles, out.scale.data(), sums.data, out.rows, c.form, c.activation, c.add, nullptr, c.best};
+    LinearJob job{l.w, tiles, out.scale.data(), sums.data, out.rows, c.form, c.activation, c.add, nullptr, c.best, outliers.data};
     if (c.best) {
         out.best.assign(size_t(count * c.best), Best{-std::numeric_limits<float>::infinity(), -1});
         job.best = out.best.data();
@@ -235,6 +254,7 @@ float defined(const Case& c, const Layer& l, const Outcome& out, const vector<fl
         for (int64_t g = 0; g < l.w.groups(); g++) y = std::fma(whole(g * c.group, (g + 1) * c.group), l.scale[size_t(o * l.w.groups() + g)], y);
         y *= out.scale[size_t(r)];
     }
+    for (int64_t i = 0; i < l.w.outliers; i++) y += x[size_t(r * c.ins + l.columns[size_t(i)])] * l.side[size_t(i * c.outs + o)];
     return c.biased ? y + bias : y;
 }
 
@@ -334,6 +354,7 @@ Case draw(Random& random) {
     if (use && random.chance(0.7)) c.activation = Activation(random.between(1, 4));
     if (c.gated && c.activation == NONE) c.tiled = false;
     if (c.best) c.tiled = false;
+    if (c.weights >= I8 && random.chance(0.4)) c.outliers = int32_t(random.between(1, 20));
     return c;
 }
 
@@ -343,7 +364,7 @@ const Case LARGE[] = {
     {BF16, F32, 272, 300, 1100, 0, false, true, false, false, 3, NONE},     {I8, BF16, 259, 140, 2200, 0, true, true, false, true, 0, SILU},
     {BF16, BF16, 517, 330, 40, 0, true, false, false, true, 0, SILU},   {I4, F32, 150, 65, 600, 64, false, true, true, false, 0, NONE},
     {BF16, F32, 16, 64, 2100, 0, false, false, false, false, 0, NONE},  {I8, F32, 400, 200, 70, 0, false, false, false, false, 1, NONE},
-    {I4, BF16, 33, 70, 1100, 32, true, false, false, true, 0, GELU},
+    {I4, BF16, 33, 70, 1100, 32, true, false, false, true, 0, GELU},     {I8, BF16, 400, 200, 1100, 0, true, true, false, true, 0, SILU, 16},
 };
 
 int failures(uint64_t seed, int64_t cases) {

@@ -171,14 +171,17 @@ struct Weights {
     vector<float> packed_bias, packed_scale;
     vector<int32_t> sums;
     vector<uint16_t> packed_scales;
+    vector<int32_t> columns;
+    vector<float> side;     // [outliers][outs]
+    vector<float> packed_side;
 
-    Weights(int64_t outs, int64_t ins, Kind kind, bool gated, bool biased, int32_t group) {
+    Weights(int64_t outs, int64_t ins, Kind kind, bool gated, bool biased, int32_t group, int64_t outliers = 0) {
         c.outs = outs, c.ins = ins, c.kind = kind, c.gated = gated, c.group = group;
         weight.resize(outs * ins);
         panels.resize(c.count() * c.panel_bytes());
         panels.shrink_to_fit();
         if (kind == F32 || kind == BF16) numbers();
-        else codes();
+        else beside(outliers), codes();
         if (biased) {
             for (int64_t o = 0; o < outs; o++) bias.push_back(dice.normal());
             packed_bias.assign(c.count() * PANEL, NOT_A_NUMBER);
@@ -197,10 +200,24 @@ struct Weights {
         }
         pack_plain(c, from.data(), panels.data());
     }
+    // Some columns that have no codes, side by side here and there.
+    void beside(int64_t outliers) {
+        const int64_t start = dice.below(c.ins), apart = dice.between(1, 3);
+        for (int64_t i = start; i < c.ins && int64_t(columns.size()) < outliers; i += apart) columns.push_back(int32_t(i));
+        for (size_t i = 0; i < columns.size() * c.outs; i++) side.push_back(dice.normal());
+        packed_side.assign(columns.size() * c.count() * PANEL, NOT_A_NUMBER);
+        for (size_t i = 0; i < columns.size(); i++)
+            for (int64_t p = 0; p < c.count(); p++)
+                for (int64_t at = 0; at < PANEL; at++)
+                    packed_side[(p * columns.size() + i) * PANEL + at] = output(p, at) < 0 ? 0 : side[i * c.outs + output(p, at)];
+        c.outliers = int32_t(columns.size()), c.columns = columns.data(), c.side = packed_side.data();
+    }
     void codes() {
         const int64_t low = c.kind == I8 ? -127 : -8, high = c.kind == I8 ? 127 : 7;
         vector<int8_t> from(weight.size());
         for (size_t i = 0; i < from.size(); i++) weight[i] = from[i] = int8_t(dice.chance(0.2) ? dice.of({low, high}) : dice.between(low, high));
+        for (const int32_t column : columns)
+            for (int64_t o = 0; o < c.outs; o++) weight[o * c.ins + column] = from[o * c.ins + column] = 0;
         if (c.kind == I4) {
             for (int64_t i = 0; i < c.outs * c.groups(); i++) scales.push_back(_cvtss_sh(0.1f * dice.normal(), 0));
             packed_scales.assign(c.count() * c.groups() * PANEL, 0x7e00);
@@ -259,7 +276,7 @@ void test_pack(const Weights& w) {
 // The input of a layer in the form that it takes.
 struct Feed {
     Matrix tiles;
-    vector<float> scale;
+    vector<float> scale, outliers;
     vector<int32_t> sums;
 
     Feed(const Weights& w, const Matrix& x)
@@ -270,11 +287,12 @@ struct Feed {
         }
         scale.resize(x.rows.rows);
         sums.resize(x.rows.rows * w.c.groups());
-        quantize(x.rows, tiles.rows, scale.data(), w.c.kind == I4 ? sums.data() : nullptr, w.c.group, 0, x.rows.rows);
+        outliers.resize(x.rows.rows * w.c.outliers);
+        quantize(x.rows, w.c, tiles.rows, scale.data(), w.c.kind == I4 ? sums.data() : nullptr, outliers.data(), 0, x.rows.rows);
     }
     LinearJob job(const Weights& w, const Rows& y, Kind rounded, Activation activation, bool add) const {
         LinearJob made{};
-        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_sums = sums.data();
+        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_sums = sums.data(), made.x_outliers = outliers.data();
         made.y = y, made.rounded = rounded, made.activation = activation, made.add = add;
         return made;
     }
@@ -284,17 +302,19 @@ struct Sum {
     double value, size;  // size: what roundings are relative to
 };
 
-// Steps 1 to 3 and 5 of ops/quantized.py for one output, before it is rounded to the kind of x.
+// Steps 1 to 5 of ops/quantized.py for one output, before it is rounded to the kind of x.
 float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
     float most = 0;
     bool finite = true;
+    const auto beside = [&](int64_t c) { return std::find(w.columns.begin(), w.columns.end(), c) != w.columns.end(); };
     for (int64_t c = 0; c < x.rows.cols; c++) {
+        if (beside(c)) continue;
         most = std::fmax(most, std::fabs(x.at(r, c)));
         finite &= std::isfinite(x.at(r, c));
     }
     if (!finite) return NOT_A_NUMBER;
     const float s = most / 127.0f, inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
-    const auto code = [&](int64_t c) { return int32_t(std::nearbyint(x.at(r, c) * inverse)); };
+    const auto code = [&](int64_t c) { return beside(c) ? 0 : int32_t(std::nearbyint(x.at(r, c) * inverse)); };
     const float* own = w.weight.data() + out * w.c.ins;
     float y;
     if (w.c.kind == I8) {
@@ -309,6 +329,10 @@ float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
             total = std::fmaf(float(sum), _cvtsh_ss(w.scales[out * w.c.groups() + g]), total);
         }
         y = total * s;
+    }
+    for (size_t i = 0; i < w.columns.size(); i++) {
+        const float product = x.at(r, w.columns[i]) * w.side[i * w.c.outs + out];
+        y = y + product;
     }
     return w.bias.empty() ? y : y + w.bias[out];
 }
@@ -327,6 +351,7 @@ Sum dot(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
 
 bool close(double found, double expected, double allowed) {
     if (std::isnan(expected)) return std::isnan(found);
+    if (found == expected) return true;  // infinite too
     return std::fabs(found - expected) <= allowed;
 }
 
@@ -336,7 +361,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     const Activation activation = dice.of({NONE, NONE, SILU, GELU, GELU_TANH, RELU});
     const bool fused = gated && activation != NONE, add = !tiles && activation == NONE && !gated && dice.chance(0.5);
     const int32_t group = kind == I4 ? int32_t(dice.of({16, 32, 48, 64, 128})) : 0;
-    const Weights w(outs, ins, kind, gated, biased, group);
+    const Weights w(outs, ins, kind, gated, biased, group, kind >= I8 && dice.chance(0.5) ? dice.between(1, 20) : 0);
     test_pack(w);
     Matrix x(rows, ins, numbers, false, dice.below(3));
     x.fill(numbers, dice.of({0.01f, 1.0f, 30.0f}));
@@ -517,23 +542,32 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
     const int64_t groups = (cols + group - 1) / group, end = (cols + LINE - 1) / LINE * LINE;
     Matrix x(rows, cols, kind, dice.chance(0.3), dice.below(3)), codes(rows, end, I8, true);
     x.fill(kind, dice.of({1e-3f, 1.0f, 1e4f}));
-    vector<float> scale(rows, NOT_A_NUMBER);
+    Linear w{};
+    vector<int32_t> columns;
+    for (int64_t c = 0; c < cols; c++)
+        if (dice.chance(0.1)) columns.push_back(int32_t(c));
+    w.group = group, w.outliers = int32_t(columns.size()), w.columns = columns.data();
+    vector<float> scale(rows, NOT_A_NUMBER), outliers(rows * w.outliers, NOT_A_NUMBER);
     vector<int32_t> sums(rows * groups, -1);
-    quantize(x.rows, codes.rows, scale.data(), sums.data(), group, 0, rows);
+    quantize(x.rows, w, codes.rows, scale.data(), sums.data(), outliers.data(), 0, rows);
+    Matrix without(x);  // codes are made of what is left
+    for (int64_t r = 0; r < rows; r++)
+        for (const int32_t c : columns) put_number(without.rows.at(r, c), kind, 0);
     bool good = true;
     for (int64_t r = 0; r < rows; r++) {
         float most = 0;
-        for (int64_t c = 0; c < cols; c++) most = std::fmax(most, std::fabs(x.at(r, c)));
+        for (int64_t c = 0; c < cols; c++) most = std::fmax(most, std::fabs(without.at(r, c)));
+        for (int32_t i = 0; i < w.outliers; i++) good &= outliers[r * w.outliers + i] == x.at(r, columns[i]);
         const float inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
         good &= scale[r] == most / 127.0f;
         for (int64_t g = 0; g < groups; g++) {
             int32_t sum = 0;
-            for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(x.at(r, c) * inverse));
+            for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(without.at(r, c) * inverse));
             good &= sums[r * groups + g] == sum;
         }
         for (int64_t c = 0; c < end; c++) {
             const int8_t found = int8_t(*codes.rows.at(r, c));
-            good &= found == (c < cols ? int8_t(std::nearbyint(x.at(r, c) * inverse)) : 0);
+            good &= found == (c < cols ? int8_t(std::nearbyint(without.at(r, c) * inverse)) : 0);
         }
     }
     check(good, shape("codes of rows", rows, cols, group, kind));
