@@ -39,10 +39,12 @@ class Ticket:
 
     async def events(self) -> AsyncIterator[list[Event]]:
         """News, a step's at a time, until all texts are finished. Raises what ended the request before."""
-        while self.left:
+        left = self.request.params.n  # in what was taken; `left` counts what was heard
+        while left:
             news = await self.queue.get()
             if isinstance(news, Exception):
                 raise news
+            left -= sum(event.reason is not None for event in news)
             yield news
 
     def hear(self, events: list[Event]) -> None:
