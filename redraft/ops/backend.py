@@ -240,7 +240,7 @@ class Backend(Protocol):
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Any, plan: Any) -> Tensor | None:
         """Feature.RUN: what models/layers.py does for layers first..last (exclusive), in one call, bit for bit; None where this batch
-        needs one operation at a time."""
+        needs one operation at a time. The first segment may write over h, the embeddings; what others start from was handed out."""
         ...
 
     def watched(self, plan: Any) -> Mapping[int, Seen]:

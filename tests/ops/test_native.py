@@ -170,7 +170,7 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
     norm, gain = Norm(), NormWeights(1 + 0.1 * randn(3, hidden, dtype=dtype))
     weights = Weights(weight, ops.pack(Linear(weight)), gain, ())
     rows = [0, 1, 2, 4, 5, 8]
-    plan: Any = SimpleNamespace(logit_rows=torch.tensor(rows))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(rows, np.int32)))
     best, all_of_them = ops.head(x, weights, norm, plan, Taps()), ops.head(x, weights, norm, plan, Taps(logits=True, top_k=5))
     assert best.logits is None and all_of_them.logits is not None and all_of_them.top_k is not None
     exact = Weights(weight.double(), Linear(weight.double()), NormWeights(gain.weight.double()), ())
@@ -194,10 +194,34 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
 
 
 @DTYPES
+@pytest.mark.parametrize("group", [None, 0, 32], ids=["plain", "int8", "int4"])
+@few(12)
+@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(SIZES), st.sampled_from(SIZES), st.booleans(), st.integers(0, 99))
+@example(20, 1, 130, 40, True, 0)
+def test_the_head_in_one_call_is_its_parts(
+    group: int | None, dtype: torch.dtype, rows: int, count: int, outs: int, ins: int, biased: bool, seed: int
+) -> None:
+    """Norm, linear and order, bit for bit; rows in any order, some of them twice."""
+    ops, dice = NativeOps(dtype), random.Random(seed)
+    x, wanted = randn(seed, rows, ins, dtype=dtype), [dice.randrange(rows) for _ in range(count)]
+    weight = Linear(randn(seed + 1, outs, ins), randn(seed + 2, outs) if biased else None)
+    head = ops.pack(weight if group is None else codes(outs, ins, group, biased, seed))
+    own = NormWeights(randn(seed + 3, ins, dtype=dtype), randn(seed + 4, ins, dtype=dtype) if biased else None)
+    norm = Norm(dice.choice(["rms", "layer"]), 1e-5)
+    assert isinstance(head, Packed)
+    weights, plan = Weights(x, head, own, ()), SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(wanted, np.int32)))
+    order = ops.linear(ops.norm(x, own, norm), head)[wanted].double().sort(descending=True, stable=True).indices
+    for k in (0, 1, 7):
+        found = ops.head(x, weights, norm, plan, Taps(top_k=k))  # type: ignore[arg-type]
+        assert found.argmax.tolist() == order[:, 0].tolist()
+        assert (found.top_k is None) == (k == 0) and (found.top_k is None or found.top_k.tolist() == order[:, :k].tolist())
+
+
+@DTYPES
 def test_one_logit_that_is_no_number_wins(dtype: torch.dtype) -> None:
     """As in PyTorch; rows of nothing but minus infinity give the lowest id."""
     ops, weight = NativeOps(dtype), randn(1, 200, 8, dtype=dtype)
-    plan: Any = SimpleNamespace(logit_rows=torch.arange(3))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.arange(3, dtype=np.int32)))
     for bias, expected in ((math.nan, 77), (math.inf, 77)):
         shift = torch.zeros(200, dtype=dtype)
         shift[77] = shift[190] = bias
@@ -271,12 +295,15 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
     def linear(outs: int, ins: int, bias: bool, size: float = 1.0) -> Linear:
         return Linear(size * rand(outs, ins), rand(outs) if bias else None)
 
-    rotary = None if shape.learned else Rotary(tuple(100.0 ** (-2 * i / shape.size) for i in range(shape.size // 2)))
+    def rotary(base: float) -> Rotary | None:
+        return None if shape.learned else Rotary(tuple(base ** (-2 * i / shape.size) for i in range(shape.size // 2)))
+
+    near, far = rotary(100.0), rotary(900.0 if shape.window else 100.0)
     qk = Norm(eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
-            shape.heads, shape.kv_heads, shape.size, shape.mlp, shape.norm, rotary, None if i == 1 else shape.window,
-            qkv_bias=shape.biases, out_bias=shape.biases, qk_norm=qk,
+            shape.heads, shape.kv_heads, shape.size, shape.mlp, shape.norm, far if i == 1 else near,
+            None if i == 1 else shape.window, qkv_bias=shape.biases, out_bias=shape.biases, qk_norm=qk,
         )
         for i in range(LAYERS)
     )  # fmt: skip
@@ -610,6 +637,30 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
             table.discard(text.seq)
     threads(1)
     bench.check(dice)
+
+
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_stay_as_they_were_told(family: str, dtype: torch.dtype) -> None:
+    """Those of a layer, although the layers behind it run too; the same from segments as from single operations."""
+    bench, told = Bench(family, dtype), []
+    tokens = [random.Random(5).randrange(VOCAB) for _ in range(9)]
+    for whole in (True, False):
+        bench.ops.whole = whole
+        for layers in ({0, 1, 2}, {0}, {1}):
+            text = Text(text_of(len(told), tokens))
+            bench.runner.table.open(text.seq)
+            work = [Work(text.seq, 9)]
+            pages = bench.runner.table.reserve(work, [EMPTY])
+            bench.runner.store.zero(pages.fresh)
+            hidden = bench.runner.forward(Batch.pack(work, [EMPTY], pages), Taps(frozenset(layers))).hidden
+            assert set(hidden) == layers
+            told.append(hidden)
+    assert bench.ops.segments == 3 + 2 + 2
+    for hidden in told:
+        for layer, states in hidden.items():
+            assert torch.equal(bits(states), bits(told[-3][layer]))
+    assert not torch.equal(told[0][0], told[0][1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
