@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from redraft.core.batch import Batch
 from redraft.core.sequence import Space
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import I32
+from redraft.core.tree import F64, I32, I64
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops.format import Array, Arrays, Format
 from redraft.ops.quantized import Quantized
@@ -217,6 +217,10 @@ class Backend(Protocol):
 
     def use_threads(self, count: int) -> None:
         """How many of the CPU work for it from now on."""
+        ...
+
+    def gumbel(self, key: int, ids: I64) -> F64:
+        """core/noise.py's, bit for bit; for a whole vocabulary."""
         ...
 
     def embed(self, weights: Weights, plan: Any) -> Tensor: ...

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.batch import Batch
+from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
 from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import F64, I64
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library
@@ -268,6 +270,11 @@ class NativeOps(TorchOps):
         return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept)
 
     # ---- the operations
+
+    def gumbel(self, key: int, ids: I64) -> F64:
+        ids, found = np.ascontiguousarray(ids, np.int64), np.empty(len(ids))
+        self.c.rd_uniform(key, ids.ctypes.data, len(ids), found.ctypes.data)
+        return gumbel_of(found)
 
     def embed(self, weights: Weights, plan: NativePlan) -> Tensor:  # type: ignore[override]
         batch, embed = plan.batch, weights.embed

@@ -45,7 +45,7 @@ BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the 
 class Sampler:
     """vocab: size of the logits; eos: ids that end a text of this model; encode: the token id sequences that spell a
     bad word, None without a tokenizer; drafts: the noise that a drafter which samples must draw with, the verifier's
-    choice (Verifier.drafts)."""
+    choice (Verifier.drafts); gumbel: the noise of core/noise.py, or a backend's way to the same bits."""
 
     def __init__(
         self,
@@ -53,10 +53,12 @@ class Sampler:
         eos: frozenset[int],
         encode: Callable[[str], list[list[int]]] | None = None,
         drafts: Stream = Stream.TARGET,
+        gumbel: Callable[[int, I64], F64] = gumbel,
     ) -> None:
         self.vocabulary = Vocabulary(vocab, eos, encode)
         self.ids: I64 = np.arange(vocab)
         self.drafts = drafts
+        self.gumbel = gumbel
 
     def check(self, params: SamplingParams) -> Chosen:
         """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
@@ -122,7 +124,7 @@ class TargetLaw:
             if not row.seq.params.greedy:
                 noise = self._key(row.seq, Stream.TARGET, packed[i])
                 for at in range(0, len(row.ids), BLOCK):
-                    row.values[at : at + BLOCK] += gumbel(noise, row.ids[at : at + BLOCK])
+                    row.values[at : at + BLOCK] += self.sampler.gumbel(noise, row.ids[at : at + BLOCK])
             drawn[i] = int(row.ids[row.values.argmax()])
         return drawn
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
+from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
@@ -690,6 +691,19 @@ def test_models_compute_what_the_reference_defines(family: str) -> None:
     assert (mine.argmax(-1) == out.logits.argmax(-1)).all()
 
 
+# ---- noise
+
+
+@few(50)
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**31 - 1), max_size=40))
+@example(0, list(range(2000)))
+@example(2**64 - 1, [0, 2**31 - 1])
+def test_noise_is_the_definitions(key: int, ids: list[int]) -> None:
+    own = np.array(ids, np.int64)
+    assert NativeOps().gumbel(key, own).tobytes() == gumbel(key, own).tobytes()
+    assert NativeOps().gumbel(key, own[::2]).tobytes() == gumbel(key, own[::2]).tobytes()
+
+
 # ---- codes
 
 
@@ -820,6 +834,8 @@ for group in (0, 64):
     for rows in (1, 3, 19):
         weights, x = t.codes(65, 100, group, True, 2), t.randn(3, rows, 100)
         assert torch.equal(t.NativeOps().linear(x, t.NativeOps().pack(weights)), t.product(x, weights))
+ids = t.np.arange(999)
+assert (t.NativeOps().gumbel(2**64 - 5, ids) == t.gumbel(2**64 - 5, ids)).all()
 print(lib.isa)
 """
 

@@ -123,6 +123,8 @@ BORDER int rd_rope(const Rows* x, int64_t heads, int64_t size, const float* cos,
     });
 }
 
+BORDER void rd_uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) { kernels().uniform(key, ids, count, to); }
+
 BORDER int rd_turns(const Rotaries* rotaries, const int32_t* positions, int64_t rows, float* turns) {
     return guarded([&] { find_turns(*rotaries, positions, rows, turns); });
 }

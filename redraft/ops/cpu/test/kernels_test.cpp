@@ -38,7 +38,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, linear, norm, copy, quantize, activate, rope, nullptr};
+const Kernels kernels{"tested", takes, linear, norm, copy, quantize, activate, rope, uniform, nullptr};
 }  // namespace
 }  // namespace redraft
 
