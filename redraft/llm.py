@@ -228,7 +228,7 @@ class LLM:
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
-        sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings, verifier.drafts)
+        sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings, verifier.drafts, self.runner.backend.gumbel)
         return Engine(
             self.runner,
             scheduler,

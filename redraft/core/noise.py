@@ -61,4 +61,9 @@ def uniform(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
     """Standard Gumbel noise for each id: argmax(log p + gumbel) is a sample of p."""
-    return -np.log(-np.log(uniform(key, ids)))
+    return gumbel_of(uniform(key, ids))
+
+
+def gumbel_of(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    """numpy's logarithms, wherever the uniform numbers were made: so texts do not depend on it."""
+    return -np.log(-np.log(uniform))

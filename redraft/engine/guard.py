@@ -74,6 +74,8 @@ class Guard:
                     (trees[i],) = self.propose([seqs[i]], [budgets[i]])
             return trees
         for i, tree in zip(sound, found, strict=True):
+            if tree is EMPTY:
+                continue
             try:
                 self._check(tree, budgets[i])
                 trees[i] = tree if tree.laws is None else replace(tree, laws=Told(self, seqs[i], tree.laws))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from redraft.core.batch import Batch
 from redraft.core.sequence import Space
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import I32
+from redraft.core.tree import F64, I32, I64
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops.format import Array, Arrays, Format
 from redraft.ops.quantized import Quantized
@@ -227,6 +227,10 @@ class Backend(Protocol):
         """How many of the CPU work for it from now on."""
         ...
 
+    def gumbel(self, key: int, ids: I64) -> F64:
+        """core/noise.py's, bit for bit; for a whole vocabulary."""
+        ...
+
     def embed(self, weights: Weights, plan: Any) -> Tensor: ...
 
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor: ...
@@ -248,7 +252,7 @@ class Backend(Protocol):
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Any, plan: Any) -> Tensor | None:
         """Feature.RUN: what models/layers.py does for layers first..last (exclusive), in one call, bit for bit; None where this batch
-        needs one operation at a time."""
+        needs one operation at a time. The first segment may write over h, the embeddings; what others start from was handed out."""
         ...
 
     def watched(self, plan: Any) -> Mapping[int, Seen]:

@@ -7,6 +7,7 @@ what a sequence without a view gets does not depend on its neighbours.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,17 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.batch import Batch
+from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import I32
+from redraft.core.tree import F64, I64
 from redraft.errors import Unsupported
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
+from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
 from redraft.ops.cpu import abi
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
-from redraft.ops.torch_pool import Pool
+from redraft.ops.torch_pool import Pool, Shelf
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
@@ -78,8 +80,32 @@ class Group:
     format: str
     rows: Tensor | None
     step: abi.Step
-    attention: int | None = None  # the kernels' plan
-    kept: list[Any] = field(default_factory=list)  # what `step` points to
+    attention: Attention | None
+    kept: list[Any]  # what `step` points to
+
+
+class Attention:
+    """The kernels' plan of attention."""
+
+    def __init__(self, c: ctypes.CDLL, step: abi.Step, heads: int) -> None:
+        self.c, self._as_parameter_ = c, c.rd_plan(step, heads)
+        if not self._as_parameter_:
+            raise MemoryError("attention's plan")
+
+    def __del__(self) -> None:
+        self.c.rd_plan_free(self._as_parameter_)
+
+
+@dataclass
+class Model:
+    """What all plans of a model have in common. turns: the place of each layer's Rotary among the different ones, by its id: to hash
+    one takes its time; pool: without its memory."""
+
+    spec: ModelSpec
+    turns: dict[int, int]
+    rotaries: abi.Rotaries
+    pool: abi.Pool
+    kept: list[Any]  # what `rotaries` points to
 
 
 @dataclass
@@ -87,12 +113,9 @@ class NativePlan:
     """other: PyTorch's plan of the sequences with the rows `theirs`. A sequence may be attended by both, for what PyTorch does on the
     way (side data, statistics); then the native result stands."""
 
-    tokens: Tensor
-    positions: Tensor
-    logit_rows: Tensor
-    turns: Mapping[int, int]  # id of a layer's Rotary -> its place in cos and sin
-    cos: tuple[NDArray[np.float32], ...]
-    sin: tuple[NDArray[np.float32], ...]
+    batch: Batch
+    model: Model
+    turns: NDArray[np.float32]  # [rotaries, cos and sin, T, head_dim / 2]
     groups: list[Group] = field(default_factory=list)
     theirs: Tensor | None = None
     other: Plan | None = None
@@ -115,7 +138,8 @@ class NativeOps(TorchOps):
         self.kind = KINDS[dtype]
         self.inside = 0.0  # seconds in kernels so far
         self._segments: dict[int, Any] = {}
-        self._turns_of: dict[int, tuple[ModelSpec, list[Rotary], dict[int, int]]] = {}
+        self._models: dict[int, Model] = {}
+        self._places: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
         lend_threads()  # two pools of spinning threads cost a factor of 40
 
     @property
@@ -193,11 +217,11 @@ class NativeOps(TorchOps):
     # ---- the plan
 
     def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> NativePlan:  # type: ignore[override]
-        count = len(batch.tree_starts)
-        tokens, positions, logit_rows = self._uploads([batch.tokens, batch.positions, batch.logit_rows])
-        rotaries, places = self._rotaries(spec)
-        cos, sin = zip(*(_angles(rotary, batch.positions) for rotary in rotaries)) if rotaries else ((), ())
-        plan = NativePlan(tokens, positions, logit_rows, places, cos, sin)
+        count, model = len(batch.tree_starts), self._model(spec)
+        turns = np.empty((model.rotaries.count, 2, len(batch.tokens), model.rotaries.half), np.float32)
+        if turns.size:
+            self._call("rd_turns", model.rotaries, batch.positions.tobytes(), len(batch.tokens), turns.ctypes.data)
+        plan = NativePlan(batch, model, turns)
         theirs = [s for s in range(count) if batch.views[s] is not None or taps.attention.get(s)]
         if theirs:
             other, rows = batch.only(theirs)
@@ -212,23 +236,27 @@ class NativeOps(TorchOps):
             plan.groups.append(self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan))
         return plan
 
-    def _rotaries(self, spec: ModelSpec) -> tuple[list[Rotary], dict[int, int]]:
-        """The different rotaries of a model, and the place of each layer's among them by its id: to hash one takes its time."""
-        if id(spec) not in self._turns_of:
-            every = [layer.rotary for layer in spec.layers if layer.rotary is not None]
+    def _model(self, spec: ModelSpec) -> Model:
+        if id(spec) not in self._models:
+            every, first = [layer.rotary for layer in spec.layers if layer.rotary is not None], spec.layers[0]
             different = list(dict.fromkeys(every))
-            self._turns_of[id(spec)] = spec, different, {id(rotary): different.index(rotary) for rotary in every}
-        return self._turns_of[id(spec)][1:]
+            frequencies = np.array([rotary.frequencies for rotary in different], np.float64, ndmin=2)
+            scales = np.array([rotary.scale for rotary in different], np.float64)
+            rotaries = abi.Rotaries(frequencies.ctypes.data, scales.ctypes.data, *frequencies.shape)
+            pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
+            turns = {id(rotary): different.index(rotary) for rotary in every}
+            self._models[id(spec)] = Model(spec, turns, rotaries, pool, [frequencies, scales])
+        return self._models[id(spec)]
 
     def _group(self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan) -> Group:
         view, count = batch.pages, len(batch.tree_starts)
-        seqs = np.zeros(count, abi.SEQ)
-        nodes = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
+        starts, tree_starts = batch.starts.tolist(), batch.tree_starts.tolist()
         ancestors, at = np.ascontiguousarray(batch.ancestors), np.ascontiguousarray(batch.positions)
         words = ancestors.shape[1]
-        kept: list[Any] = [seqs, ancestors, at]
-        for s in range(count):
-            a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
+        bits, where = ancestors.ctypes.data, at.ctypes.data
+        kept: list[Any] = [ancestors, at, plan.turns]
+        seqs = b""
+        for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
             pages, lengths = (np.ascontiguousarray(x, np.int32) for x in (view.pages[s], view.lengths[s]))
             held, pointers = view.positions[s], 0
             kept += [pages, lengths]
@@ -237,32 +265,30 @@ class NativeOps(TorchOps):
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
                 kept += [lanes, lines]
                 pointers = lines.ctypes.data
-            seqs[s] = (
+            seqs += abi.SEQ.pack(
                 a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words,
-                pages.ctypes.data, lengths.ctypes.data, pointers, ancestors.ctypes.data + int(nodes[s]) * words * 8, at.ctypes.data + 4 * a,
+                pages.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a,
             )  # fmt: skip
-        turns = [np.array([one.ctypes.data for one in made], np.int64) for made in (plan.cos, plan.sin)]
-        kept += [*turns, plan.cos, plan.sin]
-        first = spec.layers[0]
-        pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
-        step = abi.Step(len(batch.tokens), count, seqs.ctypes.data, pool, turns[0].ctypes.data, turns[1].ctypes.data)
-        group = Group(name, rows, step, None, kept)
-        if len(batch.tokens):
-            group.attention = self.c.rd_plan(step, first.heads)
-            if not group.attention:
-                raise MemoryError("attention's plan")
-            weakref.finalize(group, self.c.rd_plan_free, group.attention)
-        return group
+            bits += 8 * words * (z - t)
+        step = abi.Step(starts[-1], count, seqs, plan.model.pool, plan.turns.ctypes.data)
+        return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept)
 
     # ---- the operations
 
+    def gumbel(self, key: int, ids: I64) -> F64:
+        ids, found = np.ascontiguousarray(ids, np.int64), np.empty(len(ids))
+        self.c.rd_uniform(key, ids.ctypes.data, len(ids), found.ctypes.data)
+        return gumbel_of(found)
+
     def embed(self, weights: Weights, plan: NativePlan) -> Tensor:  # type: ignore[override]
-        if not isinstance(weights.embed, Packed):
-            return super().embed(weights, plan)  # type: ignore[arg-type]
-        c = weights.embed.c
-        x = torch.empty(len(plan.tokens), c.ins, dtype=self.dtype)
-        self.c.rd_rows(c, plan.tokens.data_ptr(), len(x), x.data_ptr())
-        return x if weights.positions is None else x + weights.positions.index_select(0, plan.positions)
+        batch, embed = plan.batch, weights.embed
+        if isinstance(embed, Packed):
+            x = torch.empty(len(batch.tokens), embed.c.ins, dtype=self.dtype)
+            self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), x.data_ptr())
+        else:
+            assert isinstance(embed, Tensor), "an embedding in another backend's form"
+            x = embed.index_select(0, torch.from_numpy(batch.tokens))
+        return x if weights.positions is None else x + weights.positions.index_select(0, torch.from_numpy(batch.positions))
 
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -295,9 +321,8 @@ class NativeOps(TorchOps):
             return x
         out = x.contiguous() if not x.is_contiguous() else x.clone()
         if len(x):
-            place = plan.turns[id(layer.rotary)]
-            rows = self._rows(out.view(len(x), -1))
-            self._call("rd_rope", rows, x.shape[1], x.shape[2], plan.cos[place].ctypes.data, plan.sin[place].ctypes.data)
+            cos, sin = plan.turns[plan.model.turns[id(layer.rotary)]]
+            self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
@@ -326,23 +351,27 @@ class NativeOps(TorchOps):
 
     def _place(self, group: Group, pool: Pool) -> None:
         """Where the units of the group's format lie."""
-        shelf, to = pool.shelves[group.format], group.step.pool
-        offsets = shelf.format.offsets()
-        to.data = pool.data.data_ptr() + offsets["keys"]
-        to.values = offsets["values"] - offsets["keys"]
-        to.slab_bytes, to.unit_bytes, to.per_slab = pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab
+        shelf = pool.shelves[group.format]
+        found = self._places.get(shelf)
+        if found is None:
+            offsets, own = shelf.format.offsets(), group.step.pool
+            found = self._places[shelf] = abi.Pool(
+                pool.data.data_ptr() + offsets["keys"], pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab,
+                offsets["values"] - offsets["keys"], own.layers, own.kv_heads, own.size, own.kind,
+            )  # fmt: skip
+        group.step.pool = found
 
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
         return {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
         """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""
-        if plan.other is not None or len(plan.groups) != 1 or not len(h):
+        if plan.other is not None or len(plan.groups) != 1 or not h.shape[0]:
             return None
         segment = self._segment(spec, weights, plan)
         if segment is None:
             return None
-        out = h.clone(memory_format=torch.contiguous_format)
+        out = h.clone(memory_format=torch.contiguous_format) if first else h
         (group,) = plan.groups
         self._place(group, pool)
         self._call("rd_run", segment, first, last, group.step, group.attention, self._rows(out))
@@ -370,22 +399,22 @@ class NativeOps(TorchOps):
         return abi.Layer(
             *parts, *map(at, (*norms, *qk)),
             layer.norm.eps, layer.qk_norm.eps if layer.qk_norm else 0.0, int(layer.norm.kind == "rms"), layer.heads, layer.window or 0,
-            -1 if layer.rotary is None else plan.turns[id(layer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
+            -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> Outputs:  # type: ignore[override]
-        rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
-        rows = self.norm(rows, weights.final_norm, final)
-        head = weights.head
+        head, norm, wanted = weights.head, weights.final_norm, plan.batch.logit_rows
         if not isinstance(head, Packed) or taps.logits:
-            logits = self.linear(rows, head)
+            rows = x if len(wanted) == x.shape[0] else x.index_select(0, torch.from_numpy(wanted))
+            logits = self.linear(self.norm(rows, norm, final), head)
             top_k = best_first(logits, taps.top_k) if taps.top_k else None
             return Outputs(argmax(logits), top_k, logits if taps.logits else None)
-        best = np.zeros((len(rows), min(max(1, taps.top_k), head.outs)), abi.BEST)
-        if len(rows):
-            self._call("rd_best", head.c, self._rows(rows), self.kind, best.shape[1], best.ctypes.data)
-        found: I32 = np.ascontiguousarray(best["index"])
-        return Outputs(np.where(best["value"][:, 0] < np.inf, found[:, 0], -1).astype(np.int32), found if taps.top_k else None)
+        best, likeliest = np.empty((len(wanted), min(max(1, taps.top_k), head.outs)), np.int32), np.empty(len(wanted), np.int32)
+        if best.size:
+            how = norm.weight.data_ptr(), None if norm.bias is None else norm.bias.data_ptr(), final.eps, int(final.kind == "rms")
+            out = best.ctypes.data, likeliest.ctypes.data
+            self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), *best.shape, *out)
+        return Outputs(likeliest, best if taps.top_k else None)
 
     def _rows(self, x: Tensor) -> abi.Rows:
         return abi.Rows.of(x, self.kind)
@@ -401,9 +430,3 @@ class NativeOps(TorchOps):
 def _of_outputs(arranged: Tensor) -> Tensor:
     """[panels, n, 64] -> [panels * 64, n]"""
     return arranged.transpose(1, 2).flatten(0, 1)
-
-
-def _angles(rotary: Rotary, positions: I32) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [T, dim / 2], times the rotary's scale; angles in float64."""
-    angles = positions.astype(np.float64)[:, None] * np.asarray(rotary.frequencies)
-    return (np.cos(angles) * rotary.scale).astype(np.float32), (np.sin(angles) * rotary.scale).astype(np.float32)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.core.batch import Batch
+from redraft.core.noise import gumbel
 from redraft.core.sequence import Lanes, Space
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import I32
+from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
@@ -166,6 +167,9 @@ class Reference:
 
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
+
+    def gumbel(self, key: int, ids: I64) -> F64:
+        return gumbel(key, ids)
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         return weights.halved() if isinstance(weights, Quantized) else weights

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.batch import Batch
+from redraft.core.noise import gumbel
 from redraft.core.sequence import Lanes, Space
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import I32
+from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
@@ -404,6 +405,9 @@ class TorchOps:
 
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
+
+    def gumbel(self, key: int, ids: I64) -> F64:
+        return gumbel(key, ids)
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         """On the CPU, oneDNN's blocked layout: 17 rows then cost 1.7 times one row instead of 2.3 (docs/log.md)."""

@@ -55,7 +55,7 @@ BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the 
 class Sampler:
     """vocab: size of the logits; eos: ids that end a text of this model; encode: the token id sequences that spell a
     bad word, None without a tokenizer; drafts: the noise that a drafter which samples must draw with, the verifier's
-    choice (Verifier.drafts)."""
+    choice (Verifier.drafts); gumbel: the noise of core/noise.py, or a backend's way to the same bits."""
 
     def __init__(
         self,
@@ -63,10 +63,12 @@ class Sampler:
         eos: frozenset[int],
         encode: Callable[[str], list[list[int]]] | None = None,
         drafts: Stream = Stream.TARGET,
+        gumbel: Callable[[int, I64], F64] = gumbel,
     ) -> None:
         self.vocabulary = Vocabulary(vocab, eos, encode)
         self.ids: I64 = np.arange(vocab)
         self.drafts = drafts
+        self.gumbel = gumbel
 
     def drawing(self, drafts: Stream) -> Drawing:
         """The sampler as a drafter sees it that must draw with this noise."""
@@ -141,6 +143,8 @@ class TargetLaw:
     def draw(self, rows: Seq[int]) -> list[int]:
         """The token drawn at each logit row, by the processors and noise of its own sequence, path and position."""
         drawn: list[int] = [int(self.out.argmax[row]) for row in rows]
+        if all(self._argmax_suffices(work.seq) for work in self.work):
+            return drawn
         packed, owners = self._owners(rows)
         if min(drawn, default=0) < 0:
             raise NotNumbers(self.work[owners[drawn.index(-1)]].seq)
@@ -151,7 +155,7 @@ class TargetLaw:
             if not row.seq.params.greedy:
                 noise = self._key(row.seq, Stream.TARGET, packed[i])
                 for at in range(0, len(row.ids), BLOCK):
-                    row.values[at : at + BLOCK] += gumbel(noise, row.ids[at : at + BLOCK])
+                    row.values[at : at + BLOCK] += self.sampler.gumbel(noise, row.ids[at : at + BLOCK])
             drawn[i] = int(row.ids[row.values.argmax()])
         return drawn
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from redraft import LLM
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
+from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
@@ -173,7 +174,7 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
     norm, gain = Norm(), NormWeights(1 + 0.1 * randn(3, hidden, dtype=dtype))
     weights = Weights(weight, ops.pack(Linear(weight)), gain, ())
     rows = [0, 1, 2, 4, 5, 8]
-    plan: Any = SimpleNamespace(logit_rows=torch.tensor(rows))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(rows, np.int32)))
     best, all_of_them = ops.head(x, weights, norm, plan, Taps()), ops.head(x, weights, norm, plan, Taps(logits=True, top_k=5))
     assert best.logits is None and all_of_them.logits is not None and all_of_them.top_k is not None
     exact = Weights(weight.double(), Linear(weight.double()), NormWeights(gain.weight.double()), ())
@@ -197,10 +198,34 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
 
 
 @DTYPES
+@pytest.mark.parametrize("group", [None, 0, 32], ids=["plain", "int8", "int4"])
+@few(12)
+@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(SIZES), st.sampled_from(SIZES), st.booleans(), st.integers(0, 99))
+@example(20, 1, 130, 40, True, 0)
+def test_the_head_in_one_call_is_its_parts(
+    group: int | None, dtype: torch.dtype, rows: int, count: int, outs: int, ins: int, biased: bool, seed: int
+) -> None:
+    """Norm, linear and order, bit for bit; rows in any order, some of them twice."""
+    ops, dice = NativeOps(dtype), random.Random(seed)
+    x, wanted = randn(seed, rows, ins, dtype=dtype), [dice.randrange(rows) for _ in range(count)]
+    weight = Linear(randn(seed + 1, outs, ins), randn(seed + 2, outs) if biased else None)
+    head = ops.pack(weight if group is None else codes(outs, ins, group, biased, seed))
+    own = NormWeights(randn(seed + 3, ins, dtype=dtype), randn(seed + 4, ins, dtype=dtype) if biased else None)
+    norm = Norm(dice.choice(["rms", "layer"]), 1e-5)
+    assert isinstance(head, Packed)
+    weights, plan = Weights(x, head, own, ()), SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(wanted, np.int32)))
+    order = ops.linear(ops.norm(x, own, norm), head)[wanted].double().sort(descending=True, stable=True).indices
+    for k in (0, 1, 7):
+        found = ops.head(x, weights, norm, plan, Taps(top_k=k))  # type: ignore[arg-type]
+        assert found.argmax.tolist() == order[:, 0].tolist()
+        assert (found.top_k is None) == (k == 0) and (found.top_k is None or found.top_k.tolist() == order[:, :k].tolist())
+
+
+@DTYPES
 def test_one_logit_that_is_no_number_is_told(dtype: torch.dtype) -> None:
     """Rows of nothing but minus infinity give the lowest id."""
     ops, weight = NativeOps(dtype), randn(1, 200, 8, dtype=dtype)
-    plan: Any = SimpleNamespace(logit_rows=torch.arange(3))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.arange(3, dtype=np.int32)))
     for bias in (math.nan, math.inf):
         shift = torch.zeros(200, dtype=dtype)
         shift[77] = shift[190] = bias
@@ -279,13 +304,16 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
     def mlps(outs: int, ins: int) -> tuple[Linear, ...]:
         return tuple(linear(outs, ins, shape.mlp.bias) for _ in range(shape.experts or 1))
 
-    rotary = None if shape.learned else Rotary(tuple(100.0 ** (-2 * i / shape.size) for i in range(shape.size // 2)))
+    def rotary(base: float) -> Rotary | None:
+        return None if shape.learned else Rotary(tuple(base ** (-2 * i / shape.size) for i in range(shape.size // 2)))
+
+    near, far = rotary(100.0), rotary(900.0 if shape.window else 100.0)
     mlp = Experts(shape.experts, 2, shape.mlp) if shape.experts else shape.mlp
     qk = Norm(eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
-            shape.heads, shape.kv_heads, shape.size, mlp, shape.norm, rotary, None if i == 1 else shape.window,
-            qkv_bias=shape.biases, out_bias=shape.biases, qk_norm=qk,
+            shape.heads, shape.kv_heads, shape.size, mlp, shape.norm, far if i == 1 else near,
+            None if i == 1 else shape.window, qkv_bias=shape.biases, out_bias=shape.biases, qk_norm=qk,
         )
         for i in range(LAYERS)
     )  # fmt: skip
@@ -630,6 +658,30 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
     bench.check(dice)
 
 
+@DTYPES
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_stay_as_they_were_told(family: str, dtype: torch.dtype) -> None:
+    """Those of a layer, although the layers behind it run too; the same from segments as from single operations."""
+    bench, told = Bench(family, dtype), []
+    tokens = [random.Random(5).randrange(VOCAB) for _ in range(9)]
+    for whole in (True, False):
+        bench.ops.whole = whole
+        for layers in ({0, 1, 2}, {0}, {1}):
+            text = Text(text_of(len(told), tokens))
+            bench.runner.table.open(text.seq)
+            work = [Work(text.seq, 9)]
+            pages = bench.runner.table.reserve(work, [EMPTY])
+            bench.runner.store.zero(pages.fresh)
+            hidden = bench.runner.forward(Batch.pack(work, [EMPTY], pages), Taps(frozenset(layers))).hidden
+            assert set(hidden) == layers
+            told.append(hidden)
+    assert bench.ops.segments == (0 if family == "mixtral" else 3 + 2 + 2)  # experts are no part of a run
+    for hidden in told:
+        for layer, states in hidden.items():
+            assert torch.equal(bits(states), bits(told[-3][layer]))
+    assert not torch.equal(told[0][0], told[0][1])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_compute_what_the_reference_defines(family: str) -> None:
     spec, weights = model(family)
@@ -705,6 +757,19 @@ def test_a_mixture_from_its_files(quant: str | None, tmp_path: Path) -> None:
     assert len({tuple(text) for text in texts["native"]}) == len(prompts)
 
 
+# ---- noise
+
+
+@few(50)
+@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**31 - 1), max_size=40))
+@example(0, list(range(2000)))
+@example(2**64 - 1, [0, 2**31 - 1])
+def test_noise_is_the_definitions(key: int, ids: list[int]) -> None:
+    own = np.array(ids, np.int64)
+    assert NativeOps().gumbel(key, own).tobytes() == gumbel(key, own).tobytes()
+    assert NativeOps().gumbel(key, own[::2]).tobytes() == gumbel(key, own[::2]).tobytes()
+
+
 # ---- codes
 
 
@@ -778,7 +843,7 @@ def test_codes_of_odd_groups_are_pytorchs() -> None:
 @pytest.mark.parametrize("outliers", [1, 5])
 def test_the_largest_of_the_head_are_those_of_its_product(outliers: int) -> None:
     ops, weights = NativeOps(), codes(300, 40, 0, False, 0, outliers)
-    plan: Any = SimpleNamespace(logit_rows=torch.arange(9))
+    plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.arange(9, dtype=np.int32)))
     held = Weights(randn(0, 300, 40), ops.pack(weights), NormWeights(torch.ones(40)), ())
     x = ops.norm(randn(1, 9, 40), held.final_norm, Norm())
     assert ops.head(randn(1, 9, 40), held, Norm(), plan, Taps()).argmax.tolist() == product(x, weights).argmax(-1).tolist()
@@ -864,6 +929,8 @@ for group in (0, 64):
     for rows in (1, 3, 19):
         weights, x = t.codes(65, 100, group, True, 2, rows // 2), t.randn(3, rows, 100)
         assert torch.equal(t.NativeOps().linear(x, t.NativeOps().pack(weights)), t.product(x, weights))
+ids = t.np.arange(999)
+assert (t.NativeOps().gumbel(2**64 - 5, ids) == t.gumbel(2**64 - 5, ids)).all()
 print(lib.isa)
 """
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,16 +50,15 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    _fields_ = [("rows", SIZE), ("count", SIZE), ("seqs", POINTER), ("pool", Pool), ("cos", POINTER), ("sin", POINTER)]
+    _fields_ = [("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("turns", POINTER)]
 
 
-SEQ = np.dtype(
-    [
-        *((name, np.int32) for name in ("first", "rows", "chain_rows", "tail", "chain", "lanes", "pages_per_lane", "words")),
-        *((name, np.int64) for name in ("pages", "lengths", "positions", "ancestors", "at")),  # pointers
-    ]
-)
-BEST = np.dtype([("value", np.float32), ("index", np.int32)])
+class Rotaries(ctypes.Structure):
+    _fields_ = [("frequencies", POINTER), ("scales", POINTER), ("count", SIZE), ("half", SIZE)]
+
+
+# A Seq of kernels.h: eight numbers and five addresses, in its order.
+SEQ = struct.Struct("8i5P")
 
 _ROWS, _LINEAR, _STEP = (ctypes.POINTER(kind) for kind in (Rows, Linear, Step))
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it takes
@@ -72,10 +70,12 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it take
     "rd_pack_int8": (NUMBER, _LINEAR, POINTER, POINTER, POINTER),
     "rd_pack_int4": (NUMBER, _LINEAR, POINTER, POINTER, POINTER, POINTER),
     "rd_linear": (NUMBER, _LINEAR, _ROWS, _ROWS, NUMBER, NUMBER),
-    "rd_best": (NUMBER, _LINEAR, _ROWS, NUMBER, NUMBER, POINTER),
+    "rd_head": (NUMBER, _ROWS, POINTER, POINTER, REAL, NUMBER, _LINEAR, POINTER, SIZE, NUMBER, POINTER, POINTER),
     "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER),
     "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),
     "rd_rope": (NUMBER, _ROWS, SIZE, SIZE, POINTER, POINTER),
+    "rd_uniform": (None, ctypes.c_uint64, POINTER, SIZE, POINTER),
+    "rd_turns": (NUMBER, ctypes.POINTER(Rotaries), POINTER, SIZE, POINTER),
     "rd_plan": (POINTER, _STEP, NUMBER),
     "rd_plan_free": (None, POINTER),
     "rd_attend": (NUMBER, _STEP, POINTER, NUMBER, NUMBER, NUMBER, _ROWS, _ROWS, _ROWS, _ROWS),

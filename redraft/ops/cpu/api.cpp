@@ -58,6 +58,10 @@ int guarded(Work work) {
     }
 }
 
+NormJob norm_of(const Rows& x, const void* weight, const void* bias, float eps, int rms) {
+    return {x, Rows{}, static_cast<const uint8_t*>(weight), static_cast<const uint8_t*>(bias), eps, rms, x.kind};
+}
+
 }  // namespace
 
 BORDER const char* rd_kernels() { return kernels_of(chosen_isa()) ? kernels().name : ""; }
@@ -75,7 +79,7 @@ BORDER int64_t rd_panel_bytes(const Linear* w) { return w->count() * w->panel_by
 BORDER int rd_pack(const Linear* w, const void* from, void* to) {
     return guarded([&] { pack_plain(*w, from, to); });
 }
-BORDER void rd_rows(const Linear* w, const int64_t* rows, int64_t count, void* to) { rows_of(*w, rows, count, to); }
+BORDER void rd_rows(const Linear* w, const int32_t* rows, int64_t count, void* to) { rows_of(*w, rows, count, to); }
 BORDER int rd_pack_floats(const Linear* w, const float* from, float* to) {
     return guarded([&] { pack_floats(*w, from, to); });
 }
@@ -89,12 +93,13 @@ BORDER int rd_pack_int4(const Linear* w, const int8_t* codes, const uint16_t* sc
 BORDER int rd_linear(const Linear* w, const Rows* x, const Rows* y, int activation, int add) {
     return guarded([&] { run_linear(kernels(), *w, *x, *y, Activation(activation), add != 0); });
 }
-BORDER int rd_best(const Linear* w, const Rows* x, int rounded, int keep, Best* best) {
-    return guarded([&] { run_best(kernels(), *w, *x, Kind(rounded), keep, best); });
+BORDER int rd_head(const Rows* h, const void* weight, const void* bias, float eps, int rms, const Linear* w, const int32_t* wanted, int64_t count, int keep, int32_t* best, int32_t* argmax) {
+    return guarded([&] { run_head(kernels(), norm_of(*h, weight, bias, eps, rms), *w, wanted, count, keep, best, argmax); });
 }
 BORDER int rd_norm(const Rows* x, const Rows* y, const void* weight, const void* bias, float eps, int rms) {
     return guarded([&] {
-        const NormJob job{*x, *y, static_cast<const uint8_t*>(weight), static_cast<const uint8_t*>(bias), eps, rms, x->kind};
+        NormJob job = norm_of(*x, weight, bias, eps, rms);
+        job.y = *y;
         run([&](int worker, int workers) {
             const Share own(x->rows, worker, workers);
             kernels().norm(job, own.first, own.last);
@@ -116,6 +121,12 @@ BORDER int rd_rope(const Rows* x, int64_t heads, int64_t size, const float* cos,
             kernels().rope(*x, heads, size, cos, sin, own.first, own.last);
         });
     });
+}
+
+BORDER void rd_uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) { kernels().uniform(key, ids, count, to); }
+
+BORDER int rd_turns(const Rotaries* rotaries, const int32_t* positions, int64_t rows, float* turns) {
+    return guarded([&] { find_turns(*rotaries, positions, rows, turns); });
 }
 
 // The plan of attention of one forward pass; freed by rd_plan_free.

@@ -152,6 +152,7 @@ struct Kernels {
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     // x [T, heads * size] strided, in place: head h of row r turned by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
+    void (*uniform)(uint64_t key, const int64_t* ids, int64_t count, double* to);  // core/noise.py's, bit for bit
     const AttendKernels* attend;
 };
 

@@ -93,6 +93,23 @@ Attention& attention() {
     return *made;
 }
 
+void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows, float* turns) {
+    const int64_t half = rotaries.half;
+    const auto share = [&](int worker, int workers) {
+        const Share own(rows, worker, workers);
+        for (int64_t i = 0; i < rotaries.count; i++)
+            for (int64_t r = own.first; r < own.last; r++)
+                for (int64_t k = 0; k < half; k++) {
+                    const double angle = positions[r] * rotaries.frequencies[i * half + k], scale = rotaries.scales[i];
+                    float* cos = turns + (2 * i * rows + r) * half + k;
+                    cos[0] = float(std::cos(angle) * scale);
+                    cos[rows * half] = float(std::sin(angle) * scale);
+                }
+    };
+    if (rows > FEW) run(share);
+    else share(0, 1);
+}
+
 void write_keys(const Step& step, int64_t layer, const Rows& k, const Rows& v, int worker, int workers) {
     const Pool& pool = step.pool;
     const int64_t bytes = pool.size * bytes_of(pool.kind);
@@ -125,31 +142,41 @@ void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Ro
     });
 }
 
-void run_best(const Kernels& kernels, const Linear& w, const Rows& x, Kind rounded, int32_t keep, Best* best) {
-    const Feed feed = feeds[0].of(kernels, w, x.rows);
-    const int64_t all = threads(), own_size = x.rows * keep;
-    scratch.grow(int(all), x.rows);
+void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax) {
+    const Rows h = norm.x;
+    const Feed feed = feeds[0].of(kernels, w, count);
+    const Rows norms = strided(buffers[0].of(count * h.cols * bytes_of(h.kind)), count, h.cols, h.kind);
+    norm.y = feed.codes() ? norms : feed.tiles;
+    const int64_t all = threads(), own_size = count * keep;
+    scratch.grow(int(all), count);
     std::vector<Best> found(all * own_size, Best{-std::numeric_limits<float>::infinity(), -1});
-    run_paced(w.panels, 0, 0, x.rows, [&](int worker, int workers) {
-        fill(kernels, w, x, feed, Share(x.rows, worker, workers));
+    run_paced(w.panels, 0, 0, count, [&](int worker, int workers) {
+        const Share rows(count, worker, workers);
+        for (int64_t r = rows.first; r < rows.last; r++) {
+            NormJob one = norm;
+            one.x.data += (wanted[r] - r) * h.stride;  // its row r is the wanted one
+            kernels.norm(one, r, r + 1);
+        }
+        if (feed.codes()) fill(kernels, w, norms, feed, rows);
         barrier();
-        LinearJob job = job_of(w, feed, Rows{}, rounded);
+        LinearJob job = job_of(w, feed, Rows{}, h.kind);
         job.best = found.data() + worker * own_size;
         job.keep = keep;
         const Share own(w.count(), worker, workers);
-        kernels.linear(job, own.first, own.last, scratch.at(worker, x.rows));
+        kernels.linear(job, own.first, own.last, scratch.at(worker, count));
     });
     const auto above = [](const Best& a, const Best& b) {  // those of the first worker have the lower indices
         return a.value > b.value || (a.value != a.value && b.value == b.value);
     };
     std::vector<Best> merged;
-    for (int64_t r = 0; r < x.rows; r++) {
+    for (int64_t r = 0; r < count; r++) {
         merged.clear();
         for (int64_t worker = 0; worker < all; worker++)
             for (int32_t i = 0; i < keep; i++)
                 if (const Best& one = found[worker * own_size + r * keep + i]; one.index >= 0) merged.push_back(one);
         std::stable_sort(merged.begin(), merged.end(), above);
-        for (int32_t i = 0; i < keep; i++) best[r * keep + i] = merged[i];  // keep is at most the number of outputs
+        for (int32_t i = 0; i < keep; i++) best[r * keep + i] = merged[i].index;  // keep is at most the number of outputs
+        argmax[r] = merged[0].value < std::numeric_limits<float>::infinity() ? merged[0].index : -1;
     }
 }
 
@@ -202,8 +229,11 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
                     kernels.norm({one, one, head < l.heads ? l.q_norm : l.k_norm, nullptr, l.qk_eps, 1, kind}, own.first, own.last);
                 }
             }
-            if (l.rotary >= 0)
-                kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, step.cos[l.rotary], step.sin[l.rotary], own.first, own.last);
+            if (l.rotary >= 0) {
+                const int64_t each = rows * (pool.size / 2);
+                const float* cos = step.turns + 2 * l.rotary * each;
+                kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, cos, cos + each, own.first, own.last);
+            }
             barrier();
             write_keys(step, i, k, v, worker, workers);
             barrier();

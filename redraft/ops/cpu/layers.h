@@ -13,14 +13,20 @@ struct Layer {
     Activation activation;
 };
 
-// One forward pass: its sequences, and cos and sin [rows][size / 2] of every rotary.
+// One forward pass: its sequences, and of every rotary cos and then sin, [rows][size / 2].
 struct Step {
     int64_t rows, count;
     const Seq* seqs;
     Pool pool;
-    const float* const* cos;
-    const float* const* sin;
+    const float* turns;
 };
+
+// Angles in double, times the rotary's scale.
+struct Rotaries {
+    const double *frequencies, *scales;  // [count][half], [count]
+    int64_t count, half;
+};
+void find_turns(const Rotaries&, const int32_t* positions, int64_t rows, float* turns);
 
 // What all calls work in; one job runs at a time.
 Attention& attention();
@@ -30,8 +36,8 @@ void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last
 // y = x W^T + bias, x and y rows of the model's kind; h: where a sum goes to (`add`).
 void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Activation, bool add);
 
-// The `keep` largest outputs of every row, [rows][keep].
-void run_best(const Kernels&, const Linear&, const Rows& x, Kind rounded, int32_t keep, Best* best);
+// What follows the layers: the indices of the `keep` largest outputs of the rows of norm.x that `wanted` lists, [count][keep].
+void run_head(const Kernels&, NormJob norm, const Linear&, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax);
 
 void write_keys(const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
 

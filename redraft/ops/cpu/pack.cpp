@@ -50,7 +50,7 @@ void pack_plain(const Linear& w, const void* from, void* to) {
     interleave(w, static_cast<const uint8_t*>(from), bytes_of(w.kind), static_cast<uint8_t*>(to));
 }
 
-void rows_of(const Linear& w, const int64_t* rows, int64_t count, void* to) {
+void rows_of(const Linear& w, const int32_t* rows, int64_t count, void* to) {
     const int64_t bytes = w.ins * bytes_of(w.kind), whole = bytes / 4;
     for (int64_t r = 0; r < count; r++) {
         const uint8_t* from = w.panels + rows[r] / PANEL * w.panel_bytes() + rows[r] % PANEL * 4;

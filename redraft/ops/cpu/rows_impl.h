@@ -118,3 +118,19 @@ void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const fl
                 write_some(high, x.kind, fma(a, s, b * c), live);
             }
 }
+
+// No function of the C library: integers, and steps that are exact in double.
+void uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) {
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t x = key + uint64_t(ids[i]) * 0x9E3779B97F4A7C15u;
+        for (int twice = 0; twice < 2; twice++) {
+            x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+            x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+            x ^= x >> 31;
+        }
+        x = x >> 12 | 0x3FF0000000000000u;  // 1 and 52 bits behind the point
+        double one_and;
+        __builtin_memcpy(&one_and, &x, sizeof x);
+        to[i] = (one_and - 1.0) + 0x1p-53;
+    }
+}

@@ -38,7 +38,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, linear, norm, copy, quantize, activate, rope, nullptr};
+const Kernels kernels{"tested", takes, linear, norm, copy, quantize, activate, rope, uniform, nullptr};
 }  // namespace
 }  // namespace redraft
 
@@ -355,6 +355,36 @@ bool close(double found, double expected, double allowed) {
     return std::fabs(found - expected) <= allowed;
 }
 
+// Norm, layer and order in one call as one after another; rows in any order, some of them twice.
+void test_head(const Weights& w, const Matrix& x, const std::string& what) {
+    const int64_t rows = x.rows.rows, ins = x.rows.cols, outs = w.c.outs, count = dice.between(1, rows + 2), keep = std::min<int64_t>(outs, dice.between(1, 9));
+    const Kind kind = x.rows.kind;
+    Matrix gain(1, ins, kind, false), shift(1, ins, kind, false), normed(rows, ins, kind, false), chosen(count, ins, kind, false), y(count, outs, kind, false);
+    gain.fill(kind), shift.fill(kind);
+    NormJob job{x.rows, normed.rows, gain.rows.data, dice.chance(0.5) ? shift.rows.data : nullptr, 1e-5f, dice.chance(0.5), kind};
+    norm(job, 0, rows);
+    vector<int32_t> wanted(count), best(count * keep), argmax(count);
+    for (int64_t r = 0; r < count; r++) {
+        wanted[r] = int32_t(dice.below(rows));
+        std::memcpy(chosen.rows.at(r, 0), normed.rows.at(wanted[r], 0), size_t(ins * bytes_of(kind)));
+    }
+    run_linear(kernels, w.c, chosen.rows, y.rows, NONE, false);
+    job.y = Rows{};
+    run_head(kernels, job, w.c, wanted.data(), count, int32_t(keep), best.data(), argmax.data());
+    bool right = true;
+    for (int64_t r = 0; r < count; r++) {
+        vector<int64_t> order(outs);
+        for (int64_t c = 0; c < outs; c++) order[c] = c;
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {  // no number before all numbers
+            const float left = y.at(r, a), right_one = y.at(r, b);
+            return left > right_one || (left != left && right_one == right_one);
+        });
+        for (int64_t k = 0; k < keep; k++) right &= best[r * keep + k] == order[k];
+        right &= argmax[r] == (y.at(r, order[0]) < INFINITY ? order[0] : -1);
+    }
+    check(right, what);
+}
+
 void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind numbers) {
     const bool gated = dice.chance(0.4), biased = dice.chance(0.5), tiles = dice.chance(0.4);
     if (gated) outs *= 2;
@@ -429,20 +459,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
         Matrix shared(before);
         run_linear(kernels, w.c, x.rows, shared.rows, NONE, false);
         check(shared.memory == y.memory, what + ": " + std::to_string(workers) + " threads");
-        const int64_t keep = std::min<int64_t>(outs, dice.between(1, 9));
-        vector<Best> best(rows * keep);
-        run_best(kernels, w.c, x.rows, numbers, int32_t(keep), best.data());
-        bool right = true;
-        for (int64_t row = 0; row < rows; row++) {
-            vector<int64_t> order(outs);
-            for (int64_t c = 0; c < outs; c++) order[c] = c;
-            std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {  // no number before all numbers
-                const float left = y.at(row, a), right_one = y.at(row, b);
-                return left > right_one || (left != left && right_one == right_one);
-            });
-            for (int64_t k = 0; k < keep; k++) right &= best[row * keep + k].index == order[k];
-        }
-        check(right, what + ": largest, " + std::to_string(workers) + " threads");
+        test_head(w, x, what + ": head, " + std::to_string(workers) + " threads");
     }
 }
 
@@ -456,21 +473,25 @@ void test_ties() {
         pack_floats(w.c, bias.data(), packed.data());
         w.c.bias = packed.data();
         Matrix x(3, ins, F32, false);
-        x.fill(F32);
+        Matrix gain(1, ins, F32, false);
+        x.fill(F32), gain.fill(F32);
+        const NormJob norm{x.rows, Rows{}, gain.rows.data, nullptr, 1e-5f, 1, F32};
+        const vector<int32_t> wanted{2, 0, 1};
         for (int workers : {1, 2, 3}) {
             set_threads(workers);
-            vector<Best> best(3);
-            run_best(kernels, w.c, x.rows, F32, 1, best.data());
-            for (const Best& one : best) check(one.index == at && one.value == 1e30f, "ties go to the lowest");
+            vector<int32_t> best(3), argmax(3);
+            run_head(kernels, norm, w.c, wanted.data(), 3, 1, best.data(), argmax.data());
+            for (int32_t one : best) check(one == at, "ties go to the lowest");
             vector<float> holed = packed;
             holed[at] = NOT_A_NUMBER, holed[299] = NOT_A_NUMBER;
             w.c.bias = holed.data();
-            run_best(kernels, w.c, x.rows, F32, 1, best.data());
-            for (const Best& one : best) check(one.index == at && one.value != one.value, "the first that is no number");
+            run_head(kernels, norm, w.c, wanted.data(), 3, 1, best.data(), argmax.data());
+            for (int32_t one : best) check(one == at, "the first that is no number");
+            for (int32_t one : argmax) check(one == -1, "rows that hold no number have no likeliest");
             vector<float> low(holed.size(), -INFINITY);
             w.c.bias = low.data();
-            run_best(kernels, w.c, x.rows, F32, 1, best.data());
-            for (const Best& one : best) check(one.index == 0, "all of them minus infinity");
+            run_head(kernels, norm, w.c, wanted.data(), 3, 1, best.data(), argmax.data());
+            for (int32_t one : best) check(one == 0, "all of them minus infinity");
             w.c.bias = packed.data();
         }
     }
