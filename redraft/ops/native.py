@@ -1,8 +1,8 @@
 """Compiled kernels on the CPU (ops/cpu): bit-exact, and a step of layers is one call.
 
 Memory is laid out as PyTorch's backend lays it out, so that all which is done to pages between steps is shared. Sequences with
-a view of their own (codes, windows, sparse reads) or watched weights are attended by PyTorch, the others beside them natively:
-what a sequence without a view gets does not depend on its neighbours.
+a view of their own (codes, windows, sparse reads) are attended by PyTorch, the others beside them natively: what a sequence
+without a view gets does not depend on its neighbours, nor on whether its weights are watched.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from redraft.core.batch import Batch
 from redraft.core.sequence import Lanes
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32
+from redraft.core.view import Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
 from redraft.ops import library
@@ -32,6 +33,7 @@ from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
 from redraft.ops.torch_pool import Pool
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
+STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
 HUGE = 1 << 21  # bytes of a page
 
@@ -81,12 +83,14 @@ class Group:
     step: abi.Step
     attention: int | None = None  # the kernels' plan
     kept: list[Any] = field(default_factory=list)  # what `step` points to
+    seen: dict[int, Seen] = field(default_factory=dict)  # statistics, by place in the group
 
 
 @dataclass
 class NativePlan:
     """other: PyTorch's plan of the sequences with the rows `theirs`. A sequence may be attended by both, for what PyTorch does on the
-    way (side data, statistics); then the native result stands."""
+    way (side data, and with them statistics); then the native result stands. seen: statistics of the other sequences by their place in
+    the batch."""
 
     tokens: Tensor
     positions: Tensor
@@ -98,6 +102,7 @@ class NativePlan:
     theirs: Tensor | None = None
     other: Plan | None = None
     places: list[int] = field(default_factory=list)  # in the batch, of the sequences of `other`
+    seen: dict[int, Seen] = field(default_factory=dict)
 
 
 class NativeOps(TorchOps):
@@ -194,18 +199,22 @@ class NativeOps(TorchOps):
         rotaries, places = self._rotaries(spec)
         cos, sin = zip(*(_angles(rotary, batch.positions) for rotary in rotaries)) if rotaries else ((), ())
         plan = NativePlan(tokens, positions, logit_rows, places, cos, sin)
-        theirs = [s for s in range(count) if batch.views[s] is not None or taps.attention.get(s)]
+        theirs = [s for s in range(count) if batch.views[s] is not None]
         if theirs:
             other, rows = batch.only(theirs)
             watched = {i: taps.attention[s] for i, s in enumerate(theirs) if s in taps.attention}
             plan.other, plan.theirs, plan.places = super().plan(other, spec, Taps(attention=watched)), torch.from_numpy(rows).long(), theirs
+        watched = {s: watches for s, watches in taps.attention.items() if watches and batch.views[s] is None}
         own: dict[str, list[int]] = {}
         for s, view in enumerate(batch.views):
             if view is None or not (view.block or view.window or view.read):  # all is seen, of pages that may hold side data
                 own.setdefault("" if view is None else view.format, []).append(s)
         for name, members in own.items():
             some, mine = (batch, None) if len(members) == count else batch.only(members)
-            plan.groups.append(self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan))
+            watches = {i: watched[s] for i, s in enumerate(members) if s in watched}
+            group = self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            plan.groups.append(group)
+            plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
         return plan
 
     def _rotaries(self, spec: ModelSpec) -> tuple[list[Rotary], dict[int, int]]:
@@ -216,7 +225,9 @@ class NativeOps(TorchOps):
             self._turns_of[id(spec)] = spec, different, {id(rotary): different.index(rotary) for rotary in every}
         return self._turns_of[id(spec)][1:]
 
-    def _group(self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan) -> Group:
+    def _group(
+        self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan, watches: Mapping[int, tuple[Watch, ...]]
+    ) -> Group:
         view, count = batch.pages, len(batch.tree_starts)
         seqs = np.zeros(count, abi.SEQ)
         nodes = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
@@ -243,12 +254,31 @@ class NativeOps(TorchOps):
         pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
         step = abi.Step(len(batch.tokens), count, seqs.ctypes.data, pool, turns[0].ctypes.data, turns[1].ctypes.data)
         group = Group(name, rows, step, None, kept)
+        if watches:
+            self._watch(group, batch, spec, watches)
         if len(batch.tokens):
             group.attention = self.c.rd_plan(step, first.heads)
             if not group.attention:
                 raise MemoryError("attention's plan")
             weakref.finalize(group, self.c.rd_plan_free, group.attention)
         return group
+
+    def _watch(self, group: Group, batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]) -> None:
+        """Room for statistics, by place in the group."""
+        lines = []
+        for s, wanted in watches.items():
+            a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
+            slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
+            shape = len(spec.layers), spec.kv_heads, slots
+            seen = group.seen[s] = Seen(torch.zeros(len(wanted), *shape), torch.zeros(len(wanted), z - t, *shape))
+            for i, watch in enumerate(wanted):
+                if watch.statistic not in STATISTICS:
+                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: {', '.join(STATISTICS)}")
+                low = STATISTICS.index(watch.statistic)
+                lines.append((seen.chain[i].data_ptr(), seen.nodes[i].data_ptr(), slots, s, watch.since, low, 0))
+        watched = np.array(lines, abi.WATCHED)
+        group.kept.append(watched)
+        group.step.watched, group.step.watches = watched.ctypes.data, len(watched)
 
     # ---- the operations
 
@@ -329,7 +359,8 @@ class NativeOps(TorchOps):
         to.slab_bytes, to.unit_bytes, to.per_slab = pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab
 
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
-        return {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
+        found = {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
+        return found | plan.seen
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
         """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""

@@ -27,12 +27,12 @@ from redraft.core.sequence import Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.core.view import Window
+from redraft.core.view import Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops import library
-from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
+from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Seen, Weights
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
@@ -219,6 +219,26 @@ def test_attention_beside_every_view(name: str, dtype: torch.dtype) -> None:
     test_views.compare(replace(case, watch=watch), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
 
 
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("name", ["per head", "per head, evicted", "shared, evicted, watched"])
+@DTYPES
+def test_watched_weights(
+    name: str, layer: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    """Of lanes of all kinds, with a layer's window that a path is longer than, and a tail that grows; PyTorch attends to nothing.
+    Weights near 1 / t are left out in bfloat16."""
+    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
+    threads(2)
+    watch = Watch("mass"), Watch("mass", since=test_views.CHUNK + 1), *([Watch("low", since=20)] if dtype == F32 else [])
+    test_views.compare(replace(test_views.CASES[name], watch=watch, layer=layer), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
+
+
+def test_an_unknown_statistic_is_refused_by_name() -> None:
+    spec, batch = model("llama")[0], Batch.pack([work([1])], [EMPTY], view([work([1])]))
+    with pytest.raises(Unsupported, match=r"'high'.*mass, low"):
+        NativeOps().plan(batch, spec, Taps(attention={0: (Watch("high"),)}))
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("dtype", "most"), [(F32, 1e-5), (BF16, 0.12)])
 def test_whole_models(dtype: torch.dtype, most: float, window: int | None) -> None:
@@ -256,6 +276,7 @@ FAMILIES = {
     "mistral": Shape(4, 1, 16, 64, Mlp(33), window=11),
 }
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
+SEVERAL = (551, Lanes.PER_HEAD), (551, Lanes.SHARED), (551, Lanes.PER_LAYER)  # tokens of texts, and their lanes
 
 
 def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
@@ -524,12 +545,14 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         set_threads(dice.choice([1, 2, 3]))
         bench.ops.whole = dice.random() < 0.6
         hidden = frozenset(i for i in range(LAYERS) if dice.random() < 0.4) if dice.random() < 0.4 else frozenset[int]()
-        taps = Taps(hidden, logits=dice.random() < 0.8)
+        watches = {s: (Watch("mass", dice.randrange(50)),) for s in range(len(some)) if dice.random() < 0.3}
+        taps = Taps(hidden, logits=dice.random() < 0.8, attention=watches)
         heads = [TokenTree(tree.tokens[:cut], tree.parents[:cut], tree.kinds[: cut + 1]) for tree, cut in zip(trees, cuts, strict=True)]
         bench.step(some, rows, heads, [0] * len(some), taps)
         grown = [s for s in range(len(some)) if cuts[s] < len(trees[s])]
         if grown:
-            bench.step(*([part[s] for s in grown] for part in (some, rows, trees, cuts)), taps)  # type: ignore[arg-type]
+            later = replace(taps, attention={i: watches[s] for i, s in enumerate(grown) if s in watches})
+            bench.step(*([part[s] for s in grown] for part in (some, rows, trees, cuts)), later)  # type: ignore[arg-type]
         paths = [random_path(dice, tree) for tree in trees]
         accepted = [
             Accepted(tuple(path), (*(int(tree.tokens[i]) for i in path), dice.randrange(VOCAB))) if end else Accepted()
@@ -610,6 +633,46 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
             table.discard(text.seq)
     threads(1)
     bench.check(dice)
+
+
+@DTYPES
+def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Bit for bit the same with other threads, company and watches, and where layers run operation by operation."""
+    bench, dice = Bench("mistral", dtype, slabs=90), random.Random(2)
+    table, watch = bench.runner.table, Watch("mass", 40)
+    texts = [Text(text_of(i, [dice.randrange(VOCAB) for _ in range(n)], kind)) for i, (n, kind) in enumerate(SEVERAL)]
+    for text in texts:
+        table.open(text.seq)
+
+    def step(some: list[Text], rows: int, tree: TokenTree, watches: tuple[Watch, ...]) -> Seen:
+        works, trees = [Work(text.seq, rows) for text in some], [tree] * len(some)
+        pages = table.reserve(works, trees)
+        bench.runner.store.zero(pages.fresh)
+        mine = some.index(texts[0])
+        taps = Taps(attention={s: watches if s == mine else (Watch("low"),) for s in range(len(some)) if s == mine or s % 2})
+        out = bench.runner.forward(Batch.pack(works, trees, pages), taps)
+        assert set(out.attention) == set(taps.attention)
+        return out.attention[mine]
+
+    tree = random_tree(random.Random(4), 9)
+    for rows, nodes in ((550, EMPTY), (1, tree)):
+        found = []
+        for some in (texts[:1], texts, texts[::-1]):
+            for whole, watches in ((True, (watch,)), (False, (watch,)), (True, (watch, Watch("low")))):
+                bench.ops.whole, before = whole, bench.ops.segments
+                threads(dice.choice([1, 2, 3]))
+                found.append(step(some, rows, nodes, watches))
+                assert (bench.ops.segments > before) == whole, "a watched batch is one call"
+                for text in some:
+                    table.discard(text.seq)
+        for seen in found[1:]:
+            assert torch.equal(bits(seen.chain[0]), bits(found[0].chain[0])) and torch.equal(bits(seen.nodes[0]), bits(found[0].nodes[0]))
+        told = torch.tensor(max(0, rows - 40) if nodes is EMPTY else rows).float()
+        totals = found[0].chain[0].sum(-1), found[0].nodes[0].sum(-1)
+        torch.testing.assert_close(totals[0], told.expand_as(totals[0]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(totals[1], torch.ones_like(totals[1]), rtol=1e-5, atol=0)
+        step(texts, rows, EMPTY, (watch,))
+        bench.runner.store.move(table.commit([Work(text.seq, rows) for text in texts], [Accepted() for _ in texts]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,13 +50,22 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    _fields_ = [("rows", SIZE), ("count", SIZE), ("seqs", POINTER), ("pool", Pool), ("cos", POINTER), ("sin", POINTER)]
+    _fields_ = [
+        ("rows", SIZE), ("count", SIZE), ("seqs", POINTER), ("pool", Pool), ("cos", POINTER), ("sin", POINTER),
+        ("watched", POINTER), ("watches", SIZE),
+    ]  # fmt: skip
 
 
 SEQ = np.dtype(
     [
         *((name, np.int32) for name in ("first", "rows", "chain_rows", "tail", "chain", "lanes", "pages_per_lane", "words")),
         *((name, np.int64) for name in ("pages", "lengths", "positions", "ancestors", "at")),  # pointers
+    ]
+)
+WATCHED = np.dtype(
+    [
+        *((name, np.int64) for name in ("chain", "nodes", "slots")),  # the first two are pointers
+        *((name, np.int32) for name in ("seq", "since", "low", "none")),
     ]
 )
 BEST = np.dtype([("value", np.float32), ("index", np.int32)])

@@ -125,6 +125,14 @@ INLINE int64_t length_of(const Seq& s, const Pool& p, int64_t layer, int64_t hea
     return s.lengths[s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head];
 }
 
+// Statistics wanted of a sequence's attention weights: of a slot's weight, averaged over the query heads of a kv head, the weight itself, or
+// where `low`, 1 where it is below 1 / the number of slots that the row sees. slots: of the longest lane, tentative ones too.
+struct Watched {
+    float *chain, *nodes;  // [layers][kv_heads][slots], summed over chain rows from position `since` on; one such block of each node row
+    int64_t slots;
+    int32_t seq, since, low, none;
+};
+
 struct AttendJob {
     const Seq* seqs;
     int64_t count;
@@ -133,6 +141,8 @@ struct AttendJob {
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]
     float scale;
+    const Watched* watched = nullptr;
+    int64_t watches = 0;
 };
 
 struct AttendKernels;  // attend.h

@@ -205,7 +205,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
             barrier();
             write_keys(step, i, k, v, worker, workers);
             barrier();
-            attend(*kernels.attend, {step.seqs, step.count, pool, int32_t(i), l.heads, l.window, q, seen, 1.0f / std::sqrt(float(pool.size))}, plan, attention(), worker, workers);
+            attend(*kernels.attend, {step.seqs, step.count, pool, int32_t(i), l.heads, l.window, q, seen, 1.0f / std::sqrt(float(pool.size)), step.watched, step.watches}, plan, attention(), worker, workers);
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();

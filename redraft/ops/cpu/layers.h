@@ -20,6 +20,8 @@ struct Step {
     Pool pool;
     const float* const* cos;
     const float* const* sin;
+    const Watched* watched;
+    int64_t watches;
 };
 
 // What all calls work in; one job runs at a time.

@@ -258,7 +258,17 @@ struct Buffer {
     }
 };
 
-Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, const Queries& queries, const AttendChoices& choices, int workers) {
+// Statistics of one part's layer, [kv heads][slots], then those of each node row.
+struct Noted {
+    size_t part;
+    int32_t since;
+    bool low;
+    int64_t slots = 0;
+    vector<float> numbers{};
+};
+
+Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, const Queries& queries, const AttendChoices& choices, int workers,
+                Noted* noted = nullptr) {
     vector<Seq> seqs;
     int32_t total = 0;
     for (Part& part : parts) {
@@ -271,12 +281,32 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
     for (const Part& part : parts)
         for (int64_t row = part.first; row < part.last; row++, r++)
             for (int64_t c = 0; c < cols; c++) keep_float(q.rows.at(r, c), setting.q_kind, queries(part.text, row, c));
-    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.layer, setting.heads, setting.window, q.rows, out.rows, setting.scale};
+    Watched watched{};
+    vector<float> chain, nodes;  // of all layers, exactly as large as told
+    if (noted) {
+        const Seq& seq = seqs[noted->part];
+        noted->slots = *std::max_element(parts[noted->part].lengths.begin(), parts[noted->part].lengths.end()) + seq.tail + seq.rows;
+        const size_t block = size_t(pool.layers * pool.kv_heads * noted->slots);
+        chain.resize(block), nodes.resize(block * size_t(seq.rows - seq.chain_rows));
+        watched = {chain.data(), nodes.data(), noted->slots, int32_t(noted->part), noted->since, noted->low, 0};
+    }
+    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.layer, setting.heads, setting.window, q.rows, out.rows, setting.scale,
+                        &watched, noted != nullptr};
     static Attention memory;
-    const AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
+    AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
+    plan.ends = noted ? total : 0;
     memory.prepare(ATTEND, plan, setting.heads, workers);
     set_threads(workers);
     run([&](int worker, int all) { attend(ATTEND, job, plan, memory, worker, all); });
+    if (noted) {
+        const size_t some = size_t(pool.kv_heads * noted->slots), block = size_t(pool.layers) * some;
+        bool own = true;
+        for (size_t i = 0; i < chain.size(); i++) own = own && (i / some == size_t(setting.layer) || chain[i] == 0);
+        check(own, "statistics of another layer");
+        noted->numbers.assign(chain.begin() + setting.layer * some, chain.begin() + (setting.layer + 1) * some);
+        for (size_t node = 0; node * block < nodes.size(); node++)
+            noted->numbers.insert(noted->numbers.end(), nodes.begin() + node * block + setting.layer * some, nodes.begin() + node * block + (setting.layer + 1) * some);
+    }
     Result result;
     for (int64_t i = 0; i < total; i++) {
         result.emplace_back();
@@ -285,6 +315,45 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
         for (int64_t c = cols; c * bytes_of(setting.out_kind) % LINE; c++)  // the last line's end is zero
             if (as_float(out.rows.at(i, cols - 1) + (c - cols + 1) * bytes_of(setting.out_kind), setting.out_kind) != 0) result.back()[0] = NAN;
     }
+    return result;
+}
+
+// What a text's statistics lie between: weights may fall on either side of 1 / t.
+struct Bounds {
+    double least = 0, most = 0;
+};
+vector<Bounds> defined(const Setting& setting, const Text& text, const Queries& queries, const Noted& noted) {
+    const Pool& p = text.memory->pool;
+    const int64_t size = p.size, share = setting.heads / p.kv_heads, block = p.kv_heads * noted.slots;
+    vector<Bounds> result(size_t(block * (1 + int64_t(text.nodes.size()))));
+    for (int64_t row = 0; row < text.chain + int64_t(text.nodes.size()); row++)
+        for (int64_t head = 0; head < p.kv_heads && text.position(row) >= noted.since; head++) {
+            const auto slots = text.seen(row, setting.layer, head, setting.window);
+            vector<double> means(slots.size());
+            for (int64_t h = head * share; h < (head + 1) * share; h++) {
+                vector<double> scores;
+                for (const auto& [slot, position] : slots) {
+                    double s = 0;
+                    for (int64_t d = 0; d < size; d++) {
+                        uint8_t held[4];
+                        keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
+                        s += double(as_float(held, setting.q_kind)) * as_float(text.place(setting.layer, head, slot, false) + d * bytes_of(p.kind), p.kind);
+                    }
+                    scores.push_back(s * setting.scale);
+                }
+                const double most = *std::max_element(scores.begin(), scores.end());
+                double total = 0;
+                for (double& s : scores) total += s = std::exp(s - most);
+                for (size_t i = 0; i < slots.size(); i++) means[i] += scores[i] / total / double(share);
+            }
+            const int64_t place = row < text.chain ? 0 : row - text.chain + 1;
+            for (size_t i = 0; i < slots.size(); i++) {
+                Bounds& to = result[size_t(place * block + head * noted.slots + slots[i].first)];
+                const double limit = 1 / double(slots.size());
+                to.least += noted.low ? means[i] < limit * 0.9999 : means[i] * 0.9999;
+                to.most += noted.low ? means[i] < limit * 1.0001 : means[i] * 1.0001;
+            }
+        }
     return result;
 }
 
@@ -515,6 +584,28 @@ void test_world(uint64_t seed) {
         vector<Part> one;
         one.emplace_back(t, 0, t.chain + int64_t(t.nodes.size()), world.words);
         same_as_base(attended(pool, setting, one, queries, plain, 1), one, "a text alone");
+    }
+    const size_t which = size_t(world.random.below(int64_t(all.size())));
+    const Text& seen = *all[which].text;
+    for (bool low : {false, true}) {
+        const int32_t since = seen.next + int32_t(world.random.below(4)) - 1;
+        Noted first{which, since, low};
+        for (int workers : {1, 2, 3}) {
+            Noted noted{which, since, low};
+            AttendChoices choices{workers, world.random.of({0, 16, 1000}), world.random.of({1, 16, 100, 256}), 1};
+            same_as_base(attended(pool, setting, all, queries, choices, workers, &noted), all, "watched");
+            if (workers == 1) first = noted;
+            check(same_bits(noted.numbers, first.numbers), name + "statistics by " + std::to_string(workers) + " workers");
+        }
+        vector<Part> one;
+        one.emplace_back(seen, 0, seen.chain + int64_t(seen.nodes.size()), world.words);
+        Noted alone{0, since, low};
+        attended(pool, setting, one, queries, plain, 1, &alone);
+        check(same_bits(alone.numbers, first.numbers), name + "statistics of a text alone");
+        const vector<Bounds> right = defined(setting, seen, queries, first);
+        bool good = right.size() == first.numbers.size();
+        for (size_t i = 0; good && i < right.size(); i++) good = right[i].least - 1e-6 <= first.numbers[i] && first.numbers[i] <= right[i].most + 1e-6;
+        check(good, name + (low ? "low weights" : "weights") + " as defined");
     }
     for (vector<Part>& step : cut(world)) same_as_base(attended(pool, setting, step, queries, plain, 2), step, "cut into steps");
 }
