@@ -1,8 +1,8 @@
 """Compiled kernels on the CPU (ops/cpu): bit-exact, and a step of layers is one call.
 
 Memory is laid out as PyTorch's backend lays it out, so that all which is done to pages between steps is shared. Sequences with
-a view of their own (codes, windows, sparse reads) are attended by PyTorch, the others beside them natively: what a sequence
-without a view gets does not depend on its neighbours, nor on whether its weights are watched.
+a view of their own (4-bit pages, windows, sparse reads) are attended by PyTorch, those of plain or int8 pages beside them
+natively: what these get depends neither on their neighbours nor on whether their weights are watched.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from redraft.core.batch import Batch
 from redraft.core.sequence import Lanes
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32
-from redraft.core.view import Watch
+from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
 from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, best_first
 from redraft.ops.cpu import abi
+from redraft.ops.format import INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
 from redraft.ops.torch_pool import Pool
@@ -120,6 +121,7 @@ class NativeOps(TorchOps):
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
         self.inside = 0.0  # seconds in kernels so far
+        self._coded: set[str] = set()  # formats whose codes the kernels read and write
         self._segments: dict[int, Any] = {}
         self._turns_of: dict[int, tuple[ModelSpec, list[Rotary], dict[int, int]]] = {}
         lend_threads()  # two pools of spinning threads cost a factor of 40
@@ -136,6 +138,11 @@ class NativeOps(TorchOps):
         if serves != self.name:
             raise Unsupported(f"backend 'native': {why}")
         return super().slab_bytes(spec)
+
+    def define(self, pool: Pool, fmt: Format) -> int:
+        known = getattr(fmt.codec, "layout", "") == INT8_VECTORS and not fmt.sides
+        (self._coded.add if known else self._coded.discard)(fmt.name)
+        return super().define(pool, fmt)
 
     # ---- weights
 
@@ -199,12 +206,13 @@ class NativeOps(TorchOps):
         rotaries, places = self._rotaries(spec)
         cos, sin = zip(*(_angles(rotary, batch.positions) for rotary in rotaries)) if rotaries else ((), ())
         plan = NativePlan(tokens, positions, logit_rows, places, cos, sin)
-        theirs = [s for s in range(count) if batch.views[s] is not None]
+        ours = [view is None or (view == View(view.format) and view.format in self._coded) for view in batch.views]
+        theirs = [s for s in range(count) if not ours[s]]
         if theirs:
             other, rows = batch.only(theirs)
             watched = {i: taps.attention[s] for i, s in enumerate(theirs) if s in taps.attention}
             plan.other, plan.theirs, plan.places = super().plan(other, spec, Taps(attention=watched)), torch.from_numpy(rows).long(), theirs
-        watched = {s: watches for s, watches in taps.attention.items() if watches and batch.views[s] is None}
+        watched = {s: watches for s, watches in taps.attention.items() if watches and ours[s]}
         own: dict[str, list[int]] = {}
         for s, view in enumerate(batch.views):
             if view is None or not (view.block or view.window or view.read):  # all is seen, of pages that may hold side data
@@ -251,7 +259,8 @@ class NativeOps(TorchOps):
         turns = [np.array([one.ctypes.data for one in made], np.int64) for made in (plan.cos, plan.sin)]
         kept += [*turns, plan.cos, plan.sin]
         first = spec.layers[0]
-        pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
+        kind = abi.I8 if name in self._coded else self.kind
+        pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=kind)
         step = abi.Step(len(batch.tokens), count, seqs.ctypes.data, pool, turns[0].ctypes.data, turns[1].ctypes.data)
         group = Group(name, rows, step, None, kept)
         if watches:
@@ -335,10 +344,13 @@ class NativeOps(TorchOps):
             out[at] = super().attend(index, layer, q[at], k[at], v[at], pool, plan.other)
         for group in plan.groups:
             if group.rows is None:
-                out = self._attend_group(index, layer, q, k, v, pool, group) if pool.shelves[group.format].exact else out
-            elif len(at := group.rows) and pool.shelves[group.format].exact:
+                out = self._attend_group(index, layer, q, k, v, pool, group) if self._reads(pool, group) else out
+            elif len(at := group.rows) and self._reads(pool, group):
                 out[at] = self._attend_group(index, layer, q[at], k[at], v[at], pool, group)
         return out
+
+    def _reads(self, pool: Pool, group: Group) -> bool:
+        return pool.shelves[group.format].exact or group.format in self._coded
 
     def _attend_group(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -355,7 +367,9 @@ class NativeOps(TorchOps):
         shelf, to = pool.shelves[group.format], group.step.pool
         offsets = shelf.format.offsets()
         to.data = pool.data.data_ptr() + offsets["keys"]
-        to.values = offsets["values"] - offsets["keys"]
+        to.values, to.key_scales, to.value_scales = (
+            offsets.get(name, 0) - offsets["keys"] for name in ("values", "key_scales", "value_scales")
+        )
         to.slab_bytes, to.unit_bytes, to.per_slab = pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab
 
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]

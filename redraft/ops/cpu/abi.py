@@ -37,6 +37,7 @@ class Pool(ctypes.Structure):
     _fields_ = [
         ("data", POINTER), ("slab_bytes", SIZE), ("unit_bytes", SIZE), ("per_slab", SIZE), ("values", SIZE),
         ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
+        ("key_scales", SIZE), ("value_scales", SIZE),
     ]  # fmt: skip
 
 

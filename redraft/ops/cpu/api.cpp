@@ -140,7 +140,7 @@ BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int win
         const AttendPlan& chosen = *static_cast<AttendPlan*>(plan);
         attention().prepare(*kernels().attend, chosen, heads, threads());
         run([&](int worker, int workers) {
-            write_keys(*step, layer, *k, *v, worker, workers);
+            write_keys(*kernels().attend, *step, layer, *k, *v, worker, workers);
             barrier();
             attend(*kernels().attend, job, chosen, attention(), worker, workers);
         });

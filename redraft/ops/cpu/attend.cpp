@@ -26,7 +26,7 @@ public:
     Planner(const Seq* seqs, int64_t count, const Pool& pool, int64_t heads, const AttendChoices& choices)
         : seqs_(seqs), pool_(pool), choices_(choices) {
         if (pool.size % 2 || heads % pool.kv_heads) throw std::invalid_argument("attention: odd head size, or heads do not divide");
-        if (pool.kind != F32 && pool.kind != BF16) throw std::invalid_argument("attention: pages of this kind are not supported");
+        if (pool.kind != F32 && pool.kind != BF16 && pool.kind != I8) throw std::invalid_argument("attention: pages of this kind are not supported");
         AttendShape& shape = plan_.shape;
         shape.size = pool.size;
         shape.padded = ceil_div(pool.size, 32) * 32;

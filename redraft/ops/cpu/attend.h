@@ -50,6 +50,8 @@ struct AttendKernels {
                  float* scratch);
     // The groups of a row from left to right, and the end result.
     void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, int64_t groups, int64_t head, const Partials&, float* scratch);
+    // A vector of numbers to its codes and their scale.
+    void (*encode)(const uint8_t* from, Kind, int64_t size, int8_t* codes, float* scale);
     // What is watched of a group's slots, once all rows are done.
     void (*watch)(const AttendJob&, const AttendShape&, const Watched&, int64_t kv_head, int64_t group, const Partials&, float* scratch);
 };

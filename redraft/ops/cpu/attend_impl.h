@@ -212,6 +212,49 @@ inline void load_keys(const uint8_t* unit, Kind kind, int64_t size, float* keys)
     else load_keys<BF16>(unit, size, keys);
 }
 
+// One slot's codes as numbers, zeros behind them.
+inline Vec read_codes(const int8_t* codes, int64_t count) {
+    if (count >= Vec::N) return from_i8(codes);
+    alignas(64) int8_t t[Vec::N] = {};
+    for (int64_t i = 0; i < count; i++) t[i] = codes[i];
+    return from_i8(t);
+}
+inline void load_value(const int8_t* codes, float scale, int64_t size, int64_t padded, float* to) {
+    for (int64_t c = 0; c < padded; c += Vec::N) store(to + c, read_codes(codes + c, size - c) * set1(scale));
+}
+
+// Keys of a unit of codes as float32 [size][32].
+inline void load_keys(const int8_t* codes, const float* scales, int64_t size, float* keys) {
+    for (int64_t slot = 0; slot < PAGE; slot += Vec::N)
+        for (int64_t c = 0; c < size; c += Vec::N) {
+            Vec x[Vec::N];
+#pragma GCC unroll 16
+            for (int i = 0; i < Vec::N; i++) x[i] = read_codes(codes + (slot + i) * size + c, size - c) * set1(scales[slot + i]);
+            turn(x);
+            for (int64_t i = 0; i < Vec::N && c + i < size; i++) store(keys + (c + i) * PAGE + slot, x[i]);
+        }
+}
+
+// Steps 1 and 2 of redraft/kv/codec/int8.py, bit for bit.
+inline void encode(const uint8_t* from, Kind kind, int64_t size, int8_t* codes, float* scale) {
+    constexpr float MOST = 127.0f, LARGEST = 2.679388e36f;
+    const auto part = [&](int64_t c) { return read_some(from + c * bytes_of(kind), kind, size - c); };
+    Vec most = zero();
+    bool numbers = true;
+    for (int64_t c = 0; c < size; c += Vec::N) {
+        numbers = numbers && !any_above(part(c), set1(__builtin_inff()));
+        most = maximum(most, absolute(part(c)));
+    }
+    const float step = numbers ? largest(most) / MOST : __builtin_nanf("");
+    *scale = step > LARGEST && step < __builtin_inff() ? LARGEST : step;
+    const bool none = !(step > 0 && step < __builtin_inff());  // codes of 0, whose product with the scale says which
+    for (int64_t c = 0; c < size; c += Vec::N) {
+        alignas(64) int8_t t[Vec::N] = {};
+        if (!none) to_i8(t, maximum(minimum(part(c) / set1(*scale), set1(MOST)), set1(-MOST)));
+        __builtin_memcpy(codes + c, t, size_t(at_most(size - c, Vec::N)));
+    }
+}
+
 // One slot's values as float32, zeros behind them.
 inline void load_value(const uint8_t* from, Kind kind, int64_t size, int64_t padded, float* to) {
     for (int64_t c = 0; c < padded; c += Vec::N)
@@ -536,7 +579,7 @@ public:
          float* memory)
         : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
-        direct_ = pool_.size % Vec::N == 0;
+        direct_ = pool_.size % Vec::N == 0 && pool_.kind != I8;
         paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
@@ -661,7 +704,19 @@ private:
     }
 
     // Keys of a unit turned, words of 4 bytes by slots; pairs of bf16 turn as float32 does.
-    void turn_keys(const uint8_t* unit) { load_keys(unit, paired_ ? F32 : pool_.kind, words_, s_.keys); }
+    void turn_keys(const uint8_t* unit) {
+        if (pool_.kind == I8) load_keys(reinterpret_cast<const int8_t*>(unit), reinterpret_cast<const float*>(unit + pool_.key_scales), words_, s_.keys);
+        else load_keys(unit, paired_ ? F32 : pool_.kind, words_, s_.keys);
+    }
+
+    // A slot's values of a unit to the scratch, as the place-th ones.
+    void take_value(const uint8_t* unit, int64_t slot, int64_t place) {
+        const uint8_t* from = unit + pool_.values + slot * row_bytes();
+        float* to = s_.values + place * shape_.padded;
+        if (pool_.kind == I8)
+            load_value(reinterpret_cast<const int8_t*>(from), reinterpret_cast<const float*>(unit + pool_.value_scales)[slot], shape_.size, shape_.padded, to);
+        else load_value(from, pool_.kind, pool_.size, shape_.padded, to);
+    }
 
     void score(int64_t q, int64_t count, const uint8_t* next, float* out, int64_t stride) {
         const float* from = s_.q + q * shape_.padded;
@@ -695,10 +750,9 @@ private:
         const uint8_t* here = unit(seq, page);
         const uint8_t* next = more ? unit(seq, page + 1) : then_;
         turn_keys(here);
-        const bool raw = paired_ || (direct_ && queries <= WIDE);
+        const bool raw = paired_ || (direct_ && queries <= WIDE);  // else values are turned into float32 once, for all
         if (!raw)
-            for (int64_t slot = 0; slot < PAGE; slot++)
-                load_value(here + pool_.values + slot * row_bytes(), pool_.kind, pool_.size, shape_.padded, s_.values + slot * shape_.padded);
+            for (int64_t slot = 0; slot < PAGE; slot++) take_value(here, slot, slot);
         for (int64_t i = 0; i < count_;) {
             if (!bits_[i] || scattered_[i]) {
                 i++;
@@ -809,9 +863,10 @@ private:
         slots_of(line, first, slots);
         const int64_t count = at_most(line.seen - first, PAGE);
         for (int64_t i = 0; i < count; i++) {
-            const uint8_t* from = unit(*line.seq, slots[i] / PAGE) + pool_.values + slots[i] % PAGE * row_bytes();
-            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * row_bytes(), from, size_t(row_bytes()));
-            else load_value(from, pool_.kind, pool_.size, shape_.padded, s_.values + i * shape_.padded);
+            const uint8_t* from = unit(*line.seq, slots[i] / PAGE);
+            const int64_t slot = slots[i] % PAGE, bytes = row_bytes();
+            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * bytes, from + pool_.values + slot * bytes, size_t(bytes));
+            else take_value(from, slot, i);
         }
         for (int64_t g = 0; g < shape_.share; g += BATCH) {
             const int64_t q = row * shape_.share + g, some = at_most(shape_.share - g, BATCH);
@@ -875,4 +930,4 @@ inline void attend_watch(const AttendJob& job, const AttendShape& shape, const W
     }
 }
 
-constexpr AttendKernels ATTEND = {attend_scratch, attend_task, attend_merge, attend_watch};
+constexpr AttendKernels ATTEND = {attend_scratch, attend_task, attend_merge, encode, attend_watch};

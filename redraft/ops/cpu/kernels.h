@@ -107,11 +107,13 @@ struct Seq {
 };
 
 // Where units lie: unit u is at data + u / per_slab * slab_bytes + u % per_slab * unit_bytes, and holds keys [32][size], then values.
+// Of I8 they are codes of whole vectors, as redraft/kv/codec/int8.py defines them, and their scales float32 [32].
 struct Pool {
     uint8_t* data;
     int64_t slab_bytes, unit_bytes, per_slab, values;  // values: bytes from the unit's start
     int32_t layers, kv_heads, size;                    // size: of a head
     Kind kind;
+    int64_t key_scales, value_scales;                  // I8: bytes from the unit's start
 };
 
 // The unit of page `page` (an index in pages of a lane) for a layer and kv head.

@@ -35,6 +35,6 @@ void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Act
 // The `keep` largest outputs of every row, [rows][keep].
 void run_best(const Kernels&, const Linear&, const Rows& x, Kind rounded, int32_t keep, Best* best);
 
-void write_keys(const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
+void write_keys(const AttendKernels&, const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
 
 }  // namespace redraft

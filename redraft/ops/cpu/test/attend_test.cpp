@@ -106,7 +106,8 @@ struct Memory {
     Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind) {
         pool.layers = layers, pool.kv_heads = kv_heads, pool.size = head_size, pool.kind = kind;
         pool.values = PAGE * head_size * bytes_of(kind);
-        pool.unit_bytes = 2 * pool.values;
+        pool.key_scales = 2 * pool.values, pool.value_scales = pool.key_scales + 4 * PAGE;
+        pool.unit_bytes = 2 * pool.values + (kind == I8 ? 8 * PAGE : 0);
         pool.per_slab = layers * kv_heads;
         pool.slab_bytes = pool.per_slab * pool.unit_bytes;
         size = size_t(count * pool.slab_bytes);
@@ -158,10 +159,21 @@ struct Text {
     }
     uint8_t* place(int64_t layer, int64_t head, int64_t slot, bool value) const {
         const Pool& p = memory->pool;
+        return unit(layer, head, slot) + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind);
+    }
+    float* scale(int64_t layer, int64_t head, int64_t slot, bool value) const {
+        return reinterpret_cast<float*>(unit(layer, head, slot) + (value ? memory->pool.value_scales : memory->pool.key_scales)) + slot % PAGE;
+    }
+    float number(int64_t layer, int64_t head, int64_t slot, bool value, int64_t d) const {
+        const Kind kind = memory->pool.kind;
+        const uint8_t* at = place(layer, head, slot, value) + d * bytes_of(kind);
+        return kind == I8 ? float(int8_t(*at)) * *scale(layer, head, slot, value) : as_float(at, kind);
+    }
+    uint8_t* unit(int64_t layer, int64_t head, int64_t slot) const {
+        const Pool& p = memory->pool;
         const int64_t id = pages[size_t(lane(layer, head) * per_lane + slot / PAGE)];
         const int64_t unit = lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : lanes == 1 ? id * p.kv_heads + head : id;
-        uint8_t* at = p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
-        return at + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind);
+        return p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
     }
     int64_t last_slot(int64_t lane) const { return lengths[size_t(lane)] + chain + int64_t(nodes.size()); }
 
@@ -194,9 +206,16 @@ void fill(Text& text, Random& random, float spread, int64_t from = 0) {
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.kv_heads; head++)
             for (int64_t slot = from; slot < text.last_slot(text.lane(layer, head)); slot++)
-                for (int64_t d = 0; d < p.size; d++)
-                    for (bool value : {false, true})
-                        keep_float(text.place(layer, head, slot, value) + d * bytes_of(p.kind), p.kind, random.normal() * (value ? 1.0f : spread));
+                for (bool value : {false, true}) {
+                    vector<float> numbers;
+                    for (int64_t d = 0; d < p.size; d++) numbers.push_back(random.normal() * (value ? 1.0f : spread));
+                    uint8_t* to = text.place(layer, head, slot, value);
+                    if (p.kind == I8)
+                        encode(reinterpret_cast<const uint8_t*>(numbers.data()), F32, p.size, reinterpret_cast<int8_t*>(to), text.scale(layer, head, slot, value));
+                    for (int64_t d = 0; d < p.size && p.kind != I8; d++) keep_float(to + d * bytes_of(p.kind), p.kind, numbers[size_t(d)]);
+                    for (int64_t d = 0; d < p.size && p.kind == I8; d++)
+                        if (!(std::fabs(text.number(layer, head, slot, value, d) - numbers[size_t(d)]) <= 0.5001f * *text.scale(layer, head, slot, value))) std::abort();
+                }
 }
 
 // Rows first..last of a text as attention gets them; chain rows before `first` count as committed if all rows are of the chain.
@@ -337,7 +356,7 @@ vector<Bounds> defined(const Setting& setting, const Text& text, const Queries& 
                     for (int64_t d = 0; d < size; d++) {
                         uint8_t held[4];
                         keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
-                        s += double(as_float(held, setting.q_kind)) * as_float(text.place(setting.layer, head, slot, false) + d * bytes_of(p.kind), p.kind);
+                        s += double(as_float(held, setting.q_kind)) * text.number(setting.layer, head, slot, false, d);
                     }
                     scores.push_back(s * setting.scale);
                 }
@@ -372,13 +391,13 @@ vector<double> defined(const Setting& setting, const Text& text, int64_t row, co
             for (int64_t d = 0; d < size; d++) {
                 uint8_t held[4];
                 keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
-                s += double(as_float(held, setting.q_kind)) * as_float(text.place(setting.layer, h / share, slot, false) + d * bytes_of(p.kind), p.kind);
+                s += double(as_float(held, setting.q_kind)) * text.number(setting.layer, h / share, slot, false, d);
             }
             weights.push_back(s * setting.scale);
             most = std::max(most, weights.back());
         }
         for (double& w : weights) total += w = std::exp(w - most);
-        const auto value = [&](size_t i, int64_t d) { return as_float(text.place(setting.layer, h / share, slots[i].first, true) + d * bytes_of(p.kind), p.kind); };
+        const auto value = [&](size_t i, int64_t d) { return text.number(setting.layer, h / share, slots[i].first, true, d); };
         for (size_t i = 0; i < slots.size(); i++)
             for (int64_t d = 0; d < size; d++) result[size_t(h * size + d)] += weights[i] / total * value(i, d);
         for (size_t i = 0; i < slots.size(); i++)
@@ -404,8 +423,10 @@ Text flattened(const Text& text, int64_t row) {
             const size_t lane = size_t(flat.lane(layer, head));
             flat.lengths[lane] = int32_t(slots.size()) - 1;
             for (size_t i = 0; i < slots.size(); i++)
-                for (bool value : {false, true})
+                for (bool value : {false, true}) {
                     std::memcpy(flat.place(layer, head, int64_t(i), value), text.place(layer, head, slots[i].first, value), size_t(p.size * bytes_of(p.kind)));
+                    if (p.kind == I8) *flat.scale(layer, head, int64_t(i), value) = *text.scale(layer, head, slots[i].first, value);
+                }
             if (flat.positions.empty() || !flat.positions[lane].empty()) continue;
             for (size_t i = 0; i + 1 < slots.size(); i++) flat.positions[lane].push_back(int32_t(slots[i].second));
         }
@@ -433,6 +454,7 @@ struct World {
         setting = {int32_t(random.below(2)), kv_heads * share, random.chance(0.3) ? int32_t(1 + random.below(700)) : 0, random.of({F32, BF16}),
                    random.of({F32, BF16}), random.chance(0.5), 1.0f / std::sqrt(float(size))};
         Kind kind = random.of({F32, BF16});
+        if (number % 4 == 2) kind = I8;
         if (number % 2) kind = setting.q_kind = setting.out_kind = BF16;  // as in most engines; such products may be added in pairs
         return Memory(random, 1500, 2, kv_heads, size, kind);
     }
