@@ -34,9 +34,15 @@ class Array(NamedTuple):
         return -(-size // ALIGN) * ALIGN
 
 
+INT8_VECTORS = "int8 vectors"  # see Codec
+
+
 class Codec(Protocol):
     """How keys and values become what a unit holds, and attention over it. Units are stacked as [K, n], K kv heads; rows of
-    queries as [K, R, D]."""
+    queries as [K, R, D].
+
+    A codec may say in `layout` that compiled kernels can do all this for it. INT8_VECTORS: the arrays are `keys` and `values`, codes
+    int8 [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/codec/int8.py makes them of single tokens."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. What a row reads, also in

@@ -1,8 +1,8 @@
 """Compiled kernels on the CPU (ops/cpu): bit-exact, and a step of layers is one call.
 
 Memory is laid out as PyTorch's backend lays it out, so that all which is done to pages between steps is shared. Sequences with
-a view of their own (codes, windows, sparse reads) or watched weights are attended by PyTorch, the others beside them natively:
-what a sequence without a view gets does not depend on its neighbours.
+a view of their own (4-bit pages, windows, sparse reads) are attended by PyTorch, those of plain or int8 pages beside them
+natively: what these get depends neither on their neighbours nor on whether their weights are watched.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I64
+from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
 from redraft.ops.cpu import abi
+from redraft.ops.format import INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
 from redraft.ops.torch_pool import Pool, Shelf
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
+STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
 HUGE = 1 << 21  # bytes of a page
 
@@ -82,6 +85,7 @@ class Group:
     step: abi.Step
     attention: Attention | None
     kept: list[Any]  # what `step` points to
+    seen: dict[int, Seen]  # statistics, by place in the group
 
 
 class Attention:
@@ -99,19 +103,21 @@ class Attention:
 @dataclass
 class Model:
     """What all plans of a model have in common. turns: the place of each layer's Rotary among the different ones, by its id: to hash
-    one takes its time; pool: without its memory."""
+    one takes its time; pool, coded: without their memory, of plain pages and of codes."""
 
     spec: ModelSpec
     turns: dict[int, int]
     rotaries: abi.Rotaries
     pool: abi.Pool
+    coded: abi.Pool
     kept: list[Any]  # what `rotaries` points to
 
 
 @dataclass
 class NativePlan:
     """other: PyTorch's plan of the sequences with the rows `theirs`. A sequence may be attended by both, for what PyTorch does on the
-    way (side data, statistics); then the native result stands."""
+    way (side data, and with them statistics); then the native result stands. seen: statistics of the other sequences by their place in
+    the batch."""
 
     batch: Batch
     model: Model
@@ -120,6 +126,7 @@ class NativePlan:
     theirs: Tensor | None = None
     other: Plan | None = None
     places: list[int] = field(default_factory=list)  # in the batch, of the sequences of `other`
+    seen: dict[int, Seen] = field(default_factory=dict)
 
 
 class NativeOps(TorchOps):
@@ -137,6 +144,7 @@ class NativeOps(TorchOps):
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
         self.inside = 0.0  # seconds in kernels so far
+        self._coded: set[str] = set()  # formats whose codes the kernels read and write
         self._segments: dict[int, Any] = {}
         self._models: dict[int, Model] = {}
         self._places: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
@@ -154,6 +162,11 @@ class NativeOps(TorchOps):
         if serves != self.name:
             raise Unsupported(f"backend 'native': {why}")
         return super().slab_bytes(spec)
+
+    def define(self, pool: Pool, fmt: Format) -> int:
+        known = getattr(fmt.codec, "layout", "") == INT8_VECTORS and not fmt.sides
+        (self._coded.add if known else self._coded.discard)(fmt.name)
+        return super().define(pool, fmt)
 
     # ---- weights
 
@@ -222,18 +235,23 @@ class NativeOps(TorchOps):
         if turns.size:
             self._call("rd_turns", model.rotaries, batch.positions.tobytes(), len(batch.tokens), turns.ctypes.data)
         plan = NativePlan(batch, model, turns)
-        theirs = [s for s in range(count) if batch.views[s] is not None or taps.attention.get(s)]
+        ours = [view is None or (view == View(view.format) and view.format in self._coded) for view in batch.views]
+        theirs = [s for s in range(count) if not ours[s]]
         if theirs:
             other, rows = batch.only(theirs)
             watched = {i: taps.attention[s] for i, s in enumerate(theirs) if s in taps.attention}
             plan.other, plan.theirs, plan.places = super().plan(other, spec, Taps(attention=watched)), torch.from_numpy(rows).long(), theirs
+        watched = {s: watches for s, watches in taps.attention.items() if watches and ours[s]}
         own: dict[str, list[int]] = {}
         for s, view in enumerate(batch.views):
             if view is None or not (view.block or view.window or view.read):  # all is seen, of pages that may hold side data
                 own.setdefault("" if view is None else view.format, []).append(s)
         for name, members in own.items():
             some, mine = (batch, None) if len(members) == count else batch.only(members)
-            plan.groups.append(self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan))
+            watches = {i: watched[s] for i, s in enumerate(members) if s in watched}
+            group = self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            plan.groups.append(group)
+            plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
         return plan
 
     def _model(self, spec: ModelSpec) -> Model:
@@ -243,12 +261,15 @@ class NativeOps(TorchOps):
             frequencies = np.array([rotary.frequencies for rotary in different], np.float64, ndmin=2)
             scales = np.array([rotary.scale for rotary in different], np.float64)
             rotaries = abi.Rotaries(frequencies.ctypes.data, scales.ctypes.data, *frequencies.shape)
-            pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
+            shape = {"layers": len(spec.layers), "kv_heads": first.kv_heads, "size": first.head_dim}
+            pools = abi.Pool(**shape, kind=self.kind), abi.Pool(**shape, kind=abi.I8)
             turns = {id(rotary): different.index(rotary) for rotary in every}
-            self._models[id(spec)] = Model(spec, turns, rotaries, pool, [frequencies, scales])
+            self._models[id(spec)] = Model(spec, turns, rotaries, *pools, [frequencies, scales])
         return self._models[id(spec)]
 
-    def _group(self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan) -> Group:
+    def _group(
+        self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan, watches: Mapping[int, tuple[Watch, ...]]
+    ) -> Group:
         view, count = batch.pages, len(batch.tree_starts)
         starts, tree_starts = batch.starts.tolist(), batch.tree_starts.tolist()
         ancestors, at = np.ascontiguousarray(batch.ancestors), np.ascontiguousarray(batch.positions)
@@ -270,8 +291,29 @@ class NativeOps(TorchOps):
                 pages.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a,
             )  # fmt: skip
             bits += 8 * words * (z - t)
-        step = abi.Step(starts[-1], count, seqs, plan.model.pool, plan.turns.ctypes.data)
-        return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept)
+        pool = plan.model.coded if name in self._coded else plan.model.pool
+        step = abi.Step(starts[-1], count, seqs, pool, plan.turns.ctypes.data, None, 0)
+        seen = self._watch(step, kept, batch, spec, watches) if watches else {}
+        return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept, seen)
+
+    @staticmethod
+    def _watch(step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]) -> dict[int, Seen]:
+        """Room for statistics, by place in the group."""
+        found, lines = {}, b""
+        for s, wanted in watches.items():
+            a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
+            slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
+            shape = len(spec.layers), spec.kv_heads, slots
+            seen = found[s] = Seen(torch.zeros(len(wanted), *shape), torch.zeros(len(wanted), z - t, *shape))
+            for i, watch in enumerate(wanted):
+                if watch.statistic not in STATISTICS:
+                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: {', '.join(STATISTICS)}")
+                low = STATISTICS.index(watch.statistic)
+                lines += abi.WATCHED.pack(seen.chain[i].data_ptr(), seen.nodes[i].data_ptr(), slots, s, watch.since, low, 0)
+        watched = np.frombuffer(lines, np.uint8)
+        kept.append(watched)
+        step.watched, step.watches = watched.ctypes.data, len(lines) // abi.WATCHED.size
+        return found
 
     # ---- the operations
 
@@ -334,10 +376,13 @@ class NativeOps(TorchOps):
             out[at] = super().attend(index, layer, q[at], k[at], v[at], pool, plan.other)
         for group in plan.groups:
             if group.rows is None:
-                out = self._attend_group(index, layer, q, k, v, pool, group) if pool.shelves[group.format].exact else out
-            elif len(at := group.rows) and pool.shelves[group.format].exact:
+                out = self._attend_group(index, layer, q, k, v, pool, group) if self._reads(pool, group) else out
+            elif len(at := group.rows) and self._reads(pool, group):
                 out[at] = self._attend_group(index, layer, q[at], k[at], v[at], pool, group)
         return out
+
+    def _reads(self, pool: Pool, group: Group) -> bool:
+        return pool.shelves[group.format].exact or group.format in self._coded
 
     def _attend_group(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -355,14 +400,16 @@ class NativeOps(TorchOps):
         found = self._places.get(shelf)
         if found is None:
             offsets, own = shelf.format.offsets(), group.step.pool
+            values, key_scales, value_scales = (offsets.get(name, 0) - offsets["keys"] for name in ("values", "key_scales", "value_scales"))
             found = self._places[shelf] = abi.Pool(
-                pool.data.data_ptr() + offsets["keys"], pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab,
-                offsets["values"] - offsets["keys"], own.layers, own.kv_heads, own.size, own.kind,
+                pool.data.data_ptr() + offsets["keys"], pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab, values,
+                own.layers, own.kv_heads, own.size, own.kind, key_scales, value_scales,
             )  # fmt: skip
         group.step.pool = found
 
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
-        return {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
+        found = {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
+        return found | plan.seen
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
         """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""

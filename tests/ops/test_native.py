@@ -23,19 +23,21 @@ from torch import Tensor
 
 from redraft import LLM
 from redraft.config import SamplingParams
-from redraft.core.batch import Batch
+from redraft.core.batch import Batch, PageView
 from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.core.view import Window
+from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
+from redraft.kv.codec.int8 import Int8Units
 from redraft.models.runner import Runner
 from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops import library
-from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
+from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Seen, Weights
+from redraft.ops.format import Format
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
@@ -247,6 +249,94 @@ def test_attention_beside_every_view(name: str, dtype: torch.dtype) -> None:
     test_views.compare(replace(case, watch=watch), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
 
 
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("name", ["per head", "per head, evicted", "shared, evicted, watched"])
+@DTYPES
+def test_watched_weights(
+    name: str, layer: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    """Of lanes of all kinds, with a layer's window that a path is longer than, and a tail that grows; PyTorch attends to nothing.
+    Weights near 1 / t are left out in bfloat16."""
+    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
+    threads(2)
+    watch = Watch("mass"), Watch("mass", since=test_views.CHUNK + 1), *([Watch("low", since=20)] if dtype == F32 else [])
+    test_views.compare(replace(test_views.CASES[name], watch=watch, layer=layer), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
+
+
+def coded(dtype: torch.dtype, size: int) -> Format:
+    codec = Int8Units(size, dtype)
+    return Format("int8", codec.arrays, codec)
+
+
+CODED = {
+    "int8": test_views.Case(Lanes.PER_HEAD, "int8", watch=(Watch("mass"), Watch("low", since=20))),
+    "int8, evicted": test_views.Case(Lanes.PER_HEAD, "int8", evict=True, watch=(Watch("mass"),)),
+    "int8, layer window": test_views.Case(Lanes.PER_HEAD, "int8", layer=2),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+@DTYPES
+def test_pages_of_codes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
+    """Beside plain ones. Pages hold what PyTorch's backend writes, bit for bit; attention over them and its statistics are near
+    its own, and PyTorch attends to nothing. The definition's codes are those of float64: half steps of bfloat16 numbers differ."""
+    monkeypatch.setattr(test_views, "formats", lambda dtype, read: {"int8": coded(dtype, test_views.SIZE)})
+    case = CODED[name] if dtype == F32 else replace(CODED[name], watch=CODED[name].watch[:1])
+    right, torchs = (test_views.program(ops, case, dtype) for ops in (Reference(), TorchOps(dtype)))
+    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
+    threads(2)
+    mine = test_views.program(NativeOps(dtype), case, dtype)
+    for one, other, found in zip(right.found, torchs.found, mine.found, strict=True):
+        limit = 1e-5 if found.dtype == F32 else 0.01
+        for definition in (other, one)[: 2 if dtype == F32 else 1]:
+            assert found.shape == definition.shape
+            assert not found.numel() or (found.double() - definition.double()).abs().max() <= limit * max(1.0, float(one.abs().max()))
+    units = torch.tensor(mine.main.pages)
+    for entry, expected in ((world.pool.shelves["int8"].take(coded(dtype, 8).arrays, units) for world in (mine, torchs)),):
+        assert all(torch.equal(entry[array], expected[array]) for array in expected)
+
+
+@DTYPES
+def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None:
+    """Those without a usable scale too."""
+    layer = LayerSpec(2, 1, 20, Mlp(8))
+    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: Source((name,)))
+    x = randn(1, 2, 64, 1, 20) * 10 ** torch.linspace(-30, 30, 64)[:, None, None]
+    for row, odd in enumerate((0.0, 1e-40, 3e-38, 3.4028234e38, math.inf, -math.inf, math.nan)):
+        x[:, row] = odd if abs(odd) < 1e-30 else x[:, row]
+        x[:, row, 0, 17] = odd
+    x[:, 7] = torch.arange(20) * 2.0 - 11.5  # half steps
+    x[:, 7, 0, 0] = 63.5
+    taken = []
+    for ops in (NativeOps(dtype), TorchOps(dtype)):
+        pool, fmt = ops.allocate(spec, 8), coded(dtype, 20)
+        ops.define(pool, fmt)
+        pages = PageView(
+            [Lanes.PER_HEAD],
+            [np.array([[1, 4, 2]], np.int32)],
+            [np.array([5], np.int32)],
+            [0],
+            [64],
+            [],
+            [None],
+            [np.zeros((1, 0), np.int32)],
+        )
+        ops.zero(pool, [(Space(Lanes.PER_HEAD, "int8"), page) for page in (1, 2, 4)])
+        batch = replace(Batch.pack([work([1] * 69, stored=5)], [EMPTY], pages), views=[View("int8")])
+        keys, values = x.to(dtype)
+        ops.attend(0, layer, torch.zeros(64, 2, 20, dtype=dtype), keys, values, pool, ops.plan(batch, spec))
+        taken.append(pool.shelves["int8"].take(fmt.arrays, torch.tensor([1, 4, 2])))
+    for name, array in taken[1].items():
+        assert torch.equal(taken[0][name].nan_to_num(7), array.nan_to_num(7)), name
+        assert torch.equal(taken[0][name].isnan(), array.isnan())
+
+
+def test_an_unknown_statistic_is_refused_by_name() -> None:
+    spec, batch = model("llama")[0], Batch.pack([work([1])], [EMPTY], view([work([1])]))
+    with pytest.raises(Unsupported, match=r"'high'.*mass, low"):
+        NativeOps().plan(batch, spec, Taps(attention={0: (Watch("high"),)}))
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("dtype", "most"), [(F32, 1e-5), (BF16, 0.12)])
 def test_whole_models(dtype: torch.dtype, most: float, window: int | None) -> None:
@@ -286,6 +376,7 @@ FAMILIES = {
     "mixtral": Shape(4, 2, 8, 40, Mlp(36), experts=5),
 }
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
+SEVERAL = (551, Lanes.PER_HEAD), (551, Lanes.SHARED), (551, Lanes.PER_LAYER)  # tokens of texts, and their lanes
 
 
 def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
@@ -395,13 +486,17 @@ class Text:
     neighbour: bool = False  # has a view, or skips layers: nothing is said of its numbers
 
     def twin(self, tokens: list[int]) -> Text:
-        return Text(text_of(99, tokens, self.seq.lanes), self.cut, self.kept)
+        return Text(text_of(99, tokens, self.seq.lanes, self.seq.format), self.cut, self.kept)
 
 
-def text_of(number: int, tokens: list[int], lanes: Lanes = Lanes.SHARED) -> Sequence:
+def text_of(number: int, tokens: list[int], lanes: Lanes = Lanes.SHARED, form: str = "") -> Sequence:
     """All its rows give logits, as those of a prompt do."""
     request = Request("test", tokens, SamplingParams(prompt_logprobs=0), context=0)
-    return Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, border=1 << 30, lanes=lanes)
+    seq = Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, border=1 << 30, lanes=lanes)
+    seq.format = form
+    if form:
+        seq.policies = SimpleNamespace(window=None, read=None)
+    return seq
 
 
 class Bench:
@@ -415,7 +510,10 @@ class Bench:
         self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
         if self.spec.head_dim == test_views.SIZE:
             int8 = test_views.formats(dtype, None)["int8"]
-            self.runner.table.define(Space(Lanes.PER_HEAD, int8.name), self.runner.store.define(int8))
+            self.runner.table.define(Space(Lanes.PER_HEAD, "toy"), self.runner.store.define(replace(int8, name="toy")))
+        for runner in (self.runner, self.lonely):
+            int8 = coded(dtype, self.spec.head_dim)
+            runner.table.define(Space(Lanes.PER_HEAD, int8.name), runner.store.define(int8))
         self.said: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
 
     def step(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: list[int], taps: Taps) -> None:
@@ -518,7 +616,7 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
     texts = []
     for i, kind in enumerate(lanes):
         tokens = stem[: dice.choice([0, 40, 70, 100])] + [dice.randrange(VOCAB) for _ in range(dice.choice([1, 5, 30]))]
-        text = Text(text_of(i, tokens, kind), len(tokens))
+        text = Text(text_of(i, tokens, kind, "int8" if kind == Lanes.PER_HEAD and dice.random() < 0.6 else ""), len(tokens))
         if kind != Lanes.SHARED and dice.random() < 0.7 and len(tokens) > 3:
             count = LAYERS * (bench.spec.kv_heads if kind == Lanes.PER_HEAD else 1)
             text.kept = [sorted(dice.sample(range(len(tokens)), dice.randint(1, len(tokens)))) for _ in range(count)]
@@ -530,7 +628,7 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
             lambda: setattr(seq, "policies", SimpleNamespace(**{**plain, "window": Window(3, 20)})),
             lambda: setattr(seq, "policies", SimpleNamespace(window=None, read=Reading())),
             lambda: setattr(seq, "layers", frozenset({0, 2})),
-            lambda: [setattr(seq, *of) for of in (("format", "int8"), ("lanes", Lanes.PER_HEAD), ("policies", SimpleNamespace(**plain)))],
+            lambda: [setattr(seq, *of) for of in (("format", "toy"), ("lanes", Lanes.PER_HEAD), ("policies", SimpleNamespace(**plain)))],
         ]
         dice.choice(choices if bench.spec.head_dim == test_views.SIZE else choices[:3])()
         texts.append(Text(seq, neighbour=True))
@@ -570,12 +668,14 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         set_threads(dice.choice([1, 2, 3]))
         bench.ops.whole = dice.random() < 0.6
         hidden = frozenset(i for i in range(LAYERS) if dice.random() < 0.4) if dice.random() < 0.4 else frozenset[int]()
-        taps = Taps(hidden, logits=dice.random() < 0.8)
+        watches = {s: (Watch("mass", dice.randrange(50)),) for s in range(len(some)) if dice.random() < 0.3}
+        taps = Taps(hidden, logits=dice.random() < 0.8, attention=watches)
         heads = [TokenTree(tree.tokens[:cut], tree.parents[:cut], tree.kinds[: cut + 1]) for tree, cut in zip(trees, cuts, strict=True)]
         bench.step(some, rows, heads, [0] * len(some), taps)
         grown = [s for s in range(len(some)) if cuts[s] < len(trees[s])]
         if grown:
-            bench.step(*([part[s] for s in grown] for part in (some, rows, trees, cuts)), taps)  # type: ignore[arg-type]
+            later = replace(taps, attention={i: watches[s] for i, s in enumerate(grown) if s in watches})
+            bench.step(*([part[s] for s in grown] for part in (some, rows, trees, cuts)), later)  # type: ignore[arg-type]
         paths = [random_path(dice, tree) for tree in trees]
         accepted = [
             Accepted(tuple(path), (*(int(tree.tokens[i]) for i in path), dice.randrange(VOCAB))) if end else Accepted()
@@ -680,6 +780,46 @@ def test_hidden_states_stay_as_they_were_told(family: str, dtype: torch.dtype) -
         for layer, states in hidden.items():
             assert torch.equal(bits(states), bits(told[-3][layer]))
     assert not torch.equal(told[0][0], told[0][1])
+
+
+@DTYPES
+def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Bit for bit the same with other threads, company and watches, and where layers run operation by operation."""
+    bench, dice = Bench("mistral", dtype, slabs=90), random.Random(2)
+    table, watch = bench.runner.table, Watch("mass", 40)
+    texts = [Text(text_of(i, [dice.randrange(VOCAB) for _ in range(n)], kind)) for i, (n, kind) in enumerate(SEVERAL)]
+    for text in texts:
+        table.open(text.seq)
+
+    def step(some: list[Text], rows: int, tree: TokenTree, watches: tuple[Watch, ...]) -> Seen:
+        works, trees = [Work(text.seq, rows) for text in some], [tree] * len(some)
+        pages = table.reserve(works, trees)
+        bench.runner.store.zero(pages.fresh)
+        mine = some.index(texts[0])
+        taps = Taps(attention={s: watches if s == mine else (Watch("low"),) for s in range(len(some)) if s == mine or s % 2})
+        out = bench.runner.forward(Batch.pack(works, trees, pages), taps)
+        assert set(out.attention) == set(taps.attention)
+        return out.attention[mine]
+
+    tree = random_tree(random.Random(4), 9)
+    for rows, nodes in ((550, EMPTY), (1, tree)):
+        found = []
+        for some in (texts[:1], texts, texts[::-1]):
+            for whole, watches in ((True, (watch,)), (False, (watch,)), (True, (watch, Watch("low")))):
+                bench.ops.whole, before = whole, bench.ops.segments
+                threads(dice.choice([1, 2, 3]))
+                found.append(step(some, rows, nodes, watches))
+                assert (bench.ops.segments > before) == whole, "a watched batch is one call"
+                for text in some:
+                    table.discard(text.seq)
+        for seen in found[1:]:
+            assert torch.equal(bits(seen.chain[0]), bits(found[0].chain[0])) and torch.equal(bits(seen.nodes[0]), bits(found[0].nodes[0]))
+        told = torch.tensor(max(0, rows - 40) if nodes is EMPTY else rows).float()
+        totals = found[0].chain[0].sum(-1), found[0].nodes[0].sum(-1)
+        torch.testing.assert_close(totals[0], told.expand_as(totals[0]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(totals[1], torch.ones_like(totals[1]), rtol=1e-5, atol=0)
+        step(texts, rows, EMPTY, (watch,))
+        bench.runner.store.move(table.commit([Work(text.seq, rows) for text in texts], [Accepted() for _ in texts]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.ops.format import PAGE, Array, Arrays
+from redraft.ops.format import INT8_VECTORS, PAGE, Array, Arrays
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ class Int8Units:
 
     name = "int8"
     block = 0
+    layout = INT8_VECTORS
 
     def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
         import torch

@@ -37,6 +37,7 @@ class Pool(ctypes.Structure):
     _fields_ = [
         ("data", POINTER), ("slab_bytes", SIZE), ("unit_bytes", SIZE), ("per_slab", SIZE), ("values", SIZE),
         ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
+        ("key_scales", SIZE), ("value_scales", SIZE),
     ]  # fmt: skip
 
 
@@ -50,15 +51,19 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    _fields_ = [("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("turns", POINTER)]
+    _fields_ = [
+        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("turns", POINTER),
+        ("watched", POINTER), ("watches", SIZE),
+    ]  # fmt: skip
 
 
 class Rotaries(ctypes.Structure):
     _fields_ = [("frequencies", POINTER), ("scales", POINTER), ("count", SIZE), ("half", SIZE)]
 
 
-# A Seq of kernels.h: eight numbers and five addresses, in its order.
+# A Seq of kernels.h: eight numbers and five addresses, in its order; a Watched: two addresses, a size and four numbers.
 SEQ = struct.Struct("8i5P")
+WATCHED = struct.Struct("2Pq4i")
 
 _ROWS, _LINEAR, _STEP = (ctypes.POINTER(kind) for kind in (Rows, Linear, Step))
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it takes

@@ -135,7 +135,9 @@ BORDER void* rd_plan(const Step* step, int heads) {
     guarded([&] {
         AttendChoices choices;
         choices.workers = threads();
-        made = new AttendPlan(plan_attention(step->seqs, step->count, step->pool, heads, choices));
+        auto* plan = new AttendPlan(plan_attention(step->seqs, step->count, step->pool, heads, choices));
+        plan->ends = step->watches ? step->rows : 0;
+        made = plan;
     });
     return made;
 }
@@ -144,11 +146,12 @@ BORDER void rd_plan_free(void* plan) { delete static_cast<AttendPlan*>(plan); }
 // Writes k and v, then attends: q [T, heads * size] -> out.
 BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int window, const Rows* q, const Rows* k, const Rows* v, const Rows* out) {
     return guarded([&] {
-        const AttendJob job{step->seqs, step->count, step->pool, layer, heads, window, *q, *out, 1.0f / std::sqrt(float(step->pool.size))};
+        const AttendJob job{step->seqs, step->count, step->pool, layer, heads, window, *q, *out, 1.0f / std::sqrt(float(step->pool.size)),
+                            step->watched, step->watches};
         const AttendPlan& chosen = *static_cast<AttendPlan*>(plan);
         attention().prepare(*kernels().attend, chosen, heads, threads());
         run([&](int worker, int workers) {
-            write_keys(*step, layer, *k, *v, worker, workers);
+            write_keys(*kernels().attend, *step, layer, *k, *v, worker, workers);
             barrier();
             attend(*kernels().attend, job, chosen, attention(), worker, workers);
         });

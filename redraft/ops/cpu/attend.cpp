@@ -26,7 +26,7 @@ public:
     Planner(const Seq* seqs, int64_t count, const Pool& pool, int64_t heads, const AttendChoices& choices)
         : seqs_(seqs), pool_(pool), choices_(choices) {
         if (pool.size % 2 || heads % pool.kv_heads) throw std::invalid_argument("attention: odd head size, or heads do not divide");
-        if (pool.kind != F32 && pool.kind != BF16) throw std::invalid_argument("attention: pages of this kind are not supported");
+        if (pool.kind != F32 && pool.kind != BF16 && pool.kind != I8) throw std::invalid_argument("attention: pages of this kind are not supported");
         AttendShape& shape = plan_.shape;
         shape.size = pool.size;
         shape.padded = ceil_div(pool.size, 32) * 32;
@@ -162,7 +162,8 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
     const int64_t results = plan.partials * heads, line = LINE / int64_t(sizeof(float));
     const int64_t numbers = ceil_div(results, line) * line;
     per_worker_ = ceil_div(kernels.scratch(plan.shape), line) * line;
-    const int64_t wanted = per_worker_ * workers + 2 * numbers + results * plan.shape.padded;
+    const int64_t mixes = results * plan.shape.padded;
+    const int64_t wanted = per_worker_ * workers + 3 * numbers + mixes + 2 * plan.ends * heads;
     if (wanted > room_) {
         std::free(memory_);
         room_ = 0;
@@ -171,8 +172,9 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
         room_ = wanted;
     }
     partials_.most = memory_ + per_worker_ * workers;
-    partials_.sum = partials_.most + numbers;
-    partials_.mix = partials_.sum + numbers;
+    partials_.sum = reinterpret_cast<Sums*>(partials_.most + numbers);
+    partials_.mix = partials_.most + 3 * numbers;
+    partials_.ends = plan.ends ? reinterpret_cast<Partials::End*>(partials_.mix + mixes) : nullptr;
 }
 
 namespace {
@@ -198,12 +200,19 @@ void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan
         memory.next_.store(0, std::memory_order_relaxed);
         memory.left_.store(0, std::memory_order_relaxed);
     }
-    if (plan.waiting.empty()) return;
-    barrier();
+    if (!plan.waiting.empty()) barrier();
     const Share share(int64_t(plan.waiting.size()) * job.heads, worker, workers);
     for (int64_t i = share.first; i < share.last; i++) {
         const int64_t row = i / job.heads;
         kernels.merge(job, plan.shape, plan.waiting[row], plan.groups[row], i % job.heads, memory.partials_, scratch);
+    }
+    if (!job.watches) return;
+    barrier();
+    for (int64_t i = 0; i < job.watches; i++) {
+        const int64_t groups = ceil_div(job.watched[i].slots, SPAN);
+        const Share own(groups * kv_heads, worker, workers);
+        for (int64_t item = own.first; item < own.last; item++)
+            kernels.watch(job, plan.shape, job.watched[i], item / groups, item % groups, memory.partials_, scratch);
     }
 }
 

@@ -27,9 +27,19 @@ struct AttendShape {
     int64_t tail;            // the most slots of the pages that hold tentative nodes of a sequence
 };
 
-// Results of groups, [partial][query heads]: largest score, sum, mix [padded].
+// Sums of weights: as they are multiplied, and before they were rounded for that; these are added up where something is watched only.
+struct Sums {
+    float rounded, exact;
+};
+
+// Results of groups, [partial][query heads]: largest score, sums, mix [padded]. ends, [rows][query heads]: of all groups, or null.
 struct Partials {
-    float *most, *sum, *mix;
+    float* most;
+    Sums* sum;
+    float* mix;
+    struct End {
+        float most, sum;
+    }* ends;
 };
 
 // What attention needs of an instruction set; defined by attend_impl.h.
@@ -40,6 +50,10 @@ struct AttendKernels {
                  float* scratch);
     // The groups of a row from left to right, and the end result.
     void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, int64_t groups, int64_t head, const Partials&, float* scratch);
+    // A vector of numbers to its codes and their scale.
+    void (*encode)(const uint8_t* from, Kind, int64_t size, int8_t* codes, float* scale);
+    // What is watched of a group's slots, once all rows are done.
+    void (*watch)(const AttendJob&, const AttendShape&, const Watched&, int64_t kv_head, int64_t group, const Partials&, float* scratch);
 };
 
 struct AttendChoices {  // none of them changes a result
@@ -57,6 +71,7 @@ struct AttendPlan {
     std::vector<AttendRow> waiting;   // rows whose groups are merged at the end
     std::vector<int32_t> groups;      // of each of them
     int64_t partials = 0;
+    int64_t ends = 0;                 // rows of the batch, where something is watched
 };
 
 AttendPlan plan_attention(const Seq* seqs, int64_t count, const Pool& pool, int64_t heads, const AttendChoices& choices);

@@ -149,6 +149,27 @@ inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
             if (index >= first) slots[index - first] = int32_t(line.base + 64 * w + __builtin_ctzll(bits));
 }
 
+// Which of the slots first .. first + 31 the row sees.
+inline uint32_t seen_slots(const Line& line, int64_t first, int64_t window) {
+    uint32_t bits = visible(line, first, window) & low_bits(line.base - first);
+    if (!line.path) return bits;
+    int64_t index = line.base;
+    for (int64_t w = 0; w < line.seq->words; w++)
+        for (uint64_t own = line.path[w]; own; own &= own - 1, index++) {
+            const int64_t slot = line.base + 64 * w + __builtin_ctzll(own);
+            const bool near = !window || index + 1 - line.seen > -window;
+            if (near && slot >= first && slot < first + PAGE) bits |= 1u << (slot - first);
+        }
+    return bits;
+}
+
+inline int64_t slots_seen(const Line& line, int64_t window) {
+    if (!window) return line.seen;
+    int64_t count = 0;
+    for (int64_t first = 0; first < line.seen; first += PAGE) count += __builtin_popcount(visible(line, first, window));
+    return count;
+}
+
 // Vec::N slots' keys, `words` words of 4 bytes of each, turned.
 template <Kind KIND, bool WHOLE>
 inline void load_block(const uint8_t* from, int64_t row_bytes, int64_t words, float* to) {
@@ -189,6 +210,49 @@ inline void load_keys(const uint8_t* unit, int64_t size, float* keys) {
 inline void load_keys(const uint8_t* unit, Kind kind, int64_t size, float* keys) {
     if (kind == F32) load_keys<F32>(unit, size, keys);
     else load_keys<BF16>(unit, size, keys);
+}
+
+// One slot's codes as numbers, zeros behind them.
+inline Vec read_codes(const int8_t* codes, int64_t count) {
+    if (count >= Vec::N) return from_i8(codes);
+    alignas(64) int8_t t[Vec::N] = {};
+    for (int64_t i = 0; i < count; i++) t[i] = codes[i];
+    return from_i8(t);
+}
+inline void load_value(const int8_t* codes, float scale, int64_t size, int64_t padded, float* to) {
+    for (int64_t c = 0; c < padded; c += Vec::N) store(to + c, read_codes(codes + c, size - c) * set1(scale));
+}
+
+// Keys of a unit of codes as float32 [size][32].
+inline void load_keys(const int8_t* codes, const float* scales, int64_t size, float* keys) {
+    for (int64_t slot = 0; slot < PAGE; slot += Vec::N)
+        for (int64_t c = 0; c < size; c += Vec::N) {
+            Vec x[Vec::N];
+#pragma GCC unroll 16
+            for (int i = 0; i < Vec::N; i++) x[i] = read_codes(codes + (slot + i) * size + c, size - c) * set1(scales[slot + i]);
+            turn(x);
+            for (int64_t i = 0; i < Vec::N && c + i < size; i++) store(keys + (c + i) * PAGE + slot, x[i]);
+        }
+}
+
+// Steps 1 and 2 of redraft/kv/codec/int8.py, bit for bit.
+inline void encode(const uint8_t* from, Kind kind, int64_t size, int8_t* codes, float* scale) {
+    constexpr float MOST = 127.0f, LARGEST = 2.679388e36f;
+    const auto part = [&](int64_t c) { return read_some(from + c * bytes_of(kind), kind, size - c); };
+    Vec most = zero();
+    bool numbers = true;
+    for (int64_t c = 0; c < size; c += Vec::N) {
+        numbers = numbers && !any_above(part(c), set1(__builtin_inff()));
+        most = maximum(most, absolute(part(c)));
+    }
+    const float step = numbers ? largest(most) / MOST : __builtin_nanf("");
+    *scale = step > LARGEST && step < __builtin_inff() ? LARGEST : step;
+    const bool none = !(step > 0 && step < __builtin_inff());  // codes of 0, whose product with the scale says which
+    for (int64_t c = 0; c < size; c += Vec::N) {
+        alignas(64) int8_t t[Vec::N] = {};
+        if (!none) to_i8(t, maximum(minimum(part(c) / set1(*scale), set1(MOST)), set1(-MOST)));
+        __builtin_memcpy(codes + c, t, size_t(at_most(size - c, Vec::N)));
+    }
 }
 
 // One slot's values as float32, zeros behind them.
@@ -439,9 +503,10 @@ inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
 }
 #endif
 
-// A worker's memory. Of queries: q, mix [padded], sums [16] by slot modulo a register, most; whole_*: over the groups so far.
+// A worker's memory. Of queries: q, mix [padded], sums and exact [16] by slot modulo a register, most; whole_*: over the groups so far.
 struct Scratch {
-    float *keys, *values, *q, *mix, *sums, *most, *whole_mix, *whole_sum, *whole_most, *p, *tail;
+    float *keys, *values, *q, *mix, *sums, *exact, *most, *whole_mix, *whole_most, *p, *tail;
+    Sums* whole_sum;
 };
 
 inline int64_t carve(const AttendShape& shape, float* memory, Scratch* made) {
@@ -457,9 +522,10 @@ inline int64_t carve(const AttendShape& shape, float* memory, Scratch* made) {
     made->q = take(shape.queries * shape.padded);
     made->mix = take(shape.queries * shape.padded);
     made->sums = take(shape.queries * 16);
+    made->exact = take(shape.queries * 16);
     made->most = take(shape.queries);
     made->whole_mix = take(shape.queries * shape.padded);
-    made->whole_sum = take(shape.queries);
+    made->whole_sum = reinterpret_cast<Sums*>(take(2 * shape.queries));
     made->whole_most = take(shape.queries);
     made->tail = take(shape.queries * shape.tail);
     return used;
@@ -471,11 +537,12 @@ inline int64_t attend_scratch(const AttendShape& shape) {
 }
 
 // Merges one more group into what groups before it gave. A group without a key leaves no trace.
-inline void merge_group(float* most, float* sum, float* mix, float group_most, float group_sum, const float* group_mix, int64_t size) {
+inline void merge_group(float* most, Sums* sum, float* mix, float group_most, Sums group_sum, const float* group_mix, int64_t size) {
     if (group_most == minus_infinity()) return;
     const float top = *most < group_most ? group_most : *most;
     const float old = exponential_of(*most - top), fresh = exponential_of(group_most - top);
-    *sum = first_number(fma(set1(*sum), set1(old), set1(group_sum) * set1(fresh)));
+    sum->rounded = first_number(fma(set1(sum->rounded), set1(old), set1(group_sum.rounded) * set1(fresh)));
+    sum->exact = first_number(fma(set1(sum->exact), set1(old), set1(group_sum.exact) * set1(fresh)));
     *most = top;
     for (int64_t c = 0; c < size; c += Vec::N) store(mix + c, fma(load(mix + c), set1(old), load(group_mix + c) * set1(fresh)));
 }
@@ -493,8 +560,10 @@ inline void put(const Rows& out, int64_t r, int64_t c, Vec x, int64_t count) {
     }
 }
 
-inline void write_result(const AttendJob& job, int64_t row, int64_t head, float sum, const float* mix) {
+inline void write_result(const AttendJob& job, int64_t row, int64_t head, float most, Sums sums, const float* mix, const Partials& partials) {
     const int64_t size = job.pool.size, first = head * size;
+    const float sum = sums.rounded;
+    if (partials.ends) partials.ends[row * job.heads + head] = {most, sums.exact};
     for (int64_t c = 0; c < size; c += Vec::N) {
         const Vec x = sum == 0.0f ? zero() : load(mix + c) / set1(sum);
         put(job.out, row, first + c, x, at_most(size - c, Vec::N));
@@ -506,10 +575,11 @@ inline void write_result(const AttendJob& job, int64_t row, int64_t head, float 
 
 class Task {
 public:
-    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* then, float* memory)
-        : job_(job), pool_(job.pool), shape_(shape), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
+    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* then, const Partials& partials,
+         float* memory)
+        : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
-        direct_ = pool_.size % Vec::N == 0;
+        direct_ = pool_.size % Vec::N == 0 && pool_.kind != I8;
         paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
@@ -519,14 +589,14 @@ public:
         }
     }
 
-    void one_group(int64_t group, const Partials& partials) {
+    void one_group(int64_t group) {
         attend_group(group, false);
         for (int64_t i = 0; i < count_; i++)
             for (int64_t g = 0; g < shape_.share; g++) {
                 const int64_t at = (rows_[i].partial + group) * job_.heads + kv_head_ * shape_.share + g, q = i * shape_.share + g;
-                partials.most[at] = s_.most[q];
-                partials.sum[at] = sum(load_sums(q));
-                for (int64_t c = 0; c < shape_.padded; c += Vec::N) store(partials.mix + at * shape_.padded + c, load(s_.mix + q * shape_.padded + c));
+                partials_.most[at] = s_.most[q];
+                partials_.sum[at] = sums_of(q);
+                for (int64_t c = 0; c < shape_.padded; c += Vec::N) store(partials_.mix + at * shape_.padded + c, load(s_.mix + q * shape_.padded + c));
             }
     }
 
@@ -534,24 +604,78 @@ public:
         const int64_t queries = count_ * shape_.share, padded = shape_.padded;
         for (int64_t q = 0; q < queries; q++) {
             s_.whole_most[q] = minus_infinity();
-            s_.whole_sum[q] = 0.0f;
+            s_.whole_sum[q] = {};
         }
         clear(s_.whole_mix, queries * padded);
         for (int64_t group = 0; group * GROUP * PAGE < most_seen_; group++) {
             attend_group(group, true);
             for (int64_t q = 0; q < queries; q++)
-                merge_group(s_.whole_most + q, s_.whole_sum + q, s_.whole_mix + q * padded, s_.most[q], sum(load_sums(q)), s_.mix + q * padded, shape_.size);
+                merge_group(s_.whole_most + q, s_.whole_sum + q, s_.whole_mix + q * padded, s_.most[q], sums_of(q), s_.mix + q * padded, shape_.size);
         }
         for (int64_t q = 0; q < queries; q++)
-            write_result(job_, lines_[q / shape_.share].row, kv_head_ * shape_.share + q % shape_.share, s_.whole_sum[q], s_.whole_mix + q * padded);
+            write_result(job_, lines_[q / shape_.share].row, kv_head_ * shape_.share + q % shape_.share, s_.whole_most[q], s_.whole_sum[q],
+                         s_.whole_mix + q * padded, partials_);
+    }
+
+    // Adds what the rows give to a group's slots.
+    void watch(const Watched& watched, int64_t group) {
+        float limits[MOST_ROWS];
+        for (int64_t i = 0; i < count_; i++) limits[i] = watched.low ? 1.0f / float(slots_seen(lines_[i], job_.window)) : 0.0f;
+        const int64_t end = at_most((group + 1) * GROUP, most_slots() / PAGE + (most_slots() % PAGE > 0));
+        for (int64_t page = group * GROUP; page < end; page++) watch_page(watched, page, limits);
     }
 
 private:
+    // The slots of the lane, tentative ones too, are 0 .. most_slots() - 1.
+    int64_t most_slots() const {
+        const Seq& seq = *lines_[0].seq;
+        return lines_[0].length + seq.tail + seq.rows;
+    }
+
+    void watch_page(const Watched& watched, int64_t page, const float* limits) {
+        const int64_t first = page * PAGE, queries = count_ * shape_.share;
+        uint32_t any = 0;
+        for (int64_t i = 0; i < count_; i++) any |= bits_[i] = seen_slots(lines_[i], first, job_.window);
+        if (!any) return;
+        turn_keys(unit(*lines_[0].seq, page));
+        alignas(64) float mean[PAGE];
+        for (int64_t q = 0, count; q < queries; q += count) {
+            count = at_most(queries - q, BATCH);
+            score(q, count, nullptr, s_.p, PAGE);
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t row = (q + i) / shape_.share, g = (q + i) % shape_.share;
+                if (!bits_[row]) continue;
+                if (!g) clear(mean, PAGE);
+                add_weights(s_.p + i * PAGE, partials_.ends[lines_[row].row * job_.heads + kv_head_ * shape_.share + g], mean);
+                if (g == shape_.share - 1) note(watched, lines_[row], first, bits_[row], limits[row], mean);
+            }
+        }
+    }
+
+    void add_weights(const float* p, Partials::End end, float* sums) const {
+        for (int64_t c = 0; c < PAGE; c += Vec::N) {
+            const Vec weights = exponential(load(p + c) * set1(job_.scale) - set1(end.most)) / set1(end.sum);
+            store(sums + c, load(sums + c) + weights);
+        }
+    }
+
+    void note(const Watched& watched, const Line& line, int64_t first, uint32_t bits, float limit, const float* sums) const {
+        const int64_t block = int64_t(job_.layer) * pool_.kv_heads + kv_head_, node = line.row - line.seq->first - line.seq->chain_rows;
+        float* to = (node < 0 ? watched.chain : watched.nodes + node * pool_.layers * pool_.kv_heads * watched.slots) + block * watched.slots + first;
+        for (; bits; bits &= bits - 1) {
+            const int i = __builtin_ctz(bits);
+            const float weight = sums[i] / float(shape_.share);
+            to[i] += watched.low ? float(weight < limit) : weight;
+        }
+    }
     static void clear(float* p, int64_t count) {
         for (int64_t i = 0; i < count; i += Vec::N) store(p + i, zero());
     }
 
-    Vec load_sums(int64_t q) const { return load(s_.sums + q * 16); }
+    Sums sums_of(int64_t q) const {
+        const float rounded = sum(load(s_.sums + q * 16));
+        return {rounded, paired_ && partials_.ends ? sum(load(s_.exact + q * 16)) : rounded};
+    }
 
     void load_queries(int64_t i) {
         for (int64_t g = 0; g < shape_.share; g++) {
@@ -570,6 +694,7 @@ private:
         const int64_t queries = count_ * shape_.share;
         clear(s_.mix, queries * shape_.padded);
         clear(s_.sums, queries * 16);
+        if (partials_.ends) clear(s_.exact, queries * 16);
         for (int64_t q = 0; q < queries; q++) s_.most[q] = minus_infinity();
         const int64_t first = group * GROUP, last = at_most(first + GROUP, most_pages());
         for (int64_t page = first; page < last; page++) attend_page(page, page + 1 < (goes_on ? most_pages() : last));
@@ -579,7 +704,19 @@ private:
     }
 
     // Keys of a unit turned, words of 4 bytes by slots; pairs of bf16 turn as float32 does.
-    void turn_keys(const uint8_t* unit) { load_keys(unit, paired_ ? F32 : pool_.kind, words_, s_.keys); }
+    void turn_keys(const uint8_t* unit) {
+        if (pool_.kind == I8) load_keys(reinterpret_cast<const int8_t*>(unit), reinterpret_cast<const float*>(unit + pool_.key_scales), words_, s_.keys);
+        else load_keys(unit, paired_ ? F32 : pool_.kind, words_, s_.keys);
+    }
+
+    // A slot's values of a unit to the scratch, as the place-th ones.
+    void take_value(const uint8_t* unit, int64_t slot, int64_t place) {
+        const uint8_t* from = unit + pool_.values + slot * row_bytes();
+        float* to = s_.values + place * shape_.padded;
+        if (pool_.kind == I8)
+            load_value(reinterpret_cast<const int8_t*>(from), reinterpret_cast<const float*>(unit + pool_.value_scales)[slot], shape_.size, shape_.padded, to);
+        else load_value(from, pool_.kind, pool_.size, shape_.padded, to);
+    }
 
     void score(int64_t q, int64_t count, const uint8_t* next, float* out, int64_t stride) {
         const float* from = s_.q + q * shape_.padded;
@@ -613,10 +750,9 @@ private:
         const uint8_t* here = unit(seq, page);
         const uint8_t* next = more ? unit(seq, page + 1) : then_;
         turn_keys(here);
-        const bool raw = paired_ || (direct_ && queries <= WIDE);
+        const bool raw = paired_ || (direct_ && queries <= WIDE);  // else values are turned into float32 once, for all
         if (!raw)
-            for (int64_t slot = 0; slot < PAGE; slot++)
-                load_value(here + pool_.values + slot * row_bytes(), pool_.kind, pool_.size, shape_.padded, s_.values + slot * shape_.padded);
+            for (int64_t slot = 0; slot < PAGE; slot++) take_value(here, slot, slot);
         for (int64_t i = 0; i < count_;) {
             if (!bits_[i] || scattered_[i]) {
                 i++;
@@ -670,7 +806,7 @@ private:
             for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, exponential(load(shrink_ + i)));
         else
             for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, set1(1.0f));
-        for (int64_t i = 0; i < count; i++) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], s_.sums + (q + i) * 16);
+        for (int64_t i = 0; i < count; i++) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], (q + i) * 16);
     }
 
     // Scales and masks a query's dot products; whether they raise its largest score, and by how much it was less.
@@ -690,10 +826,12 @@ private:
         return true;
     }
 
-    void expand(float* p, float most, float shrink, float* sums) const {
+    void expand(float* p, float most, float shrink, int64_t place) const {
+        float* sums = s_.sums + place;
         Vec x[SLOTS];
         for (int64_t c = 0; c < SLOTS; c++) x[c] = exponential(load(p + c * Vec::N) - set1(most));
 #ifdef DOT_BF16
+        if (paired_ && partials_.ends) store(s_.exact + place, fma(load(s_.exact + place), set1(shrink), x[0] + x[1]));
         if (paired_) return store(sums, keep_weights(x, p, load(sums) * set1(shrink)));
 #endif
         for (int64_t c = 0; c < SLOTS; c++) store(p + c * Vec::N, x[c]);
@@ -725,9 +863,10 @@ private:
         slots_of(line, first, slots);
         const int64_t count = at_most(line.seen - first, PAGE);
         for (int64_t i = 0; i < count; i++) {
-            const uint8_t* from = unit(*line.seq, slots[i] / PAGE) + pool_.values + slots[i] % PAGE * row_bytes();
-            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * row_bytes(), from, size_t(row_bytes()));
-            else load_value(from, pool_.kind, pool_.size, shape_.padded, s_.values + i * shape_.padded);
+            const uint8_t* from = unit(*line.seq, slots[i] / PAGE);
+            const int64_t slot = slots[i] % PAGE, bytes = row_bytes();
+            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * bytes, from + pool_.values + slot * bytes, size_t(bytes));
+            else take_value(from, slot, i);
         }
         for (int64_t g = 0; g < shape_.share; g += BATCH) {
             const int64_t q = row * shape_.share + g, some = at_most(shape_.share - g, BATCH);
@@ -743,6 +882,7 @@ private:
     const AttendJob& job_;
     const Pool& pool_;
     const AttendShape& shape_;
+    const Partials& partials_;
     const AttendRow* rows_;
     const uint8_t* then_;
     int64_t count_, kv_head_, words_, most_seen_ = 0, tail_first_ = 0;
@@ -758,22 +898,36 @@ private:
 
 inline void attend_task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, const AttendTask& task, int64_t kv_head,
                         const uint8_t* then, const Partials& partials, float* scratch) {
-    Task one(job, shape, rows, task.rows, kv_head, then, scratch);
+    Task one(job, shape, rows, task.rows, kv_head, then, partials, scratch);
     if (task.group < 0) one.all_groups();
-    else one.one_group(task.group, partials);
+    else one.one_group(task.group);
 }
 
 inline void attend_merge(const AttendJob& job, const AttendShape& shape, const AttendRow& row, int64_t groups, int64_t head,
                          const Partials& partials, float* scratch) {
     Scratch s;
     carve(shape, scratch, &s);
-    float most = minus_infinity(), total = 0.0f;
+    float most = minus_infinity();
+    Sums total{};
     for (int64_t c = 0; c < shape.padded; c += Vec::N) store(s.whole_mix + c, zero());
     for (int64_t group = 0; group < groups; group++) {
         const int64_t at = (row.partial + group) * job.heads + head;
         merge_group(&most, &total, s.whole_mix, partials.most[at], partials.sum[at], partials.mix + at * shape.padded, shape.size);
     }
-    write_result(job, job.seqs[row.seq].first + row.row, head, total, s.whole_mix);
+    write_result(job, job.seqs[row.seq].first + row.row, head, most, total, s.whole_mix, partials);
 }
 
-constexpr AttendKernels ATTEND = {attend_scratch, attend_task, attend_merge};
+inline void attend_watch(const AttendJob& job, const AttendShape& shape, const Watched& watched, int64_t kv_head, int64_t group, const Partials& partials,
+                         float* scratch) {
+    const Seq& seq = job.seqs[watched.seq];
+    const int64_t most = at_most(MOST_ROWS, shape.queries / shape.share);
+    AttendRow rows[MOST_ROWS];
+    for (int64_t row = 0, count = 0; row < seq.rows; row++) {
+        if (seq.at[row] >= watched.since) rows[count++] = {watched.seq, int32_t(row), -1};
+        if (!count || (count < most && row + 1 < seq.rows)) continue;
+        Task(job, shape, rows, count, kv_head, nullptr, partials, scratch).watch(watched, group);
+        count = 0;
+    }
+}
+
+constexpr AttendKernels ATTEND = {attend_scratch, attend_task, attend_merge, encode, attend_watch};

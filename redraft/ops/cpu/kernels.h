@@ -111,11 +111,13 @@ struct Seq {
 };
 
 // Where units lie: unit u is at data + u / per_slab * slab_bytes + u % per_slab * unit_bytes, and holds keys [32][size], then values.
+// Of I8 they are codes of whole vectors, as redraft/kv/codec/int8.py defines them, and their scales float32 [32].
 struct Pool {
     uint8_t* data;
     int64_t slab_bytes, unit_bytes, per_slab, values;  // values: bytes from the unit's start
     int32_t layers, kv_heads, size;                    // size: of a head
     Kind kind;
+    int64_t key_scales, value_scales;                  // I8: bytes from the unit's start
 };
 
 // The unit of page `page` (an index in pages of a lane) for a layer and kv head.
@@ -129,6 +131,14 @@ INLINE int64_t length_of(const Seq& s, const Pool& p, int64_t layer, int64_t hea
     return s.lengths[s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head];
 }
 
+// Statistics wanted of a sequence's attention weights: of a slot's weight, averaged over the query heads of a kv head, the weight itself, or
+// where `low`, 1 where it is below 1 / the number of slots that the row sees. slots: of the longest lane, tentative ones too.
+struct Watched {
+    float *chain, *nodes;  // [layers][kv_heads][slots], summed over chain rows from position `since` on; one such block of each node row
+    int64_t slots;
+    int32_t seq, since, low, none;
+};
+
 struct AttendJob {
     const Seq* seqs;
     int64_t count;
@@ -137,6 +147,8 @@ struct AttendJob {
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]
     float scale;
+    const Watched* watched = nullptr;
+    int64_t watches = 0;
 };
 
 struct AttendKernels;  // attend.h

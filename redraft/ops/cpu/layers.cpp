@@ -110,7 +110,7 @@ void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows
     else share(0, 1);
 }
 
-void write_keys(const Step& step, int64_t layer, const Rows& k, const Rows& v, int worker, int workers) {
+void write_keys(const AttendKernels& kernels, const Step& step, int64_t layer, const Rows& k, const Rows& v, int worker, int workers) {
     const Pool& pool = step.pool;
     const int64_t bytes = pool.size * bytes_of(pool.kind);
     for (int64_t s = 0; s < step.count; s++) {
@@ -120,9 +120,15 @@ void write_keys(const Step& step, int64_t layer, const Rows& k, const Rows& v, i
             const int64_t start = length_of(seq, pool, layer, head) + seq.tail;
             for (int64_t r = own.first; r < own.last; r++) {
                 const int64_t slot = start + r;
-                uint8_t* unit = at_unit(pool, unit_of(seq, pool, layer, head, slot / PAGE)) + slot % PAGE * bytes;
-                std::memcpy(unit, k.at(seq.first + r, head * pool.size), bytes);
-                std::memcpy(unit + pool.values, v.at(seq.first + r, head * pool.size), bytes);
+                uint8_t* unit = at_unit(pool, unit_of(seq, pool, layer, head, slot / PAGE));
+                const auto put = [&](const Rows& x, int64_t offset, int64_t scales) {
+                    const uint8_t* from = x.at(seq.first + r, head * pool.size);
+                    uint8_t* to = unit + offset + slot % PAGE * bytes;
+                    if (pool.kind != I8) std::memcpy(to, from, bytes);
+                    else kernels.encode(from, x.kind, pool.size, reinterpret_cast<int8_t*>(to), reinterpret_cast<float*>(unit + scales) + slot % PAGE);
+                };
+                put(k, 0, pool.key_scales);
+                put(v, pool.values, pool.value_scales);
             }
         }
     }
@@ -235,9 +241,9 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
                 kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, cos, cos + each, own.first, own.last);
             }
             barrier();
-            write_keys(step, i, k, v, worker, workers);
+            write_keys(*kernels.attend, step, i, k, v, worker, workers);
             barrier();
-            attend(*kernels.attend, {step.seqs, step.count, pool, int32_t(i), l.heads, l.window, q, seen, 1.0f / std::sqrt(float(pool.size))}, plan, attention(), worker, workers);
+            attend(*kernels.attend, {step.seqs, step.count, pool, int32_t(i), l.heads, l.window, q, seen, 1.0f / std::sqrt(float(pool.size)), step.watched, step.watches}, plan, attention(), worker, workers);
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();

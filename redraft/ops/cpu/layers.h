@@ -19,6 +19,8 @@ struct Step {
     const Seq* seqs;
     Pool pool;
     const float* turns;
+    const Watched* watched;
+    int64_t watches;
 };
 
 // Angles in double, times the rotary's scale.
@@ -39,6 +41,6 @@ void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Act
 // What follows the layers: the indices of the `keep` largest outputs of the rows of norm.x that `wanted` lists, [count][keep].
 void run_head(const Kernels&, NormJob norm, const Linear&, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax);
 
-void write_keys(const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
+void write_keys(const AttendKernels&, const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
 
 }  // namespace redraft

@@ -106,7 +106,8 @@ struct Memory {
     Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind) {
         pool.layers = layers, pool.kv_heads = kv_heads, pool.size = head_size, pool.kind = kind;
         pool.values = PAGE * head_size * bytes_of(kind);
-        pool.unit_bytes = 2 * pool.values;
+        pool.key_scales = 2 * pool.values, pool.value_scales = pool.key_scales + 4 * PAGE;
+        pool.unit_bytes = 2 * pool.values + (kind == I8 ? 8 * PAGE : 0);
         pool.per_slab = layers * kv_heads;
         pool.slab_bytes = pool.per_slab * pool.unit_bytes;
         size = size_t(count * pool.slab_bytes);
@@ -158,10 +159,21 @@ struct Text {
     }
     uint8_t* place(int64_t layer, int64_t head, int64_t slot, bool value) const {
         const Pool& p = memory->pool;
+        return unit(layer, head, slot) + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind);
+    }
+    float* scale(int64_t layer, int64_t head, int64_t slot, bool value) const {
+        return reinterpret_cast<float*>(unit(layer, head, slot) + (value ? memory->pool.value_scales : memory->pool.key_scales)) + slot % PAGE;
+    }
+    float number(int64_t layer, int64_t head, int64_t slot, bool value, int64_t d) const {
+        const Kind kind = memory->pool.kind;
+        const uint8_t* at = place(layer, head, slot, value) + d * bytes_of(kind);
+        return kind == I8 ? float(int8_t(*at)) * *scale(layer, head, slot, value) : as_float(at, kind);
+    }
+    uint8_t* unit(int64_t layer, int64_t head, int64_t slot) const {
+        const Pool& p = memory->pool;
         const int64_t id = pages[size_t(lane(layer, head) * per_lane + slot / PAGE)];
         const int64_t unit = lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : lanes == 1 ? id * p.kv_heads + head : id;
-        uint8_t* at = p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
-        return at + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind);
+        return p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
     }
     int64_t last_slot(int64_t lane) const { return lengths[size_t(lane)] + chain + int64_t(nodes.size()); }
 
@@ -194,9 +206,16 @@ void fill(Text& text, Random& random, float spread, int64_t from = 0) {
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.kv_heads; head++)
             for (int64_t slot = from; slot < text.last_slot(text.lane(layer, head)); slot++)
-                for (int64_t d = 0; d < p.size; d++)
-                    for (bool value : {false, true})
-                        keep_float(text.place(layer, head, slot, value) + d * bytes_of(p.kind), p.kind, random.normal() * (value ? 1.0f : spread));
+                for (bool value : {false, true}) {
+                    vector<float> numbers;
+                    for (int64_t d = 0; d < p.size; d++) numbers.push_back(random.normal() * (value ? 1.0f : spread));
+                    uint8_t* to = text.place(layer, head, slot, value);
+                    if (p.kind == I8)
+                        encode(reinterpret_cast<const uint8_t*>(numbers.data()), F32, p.size, reinterpret_cast<int8_t*>(to), text.scale(layer, head, slot, value));
+                    for (int64_t d = 0; d < p.size && p.kind != I8; d++) keep_float(to + d * bytes_of(p.kind), p.kind, numbers[size_t(d)]);
+                    for (int64_t d = 0; d < p.size && p.kind == I8; d++)
+                        if (!(std::fabs(text.number(layer, head, slot, value, d) - numbers[size_t(d)]) <= 0.5001f * *text.scale(layer, head, slot, value))) std::abort();
+                }
 }
 
 // Rows first..last of a text as attention gets them; chain rows before `first` count as committed if all rows are of the chain.
@@ -258,7 +277,17 @@ struct Buffer {
     }
 };
 
-Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, const Queries& queries, const AttendChoices& choices, int workers) {
+// Statistics of one part's layer, [kv heads][slots], then those of each node row.
+struct Noted {
+    size_t part;
+    int32_t since;
+    bool low;
+    int64_t slots = 0;
+    vector<float> numbers{};
+};
+
+Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, const Queries& queries, const AttendChoices& choices, int workers,
+                Noted* noted = nullptr) {
     vector<Seq> seqs;
     int32_t total = 0;
     for (Part& part : parts) {
@@ -271,12 +300,32 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
     for (const Part& part : parts)
         for (int64_t row = part.first; row < part.last; row++, r++)
             for (int64_t c = 0; c < cols; c++) keep_float(q.rows.at(r, c), setting.q_kind, queries(part.text, row, c));
-    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.layer, setting.heads, setting.window, q.rows, out.rows, setting.scale};
+    Watched watched{};
+    vector<float> chain, nodes;  // of all layers, exactly as large as told
+    if (noted) {
+        const Seq& seq = seqs[noted->part];
+        noted->slots = *std::max_element(parts[noted->part].lengths.begin(), parts[noted->part].lengths.end()) + seq.tail + seq.rows;
+        const size_t block = size_t(pool.layers * pool.kv_heads * noted->slots);
+        chain.resize(block), nodes.resize(block * size_t(seq.rows - seq.chain_rows));
+        watched = {chain.data(), nodes.data(), noted->slots, int32_t(noted->part), noted->since, noted->low, 0};
+    }
+    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.layer, setting.heads, setting.window, q.rows, out.rows, setting.scale,
+                        &watched, noted != nullptr};
     static Attention memory;
-    const AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
+    AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
+    plan.ends = noted ? total : 0;
     memory.prepare(ATTEND, plan, setting.heads, workers);
     set_threads(workers);
     run([&](int worker, int all) { attend(ATTEND, job, plan, memory, worker, all); });
+    if (noted) {
+        const size_t some = size_t(pool.kv_heads * noted->slots), block = size_t(pool.layers) * some;
+        bool own = true;
+        for (size_t i = 0; i < chain.size(); i++) own = own && (i / some == size_t(setting.layer) || chain[i] == 0);
+        check(own, "statistics of another layer");
+        noted->numbers.assign(chain.begin() + setting.layer * some, chain.begin() + (setting.layer + 1) * some);
+        for (size_t node = 0; node * block < nodes.size(); node++)
+            noted->numbers.insert(noted->numbers.end(), nodes.begin() + node * block + setting.layer * some, nodes.begin() + node * block + (setting.layer + 1) * some);
+    }
     Result result;
     for (int64_t i = 0; i < total; i++) {
         result.emplace_back();
@@ -285,6 +334,45 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
         for (int64_t c = cols; c * bytes_of(setting.out_kind) % LINE; c++)  // the last line's end is zero
             if (as_float(out.rows.at(i, cols - 1) + (c - cols + 1) * bytes_of(setting.out_kind), setting.out_kind) != 0) result.back()[0] = NAN;
     }
+    return result;
+}
+
+// What a text's statistics lie between: weights may fall on either side of 1 / t.
+struct Bounds {
+    double least = 0, most = 0;
+};
+vector<Bounds> defined(const Setting& setting, const Text& text, const Queries& queries, const Noted& noted) {
+    const Pool& p = text.memory->pool;
+    const int64_t size = p.size, share = setting.heads / p.kv_heads, block = p.kv_heads * noted.slots;
+    vector<Bounds> result(size_t(block * (1 + int64_t(text.nodes.size()))));
+    for (int64_t row = 0; row < text.chain + int64_t(text.nodes.size()); row++)
+        for (int64_t head = 0; head < p.kv_heads && text.position(row) >= noted.since; head++) {
+            const auto slots = text.seen(row, setting.layer, head, setting.window);
+            vector<double> means(slots.size());
+            for (int64_t h = head * share; h < (head + 1) * share; h++) {
+                vector<double> scores;
+                for (const auto& [slot, position] : slots) {
+                    double s = 0;
+                    for (int64_t d = 0; d < size; d++) {
+                        uint8_t held[4];
+                        keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
+                        s += double(as_float(held, setting.q_kind)) * text.number(setting.layer, head, slot, false, d);
+                    }
+                    scores.push_back(s * setting.scale);
+                }
+                const double most = *std::max_element(scores.begin(), scores.end());
+                double total = 0;
+                for (double& s : scores) total += s = std::exp(s - most);
+                for (size_t i = 0; i < slots.size(); i++) means[i] += scores[i] / total / double(share);
+            }
+            const int64_t place = row < text.chain ? 0 : row - text.chain + 1;
+            for (size_t i = 0; i < slots.size(); i++) {
+                Bounds& to = result[size_t(place * block + head * noted.slots + slots[i].first)];
+                const double limit = 1 / double(slots.size());
+                to.least += noted.low ? means[i] < limit * 0.9999 : means[i] * 0.9999;
+                to.most += noted.low ? means[i] < limit * 1.0001 : means[i] * 1.0001;
+            }
+        }
     return result;
 }
 
@@ -303,13 +391,13 @@ vector<double> defined(const Setting& setting, const Text& text, int64_t row, co
             for (int64_t d = 0; d < size; d++) {
                 uint8_t held[4];
                 keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
-                s += double(as_float(held, setting.q_kind)) * as_float(text.place(setting.layer, h / share, slot, false) + d * bytes_of(p.kind), p.kind);
+                s += double(as_float(held, setting.q_kind)) * text.number(setting.layer, h / share, slot, false, d);
             }
             weights.push_back(s * setting.scale);
             most = std::max(most, weights.back());
         }
         for (double& w : weights) total += w = std::exp(w - most);
-        const auto value = [&](size_t i, int64_t d) { return as_float(text.place(setting.layer, h / share, slots[i].first, true) + d * bytes_of(p.kind), p.kind); };
+        const auto value = [&](size_t i, int64_t d) { return text.number(setting.layer, h / share, slots[i].first, true, d); };
         for (size_t i = 0; i < slots.size(); i++)
             for (int64_t d = 0; d < size; d++) result[size_t(h * size + d)] += weights[i] / total * value(i, d);
         for (size_t i = 0; i < slots.size(); i++)
@@ -335,8 +423,10 @@ Text flattened(const Text& text, int64_t row) {
             const size_t lane = size_t(flat.lane(layer, head));
             flat.lengths[lane] = int32_t(slots.size()) - 1;
             for (size_t i = 0; i < slots.size(); i++)
-                for (bool value : {false, true})
+                for (bool value : {false, true}) {
                     std::memcpy(flat.place(layer, head, int64_t(i), value), text.place(layer, head, slots[i].first, value), size_t(p.size * bytes_of(p.kind)));
+                    if (p.kind == I8) *flat.scale(layer, head, int64_t(i), value) = *text.scale(layer, head, slots[i].first, value);
+                }
             if (flat.positions.empty() || !flat.positions[lane].empty()) continue;
             for (size_t i = 0; i + 1 < slots.size(); i++) flat.positions[lane].push_back(int32_t(slots[i].second));
         }
@@ -364,6 +454,7 @@ struct World {
         setting = {int32_t(random.below(2)), kv_heads * share, random.chance(0.3) ? int32_t(1 + random.below(700)) : 0, random.of({F32, BF16}),
                    random.of({F32, BF16}), random.chance(0.5), 1.0f / std::sqrt(float(size))};
         Kind kind = random.of({F32, BF16});
+        if (number % 4 == 2) kind = I8;
         if (number % 2) kind = setting.q_kind = setting.out_kind = BF16;  // as in most engines; such products may be added in pairs
         return Memory(random, 1500, 2, kv_heads, size, kind);
     }
@@ -515,6 +606,28 @@ void test_world(uint64_t seed) {
         vector<Part> one;
         one.emplace_back(t, 0, t.chain + int64_t(t.nodes.size()), world.words);
         same_as_base(attended(pool, setting, one, queries, plain, 1), one, "a text alone");
+    }
+    const size_t which = size_t(world.random.below(int64_t(all.size())));
+    const Text& seen = *all[which].text;
+    for (bool low : {false, true}) {
+        const int32_t since = seen.next + int32_t(world.random.below(4)) - 1;
+        Noted first{which, since, low};
+        for (int workers : {1, 2, 3}) {
+            Noted noted{which, since, low};
+            AttendChoices choices{workers, world.random.of({0, 16, 1000}), world.random.of({1, 16, 100, 256}), 1};
+            same_as_base(attended(pool, setting, all, queries, choices, workers, &noted), all, "watched");
+            if (workers == 1) first = noted;
+            check(same_bits(noted.numbers, first.numbers), name + "statistics by " + std::to_string(workers) + " workers");
+        }
+        vector<Part> one;
+        one.emplace_back(seen, 0, seen.chain + int64_t(seen.nodes.size()), world.words);
+        Noted alone{0, since, low};
+        attended(pool, setting, one, queries, plain, 1, &alone);
+        check(same_bits(alone.numbers, first.numbers), name + "statistics of a text alone");
+        const vector<Bounds> right = defined(setting, seen, queries, first);
+        bool good = right.size() == first.numbers.size();
+        for (size_t i = 0; good && i < right.size(); i++) good = right[i].least - 1e-6 <= first.numbers[i] && first.numbers[i] <= right[i].most + 1e-6;
+        check(good, name + (low ? "low weights" : "weights") + " as defined");
     }
     for (vector<Part>& step : cut(world)) same_as_base(attended(pool, setting, step, queries, plain, 2), step, "cut into steps");
 }
