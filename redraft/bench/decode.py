@@ -53,7 +53,7 @@ class Package(NamedTuple):
 PEERS: dict[str, Package] = {
     "transformers": Package("redraft.bench.peers.transformers:Transformers", "transformers", "transformers"),
     "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf"),
-    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino_genai", "openvino-genai gguf"),
+    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino", "openvino"),
 }
 OWN = "redraft.bench.peers.redraft:Redraft"
 
