@@ -43,21 +43,22 @@ LIMITS = "redraft.bench.peers.limits:Limits"
 
 
 class Package(NamedTuple):
-    """Where a peer's class lies, the module that it needs and what to install for it."""
+    """Where a peer's class lies, the module that it needs, what to install for it; beyond: what of it `--isa` does not reach."""
 
     target: str
     module: str
     pip: str
+    beyond: str = ""
 
 
 PEERS: dict[str, Package] = {
     "transformers": Package("redraft.bench.peers.transformers:Transformers", "transformers", "transformers"),
-    "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf"),
-    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino", "openvino"),
+    "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf", "it"),
+    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino", "openvino", "its attention and norms"),
 }
 OWN = "redraft.bench.peers.redraft:Redraft"
 
-# What each library reads to use no newer instructions than these. llama.cpp is bound to what it was compiled for.
+# What each library reads to use no newer instructions than these. Who does not read it is marked, see Package.beyond.
 ISAS: dict[str, dict[str, str]] = {
     "avx2": {
         "REDRAFT_ISA": "avx2",
@@ -149,7 +150,8 @@ def _named(text: str) -> dict[str, str]:
 
 @dataclass
 class Engine:
-    """One engine of a run. found: measurement -> what it answered, one entry a round, None where it did not run. lost: why it left."""
+    """One engine of a run. found: measurement -> what it answered, one entry a round, None where it did not run; lost: why it left;
+    beyond: what of it runs with more instructions than the run's `isa`."""
 
     name: str
     target: str
@@ -159,6 +161,7 @@ class Engine:
     lost: str | None = None
     worker: Worker | None = field(default=None, repr=False)
     differs: dict[str, Any] | None = None
+    beyond: str = ""
 
     @property
     def tokens(self) -> list[int]:
@@ -225,9 +228,11 @@ def _engines(options: Options) -> tuple[list[Engine], Engine, dict[str, str]]:
     engines = [Engine(_own_name(own), OWN, own) for own in options.redraft]
     missing = {}
     for name in options.against:
-        target, module, pip = PEERS[name]
+        target, module, pip, beyond = PEERS[name]
         if importlib.util.find_spec(module) is None:
             missing[name] = pip
+        elif options.isa and beyond:
+            engines.append(Engine(f"{name} (beyond {options.isa})", target, {}, beyond=beyond))
         else:
             engines.append(Engine(name, target, {}))
     size = {} if options.buffer is None else {"bytes": options.buffer, "side": 64}
@@ -488,6 +493,8 @@ def notes(found: Comparison) -> Iterator[str]:
     for engine in [*found.engines, found.limits]:
         if engine.lost:
             yield f"{engine.name} left: {engine.lost}"
+        if engine.beyond:
+            yield f"{engine.name}: --isa does not reach {engine.beyond}: there every instruction set of this machine is used"
         if note := engine.facts.get("note"):
             yield f"{engine.name}: {note}"
     for engine in found.engines[1:]:
@@ -554,6 +561,7 @@ def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
     return {
         "name": engine.name,
         "options": dict(engine.options),
+        "beyond_isa": engine.beyond or None,
         "facts": engine.facts,
         "lost": engine.lost,
         "text_differs": engine.differs,

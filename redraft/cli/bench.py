@@ -108,7 +108,9 @@ def decode(
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
     rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(help="Turns of each engine and measurement.")] = 5,
-    isa: Annotated[str | None, typer.Option(help="For testing: no newer instructions than avx2, avx512 or avx512-bf16.")] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="For testing: avx2, avx512 or avx512-bf16 at most; whom it does not bind is marked.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The prompt is drawn from it.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a silent engine is given up.")] = 600.0,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,

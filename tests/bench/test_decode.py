@@ -137,6 +137,21 @@ def test_a_peer_that_is_not_installed_is_named_with_its_package(model: str, monk
     assert found.base.facts["threads"] == "1" and found.base.facts["isa"] is None
 
 
+def test_whom_isa_does_not_bind_is_marked(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
+    monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
+    assert decode.PEERS["llama.cpp"].beyond and decode.PEERS["openvino"].beyond and not decode.PEERS["transformers"].beyond
+    for name, beyond in (("llama.cpp", "its heart"), ("transformers", "")):
+        monkeypatch.setitem(decode.PEERS, name, Package(f"{HERE}:Fake", "json", "nothing", beyond))
+    found = decode.compare(model, Options(against=("llama.cpp", "transformers"), isa="avx2", **TOLD))
+    assert [engine.name for engine in found.engines] == ["redraft", "llama.cpp (beyond avx2)", "transformers"]
+    assert "llama.cpp (beyond avx2): --isa does not reach its heart: there every" in "\n".join(decode.notes(found))
+    assert [engine["beyond_isa"] for engine in decode.document(found)["engines"]] == [None, "its heart", None]
+    assert [engine.facts["onednn"] for engine in found.engines] == ["AVX2"] * 3
+    free = decode.compare(model, Options(against=("llama.cpp",), **TOLD))
+    assert free.engines[1].name == "llama.cpp" and not any("--isa" in note for note in decode.notes(free))
+
+
 def test_ctrl_c_ends_every_process(model: str, peers: None) -> None:
     code = f"""
 from redraft.bench import decode

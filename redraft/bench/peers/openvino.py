@@ -4,6 +4,7 @@ OpenVINO GenAI's pipelines. Its cache holds the run's dtype; the plugin's own ch
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections import Counter
 from itertools import pairwise
@@ -28,12 +29,13 @@ class OpenVino:
         folder = Path(loader.resolve(asked.folder))
         dtype = loader.inspect(folder, asked.dtype).dtype
         file = converted(folder, asked.dtype)
+        bound = "BF16" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "BF16")  # the plugin asks the processor, and oneDNN then refuses
         asks = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "INFERENCE_NUM_THREADS": asked.threads,
             "ENABLE_HYPER_THREADING": True,  # or it counts cores and not what this process may use
-            "INFERENCE_PRECISION_HINT": KINDS[dtype],
+            "INFERENCE_PRECISION_HINT": "f32" if bound else KINDS[dtype],
             "KV_CACHE_PRECISION": KINDS[dtype],
         }
         model = ov.Core().compile_model(file, "CPU", asks)
