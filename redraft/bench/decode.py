@@ -112,8 +112,12 @@ class Options:
                 raise UnknownMethod(f"no engine {name!r} to run against: {did_you_mean(name, PEERS)}")
         if self.isa is not None and self.isa not in ISAS:
             raise InvalidInput(f"isa = {self.isa!r}: {did_you_mean(self.isa, ISAS)}")
+        EngineConfig.of(dtype=self.dtype)
         for own in self.redraft:
-            config = EngineConfig.of(**{"dtype": self.dtype, **own})
+            try:
+                config = EngineConfig.of(**{"dtype": self.dtype, **own})
+            except InvalidInput as error:
+                raise InvalidInput(f"{_own_name(own)}: {error}") from None
             if config.model.backend not in ("auto", *registry.BACKENDS):
                 raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
             if config.model.quant is not None:
@@ -178,6 +182,7 @@ class Comparison:
     engines: list[Engine]
     limits: Engine
     missing: dict[str, str]  # peer -> what would bring it
+    stopped: bool = False  # by Ctrl-C, before its last round
 
     @property
     def base(self) -> Engine:
@@ -194,7 +199,7 @@ def check(model: str, options: Options) -> ModelSpec:
 
 
 def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Comparison:
-    """Runs everything; ends every process whatever happens."""
+    """Runs everything; ends every process whatever happens. Ctrl-C in a round ends the run and keeps what was measured."""
     spec = check(model, options)
     folder = shapes.checkpoint(model, tick)
     found = Comparison(model, folder, spec, options, *_engines(options))
@@ -206,11 +211,16 @@ def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Com
             _start(engine, asked, options)
         if all(engine.lost for engine in found.engines):
             raise RedraftError(f"no engine runs: {'; '.join(f'{engine.name}: {engine.lost}' for engine in found.engines)}")
-        for turn in range(options.rounds):
-            for measure in MEASURES:
-                for engine in _order(everyone, turn):
-                    tick(f"round {turn + 1}/{options.rounds}, {measure}: {engine.name}")
-                    _measure(engine, LIMIT_OF.get(measure, "") if engine is found.limits else measure)
+        try:
+            for turn in range(options.rounds):
+                for measure in MEASURES:
+                    for engine in _order(everyone, turn):
+                        tick(f"round {turn + 1}/{options.rounds}, {measure}: {engine.name}")
+                        _measure(engine, LIMIT_OF.get(measure, "") if engine is found.limits else measure)
+        except KeyboardInterrupt:
+            if not any(found.base.found.values()):
+                raise
+            found.stopped = True
         _explain(found, asked)
     finally:
         for engine in everyone:
@@ -283,7 +293,7 @@ def _explain(found: Comparison, asked: Asked) -> None:
         if not mine or not its or (at := first_difference(mine, its)) is None:
             continue
         engine.differs = {"token": at, "expected": mine[at], "found": its[at], "margin": None, "near": None}
-        if found.base.worker is not None:
+        if found.base.worker is not None and not found.stopped:  # else it may be in the middle of a measurement
             prompt = asked.prompt(asked.context) + mine[:at]
             try:
                 told = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
@@ -529,6 +539,7 @@ def document(found: Comparison) -> dict[str, Any]:
         "commit": report.commit(),
         "settings": options,
         "environment": ISAS[found.options.isa] if found.options.isa else {},
+        "stopped": found.stopped,
         "base": found.base.name,
         "per_token_read_bytes": {engine.name: amount(found, engine, "decode") for engine in found.engines if engine.facts},
         "prefill_linear_flops": linear_flops(found.spec, found.options.prefill),
