@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from redraft.errors import InvalidInput, did_you_mean
 
@@ -31,12 +32,22 @@ def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"])) or cls.__name__
     if first["type"] == "extra_forbidden":
         return f"unknown option {name!r} of {cls.__name__}: {did_you_mean(name, cls.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
+    field = cls.model_fields.get(name)
+    message = (
+        _allowed(field) if field and first["type"].startswith(("greater_than", "less_than")) else first["msg"].removeprefix("Value error, ")
+    )
     message = message[0].lower() + message[1:]
     if not first["loc"]:
         return f"{cls.__name__}: {message}"
     given = repr(first["input"]) if cls.model_fields[str(first["loc"][0])].repr else "(hidden)"
     return f"{cls.__name__}.{name} = {given}: {message}"
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The whole range of a number, not only the end of it that was missed."""
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    found = (f"{told} {getattr(rule, name):g}" for rule in field.metadata for name, told in words.items() if hasattr(rule, name))
+    return f"must be {' and '.join(found)}"
 
 
 class SamplingParams(Settings):

@@ -43,21 +43,22 @@ LIMITS = "redraft.bench.peers.limits:Limits"
 
 
 class Package(NamedTuple):
-    """Where a peer's class lies, the module that it needs and what to install for it."""
+    """Where a peer's class lies, the module that it needs, what to install for it; beyond: what of it `--isa` does not reach."""
 
     target: str
     module: str
     pip: str
+    beyond: str = ""
 
 
 PEERS: dict[str, Package] = {
     "transformers": Package("redraft.bench.peers.transformers:Transformers", "transformers", "transformers"),
-    "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf"),
-    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino_genai", "openvino-genai gguf"),
+    "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf", "it"),
+    "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino", "openvino", "its attention and norms"),
 }
 OWN = "redraft.bench.peers.redraft:Redraft"
 
-# What each library reads to use no newer instructions than these. llama.cpp is bound to what it was compiled for.
+# What each library reads to use no newer instructions than these. Who does not read it is marked, see Package.beyond.
 ISAS: dict[str, dict[str, str]] = {
     "avx2": {
         "REDRAFT_ISA": "avx2",
@@ -111,8 +112,12 @@ class Options:
                 raise UnknownMethod(f"no engine {name!r} to run against: {did_you_mean(name, PEERS)}")
         if self.isa is not None and self.isa not in ISAS:
             raise InvalidInput(f"isa = {self.isa!r}: {did_you_mean(self.isa, ISAS)}")
+        EngineConfig.of(dtype=self.dtype)
         for own in self.redraft:
-            config = EngineConfig.of(**{"dtype": self.dtype, **own})
+            try:
+                config = EngineConfig.of(**{"dtype": self.dtype, **own})
+            except InvalidInput as error:
+                raise InvalidInput(f"{_own_name(own)}: {error}") from None
             if config.model.backend not in ("auto", *registry.BACKENDS):
                 raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
             if config.model.quant is not None:
@@ -149,7 +154,8 @@ def _named(text: str) -> dict[str, str]:
 
 @dataclass
 class Engine:
-    """One engine of a run. found: measurement -> what it answered, one entry a round, None where it did not run. lost: why it left."""
+    """One engine of a run. found: measurement -> what it answered, one entry a round, None where it did not run; lost: why it left;
+    beyond: what of it runs with more instructions than the run's `isa`."""
 
     name: str
     target: str
@@ -159,6 +165,7 @@ class Engine:
     lost: str | None = None
     worker: Worker | None = field(default=None, repr=False)
     differs: dict[str, Any] | None = None
+    beyond: str = ""
 
     @property
     def tokens(self) -> list[int]:
@@ -175,6 +182,7 @@ class Comparison:
     engines: list[Engine]
     limits: Engine
     missing: dict[str, str]  # peer -> what would bring it
+    stopped: bool = False  # by Ctrl-C, before its last round
 
     @property
     def base(self) -> Engine:
@@ -191,7 +199,7 @@ def check(model: str, options: Options) -> ModelSpec:
 
 
 def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Comparison:
-    """Runs everything; ends every process whatever happens."""
+    """Runs everything; ends every process whatever happens. Ctrl-C in a round ends the run and keeps what was measured."""
     spec = check(model, options)
     folder = shapes.checkpoint(model, tick)
     found = Comparison(model, folder, spec, options, *_engines(options))
@@ -203,11 +211,16 @@ def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Com
             _start(engine, asked, options)
         if all(engine.lost for engine in found.engines):
             raise RedraftError(f"no engine runs: {'; '.join(f'{engine.name}: {engine.lost}' for engine in found.engines)}")
-        for turn in range(options.rounds):
-            for measure in MEASURES:
-                for engine in _order(everyone, turn):
-                    tick(f"round {turn + 1}/{options.rounds}, {measure}: {engine.name}")
-                    _measure(engine, LIMIT_OF.get(measure, "") if engine is found.limits else measure)
+        try:
+            for turn in range(options.rounds):
+                for measure in MEASURES:
+                    for engine in _order(everyone, turn):
+                        tick(f"round {turn + 1}/{options.rounds}, {measure}: {engine.name}")
+                        _measure(engine, LIMIT_OF.get(measure, "") if engine is found.limits else measure)
+        except KeyboardInterrupt:
+            if not any(found.base.found.values()):
+                raise
+            found.stopped = True
         _explain(found, asked)
     finally:
         for engine in everyone:
@@ -225,9 +238,11 @@ def _engines(options: Options) -> tuple[list[Engine], Engine, dict[str, str]]:
     engines = [Engine(_own_name(own), OWN, own) for own in options.redraft]
     missing = {}
     for name in options.against:
-        target, module, pip = PEERS[name]
+        target, module, pip, beyond = PEERS[name]
         if importlib.util.find_spec(module) is None:
             missing[name] = pip
+        elif options.isa and beyond:
+            engines.append(Engine(f"{name} (beyond {options.isa})", target, {}, beyond=beyond))
         else:
             engines.append(Engine(name, target, {}))
     size = {} if options.buffer is None else {"bytes": options.buffer, "side": 64}
@@ -278,7 +293,7 @@ def _explain(found: Comparison, asked: Asked) -> None:
         if not mine or not its or (at := first_difference(mine, its)) is None:
             continue
         engine.differs = {"token": at, "expected": mine[at], "found": its[at], "margin": None, "near": None}
-        if found.base.worker is not None:
+        if found.base.worker is not None and not found.stopped:  # else it may be in the middle of a measurement
             prompt = asked.prompt(asked.context) + mine[:at]
             try:
                 told = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
@@ -488,6 +503,8 @@ def notes(found: Comparison) -> Iterator[str]:
     for engine in [*found.engines, found.limits]:
         if engine.lost:
             yield f"{engine.name} left: {engine.lost}"
+        if engine.beyond:
+            yield f"{engine.name}: --isa does not reach {engine.beyond}: there every instruction set of this machine is used"
         if note := engine.facts.get("note"):
             yield f"{engine.name}: {note}"
     for engine in found.engines[1:]:
@@ -522,6 +539,7 @@ def document(found: Comparison) -> dict[str, Any]:
         "commit": report.commit(),
         "settings": options,
         "environment": ISAS[found.options.isa] if found.options.isa else {},
+        "stopped": found.stopped,
         "base": found.base.name,
         "per_token_read_bytes": {engine.name: amount(found, engine, "decode") for engine in found.engines if engine.facts},
         "prefill_linear_flops": linear_flops(found.spec, found.options.prefill),
@@ -554,6 +572,7 @@ def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
     return {
         "name": engine.name,
         "options": dict(engine.options),
+        "beyond_isa": engine.beyond or None,
         "facts": engine.facts,
         "lost": engine.lost,
         "text_differs": engine.differs,

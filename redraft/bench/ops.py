@@ -116,17 +116,17 @@ class Measured:
 
 
 def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Measured:
-    """Everything, one operation after another; `tick` is told each."""
+    """Everything, one operation after another; `tick` is told each of its rounds."""
     spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
     limits.use_threads(options.threads)
     backends, refused = _backends(options, dtype)
     found = Measured(model, options, [], refused)
     for name, make in _operations(spec, options, backends):
-        tick(name)
+        tick(f"{name}: making weights")
         limits.use_threads(options.threads)
         floor = limits.limits()
         lines = make(floor)
-        _take_turns(lines, options)
+        _take_turns(lines, options, lambda turn, name=name: tick(f"{name}: round {turn} of {options.rounds}"))  # type: ignore[misc]
         for line in lines:
             line.run = _nothing  # its weights go before the next operation's are made
         found.lines += lines
@@ -135,7 +135,8 @@ def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Mea
 
 
 def ticks(options: Options) -> int:
-    return 5 + len(options.cached) + bool(options.shared)
+    """How often `tick` is called."""
+    return (5 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
 
 
 def _nothing() -> None:
@@ -176,9 +177,11 @@ def _operations(spec: ModelSpec, options: Options, backends: dict[str, Backend])
 # ---- turns
 
 
-def _take_turns(lines: list[Line], options: Options) -> None:
+def _take_turns(lines: list[Line], options: Options, tick: Callable[[int], None]) -> None:
     """Round by round, backends next to each other; in an order that turns."""
     for turn in range(options.rounds + 1):
+        if turn:
+            tick(turn)
         first = turn % len(lines)
         for line in lines[first:] + lines[:first]:
             torch.set_num_threads(1 if line.backend.startswith("native") else options.threads)

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -27,6 +28,7 @@ from redraft.engine.policies import SEAMS
 from redraft.ops import library
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
+EVERY = 5.0  # seconds between two lines of progress where it is no terminal that reads them
 
 
 def hardware() -> dict[str, Any]:
@@ -108,7 +110,32 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def bar(console: Console, total: int) -> Iterator[Tick]:
-    """A progress bar that is gone afterwards; each tick moves it by one and says what ran."""
+    """A progress bar that is gone afterwards; no terminal gets a line now and then instead. Each tick moves it by one and says what ran.
+    Ctrl-C is told."""
+    try:
+        with _bar(console, total) if console.is_terminal else _lines(console, total) as tick:
+            yield tick
+    except KeyboardInterrupt:
+        console.print("stopped")
+        raise
+
+
+@contextmanager
+def _lines(console: Console, total: int) -> Iterator[Tick]:
+    done, told = 0, time.monotonic()
+
+    def tick(what: str) -> None:
+        nonlocal done, told
+        done += 1
+        if time.monotonic() - told >= EVERY:
+            told = time.monotonic()
+            console.print(f"{done}/{total} {what}", markup=False, highlight=False, soft_wrap=True)
+
+    yield tick
+
+
+@contextmanager
+def _bar(console: Console, total: int) -> Iterator[Tick]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=total)

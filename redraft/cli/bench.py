@@ -102,13 +102,15 @@ def decode(
     ] = None,
     quant: Annotated[str | None, typer.Option(help="How redraft's weights are quantized at load.")] = None,
     dtype: Annotated[str, typer.Option(help="Of all engines; auto: the checkpoint's.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Of each engine; 0: one for each core that this process may use.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="Of each engine; 0: one for each core that this process may use.")] = 0,
     context: Annotated[int, typer.Option(help="Tokens of the prompt that is decoded behind.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens generated a turn.")] = 32,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
     rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(help="Turns of each engine and measurement.")] = 5,
-    isa: Annotated[str | None, typer.Option(help="For testing: no newer instructions than avx2, avx512 or avx512-bf16.")] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="For testing: avx2, avx512 or avx512-bf16 at most; whom it does not bind is marked.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The prompt is drawn from it.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a silent engine is given up.")] = 600.0,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
@@ -147,6 +149,9 @@ def decode(
     if json is not None:
         files.write(json, measurement.document(found))
         progress.print(f"written to {json}")
+    if found.stopped:
+        progress.print("stopped: the tables hold the rounds before")
+        raise typer.Exit(130)
 
 
 @bench.command("ops")
@@ -155,7 +160,7 @@ def ops(
     backend: Annotated[str | None, typer.Option(help="Names with commas; else all that compute fast.")] = None,
     quant: Annotated[str | None, typer.Option(help="Forms of the weights to measure beside plain ones, with commas.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="0: one for each core that this process may use.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: one for each core that this process may use.")] = 0,
     rows: Annotated[str, typer.Option(help="Rows of a linear layer, with commas.")] = "1,4,16,64,512",
     cached: Annotated[str, typer.Option(help="Tokens that attention reads, with commas.")] = "1024,8192",
     shared: Annotated[int, typer.Option(help="Tokens of a prefix that 8 sequences share; 0: not measured.")] = 4096,

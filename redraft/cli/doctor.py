@@ -53,12 +53,26 @@ def doctor(
 
     if json is not None:
         files.check_writable(json)
+    refused = _refused()
     loaded = library.load()
-    facts = {**_machine(), **_software(loaded, library.why_not()), **_measured(loaded, Console(stderr=True))}
+    facts = {**_machine(), "isa_refused": refused, **_software(loaded, library.why_not()), **_measured(loaded, Console(stderr=True))}
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     _show(console, facts)
     if json is not None:
         files.write(json, facts)
+
+
+def _refused() -> str | None:
+    """What is wrong with REDRAFT_ISA. It is then taken from the environment: this command goes on with what the machine has."""
+    from redraft.errors import InvalidInput
+    from redraft.ops import library
+
+    try:
+        library.load()
+    except InvalidInput as error:
+        del os.environ["REDRAFT_ISA"]
+        return str(error)
+    return None
 
 
 def _machine() -> Facts:
@@ -194,6 +208,8 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["gpu"]:
         yield "gpu", facts["gpu"]
     yield "", ""
+    if facts["isa_refused"]:
+        yield "wrong setting", f"{facts['isa_refused']}; every other command stops at that"
     yield "native library", facts["library"] or f"none: {facts['library_why_not']}"
     if facts["library"]:
         yield "instruction set", _told_isa(facts)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from redraft import __version__, registry
+from redraft.cli.options import as_flag
 from redraft.errors import InvalidInput, RedraftError
 
 VERBS = ("generate", "chat", "compare", "methods", "explain", "calibrate", "doctor", "serve")
@@ -46,7 +47,7 @@ def run(arguments: Seq[str] | None = None) -> int:
     except USAGE_ERROR as error:
         return _fail(cast(Any, error).format_message(), 2)
     except InvalidInput as error:
-        return _fail(str(error), 2)
+        return _fail(as_flag(str(error)), 2)
     except RedraftError as error:
         return _fail(str(error), 1)
 

@@ -42,11 +42,24 @@ ENGINE = Group(
     | {"cache_memory": CacheConfig.model_fields["memory"], "cache_fraction": CacheConfig.model_fields["fraction"]}
     | {"prefix_sharing": CacheConfig.model_fields["prefix_sharing"]},
 )
+_OPTIONS = {id(field): name for group in (SAMPLING, ENGINE) for name, field in group.fields.items()}
+FLAGS = {  # "Class.field", as errors name it -> its option
+    f"{kind.__name__}.{name}": f"--{_OPTIONS[id(field)].replace('_', '-')}"
+    for kind in (SamplingParams, EngineConfig, ModelConfig, SchedulerConfig, CacheConfig)
+    for name, field in kind.model_fields.items()
+    if id(field) in _OPTIONS
+}
 DEFAULTS: Given = {"draft": "token-recycling"}  # where the command line differs from the Python interface
 
 
 def engine_config(model: str, given: Given) -> EngineConfig:
     return EngineConfig.of(model=model, **{**DEFAULTS, **given})
+
+
+def as_flag(message: str) -> str:
+    """An error about a field, by the name that the command line has for it."""
+    name, equals, rest = message.partition(" = ")
+    return f"{FLAGS.get(name, name)}{equals}{rest}"
 
 
 def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -137,23 +137,49 @@ def test_a_peer_that_is_not_installed_is_named_with_its_package(model: str, monk
     assert found.base.facts["threads"] == "1" and found.base.facts["isa"] is None
 
 
-def test_ctrl_c_ends_every_process(model: str, peers: None) -> None:
+def test_whom_isa_does_not_bind_is_marked(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
+    monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
+    assert decode.PEERS["llama.cpp"].beyond and decode.PEERS["openvino"].beyond and not decode.PEERS["transformers"].beyond
+    for name, beyond in (("llama.cpp", "its heart"), ("transformers", "")):
+        monkeypatch.setitem(decode.PEERS, name, Package(f"{HERE}:Fake", "json", "nothing", beyond))
+    found = decode.compare(model, Options(against=("llama.cpp", "transformers"), isa="avx2", **TOLD))
+    assert [engine.name for engine in found.engines] == ["redraft", "llama.cpp (beyond avx2)", "transformers"]
+    assert "llama.cpp (beyond avx2): --isa does not reach its heart: there every" in "\n".join(decode.notes(found))
+    assert [engine["beyond_isa"] for engine in decode.document(found)["engines"]] == [None, "its heart", None]
+    assert [engine.facts["onednn"] for engine in found.engines] == ["AVX2"] * 3
+    free = decode.compare(model, Options(against=("llama.cpp",), **TOLD))
+    assert free.engines[1].name == "llama.cpp" and not any("--isa" in note for note in decode.notes(free))
+
+
+@pytest.mark.parametrize("moment", ["loading", "round 3/"])
+def test_ctrl_c_ends_every_process_and_keeps_what_was_measured(model: str, moment: str, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
     code = f"""
-from redraft.bench import decode
-decode.OWN, decode.LIMITS = "{HERE}:Fake", "{HERE}:Bounds"
-decode.compare({model!r}, decode.Options(redraft=({{}}, {{}}), against=(), rounds=10**6, threads=1, prefill=40, rows=(1,)))
+import sys
+from redraft.bench import decode, report
+from redraft.cli.main import run
+decode.OWN, decode.LIMITS, report.EVERY = "{HERE}:Fake", "{HERE}:Bounds", 0
+decode.PEERS["transformers"] = decode.Package("{HERE}:Other", "json", "nothing")
+small = ["--rounds", "1000000", "--threads", "1", "--prefill", "40", "--rows", "1", "--redraft", "backend=torch"]
+sys.exit(run(["bench", "decode", {model!r}, *small, "--json", {str(found)!r}]))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        mine = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        deadline = time.monotonic() + 60
-        while len(mine.read_text().split()) < 3 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
-        workers = [int(pid) for pid in mine.read_text().split()]
-        assert len(workers) == 3
+        assert process.stderr is not None
+        assert any(moment in line for line in process.stderr)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         process.send_signal(signal.SIGINT)
-        process.wait(20)
-        assert not any(lives(pid) for pid in workers)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and not any(lives(pid) for pid in children), err[-2000:]
+        last = err.splitlines()[-1]
+        if moment == "loading":
+            assert (out, last) == ("", "stopped") and not found.exists()
+        else:
+            assert len(children) == 3 and last == "stopped: the tables hold the rounds before"
+            assert "tokens/s" in out and "greedy text differs from redraft backend=torch's at token 3 of 7" in out
+            document = json.loads(found.read_text())
+            assert document["stopped"] and 2 <= len(document["engines"][0]["rounds"]["decode"]) < 1000
     finally:
         process.kill()
         process.communicate()

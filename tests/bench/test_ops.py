@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from redraft import registry
-from redraft.bench import ops, shapes
+from redraft.bench import ops, report, shapes
 from redraft.bench.ops import Options
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
 from redraft.ops.torch_ops import TorchOps
@@ -72,7 +72,8 @@ def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> Non
     told: list[str] = []
     found = ops.measure(model, Options(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), told.append)
     names = [name.split(",")[0] for name in told]
-    assert names[:5] == ["qkv", "out", "up", "down", "head"] and len(told) == 7 == ops.ticks(found.options)
+    assert names[:15:3] == ["qkv", "out", "up", "down", "head"] and len(told) == 21 == ops.ticks(found.options)
+    assert [name.rpartition(": ")[2] for name in told[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
     assert found.refused == {"absent": "backend 'absent': no compiler"}
     lines = {(line.operation, line.backend, line.size) for line in found.lines}
     assert len(lines) == len(found.lines) == 5 * 2 * 2 * 2 + 2 * 2 * 2
@@ -108,6 +109,25 @@ def test_document_and_table(redraft: Callable[..., Ran], model: str, tmp_path: P
     assert code == 0 and "attention over 40 cached tokens" in out and "GB/s" in out, err
     document = json.loads(file.read_text())
     assert len(document["lines"]) == 5 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
+
+
+def test_progress_is_told_where_no_terminal_reads_it_and_so_is_ctrl_c(
+    redraft: Callable[..., Ran], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "COPIES", 2)
+    small = ["--rows", "1", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--backend", "torch"]
+    assert redraft("bench", "ops", model, *small)[2] == ""  # it took less than report.EVERY
+    monkeypatch.setattr(report, "EVERY", 0)
+    code, out, err = redraft("bench", "ops", model, *small)
+    assert code == 0 and "GB/s" in out
+    assert [line.partition(" ")[0] for line in err.splitlines()] == [f"{i}/12" for i in range(1, 13)]
+    assert err.startswith("1/12 qkv, 16 to 32: making weights\n2/12 qkv, 16 to 32: round 1 of 1\n3/12 out")
+
+    def stop(run: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "_sample", stop)
+    assert redraft("bench", "ops", model, *small) == (130, "", "1/12 qkv, 16 to 32: making weights\nstopped\n")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class Fake:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self.facts: dict[str, Any] = {"dtype": "float32", "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
-        self.facts["isa"] = os.environ.get("REDRAFT_ISA")
+        self.facts["isa"], self.facts["onednn"] = os.environ.get("REDRAFT_ISA"), os.environ.get("ONEDNN_MAX_CPU_ISA")
         print("libraries print")  # must not be taken for an answer
 
     def decode(self) -> dict[str, Any]:
@@ -84,6 +84,10 @@ class Other(Fake):
 
 class Bounds(Fake):
     does = ("bandwidth", "peak")
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self.facts["how"] = "nobody"
 
     def bandwidth(self) -> dict[str, Any]:
         return {"bytes_per_second": 1e10}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +94,21 @@ def test_huge_pages_are_read_from_the_kernel(tmp_path: Path, monkeypatch: pytest
     assert doctor._huge_pages() == found
     monkeypatch.setattr(doctor, "SYS", tmp_path / "none")
     assert doctor._huge_pages() is None
+
+
+@native
+def test_a_wrong_instruction_set_is_a_finding_here_and_an_error_elsewhere(tiny: str, tmp_path: Path) -> None:
+    small = "from redraft.cli import doctor, main; doctor.BUFFER, doctor.ROUNDS = 4 << 20, 2; raise SystemExit(main.run())"
+    environment = {**os.environ, "REDRAFT_ISA": "sse9"}
+
+    def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", small, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+    done = ran("doctor", "--json", str(tmp_path / "facts.json"))
+    assert done.returncode == 0, done.stderr
+    assert "REDRAFT_ISA = sse9: allowed: avx2, avx512, avx512_bf16, amx" in done.stdout and "read bandwidth" in done.stdout
+    facts, loaded = json.loads((tmp_path / "facts.json").read_text()), library.load()
+    assert loaded is not None and facts["isa_refused"].startswith("REDRAFT_ISA = sse9")
+    assert facts["isa"] in loaded.isas_compiled and facts["peaks"]["float32"]["flops"] > 0
+    done = ran("generate", tiny, "--prompt", "x")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: REDRAFT_ISA = sse9: allowed: avx2")

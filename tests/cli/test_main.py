@@ -45,11 +45,15 @@ def test_version(redraft: Callable[..., Ran]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["generate", "--temperature", "-1"], 2, "SamplingParams.temperature = -1.0: input should be greater than or equal to 0"),
+        (["generate", "--temperature", "-1"], 2, "--temperature = -1.0: must be at least 0"),
         (["generate", "--temperature", "warm"], 2, "'--temperature'"),
         (["generate", "--dtype", "float8"], 2, "'bfloat16'"),
         (["generate", "--stop", ""], 2, "an empty string is not allowed"),
-        (["generate", "--max-tokens", "0"], 2, "max_tokens = 0"),
+        (["generate", "--max-tokens", "0"], 2, "--max-tokens = 0: must be at least 1"),
+        (["generate", "--threads", "0"], 2, "--threads = 0: must be at least 1 and at most 1024"),
+        (["generate", "--cache-fraction", "2"], 2, "--cache-fraction = 2.0: must be more than 0 and at most 0.95"),
+        (["bench", "ops", "100m", "--threads", "-1"], 2, "'--threads'"),
+        (["bench", "decode", "100m", "--redraft", "threads=0"], 2, "redraft threads=0: ModelConfig.threads = '0'"),
         (["generate", "--colour"], 2, "--colour"),
         (["generate", "--draft", "token-recyclin"], 2, "did you mean 'token-recycling'?"),
         (["generate", "--draft", "copyspec:gama=2"], 2, "allowed: gamma, block, latest"),

@@ -1,4 +1,5 @@
-"""The kernels as programs of their own, under the sanitizers of addresses and undefined behaviour, once for each instruction set."""
+"""The kernels as programs of their own, under the sanitizers of addresses and undefined behaviour, once for each instruction set, and of
+threads, once: what threads share does not hang on it."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ PROGRAMS = {  # sources beside it; what it is told: a seed and how many rounds
     "kernels_test": (["pack.cpp", "layers.cpp", "attend.cpp", "threads.cpp"], ["1", "12"]),
     "attend_test": (["attend.cpp", "threads.cpp"], ["1", "3"]),
 }
+
+UNKNOWN = "unexpected memory mapping"  # older runtimes do not know the addresses that newer kernels give
 
 
 def has(words: str) -> bool:
@@ -69,3 +72,23 @@ def test_clean_under_sanitizers(program: str, isa: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     passed = re.fullmatch(r"(\d+) passed, 0 failed", done.stdout.strip().splitlines()[-1])
     assert passed and int(passed[1]) > 50
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++ here")
+@pytest.mark.parametrize(("program", "words"), [("kernels_test", ["1", "1"]), ("attend_test", ["1", "1"])])
+def test_no_thread_meets_another(program: str, words: list[str], tmp_path: Path) -> None:
+    bits, flags = SETS["avx2"]
+    if not has(bits):
+        pytest.skip("this machine has no avx2")
+    assert COMPILER is not None
+    common = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w", "-fsanitize=thread"]
+    sources = [CPU / "test" / f"{program}.cpp", *(CPU / name for name in PROGRAMS[program][0])]
+    made = subprocess.run([COMPILER, *common, *flags, *sources, "-o", tmp_path / program], capture_output=True, text=True, check=False)
+    if "cannot find -ltsan" in made.stderr or "libtsan_preinit.o" in made.stderr:
+        pytest.skip("the compiler has no sanitizer of threads here")
+    assert made.returncode == 0, made.stderr[-2000:]
+    done = subprocess.run([tmp_path / program, *words], capture_output=True, text=True, check=False)
+    if UNKNOWN in done.stderr:
+        pytest.skip(f"the sanitizer of threads does not run on this kernel: {UNKNOWN}")
+    assert done.returncode == 0 and "WARNING: ThreadSanitizer" not in done.stderr, done.stdout[-1000:] + done.stderr[-4000:]
+    assert re.search(r"^\d\d+ passed, 0 failed$", done.stdout, re.MULTILINE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -1096,9 +1098,11 @@ def test_other_instruction_sets(isa: str) -> None:
 # ---- a process
 
 
-def test_calls_of_two_threads_wait_for_each_other() -> None:
-    """Buffers belong to the process: a call that grows them must not meet one that reads them."""
-    ops = NativeOps(torch.float32)
+def test_calls_of_two_threads_wait_for_each_other_and_for_workers_that_come_and_go() -> None:
+    """Buffers belong to the process: a call that grows them must not meet one that reads them, nor another number of workers."""
+    ops, loaded = NativeOps(torch.float32), library.load()
+    assert loaded is not None
+    before = loaded.threads
     weight, x = torch.randn(300, 200), torch.randn(1500, 200)
     packed = ops.pack(Linear(weight))
     expected, wrong = ops.linear(x, packed), []
@@ -1109,8 +1113,11 @@ def test_calls_of_two_threads_wait_for_each_other() -> None:
     threads = [threading.Thread(target=work, args=(sizes,)) for sizes in (range(1, 1500, 9), range(1, 400, 2))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    counts = itertools.cycle((1, 3, 2, 4))
+    while any(thread.is_alive() for thread in threads):
+        loaded.set_threads(next(counts))
+        time.sleep(0.001)
+    loaded.set_threads(before)
     assert not wrong
 
 

@@ -82,10 +82,10 @@ Choice choose() {
     for (Isa isa : ALL) {
         if (std::strcmp(wanted, name_of(isa)) != 0) continue;
         if (isa <= best) return {isa, ""};
-        if (isa > detect()) return {Isa::NONE, told + ": this machine has " + name_of(detect()) + " at most"};
-        return {Isa::NONE, told + ": this library was compiled for " + name_of(compiled()) + " at most"};
+        if (isa > detect()) return {best, told + ": this machine has " + name_of(detect()) + " at most"};
+        return {best, told + ": this library was compiled for " + name_of(compiled()) + " at most"};
     }
-    return {Isa::NONE, told + ": allowed: avx2, avx512, avx512_bf16, amx"};
+    return {best, told + ": allowed: avx2, avx512, avx512_bf16, amx"};
 }
 
 const Choice& choice() {

@@ -1,6 +1,6 @@
 // Stand-alone test of all kernels but attention. No library, one instruction set, told by the flags:
 //   g++ -std=c++17 -O1 -ffp-contract=off -mavx2 -mfma -mf16c kernels_test.cpp ../pack.cpp ../layers.cpp ../attend.cpp ../threads.cpp -pthread
-//   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl too, or -mavx512bf16 -mavx512vnni too; with -fsanitize=address,undefined)
+//   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl too, or -mavx512bf16 -mavx512vnni too; with -fsanitize=address,undefined or thread)
 // kernels_test [seed [rounds]]: results against definitions in double, those of codes bit for bit; every row alone and every panel
 // alone gives the same bits; nothing beside what is to be written changes. Buffers are as long as their contents, to the byte.
 #include "../kernels.h"
@@ -18,6 +18,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #if defined(__AVX512BF16__)
@@ -673,6 +674,36 @@ void test_threads(int workers) {
     }
 }
 
+// Short jobs of two threads that do not wait for each other, while workers come and go. What jobs share is plain memory, so that a
+// sanitizer of threads sees each access that nothing puts in order.
+void test_callers(int jobs) {
+    vector<int64_t> things(64, 0);
+    int64_t done = 0;
+    bool good = true;
+    Pace pace;
+    const auto job = [&](int worker, int workers) {
+        const Share mine(64, worker, workers);
+        for (int64_t i = mine.first; i < mine.last; i++) things[i]++;
+        barrier();
+        if (worker == workers - 1) for (const int64_t one : things) good &= one == done + 1;
+        barrier();
+        if (worker == 0) done++;
+    };
+    const auto call = [&](bool resizes) {
+        for (int i = 0; i < jobs; i++) {
+            if (resizes && i % 5 == 0) set_threads(1 + i / 5 % 4);
+            if (i % 2) run(job);
+            else run(job, pace);
+        }
+    };
+    std::thread other(call, true);
+    call(false);
+    other.join();
+    const Alone held;
+    check(good && done == 2 * jobs, "jobs of two callers, one after another");
+    set_threads(1);
+}
+
 void round_of_tests() {
     const auto some_rows = [] { return dice.chance(0.5) ? dice.between(1, 18) : dice.between(1, 40); };
     const auto some_ins = [] { return dice.chance(0.5) ? dice.of<int64_t>({1, 8, 40, 64, 100, 128}) : dice.between(1, 200); };
@@ -701,6 +732,7 @@ int main(int count, char** words) {
     test_ties();
     test_rounding();
     for (const int workers : {1, 3, 2, 4, 1}) test_threads(workers);
+    test_callers(300);
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed ? 1 : 0;
 }

@@ -1,0 +1,206 @@
+"""A checkpoint as an OpenVINO model: IR files beside each other in a folder of the cache, in the operations that OpenVINO's own exports
+consist of, so that its CPU plugin finds what it fuses: norms, rotary positions, attention over a cache that it keeps itself.
+
+Numbers are copied as they are, matrices in the run's dtype. Inputs: `ids` [1, rows], `positions` [rows], `beam_idx` [1] (zero), `wanted`
+(how many of the last rows have an answer); output: `best` [wanted], the likeliest token behind each of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from redraft.bench.shapes import cache_folder
+from redraft.errors import Unsupported
+from redraft.models import loader
+from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm
+
+VERSION = 1  # of the graph: another one makes another folder
+KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+ov: Any = None  # an optional package, and its operations
+op: Any = None
+
+
+def converted(folder: Path, dtype: str) -> Path:
+    """The .xml file, from the cache folder or written into it."""
+    found = loader.inspect(folder, dtype)
+    _check(found.spec, found.dtype)
+    kind = str(found.dtype).removeprefix("torch.")
+    files = sorted((str(file), file.stat().st_mtime_ns) for file in {entry.file for entry in found.entries.values()})
+    name = hashlib.sha256(repr((VERSION, folder.resolve(), files)).encode()).hexdigest()[:10]
+    made = cache_folder() / "openvino" / f"{folder.resolve().name}-{kind}-{name}"
+    if not made.exists():
+        part = made.with_name(f".{made.name}.{os.getpid()}.part")
+        part.mkdir(parents=True)
+        try:
+            graph = _Graph(found)
+            ov.save_model(graph.model(), part / "model.xml", compress_to_fp16=False)
+            try:
+                part.rename(made)
+            except OSError:
+                if not made.exists():  # else another run was faster, with the same numbers
+                    raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return made / "model.xml"
+
+
+def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
+    for layer in spec.layers:
+        plain = isinstance(layer.mlp, Mlp) and layer.mlp.gated and layer.mlp.activation == "silu"
+        turned = layer.rotary is not None and layer.rotary.dim == layer.head_dim
+        if not plain or not turned or layer.norm.kind != "rms" or layer.window is not None:
+            raise Unsupported(
+                f"no OpenVINO graph is written for {spec.family} like this: only RMS norms, rotary heads, a gated SiLU, no windows"
+            )
+    if dtype not in KINDS:
+        raise Unsupported(f"no OpenVINO graph is written in {str(dtype).removeprefix('torch.')}")
+
+
+class _Graph:
+    def __init__(self, found: loader.Checkpoint) -> None:
+        global ov, op
+        ov = importlib.import_module("openvino")
+        op = importlib.import_module("openvino.opset15")
+        self.found, self.spec = found, found.spec
+        self.files: dict[Path, Any] = {}
+        self.sinks: list[Any] = []
+        self.held: list[Any] = []  # memory that constants point into
+
+    def model(self) -> Any:
+        spec = self.spec
+        self.ids = op.parameter([1, -1], ov.Type.i64, name="ids")
+        self.positions = op.parameter([-1], ov.Type.i64, name="positions")
+        self.beam = op.parameter([1], ov.Type.i32, name="beam_idx")
+        self.wanted = op.parameter([1], ov.Type.i64, name="wanted")
+        given = [self.ids, self.positions, self.beam, self.wanted]
+        for node in given:
+            node.output(0).get_tensor().set_names({node.get_friendly_name()})
+        embed = self.weight("embed")
+        x = op.gather(embed, self.ids, number(0))
+        self.cos, self.sin = self.turns(spec.layers[0])
+        self.mask = None
+        for i, layer in enumerate(spec.layers):
+            x = op.add(x, self.attention(f"layers.{i}", layer, self.norm(x, f"layers.{i}.attn_norm", layer.norm)))
+            x = op.add(x, self.mlp(f"layers.{i}", self.norm(x, f"layers.{i}.mlp_norm", layer.norm)))
+        first = op.negative(self.wanted)
+        x = op.slice(x, first, numbers(2**31 - 1), numbers(1), numbers(1))
+        logits = self.product(self.norm(x, "final_norm", spec.final_norm), embed if spec.tied else self.weight("head"))
+        best = op.topk(logits, number(1), 2, "max", "value", index_element_type="i64").output(1)
+        best = op.reshape(best, numbers(-1), special_zero=False)
+        result = op.result(best)
+        result.output(0).get_tensor().set_names({"best"})
+        return ov.Model([result], self.sinks, given, self.found.path.name)
+
+    # ---- parts
+
+    def attention(self, at: str, layer: LayerSpec, x: Any) -> Any:
+        q, k, v = (
+            op.transpose(
+                op.reshape(self.linear(x, f"{at}.qkv", part), numbers(0, 0, heads, layer.head_dim), special_zero=True), numbers(0, 2, 1, 3)
+            )
+            for part, heads in enumerate((layer.heads, layer.kv_heads, layer.kv_heads))
+        )
+        if layer.qk_norm is not None:
+            q, k = self.norm(q, f"{at}.q_norm", layer.qk_norm), self.norm(k, f"{at}.k_norm", layer.qk_norm)
+        q, k = self.turned(q, layer.head_dim), self.turned(k, layer.head_dim)
+        keys, values = self.cached(f"{at}.keys", k, layer), self.cached(f"{at}.values", v, layer)
+        if self.mask is None:
+            self.mask = self.seen(keys)
+        keys, values = self.grouped(keys, layer), self.grouped(values, layer)
+        out = op.scaled_dot_product_attention(q, keys, values, self.mask, number(np.float32(layer.head_dim**-0.5)))
+        out = op.reshape(op.transpose(out, numbers(0, 2, 1, 3)), numbers(0, 0, layer.heads * layer.head_dim), special_zero=True)
+        return self.linear(out, f"{at}.out")
+
+    def mlp(self, at: str, x: Any) -> Any:
+        return self.linear(op.multiply(op.swish(self.linear(x, f"{at}.up", 0)), self.linear(x, f"{at}.up", 1)), f"{at}.down")
+
+    def cached(self, name: str, new: Any, layer: LayerSpec) -> Any:
+        """What the state held, with the new rows behind it; they stay."""
+        shape = ov.PartialShape([-1, layer.kv_heads, -1, layer.head_dim])
+        info = ov.op.util.VariableInfo()
+        info.data_shape, info.data_type, info.variable_id = shape, ov.Type.f32, name
+        variable = ov.op.util.Variable(info)
+        empty = op.constant(np.zeros((1, layer.kv_heads, 0, layer.head_dim), np.float32))
+        past = op.gather(op.read_value(empty, variable), self.beam, number(0))
+        every = op.concat([past, new], -2)
+        self.sinks.append(op.assign(every, variable))
+        return every
+
+    def grouped(self, x: Any, layer: LayerSpec) -> Any:
+        """Each kv head once for each query head that reads it."""
+        if (times := layer.heads // layer.kv_heads) == 1:
+            return x
+        wide = op.broadcast(op.unsqueeze(x, number(2)), numbers(1, 1, times, 1, 1), broadcast_spec="BIDIRECTIONAL")
+        return op.reshape(wide, numbers(0, layer.heads, -1, layer.head_dim), special_zero=True)
+
+    def seen(self, keys: Any) -> Any:
+        """Nothing added where a row may look, and what softmax makes zero elsewhere: [1, 1, rows, keys]."""
+        length = op.squeeze(op.gather(op.shape_of(keys), numbers(2), number(0)), number(0))
+        slots = op.range(number(0), length, number(1), "i64")
+        allowed = op.less_equal(op.unsqueeze(slots, number(0)), op.unsqueeze(self.positions, number(1)))
+        mask = op.select(allowed, number(np.float32(0)), number(np.finfo(np.float32).min))
+        return op.unsqueeze(mask, numbers(0, 1))
+
+    def turns(self, layer: LayerSpec) -> tuple[Any, Any]:
+        """Cosine and sine of every row's angles, [1, 1, rows, head size]."""
+        rotary = layer.rotary
+        assert rotary is not None
+        frequencies = op.constant(np.array(rotary.frequencies, dtype=np.float32)[None])
+        angles = op.multiply(op.unsqueeze(op.convert(self.positions, "f32"), number(1)), frequencies)
+        both = op.concat([angles, angles], -1)
+        scale = number(np.float32(rotary.scale))
+        cos, sin = (op.unsqueeze(op.multiply(turn(both), scale), numbers(0, 1)) for turn in (op.cos, op.sin))
+        return cos, sin
+
+    def turned(self, x: Any, size: int) -> Any:
+        low = op.slice(x, numbers(0), numbers(size // 2), numbers(1), numbers(3))
+        high = op.slice(x, numbers(size // 2), numbers(2**31 - 1), numbers(1), numbers(3))
+        swapped = op.concat([op.multiply(high, number(np.float32(-1))), low], -1)
+        return op.add(op.multiply(x, self.cos), op.multiply(swapped, self.sin))
+
+    def norm(self, x: Any, name: str, norm: Norm) -> Any:
+        mean = op.reduce_mean(op.power(x, number(np.float32(2))), numbers(-1), keep_dims=True)
+        root = op.sqrt(op.add(mean, number(np.float32(norm.eps))))
+        return op.multiply(self.weight(f"{name}.weight"), op.multiply(x, op.divide(number(np.float32(1)), root)))
+
+    def linear(self, x: Any, name: str, part: int = 0) -> Any:
+        out = self.product(x, self.weight(f"{name}.weight", part))
+        return op.add(out, self.weight(f"{name}.bias", part)) if f"{name}.bias" in self.found.sources else out
+
+    def product(self, x: Any, weight: Any) -> Any:
+        return op.matmul(x, weight, False, True)
+
+    def weight(self, name: str, part: int = 0) -> Any:
+        """One stored tensor: matrices in the run's dtype, vectors in float32."""
+        stored = self.found.sources[name].names[part]
+        file = self.found.entries[stored].file
+        if file not in self.files:
+            self.files[file] = safe_open(file, framework="pt")
+        tensor = self.files[file].get_tensor(stored)
+        kind = self.found.dtype if tensor.ndim > 1 else torch.float32
+        tensor = tensor.to(kind).contiguous()
+        data = tensor.view(torch.uint8).numpy()
+        self.held.append(data)
+        node = op.constant(
+            ov.Tensor(data.view(np.uint16) if kind.itemsize == 2 else data.view(np.float32), tensor.shape, getattr(ov.Type, KINDS[kind])),
+            shared_memory=True,
+        )
+        return node if kind == torch.float32 else op.convert(node, "f32")
+
+
+def number(value: Any) -> Any:
+    return op.constant(np.array(value))
+
+
+def numbers(*values: int) -> Any:
+    return op.constant(np.array(values, dtype=np.int64))
