@@ -62,7 +62,7 @@ def test_refused_without_a_chat_template(redraft: Callable[..., Ran], tmp_path: 
     piped("", monkeypatch)
     code, out, err = redraft("chat", str(tiny_llama(tmp_path / "base", chat=False)))
     assert (code, out) == (2, "")
-    assert err == "error: this checkpoint has no chat template: use generate with a prompt instead\n"
+    assert err == "error: this checkpoint has no chat template: give plain prompts, or a template of your own\n"
 
 
 def test_at_a_terminal_ctrl_c_ends_the_reply_and_ctrl_d_the_conversation(tmp_path: Path) -> None:
