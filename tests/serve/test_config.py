@@ -35,7 +35,7 @@ def test_every_number_has_limits() -> None:
     ("values", "told"),
     [
         ({"host": ""}, "ServeConfig.host = ''"),
-        ({"keep_alive": 0}, "greater than 0"),
+        ({"keep_alive": 0}, "more than 0"),
         ({"root_path": "llm/"}, "ServeConfig.root_path = 'llm/'"),
         ({"metrics_prefix": "a-b"}, "ServeConfig.metrics_prefix = 'a-b'"),
         ({"log_level": "loud"}, "'critical'"),
