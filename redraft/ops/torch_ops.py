@@ -414,7 +414,7 @@ class TorchOps:
         if isinstance(weights, Quantized):
             return weights.halved()
         assert isinstance(weights, Linear)
-        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        if self.device.type != "cpu" or not _onednn_packs(self.dtype):
             return weights
         return Linear(torch.ops.mkldnn._reorder_linear_weight(weights.weight, PACKED_FOR), weights.bias)
 
@@ -659,6 +659,13 @@ class TorchOps:
         logits = self.linear(self.norm(rows, weights.final_norm, final), weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         return Outputs(argmax(logits), top_k, logits if taps.logits else None)
+
+
+def _onednn_packs(dtype: torch.dtype) -> bool:
+    """bfloat16 needs AVX-512 there."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 _lent: list[int] = []  # PyTorch's threads, while another backend uses the processors

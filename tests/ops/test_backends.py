@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,3 +196,15 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
 def test_reference_is_float64_on_the_cpu() -> None:
     with pytest.raises(Unsupported, match="float64 on the CPU only"):
         Reference(torch.float32)
+
+
+def test_bfloat16_where_onednn_cannot_pack_it() -> None:
+    """On a processor with AVX2 alone, here by oneDNN's own limit: the weights stay as they are."""
+    code = (
+        "import torch; from redraft.ops.backend import Linear; from redraft.ops.torch_ops import TorchOps\n"
+        "ops, weight = TorchOps(torch.bfloat16), torch.eye(40, dtype=torch.bfloat16)\n"
+        "x = torch.arange(80).reshape(2, 40).bfloat16()\n"
+        "assert torch.equal(ops.linear(x, ops.pack(Linear(weight))), x)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
