@@ -30,6 +30,7 @@ from redraft.config import SamplingParams
 from redraft.core import sequence
 from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling
+from redraft.errors import RedraftError
 from redraft.llm import LLM
 from redraft.serve import schema
 from redraft.serve.config import ServeConfig
@@ -43,6 +44,13 @@ from redraft.serve.stream import EventStream, lines, whole
 PREDICTED = "aggressive"  # the drafter of a request's prediction
 LARGEST = 64  # of a number in a drafter's options, where a request chooses it: tables grow with it
 COMPLETION_TOKENS = 16  # OpenAI's default
+FIELDS = {
+    "draft": "speculation.method",
+    "verify": "speculation.verifier",
+    "keep": "cache.keep",
+    "codec": "cache.codec",
+    "read": "cache.read",
+}
 SALTED = 16  # letters of a key's hash
 SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
@@ -146,13 +154,16 @@ class Service:
         name, given = registry.parse(text)
         for option, value in given.items():
             if option == "model":
-                raise Refused(400, f"{name}: a request cannot choose a model", seam)
+                raise Refused(400, f"{name}: a request cannot choose a model", FIELDS[seam])
             if seam == "draft" and value.lstrip("-").isdigit() and int(value[:20]) > LARGEST:
-                raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", seam)
+                raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", FIELDS[seam])
             if seam == "draft" and option in ("parts", "draft"):
                 for part in registry.split(value, "+"):
                     self._safe(seam, part, own)
-        registry.create(seam, text)
+        try:
+            registry.create(seam, text)
+        except RedraftError as error:
+            raise Refused(400, str(error), FIELDS[seam]) from None
         return text
 
     @staticmethod
@@ -461,7 +472,7 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
 
     @made.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return cast(Response, answer(Refused(400, *_wrong(error.errors()))))
+        return cast(Response, answer(Refused(400, *_wrong(error.errors(), error.body))))
 
     @made.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -478,10 +489,17 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
     return made
 
 
-def _wrong(errors: Seq[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Message and field of the first thing that is wrong with a body."""
-    first = errors[0]
-    place = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained", "str", "function-")))
+def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
+    """Message and field of the first thing that is wrong with a body; where it could be one of several forms, of the nearest."""
+    first = max((one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+    parts = []
+    for part in first["loc"][1:]:  # among them are names of types
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            parts.append(str(part))
+            body = body[part]
+    if first["type"] == "missing":
+        parts.append(str(first["loc"][-1]))
+    place = ".".join(parts)
     kind, text = first["type"], str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return f"unknown field {place!r}", place

@@ -93,6 +93,9 @@ class Sampled(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: str | None = Field(None, max_length=1000, description="accepted, and without effect")
+    safety_identifier: str | None = Field(None, max_length=1000, description="accepted, and without effect")
+    prompt_cache_key: str | None = Field(None, max_length=1000, description="accepted, and without effect: equal prefixes share anyway")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="accepted, and without effect")
     prediction: Prediction | None = None
     # the field's extensions
     top_k: int | None = Field(None, ge=-1, lt=MOST)

@@ -39,7 +39,7 @@ class Ticket:
 
     async def events(self) -> AsyncIterator[list[Event]]:
         """News, a step's at a time, until all texts are finished. Raises what ended the request before."""
-        while self.left:
+        while self.left or not self.queue.empty():  # several steps may have been heard since the last was taken
             news = await self.queue.get()
             if isinstance(news, Exception):
                 raise news
