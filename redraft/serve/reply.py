@@ -29,6 +29,7 @@ class Wanted:
     chat: bool
     role: str = "assistant"
     logprobs: int | None = None  # likeliest tokens at each place
+    prompt_logprobs: int | None = None  # of the prompt, likewise
     token_ids: bool = False
     provenance: bool = False
     echo: bool = False
@@ -106,7 +107,7 @@ class Writer:
         reply |= {"usage": self.usage(), "metrics": self.metrics()}
         requests = [ticket.request for ticket in self.tickets]
         if self.wanted.chat:
-            if requests[0].params.prompt_logprobs is not None:
+            if self.wanted.prompt_logprobs is not None:
                 reply["prompt_logprobs"] = self._prompt_logprobs(requests[0])
             if self.wanted.token_ids:
                 reply["prompt_token_ids"] = requests[0].prompt
@@ -123,7 +124,7 @@ class Writer:
             found |= {"text": prompt + choice.text, "logprobs": self._completion_logprobs(choice, echo=self.wanted.echo)}
             if self.wanted.token_ids:
                 found["prompt_token_ids"] = request.prompt
-            if request.params.prompt_logprobs is not None and not self.wanted.echo:
+            if self.wanted.prompt_logprobs is not None:
                 found["prompt_logprobs"] = self._prompt_logprobs(request)
         return found | self._extra(choice)
 
@@ -294,8 +295,8 @@ class Writer:
             if one is None:
                 told.append(None)
                 continue
-            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top, 1)]
-            if one.token not in dict(one.top):
+            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top[: self.wanted.prompt_logprobs], 1)]
+            if one.token not in [token for token, _, _ in ranked]:
                 ranked.append((one.token, one.logprob, one.rank))
             told.append({str(t): {"logprob": _finite(p), "rank": rank, "decoded_token": self._text(t)} for t, p, rank in ranked})
         return told

@@ -64,6 +64,7 @@ def test_chat(client: openai.OpenAI, llm: LLM) -> None:
     assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "length", None)
     assert (reply.object, reply.model, reply.id[:9]) == ("chat.completion", "embedded", "chatcmpl-")
     assert reply.system_fingerprint.startswith("redraft-")
+    assert reply._request_id == reply.id  # of a header, as OpenAI's
     usage = reply.usage
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
         len(expected.prompt_token_ids),
@@ -345,6 +346,11 @@ def test_prompt_logprobs(client: openai.OpenAI, llm: LLM) -> None:
         assert {int(token): given["logprob"] for token, given in entry.items()} == dict([*one.top, (one.token, one.logprob)])
         given = entry[str(one.token)]
         assert (given["rank"], given["decoded_token"]) == (one.rank, llm.tokenizer.bytes_of(one.token).decode())
+    (both,) = complete(client, ADD, prompt_logprobs=2, max_tokens=4, logprobs=1, echo=True).choices
+    assert both.model_extra["prompt_logprobs"] == told
+    assert [len(top) for top in both.logprobs.top_logprobs[1:]] == [
+        1 + (one.rank > 1) for one in (*direct.prompt_logprobs[1:], *alone(llm, ADD, logprobs=1, max_tokens=4).outputs[0].logprobs)
+    ]
     reply = chat(client, extra={"prompt_logprobs": 0})
     assert len(reply.model_extra["prompt_logprobs"]) == reply.usage.prompt_tokens
     with pytest.raises(openai.BadRequestError) as error:
@@ -694,8 +700,10 @@ def test_what_has_no_effect_is_accepted(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
         model="embedded", messages=CHAT, temperature=0, max_completion_tokens=24, user="u", metadata={"a": "b"}, store=False,
         safety_identifier="s", prompt_cache_key="k", service_tier="auto", response_format={"type": "text"}, logit_bias={}, stop=[],
+        tools=[], tool_choice="none", modalities=["text"],
     )  # fmt: skip
     assert reply.choices[0].message.content == chat(client).choices[0].message.content
+    assert text(client, best_of=1, use_beam_search=False, suffix=None) == text(client)
 
 
 # ---- errors
@@ -753,6 +761,25 @@ def test_a_wrong_field_is_named(client: openai.OpenAI, given: dict[str, Any], pa
 def test_prompts_that_are_none(client: openai.OpenAI, prompt: Any) -> None:
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="embedded", prompt=prompt, extra_body={"add_special_tokens": False})
+
+
+def test_wrong_inputs_of_other_endpoints_are_named(live: Live, client: openai.OpenAI) -> None:
+    for given in ([], [5000], [[]], {"a": "b"}):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.embeddings.create(model="embedded", input=given)  # type: ignore[arg-type]
+        assert error.value.param in ("input", None)
+    for path, body, param in (
+        ("/detokenize", {"tokens": [5000]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens.0"),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": CHAT}, "prompt"),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            call(live, path, body)
+        assert error.value.param == param
+    with pytest.raises(openai.BadRequestError) as error:
+        client.embeddings.create(model="embedded", input="x", dimensions=64)
+    assert error.value.param == "dimensions"
 
 
 @pytest.mark.parametrize(
