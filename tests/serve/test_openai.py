@@ -88,6 +88,20 @@ def test_a_stream_of_a_chat_is_the_reply_in_pieces(client: openai.OpenAI) -> Non
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
+@pytest.mark.parametrize("extra", [{}, {"provenance": True, "return_token_ids": True}], ids=str)
+def test_the_client_s_own_way_to_gather_a_stream(client: openai.OpenAI, extra: dict[str, Any]) -> None:
+    whole = chat(client, stop=",", logprobs=True)
+    given: Any = {"messages": CHAT, "temperature": 0, "max_completion_tokens": 24, "stop": ",", "logprobs": True, "extra_body": extra}
+    with client.chat.completions.stream(model="embedded", stream_options={"include_usage": True}, **given) as stream:
+        told = "".join(event.delta for event in stream if event.type == "content.delta")
+        final = stream.get_final_completion()
+    assert told == final.choices[0].message.content == whole.choices[0].message.content
+    assert final.choices[0].finish_reason == "stop"
+    assert final.choices[0].logprobs == whole.choices[0].logprobs
+    assert final.usage == whole.usage
+    assert client.chat.completions.parse(model="embedded", **given).choices[0].message.content == told
+
+
 def test_the_last_line_of_a_stream_is_done(client: openai.OpenAI) -> None:
     with client.completions.with_streaming_response.create(model="embedded", prompt=CODE, max_tokens=5, stream=True) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -535,9 +549,9 @@ def test_a_prediction_of_a_completion_and_in_a_stream(client: openai.OpenAI) -> 
 # ---- where tokens are from
 
 
-def test_provenance(client: openai.OpenAI, llm: LLM) -> None:
-    """By a drafter that remembers nothing of other requests, so that two runs draft the same."""
-    options: Any = {"max_tokens": 32, "speculation": {"method": "draft-model"}, "return_token_ids": True}
+@pytest.mark.parametrize("method", ["token-recycling", "draft-model"])
+def test_provenance(client: openai.OpenAI, llm: LLM, method: str) -> None:
+    options: Any = {"max_tokens": 32, "speculation": {"method": method}, "return_token_ids": True}
     reply = complete(client, ADD, provenance=True, **options)
     (choice,) = reply.choices
     assert choice.text == text(client, ADD, **options)
@@ -552,14 +566,19 @@ def test_provenance(client: openai.OpenAI, llm: LLM) -> None:
     assert [tree["step"] for tree in trees] == list(range(1, metrics["steps"] + 1))
     assert sum(len(tree["nodes"]) for tree in trees) == metrics["drafted"]
     for tree in trees:
-        kept = [node["token_id"] for node in tree["nodes"] if node["accepted"]]
+        kept = [i for i, node in enumerate(tree["nodes"]) if node["accepted"]]
+        assert [tree["nodes"][i]["parent"] for i in kept] == [-1, *kept][: len(kept)]
         tokens = [(one["token_id"], one["origin"]) for one in told if one["step"] == tree["step"]]
-        assert tokens == [*((token, "draft-model") for token in kept), tokens[-1]]
+        assert tokens == [*((tree["nodes"][i]["token_id"], method) for i in kept), tokens[-1]]
         assert tokens[-1][1] == "model"
         assert all(-1 <= node["parent"] < i for i, node in enumerate(tree["nodes"]))
     streamed = list(complete(client, ADD, provenance=True, stream=True, **options))
-    assert [one for chunk in streamed for one in chunk.choices[0].model_extra["provenance"]] == told
     assert [len(chunk.choices[0].model_extra["trees"]) for chunk in streamed] == [1] * len(streamed)
+    pieces = [one for chunk in streamed for one in chunk.choices[0].model_extra["provenance"]]
+    if method == "draft-model":  # it remembers nothing of other requests: two runs draft the same
+        assert pieces == told
+        assert [tree for chunk in streamed for tree in chunk.choices[0].model_extra["trees"]] == trees
+    assert [one["token_id"] for one in pieces] == direct.token_ids
 
 
 def test_provenance_names_the_part_of_a_union(client: openai.OpenAI) -> None:
@@ -653,6 +672,10 @@ def test_embeddings_are_hugging_face_s_hidden_states(client: openai.OpenAI, hidd
         for one, states in zip(told.data, hidden, strict=True):
             expected = states[-1] if pooling == "last" else states.mean(0)
             assert float(np.dot(one.embedding, expected) / np.linalg.norm(expected)) > 0.99999
+        raw = client.embeddings.create(model="embedded", input=TEXTS, extra_body={"pooling": pooling, "normalize": False})
+        for one, states in zip(raw.data, hidden, strict=True):
+            expected = states[-1] if pooling == "last" else states.mean(0)
+            np.testing.assert_allclose(one.embedding, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_text_s_last_hidden_state_from_the_prefix_cache(live: Live, client: openai.OpenAI) -> None:
@@ -840,13 +863,16 @@ def test_a_step_that_fails_ends_its_request(live: Live, client: openai.OpenAI, m
     assert text(client) == expected
 
 
+LONG: dict[str, Any] = {"n": 16, "max_tokens": 450, "ignore_eos": True, "speculation": "off"}  # for longer than `settle` waits
+
+
 def test_a_client_that_does_not_wait(live: Live, client: openai.OpenAI) -> None:
     with live.client(timeout=0.05) as hasty, pytest.raises(openai.APITimeoutError):
-        complete(hasty, max_tokens=450, ignore_eos=True)
+        complete(hasty, **LONG)
 
 
 def test_a_client_that_leaves_a_stream(client: openai.OpenAI) -> None:
-    stream = complete(client, max_tokens=450, ignore_eos=True, stream=True)
+    stream = complete(client, stream=True, **LONG)
     next(iter(stream))
     stream.close()
 
@@ -930,28 +956,26 @@ def test_a_body_that_is_too_large(keyed: openai.OpenAI) -> None:
 
 def test_too_many_wait(narrow: Live, keyed: openai.OpenAI) -> None:
     """One runs, two wait, the fourth is told to come back; all are gone with their clients."""
-    options: Any = {"model": "one", "max_tokens": 450, "ignore_eos": True}
+    asked: Any = {"model": "one", "prompt": CODE, "max_tokens": 450, "n": 2}
+    asked["extra_body"] = {"ignore_eos": True, "speculation": "off"}
 
     async def wait() -> None:
         async with narrow.asynchronous(api_key="key-a") as remote:
-
-            async def one() -> None:
-                await remote.completions.create(model="one", prompt=CODE, max_tokens=450, extra_body={"ignore_eos": True})
-
-            running = await remote.completions.create(
-                model="one", prompt=CODE, max_tokens=450, stream=True, extra_body={"ignore_eos": True}
-            )
+            running = await remote.completions.create(stream=True, **asked)
             await anext(aiter(running))
-            waiting = [asyncio.ensure_future(one()) for _ in range(2)]
-            await asyncio.to_thread(soon, lambda: narrow.service.shell.queued == 2)
+            shell = narrow.service.shell
+            waiting = [asyncio.ensure_future(remote.completions.create(**asked)) for _ in range(2)]
+            await asyncio.to_thread(soon, lambda: shell.queued == 2)
             with pytest.raises(openai.RateLimitError) as error:
-                await asyncio.to_thread(complete, keyed, **options)
+                await asyncio.to_thread(complete, keyed, model="one")
             assert (error.value.status_code, error.value.type) == (429, "rate_limit_error")
             assert 1 <= int(error.value.response.headers["retry-after"]) <= 60
-            with pytest.raises(openai.RateLimitError):  # all of a request's prompts are taken, or none
-                await asyncio.to_thread(complete, keyed, [CODE, ADD], **options)
-            for task in waiting:
-                task.cancel()
+            waiting[0].cancel()
+            await asyncio.to_thread(soon, lambda: shell.queued == 1)
+            with pytest.raises(openai.RateLimitError):  # there is room for one prompt: all are taken, or none
+                await asyncio.to_thread(complete, keyed, [CODE, ADD], model="one")
+            assert shell.queued == 1
+            waiting[1].cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             await running.close()
 
@@ -985,10 +1009,10 @@ def test_the_urgent_go_first(narrow: Live) -> None:
 def test_a_request_that_takes_too_long(llm: LLM) -> None:
     with Live(llm.sibling(), request_timeout=0.1) as slow, slow.client() as client:
         with pytest.raises(openai.InternalServerError) as error:
-            complete(client, max_tokens=450, ignore_eos=True)
+            complete(client, **LONG)
         assert (error.value.status_code, error.value.type) == (504, "timeout_error")
         with pytest.raises(openai.APIError, match="took longer") as later:
-            list(complete(client, max_tokens=450, ignore_eos=True, stream=True))
+            list(complete(client, stream=True, **LONG))
         assert later.value.type == "timeout_error"
         slow.settle()
 
