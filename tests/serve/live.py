@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from types import TracebackType
@@ -53,6 +54,11 @@ class Live:
 
     def asynchronous(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+
+    def rest(self, until: threading.Event) -> None:
+        """The engine's thread does nothing before that."""
+        loop = self.service.shell._loop
+        asyncio.run_coroutine_threadsafe(self.service.shell.call(lambda: until.wait(PATIENCE)), loop).result(PATIENCE)
 
     def settle(self) -> None:
         """After any traffic: nothing runs, nothing waits, no page is held by anyone."""
