@@ -151,7 +151,11 @@ class Service:
         """A method that a request may choose: one that opens no file and takes no more memory than others."""
         if text in (own, "none"):
             return text
-        name, given = registry.parse(text)
+        try:
+            name, given = registry.parse(text)
+            registry.create(seam, text)
+        except RedraftError as error:
+            raise Refused(400, str(error), FIELDS[seam]) from None
         for option, value in given.items():
             if option == "model":
                 raise Refused(400, f"{name}: a request cannot choose a model", FIELDS[seam])
@@ -160,10 +164,6 @@ class Service:
             if seam == "draft" and option in ("parts", "draft"):
                 for part in registry.split(value, "+"):
                     self._safe(seam, part, own)
-        try:
-            registry.create(seam, text)
-        except RedraftError as error:
-            raise Refused(400, str(error), FIELDS[seam]) from None
         return text
 
     @staticmethod

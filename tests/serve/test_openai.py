@@ -760,6 +760,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"speculation": {"methods": "none"}}, "speculation.methods"),
     ({"speculation": {"method": "copyspek"}}, "speculation.method"),
     ({"speculation": {"method": "draft-model:model=/etc"}}, "speculation.method"),
+    ({"speculation": {"method": "copyspec:gamma"}}, "speculation.method"),
+    ({"speculation": {"method": "union:parts=copyspec+(draft-model:length=65)"}}, "speculation.method"),
     ({"speculation": {"method": "copyspec", "verifier": "x"}}, "speculation.verifier"),
     ({"speculation": {"budget": -1}}, "speculation.budget"),
     ({"cache": {"keep": "streaming-llm:windows=3"}}, "cache.keep"),
