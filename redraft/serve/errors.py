@@ -73,11 +73,12 @@ def refused(error: Exception) -> Refused:
 
 def _field(message: str) -> str | None:
     """The field that a message of pydantic's or the engine's names at its start."""
-    found = re.match(r"(?:SamplingParams\.)?([a-z_]+(?:\[\d+\])?)(?: =|:)", message)
+    found = re.match(r"(?:SamplingParams(?:\.|: ))?([a-z_]+(?:\[\d+\])?)(?: =|:)", message)
     return found[1] if found else None
 
 
 def clean(text: str) -> str:
     """One line of text that every encoder takes, not too long."""
-    text = " ".join(text.encode("utf-8", "replace").decode().removeprefix("SamplingParams.").split())
+    text = text.removeprefix("SamplingParams.").removeprefix("SamplingParams: ")
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
     return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."

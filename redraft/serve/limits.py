@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from redraft.errors import RedraftError
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, refused
 
@@ -49,7 +50,7 @@ class Limits:
         except ClientGone:
             pass
         except Exception as error:
-            if not isinstance(error, Refused):
+            if not isinstance(error, Refused | RedraftError):
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             if begun:
                 raise ClientGone from None  # half an answer: the connection is closed

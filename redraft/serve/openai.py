@@ -30,6 +30,7 @@ from redraft.config import SamplingParams
 from redraft.core import sequence
 from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling
+from redraft.errors import RedraftError
 from redraft.llm import LLM
 from redraft.serve import schema
 from redraft.serve.config import ServeConfig
@@ -43,6 +44,13 @@ from redraft.serve.stream import EventStream, lines, whole
 PREDICTED = "aggressive"  # the drafter of a request's prediction
 LARGEST = 64  # of a number in a drafter's options, where a request chooses it: tables grow with it
 COMPLETION_TOKENS = 16  # OpenAI's default
+FIELDS = {
+    "draft": "speculation.method",
+    "verify": "speculation.verifier",
+    "keep": "cache.keep",
+    "codec": "cache.codec",
+    "read": "cache.read",
+}
 SALTED = 16  # letters of a key's hash
 SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
@@ -143,16 +151,19 @@ class Service:
         """A method that a request may choose: one that opens no file and takes no more memory than others."""
         if text in (own, "none"):
             return text
-        name, given = registry.parse(text)
+        try:
+            name, given = registry.parse(text)
+            registry.create(seam, text)
+        except RedraftError as error:
+            raise Refused(400, str(error), FIELDS[seam]) from None
         for option, value in given.items():
             if option == "model":
-                raise Refused(400, f"{name}: a request cannot choose a model", seam)
+                raise Refused(400, f"{name}: a request cannot choose a model", FIELDS[seam])
             if seam == "draft" and value.lstrip("-").isdigit() and int(value[:20]) > LARGEST:
-                raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", seam)
+                raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", FIELDS[seam])
             if seam == "draft" and option in ("parts", "draft"):
                 for part in registry.split(value, "+"):
                     self._safe(seam, part, own)
-        registry.create(seam, text)
         return text
 
     @staticmethod
@@ -166,8 +177,10 @@ class Service:
         """Done by the tokenizer's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, task)
 
-    async def prompts(self, given: str | Seq[str] | Seq[int] | Seq[Seq[int]], *, special: bool = True, texts: bool = False) -> list[Prompt]:
-        """One text or list of tokens, or several; texts: their texts are wanted where they are tokens."""
+    async def prompts(
+        self, given: str | Seq[str] | Seq[int] | Seq[Seq[int]], *, special: bool = True, texts: bool = False, field: str = "prompt"
+    ) -> list[Prompt]:
+        """One text or list of tokens, or several, of this field; texts: their texts are wanted where they are tokens."""
         if isinstance(given, str):
             many: list[Any] = [given]
         elif given and isinstance(given[0], int):
@@ -175,18 +188,18 @@ class Service:
         else:
             many = list(given)
         if not many:
-            raise Refused(400, "no prompt was given", "prompt")
+            raise Refused(400, "no prompt was given", field)
         if len(many) > self.config.max_queue:
-            raise Refused(400, f"{len(many)} prompts: at most {self.config.max_queue} are allowed", "prompt")
-        return [await self.read(partial(self._prompt, one, special, texts)) for one in many]
+            raise Refused(400, f"{len(many)} prompts: at most {self.config.max_queue} are allowed", field)
+        return [await self.read(partial(self._prompt, one, special, texts, field)) for one in many]
 
-    def _prompt(self, one: str | list[int], special: bool, texts: bool) -> Prompt:
+    def _prompt(self, one: str | list[int], special: bool, texts: bool, field: str) -> Prompt:
         tokenizer = self.llm.tokenizer
         if isinstance(one, str):
             return Prompt(tokenizer.encode(one, special=special), one)
         size = self.llm.runner.spec.vocab
         if outside := next((token for token in one if token >= size), None):
-            raise Refused(400, f"token {outside}: not in 0..{size - 1}", "prompt")
+            raise Refused(400, f"token {outside}: not in 0..{size - 1}", field)
         return Prompt(list(one), tokenizer.decode_all(list(one)) if texts else "")
 
     async def conversation(self, body: schema.ChatRequest | schema.TokenizeRequest) -> Prompt:
@@ -236,21 +249,23 @@ class Service:
 
     async def reply(self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, wanted: Wanted) -> Response:
         deadline, stream = self.deadline, bool(body.stream)
-        if stream and params.prompt_logprobs is not None and not wanted.echo:
+        if stream and wanted.prompt_logprobs is not None:
             raise Refused(400, "prompt_logprobs is not offered with stream", "prompt_logprobs")
         if body.stream_options is not None and not stream:
             raise Refused(400, "stream_options needs stream", "stream_options")
         tickets = await self.submit(prompts, params, http.scope["redraft.key"], body)
         writer = Writer(wanted, self.llm.tokenizer, tickets, [prompt.text for prompt in prompts])
+        headers = {"X-Request-Id": wanted.id}
         if stream:
-            return EventStream(self.shell, tickets, lines(writer, deadline, self.config.keep_alive))
+            return EventStream(self.shell, tickets, lines(writer, deadline, self.config.keep_alive), headers)
         forget = partial(self.shell.forget, *tickets)
-        return JSONResponse(await unless_gone(http.receive, whole(writer, deadline), forget))
+        return JSONResponse(await unless_gone(http.receive, whole(writer, deadline), forget), headers=headers)
 
     def wanted(self, body: schema.Sampled, params: SamplingParams, **more: Any) -> Wanted:
         return Wanted(
             model=self.known(body.model),
             role=self.config.response_role,
+            prompt_logprobs=body.prompt_logprobs,
             token_ids=bool(body.return_token_ids),
             provenance=params.provenance,
             usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -289,7 +304,7 @@ async def completions(http: Request, body: schema.CompletionRequest) -> Response
         max_tokens=COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens or 1,
         min_tokens=0 if drop else None,
         logprobs=likeliest,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0) if body.echo and body.logprobs is not None else None,
         provenance=body.provenance,
     )
     prompts = await here.prompts(body.prompt, special=body.add_special_tokens is not False, texts=bool(body.echo))
@@ -325,7 +340,7 @@ async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
         raise Refused(400, f"dimensions = {body.dimensions}: this model has {size}, no fewer are offered", "dimensions")
     pool = Pooling(body.pooling or "last")
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0)
-    prompts = await here.prompts(body.input)
+    prompts = await here.prompts(body.input, field="input")
     tickets = await here.submit(prompts, params, http.scope["redraft.key"], body, pool)
     writer = Writer(Wanted("", model, False), here.llm.tokenizer, tickets, [""] * len(tickets))
     await unless_gone(http.receive, whole(writer, here.deadline), partial(here.shell.forget, *tickets))
@@ -378,7 +393,7 @@ async def detokenize(http: Request, body: schema.DetokenizeRequest) -> dict[str,
     here.known(body.model)
     if not body.tokens:
         return {"prompt": ""}
-    (prompt,) = await here.prompts(body.tokens, texts=True)
+    (prompt,) = await here.prompts(body.tokens, texts=True, field="tokens")
     return {"prompt": prompt.text}
 
 
@@ -461,7 +476,7 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
 
     @made.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return cast(Response, answer(Refused(400, *_wrong(error.errors()))))
+        return cast(Response, answer(Refused(400, *_wrong(error.errors(), error.body))))
 
     @made.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -478,10 +493,17 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
     return made
 
 
-def _wrong(errors: Seq[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Message and field of the first thing that is wrong with a body."""
-    first = errors[0]
-    place = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained", "str", "function-")))
+def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
+    """Message and field of the first thing that is wrong with a body; where it could be one of several forms, of the nearest."""
+    first = max((one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+    parts = []
+    for part in first["loc"][1:]:  # among them are names of types
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
+            parts.append(str(part))
+            body = body[part]
+    if first["type"] == "missing":
+        parts.append(str(first["loc"][-1]))
+    place = ".".join(parts)
     kind, text = first["type"], str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return f"unknown field {place!r}", place

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from redraft import __version__
@@ -27,6 +29,7 @@ class Wanted:
     chat: bool
     role: str = "assistant"
     logprobs: int | None = None  # likeliest tokens at each place
+    prompt_logprobs: int | None = None  # of the prompt, likewise
     token_ids: bool = False
     provenance: bool = False
     echo: bool = False
@@ -57,6 +60,19 @@ class Choice:
         self.stats = event.stats
 
 
+@dataclass
+class Place:
+    """Where the next token begins in a text, in characters; one that is made of several tokens counts behind the last of them."""
+
+    at: int
+    decoder: codecs.IncrementalDecoder = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "replace"))
+
+    def step(self, raw: bytes) -> int:
+        begin = self.at
+        self.at += len(self.decoder.decode(raw))
+        return begin
+
+
 class Writer:
     """Of one HTTP request, whose prompts are `tickets`; choice i * n + j is text j of prompt i."""
 
@@ -64,7 +80,7 @@ class Writer:
         self.wanted, self.tokenizer, self.tickets, self.prompts = wanted, tokenizer, tickets, prompts
         self.n = tickets[0].request.params.n
         self.choices = [Choice(i) for i in range(len(tickets) * self.n)]
-        self._offsets = [len(prompt) if wanted.echo else 0 for prompt in prompts for _ in range(self.n)]
+        self._places = [Place(len(prompt) if wanted.echo else 0) for prompt in prompts for _ in range(self.n)]
         self._begun: set[int] = set()
 
     def hear(self, place: int, event: Event) -> Choice:
@@ -91,7 +107,7 @@ class Writer:
         reply |= {"usage": self.usage(), "metrics": self.metrics()}
         requests = [ticket.request for ticket in self.tickets]
         if self.wanted.chat:
-            if requests[0].params.prompt_logprobs is not None:
+            if self.wanted.prompt_logprobs is not None:
                 reply["prompt_logprobs"] = self._prompt_logprobs(requests[0])
             if self.wanted.token_ids:
                 reply["prompt_token_ids"] = requests[0].prompt
@@ -108,7 +124,7 @@ class Writer:
             found |= {"text": prompt + choice.text, "logprobs": self._completion_logprobs(choice, echo=self.wanted.echo)}
             if self.wanted.token_ids:
                 found["prompt_token_ids"] = request.prompt
-            if request.params.prompt_logprobs is not None and not self.wanted.echo:
+            if self.wanted.prompt_logprobs is not None:
                 found["prompt_logprobs"] = self._prompt_logprobs(request)
         return found | self._extra(choice)
 
@@ -240,25 +256,38 @@ class Writer:
     def _completion_logprobs(self, told: Choice, *, echo: bool) -> dict[str, Any] | None:
         if self.wanted.logprobs is None:
             return None
+        number = told.index // self.n
+        request = self.tickets[number].request
         entries: list[TopLogprobs | None] = [*told.logprobs]
-        texts = [self._text(one.token) for one in told.logprobs]
-        offset = self._offsets[told.index]
+        tokens = [one.token for one in told.logprobs]
+        place, silent = self._places[told.index], self._special if request.params.skip_special_tokens else frozenset()
+        offsets = [place.step(b"" if token in silent else self.tokenizer.bytes_of(token)) for token in tokens]
         if echo:
-            request = self.tickets[told.index // self.n].request
-            entries = [*request.prompt_logprobs, *entries]
-            texts = [*map(self._text, request.prompt), *texts]
-            offset = 0
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[told.index] = offset
-        top = [
-            None if one is None else {self._text(token): _finite(logprob) for token, logprob in one.top[: self.wanted.logprobs]}
-            for one in entries
-        ]
+            entries, tokens = [*request.prompt_logprobs, *entries], [*request.prompt, *tokens]
+            offsets = [*self._prompt_offsets(request.prompt, self.prompts[number]), *offsets]
         logprobs = [None if one is None else _finite(one.logprob) for one in entries]
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+        top = [None if one is None else self._top(one) for one in entries]
+        return {"tokens": [*map(self._text, tokens)], "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+
+    def _prompt_offsets(self, tokens: list[int], text: str) -> list[int]:
+        """Of a prompt's tokens in its text, which may lack special tokens and the space that some tokenizers put in front."""
+        place, offsets = Place(0), []
+        for token in tokens:
+            raw = self.tokenizer.bytes_of(token)
+            if not text.startswith(raw.decode("utf-8", "ignore"), place.at):
+                raw = b"" if token in self._special else raw.removeprefix(b" ")
+            offsets.append(place.step(raw))
+        return offsets
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.hf.all_special_ids)
+
+    def _top(self, one: TopLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the one that was chosen; of tokens that read the same, the likeliest."""
+        top = dict(one.top[: self.wanted.logprobs]) | {one.token: one.logprob}
+        ranked = sorted(top.items(), key=lambda pair: pair[1])
+        return dict(reversed({self._text(token): _finite(logprob) for token, logprob in ranked}.items()))
 
     def _prompt_logprobs(self, request: Request) -> list[dict[str, Any] | None]:
         told: list[dict[str, Any] | None] = []
@@ -266,8 +295,8 @@ class Writer:
             if one is None:
                 told.append(None)
                 continue
-            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top, 1)]
-            if one.token not in dict(one.top):
+            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top[: self.wanted.prompt_logprobs], 1)]
+            if one.token not in [token for token, _, _ in ranked]:
                 ranked.append((one.token, one.logprob, one.rank))
             told.append({str(t): {"logprob": _finite(p), "rank": rank, "decoded_token": self._text(t)} for t, p, rank in ranked})
         return told

@@ -19,10 +19,11 @@ LACKING = {
     "guided_grammar": "grammars", "structured_outputs": "grammars", "use_beam_search": "beam search", "web_search_options": "web search",
     "reasoning_effort": "reasoning effort", "length_penalty": "beam search", "chat_template": "templates from clients",
 }  # fmt: skip
+NEUTRAL: dict[str, Any] = {"best_of": 1, "use_beam_search": False, "tools": [], "tool_choice": "none", "modalities": ["text"]}
 
 
 class Body(BaseModel):
-    """A request's body: nothing unknown, and what is null counts as not given."""
+    """A request's body: nothing unknown, and what is null counts as not given; so does what asks for nothing."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -32,7 +33,7 @@ class Body(BaseModel):
         if not isinstance(values, dict):
             return values
         for name, what in LACKING.items():
-            if values.get(name) is not None and name not in cls.model_fields:
+            if values.get(name) not in (None, NEUTRAL.get(name)):
                 raise ValueError(f"{name}: this server does not offer {what}")
         return {name: value for name, value in values.items() if value is not None or name not in LACKING}
 
@@ -93,6 +94,9 @@ class Sampled(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: str | None = Field(None, max_length=1000, description="accepted, and without effect")
+    safety_identifier: str | None = Field(None, max_length=1000, description="accepted, and without effect")
+    prompt_cache_key: str | None = Field(None, max_length=1000, description="accepted, and without effect: equal prefixes share anyway")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="accepted, and without effect")
     prediction: Prediction | None = None
     # the field's extensions
     top_k: int | None = Field(None, ge=-1, lt=MOST)
@@ -116,6 +120,8 @@ class Sampled(Body):
 
 
 class CompletionRequest(Sampled):
+    best_of: Literal[1] | None = None
+    use_beam_search: Literal[False] | None = None
     prompt: Text | list[Text] | list[Token] | list[list[Token]]
     max_tokens: int | None = Field(None, ge=0, lt=MOST, description="16 where it is not given; 0 only with echo")
     logprobs: int | None = Field(None, ge=0, le=1024)
@@ -137,6 +143,10 @@ class Message(Body):
 
 
 class ChatRequest(Sampled):
+    use_beam_search: Literal[False] | None = None
+    tools: list[Any] | None = Field(None, max_length=0, description="none are offered")
+    tool_choice: Literal["none"] | None = None
+    modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, lt=MOST)
     max_completion_tokens: int | None = Field(None, ge=1, lt=MOST)

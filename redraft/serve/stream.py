@@ -115,8 +115,8 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, shell: Shell, tickets: list[Ticket], content: AsyncGenerator[bytes]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, shell: Shell, tickets: list[Ticket], content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.shell, self.tickets, self.content = shell, tickets, content
 

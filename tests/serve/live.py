@@ -1,0 +1,71 @@
+"""A server as users run it, uvicorn and all, in a thread of the test process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import openai
+import uvicorn
+
+from redraft.llm import LLM
+from redraft.serve.config import ServeConfig
+from redraft.serve.openai import app
+from redraft.serve.run import Server
+
+PATIENCE = 30.0  # seconds for what takes none on an idle machine
+
+
+def soon(what: Any, seconds: float = PATIENCE) -> None:
+    """Waits until `what()` is true."""
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not come to be so"
+        time.sleep(0.005)
+
+
+class Live:
+    """Serves `llm` on a free port until it is left. Servers over siblings of one model may be up together, not busy together."""
+
+    def __init__(self, llm: LLM, **settings: Any) -> None:
+        self.llm = llm
+        application = app(llm, ServeConfig(log_level="error", access_log=False, shutdown_timeout=0, **settings))
+        self.service = application.state.service
+        self.server = Server(uvicorn.Config(application, port=0, log_level="error", http="h11", ws="none", lifespan="on"), self.service)
+        self.thread = threading.Thread(target=self.server.run, name="server")
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        soon(lambda: self.server.started or not self.thread.is_alive())
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.server.should_exit = True
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive()
+        assert not self.service.shell.alive
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+
+    def asynchronous(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+
+    def rest(self, until: threading.Event) -> None:
+        """The engine's thread does nothing before that."""
+        loop = self.service.shell._loop
+        asyncio.run_coroutine_threadsafe(self.service.shell.call(lambda: until.wait(PATIENCE)), loop).result(PATIENCE)
+
+    def settle(self) -> None:
+        """After any traffic: nothing runs, nothing waits, no page is held by anyone."""
+        engine = self.llm.engine
+        soon(lambda: not self.service.shell.busy and not engine.has_work, 5)
+        assert self.service.shell.alive
+        assert engine.outputs == {}
+        for runner in (engine.runner, *engine.runner.companions.values()):
+            runner.table.check()
+            assert runner.table.used() == 0

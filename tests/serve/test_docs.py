@@ -1,0 +1,50 @@
+"""docs/serving.md: its examples run, its lists of fields are those of the server."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from redraft.serve import schema
+from redraft.serve.errors import TYPES
+from tests.serve.live import Live
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+BODIES = (
+    schema.CompletionRequest,
+    schema.ChatRequest,
+    schema.EmbeddingRequest,
+    schema.TokenizeRequest,
+    schema.DetokenizeRequest,
+    schema.StreamOptions,
+    schema.SpeculationChoice,
+    schema.CacheChoice,
+)
+
+
+def test_its_examples_run_one_after_the_other(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+        exec(compile(block.replace("http://localhost:8000", live.url), "serving.md", "exec"), names)
+    names["client"].close()  # type: ignore[attr-defined]
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "top_q unknown field 'top_q'"
+    assert "24" in told
+    assert "320" in told
+
+
+def test_every_field_is_told_and_no_other() -> None:
+    fields = {name for body in BODIES for name in body.model_fields}
+    assert sorted(fields - set(re.findall(r"[`\"](\w+)[`\"]", PAGE))) == []
+    refused = re.search(r"\*\*Refused by name\*\*: (.*?)\.\n\n", PAGE, re.S)
+    assert refused is not None
+    assert set(re.findall(r"`(\w+)`", refused[1])) == set(schema.LACKING)
+    fields_section = PAGE[PAGE.index("## Fields") : PAGE.index("**Refused by name**")]
+    named = set(re.findall(r"`(\w+)`", fields_section))
+    assert named <= fields | {"auto", "default", "text", "none", "last", "mean"}
+
+
+def test_every_status_is_told() -> None:
+    assert {int(status) for status in re.findall(r"^\| (\d+) \|", PAGE, re.M)} == set(TYPES) - {405}

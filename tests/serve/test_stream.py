@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from redraft.config import SamplingParams
+from redraft.core.sequence import FinishReason, Request
+from redraft.engine.engine import Event, Stats
+from redraft.serve.shell import Ticket
+
+
+def test_nothing_is_lost_that_was_heard_before_it_was_taken() -> None:
+    """The engine may be done while the first of its news is still on its way to a slow client."""
+
+    async def taken() -> list[Any]:
+        request = Request("r", [1], SamplingParams(max_tokens=3))
+        ticket = Ticket(request, left=1)
+        found = []
+        for token, reason in ((5, None), (6, None), (7, FinishReason.LENGTH)):
+            ticket.hear([Event(request, 0, [token], "x", [False], [], reason, Stats())])
+        async for events in ticket.events():
+            found += [token for event in events for token in event.tokens]
+        return found
+
+    assert asyncio.run(taken()) == [5, 6, 7]
