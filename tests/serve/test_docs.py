@@ -11,6 +11,7 @@ from redraft.serve import schema
 from redraft.serve.errors import TYPES
 from tests.serve.live import Live
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 BODIES = (
     schema.CompletionRequest,
@@ -33,6 +34,14 @@ def test_its_examples_run_one_after_the_other(live: Live, capsys: pytest.Capture
     assert told[-1] == "top_q unknown field 'top_q'"
     assert "24" in told
     assert "320" in told
+
+
+def test_the_example_of_the_readme_runs(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "base_url" in code]
+    names: dict[str, object] = {}
+    exec(compile(block.replace("http://127.0.0.1:8000", live.url), "README.md", "exec"), names)
+    names["client"].close()  # type: ignore[attr-defined]
+    assert capsys.readouterr().out.strip()
 
 
 def test_every_field_is_told_and_no_other() -> None:
