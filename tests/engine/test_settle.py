@@ -301,6 +301,28 @@ def test_a_batch_that_raises_where_each_alone_does_not(pool: int, monkeypatch: p
     check(told, go(made, told), ())
 
 
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("pool", [40, 4])
+def test_a_scheduler_that_raises_for_more_than_one(pool: int, drafted: bool) -> None:
+    """It preempts nobody, so who steps alone must find pages all the same."""
+    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN) if drafted else "none", pool=pool)
+
+    class Wrong:
+        def __init__(self, right: Any) -> None:
+            self.right, self.max_seqs = right, right.max_seqs
+
+        def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Any) -> Any:
+            if len(running) > 1:
+                raise Bang("plan")
+            return self.right.plan(waiting, running, table)
+
+    made.scheduler = Wrong(made.scheduler)  # type: ignore[assignment]
+    add(made)
+    told: dict[str, list[int]] = {}
+    check(told, go(made, told), ())
+    assert bool(made.preemptions) == (pool == 4)
+
+
 @pytest.mark.parametrize("guilty", [None, "0", "2", "3"])
 @pytest.mark.parametrize("late", [False, True])
 def test_a_scheduler_that_raises(guilty: str | None, late: bool) -> None:
