@@ -325,12 +325,14 @@ class LLM:
         if pooling not in ("last", "mean"):
             raise InvalidInput(f"pooling = {pooling!r}: last or mean is allowed")
         many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none")
-        asked = [{"prompt_token_ids": self._tokens(prompt), "pool": Pooling(pooling)} for prompt in many]
-        outputs = self._submit(asked, params)
+        params = SamplingParams(temperature=0, max_tokens=1, draft="none")
+        outputs: list[RequestOutput] = []
         try:
-            if failed := next((output.error for output in outputs if output.error), None):
-                raise InvalidInput(failed)
+            for i, prompt in enumerate(many):
+                try:
+                    outputs += self._submit({"prompt_token_ids": self._tokens(prompt), "pool": Pooling(pooling)}, params)
+                except RedraftError as error:
+                    raise type(error)(f"prompts[{i}]: {error}" if len(many) > 1 else str(error)) from None
             for _ in self._run(outputs):
                 pass
         finally:
@@ -400,6 +402,8 @@ class LLM:
             raise InvalidInput(f"prompt has an unknown key {min(unknown)!r}: prompt_token_ids, context, before and reuse are allowed")
         if not isinstance(prompt.get("reuse", ""), str) or not isinstance(prompt.get("before", []), list):
             raise InvalidInput("prompt: reuse is the name of a way of reuse, before a list of token ids")
+        if not isinstance(prompt.get("pool", Pooling.NONE), Pooling):
+            raise InvalidInput(f"pool = {prompt['pool']!r}: a Pooling is needed; see LLM.embed")
         if type(prompt.get("context", 0)) is not int:
             raise InvalidInput(f"context = {prompt['context']!r}: a number of tokens is needed")
         ids = prompt["prompt_token_ids"]

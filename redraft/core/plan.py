@@ -24,8 +24,8 @@ class Work:
 
     @property
     def done(self) -> bool:
-        """True when the last pending token runs: the sequence draws a token. Meaningful until the commit."""
-        return self.seq.stored + self.rows == len(self.seq.tokens)
+        """True when the last pending token runs and the sequence draws one behind it. Meaningful until the commit."""
+        return self.seq.stored + self.rows == len(self.seq.tokens) and not self.seq.request.pool
 
 
 class Budget(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
@@ -143,20 +143,25 @@ class Engine:
         self.running: list[Sequence] = []
         self.outputs: dict[int, Output] = {}
         self.preemptions = 0
-        self.blamed: list[Sequence] = []  # whose part made the last step raise, as far as it is known
+        self.blamed: list[tuple[Sequence, Exception]] = []  # whose part raised in the last step, and what, as far as it is known
+        self.news: list[Event] = []  # what a step that raised had to tell
         self._ids = 0
 
     # ---- the step
 
     def step(self, only: Sequence | None = None) -> list[Event]:
-        """`only`: this text runs alone; see `settle`."""
+        """`only`: this text runs alone, see `settle`. What the part of one text raises ends the step for that text; the others'
+        step is done, and then it raises."""
         self.blamed = []
-        waiting, running = (self.waiting, self.running) if only is None else ((), [only])
+        waiting: Seq[Sequence]
+        waiting, running = (self.waiting, self.running) if only is None else ([only], []) if only in self.waiting else ((), [only])
         if any(seq.reason for seq in running):
             return self.emit()  # a part raised behind the last commit: what was found is told first
         self.cross(list(running))  # newcomers that start at their border, and where a part raised before this
+        self._raise()
         plan = self.scheduler.plan(waiting, running, self.table)  # pure: who runs, is admitted, is preempted
         self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
+        self._raise()
         if not plan.work:
             return self.emit()
         try:
@@ -167,14 +172,21 @@ class Engine:
             out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
             law = self.sampler.law(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
             accepted = self.finish(plan.work, self.verifier.accept(plan.work, trees, law))  # cut at end of text, stop, max_tokens, context
+            moves = self.table.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
         except BaseException as error:
-            self.blamed += [error.seq] if isinstance(error, NotNumbers) else []
+            self.blamed += [(error.seq, error)] if isinstance(error, NotNumbers) else []
             for seq in plan.seqs:
                 self.table.discard(seq)
             raise
-        self.store.move(self.table.commit(plan.work, accepted))  # path kept, siblings freed; tokens and stored advance
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.record(result)
+        try:
+            self.store.move(moves)
+        except BaseException:  # nobody knows which keys lie where they should
+            for seq in plan.seqs:
+                if seq.reason is None:
+                    self._preempt(seq)
+            raise
         self.drafter.observe(result)
         self.policies.observe(result, self.blamed)
         self.cross(plan.seqs)  # full pages are published; borders reached: a policy decides, n > 1 forks
@@ -185,13 +197,13 @@ class Engine:
     def enact(self, plan: StepPlan) -> None:
         """Frees the preempted, who wait again in arrival order; opens the admitted and attaches what `plan` counted."""
         for seq in plan.preempt:
-            self.running.remove(seq)
-            self._stop(seq)
-            self.waiting.insert(bisect_left(self.waiting, seq.request.priority, key=_priority), seq)
-            self.preemptions += 1
+            self._preempt(seq)
         for seq, matched in plan.admit:
-            with self._blame(seq):
+            try:
                 self._start(seq, matched)
+            except Exception as error:
+                self.blamed.append((seq, error))
+                continue
             self.waiting.remove(seq)
             self._run(seq)
             if seq.request.admitted is None:
@@ -232,23 +244,30 @@ class Engine:
     def record(self, result: StepResult) -> None:
         """Statistics, reasons and log-probabilities of what was just committed."""
         for s, (w, tree, found) in enumerate(zip(result.work, result.trees, result.accepted, strict=True)):
-            params = w.seq.params
-            if params.prompt_logprobs is not None:
-                self._record_prompt(w, s, result)
-            if w.seq.request.pool:
-                self._record_hidden(w, s, result)
-            if not found.tokens:
-                continue
-            output, w.seq.reason = self.outputs[w.seq.id], found.reason
-            output.stats.fault, names = w.seq.fault, self.drafter.of(w.seq).names
-            output.stats.count(tree, found.path, names)
-            if params.provenance:
-                output.provenance += _provenance(output.stats.steps, tree, found, names)
-            output.drafted += [True] * len(found.path) + [False]
-            if params.logprobs is not None:
-                root = int(result.batch.roots[s])
-                rows = [root, *(root + 1 + node for node in found.path)]
-                output.logprobs += result.law.logprobs(rows, found.tokens, params.logprobs)
+            w.seq.reason = found.reason
+            try:
+                self._record(w, s, tree, found, result)
+            except Exception as error:
+                self.blamed.append((w.seq, error))
+
+    def _record(self, w: Work, s: int, tree: TokenTree, found: Accepted, result: StepResult) -> None:
+        params = w.seq.params
+        if params.prompt_logprobs is not None:
+            self._record_prompt(w, s, result)
+        if w.seq.request.pool:
+            self._record_hidden(w, s, result)
+        if not found.tokens:
+            return
+        output = self.outputs[w.seq.id]
+        output.stats.fault, names = w.seq.fault, self.drafter.of(w.seq).names
+        output.stats.count(tree, found.path, names)
+        if params.provenance:
+            output.provenance += _provenance(output.stats.steps, tree, found, names)
+        output.drafted += [True] * len(found.path) + [False]
+        if params.logprobs is not None:
+            root = int(result.batch.roots[s])
+            rows = [root, *(root + 1 + node for node in found.path)]
+            output.logprobs += result.law.logprobs(rows, found.tokens, params.logprobs)
 
     def _record_prompt(self, w: Work, s: int, result: StepResult) -> None:
         """Each prompt row tells of the token behind it; a part that runs again after preemption is not told again."""
@@ -267,23 +286,28 @@ class Engine:
         """The prompt's hidden states behind the final norm: the last row, or the sum of all, added one by one in float64 so that
         chunks change nothing. Rows that run again after preemption count once."""
         request, first = w.seq.request, int(result.batch.starts[s])
+        if not w.seq.pending:
+            w.seq.reason = FinishReason.LENGTH
         if w.seq.index:
             return
         total, count = request.pooled or (None, 0)
         positions = result.batch.positions[first : int(result.batch.tree_starts[s])]
         new = np.flatnonzero((positions >= count) & (positions < w.seq.prompt_len))
-        if not len(new):
+        if not len(new) or (request.pool is Pooling.LAST and w.seq.pending):
             return
         hidden = result.out.hidden[len(self.runner.spec.layers) - 1]
         rows = self.runner.normed(hidden[first + int(new[0]) : first + int(new[-1]) + 1])
         before = [] if total is None or request.pool is Pooling.LAST else [total]
-        request.pooled = (rows[-1] if request.pool is Pooling.LAST else np.add.reduce([*before, *rows])), int(positions[new[-1]]) + 1
+        found = rows[-1] if request.pool is Pooling.LAST else np.add.reduce([*before, *rows])
+        if not np.isfinite(found).all():
+            raise NotNumbers(w.seq)
+        request.pooled = found, int(positions[new[-1]]) + 1
 
     def cross(self, seqs: Iterable[Sequence]) -> None:
         """Publishes pages that became full; policies decide. At the border behind all but the last prompt token, a request for
         n texts forks; without pages for a fork, the sibling waits and finds its prompt in the prefix cache."""
         for seq in seqs:
-            with self._blame(seq):
+            try:
                 self.table.publish(seq)
                 self.policies.cross(seq)
                 if seq.request.reuse:
@@ -291,11 +315,14 @@ class Engine:
                 if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
                     self._branch(seq)
                 seq.border = self._border(seq)
+            except Exception as error:
+                self.blamed.append((seq, error))
 
     def _branch(self, seq: Sequence) -> None:
-        children = [self._sequence(seq.request, index) for index in range(1, seq.params.n)]
-        for child in children:  # a fork that raises leaves the siblings waiting
-            self._wait(child)
+        children = []
+        for index in range(len(seq.request.sequences), seq.params.n):  # a fork that raises leaves the siblings waiting
+            children.append(self._sequence(seq.request, index))
+            self._wait(children[-1])
         for child in children:
             # a fork of shared lanes copies the last page and soon fills it; of others, at worst all that a new text would take
             wanted = 2 if child.lanes is Lanes.SHARED else self.table.need(child, child.prompt_len + 1)
@@ -305,18 +332,31 @@ class Engine:
                 self._run(child)
 
     def emit(self) -> list[Event]:
-        """News of every text since it was last told; what finished is freed."""
-        events = []
+        """News of every text since it was last told, but of those to blame; what finished is freed."""
+        blamed = {seq.id for seq, _ in self.blamed}
         for seq in self.running:
             output = self.outputs[seq.id]
-            if output.told_tokens < seq.generated:
-                events.append(self._event(seq, output))
+            if (output.told_tokens < seq.generated or seq.reason) and seq.id not in blamed:
+                try:
+                    self.news.append(self._event(seq, output))
+                except Exception as error:
+                    self.blamed.append((seq, error))
         if any(seq.reason for seq in self.running):
-            for seq in [seq for seq in self.running if seq.reason]:
+            blamed = {seq.id for seq, _ in self.blamed}
+            for seq in [seq for seq in self.running if seq.reason and seq.id not in blamed]:
                 self.running.remove(seq)
-                self._stop(seq)
                 del self.outputs[seq.id]
+                try:
+                    self._stop(seq)
+                except Exception as error:
+                    self.blamed.append((seq, error))
+        self._raise()
+        events, self.news = self.news, []
         return events
+
+    def _raise(self) -> None:
+        if self.blamed:
+            raise self.blamed[0][1]
 
     def _event(self, seq: Sequence, output: Output) -> Event:
         told, ended = output.told_tokens, seq.reason is not None
@@ -393,43 +433,59 @@ class Engine:
 
     def settle(self, error: Exception) -> tuple[list[Event], list[tuple[Request, Exception]]]:
         """After a step that raised: the requests to blame are ended, nobody else. Where it is not known who they are, each text
-        runs a step alone. Returns news of the others, and who was ended by what. What raises when nobody runs is the oldest
-        waiting one's fault: the step would raise forever."""
-        events: list[Event] = []
-        guilty = [(seq, error) for seq in self.blamed]
-        if not guilty and not self.running:
-            guilty = [(seq, error) for seq in list(self.waiting)[:1]]
-        for seq in () if guilty else list(self.running):
+        that runs takes a step alone, or else those that wait, until one runs. Returns news, and who was to blame for what. A step
+        that would raise forever is the fault of the first that waits."""
+        guilty = list(self.blamed)
+        events, self.news = self.news, []
+        for seq in () if guilty else [*self.running, *self.waiting]:
+            if seq in self.waiting and self.running:
+                break
+            if seq not in self.waiting and seq not in self.running:
+                continue  # ended meanwhile
             try:
-                if seq in self.running:
-                    events += self.step(seq)
+                self._make_room(seq)
+                events += self.step(seq)
             except Exception as own:
-                guilty.append((seq, own))
-        ended = {seq.request.id: (seq.request, own) for seq, own in guilty}
-        for request, _ in ended.values():
-            self.abort(request.id)
+                guilty += self.blamed or [(seq, own)]
+        if not guilty and not events and not self.running:
+            guilty = [(seq, error) for seq in list(self.waiting)[:1]]
+        ended: dict[str, tuple[Request, Exception]] = {}
+        for seq, raised in guilty:
+            ended.setdefault(seq.request.id, (seq.request, raised))
+            self.abort(seq.request.id)
+        events, self.news = events + self.news, []
         return events, list(ended.values())
 
-    @contextmanager
-    def _blame(self, seq: Sequence) -> Iterator[None]:
+    def _make_room(self, seq: Sequence) -> None:
+        """So that a text that runs can take a step alone, the last others go where pages lack."""
+        others = [other for other in self.running if other is not seq and other.reason is None] if seq in self.running else []
+        while others and self.table.need(seq, seq.pending) > self.table.available():
+            self._preempt(others.pop())
+
+    def _preempt(self, seq: Sequence) -> None:
+        """It waits again, before all that came later."""
+        self.running.remove(seq)
+        self.waiting.insert(bisect_left(self.waiting, seq.request.priority, key=_priority), seq)
+        self.preemptions += 1
         try:
-            yield
-        except Exception:
-            self.blamed.append(seq)
-            raise
+            self._stop(seq)
+        except Exception as error:
+            self.blamed.append((seq, error))
 
     def abort(self, request_id: str) -> bool:
-        """Ends all texts of a request at once and frees what they hold; False when there is no such request."""
+        """Ends all texts of a request at once and frees what they hold; False when there is no such request. Nobody is left to
+        hear what their parts raise."""
         found = False
         for seq in [s for s in (*self.waiting, *self.running) if s.request.id == request_id]:
             found = True
+            del self.outputs[seq.id]
             if seq in self.running:
                 self.running.remove(seq)
-                self._stop(seq)
+                with suppress(Exception):
+                    self._stop(seq)
             else:
                 self.waiting.remove(seq)
             seq.reason = FinishReason.ABORT
-            del self.outputs[seq.id]
         return found
 
     @property
@@ -479,8 +535,9 @@ class Engine:
             raise
 
     def _fork(self, seq: Sequence, child: Sequence) -> None:
-        self.store.move([self.table.fork(seq, child)])
+        moves = self.table.fork(seq, child)
         try:
+            self.store.move([moves])
             child.state[self.sampler] = self.sampler.fork(seq.state[self.sampler], child)
             self.policies.fork(seq, child)
             self.drafter.fork(seq, child)
@@ -492,12 +549,13 @@ class Engine:
         """Plugin states end and pages go; the tokens stay, so a preempted sequence can start again."""
         self.table.free(seq)
         seq.stored = 0
-        self.policies.end(seq)
+        with ExitStack() as ends:  # from the last to the first, whichever raises
+            ends.callback(seq.state.clear)
+            if self.sampler in seq.state:
+                ends.callback(self.sampler.end, seq.state[self.sampler])
+            ends.callback(self.drafter.end, seq)
+            ends.callback(self.policies.end, seq)
         seq.border = self._border(seq)
-        self.drafter.end(seq)
-        if self.sampler in seq.state:
-            self.sampler.end(seq.state[self.sampler])
-        seq.state.clear()
 
     def _decoder(self, seq: Sequence) -> Decode:
         decode = self.decode if seq.params.skip_special_tokens else self.decode_all
@@ -514,4 +572,5 @@ def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) ->
     origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
     drafters = [*(names[origins[node]] for node in found.path), ""]
     told = [Provenance(step, drafter) for drafter in drafters[: len(found.tokens)]]
-    return [replace(told[0], tree=tree, names=names, path=found.path), *told[1:]]
+    shown = tree if tree.laws is None else replace(tree, laws=None)  # which may hold rows of the vocabulary's size
+    return [replace(told[0], tree=shown, names=names, path=found.path), *told[1:]]

@@ -84,12 +84,13 @@ class Guard:
         return trees
 
     def observe(self, result: StepResult) -> None:
-        """Where it raises, every sequence of the step drafts no more: nobody knows which one it was."""
+        """Where it raises, every sequence of the step that it drafts for does without: nobody knows which one it was."""
         try:
             self.drafter.observe(result)
         except Exception as error:
             for work in result.work:
-                self._drop(work.seq, error)
+                if self.drafter in work.seq.state:
+                    self._drop(work.seq, error)
 
     def snapshot(self) -> Any:
         return self.drafter.snapshot()
@@ -101,6 +102,8 @@ class Guard:
         tree.check(vocab=self.vocab, rows=budget.rows, depth=budget.depth)
         if unknown := {Kind(kind) for kind in tree.kinds.tolist()} - self.drafter.kinds - {Kind.FIXED}:
             raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which it does not declare")
+        if tree.origins is not None and (tree.origins.shape != tree.tokens.shape or (tree.origins >= len(self.names)).any()):
+            raise ValueError(f"origins that are not one of {len(self.names)} parts for each node: {tree.origins.tolist()}")
 
     def told(self, seq: Sequence, laws: Probs, rows: Seq[int]) -> F64:
         """The laws at these rows, if they are laws; else the sequence drafts no more."""

@@ -5,6 +5,7 @@ Nothing here knows a method's name. Lanes, formats and borders of a sequence fol
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,8 @@ from redraft.models.runner import Runner
 from redraft.ops.format import Format, plain
 
 SEAMS = ("keep", "codec", "read", "depth")
+MOST = 64  # choices that are kept opened; the one unused longest goes
+FORMATS = 256  # of stored pages, which stay as long as the pool
 
 
 def guarantee(params: SamplingParams, reuse: str = "") -> Guarantee:
@@ -56,8 +59,9 @@ class Policies:
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._opened: dict[tuple[str, str], Any] = {}
-        self._chosen: dict[tuple[str | None, ...], Chosen | None] = {}
+        self._opened: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._chosen: OrderedDict[tuple[str | None, ...], Chosen | None] = OrderedDict()
+        self._formats: set[str] = set()
         self._sources = 0
 
     def check(self, params: SamplingParams, reuse: str = "") -> Chosen | None:
@@ -70,7 +74,7 @@ class Policies:
             except Unsupported as error:
                 asked = ", ".join(f"{seam}={text}" for seam, text in zip(SEAMS, texts, strict=True) if text)
                 raise Unsupported(f"{asked}: {error}") from None
-        chosen = self._chosen[texts]
+        chosen: Chosen | None = _latest(self._chosen, texts)
         if reuse:
             self._open("reuse", reuse)
             if params.prompt_logprobs is not None:
@@ -82,7 +86,7 @@ class Policies:
     def _open(self, seam: str, text: str) -> Any:
         if (seam, text) not in self._opened:
             self._opened[seam, text] = registry.create(seam, text).open(self.runner)
-        return self._opened[seam, text]
+        return _latest(self._opened, (seam, text))
 
     def _choose(self, keep: OpenKeep | None, codec: OpenCodec | None, read: OpenRead | None, depth: OpenDepth | None) -> Chosen:
         spec, backend = self.runner.spec, self.runner.backend
@@ -110,13 +114,18 @@ class Policies:
         return Chosen(keep, codec, read, depth, lanes, form, block, layers)
 
     def _define(self, fmt: Format) -> str:
+        if fmt.name not in self._formats and len(self._formats) == FORMATS:
+            raise Unsupported(f"pages are stored in {FORMATS} formats already, and no more of them are made; choose options in use")
         self.runner.table.define(Space(Lanes.PER_HEAD, fmt.name), self.runner.store.define(fmt))
+        self._formats.add(fmt.name)
         return fmt.name
 
     # ---- one sequence
 
     def endless(self, params: SamplingParams) -> bool:
         """Whether positions may pass the trained context: where distances within the cache never do."""
+        if params.keep is None:
+            return False
         chosen = self.check(params)
         if chosen is None or chosen.keep is None or not chosen.keep.endless:
             return False
@@ -212,18 +221,14 @@ class Policies:
                 found[s] = watch
         return found
 
-    def observe(self, result: StepResult, blamed: list[Sequence]) -> None:
+    def observe(self, result: StepResult, blamed: list[tuple[Sequence, Exception]]) -> None:
         """Whoever's part raises is blamed; the others' hear of the step all the same."""
-        raised: list[Exception] = []
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
             if work.seq.policies is not None and (keep := work.seq.policies.keep) is not None:
                 try:
                     keep.observe(work.seq, result.out.attention.get(s), work.rows, accepted.path)
                 except Exception as error:
-                    blamed.append(work.seq)
-                    raised.append(error)
-        if raised:
-            raise raised[0]
+                    blamed.append((work.seq, error))
 
     def cross(self, seq: Sequence) -> None:
         """After a commit: pages are encoded, evicted from and summarised."""
@@ -237,3 +242,11 @@ class Policies:
             store.fold(Space(seq.lanes, seq.format), pages, chosen.read)
         if chosen.block and seq.stored and seq.stored % seq.encoded == 0:
             store.encode([table.encode(seq)])
+
+
+def _latest(found: OrderedDict[Any, Any], name: Any) -> Any:
+    """What `name` stands for, which is now the one used last; of more than MOST the first goes."""
+    found.move_to_end(name)
+    while len(found) > MOST:
+        found.popitem(last=False)
+    return found[name]

@@ -19,7 +19,7 @@ from redraft.core.noise import Stream
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NOTHING, Taps
-from redraft.core.tree import EMPTY, TokenTree
+from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.guard import Guard
 from redraft.errors import Unsupported
@@ -39,7 +39,7 @@ class Choice(NamedTuple):
 
 def guarantee(params: SamplingParams, draft: str, verify: str) -> Guarantee:
     """The weaker of the drafter and the verifier of a request, beside the engine's own `draft` and `verify`."""
-    parts = {"draft": params.draft or draft, "verify": params.verify or verify}
+    parts = {"draft": draft if params.draft is None else params.draft, "verify": verify if params.verify is None else params.verify}
     cards: list[Card] = [registry.method(seam, registry.parse(text)[0]).card for seam, text in parts.items()]  # type: ignore[attr-defined]
     return max(card.guarantee for card in cards)
 
@@ -80,14 +80,16 @@ class Drafters:
         if params.draft is None and params.verify is None:
             return None
         verifier: Verifier = self.verifier if params.verify is None else registry.create("verify", params.verify)
-        text = params.draft or self.text
+        text = self.text if params.draft is None else params.draft
+        if text is None and verifier.drafts is not self.verifier.drafts and self.own.drafter.kinds - {Kind.FIXED}:
+            raise Unsupported(f"verifier {registry.name_of(type(verifier))} wants other noise than {self.own.name} draws with")
         if text is None or (text == self.text and verifier.drafts is self.verifier.drafts):
             drafter = self.own
         else:
             drafter = self._open(text, verifier.drafts)
         if unfit := drafter.drafter.kinds - verifier.undoes:
             raise _unfit(unfit, text or drafter.name, verifier)
-        return Choice(None if drafter is self.own else drafter, None if params.verify is None else verifier)
+        return Choice(None if drafter is self.own else drafter, None if verifier == self.verifier else verifier)
 
     def _open(self, text: str, drafts: Stream) -> Guard:
         if (text, drafts) not in self._opened:

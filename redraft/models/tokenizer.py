@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from functools import cache, cached_property
@@ -36,8 +37,13 @@ class Tokenizer:
             ids: list[int] = list(self.hf(text, add_special_tokens=special)["input_ids"])
         except UnicodeEncodeError:
             raise InvalidInput("the text has half of a surrogate pair, which no UTF-8 can hold") from None
+        return ids[1:] if special and self._first and ids[:2] == self._first * 2 else ids
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """The token that is put before every text, where there is one."""
         first = self.hf.bos_token_id
-        return ids[1:] if special and first is not None and ids[:2] == [first, first] else ids
+        return [first] if first is not None and list(self.hf("a")["input_ids"])[:1] == [first] else []
 
     def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
         """A conversation as text, by the checkpoint's template or by `template`; variables: what else it shall see, or an argument of
@@ -73,15 +79,21 @@ class Tokenizer:
 
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to a text; a token may hold a part of a character."""
-        piece = str(self.hf.convert_ids_to_tokens(token))
-        if token in self.hf.all_special_ids or self._fast is None:
+        piece: str | None = self.hf.convert_ids_to_tokens(token)
+        if piece is None:  # the model has more ids than the tokenizer
+            return b""
+        if token in self._whole or self._fast is None:
             return piece.encode()
         if self._byte_level:
             table = _byte_table()
             return bytes(table[letter] for letter in piece) if all(letter in table for letter in piece) else piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode()
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        return piece.replace("\u2581", " ").encode() if byte is None else bytes.fromhex(byte[1])
+
+    @cached_property
+    def _whole(self) -> frozenset[int]:
+        """Tokens that stand for themselves, letter by letter."""
+        return frozenset({*self.hf.all_special_ids, *self.hf.added_tokens_decoder})
 
     @cached_property
     def _byte_level(self) -> bool:

@@ -42,10 +42,10 @@ Chosen = tuple[Processor, ...]  # a request's own processors, in ORDER: its stat
 
 
 class NotNumbers(RedraftError):
-    """The model's logits for a text hold NaN or +inf: damaged weights, or an overflow in a narrow dtype."""
+    """What the model computes for a text holds NaN or an infinity: damaged weights, or an overflow in a narrow dtype."""
 
     def __init__(self, seq: Sequence) -> None:
-        super().__init__(f"the model's logits behind token {len(seq.tokens) - 1} are not numbers (NaN or infinite)")
+        super().__init__(f"what the model computes behind token {len(seq.tokens) - 1} is no number (NaN or infinite)")
         self.seq = seq
 
 

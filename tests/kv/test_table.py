@@ -132,6 +132,22 @@ def test_reserve_is_all_or_nothing() -> None:
     assert table.available() == 0
 
 
+def test_forget_lets_go_of_what_nobody_lists() -> None:
+    table = PageTable(8, LAYERS, HEADS, page=4)
+    gone, stays = make(1, range(9)), make(2, [*range(4), *range(50, 55)])
+    admit(table, gone)
+    table.free(gone)
+    admit(table, stays)
+    assert (table.match(range(9), ""), len(table.prefix.idle)) == (8, 1)
+    assert table.forget() == 1
+    assert (table.match(range(9), ""), table.match(stays.tokens, "")) == (4, 8), "what is in use is shared on"
+    table.check()
+    table.free(stays)
+    assert table.forget() == 2 and table.match(stays.tokens, "") == 0 and table.used() == 0
+    admit(table, make(3, range(9)))
+    table.check()
+
+
 def test_match_leaves_one_token_and_changes_nothing() -> None:
     table = PageTable(8, LAYERS, HEADS, page=4)
     seq = make(1, range(8))
@@ -626,6 +642,14 @@ class Program(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         self.leave(self.pick())
+
+    @rule()
+    def let_go(self) -> None:
+        table, listed = self.table, [[state(lane) for lane in held.lanes] for held in self.table._held.values()]
+        idle, free = len(table.prefix.idle), table.available()
+        assert table.forget() == idle and not table.prefix.idle and table.forget() == 0
+        assert table.available() == free == len(table._free), "idle pages were available before"
+        assert listed == [[state(lane) for lane in held.lanes] for held in table._held.values()]
 
     @invariant()
     def everything_lies_where_it_should(self) -> None:

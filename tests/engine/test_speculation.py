@@ -1,0 +1,353 @@
+"""Requests of one engine choose their own drafter, verifier and budget: each text is the one that it is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from redraft import registry
+from redraft.card import Card, Guarantee
+from redraft.config import SamplingParams
+from redraft.core.noise import Stream, mix
+from redraft.core.plan import Budget, StepPlan
+from redraft.core.sequence import Request, Sequence
+from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import EMPTY, Kind, TokenTree
+from redraft.draft.drafter import Stateless
+from redraft.draft.none import NoDraft
+from redraft.engine import speculation
+from redraft.engine.engine import Engine
+from redraft.errors import InvalidInput, UnknownMethod, Unsupported
+from tests.contracts import identity, plain
+from tests.contracts.drafters import RandomTrees
+from tests.contracts.identity import drive, engine, prompts
+from tests.engine.spelling import truth
+from tests.engine.test_guard import Laws
+
+NEW = 24
+SAMPLED = SamplingParams(temperature=0.9, max_tokens=NEW)
+TEXTS = {(str(i), 0): truth(SAMPLED.but(seed=50 + i), prompts()[i % 6], new=NEW) for i in range(12)}
+
+
+class Tossed(Stateless):
+    """Draws one child, or several, of a law that is a function of the last tokens: for verifiers that toss coins."""
+
+    def __init__(self, sampler: Any, kind: Kind) -> None:
+        self.sampler, self.kinds, self.kind = sampler, frozenset({kind}), kind
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        return [self._tree(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+
+    def _tree(self, seq: Sequence, budget: Budget) -> TokenTree:
+        if min(budget) < 2:
+            return EMPTY
+        dice = Random(mix(seq.seed, len(seq.tokens), int(self.sampler.drafts is Stream.DRAFT)))
+        weights = np.array([dice.random() ** 3 for _ in range(plain.VOCAB)])
+        law = weights / weights.sum()
+        count = 1 if self.kind is Kind.SINGLE else 2
+        drawn: list[int] = []
+        while len(drawn) < count:
+            (token,) = dice.choices(range(plain.VOCAB), law.tolist())
+            drawn += [token] * (token not in drawn)
+        kinds = np.array([self.kind, *[Kind.FIXED] * count], np.uint8)
+        return TokenTree(np.array(drawn, np.int32), np.full(count, -1, np.int32), kinds, Laws(lambda rows: np.tile(law, (len(rows), 1))))
+
+
+class Registered:
+    """Hyper-parameters of a drafter that only tests have."""
+
+    card = Card("", "", Guarantee.SAME_TEXT)
+
+    def __init__(self, opens: Any) -> None:
+        self.opens, self.opened = opens, 0
+
+    def open(self, runner: Any, sampler: Any) -> Any:
+        self.opened += 1
+        return self.opens(sampler)
+
+
+class Tapping(RandomTrees):
+    taps = Taps(top_k=3)
+
+
+class Broken(Stateless):
+    """Raises in `where`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        if self.where == "propose":
+            raise ValueError("cannot propose")
+        return [EMPTY] * len(seqs)
+
+    def observe(self, result: Any) -> None:
+        if self.where == "observe":
+            raise ValueError("cannot hear")
+
+
+def own() -> dict[str, Registered]:
+    return {
+        "oracle": Registered(lambda sampler: RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS)),
+        "wrong": Registered(lambda sampler: RandomTrees(plain.VOCAB, seed=9)),
+        "single": Registered(lambda sampler: Tossed(sampler, Kind.SINGLE)),
+        "iid": Registered(lambda sampler: Tossed(sampler, Kind.WITHOUT_REPLACEMENT)),
+        "tapping": Registered(lambda sampler: Tapping(plain.VOCAB, seed=3)),
+        "deaf": Registered(lambda sampler: Broken("observe")),
+        "mute": Registered(lambda sampler: Broken("propose")),
+    }
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Registered]:
+    """Drafters of this file by name, beside the registered ones."""
+    drafters, right = own(), registry.create
+
+    def create(seam: str, text: str, **options: Any) -> Any:
+        return drafters[text] if seam == "draft" and text in drafters else right(seam, text, **options)
+
+    monkeypatch.setattr(registry, "create", create)
+    return drafters
+
+
+def request(i: int, **changes: Any) -> Request:
+    return Request(str(i), list(prompts()[i % 6]), SAMPLED.but(**{"seed": 50 + i, **changes}))
+
+
+def alone(i: int, drafter: str = "none", **changes: Any) -> list[int]:
+    name = str(i) if changes.get("n", 1) == 1 else f"{i}/0"
+    return drive(engine(partial(identity.opened_by_name, drafter), backend="reference"), [request(i, **changes)], [0]).texts[name]
+
+
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"draft": "none"},
+    {"draft": "oracle"},
+    {"draft": "oracle", "draft_rows": 1},
+    {"draft": "token-recycling"},
+    {"draft": "copyspec", "prediction": tuple(TEXTS["5", 0])},
+    {"draft": "union"},
+    {"draft": "oracle", "draft_rows": 0},
+    {"draft": "wrong", "verify": "coupled"},
+    {"draft": "tapping"},
+    {"draft": "self-skip"},
+    {"verify": "greedy-multi-draft", "draft": "oracle"},
+]
+
+
+@pytest.mark.parametrize("drafter", ["none", "token-recycling"])
+@pytest.mark.parametrize(("pool", "chunk"), [(40, 512), (40, 9), (8, 512), (6, 20)])
+def test_every_text_of_a_mixture_is_the_plain_loops(drafter: str, pool: int, chunk: int) -> None:
+    mixed = [one for one in MIXED if one.get("draft") != "self-skip"]  # the tiny model has two layers
+    made = engine(drafter, backend="reference", pool=pool, chunk=chunk)
+    seen = drive(made, [request(i, **one) for i, one in enumerate(mixed)], [0, 0, 1, 1, 1, 2, 3, 5, 8, 8, 9])
+    assert seen.texts == {str(i): TEXTS[str(i), 0] for i in range(len(mixed))}
+    assert seen.accepted and seen.rejected and (seen.preempted or pool > 6)
+
+
+def test_self_skip_beside_others() -> None:
+    texts = [list(identity.expected(None, prompts()[i], "sampled", 100 + i, 4)) for i in range(4)]
+    requests = [
+        Request(str(i), list(prompts()[i]), identity.SAMPLING["sampled"].but(seed=100 + i, draft=draft))
+        for i, draft in enumerate(("self-skip", "none", "self-skip", "token-recycling"))
+    ]
+    made = engine(layers=4, pool=12)
+    assert [drive(made, requests, [0, 0, 1, 4]).texts[str(i)] for i in range(4)] == texts
+
+
+@pytest.mark.parametrize("pool", [40, 7])
+def test_siblings_draft_as_their_request_chose(pool: int) -> None:
+    made = engine(RandomTrees(plain.VOCAB, seed=1), backend="reference", pool=pool)
+    mixed: list[dict[str, Any]] = [{"n": 3}, {"n": 2, "draft": "token-recycling"}, {"n": 3, "draft": "none"}, {"draft": "oracle"}]
+    seen = drive(made, [request(i, **one) for i, one in enumerate(mixed)], [0, 0, 1, 2])
+    for i, one in enumerate(mixed):
+        expected = drive(engine(), [request(i, n=one.get("n", 1))], [0]).texts
+        assert {name: text for name, text in seen.texts.items() if name.split("/")[0] == str(i)} == expected
+
+
+TOSSING: list[dict[str, Any]] = [
+    {"draft": "single", "verify": "rejection"},
+    {"draft": "single", "verify": "rejection"},
+    {"draft": "iid", "verify": "recursive"},
+    {"draft": "single", "verify": "rejection", "temperature": 0.0},
+    {"draft": "oracle", "verify": "rejection"},
+]
+
+
+@pytest.mark.parametrize(("pool", "chunk"), [(40, 512), (40, 60), (6, 512)])
+def test_coins_fall_as_they_do_alone(pool: int, chunk: int) -> None:
+    """Coins and drafts belong to the position: who shares the batch changes nothing. (A prompt that is cut behind all but its last
+    token may: then the first token has a draft.)"""
+    mixed = [*TOSSING, {}, {"draft": "oracle"}]
+    expected = [drive(engine(backend="reference"), [request(i, **one)], [0]).texts[str(i)] for i, one in enumerate(mixed)]
+    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), backend="reference", pool=pool, chunk=chunk)
+    seen = drive(made, [request(i, **one) for i, one in enumerate(mixed)], [0, 0, 0, 1, 1, 2, 3])
+    assert bool(seen.preempted) == (pool == 6)
+    found = [seen.texts[str(i)] for i in range(len(mixed))]
+    if pool == 40:
+        assert found == expected
+    else:  # budgets shrink where pages lack, and a law of other drafts is drawn from by other coins
+        assert found[4:] == expected[4:]
+    assert found[5] == TEXTS["5", 0] and found[6] == TEXTS["6", 0]
+    assert found[0] != TEXTS["0", 0] and found[1] != TEXTS["1", 0], "no coin was tossed"
+    assert found[4] == TEXTS["4", 0], "fixed children need no coin"
+
+
+# ---- who drafts
+
+
+class Watcher:
+    """The budgets of each step, by request."""
+
+    def __init__(self, made: Engine) -> None:
+        self.plans: list[StepPlan] = []
+        self.taps: list[Taps] = []
+        right, taps = made.drafter.propose, made.drafter.taps
+
+        def propose(work: Any, budgets: Any) -> Any:
+            self.plans.append(StepPlan(list(work), list(budgets)))
+            return right(work, budgets)
+
+        def tapped(seqs: Any) -> Taps:
+            self.taps.append(taps(seqs))
+            return self.taps[-1]
+
+        made.drafter.propose, made.drafter.taps = propose, tapped  # type: ignore[method-assign]
+
+
+def test_the_budget_is_shared_among_those_that_draft() -> None:
+    made = engine(backend="reference")
+    made.scheduler = registry.create("sched", "sarathi", token_budget=512, max_seqs=8, draft_rows=8, draft_total=12)
+    watcher = Watcher(made)
+    chosen: list[dict[str, Any]] = [{}, {"draft": "none"}, {"draft": "wrong"}, {"draft": "wrong", "draft_rows": 0}, {"draft": "mute"}]
+    chosen += [{"draft": "wrong", "draft_rows": 2}]
+    for i, one in enumerate(chosen):
+        made.add(request(i, **one))
+    shares: dict[str, set[int]] = {str(i): set() for i in range(len(chosen))}
+    for step in range(NEW - 6):
+        made.step()
+        for work, budget in zip(watcher.plans[-1].work, watcher.plans[-1].budgets, strict=True):
+            if step > 3 and len(watcher.plans[-1].work) == len(chosen):
+                shares[work.seq.request.id].add(budget.rows)
+    assert shares["0"] == shares["1"] == shares["3"] == {0}, "quiet ones take none"
+    assert shares["4"] == {0}, "nor who drafts no more"
+    assert shares["2"] == {6} and shares["5"] == {2}
+
+
+def test_taps_are_those_of_the_texts_in_the_step() -> None:
+    made = engine(RandomTrees(plain.VOCAB, seed=1), backend="reference")
+    watcher = Watcher(made)
+    made.add(request(0))
+    made.add(request(1, draft="tapping", max_tokens=3))
+    while made.has_work:
+        made.step()
+        names = {work.seq.request.id for work in watcher.plans[-1].work}
+        assert (watcher.taps[-1].top_k == 3) == ("1" in names)
+        assert "1" in names or watcher.taps[-1] == NOTHING
+    assert any(taps == NOTHING for taps in watcher.taps) and any(taps.top_k for taps in watcher.taps)
+
+
+@pytest.mark.parametrize("culprit", ["deaf", "mute"])
+def test_the_fault_of_one_drafter_is_no_other_drafters(culprit: str) -> None:
+    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), backend="reference")
+    for i, one in enumerate([{}, {"draft": culprit}, {"draft": "token-recycling"}, {"draft": "none"}]):
+        made.add(request(i, **one))
+    told: dict[str, list[int]] = {}
+    faults: dict[str, str] = {}
+    while made.has_work:
+        for event in made.step():
+            told.setdefault(event.request.id, []).extend(event.tokens)
+            faults[event.request.id] = event.stats.fault
+    assert told == {str(i): TEXTS[str(i), 0] for i in range(4)}
+    assert faults.pop("1").startswith(f"{culprit}: ValueError: cannot") and not any(faults.values())
+
+
+# ---- what is opened
+
+
+def test_what_a_drafter_learned_stays(made_up: dict[str, Registered]) -> None:
+    made = engine(backend="reference")
+    drive(made, [request(0, draft="token-recycling")], [0])
+    guard = made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter  # type: ignore[union-attr]
+    assert guard is not None
+    learned = guard.drafter
+    assert made.drafter.own.quiet and not guard.quiet
+    again = drive(made, [request(0, draft="token-recycling")], [0])
+    assert made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter.drafter is learned  # type: ignore[union-attr]
+    first = drive(engine(backend="reference"), [request(0, draft="token-recycling")], [0])
+    assert again.texts == first.texts and again.accepted > first.accepted, "the second time it knew the text"
+
+
+def test_the_one_unused_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "MOST", 4)
+    made = engine(backend="reference")
+    texts = [f"token-recycling:k={k}" for k in range(1, speculation.MOST + 2)]
+    opened = {text: made.drafter.check(SAMPLED.but(draft=text)).drafter for text in texts[:-1]}  # type: ignore[union-attr]
+    assert made.drafter.check(SAMPLED.but(draft=texts[0])).drafter is opened[texts[0]]  # type: ignore[union-attr]
+    made.add(request(1, draft=texts[1]))
+    made.step()
+    made.drafter._opened.move_to_end((texts[1], Stream.TARGET), last=False)
+    made.drafter.check(SAMPLED.but(draft=texts[-1]))
+    assert len(made.drafter._opened) == speculation.MOST and (texts[1], Stream.TARGET) not in made.drafter._opened
+    assert made.drafter.check(SAMPLED.but(draft=texts[0])).drafter is opened[texts[0]]  # type: ignore[union-attr]
+    told: list[int] = [token for event in made.step() for token in event.tokens]
+    while made.has_work:  # a text keeps the drafter that it began with
+        told += [token for event in made.step() for token in event.tokens]
+    assert told == TEXTS["1", 0][-len(told) :] and len(told) > NEW - 10
+    assert made.drafter.check(SAMPLED.but(draft=texts[1])).drafter is not opened[texts[1]]  # type: ignore[union-attr]
+
+
+def test_one_is_opened_for_each_noise(made_up: dict[str, Registered]) -> None:
+    made = engine(backend="reference")
+    for _ in range(3):
+        made.drafter.check(SAMPLED.but(draft="single"))
+        made.drafter.check(SAMPLED.but(draft="single", verify="rejection"))
+        made.drafter.check(SAMPLED.but(draft="single", verify="multi-candidate"))
+    assert made_up["single"].opened == 2
+    streams = {made.drafter.check(SAMPLED.but(draft="single", verify=v)).drafter.drafter.sampler.drafts for v in ("coupled", "rejection")}  # type: ignore[union-attr]
+    assert streams == {Stream.TARGET, Stream.DRAFT}
+
+
+def test_the_engines_own_serves_who_names_it() -> None:
+    made = engine(backend="reference")
+    spec = made.runner.spec
+    named = Engine(made.runner, made.scheduler, NoDraft(), made.verifier.own, made.sampler, max_model_len=64, draft="none")
+    assert named.drafter.check(SAMPLED.but(draft="none", verify="coupled")) == speculation.Choice(None, None)
+    assert not named.drafter._opened and spec.vocab == plain.VOCAB
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        ({"draft": "iid", "verify": "rejection"}, Unsupported, ("verifier rejection", "WITHOUT_REPLACEMENT", "as iid makes them")),
+        ({"draft": "draft-model"}, InvalidInput, ("draft-model",)),
+        ({"draft": "token-recyclin"}, UnknownMethod, ("token-recycling",)),
+        ({"verify": "couple"}, UnknownMethod, ("coupled",)),
+        ({"draft": "token-recycling:k=x"}, InvalidInput, ("k",)),
+        ({"draft": ""}, UnknownMethod, ()),
+        ({"verify": ""}, UnknownMethod, ()),
+    ],
+)
+def test_refusals_name_both_parts(params: dict[str, str], error: type[Exception], words: Seq[str]) -> None:
+    made = engine(backend="reference")
+    with pytest.raises(error) as refused:
+        made.add(request(0, **params))
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+    assert not made.has_work and not made.outputs
+
+
+def test_a_drafter_made_by_hand_draws_with_one_noise() -> None:
+    made = engine(lambda runner, sampler: Tossed(sampler, Kind.SINGLE), backend="reference")
+    with pytest.raises(Unsupported, match="rejection wants other noise than Tossed draws with"):
+        made.add(request(0, verify="rejection"))
+    fixed = engine(RandomTrees(plain.VOCAB), backend="reference")
+    fixed.add(request(0, verify="rejection"))
+    fixed.abort("0")

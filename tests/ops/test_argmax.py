@@ -1,0 +1,60 @@
+"""Outputs.argmax is -1 where a row of logits holds NaN or +inf, in every backend and dtype, and the lowest id of equal ones elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from redraft import LLM, SamplingParams
+from redraft.ops import library
+from redraft.ops.backend import argmax
+from redraft.sample.sampler import NotNumbers
+from tests.checkpoints import tiny_llama
+
+NATIVE = library.PATH.exists() and library.load() is not None
+KINDS = [("reference", "float64"), ("torch", "float32"), ("torch", "bfloat16")]
+KINDS += [("native", "float32"), ("native", "bfloat16")] if NATIVE else []
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_of_rows(dtype: torch.dtype) -> None:
+    rows = [[1, 3, 3, -INF], [NAN, 3, 3, 0], [0, 3, NAN, 5], [INF, 3, 0, 0], [-INF, -INF, -INF, 2], [INF, NAN, 0, 0]]
+    assert argmax(torch.tensor(rows, dtype=dtype)).tolist() == [1, -1, -1, -1, 3, -1]
+    assert argmax(torch.zeros(0, 4, dtype=dtype)).tolist() == []
+
+
+def damaged(path: Path, where: str) -> Path:
+    file = tiny_llama(path) / "model.safetensors"
+    weights = load_file(file)
+    if where == "one row of the head":
+        weights["lm_head.weight"][200] = NAN
+    elif where == "an overflow in the head":
+        for i in range(24):
+            weights["lm_head.weight"][2 * i + 40] = weights["lm_head.weight"][2 * i + 41] = 0
+            weights["lm_head.weight"][2 * i + 40, i], weights["lm_head.weight"][2 * i + 41, i] = 3e38, -3e38
+    elif where == "a token":
+        weights["model.embed_tokens.weight"][66] = NAN
+    else:
+        weights["model.embed_tokens.weight"][66] = INF
+    save_file(weights, file, {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("where", ["one row of the head", "an overflow in the head", "a token", "an infinite token"])
+def test_of_a_damaged_checkpoint(tmp_path: Path, where: str) -> None:
+    path = damaged(tmp_path, where)
+    for backend, dtype in KINDS:
+        if where == "an overflow in the head" and dtype == "float64":
+            continue  # there is none
+        llm = LLM(str(path), backend=backend, dtype="auto" if backend == "reference" else dtype, draft="token-recycling", max_model_len=64)
+        for params in (SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), SamplingParams(seed=1, max_tokens=4)):
+            with pytest.raises(NotNumbers):
+                llm.generate({"prompt_token_ids": [5, 66, 7]}, params)
+            if "token" in where:
+                free = params.but(max_tokens=2, logit_bias={66: -100.0})
+                assert len(llm.generate({"prompt_token_ids": [5, 67, 7]}, free)[0].outputs[0].token_ids) >= 1
+        assert llm.engine.table.used() == 0
