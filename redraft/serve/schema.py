@@ -24,7 +24,7 @@ LACKING = {
 class Body(BaseModel):
     """A request's body: nothing unknown, and what is null counts as not given."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
@@ -127,7 +127,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
     name: str | None = Field(None, max_length=1000)
-    refusal: str | None = None
+    refusal: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """As templates read it."""
@@ -143,7 +143,7 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1024)
     response_format: ResponseFormat | None = None
-    metadata: dict[str, str] | None = Field(None, description="accepted, and without effect")
+    metadata: dict[Text, Text] | None = Field(None, description="accepted, and without effect")
     store: Literal[False] | None = Field(None, description="nothing is stored")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the reply goes on with the last message")

@@ -22,6 +22,7 @@ from redraft.serve.errors import Refused
 from redraft.serve.metrics import Metrics
 
 log = logging.getLogger("redraft.serve")
+LONGEST_STEP = 10.0  # seconds that are waited for it at the end; a thread that hangs must not keep the process
 
 
 @dataclass(eq=False)
@@ -70,6 +71,7 @@ class Shell:
         self._tasks: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._end = False
+        self._calls: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._main, name="redraft-engine", daemon=True)
 
     # ---- in the event loop
@@ -116,7 +118,11 @@ class Shell:
 
     async def call(self, task: Callable[[], Any]) -> Any:
         """What `task` returns or raises, done by the engine's thread between two steps."""
+        if not self.alive:
+            raise Refused(503, "the engine stopped")
         done: asyncio.Future[Any] = self._loop.create_future()
+        self._calls.add(done)
+        done.add_done_callback(self._calls.discard)
 
         def settle(value: Any, error: BaseException | None) -> None:
             if not done.done():
@@ -130,8 +136,6 @@ class Shell:
             self._loop.call_soon_threadsafe(settle, value, error)
 
         self._do(run)
-        if not self.alive:
-            raise Refused(503, "the server is shutting down")
         return await done
 
     def fail(self, error: Exception) -> None:
@@ -143,7 +147,7 @@ class Shell:
         """Ends the thread behind the step under way."""
         self._end = True
         self._do(lambda: None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, LONGEST_STEP)
 
     def _patience(self) -> int:
         """Seconds until there may be room: what those who wait will take, as far as the latest requests tell."""
@@ -156,7 +160,13 @@ class Shell:
             self._abort(ticket)
 
     def _abort(self, ticket: Ticket) -> None:
-        self._do(lambda: self.engine.abort(ticket.request.id))
+        def abort() -> None:
+            try:
+                self.engine.abort(ticket.request.id)
+            except Exception:  # a part that cannot even end: the others go on
+                log.exception("request %s did not end well", ticket.request.id)
+
+        self._do(abort)
 
     def _hear(self, events: list[Event], failed: list[tuple[Request, Exception]]) -> None:
         news: dict[str, list[Event]] = {}
@@ -176,7 +186,11 @@ class Shell:
                 self._fail(ticket, error)
 
     def _dead(self, error: BaseException) -> None:
-        self.fail(Refused(500, "the engine stopped"))
+        stopped = Refused(500, "the engine stopped")
+        self.fail(stopped)
+        for done in list(self._calls):
+            if not done.done():
+                done.set_exception(stopped)
         self.stopped()
 
     # ---- from anywhere
