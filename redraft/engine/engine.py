@@ -7,7 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
@@ -493,7 +493,8 @@ class Engine:
         self.table.free(seq)
         seq.stored = 0
         self.policies.end(seq)
-        seq.border = self._border(seq)
+        with suppress(Exception):  # a policy that cannot say raises again where the text runs, and is blamed there
+            seq.border = self._border(seq)
         self.drafter.end(seq)
         if self.sampler in seq.state:
             self.sampler.end(seq.state[self.sampler])

@@ -63,11 +63,12 @@ class Limits:
         except ClientGone:
             pass
         except Exception as error:
-            if not isinstance(error, Refused):
+            reply = refused(error)
+            if reply.status == 500:
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             if begun:
                 return  # half an answer: uvicorn closes the connection
-            await answer(refused(error))(scope, receive, send)
+            await answer(reply)(scope, receive, send)
 
     async def _admit(self, scope: Scope, receive: Receive) -> None:
         headers = dict(scope["headers"])

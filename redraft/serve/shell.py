@@ -7,6 +7,7 @@ cancelled holds no page after the step under way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -133,7 +134,7 @@ class Shell:
                 value, error = task(), None
             except Exception as raised:
                 value, error = None, raised
-            self._loop.call_soon_threadsafe(settle, value, error)
+            self._tell(settle, value, error)
 
         self._do(run)
         return await done
@@ -202,6 +203,11 @@ class Shell:
 
     # ---- the engine's thread
 
+    def _tell(self, what: Callable[..., None], *about: Any) -> None:
+        """Calls it in the event loop, unless that has ended before a step that took too long."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what, *about)
+
     def _main(self) -> None:
         try:
             while not self._end:
@@ -215,7 +221,7 @@ class Shell:
         except BaseException as error:
             self.died = error
             log.critical("the engine's thread died", exc_info=error)
-            self._loop.call_soon_threadsafe(self._dead, error)
+            self._tell(self._dead, error)
 
     def _step(self) -> None:
         failed: list[tuple[Request, Exception]] = []
@@ -225,4 +231,4 @@ class Shell:
             events, failed = self.engine.settle(error)
         if events or failed:  # statistics go on changing here
             told = [replace(event, stats=event.stats.copy()) for event in events]
-            self._loop.call_soon_threadsafe(self._hear, told, failed)
+            self._tell(self._hear, told, failed)
