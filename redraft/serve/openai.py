@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -384,7 +384,7 @@ async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-@router.get("/metrics", response_class=PlainTextResponse, **told(None))
+@router.get("/metrics", response_class=Response, **told(None))
 async def metrics(http: Request) -> Response:
     return Response(service(http).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -41,10 +41,12 @@ class Ticket:
 
     async def events(self) -> AsyncIterator[list[Event]]:
         """News, a step's at a time, until all texts are finished. Raises what ended the request before."""
-        while self.left:
+        unread = self.request.params.n  # not `left`: the last news may lie behind others in the queue
+        while unread:
             news = await self.queue.get()
             if isinstance(news, Exception):
                 raise news
+            unread -= sum(event.reason is not None for event in news)
             yield news
 
     def hear(self, events: list[Event]) -> None:

@@ -22,7 +22,7 @@ PATIENCE = 60.0  # seconds: nothing here takes one
 @cache
 def embedded() -> LLM:
     """The embedded model over a small pool."""
-    return LLM(max_model_len=256, cache_memory=24 << 20, threads=1)
+    return LLM(max_model_len=160, cache_memory=24 << 20, threads=1)
 
 
 class Answer:

@@ -13,7 +13,7 @@ import pytest
 from redraft.kv.keep.streaming_llm import Streaming
 from tests.serve.live import Live, embedded, live, post
 
-LONG = {"max_tokens": 240, "stop": None}
+LONG = {"max_tokens": 140, "stop": None}
 PROMPTS = ("def add(", "The cat sat on", "import numpy as", "Once upon a time")
 
 
@@ -180,7 +180,7 @@ def test_nonsense_is_answered_in_the_form_of_errors(hasty: Live) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
-    body = {"prompt": "def add(", "max_tokens": 240, "ignore_eos": True, "logprobs": 20, "stream": stream, "n": 4}
+    body = {"prompt": "def add(", "max_tokens": 140, "ignore_eos": True, "logprobs": 20, "stream": stream, "n": 8}
     one = hasty.raw(post("/v1/completions", body), SO_RCVBUF=2048)
     hasty.until(lambda: hasty.service.shell.busy > 0)
     hasty.idle()
@@ -195,7 +195,7 @@ def test_who_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_whoever_leaves_holds_nothing_behind_the_step_under_way(server: Live, brake: Brake, stream: bool) -> None:
     engine = server.llm.engine
-    one = server.raw(post("/v1/completions", {"prompt": "def add(", "max_tokens": 240, "ignore_eos": True, "stream": stream}))
+    one = server.raw(post("/v1/completions", {"prompt": "def add(", "max_tokens": 140, "ignore_eos": True, "stream": stream}))
     server.until(lambda: engine.table.used() > 0)
     brake.on()
     assert engine.running
