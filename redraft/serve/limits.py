@@ -64,7 +64,7 @@ class Limits:
             pass
         except Exception as error:
             reply = refused(error)
-            if reply.status == 500:
+            if reply is not error and reply.status == 500:
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             if begun:
                 return  # half an answer: uvicorn closes the connection

@@ -98,7 +98,7 @@ class Sampled(Body):
     top_k: int | None = Field(None, ge=-1, lt=MOST)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     min_tokens: int | None = Field(None, ge=0, lt=MOST)
     ignore_eos: bool | None = None
     stop_token_ids: list[Token] | None = Field(None, max_length=1024)
