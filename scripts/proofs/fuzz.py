@@ -196,7 +196,7 @@ def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = L
                 return Malformed("truncated", path, _cut(rng, path), chunks=rng.random() < 0.2)
             case 1:
                 number = rng.choice(NUMBERS)
-                while slot.types & {"number"} and number in ("1e-5000", "1" * 400):  # 0, or an honest number
+                while slot.types & {"number", "enum"} and number in ("1e-5000", "1" * 400):  # 0, or an honest number
                     slot = rng.choice(places)
                 return Malformed("number", slot.path, _put(slot.path, slot.place, number).encode())
             case 2:

@@ -111,7 +111,7 @@ def live(llm: LLM | None = None, **settings: Any) -> Iterator[Live]:
     """Runs until the block ends; then it is shut down as by SIGTERM, unless it has ended itself."""
     llm = llm or embedded()
     served = server(llm, ServeConfig(access_log=False, log_level="critical", **settings))
-    listening = socket.socket()
+    listening = socket.socket(proto=socket.IPPROTO_TCP)  # without the number asyncio does not switch Nagle's delays off
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those that it accepts inherit it
     listening.bind(("127.0.0.1", 0))
     port = listening.getsockname()[1]
