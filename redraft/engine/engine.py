@@ -555,7 +555,8 @@ class Engine:
                 ends.callback(self.sampler.end, seq.state[self.sampler])
             ends.callback(self.drafter.end, seq)
             ends.callback(self.policies.end, seq)
-        seq.border = self._border(seq)
+        with suppress(Exception):  # a policy that cannot say raises again where the text runs, and is blamed there
+            seq.border = self._border(seq)
 
     def _decoder(self, seq: Sequence) -> Decode:
         decode = self.decode if seq.params.skip_special_tokens else self.decode_all

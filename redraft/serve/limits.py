@@ -1,20 +1,30 @@
-"""What holds for every request before anyone reads it: keys, the size of bodies, and how long a client may neither send nor read."""
+"""What holds for every request before anyone reads it: keys, the size of bodies, and how long a client may neither send nor read.
+
+`Limits` sees requests; `Protocol`, below it, the connections: those that never become a request, and those whose client reads nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
+import sys
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from redraft.errors import RedraftError
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, refused
 
 OPEN = ("/health", "/ready", "/version", "/metrics")  # asked by machines that have no key
+REFUSED = "redraft.refused"  # where it has what was wrong with its body: FastAPI makes a plain 400 of whatever reading it raises
+ABORT = "redraft.abort"  # where a request's scope has the way to cut its connection off
+LINGER = 2.0  # seconds for which a body that is refused is still taken in, so that the answer is read and not lost with the connection
 
 log = logging.getLogger("redraft.serve")
 
@@ -38,25 +48,29 @@ class Limits:
 
         async def sending(message: Message) -> None:
             nonlocal begun
+            if (error := scope.get(REFUSED)) is not None:
+                raise error
             begun = True
             try:
                 await asyncio.wait_for(send(message), self.config.idle_timeout)
             except TimeoutError:
+                scope.get("state", {}).get(ABORT, _nothing)()
                 raise ClientGone from None
 
         try:
-            self._admit(scope)
+            await self._admit(scope, receive)
             await self.app(scope, self._receiving(scope, receive), sending)
         except ClientGone:
             pass
         except Exception as error:
-            if not isinstance(error, Refused | RedraftError):
+            reply = refused(error)
+            if reply is not error and reply.status == 500:
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             if begun:
-                raise ClientGone from None  # half an answer: the connection is closed
-            await answer(refused(error))(scope, receive, send)
+                return  # half an answer: uvicorn closes the connection
+            await answer(reply)(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> None:
+    async def _admit(self, scope: Scope, receive: Receive) -> None:
         headers = dict(scope["headers"])
         scope["redraft.key"] = ""
         if self.keys and scope["method"] != "OPTIONS" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
@@ -67,23 +81,36 @@ class Limits:
             scope["redraft.key"] = given.strip().decode("latin-1")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self.config.max_body:
+            if b"expect" not in headers:  # who expects waits to be told, and sends nothing
+                await _drain(receive)
             raise self._large()
 
     def _receiving(self, scope: Scope, receive: Receive) -> Receive:
         size, whole = 0, False
+        until = monotonic() + (self.config.request_timeout or float("inf"))
 
         async def receiving() -> Message:
+            try:
+                return await checked()
+            except Exception as error:
+                scope[REFUSED] = error
+                raise
+
+        async def checked() -> Message:
             nonlocal size, whole
             try:
-                message = await (receive() if whole else asyncio.wait_for(receive(), self.config.idle_timeout))
+                patience = min(self.config.idle_timeout, max(0.0, until - monotonic()))
+                message = await (receive() if whole else asyncio.wait_for(receive(), patience))
             except TimeoutError:
-                raise Refused(408, f"nothing of the body came for {self.config.idle_timeout:g} seconds") from None
+                raise Refused(408, "the body did not come in time", headers={"Connection": "close"}) from None
             if message["type"] == "http.disconnect" and not whole:
                 raise ClientGone
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
                 if size > self.config.max_body:
+                    if not whole:
+                        await _drain(receive)
                     raise self._large()
             return message
 
@@ -91,6 +118,109 @@ class Limits:
 
     def _large(self) -> Refused:
         return Refused(413, f"the body has more than {self.config.max_body} bytes", headers={"Connection": "close"})
+
+
+async def _drain(receive: Receive) -> None:
+    try:
+        async with asyncio.timeout(LINGER):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
+    except TimeoutError:
+        pass
+
+
+def _nothing() -> None:
+    pass
+
+
+class Protocol(H11Protocol):
+    """A connection whose request's head must come within idle_timeout, whose client must go on reading, and whose errors look like
+    all others."""
+
+    idle_timeout: float  # set by `patient`
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.app_state = {**self.app_state, ABORT: self._abort}
+        self._late: asyncio.TimerHandle | None = None  # runs while a head is awaited
+        self._unread = 0  # bytes that the client had not taken when it was last looked
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._watch()
+        else:
+            self._unwatch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._reap()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Behind an answer nothing came: fine, unless the answer was not even read."""
+        if self.transport.get_write_buffer_size():
+            self._reap()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def send_400_response(self, msg: str) -> None:
+        hint = getattr(sys.exception(), "error_status_hint", 400)
+        self._refuse(Refused(hint if hint in (400, 431) else 400, msg))
+
+    def _refuse(self, error: Refused) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"connection", b"close")]
+            response = h11.Response(status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status])
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+        self._reap()
+
+    def _watch(self) -> None:
+        if self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(self.idle_timeout, self._too_late)
+
+    def _unwatch(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _too_late(self) -> None:
+        self._late = None
+        if self.conn.trailing_data[0]:
+            self._refuse(Refused(408, "the head of the request did not come in time"))
+        else:
+            self.transport.close()
+
+    def _reap(self) -> None:
+        """Ends a connection that is over as soon as its client has stopped taking what is left."""
+        left = self.transport.get_write_buffer_size()
+        if left and left == self._unread:
+            self._abort()
+        elif left:
+            self._unread = left
+            self.loop.call_later(self.idle_timeout, self._reap)
+        else:
+            self.transport.close()
+
+    def _abort(self) -> None:
+        """A close would wait for the client to read."""
+        self.transport.abort()
+
+
+def patient(idle_timeout: float) -> type[Protocol]:
+    """The class that uvicorn makes connections of."""
+    return type("Connection", (Protocol,), {"idle_timeout": idle_timeout})
 
 
 def answer(error: Refused) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -32,9 +32,10 @@ from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling
 from redraft.errors import RedraftError
 from redraft.llm import LLM
-from redraft.serve import schema
+from redraft.serve import documents, schema
 from redraft.serve.config import ServeConfig
-from redraft.serve.errors import ErrorReply, Refused, clean, refused
+from redraft.serve.documents import WORKING, told
+from redraft.serve.errors import Refused, clean, refused
 from redraft.serve.limits import Limits, answer, unless_gone
 from redraft.serve.metrics import Metrics
 from redraft.serve.reply import ALTERNATIVES, Wanted, Writer
@@ -56,20 +57,6 @@ SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
     "ignore_eos", "stop_token_ids", "bad_words", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs", "stop",
 )  # fmt: skip
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply, "description": text}
-    for status, text in {
-        400: "the request is wrong: param names the field",
-        401: "no valid key",
-        404: "no such model",
-        408: "the body did not come in time",
-        413: "the body is too large",
-        429: "too many wait",
-        500: "the server's fault",
-        503: "starting, or shutting down",
-        504: "it took too long",
-    }.items()
-}
 
 
 @dataclass(frozen=True)
@@ -274,21 +261,14 @@ class Service:
         )
 
 
-router = APIRouter(responses=ERRORS)
+router = APIRouter()
 
 
 def service(http: Request) -> Service:
     return cast(Service, http.app.state.service)
 
 
-def streaming(name: str) -> dict[str, Any]:
-    """The documents of an endpoint that answers whole or as a stream."""
-    return {
-        "responses": {200: {"description": name, "content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}}
-    }
-
-
-@router.post("/v1/completions", **streaming("the texts"))
+@router.post("/v1/completions", **told(documents.Completion, *WORKING, chunk=documents.CompletionChunk))
 async def completions(http: Request, body: schema.CompletionRequest) -> Response:
     here = service(http)
     here.known(body.model)
@@ -313,7 +293,7 @@ async def completions(http: Request, body: schema.CompletionRequest) -> Response
     return await here.reply(http, body, prompts, params, wanted)
 
 
-@router.post("/v1/chat/completions", **streaming("the replies"))
+@router.post("/v1/chat/completions", **told(documents.ChatCompletion, *WORKING, chunk=documents.ChatChunk))
 async def chat(http: Request, body: schema.ChatRequest) -> Response:
     here = service(http)
     here.known(body.model)
@@ -331,7 +311,7 @@ async def chat(http: Request, body: schema.ChatRequest) -> Response:
     return await here.reply(http, body, [prompt], params, wanted)
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", **told(documents.Embeddings, *WORKING))
 async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
     here = service(http)
     model = here.known(body.model)
@@ -354,13 +334,13 @@ async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
     return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **told(documents.Models))
 async def models(http: Request) -> dict[str, Any]:
     here = service(http)
     return {"object": "list", "data": [_model(here, name) for name in here.names]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", **told(documents.Model, 404))
 async def model(http: Request, model: str) -> dict[str, Any]:
     here = service(http)
     return _model(here, here.known(model))
@@ -371,7 +351,7 @@ def _model(here: Service, name: str) -> dict[str, Any]:
     return {"id": name, **about, "max_model_len": here.llm.max_model_len, "permission": []}
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", **told(documents.Tokens, 404))
 async def tokenize(http: Request, body: schema.TokenizeRequest) -> dict[str, Any]:
     here = service(http)
     here.known(body.model)
@@ -387,7 +367,7 @@ async def tokenize(http: Request, body: schema.TokenizeRequest) -> dict[str, Any
     return found
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", **told(documents.Detokenized, 404))
 async def detokenize(http: Request, body: schema.DetokenizeRequest) -> dict[str, Any]:
     here = service(http)
     here.known(body.model)
@@ -397,7 +377,7 @@ async def detokenize(http: Request, body: schema.DetokenizeRequest) -> dict[str,
     return {"prompt": prompt.text}
 
 
-@router.get("/health")
+@router.get("/health", **told(documents.Healthy, 503))
 async def health(http: Request) -> dict[str, str]:
     """Whether the process can answer at all."""
     if not service(http).shell.alive:
@@ -405,7 +385,7 @@ async def health(http: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ready")
+@router.get("/ready", **told(documents.Ready, 503))
 async def ready(http: Request) -> dict[str, str]:
     """Whether new requests are taken."""
     shell = service(http).shell
@@ -414,17 +394,17 @@ async def ready(http: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/version")
+@router.get("/version", **told(documents.Version))
 async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=Response, **told(None))
 async def metrics(http: Request) -> Response:
     return Response(service(http).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/server_info")
+@router.get("/server_info", **told(documents.ServerInfo))
 async def server_info(http: Request) -> dict[str, Any]:
     """What is served, and what a request may choose."""
     here = service(http)
@@ -453,7 +433,7 @@ async def server_info(http: Request) -> dict[str, Any]:
     }
 
 
-@router.post("/reset_prefix_cache")
+@router.post("/reset_prefix_cache", **told(documents.Pages, 503))
 async def reset_prefix_cache(http: Request) -> dict[str, int]:
     """Forgets cached prefixes that no text under way uses."""
     here = service(http)
@@ -473,6 +453,7 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
     made = FastAPI(title="Redraft", version=__version__, lifespan=lifespan, openapi_url="/openapi.json")
     made.state.service = here
     made.include_router(router)
+    documents.describe(made, config)
 
     @made.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -16,6 +16,7 @@ from redraft.config import EngineConfig, SamplingParams
 from redraft.llm import LLM
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused
+from redraft.serve.limits import patient
 from redraft.serve.openai import Service, app
 
 GRACE = 2.0  # seconds in which streams that were ended may tell so
@@ -41,11 +42,10 @@ class Server(uvicorn.Server):
         self.dead = self.should_exit = self.service.shell.draining = True
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Waits for requests, then ends what is left with an error that its client can read."""
+        """Waits for requests, while new ones are told to go elsewhere (503); then ends what is left with an error that its client can
+        read."""
         shell = self.service.shell
         until = monotonic() + self.service.config.shutdown_timeout
-        for server in self.servers:
-            server.close()
         while shell.busy and monotonic() < until and not self.force_exit and shell.alive:
             await asyncio.sleep(TICK)
         if shell.busy:
@@ -55,13 +55,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run(engine: EngineConfig, serve: ServeConfig) -> int:
-    """Serves until a signal. 0, or 1 where the engine died."""
-    llm = LLM(config=engine)
-    policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}
-    llm.engine.policies.check(SamplingParams(**policies))  # clashes are told now, not to the first client
+def server(llm: LLM, serve: ServeConfig) -> Server:
+    """Not yet listening; its `run` serves until a signal."""
     application = app(llm, serve)
-    service: Service = application.state.service
     config = uvicorn.Config(
         application,
         host=serve.host,
@@ -72,19 +68,27 @@ def run(engine: EngineConfig, serve: ServeConfig) -> int:
         ssl_certfile=serve.ssl_certfile,
         log_level=serve.log_level,
         access_log=serve.access_log,
-        timeout_keep_alive=int(min(serve.idle_timeout, 3600)),
+        timeout_keep_alive=max(1, int(min(serve.idle_timeout, 3600))),
         h11_max_incomplete_event_size=64 << 10,
-        http="h11",
+        http=patient(serve.idle_timeout),
         ws="none",
         lifespan="on",
         server_header=False,
     )
-    server = Server(config, service)
-    names = ", ".join(service.names)
+    return Server(config, application.state.service)
+
+
+def run(engine: EngineConfig, serve: ServeConfig) -> int:
+    """Serves until a signal. 0, or 1 where the engine died."""
+    llm = LLM(config=engine)
+    policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}
+    llm.engine.policies.check(SamplingParams(**policies))  # clashes are told now, not to the first client
+    made = server(llm, serve)
+    names = ", ".join(made.service.names)
     typer.echo(f"{names}: backend {llm.runner.backend.name}, texts of up to {llm.max_model_len} tokens, {llm.guarantee.label}", err=True)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
-    if not server.started and not server.dead:
+        made.run()
+    if not made.started and not made.dead:
         return 1  # uvicorn has said why: the address is taken, mostly
     sys.stderr.flush()
-    return int(server.dead)
+    return int(made.dead)

@@ -25,7 +25,7 @@ NEUTRAL: dict[str, Any] = {"best_of": 1, "use_beam_search": False, "tools": [], 
 class Body(BaseModel):
     """A request's body: nothing unknown, and what is null counts as not given; so does what asks for nothing."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
@@ -102,7 +102,7 @@ class Sampled(Body):
     top_k: int | None = Field(None, ge=-1, lt=MOST)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
     min_tokens: int | None = Field(None, ge=0, lt=MOST)
     ignore_eos: bool | None = None
     stop_token_ids: list[Token] | None = Field(None, max_length=1024)
@@ -133,7 +133,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
     name: str | None = Field(None, max_length=1000)
-    refusal: str | None = None
+    refusal: Text | None = None
 
     def plain(self) -> dict[str, str]:
         """As templates read it."""
@@ -153,7 +153,7 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1024)
     response_format: ResponseFormat | None = None
-    metadata: dict[str, str] | None = Field(None, description="accepted, and without effect")
+    metadata: dict[Text, Text] | None = Field(None, description="accepted, and without effect")
     store: Literal[False] | None = Field(None, description="nothing is stored")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the reply goes on with the last message")

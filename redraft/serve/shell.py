@@ -7,6 +7,7 @@ cancelled holds no page after the step under way.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -22,6 +23,7 @@ from redraft.serve.errors import Refused
 from redraft.serve.metrics import Metrics
 
 log = logging.getLogger("redraft.serve")
+LONGEST_STEP = 10.0  # seconds that are waited for it at the end; a thread that hangs must not keep the process
 
 
 @dataclass(eq=False)
@@ -39,12 +41,12 @@ class Ticket:
 
     async def events(self) -> AsyncIterator[list[Event]]:
         """News, a step's at a time, until all texts are finished. Raises what ended the request before."""
-        left = self.request.params.n  # in what was taken; `left` counts what was heard
-        while left:
+        unread = self.request.params.n  # not `left`: the last news may lie behind others in the queue
+        while unread:
             news = await self.queue.get()
             if isinstance(news, Exception):
                 raise news
-            left -= sum(event.reason is not None for event in news)
+            unread -= sum(event.reason is not None for event in news)
             yield news
 
     def hear(self, events: list[Event]) -> None:
@@ -72,6 +74,7 @@ class Shell:
         self._tasks: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._end = False
+        self._calls: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._main, name="redraft-engine", daemon=True)
 
     # ---- in the event loop
@@ -118,7 +121,11 @@ class Shell:
 
     async def call(self, task: Callable[[], Any]) -> Any:
         """What `task` returns or raises, done by the engine's thread between two steps."""
+        if not self.alive:
+            raise Refused(503, "the engine stopped")
         done: asyncio.Future[Any] = self._loop.create_future()
+        self._calls.add(done)
+        done.add_done_callback(self._calls.discard)
 
         def settle(value: Any, error: BaseException | None) -> None:
             if not done.done():
@@ -129,11 +136,9 @@ class Shell:
                 value, error = task(), None
             except Exception as raised:
                 value, error = None, raised
-            self._loop.call_soon_threadsafe(settle, value, error)
+            self._tell(settle, value, error)
 
         self._do(run)
-        if not self.alive:
-            raise Refused(503, "the server is shutting down")
         return await done
 
     def fail(self, error: Exception) -> None:
@@ -145,7 +150,7 @@ class Shell:
         """Ends the thread behind the step under way."""
         self._end = True
         self._do(lambda: None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, LONGEST_STEP)
 
     def _patience(self) -> int:
         """Seconds until there may be room: what those who wait will take, as far as the latest requests tell."""
@@ -158,7 +163,13 @@ class Shell:
             self._abort(ticket)
 
     def _abort(self, ticket: Ticket) -> None:
-        self._do(lambda: self.engine.abort(ticket.request.id))
+        def abort() -> None:
+            try:
+                self.engine.abort(ticket.request.id)
+            except Exception:  # a part that cannot even end: the others go on
+                log.exception("request %s did not end well", ticket.request.id)
+
+        self._do(abort)
 
     def _hear(self, events: list[Event], failed: list[tuple[Request, Exception]]) -> None:
         news: dict[str, list[Event]] = {}
@@ -178,7 +189,11 @@ class Shell:
                 self._fail(ticket, error)
 
     def _dead(self, error: BaseException) -> None:
-        self.fail(Refused(500, "the engine stopped"))
+        stopped = Refused(500, "the engine stopped")
+        self.fail(stopped)
+        for done in list(self._calls):
+            if not done.done():
+                done.set_exception(stopped)
         self.stopped()
 
     # ---- from anywhere
@@ -189,6 +204,11 @@ class Shell:
             self._wake.notify()
 
     # ---- the engine's thread
+
+    def _tell(self, what: Callable[..., None], *about: Any) -> None:
+        """Calls it in the event loop, unless that has ended before a step that took too long."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what, *about)
 
     def _main(self) -> None:
         try:
@@ -203,7 +223,7 @@ class Shell:
         except BaseException as error:
             self.died = error
             log.critical("the engine's thread died", exc_info=error)
-            self._loop.call_soon_threadsafe(self._dead, error)
+            self._tell(self._dead, error)
 
     def _step(self) -> None:
         failed: list[tuple[Request, Exception]] = []
@@ -213,4 +233,4 @@ class Shell:
             events, failed = self.engine.settle(error)
         if events or failed:  # statistics go on changing here
             told = [replace(event, stats=event.stats.copy()) for event in events]
-            self._loop.call_soon_threadsafe(self._hear, told, failed)
+            self._tell(self._hear, told, failed)

@@ -184,12 +184,9 @@ async def alone(port: int, asked: list[Asked], places: list[int], told: Any) -> 
 
 
 def prove(options: argparse.Namespace) -> int:
-    import uvicorn
-
     from redraft import LLM
     from redraft.serve.config import ServeConfig
-    from redraft.serve.openai import app
-    from redraft.serve.run import Server
+    from redraft.serve.run import server as made
 
     def told(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -207,13 +204,12 @@ def prove(options: argparse.Namespace) -> int:
         pool = 2 * -(-options.context // 32)
     slab = llm.runner.backend.slab_bytes(llm.runner.spec)
     llm = LLM(config=llm.config.but(cache={"memory": pool * slab}))
-    config = ServeConfig(max_queue=4 * options.streams)
-    application = app(llm, config)
-    service = application.state.service
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Server(uvicorn.Config(application, port=port, log_level="error", lifespan="on", ws="none"), service)
+    config = ServeConfig(port=port, max_queue=4 * options.streams, log_level="error", access_log=False)
+    server = made(llm, config)
+    service = server.service
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

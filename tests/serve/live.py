@@ -9,12 +9,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import openai
-import uvicorn
 
 from redraft.llm import LLM
 from redraft.serve.config import ServeConfig
-from redraft.serve.openai import app
-from redraft.serve.run import Server
+from redraft.serve.run import server
 
 PATIENCE = 30.0  # seconds for what takes none on an idle machine
 
@@ -32,9 +30,8 @@ class Live:
 
     def __init__(self, llm: LLM, **settings: Any) -> None:
         self.llm = llm
-        application = app(llm, ServeConfig(log_level="error", access_log=False, shutdown_timeout=0, **settings))
-        self.service = application.state.service
-        self.server = Server(uvicorn.Config(application, port=0, log_level="error", http="h11", ws="none", lifespan="on"), self.service)
+        self.server = server(llm, ServeConfig(port=0, log_level="error", access_log=False, shutdown_timeout=0, **settings))
+        self.service = self.server.service
         self.thread = threading.Thread(target=self.server.run, name="server")
 
     def __enter__(self) -> Self:

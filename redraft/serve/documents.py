@@ -1,0 +1,359 @@
+"""What the server's OpenAPI document says of its answers: every status that an operation sends, with its form.
+
+Nothing here is run to answer a request; schemathesis holds the answers against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from redraft.serve.config import ServeConfig
+from redraft.serve.errors import ErrorReply
+from redraft.serve.limits import OPEN
+
+STATUSES = {
+    400: "the request is wrong: param names the field",
+    401: "no valid key",
+    404: "no such model",
+    408: "the request did not come in time",
+    413: "the body is too large",
+    429: "too many requests wait: Retry-After says for how long to stay away",
+    431: "the headers are too large",
+    500: "the server's fault",
+    503: "shutting down, or out of memory for this request",
+    504: "it took too long",
+}
+ALWAYS = (400, 401, 408, 413, 431, 500)  # of any operation; 401 only where there are keys and the operation wants one
+WORKING = (404, 429, 503, 504)  # runs in the engine
+KEY = "key"
+
+
+class Told(BaseModel):
+    """A part of a reply: no field beyond these is sent. One without a default is always there."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+# ---- parts of texts
+
+
+class CachedTokens(Told):
+    cached_tokens: int = Field(description="of the prompt, found in the prefix cache")
+
+
+class PredictionTokens(Told):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Usage(Told):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictionTokens | None = None
+
+
+class RequestMetrics(Told):
+    """What the request took, in seconds, and what drafting did for it."""
+
+    time_to_first_token: float | None
+    queue_time: float | None
+    mean_inter_token_latency: float | None
+    steps: int = Field(description="passes that drew a token")
+    drafted: int
+    accepted: int
+    mean_acceptance_length: float | None
+    acceptance_by_position: list[int]
+    faults: list[str] = Field(description="why a text went on without drafts")
+    seeds: list[int] = Field(description="of each prompt; the request repeated with it gives the same text")
+
+
+class Alternative(Told):
+    token: str
+    token_id: int
+    probability: float
+
+
+class Origin(Alternative):
+    """Where a token is from."""
+
+    step: int
+    origin: str = Field(description="who drafted it, or model")
+    rank: int
+    alternatives: list[Alternative]
+
+
+class Node(Told):
+    token: str
+    token_id: int
+    parent: int
+    origin: str
+    accepted: bool
+
+
+class Tree(Told):
+    step: int
+    nodes: list[Node]
+
+
+class PromptLogprob(Told):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class Piece(Told):
+    """What whole texts and pieces of streams have in common."""
+
+    index: int
+    finish_reason: Literal["stop", "length"] | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    provenance: list[Origin] | None = None
+    trees: list[Tree] | None = None
+
+
+# ---- completions
+
+
+class CompletionLogprobs(Told):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionPiece(Piece):
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class CompletionChoice(CompletionPiece):
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Frame(Told):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class Completion(Frame):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+    metrics: RequestMetrics
+
+
+class CompletionChunk(Frame):
+    """The data of an event of a stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionPiece] = Field(description="none in the chunk of the usage")
+    usage: Usage | None = None
+    metrics: RequestMetrics | None = None
+
+
+# ---- chats
+
+
+class TokenLogprob(Told):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Told):
+    content: list[ContentLogprob]
+    refusal: None
+
+
+class Reply(Told):
+    role: str
+    content: str
+    refusal: None
+
+
+class Delta(Told):
+    role: str | None = None
+    content: str
+
+
+class ChatChoice(Piece):
+    message: Reply
+    logprobs: ChatLogprobs | None
+
+
+class ChatPiece(Piece):
+    delta: Delta
+    logprobs: ChatLogprobs | None
+
+
+class ChatCompletion(Frame):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+    metrics: RequestMetrics
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunk(Frame):
+    """The data of an event of a stream."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatPiece] = Field(description="none in the chunk of the usage")
+    usage: Usage | None = None
+    metrics: RequestMetrics | None = None
+
+
+# ---- others
+
+
+class Embedding(Told):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="or little-endian float32 in base64")
+
+
+class EmbeddingUsage(Told):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Told):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Model(Told):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+    permission: list[str]
+
+
+class Models(Told):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(Told):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Told):
+    prompt: str
+
+
+class Healthy(Told):
+    status: Literal["ok"]
+
+
+class Ready(Told):
+    status: Literal["ready"]
+
+
+class Version(Told):
+    version: str
+
+
+class Pages(Told):
+    pages: int
+
+
+class CacheInfo(Told):
+    pages: int
+    tokens_per_page: int
+    prefix_sharing: bool
+
+
+class ServerInfo(Told):
+    version: str
+    models: list[str]
+    family: str
+    max_model_len: int
+    backend: str
+    dtype: str
+    device: str
+    threads: int | None
+    quant: str | None
+    draft: str
+    verify: str
+    guarantee: str
+    scheduler: dict[str, Any]
+    cache: CacheInfo
+    policies: dict[str, str | None]
+    methods: dict[str, list[str]]
+    limits: dict[str, float]
+
+
+# ---- the document
+
+
+def told(reply: type[Told] | None, *statuses: int, text: str = "the answer", chunk: type[Told] | None = None) -> dict[str, Any]:
+    """Arguments of an endpoint's decorator. reply: None where it is plain text; chunk: of the events, where it may stream."""
+    good: dict[str, Any] = {"description": text}
+    if reply is None:
+        good["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    else:
+        good["model"] = reply
+    if chunk is not None:
+        events = f"server-sent events; the data of each is a {chunk.__name__} or an ErrorReply, that of the last is [DONE]"
+        good["content"] = {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+    responses: dict[int, dict[str, Any]] = {200: good}
+    for status in sorted({*ALWAYS, *statuses}):
+        responses[status] = {"model": ErrorReply, "description": STATUSES[status]}
+    return {"response_model": None, "responses": responses}
+
+
+def describe(app: FastAPI, config: ServeConfig) -> None:
+    """Makes the document say what this server does: errors in one form, and keys where it has any."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _correct(plain(), bool(config.api_key))
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _correct(document: dict[str, Any], keys: bool) -> None:
+    parts = document["components"]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which are never sent
+        parts["schemas"].pop(name, None)
+    for chunk in (CompletionChunk, ChatChunk):
+        made = chunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+        parts["schemas"] |= made.pop("$defs", {}) | {chunk.__name__: made}
+    if keys:
+        parts["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if not keys or path in OPEN:
+                operation["responses"].pop("401", None)
+            else:
+                operation["security"] = [{KEY: []}]

@@ -1,0 +1,127 @@
+"""The server is held against its own OpenAPI document: by schemathesis, and where that cannot look by hand.
+
+Its check positive_data_acceptance is left out: that token ids lie within the vocabulary, or that a prompt fits into the context, no
+schema can say. `scripts/prove fuzz` is the long form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS
+
+from redraft.serve import documents
+from redraft.serve.config import ServeConfig
+from redraft.serve.errors import TYPES, ErrorReply
+from redraft.serve.openai import app
+from tests.serve.raw import Live, embedded, live
+
+KEY = "a-key"
+HI = [{"role": "user", "content": "hi"}]
+LEFT_OUT = ("positive_data_acceptance",)
+EXAMPLES = 10
+
+schemathesis.checks.load_all_checks()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Live]:
+    with live(api_key=(KEY,), max_n=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def document(server: Live) -> Any:
+    return server.ask("GET", "/openapi.json", Authorization=f"Bearer {KEY}").json
+
+
+def operations() -> list[Any]:
+    """Of the document as it is without a server: methods and paths are the same."""
+    paths = app(embedded(), ServeConfig()).openapi()["paths"]
+    return [(path, method.upper()) for path, several in paths.items() for method in several]
+
+
+@pytest.mark.parametrize(("path", "method"), operations())
+def test_no_answer_differs_from_the_document(server: Live, document: Any, path: str, method: str) -> None:
+    made = schemathesis.openapi.from_dict(document)
+    made.config.update(base_url=f"http://127.0.0.1:{server.port}", headers={"Authorization": f"Bearer {KEY}"})
+    excluded = [check for check in CHECKS.get_all() if check.__name__ in LEFT_OUT]
+    assert len(excluded) == len(LEFT_OUT)
+
+    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=made[path][method].as_strategy(generation_mode=GenerationMode.POSITIVE))
+    def good(case: Any) -> None:
+        case.call_and_validate(excluded_checks=excluded, timeout=60)
+
+    @settings(max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=made[path][method].as_strategy(generation_mode=GenerationMode.NEGATIVE))
+    def bad(case: Any) -> None:
+        case.call_and_validate(excluded_checks=excluded, timeout=60)
+
+    good()
+    if method == "POST" and path != "/reset_prefix_cache":  # the others take nothing that could be wrong
+        bad()
+
+
+def test_errors_have_one_form_and_nothing_else_is_promised(document: Any) -> None:
+    assert not [name for name in document["components"]["schemas"] if "ValidationError" in name]
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            statuses = set(operation["responses"])
+            assert "422" not in statuses and {"200", "400", "500"} <= statuses
+            assert ("401" in statuses) == ("security" in operation) == (path not in ("/health", "/ready", "/version", "/metrics"))
+            for status in statuses - {"200"}:
+                form = operation["responses"][status]["content"]["application/json"]["schema"]
+                assert form == {"$ref": "#/components/schemas/ErrorReply"}
+            for form in operation["responses"]["200"]["content"].values():
+                assert form["schema"] not in ({}, {"type": "object", "additionalProperties": True}), path
+    assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    assert set(documents.STATUSES) <= set(TYPES)
+
+
+def test_without_keys_none_are_spoken_of() -> None:
+    made = app(embedded(), ServeConfig()).openapi()
+    assert "securitySchemes" not in made["components"] and '"401"' not in json.dumps(made)
+
+
+def test_other_methods_are_refused_and_the_right_ones_named(server: Live) -> None:
+    refused = server.ask("GET", "/v1/completions", Authorization=f"Bearer {KEY}")
+    assert refused.status == 405 and refused.headers["Allow"] == "POST"
+    ErrorReply.model_validate(refused.json)
+    ErrorReply.model_validate(server.ask("GET", "/nowhere", Authorization=f"Bearer {KEY}").json)
+
+
+@pytest.mark.parametrize(
+    ("path", "chunk", "body"),
+    [
+        ("/v1/completions", documents.CompletionChunk, {"prompt": "def add(", "logprobs": 2, "echo": True}),
+        ("/v1/completions", documents.CompletionChunk, {"prompt": ["a", "b"], "n": 2, "provenance": True, "return_token_ids": True}),
+        ("/v1/chat/completions", documents.ChatChunk, {"messages": HI, "stream_options": {"include_usage": True}}),
+        ("/v1/chat/completions", documents.ChatChunk, {"messages": HI, "logprobs": True, "top_logprobs": 2}),
+    ],
+)  # fmt: skip
+def test_events_of_streams_have_the_documented_forms(server: Live, document: Any, path: str, chunk: Any, body: Any) -> None:
+    answer = server.ask("POST", path, {**body, "stream": True, "max_tokens": 6}, Authorization=f"Bearer {KEY}")
+    *events, last = answer.events()
+    assert events and last == "[DONE]"
+    for event in events:
+        chunk.model_validate(event, strict=True)
+    assert chunk.__name__ in document["components"]["schemas"]
+
+
+def test_all_that_can_be_asked_for_has_the_documented_form(server: Live) -> None:
+    more = {"max_tokens": 6, "provenance": True, "return_token_ids": True, "prediction": {"type": "content", "content": "a, b, c"}}
+    extras = {"prompt_logprobs": 1, "n": 2, **more}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2, **extras}
+    for path, form, body in (
+        ("/v1/completions", documents.Completion, {"prompt": "def add(", "logprobs": 2, **extras}),
+        ("/v1/completions", documents.Completion, {"prompt": "def add(", "logprobs": 2, "echo": True, **more}),
+        ("/v1/chat/completions", documents.ChatCompletion, chat),
+    ):
+        form.model_validate(server.ask("POST", path, body, Authorization=f"Bearer {KEY}").json, strict=True)
