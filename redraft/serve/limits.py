@@ -39,7 +39,8 @@ class Limits:
             nonlocal begun
             begun = True
             try:
-                await asyncio.wait_for(send(message), self.config.idle_timeout)
+                async with asyncio.timeout(self.config.idle_timeout):  # wait_for would make a task of each piece of a stream
+                    await send(message)
             except TimeoutError:
                 raise ClientGone from None
 
