@@ -224,7 +224,7 @@ def gguf(options: argparse.Namespace) -> Path:
 def ratios(found: Found, at: int, name: str, figure: str, base: str = OFF) -> list[float]:
     """Of each round, to `base` of the same round; empty where one of them has no such figure."""
     both = zip(found.get((at, name), ()), found.get((at, base), ()), strict=False)
-    return [one.figures[figure] / other.figures[figure] for one, other in both if figure in one.figures and other.figures.get(figure)]
+    return [one.figures[figure] / other.figures[figure] for one, other in both if one.figures.get(figure) and other.figures.get(figure)]
 
 
 def spread(values: list[float]) -> str:
@@ -242,8 +242,8 @@ def tables(found: Found) -> Iterator[str]:
     for (at, name), rounds in found.items():
         cells = []
         for figures_ in SHOWN.values():
-            there = [[one.figures[figure] for one in rounds] for figure in figures_ if figure in rounds[0].figures]
-            cells.append(" / ".join(f"{statistics.median(values):.1f}" for values in there))
+            there = [[one.figures[figure] for one in rounds if one.figures.get(figure) is not None] for figure in figures_]
+            cells.append(" / ".join(f"{statistics.median(values):.1f}" for values in there if values))
         yield f"| {at} | {name} | {' | '.join(cells)} |"
     yield ""
     yield f"| in flight | to {OFF} | tokens/s | TTFT | TPOT | E2EL |"

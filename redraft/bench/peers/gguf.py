@@ -84,7 +84,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         raise Unsupported(f"{folder}: GGUF files are written with the tokenizer of a tokenizer.json, which is not there") from None
     model, bos = whole["model"], tokenizer.hf.bos_token_id
     parts = _parts(whole["pre_tokenizer"], "pretokenizers")
-    cuts = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split"]
+    cuts = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split" and part["behavior"] == "Isolated"]
     level = parts[-1] if parts and parts[-1]["type"] == "ByteLevel" else {}
     cut = "" if not cuts and level.get("use_regex", True) else cuts[0] if len(cuts) == 1 and not level.get("use_regex", True) else None
     bare, wrapped = tokenizer.encode("a", special=False), tokenizer.encode("a")
