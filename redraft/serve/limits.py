@@ -52,7 +52,8 @@ class Limits:
                 raise error
             begun = True
             try:
-                await asyncio.wait_for(send(message), self.config.idle_timeout)
+                async with asyncio.timeout(self.config.idle_timeout):  # wait_for would make a task of each piece of a stream
+                    await send(message)
             except TimeoutError:
                 scope.get("state", {}).get(ABORT, _nothing)()
                 raise ClientGone from None

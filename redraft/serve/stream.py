@@ -23,26 +23,35 @@ DONE = b"data: [DONE]\n\n"
 
 async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> AsyncIterator[Any]:
     """What `source` yields, and None whenever it was silent for `every` seconds; Refused (504) at `deadline`, of time.monotonic."""
-    ahead: asyncio.Future[Any] | None = None
+    queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue()
+
+    async def pump() -> None:  # one task for all pieces: a time-out of `anext` would end the source
+        try:
+            async for value in source:
+                queue.put_nowait((value, None))
+            queue.put_nowait((None, StopAsyncIteration()))
+        except Exception as error:
+            queue.put_nowait((None, error))
+
+    pumping = asyncio.ensure_future(pump())
     try:
         while True:
-            ahead = ahead or asyncio.ensure_future(anext(source))
-            await asyncio.wait({ahead}, timeout=max(0.0, min(every, deadline - monotonic())))
-            if ahead.done():
-                done, ahead = ahead, None
-                try:
-                    value = done.result()
-                except StopAsyncIteration:
-                    return
-                yield value
-            elif monotonic() >= deadline:
-                raise Refused(504, "the request took longer than this server allows")
-            else:
+            try:
+                async with asyncio.timeout(max(0.0, min(every, deadline - monotonic()))):
+                    value, error = await queue.get()
+            except TimeoutError:
+                if monotonic() >= deadline:
+                    raise Refused(504, "the request took longer than this server allows") from None
                 yield None
+                continue
+            if isinstance(error, StopAsyncIteration):
+                return
+            if error is not None:
+                raise error
+            yield value
     finally:
-        if ahead is not None:
-            ahead.cancel()
-            await asyncio.gather(ahead, return_exceptions=True)
+        pumping.cancel()
+        await asyncio.gather(pumping, return_exceptions=True)
 
 
 async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:

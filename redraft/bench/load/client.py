@@ -189,8 +189,6 @@ class Client:
             record.failure = "timeout", f"no end within {self.target.timeout:g} s"
         except (aiohttp.ClientError, OSError) as error:
             record.failure = "cut short" if begun else "connection", said(str(error) or type(error).__name__)
-        if record.counted == "usage":
-            record.text = ""  # only needed for counting
 
     # ---- what is asked beside the measurement
 

@@ -1,14 +1,16 @@
 """A checkpoint as one GGUF file, for the engines that read nothing else. Numbers are copied as they are, matrices in the run's dtype.
 
-The file has no tokenizer: a benchmark speaks in token ids.
+A benchmark that speaks in token ids needs no tokenizer in the file; a server's does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from redraft.bench.shapes import cache_folder
 from redraft.errors import Unsupported
 from redraft.models import loader
 from redraft.models.spec import Mlp, ModelSpec
+from redraft.models.tokenizer import Tokenizer
 
 FAMILIES = ("llama", "qwen2")
 _TOP = {"embed": "token_embd.weight", "head": "output.weight", "final_norm.weight": "output_norm.weight"}
@@ -27,36 +30,127 @@ _PARTS = {
     "attn_norm": ("attn_norm",), "qkv": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",),
     "mlp_norm": ("ffn_norm",), "up": ("ffn_gate", "ffn_up"), "down": ("ffn_down",),
 }  # fmt: skip
+_CUTS = {  # into words, before bytes are merged: llama.cpp knows expressions by the name of who had them first
+    "": "gpt-2",  # what tokenizer.json leaves to its own ByteLevel
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
 
 
-def converted(folder: Path, dtype: str) -> Path:
-    """The file, from the cache folder or written into it."""
+def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
+    """The file, from the cache folder or written into it. tokenizer: with the checkpoint's, which has to be byte-level BPE."""
     found = loader.inspect(folder, dtype)
     kind = str(found.dtype).removeprefix("torch.")
     if found.spec.family not in FAMILIES or kind not in ("bfloat16", "float16", "float32"):
         raise Unsupported(
             f"GGUF files are written for {', '.join(FAMILIES)} in bfloat16, float16 or float32, not {found.spec.family} in {kind}"
         )
+    vocabulary = read_vocabulary(folder) if tokenizer else None
     files = sorted((str(file), file.stat().st_mtime_ns) for file in {entry.file for entry in found.entries.values()})
     name = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()[:10]
-    made = cache_folder() / "gguf" / f"{folder.resolve().name}-{kind}-{name}.gguf"
+    made = cache_folder() / "gguf" / f"{folder.resolve().name}-{kind}{'-text' * tokenizer}-{name}.gguf"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         part = made.with_suffix(f".{os.getpid()}.part")
         try:
-            _write(part, found)
+            _write(part, found, vocabulary)
             part.rename(made)
         finally:
             part.unlink(missing_ok=True)
     return made
 
 
-def _write(path: Path, found: loader.Checkpoint) -> None:
+@dataclass(frozen=True)
+class Vocabulary:
+    """Of byte-level BPE. cut: what llama.cpp calls the way in which it cuts a text into words; special: ids of tokens that are no
+    text; added: ids of texts that are one token wherever they stand; begins: whether every text begins with `bos`."""
+
+    tokens: dict[int, str]
+    merges: list[str]
+    special: frozenset[int]
+    added: frozenset[int]
+    cut: str
+    begins: bool
+    bos: int | None
+    eos: int | None
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """Unsupported names what llama.cpp would do otherwise."""
+    tokenizer = Tokenizer(folder)
+    try:
+        whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise Unsupported(f"{folder}: GGUF files are written with the tokenizer of a tokenizer.json, which is not there") from None
+    model, bos = whole["model"], tokenizer.hf.bos_token_id
+    parts = _parts(whole["pre_tokenizer"], "pretokenizers")
+    cuts = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split" and part["behavior"] == "Isolated"]
+    level = parts[-1] if parts and parts[-1]["type"] == "ByteLevel" else {}
+    cut = "" if not cuts and level.get("use_regex", True) else cuts[0] if len(cuts) == 1 and not level.get("use_regex", True) else None
+    bare, wrapped = tokenizer.encode("a", special=False), tokenizer.encode("a")
+    around = wrapped[: len(wrapped) - len(bare)]
+    for wrong, what in (
+        (model["type"] != "BPE" or model.get("byte_fallback") or not level, f"{model['type']} that is not of bytes"),
+        (any(part["type"] != "NFC" for part in _parts(whole.get("normalizer"), "normalizers")), "a normalizer"),
+        (level.get("add_prefix_space"), "a space before every text"),
+        (len(parts) != len(cuts) + 1 or cut not in _CUTS, f"words cut by {cuts or [part['type'] for part in parts]}"),
+        (bool(model.get("ignore_merges")) != (_CUTS.get(cut or "") == "llama-bpe"), f"ignore_merges = {model.get('ignore_merges')}"),
+        (wrapped != [*around, *bare] or around not in ([], [bos]), "tokens around a text"),
+    ):
+        if wrong:
+            raise Unsupported(f"{folder}: GGUF files are written with tokenizers that llama.cpp has too, not one with {what}")
+    added = whole.get("added_tokens") or []
+    return Vocabulary(
+        tokens={id: token for token, id in model["vocab"].items()} | {token["id"]: token["content"] for token in added},
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        special=frozenset(token["id"] for token in added if token["special"]),
+        added=frozenset(token["id"] for token in added),
+        cut=_CUTS[cut or ""],
+        begins=bool(around),
+        bos=bos,
+        eos=tokenizer.hf.eos_token_id,
+    )
+
+
+def _parts(step: Any, inside: str) -> list[Any]:
+    """Of a Sequence its steps, of none nothing."""
+    return [] if step is None else step[inside] if step["type"] == "Sequence" else [step]
+
+
+def _tokenizer(writer: Any, vocabulary: Vocabulary, size: int) -> None:
+    kinds: Any = importlib.import_module("gguf").TokenType
+    ids = range(size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.cut)
+    writer.add_token_list([vocabulary.tokens.get(id, f"[PAD{id}]") for id in ids])
+    writer.add_token_types(
+        [
+            kinds.CONTROL if id in vocabulary.special
+            else kinds.USER_DEFINED if id in vocabulary.added
+            else kinds.NORMAL if id in vocabulary.tokens
+            else kinds.UNUSED
+            for id in ids
+        ]
+    )  # fmt: skip
+    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.bos is not None:
+        writer.add_bos_token_id(vocabulary.bos)
+    if vocabulary.eos is not None:
+        writer.add_eos_token_id(vocabulary.eos)
+    writer.add_add_bos_token(vocabulary.begins)
+    writer.add_add_eos_token(False)
+
+
+def _write(path: Path, found: loader.Checkpoint, vocabulary: Vocabulary | None) -> None:
     gguf: Any = importlib.import_module("gguf")  # an optional package
     kinds = gguf.GGMLQuantizationType
     matrix = {torch.bfloat16: kinds.BF16, torch.float16: kinds.F16, torch.float32: kinds.F32}[found.dtype]
     writer: Any = gguf.GGUFWriter(path, found.spec.family)
     _header(writer, found.spec, loader.read_config(found.path))
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        _tokenizer(writer, vocabulary, found.spec.vocab)
     for write in (False, True):  # what there is, then the numbers one by one
         for name, tensor in _tensors(found):
             data = (tensor.to(found.dtype) if tensor.ndim > 1 else tensor.float()).contiguous().view(torch.uint8).numpy()
@@ -86,7 +180,6 @@ def _header(writer: Any, spec: ModelSpec, config: Any) -> None:
     writer.add_rope_dimension_count(layer.head_dim)
     writer.add_rope_freq_base(_theta(config))
     writer.add_vocab_size(spec.vocab)
-    writer.add_tokenizer_model("none")
 
 
 def _theta(config: Any) -> float:

@@ -1,0 +1,76 @@
+"""Pieces of a stream as they come, with signs of life between and an end in time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from redraft.serve.errors import Refused
+from redraft.serve.stream import paced
+
+FAR = 3600.0
+
+
+class Source:
+    """Yields pieces, sleeps where a number stands among them, raises exceptions. ended: nobody holds it any more."""
+
+    def __init__(self, *pieces: Any) -> None:
+        self.pieces, self.ended = pieces, False
+
+    async def told(self) -> AsyncIterator[str]:
+        try:
+            for piece in self.pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                if isinstance(piece, float):
+                    await asyncio.sleep(piece)
+                else:
+                    yield piece
+        finally:
+            self.ended = True
+
+
+def heard(source: Source, every: float = FAR, deadline: float = FAR, most: int = 99) -> list[str | None]:
+    async def run() -> list[str | None]:
+        found: list[str | None] = []
+        async with aclosing(paced(source.told(), every, monotonic() + deadline)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                found.append(piece)
+                if len(found) == most:
+                    break
+        assert source.ended, "left running"
+        return found
+
+    return asyncio.run(run())
+
+
+def test_all_pieces_come_in_order() -> None:
+    assert heard(Source("a", "b", 0.01, "c")) == ["a", "b", "c"]
+
+
+def test_silence_is_told_and_loses_nothing() -> None:
+    found = heard(Source("a", 0.2, "b", "c"), every=0.05)
+    assert [piece for piece in found if piece] == ["a", "b", "c"] and found[1] is None
+
+
+def test_the_deadline_ends_it() -> None:
+    source = Source("a", FAR)
+    with pytest.raises(Refused) as refused:
+        heard(source, every=0.02, deadline=0.05)
+    assert refused.value.status == 504 and source.ended
+
+
+def test_errors_of_the_source_pass_behind_what_came_before() -> None:
+    source = Source("a", ValueError("broken"))
+    with pytest.raises(ValueError, match="broken"):
+        heard(source)
+    assert heard(Source("a", ValueError("broken")), most=1) == ["a"]
+
+
+def test_who_leaves_ends_the_source() -> None:
+    assert heard(Source("a", FAR, "b"), most=1) == ["a"]
