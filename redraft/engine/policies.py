@@ -156,10 +156,7 @@ class Policies:
         self._release(seq)
         seq.sought = False
         if seq.policies is not None and seq.policies.keep in seq.state:
-            try:
-                seq.policies.keep.end(seq.state.pop(seq.policies.keep))
-            except Exception as error:  # what is over cannot fail any more, and the others' news are not told yet
-                seq.fault = seq.fault or f"{seq.params.keep}: {type(error).__name__}: {error}"
+            seq.policies.keep.end(seq.state.pop(seq.policies.keep))
 
     def take_over(self, seq: Sequence, spare: int) -> None:
         """Attaches what is due of the text that this one was made from. Its cached pages are held meanwhile, as long as `spare`

@@ -143,10 +143,11 @@ class TargetLaw:
     def draw(self, rows: Seq[int]) -> list[int]:
         """The token drawn at each logit row, by the processors and noise of its own sequence, path and position."""
         drawn: list[int] = [int(self.out.argmax[row]) for row in rows]
-        if all(self._argmax_suffices(work.seq) for work in self.work):
+        number = min(drawn, default=0) >= 0
+        if number and all(self._argmax_suffices(work.seq) for work in self.work):
             return drawn
         packed, owners = self._owners(rows)
-        if min(drawn, default=0) < 0:
+        if not number:
             raise NotNumbers(self.work[owners[drawn.index(-1)]].seq)
         asked = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
         fetched = self._fetch([rows[i] for i in asked])
