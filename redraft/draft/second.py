@@ -76,7 +76,9 @@ class NextLaw:
     def nth(self, i: int) -> int | None:
         """The place of the i-th sample without replacement, from 0; None where no token with mass is left."""
         while i >= len(self._order) < len(self.ids):
-            self._order = self.best(2 * (i + 1))
+            if len(found := self.best(2 * (i + 1))) <= len(self._order):
+                raise ValueError("the draft's law holds NaN")
+            self._order = found
         return self._order[i] if i < len(self._order) else None
 
     def samples(self, numbers: Seq[int]) -> list[int]:

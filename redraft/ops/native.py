@@ -144,7 +144,7 @@ class NativeOps(TorchOps):
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
         self.inside = 0.0  # seconds in kernels so far
-        self._coded: set[str] = set()  # formats whose codes the kernels read and write
+        self._codecs: dict[str, bool] = {}  # formats, and whether the kernels read and write their codes
         self._segments: dict[int, Any] = {}
         self._models: dict[int, Model] = {}
         self._places: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
@@ -165,7 +165,8 @@ class NativeOps(TorchOps):
 
     def define(self, pool: Pool, fmt: Format) -> int:
         known = getattr(fmt.codec, "layout", "") == INT8_VECTORS and not fmt.sides
-        (self._coded.add if known else self._coded.discard)(fmt.name)
+        if self._codecs.setdefault(fmt.name, known) != known:
+            raise Unsupported(f"format {fmt.name!r} is of two layouts, of which the kernels read one")
         return super().define(pool, fmt)
 
     # ---- weights
@@ -235,7 +236,7 @@ class NativeOps(TorchOps):
         if turns.size:
             self._call("rd_turns", model.rotaries, batch.positions.tobytes(), len(batch.tokens), turns.ctypes.data)
         plan = NativePlan(batch, model, turns)
-        ours = [view is None or (view == View(view.format) and view.format in self._coded) for view in batch.views]
+        ours = [view is None or (view == View(view.format) and self._codecs.get(view.format)) for view in batch.views]
         theirs = [s for s in range(count) if not ours[s]]
         if theirs:
             other, rows = batch.only(theirs)
@@ -291,7 +292,7 @@ class NativeOps(TorchOps):
                 pages.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a,
             )  # fmt: skip
             bits += 8 * words * (z - t)
-        pool = plan.model.coded if name in self._coded else plan.model.pool
+        pool = plan.model.coded if self._codecs.get(name) else plan.model.pool
         step = abi.Step(starts[-1], count, seqs, pool, plan.turns.ctypes.data, None, 0)
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
         return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept, seen)
@@ -382,7 +383,7 @@ class NativeOps(TorchOps):
         return out
 
     def _reads(self, pool: Pool, group: Group) -> bool:
-        return pool.shelves[group.format].exact or group.format in self._coded
+        return pool.shelves[group.format].exact or self._codecs.get(group.format, False)
 
     def _attend_group(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -450,7 +451,7 @@ class NativeOps(TorchOps):
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> Outputs:  # type: ignore[override]
-        head, norm, wanted = weights.head, weights.final_norm, plan.batch.logit_rows
+        head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, x.contiguous()
         if not isinstance(head, Packed) or taps.logits:
             rows = x if len(wanted) == x.shape[0] else x.index_select(0, torch.from_numpy(wanted))
             logits = self.linear(self.norm(rows, norm, final), head)

@@ -383,3 +383,12 @@ def test_nothing_grows_deeper_than_the_budget_and_a_token_is_one_node() -> None:
 def test_options_are_checked(name: str, option: str) -> None:
     with pytest.raises(InvalidInput, match="candidates"):
         registry.create("draft", f"{name}:{option}")
+
+
+@pytest.mark.parametrize("noise", [None, 7])
+def test_a_law_of_no_numbers_is_told(noise: int | None) -> None:
+    """Where a draft model computes NaN; the guard drops the drafter then, and the text goes on."""
+    law = NextLaw(np.arange(3), np.array([1.0, np.nan, 3.0]), noise, target=True)
+    with pytest.raises(ValueError, match="NaN"):
+        for i in range(3):
+            law.nth(i)

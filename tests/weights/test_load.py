@@ -191,7 +191,7 @@ def test_a_second_model_is_quantized_and_its_head_trimmed(name: str, path: Path,
     second = companion(llm.runner, None)
     assert isinstance(second.weights.head, Quantized) and isinstance(second.weights.layers[0].down, Quantized)
     trimmed = llm.sibling(draft=f"vocabtrim:keep=9,text={sample}")
-    opened: Any = trimmed.engine.drafter
+    opened: Any = trimmed.engine.drafter.own
     while not hasattr(opened, "keep"):
         opened = opened.drafter
     (inner,) = opened.parts
