@@ -107,6 +107,9 @@ class Shell:
         self._tickets[request.id] = ticket
         try:
             await self.call(lambda: self.engine.add(request))
+        except RedraftError:  # it never began, so it counts nowhere
+            self._tickets.pop(request.id, None)
+            raise
         except BaseException:  # also where the client went while the request waited to be added
             self.forget(ticket)
             raise
