@@ -44,7 +44,7 @@ class Metrics:
             return Gauge(name(text), what, [*self._labels], registry=self.registry).labels(**self._labels)
 
         self.running = gauge("num_requests_running", "Texts under way.")
-        self.waiting = gauge("num_requests_waiting", "Requests that wait.")
+        self.waiting = gauge("num_requests_waiting", "Texts that wait, preempted ones too.")
         self.usage = gauge("kv_cache_usage_perc", "Share of the cache in use, 1 being all.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that began to run.").labels(**self._labels)
         self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**self._labels)

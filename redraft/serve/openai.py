@@ -9,6 +9,7 @@ import inspect
 import itertools
 import secrets
 import time
+import typing
 from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from redraft.config import SamplingParams
 from redraft.core import sequence
 from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling
-from redraft.errors import RedraftError
+from redraft.errors import PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.serve import documents, schema
 from redraft.serve.config import ServeConfig
@@ -44,6 +45,10 @@ from redraft.serve.stream import EventStream, lines, whole
 
 PREDICTED = "aggressive"  # the drafter of a request's prediction
 LARGEST = 64  # of a number in a drafter's options, where a request chooses it: tables grow with it
+PLAIN = {int, float, bool, type(None)}  # types of options that a request may give
+SPELLED = ("parts", "draft", "branching")  # and options of text that name methods and shapes, never files
+INPUTS = 2048  # texts of one request for embeddings
+SLACK = 2  # a tokenizer may make letters fewer before it reads them
 COMPLETION_TOKENS = 16  # OpenAI's default
 FIELDS = {
     "draft": "speculation.method",
@@ -76,9 +81,10 @@ class Service:
         self.names = config.served_model_name or (name,)
         self.metrics = Metrics(config.metrics_prefix, self.names[0])
         self.shell = Shell(llm.engine, self.metrics, max_queue=config.max_queue)
-        self.metrics.watch(llm.engine, lambda: self.shell.queued)
+        self.metrics.watch(llm.engine, lambda: len(llm.engine.waiting))
         self.began = int(time.time())
         self._numbers = itertools.count()
+        self._longest = max(len(llm.tokenizer.bytes_of(token)) for token in range(llm.runner.spec.vocab))
         self._reader = ThreadPoolExecutor(1, "redraft-tokenizer")  # long texts take a while; one thread, as tokenizers want it
         self._arguments = frozenset(inspect.signature(llm.tokenizer.hf.apply_chat_template).parameters) | {"messages", "template"}
 
@@ -140,17 +146,18 @@ class Service:
             return text
         try:
             name, given = registry.parse(text)
+            hints = typing.get_type_hints(registry.method(seam, name))
+            for option, value in given.items():
+                if not {*(typing.get_args(hints.get(option, int)) or (hints.get(option, int),))} <= PLAIN and option not in SPELLED:
+                    raise Refused(400, f"{name}: a request cannot choose {option!r}: it may name a file", FIELDS[seam])
+                if seam == "draft" and _number(value) > LARGEST:
+                    raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", FIELDS[seam])
+                if option in ("parts", "draft"):
+                    for part in registry.split(value, "+"):
+                        self._safe(seam, part, own)
             registry.create(seam, text)
         except RedraftError as error:
             raise Refused(400, str(error), FIELDS[seam]) from None
-        for option, value in given.items():
-            if option == "model":
-                raise Refused(400, f"{name}: a request cannot choose a model", FIELDS[seam])
-            if seam == "draft" and value.lstrip("-").isdigit() and int(value[:20]) > LARGEST:
-                raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", FIELDS[seam])
-            if seam == "draft" and option in ("parts", "draft"):
-                for part in registry.split(value, "+"):
-                    self._safe(seam, part, own)
         return text
 
     @staticmethod
@@ -176,18 +183,27 @@ class Service:
             many = list(given)
         if not many:
             raise Refused(400, "no prompt was given", field)
-        if len(many) > self.config.max_queue:
-            raise Refused(400, f"{len(many)} prompts: at most {self.config.max_queue} are allowed", field)
+        most = INPUTS if field == "input" else self.config.max_queue
+        if len(many) > most:
+            raise Refused(400, f"{len(many)} prompts: at most {most} are allowed", field)
         return [await self.read(partial(self._prompt, one, special, texts, field)) for one in many]
 
     def _prompt(self, one: str | list[int], special: bool, texts: bool, field: str) -> Prompt:
         tokenizer = self.llm.tokenizer
         if isinstance(one, str):
-            return Prompt(tokenizer.encode(one, special=special), one)
+            return Prompt(tokenizer.encode(self._fitting(one, field), special=special), one)
         size = self.llm.runner.spec.vocab
         if outside := next((token for token in one if token >= size), None):
             raise Refused(400, f"token {outside}: not in 0..{size - 1}", field)
         return Prompt(list(one), tokenizer.decode_all(list(one)) if texts else "")
+
+    def _fitting(self, text: str, field: str) -> str:
+        """Refuses what cannot fit before it is read: to read megabytes takes seconds, for which others would wait."""
+        most = SLACK * self.llm.max_model_len * self._longest
+        if len(text) > most:
+            message = f"the text has {len(text)} letters: max_model_len = {self.llm.max_model_len} tokens cannot hold them"
+            raise Refused(400, message, field, "context_length_exceeded")
+        return text
 
     async def conversation(self, body: schema.ChatRequest | schema.TokenizeRequest) -> Prompt:
         assert body.messages is not None
@@ -206,7 +222,7 @@ class Service:
 
     def _render(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Prompt:
         text = self.llm.tokenizer.render(messages, **options)
-        return Prompt(self.llm.tokenizer.encode(text, special=False), text)
+        return Prompt(self.llm.tokenizer.encode(self._fitting(text, "messages"), special=False), text)
 
     # ---- answers
 
@@ -215,20 +231,19 @@ class Service:
     ) -> list[Ticket]:
         """All of them are queued, or none."""
         if isinstance(params.prediction, str):
-            ids = await self.read(partial(self.llm.tokenizer.encode, params.prediction, special=False))
+            ids = await self.read(partial(self.llm.tokenizer.encode, self._fitting(params.prediction, "prediction"), special=False))
             params = params.but(prediction=tuple(ids))
         salt = hashlib.sha256(key.encode()).hexdigest()[:SALTED] if key else ""
         salt += f"/{body.cache_salt}" if body.cache_salt else ""
-        tickets: list[Ticket] = []
+        requests = []
+        for prompt in prompts:
+            name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
+            requests.append(sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, pool=pool))
         try:
-            for prompt in prompts:
-                name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-                made = sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, pool=pool)
-                tickets.append(await self.shell.submit(made))
-        except BaseException:
-            self.shell.forget(*tickets)
-            raise
-        return tickets
+            return await self.shell.submit(*requests)
+        except PromptTooLong as error:
+            field = "input" if pool else "messages" if isinstance(body, schema.ChatRequest) else "prompt"
+            raise Refused(400, str(error), field, "context_length_exceeded") from None
 
     @property
     def deadline(self) -> float:
@@ -256,7 +271,7 @@ class Service:
             token_ids=bool(body.return_token_ids),
             provenance=params.provenance,
             usage=bool(body.stream_options and body.stream_options.include_usage),
-            predicted=PREDICTED if params.prediction is not None else "",
+            predicted=PREDICTED if body.prediction is not None else "",
             **more,
         )
 
@@ -321,10 +336,12 @@ async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
     pool = Pooling(body.pooling or "last")
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0)
     prompts = await here.prompts(body.input, field="input")
-    tickets = await here.submit(prompts, params, http.scope["redraft.key"], body, pool)
-    writer = Writer(Wanted("", model, False), here.llm.tokenizer, tickets, [""] * len(tickets))
-    await unless_gone(http.receive, whole(writer, here.deadline), partial(here.shell.forget, *tickets))
-    data = []
+    deadline, tickets, data = here.deadline, [], []
+    for at in range(0, len(prompts), here.config.max_queue):  # as many at a time as may wait
+        some = await here.submit(prompts[at : at + here.config.max_queue], params, http.scope["redraft.key"], body, pool)
+        writer = Writer(Wanted("", model, False), here.llm.tokenizer, some, [""] * len(some))
+        await unless_gone(http.receive, whole(writer, deadline), partial(here.shell.forget, *some))
+        tickets += some
     for index, ticket in enumerate(tickets):
         vector = ticket.request.embedding(body.normalize is not False).astype(np.float32)
         told: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
@@ -450,7 +467,7 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
         yield
         await here.shell.stop()
 
-    made = FastAPI(title="Redraft", version=__version__, lifespan=lifespan, openapi_url="/openapi.json")
+    made = FastAPI(title="Redraft", version=__version__, lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
     made.state.service = here
     made.include_router(router)
     documents.describe(made, config)
@@ -497,3 +514,11 @@ def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
 
 
 __all__ = ["Service", "app", "refused"]
+
+
+def _number(text: str) -> float:
+    """What an option's value comes to, 0 where it is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST = 1 << 31  # of numbers that count something
 Text = Annotated[str, Field(max_length=64 << 20)]
+Short = Annotated[str, Field(max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=MOST)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Id = Annotated[str, Field(pattern=r"^\d{1,10}$")]
@@ -35,7 +36,7 @@ class Body(BaseModel):
         for name, what in LACKING.items():
             if values.get(name) not in (None, NEUTRAL.get(name)):
                 raise ValueError(f"{name}: this server does not offer {what}")
-        return {name: value for name, value in values.items() if value is not None or name not in LACKING}
+        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
 
 
 class StreamOptions(Body):
@@ -87,7 +88,7 @@ class Sampled(Body):
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
-    stop: Text | list[Text] | None = None
+    stop: Short | list[Short] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, description="token id -> added to its logit")
@@ -106,7 +107,7 @@ class Sampled(Body):
     min_tokens: int | None = Field(None, ge=0, lt=MOST)
     ignore_eos: bool | None = None
     stop_token_ids: list[Token] | None = Field(None, max_length=1024)
-    bad_words: list[Text] | None = Field(None, max_length=1024)
+    bad_words: list[Annotated[str, Field(max_length=100)]] | None = Field(None, max_length=64)
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)

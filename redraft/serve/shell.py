@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -97,23 +98,38 @@ class Shell:
         """Requests that did not run yet."""
         return sum(ticket.request.admitted is None for ticket in self._tickets.values())
 
-    async def submit(self, request: Request) -> Ticket:
-        """Queues a request. Refused where there is no room, RedraftError where the engine does not take it."""
+    @property
+    def room(self) -> int:
+        """Requests that may still be queued: those that can run at once do not wait."""
+        return self.max_queue + max(0, self.engine.scheduler.max_seqs - len(self.engine.running)) - self.queued
+
+    async def submit(self, *requests: Request) -> list[Ticket]:
+        """Queues requests, all or none. Refused where there is no room, RedraftError where the engine does not take one."""
         if self.draining or not self.alive:
             raise Refused(503, "the server is shutting down", headers={"Retry-After": "5"})
-        if self.queued >= self.max_queue:
+        if self.room < len(requests):
             raise Refused(429, f"{self.max_queue} requests wait already: try again later", headers={"Retry-After": str(self._patience())})
-        ticket = Ticket(request, left=request.params.n)
-        self._tickets[request.id] = ticket
+        tickets = [Ticket(request, left=request.params.n) for request in requests]
+        self._tickets |= {ticket.request.id: ticket for ticket in tickets}
         try:
-            await self.call(lambda: self.engine.add(request))
-        except RedraftError:  # it never began, so it counts nowhere
-            self._tickets.pop(request.id, None)
+            await self.call(lambda: self._add(requests))
+        except RedraftError:  # they never began, so they count nowhere
+            for request in requests:
+                self._tickets.pop(request.id, None)
             raise
-        except BaseException:  # also where the client went while the request waited to be added
-            self.forget(ticket)
+        except BaseException:  # also where the client went while its requests waited to be added
+            self.forget(*tickets)
             raise
-        return ticket
+        return tickets
+
+    def _add(self, requests: Seq[Request]) -> None:
+        try:
+            for request in requests:
+                self.engine.add(request)
+        except BaseException:
+            for request in requests:
+                self.engine.abort(request.id)
+            raise
 
     def forget(self, *tickets: Ticket) -> None:
         """Requests that are over, or whose answers nobody wants any more: nothing of them stays."""

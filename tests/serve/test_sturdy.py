@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,10 +56,12 @@ def server() -> Iterator[Live]:
 # ---- who may ask, and how much
 
 
-def test_the_queue_is_bounded_and_says_when_to_come_back(server: Live, brake: Brake) -> None:
+def test_the_queue_is_bounded_and_says_when_to_come_back(server: Live, brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three may wait beside the one that could run."""
+    monkeypatch.setattr(server.llm.engine, "scheduler", replace(server.llm.engine.scheduler, max_seqs=1))
     brake.on()
-    waiting = [server.raw(post("/v1/completions", {"prompt": prompt, "max_tokens": 2})) for prompt in PROMPTS[:3]]
-    server.until(lambda: server.service.shell.queued == 3)
+    waiting = [server.raw(post("/v1/completions", {"prompt": prompt, "max_tokens": 2})) for prompt in (*PROMPTS[:3], "one")]
+    server.until(lambda: server.service.shell.queued == 4)
     refused = server.complete("one more")
     assert refused.status == 429 and 1 <= int(refused.headers["Retry-After"]) <= 60
     assert refused.json["error"]["type"] == "rate_limit_error"
