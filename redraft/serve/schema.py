@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,15 +28,18 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
+    _echoed: ClassVar[bool] = False
+
     @model_validator(mode="before")
     @classmethod
     def _known(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         for name, what in LACKING.items():
-            if values.get(name) not in (None, NEUTRAL.get(name)):
+            value, neutral = values.get(name), NEUTRAL.get(name)
+            if value is not None and (value != neutral or type(value) is not type(neutral)):
                 raise ValueError(f"{name}: this server does not offer {what}")
-        return {name: value for name, value in values.items() if value is not None or name in cls.model_fields}
+        return {name: value for name, value in values.items() if value is not None or (not cls._echoed and name not in LACKING)}
 
 
 class StreamOptions(Body):
@@ -131,6 +134,8 @@ class CompletionRequest(Sampled):
 
 
 class Message(Body):
+    _echoed: ClassVar[bool] = True  # replies come back as clients hold them, with all that is null in them
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[ContentPart] | None = None
     name: str | None = Field(None, max_length=1000)

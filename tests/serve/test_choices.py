@@ -56,11 +56,13 @@ def test_what_cannot_fit_is_refused_unread(server: Live, monkeypatch: pytest.Mon
     assert max(read, default=0) < 1000
 
 
-def test_nulls_count_as_not_given(server: Live) -> None:
+def test_a_reply_may_come_back_with_its_nulls(server: Live) -> None:
     told = {"role": "assistant", "content": "x", "refusal": None, "annotations": None, "audio": None, "tool_calls": None}
     messages = [{"role": "user", "content": "hi"}, told, {"role": "user", "content": "on"}]
-    assert server.chat(messages=messages, verbosity=None, max_tokens=2).status == 200
-    assert server.chat(messages=messages, verbosity="low", max_tokens=2).status == 400
+    assert server.chat(messages=messages, max_tokens=2).status == 200
+    assert server.chat(messages=[{**told, "audio": "x"}], max_tokens=2).status == 400
+    assert server.chat(messages=messages, verbosity=None, max_tokens=2).status == 400
+    assert server.complete("a", best_of=True).status == 400 and server.complete("a", best_of=1).status == 200
 
 
 def test_more_texts_are_embedded_than_may_wait(server: Live) -> None:
