@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +64,11 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):  # seen from the start, at 0
             self.success.labels(**self._labels, finished_reason=reason)
 
-    def watch(self, engine: Engine, waiting: Callable[[], int]) -> None:
+    def watch(self, engine: Engine) -> None:
         """Gauges, which are read when they are asked for."""
         self._engine = engine
         self.running.set_function(lambda: len(engine.running))
-        self.waiting.set_function(waiting)
+        self.waiting.set_function(lambda: len(engine.waiting))
         self.usage.set_function(lambda: engine.table.used() / engine.table.slabs)
 
     def heard(self, ticket: Ticket, events: list[Event]) -> None:

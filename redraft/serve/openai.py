@@ -36,7 +36,7 @@ from redraft.llm import LLM
 from redraft.serve import documents, schema
 from redraft.serve.config import ServeConfig
 from redraft.serve.documents import WORKING, told
-from redraft.serve.errors import Refused, clean, refused
+from redraft.serve.errors import Refused, clean
 from redraft.serve.limits import Limits, answer, unless_gone
 from redraft.serve.metrics import Metrics
 from redraft.serve.reply import ALTERNATIVES, Wanted, Writer
@@ -81,7 +81,7 @@ class Service:
         self.names = config.served_model_name or (name,)
         self.metrics = Metrics(config.metrics_prefix, self.names[0])
         self.shell = Shell(llm.engine, self.metrics, max_queue=config.max_queue)
-        self.metrics.watch(llm.engine, lambda: len(llm.engine.waiting))
+        self.metrics.watch(llm.engine)
         self.began = int(time.time())
         self._numbers = itertools.count()
         self._longest = max(len(llm.tokenizer.bytes_of(token)) for token in range(llm.runner.spec.vocab))
@@ -146,9 +146,8 @@ class Service:
             return text
         try:
             name, given = registry.parse(text)
-            hints = typing.get_type_hints(registry.method(seam, name))
             for option, value in given.items():
-                if not {*(typing.get_args(hints.get(option, int)) or (hints.get(option, int),))} <= PLAIN and option not in SPELLED:
+                if _may_name_a_file(seam, name, option):
                     raise Refused(400, f"{name}: a request cannot choose {option!r}: it may name a file", FIELDS[seam])
                 if seam == "draft" and _number(value) > LARGEST:
                     raise Refused(400, f"{name}:{option}={value}: at most {LARGEST} is allowed in a request", FIELDS[seam])
@@ -437,7 +436,7 @@ async def server_info(http: Request) -> dict[str, Any]:
         "device": str(backend.device),
         "threads": backend.threads,
         "quant": config.model.quant,
-        "draft": config.draft if "model" not in registry.parse(config.draft)[1] else registry.parse(config.draft)[0],
+        "draft": _without_files("draft", config.draft),
         "verify": config.verify,
         "guarantee": llm.guarantee.label,
         "scheduler": config.schedule.model_dump(),
@@ -513,7 +512,17 @@ def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     return f"{place or 'body'} = {given}: {text[:1].lower()}{text[1:]}", place or None
 
 
-__all__ = ["Service", "app", "refused"]
+def _may_name_a_file(seam: str, name: str, option: str) -> bool:
+    hint = typing.get_type_hints(registry.method(seam, name)).get(option, int)
+    return not {*(typing.get_args(hint) or (hint,))} <= PLAIN and option not in SPELLED
+
+
+def _without_files(seam: str, text: str) -> str:
+    """A method as clients may see it: its name alone where an option of it, or of its parts, is a place on this machine."""
+    name, given = registry.parse(text)
+    parts = [part for option in ("parts", "draft") if option in given for part in registry.split(given[option], "+")]
+    hides = any(_may_name_a_file(seam, name, option) for option in given) or any(_without_files(seam, part) != part for part in parts)
+    return name if hides else text
 
 
 def _number(text: str) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from redraft.serve.openai import _without_files
 from tests.serve.raw import Live, live
 
 
@@ -32,6 +33,12 @@ def test_no_request_names_a_file(server: Live, choice: dict[str, Any]) -> None:
     assert answer.status == 400
     error = answer.json["error"]
     assert "it may name a file" in error["message"] and "passwd" not in error["message"] and "No such" not in error["message"]
+
+
+def test_no_place_on_the_machine_is_told() -> None:
+    assert _without_files("draft", "copyspec:gamma=4") == "copyspec:gamma=4"
+    assert _without_files("draft", "token-recycling:path=/srv/table.st") == "token-recycling"
+    assert _without_files("draft", "union:parts=copyspec+(token-recycling:path=/srv/table.st)") == "union"
 
 
 @pytest.mark.parametrize("number", ["+1000000", "1_000_000", "1e6", "65"])
