@@ -52,11 +52,15 @@ class PageView:
 class Batch:
     """T packed rows of S sequences. Rows before tree_starts[s] are the causal chain, from it on they are nodes.
 
-    tokens, positions: i32[T]; starts: i32[S + 1]; tree_starts: i32[S]; ancestors: u64[tree rows, W], bit j: tentative
-    node j of my sequence is on my path, self included (chain rows carry no bits); logit_rows: i32[R], the rows whose
+    tokens, positions: i32[T]; starts: i32[S + 1]; tree_starts: i32[S]; visible: u64[tree rows, W], bit j: the row sees tentative
+    node j of its sequence, itself included (a chain row has no bits: it sees the chain up to itself); tails[s]: i32[tail + rows],
+    positions of the tentative slots, those of earlier forwards of the same tail first; logit_rows: i32[R], the rows whose
     logits are wanted; roots: i32[S], the logit row of each last pending token, -1 where the chunk ends earlier
     or an earlier forward of the same tail ran it. Node i of sequence s has logit row roots[s] + 1 + i. views[s]: how its rows
     see their slots, None: all of them; layers[s]: the layers that its rows run, None: all.
+
+    Positions and visibility are given, never derived from each other: what a row sees is all committed slots, the chain, and
+    its bits, less what its view and its layer's window hide by position.
 
     A chunk of 3 of a longer prompt, a chain that draws, and a tree of two branches under one pending token:
 
@@ -64,7 +68,8 @@ class Batch:
         row             0   1   2      3            4    5    6    7
         token           11  12  13     21           31   40   41   50
         position        0   1   2      9            5    6    6    7     (root 5; 40 and 41 are siblings, 50 follows 40)
-        ancestors       .   .   .      .            .    001  010  101   (only the tree rows carry bits)
+        visible         .   .   .      .            .    001  010  101   (only the tree rows carry bits)
+        tail            0   1   2      9            5    6    6    7     (positions, as this is the first forward)
         logit row       .   .   .      0            1    2    3    4
 
     >>> from redraft.core.testing import work, view
@@ -78,15 +83,18 @@ class Batch:
     [0, 1, 2, 9, 5, 6, 6, 7]
     >>> b.starts.tolist(), b.tree_starts.tolist()
     ([0, 3, 4, 8], [3, 4, 5])
-    >>> b.ancestors.ravel().tolist(), b.logit_rows.tolist(), b.roots.tolist()
+    >>> b.visible.ravel().tolist(), b.logit_rows.tolist(), b.roots.tolist()
     ([1, 2, 5], [3, 4, 5, 6, 7], [-1, 0, 1])
+    >>> [tail.tolist() for tail in b.tails]
+    [[0, 1, 2], [9], [5, 6, 6, 7]]
     """
 
     tokens: I32
     positions: I32
     starts: I32
     tree_starts: I32
-    ancestors: U64
+    visible: U64
+    tails: list[I32]
     pages: PageView
     logit_rows: I32
     roots: I32
@@ -103,6 +111,7 @@ class Batch:
         logit_rows: list[int] = []
         roots: list[int] = []
         bits: list[U64] = []
+        tails: list[I32] = []
         words = max((t.ancestors().shape[1] for t in trees if len(t)), default=0)
         for w, tree, tail in zip(work, trees, pages.tail, strict=True):
             seq, at = w.seq, len(tokens)
@@ -110,10 +119,12 @@ class Batch:
             tokens += seq.tokens[seq.stored : seq.stored + rows]
             positions += range(seq.stored, seq.stored + rows)
             root = seq.stored + w.rows - 1
+            nodes = tree.depths() + root if len(tree) else np.zeros(0, np.int32)
+            tails.append(np.concatenate([np.arange(seq.stored, root + 1), nodes]).astype(np.int32))
             tree_starts.append(len(tokens))
             if len(tree) > w.first:
                 tokens += tree.tokens[w.first :].tolist()
-                positions += (tree.depths()[w.first :] + root).tolist()
+                positions += nodes[w.first :].tolist()
                 own = tree.ancestors()[w.first :]
                 bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
             starts.append(len(tokens))
@@ -133,6 +144,7 @@ class Batch:
             np.asarray(starts, np.int32),
             np.asarray(tree_starts, np.int32),
             np.concatenate(bits) if bits else np.zeros((0, max(words, 1)), np.uint64),
+            tails,
             pages,
             np.asarray(logit_rows, np.int32),
             np.asarray(roots, np.int32),
@@ -148,7 +160,7 @@ class Batch:
         starts = np.cumsum([0, *map(len, spans)])
         nodes = self.starts[1:] - self.tree_starts
         first = np.cumsum(np.concatenate([[0], nodes]))
-        bits = [self.ancestors[first[s] : first[s] + nodes[s]] for s in chosen]
+        bits = [self.visible[first[s] : first[s] + nodes[s]] for s in chosen]
         none = np.zeros(0, np.int32)
         return (
             Batch(
@@ -156,7 +168,8 @@ class Batch:
                 self.positions[rows],
                 starts.astype(np.int32),
                 (starts[:-1] + chains).astype(np.int32),
-                np.concatenate(bits) if bits else self.ancestors[:0],
+                np.concatenate(bits) if bits else self.visible[:0],
+                [self.tails[s] for s in chosen],
                 self.pages.only(chosen),
                 none,
                 np.full(len(chosen), -1, np.int32),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -128,7 +128,7 @@ class Seen(NamedTuple):
 @dataclass(frozen=True)
 class Outputs:
     """What a forward pass returns, one row a logit row. argmax: i32[R], lowest id wins ties, -1 where a row holds NaN or +inf; top_k:
-    i32[R, k], best first, ties by id; logits: [R, V] in the backend's dtype; hidden: layer -> [T, hidden] after that layer;
+    i32[R, k], best first, ties by id; logits: [R, V] in the backend's dtype or float32; hidden: layer -> [T, hidden] after that layer;
     attention: place of a sequence in the batch -> Seen."""
 
     argmax: I32
@@ -155,6 +155,9 @@ def best_first(logits: Tensor, k: int) -> I32:
     return ids.gather(-1, order).int().cpu().numpy()
 
 
+Products = Callable[["Tensor", "Tensor"], "Tensor"]  # Backend.products
+
+
 class Select(Protocol):
     """An opened method that reads sparsely, as attention meets it. Its side data are arrays of the unit, filled on write (one
     entry a slot) or when a page is full and committed (whole arrays). K kv heads, G query heads of each, R rows, n slots."""
@@ -169,10 +172,11 @@ class Select(Protocol):
         """The whole arrays [m, *shape] of m units from their keys [m, 32, D]."""
         ...
 
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor) -> Tensor:
+    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """Which of the visible keys are read. q [K, G, R, D]; held: its side data of the lane's units [K, n / 32, *shape]; seen:
         bool [K, R, n]; where: i64 [K, n], positions of the slots; at: i64 [R], positions of the rows -> bool [K, G, R, n] or
-        [K, 1, R, n], a subset of seen."""
+        [K, 1, R, n], a subset of seen. A row's choice must not depend on the other rows: sums over channels are made by `products`,
+        never by a matrix product of PyTorch's, whose rounding depends on their number."""
         ...
 
 
@@ -248,6 +252,11 @@ class Backend(Protocol):
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
         """Writes this step's keys and values of layer `index`, then reads: q [T, H, D] -> [T, H * D]. What each row sees is told
         by the batch's pages and views; statistics that `plan` was asked for are added up in it."""
+        ...
+
+    def products(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [K, R, D] times b [K, n, D] -> [K, R, n] in float32 or better. With Feature.BIT_EXACT an element depends on its own two
+        vectors only."""
         ...
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Any, plan: Any) -> Tensor | None:

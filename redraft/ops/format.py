@@ -34,7 +34,7 @@ class Array(NamedTuple):
         return -(-size // ALIGN) * ALIGN
 
 
-INT8_VECTORS = "int8 vectors"  # see Codec
+INT8_VECTORS, INT4_BLOCKS = "int8 vectors", "int4 blocks"  # see Codec
 
 
 class Codec(Protocol):
@@ -42,7 +42,8 @@ class Codec(Protocol):
     queries as [K, R, D].
 
     A codec may say in `layout` that compiled kernels can do all this for it. INT8_VECTORS: the arrays are `keys` and `values`, codes
-    int8 [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/codec/int8.py makes them of single tokens."""
+    int8 [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/codec/int8.py makes them of single tokens. INT4_BLOCKS: the
+    arrays are those that kv/codec/int4.py makes of whole pages. A backend that promises bits refuses a codec of no known layout."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. What a row reads, also in

@@ -1,8 +1,8 @@
 """Compiled kernels on the CPU (ops/cpu): bit-exact, and a step of layers is one call.
 
-Memory is laid out as PyTorch's backend lays it out, so that all which is done to pages between steps is shared. Sequences with
-a view of their own (4-bit pages, windows, sparse reads) are attended by PyTorch, those of plain or int8 pages beside them
-natively: what these get depends neither on their neighbours nor on whether their weights are watched.
+Native and PyTorch share the page layout, so page operations between steps are written once. Every view of a sequence is attended
+natively: windows, codes of 8 and 4 bits, sparse reads. A row's result depends on neither its neighbours nor the grouping into steps.
+What a sparse read chooses is computed by the method, from products that the kernels make.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
 from redraft.ops.cpu import abi
-from redraft.ops.format import INT8_VECTORS, Format
+from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
-from redraft.ops.torch_ops import Plan, TorchOps, lend_threads
+from redraft.ops.torch_ops import Lone, TorchOps, Writer, lend_threads
 from redraft.ops.torch_pool import Pool, Shelf
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
 STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
+PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # of a unit, behind its keys
 HUGE = 1 << 21  # bytes of a page
+LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # of codes that the kernels read; None: keys and values as they are
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +80,18 @@ class Packed:
 
 @dataclass
 class Group:
-    """Sequences that are attended natively, whose pages are of one format; rows: theirs in the batch, None where they are all."""
+    """Sequences that are attended in one call: their pages are of one format and one block format. rows: theirs in the batch, None
+    where they are all; readers, writers: of those that read sparsely, how PyTorch sees them."""
 
     format: str
+    block: str
     rows: Tensor | None
     step: abi.Step
     attention: Attention | None
     kept: list[Any]  # what `step` points to
     seen: dict[int, Seen]  # statistics, by place in the group
+    readers: list[Lone]
+    writers: list[Writer]
 
 
 class Attention:
@@ -103,29 +109,24 @@ class Attention:
 @dataclass
 class Model:
     """What all plans of a model have in common. turns: the place of each layer's Rotary among the different ones, by its id: to hash
-    one takes its time; pool, coded: without their memory, of plain pages and of codes."""
+    one takes its time; rotaries, plain_rotaries: with and without their scales; pool: without its memory."""
 
     spec: ModelSpec
     turns: dict[int, int]
     rotaries: abi.Rotaries
+    plain_rotaries: abi.Rotaries
     pool: abi.Pool
-    coded: abi.Pool
-    kept: list[Any]  # what `rotaries` points to
+    kept: list[Any]  # what the rotaries point to
 
 
 @dataclass
 class NativePlan:
-    """other: PyTorch's plan of the sequences with the rows `theirs`. A sequence may be attended by both, for what PyTorch does on the
-    way (side data, and with them statistics); then the native result stands. seen: statistics of the other sequences by their place in
-    the batch."""
+    """turns: [rotaries, cos and sin, T, head_dim / 2]; seen: statistics of the sequences by their place in the batch."""
 
     batch: Batch
     model: Model
-    turns: NDArray[np.float32]  # [rotaries, cos and sin, T, head_dim / 2]
+    turns: NDArray[np.float32]
     groups: list[Group] = field(default_factory=list)
-    theirs: Tensor | None = None
-    other: Plan | None = None
-    places: list[int] = field(default_factory=list)  # in the batch, of the sequences of `other`
     seen: dict[int, Seen] = field(default_factory=dict)
 
 
@@ -144,10 +145,10 @@ class NativeOps(TorchOps):
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
         self.inside = 0.0  # seconds in kernels so far
-        self._codecs: dict[str, bool] = {}  # formats, and whether the kernels read and write their codes
+        self._layouts: dict[str, str] = {"": ""}  # of formats
         self._segments: dict[int, Any] = {}
         self._models: dict[int, Model] = {}
-        self._places: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
         lend_threads()  # two pools of spinning threads cost a factor of 40
 
     @property
@@ -164,9 +165,11 @@ class NativeOps(TorchOps):
         return super().slab_bytes(spec)
 
     def define(self, pool: Pool, fmt: Format) -> int:
-        known = getattr(fmt.codec, "layout", "") == INT8_VECTORS and not fmt.sides
-        if self._codecs.setdefault(fmt.name, known) != known:
-            raise Unsupported(f"format {fmt.name!r} is of two layouts, of which the kernels read one")
+        layout = "" if fmt.codec is None else getattr(fmt.codec, "layout", "of its own")
+        if layout not in LAYOUTS:
+            raise Unsupported(f"codec {fmt.name!r}: backend 'native' has no kernel that attends its codes; use backend 'torch'")
+        if self._layouts.setdefault(fmt.name, layout) != layout:
+            raise Unsupported(f"format {fmt.name!r} is of two layouts")
         return super().define(pool, fmt)
 
     # ---- weights
@@ -236,21 +239,17 @@ class NativeOps(TorchOps):
         if turns.size:
             self._call("rd_turns", model.rotaries, batch.positions.tobytes(), len(batch.tokens), turns.ctypes.data)
         plan = NativePlan(batch, model, turns)
-        ours = [view is None or (view == View(view.format) and self._codecs.get(view.format)) for view in batch.views]
-        theirs = [s for s in range(count) if not ours[s]]
-        if theirs:
-            other, rows = batch.only(theirs)
-            watched = {i: taps.attention[s] for i, s in enumerate(theirs) if s in taps.attention}
-            plan.other, plan.theirs, plan.places = super().plan(other, spec, Taps(attention=watched)), torch.from_numpy(rows).long(), theirs
-        watched = {s: watches for s, watches in taps.attention.items() if watches and ours[s]}
-        own: dict[str, list[int]] = {}
+        groups: dict[tuple[str, str, bool], list[int]] = {}
         for s, view in enumerate(batch.views):
-            if view is None or not (view.block or view.window or view.read):  # all is seen, of pages that may hold side data
-                own.setdefault("" if view is None else view.format, []).append(s)
-        for name, members in own.items():
+            groups.setdefault(("", "", False) if view is None else (view.format, view.block, view.read is not None), []).append(s)
+        for (name, block, sparse), members in groups.items():
             some, mine = (batch, None) if len(members) == count else batch.only(members)
-            watches = {i: watched[s] for i, s in enumerate(members) if s in watched}
-            group = self._group(name, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            watches = {i: taps.attention[s] for i, s in enumerate(members) if taps.attention.get(s)}
+            group = self._group(name, block, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            if sparse:
+                tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
+                group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
+                group.writers = self._writers(some, list(range(len(members))), len(spec.layers), spec.kv_heads)
             plan.groups.append(group)
             plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
         return plan
@@ -261,41 +260,75 @@ class NativeOps(TorchOps):
             different = list(dict.fromkeys(every))
             frequencies = np.array([rotary.frequencies for rotary in different], np.float64, ndmin=2)
             scales = np.array([rotary.scale for rotary in different], np.float64)
-            rotaries = abi.Rotaries(frequencies.ctypes.data, scales.ctypes.data, *frequencies.shape)
-            shape = {"layers": len(spec.layers), "kv_heads": first.kv_heads, "size": first.head_dim}
-            pools = abi.Pool(**shape, kind=self.kind), abi.Pool(**shape, kind=abi.I8)
+            ones = np.ones_like(scales)
+            rotaries, bare = (abi.Rotaries(frequencies.ctypes.data, x.ctypes.data, *frequencies.shape) for x in (scales, ones))
+            pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
             turns = {id(rotary): different.index(rotary) for rotary in every}
-            self._models[id(spec)] = Model(spec, turns, rotaries, *pools, [frequencies, scales])
+            self._models[id(spec)] = Model(spec, turns, rotaries, bare, pool, [frequencies, scales, ones])
         return self._models[id(spec)]
 
     def _group(
-        self, name: str, batch: Batch, rows: Tensor | None, spec: ModelSpec, plan: NativePlan, watches: Mapping[int, tuple[Watch, ...]]
+        self,
+        name: str,
+        block: str,
+        batch: Batch,
+        rows: Tensor | None,
+        spec: ModelSpec,
+        plan: NativePlan,
+        watches: Mapping[int, tuple[Watch, ...]],
     ) -> Group:
         view, count = batch.pages, len(batch.tree_starts)
         starts, tree_starts = batch.starts.tolist(), batch.tree_starts.tolist()
-        ancestors, at = np.ascontiguousarray(batch.ancestors), np.ascontiguousarray(batch.positions)
-        words = ancestors.shape[1]
-        bits, where = ancestors.ctypes.data, at.ctypes.data
-        kept: list[Any] = [ancestors, at, plan.turns]
+        visible, at = np.ascontiguousarray(batch.visible), np.ascontiguousarray(batch.positions)
+        words = visible.shape[1]
+        bits, where = visible.ctypes.data, at.ctypes.data
+        kept: list[Any] = [visible, at, plan.turns]
         seqs = b""
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
-            pages, lengths = (np.ascontiguousarray(x, np.int32) for x in (view.pages[s], view.lengths[s]))
+            own = view.pages[s], view.coded[s], view.lengths[s], batch.tails[s]
+            pages, coded, lengths, tail = (np.ascontiguousarray(x, np.int32) for x in own)
             held, pointers = view.positions[s], 0
-            kept += [pages, lengths]
+            window = (chosen.window if (chosen := batch.views[s]) else None) or (0, 0)
+            kept += [pages, coded, lengths, tail]
             if held is not None:
                 lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
                 kept += [lanes, lines]
                 pointers = lines.ctypes.data
             seqs += abi.SEQ.pack(
-                a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words,
-                pages.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a,
+                a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, coded.shape[1], *window, 0,
+                pages.ctypes.data, coded.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a, tail.ctypes.data,
             )  # fmt: skip
             bits += 8 * words * (z - t)
-        pool = plan.model.coded if self._codecs.get(name) else plan.model.pool
-        step = abi.Step(starts[-1], count, seqs, pool, plan.turns.ctypes.data, None, 0)
+        pool = self._kind_of(name, plan.model)
+        half = plan.model.rotaries.half
+        step = abi.Step(
+            starts[-1], count, seqs, pool, abi.Pool(), plan.turns.ctypes.data, self._far(batch, plan.model, kept), half, None, 0
+        )
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
-        return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept, seen)
+        attention = Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None
+        return Group(name, block, rows, step, attention, kept, seen, [], [])
+
+    def _kind_of(self, name: str, model: Model) -> abi.Pool:
+        """A pool of this format, without its memory."""
+        found, kind = abi.Pool.from_buffer_copy(model.pool), LAYOUTS[self._layouts[name]]
+        found.kind = self.kind if kind is None else kind
+        return found
+
+    def _far(self, batch: Batch, model: Model, kept: list[Any]) -> int | None:
+        """Cosines and sines by which rows turn back for keys before their window: as many positions as are out of sight."""
+        if all(view is None or view.window is None for view in batch.views) or not model.rotaries.count:
+            return None
+        gone = np.zeros(len(batch.tokens), np.int32)
+        for s, view in enumerate(batch.views):
+            own = slice(int(batch.starts[s]), int(batch.starts[s + 1]))
+            if view is not None and view.window is not None:
+                gone[own] = np.maximum(0, batch.positions[own] + 1 - sum(view.window))
+        far = np.empty((model.rotaries.count, 2, len(gone), model.rotaries.half), np.float32)
+        if far.size:
+            self._call("rd_turns", model.plain_rotaries, (-gone).tobytes(), len(gone), far.ctypes.data)
+        kept.append(far)
+        return int(far.ctypes.data)
 
     @staticmethod
     def _watch(step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]) -> dict[int, Seen]:
@@ -305,7 +338,8 @@ class NativeOps(TorchOps):
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
             shape = len(spec.layers), spec.kv_heads, slots
-            seen = found[s] = Seen(torch.zeros(len(wanted), *shape), torch.zeros(len(wanted), z - t, *shape))
+            chain, nodes = (torch.zeros(len(wanted), *own, *shape, dtype=torch.float64) for own in ((), (z - t,)))
+            seen = found[s] = Seen(chain, nodes)
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
                     raise Unsupported(f"statistic {watch.statistic!r} of attention; known: {', '.join(STATISTICS)}")
@@ -369,52 +403,75 @@ class NativeOps(TorchOps):
         return out
 
     def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
-        if plan.other is None and len(plan.groups) == 1:
-            return self._attend_group(index, layer, q, k, v, pool, plan.groups[0])
+        if len(plan.groups) == 1:
+            return self._attend_group(index, layer, q, k, v, pool, plan.groups[0], plan)
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
-        if plan.other is not None and plan.theirs is not None:
-            at = plan.theirs
-            out[at] = super().attend(index, layer, q[at], k[at], v[at], pool, plan.other)
         for group in plan.groups:
-            if group.rows is None:
-                out = self._attend_group(index, layer, q, k, v, pool, group) if self._reads(pool, group) else out
-            elif len(at := group.rows) and self._reads(pool, group):
-                out[at] = self._attend_group(index, layer, q[at], k[at], v[at], pool, group)
+            if (at := group.rows) is not None and len(at):
+                out[at] = self._attend_group(index, layer, q[at], k[at], v[at], pool, group, plan)
         return out
 
-    def _reads(self, pool: Pool, group: Group) -> bool:
-        return pool.shelves[group.format].exact or self._codecs.get(group.format, False)
-
-    def _attend_group(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
+    def _attend_group(
+        self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group, plan: NativePlan
+    ) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
         if not len(q):
             return out
+        picked, kept = self._picks(index, layer, q, k, v, pool, group) if group.readers else (None, None)
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
         self._place(group, pool)
+        rotary = -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)]
         rows = (self._rows(x) for x in (q, k, v, out))
-        self._call("rd_attend", group.step, group.attention, index, layer.heads, layer.window or 0, *rows)
+        self._call("rd_attend", group.step, group.attention, index, layer.heads, layer.window or 0, rotary, picked, *rows)
+        del kept
+        return out
+
+    def _picks(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> tuple[bytes, list[Any]]:
+        """What the rows read, as the kernels take it, and what that points to. Keys and side data are written before."""
+        heads, share = layer.kv_heads, layer.heads // layer.kv_heads
+        for writer in group.writers:
+            self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
+        lines, kept = b"", []
+        for it in group.readers:
+            rows = q[it.rows].view(-1, heads, share, layer.head_dim).permute(1, 2, 0, 3)
+            picked = self._picked(index, rows, self._seen(index, layer, it), pool, it).permute(2, 0, 1, 3)
+            bits = np.packbits(picked.numpy(), axis=-1, bitorder="little")
+            lines += abi.PICKED.pack(bits.ctypes.data, bits.shape[-1] // 4, picked.shape[2])
+            kept.append(bits)
+        return lines, kept
+
+    def products(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.float().contiguous(), b.float().contiguous()
+        out = torch.empty(len(a), a.shape[1], b.shape[1])
+        if out.numel():
+            self._call("rd_products", a.data_ptr(), b.data_ptr(), *a.shape[:2], *b.shape[1:], out.data_ptr())
         return out
 
     def _place(self, group: Group, pool: Pool) -> None:
-        """Where the units of the group's format lie."""
-        shelf = pool.shelves[group.format]
-        found = self._places.get(shelf)
+        """Where the units of the group's formats lie."""
+        group.step.pool = self._pool_of(pool, group.format, group.step.pool)
+        if group.block:
+            group.step.block = self._pool_of(pool, group.block, group.step.pool)
+
+    def _pool_of(self, pool: Pool, name: str, like: abi.Pool) -> abi.Pool:
+        shelf = pool.shelves[name]
+        found = self._pools.get(shelf)
         if found is None:
-            offsets, own = shelf.format.offsets(), group.step.pool
-            values, key_scales, value_scales = (offsets.get(name, 0) - offsets["keys"] for name in ("values", "key_scales", "value_scales"))
-            found = self._places[shelf] = abi.Pool(
-                pool.data.data_ptr() + offsets["keys"], pool.data[0].nbytes, shelf.format.bytes, shelf.per_slab, values,
-                own.layers, own.kv_heads, own.size, own.kind, key_scales, value_scales,
+            offsets, kind = shelf.format.offsets(), LAYOUTS[self._layouts[name]]
+            found = self._pools[shelf] = abi.Pool(
+                data=pool.data.data_ptr() + offsets["keys"], slab_bytes=pool.data[0].nbytes, unit_bytes=shelf.format.bytes,
+                per_slab=shelf.per_slab, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
+                kind=self.kind if kind is None else kind, numbers=self.kind,
+                **{at: offsets[at] - offsets["keys"] for at in PARTS if at in offsets},
             )  # fmt: skip
-        group.step.pool = found
+        return found
 
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
-        found = {} if plan.other is None else {plan.places[i]: seen for i, seen in super().watched(plan.other).items()}
-        return found | plan.seen
+        return plan.seen
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
         """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""
-        if plan.other is not None or len(plan.groups) != 1 or not h.shape[0]:
+        if len(plan.groups) != 1 or plan.groups[0].readers or not h.shape[0]:
             return None
         segment = self._segment(spec, weights, plan)
         if segment is None:
@@ -454,7 +511,7 @@ class NativeOps(TorchOps):
         head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, x.contiguous()
         if not isinstance(head, Packed) or taps.logits:
             rows = x if len(wanted) == x.shape[0] else x.index_select(0, torch.from_numpy(wanted))
-            logits = self.linear(self.norm(rows, norm, final), head)
+            logits = self._logits(self.norm(rows, norm, final), head)
             top_k = best_first(logits, taps.top_k) if taps.top_k else None
             return Outputs(argmax(logits), top_k, logits if taps.logits else None)
         best, likeliest = np.empty((len(wanted), min(max(1, taps.top_k), head.outs)), np.int32), np.empty(len(wanted), np.int32)
@@ -463,6 +520,15 @@ class NativeOps(TorchOps):
             out = best.ctypes.data, likeliest.ctypes.data
             self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), *best.shape, *out)
         return Outputs(likeliest, best if taps.top_k else None)
+
+    def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:
+        """float32 [T, V]: sums as they are, so that no two logits tie by rounding."""
+        if not isinstance(head, Packed):
+            return self.linear(x, head)
+        x, out = x.contiguous(), x.new_empty(len(x), head.c.outs, dtype=torch.float32)
+        if len(x):
+            self._call("rd_linear", head.c, self._rows(x), abi.Rows.of(out, abi.F32), abi.ACTIVATIONS["none"], 0)
+        return out
 
     def _rows(self, x: Tensor) -> abi.Rows:
         return abi.Rows.of(x, self.kind)

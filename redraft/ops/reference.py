@@ -221,6 +221,9 @@ class Reference:
                 out[r] = text.attend(r, q[r], plan)
         return out.view(q.shape[0], -1)
 
+    def products(self, a: Tensor, b: Tensor) -> Tensor:
+        return products(a, b)
+
     def watched(self, plan: Plan) -> Mapping[int, Seen]:
         return plan.seen
 
@@ -268,6 +271,11 @@ def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
     if weights.bias is not None:
         y = y + weights.bias.float()
     return y.to(x.dtype)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a [K, R, D] times b [K, n, D] -> [K, R, n]"""
+    return a @ b.mT
 
 
 def turned(x: Tensor, rotary: Rotary | None, by: Tensor | float) -> Tensor:
@@ -335,19 +343,15 @@ class Text:
     def visible(self, r: int, head: int) -> dict[int, int]:
         """Slot -> position of all keys that row r sees."""
         length, mine = self.lengths[head], int(self.batch.positions[r])
-        held = self.batch.pages.positions[self.s]
+        held, tail = self.batch.pages.positions[self.s], self.batch.tails[self.s].tolist()
         where = dict(enumerate(range(length) if held is None else held[self.lanes[head]].tolist()))
         if r < self.tree_start:  # a chain row sees the chain up to itself
-            for i in range(r - self.start + 1):
-                where[length + i] = mine - (r - self.start) + i
-        else:  # a node sees the whole chain, its ancestors and itself
-            bits = self.batch.ancestors[self.first_bits + r - self.tree_start]
-            path = [j for j in range(64 * len(bits)) if int(bits[j // 64]) >> (j % 64) & 1]
-            root = mine - len(path)
-            for i in range(self.chain):
-                where[length + i] = root - self.chain + 1 + i
-            for depth, node in enumerate(path, 1):
-                where[length + self.chain + node] = root + depth
+            seen = list(range(self.tail + r - self.start + 1))
+        else:  # a node sees the whole chain and what its bits say
+            bits = self.batch.visible[self.first_bits + r - self.tree_start]
+            nodes = [j for j in range(64 * len(bits)) if int(bits[j // 64]) >> (j % 64) & 1]
+            seen = [*range(self.chain), *(self.chain + j for j in nodes)]
+        where |= {length + i: tail[i] for i in seen}
         if self.layer.window is not None:
             where = {slot: p for slot, p in where.items() if mine - p < self.layer.window}
         if (window := self.view.window) is not None:
@@ -391,7 +395,7 @@ class Text:
         padded = [units + units[:1] * (self.slots // PAGE - len(units)) for units in self.units]
         held = {name: torch.stack([torch.stack([s.arrays[name][u] for s, u in units]) for units in padded]) for name in names}
         rows, at = q.view(self.heads, self.share, 1, -1), torch.tensor([int(self.batch.positions[r])])
-        picked = self.view.read.select(self.index, rows, held, mask, where, at)[:, :, 0].expand(-1, self.share, -1)
+        picked = self.view.read.select(self.index, rows, held, mask, where, at, products)[:, :, 0].expand(-1, self.share, -1)
         return [[row.nonzero().flatten().tolist() for row in head] for head in picked]
 
     def _note(self, watch: Watch, r: int, weights: Tensor, seen: list[dict[int, int]], to: Seen) -> None:

@@ -295,25 +295,15 @@ class TorchOps:
             mine[: z - a, :length] = True
             mine[rows : z - a, length : length + chain] = True
             mine[:rows, length : length + rows] = np.tri(rows, dtype=bool)
-            bits = None
             if z > t:
                 nodes = view.tail[s] + rows + z - t - chain
-                bits = _bits(batch, int(tree_rows[s]), z - t, nodes)
-                mine[rows : z - a, length + chain : length + chain + nodes] = bits
+                mine[rows : z - a, length + chain : length + chain + nodes] = _bits(batch, int(tree_rows[s]), z - t, nodes)
             if window is not None:
-                held = view.positions[s]
-                where = np.full((z - a, slots), np.iinfo(np.int64).max // 2)
-                where[:, :length] = np.arange(length) if held is None else held[0]
-                at = batch.positions[a:z].astype(np.int64)
-                if rows:
-                    where[:, length : length + rows] = at[:rows]
-                if bits is not None:
-                    deep = bits.sum(1)
-                    root = at[rows] - deep[0]
-                    where[:, length : length + chain] = np.arange(root - chain + 1, root + 1)
-                    # a node on the path lies as many positions back as there are later nodes on it
-                    where[rows:, length + chain : length + chain + nodes] = at[rows:, None] - deep[:, None] + np.cumsum(bits, 1)
-                mine[: z - a] &= at[:, None] - where < window
+                held, tail = view.positions[s], batch.tails[s]
+                where = np.full(slots, np.iinfo(np.int64).max // 2)
+                where[:length] = np.arange(length) if held is None else held[0]
+                where[length : length + len(tail)] = tail
+                mine[: z - a] &= batch.positions[a:z, None] - where < window
         seen = torch.from_numpy(see).to(self.device)
         mask = torch.zeros(see.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask[:, None].expand(-1, share, -1, -1).reshape(len(group), 1, share * width, slots)
@@ -361,11 +351,9 @@ class TorchOps:
         slots = PAGE * (pages.coded[s].shape[1] + table.shape[1])
         where, near = np.zeros((len(lengths) if apart else 1, slots if spoken else 0), np.int64), 0
         if spoken:
-            root = at[rows] - bits[0].sum() if z > t else at[-1]
-            ends = np.concatenate([np.arange(root - chain + 1, root + 1), root + (np.cumsum(bits, 1) * bits).max(0, initial=0)])
             for lane, (line, n) in enumerate(zip(where, lengths.tolist(), strict=False)):
                 line[:n] = np.arange(n) if positions is None else positions[lane]
-                line[n : n + tail] = ends
+                line[n : n + tail] = batch.tails[s]
                 if window is not None and (line[: n + tail] < window.sinks).any():
                     near = max(near, 1 + int(np.flatnonzero(line[: n + tail] < window.sinks)[-1]))
         head = (layers, heads) if apart else (1, 1)
@@ -492,6 +480,10 @@ class TorchOps:
             out[it.rows] = self._attend_alone(index, layer, rows, pool, it).permute(2, 0, 1, 3).flatten(1)
         return out
 
+    def products(self, a: Tensor, b: Tensor) -> Tensor:
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return a.to(wide) @ b.to(wide).mT
+
     def watched(self, plan: Plan) -> Mapping[int, Seen]:
         return {it.place: it.seen for it in plan.lone if it.watches}
 
@@ -540,12 +532,17 @@ class TorchOps:
         return out.reshape(q.shape).to(q.dtype)
 
     def _visible(self, index: int, layer: LayerSpec, share: int, it: Lone) -> tuple[Tensor, Tensor]:
-        """bool [K or 1, R, slots], and as an additive mask [1, K or 1, G R, slots]."""
+        """What rows see, and the same as an additive mask [1, K or 1, G R, slots]."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
-        apart = it.lengths.shape[0] > 1
-        if reach in it.masks and not apart:
-            return it.masks[reach]
-        lane = index if apart else 0
+        if reach not in it.masks or it.lengths.shape[0] > 1:
+            seen = self._seen(index, layer, it)
+            it.masks[reach] = seen, self._additive(seen[:, None], share)
+        return it.masks[reach]
+
+    def _seen(self, index: int, layer: LayerSpec, it: Lone) -> Tensor:
+        """bool [K or 1, R, slots]"""
+        reach = None if layer.window is None or it.deepest < layer.window else layer.window
+        lane = index if it.lengths.shape[0] > 1 else 0
         column = (torch.arange(it.slots, device=self.device) - it.lengths[lane] + 1).clamp_(0, it.tail.shape[1] - 1)
         seen = it.tail[:, column].transpose(0, 1)
         if it.where is not None:
@@ -555,8 +552,7 @@ class TorchOps:
                 seen = seen & (behind < reach)
             if it.window is not None:
                 seen = seen & ((where < it.window.sinks) | (behind < it.window.recent))
-        found = it.masks[reach] = seen, self._additive(seen[:, None], share)
-        return found
+        return seen
 
     def _additive(self, seen: Tensor, share: int) -> Tensor:
         """bool [K, G or 1, R, slots] -> [1, K, G R, slots]"""
@@ -574,7 +570,7 @@ class TorchOps:
             held = {name: torch.cat([front[name], held[name]], 1) for name in names}
         assert it.where is not None
         where = it.where[index if len(it.where) > 1 else 0].expand(heads, -1)
-        return read.select(index, q, held, seen.expand(heads, -1, -1), where, it.at)
+        return read.select(index, q, held, seen.expand(heads, -1, -1), where, it.at, self.products)
 
     def _few(self, picked: Tensor, slots: int) -> int:
         """How many slots a row reads at most, in whole pages, where gathering these alone is less work than all; else 0.
@@ -685,7 +681,7 @@ def take_threads_back() -> None:
 
 def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:
     """bool[rows, nodes]: the ancestors of tree rows from `first` on."""
-    own = batch.ancestors[first : first + rows]
+    own = batch.visible[first : first + rows]
     return np.unpackbits(own.astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :nodes].astype(bool)
 
 

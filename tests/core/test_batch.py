@@ -50,7 +50,7 @@ def test_rows_by_definition(step):
     assert batch.tokens.tolist() == [row[0] for row in rows]
     assert batch.positions.tolist() == [row[1] for row in rows]
     chains = [r for s, w in enumerate(works) for r in range(batch.starts[s], batch.tree_starts[s])]
-    found = iter(batch.ancestors.tolist())
+    found = iter(batch.visible.tolist())
     for r, (_, _, path, _, _) in enumerate(rows):
         if r in chains:
             assert path == []
@@ -89,7 +89,7 @@ def test_a_growing_tail_packs_its_new_nodes_only():
     batch = Batch.pack(works, [tree, chain], pages)
     assert batch.tokens.tolist() == [42, 43, 61, 62]
     assert batch.positions.tolist() == [6, 7, 4, 5]
-    assert batch.ancestors.ravel().tolist() == [0b101, 0b1101, 0b11, 0b111]
+    assert batch.visible.ravel().tolist() == [0b101, 0b1101, 0b11, 0b111]
     assert (batch.starts.tolist(), batch.tree_starts.tolist()) == ([0, 2, 4], [0, 2])
     assert batch.logit_rows.tolist() == [0, 1, 2, 3]
     assert batch.pages is pages
@@ -106,4 +106,4 @@ def test_dtypes():
     batch = Batch.pack([w], [EMPTY], view([w]))
     arrays = [batch.tokens, batch.positions, batch.starts, batch.tree_starts, batch.logit_rows, batch.roots]
     assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
-    assert batch.ancestors.dtype == np.uint64 and batch.ancestors.shape[0] == 0
+    assert batch.visible.dtype == np.uint64 and batch.visible.shape[0] == 0

@@ -182,7 +182,7 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
         if fault == "tail":
             batch.pages.chain[group[0]] = max(0, batch.pages.chain[group[0]] - 1)
         if fault == "ancestors":
-            batch.ancestors[...] |= 1
+            batch.visible[...] |= 1
         return honest(self, batch, group, width, slots, window, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TorchOps, "_mask", wrong)

@@ -218,7 +218,10 @@ def test_the_head_in_one_call_is_its_parts(
     norm = Norm(dice.choice(["rms", "layer"]), 1e-5)
     assert isinstance(head, Packed)
     weights, plan = Weights(x, head, own, ()), SimpleNamespace(batch=SimpleNamespace(logit_rows=np.array(wanted, np.int32)))
-    order = ops.linear(ops.norm(x, own, norm), head)[wanted].double().sort(descending=True, stable=True).indices
+    logits = ops.head(x, weights, norm, plan, Taps(logits=True)).logits  # type: ignore[arg-type]
+    assert logits is not None and logits.dtype == F32
+    assert torch.equal(logits.to(dtype), ops.linear(ops.norm(x, own, norm), head)[wanted])  # the same sums, not rounded
+    order = logits.double().sort(descending=True, stable=True).indices
     for k in (0, 1, 7):
         found = ops.head(x, weights, norm, plan, Taps(top_k=k))  # type: ignore[arg-type]
         assert found.argmax.tolist() == order[:, 0].tolist()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput, Unsupported
-from redraft.ops.format import PAGE, Array, Arrays
+from redraft.ops.format import INT4_BLOCKS, PAGE, Array, Arrays
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,7 @@ class Int4Units:
     """
 
     name = "int4"
+    layout = INT4_BLOCKS
 
     def __init__(self, head_dim: int, dtype: torch.dtype, block: int) -> None:
         import torch

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from redraft.models.runner import Runner
-    from redraft.ops.backend import Backend
+    from redraft.ops.backend import Backend, Products
 
 METHOD = "double-sparsity"
 PIECE = 512  # tokens of a text that are run together
@@ -196,16 +196,14 @@ class Labels:
         """Nothing: labels are known when a key is."""
         return {}
 
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor) -> Tensor:
+    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """[K, G, R, n], or [K, 1, R, n] in the layers that read all."""
         import torch
 
         if index < self.dense:
             return seen[:, None]
         chosen = self.channels[index][:, None, None].expand(*q.shape[:3], -1)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        labels = held["labels"].flatten(1, 2).to(exact)
-        scores = q.gather(3, chosen).to(exact) @ labels.transpose(-1, -2)[:, None]  # 4.
+        scores = products(q.gather(3, chosen).flatten(1, 2), held["labels"].flatten(1, 2)).unflatten(1, q.shape[1:3])  # 4.
         scores = scores.masked_fill((where < self.sinks)[:, None, None], inf)  # of the text: a lane may begin later
         scores = scores.masked_fill((where[:, None] == at[:, None])[:, None], inf).masked_fill(~seen[:, None], -inf)
         last = scores.topk(min(self.tokens, scores.shape[-1])).values[..., -1:]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from redraft.ops.backend import Products
+
 
 @dataclass(frozen=True)
 class PageTopK:
@@ -88,22 +90,21 @@ class PageTopK:
         parts = keys.unflatten(1, (-1, self.logical))  # 1.
         return {"low": parts.amin(2), "high": parts.amax(2)}
 
-    def bounds(self, q: Tensor, held: Arrays) -> Tensor:
+    def bounds(self, q: Tensor, held: Arrays, products: Products) -> Tensor:
         """The most that q [K, G, R, D] times a key can be in each part of a page: [K, G, R, n / logical], in float32 or better."""
-        import torch
+        low, high = (held[name].flatten(1, 2) for name in ("low", "high"))
+        rows = q.flatten(1, 2)
+        found = products(rows.clamp(min=0), high) + products(rows.clamp(max=0), low)  # 2.
+        return found.unflatten(1, q.shape[1:3])
 
-        exact = torch.promote_types(q.dtype, torch.float32)
-        low, high = (held[name].flatten(1, 2).to(exact).transpose(-1, -2)[:, None] for name in ("low", "high"))
-        return q.to(exact).clamp(min=0) @ high + q.to(exact).clamp(max=0) @ low  # 2.
-
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor) -> Tensor:
+    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """[K, 1, R, n]. Chosen among are pages of which a row sees every slot, all of them older than the row's own page of the text:
         whatever the step, their bounds are known and no tentative slot is in them. What else a row sees is read."""
         import torch
 
         newest = (at // PAGE * PAGE)[:, None]
         old: Tensor = (seen & (where[:, None] < newest)).unflatten(2, (-1, PAGE)).all(-1)  # [K, R, n / 32]
-        scores = self.bounds(q, held).unflatten(3, (-1, PAGE // self.logical)).amax((1, 4))  # 3.
+        scores = self.bounds(q, held, products).unflatten(3, (-1, PAGE // self.logical)).amax((1, 4))  # 3.
         first = (where < PAGE * self.sinks).unflatten(1, (-1, PAGE)).all(-1)  # of the text: a lane may begin later
         scores = scores.masked_fill(first[:, None], inf)
         order = scores.masked_fill(~old, -inf).sort(dim=-1, descending=True, stable=True).indices  # lower pages first

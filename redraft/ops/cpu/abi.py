@@ -37,7 +37,7 @@ class Pool(ctypes.Structure):
     _fields_ = [
         ("data", POINTER), ("slab_bytes", SIZE), ("unit_bytes", SIZE), ("per_slab", SIZE), ("values", SIZE),
         ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
-        ("key_scales", SIZE), ("value_scales", SIZE),
+        ("key_scales", SIZE), ("value_scales", SIZE), ("key_zeros", SIZE), ("value_zeros", SIZE), ("numbers", NUMBER),
     ]  # fmt: skip
 
 
@@ -52,8 +52,8 @@ class Layer(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("turns", POINTER),
-        ("watched", POINTER), ("watches", SIZE),
+        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("block", Pool), ("turns", POINTER), ("far", POINTER),
+        ("half", SIZE), ("watched", POINTER), ("watches", SIZE),
     ]  # fmt: skip
 
 
@@ -61,9 +61,11 @@ class Rotaries(ctypes.Structure):
     _fields_ = [("frequencies", POINTER), ("scales", POINTER), ("count", SIZE), ("half", SIZE)]
 
 
-# A Seq of kernels.h: eight numbers and five addresses, in its order; a Watched: two addresses, a size and four numbers.
-SEQ = struct.Struct("8i5P")
+# A Seq of kernels.h: twelve numbers and seven addresses, in its order; a Watched: two addresses, a size and four numbers; a Picked: an
+# address and two numbers.
+SEQ = struct.Struct("12i7P")
 WATCHED = struct.Struct("2Pq4i")
+PICKED = struct.Struct("P2i")
 
 _ROWS, _LINEAR, _STEP = (ctypes.POINTER(kind) for kind in (Rows, Linear, Step))
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it takes
@@ -83,7 +85,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it take
     "rd_turns": (NUMBER, ctypes.POINTER(Rotaries), POINTER, SIZE, POINTER),
     "rd_plan": (POINTER, _STEP, NUMBER),
     "rd_plan_free": (None, POINTER),
-    "rd_attend": (NUMBER, _STEP, POINTER, NUMBER, NUMBER, NUMBER, _ROWS, _ROWS, _ROWS, _ROWS),
+    "rd_attend": (NUMBER, _STEP, POINTER, NUMBER, NUMBER, NUMBER, NUMBER, POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
+    "rd_products": (NUMBER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
     "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, POINTER, _ROWS),
 }
 

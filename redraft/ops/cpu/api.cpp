@@ -2,6 +2,7 @@
 // Failure.
 #include <cmath>
 #include <new>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -143,17 +144,29 @@ BORDER void* rd_plan(const Step* step, int heads) {
 }
 BORDER void rd_plan_free(void* plan) { delete static_cast<AttendPlan*>(plan); }
 
-// Writes k and v, then attends: q [T, heads * size] -> out.
-BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int window, const Rows* q, const Rows* k, const Rows* v, const Rows* out) {
+// Writes k and v, then attends: q [T, heads * size] -> out. picked: of every sequence, or null.
+BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int window, int rotary, const Picked* picked, const Rows* q, const Rows* k,
+                     const Rows* v, const Rows* out) {
     return guarded([&] {
-        const AttendJob job{step->seqs, step->count, step->pool, layer, heads, window, *q, *out, 1.0f / std::sqrt(float(step->pool.size)),
-                            step->watched, step->watches};
+        AttendJob job = attend_job(*step, layer, heads, window, rotary, *q, *out);
+        job.picked = picked;
         const AttendPlan& chosen = *static_cast<AttendPlan*>(plan);
         attention().prepare(*kernels().attend, chosen, heads, threads());
         run([&](int worker, int workers) {
             write_keys(*kernels().attend, *step, layer, *k, *v, worker, workers);
             barrier();
             attend(*kernels().attend, job, chosen, attention(), worker, workers);
+        });
+    });
+}
+// out [heads][rows][count] = a [heads][rows][size] times b [heads][count][size]: no element depends on the others.
+BORDER int rd_products(const float* a, const float* b, int64_t heads, int64_t rows, int64_t count, int64_t size, float* out) {
+    return guarded([&] {
+        std::vector<float> scratch(size_t(threads() * size * PAGE));
+        run([&](int worker, int workers) {
+            const Share own(heads, worker, workers);
+            for (int64_t i = own.first; i < own.last; i++)
+                kernels().products(a + i * rows * size, b + i * count * size, rows, count, size, out + i * rows * count, scratch.data() + worker * size * PAGE);
         });
     });
 }

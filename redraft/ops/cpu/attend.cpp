@@ -33,7 +33,7 @@ public:
         shape.share = heads / pool.kv_heads;
         most_rows_ = std::max<int64_t>(1, std::min<int64_t>(choices.block, 256) / shape.share);
         shape.queries = most_rows_ * shape.share;
-        shape.tail = 0;
+        shape.tail = shape.turned = 0;
         for (int64_t i = 0; i < count; i++) measure(i);
     }
 
@@ -59,6 +59,7 @@ private:
         groups_.push_back(ceil_div(keys, SPAN));
         full_.push_back(s.lanes == 0 && choices_.shared ? s.lengths[0] / SPAN : 0);
         most_groups_ = std::max(most_groups_, groups_.back());
+        if (s.recent) plan_.shape.turned = 1;
         const int64_t nodes = s.tail + s.rows - s.chain;
         if (s.rows > s.chain_rows) plan_.shape.tail = std::max(plan_.shape.tail, ceil_div(PAGE - 1 + nodes, PAGE) * PAGE);
     }
@@ -180,7 +181,7 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
 namespace {
 const uint8_t* first_page(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head) {
     const AttendRow& row = plan.rows[task.first];
-    return at_unit(job.pool, unit_of(job.seqs[row.seq], job.pool, job.layer, kv_head, std::max(task.group, 0) * GROUP));
+    return find_unit(job.seqs[row.seq], job.pool, job.block, job.layer, kv_head, std::max(task.group, 0) * GROUP).at;
 }
 }  // namespace
 

@@ -25,6 +25,7 @@ struct AttendShape {
     int64_t size, padded;    // of a head; in floats, up to two whole registers of any width
     int64_t share, queries;  // query heads of a kv head; the most queries of a task
     int64_t tail;            // the most slots of the pages that hold tentative nodes of a sequence
+    int64_t turned;          // 1 where a sequence has a window, before which queries are turned, else 0
 };
 
 // Sums of weights: as they are multiplied, and before they were rounded for that; these are added up where something is watched only.

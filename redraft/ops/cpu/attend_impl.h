@@ -3,6 +3,9 @@
 // An element of a score or of a mix is one chain of fused multiply-adds in a fixed order: over the head for a score, over path
 // indices for a mix. So blocks of queries and of columns may be cut as registers allow, and a score may be computed at any place.
 //
+// Where a window is in force, keys at positions below its sinks are scored with another vector, the query turned back; which of its two
+// scores a slot gets depends on the row's position alone. Slots that a row does not read leave no trace in its sums.
+//
 // Where queries, pages and results are bf16 and the processor multiplies pairs of bf16 (DOT_BF16), links of these chains are pairs: of
 // neighbours in the head, and of path indices 2 i and 2 i + 1, what is not seen being zero. A weight is then rounded to bf16, and the sum is
 // that of the rounded ones: the result is a mean of values still, and moves by less than its own rounding does.
@@ -78,6 +81,17 @@ inline float peak(Vec x) {
 }
 #endif
 
+// Low or high halves of Vec::N bytes as numbers.
+inline Vec from_u4(const uint8_t* p, bool high) {
+#if defined(__AVX512F__)
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(high ? _mm512_srli_epi32(bytes, 4) : bytes, _mm512_set1_epi32(15)))};
+#else
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(high ? _mm256_srli_epi32(bytes, 4) : bytes, _mm256_set1_epi32(15)))};
+#endif
+}
+
 inline float minus_infinity() { return -__builtin_inff(); }
 inline uint32_t low_bits(int64_t count) { return count <= 0 ? 0 : count >= 32 ? ~0u : (1u << count) - 1; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -91,6 +105,7 @@ struct Line {
     int64_t length, base;      // committed slots; path indices below the first node
     int64_t seen, straight;    // path indices; of them those that are slots too
     int64_t at, row;           // position; row of the batch
+    bool turned;               // a window is in force: keys before its sinks' end are scored with the turned query
 };
 
 inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head) {
@@ -102,11 +117,12 @@ inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head)
     line.length = s.lengths[lane];
     line.at = s.at[row.row];
     line.row = s.first + row.row;
+    line.turned = job.far && s.recent && line.at + 1 > int64_t(s.sinks) + s.recent;
     if (row.row < s.chain_rows) {
         line.base = line.seen = line.straight = line.length + s.tail + row.row + 1;
         return line;
     }
-    line.path = s.ancestors + (row.row - s.chain_rows) * int64_t(s.words);
+    line.path = s.visible + (row.row - s.chain_rows) * int64_t(s.words);
     line.base = line.seen = line.straight = line.length + s.chain;
     bool gap = false;
     for (int64_t w = 0; w < s.words; w++) {
@@ -118,53 +134,83 @@ inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head)
     return line;
 }
 
-// Which of the path indices first .. first + 31 the row sees.
-inline uint32_t visible(const Line& line, int64_t first, int64_t window) {
-    const int64_t count = at_most(line.seen - first, PAGE);
-    uint32_t bits = low_bits(count);
-    if (!window || !bits) return bits;
-    const int64_t low = line.at - window, from_end = line.at + 1 - line.seen;  // position of a tail index: index + from_end
-    if (!line.positions || first >= line.length) {
-        if (first + count <= line.length && first + count - 1 <= low) return 0;
-        if ((first > low || first >= line.length) && first + from_end > low) return bits;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t index = first + i;
-        const int64_t position = index >= line.length ? index + from_end : line.positions ? line.positions[index] : index;
-        if (position <= low) bits &= ~(1u << i);
-    }
-    return bits;
+inline int64_t position_of(const Line& line, int64_t slot) {
+    return slot >= line.length ? line.seq->tail_at[slot - line.length] : line.positions ? line.positions[slot] : slot;
 }
+
+// What the row's windows leave in sight: the layer's, positions > own - window, and the sequence's.
+struct Sight {
+    int64_t low, sinks, near;  // seen: positions > low, and < sinks or > near
+    bool all;
+
+    Sight(const Line& line, int64_t window) {
+        const int64_t none = -(int64_t(1) << 40);
+        low = window ? line.at - window : none;
+        sinks = line.seq->sinks;
+        near = line.seq->recent ? line.at - line.seq->recent : none;
+        all = low < 0 && near < sinks;
+    }
+    bool sees(int64_t position) const { return position > low && (position < sinks || position > near); }
+};
 
 // Whether path indices first .. first + 31 are other slots than first .. first + 31.
 inline bool scattered(const Line& line, int64_t first) { return at_most(line.seen, first + PAGE) > line.straight && line.straight < line.seen; }
 
-// The slots of the path indices first .. first + 31 of a node row, as far as it sees them.
+// The slots of the path indices first .. first + 31, as far as the row sees them.
 inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
     const int64_t last = at_most(line.seen, first + PAGE);
     for (int64_t i = first; i < last && i < line.base; i++) slots[i - first] = int32_t(i);
+    if (!line.path || last <= line.base) return;
     int64_t index = line.base;
     for (int64_t w = 0; w < line.seq->words && index < last; w++)
         for (uint64_t bits = line.path[w]; bits && index < last; bits &= bits - 1, index++)
             if (index >= first) slots[index - first] = int32_t(line.base + 64 * w + __builtin_ctzll(bits));
 }
 
-// Which of the slots first .. first + 31 the row sees.
-inline uint32_t seen_slots(const Line& line, int64_t first, int64_t window) {
-    uint32_t bits = visible(line, first, window) & low_bits(line.base - first);
-    if (!line.path) return bits;
-    int64_t index = line.base;
-    for (int64_t w = 0; w < line.seq->words; w++)
-        for (uint64_t own = line.path[w]; own; own &= own - 1, index++) {
-            const int64_t slot = line.base + 64 * w + __builtin_ctzll(own);
-            const bool near = !window || index + 1 - line.seen > -window;
-            if (near && slot >= first && slot < first + PAGE) bits |= 1u << (slot - first);
-        }
+// Which of the path indices first .. first + 31 the row sees.
+inline uint32_t visible(const Line& line, int64_t first, int64_t window) {
+    const int64_t count = at_most(line.seen - first, PAGE);
+    uint32_t bits = low_bits(count);
+    const Sight sight(line, window);
+    if (sight.all || !bits) return bits;
+    if (!line.positions && first + count <= line.length) {  // slots are positions
+        if (first > sight.low && first > sight.near) return bits;
+        if (first + count - 1 <= sight.low || (first >= sight.sinks && first + count - 1 <= sight.near)) return 0;
+    }
+    int32_t slots[PAGE];
+    slots_of(line, first, slots);
+    for (int64_t i = 0; i < count; i++)
+        if (!sight.sees(position_of(line, slots[i]))) bits &= ~(1u << i);
     return bits;
 }
 
+// Which of the slots first .. first + 31 the row sees.
+inline uint32_t seen_slots(const Line& line, int64_t first, int64_t window) {
+    uint32_t bits = low_bits(line.base - first);
+    for (int64_t w = 0; line.path && w < line.seq->words; w++)
+        for (uint64_t own = line.path[w]; own; own &= own - 1) {
+            const int64_t slot = line.base + 64 * w + __builtin_ctzll(own);
+            if (slot >= first && slot < first + PAGE) bits |= 1u << (slot - first);
+        }
+    const Sight sight(line, window);
+    for (uint32_t left = sight.all ? 0 : bits; left; left &= left - 1) {
+        const int i = __builtin_ctz(left);
+        if (!sight.sees(position_of(line, first + i))) bits &= ~(1u << i);
+    }
+    return bits;
+}
+
+// Which of the slots first .. first + 31, of those in `bits`, are scored with the turned query.
+inline uint32_t sink_slots(const Line& line, int64_t first, uint32_t bits) {
+    if (!line.turned || (!line.positions && first >= line.seq->sinks && first + PAGE <= line.length)) return 0;
+    uint32_t found = 0;
+    for (; bits; bits &= bits - 1)
+        if (const int i = __builtin_ctz(bits); position_of(line, first + i) < line.seq->sinks) found |= 1u << i;
+    return found;
+}
+
 inline int64_t slots_seen(const Line& line, int64_t window) {
-    if (!window) return line.seen;
+    if (Sight(line, window).all) return line.seen;
     int64_t count = 0;
     for (int64_t first = 0; first < line.seen; first += PAGE) count += __builtin_popcount(visible(line, first, window));
     return count;
@@ -233,6 +279,39 @@ inline void load_keys(const int8_t* codes, const float* scales, int64_t size, fl
             turn(x);
             for (int64_t i = 0; i < Vec::N && c + i < size; i++) store(keys + (c + i) * PAGE + slot, x[i]);
         }
+}
+
+// A register of codes of 4 bits, of `size`: the first half of them lies in low halves of bytes, the second in high ones.
+inline Vec read_nibbles(const uint8_t* codes, int64_t c, int64_t size) {
+    const int64_t half = size / 2;
+    if (half % Vec::N == 0) return from_u4(codes + c % half, c >= half);
+    alignas(64) float t[Vec::N] = {};
+    for (int64_t i = 0; i < Vec::N && c + i < size; i++) t[i] = float(c + i < half ? codes[c + i] & 15 : codes[c + i - half] >> 4);
+    return load(t);
+}
+
+// Keys of a unit of 4-bit codes as float32 [size][32]: code times its channel's scale, plus the channel's zero.
+inline void load_keys(const Unit& unit, int64_t size, float* keys) {
+    const Pool& pool = *unit.pool;
+    const int64_t bytes = bytes_of(pool.numbers);
+    for (int64_t c = 0; c < size; c += Vec::N) {
+        const Vec scale = read_some(unit.at + pool.key_scales + c * bytes, pool.numbers, size - c);
+        const Vec zeros = read_some(unit.at + pool.key_zeros + c * bytes, pool.numbers, size - c);
+        for (int64_t slot = 0; slot < PAGE; slot += Vec::N) {
+            Vec x[Vec::N];
+#pragma GCC unroll 16
+            for (int i = 0; i < Vec::N; i++) x[i] = fma(read_nibbles(unit.at + (slot + i) * (size / 2), c, size), scale, zeros);
+            turn(x);
+            for (int64_t i = 0; i < Vec::N && c + i < size; i++) store(keys + (c + i) * PAGE + slot, x[i]);
+        }
+    }
+}
+inline void load_value(const Unit& unit, int64_t slot, int64_t size, int64_t padded, float* to) {
+    const Pool& pool = *unit.pool;
+    const auto number = [&](int64_t offset) { return set1(first_number(read_some(unit.at + offset + slot * bytes_of(pool.numbers), pool.numbers, 1))); };
+    const Vec scale = number(pool.value_scales), zeros = number(pool.value_zeros);
+    const uint8_t* codes = unit.at + pool.values + slot * (size / 2);
+    for (int64_t c = 0; c < padded; c += Vec::N) store(to + c, c < size ? fma(read_nibbles(codes, c, size), scale, zeros) : zero());
 }
 
 // Steps 1 and 2 of redraft/kv/codec/int8.py, bit for bit.
@@ -506,6 +585,8 @@ inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
 // A worker's memory. Of queries: q, mix [padded], sums and exact [16] by slot modulo a register, most; whole_*: over the groups so far.
 struct Scratch {
     float *keys, *values, *q, *mix, *sums, *exact, *most, *whole_mix, *whole_most, *p, *tail;
+    float *far, *far_p, *far_tail;  // turned queries and their scores
+    uint32_t* picks;                // of a query: what it reads of a page, in path order
     Sums* whole_sum;
 };
 
@@ -528,6 +609,10 @@ inline int64_t carve(const AttendShape& shape, float* memory, Scratch* made) {
     made->whole_sum = reinterpret_cast<Sums*>(take(2 * shape.queries));
     made->whole_most = take(shape.queries);
     made->tail = take(shape.queries * shape.tail);
+    made->far = take(shape.turned * shape.queries * shape.padded);
+    made->far_p = take(shape.turned * BATCH * PAGE);
+    made->far_tail = take(shape.turned * shape.queries * shape.tail);
+    made->picks = reinterpret_cast<uint32_t*>(take(shape.queries));
     return used;
 }
 
@@ -580,12 +665,13 @@ public:
         : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
         direct_ = pool_.size % Vec::N == 0 && pool_.kind != I8;
-        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16;
+        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.block.data;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
             lines_[i] = line_of(job, rows[i], kv_head);
             most_seen_ = most_seen_ < lines_[i].seen ? lines_[i].seen : most_seen_;
             load_queries(i);
+            if (lines_[i].turned) turn_queries(i);
         }
     }
 
@@ -635,37 +721,42 @@ private:
     void watch_page(const Watched& watched, int64_t page, const float* limits) {
         const int64_t first = page * PAGE, queries = count_ * shape_.share;
         uint32_t any = 0;
-        for (int64_t i = 0; i < count_; i++) any |= bits_[i] = seen_slots(lines_[i], first, job_.window);
+        for (int64_t i = 0; i < count_; i++) {
+            any |= bits_[i] = seen_slots(lines_[i], first, job_.window);
+            sinks_[i] = sink_slots(lines_[i], first, bits_[i]);
+            for (int64_t g = 0; g < shape_.share; g++) s_.picks[i * shape_.share + g] = bits_[i] & picked(i, g, page);
+        }
         if (!any) return;
         turn_keys(unit(*lines_[0].seq, page));
         alignas(64) float mean[PAGE];
         for (int64_t q = 0, count; q < queries; q += count) {
             count = at_most(queries - q, BATCH);
-            score(q, count, nullptr, s_.p, PAGE);
+            score_page(q, count, nullptr);
             for (int64_t i = 0; i < count; i++) {
                 const int64_t row = (q + i) / shape_.share, g = (q + i) % shape_.share;
                 if (!bits_[row]) continue;
                 if (!g) clear(mean, PAGE);
-                add_weights(s_.p + i * PAGE, partials_.ends[lines_[row].row * job_.heads + kv_head_ * shape_.share + g], mean);
+                add_weights(s_.p + i * PAGE, s_.picks[q + i], partials_.ends[lines_[row].row * job_.heads + kv_head_ * shape_.share + g], mean);
                 if (g == shape_.share - 1) note(watched, lines_[row], first, bits_[row], limits[row], mean);
             }
         }
     }
 
-    void add_weights(const float* p, Partials::End end, float* sums) const {
+    void add_weights(const float* p, uint32_t bits, Partials::End end, float* sums) const {
         for (int64_t c = 0; c < PAGE; c += Vec::N) {
             const Vec weights = exponential(load(p + c) * set1(job_.scale) - set1(end.most)) / set1(end.sum);
-            store(sums + c, load(sums + c) + weights);
+            store(sums + c, load(sums + c) + keep_where(bits >> c, weights, zero()));
         }
     }
 
     void note(const Watched& watched, const Line& line, int64_t first, uint32_t bits, float limit, const float* sums) const {
+        constexpr double STEPS = 4294967296.0;
         const int64_t block = int64_t(job_.layer) * pool_.kv_heads + kv_head_, node = line.row - line.seq->first - line.seq->chain_rows;
-        float* to = (node < 0 ? watched.chain : watched.nodes + node * pool_.layers * pool_.kv_heads * watched.slots) + block * watched.slots + first;
+        double* to = (node < 0 ? watched.chain : watched.nodes + node * pool_.layers * pool_.kv_heads * watched.slots) + block * watched.slots + first;
         for (; bits; bits &= bits - 1) {
             const int i = __builtin_ctz(bits);
             const float weight = sums[i] / float(shape_.share);
-            to[i] += watched.low ? float(weight < limit) : weight;
+            to[i] += watched.low ? double(weight < limit) : __builtin_nearbyint(double(weight) * STEPS) / STEPS;
         }
     }
     static void clear(float* p, int64_t count) {
@@ -686,7 +777,35 @@ private:
         }
     }
 
-    const uint8_t* unit(const Seq& s, int64_t page) const { return at_unit(pool_, unit_of(s, pool_, job_.layer, kv_head_, page)); }
+    // Queries of a row turned back by as many positions as are out of sight, half-split pairs; what does not turn stays.
+    void turn_queries(int64_t i) {
+        const int64_t half = job_.half, row = lines_[i].row;
+        const float *cos = job_.far + row * half, *sin = cos + job_.q.rows * half;
+        for (int64_t g = 0; g < shape_.share; g++) {
+            float* to = s_.far + (i * shape_.share + g) * shape_.padded;
+            float* x = s_.values;  // free until a page is read
+            load_value(job_.q.at(row, (kv_head_ * shape_.share + g) * shape_.size), job_.q.kind, shape_.size, shape_.padded, x);
+            for (int64_t d = 0; d < half; d++) {
+                const float a = x[d], b = x[d + half];
+                x[d] = a * cos[d] - b * sin[d];
+                x[d + half] = b * cos[d] + a * sin[d];
+            }
+            for (int64_t c = 0; c < shape_.padded; c += Vec::N) {
+                if (paired_) to_bf16(reinterpret_cast<uint16_t*>(to) + c, load(x + c));
+                else store(to + c, load(x + c));
+            }
+        }
+    }
+
+    // The slots of a page that a query of a row may read.
+    uint32_t picked(int64_t i, int64_t g, int64_t page) const {
+        if (!job_.picked || !job_.picked[rows_[i].seq].bits) return ~0u;
+        const Picked& one = job_.picked[rows_[i].seq];
+        const int64_t head = one.apart > 1 ? kv_head_ * one.apart + g : kv_head_;
+        return one.bits[(rows_[i].row * int64_t(pool_.kv_heads) * one.apart + head) * one.words + page];
+    }
+
+    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.block, job_.layer, kv_head_, page); }
 
     int64_t most_pages() const { return (most_seen_ + PAGE - 1) / PAGE; }
 
@@ -704,27 +823,48 @@ private:
     }
 
     // Keys of a unit turned, words of 4 bytes by slots; pairs of bf16 turn as float32 does.
-    void turn_keys(const uint8_t* unit) {
-        if (pool_.kind == I8) load_keys(reinterpret_cast<const int8_t*>(unit), reinterpret_cast<const float*>(unit + pool_.key_scales), words_, s_.keys);
-        else load_keys(unit, paired_ ? F32 : pool_.kind, words_, s_.keys);
+    void turn_keys(const Unit& unit) {
+        switch (unit.pool->kind) {
+            case I4: return load_keys(unit, words_, s_.keys);
+            case I8: return load_keys(reinterpret_cast<const int8_t*>(unit.at), reinterpret_cast<const float*>(unit.at + pool_.key_scales), words_, s_.keys);
+            default: return load_keys(unit.at, paired_ ? F32 : pool_.kind, words_, s_.keys);
+        }
     }
 
     // A slot's values of a unit to the scratch, as the place-th ones.
-    void take_value(const uint8_t* unit, int64_t slot, int64_t place) {
-        const uint8_t* from = unit + pool_.values + slot * row_bytes();
+    void take_value(const Unit& unit, int64_t slot, int64_t place) {
+        const uint8_t* from = unit.at + unit.pool->values + slot * row_bytes();
         float* to = s_.values + place * shape_.padded;
-        if (pool_.kind == I8)
-            load_value(reinterpret_cast<const int8_t*>(from), reinterpret_cast<const float*>(unit + pool_.value_scales)[slot], shape_.size, shape_.padded, to);
-        else load_value(from, pool_.kind, pool_.size, shape_.padded, to);
+        switch (unit.pool->kind) {
+            case I4: return load_value(unit, slot, shape_.size, shape_.padded, to);
+            case I8:
+                return load_value(reinterpret_cast<const int8_t*>(from), reinterpret_cast<const float*>(unit.at + pool_.value_scales)[slot], shape_.size,
+                                  shape_.padded, to);
+            default: return load_value(from, pool_.kind, pool_.size, shape_.padded, to);
+        }
     }
 
-    void score(int64_t q, int64_t count, const uint8_t* next, float* out, int64_t stride) {
-        const float* from = s_.q + q * shape_.padded;
+    // Dot products of `count` queries, from `from` on, with the page whose keys were turned.
+    void score(const float* from, int64_t count, const uint8_t* next, float* out, int64_t stride) {
         const Ahead ahead{next, pool_.values / words_};
 #ifdef DOT_BF16
         if (paired_) return dots<Pairs>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
 #endif
         dots<Singles>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
+    }
+
+    // Those of queries q .. q + count, to p; where slots are sinks (sinks_), those of the turned queries.
+    void score_page(int64_t q, int64_t count, const uint8_t* next) {
+        score(s_.q + q * shape_.padded, count, next, s_.p, PAGE);
+        uint32_t any = 0;
+        for (int64_t i = 0; i < count; i++) any |= sinks_[(q + i) / shape_.share];
+        if (!any) return;
+        score(s_.far + q * shape_.padded, count, nullptr, s_.far_p, PAGE);
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t c = 0; c < PAGE; c += Vec::N) {
+                float* p = s_.p + i * PAGE + c;
+                store(p, keep_where(sinks_[(q + i) / shape_.share] >> c, load(s_.far_p + i * PAGE + c), load(p)));
+            }
     }
 
     // Runs of rows that see the page where it lies share one reading of it; rows that see it scattered come one by one.
@@ -736,6 +876,9 @@ private:
             scattered_[i] = bits_[i] && scattered(lines_[i], page * PAGE);
             gather |= scattered_[i];
             if (!bits_[i] || scattered_[i]) continue;
+            pick(i, page);
+            if (!bits_[i]) continue;
+            sinks_[i] = sink_slots(lines_[i], page * PAGE, bits_[i]);
             in_place++;
             any = i;
         }
@@ -746,11 +889,18 @@ private:
             if (scattered_[i]) attend_scattered(i, page * PAGE);
     }
 
+    // What the queries of a row read of what it sees of a page in place; the row sees no more than that.
+    void pick(int64_t i, int64_t page) {
+        uint32_t any = 0;
+        for (int64_t g = 0; g < shape_.share; g++) any |= s_.picks[i * shape_.share + g] = bits_[i] & picked(i, g, page);
+        bits_[i] = any;
+    }
+
     void attend_in_place(int64_t page, const Seq& seq, int64_t queries, bool more) {
-        const uint8_t* here = unit(seq, page);
-        const uint8_t* next = more ? unit(seq, page + 1) : then_;
+        const Unit here = unit(seq, page);
+        const uint8_t* next = more ? unit(seq, page + 1).at : then_;
         turn_keys(here);
-        const bool raw = paired_ || (direct_ && queries <= WIDE);  // else values are turned into float32 once, for all
+        const bool raw = here.pool->kind != I4 && (paired_ || (direct_ && queries <= WIDE));  // else values are turned into float32 once, for all
         if (!raw)
             for (int64_t slot = 0; slot < PAGE; slot++) take_value(here, slot, slot);
         for (int64_t i = 0; i < count_;) {
@@ -760,7 +910,7 @@ private:
             }
             int64_t end = i + 1;
             while (end < count_ && bits_[end] && !scattered_[end]) end++;
-            attend_run(i * shape_.share, end * shape_.share, raw ? here + pool_.values : nullptr, next);
+            attend_run(i * shape_.share, end * shape_.share, raw ? here.at + pool_.values : nullptr, next);
             next = nullptr;
             i = end;
         }
@@ -773,12 +923,12 @@ private:
     void attend_run(int64_t first, int64_t last, const uint8_t* raw, const uint8_t* next) {
         for (int64_t q = first; q < last; q += BATCH, next = nullptr) {
             const int64_t count = at_most(last - q, BATCH);
-            score(q, count, next, s_.p, PAGE);
+            score_page(q, count, next);
             weigh(q, count);
             for (int64_t i = 0; i < count;) {
-                const uint32_t bits = bits_[(q + i) / shape_.share];
+                const uint32_t bits = s_.picks[q + i];
                 int64_t end = i + 1;
-                while (end < count && bits_[(q + end) / shape_.share] == bits) end++;
+                while (end < count && s_.picks[q + end] == bits) end++;
                 mix(q, i, end, bits, raw, raw && next && !i ? next + pool_.values - raw : 0);
                 i = end;
             }
@@ -801,16 +951,21 @@ private:
     // Dot products of queries q .. q + count become weights; shrink_ is what their sums and mixes so far are worth beside them.
     void weigh(int64_t q, int64_t count) {
         uint32_t raised = 0;
-        for (int64_t i = 0; i < count; i++) raised |= uint32_t(bound(s_.p + i * PAGE, bits_[(q + i) / shape_.share], s_.most + q + i, shrink_ + i)) << i;
+        for (int64_t i = 0; i < count; i++) raised |= uint32_t(bound(s_.p + i * PAGE, s_.picks[q + i], s_.most + q + i, shrink_ + i)) << i;
         if (raised)
             for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, exponential(load(shrink_ + i)));
         else
             for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, set1(1.0f));
-        for (int64_t i = 0; i < count; i++) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], (q + i) * 16);
+        for (int64_t i = 0; i < count; i++) {
+            if (s_.picks[q + i]) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], (q + i) * 16);
+            else clear(s_.p + i * PAGE, PAGE);  // of other heads of its row: nothing is added to its sums
+        }
     }
 
     // Scales and masks a query's dot products; whether they raise its largest score, and by how much it was less.
     bool bound(float* p, uint32_t bits, float* most, float* below) const {
+        *below = 0.0f;
+        if (!bits) return false;
         Vec x[SLOTS];
         for (int64_t c = 0; c < SLOTS; c++) {
             x[c] = load(p + c * Vec::N) * set1(job_.scale);
@@ -818,7 +973,6 @@ private:
             store(p + c * Vec::N, x[c]);
         }
         for (int64_t c = 1; c < SLOTS; c++) x[0] = maximum(x[0], x[c]);
-        *below = 0.0f;
         const float before = *most;
         if (!any_above(x[0], set1(before))) return false;
         *most = peak(x[0]);
@@ -848,11 +1002,14 @@ private:
         const Line& line = lines_[row];
         const Seq& seq = *line.seq;
         const int64_t nodes = int64_t(seq.tail) + seq.rows - seq.chain;
+        bool turned = false;
+        for (int64_t i = row; i < count_; i++) turned |= lines_[i].turned;
         tail_first_ = line.base / PAGE * PAGE;
         for (int64_t slot = tail_first_; slot < line.base + nodes; slot += PAGE) {
             turn_keys(unit(seq, slot / PAGE));
-            const int64_t q = row * shape_.share, count = (count_ - row) * shape_.share;
-            score(q, count, nullptr, s_.tail + q * shape_.tail + slot - tail_first_, shape_.tail);
+            const int64_t q = row * shape_.share, count = (count_ - row) * shape_.share, at = q * shape_.tail + slot - tail_first_;
+            score(s_.q + q * shape_.padded, count, nullptr, s_.tail + at, shape_.tail);
+            if (turned) score(s_.far + q * shape_.padded, count, nullptr, s_.far_tail + at, shape_.tail);
         }
     }
 
@@ -862,20 +1019,33 @@ private:
         int32_t slots[PAGE];
         slots_of(line, first, slots);
         const int64_t count = at_most(line.seen - first, PAGE);
+        uint32_t sinks = 0;
         for (int64_t i = 0; i < count; i++) {
-            const uint8_t* from = unit(*line.seq, slots[i] / PAGE);
+            const Unit from = unit(*line.seq, slots[i] / PAGE);
             const int64_t slot = slots[i] % PAGE, bytes = row_bytes();
-            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * bytes, from + pool_.values + slot * bytes, size_t(bytes));
+            if (line.turned && position_of(line, slots[i]) < line.seq->sinks) sinks |= 1u << i;
+            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * bytes, from.at + pool_.values + slot * bytes, size_t(bytes));
             else take_value(from, slot, i);
+        }
+        for (int64_t g = 0; g < shape_.share; g++) {
+            uint32_t read = 0;
+            for (int64_t i = 0; i < count; i++) read |= (picked(row, g, slots[i] / PAGE) >> slots[i] % PAGE & 1) << i;
+            s_.picks[row * shape_.share + g] = read & bits_[row];
         }
         for (int64_t g = 0; g < shape_.share; g += BATCH) {
             const int64_t q = row * shape_.share + g, some = at_most(shape_.share - g, BATCH);
             for (int64_t k = 0; k < some; k++) {
                 float* scores = s_.p + k * PAGE;
-                for (int64_t i = 0; i < PAGE; i++) scores[i] = i < count ? s_.tail[(q + k) * shape_.tail + slots[i] - tail_first_] : 0.0f;
+                for (int64_t i = 0; i < PAGE; i++) {
+                    const float* tail = sinks >> i & 1 ? s_.far_tail : s_.tail;
+                    scores[i] = i < count ? tail[(q + k) * shape_.tail + slots[i] - tail_first_] : 0.0f;
+                }
             }
             weigh(q, some);
-            mix(q, 0, some, bits_[row], nullptr, 0);
+            for (int64_t k = 0, end; k < some; k = end) {
+                for (end = k + 1; end < some && s_.picks[q + end] == s_.picks[q + k]; end++) {}
+                mix(q, k, end, s_.picks[q + k], nullptr, 0);
+            }
         }
     }
 
@@ -891,7 +1061,7 @@ private:
     Scratch s_;
     Taken taken_{};
     alignas(64) float shrink_[BATCH] = {};
-    uint32_t bits_[MOST_ROWS];
+    uint32_t bits_[MOST_ROWS], sinks_[MOST_ROWS] = {};
     bool scattered_[MOST_ROWS];
     Line lines_[MOST_ROWS];
 };
@@ -927,6 +1097,22 @@ inline void attend_watch(const AttendJob& job, const AttendShape& shape, const W
         if (!count || (count < most && row + 1 < seq.rows)) continue;
         Task(job, shape, rows, count, kv_head, nullptr, partials, scratch).watch(watched, group);
         count = 0;
+    }
+}
+
+// Rows of a times rows of b, 32 of them turned at once.
+inline void products(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch) {
+    alignas(64) float some[WIDE * PAGE];
+    for (int64_t first = 0; first < count; first += PAGE) {
+        const int64_t width = at_most(count - first, PAGE);
+        for (int64_t c = 0; c < size * PAGE; c += Vec::N) store(scratch + c, zero());
+        for (int64_t i = 0; i < width; i++)
+            for (int64_t d = 0; d < size; d++) scratch[d * PAGE + i] = b[(first + i) * size + d];
+        for (int64_t r = 0, take; r < rows; r += take) {
+            take = at_most(rows - r, WIDE);
+            dots<Singles>(a + r * size, size, take, scratch, size, Ahead{}, some, PAGE);
+            for (int64_t i = 0; i < take; i++) __builtin_memcpy(out + (r + i) * count + first, some + i * PAGE, size_t(width) * 4);
+        }
     }
 }
 

@@ -102,28 +102,36 @@ struct Seq {
     int32_t first, rows, chain_rows;  // rows of the batch; the first chain_rows of them are chain rows, the others nodes
     int32_t tail, chain;              // tentative rows written before; chain rows of the whole tail
     int32_t lanes;                    // 0 shared, 1 one a layer, 2 one a layer and kv head
-    int32_t pages_per_lane, words;    // page ids of a lane; words of ancestors of a node row
+    int32_t pages_per_lane, words;    // page ids of a lane; words of visibility of a node row
+    int32_t coded_per_lane;           // pages of the block format, in front of `pages`
+    int32_t sinks, recent;            // a row sees keys at positions < sinks or > own - recent; recent 0: no such window
+    int32_t none;
     const int32_t* pages;             // [lanes][pages_per_lane]
+    const int32_t* coded;             // [lanes][coded_per_lane]
     const int32_t* lengths;           // [lanes] committed slots
     const int32_t* const* positions;  // [lanes] -> position of every committed slot, or null: slot i holds position i
-    const uint64_t* ancestors;        // [node rows][words]
+    const uint64_t* visible;          // [node rows][words]: tentative nodes that the row sees
     const int32_t* at;                // [rows] positions of the rows
+    const int32_t* tail_at;           // [tail + rows] positions of the tentative slots
 };
 
 // Where units lie: unit u is at data + u / per_slab * slab_bytes + u % per_slab * unit_bytes, and holds keys [32][size], then values.
-// Of I8 they are codes of whole vectors, as redraft/kv/codec/int8.py defines them, and their scales float32 [32].
+// I8: codes of whole vectors, as redraft/kv/codec/int8.py defines them, with scales float32 [32]. I4: codes [32][size / 2] of keys by
+// channel and of values by slot, as redraft/kv/codec/int4.py defines them, with scales and zeros of kind `numbers`.
 struct Pool {
     uint8_t* data;
     int64_t slab_bytes, unit_bytes, per_slab, values;  // values: bytes from the unit's start
     int32_t layers, kv_heads, size;                    // size: of a head
     Kind kind;
-    int64_t key_scales, value_scales;                  // I8: bytes from the unit's start
+    int64_t key_scales, value_scales;                  // I8, I4: bytes from the unit's start
+    int64_t key_zeros, value_zeros;                    // I4
+    Kind numbers;                                      // I4: of scales and zeros
 };
 
 // The unit of page `page` (an index in pages of a lane) for a layer and kv head.
-INLINE int64_t unit_of(const Seq& s, const Pool& p, int64_t layer, int64_t head, int64_t page) {
+INLINE int64_t unit_of(const Seq& s, const Pool& p, int64_t layer, int64_t head, int64_t page, const int32_t* pages, int64_t per_lane) {
     const int64_t lane = s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head;
-    const int64_t id = s.pages[lane * s.pages_per_lane + page];
+    const int64_t id = pages[lane * per_lane + page];
     return s.lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : s.lanes == 1 ? id * p.kv_heads + head : id;
 }
 INLINE uint8_t* at_unit(const Pool& p, int64_t unit) { return p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes; }
@@ -131,10 +139,29 @@ INLINE int64_t length_of(const Seq& s, const Pool& p, int64_t layer, int64_t hea
     return s.lengths[s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head];
 }
 
+// A unit and the pool that says how it is stored.
+struct Unit {
+    uint8_t* at;
+    const Pool* pool;
+};
+// The unit of the page that holds slots 32 page .. 32 page + 31 of a lane: the first coded_per_lane pages are of `block`.
+INLINE Unit find_unit(const Seq& s, const Pool& exact, const Pool& block, int64_t layer, int64_t head, int64_t page) {
+    if (page < s.coded_per_lane) return {at_unit(block, unit_of(s, block, layer, head, page, s.coded, s.coded_per_lane)), &block};
+    return {at_unit(exact, unit_of(s, exact, layer, head, page - s.coded_per_lane, s.pages, s.pages_per_lane)), &exact};
+}
+
+// What the rows of a sequence read of the slots that they see: bits [rows][kv_heads * apart][words], bit j of word i: slot 32 i + j.
+// apart: 1, or the number of query heads of a kv head where these differ. No bits: all.
+struct Picked {
+    const uint32_t* bits;
+    int32_t words, apart;
+};
+
 // Statistics wanted of a sequence's attention weights: of a slot's weight, averaged over the query heads of a kv head, the weight itself, or
-// where `low`, 1 where it is below 1 / the number of slots that the row sees. slots: of the longest lane, tentative ones too.
+// where `low`, 1 where it is below 1 / the number of slots that the row sees. slots: of the longest lane, tentative ones too. Weights are
+// counted in steps of 2^-32, so that sums in double are exact: how rows are grouped into steps changes no bit.
 struct Watched {
-    float *chain, *nodes;  // [layers][kv_heads][slots], summed over chain rows from position `since` on; one such block of each node row
+    double *chain, *nodes;  // [layers][kv_heads][slots], summed over chain rows from position `since` on; one such block of each node row
     int64_t slots;
     int32_t seq, since, low, none;
 };
@@ -142,13 +169,16 @@ struct Watched {
 struct AttendJob {
     const Seq* seqs;
     int64_t count;
-    Pool pool;
+    Pool pool, block;              // block: of coded pages; without data where there are none
     int32_t layer, heads, window;  // heads: of queries; window: keys at positions > own - window are seen, 0: all
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]
     float scale;
     const Watched* watched = nullptr;
     int64_t watches = 0;
+    const float* far = nullptr;       // cos, then sin, [T][half]: queries turn by them for keys at positions < sinks
+    int64_t half = 0;
+    const Picked* picked = nullptr;   // [count], or null: every row reads all that it sees
 };
 
 struct AttendKernels;  // attend.h
@@ -165,6 +195,8 @@ struct Kernels {
     // x [T, heads * size] strided, in place: head h of row r turned by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
     void (*uniform)(uint64_t key, const int64_t* ids, int64_t count, double* to);  // core/noise.py's, bit for bit
+    // out [rows][count] = a [rows][size] times b [count][size], each element one chain over size; scratch: [size][32]
+    void (*products)(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch);
     const AttendKernels* attend;
 };
 

@@ -110,6 +110,13 @@ void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows
     else share(0, 1);
 }
 
+AttendJob attend_job(const Step& step, int layer, int heads, int window, int rotary, const Rows& q, const Rows& out) {
+    AttendJob job{step.seqs, step.count, step.pool, step.block, layer, heads, window, q, out, 1.0f / std::sqrt(float(step.pool.size))};
+    job.watched = step.watched, job.watches = step.watches, job.half = step.half;
+    if (step.far && rotary >= 0) job.far = step.far + 2 * rotary * step.rows * step.half;
+    return job;
+}
+
 void write_keys(const AttendKernels& kernels, const Step& step, int64_t layer, const Rows& k, const Rows& v, int worker, int workers) {
     const Pool& pool = step.pool;
     const int64_t bytes = pool.size * bytes_of(pool.kind);
@@ -120,7 +127,7 @@ void write_keys(const AttendKernels& kernels, const Step& step, int64_t layer, c
             const int64_t start = length_of(seq, pool, layer, head) + seq.tail;
             for (int64_t r = own.first; r < own.last; r++) {
                 const int64_t slot = start + r;
-                uint8_t* unit = at_unit(pool, unit_of(seq, pool, layer, head, slot / PAGE));
+                uint8_t* unit = find_unit(seq, pool, step.block, layer, head, slot / PAGE).at;
                 const auto put = [&](const Rows& x, int64_t offset, int64_t scales) {
                     const uint8_t* from = x.at(seq.first + r, head * pool.size);
                     uint8_t* to = unit + offset + slot % PAGE * bytes;
@@ -165,7 +172,7 @@ void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32
         }
         if (feed.codes()) fill(kernels, w, norms, feed, rows);
         barrier();
-        LinearJob job = job_of(w, feed, Rows{}, h.kind);
+        LinearJob job = job_of(w, feed, Rows{}, F32);  // as they are summed: rounded ones tie
         job.best = found.data() + worker * own_size;
         job.keep = keep;
         const Share own(w.count(), worker, workers);
@@ -236,14 +243,14 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
                 }
             }
             if (l.rotary >= 0) {
-                const int64_t each = rows * (pool.size / 2);
+                const int64_t each = rows * step.half;
                 const float* cos = step.turns + 2 * l.rotary * each;
                 kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, cos, cos + each, own.first, own.last);
             }
             barrier();
             write_keys(*kernels.attend, step, i, k, v, worker, workers);
             barrier();
-            attend(*kernels.attend, {step.seqs, step.count, pool, int32_t(i), l.heads, l.window, q, seen, 1.0f / std::sqrt(float(pool.size)), step.watched, step.watches}, plan, attention(), worker, workers);
+            attend(*kernels.attend, attend_job(step, int(i), l.heads, l.window, l.rotary, q, seen), plan, attention(), worker, workers);
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();

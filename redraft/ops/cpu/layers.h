@@ -13,15 +13,20 @@ struct Layer {
     Activation activation;
 };
 
-// One forward pass: its sequences, and of every rotary cos and then sin, [rows][size / 2].
+// One forward pass: its sequences, and of every rotary cos and then sin, [rows][half]; far: null, or by how much queries turn for keys
+// before a window, laid out alike.
 struct Step {
     int64_t rows, count;
     const Seq* seqs;
-    Pool pool;
-    const float* turns;
+    Pool pool, block;  // block: see AttendJob
+    const float *turns, *far;
+    int64_t half;
     const Watched* watched;
     int64_t watches;
 };
+
+// Attention in layer `layer`, whose rotary is number `rotary`, -1: none.
+AttendJob attend_job(const Step&, int layer, int heads, int window, int rotary, const Rows& q, const Rows& out);
 
 // Angles in double, times the rotary's scale.
 struct Rotaries {

@@ -32,6 +32,8 @@ from tests.contracts import plain
 from tests.kv.read import Scene, alone, register, scene, texts
 from tests.models import tiny
 
+products = TorchOps().products
+
 LONG = list(range(120))
 TREE = [-1, 0, 0, -1, 3, 1, 5]
 SCENES = {
@@ -67,7 +69,7 @@ def side(labels: Labels, at: Scene) -> dict[str, Tensor]:
 
 
 def chosen(labels: Labels, at: Scene) -> Tensor:
-    return labels.select(0, at.q, side(labels, at), at.seen, at.where, at.at)
+    return labels.select(0, at.q, side(labels, at), at.seen, at.where, at.at, products)
 
 
 def definition(labels: Labels, at: Scene, head: int, group: int, row: int) -> list[int]:
@@ -104,7 +106,7 @@ def test_as_many_tokens_as_there_are_read_all_whatever_the_labels() -> None:
     for at in SCENES.values():
         labels = Labels(SOME, 300, 0, 1)
         wrong = {"labels": torch.randn_like(side(labels, at)["labels"])}
-        assert torch.equal(labels.select(0, at.q, wrong, at.seen, at.where, at.at), at.seen[:, None].expand(-1, 3, -1, -1))
+        assert torch.equal(labels.select(0, at.q, wrong, at.seen, at.where, at.at, products), at.seen[:, None].expand(-1, 3, -1, -1))
     few = SCENES["window"]
     assert torch.equal(chosen(Labels(SOME, 50, 0, 1), few), few.seen[:, None].expand(-1, 3, -1, -1))
 
@@ -123,7 +125,9 @@ def test_labels_of_what_a_row_does_not_see_are_nothing_to_it() -> None:
     before, held = chosen(labels, at), side(labels, at)
     for row in range(len(at.at)):
         spoilt = held["labels"].flatten(1, 2).masked_fill(~at.seen[:, row, :, None], math.nan).view_as(held["labels"])
-        got = labels.select(0, at.q[:, :, row : row + 1], {"labels": spoilt}, at.seen[:, row : row + 1], at.where, at.at[row : row + 1])
+        got = labels.select(
+            0, at.q[:, :, row : row + 1], {"labels": spoilt}, at.seen[:, row : row + 1], at.where, at.at[row : row + 1], products
+        )
         assert torch.equal(got, before[:, :, row : row + 1])
 
 
@@ -135,7 +139,7 @@ def test_of_equal_scores_the_lower_slots() -> None:
 
 def test_the_first_layers_read_all() -> None:
     at, labels = SCENES["decode"], Labels(SOME.expand(3, -1, -1), 9, 2, 1)
-    read = [labels.select(i, at.q, side(labels, at), at.seen, at.where, at.at) for i in range(3)]
+    read = [labels.select(i, at.q, side(labels, at), at.seen, at.where, at.at, products) for i in range(3)]
     assert [torch.equal(one, at.seen[:, None].expand_as(one)) for one in read] == [True, True, False]
 
 
@@ -370,8 +374,8 @@ def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones(
             seen, at = torch.ones(n, n, dtype=torch.bool).tril()[None, -32:], torch.arange(n - 32, n)
             where, every = torch.arange(n)[None], keys.unflatten(1, (-1, PAGE))
             held = {"labels": labels.fill(index, k)["labels"].transpose(0, 1).unflatten(1, (-1, PAGE))}
-            read = labels.select(index, q, held, seen, where, at)
-            true = Labels(torch.arange(64).expand(8, 1, -1), n // 8, 0, 0).select(index, q, {"labels": every}, seen, where, at)
+            read = labels.select(index, q, held, seen, where, at, products)
+            true = Labels(torch.arange(64).expand(8, 1, -1), n // 8, 0, 0).select(index, q, {"labels": every}, seen, where, at, products)
             hits.append(float((read & true).sum() / true.sum()))
         recall[name] = sum(hits) / len(hits)
     assert recall["true"] == 1

@@ -8,7 +8,10 @@ from redraft.card import Guarantee
 from redraft.errors import InvalidInput
 from redraft.kv.read.page_top_k import PageTopK
 from redraft.ops.format import PAGE
+from redraft.ops.torch_ops import TorchOps
 from tests.kv.read import Scene, alone, register, scene, texts
+
+products = TorchOps().products
 
 LONG = list(range(300))
 SPARSE = [[*range(40), *range(70, 270)], [*range(1, 270, 3)]]  # what an eviction left, another number in each head
@@ -37,7 +40,7 @@ def side(method: PageTopK, at: Scene) -> dict[str, Tensor]:
 
 
 def chosen(method: PageTopK, at: Scene) -> Tensor:
-    return method.select(0, at.q, side(method, at), at.seen, at.where, at.at)
+    return method.select(0, at.q, side(method, at), at.seen, at.where, at.at, products)
 
 
 def definition(method: PageTopK, at: Scene, head: int, row: int) -> list[int]:
@@ -80,7 +83,7 @@ def test_no_key_exceeds_the_bound_of_its_part() -> None:
         method = PageTopK(logical=logical)
         keys = at.keys[:, :288]
         held = {name: one.unflatten(0, (2, -1)) for name, one in method.fold(keys.reshape(-1, PAGE, 8)).items()}
-        bounds = method.bounds(at.q, held)
+        bounds = method.bounds(at.q, held, products)
         products = torch.einsum("kgrd,knd->kgrn", at.q, keys)
         assert (products <= bounds.repeat_interleave(logical, -1) + 1e-12).all()
         assert bounds.shape == (2, 3, 1, 288 // logical)
@@ -138,7 +141,7 @@ def test_bounds_lie_in_the_dtype_of_the_cache_and_are_weighed_in_float32(dtype: 
     assert {name: (*one.shape[1:],) for name, one in made.items()} == {name: array.shape for name, array in arrays.items()}
     assert all(array.whole and array.dtype == made[name].dtype == dtype for name, array in arrays.items())
     held = {name: one[None] for name, one in made.items()}
-    assert method.bounds(torch.randn(1, 2, 3, 64).to(dtype), held).dtype == torch.float32
+    assert method.bounds(torch.randn(1, 2, 3, 64).to(dtype), held, products).dtype == torch.float32
     assert method.fill(0, torch.zeros(1, 1, 64)) == {}
     assert PageTopK(logical=8, tokens=2048).name == method.name != PageTopK().name
 
