@@ -8,7 +8,8 @@ from typing import Any
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.draft.drafter import OpenDrafter
-from redraft.engine.engine import Engine, Event
+from redraft.engine.engine import Engine
+from redraft.engine.output import Event
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
