@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -91,6 +91,14 @@ class Event:
         return cls(request, 0, [], "", [], [], None, Stats(), error=error)
 
 
+def checked(events: list[Event]) -> list[Event]:
+    """The events, if no request failed; else raises the first error."""
+    for event in events:
+        if event.error is not None:
+            raise event.error
+    return events
+
+
 @dataclass(slots=True)
 class Output:
     """What was found for a sequence and how much of it was reported. The engine's own; plugins never see it."""
@@ -127,6 +135,9 @@ class Outputs:
 
     def __len__(self) -> int:
         return len(self._of)
+
+    def __iter__(self) -> Iterator[Output]:
+        return iter(self._of.values())
 
     def open(self, seq: Sequence) -> None:
         self._of[seq.id] = Output(Text.start(seq.prompt_len))

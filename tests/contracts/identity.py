@@ -17,7 +17,7 @@ from redraft.core.sequence import CachePlan, Lanes, Request
 from redraft.draft.drafter import OpenDrafter
 from redraft.draft.second import Grower, SecondModel
 from redraft.engine.engine import Engine
-from redraft.engine.output import Event
+from redraft.engine.output import Event, checked
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
@@ -153,7 +153,7 @@ def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: 
     while waiting or engine.has_work:
         while waiting and (waiting[0][0] <= seen.steps or not engine.has_work):
             engine.add(waiting.pop(0)[2])
-        events = engine.step()
+        events = checked(engine.step())
         seen.steps += 1
         assert seen.steps < 5000, "the engine makes no progress"
         if check:

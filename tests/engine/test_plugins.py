@@ -14,6 +14,7 @@ from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import Kind, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from redraft.errors import Unsupported
 from redraft.verify.coupled import Coupled
 from tests.contracts import plain
@@ -80,7 +81,7 @@ def go(made: Engine, told: dict[str, list[int]], error: type[BaseException] = Ba
         steps += 1
         assert raised < 10 and steps < 2000, "no progress"
         try:
-            for event in made.step():
+            for event in checked(made.step()):
                 told.setdefault(event.request.id, []).extend(event.tokens)
         except error:
             raised += 1

@@ -50,7 +50,7 @@ def test_decisions_are_those_of_the_plain_simulation() -> None:
     assert list(drive.kept) == [24, 34, 44, 54, 64, 74, 84]
     assert drive.kept == plain(SMALL, 90)
     assert len({tuple(lane) for lane in drive.kept[84]}) == LANES, "heads differ, or the test shows little"
-    assert drive.seq.lanes is Lanes.PER_HEAD
+    assert drive.seq.cache.lanes is Lanes.PER_HEAD
 
 
 @settings(max_examples=10, deadline=None)
