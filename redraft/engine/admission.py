@@ -9,7 +9,7 @@ from redraft.core.noise import sample_seed
 from redraft.core.sequence import NEVER, Request, Sequence
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
-from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong
+from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
 
@@ -76,6 +76,9 @@ class Admission:
             raise InvalidInput("prompt is empty: at least one token is needed")
         self._check_ids("prompt_token_ids", prompt)
         plan = self.policies.check(params, request.reuse)
+        if request.reuse and request.wants.whole_prompt:
+            name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
+            raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, which is what it avoids")
         self.drafter.check(params)
         if len(prompt) >= self.max_model_len and not (plan.endless and params.max_tokens is not None):
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")

@@ -53,8 +53,6 @@ class Policies:
         except Unsupported as error:
             chosen = ", ".join(f"{seam}={text}" for seam, text in texts.items())
             raise Unsupported(f"{chosen}: {error}") from None
-        if reuse and params.prompt_logprobs is not None:
-            raise Unsupported(f"reuse {reuse}: prompt_logprobs need the whole prompt computed, which is what it avoids")
         if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
             raise Unsupported(f"reuse {reuse} takes over plain pages, which keep, codec and read with data of their own do not have")
         return plan
