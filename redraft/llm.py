@@ -15,12 +15,13 @@ from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.law import TopLogprobs
-from redraft.core.sequence import Pooling, Request
+from redraft.core.sequence import Pooling, Request, Wants
 from redraft.core.tree import F64
 from redraft.draft.drafter import Drafter
 from redraft.engine import policies, speculation
-from redraft.engine.engine import Engine, Event, Stats
+from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
+from redraft.engine.output import Event, Stats
 from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
@@ -330,7 +331,7 @@ class LLM:
         try:
             for i, prompt in enumerate(many):
                 try:
-                    outputs += self._submit({"prompt_token_ids": self._tokens(prompt), "pool": Pooling(pooling)}, params)
+                    outputs += self._submit({"prompt_token_ids": self._tokens(prompt), "wants": Wants(pooling=Pooling(pooling))}, params)
                 except RedraftError as error:
                     raise type(error)(f"prompts[{i}]: {error}" if len(many) > 1 else str(error)) from None
             for _ in self._run(outputs):
@@ -398,12 +399,12 @@ class LLM:
             return self.tokenizer.encode(prompt) if prompt else []
         if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
             raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
-        if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse", "pool"}:
+        if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse", "wants"}:
             raise InvalidInput(f"prompt has an unknown key {min(unknown)!r}: prompt_token_ids, context, before and reuse are allowed")
         if not isinstance(prompt.get("reuse", ""), str) or not isinstance(prompt.get("before", []), list):
             raise InvalidInput("prompt: reuse is the name of a way of reuse, before a list of token ids")
-        if not isinstance(prompt.get("pool", Pooling.NONE), Pooling):
-            raise InvalidInput(f"pool = {prompt['pool']!r}: a Pooling is needed; see LLM.embed")
+        if not isinstance(prompt.get("wants", Wants()), Wants):
+            raise InvalidInput(f"wants = {prompt['wants']!r}: a Wants is needed; see LLM.embed")
         if type(prompt.get("context", 0)) is not int:
             raise InvalidInput(f"context = {prompt['context']!r}: a number of tokens is needed")
         ids = prompt["prompt_token_ids"]
@@ -440,6 +441,8 @@ class LLM:
                     one.finish_reason = one.finish_reason or "abort"
 
     def _apply(self, event: Event, output: RequestOutput) -> None:
+        if event.error is not None:
+            raise event.error
         one = output.outputs[event.index]
         one.text += event.text
         one.token_ids += event.tokens
@@ -453,7 +456,7 @@ class LLM:
         if event.request.miss is not None and output.cache_miss is None:
             at, token, cached, lost = event.request.miss
             output.cache_miss = CacheMiss(at, token, self.tokenizer.decode_all([token]), cached, self.tokenizer.decode_all([cached]), lost)
-        if event.request.params.prompt_logprobs is not None:
+        if event.request.wants.prompt_logprobs is not None:
             output.prompt_logprobs = event.request.prompt_logprobs
 
 

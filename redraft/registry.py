@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import typing
 from collections.abc import Iterable
@@ -156,7 +157,7 @@ def create(seam: str, text: str, **defaults: Any) -> Any:
     name, given = parse(text)
     cls = method(seam, name)
     known = options(cls)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values: dict[str, Any] = {k: v for k, v in defaults.items() if k in known}
     for option, value in given.items():
         if option not in known:
@@ -164,6 +165,11 @@ def create(seam: str, text: str, **defaults: Any) -> Any:
             raise UnknownMethod(f"unknown option {option!r} of {name}; allowed: {allowed}")
         values[option] = _convert(name, option, value, hints[option])
     return cls(**values)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _convert(name: str, option: str, value: str, hint: Any) -> Any:

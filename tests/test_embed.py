@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from redraft import LLM, SamplingParams
-from redraft.core.sequence import Pooling, Request
+from redraft.core.sequence import Pooling, Request, Wants
 from redraft.errors import InvalidInput, PromptTooLong
 from redraft.ops import library
 from tests.checkpoints import tiny_llama
@@ -98,7 +98,7 @@ def test_bit_for_bit_where_it_is_preempted(path: Path, pooling: Pooling) -> None
     llm = load(path, EXACT, token_budget=9, max_seqs=4, prefix_sharing=False)
     alone = llm.embed(prompts([LONG[:80]]), str(pooling), normalize=False)[0]
     engine = llm.engine
-    asked = Request("e", LONG[:80], SamplingParams(temperature=0, max_tokens=1, seed=1), pool=pooling)
+    asked = Request("e", LONG[:80], SamplingParams(temperature=0, max_tokens=1, seed=1), wants=Wants(pooling=pooling))
     engine.add(asked)
     for round_ in range(4):
         for _ in range(1 + round_):
@@ -152,6 +152,6 @@ def test_what_is_refused_is_named(path: Path) -> None:
         llm.embed(["a" * 200, "b"])
     with pytest.raises(InvalidInput, match="pooling = 'max'"):
         llm.embed("a", "max")
-    with pytest.raises(InvalidInput, match="pool"):
-        llm.generate({"prompt_token_ids": [5], "pool": "last"})
+    with pytest.raises(InvalidInput, match="wants"):
+        llm.generate({"prompt_token_ids": [5], "wants": "last"})
     assert llm.embed([]) == [] and not llm.engine.has_work

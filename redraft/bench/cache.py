@@ -23,6 +23,7 @@ from redraft.bench.tasks import Probe, Task
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from redraft.engine.policies import SEAMS
 from redraft.errors import InvalidInput, RedraftError, did_you_mean
 from redraft.llm import LLM
@@ -336,7 +337,7 @@ def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
     table, slab_bytes = engine.table, engine.store.slab_bytes
     used: list[int] = []
     while text.sequences[0].generated < tokens - len(prompt) - LAST:
-        engine.step()
+        checked(engine.step())
         used.append(table.used())
         if len(used) % CHECKED == 0:
             table.check()
@@ -355,7 +356,7 @@ def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
         engine.add(Request("neighbour", (prompt * count)[:count], params))
     beside = 0
     while engine.has_work:
-        for event in engine.step():
+        for event in checked(engine.step()):
             if event.request.id == "neighbour" and event.reason is not None and engine.running:
                 beside = count + REPLY
         engine.table.check()

@@ -108,7 +108,7 @@ class _Law:
         runner = self.llm.runner
         tokens = [*self.prompt, *self.text[:-1]]
         params = self.params.but(prompt_logprobs=0)  # asks for the logits of every chain row
-        seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), params.seed or 0, border=len(tokens))
+        seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), params.seed or 0, sync_point=len(tokens))
         runner.table.open(seq)
         try:
             while seq.pending:
@@ -127,7 +127,9 @@ class _Law:
     def weigh(self, logits: F64, i: int) -> Row:
         """Processed logits with the noise of the token at place i of the text."""
         sampler = self.llm.engine.sampler
-        seq = Sequence(-1, Request("replay", self.prompt, self.params), 0, self.prompt, len(self.prompt), self.params.seed or 0, border=0)
+        seq = Sequence(
+            -1, Request("replay", self.prompt, self.params), 0, self.prompt, len(self.prompt), self.params.seed or 0, sync_point=0
+        )
         row = Row(sampler.ids, logits.copy(), seq, self.text[:i])
         for processor in sampler.check(self.params):
             processor.apply(row)

@@ -260,7 +260,7 @@ def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: in
     works = []
     for i in range(count):
         tokens = [0] * cached + [1 + i]
-        seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, border=NEVER)
+        seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=NEVER)
         table.open(seq)
         table.attach(seq, table.match(tokens, ""))
         if seq.stored < cached:

@@ -128,7 +128,7 @@ class Batch:
                 own = tree.ancestors()[w.first :]
                 bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
             starts.append(len(tokens))
-            if seq.params.prompt_logprobs is not None and seq.stored < seq.prompt_len - 1 and rows > 1:
+            if seq.wants_prompt_logits and rows > 1:
                 logit_rows += range(at, tree_starts[-1] - 1)
             last = tree_starts[-1] - 1
             if w.done:
@@ -136,7 +136,7 @@ class Batch:
                 logit_rows += range(last if rows else tree_starts[-1], len(tokens))
             else:
                 roots.append(-1)
-                if seq.params.prompt_logprobs is not None and last + 1 > at and seq.stored < seq.prompt_len - 1:
+                if seq.wants_prompt_logits and last + 1 > at:
                     logit_rows.append(last)
         return cls(
             np.asarray(tokens, np.int32),
@@ -149,7 +149,7 @@ class Batch:
             np.asarray(logit_rows, np.int32),
             np.asarray(roots, np.int32),
             [_view(w.seq, max(positions[a:z], default=0)) for w, a, z in zip(work, starts[:-1], starts[1:], strict=True)],
-            [w.seq.layers if w.seq.stored >= w.seq.context else None for w in work],
+            [w.seq.cache.layers if w.seq.stored >= w.seq.context else None for w in work],
         )
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
@@ -183,9 +183,7 @@ class Batch:
 def _view(seq: Sequence, deepest: int) -> View | None:
     """Row properties: what is read behind the context differs from what is read before it, and no step mixes both; what hides
     nothing from the deepest row is not in force."""
-    chosen = seq.policies
-    if chosen is None:
-        return None
+    chosen = seq.cache
     read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.least else None
     window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
-    return View(seq.format, seq.block, window, read) if (seq.format or seq.block or window or read) else None
+    return View(chosen.format, chosen.block, window, read) if (chosen.format or chosen.block or window or read) else None

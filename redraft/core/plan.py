@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +25,8 @@ class Work:
 
     @property
     def done(self) -> bool:
-        """True when the last pending token runs and the sequence draws one behind it. Meaningful until the commit."""
-        return self.seq.stored + self.rows == len(self.seq.tokens) and not self.seq.request.pool
+        """True when the last pending token runs and the sequence draws one after it. Meaningful until the commit."""
+        return self.seq.stored + self.rows == len(self.seq.tokens) and self.seq.request.wants.new_tokens
 
 
 class Budget(NamedTuple):
@@ -37,7 +38,7 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Who runs, who is admitted (with the prefix tokens to attach) and who is preempted."""
+    """What runs, what is admitted (with the prefix tokens to attach) and what is preempted."""
 
     work: list[Work]
     budgets: list[Budget]
@@ -47,6 +48,11 @@ class StepPlan:
     @property
     def seqs(self) -> list[Sequence]:
         return [w.seq for w in self.work]
+
+    def without(self, seqs: Seq[Sequence]) -> StepPlan:
+        """The work of all others."""
+        left = [i for i, w in enumerate(self.work) if w.seq not in seqs]
+        return StepPlan([self.work[i] for i in left], [self.budgets[i] for i in left], self.admit, self.preempt)
 
 
 class Accepted(NamedTuple):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from redraft.config import SamplingParams
+from redraft.core.law import TopLogprobs
 from redraft.core.tree import F64
+from redraft.core.view import Window
+
+if TYPE_CHECKING:
+    from redraft.kv.keep.keep import OpenKeep
+    from redraft.kv.read.read import OpenRead
+    from redraft.kv.reuse.reuse import OpenReuse, Span
 
 NEVER = 1 << 30  # tokens: more than any text has
 
@@ -29,18 +36,67 @@ class Space(NamedTuple):
     format: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class CachePlan:
+    """How the cache of a text is stored, evicted from and read: what its request chose, opened, and what follows from that.
+
+    keep: the eviction policy; read: the sparse attention; reuse: how the cache of an edited text is taken over; each None where none
+    was chosen. lanes: the lanes of the sequence. format, block: names of page formats, empty for keys and values as they are (see
+    View); encoded: each time that so many more tokens are stored, full pages change from `format` to `block`. window: what rows see,
+    None for all. max_slots: committed slots of a lane, at most. shareable_tokens: leading tokens whose pages depend on these tokens
+    alone, before the sequence lowers it. endless: positions may exceed the trained context, because distances within the cache never
+    do. layers: those that rows after the context run, None for all.
+    """
+
+    keep: OpenKeep | None = None
+    read: OpenRead | None = None
+    reuse: OpenReuse | None = None
+    lanes: Lanes = Lanes.SHARED
+    format: str = ""
+    block: str = ""
+    encoded: int = NEVER
+    window: Window | None = None
+    max_slots: int = NEVER
+    shareable_tokens: int = NEVER
+    endless: bool = False
+    layers: frozenset[int] | None = None
+
+
+PLAIN = CachePlan()  # the whole cache as it is, read by every row; all layers
+
+
 class Pooling(StrEnum):
-    """One vector for a prompt: of its last token's hidden state, or the mean of all, behind the final norm."""
+    """One vector for a prompt: of its last token's hidden state, or the mean of all, after the final norm."""
 
     NONE = ""
     LAST = "last"
     MEAN = "mean"
 
 
+class Wants(NamedTuple):
+    """What a request wants of its prompt. prompt_logprobs: log-probabilities of each token and of the so many likeliest, None for
+    none; pooling: its hidden states as one vector, and then no new tokens."""
+
+    prompt_logprobs: int | None = None
+    pooling: Pooling = Pooling.NONE
+
+    @property
+    def new_tokens(self) -> bool:
+        return not self.pooling
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether every row of the prompt must run, so that none may come from the prefix cache."""
+        return self.prompt_logprobs is not None or self.pooling is Pooling.MEAN
+
+
 class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context's end
     ABORT = "abort"
+
+
+NOTHING = Wants()
 
 
 @dataclass(eq=False)
@@ -52,8 +108,8 @@ class Request:
     params: SamplingParams
     salt: str = ""
     priority: int = 0  # the lower, the sooner it is admitted and the later preempted; equal ones in order of arrival
-    pool: Pooling = Pooling.NONE  # what the rows of the prompt are made into behind the last layer
-    pooled: Any = None  # (sum or last row, rows so far), see Engine.record
+    wants: Wants = NOTHING  # the prompt log-probabilities of `params` are added
+    pooled: tuple[F64, int] | None = None  # (sum or last row, rows so far) of wants.pooling
     admitted: float | None = None  # when it first ran, in seconds of time.monotonic
     reuse: str = ""  # how the cache of `before` is taken over; empty: not at all
     before: list[int] = field(default_factory=list)  # the text that this one was made from by edits
@@ -61,33 +117,31 @@ class Request:
     miss: Any = None  # where the prefix cache parts from the prompt, see PrefixTree.miss
     context: int | None = None  # tokens that count as given; None: the prompt. Behind them policies act as on new text
     sequences: list[Sequence] = field(default_factory=list)
-    prompt_logprobs: list[Any] = field(default_factory=list)  # one entry a prompt token once asked for, the first None
+    prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # one entry for each prompt token, the first None
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
+
+    def __post_init__(self) -> None:
+        if self.params.prompt_logprobs is not None:
+            self.wants = self.wants._replace(prompt_logprobs=self.params.prompt_logprobs)
 
     def embedding(self, normalize: bool) -> F64:
         """f64[hidden] of a prompt that was pooled and has run; of length 1 where `normalize`."""
+        assert self.pooled is not None, f"request {self.id}: no row of the prompt was pooled"
         total, count = self.pooled
-        found: F64 = total / count if self.pool is Pooling.MEAN else total
+        found: F64 = total / count if self.wants.pooling is Pooling.MEAN else total
         return found / max(float(np.linalg.norm(found)), 1e-12) if normalize else found
-
-    @property
-    def whole(self) -> bool:
-        """Whether every row of the prompt must run, so that none may come from the prefix cache."""
-        return self.params.prompt_logprobs is not None or self.pool is Pooling.MEAN
 
 
 @dataclass(eq=False)
 class Sequence:
     """One text in the making. tokens[stored:] is `pending`: tokens whose keys are not in the cache yet.
 
-    `border` is a value of `stored` that no step may cross; the engine sets it (end of max_tokens, of the context,
+    `sync_point` is a value of `stored` that no step may cross; the engine sets it (end of max_tokens, of the context,
     the fork of n > 1, a policy's next decision). `state` holds what each opened plugin's `begin` returned. `fault`: why
-    this text goes on without drafts, empty while it does not. `policies`: what the request chose, opened, None where nothing.
-    `speculation`: its drafter and verifier, opened; `drafts`: nodes that a step may draft for it at most.
-    `format`, `block`: how its pages are stored, see View; `encoded`: every so many stored tokens full pages go over to
-    `block`. `pure`: leading tokens whose pages depend on these tokens alone. `most`: slots that a lane may hold at most.
-    `layers`: those that run behind the context, None for all. `spans`: text to take over from `source`, a sequence that
-    holds it in the cache, where `stored` reaches it.
+    the text continues without drafts, empty while it does not. `speculation`: its drafter and verifier, opened; `drafts`: nodes
+    that a step may draft for it at most. `shareable_tokens`: leading tokens whose pages depend on these tokens alone. `spans`:
+    text to take over from `source`, a sequence that holds it in the cache, when `stored` reaches it; `reuse_searched`: whether
+    spans were searched for since the text was admitted.
     """
 
     id: int
@@ -96,24 +150,18 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     seed: int
-    border: int
+    sync_point: int
     stored: int = 0
-    lanes: Lanes = Lanes.SHARED
+    cache: CachePlan = PLAIN
+    shareable_tokens: int = NEVER
     reason: FinishReason | None = None
     state: dict[Any, Any] = field(default_factory=dict)
     fault: str = ""
-    policies: Any = None
     speculation: Any = None
     drafts: int = NEVER
-    format: str = ""
-    block: str = ""
-    encoded: int = NEVER
-    pure: int = NEVER
-    most: int = NEVER
-    layers: frozenset[int] | None = None
-    spans: list[Any] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     source: Sequence | None = None
-    sought: bool = False  # whether spans were looked for since the text was admitted
+    reuse_searched: bool = False
 
     @property
     def context(self) -> int:
@@ -122,6 +170,11 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the request wants logits of the pending rows that are rows of the prompt."""
+        return self.request.wants.prompt_logprobs is not None and self.stored < self.prompt_len - 1
 
     @property
     def pending(self) -> int:

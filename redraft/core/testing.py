@@ -19,7 +19,7 @@ def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None =
     tokens = list(tokens)
     length = len(tokens) if prompt_len is None else prompt_len
     request = Request("test", tokens[:length], SamplingParams(**params))
-    seq = Sequence(0, request, 0, tokens, length, seed=request.params.seed or 0, border=1 << 30, stored=stored)
+    seq = Sequence(0, request, 0, tokens, length, seed=request.params.seed or 0, sync_point=1 << 30, stored=stored)
     request.sequences.append(seq)
     return seq
 

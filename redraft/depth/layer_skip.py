@@ -19,15 +19,16 @@ from typing import Any, ClassVar, Self
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 ROUNDING = 1e-9  # 33 / 1.1 is 30 to a reader and a little less to a computer
 
 
 @dataclass(frozen=True)
-class UnifiedLayerSkipping:
+class UnifiedLayerSkipping(Options):
     """speedup: how many times fewer layers run behind the prompt; 1: all of them."""
 
-    speedup: float = 2.0
+    speedup: float = number(2.0, ge=1)
 
     card: ClassVar[Card] = Card(
         "Unified Layer Skipping",
@@ -36,10 +37,6 @@ class UnifiedLayerSkipping:
         needs="for quality, a model fine-tuned with the layers that it keeps",
         deviates="the slots of skipped layers stay allocated",
     )
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.speedup < math.inf:
-            raise InvalidInput(f"layer-skip:speedup={self.speedup}: must be 1 or more")
 
     def open(self, runner: Any) -> Self:
         return self

@@ -45,27 +45,28 @@ from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 Pair = tuple[int, int]
 Row = dict[int, float]  # successor -> weight; order is that of insertion, so nothing depends on hashes
 
 
 @dataclass(frozen=True)
-class ADED:
+class ADED(Options):
     """increment, cap, window: what a drafting call adds to a tri-gram, the most it can weigh, the tokens it looks back;
     iterations, length, c1, c2: of the search, length in pairs with the root; sequences: most of them in a draft;
     successors, keys: kept a pair, and pairs in the table; path: a file that an earlier run saved, to start from."""
 
-    increment: float = 0.04
-    cap: float = 3.0
-    window: int = 16
-    iterations: int = 150
-    length: int = 4
-    sequences: int = 24
-    successors: int = 12
-    c1: float = 32.0
-    c2: float = 8.0
-    keys: int = 100_000
+    increment: float = number(0.04, ge=0)
+    cap: float = number(3.0, gt=0)
+    window: int = number(16, ge=3)
+    iterations: int = number(150, ge=0)
+    length: int = number(4, ge=1)
+    sequences: int = number(24, ge=1)
+    successors: int = number(12, ge=1)
+    c1: float = number(32.0, ge=0)
+    c2: float = number(8.0, gt=0)
+    keys: int = number(100_000, ge=1)
     path: Path | None = None
 
     card: ClassVar[Card] = Card(
@@ -75,14 +76,13 @@ class ADED:
         deviates="the tree is cut by visits to the node budget; no dummy token; pairs and successors are bounded",
     )
 
-    def __post_init__(self) -> None:
-        least = {"increment": 0, "window": 3, "iterations": 0, "length": 1, "sequences": 1, "successors": 1, "c1": 0, "keys": 1}
-        for name, bound in least.items():
-            if not bound <= getattr(self, name) < math.inf:
-                raise InvalidInput(f"aded:{name}={getattr(self, name)}: must be {bound} or more")
-        for name in ("cap", "c2"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InvalidInput(f"aded:{name}={getattr(self, name)}: must be more than 0")
+    def max_bytes(self, runner: Any) -> int:
+        return self.keys * self.pair_bytes
+
+    @property
+    def pair_bytes(self) -> int:
+        """What a pair with all its successors takes at most, as Python objects."""
+        return 400 + 110 * self.successors
 
     def open(self, runner: Any, sampler: Any) -> TriGrams:
         opened = TriGrams(self, runner.spec.vocab)
@@ -99,6 +99,11 @@ class TriGrams(Stateless):
         self.table: OrderedDict[Pair, Row] = OrderedDict()  # 1.
         c1, c2 = method.c1, method.c2
         self.explore = [(c1 + math.log((visits + c2 + 1) / c2)) * math.sqrt(visits) for visits in range(method.iterations + 1)]
+
+    @property
+    def bytes(self) -> int:
+        """At most: every pair is counted with all its successors."""
+        return len(self.table) * self.method.pair_bytes
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """Learns from each text that may draft, then searches from its last two tokens."""

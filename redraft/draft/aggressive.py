@@ -25,7 +25,7 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
-from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 LONGEST = 3  # tokens of an n-gram
 SEVERAL = -1
@@ -73,15 +73,15 @@ class Pointer:
 
 
 @dataclass(frozen=True)
-class Aggressive(Stateless):
+class Aggressive(Options, Stateless):
     """block: most tokens drafted; first: tokens drafted where output and source just met; each that agrees allows one more.
 
     Random edits of the suite's prompts as output, 16 rows a step: at one edit in 20 tokens first = 1, 4, 16 give 3.04, 3.53,
     4.11 tokens a step for 2.8, 3.6, 5.6 drafted. On pilot-16m's own code edits, which are no copies, they waste 0.2, 0.6, 2.2.
     """
 
-    block: int = 32
-    first: int = 4
+    block: int = number(32, ge=1)
+    first: int = number(4, ge=1)
 
     card: ClassVar[Card] = Card(
         "Aggressive decoding",
@@ -89,11 +89,6 @@ class Aggressive(Stateless):
         Guarantee.SAME_TEXT,
         deviates="drafts are cut, and grow again after a difference; the prompt is the source of a request without a prediction",
     )
-
-    def __post_init__(self) -> None:
-        for name in ("block", "first"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"aggressive:{name}={getattr(self, name)}: must be 1 or more")
 
     def open(self, runner: Any, sampler: Any) -> Aggressive:
         return self

@@ -23,7 +23,7 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
-from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 
 @dataclass
@@ -51,15 +51,15 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class CopySpec(Stateless):
+class CopySpec(Options, Stateless):
     """gamma: tokens that must match; block: most tokens copied; latest: copy from the most recent match, not the first.
 
     On the suite with pilot-16m the first match is as good or better (greedy, tokens per step: 2.24 against 2.20; 1.92
     against 1.80 on code edits): where a text repeats itself, the most recent match has little text behind it.
     """
 
-    gamma: int = 3
-    block: int = 10
+    gamma: int = number(3, ge=1)
+    block: int = number(10, ge=1)
     latest: bool = False
 
     card: ClassVar[Card] = Card(
@@ -69,11 +69,6 @@ class CopySpec(Stateless):
         Guarantee.SAME_TEXT,
         deviates="no fallback drafter; the most recent match instead of the first is an option",
     )
-
-    def __post_init__(self) -> None:
-        for name in ("gamma", "block"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"copyspec:{name}={getattr(self, name)}: must be 1 or more")
 
     def open(self, runner: Any, sampler: Any) -> CopySpec:
         return self

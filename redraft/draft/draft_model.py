@@ -22,7 +22,7 @@ import numpy as np
 from redraft.card import Card, Guarantee
 from redraft.core.tree import Kind
 from redraft.draft.second import SecondModel, Sketch
-from redraft.errors import InvalidInput
+from redraft.options import number
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class DraftModel(SecondModel):
     """length: most tokens a step; stop: the chance of a rejection at which drafting stops, 1 never; least: tokens before
     it may stop."""
 
-    length: int = 5
-    stop: float = 1.0
-    least: int = 1
+    length: int = number(5, ge=1)
+    stop: float = number(1.0, ge=0, le=1)
+    least: int = number(1, ge=1)
 
     card: ClassVar[Card] = Card(
         "Draft model",
@@ -43,13 +43,6 @@ class DraftModel(SecondModel):
         deviates="the draft's own probabilities stand in for SpecDec++'s trained head",
     )
     kind: ClassVar[Kind] = Kind.SINGLE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("length", 1)
-        self.at_least("least", 1)
-        if not 0 <= self.stop <= 1:
-            raise InvalidInput(f"draft-model:stop={self.stop}: must be 0 to 1")
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         node, sure = -1, 1.0

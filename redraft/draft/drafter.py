@@ -21,8 +21,9 @@ from redraft.core.tree import F64, I64, Kind, TokenTree
 
 
 class OpenDrafter(Protocol):
-    """An opened drafter. `taps`: what it wants to see of each forward; `kinds`: how it makes children. Two more it may have, else
-    those of Stateless hold: `quiet`, that it never proposes anything; `names`, what TokenTree.origins count."""
+    """An opened drafter. `taps`: what it wants to see of each forward; `kinds`: how it makes children. It may also have the following,
+    else those of Stateless hold: `never_drafts`: it never proposes anything; `names`: what TokenTree.origins count; `bytes`: the memory
+    that it holds of its own now, shared models and the state of requests not counted."""
 
     @property
     def taps(self) -> Taps: ...
@@ -84,11 +85,18 @@ class DraftSampler(Protocol):
 
 
 class Drafter(Protocol):
-    """A registered drafter: hyper-parameters only. `runner` and `sampler` (a DraftSampler) are what it may use from above."""
+    """A registered drafter: hyper-parameters only. `runner` and `sampler` (a DraftSampler) are what it may use from above. It may also
+    have `max_bytes(runner)`: what an opened one may come to hold, so that a choice that is too large is refused before it is opened."""
 
     card: ClassVar[Card]
 
     def open(self, runner: Any, sampler: Any) -> OpenDrafter: ...
+
+
+def max_bytes(method: Any, runner: Any) -> int:
+    """What an opened `method` may come to hold, as far as it says."""
+    found: int = method.max_bytes(runner) if hasattr(method, "max_bytes") else 0
+    return found
 
 
 class Wrapper:
@@ -100,6 +108,10 @@ class Wrapper:
         for part in self.parts:
             self.taps |= part.taps
         self.kinds = frozenset[Kind]().union(*(part.kinds for part in self.parts))
+
+    @property
+    def bytes(self) -> int:
+        return sum(getattr(part, "bytes", 0) for part in self.parts)
 
     def observe(self, result: StepResult) -> None:
         for part in self.parts:
@@ -142,8 +154,12 @@ class Stateless:
 
     taps: Taps = NOTHING
     kinds: frozenset[Kind] = frozenset({Kind.FIXED})
-    quiet: ClassVar[bool] = False
+    never_drafts: ClassVar[bool] = False
     names: Seq[str] = ()
+
+    @property
+    def bytes(self) -> int:
+        return 0
 
     def observe(self, result: StepResult) -> None:
         pass

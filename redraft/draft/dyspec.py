@@ -25,7 +25,7 @@ import numpy as np
 from redraft.card import Card, Guarantee
 from redraft.core.tree import Kind
 from redraft.draft.second import SecondModel, Sketch
-from redraft.errors import InvalidInput
+from redraft.options import number
 
 
 class Slot(NamedTuple):
@@ -42,8 +42,8 @@ class Slot(NamedTuple):
 class DySpec(SecondModel):
     """nodes: at most so many, within the engine's budget; threshold: slots of a lower value are not used."""
 
-    nodes: int = 64
-    threshold: float = 0.0
+    nodes: int = number(64, ge=1)
+    threshold: float = number(0.0, ge=0, lt=1)
 
     card: ClassVar[Card] = Card(
         "DySpec",
@@ -53,12 +53,6 @@ class DySpec(SecondModel):
         deviates="forwards of the draft are made for all new nodes at once",
     )
     kind: ClassVar[Kind] = Kind.WITHOUT_REPLACEMENT
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("nodes", 1)
-        if not 0 <= self.threshold < 1:
-            raise InvalidInput(f"dyspec:threshold={self.threshold}: must be 0 to 1, less than 1")
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         heap, later = [Slot(-1.0, -1)], list[Slot]()  # 1.

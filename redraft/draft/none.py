@@ -25,7 +25,7 @@ class NoDraft(Stateless):
     """Plain decoding."""
 
     card: ClassVar[Card] = Card("No drafter", "", Guarantee.SAME_TEXT)
-    quiet: ClassVar[bool] = True
+    never_drafts: ClassVar[bool] = True
 
     def open(self, runner: Any, sampler: Any) -> NoDraft:
         return self

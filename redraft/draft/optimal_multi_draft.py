@@ -19,14 +19,15 @@ from typing import ClassVar
 from redraft.card import Card, Guarantee
 from redraft.core.tree import Kind
 from redraft.draft.second import SecondModel, Sketch
+from redraft.options import number
 
 
 @dataclass(frozen=True)
 class OptimalMultiDraft(SecondModel):
     """children: of each node; depth: levels."""
 
-    children: int = 2
-    depth: int = 3
+    children: int = number(2, ge=1)
+    depth: int = number(3, ge=1)
 
     card: ClassVar[Card] = Card(
         "Optimal multi-draft, greedy drafting",
@@ -36,11 +37,6 @@ class OptimalMultiDraft(SecondModel):
         deviates="a tree of several levels; the last nodes of a short budget get fewer children",
     )
     kind: ClassVar[Kind] = Kind.TOP_PLUS_ONE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("children", 1)
-        self.at_least("depth", 1)
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         level = [-1]

@@ -24,14 +24,15 @@ from redraft.card import Card, Guarantee
 from redraft.core.ranking import top
 from redraft.core.tree import F64, Kind
 from redraft.draft.second import SecondModel, Sketch
+from redraft.options import number
 
 
 @dataclass(frozen=True)
 class RSDS(SecondModel):
     """width: sequences kept on each level; depth: levels."""
 
-    width: int = 4
-    depth: int = 4
+    width: int = number(4, ge=1)
+    depth: int = number(4, ge=1)
 
     card: ClassVar[Card] = Card(
         "Recursive speculative decoding, stochastic beam search",
@@ -41,11 +42,6 @@ class RSDS(SecondModel):
         needs="a draft model of the same vocabulary",
     )
     kind: ClassVar[Kind] = Kind.WITHOUT_REPLACEMENT
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("width", 1)
-        self.at_least("depth", 1)
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         beam = [(-1, 0.0, 0.0)]  # 1. node, phi, psi

@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from redraft import registry
 from redraft.core.batch import Batch, PageView
 from redraft.core.noise import Stream, gumbel, key, mix, uniform
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.ranking import top
-from redraft.core.sequence import Sequence
+from redraft.core.sequence import Sequence, Wants
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
-from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
@@ -218,29 +217,21 @@ _numbers = itertools.count()
 
 
 def shadow(seq: Sequence, tokens: Seq[int]) -> Sequence:
-    """A sequence for the second model's table, which nobody asks for log-probabilities of its prompt. It has a number of
+    """A sequence for the second model's table, of which the prompt is not reported. It has a number of
     its own, because several drafters may share the model."""
-    request, params = seq.request, seq.params
-    if params.prompt_logprobs is not None:
-        request = replace(request, params=params.but(prompt_logprobs=None))
-    return Sequence(next(_numbers), request, seq.index, list(tokens), seq.prompt_len, seq.seed, border=0)
+    request = seq.request
+    if request.wants != Wants():
+        request = replace(request, params=request.params.but(prompt_logprobs=None), wants=Wants())
+    return Sequence(next(_numbers), request, seq.index, list(tokens), seq.prompt_len, seq.seed, sync_point=0)
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Drawing(Options):
     """candidates: children are drawn from the likeliest so many tokens of the draft's law, renormalised; 0: from all."""
 
-    candidates: int = field(default=0, kw_only=True)
+    candidates: int = number(0, ge=0, kw_only=True)
 
     kind: ClassVar[Kind]
-
-    def __post_init__(self) -> None:
-        self.at_least("candidates", 0)
-
-    def at_least(self, name: str, least: float) -> None:
-        """InvalidInput where an option is smaller."""
-        if getattr(self, name) < least:
-            raise InvalidInput(f"{registry.name_of(type(self))}:{name}={getattr(self, name)}: must be {least} or more")
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         """Adds nodes; every yield asks for the laws behind all nodes added since."""
@@ -267,6 +258,11 @@ class Leveller(Stateless):
         self.table, self.store = runner.table, runner.store
         self.kinds = frozenset({Kind.FIXED, method.kind})
         self.kept: I64 | None = None  # the tokens of the head's rows where it was trimmed
+
+    @property
+    def bytes(self) -> int:
+        """The rows of a trimmed head, unpacked; models are shared and not counted."""
+        return 0 if self.kept is None else len(self.kept) * self.runner.spec.hidden * self.runner.backend.dtype.itemsize
 
     def trim(self, keep: I64) -> None:
         """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the model sees

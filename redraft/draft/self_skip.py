@@ -31,6 +31,7 @@ from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
 from redraft.draft.second import Drawing, Leveller, Sketch, Twin
 from redraft.errors import InvalidInput
+from redraft.options import number
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class SelfSkip(Drawing):
     """skip: how many layers are left out, None: half of those between the first and the last; length: most tokens a step; stop:
     the chance of a rejection at which drafting stops, 1 never."""
 
-    skip: int | None = None
-    length: int = 4
-    stop: float = 1.0
+    skip: int | None = number(None, ge=0)
+    length: int = number(4, ge=1)
+    stop: float = number(1.0, ge=0, le=1)
 
     card: ClassVar[Card] = Card(
         "Self-speculation by skipping layers",
@@ -51,14 +52,6 @@ class SelfSkip(Drawing):
         deviates="skipped layers are spaced evenly instead of searched for; whole layers only; a fixed stopping rule",
     )
     kind: ClassVar[Kind] = Kind.SINGLE
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.skip is not None:
-            self.at_least("skip", 0)
-        self.at_least("length", 1)
-        if not 0 <= self.stop <= 1:
-            raise InvalidInput(f"self-skip:stop={self.stop}: must be 0 to 1")
 
     def layers(self, count: int) -> frozenset[int]:
         """The layers that draft, of `count`. InvalidInput where the first and the last are not both left."""

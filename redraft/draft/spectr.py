@@ -19,14 +19,15 @@ from typing import ClassVar
 from redraft.card import Card, Guarantee
 from redraft.core.tree import Kind
 from redraft.draft.second import SecondModel, Sketch
+from redraft.options import number
 
 
 @dataclass(frozen=True)
 class SpecTr(SecondModel):
     """drafts: sequences; length: tokens of each."""
 
-    drafts: int = 4
-    length: int = 4
+    drafts: int = number(4, ge=1)
+    length: int = number(4, ge=1)
 
     card: ClassVar[Card] = Card(
         "SpecTr",
@@ -36,11 +37,6 @@ class SpecTr(SecondModel):
         deviates="fewer drafts where the node budget is short",
     )
     kind: ClassVar[Kind] = Kind.IID
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.at_least("drafts", 1)
-        self.at_least("length", 1)
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         drafts = min(self.drafts, tree.room)  # decided before anything is drawn, so that no draw decides what is kept

@@ -33,6 +33,7 @@ from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, I32, U8, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 # "path:children" of each node that is no leaf, a path of ranks written as digits: levels of 8, 21, 25, 15, 8 and 3 nodes.
 TEMPLATE = """
@@ -86,10 +87,10 @@ def cut(rows: int, depth: int, width: int) -> Cut:
 
 
 @dataclass(frozen=True)
-class TokenRecycling:
+class TokenRecycling(Options):
     """k: successors kept for each token; path: a file that an earlier run saved, to start from."""
 
-    k: int = 8
+    k: int = number(8, ge=1, le=WIDTH)
     path: Path | None = None
 
     card: ClassVar[Card] = Card(
@@ -100,9 +101,9 @@ class TokenRecycling:
         deviates="unknown successors make no node; colliding writes are ordered; the tree is cut to the node budget",
     )
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.k <= WIDTH:
-            raise InvalidInput(f"token-recycling:k={self.k}: must be 1 to {WIDTH}, the widest node of the tree")
+    def max_bytes(self, runner: Any) -> int:
+        vocab: int = runner.spec.vocab
+        return 4 * vocab * min(self.k, vocab)
 
     def open(self, runner: Any, sampler: Any) -> Recycler:
         recycler = Recycler(runner.spec.vocab, self.k)
@@ -118,6 +119,10 @@ class Recycler(Stateless):
         width = min(k, vocab)
         self.matrix: I32 = np.full((vocab, width), -1, np.int32)  # 1.
         self.taps = Taps(top_k=width)
+
+    @property
+    def bytes(self) -> int:
+        return self.matrix.nbytes
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """For each sequence the template filled from the table, cut to the budget."""

@@ -29,7 +29,7 @@ from redraft.core.noise import Stream
 from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
-from redraft.draft.drafter import Drafter, DraftSampler, OpenDrafter, Wrapper
+from redraft.draft.drafter import Drafter, DraftSampler, OpenDrafter, Wrapper, max_bytes
 from redraft.errors import InvalidInput, Unsupported
 
 SURE = 0.8
@@ -59,6 +59,9 @@ class Union:
 
     def made(self) -> list[Drafter]:
         return [registry.create("draft", part) for part in registry.split(self.parts, "+")]
+
+    def max_bytes(self, runner: Any) -> int:
+        return sum(max_bytes(part, runner) for part in self.made())
 
     def open(self, runner: Any, sampler: Any) -> Merger:
         names = registry.split(self.parts, "+")

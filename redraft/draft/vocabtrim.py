@@ -26,9 +26,10 @@ from redraft.card import Card, Guarantee
 from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.tree import I64, TokenTree
-from redraft.draft.drafter import Drafter, OpenDrafter, Wrapper
+from redraft.draft.drafter import Drafter, OpenDrafter, Wrapper, max_bytes
 from redraft.errors import InvalidInput, Unsupported
 from redraft.models.tokenizer import Tokenizer
+from redraft.options import Options, number
 
 ALWAYS = "\n0123456789"
 
@@ -40,12 +41,12 @@ class WithHead(OpenDrafter, Protocol):
 
 
 @dataclass(frozen=True)
-class VocabTrim:
+class VocabTrim(Options):
     """draft: the drafter whose model is trimmed, with options in parentheses; keep: tokens that stay, besides the forced
     ones; text: a UTF-8 file, such as the target's own answers."""
 
     draft: str = "draft-model"
-    keep: int = 2048
+    keep: int = number(2048, ge=1)
     text: Path | None = None
 
     card: ClassVar[Card] = Card(
@@ -58,8 +59,7 @@ class VocabTrim:
     )
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise InvalidInput(f"vocabtrim:keep={self.keep}: must be 1 or more")
+        super().__post_init__()
         if self.text is None:
             raise InvalidInput("vocabtrim:text=none: a file with text is needed, best written by the target")
         self.made()
@@ -67,6 +67,10 @@ class VocabTrim:
     def made(self) -> Drafter:
         (inner,) = registry.split(self.draft, "\n")  # without its parentheses
         return cast(Drafter, registry.create("draft", inner))
+
+    def max_bytes(self, runner: Any) -> int:
+        """What is known before the draft model is loaded: not the rows of the head."""
+        return max_bytes(self.made(), runner)
 
     def open(self, runner: Any, sampler: Any) -> Trimmed:
         opened = self.made().open(runner, sampler)

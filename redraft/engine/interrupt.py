@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never within one: what was found is told and nothing is half done."""
+"""Ctrl-C between steps, never within one: what was found is reported and nothing is half done."""
 
 from __future__ import annotations
 

@@ -1,31 +1,31 @@
-"""What a request chose of the cache and the depth, opened: one object for each different choice, shared by its requests.
+"""What a request chose of the cache and the layers, opened, as a `CachePlan`.
 
-Nothing here knows a method's name. Lanes, formats and borders of a sequence follow from what its parts say of themselves.
+Nothing here knows a method's name. Lanes, formats and sync points of a sequence follow from what its parts say of themselves.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
 from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
-from redraft.core.sequence import NEVER, Lanes, Sequence, Space
-from redraft.core.view import Watch, Window
+from redraft.core.sequence import NEVER, PLAIN, CachePlan, Lanes, Sequence, Space
+from redraft.core.view import Watch
 from redraft.depth.depth import OpenDepth
+from redraft.engine.faults import Door
+from redraft.engine.opened import Opened
 from redraft.errors import Unsupported
 from redraft.kv.codec.codec import OpenCodec
 from redraft.kv.keep.keep import OpenKeep
 from redraft.kv.read.read import OpenRead
+from redraft.kv.reuse.reuse import OpenReuse
 from redraft.models.runner import Runner
 from redraft.ops.format import Format, plain
 
 SEAMS = ("keep", "codec", "read", "depth")
-MOST = 64  # choices that are kept opened; the one unused longest goes
 FORMATS = 256  # of stored pages, which stay as long as the pool
 
 
@@ -36,85 +36,80 @@ def guarantee(params: SamplingParams, reuse: str = "") -> Guarantee:
     return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)
 
 
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """The opened parts, None where nothing was chosen, and what follows for the lanes of a sequence."""
-
-    keep: OpenKeep | None
-    codec: OpenCodec | None
-    read: OpenRead | None
-    depth: OpenDepth | None
-    lanes: Lanes
-    format: str
-    block: str
-    layers: frozenset[int] | None
-
-    @property
-    def window(self) -> Window | None:
-        return None if self.keep is None else self.keep.window
-
-
 class Policies:
     """The dispatcher of an engine."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self._opened: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self._chosen: OrderedDict[tuple[str | None, ...], Chosen | None] = OrderedDict()
+    def __init__(self, runner: Runner, opened: Opened) -> None:
+        self.runner, self.opened = runner, opened
         self._formats: set[str] = set()
         self._sources = 0
 
-    def check(self, params: SamplingParams, reuse: str = "") -> Chosen | None:
+    def check(self, params: SamplingParams, reuse: str = "") -> CachePlan:
         """What these parameters choose. UnknownMethod, InvalidInput or Unsupported, one line each."""
-        texts = tuple(getattr(params, seam) for seam in SEAMS)
-        if texts not in self._chosen:
-            parts = [None if text is None else self._open(seam, text) for seam, text in zip(SEAMS, texts, strict=True)]
-            try:
-                self._chosen[texts] = self._choose(*parts) if any(parts) else None
-            except Unsupported as error:
-                asked = ", ".join(f"{seam}={text}" for seam, text in zip(SEAMS, texts, strict=True) if text)
-                raise Unsupported(f"{asked}: {error}") from None
-        chosen: Chosen | None = _latest(self._chosen, texts)
-        if reuse:
-            self._open("reuse", reuse)
-            if params.prompt_logprobs is not None:
-                raise Unsupported(f"reuse {reuse}: prompt_logprobs need the whole prompt computed, which is what it avoids")
-            if chosen is not None and (chosen.keep or chosen.lanes is not Lanes.SHARED):
-                raise Unsupported(f"reuse {reuse} takes over plain pages, which keep, codec and read with data of their own do not have")
-        return chosen
+        texts = {seam: text for seam in SEAMS if (text := getattr(params, seam)) is not None}
+        parts = {seam: self._open(seam, text) for seam, text in {**texts, **({"reuse": reuse} if reuse else {})}.items()}
+        try:
+            plan = self._plan(**parts) if parts else PLAIN
+        except Unsupported as error:
+            chosen = ", ".join(f"{seam}={text}" for seam, text in texts.items())
+            raise Unsupported(f"{chosen}: {error}") from None
+        if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
+            raise Unsupported(f"reuse {reuse} takes over plain pages, which keep, codec and read with data of their own do not have")
+        return plan
 
     def _open(self, seam: str, text: str) -> Any:
-        if (seam, text) not in self._opened:
-            self._opened[seam, text] = registry.create(seam, text).open(self.runner)
-        return _latest(self._opened, (seam, text))
+        method = registry.create(seam, text)
+        return self.opened.get(f"{seam} = {text}", (seam, method), lambda: method.open(self.runner))
 
-    def _choose(self, keep: OpenKeep | None, codec: OpenCodec | None, read: OpenRead | None, depth: OpenDepth | None) -> Chosen:
-        spec, backend = self.runner.spec, self.runner.backend
+    def _plan(
+        self,
+        keep: OpenKeep | None = None,
+        codec: OpenCodec | None = None,
+        read: OpenRead | None = None,
+        depth: OpenDepth | None = None,
+        reuse: OpenReuse | None = None,
+    ) -> CachePlan:
+        spec = self.runner.spec
         if keep is not None and codec is not None and codec.block:
             raise Unsupported("this codec encodes whole blocks, from which no keep policy can evict; choose one of the two")
         if keep is not None and keep.endless and spec.learned_positions is not None:
             raise Unsupported(
                 f"{spec.family} has {spec.learned_positions} learned positions: keys cannot be numbered by their place in the cache"
             )
+        form, block = self._stored(codec, read)
+        count = len(spec.layers)
+        window = None if keep is None else keep.window
+        return CachePlan(
+            keep,
+            read,
+            reuse,
+            lanes=Lanes.PER_HEAD if form or block else Lanes.SHARED if keep is None else keep.lanes,
+            format=form,
+            block=block,
+            encoded=codec.block if codec is not None and codec.block else NEVER,
+            window=window,
+            max_slots=NEVER if keep is None else keep.max_slots,
+            shareable_tokens=NEVER if keep is None else keep.shareable_tokens,
+            endless=keep is not None and keep.endless and window is not None and sum(window) <= spec.context,
+            layers=None if depth is None or len(kept := depth.layers(count)) == count else kept,
+        )
+
+    def _stored(self, codec: OpenCodec | None, read: OpenRead | None) -> tuple[str, str]:
+        """The formats in which pages are written, and to which full ones change."""
+        spec, backend = self.runner.spec, self.runner.backend
         exact, sides = plain(backend.dtype, spec.head_dim), {}
         if read is not None:
             sides = dict(read.arrays(spec.head_dim, backend.dtype))
         suffix, of = (f"+{read.name}", (read,)) if read is not None and sides else ("", ())
-        form = block = ""
         if codec is not None and not codec.block:
-            form = self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of))
-        else:
-            if suffix:
-                form = self._define(Format(suffix, {**exact, **sides}, None, of))
-            if codec is not None:
-                block = self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of))
-        lanes = Lanes.PER_HEAD if form or block else Lanes.SHARED if keep is None else keep.lanes
-        count = len(spec.layers)
-        layers = None if depth is None or len(kept := depth.layers(count)) == count else kept
-        return Chosen(keep, codec, read, depth, lanes, form, block, layers)
+            return self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of)), ""
+        form = self._define(Format(suffix, {**exact, **sides}, None, of)) if suffix else ""
+        return form, "" if codec is None else self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of))
 
     def _define(self, fmt: Format) -> str:
-        if fmt.name not in self._formats and len(self._formats) == FORMATS:
+        if fmt.name in self._formats:
+            return fmt.name
+        if len(self._formats) == FORMATS:
             raise Unsupported(f"pages are stored in {FORMATS} formats already, and no more of them are made; choose options in use")
         self.runner.table.define(Space(Lanes.PER_HEAD, fmt.name), self.runner.store.define(fmt))
         self._formats.add(fmt.name)
@@ -122,48 +117,37 @@ class Policies:
 
     # ---- one sequence
 
-    def endless(self, params: SamplingParams) -> bool:
-        """Whether positions may pass the trained context: where distances within the cache never do."""
-        if params.keep is None:
-            return False
-        chosen = self.check(params)
-        if chosen is None or chosen.keep is None or not chosen.keep.endless:
-            return False
-        return chosen.window is not None and sum(chosen.window) <= self.runner.spec.context
-
     def fit(self, seq: Sequence) -> None:
         """Gives a new sequence the form that its request chose."""
-        if (chosen := self.check(seq.params)) is None:
-            return
-        seq.policies, seq.lanes, seq.format, seq.block, seq.layers = chosen, chosen.lanes, chosen.format, chosen.block, chosen.layers
-        if chosen.codec is not None and chosen.codec.block:
-            seq.encoded = chosen.codec.block
-        if chosen.keep is not None:
-            seq.most, seq.pure = chosen.keep.most, chosen.keep.pure
-        if chosen.layers is not None or chosen.read is not None:
-            seq.pure = min(seq.pure, seq.context)
+        seq.cache = plan = self.check(seq.params, seq.request.reuse)
+        seq.shareable_tokens = plan.shareable_tokens
+        if plan.layers is not None or plan.read is not None:
+            seq.shareable_tokens = min(seq.shareable_tokens, seq.context)
+
+    def parts(self, seq: Sequence) -> tuple[Any, ...]:
+        return seq.cache.keep, seq.cache.read, seq.cache.reuse
 
     def begin(self, seq: Sequence) -> None:
-        if seq.policies is not None and (keep := seq.policies.keep) is not None:
+        if (keep := seq.cache.keep) is not None:
             seq.state[keep] = keep.begin(seq)
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
-        child.sought = True  # it has what its sibling took over
-        if seq.policies is not None and (keep := seq.policies.keep) is not None:
+        child.reuse_searched = True  # it has what its sibling took over
+        if (keep := seq.cache.keep) is not None:
             child.state[keep] = keep.fork(seq.state[keep], child)
 
     def end(self, seq: Sequence) -> None:
         self._release(seq)
-        seq.sought = False
-        if seq.policies is not None and seq.policies.keep in seq.state:
-            seq.policies.keep.end(seq.state.pop(seq.policies.keep))
+        seq.reuse_searched = False
+        if (keep := seq.cache.keep) is not None and keep in seq.state:
+            keep.end(seq.state.pop(keep))
 
     def take_over(self, seq: Sequence, spare: int) -> None:
-        """Attaches what is due of the text that this one was made from. Its cached pages are held meanwhile, as long as `spare`
-        slabs are left for texts in progress; without them the text is computed."""
+        """Attaches what is due of the text that this one was made from. The source's pages are held as long as `spare` slabs are left
+        for texts in progress; after that the text is computed."""
         table, store = self.runner.table, self.runner.store
-        if not seq.sought:
-            seq.sought = True
+        if not seq.reuse_searched:
+            seq.reuse_searched = True
             if seq.index == 0:
                 seq.request.reused_tokens = 0
             self._find(seq, spare)
@@ -177,11 +161,11 @@ class Policies:
             self._release(seq)
 
     def _find(self, seq: Sequence, spare: int) -> None:
-        table, request = self.runner.table, seq.request
+        table, request, reuse = self.runner.table, seq.request, seq.cache.reuse
+        assert reuse is not None, f"sequence {seq.id}: its request takes nothing over"
         old = [*request.before, 0]  # a match leaves one token to run; nothing of the old text runs
         count = table.match(old, request.salt)
-        found = self._open("reuse", request.reuse).spans(old[:count], request.prompt, seq.stored)
-        spans = [span for span in found if span.at >= seq.stored]
+        spans = [span for span in reuse.spans(old[:count], request.prompt, seq.stored) if span.at >= seq.stored]
         if spans and table.idle_matched(old, request.salt) <= spare:
             self._sources -= 1
             seq.source, seq.spans = Sequence(self._sources, request, 0, old, len(old), 0, 0), spans
@@ -193,23 +177,20 @@ class Policies:
             self.runner.table.free(seq.source)
         seq.source, seq.spans = None, []
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         """The next value of seq.stored at which a policy has something to do."""
-        stored: int = seq.stored
-        chosen: Chosen | None = seq.policies
-        found: list[int] = [NEVER, *(span.at for span in seq.spans[:1])]
-        if seq.request.reuse and not seq.sought:
+        stored, plan = seq.stored, seq.cache
+        if plan.reuse is not None and not seq.reuse_searched:
             return stored
-        if chosen is None:
-            return min(found)
-        if chosen.keep is not None:
-            found.append(chosen.keep.border(seq))
-        if chosen.block:
-            found.append((stored // seq.encoded + 1) * seq.encoded)
-        if (chosen.read is not None or chosen.layers is not None) and stored < seq.context:
+        found: list[int] = [NEVER, *(span.at for span in seq.spans[:1])]
+        if plan.keep is not None:
+            found.append(plan.keep.sync_point(seq))
+        if plan.block:
+            found.append((stored // plan.encoded + 1) * plan.encoded)
+        if (plan.read is not None or plan.layers is not None) and stored < seq.context:
             found.append(seq.context)
-        if chosen.read is not None and chosen.read.grid and stored >= seq.context:
-            found.append((stored // chosen.read.grid + 1) * chosen.read.grid)
+        if plan.read is not None and plan.read.grid and stored >= seq.context:
+            found.append((stored // plan.read.grid + 1) * plan.read.grid)
         return min(found)
 
     # ---- one step
@@ -217,36 +198,21 @@ class Policies:
     def watch(self, seqs: Iterable[Sequence]) -> dict[int, tuple[Watch, ...]]:
         found = {}
         for s, seq in enumerate(seqs):
-            if seq.policies is not None and seq.policies.keep is not None and (watch := seq.policies.keep.watch(seq)):
+            if (keep := seq.cache.keep) is not None and (watch := keep.watch(seq)):
                 found[s] = watch
         return found
 
-    def observe(self, result: StepResult, blamed: list[tuple[Sequence, Exception]]) -> None:
-        """Whoever's part raises is blamed; the others' hear of the step all the same."""
+    def observe(self, result: StepResult, door: Door) -> None:
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
-            if work.seq.policies is not None and (keep := work.seq.policies.keep) is not None:
-                try:
-                    keep.observe(work.seq, result.out.attention.get(s), work.rows, accepted.path)
-                except Exception as error:
-                    blamed.append((work.seq, error))
+            if (keep := work.seq.cache.keep) is not None:
+                door.call(work.seq, keep.observe, work.seq, result.out.attention.get(s), work.rows, accepted.path)
 
-    def cross(self, seq: Sequence) -> None:
+    def sync(self, seq: Sequence) -> None:
         """After a commit: pages are encoded, evicted from and summarised."""
-        chosen: Chosen | None = seq.policies
-        if chosen is None:
-            return
-        table, store = self.runner.table, self.runner.store
-        if chosen.keep is not None and (kept := chosen.keep.decide(seq, lambda: table.positions(seq))) is not None:
+        plan, table, store = seq.cache, self.runner.table, self.runner.store
+        if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: table.positions(seq))) is not None:
             store.move([table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
-        if chosen.read is not None and chosen.read.grid and len(pages := table.unfolded(seq)):
-            store.fold(Space(seq.lanes, seq.format), pages, chosen.read)
-        if chosen.block and seq.stored and seq.stored % seq.encoded == 0:
+        if plan.read is not None and plan.read.grid and len(pages := table.unfolded(seq)):
+            store.fold(Space(plan.lanes, plan.format), pages, plan.read)
+        if plan.block and seq.stored and seq.stored % plan.encoded == 0:
             store.encode([table.encode(seq)])
-
-
-def _latest(found: OrderedDict[Any, Any], name: Any) -> Any:
-    """What `name` stands for, which is now the one used last; of more than MOST the first goes."""
-    found.move_to_end(name)
-    while len(found) > MOST:
-        found.popitem(last=False)
-    return found[name]

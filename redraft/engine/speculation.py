@@ -1,12 +1,11 @@
 """The drafter and the verifier as the engine calls them: dispatchers over what its requests chose, its own where they chose nothing.
 
-Nothing here knows a method's name. A drafter is opened once for each text that requests choose it by and each noise that it must draw
-with, and shared by them all.
+Nothing here knows a method's name. A drafter is opened once for each choice and each noise that it must draw with, and shared by all
+requests that choose it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
@@ -15,19 +14,17 @@ from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.law import Law
-from redraft.core.noise import Stream
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import EMPTY, Kind, TokenTree
-from redraft.draft.drafter import OpenDrafter
+from redraft.draft.drafter import OpenDrafter, max_bytes
 from redraft.engine.guard import Guard
+from redraft.engine.opened import Opened
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
 from redraft.verify.verifier import Verifier
-
-MOST = 16  # opened drafters that are kept for requests; the one unused longest goes, with what it learned
 
 
 class Choice(NamedTuple):
@@ -66,12 +63,13 @@ class Verifiers:
 class Drafters:
     """own: the engine's, which was opened for `verifier`; `text`: by what it was chosen, None where it was made by hand."""
 
-    def __init__(self, own: OpenDrafter, runner: Runner, sampler: Sampler, verifier: Verifier, text: str | None = None) -> None:
-        if unfit := own.kinds - verifier.undoes:
+    def __init__(
+        self, own: OpenDrafter, runner: Runner, sampler: Sampler, verifier: Verifier, opened: Opened, text: str | None = None
+    ) -> None:
+        if unfit := own.kinds - verifier.supports:
             raise _unfit(unfit, text or type(own).__name__, verifier)
-        self.own, self.text = Guard(own, runner.spec.vocab, text), text
-        self.runner, self.sampler, self.verifier = runner, sampler, verifier
-        self._opened: OrderedDict[tuple[str, Stream], Guard] = OrderedDict()
+        self.own, self.method = Guard(own, runner.spec.vocab, text), None if text is None else registry.create("draft", text)
+        self.runner, self.sampler, self.verifier, self.opened = runner, sampler, verifier, opened
 
     # ---- a request
 
@@ -80,37 +78,44 @@ class Drafters:
         if params.draft is None and params.verify is None:
             return None
         verifier: Verifier = self.verifier if params.verify is None else registry.create("verify", params.verify)
-        text = self.text if params.draft is None else params.draft
-        if text is None and verifier.drafts is not self.verifier.drafts and self.own.drafter.kinds - {Kind.FIXED}:
+        method = self.method if params.draft is None else registry.create("draft", params.draft)
+        same_noise = verifier.drafts is self.verifier.drafts
+        if method is None and not same_noise and self.own.drafter.kinds - {Kind.FIXED}:
             raise Unsupported(f"verifier {registry.name_of(type(verifier))} wants other noise than {self.own.name} draws with")
-        if text is None or (text == self.text and verifier.drafts is self.verifier.drafts):
-            drafter = self.own
-        else:
-            drafter = self._open(text, verifier.drafts)
-        if unfit := drafter.drafter.kinds - verifier.undoes:
-            raise _unfit(unfit, text or drafter.name, verifier)
+        name = self.own.name if params.draft is None else params.draft.strip()
+        drafter = self.own if method is None or (method == self.method and same_noise) else self._open(name, method, verifier)
+        if unfit := drafter.drafter.kinds - verifier.supports:
+            raise _unfit(unfit, name, verifier)
         return Choice(None if drafter is self.own else drafter, None if verifier == self.verifier else verifier)
 
-    def _open(self, text: str, drafts: Stream) -> Guard:
-        if (text, drafts) not in self._opened:
-            drafter = registry.create("draft", text).open(self.runner, self.sampler.drawing(drafts))
-            self._opened[text, drafts] = Guard(drafter, self.runner.spec.vocab, text)
-            if len(self._opened) > MOST:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end((text, drafts))
-        return self._opened[text, drafts]
+    def _open(self, name: str, method: Any, verifier: Verifier) -> Guard:
+        def make() -> Guard:
+            return Guard(method.open(self.runner, self.sampler.drawing(verifier.drafts)), self.runner.spec.vocab, name)
+
+        return self.opened.get(f"draft = {name}", ("draft", method, verifier.drafts), make, max_bytes(method, self.runner))
 
     def fit(self, seq: Sequence) -> None:
         """Gives a new sequence what its request chose."""
         seq.speculation = self.check(seq.params)
         if seq.params.draft_rows is not None:
             seq.drafts = seq.params.draft_rows
-        if self.of(seq).quiet:
+        if self.of(seq).never_drafts:
             seq.drafts = 0
+
+    def release(self, seq: Sequence) -> None:
+        """After the last use of a sequence: whoever still holds it does not hold its drafter."""
+        seq.speculation = None
+
+    def parts(self, seq: Sequence) -> tuple[Any, ...]:
+        return () if seq.speculation is None else (seq.speculation.drafter,)
 
     def of(self, seq: Sequence) -> Guard:
         chosen: Choice | None = seq.speculation
         return self.own if chosen is None or chosen.drafter is None else chosen.drafter
+
+    def names(self, seq: Sequence) -> Seq[str]:
+        """What TokenTree.origins of its trees count."""
+        return self.of(seq).names
 
     # ---- what the engine calls
 
@@ -138,7 +143,7 @@ class Drafters:
         return trees
 
     def observe(self, result: StepResult) -> None:
-        """Each drafter whose texts ran hears of the whole step."""
+        """Each drafter that drafts for a sequence of the step is given the whole step."""
         for drafter in _groups(result.work, self.of):
             drafter.observe(result)
 
@@ -150,7 +155,7 @@ class Drafters:
 
 
 def _groups(work: Seq[Work], of: Callable[[Sequence], Any]) -> dict[Any, list[int]]:
-    """The places in `work` of those who chose alike."""
+    """The places in `work` of equal choices."""
     found: dict[Any, list[int]] = {}
     for i, one in enumerate(work):
         found.setdefault(of(one.seq), []).append(i)
@@ -158,6 +163,6 @@ def _groups(work: Seq[Work], of: Callable[[Sequence], Any]) -> dict[Any, list[in
 
 
 def _unfit(kinds: Iterable[Any], draft: str, verifier: Verifier) -> Unsupported:
-    fit = [name for name in registry.METHODS["verify"] if set(kinds) <= registry.method("verify", name).undoes]  # type: ignore[attr-defined]
+    fit = [name for name in registry.METHODS["verify"] if set(kinds) <= registry.method("verify", name).supports]  # type: ignore[attr-defined]
     made, own = ", ".join(sorted(kind.name for kind in kinds)), registry.name_of(type(verifier))
     return Unsupported(f"verifier {own} cannot undo children made {made}, as {draft} makes them; these can: {', '.join(fit)}")

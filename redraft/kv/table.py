@@ -172,18 +172,18 @@ class PageTable:
         """Slabs for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and
         will attach `matched` of them; an open one's rows beyond its pending tokens are drafts. An upper bound, also as a sum:
         free pages of carved slabs are not counted on. While the sum is at most available(), neither reserve nor what follows the
-        commit at a border (keep, encode, splice) lacks pages."""
+        commit at a sync point (keep, encode, splice) lacks pages."""
         held = self._held.get(seq.id) or self._fresh(seq)
         size, tail = self.page, held.chain + held.nodes + rows
         drafted = max(0, tail - seq.pending) if seq.id in self._held else 0
-        evicts = seq.most < NEVER and seq.stored + tail >= seq.pure  # then survivors of pages that others list are copied
+        evicts = seq.cache.max_slots < NEVER and seq.stored + tail >= seq.shareable_tokens  # survivors of pages that others list are copied
         exact = coded = 0
         for lane in held.lanes:
             own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
-            end = max(lane.length, min(lane.length + tail - drafted, seq.most)) + drafted
+            end = max(lane.length, min(lane.length + tail - drafted, seq.cache.max_slots)) + drafted
             if held.block is not None:
-                coded += max(0, end // seq.encoded * seq.encoded // size - len(lane.coded))
-                end = min(end, size * len(lane.coded) + seq.encoded + drafted)
+                coded += max(0, end // seq.cache.encoded * seq.cache.encoded // size - len(lane.coded))
+                end = min(end, size * len(lane.coded) + seq.cache.encoded + drafted)
             exact += max(0, -(-end // size) - len(lane.coded) - own)
         slabs = -(-exact // held.pool.per_slab) - (0 if evicts else matched // size)
         return slabs + (-(-coded // held.block.per_slab) if held.block is not None else 0)
@@ -230,7 +230,7 @@ class PageTable:
         """
         held = self._held[seq.id]
         lane = held.lanes[0]
-        full = min(lane.length, seq.pure) // self.page
+        full = min(lane.length, seq.shareable_tokens) // self.page
         if full <= held.published or not self.sharing or held.pool.space != Space() or held.edited:
             return
         if not held.cursor.alive:  # an equal page under which this sequence published was evicted: from the start
@@ -251,14 +251,15 @@ class PageTable:
     # ---- sequences
 
     def open(self, seq: Sequence) -> None:
-        """Empty lanes of kind `seq.lanes`; nothing is stored."""
+        """Empty lanes of kind `seq.cache.lanes`; nothing is stored."""
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
         self._held[seq.id] = self._fresh(seq)
         seq.stored = 0
 
     def _fresh(self, seq: Sequence) -> _Held:
-        pool = self._pools[Space(seq.lanes, seq.format)]
-        block = self._pools[Space(seq.lanes, seq.block)] if seq.block else None
+        plan = seq.cache
+        pool = self._pools[Space(plan.lanes, plan.format)]
+        block = self._pools[Space(plan.lanes, plan.block)] if plan.block else None
         return _Held(seq, pool, block, [_Lane([]) for _ in range(pool.lanes)], self.prefix.root)
 
     def free(self, seq: Sequence) -> None:
@@ -449,7 +450,7 @@ class PageTable:
         self._mark()
         to = np.arange(start, len(mine.pages) * self.page if lacking else start + count, dtype=np.int32)  # a fresh page is filled
         at = np.minimum(to - start + first, first + count - 1)
-        seq.pure = min(seq.pure, source.pure if exact else start)
+        seq.shareable_tokens = min(seq.shareable_tokens, source.shareable_tokens if exact else start)
         mine.append(start, count)
         seq.stored += count
         held.view = None
@@ -460,7 +461,7 @@ class PageTable:
         nothing of its former owner is left in the new one. The tail must be empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: fork while a tail is open"
-        same = (child.lanes, child.format, child.block) == (seq.lanes, seq.format, seq.block)
+        same = (child.cache.lanes, child.cache.format, child.cache.block) == (seq.cache.lanes, seq.cache.format, seq.cache.block)
         assert child.id not in self._held and same, f"sequence {child.id}: open, or of another space"
         pool, size = held.pool, self.page
         self._ensure({pool.space: sum(lane.length % size > 0 for lane in held.lanes)})
@@ -480,7 +481,7 @@ class PageTable:
             positions = None if lane.positions is None else lane.positions[: lane.length].copy()
             lanes.append(_Lane(pages, lane.length, list(lane.coded), lane.folded, positions))
         self._held[child.id] = _Held(child, pool, held.block, lanes, held.cursor, held.published)
-        child.stored, child.pure = seq.stored, min(child.pure, seq.pure)
+        child.stored, child.shareable_tokens = seq.stored, min(child.shareable_tokens, seq.shareable_tokens)
         self._mark()
         places = np.arange(len(src) * size)
         return Moves(pool.space, self._places(src, places), self._places(dst, places))

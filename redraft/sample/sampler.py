@@ -95,7 +95,7 @@ class Sampler:
     def _reads_logits(self, work: Work) -> bool:
         seq, params = work.seq, work.seq.params
         draws = work.done and (not params.greedy or bool(seq.state[self]) or params.logprobs is not None)
-        return draws or (params.prompt_logprobs is not None and seq.stored < seq.prompt_len - 1)
+        return draws or seq.wants_prompt_logits
 
     def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
         """Logits (fresh, f64[V]) behind seq.tokens and `drafted`, as the request's processors leave them: what the target

@@ -1,6 +1,6 @@
 """First come, first served: rows go out in arrival order, whole prompts as far as the budget reaches.
 
-The plain baseline: a long prompt that came first takes the budget, and texts behind it wait for the step. Continuous
+The plain baseline: a long prompt that came first takes the budget, and texts after it wait for the step. Continuous
 batching as in Gyeong-In Yu, Joo Seong Jeong, Geon-Woo Kim, Soojeong Kim and Byung-Gon Chun, Orca, OSDI 2022.
 
 Differs: rows are capped by the budget, so that one step stays bounded; pages are paged, not reserved at full length.

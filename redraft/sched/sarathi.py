@@ -1,4 +1,4 @@
-"""Stall-free chunked prefill: everyone who draws goes first, prompts fill what is left of a budget of rows.
+"""Stall-free chunked prefill: texts that draw go first, prompts fill what is left of a budget of rows.
 
 Amey Agrawal, Nitin Kedia, Ashish Panwar, Jayashree Mohan, Nipun Kwatra, Bhargav S. Gulavani, Alexey Tumanov and
 Ramachandran Ramjee, Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve, 2024, arXiv 2403.02310.
@@ -7,7 +7,7 @@ Ramachandran Ramjee, Taming Throughput-Latency Tradeoff in LLM Inference with Sa
 2. Prompts in progress get chunks of what is left.
 3. Newcomers are admitted while the pages of their whole prompt are there.
 
-Differs: drafted nodes count as rows of the budget; a prompt is cut at borders too.
+Differs: drafted nodes count as rows of the budget; a prompt is cut at sync points too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sarathi(Scheduler):
         title="Stall-free chunked prefill",
         paper="Agrawal et al., Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve, 2024, arXiv 2403.02310",
         guarantee=Guarantee.SAME_TEXT,
-        deviates="drafted nodes count as rows; chunks end at borders",
+        deviates="drafted nodes count as rows; chunks end at sync points",
     )
 
     def order(self, running: Seq[Sequence]) -> list[Sequence]:

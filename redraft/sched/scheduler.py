@@ -52,7 +52,7 @@ class Scheduler:
         raise NotImplementedError
 
     def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Pages) -> StepPlan:
-        # 1. Everyone who draws gets a row; the last to arrive are preempted until all of these fit. Prompts in
+        # 1. Every text that draws gets a row; the last to arrive are preempted until all of these fit. Prompts in
         #    progress keep the pages they were promised at admission.
         run, preempt, free = list(running), [], table.available()
         needs = {seq.id: table.need(seq, seq.pending) for seq in run}
@@ -62,10 +62,10 @@ class Scheduler:
             free += table.gain(victim)
         spare = free - sum(needs[seq.id] for seq in run)
 
-        # 2. Rows in order, drafts shared evenly among those who draw, and given up first when pages or rows run short.
+        # 2. Rows in order, drafts shared evenly among those that draw, and given up first when pages or rows run short.
         ordered = self.order(run)
         drawing = sum(seq.pending == 1 for seq in run)
-        room = max(0, self.token_budget - drawing)  # rows that nobody needs to draw
+        room = max(0, self.token_budget - drawing)  # rows that no text needs to draw
         if waiting or drawing < len(run):
             room //= 2  # drafts never take all rows from prompts
         drafts, drafting = min(self.draft_total, room), sum(_depth(seq) > 0 for seq in run)
@@ -73,7 +73,7 @@ class Scheduler:
         work: list[Work] = []
         budgets: list[Budget] = []
         for seq in ordered:
-            rows = min(seq.pending, seq.border - seq.stored, left)
+            rows = min(seq.pending, seq.sync_point - seq.stored, left)
             if rows <= 0:
                 continue
             left -= rows
@@ -86,7 +86,7 @@ class Scheduler:
                 drafts, drafting = drafts - draft, drafting - 1
             work.append(Work(seq, rows))
             budgets.append(Budget(draft, depth if draft else 0))
-        left += drafts  # what nobody drafts is left to newcomers
+        left += drafts  # what is not drafted is left to newcomers
 
         # 3. Newcomers in arrival order while the whole prompt and one token fit; the head of the queue blocks.
         admit: list[tuple[Sequence, int]] = []
@@ -95,8 +95,8 @@ class Scheduler:
                 if len(run) + len(admit) == self.max_seqs or left <= 0:
                     break
                 salt = seq.request.salt
-                shares = seq.lanes is Lanes.SHARED and not seq.request.whole  # only shared lanes attach pages
-                tokens = seq.tokens[: seq.pure + 1]  # at most all but the last of them match
+                shares = seq.cache.lanes is Lanes.SHARED and not seq.request.wants.whole_prompt  # only shared lanes attach pages
+                tokens = seq.tokens[: seq.shareable_tokens + 1]  # at most all but the last of them match
                 matched = table.match(tokens, salt) if shares else 0
                 cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
                 if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # it would copy more than it finds
@@ -106,7 +106,7 @@ class Scheduler:
                     break
                 spare -= cost
                 admit.append((seq, matched))
-                rows = min(len(seq.tokens) - matched, seq.border - matched, left)
+                rows = min(len(seq.tokens) - matched, seq.sync_point - matched, left)
                 if rows > 0:
                     left -= rows
                     work.append(Work(seq, rows))
@@ -116,4 +116,4 @@ class Scheduler:
 
 def _depth(seq: Sequence) -> int:
     """How deep a draft may be: 0 for a prompt in progress, a text with no room for a second token or without a drafter."""
-    return max(0, seq.border - len(seq.tokens)) if seq.pending == 1 and seq.drafts and not seq.fault else 0
+    return max(0, seq.sync_point - len(seq.tokens)) if seq.pending == 1 and seq.drafts and not seq.fault else 0

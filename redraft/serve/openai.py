@@ -30,7 +30,7 @@ from redraft import __version__, registry
 from redraft.config import SamplingParams
 from redraft.core import sequence
 from redraft.core.noise import Stream
-from redraft.core.sequence import Pooling
+from redraft.core.sequence import Pooling, Wants
 from redraft.errors import PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.serve import documents, schema
@@ -237,7 +237,7 @@ class Service:
         requests = []
         for prompt in prompts:
             name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-            requests.append(sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, pool=pool))
+            requests.append(sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, wants=Wants(pooling=pool)))
         try:
             return await self.shell.submit(*requests)
         except PromptTooLong as error:

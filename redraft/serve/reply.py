@@ -12,7 +12,7 @@ from typing import Any
 from redraft import __version__
 from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Request
-from redraft.engine.engine import Event, Provenance, Stats
+from redraft.engine.output import Event, Provenance, Stats
 from redraft.models.tokenizer import Tokenizer
 from redraft.serve.shell import Ticket
 

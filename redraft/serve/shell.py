@@ -18,7 +18,8 @@ from time import monotonic
 from typing import Any
 
 from redraft.core.sequence import Request
-from redraft.engine.engine import Engine, Event
+from redraft.engine.engine import Engine
+from redraft.engine.output import Event
 from redraft.errors import RedraftError
 from redraft.serve.errors import Refused
 from redraft.serve.metrics import Metrics
@@ -190,10 +191,12 @@ class Shell:
 
         self._do(abort)
 
-    def _hear(self, events: list[Event], failed: list[tuple[Request, Exception]]) -> None:
+    def _hear(self, events: list[Event]) -> None:
         news: dict[str, list[Event]] = {}
+        failed = [(event.request, event.error) for event in events if event.error is not None]
         for event in events:
-            news.setdefault(event.request.id, []).append(event)
+            if event.error is None:
+                news.setdefault(event.request.id, []).append(event)
         for name, some in news.items():
             if (ticket := self._tickets.get(name)) is not None:
                 ticket.hear(some)
@@ -245,11 +248,5 @@ class Shell:
             self._tell(self._dead, error)
 
     def _step(self) -> None:
-        failed: list[tuple[Request, Exception]] = []
-        try:
-            events = self.engine.step()
-        except Exception as error:
-            events, failed = self.engine.settle(error)
-        if events or failed:  # statistics go on changing here
-            told = [replace(event, stats=event.stats.copy()) for event in events]
-            self._tell(self._hear, told, failed)
+        if events := self.engine.step():  # statistics go on changing here
+            self._tell(self._hear, [replace(event, stats=event.stats.copy()) for event in events])

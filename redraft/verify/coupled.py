@@ -33,7 +33,7 @@ class Coupled:
         guarantee=Guarantee.SAME_TEXT,
         deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its law",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+    supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:

@@ -36,7 +36,7 @@ class GreedyMultiDraft(Rejecting):
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.TOP_PLUS_ONE})
+    supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.TOP_PLUS_ONE})
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         *tops, x = drawn

@@ -35,7 +35,7 @@ class KSeq(Rejecting):
         Guarantee.SAME_LAW,
         deviates="rho is found to 1e-6, rounded up; coins are a function of seed and position",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.IID})
+    supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.IID})
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         k = len(drawn)

@@ -36,7 +36,7 @@ class MultiCandidate(Rejecting):
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.IID})
+    supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.IID})
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         r = p  # 1.

@@ -35,7 +35,7 @@ class Recursive(Rejecting):
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.WITHOUT_REPLACEMENT})
+    supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.WITHOUT_REPLACEMENT})
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         r, s = p, q.copy()  # 1.

@@ -31,7 +31,7 @@ class Rejection(Rejecting):
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE})
+    supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE})
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         (x,) = drawn

@@ -25,15 +25,15 @@ from redraft.core.law import Law
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
 from redraft.core.tree import F64, Kind, TokenTree
-from redraft.errors import InvalidInput
+from redraft.options import Options, number
 
 
 @dataclass(frozen=True)
-class Typical:
+class Typical(Options):
     """eps: a token of more probability always passes; delta: scale of the bound that falls with entropy."""
 
-    eps: float = 0.09
-    delta: float = 0.3
+    eps: float = number(0.09, gt=0, lt=1)
+    delta: float = number(0.3, gt=0, lt=1)
 
     card: ClassVar[Card] = Card(
         "Typical acceptance",
@@ -42,13 +42,8 @@ class Typical:
         Guarantee.LOSSY,
         deviates="the token behind the accepted path is sampled as in the plain loop",
     )
-    undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+    supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
-
-    def __post_init__(self) -> None:
-        for name in ("eps", "delta"):
-            if not 0 < getattr(self, name) < 1:
-                raise InvalidInput(f"typical:{name}={getattr(self, name)}: must be between 0 and 1")
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
         roots = law.roots.tolist()

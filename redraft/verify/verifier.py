@@ -19,11 +19,11 @@ were rejected, and returns the law (of any sum) of the token where all are. Noth
 
 
 class Verifier(Protocol):
-    """A frozen dataclass. `undoes`: the kinds of children whose making it undoes without bias. `drafts`: the noise that a
+    """A frozen dataclass. `supports`: the kinds of children whose making it undoes without bias. `drafts`: the noise that a
     drafter which samples must draw with: the target's own, or a stream that is independent of it."""
 
     card: ClassVar[Card]
-    undoes: ClassVar[frozenset[Kind]]
+    supports: ClassVar[frozenset[Kind]]
     drafts: ClassVar[Stream]
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
@@ -55,7 +55,7 @@ class Rejecting:
     leaf's bonus and the whole text without a drafter are those of the plain loop.
     """
 
-    undoes: ClassVar[frozenset[Kind]]
+    supports: ClassVar[frozenset[Kind]]
     drafts: ClassVar[Stream] = Stream.DRAFT
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
@@ -75,7 +75,7 @@ class Rejecting:
     def _toss(self, tree: TokenTree, node: int, law: Law, row: int) -> int:
         """The next token: of the first child whose coin accepts it, else from the rule's residual."""
         kind, laws = Kind(tree.kinds[node + 1]), tree.laws
-        if kind not in self.undoes:
+        if kind not in self.supports:
             raise Unsupported(f"verifier {type(self).__name__} cannot undo children made {kind.name}")
         assert laws is not None, "sampled children without the law they were drawn from"
         draws = tree.tokens[tree.drawn(node)].tolist()

@@ -254,21 +254,22 @@ def seed(index: int) -> int:
 def drive(engine: Any, prompts: Seq[list[int]], params: Any, *, alone: bool = False) -> tuple[list[list[int]], list[Any], set[str]]:
     """Texts, statistics, and which requests were preempted. `alone`: one request after the other."""
     from redraft.core.sequence import Request
+    from redraft.engine.output import checked
 
     found: list[list[int]] = [[] for _ in prompts]
     stats: list[Any] = [None] * len(prompts)
     preempted: set[str] = set()
     enact = engine.enact
 
-    def watched(plan: Any) -> None:
+    def watched(plan: Any) -> Any:
         preempted.update(seq.request.id for seq in plan.preempt)
-        enact(plan)
+        return enact(plan)
 
     engine.enact = watched
     for i, prompt in enumerate(prompts):
         engine.add(Request(str(i), list(prompt), params.but(seed=seed(i))))
         while engine.has_work and (alone or i == len(prompts) - 1):
-            for event in engine.step():
+            for event in checked(engine.step()):
                 found[int(event.request.id)] += event.tokens
                 stats[int(event.request.id)] = event.stats
     return found, stats, preempted

@@ -18,6 +18,7 @@ import torch
 from redraft import SamplingParams, registry
 from redraft.core.sequence import Request
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from redraft.models.runner import Runner
 from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
@@ -85,14 +86,14 @@ def measure(engine: Engine, clock: Clock, params: SamplingParams, steps: int) ->
         prompt = torch.randint(0, VOCAB, (CACHED - steps // 2,), generator=generator).tolist()
         engine.add(Request(str(i), prompt, params.but(seed=i)))
     while any(not seq.generated for seq in engine.running) or engine.waiting:
-        engine.step()
+        checked(engine.step())
     clock.inside, told = 0.0, []
-    before = sum(output.stats.drafted for output in engine.outputs.values())
+    before = sum(output.stats.drafted for output in engine.outputs)
     began = time.perf_counter()
     for _ in range(steps):
-        told += [event.text for event in engine.step()]
+        told += [event.text for event in checked(engine.step())]
     spent = time.perf_counter() - began
-    drafted = sum(output.stats.drafted for output in engine.outputs.values()) - before
+    drafted = sum(output.stats.drafted for output in engine.outputs) - before
     assert len(engine.running) == BATCH and any(told), "the batch shrank, or no text was streamed"
     for i in range(BATCH):
         engine.abort(str(i))

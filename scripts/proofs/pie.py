@@ -25,6 +25,7 @@ from rich.table import Table
 
 from redraft import LLM, SamplingParams
 from redraft.core.sequence import Request
+from redraft.engine.output import checked
 from redraft.kv.store import Store
 
 PILOT = Path(__file__).resolve().parents[3] / "shared" / "models" / "pilot-16m"
@@ -75,7 +76,7 @@ def law(llm: LLM, request: Request) -> tuple[np.ndarray, Ids, float, Request]:
     engine.add(request)
     began, first, rows, text = time.perf_counter(), 0.0, [], []
     while engine.has_work:
-        for event in engine.step():
+        for event in checked(engine.step()):
             first = first or time.perf_counter() - began
             rows += event.logprobs
             text += event.tokens

@@ -86,7 +86,7 @@ class Gullible:
     """Takes every draft for true, whatever the target says; without drafts it is right."""
 
     card: ClassVar[Card] = card("Gullible")
-    undoes: ClassVar[frozenset[Kind]] = frozenset(Kind)
+    supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
 
     def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:

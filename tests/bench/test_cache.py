@@ -44,14 +44,14 @@ class Newest(Stateless):
         return self
 
     @property
-    def most(self) -> int:  # type: ignore[override]
+    def max_slots(self) -> int:  # type: ignore[override]
         return 2 * self.budget
 
     @property
-    def pure(self) -> int:  # type: ignore[override]
+    def shareable_tokens(self) -> int:  # type: ignore[override]
         return 2 * self.budget
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         return (seq.stored // self.budget + 1) * self.budget
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:

@@ -29,7 +29,7 @@ COINS = [name for name in registry.METHODS["verify"] if registry.create("verify"
 def pair(kind: Kind) -> Iterator[tuple[str, Rejecting]]:
     for name in COINS:
         rule = registry.create("verify", name)
-        if kind in rule.undoes:
+        if kind in rule.supports:
             yield name, rule
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redraft.cli.stream import Colours
-from redraft.engine.engine import Stats
+from redraft.engine.output import Stats
 from redraft.engine.text import Text
 from redraft.llm import Delta
 

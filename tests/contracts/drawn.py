@@ -29,7 +29,7 @@ def forest(method: SecondModel, laws: Laws, samples: int, budget: Budget, params
         logs = [np.log(p) for p in laws]
     trees = []
     for seed in range(samples):
-        seq = Sequence(seed, request, 0, [0] * START, START, seed, border=99)
+        seq = Sequence(seed, request, 0, [0] * START, START, seed, sync_point=99)
         seq.state[sampler] = sampler.begin(seq)
         trees.append(grow(method, Sketch(seq, budget, method.kind, sampler), logs))
     return trees

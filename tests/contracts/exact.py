@@ -19,7 +19,7 @@ RULES: dict[str, Rejecting] = {
     for name in registry.METHODS["verify"]
     if hasattr(rule := registry.create("verify", name), "stages") and rule.card.guarantee <= Guarantee.SAME_LAW
 }
-SAMPLED = [(name, kind) for name, rule in RULES.items() for kind in sorted(rule.undoes - {Kind.FIXED})]
+SAMPLED = [(name, kind) for name, rule in RULES.items() for kind in sorted(rule.supports - {Kind.FIXED})]
 
 
 def pairs(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -97,7 +97,7 @@ def outcome(rule: Rejecting, p: np.ndarray, q: np.ndarray, kind: Kind, ways: Dra
 class Reused(Rejecting):
     """A control, biased: after a rejection q is used again, without being normalised to what can still be drawn."""
 
-    undoes = frozenset({Kind.WITHOUT_REPLACEMENT})
+    supports = frozenset({Kind.WITHOUT_REPLACEMENT})
 
     def stages(self, p: np.ndarray, q: np.ndarray, drawn: Sequence[int], kind: Kind) -> Stages:
         r = p

@@ -13,10 +13,11 @@ import torch
 
 from redraft import registry
 from redraft.config import SamplingParams
-from redraft.core.sequence import Lanes, Request
+from redraft.core.sequence import CachePlan, Lanes, Request
 from redraft.draft.drafter import OpenDrafter
 from redraft.draft.second import Grower, SecondModel
-from redraft.engine.engine import Engine, Event
+from redraft.engine.engine import Engine
+from redraft.engine.output import Event, checked
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
@@ -152,7 +153,7 @@ def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: 
     while waiting or engine.has_work:
         while waiting and (waiting[0][0] <= seen.steps or not engine.has_work):
             engine.add(waiting.pop(0)[2])
-        events = engine.step()
+        events = checked(engine.step())
         seen.steps += 1
         assert seen.steps < 5000, "the engine makes no progress"
         if check:
@@ -194,7 +195,7 @@ def check(condition: Condition, *, strict: bool = True) -> Seen:
 
     def add_with_lanes(request: Request) -> None:  # lanes are a policy's choice, and there is no such policy yet
         add(request)
-        made.waiting[-1].lanes = condition.lanes[int(request.id) % len(condition.lanes)]
+        made.waiting[-1].cache = CachePlan(lanes=condition.lanes[int(request.id) % len(condition.lanes)])
 
     made.add = add_with_lanes  # type: ignore[method-assign]
     seen = drive(made, requests, condition.arrivals, check=strict)

@@ -29,7 +29,7 @@ from tests.contracts.exact import RULES, Reused, likeliest
 
 VERIFIERS = [registry.method("verify", name)() for name in registry.METHODS["verify"]]
 SAME_LAW = [v for v in VERIFIERS if v.card.guarantee <= Guarantee.SAME_LAW]
-FIXED = [v for v in SAME_LAW if Kind.FIXED in v.undoes and not hasattr(v, "stages")]  # those meet them in mixed trees
+FIXED = [v for v in SAME_LAW if Kind.FIXED in v.supports and not hasattr(v, "stages")]  # those meet them in mixed trees
 SAME_TEXT = [v for v in VERIFIERS if v.card.guarantee == Guarantee.SAME_TEXT]
 
 
@@ -73,13 +73,13 @@ def drawn_p(verifier, kinds, draw=draw):
 
 @pytest.mark.parametrize("verifier", SAME_LAW, ids=lambda v: v.card.title)
 def test_law_of_drawn_trees_of_mixed_kinds(verifier):
-    many = sorted(verifier.undoes - {Kind.FIXED, Kind.SINGLE})
-    p_value, lengths = drawn_p(verifier, [*sorted(verifier.undoes), *many, *many])
+    many = sorted(verifier.supports - {Kind.FIXED, Kind.SINGLE})
+    p_value, lengths = drawn_p(verifier, [*sorted(verifier.supports), *many, *many])
     assert p_value >= LEAST_P
     assert lengths == {0, 1, 2}, "rejected, partly and wholly accepted somewhere"
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, rule in RULES.items() for kind in set(Kind) - rule.undoes])
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, rule in RULES.items() for kind in set(Kind) - rule.supports])
 def test_children_of_another_kind_are_refused_by_name(name, kind):
     rng = np.random.default_rng(8)
     tree = drawn_tree(rng, random_laws(rng), [kind])
@@ -87,7 +87,7 @@ def test_children_of_another_kind_are_refused_by_name(name, kind):
         RULES[name].accept([tree], ForestLaw(random_laws(rng), [tree]))
 
 
-WITHOUT_REPLACEMENT = [name for name, rule in RULES.items() if Kind.WITHOUT_REPLACEMENT in rule.undoes]
+WITHOUT_REPLACEMENT = [name for name, rule in RULES.items() if Kind.WITHOUT_REPLACEMENT in rule.supports]
 
 
 def test_control_q_reused_after_a_rejection_is_biased():

@@ -20,7 +20,7 @@ BUDGET = Budget(8, 2)
 METHODS = {name: registry.create("draft", name) for name in registry.METHODS["draft"] if complete("draft", name)}
 DRAWN = {name: method for name, method in METHODS.items() if isinstance(method, SecondModel)}
 RULES = {name: rule for name in registry.METHODS["verify"] if isinstance(rule := registry.create("verify", name), Rejecting)}
-PAIRS = [(d, v) for d, method in DRAWN.items() for v, rule in RULES.items() if method.kind in rule.undoes]  # type: ignore[attr-defined]
+PAIRS = [(d, v) for d, method in DRAWN.items() for v, rule in RULES.items() if method.kind in rule.supports]  # type: ignore[attr-defined]
 
 
 def p_value(verifier: Verifier, trees: list[TokenTree], laws: list[np.ndarray]) -> float:

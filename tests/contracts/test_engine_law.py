@@ -10,6 +10,7 @@ import pytest
 
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
+from redraft.engine.output import checked
 from redraft.sample.sampler import TargetLaw
 from tests.contracts import plain
 from tests.contracts.algebra import LEAST_P, chi_square_p
@@ -50,7 +51,7 @@ def p_value(drafter: str, verifier: str, texts_wanted: int = TEXTS, first: int =
     texts: dict[str, list[int]] = {}
     accepted = rejected = 0
     while made.has_work:
-        for event in made.step():
+        for event in checked(made.step()):
             texts.setdefault(event.request.id, []).extend(event.tokens)
             if event.reason is not None:
                 accepted += event.stats.accepted

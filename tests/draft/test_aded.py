@@ -363,9 +363,9 @@ def test_unusable_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("increment", -0.1, "0 or more"), ("increment", math.nan, "0 or more"), ("cap", 0.0, "more than 0"), ("window", 2, "3 or more"),
+        ("increment", -0.1, "0 or more"), ("increment", math.nan, "0 or more"), ("cap", 0.0, "above 0"), ("window", 2, "3 or more"),
         ("iterations", -1, "0 or more"), ("length", 0, "1 or more"), ("sequences", 0, "1 or more"), ("successors", 0, "1 or more"),
-        ("c1", math.inf, "0 or more"), ("c2", 0.0, "more than 0"), ("keys", 0, "1 or more"),
+        ("c1", math.inf, "0 or more"), ("c2", 0.0, "above 0"), ("keys", 0, "1 or more"),
     ],
 )  # fmt: skip
 def test_options_are_checked(name: str, value: float, allowed: str) -> None:

@@ -55,7 +55,7 @@ class Rereading(Grower):
             if len(tree):
                 runner = Runner(self.runner.spec, self.runner.weights, self.runner.backend, 10)
                 fresh = Grower(self.method, runner, self.sampler)
-                twin = Sequence(seq.id, seq.request, seq.index, seq.tokens, seq.prompt_len, seq.seed, seq.border, state=dict(seq.state))
+                twin = Sequence(seq.id, seq.request, seq.index, seq.tokens, seq.prompt_len, seq.seed, seq.sync_point, state=dict(seq.state))
                 twin.state[fresh] = fresh.begin(twin)
                 (again,) = fresh.propose([twin], [budget])
                 assert again.tokens.tolist() == tree.tokens.tolist() and again.parents.tolist() == tree.parents.tolist()

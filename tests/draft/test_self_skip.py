@@ -87,7 +87,7 @@ class Redrafting(Skipping):
         trees = super().propose(seqs, budgets)
         for seq, tree in zip(seqs, trees, strict=True):
             tokens = list(seq.tokens)
-            behind = ALL if seq.layers is None else seq.layers
+            behind = ALL if seq.cache.layers is None else seq.cache.layers
             runs = [ALL] * seq.context + [behind] * (seq.stored - seq.context)
             for token in tree.tokens.tolist():
                 row = logits(tokens, [*runs[: seq.stored], *[self.layers & behind] * (len(tokens) - seq.stored)])[-1]

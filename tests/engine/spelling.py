@@ -8,7 +8,8 @@ from typing import Any
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.draft.drafter import OpenDrafter
-from redraft.engine.engine import Engine, Event
+from redraft.engine.engine import Engine
+from redraft.engine.output import Event, checked
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
@@ -46,7 +47,7 @@ def finish(made: Engine, *requests: Request) -> dict[str, list[Event]]:
         made.add(request)
     told: dict[str, list[Event]] = {request.id: [] for request in requests}
     while made.has_work:
-        for event in made.step():
+        for event in checked(made.step()):
             told[event.request.id].append(event)
         made.table.check()
     assert made.table.used() == 0 and not made.outputs

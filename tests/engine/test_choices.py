@@ -22,39 +22,40 @@ def windows(count: int) -> list[SamplingParams]:
     return [SAMPLED.but(keep=f"streaming-llm:sinks=2,recent={14 + i}") for i in range(count)]
 
 
-def test_the_choice_unused_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "MOST", 4)
+def test_the_choice_unused_longest_goes() -> None:
     made = engine()
+    made.opened.max_count = 4
     params = windows(7)
-    first = made.policies.check(params[0])
-    for one in params[1:4]:
+    first, second = (made.policies.check(one).keep for one in params[:2])
+    for one in params[2:4]:
         made.policies.check(one)
-    assert made.policies.check(params[0]) is first
+    assert made.policies.check(params[0]).keep is first
     for one in params[4:]:
         made.policies.check(one)
         made.policies.check(params[0])
-    assert len(made.policies._chosen) == len(made.policies._opened) == 4
-    assert made.policies.check(params[0]) is first and made.policies.check(params[1]) is not None
+    assert made.opened.count == 4
+    assert made.policies.check(params[0]).keep is first and made.policies.check(params[1]).keep is not second
 
 
-def test_a_text_keeps_what_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_keeps_what_it_began_with() -> None:
     """More choices at once than are kept opened."""
     texts = []
     for most in (64, 1):
-        monkeypatch.setattr(policies, "MOST", most)
         made = engine(pool=60, layers=4)
+        made.opened.max_count = most
         chosen: list[dict[str, Any]] = [{"keep": "streaming-llm:sinks=2,recent=14"}, {"keep": "scissorhands:budget=32,recent=4"}]
         chosen += [{"codec": "int4:block=32"}, {"read": "page-top-k:tokens=64,sinks=0"}, {"depth": "layer-skip:speedup=2"}, {}]
         requests = [Request(str(i), (PROMPT * 2)[i:], SAMPLED.but(**one)) for i, one in enumerate(chosen)]
         texts.append(drive(made, requests, [0, 0, 1, 1, 2, 3]).texts)
-        assert len(made.policies._chosen) <= most
+        made.policies.check(SAMPLED.but(keep="ada-kv"))
+        assert made.opened.count == min(most, 6)
     assert texts[0] == texts[1]
 
 
 def test_formats_stay_and_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "FORMATS", 2)
-    monkeypatch.setattr(policies, "MOST", 1)
     made = engine(pool=60)
+    made.opened.max_count = 1
     ways = [{"codec": "int4"}, {"codec": "int8"}, {"read": "page-top-k"}]
     for way in ways[:2] * 2:  # the second time they are opened anew
         made.policies.check(SAMPLED.but(**way))

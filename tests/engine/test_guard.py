@@ -14,6 +14,7 @@ from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
@@ -79,7 +80,7 @@ def run(made: Engine, count: int = 4) -> tuple[dict[str, list[int]], dict[str, A
     for i in range(count):
         made.add(Request(str(i), PROMPT[i:], SAMPLED))
     while made.has_work:
-        for event in made.step():
+        for event in checked(made.step()):
             told.setdefault(event.request.id, []).extend(event.tokens)
             stats[event.request.id] = event.stats
         made.table.check()

@@ -14,6 +14,7 @@ from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import Kind, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from redraft.errors import Unsupported
 from redraft.verify.coupled import Coupled
 from tests.contracts import plain
@@ -80,7 +81,7 @@ def go(made: Engine, told: dict[str, list[int]], error: type[BaseException] = Ba
         steps += 1
         assert raised < 10 and steps < 2000, "no progress"
         try:
-            for event in made.step():
+            for event in checked(made.step()):
                 told.setdefault(event.request.id, []).extend(event.tokens)
         except error:
             raised += 1
@@ -151,8 +152,8 @@ def test_a_fork_that_raises_harms_nobody(error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("error", [Bang, KeyboardInterrupt])
-def test_an_observe_that_raises_at_the_border_does_not_stop_the_fork(error: type[BaseException]) -> None:
-    drafter = counting(error, observe=1)  # the prompt's first step ends at the border of n > 1
+def test_an_observe_that_raises_at_the_sync_point_does_not_stop_the_fork(error: type[BaseException]) -> None:
+    drafter = counting(error, observe=1)  # the prompt's first step ends at the sync point of n > 1
     made = engine(drafter)
     made.add(Request("r", PROMPT, SAMPLED.but(n=3)))
     told: dict[str, list[int]] = {}
@@ -192,7 +193,7 @@ def test_an_interrupt_in_mid_step_loses_nothing(place: str, call: int, monkeypat
 
 def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
     class Narrow(Coupled):
-        undoes: ClassVar[frozenset[Kind]] = frozenset({Kind.IID})
+        supports: ClassVar[frozenset[Kind]] = frozenset({Kind.IID})
         card: ClassVar[Card] = Card("Narrow", "", Guarantee.SAME_LAW)
 
         def accept(self, trees: Seq[TokenTree], law: Any) -> list[Accepted]:
@@ -204,8 +205,8 @@ def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_begin_that_raises_behind_a_newcomer_at_its_border_stalls_nobody() -> None:
-    """A prompt of one token with n > 1 starts at its border; the next admission raises before it can fork."""
+def test_a_begin_that_raises_behind_a_newcomer_at_its_sync_point_stalls_nobody() -> None:
+    """A prompt of one token with n > 1 starts at its sync point; the next admission raises before it can fork."""
     drafter = counting(KeyboardInterrupt, begin=2)
     made = engine(drafter)
     made.add(Request("one", PROMPT[:1], SAMPLED.but(n=2)))

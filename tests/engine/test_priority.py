@@ -9,6 +9,7 @@ import pytest
 
 from redraft.core.sequence import Request
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from tests.contracts.identity import engine
 from tests.engine.spelling import PROMPT, truth
 from tests.engine.test_plugins import SAMPLED
@@ -46,7 +47,7 @@ def texts(made: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list[i
     while left or made.has_work:
         while left and left[0][0] <= step:
             made.add(left.pop(0)[1])
-        for event in made.step():
+        for event in checked(made.step()):
             told.setdefault(event.request.id, []).extend(event.tokens)
         made.table.check()
         step += 1

@@ -13,7 +13,7 @@ from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.draft.union import Merger
-from redraft.engine.engine import Event, Stats
+from redraft.engine.output import Event, Stats
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine

@@ -276,30 +276,54 @@ def test_what_a_drafter_learned_stays(made_up: dict[str, Registered]) -> None:
     guard = made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter  # type: ignore[union-attr]
     assert guard is not None
     learned = guard.drafter
-    assert made.drafter.own.quiet and not guard.quiet
+    assert made.drafter.own.never_drafts and not guard.never_drafts
     again = drive(made, [request(0, draft="token-recycling")], [0])
     assert made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter.drafter is learned  # type: ignore[union-attr]
     first = drive(engine(backend="reference"), [request(0, draft="token-recycling")], [0])
     assert again.texts == first.texts and again.accepted > first.accepted, "the second time it knew the text"
 
 
-def test_the_one_unused_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speculation, "MOST", 4)
+def test_the_one_unused_longest_goes_and_none_in_use() -> None:
     made = engine(backend="reference")
-    texts = [f"token-recycling:k={k}" for k in range(1, speculation.MOST + 2)]
-    opened = {text: made.drafter.check(SAMPLED.but(draft=text)).drafter for text in texts[:-1]}  # type: ignore[union-attr]
-    assert made.drafter.check(SAMPLED.but(draft=texts[0])).drafter is opened[texts[0]]  # type: ignore[union-attr]
-    made.add(request(1, draft=texts[1]))
-    made.step()
-    made.drafter._opened.move_to_end((texts[1], Stream.TARGET), last=False)
-    made.drafter.check(SAMPLED.but(draft=texts[-1]))
-    assert len(made.drafter._opened) == speculation.MOST and (texts[1], Stream.TARGET) not in made.drafter._opened
-    assert made.drafter.check(SAMPLED.but(draft=texts[0])).drafter is opened[texts[0]]  # type: ignore[union-attr]
-    told: list[int] = [token for event in made.step() for token in event.tokens]
-    while made.has_work:  # a text keeps the drafter that it began with
+    made.opened.max_count = 4
+    texts = [f"token-recycling:k={k}" for k in range(1, 7)]
+
+    def opened(text: str) -> Any:
+        return made.drafter.check(SAMPLED.but(draft=text)).drafter  # type: ignore[union-attr]
+
+    first = {text: opened(text) for text in texts[:4]}
+    made.add(request(1, draft=texts[0]))
+    told = [token for event in made.step() for token in event.tokens]
+    assert opened(texts[1]) is first[texts[1]]
+    for text in (*texts[2:4], *texts[1:2]):
+        assert opened(text) is first[text]
+    opened(texts[4])  # closes the third, because the first is in use
+    assert made.opened.count == 4 and opened(texts[0]) is first[texts[0]] and opened(texts[1]) is first[texts[1]]
+    assert opened(texts[2]) is not first[texts[2]]
+    while made.has_work:
         told += [token for event in made.step() for token in event.tokens]
-    assert told == TEXTS["1", 0][-len(told) :] and len(told) > NEW - 10
-    assert made.drafter.check(SAMPLED.but(draft=texts[1])).drafter is not opened[texts[1]]  # type: ignore[union-attr]
+    assert told == TEXTS["1", 0]
+    opened(texts[5])
+    assert made.opened.count == 4
+    for text in texts[1:5]:
+        opened(text)
+    assert opened(texts[0]) is not first[texts[0]], "nobody uses it any more"
+
+
+def test_two_spellings_of_a_choice_are_one(made_up: dict[str, Registered]) -> None:
+    made = engine("token-recycling", draft="token-recycling", backend="reference")
+    spelled = ["token-recycling:k=4", " token-recycling : k = 4", "(token-recycling:k=04)"]
+    guards = {made.drafter.check(SAMPLED.but(draft=text)).drafter for text in spelled}  # type: ignore[union-attr]
+    assert len(guards) == made.opened.count == 1
+    assert made.drafter.check(SAMPLED.but(draft="token-recycling:k=8")) == speculation.Choice(None, None), "the engine's own"
+
+
+def test_finished_texts_hold_no_drafter() -> None:
+    made = engine(backend="reference")
+    asked = [request(0, draft="token-recycling", n=2), request(1, draft="token-recycling", max_tokens=99)]
+    made.add(asked[1])
+    drive(made, asked[:1], [0])
+    assert all(seq.speculation is None for one in asked for seq in one.sequences)
 
 
 def test_one_is_opened_for_each_noise(made_up: dict[str, Registered]) -> None:
@@ -318,7 +342,7 @@ def test_the_engines_own_serves_who_names_it() -> None:
     spec = made.runner.spec
     named = Engine(made.runner, made.scheduler, NoDraft(), made.verifier.own, made.sampler, max_model_len=64, draft="none")
     assert named.drafter.check(SAMPLED.but(draft="none", verify="coupled")) == speculation.Choice(None, None)
-    assert not named.drafter._opened and spec.vocab == plain.VOCAB
+    assert not named.opened.count and spec.vocab == plain.VOCAB
 
 
 # ---- what is refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes, Sequence, Space
+from redraft.core.sequence import NEVER, CachePlan, Lanes, Sequence, Space
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv import table as real
 from redraft.kv.table import PageTable
@@ -38,7 +39,7 @@ def pool(slabs: int, module: Any = real) -> PageTable:
 def stored(table: PageTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", block: str = "") -> Sequence:
     """An open sequence of so many stored tokens and one more."""
     seq = make(ident, range(100 * ident, 100 * ident + tokens + 1), lanes)
-    seq.format, seq.block = form, block
+    seq.cache = CachePlan(lanes=lanes, format=form, block=block)
     table.open(seq)
     run(table, seq, tokens)
     return seq
@@ -85,7 +86,7 @@ def test_splice_copies_slots_and_turns_keys() -> None:
     theirs, mine = (table._held[i].lanes[0].pages for i in (1, 2))
     moves = table.splice(seq, source, 6, 5)
     table.check()
-    assert seq.stored == 10 and seq.pure == 5 and moves.delta == -1
+    assert seq.stored == 10 and seq.shareable_tokens == 5 and moves.delta == -1
     slots = [(6, 5), (7, 6), (8, 7), (9, 8), (10, 9), (10, 10), (10, 11)]  # the rest of the fresh page is filled
     assert pairs(moves) == [(theirs[a // 4] * 4 + a % 4, mine[b // 4] * 4 + b % 4) for a, b in slots]
     run(table, seq)
@@ -94,7 +95,7 @@ def test_splice_copies_slots_and_turns_keys() -> None:
     table.open(whole)
     assert table.splice(whole, source, 0, 8, exact=True).delta == 0
     run(table, whole)
-    assert whole.pure == source.pure
+    assert whole.shareable_tokens == source.shareable_tokens
     table.free(source)
     table.check()
     with pytest.raises(AssertionError, match="is not exact"):
@@ -109,19 +110,19 @@ def test_a_fork_of_spliced_text_publishes_no_more_than_its_parent() -> None:
     child = make(3, seq.tokens)
     table.fork(seq, child)
     run(table, child)
-    assert child.pure == 0 and table.match([*child.tokens, 0], "") == 0
+    assert child.shareable_tokens == 0 and table.match([*child.tokens, 0], "") == 0
 
 
 def test_need_counts_what_borders_take() -> None:
     table = pool(SLABS)
     blocks = stored(table, 1, 4, Lanes.PER_HEAD, block="int4")
-    blocks.encoded = 8
+    blocks.cache = replace(blocks.cache, encoded=8)
     blocks.tokens += range(99)  # 100 pending
     assert table.need(blocks, 100) == 1 + -(-6 * 26 // 15)  # one more exact page a lane; all 104 slots but the last in codes
     blocks.tokens = blocks.tokens[:5]
     assert table.need(blocks, 1 + 10) == 3 + -(-6 * 2 // 15)  # drafts lie behind the border, not in codes
     evicted = stored(table, 2, 9, Lanes.PER_HEAD)
-    evicted.most, evicted.pure = 12, 12
+    evicted.cache, evicted.shareable_tokens = replace(evicted.cache, max_slots=12), 12
     evicted.tokens += range(99)
     assert table.need(evicted, 100) == 0 and table.need(evicted, 100 + 5) == 2
     child = make(3, evicted.tokens, Lanes.PER_HEAD)
@@ -129,7 +130,7 @@ def test_need_counts_what_borders_take() -> None:
     assert table.need(evicted, 100) == 2 and table.need(evicted, 1) == 0  # pages that both list are copied, once it is evicted from
     shared = make(4, range(30))
     assert table.need(shared, 31, matched=8) == 6
-    shared.most = shared.pure = 16
+    shared.cache, shared.shareable_tokens = replace(shared.cache, max_slots=16), 16
     assert table.need(shared, 31, matched=8) == 4 and table.need(shared, 15, matched=8) == 2
     assert table.need(shared, 10**6) == 4  # a text of any length
 
@@ -138,7 +139,7 @@ def test_need_counts_what_borders_take() -> None:
 
 
 class Spaces(Program):
-    """Also: pages of other sizes, encodings, spliced text, text that is pure up to a point, summaries of full pages."""
+    """Also: pages of other sizes, encodings, spliced text, text that is shareable up to a point, summaries of full pages."""
 
     def define(self) -> None:
         self.summaries: dict[tuple[Space, int], list[int]] = {}
@@ -147,15 +148,17 @@ class Spaces(Program):
 
     def fit(self, seq: Sequence) -> Sequence:
         forms = [("", ""), ("int8", ""), ("wide", ""), ("", "int4"), ("wide", "int4-wide")]
-        seq.lanes = self.random.choice([Lanes.SHARED, Lanes.SHARED, Lanes.PER_LAYER, Lanes.PER_HEAD, Lanes.PER_HEAD])
-        if seq.lanes is Lanes.SHARED:
-            seq.pure = self.random.choice([seq.pure, self.random.randrange(20)])
+        lanes = self.random.choice([Lanes.SHARED, Lanes.SHARED, Lanes.PER_LAYER, Lanes.PER_HEAD, Lanes.PER_HEAD])
+        seq.cache = CachePlan(lanes=lanes)
+        if lanes is Lanes.SHARED:
+            seq.shareable_tokens = self.random.choice([seq.shareable_tokens, self.random.randrange(20)])
         else:
-            seq.format, seq.block = self.random.choice(forms if seq.lanes is Lanes.PER_HEAD else forms[:2])
+            form, block = self.random.choice(forms if lanes is Lanes.PER_HEAD else forms[:2])
+            seq.cache = CachePlan(lanes=lanes, format=form, block=block)
         return seq
 
     def encode(self) -> None:
-        blocks = [seq for seq in self.seqs.values() if seq.block]
+        blocks = [seq for seq in self.seqs.values() if seq.cache.block]
         if not blocks:
             return
         seq = self.random.choice(blocks)
@@ -174,7 +177,7 @@ class Spaces(Program):
 
     def splice(self) -> None:
         r, table = self.random, self.table
-        plain = [seq for seq in self.seqs.values() if seq.lanes is Lanes.SHARED and not table._held[seq.id].edited]
+        plain = [seq for seq in self.seqs.values() if seq.cache.lanes is Lanes.SHARED and not table._held[seq.id].edited]
         chosen = [(seq, source) for seq in plain for source in plain if seq is not source and seq.pending > 1 and source.stored]
         if not chosen:
             return
@@ -285,13 +288,16 @@ class Service:
 
     def fit(self, seq: Sequence, kind: Kind) -> Sequence:
         self.kinds[seq.id], self.ends[seq.id] = kind, seq.prompt_len + self.random.randint(1, 12)
-        seq.lanes, seq.format, seq.block = kind.lanes, kind.format, kind.block
-        if kind.budget:
-            seq.most, seq.pure = kind.budget + kind.uneven, kind.budget
-        if kind.encoded:
-            seq.encoded = kind.encoded
+        seq.cache = CachePlan(
+            lanes=kind.lanes,
+            format=kind.format,
+            block=kind.block,
+            max_slots=kind.budget + kind.uneven if kind.budget else NEVER,
+            encoded=kind.encoded or NEVER,
+        )
+        seq.shareable_tokens = kind.budget or NEVER
         self.spans(seq)
-        seq.border = self.border(seq)
+        seq.sync_point = self.sync_point(seq)
         return seq
 
     def spans(self, seq: Sequence) -> None:
@@ -303,7 +309,7 @@ class Service:
             seq.spans.append((at, self.random.randrange(20 - count), count))
             at += count
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         kind, found = self.kinds[seq.id], [self.ends[seq.id] - 1, *(span[0] for span in seq.spans[:1])]
         if seq.params.n > len(seq.request.sequences) and seq.stored < seq.prompt_len - 1:
             found.append(seq.prompt_len - 1)
@@ -330,7 +336,7 @@ class Service:
             while seq.spans and seq.spans[0][0] == seq.stored:
                 table.splice(seq, self.source, *seq.spans.pop(0)[1:])
                 self.done["splice"] += 1
-            seq.border = self.border(seq)
+            seq.sync_point = self.sync_point(seq)
             if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
                 self.fork(seq)
 
@@ -342,7 +348,7 @@ class Service:
         spare = self.table.available() - sum(self.table.need(each, each.pending) for each in self.running)
         if len(self.running) < self.scheduler.max_seqs and spare >= 2:
             self.table.fork(seq, child)
-            child.spans, child.border = [], self.border(child)
+            child.spans, child.sync_point = [], self.sync_point(child)
             self.decided[child.id] = self.decided.get(seq.id, 0)
             self.running.append(child)
             self.done["fork"] += 1
@@ -357,7 +363,7 @@ class Service:
         seq.stored = 0
         self.decided.pop(seq.id, None)
         self.spans(seq)
-        seq.border = self.border(seq)
+        seq.sync_point = self.sync_point(seq)
 
     def tree(self, rows: int, depth: int) -> TokenTree:
         tree: list[tuple[int, int]] = []  # parent, depth
@@ -395,7 +401,7 @@ class Service:
         for seq in [seq for seq in self.running if len(seq.tokens) >= self.ends[seq.id]]:
             self.stop(seq)
         for seq in self.running:
-            assert max(map(len, table.positions(seq))) <= seq.most
+            assert max(map(len, table.positions(seq))) <= seq.cache.max_slots
         table.check()
 
     def run(self) -> Counter[str]:
@@ -437,9 +443,15 @@ PROGRAM = {
     "keep forgets that summaries are stale": ("pages, n, 0, None", "pages, n, it.folded, None"),
     "splice leaves old data in a fresh page": ("len(mine.pages) * self.page if lacking else start + count", "start + count"),
     "splice turns keys the wrong way": ("self._places(mine.pages, to), start - first", "self._places(mine.pages, to), first - start"),
-    "spliced text is published": ("        seq.pure = min(seq.pure, source.pure if exact else start)\n", ""),
-    "impure text is published": ("full = min(lane.length, seq.pure) // self.page", "full = lane.length // self.page"),
-    "a fork forgets what is pure": ("min(child.pure, seq.pure)", "child.pure"),
+    "spliced text is published": (
+        "        seq.shareable_tokens = min(seq.shareable_tokens, source.shareable_tokens if exact else start)\n",
+        "",
+    ),
+    "text that cannot be shared is published": (
+        "full = min(lane.length, seq.shareable_tokens) // self.page",
+        "full = lane.length // self.page",
+    ),
+    "a fork forgets what is shareable": ("min(child.shareable_tokens, seq.shareable_tokens)", "child.shareable_tokens"),
     "a fork does not count coded pages": ("                self._list(held.block, page)\n", "                pass\n"),
     "encode keeps the exact pages": ("        self._drop(held.pool, reversed(src))\n", ""),
     "coded pages are counted twice": (" - len(lane.pages) - len(lane.coded) for lane", " - len(lane.pages) - 2 * len(lane.coded) for lane"),
@@ -451,8 +463,8 @@ PROGRAM = {
 }
 
 SERVICE = {
-    "drafts are cut with the pending rows": ("tail - drafted, seq.most)) + drafted", "tail, seq.most))"),
-    "drafts lie in codes": ("+ seq.encoded + drafted)", "+ seq.encoded)"),
+    "drafts are cut with the pending rows": ("tail - drafted, seq.cache.max_slots)) + drafted", "tail, seq.cache.max_slots))"),
+    "drafts lie in codes": ("+ seq.cache.encoded + drafted)", "+ seq.cache.encoded)"),
     "codes take no memory": ("coded += max(0, ", "coded += 0 * max(0, "),
     "shared pages can be written": ("if evicts else len(lane.pages)", "if False else len(lane.pages)"),
 }

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes, Sequence, Space
+from redraft.core.sequence import CachePlan, Lanes, Sequence, Space
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv import table as real
@@ -27,7 +27,7 @@ LANES = {Lanes.SHARED: 1, Lanes.PER_LAYER: LAYERS, Lanes.PER_HEAD: LAYERS * HEAD
 
 def make(ident: int, tokens: Iterable[int], kind: Lanes = Lanes.SHARED, salt: str = "") -> Sequence:
     seq = sequence(tokens)
-    seq.id, seq.lanes, seq.request.salt = ident, kind, salt
+    seq.id, seq.cache, seq.request.salt = ident, CachePlan(lanes=kind), salt
     return seq
 
 
@@ -368,7 +368,7 @@ def state(lane: Any) -> object:
 
 def snapshot(table: PageTable) -> object:
     """All that a failing operation must leave as it was."""
-    held = [(i, h.seq.pure, h.chain, h.nodes, h.published, [state(lane) for lane in h.lanes]) for i, h in table._held.items()]
+    held = [(i, h.seq.shareable_tokens, h.chain, h.nodes, h.published, [state(lane) for lane in h.lanes]) for i, h in table._held.items()]
     pools = [(dict(p.refs), {s: list(f) for s, f in p.spare.items()}, p.spares) for p in table._pools.values()]
     nodes = {page: (node.key, sorted(c.page for c in node.children.values())) for page, node in table.prefix.nodes.items()}
     return held, pools, list(table._free), nodes, list(table.prefix.idle), table.peak
@@ -403,7 +403,7 @@ class Program(RuleBasedStateMachine):
     # -- the model
 
     def number(self, seq: Sequence, prefix: Seq[int]) -> int:
-        taint = self.taint[seq.id] if len(prefix) <= seq.pure else (seq.id, self.taint[seq.id])
+        taint = self.taint[seq.id] if len(prefix) <= seq.shareable_tokens else (seq.id, self.taint[seq.id])
         return self.value(taint, seq.request.salt, tuple(prefix))
 
     def value(self, *key: object) -> int:
@@ -444,15 +444,15 @@ class Program(RuleBasedStateMachine):
     def born(self, seq: Sequence, taint: object = None) -> None:
         self.seqs[seq.id] = seq
         self.taint[seq.id] = taint
-        lanes = LANES[seq.lanes]
+        lanes = LANES[seq.cache.lanes]
         self.expected[seq.id] = [[self.number(seq, seq.tokens[: i + 1]) for i in range(seq.stored)] for _ in range(lanes)]
         self.positions[seq.id] = [list(range(seq.stored)) for _ in range(lanes)]
 
     def enter(self, seq: Sequence) -> None:
         """Open and attach, as the scheduler counts it: nothing unless all of the tokens fit."""
         table, salt = self.table, seq.request.salt
-        tokens = seq.tokens[: seq.pure + 1]
-        n = table.match(tokens, salt) if seq.lanes is Lanes.SHARED else 0
+        tokens = seq.tokens[: seq.shareable_tokens + 1]
+        n = table.match(tokens, salt) if seq.cache.lanes is Lanes.SHARED else 0
         idle = table.idle_matched(tokens, salt) if n else 0
         assert n < len(seq.tokens) and n % PAGE == 0
         fits = table.need(seq, len(seq.tokens), matched=n) <= table.available() - idle
@@ -482,7 +482,7 @@ class Program(RuleBasedStateMachine):
         self.enter(self.fit(make(self.count, tokens, salt=salt)))
 
     def fit(self, seq: Sequence) -> Sequence:
-        seq.lanes = self.random.choice([Lanes.SHARED, *Lanes])
+        seq.cache = CachePlan(lanes=self.random.choice([Lanes.SHARED, *Lanes]))
         return seq
 
     def tree(self, done: bool) -> TokenTree:
@@ -504,7 +504,7 @@ class Program(RuleBasedStateMachine):
             assert not promised, "need() <= available(), yet reserve failed"
             assert snapshot(table) == before, "a failing reserve changed something"
             return False
-        assert view.tail == tails and view.chain == [w.rows for w in works] and view.kinds == [w.seq.lanes for w in works]
+        assert view.tail == tails and view.chain == [w.rows for w in works] and view.kinds == [w.seq.cache.lanes for w in works]
         assert len(set(view.fresh)) == len(view.fresh)
         for space, page in view.fresh:
             self.memory[self.cells(space, page)] = ZERO
@@ -515,13 +515,15 @@ class Program(RuleBasedStateMachine):
             assert view.lengths[s].tolist() == [len(lane) for lane in self.expected[seq.id]]
             positions = view.positions[s]
             if positions is None:
-                assert self.positions[seq.id] == [list(range(seq.stored))] * LANES[seq.lanes]
+                assert self.positions[seq.id] == [list(range(seq.stored))] * LANES[seq.cache.lanes]
             else:
                 assert [p.tolist() for p in positions] == self.positions[seq.id]
             for lane, length in enumerate(view.lengths[s].tolist()):
                 for r, value in enumerate(values):
                     slot = length + view.tail[s] + r - view.coded[s].shape[1] * PAGE
-                    self.memory[self.cells(Space(seq.lanes, seq.format), view.pages[s][lane, slot // PAGE]), slot % PAGE] = value
+                    self.memory[self.cells(Space(seq.cache.lanes, seq.cache.format), view.pages[s][lane, slot // PAGE]), slot % PAGE] = (
+                        value
+                    )
         return True
 
     def path_prefix(self, w: Work, tree: TokenTree, node: int) -> list[int]:
@@ -585,10 +587,10 @@ class Program(RuleBasedStateMachine):
     def fork(self) -> None:
         seq = self.pick()
         self.count += 1
-        child = make(self.count, seq.tokens, seq.lanes, seq.request.salt)
-        child.format, child.block = seq.format, seq.block
+        child = make(self.count, seq.tokens, seq.cache.lanes, seq.request.salt)
+        child.cache = seq.cache
         before = snapshot(self.table)
-        fits = self.table.available() >= -(-LANES[seq.lanes] // self.table._held[seq.id].pool.per_slab)
+        fits = self.table.available() >= -(-LANES[seq.cache.lanes] // self.table._held[seq.id].pool.per_slab)
         try:
             moves = self.table.fork(seq, child)
         except self.module.OutOfPages:
@@ -605,10 +607,10 @@ class Program(RuleBasedStateMachine):
     @rule()
     def keep(self) -> None:
         r, seq = self.random, self.pick()
-        lane = r.randrange(LANES[seq.lanes])
+        lane = r.randrange(LANES[seq.cache.lanes])
         values, positions, held = self.expected[seq.id][lane], self.positions[seq.id][lane], self.table._held[seq.id]
         n, old = len(values), list(held.lanes[lane].pages)
-        if seq.block:
+        if seq.cache.block:
             return
         whole = r.random() < 0.3  # pages, and the end of the lane
         if whole:

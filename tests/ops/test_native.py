@@ -28,7 +28,7 @@ from redraft.config import SamplingParams
 from redraft.core.batch import Batch, PageView
 from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes, Request, Sequence, Space
+from redraft.core.sequence import CachePlan, Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
@@ -491,16 +491,14 @@ class Text:
     neighbour: bool = False  # has a view, or skips layers: nothing is said of its numbers
 
     def twin(self, tokens: list[int]) -> Text:
-        return Text(text_of(99, tokens, self.seq.lanes, self.seq.format), self.cut, self.kept)
+        return Text(text_of(99, tokens, self.seq.cache.lanes, self.seq.cache.format), self.cut, self.kept)
 
 
 def text_of(number: int, tokens: list[int], lanes: Lanes = Lanes.SHARED, form: str = "") -> Sequence:
     """All its rows give logits, as those of a prompt do."""
     request = Request("test", tokens, SamplingParams(prompt_logprobs=0), context=0)
-    seq = Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, border=1 << 30, lanes=lanes)
-    seq.format = form
-    if form:
-        seq.policies = SimpleNamespace(window=None, read=None)
+    seq = Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, sync_point=1 << 30)
+    seq.cache = CachePlan(lanes=lanes, format=form)
     return seq
 
 
@@ -628,14 +626,13 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
         texts.append(text)
     if dice.random() < 0.6:
         seq = text_of(9, stem[:45])
-        plain: dict[str, Any] = {"window": None, "read": None}
-        choices: list[Callable[[], Any]] = [
-            lambda: setattr(seq, "policies", SimpleNamespace(**{**plain, "window": Window(3, 20)})),
-            lambda: setattr(seq, "policies", SimpleNamespace(window=None, read=Reading())),
-            lambda: setattr(seq, "layers", frozenset({0, 2})),
-            lambda: [setattr(seq, *of) for of in (("format", "toy"), ("lanes", Lanes.PER_HEAD), ("policies", SimpleNamespace(**plain)))],
+        choices = [
+            CachePlan(window=Window(3, 20)),
+            CachePlan(read=Reading()),  # type: ignore[arg-type]
+            CachePlan(layers=frozenset({0, 2})),
+            CachePlan(lanes=Lanes.PER_HEAD, format="toy"),
         ]
-        dice.choice(choices if bench.spec.head_dim == test_views.SIZE else choices[:3])()
+        seq.cache = dice.choice(choices if bench.spec.head_dim == test_views.SIZE else choices[:3])
         texts.append(Text(seq, neighbour=True))
     return texts
 
@@ -658,7 +655,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         while waiting and (not running or dice.random() < 0.5):
             text = waiting.pop(0)
             table.open(text.seq)
-            if text.seq.lanes is Lanes.SHARED and not text.neighbour:
+            if text.seq.cache.lanes is Lanes.SHARED and not text.neighbour:
                 table.attach(text.seq, table.match(text.seq.tokens, ""))
             running.append(text)
         some = [text for text in running if dice.random() < 0.8] or running[:1]
@@ -693,7 +690,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
             if not text.neighbour:
                 table.publish(text.seq)
         table.check()
-        if number == steps - 2 and running[0].seq.lanes is Lanes.SHARED:  # pages of a text that is gone are found again
+        if number == steps - 2 and running[0].seq.cache.lanes is Lanes.SHARED:  # pages of a text that is gone are found again
             table.free(running.pop(0).seq)
     set_threads(1)
     assert bench.check(dice) > 20

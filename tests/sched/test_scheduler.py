@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.plan import Accepted, StepPlan, Work
-from redraft.core.sequence import Lanes, Request, Sequence
+from redraft.core.sequence import CachePlan, Lanes, Request, Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import InvalidInput
 from redraft.kv.table import PageTable
@@ -44,7 +44,7 @@ class World:
         self.made += 1
         tokens = [self.made % 7] * prompt
         request = Request(str(self.made), tokens, SamplingParams(max_tokens=new), salt)
-        seq = Sequence(self.made, request, 0, list(tokens), prompt, 0, prompt + new - 1, lanes=lanes)
+        seq = Sequence(self.made, request, 0, list(tokens), prompt, 0, prompt + new - 1, cache=CachePlan(lanes=lanes))
         request.sequences.append(seq)
         self.waiting.append(seq)
         return seq
@@ -73,7 +73,7 @@ class World:
         self.table.commit(plan.work, accepted)
         for seq in plan.seqs:
             self.table.publish(seq)
-            assert seq.stored <= seq.border
+            assert seq.stored <= seq.sync_point
             if seq.generated == seq.params.max_tokens:
                 self.running.remove(seq)
                 self.table.free(seq)
@@ -109,7 +109,7 @@ def check_plan(plan: StepPlan, at: World, running: list[Sequence]) -> None:
         assert w.rows > 0 and w.seq not in plan.preempt
         assert 0 <= budget.rows <= rules.draft_rows
         if budget.rows:
-            assert w.done and 0 < budget.depth <= w.seq.border - len(w.seq.tokens)
+            assert w.done and 0 < budget.depth <= w.seq.sync_point - len(w.seq.tokens)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -62,7 +62,7 @@ class Live:
         engine = self.llm.engine
         soon(lambda: not self.service.shell.busy and not engine.has_work, 5)
         assert self.service.shell.alive
-        assert engine.outputs == {}
+        assert not engine.outputs
         for runner in (engine.runner, *engine.runner.companions.values()):
             runner.table.check()
             assert runner.table.used() == 0

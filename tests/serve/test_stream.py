@@ -5,7 +5,7 @@ from typing import Any
 
 from redraft.config import SamplingParams
 from redraft.core.sequence import FinishReason, Request
-from redraft.engine.engine import Event, Stats
+from redraft.engine.output import Event, Stats
 from redraft.serve.shell import Ticket
 
 

@@ -299,11 +299,11 @@ def failed(answer: Any) -> Any:
     return events[-2]
 
 
-@pytest.mark.parametrize("where", ["begin", "border", "border later", "observe", "decide", "end", "watch"])
+@pytest.mark.parametrize("where", ["begin", "sync_point", "sync_point later", "observe", "decide", "end", "watch"])
 def test_a_keep_policy_that_raises_ends_its_own_request(server: Live, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     alone = [server.alone(prompt) for prompt in PROMPTS[:2]]
-    border = Streaming.border
-    late = lambda self, seq: border(self, seq) if not seq.stored and not seq.state else raising()  # noqa: E731
+    right = Streaming.sync_point
+    late = lambda self, seq: right(self, seq) if not seq.stored and not seq.state else raising()  # noqa: E731
     monkeypatch.setattr(Streaming, where.split()[0], late if "later" in where else raising)
     choice = {"cache": {"keep": "streaming-llm:sinks=2,recent=16"}}
     ask = lambda: server.complete("def add(", **choice)  # noqa: E731

@@ -93,7 +93,7 @@ class Redraft:
         return time.perf_counter() - begun
 
     def _open(self, tokens: list[int]) -> Sequence:
-        seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, border=NEVER)
+        seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=NEVER)
         self.runner.table.open(seq)
         return seq
 

@@ -2,7 +2,7 @@
 
 A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`. A codec of single tokens
 encodes on write, and every read, in the same step too, uses what was stored. A codec of blocks leaves the newest tokens as
-they are: whenever `block` more tokens are committed, a border, their pages are encoded, and rows beyond the border see codes.
+they are: whenever `block` more tokens are committed, a sync point, their pages are encoded, and rows beyond the sync point see codes.
 """
 
 from __future__ import annotations

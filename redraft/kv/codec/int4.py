@@ -10,7 +10,7 @@ Asymmetric 2bit Quantization for KV Cache, 2024, arXiv 2402.02750.
 5. Output: (weights times the tokens' scales) times codes, plus weights times the tokens' zeros.
 
 Differs: 4 bits instead of 2; values are grouped by whole tokens, not by 32 channels of them; values are encoded in blocks like keys,
-where the paper keeps a sliding window of exact ones; rows of the prompt beyond a border see codes too.
+where the paper keeps a sliding window of exact ones; rows of the prompt beyond a sync point see codes too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.errors import InvalidInput, Unsupported
 from redraft.ops.format import INT4_BLOCKS, PAGE, Array, Arrays
+from redraft.errors import Unsupported
+from redraft.options import Options, number
 
 if TYPE_CHECKING:
     import torch
@@ -32,22 +33,18 @@ ROOM = 2**22  # elements of scaled queries at once: each page has its own, and t
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(Options):
     """block: tokens that are encoded at once; the newest 0 to block - 1 committed ones are exact."""
 
-    block: int = 128
+    block: int = number(128, ge=PAGE, multiple_of=PAGE)
 
     card: ClassVar[Card] = Card(
         "KIVI, 4 bits",
         "Liu, Yuan, Jin, Zhong, Xu, Braverman, Chen, Hu, KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, 2024, "
         "arXiv 2402.02750",
         Guarantee.LOSSY,
-        deviates="4 bits; whole tokens as groups of values; exact values end at a border like keys, not in a sliding window",
+        deviates="4 bits; whole tokens as groups of values; exact values end at a sync point like keys, not in a sliding window",
     )
-
-    def __post_init__(self) -> None:
-        if self.block < PAGE or self.block % PAGE:
-            raise InvalidInput(f"int4:block={self.block}: must be a multiple of {PAGE}, {PAGE} or more")
 
     def open(self, runner: Any) -> Int4Units:
         return Int4Units(runner.spec.head_dim, runner.backend.dtype, self.block)

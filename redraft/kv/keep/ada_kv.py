@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.errors import InvalidInput
 from redraft.kv.keep.keep import OpenKeep
 from redraft.kv.keep.parts import Across, Budgeted, Evicting, Mass
+from redraft.options import number
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class AdaKV(Budgeted):
     rows that are looked at; recent, sinks: newest and first tokens that never go; floor: the part of the even share that
     every head keeps."""
 
-    history: int = 32
-    recent: int = 32
-    floor: float = 0.2
+    history: int = number(32, ge=1)
+    recent: int = number(32, ge=1)
+    floor: float = number(0.2, ge=0, le=1)
 
     card: ClassVar[Card] = Card(
         "Ada-KV",
@@ -44,17 +44,12 @@ class AdaKV(Budgeted):
     )
     name: ClassVar[str] = "ada-kv"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.floor <= 1:
-            raise InvalidInput(f"ada-kv:floor={self.floor}: must be 0 to 1")
-
     def open(self, runner: Any) -> OpenKeep:
         heads, trigger = runner.spec.kv_heads, self.trigger
         allocator = Across(heads, max(self.sinks + self.recent, int(self.floor * trigger.kept)))  # 3. and 4.
         return Evicting(
             len(runner.spec.layers) * heads,
-            allocator.most(trigger),
+            allocator.max_slots(trigger),
             scorer=Mass(self.history),  # 1.
             selector=self.selector,  # 2.
             trigger=trigger,

@@ -5,7 +5,7 @@ long as the engine (itself when stateless). What lives as long as a request is w
 seq.state[opened] and copied by `fork`.
 
 All that happens is keyed to seq.stored, the count of committed tokens, so that no result depends on how tokens were grouped
-into steps: no step crosses a border, statistics are those of committed rows in their order, and what rows see at other times
+into steps: no step crosses a sync point, statistics are those of committed rows in their order, and what rows see at other times
 is a mask that depends on their own position.
 """
 
@@ -24,14 +24,14 @@ from redraft.ops.backend import Seen
 
 class OpenKeep(Protocol):
     """An opened policy. lanes: SHARED where all heads hold the same slots; endless: positions may pass the trained context;
-    window: what rows see, for policies that are a mask; most: committed slots that a lane holds at any time, at most;
-    pure: leading tokens whose keys are those of a run without the policy."""
+    window: what rows see, for policies that are a mask; max_slots: committed slots that a lane holds at any time, at most;
+    shareable_tokens: leading tokens whose keys are those of a run without the policy."""
 
     lanes: Lanes
     endless: bool
     window: Window | None
-    most: int
-    pure: int
+    max_slots: int
+    shareable_tokens: int
 
     def begin(self, seq: Sequence) -> Any:
         """State of one sequence; it may meet generated tokens, after preemption. Always paired with `end`."""
@@ -41,7 +41,7 @@ class OpenKeep(Protocol):
 
     def end(self, state: Any) -> None: ...
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         """The next value of seq.stored, above the present one, that no step may cross; NEVER for none."""
         ...
 
@@ -75,8 +75,8 @@ class Stateless:
     lanes: Lanes = Lanes.SHARED
     endless: bool = False
     window: Window | None = None
-    most: int = NEVER
-    pure: int = NEVER
+    max_slots: int = NEVER
+    shareable_tokens: int = NEVER
 
     def begin(self, seq: Sequence) -> Any:
         return None
@@ -87,7 +87,7 @@ class Stateless:
     def end(self, state: Any) -> None:
         pass
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         return NEVER
 
     def watch(self, seq: Sequence) -> tuple[Watch, ...]:

@@ -25,6 +25,7 @@ from redraft.core.view import Watch
 from redraft.errors import InvalidInput
 from redraft.kv.keep.keep import Stateless
 from redraft.ops.backend import Seen
+from redraft.options import Options, number
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Across:
     heads: int
     floor: int
 
-    def most(self, trigger: Trigger) -> int:
+    def max_slots(self, trigger: Trigger) -> int:
         """Slots of a lane at any time: all other heads of its layer are down to the floor, and `drop` tokens follow."""
         return trigger.budget + (self.heads - 1) * (trigger.kept - self.floor)
 
@@ -178,8 +179,8 @@ class Evicting(Stateless):
 
     lanes = Lanes.PER_HEAD
 
-    def __init__(self, count: int, most: int, *, trigger: Trigger, scorer: Scorer, selector: Selector, allocator: Allocator) -> None:
-        self.count, self.most, self.pure = count, most, trigger.budget
+    def __init__(self, count: int, max_slots: int, *, trigger: Trigger, scorer: Scorer, selector: Selector, allocator: Allocator) -> None:
+        self.count, self.max_slots, self.shareable_tokens = count, max_slots, trigger.budget
         self.trigger, self.scorer, self.selector, self.allocator = trigger, scorer, selector, allocator
 
     def begin(self, seq: Sequence) -> Tally:
@@ -188,11 +189,11 @@ class Evicting(Stateless):
     def fork(self, state: Tally, seq: Sequence) -> Tally:
         return replace(state, lengths=state.lengths.copy(), sums=state.sums.copy())
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         return self.trigger.after(seq.stored)
 
     def watch(self, seq: Sequence) -> tuple[Watch, ...]:
-        since = max(0, self.border(seq) - self.scorer.history)
+        since = max(0, self.sync_point(seq) - self.scorer.history)
         return tuple(Watch(statistic, since) for statistic in self.scorer.statistics)
 
     def observe(self, seq: Sequence, seen: Seen | None, rows: int, path: Seq[int]) -> None:
@@ -217,24 +218,20 @@ class Evicting(Stateless):
 
 
 @dataclass(frozen=True)
-class Budgeted:
+class Budgeted(Options):
     """Hyper-parameters of policies with a budget. budget: slots a kv head; drop: the part of them that goes when all are taken;
     history: newest rows whose attention is looked at; recent, sinks: newest and first tokens that never go."""
 
     budget: int = 1024
-    drop: float = 0.5
-    history: int = 400
-    recent: int = 10
-    sinks: int = 4
+    drop: float = number(0.5, gt=0, lt=1)
+    history: int = number(400, ge=1)
+    recent: int = number(10, ge=1)
+    sinks: int = number(4, ge=0)
 
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for option, least in (("history", 1), ("recent", 1), ("sinks", 0)):
-            if getattr(self, option) < least:
-                raise InvalidInput(f"{self.name}:{option}={getattr(self, option)}: must be {least} or more")
-        if not 0 < self.drop < 1:
-            raise InvalidInput(f"{self.name}:drop={self.drop}: must be above 0 and below 1")
+        super().__post_init__()
         if self.budget < (least := self._least()):
             raise InvalidInput(
                 f"{self.name}:budget={self.budget}: must be {least} or more, so that {self.sinks} sinks, {self.recent} recent tokens and "

@@ -25,29 +25,29 @@ from redraft.card import Card, Guarantee
 from redraft.core.sequence import Sequence
 from redraft.core.tree import I32
 from redraft.core.view import Window
-from redraft.errors import InvalidInput
 from redraft.kv.keep.keep import OpenKeep, Stateless
+from redraft.options import Options, number
 
-GRID = 128  # rows between two borders, about: enough to run a long prompt well, little beside a window
+GRID = 128  # rows between two sync points, about: enough to run a long prompt well, little beside a window
 
 
 class Streaming(Stateless):
-    """The opened policy over pages of `page` slots. first: slots of the pages that hold sinks; grid: rows between borders."""
+    """The opened policy over pages of `page` slots. first: slots of the pages that hold sinks; grid: rows between sync points."""
 
     endless = True
 
     def __init__(self, sinks: int, recent: int, page: int) -> None:
         self.window = Window(sinks, recent)  # 1. and 2.
-        self.pure = sinks + recent
+        self.shareable_tokens = sinks + recent
         self.recent, self.page = recent, page
         self.first = -(-sinks // page) * page
         self.grid = max(1, min(recent, GRID) // page) * page
-        # a step ends at most one grid behind a border, where the newest recent - 1 slots and what shares their pages were left
-        self.most = self.first + -(-(recent - 1) // page) * page + self.grid
+        # a step ends at most one grid behind a sync point, where the newest recent - 1 slots and what shares their pages were left
+        self.max_slots = self.first + -(-(recent - 1) // page) * page + self.grid
 
-    def border(self, seq: Sequence) -> int:
+    def sync_point(self, seq: Sequence) -> int:
         """Multiples of the grid, from the last one that a lane can hold whole."""
-        return max(self.most // self.grid, seq.stored // self.grid + 1) * self.grid
+        return max(self.max_slots // self.grid, seq.stored // self.grid + 1) * self.grid
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
         """Whole pages only: slots keep their place within a page, so that pages are relisted and nothing moves."""
@@ -58,11 +58,11 @@ class Streaming(Stateless):
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Options):
     """sinks: first tokens that stay for ever; recent: newest tokens that a row sees, itself included."""
 
-    sinks: int = 4
-    recent: int = 1020
+    sinks: int = number(4, ge=0)
+    recent: int = number(1020, ge=1)
 
     card: ClassVar[Card] = Card(
         "StreamingLLM",
@@ -70,11 +70,6 @@ class StreamingLLM:
         Guarantee.LOSSY,
         deviates="a mask of each row's position; memory is freed by whole pages",
     )
-
-    def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("recent", 1)):
-            if getattr(self, name) < least:
-                raise InvalidInput(f"streaming-llm:{name}={getattr(self, name)}: must be {least} or more")
 
     def open(self, runner: Any) -> OpenKeep:
         return Streaming(self.sinks, self.recent, runner.table.page)

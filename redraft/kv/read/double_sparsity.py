@@ -36,6 +36,7 @@ from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.models.spec import LayerSpec
 from redraft.ops.format import PAGE, Array, Arrays
+from redraft.options import Options, number
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ SAMPLE = 1 << 16  # bytes of each weight that enter the model's hash
 
 
 @dataclass(frozen=True)
-class DoubleSparsity:
+class DoubleSparsity(Options):
     """tokens: that a query head reads; factor: of a key's channels one in so many is a label; dense: first layers that read all;
     sinks: first slots that are always read; profile: the file of a calibration, None: where `redraft calibrate` puts it.
 
@@ -59,9 +60,9 @@ class DoubleSparsity:
     """
 
     tokens: int = 256
-    factor: int = 4
-    dense: int = 2
-    sinks: int = 1
+    factor: int = number(4, ge=1)
+    dense: int = number(2, ge=0)
+    sinks: int = number(1, ge=0)
     profile: Path | None = None
 
     card: ClassVar[Card] = Card(
@@ -73,9 +74,7 @@ class DoubleSparsity:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("factor", 1), ("dense", 0), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInput(f"{METHOD}:{name}={getattr(self, name)}: must be {least} or more")
+        super().__post_init__()
         if self.tokens < self.sinks + 2:
             raise InvalidInput(
                 f"{METHOD}:tokens={self.tokens}: must be {self.sinks + 2} or more, room for {self.sinks} sinks, a row's own token"
@@ -112,7 +111,7 @@ class DoubleSparsity:
         own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-size // PAGE))
         for i, tokens in enumerate(chosen):  # 1.
             request = Request(METHOD, tokens, SamplingParams())
-            seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, border=NEVER)
+            seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, sync_point=NEVER)
             own.table.open(seq)
             work = [Work(seq, len(tokens))]
             pages = own.table.reserve(work, [EMPTY])

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
 from redraft.ops.format import PAGE, Array, Arrays
+from redraft.options import Options, number
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PageTopK:
+class PageTopK(Options):
     """tokens: that a row reads at most, the newest page counted as a full one; logical: tokens of a part of a page; sinks: how
     many of the first pages are always read. A page that a window or an eviction has cut is read on top.
 
@@ -43,7 +44,7 @@ class PageTopK:
 
     tokens: int = 1024
     logical: int = 16
-    sinks: int = 1
+    sinks: int = number(1, ge=0)
 
     card: ClassVar[Card] = Card(
         "Page top-k by bounds of the keys",
@@ -56,10 +57,9 @@ class PageTopK:
     grid: ClassVar[int] = PAGE
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.logical < 1 or PAGE % self.logical:
             raise InvalidInput(f"page-top-k:logical={self.logical}: must be 1 or more and divide {PAGE}")
-        if self.sinks < 0:
-            raise InvalidInput(f"page-top-k:sinks={self.sinks}: must be 0 or more")
         least = (self.sinks + 2) * PAGE
         if self.tokens % PAGE or self.tokens < least:
             raise InvalidInput(

@@ -15,7 +15,7 @@ from redraft.ops.backend import Select
 
 class OpenRead(Select, Protocol):
     """name: of its side data, with all that changes them; least: a row that sees no more slots than this reads all; grid: every so
-    many committed tokens, a multiple of 32, a border at which full pages get their whole arrays, 0 where there are none."""
+    many committed tokens, a multiple of 32, a sync point at which full pages get their whole arrays, 0 where there are none."""
 
     name: str
     least: int

@@ -20,16 +20,17 @@ from difflib import SequenceMatcher
 from typing import Any, ClassVar, Self
 
 from redraft.card import Card, Guarantee
-from redraft.errors import InvalidInput, Unsupported
+from redraft.errors import Unsupported
 from redraft.kv.reuse.reuse import Span
+from redraft.options import Options, number
 
 
 @dataclass(frozen=True)
-class PIE:
+class PIE(Options):
     """refresh: last tokens that are computed in any case; shortest: runs with fewer tokens are computed."""
 
-    refresh: int = 1
-    shortest: int = 16
+    refresh: int = number(1, ge=1)
+    shortest: int = number(16, ge=1)
 
     card: ClassVar[Card] = Card(
         "Positional integrity encoding",
@@ -38,11 +39,6 @@ class PIE:
         needs="a model with rotary positions",
         deviates="short runs are computed; only full pages of the old text are taken over",
     )
-
-    def __post_init__(self) -> None:
-        for name in ("refresh", "shortest"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"pie:{name}={getattr(self, name)}: must be 1 or more")
 
     def open(self, runner: Any) -> Self:
         if any(layer.rotary is None for layer in runner.spec.layers):

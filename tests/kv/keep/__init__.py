@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Sequence
+from redraft.core.sequence import CachePlan, Sequence
 from redraft.core.testing import sequence
 from redraft.core.tree import TokenTree
 from redraft.kv.table import PageTable
@@ -60,7 +60,7 @@ class Drive:
 
     def _sequence(self, ident: int) -> Sequence:
         seq = sequence([0])
-        seq.id, seq.lanes = ident, self.policy.lanes
+        seq.id, seq.cache = ident, CachePlan(lanes=self.policy.lanes)
         return seq
 
     def fork(self, ident: int) -> Drive:
@@ -82,7 +82,7 @@ class Drive:
     def step(self, step: Step, salt: int = 0) -> None:
         """Reserve, commit, observe, decide, as the engine does."""
         seq, policy, nodes = self.seq, self.policy, len(step.parents)
-        assert step.rows + len(step.path) <= policy.border(seq) - seq.stored, "a step crosses a border"
+        assert step.rows + len(step.path) <= policy.sync_point(seq) - seq.stored, "a step crosses a sync point"
         seen = made_up(watches, self.positions(), seq.stored, step, salt) if (watches := policy.watch(seq)) else None
         seq.tokens = [0] * (seq.stored + step.rows)
         work = Work(seq, step.rows)
@@ -139,10 +139,10 @@ def one_by_one(length: int) -> Iterator[Step]:
 
 
 def grouped(policy: Any, length: int, seed: int, drafting: bool) -> Iterator[Step]:
-    """Steps of random sizes up to `length` committed tokens that cross no border; trees with random paths, or chunks only."""
+    """Steps of random sizes up to `length` committed tokens that cross no sync point; trees with random paths, or chunks only."""
     random_, stored = random.Random(seed), 0
     while stored < length:
-        room = min(policy.border(SimpleNamespace(stored=stored)), length) - stored
+        room = min(policy.sync_point(SimpleNamespace(stored=stored)), length) - stored
         if drafting:
             parents = tuple(random_.randint(-1, i - 1) for i in range(random_.randint(0, 7)))
             path: list[int] = []

@@ -69,7 +69,7 @@ def test_chunks_and_trees_change_nothing(seed: int, drafting: bool, history: int
     policy = opened(method)
     drive = Drive(policy).run(grouped(policy, 70, seed, drafting))
     assert drive.kept == plain(method, drive.seq.stored)
-    assert drive.longest <= policy.most
+    assert drive.longest <= policy.max_slots
     for stored, lanes in drive.kept.items():
         for layer in range(LAYERS):
             assert sum(map(len, lanes[layer * HEADS : (layer + 1) * HEADS])) == HEADS * 14, "the layer's budget, exactly"
@@ -97,7 +97,7 @@ def test_one_head_may_take_all_above_the_floors_of_the_others_and_most_says_so()
         policy.decide(seq, list)
         assert seq.state[policy].lengths.sum() == LANES * 14
     assert seq.state[policy].lengths.tolist() == [28, 7, 7] * LAYERS
-    assert length == policy.most == 24 + 2 * 7
+    assert length == policy.max_slots == 24 + 2 * 7
 
 
 def test_what_lanes_gave_up_serves_another_text() -> None:
@@ -120,7 +120,7 @@ def test_a_fork_goes_its_own_way() -> None:
 
 def test_the_defaults() -> None:
     policy = AdaKV().open(runner(layers=2, heads=8))
-    assert policy.most == 512 + 8 * 512 - 7 * 102 and policy.pure == 1024
+    assert policy.max_slots == 512 + 8 * 512 - 7 * 102 and policy.shareable_tokens == 1024
 
 
 @pytest.mark.parametrize(

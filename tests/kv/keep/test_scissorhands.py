@@ -50,7 +50,7 @@ def test_decisions_are_those_of_the_plain_simulation() -> None:
     assert list(drive.kept) == [24, 34, 44, 54, 64, 74, 84]
     assert drive.kept == plain(SMALL, 90)
     assert len({tuple(lane) for lane in drive.kept[84]}) == LANES, "heads differ, or the test shows little"
-    assert drive.seq.lanes is Lanes.PER_HEAD
+    assert drive.seq.cache.lanes is Lanes.PER_HEAD
 
 
 @settings(max_examples=10, deadline=None)
@@ -61,7 +61,7 @@ def test_chunks_and_trees_change_nothing(seed: int, drafting: bool, history: int
     drive = Drive(policy).run(grouped(policy, 70, seed, drafting))
     expected = plain(method, drive.seq.stored)
     assert drive.kept == expected
-    assert drive.longest == method.budget == policy.most
+    assert drive.longest == method.budget == policy.max_slots
     for stored, lanes in drive.kept.items():
         for lane in lanes:
             assert len(lane) == 14 and lane == sorted(lane)
@@ -109,7 +109,7 @@ def test_nothing_happens_below_the_budget() -> None:
     policy = opened(Scissorhands(budget=1 << 20))
     drive = Drive(policy).run(one_by_one(60))
     assert drive.kept == {} and drive.seq.state[policy].sums.size == 0, "nothing was watched, so no memory was taken"
-    assert policy.border(drive.seq) == 1 << 20 and policy.pure == 1 << 20
+    assert policy.sync_point(drive.seq) == 1 << 20 and policy.shareable_tokens == 1 << 20
 
 
 def test_what_takes_all_attention_never_goes_and_ties_are_settled_by_age() -> None:
@@ -170,5 +170,5 @@ def test_options_are_registry_options() -> None:
 def test_a_step_of_one_is_enough_at_the_border() -> None:
     policy = opened()
     drive = Drive(policy).run([Step(23)])
-    assert policy.border(drive.seq) == 24 and drive.kept == {}
-    assert list(drive.run([Step(1)]).kept) == [24] and policy.border(drive.seq) == 34
+    assert policy.sync_point(drive.seq) == 24 and drive.kept == {}
+    assert list(drive.run([Step(1)]).kept) == [24] and policy.sync_point(drive.seq) == 34

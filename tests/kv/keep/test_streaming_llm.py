@@ -43,8 +43,8 @@ def test_what_any_later_row_sees_is_there(shape: tuple[int, int, int], seed: int
         assert {j for j in seen_later if j < stored} <= set(held), "a later row misses a key"
         # of what nobody sees any more, less than one page of sinks and one of the window stay
         assert len(held) <= sinks + recent - 1 + 2 * (page - 1)
-        assert len(held) <= policy.most
-    assert drive.longest <= policy.most
+        assert len(held) <= policy.max_slots
+    assert drive.longest <= policy.max_slots
     assert drive.moved == 0, "pages are relisted, not copied"
 
 
@@ -52,18 +52,18 @@ def test_what_any_later_row_sees_is_there(shape: tuple[int, int, int], seed: int
 def test_most_is_reached_and_never_passed(shape: tuple[int, int, int]) -> None:
     policy = opened(*shape)
     drive = Drive(policy, page=shape[2])
-    drive.step(Step(policy.border(drive.seq)))  # a lane grows until a step could pass the bound ...
-    assert policy.most - policy.grid < drive.longest <= policy.most
+    drive.step(Step(policy.sync_point(drive.seq)))  # a lane grows until a step could pass the bound ...
+    assert policy.max_slots - policy.grid < drive.longest <= policy.max_slots
     drive.longest = 0
-    while drive.seq.stored < 4 * policy.most:  # ... and from there on by steps of the grid
-        drive.step(Step(policy.border(drive.seq) - drive.seq.stored))
-    assert drive.longest == policy.most
+    while drive.seq.stored < 4 * policy.max_slots:  # ... and from there on by steps of the grid
+        drive.step(Step(policy.sync_point(drive.seq) - drive.seq.stored))
+    assert drive.longest == policy.max_slots
 
 
 def test_the_defaults() -> None:
     policy = opened(4, 1020, page=32)
-    assert (policy.window, policy.pure, policy.lanes, policy.endless) == ((4, 1020), 1024, Lanes.SHARED, True)
-    assert policy.grid == 128 and policy.most == 32 + 1024 + 128
+    assert (policy.window, policy.shareable_tokens, policy.lanes, policy.endless) == ((4, 1020), 1024, Lanes.SHARED, True)
+    assert policy.grid == 128 and policy.max_slots == 32 + 1024 + 128
     drive = Drive(policy).run([Step(1152), Step(128), Step(1)])
     assert list(drive.kept) == [1152, 1280]
     assert drive.kept[1280] == [[*range(32), *range(256, 1280)]]  # row 1280 sees 261 and on
@@ -73,16 +73,16 @@ def test_the_defaults() -> None:
 def test_short_texts_meet_no_border() -> None:
     policy = opened(4, 20)
     drive = Drive(policy, page=4)
-    first = policy.border(drive.seq)
-    assert policy.pure <= first <= policy.most
-    drive.run(one_by_one(policy.pure))
-    assert drive.kept == {} and drive.positions() == [list(range(policy.pure))]
+    first = policy.sync_point(drive.seq)
+    assert policy.shareable_tokens <= first <= policy.max_slots
+    drive.run(one_by_one(policy.shareable_tokens))
+    assert drive.kept == {} and drive.positions() == [list(range(policy.shareable_tokens))]
 
 
 def test_rows_below_pure_see_everything_and_no_others() -> None:
     policy = opened(3, 10)
-    assert all(visible(policy, row) == set(range(row + 1)) for row in range(policy.pure))
-    assert visible(policy, policy.pure) != set(range(policy.pure + 1))
+    assert all(visible(policy, row) == set(range(row + 1)) for row in range(policy.shareable_tokens))
+    assert visible(policy, policy.shareable_tokens) != set(range(policy.shareable_tokens + 1))
 
 
 def test_borders_are_a_function_of_what_is_stored() -> None:
@@ -90,7 +90,7 @@ def test_borders_are_a_function_of_what_is_stored() -> None:
     drive = Drive(policy, page=4)
     borders = []
     for _ in range(100):
-        borders.append(policy.border(drive.seq))
+        borders.append(policy.sync_point(drive.seq))
         assert drive.seq.stored < borders[-1]
         drive.step(Step(1))
     assert borders == [max(44 // 20, stored // 20 + 1) * 20 for stored in range(100)]

@@ -362,7 +362,7 @@ def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones(
     profile = DoubleSparsity.calibrate(llm.runner, [ids[0][:1024]])
     tape = Tape(llm.runner.backend)
     one = Runner(llm.runner.spec, llm.runner.weights, tape, 20, sharing=False)  # type: ignore[arg-type]
-    seq = Sequence(0, Request("", ids[1][:512], SamplingParams()), 0, ids[1][:512], 512, seed=0, border=NEVER)
+    seq = Sequence(0, Request("", ids[1][:512], SamplingParams()), 0, ids[1][:512], 512, seed=0, sync_point=NEVER)
     one.table.open(seq)
     one.forward(Batch.pack([Work(seq, 512)], [EMPTY], one.table.reserve([Work(seq, 512)], [EMPTY])))
     random = replace(profile, scores=torch.rand(profile.scores.shape, generator=torch.Generator().manual_seed(0)))

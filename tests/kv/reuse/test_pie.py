@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from redraft.config import SamplingParams
-from redraft.core.sequence import Request
+from redraft.core.sequence import Pooling, Request, Wants
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.reuse.pie import PIE
@@ -155,3 +155,12 @@ def test_refusals() -> None:
         engine.add(Request("r", OLD, GREEDY.but(codec="int8"), before=OLD, reuse="pie"))
     with pytest.raises(InvalidInput, match=r"before\[0\] = 99"):
         engine.add(Request("r", OLD, GREEDY, before=[99], reuse="pie"))
+
+
+def test_a_prompt_that_must_run_whole_takes_nothing_over() -> None:
+    engine = identity.engine()
+    for wants, name in ((Wants(prompt_logprobs=1), "prompt_logprobs"), (Wants(pooling=Pooling.MEAN), "mean embeddings")):
+        request = Request("r", [1, 2, 3], SamplingParams(temperature=0, max_tokens=1), wants=wants, before=[1, 2], reuse="pie")
+        with pytest.raises(Unsupported, match=f"^reuse pie: {name} need the whole prompt computed"):
+            engine.add(request)
+        assert not engine.has_work and not engine.outputs and not request.sequences

@@ -1,5 +1,5 @@
-"""Engine.settle: whatever part raises for one text, that request is ended and nobody else's; what began is ended, no page leaks, and
-nothing raises forever."""
+"""Whatever part raises for one text, that request ends with the error and no other; what began is ended, no page leaks, and nothing
+fails forever. A step never raises an Exception."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from redraft import registry
 from redraft.config import SamplingParams
-from redraft.core.sequence import FinishReason, Lanes, Pooling, Request, Sequence
-from redraft.engine.engine import Engine, Event
-from redraft.engine.policies import Chosen
+from redraft.core.sequence import CachePlan, FinishReason, Lanes, Pooling, Request, Sequence, Wants
+from redraft.engine.engine import Engine
+from redraft.engine.output import Event
 from redraft.kv.keep import keep as seam
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
@@ -63,8 +63,8 @@ class Recorder(seam.Stateless):
         self.open.remove(state[0])  # KeyError: ended twice
         self._met("end", state[1])
 
-    def border(self, seq: Sequence) -> int:
-        self._met("border", seq.request.id if seq.stored else "")
+    def sync_point(self, seq: Sequence) -> int:
+        self._met("sync_point", seq.request.id if seq.stored else "")
         return (seq.stored // 8 + 1) * 8
 
     def watch(self, seq: Sequence) -> tuple[Any, ...]:
@@ -83,20 +83,24 @@ def with_policy(made: Engine, keep: Recorder) -> Engine:
 
     def fit(seq: Sequence) -> None:
         own(seq)
-        seq.policies = Chosen(keep, None, None, None, Lanes.SHARED, "", "", None)  # type: ignore[arg-type]
+        seq.cache = CachePlan(keep)  # type: ignore[arg-type]
 
     made.policies.fit = fit  # type: ignore[method-assign]
     return made
 
 
 def go(made: Engine, told: dict[str, list[int]], drain: int = 2000) -> Ended:
-    """Steps and settles until nothing is left; who was ended by what."""
+    """Steps until nothing is left; which requests were ended by what."""
     ended: Ended = {}
     reasons: dict[str, list[FinishReason]] = {}
 
     def hear(events: list[Event]) -> None:
         for event in events:
             assert event.request.id not in ended, "news of a text that was ended"
+            if event.error is not None:
+                assert not event.tokens and event.reason is None
+                ended[event.request.id] = event.error
+                continue
             told.setdefault(event.request.id, []).extend(event.tokens)
             assert len(event.drafted) == len(event.tokens)
             if event.reason is not None:
@@ -105,15 +109,10 @@ def go(made: Engine, told: dict[str, list[int]], drain: int = 2000) -> Ended:
     for _ in range(drain):
         if not made.has_work:
             break
-        try:
-            hear(made.step())
-        except Exception as error:
-            events, failed = made.settle(error)
-            hear(events)
-            ended.update({request.id: own for request, own in failed})
+        hear(made.step())
         made.table.check()
     assert not made.has_work, "it goes on forever"
-    assert made.table.used() == 0 and not made.outputs and not made.news
+    assert made.table.used() == 0 and not made.outputs and not made.faults and not made.events
     assert all(reasons.get(name) for name in told if name not in ended)
     return ended
 
@@ -138,7 +137,7 @@ def check(told: dict[str, list[int]], ended: Ended, guilty: Seq[str] = (CULPRIT,
 @pytest.mark.parametrize("pool", [40, 5])
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("error", [Bang, MemoryError])
-@pytest.mark.parametrize("method", ["begin", "observe", "decide", "border"])
+@pytest.mark.parametrize("method", ["begin", "observe", "decide", "sync_point"])
 def test_a_policy_that_raises_ends_its_own_text(method: str, error: type[Exception], call: int, pool: int) -> None:
     keep, drafter = Recorder(method, call, error), Counting(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN))
     made = with_policy(engine(drafter, chunk=40, pool=pool), keep)
@@ -215,7 +214,7 @@ def test_a_sampler_that_raises(place: str, call: int, monkeypatch: pytest.Monkey
 def test_a_raise_behind_the_commit(place: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), chunk=40)
     add(made, prompt_logprobs=1)
-    calls, right = 0, getattr(made, place)
+    calls, right = 0, getattr(made.outputs, place)
 
     def wrong(first: Any, *rest: Any) -> Any:
         nonlocal calls
@@ -225,7 +224,7 @@ def test_a_raise_behind_the_commit(place: str, call: int, monkeypatch: pytest.Mo
                 raise Bang(place)
         return right(first, *rest)
 
-    monkeypatch.setattr(made, place, wrong)
+    monkeypatch.setattr(made.outputs, place, wrong)
     told: dict[str, list[int]] = {}
     check(told, go(made, told))
 
@@ -400,7 +399,7 @@ def test_an_embedding_that_is_no_number() -> None:
     for pool in (Pooling.LAST, Pooling.MEAN):
         made = damaged(np.nan, "reference")
         params = SamplingParams(temperature=0, max_tokens=1, seed=1)
-        requests = [Request(str(i), list(prompt), params, pool=pool) for i, prompt in enumerate([[1, 2, 3], [4, 19, 5]])]
+        requests = [Request(str(i), list(prompt), params, wants=Wants(pooling=pool)) for i, prompt in enumerate([[1, 2, 3], [4, 19, 5]])]
         for request in requests:
             made.add(request)
         ended = go(made, {})

@@ -1,0 +1,108 @@
+"""Which requests are taken, and the sequences that are made of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Seq
+
+from redraft.core.noise import sample_seed
+from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.engine.policies import Policies
+from redraft.engine.speculation import Drafters
+from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
+from redraft.models.runner import Runner
+from redraft.sample.sampler import Sampler
+
+
+class Admission:
+    """max_model_len: tokens of prompt and output; spells: whether there is a tokenizer that turns tokens into text."""
+
+    def __init__(
+        self, runner: Runner, sampler: Sampler, drafter: Drafters, policies: Policies, *, max_model_len: int, spells: bool
+    ) -> None:
+        table = runner.table
+        if table.slabs * table.page < max_model_len:
+            raise OutOfMemory(f"a pool of {table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
+        self.table, self.vocab = table, runner.spec.vocab
+        self.sampler, self.drafter, self.policies = sampler, drafter, policies
+        self.max_model_len, self.spells = max_model_len, spells
+        self._ids = 0
+
+    def admit(self, request: Request) -> Sequence:
+        """Its first sequence. InvalidInput (PromptTooLong) changes nothing; a seed is chosen where the request has none."""
+        self._check(request)
+        params = request.params
+        if params.seed is None:
+            request.params = params.but(seed=secrets.randbits(63))
+        try:
+            seq = self.sequence(request, 0)
+            self._check_length(seq)
+        except Exception:
+            request.params = params
+            request.sequences.clear()
+            raise
+        return seq
+
+    def sequence(self, request: Request, index: int) -> Sequence:
+        """A new sequence of a request that was admitted."""
+        assert request.params.seed is not None
+        self._ids += 1
+        seq = Sequence(self._ids, request, index, list(request.prompt), len(request.prompt), sample_seed(request.params.seed, index), 0)
+        self.policies.fit(seq)
+        self.drafter.fit(seq)
+        request.sequences.append(seq)
+        seq.sync_point = self.sync_point(seq)
+        return seq
+
+    def limit(self, seq: Sequence) -> int:
+        """Tokens of prompt and output. Where the context has no end, max_tokens alone ends the text."""
+        return NEVER if seq.cache.endless and seq.params.max_tokens is not None else self.max_model_len
+
+    def sync_point(self, seq: Sequence) -> int:
+        """The next value of `stored` that no step may cross."""
+        request = seq.request
+        found = self.limit(seq) - 1
+        if request.params.max_tokens is not None:
+            found = min(found, seq.prompt_len + request.params.max_tokens - 1)
+        if seq.index == 0 and len(request.sequences) < request.params.n and seq.stored < seq.prompt_len:
+            found = seq.prompt_len - 1
+        return min(found, self.policies.sync_point(seq))
+
+    # ---- checks
+
+    def _check(self, request: Request) -> None:
+        params, prompt = request.params, request.prompt
+        if not prompt:
+            raise InvalidInput("prompt is empty: at least one token is needed")
+        self._check_ids("prompt_token_ids", prompt)
+        plan = self.policies.check(params, request.reuse)
+        if request.reuse and request.wants.whole_prompt:
+            name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
+            raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, which is what it avoids")
+        self.drafter.check(params)
+        if len(prompt) >= self.max_model_len and not (plan.endless and params.max_tokens is not None):
+            raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
+        self._check_ids("before", request.before)
+        if request.context is not None and not 1 <= request.context <= len(prompt):
+            raise InvalidInput(f"context = {request.context}: 1 to {len(prompt)}, the tokens of the prompt, is allowed")
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        if isinstance(params.prediction, str):
+            raise InvalidInput("prediction is a text, and this engine has no tokenizer; give token ids")
+        self._check_ids("prediction", params.prediction or ())
+        if params.stop and not self.spells:
+            raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
+        self.sampler.check(params)
+
+    def _check_ids(self, name: str, tokens: Seq[int]) -> None:
+        for i, token in enumerate(tokens):
+            if type(token) is not int or not 0 <= token < self.vocab:
+                raise InvalidInput(f"{name}[{i}] = {token!r}: not a token id in 0..{self.vocab - 1}")
+
+    def _check_length(self, seq: Sequence) -> None:
+        """Whether the pool could hold the whole text."""
+        total = min(self.limit(seq), seq.prompt_len + (seq.params.max_tokens or self.max_model_len))
+        if (need := self.table.need(seq, total)) > self.table.slabs:
+            raise InvalidInput(
+                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.table.slabs}: ask for fewer"
+                " max_tokens, or give the pool more memory"
+            )

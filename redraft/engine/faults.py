@@ -1,0 +1,75 @@
+"""How parts fail: a part is called for a sequence through a `Door`, which turns an exception into a fault of that sequence.
+
+What a fault means is the owner's decision: a drafter's fault ends its drafts (guard.py), any other part's ends the request. What is no
+Exception, such as Ctrl-C, passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from typing import ParamSpec, TypeVar
+
+from redraft.core.sequence import Request, Sequence
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Door:
+    """failed: is given each fault."""
+
+    def __init__(self, failed: Callable[[Sequence, Exception], None]) -> None:
+        self.failed = failed
+
+    def call(self, seq: Sequence, part: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What `part` returns; None where it raises, which is the fault of `seq`."""
+        try:
+            return part(*args, **kwargs)
+        except Exception as error:
+            self.failed(seq, error)
+            return None
+
+    def call_for_all(self, seqs: Iterable[Sequence], part: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """The same, where an exception is the fault of all `seqs`, because it is not known of which."""
+        try:
+            return part(*args, **kwargs)
+        except Exception as error:
+            for seq in seqs:
+                self.failed(seq, error)
+            return None
+
+    def call_each(self, seqs: Seq[Sequence], part: Callable[[list[int]], Seq[T]]) -> list[T | None]:
+        """What `part` returns for all `seqs`, of which it gets the places. Where it raises it is called for each alone: those for which
+        it raises again are at fault."""
+        places = list(range(len(seqs)))
+        try:
+            if len(seqs) > 1:
+                return list(part(places))
+        except Exception:
+            pass
+        alone = [self.call(seq, part, [place]) for seq, place in zip(seqs, places, strict=True)]
+        return [None if found is None else found[0] for found in alone]
+
+
+class Faults(Door):
+    """The faults that end requests, until the end of the step. The first of a request counts."""
+
+    def __init__(self) -> None:
+        super().__init__(self.add)
+        self._found: dict[str, tuple[Request, Exception]] = {}
+
+    def add(self, seq: Sequence, error: Exception) -> None:
+        self._found.setdefault(seq.request.id, (seq.request, error))
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.request.id in self._found
+
+    def forget(self, request_id: str) -> None:
+        self._found.pop(request_id, None)
+
+    def all(self) -> list[tuple[Request, Exception]]:
+        return list(self._found.values())

@@ -1,0 +1,284 @@
+"""What is found for each text: cut where the text ends, recorded, and reported as events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from redraft.core.law import TopLogprobs
+from redraft.core.plan import Accepted, StepResult, Work
+from redraft.core.sequence import FinishReason, Pooling, Request, Sequence
+from redraft.core.taps import NOTHING, Taps
+from redraft.core.tree import TokenTree
+from redraft.engine.faults import Door
+from redraft.engine.text import Decode, Text, find_stop, held_back
+from redraft.models.runner import Runner
+from redraft.sample.sampler import NotNumbers
+
+
+@dataclass(slots=True)
+class Stats:
+    """What drafting did for one text. steps: passes that drew a token; drafted: nodes checked; accepted: of them kept;
+    fault: which drafter failed and how, where the text went on without drafts; drafts: passes that checked any; by_depth[i]:
+    passes that kept i + 1 nodes or more; by_drafter: nodes checked and kept of each."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    fault: str = ""
+    drafts: int = 0
+    by_depth: list[int] = field(default_factory=list)
+    by_drafter: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def count(self, tree: TokenTree, path: Seq[int], names: Seq[str]) -> None:
+        """One pass that drew a token."""
+        self.steps += 1
+        if not len(tree):
+            return
+        self.drafts += 1
+        self.drafted += len(tree)
+        self.accepted += len(path)
+        self.by_depth += [0] * (len(path) - len(self.by_depth))
+        for depth in range(len(path)):
+            self.by_depth[depth] += 1
+        origins = np.zeros(len(tree), np.int64) if tree.origins is None else tree.origins.astype(np.int64)
+        for origin in set(origins.tolist()):
+            checked, kept = self.by_drafter.get(names[origin], (0, 0))
+            own = origins == origin
+            self.by_drafter[names[origin]] = checked + int(own.sum()), kept + int(own[list(path)].sum())
+
+    def copy(self) -> Stats:
+        return replace(self, by_depth=list(self.by_depth), by_drafter=dict(self.by_drafter))
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        return 1 + self.accepted / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The origin of a token. step: the pass that drew it, from 1; drafter: the one that proposed it, empty where the model drew it without
+    a draft; tree, names, path: of the step's first token, the draft, its drafters and the nodes that were kept."""
+
+    step: int
+    drafter: str
+    tree: TokenTree | None = None
+    names: Seq[str] = ()
+    path: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """News of one text. drafted[i]: whether tokens[i] was an accepted draft; the last event carries the reason. provenance: one a
+    token if the request wants it. error: what ended the whole request before its texts were finished; no other event of it follows."""
+
+    request: Request
+    index: int
+    tokens: list[int]
+    text: str
+    drafted: list[bool]
+    logprobs: list[TopLogprobs]
+    reason: FinishReason | None
+    stats: Stats
+    provenance: list[Provenance] = field(default_factory=list)
+    error: Exception | None = None
+
+    @classmethod
+    def failed(cls, request: Request, error: Exception) -> Event:
+        return cls(request, 0, [], "", [], [], None, Stats(), error=error)
+
+
+def checked(events: list[Event]) -> list[Event]:
+    """The events, if no request failed; else raises the first error."""
+    for event in events:
+        if event.error is not None:
+            raise event.error
+    return events
+
+
+@dataclass(slots=True)
+class Output:
+    """What was found for a sequence and how much of it was reported. The engine's own; plugins never see it."""
+
+    text: Text
+    stats: Stats = field(default_factory=Stats)
+    reported_tokens: int = 0
+    reported_text: int = 0
+    drafted: list[bool] = field(default_factory=list)
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
+    stop: tuple[int, int] | None = None  # where the stop string that ended the text lies in it
+
+
+class Outputs:
+    """The outputs of all live texts. limit: tokens of prompt and output that a sequence may have; names: what the drafter of a sequence
+    is called, or each of its parts; decode, decode_all, eos: see Engine."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        door: Door,
+        *,
+        eos: frozenset[int],
+        decode: Decode | None,
+        decode_all: Decode | None,
+        limit: Callable[[Sequence], int],
+        names: Callable[[Sequence], Seq[str]],
+    ) -> None:
+        self.runner, self.door, self.eos = runner, door, eos
+        self.decode, self.decode_all = decode, decode_all
+        self.limit, self.names = limit, names
+        self._of: dict[int, Output] = {}
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __iter__(self) -> Iterator[Output]:
+        return iter(self._of.values())
+
+    def open(self, seq: Sequence) -> None:
+        self._of[seq.id] = Output(Text.start(seq.prompt_len))
+
+    def close(self, seq: Sequence) -> None:
+        del self._of[seq.id]
+
+    # ---- where texts end
+
+    def cut(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Accepted]:
+        """Cuts each path before anything is committed, observed or counted; after it, no code shortens a sequence."""
+        return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
+
+    def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
+        params, text, start = seq.params, self._of[seq.id].text, self._of[seq.id].text.first
+        tail = [*seq.tokens[start:], *found.tokens] if params.stop else []
+        for i, token in enumerate(found.tokens):
+            new = seq.generated + i + 1
+            reason = None
+            if params.stop:
+                before = len(text.done)
+                text = text.extend(tail[: len(seq.tokens) - start + i + 1], self._decoder(seq), start=start)
+                if new >= params.min_tokens:
+                    self._of[seq.id].stop = stop = find_stop(text.done, params.stop, before)
+                    reason = FinishReason.STOP if stop else None
+            if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
+                reason = FinishReason.STOP
+            if reason is None and (new == params.max_tokens or seq.prompt_len + new == self.limit(seq)):
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                return Accepted(found.path[:i], found.tokens[: i + 1], reason)
+        return found
+
+    # ---- what was just committed
+
+    def taps(self, seqs: Seq[Sequence]) -> Taps:
+        """What `record` needs of a forward."""
+        return Taps(frozenset({self._last_layer})) if any(seq.request.wants.pooling for seq in seqs) else NOTHING
+
+    @property
+    def _last_layer(self) -> int:
+        return len(self.runner.spec.layers) - 1
+
+    def record(self, result: StepResult) -> None:
+        """Statistics, reasons and log-probabilities of what was just committed."""
+        for s, (w, tree, found) in enumerate(zip(result.work, result.trees, result.accepted, strict=True)):
+            w.seq.reason = found.reason
+            self.door.call(w.seq, self._record, w, s, tree, found, result)
+
+    def _record(self, w: Work, s: int, tree: TokenTree, found: Accepted, result: StepResult) -> None:
+        params, wants = w.seq.params, w.seq.request.wants
+        if wants.prompt_logprobs is not None:
+            self._record_prompt(w, s, result, wants.prompt_logprobs)
+        if wants.pooling:
+            self._record_hidden(w, s, result, wants.pooling)
+        if not found.tokens:
+            return
+        output = self._of[w.seq.id]
+        output.stats.fault, names = w.seq.fault, self.names(w.seq)
+        output.stats.count(tree, found.path, names)
+        if params.provenance:
+            output.provenance += _provenance(output.stats.steps, tree, found, names)
+        output.drafted += [True] * len(found.path) + [False]
+        if params.logprobs is not None:
+            root = int(result.batch.roots[s])
+            rows = [root, *(root + 1 + node for node in found.path)]
+            output.logprobs += result.law.logprobs(rows, found.tokens, params.logprobs)
+
+    def _record_prompt(self, w: Work, s: int, result: StepResult, k: int) -> None:
+        """Each prompt row gives the entry of the token after it. Rows that run again after preemption add nothing."""
+        seq, entries = w.seq, w.seq.request.prompt_logprobs
+        first, last = int(result.batch.starts[s]), int(result.batch.tree_starts[s])
+        wanted = [r for r in range(first, last) if len(entries) <= int(result.batch.positions[r]) + 1 < seq.prompt_len]
+        if not entries:
+            entries.append(None)
+            wanted = [r for r in range(first, last) if int(result.batch.positions[r]) + 1 < seq.prompt_len]
+        if wanted:
+            place = {row: i for i, row in enumerate(result.batch.logit_rows.tolist())}
+            ids = [seq.tokens[int(result.batch.positions[r]) + 1] for r in wanted]
+            entries += result.law.logprobs([place[r] for r in wanted], ids, k)
+
+    def _record_hidden(self, w: Work, s: int, result: StepResult, pooling: Pooling) -> None:
+        """The prompt's hidden states after the final norm: the last row, or the sum of all, added one by one in float64 so that
+        chunks change nothing. Rows that run again after preemption count once."""
+        request, first = w.seq.request, int(result.batch.starts[s])
+        if not w.seq.pending:
+            w.seq.reason = FinishReason.LENGTH
+        if w.seq.index:
+            return
+        total, count = request.pooled or (None, 0)
+        positions = result.batch.positions[first : int(result.batch.tree_starts[s])]
+        new = np.flatnonzero((positions >= count) & (positions < w.seq.prompt_len))
+        if not len(new) or (pooling is Pooling.LAST and w.seq.pending):
+            return
+        hidden = result.out.hidden[self._last_layer]
+        rows = self.runner.normed(hidden[first + int(new[0]) : first + int(new[-1]) + 1])
+        before = [] if total is None or pooling is Pooling.LAST else [total]
+        found = rows[-1] if pooling is Pooling.LAST else np.add.reduce([*before, *rows])
+        if not np.isfinite(found).all():
+            raise NotNumbers(w.seq)
+        request.pooled = found, int(positions[new[-1]]) + 1
+
+    # ---- what is reported
+
+    def event(self, seq: Sequence) -> Event | None:
+        """What is new since the last event; None where nothing is."""
+        output = self._of[seq.id]
+        return self._event(seq, output) if output.reported_tokens < seq.generated or seq.reason else None
+
+    def _event(self, seq: Sequence, output: Output) -> Event:
+        reported, ended = output.reported_tokens, seq.reason is not None
+        text = ""
+        if self.decode is not None:
+            start = output.text.first
+            tail = seq.tokens[start:]
+            for end in range(seq.prompt_len + reported + 1 - start, len(tail) + 1):  # one by one, whatever the step's size
+                output.text = output.text.extend(tail[:end], self._decoder(seq), start=start, last=ended and end == len(tail))
+            done, stops = output.text.done, seq.params.stop
+            end = len(done)
+            if output.stop is not None and seq.reason is FinishReason.STOP:
+                end = output.stop[1] if seq.params.include_stop_str_in_output else output.stop[0]
+            elif stops and not ended:
+                end -= held_back(done, stops)
+            text = done[output.reported_text : end]
+            output.reported_text = max(output.reported_text, end)
+        output.reported_tokens = seq.generated
+        new = slice(reported, seq.generated)
+        tokens = seq.tokens[seq.prompt_len + reported :]
+        rest = output.drafted[new], output.logprobs[new], seq.reason, output.stats, output.provenance[new]
+        return Event(seq.request, seq.index, tokens, text, *rest)
+
+    def _decoder(self, seq: Sequence) -> Decode:
+        decode = self.decode if seq.params.skip_special_tokens else self.decode_all
+        assert decode is not None
+        return decode
+
+
+def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) -> list[Provenance]:
+    """Of the tokens of one step: the path's and the bonus."""
+    origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
+    drafters = [*(names[origins[node]] for node in found.path), ""]
+    made = [Provenance(step, drafter) for drafter in drafters[: len(found.tokens)]]
+    shown = tree if tree.laws is None else replace(tree, laws=None)  # which may hold rows of the vocabulary's size
+    return [replace(made[0], tree=shown, names=names, path=found.path), *made[1:]]

@@ -1,0 +1,62 @@
+"""Hyper-parameters of methods: a range stands beside its option's default, as in config.py, and is checked here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from redraft import registry
+from redraft.errors import InvalidInput
+
+
+class Range(NamedTuple):
+    """Bounds of a number, ge and le included, gt and lt excluded; multiple_of: 0 for any."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: int = 0
+
+    def __contains__(self, value: object) -> bool:
+        return (
+            isinstance(value, (int, float))
+            and math.isfinite(value)
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+            and (not self.multiple_of or value % self.multiple_of == 0)
+        )
+
+    def __str__(self) -> str:
+        if self.ge is not None and self.le is not None:
+            return f"{self.ge:g} to {self.le:g}"
+        words = {"{:g} or more": self.ge, "above {:g}": self.gt, "{:g} or less": self.le, "below {:g}": self.lt}
+        found = [word.format(bound) for word, bound in words.items() if bound is not None]
+        return " and ".join([f"a multiple of {self.multiple_of}", *found] if self.multiple_of else found)
+
+
+def number(
+    default: float | None,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    multiple_of: int = 0,
+    kw_only: bool = False,
+) -> Any:
+    """A field of a dataclass of `Options` that is a number of this range, or None where its default is None."""
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"range": Range(ge, gt, le, lt, multiple_of)})
+
+
+class Options:
+    """Base of methods, frozen dataclasses of hyper-parameters. InvalidInput names the option, its value and what is allowed."""
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):  # type: ignore[arg-type]
+            allowed, value = option.metadata.get("range"), getattr(self, option.name)
+            if allowed is not None and value not in allowed and (value is not None or option.default is not None):
+                raise InvalidInput(f"{registry.name_of(type(self))}:{option.name}={value}: must be {allowed}")
