@@ -65,6 +65,19 @@ METHODS: dict[str, dict[str, str]] = {
     },
 }
 
+# What changes the logits of a token, in the order of application. Processors that find tokens by id come before the filters.
+PROCESSORS: dict[str, str] = {
+    "logit-bias": "redraft.sample.processors.bias:Bias",
+    "bad-words": "redraft.sample.processors.bad_words:BadWords",
+    "min-tokens": "redraft.sample.processors.min_tokens:MinTokens",
+    "penalties": "redraft.sample.processors.penalties:Penalties",
+    "temperature": "redraft.sample.processors.temperature:Temperature",
+    "top-k": "redraft.sample.processors.top_k:TopK",
+    "top-p": "redraft.sample.processors.top_p:TopP",
+    "min-p": "redraft.sample.processors.min_p:MinP",
+    "typical-p": "redraft.sample.processors.typical_p:TypicalP",
+}
+
 BACKENDS: dict[str, str] = {
     "native": "redraft.ops.native:NativeOps",
     "reference": "redraft.ops.reference:Reference",

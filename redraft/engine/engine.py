@@ -235,6 +235,8 @@ class Engine:
                     reason = FinishReason.STOP if stop else None
             if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
                 reason = FinishReason.STOP
+            if new >= params.min_tokens and self.sampler.finished(seq, found.tokens[: i + 1]):
+                reason = FinishReason.STOP
             if reason is None and (new == params.max_tokens or seq.prompt_len + new == self._limit(seq.request)):
                 reason = FinishReason.LENGTH
             if reason is not None:

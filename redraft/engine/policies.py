@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from redraft import registry
-from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
 from redraft.core.sequence import NEVER, Lanes, Sequence, Space
@@ -27,13 +26,6 @@ from redraft.ops.format import Format, plain
 SEAMS = ("keep", "codec", "read", "depth")
 MOST = 64  # choices that are kept opened; the one unused longest goes
 FORMATS = 256  # of stored pages, which stay as long as the pool
-
-
-def guarantee(params: SamplingParams, reuse: str = "") -> Guarantee:
-    """The weakest of what a request chose."""
-    chosen = [(seam, text) for seam in SEAMS if (text := getattr(params, seam))] + ([("reuse", reuse)] if reuse else [])
-    cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in chosen]
-    return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,18 @@
+"""The guarantee of a configuration: the weakest guarantee of its methods."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from redraft import registry
+from redraft.card import Card, Guarantee
+
+
+def weakest(**methods: str | None) -> Guarantee:
+    """The weakest guarantee of methods given as seam="name:option=value,...". None and "" choose no method.
+
+    >>> weakest(draft="none", verify="rejection", keep=None).label
+    'same-law'
+    """
+    cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in methods.items() if text]
+    return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)
