@@ -9,10 +9,10 @@ from redraft.card import Card, Guarantee
 
 
 def weakest(**methods: str | None) -> Guarantee:
-    """The weakest guarantee of methods given as seam="name:option=value,...". None and "" choose no method.
+    """The weakest guarantee of methods given as seam="name:option=value,...". None chooses no method.
 
     >>> weakest(draft="none", verify="rejection", keep=None).label
     'same-law'
     """
-    cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in methods.items() if text]
+    cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in methods.items() if text is not None]
     return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)

@@ -122,7 +122,7 @@ class LLM:
             verify=config.verify if params.verify is None else params.verify,
             sched=config.schedule.scheduler,
             quant=config.model.quant,
-            reuse=reuse,
+            reuse=reuse or None,
             **{seam: getattr(params, seam) for seam in POLICIES},
         )
 
