@@ -14,5 +14,6 @@ def weakest(**methods: str | None) -> Guarantee:
     >>> weakest(draft="none", verify="rejection", keep=None).label
     'same-law'
     """
-    cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in methods.items() if text is not None]
+    chosen = [(seam, registry.parse(text)[0]) for seam, text in methods.items() if text is not None]
+    cards: list[Card] = [cast(Any, registry.method(seam, name)).card for seam, name in chosen]
     return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)

@@ -114,7 +114,7 @@ class LLM:
         config = self.config
         return weakest(draft=config.draft, verify=config.verify, sched=config.schedule.scheduler)
 
-    def guarantee_of(self, params: SamplingParams, reuse: str = "") -> Guarantee:
+    def guarantee_of(self, params: SamplingParams, reuse: str | None = None) -> Guarantee:
         """The guarantee for one request, compared with the plain loop over the checkpoint's weights. reuse: as given to `edit`."""
         params, config = self.params(params), self.config
         return weakest(
@@ -122,7 +122,7 @@ class LLM:
             verify=config.verify if params.verify is None else params.verify,
             sched=config.schedule.scheduler,
             quant=config.model.quant,
-            reuse=reuse or None,
+            reuse=reuse,
             **{seam: getattr(params, seam) for seam in POLICIES},
         )
 
@@ -191,8 +191,6 @@ class LLM:
         position outside of the text.
         """
         old, before = self._edited(text)
-        if not isinstance(reuse, str) or registry.parse(reuse)[0] not in registry.METHODS["reuse"]:
-            raise registry.unknown("reuse method", reuse if isinstance(reuse, str) else shown(reuse), registry.METHODS["reuse"])
         new = inputs.patched(old, patch)
         prompt = {"prompt_token_ids": self._encode(new, "text"), "before": before, "reuse": reuse}
         outputs = self._whole([prompt], inputs.params_of(1, sampling_params, fields), single=True)
@@ -282,7 +280,7 @@ class LLM:
             self.engine.add(request)
             self._inboxes[request.id] = deque()
         output.request, output.seed = request, request.params.seed
-        output.guarantee = self.guarantee_of(chosen, request.reuse).label
+        output.guarantee = self.guarantee_of(chosen, request.reuse or None).label
         output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
 
     def _tokens(self, fields: dict[str, Any]) -> list[int]:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from redraft.errors import InvalidInput, UnknownMethod, did_you_mean
+from redraft.errors import InvalidInput, UnknownMethod, did_you_mean, shown
 
 METHODS: dict[str, dict[str, str]] = {
     "draft": {
@@ -154,6 +154,8 @@ def _bare(text: str) -> str:
 def parse(text: str) -> tuple[str, dict[str, str]]:
     """ "name:option=value,option=value" -> (name, {option: value}), values still text. A value that holds commas, such
     as another method with options, stands in parentheses."""
+    if not isinstance(text, str):
+        raise InvalidInput(f"{shown(text)} of type {type(text).__name__}: name:option=value,... is needed")
     name, _, rest = _bare(text.strip()).partition(":")
     given: dict[str, str] = {}
     for item in split(rest, ","):
