@@ -9,23 +9,23 @@ if TYPE_CHECKING:
     from redraft.config import EngineConfig as EngineConfig
     from redraft.config import SamplingParams as SamplingParams
     from redraft.errors import RedraftError as RedraftError
+    from redraft.inputs import Patch as Patch
     from redraft.llm import LLM as LLM
-    from redraft.llm import CompletionOutput as CompletionOutput
-    from redraft.llm import Delta as Delta
-    from redraft.llm import Patch as Patch
-    from redraft.llm import RequestOutput as RequestOutput
+    from redraft.outputs import CompletionOutput as CompletionOutput
+    from redraft.outputs import Delta as Delta
+    from redraft.outputs import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
 
 # Lazy (PEP 562): neither torch nor transformers is imported before an LLM is made.
 _HOMES = {
-    "CompletionOutput": "redraft.llm",
-    "Delta": "redraft.llm",
+    "CompletionOutput": "redraft.outputs",
+    "Delta": "redraft.outputs",
     "EngineConfig": "redraft.config",
     "LLM": "redraft.llm",
-    "Patch": "redraft.llm",
+    "Patch": "redraft.inputs",
     "RedraftError": "redraft.errors",
-    "RequestOutput": "redraft.llm",
+    "RequestOutput": "redraft.outputs",
     "SamplingParams": "redraft.config",
 }
 

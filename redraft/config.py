@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from redraft.errors import InvalidInput, did_you_mean
+from redraft.errors import InvalidInput, did_you_mean, shown
 
 
 class Settings(BaseModel):
@@ -27,6 +27,15 @@ class Settings(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **values})
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode a text. It cannot encode half of a surrogate pair, which a Python string or JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"])) or cls.__name__
@@ -39,7 +48,7 @@ def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if not first["loc"]:
         return f"{cls.__name__}: {message}"
-    given = repr(first["input"]) if cls.model_fields[str(first["loc"][0])].repr else "(hidden)"
+    given = shown(first["input"]) if cls.model_fields[str(first["loc"][0])].repr else "(hidden)"
     return f"{cls.__name__}.{name} = {given}: {message}"
 
 
@@ -106,6 +115,13 @@ class SamplingParams(Settings):
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not text for text in value):
             raise ValueError("an empty string is not allowed")
+        return value
+
+    @field_validator("stop", "bad_words", "prediction")
+    @classmethod
+    def _utf8(cls, value: Any) -> Any:
+        if not all(is_utf8(text) for text in ([value] if isinstance(value, str) else value or ()) if isinstance(text, str)):
+            raise ValueError("half of a surrogate pair is not allowed, UTF-8 cannot encode it")
         return value
 
     @model_validator(mode="after")

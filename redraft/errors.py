@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -23,7 +24,10 @@ __all__ = [
     "UnknownMethod",
     "Unsupported",
     "did_you_mean",
+    "shown",
 ]
+
+LONGEST = 200  # characters of a value in an error
 
 
 class RedraftError(Exception):
@@ -59,3 +63,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: one line, not long, whatever its repr does."""
+    try:
+        text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
+    except Exception:
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -1,158 +1,36 @@
-"""`LLM`: a checkpoint that generates. Loads once, then any number of prompts through one engine."""
+"""`LLM`: a loaded checkpoint that generates text. One engine serves any number of prompts and threads."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self, SupportsIndex, cast
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Self, cast
+from weakref import WeakSet
 
-import torch
-
-from redraft import registry
-from redraft.card import Card, Guarantee
+from redraft import inputs, registry
+from redraft.card import Guarantee
 from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
-from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Pooling, Request, Wants
 from redraft.core.tree import F64
-from redraft.draft.drafter import Drafter
-from redraft.engine import policies, speculation
 from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
-from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
-from redraft.models import loader, memory
+from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
+from redraft.guarantee import weakest
+from redraft.inputs import Conversation, Params, Patch, Prompt
+from redraft.models import loader
 from redraft.models.runner import Runner
-from redraft.models.spec import ModelSpec
-from redraft.models.tokenizer import Message, Tokenizer
-from redraft.ops import library
-from redraft.ops.backend import Backend
+from redraft.models.tokenizer import Tokenizer
+from redraft.outputs import CacheMiss, CompletionOutput, Delta, RequestOutput
 from redraft.sample.sampler import Sampler
-from redraft.sched.scheduler import Scheduler
+from redraft.setup import Setup, scheduler_of
+from redraft.turns import Turns
 
-Prompt = str | Mapping[str, Any]
-
-
-@dataclass
-class CompletionOutput:
-    """One text. `drafted[i]`: token i was an accepted draft; `stats`: steps, drafted, accepted, mean_acceptance_length."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TopLogprobs] | None = None
-    finish_reason: str | None = None
-    drafted: list[bool] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
-
-
-@dataclass(frozen=True)
-class CacheMiss:
-    """Why no more of a prompt came from the prefix cache: its token `at` differs from cached text. cached_text: what stands there
-    in the cache; lost: tokens that would have been reused as well, had it been the same from there on."""
-
-    at: int
-    token: int
-    text: str
-    cached_token: int
-    cached_text: str
-    lost: int
-
-    def __str__(self) -> str:
-        return f"token {self.at} is {self.text!r}, in the cache {self.cached_text!r}: up to {self.lost} more tokens would have been reused"
-
-
-class Patch(NamedTuple):
-    """`text` in place of the characters start..end (end excluded) of a text; start = end inserts, an empty text deletes."""
-
-    start: int
-    end: int
-    text: str
-
-
-@dataclass
-class RequestOutput:
-    """One prompt and its n texts. `error` is set, and `outputs` empty, when a prompt of a list was refused.
-
-    cached_tokens: of the prompt, found in the prefix cache; cache_miss: what ended that, None where nothing cached goes on (texts
-    with a codec, per-head eviction or a read with data of its own share no cache); reused_tokens: of an edited text, taken over
-    from the text before the edit, whose tokens `before` are; guarantee: of the text, the weakest of engine and policies.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput] = field(default_factory=list)
-    prompt_logprobs: list[TopLogprobs | None] | None = None
-    cached_tokens: int = 0
-    reused_tokens: int = 0
-    cache_miss: CacheMiss | None = None
-    guarantee: str = ""
-    before: list[int] = field(default_factory=list)
-    request: Request | None = field(default=None, repr=False)
-    seed: int | None = None
-    error: str | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.error is not None or all(output.finish_reason for output in self.outputs)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of a stream: `prompt` is the prompt's place in the list, `index` the sample's."""
-
-    prompt: int
-    index: int
-    text: str
-    token_ids: list[int]
-    drafted: list[bool]
-    logprobs: list[TopLogprobs]
-    finish_reason: str | None
-    stats: Stats
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What follows from a configuration and the checkpoint's headers, before any weight is read. slabs: the pool."""
-
-    drafter: Drafter
-    scheduler: Scheduler
-    checkpoint: loader.Checkpoint
-    backend: Backend
-    max_model_len: int
-    slabs: int
-
-    @classmethod
-    def of(cls, config: EngineConfig) -> Setup:
-        drafter = registry.create("draft", config.draft)  # wrong names are told before the checkpoint is looked for
-        registry.create("verify", config.verify)
-        quant = None if config.model.quant is None else registry.create("quant", config.model.quant)
-        device = _device(config.model.device)
-        scheduler = _scheduler(config, device)
-        chosen = config.model.backend
-        if chosen not in ("auto", *registry.BACKENDS):
-            raise registry.unknown("backend", chosen, ("auto", *registry.BACKENDS))
-        path = loader.resolve(config.model.model)
-        if config.draft_model is not None:
-            loader.resolve(config.draft_model)  # whether it is used or not
-        checkpoint = loader.inspect(path, "float64" if chosen == "reference" else config.model.dtype, device, quant)
-        if chosen == "auto":
-            specs = [checkpoint.spec, *_second(config, device)]
-            chosen = "native" if all(library.serves(checkpoint.dtype, device, spec)[0] == "native" for spec in specs) else "torch"
-        backend: Backend = registry.load(registry.BACKENDS[chosen])(checkpoint.dtype, device)
-        if config.model.threads is not None:
-            backend.use_threads(config.model.threads)
-        max_model_len = config.model.max_model_len or checkpoint.context
-        if max_model_len > checkpoint.context:
-            raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
-        slab_bytes = backend.slab_bytes(checkpoint.spec)
-        free, most = memory.limits(device), scheduler.max_seqs
-        slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)
-        return cls(drafter, scheduler, checkpoint, backend, max_model_len, slabs)
+POLICIES = ("keep", "codec", "read", "depth")  # SamplingParams fields that name a method and have no default in the engine
 
 
 class LLM:
@@ -160,10 +38,24 @@ class LLM:
 
     >>> from redraft import LLM, SamplingParams
     >>> llm = LLM("embedded", draft="token-recycling")                                          # doctest: +SKIP
-    >>> llm.generate("def add(", SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].text    # doctest: +SKIP
+    >>> llm.generate("def add(", temperature=0, max_tokens=20)[0].outputs[0].text                # doctest: +SKIP
 
     Options are the flat fields of EngineConfig (model, dtype, draft, verify, scheduler, token_budget, max_seqs,
     draft_rows, cache_memory ...). Raises CheckpointError, OutOfMemory, InvalidInput or Unsupported, one line each.
+
+    Prompts: a string, a list of token ids, or a mapping with `prompt`, `prompt_token_ids` or `messages`; or a list of
+    these. A mapping may add `context`: n. Cache policies then treat the prompt's tokens after the first n as generated.
+
+    Parameters: a SamplingParams, a list with one for each prompt, or its fields as keywords. An object and keywords
+    together are refused.
+
+    Threads
+    -------
+    Any number of threads may call one LLM. Their requests run together, in the batches of one engine. Every request gets
+    the text that it gets alone with the same seed. The engine makes one step at a time, in the thread of any caller that
+    waits for output. An iterator that `stream` returned belongs to one thread at a time. Siblings share pages, so they
+    run one at a time: a call raises Unsupported while another sibling has requests under way. Ctrl-C reaches the main
+    thread only, between two steps.
     """
 
     def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
@@ -171,6 +63,8 @@ class LLM:
             raise InvalidInput("LLM takes either a config or options, not both")
         if config is None:
             config = EngineConfig.of(**({} if model is None else {"model": model}), **options)
+        if not isinstance(config, EngineConfig):
+            raise InvalidInput(f"config is a {type(config).__name__}: EngineConfig is needed")
         self.config = config
         setup = Setup.of(config)
         checkpoint = setup.checkpoint
@@ -191,45 +85,52 @@ class LLM:
             quant=checkpoint.quant,
         )
         self.engine = self._engine(setup.scheduler, setup.drafter)
+        self._engines = WeakSet([self.engine])  # of this LLM and its siblings
+        self._turns = Turns()
         self._numbers = itertools.count()
-        self._inboxes: dict[str, deque[Event]] = {}  # request id -> news that its caller has not taken yet
+        self._inboxes: dict[str, deque[Event]] = {}  # request id -> what its caller has not taken yet
 
     def sibling(self, **options: Any) -> Self:
-        """The same loaded model behind another engine: other draft, verify or scheduler options. The two share pages
-        and must not run at the same time; nothing is loaded again."""
-        own = {**self.config.schedule.model_dump(exclude_unset=True), "draft": self.config.draft, "verify": self.config.verify}
+        """The same loaded model with another engine: other draft, verify or scheduler options. Nothing is loaded again.
+
+        Siblings share pages, so they run one at a time: a call raises Unsupported while another has requests under way.
+        """
         if other := set(options) - {*SchedulerConfig.model_fields, "draft", "verify"}:
             raise InvalidInput(f"sibling: {', '.join(sorted(other))} cannot differ from the loaded model's")
-        flat = {**own, **options}
-        changed = EngineConfig.of(**flat)
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
-        drafter = registry.create("draft", twin.config.draft)
-        twin.engine = twin._engine(_scheduler(twin.config, self.runner.backend.device), drafter)
-        return twin
+        own = {**self.config.schedule.model_dump(exclude_unset=True), "draft": self.config.draft, "verify": self.config.verify}
+        changed = EngineConfig.of(**{**own, **options})
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
+        drafter = registry.create("draft", made.config.draft)
+        with self._turn():
+            made.engine = made._engine(scheduler_of(made.config, self.runner.backend.device), drafter)
+            self._engines.add(made.engine)
+        return made
 
     @property
     def guarantee(self) -> Guarantee:
-        """The weakest of the parts towards the plain loop over the weights as they are held, for requests that choose no policies of
-        their own; see `guarantee_of`."""
+        """The guarantee for requests that choose no methods of their own, compared with the plain loop over the same weights, also
+        if these are quantized; see `guarantee_of`."""
         config = self.config
-        parts = {"draft": config.draft, "verify": config.verify, "sched": config.schedule.scheduler}
-        cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in parts.items()]
-        return max(card.guarantee for card in cards)
+        return weakest(draft=config.draft, verify=config.verify, sched=config.schedule.scheduler)
 
-    def guarantee_of(self, params: SamplingParams, reuse: str = "") -> Guarantee:
-        """The weakest of the engine's parts, of the form of the weights and of the parts that a request chooses; reuse: as given to
-        `edit`."""
-        quant, sched = self.runner.quant, registry.parse(self.config.schedule.scheduler)[0]
-        weights = Guarantee.SAME_TEXT if quant is None else quant.card.guarantee
-        own: Card = cast(Any, registry.method("sched", sched)).card
-        chosen = speculation.guarantee(params, self.config.draft, self.config.verify)
-        return max(own.guarantee, chosen, weights, policies.guarantee(params, reuse))
+    def guarantee_of(self, params: SamplingParams, reuse: str | None = None) -> Guarantee:
+        """The guarantee for one request, compared with the plain loop over the checkpoint's weights. reuse: as given to `edit`."""
+        params, config = self.params(params), self.config
+        return weakest(
+            draft=config.draft if params.draft is None else params.draft,
+            verify=config.verify if params.verify is None else params.verify,
+            sched=config.schedule.scheduler,
+            quant=config.model.quant,
+            reuse=reuse,
+            **{seam: getattr(params, seam) for seam in POLICIES},
+        )
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
-        sampler = Sampler(self.runner.spec.vocab, self.eos, self.tokenizer.spellings, verifier.drafts, self.runner.backend.gumbel)
+        tokenizer, spec = self.tokenizer, self.runner.spec
+        sampler = Sampler(spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.gumbel, tokenizer.bytes_of)
         return Engine(
             self.runner,
             scheduler,
@@ -238,31 +139,40 @@ class LLM:
             sampler,
             max_model_len=self.max_model_len,
             eos=self.eos,
-            decode=self.tokenizer.decode,
-            decode_all=self.tokenizer.decode_all,
+            decode=tokenizer.decode,
+            decode_all=tokenizer.decode_all,
             draft=self.config.draft,
         )
 
     # ---- use
 
     def params(self, params: SamplingParams | None = None) -> SamplingParams:
-        """The given fields over those that the checkpoint's generation_config.json sets."""
+        """The given fields, then those of the checkpoint's generation_config.json."""
+        if not isinstance(params, SamplingParams | None):
+            raise InvalidInput(f"params is a {type(params).__name__}: SamplingParams is needed")
         given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
         return SamplingParams(**{**self.defaults, **given})
 
-    def generate(
-        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
-        """Texts for one prompt or a list: each a string or {"prompt_token_ids": [...]}, with "context": n where policies shall
-        act on the prompt's tokens behind the first n as if they had been generated. A single bad prompt raises; in a list its
-        RequestOutput.error is set and the rest finish."""
-        outputs = self._submit(prompts, sampling_params)
-        try:
-            for _ in self._run(outputs):
-                pass
-        finally:
-            self._end(outputs)
-        return outputs
+    def generate(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
+        """One RequestOutput for each prompt. If a single prompt is bad, this raises. If a prompt of a list is bad, its
+        RequestOutput.error says why and the rest finish. fields: of SamplingParams."""
+        many, single = inputs.prompts_of(prompts)
+        return self._whole(many, inputs.params_of(len(many), sampling_params, fields), single)
+
+    def chat(self, messages: Conversation | Seq[Conversation], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
+        """Replies to one conversation or a list of them, by the checkpoint's chat template. Else like `generate`; a prompt
+        {"messages": [...]} gives `generate` and `stream` the same conversation."""
+        many, single = inputs.conversations_of(messages)
+        prompts = [{"messages": one} for one in many]
+        return self._whole(prompts, inputs.params_of(len(many), sampling_params, fields), single)
+
+    def stream(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> Generator[Delta]:
+        """The same as `generate`, piece by piece. Closing the iterator aborts what is not finished."""
+        many, single = inputs.prompts_of(prompts)
+        outputs = self._submit(many, inputs.params_of(len(many), sampling_params, fields), single)
+        deltas = self._deltas(outputs)
+        next(deltas)  # enters its try block, so that an iterator that is never read aborts its requests too
+        return deltas
 
     def edit(
         self,
@@ -271,74 +181,57 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         reuse: str = "pie",
+        **fields: Any,
     ) -> list[RequestOutput]:
-        """Goes on with a text that was changed: what is in the cache of the old text is taken over, the edited part computed.
+        """Continues an edited text. Cached parts of the old text are reused, the edited part is computed.
 
-        text: as given to `generate` before, or what it or `edit` returned (the prompt and its first text); patch: one or several,
-        places in characters of that text, not overlapping. Nothing in the cache: the new text is computed as any other. An
-        edited text's own pages are nobody's, so a chain of edits goes back to the last text that was computed whole. Such a
-        request takes no keep, no codec and no read with data of its own. InvalidInput names a place outside of the text.
+        text: a string given to `generate` before, or what `generate` or `edit` returned (the prompt and its first text). patch:
+        one or several; positions count characters of that text, ranges must not overlap. If nothing is cached, the new text is
+        computed in full. Pages of an edited text are not cached, so a chain of edits goes back to the last text that was
+        computed in full. Such a request takes no keep, no codec and no read with data of its own. InvalidInput names a
+        position outside of the text.
         """
-        if isinstance(text, RequestOutput):
-            if not text.outputs:
-                raise InvalidInput("edit: this output holds no text, its prompt was refused")
-            prompt = self.tokenizer.decode(text.prompt_token_ids) if text.prompt is None else text.prompt
-            before = text.before or text.prompt_token_ids + text.outputs[0].token_ids
-            old = prompt + text.outputs[0].text
-        elif isinstance(text, str):
-            before, old = self._tokens(text), text
-        else:
-            raise InvalidInput(f"edit: text of type {type(text).__name__}: a string or a RequestOutput is needed")
-        if not isinstance(reuse, str) or registry.parse(reuse)[0] not in registry.METHODS["reuse"]:
-            raise registry.unknown("reuse method", str(reuse), registry.METHODS["reuse"])
-        new = _patched(old, [patch] if isinstance(patch, Patch) else list(patch))
-        outputs = self.generate({"prompt_token_ids": self._tokens(new), "before": before, "reuse": reuse}, sampling_params)
+        old, before = self._edited(text)
+        new = inputs.patched(old, patch)
+        prompt = {"prompt_token_ids": self._encode(new, "text"), "before": before, "reuse": reuse}
+        outputs = self._whole([prompt], inputs.params_of(1, sampling_params, fields), single=True)
         for output in outputs:
             output.prompt, output.before = new, before
         return outputs
 
-    def chat(
-        self, messages: Seq[Message] | Seq[Seq[Message]], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> list[RequestOutput]:
-        """Replies to one conversation or a list, by the checkpoint's chat template."""
-        return self.generate(self.chat_prompts(messages), sampling_params)
-
-    def chat_prompts(self, messages: Seq[Message] | Seq[Seq[Message]]) -> list[Prompt] | Prompt:
-        """Conversations as prompts, for generate and stream."""
-        if not messages:
-            raise InvalidInput("messages is empty: at least one message is needed")
-        if isinstance(messages[0], Mapping):
-            return {"prompt_token_ids": self.tokenizer.encode_chat(cast(Seq[Message], messages))}
-        return [{"prompt_token_ids": self.tokenizer.encode_chat(one)} for one in cast(Seq[Seq[Message]], messages)]
-
-    def stream(
-        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None
-    ) -> Generator[Delta]:
-        """The same as `generate`, piece by piece. Closing the iterator aborts what is not finished."""
-        outputs = self._submit(prompts, sampling_params)
-        deltas = self._deltas(outputs)
-        next(deltas)  # into its try: an iterator that is dropped unread aborts too
-        return deltas
-
     def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True) -> list[F64]:
-        """f64[hidden] of each prompt: hidden states behind the final norm, of its last token or the mean of all ("last", "mean"), of
-        length 1 where `normalize`. InvalidInput names a prompt that is refused."""
-        if pooling not in ("last", "mean"):
-            raise InvalidInput(f"pooling = {pooling!r}: last or mean is allowed")
-        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        """f64[hidden] for each prompt: hidden states after the final norm, of its last token ("last") or the mean of all
+        ("mean"); of length 1 if `normalize`. InvalidInput names a prompt that is refused."""
+        if not isinstance(pooling, str) or pooling not in ("last", "mean"):
+            raise InvalidInput(f"pooling = {shown(pooling)}: last or mean is allowed")
+        if not isinstance(normalize, bool):
+            raise InvalidInput(f"normalize = {shown(normalize)}: True or False is allowed")
+        many, single = inputs.prompts_of(prompts)
         params = SamplingParams(temperature=0, max_tokens=1, draft="none")
         outputs: list[RequestOutput] = []
         try:
             for i, prompt in enumerate(many):
                 try:
-                    outputs += self._submit({"prompt_token_ids": self._tokens(prompt), "wants": Wants(pooling=Pooling(pooling))}, params)
+                    pooled = {"prompt_token_ids": self._tokens(inputs.fields_of(prompt)), "wants": Wants(pooling=Pooling(pooling))}
+                    outputs += self._submit([pooled], [params], single=True)
                 except RedraftError as error:
-                    raise type(error)(f"prompts[{i}]: {error}" if len(many) > 1 else str(error)) from None
+                    raise type(error)(str(error) if single or len(many) == 1 else f"prompts[{i}]: {error}") from None
             for _ in self._run(outputs):
                 pass
         finally:
             self._end(outputs)
         return [cast(Request, output.request).embedding(normalize) for output in outputs]
+
+    # ---- requests
+
+    def _whole(self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], single: bool) -> list[RequestOutput]:
+        outputs = self._submit(prompts, params, single)
+        try:
+            for _ in self._run(outputs):
+                pass
+        finally:
+            self._end(outputs)
+        return outputs
 
     def _deltas(self, outputs: list[RequestOutput]) -> Generator[Delta]:
         place = {output.request_id: i for i, output in enumerate(outputs)}
@@ -354,95 +247,117 @@ class LLM:
         finally:
             self._end(outputs)
 
-    def _submit(self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None) -> list[RequestOutput]:
-        single = isinstance(prompts, (str, Mapping))
-        many: list[Prompt] = [cast(Prompt, prompts)] if single else list(cast(Seq[Prompt], prompts))
-        every: list[SamplingParams | None]
-        every = (
-            [sampling_params] * len(many)
-            if sampling_params is None or isinstance(sampling_params, SamplingParams)
-            else list(sampling_params)
-        )
-        if len(every) != len(many):
-            raise InvalidInput(f"{len(many)} prompts but {len(every)} sampling params: give one, or one each")
-        for i, one in enumerate(every):
-            if not isinstance(one, SamplingParams | None):
-                raise InvalidInput(f"sampling_params[{i}] is a {type(one).__name__}: SamplingParams is needed")
+    def _submit(self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], single: bool) -> list[RequestOutput]:
+        """Queues all prompts. In a list, whatever one of them raises becomes its `error`."""
         outputs: list[RequestOutput] = []
-        for prompt, one in zip(many, every, strict=True):
-            output = RequestOutput(str(next(self._numbers)), prompt if isinstance(prompt, str) else None, [])
-            try:
-                chosen = self.params(one)
-                if isinstance(chosen.prediction, str):
-                    chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
-                output.prompt_token_ids = self._tokens(prompt)
-                extra = {name: value for name, value in prompt.items() if name != "prompt_token_ids"} if isinstance(prompt, Mapping) else {}
-                request = Request(output.request_id, output.prompt_token_ids, chosen, **extra)
-                self.engine.add(request)
-                self._inboxes[request.id] = deque()
-                output.request = request
-            except RedraftError as error:
-                if single:
-                    raise
-                output.error = str(error)
-            except BaseException:  # not a prompt's fault: those before it must not stay behind
-                self._end(outputs)
-                raise
-            else:
-                output.seed, output.guarantee = request.params.seed, self.guarantee_of(chosen, request.reuse).label
-                output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
-            outputs.append(output)
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                outputs.append(RequestOutput(str(next(self._numbers)), None, []))
+                try:
+                    self._add(outputs[-1], prompt, one)
+                except Exception as error:
+                    if single:
+                        raise
+                    outputs[-1].error = str(error) if isinstance(error, RedraftError) else f"{type(error).__name__}: {shown(error)}"
+        except BaseException:
+            self._end(outputs)
+            raise
         return outputs
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) if prompt else []
-        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
-            raise InvalidInput(f"prompt of type {type(prompt).__name__}: a string or {{'prompt_token_ids': [...]}} is needed")
-        if unknown := set(prompt) - {"prompt_token_ids", "context", "before", "reuse", "wants"}:
-            raise InvalidInput(f"prompt has an unknown key {min(unknown)!r}: prompt_token_ids, context, before and reuse are allowed")
-        if not isinstance(prompt.get("reuse", ""), str) or not isinstance(prompt.get("before", []), list):
-            raise InvalidInput("prompt: reuse is the name of a way of reuse, before a list of token ids")
-        if not isinstance(prompt.get("wants", Wants()), Wants):
-            raise InvalidInput(f"wants = {prompt['wants']!r}: a Wants is needed; see LLM.embed")
-        if type(prompt.get("context", 0)) is not int:
-            raise InvalidInput(f"context = {prompt['context']!r}: a number of tokens is needed")
-        ids = prompt["prompt_token_ids"]
-        if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-            raise InvalidInput(f"prompt_token_ids of type {type(ids).__name__}: a list of token ids is needed")
-        return [token if isinstance(token, bool) or not isinstance(token, SupportsIndex) else token.__index__() for token in ids]
+    def _add(self, output: RequestOutput, prompt: Prompt, params: SamplingParams | None) -> None:
+        """Queues one prompt and fills `output`, or raises and queues nothing."""
+        output.prompt = prompt if isinstance(prompt, str) else None
+        fields = inputs.fields_of(prompt)
+        output.prompt = fields.get("prompt")
+        chosen = self.params(params)
+        if isinstance(chosen.prediction, str):
+            chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
+        output.prompt_token_ids = self._tokens(fields)
+        options = {name: fields[name] for name in inputs.OPTIONS if name in fields}
+        request = Request(output.request_id, output.prompt_token_ids, chosen, **options)
+        with self._turn():
+            if any(other.has_work for other in self._engines if other is not self.engine):
+                raise Unsupported("a sibling of this LLM has requests under way: siblings share pages and run one at a time")
+            self.engine.add(request)
+            self._inboxes[request.id] = deque()
+        output.request, output.seed = request, request.params.seed
+        output.guarantee = self.guarantee_of(chosen, request.reuse or None).label
+        output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
 
-    def _run(self, outputs: list[RequestOutput]) -> Iterator[Event]:
-        """Steps until all are finished. Others may be under way in the same engine: whoever steps leaves their news in
-        their inboxes."""
+    def _tokens(self, fields: dict[str, Any]) -> list[int]:
+        """The token ids of a prompt; see `inputs.fields_of`. Ids that are given come before text."""
+        if "prompt_token_ids" in fields:
+            return inputs.token_ids(fields["prompt_token_ids"])
+        if "messages" in fields:
+            rendered = self.tokenizer.render(inputs.messages_of(fields["messages"]))
+            return self.tokenizer.encode(inputs.text_of(rendered, "messages"), special=False)
+        return self._encode(fields["prompt"], "prompt")
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        return self.tokenizer.encode(inputs.text_of(text, name)) if text else []
+
+    def _edited(self, text: Any) -> tuple[str, list[int]]:
+        """The text to edit and its token ids."""
+        if isinstance(text, str):
+            return text, self._encode(text, "text")
+        if not isinstance(text, RequestOutput):
+            raise InvalidInput(f"edit: text of type {type(text).__name__}: a string or a RequestOutput is needed")
+        if not text.outputs:
+            raise InvalidInput("edit: this output holds no text, its prompt was refused")
+        prompt = self.tokenizer.decode(text.prompt_token_ids) if text.prompt is None else text.prompt
+        return prompt + text.outputs[0].text, text.before or text.prompt_token_ids + text.outputs[0].token_ids
+
+    # ---- the engine, shared by threads
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The engine is this thread's alone. Ctrl-C waits for the end of the turn."""
+        with InterruptBetween() as interrupt:
+            with self._turns:
+                yield
+            interrupt.check()
+
+    def _run(self, outputs: Iterable[RequestOutput]) -> Iterator[Event]:
+        """Steps the engine until all are finished. A step may find events of other callers; they go to their inboxes."""
         mine = {output.request_id: output for output in outputs if output.error is None}
         while not all(output.finished for output in mine.values()):
-            if not any(self._inboxes[request_id] for request_id in mine):
-                if not self.engine.has_work:
-                    return  # aborted by someone else
-                with InterruptBetween() as interrupt:
-                    for event in self.engine.step():
-                        if event.request.id in self._inboxes:
-                            self._inboxes[event.request.id].append(event)
-                    interrupt.check()
-            for request_id, output in mine.items():
-                while inbox := self._inboxes[request_id]:
-                    event = inbox.popleft()
-                    self._apply(event, output)
-                    yield event
+            with self._turn():
+                news = self._news(mine)
+                aborted = not news and not self.engine.has_work
+            if aborted:
+                return
+            for event in news:
+                if event.error is not None:
+                    raise event.error
+                self._apply(event, mine[event.request.id])
+                yield event
 
-    def _end(self, outputs: list[RequestOutput]) -> None:
-        """Whatever happened, Ctrl-C and a closed iterator too, nothing of these requests stays in the engine."""
+    def _news(self, mine: dict[str, RequestOutput]) -> list[Event]:
+        """Takes what the inboxes of these requests hold. If that is nothing, makes one step first."""
+        inboxes = [self._inboxes[name] for name in mine]
+        if not any(inboxes) and self.engine.has_work:
+            for event in self.engine.step():
+                if event.request.id in self._inboxes:
+                    self._inboxes[event.request.id].append(event)
+        found = [event for inbox in inboxes for event in inbox]
+        for inbox in inboxes:
+            inbox.clear()
+        return found
+
+    def _end(self, outputs: Iterable[RequestOutput]) -> None:
+        """Removes these requests from the engine, whatever ended them: Ctrl-C and a closed iterator too."""
         for output in outputs:
-            self._inboxes.pop(output.request_id, None)
-            if not output.finished:
-                self.engine.abort(output.request_id)
-                for one in output.outputs:
-                    one.finish_reason = one.finish_reason or "abort"
+            ended = output.error is not None or (bool(output.outputs) and output.finished)
+            self._turns.soon(partial(self._forget, output.request_id, abort=not ended))
+            for one in output.outputs:
+                one.finish_reason = one.finish_reason or "abort"
+
+    def _forget(self, request_id: str, *, abort: bool) -> None:
+        self._inboxes.pop(request_id, None)
+        if abort:
+            self.engine.abort(request_id)
 
     def _apply(self, event: Event, output: RequestOutput) -> None:
-        if event.error is not None:
-            raise event.error
         one = output.outputs[event.index]
         one.text += event.text
         one.token_ids += event.tokens
@@ -458,51 +373,3 @@ class LLM:
             output.cache_miss = CacheMiss(at, token, self.tokenizer.decode_all([token]), cached, self.tokenizer.decode_all([cached]), lost)
         if event.request.wants.prompt_logprobs is not None:
             output.prompt_logprobs = event.request.prompt_logprobs
-
-
-def _patched(text: str, patches: list[Patch]) -> str:
-    """The text with all patches applied; places are those of the text before any of them."""
-    parts, at = [], 0
-    for i, patch in enumerate(patches):
-        if not isinstance(patch, Patch) or [type(part) for part in patch] != [int, int, str]:
-            raise InvalidInput(f"patch[{i}] = {patch!r}: a Patch of two places and a text is needed")
-    for start, end, new in sorted(patches):
-        if not at <= start <= end <= len(text):
-            allowed = f"{at} <= start <= end <= {len(text)}"
-            raise InvalidInput(f"patch = ({start}, {end}, ...): outside of the text or over another patch; {allowed} is allowed")
-        parts += [text[at:start], new]
-        at = end
-    return "".join([*parts, text[at:]])
-
-
-def _scheduler(config: EngineConfig, device: torch.device) -> Scheduler:
-    schedule = config.schedule
-    total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
-    asked = "max_seqs" in schedule.model_fields_set
-    max_seqs = schedule.max_seqs if asked else min(schedule.max_seqs, schedule.token_budget)
-    budgets = {"token_budget": schedule.token_budget, "max_seqs": max_seqs, "draft_rows": schedule.draft_rows}
-    return cast(Scheduler, registry.create("sched", schedule.scheduler, draft_total=total, **budgets))
-
-
-def _second(config: EngineConfig, device: torch.device) -> list[ModelSpec]:
-    """The second model's spec, where one is named and whole; what is wrong with it is told when it is loaded."""
-    if config.draft_model is None:
-        return []
-    try:
-        return [loader.inspect(loader.resolve(config.draft_model), config.model.dtype, device).spec]
-    except (CheckpointError, Unsupported):
-        return []
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput(f"device = {name!r}: PyTorch finds no CUDA device here")
-    return device

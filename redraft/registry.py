@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from redraft.errors import InvalidInput, UnknownMethod, did_you_mean
+from redraft.errors import InvalidInput, UnknownMethod, did_you_mean, shown
 
 METHODS: dict[str, dict[str, str]] = {
     "draft": {
@@ -64,6 +64,19 @@ METHODS: dict[str, dict[str, str]] = {
         "fcfs": "redraft.sched.fcfs:FCFS",
         "sarathi": "redraft.sched.sarathi:Sarathi",
     },
+}
+
+# What changes the logits of a token, in the order of application. Processors that find tokens by id come before the filters.
+PROCESSORS: dict[str, str] = {
+    "logit-bias": "redraft.sample.processors.bias:Bias",
+    "bad-words": "redraft.sample.processors.bad_words:BadWords",
+    "min-tokens": "redraft.sample.processors.min_tokens:MinTokens",
+    "penalties": "redraft.sample.processors.penalties:Penalties",
+    "temperature": "redraft.sample.processors.temperature:Temperature",
+    "top-k": "redraft.sample.processors.top_k:TopK",
+    "top-p": "redraft.sample.processors.top_p:TopP",
+    "min-p": "redraft.sample.processors.min_p:MinP",
+    "typical-p": "redraft.sample.processors.typical_p:TypicalP",
 }
 
 BACKENDS: dict[str, str] = {
@@ -142,6 +155,8 @@ def _bare(text: str) -> str:
 def parse(text: str) -> tuple[str, dict[str, str]]:
     """ "name:option=value,option=value" -> (name, {option: value}), values still text. A value that holds commas, such
     as another method with options, stands in parentheses."""
+    if not isinstance(text, str):
+        raise InvalidInput(f"{shown(text)} of type {type(text).__name__}: name:option=value,... is needed")
     name, _, rest = _bare(text.strip()).partition(":")
     given: dict[str, str] = {}
     for item in split(rest, ","):

@@ -142,7 +142,7 @@ def test_what_is_refused_is_named(path: Path) -> None:
     for bad, words in [
         ({"prompt_token_ids": []}, "prompt is empty"),
         ({"prompt_token_ids": [999]}, "not a token id"),
-        (3, "prompt of type int"),
+        (3.5, "prompt of type float"),
     ]:
         with pytest.raises(InvalidInput, match=rf"prompts\[1\]: .*{words}"):
             llm.embed(["a", bad, "b"])  # type: ignore[list-item]

@@ -463,5 +463,5 @@ def test_edits_of_edits_and_several_texts_of_one() -> None:
     ids=str,
 )
 def test_edit_names_what_is_wrong(patch: Any, options: dict[str, Any]) -> None:
-    with pytest.raises((InvalidInput, UnknownMethod), match=r"patch\[0\] = |no reuse method"):
+    with pytest.raises((InvalidInput, UnknownMethod), match=r"patch\[0\] = |patch of type str|no reuse method|^reuse = 3"):
         LLM("embedded").edit("x = 1 + 2\n", patch, **options)

@@ -21,7 +21,7 @@ from redraft.config import EngineConfig, SamplingParams
 if TYPE_CHECKING:
     from redraft.core.taps import Taps
     from redraft.engine.engine import Engine
-    from redraft.llm import Setup
+    from redraft.setup import Setup
 
 CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a part at work, in a line of Engine.step
 
@@ -43,7 +43,7 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     config = engine_config(model, engine)
     params = SamplingParams(**sampling)
     from redraft.engine.engine import Engine
-    from redraft.llm import Setup
+    from redraft.setup import Setup
 
     setup = Setup.of(config)
     params = SamplingParams(**{**setup.checkpoint.defaults, **sampling})

@@ -17,7 +17,8 @@ from redraft.engine.text import Decode, Text
 
 if TYPE_CHECKING:
     from redraft.config import SamplingParams
-    from redraft.llm import LLM, Delta
+    from redraft.llm import LLM
+    from redraft.outputs import Delta
 
 Part = tuple[str, bool]  # a piece of text and whether an accepted draft brought it
 

@@ -56,7 +56,14 @@ class Engine:
         self.max_model_len, self.eos = max_model_len, frozenset(eos)
         self.faults = Faults()
         self.outputs = Outputs(
-            runner, self.faults, eos=self.eos, decode=decode, decode_all=decode_all, limit=self.admission.limit, names=self.drafter.names
+            runner,
+            self.faults,
+            eos=self.eos,
+            decode=decode,
+            decode_all=decode_all,
+            limit=self.admission.limit,
+            finished=sampler.finished,
+            names=self.drafter.names,
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []

@@ -114,7 +114,8 @@ class Output:
 
 
 class Outputs:
-    """The outputs of all live texts. limit: tokens of prompt and output that a sequence may have; names: what the drafter of a sequence
+    """The outputs of all live texts. limit: tokens of prompt and output that a sequence may have; finished: whether
+    a processor ends a text after these new tokens; names: what the drafter of a sequence
     is called, or each of its parts; decode, decode_all, eos: see Engine."""
 
     def __init__(
@@ -126,11 +127,12 @@ class Outputs:
         decode: Decode | None,
         decode_all: Decode | None,
         limit: Callable[[Sequence], int],
+        finished: Callable[[Sequence, Seq[int]], bool],
         names: Callable[[Sequence], Seq[str]],
     ) -> None:
         self.runner, self.door, self.eos = runner, door, eos
         self.decode, self.decode_all = decode, decode_all
-        self.limit, self.names = limit, names
+        self.limit, self.finished, self.names = limit, finished, names
         self._of: dict[int, Output] = {}
 
     def __len__(self) -> int:
@@ -164,6 +166,8 @@ class Outputs:
                     self._of[seq.id].stop = stop = find_stop(text.done, params.stop, before)
                     reason = FinishReason.STOP if stop else None
             if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
+                reason = FinishReason.STOP
+            if new >= params.min_tokens and self.finished(seq, found.tokens[: i + 1]):
                 reason = FinishReason.STOP
             if reason is None and (new == params.max_tokens or seq.prompt_len + new == self.limit(seq)):
                 reason = FinishReason.LENGTH

@@ -6,10 +6,9 @@ Nothing here knows a method's name. Lanes, formats and sync points of a sequence
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from redraft import registry
-from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
 from redraft.core.sequence import NEVER, PLAIN, CachePlan, Lanes, Sequence, Space
@@ -27,13 +26,6 @@ from redraft.ops.format import Format, plain
 
 SEAMS = ("keep", "codec", "read", "depth")
 FORMATS = 256  # of stored pages, which stay as long as the pool
-
-
-def guarantee(params: SamplingParams, reuse: str = "") -> Guarantee:
-    """The weakest of what a request chose."""
-    chosen = [(seam, text) for seam in SEAMS if (text := getattr(params, seam))] + ([("reuse", reuse)] if reuse else [])
-    cards: list[Card] = [cast(Any, registry.method(seam, registry.parse(text)[0])).card for seam, text in chosen]
-    return max((card.guarantee for card in cards), default=Guarantee.SAME_TEXT)
 
 
 class Policies:

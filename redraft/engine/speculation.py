@@ -11,7 +11,6 @@ from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 from redraft import registry
-from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.law import Law
 from redraft.core.plan import Accepted, Budget, StepResult, Work
@@ -32,13 +31,6 @@ class Choice(NamedTuple):
 
     drafter: Guard | None
     verifier: Verifier | None
-
-
-def guarantee(params: SamplingParams, draft: str, verify: str) -> Guarantee:
-    """The weaker of the drafter and the verifier of a request, beside the engine's own `draft` and `verify`."""
-    parts = {"draft": draft if params.draft is None else params.draft, "verify": verify if params.verify is None else params.verify}
-    cards: list[Card] = [registry.method(seam, registry.parse(text)[0]).card for seam, text in parts.items()]  # type: ignore[attr-defined]
-    return max(card.guarantee for card in cards)
 
 
 class Verifiers:

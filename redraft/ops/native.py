@@ -24,7 +24,7 @@ from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I64
-from redraft.core.view import View, Watch
+from redraft.core.view import Watch
 from redraft.errors import Unsupported
 from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.law import TopLogprobs
@@ -25,20 +26,9 @@ from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import I32, TokenTree
 from redraft.errors import RedraftError
 from redraft.ops.backend import Outputs
-from redraft.sample.processors.bad_words import BadWords
-from redraft.sample.processors.bias import Bias
-from redraft.sample.processors.min_p import MinP
-from redraft.sample.processors.min_tokens import MinTokens
-from redraft.sample.processors.penalties import Penalties
-from redraft.sample.processors.processor import F64, I64, Processor, Row, Vocabulary, weigh
-from redraft.sample.processors.temperature import Temperature
-from redraft.sample.processors.top_k import TopK
-from redraft.sample.processors.top_p import TopP
-from redraft.sample.processors.typical_p import TypicalP
+from redraft.sample.processors.processor import F64, I64, Ending, Processor, Row, Vocabulary, weigh
 
-ORDER: tuple[type[Processor], ...] = (Bias, BadWords, MinTokens, Penalties, Temperature, TopK, TopP, MinP, TypicalP)
-
-Chosen = tuple[Processor, ...]  # a request's own processors, in ORDER: its state in seq.state[sampler]
+Chosen = tuple[Processor, ...]  # a request's processors in the registry's order; kept in seq.state[sampler]
 
 
 class NotNumbers(RedraftError):
@@ -55,7 +45,8 @@ BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the 
 class Sampler:
     """vocab: size of the logits; eos: ids that end a text of this model; encode: the token id sequences that spell a
     bad word, None without a tokenizer; drafts: the noise that a drafter which samples must draw with, the verifier's
-    choice (Verifier.drafts); gumbel: the noise of core/noise.py, or a backend's way to the same bits."""
+    choice (Verifier.drafts); gumbel: the noise of core/noise.py, or a backend's way to the same bits; bytes_of: what a
+    token adds to a text, None without a tokenizer."""
 
     def __init__(
         self,
@@ -64,8 +55,10 @@ class Sampler:
         encode: Callable[[str], list[list[int]]] | None = None,
         drafts: Stream = Stream.TARGET,
         gumbel: Callable[[int, I64], F64] = gumbel,
+        bytes_of: Callable[[int], bytes] | None = None,
     ) -> None:
-        self.vocabulary = Vocabulary(vocab, eos, encode)
+        self.processors: tuple[type[Processor], ...] = tuple(map(registry.load, registry.PROCESSORS.values()))
+        self.vocabulary = Vocabulary(vocab, eos, encode, bytes_of)
         self.ids: I64 = np.arange(vocab)
         self.drafts = drafts
         self.gumbel = gumbel
@@ -76,7 +69,7 @@ class Sampler:
 
     def check(self, params: SamplingParams) -> Chosen:
         """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
-        made = (processor.of(params, self.vocabulary) for processor in ORDER)
+        made = (processor.of(params, self.vocabulary) for processor in self.processors)
         return tuple(processor for processor in made if processor is not None)
 
     def begin(self, seq: Sequence) -> Chosen:
@@ -87,6 +80,10 @@ class Sampler:
 
     def end(self, state: Chosen) -> None:
         pass
+
+    def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
+        """Whether a processor of the request ends the text after seq.tokens and `tokens`."""
+        return any(processor.finished(seq, tokens) for processor in seq.state[self] if isinstance(processor, Ending))
 
     def needs(self, work: Seq[Work]) -> Taps:
         """Nothing beyond the argmax while every row is greedy without processors and nobody asks for logprobs."""

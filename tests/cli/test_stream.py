@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from redraft.cli.stream import Colours
 from redraft.engine.output import Stats
 from redraft.engine.text import Text
-from redraft.llm import Delta
+from redraft.outputs import Delta
 
 
 def utf8(ids: list[int]) -> str:

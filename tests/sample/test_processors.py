@@ -11,7 +11,7 @@ from redraft.config import SamplingParams
 from redraft.core.ranking import top
 from redraft.errors import InvalidInput
 from redraft.sample.processors.processor import BUCKETS, Row, largest
-from redraft.sample.sampler import ORDER, Sampler
+from redraft.sample.sampler import Sampler
 from tests.sample import plain
 from tests.sample.toy import begun
 
@@ -110,7 +110,7 @@ def test_nothing_to_do_costs_nothing():
 
 
 def test_order_is_the_documented_one():
-    names = [processor.__name__ for processor in ORDER]
+    names = [processor.__name__ for processor in Sampler(V, EOS).processors]
     assert names == ["Bias", "BadWords", "MinTokens", "Penalties", "Temperature", "TopK", "TopP", "MinP", "TypicalP"]
 
 

@@ -16,12 +16,12 @@ import redraft
 from redraft import LLM, SamplingParams, registry
 from redraft.config import ModelConfig
 from redraft.errors import InvalidInput, OutOfMemory, UnknownMethod, Unsupported
-from redraft.llm import Setup
 from redraft.models import loader, memory
 from redraft.models.companion import companion
 from redraft.ops.backend import Linear, Weights
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.torch_ops import TorchOps
+from redraft.setup import Setup
 from redraft.weights.quant import by_output, by_output_bytes
 from tests.checkpoints import tiny_llama
 from tests.contracts.identity import complete

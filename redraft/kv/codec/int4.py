@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.ops.format import INT4_BLOCKS, PAGE, Array, Arrays
 from redraft.errors import Unsupported
+from redraft.ops.format import INT4_BLOCKS, PAGE, Array, Arrays
 from redraft.options import Options, number
 
 if TYPE_CHECKING:

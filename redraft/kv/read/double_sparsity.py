@@ -197,7 +197,6 @@ class Labels:
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """[K, G, R, n], or [K, 1, R, n] in the layers that read all."""
-        import torch
 
         if index < self.dense:
             return seen[:, None]

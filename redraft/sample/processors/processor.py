@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from redraft.core.sequence import Sequence
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+S = TypeVar("S")
 
 FEW = 256  # so many are sorted rather than spread over buckets
 BUCKETS = 1024
@@ -22,11 +25,13 @@ BUCKETS = 1024
 @dataclass(frozen=True)
 class Vocabulary:
     """`size` ids, of which `eos` end a text. `encode` gives all token id sequences that spell a text (with and without
-    a space in front, say); None without a tokenizer."""
+    a space in front, say); `bytes_of` the bytes that a token adds to a text, which may be a part of a character. Both are
+    None without a tokenizer."""
 
     size: int
     eos: frozenset[int]
     encode: Callable[[str], list[list[int]]] | None = None
+    bytes_of: Callable[[int], bytes] | None = None
 
 
 @dataclass(slots=True)
@@ -50,7 +55,9 @@ class Row:
 
 
 class Processor(Protocol):
-    """Built once for each request that needs it. What it keeps may follow seq.tokens, which only grow; never the draft."""
+    """Built for each request that needs it, again after preemption and for each of n texts. State may follow seq.tokens,
+    which only grow, but never the draft, which may be rejected; `Path` keeps the two apart. A processor that also ends
+    texts derives from `Ending`."""
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:
@@ -60,6 +67,45 @@ class Processor(Protocol):
     def apply(self, row: Row) -> None:
         """Changes row.values in place, or row.keep()s some. Only processors before the first filter index by id."""
         ...
+
+
+class Ending(ABC):
+    """A processor that knows when the text is complete, such as a grammar."""
+
+    @abstractmethod
+    def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
+        """Whether the text ends after seq.tokens and `tokens`, although its last token ends no text. min_tokens comes first."""
+
+
+class Path(Generic[S]):
+    """A state that depends on every token of a row's path: the committed ones, then the drafted ones of its tree node.
+
+    `begin` gives the state after the prompt, `advance` the state after one more token. Neither may change a state, because
+    the nodes of a tree share those of their ancestors. Each node is computed once a step.
+    """
+
+    def __init__(self, begin: Callable[[Sequence], S], advance: Callable[[S, int], S]) -> None:
+        self._begin, self._advance = begin, advance
+        self._upto = -1  # committed tokens in the state at ()
+        self._states: dict[tuple[int, ...], S] = {}  # by drafted tokens
+
+    def at(self, seq: Sequence, drafted: Seq[int]) -> S:
+        """The state after seq.tokens and `drafted`."""
+        if self._upto != len(seq.tokens):
+            self._follow(seq)
+        state = self._states[()]
+        for end in range(1, len(drafted) + 1):
+            node = tuple(drafted[:end])
+            if node not in self._states:
+                self._states[node] = self._advance(state, node[-1])
+            state = self._states[node]
+        return state
+
+    def _follow(self, seq: Sequence) -> None:
+        state = self._begin(seq) if self._upto < 0 else self._states[()]
+        for token in seq.tokens[max(self._upto, seq.prompt_len) :]:
+            state = self._advance(state, token)
+        self._upto, self._states = len(seq.tokens), {(): state}
 
 
 def largest(keys: F64, weights: F64, wanted: float) -> I64:

@@ -1,0 +1,106 @@
+"""What a configuration and a checkpoint's headers determine, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from redraft import registry
+from redraft.config import EngineConfig
+from redraft.draft.drafter import Drafter
+from redraft.errors import CheckpointError, InvalidInput, Unsupported
+from redraft.models import loader, memory
+from redraft.models.spec import ModelSpec
+from redraft.ops import library
+from redraft.ops.backend import Backend
+from redraft.sched.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of an engine and the size of its pool. slabs: pages of the pool."""
+
+    drafter: Drafter
+    scheduler: Scheduler
+    checkpoint: loader.Checkpoint
+    backend: Backend
+    max_model_len: int
+    slabs: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Setup:
+        """Checks the names first, then the checkpoint, then the sizes. UnknownMethod, InvalidInput, CheckpointError, OutOfMemory or
+        Unsupported, one line each."""
+        drafter = registry.create("draft", config.draft)
+        registry.create("verify", config.verify)
+        device = _device(config.model.device)
+        scheduler = scheduler_of(config, device)
+        checkpoint = _checkpoint(config, device)
+        backend = _backend(config, checkpoint, device)
+        max_model_len = config.model.max_model_len or checkpoint.context
+        if max_model_len > checkpoint.context:
+            raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
+        slab_bytes = backend.slab_bytes(checkpoint.spec)
+        free, most = memory.limits(device), scheduler.max_seqs
+        slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)
+        return cls(drafter, scheduler, checkpoint, backend, max_model_len, slabs)
+
+
+def scheduler_of(config: EngineConfig, device: torch.device) -> Scheduler:
+    """The scheduler with the budgets of `config`. Budgets that are not given follow from the device."""
+    schedule = config.schedule
+    total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
+    given = "max_seqs" in schedule.model_fields_set
+    max_seqs = schedule.max_seqs if given else min(schedule.max_seqs, schedule.token_budget)
+    budgets = {"token_budget": schedule.token_budget, "max_seqs": max_seqs, "draft_rows": schedule.draft_rows}
+    return cast(Scheduler, registry.create("sched", schedule.scheduler, draft_total=total, **budgets))
+
+
+def _checkpoint(config: EngineConfig, device: torch.device) -> loader.Checkpoint:
+    """The checkpoint's headers. The draft model's path is checked even if no drafter uses it."""
+    quant = None if config.model.quant is None else registry.create("quant", config.model.quant)
+    chosen = config.model.backend
+    if chosen not in ("auto", *registry.BACKENDS):
+        raise registry.unknown("backend", chosen, ("auto", *registry.BACKENDS))
+    path = loader.resolve(config.model.model)
+    if config.draft_model is not None:
+        loader.resolve(config.draft_model)
+    return loader.inspect(path, "float64" if chosen == "reference" else config.model.dtype, device, quant)
+
+
+def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: torch.device) -> Backend:
+    """The backend that `config` names. "auto" is native if it serves both models, else torch."""
+    chosen = config.model.backend
+    if chosen == "auto":
+        specs = [checkpoint.spec, *_draft_spec(config, device)]
+        chosen = "native" if all(library.serves(checkpoint.dtype, device, spec)[0] == "native" for spec in specs) else "torch"
+    backend: Backend = registry.load(registry.BACKENDS[chosen])(checkpoint.dtype, device)
+    if config.model.threads is not None:
+        backend.use_threads(config.model.threads)
+    return backend
+
+
+def _draft_spec(config: EngineConfig, device: torch.device) -> list[ModelSpec]:
+    """The draft model's spec; empty without a draft model. Errors in its files are raised later, when it is loaded."""
+    if config.draft_model is None:
+        return []
+    try:
+        return [loader.inspect(loader.resolve(config.draft_model), config.model.dtype, device).spec]
+    except (CheckpointError, Unsupported):
+        return []
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(f"device = {name!r}: PyTorch finds no CUDA device here")
+    return device
