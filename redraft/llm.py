@@ -237,8 +237,8 @@ class LLM:
             sampler,
             max_model_len=self.max_model_len,
             eos=self.eos,
-            decode=self.tokenizer.decode,
-            decode_all=self.tokenizer.decode_all,
+            decode=self.tokenizer.decoder,
+            decode_all=self.tokenizer.decoder_all,
             draft=self.config.draft,
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from time import monotonic
 
 import numpy as np
@@ -23,9 +24,10 @@ from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters, Verifiers
-from redraft.engine.text import Decode, Text, find_stop, held_back
+from redraft.engine.text import Reader, Stop
 from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong
 from redraft.models.runner import Runner
+from redraft.models.tokenizer import Decoder
 from redraft.sample.sampler import NotNumbers, Sampler
 from redraft.sched.scheduler import Scheduler
 from redraft.verify.verifier import Verifier
@@ -102,14 +104,13 @@ class Event:
 class Output:
     """What was found for a sequence and how much of it was told. The engine's own; plugins never see it."""
 
-    text: Text
+    reader: Reader | None  # None without a tokenizer
     stats: Stats = field(default_factory=Stats)
     told_tokens: int = 0
-    told_text: int = 0
     drafted: list[bool] = field(default_factory=list)
     logprobs: list[TopLogprobs] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
-    stop: tuple[int, int] | None = None  # where the stop string that ended the text lies in it
+    stop: Stop | None = None  # the stop string that ended the text
 
 
 class Engine:
@@ -125,8 +126,8 @@ class Engine:
         *,
         max_model_len: int,
         eos: Iterable[int] = (),
-        decode: Decode | None = None,
-        decode_all: Decode | None = None,
+        decode: Decoder | None = None,
+        decode_all: Decoder | None = None,
         draft: str | None = None,
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
@@ -222,17 +223,14 @@ class Engine:
         return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
 
     def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
-        params, text, start = seq.params, self.outputs[seq.id].text, self.outputs[seq.id].text.first
-        tail = [*seq.tokens[start:], *found.tokens] if params.stop else []
-        for i, token in enumerate(found.tokens):
+        params, output = seq.params, self.outputs[seq.id]
+        stops = output.reader.search(seq.tokens, found.tokens) if params.stop and output.reader else repeat(None)
+        output.stop = None
+        for i, (token, stop) in enumerate(zip(found.tokens, stops, strict=False)):
             new = seq.generated + i + 1
             reason = None
-            if params.stop:
-                before = len(text.done)
-                text = text.extend(tail[: len(seq.tokens) - start + i + 1], self._decoder(seq), start=start)
-                if new >= params.min_tokens:
-                    self.outputs[seq.id].stop = stop = find_stop(text.done, params.stop, before)
-                    reason = FinishReason.STOP if stop else None
+            if stop is not None and new >= params.min_tokens:
+                output.stop, reason = stop, FinishReason.STOP
             if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
                 reason = FinishReason.STOP
             if reason is None and (new == params.max_tokens or seq.prompt_len + new == self._limit(seq.request)):
@@ -361,19 +359,9 @@ class Engine:
     def _event(self, seq: Sequence, output: Output) -> Event:
         told, ended = output.told_tokens, seq.reason is not None
         text = ""
-        if self.decode is not None:
-            start = output.text.first
-            tail = seq.tokens[start:]
-            for end in range(seq.prompt_len + told + 1 - start, len(tail) + 1):  # one by one, whatever the step's size
-                output.text = output.text.extend(tail[:end], self._decoder(seq), start=start, last=ended and end == len(tail))
-            done, stops = output.text.done, seq.params.stop
-            end = len(done)
-            if output.stop is not None and seq.reason is FinishReason.STOP:
-                end = output.stop[1] if seq.params.include_stop_str_in_output else output.stop[0]
-            elif stops and not ended:
-                end -= held_back(done, stops)
-            text = done[output.told_text : end]
-            output.told_text = max(output.told_text, end)
+        if output.reader is not None:
+            stop = output.stop if seq.reason is FinishReason.STOP else None
+            text = output.reader.take(seq.tokens, ended=ended, stop=stop, include=seq.params.include_stop_str_in_output)
         output.told_tokens = seq.generated
         new = slice(told, seq.generated)
         tokens = seq.tokens[seq.prompt_len + told :]
@@ -500,7 +488,8 @@ class Engine:
         self.drafter.fit(seq)
         request.sequences.append(seq)
         seq.border = self._border(seq)
-        self.outputs[seq.id] = Output(Text.start(seq.prompt_len))
+        reader = None if self.decode is None else Reader(request.prompt, request.params, self.decode, self.decode_all)
+        self.outputs[seq.id] = Output(reader)
         return seq
 
     def _border(self, seq: Sequence) -> int:
@@ -557,11 +546,6 @@ class Engine:
             ends.callback(self.policies.end, seq)
         with suppress(Exception):  # a policy that cannot say raises again where the text runs, and is blamed there
             seq.border = self._border(seq)
-
-    def _decoder(self, seq: Sequence) -> Decode:
-        decode = self.decode if seq.params.skip_special_tokens else self.decode_all
-        assert decode is not None
-        return decode
 
 
 def _priority(seq: Sequence) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,26 @@ from typing import Any
 from redraft.errors import CheckpointError, InvalidInput
 
 Message = Mapping[str, Any]
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how vocabularies with byte fallback spell a byte
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Token ids to text. byte_tokens: ids that stand for one byte each and become text together with their neighbours; skips: says of
+    an id that it has no text, as a special token that is left out; special: the spellings of those."""
+
+    decode: Callable[[list[int]], str]
+    byte_tokens: frozenset[int] = frozenset()
+    skips: Callable[[int], bool] = lambda token: False
+    special: frozenset[str] = frozenset()
+
+    def __call__(self, ids: list[int]) -> str:
+        return self.decode(ids)
+
+    def ends_in_bytes(self, ids: Seq[int]) -> bool:
+        """Whether the last id with a text is a byte token, so that the next one could change the text of these."""
+        return bool(self.byte_tokens) and next((one for one in reversed(ids) if not self.skips(one)), None) in self.byte_tokens
 
 
 class Tokenizer:
@@ -73,6 +94,28 @@ class Tokenizer:
         """With special tokens written out."""
         return self._text(ids, skip=False)
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """`decode` with what reading token by token needs to know."""
+        special = {token: self.hf.convert_ids_to_tokens(token) for token in self.hf.all_special_ids}
+        special |= {token: str(added) for token, added in self.hf.added_tokens_decoder.items() if added.special}
+        return Decoder(self.decode, self._byte_tokens, lambda token: token in special or self._lacks(token), frozenset(special.values()))
+
+    @cached_property
+    def decoder_all(self) -> Decoder:
+        """`decode_all` with what reading token by token needs to know."""
+        return Decoder(self.decode_all, self._byte_tokens, self._lacks)
+
+    def _lacks(self, token: int) -> bool:
+        """Whether the vocabulary has no such id: models may have more ids than their tokenizer."""
+        return self.hf.convert_ids_to_tokens(token) is None
+
+    @cached_property
+    def _byte_tokens(self) -> frozenset[int]:
+        if self._fast is None or '"ByteFallback"' not in json.dumps(json.loads(self._fast.to_str()).get("decoder")):
+            return frozenset()
+        return frozenset(token for piece, token in self.hf.get_vocab().items() if _BYTE.fullmatch(piece))
+
     def _text(self, ids: list[int], *, skip: bool) -> str:
         decoder = self.hf if self._fast is None else self._fast  # the Rust tokenizer itself: ten times quicker
         return str(decoder.decode(ids, skip_special_tokens=skip))
@@ -87,7 +130,7 @@ class Tokenizer:
         if self._byte_level:
             table = _byte_table()
             return bytes(table[letter] for letter in piece) if all(letter in table for letter in piece) else piece.encode()
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        byte = _BYTE.fullmatch(piece)
         return piece.replace("\u2581", " ").encode() if byte is None else bytes.fromhex(byte[1])
 
     @cached_property

@@ -9,6 +9,7 @@ from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.engine import Engine, Event
+from redraft.models.tokenizer import Decoder
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
@@ -37,7 +38,7 @@ def oracle(known: dict[tuple[str, int], Seq[int]]) -> RandomTrees:
 
 
 def telling(drafter: OpenDrafter | str = "none", **options: Any) -> Engine:
-    return engine(drafter, **{"decode": decode, "decode_all": decode, **options})
+    return engine(drafter, **{"decode": Decoder(decode), "decode_all": Decoder(decode), **options})
 
 
 def finish(made: Engine, *requests: Request) -> dict[str, list[Event]]:

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
-from redraft.engine.text import Text, find_stop, held_back
+from redraft.engine.text import Reader, Text, find_stop, held_back
+from redraft.models.tokenizer import Decoder
 from tests.engine.spelling import PIECES, PROMPT, decode, finish, oracle, telling, truth
 
 MARK = "\N{REPLACEMENT CHARACTER}"
+PLAIN = Decoder(decode)
 
 
 @pytest.mark.parametrize("drafted", [False, True])
@@ -33,11 +35,11 @@ ids = st.lists(st.integers(0, len(PIECES) - 1), max_size=30)
 def test_any_grouping_gives_the_same_text(prompt: list[int], new: list[int], sizes: list[int]) -> None:
     # a prompt that ends within a character leaves bytes that belong to no text
     prompt = [*prompt, 0]
-    text, at = Text.start(len(prompt)), 0
+    text, at = Text.start(prompt, PLAIN), 0
     for size in sizes:
         at = min(len(new), at + size)
         before = text.done
-        text = text.extend([*prompt, *new[:at]], decode, last=at == len(new))
+        text = text.extend([*prompt, *new[:at]], PLAIN, last=at == len(new))
         assert text.done.startswith(before)
         if at < len(new):
             assert not text.done[len(before) :].endswith(MARK)
