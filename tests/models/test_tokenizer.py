@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from redraft.errors import InvalidInput
 from redraft.models import loader
 from redraft.models.tokenizer import Tokenizer
 from tests.checkpoints import tiny_llama
-
-TEXTS = [
-    "once upon a time", "def f(x):\n    return x + 1\n", "naïve café, 東京 🎉🎉", "  two  spaces\tand a tab", "é", "\n", "<b>&amp;</b>",
-    "mañana ▁ Ġ 0x0A <0x0A>",
-]  # fmt: skip
-CORPUS = [*TEXTS, "the cat sat on the mat and the dog sat on the log " * 4] * 3
-SHARED = [path for path in sorted(Path("/work/shared/models").glob("*")) if (path / "tokenizer.json").exists()]
-
-
-def save(folder: Path, made: Fast, **config: Any) -> Tokenizer:
-    made.save(str(folder / "tokenizer.json"))
-    raw = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**raw, **config}))
-    return Tokenizer(folder)
-
-
-def byte_level(folder: Path) -> Tokenizer:
-    made = Fast(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(CORPUS, trainer)
-    made.add_tokens(["<tool>", "naïve"])  # which are not spelled in letters that stand for bytes
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return save(folder, made)
-
-
-def sentencepiece(folder: Path) -> Tokenizer:
-    """As Llama 2 has it: spaces are a letter, what is unknown is spelled in bytes, a space is put before the text."""
-    trained = Fast(models.BPE(unk_token="<unk>", byte_fallback=True))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    head = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    trained.train_from_iterator(CORPUS[-1:], trainers.BpeTrainer(vocab_size=340, special_tokens=head, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
-    made = Fast(models.BPE(model["vocab"], [tuple(m) for m in model["merges"]], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
-    )
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return save(folder, made)
+from tests.models.kinds import TEXTS, byte_level, save, sentencepiece
 
 
 def joined(tokenizer: Tokenizer, text: str) -> bytes:
@@ -78,9 +34,8 @@ def test_bytes_of_a_sentencepiece_text(tmp_path: Path, text: str) -> None:
     assert tokenizer.bytes_of(3 + 0x0A) == b"\n" and tokenizer.bytes_of(2) == b"</s>"
 
 
-@pytest.mark.parametrize("folder", ["embedded", *map(str, SHARED)])
-def test_bytes_of_models(folder: str) -> None:
-    tokenizer = Tokenizer(loader.resolve(folder))
+def test_bytes_of_the_embedded_model() -> None:
+    tokenizer = Tokenizer(loader.resolve("embedded"))
     for text in TEXTS:
         ids = tokenizer.encode(text, special=False)
         decoded = tokenizer.decode_all(ids)
