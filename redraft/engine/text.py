@@ -109,9 +109,9 @@ class Reader:
         kept: the tokens may still be dropped."""
         start = min(reading.text.first for reading in self.readings)
         tail, readings = [*tokens[start:], *new], self.readings
-        end = len(tail) - len(new)
-        before = [reading.text.complete(tail[:end], reading.decode, start=start) for reading in readings]
-        for end in range(end + 1, len(tail) + 1):
+        old = len(tail) - len(new)
+        before = [reading.text.complete(tail[:old], reading.decode, start=start) for reading in readings]
+        for end in range(old + 1, len(tail) + 1):
             readings = [_extended(reading, tail[:end], start) for reading in readings]
             now = [reading.text.complete(tail[:end], reading.decode, start=start) for reading in readings]
             yield _first(readings, before, now)
