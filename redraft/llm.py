@@ -22,7 +22,7 @@ from redraft.engine import policies, speculation
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
-from redraft.models import loader, memory
+from redraft.models import generation, loader, memory
 from redraft.models.runner import Runner
 from redraft.models.spec import ModelSpec
 from redraft.models.tokenizer import Message, Tokenizer
@@ -175,7 +175,7 @@ class LLM:
         checkpoint = setup.checkpoint
         self.max_model_len = setup.max_model_len
         self.tokenizer = Tokenizer(checkpoint.path)
-        self.defaults = checkpoint.defaults
+        self.defaults = checkpoint.defaults if config.model.generation_config == "auto" else {}
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
         weights = loader.read(checkpoint, setup.backend.device, setup.backend.pack)
@@ -247,7 +247,7 @@ class LLM:
     def params(self, params: SamplingParams | None = None) -> SamplingParams:
         """The given fields over those that the checkpoint's generation_config.json sets."""
         given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
-        return SamplingParams(**{**self.defaults, **given})
+        return SamplingParams(**generation.over(self.defaults, given))
 
     def generate(
         self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None

@@ -107,6 +107,7 @@ def decoder(
         tied=config.tie_word_embeddings,
         source=place,
         family=family,
+        prefix="model.",
     )
 
 

@@ -19,8 +19,8 @@ from redraft import SamplingParams, registry
 from redraft.core.sequence import Request
 from redraft.engine.engine import Engine
 from redraft.models.runner import Runner
-from redraft.models.tokenizer import Decoder
 from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.models.tokenizer import Decoder
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 from redraft.sample.sampler import Sampler
 from tests.contracts.drafters import RandomTrees

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from redraft.cli.stream import Colours
 from redraft.engine.engine import Stats
 from redraft.engine.text import Text
-from redraft.models.tokenizer import Decoder
 from redraft.llm import Delta
+from redraft.models.tokenizer import Decoder
 
 
 def utf8(ids: list[int]) -> str:

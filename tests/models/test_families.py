@@ -69,7 +69,7 @@ def test_gpt2() -> None:
     assert (layer.norm.kind, layer.qkv_bias, layer.out_bias) == ("layer", True, True)
     assert layer.mlp == Mlp(96, "gelu_tanh", gated=False, bias=True)
     place = model.source("layers.1.qkv.weight")
-    assert place.transposed and place.otherwise is not None and place.otherwise.names == ("h.1.attn.c_attn.weight",)
+    assert place.transposed and place.names == ("transformer.h.1.attn.c_attn.weight",) and model.prefix == "transformer."
     assert not model.source("layers.1.qkv.bias").transposed
 
 

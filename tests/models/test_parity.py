@@ -69,7 +69,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
     path = folder / name
     if not path.exists():
         tiny.save(name, path)
-    spec, weights = loader.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
+    spec, weights = tiny.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(BACKENDS[backend]), slabs=4)
     for rows in (len(PROMPT), 7, 1):
         close(logits(runner, rows), expected(name))
@@ -78,7 +78,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
 def test_the_bound_sees_a_wrong_window(folder: Path) -> None:
     """The must-fail control: one key too many in the window is far outside of the bound."""
     path = tiny.save("mistral", folder / "wrong", sliding_window=12)
-    spec, weights = loader.load(path, dtype="float32")
+    spec, weights = tiny.load(path, dtype="float32")
     runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), slabs=4)
     with pytest.raises(AssertionError):
         close(logits(runner, 7), expected("mistral"))
