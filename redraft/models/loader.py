@@ -187,8 +187,8 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
         out = torch.empty(shapes[name], dtype=checkpoint.dtype, device=device)
         source = checkpoint.sources[name]
         for part, target in _parts(source, out):
-            stored = checkpoint.tensors.read(part, source.place[0] if source.place else None)
-            target.copy_(stored.T if source.transposed else stored)
+            found = checkpoint.tensors.read(part, source.place[0] if source.place else None)
+            target.copy_(found.T if source.transposed else found)
         return out
 
     # biases and norms come first: what a matrix is packed with is there when it is read

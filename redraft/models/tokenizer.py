@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -67,17 +69,24 @@ class Tokenizer:
         return [first] if first is not None and list(self.hf("a")["input_ids"])[:1] == [first] else []
 
     def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
-        """A conversation as text, by the checkpoint's template or by `template`; variables: what else it shall see, or an argument of
-        transformers' apply_chat_template such as continue_final_message."""
+        """A conversation as text, by the checkpoint's template or by `template`. variables: what else the template sees, or an argument
+        of transformers' apply_chat_template such as continue_final_message.
+
+        A message has a role and a content. Its other fields count as not given where they are None or empty. The role developer becomes
+        system where the template does not know it. Tool calls and tool results go to the template as transformers documents them, so
+        arguments are objects. InvalidInput names the message that is malformed or that the template does not know.
+        """
         if not (template or self.hf.chat_template):
             raise InvalidInput("this checkpoint has no chat template: give plain prompts, or a template of your own")
-        for i, message in enumerate(messages):
-            if not {"role", "content"} <= set(message):
-                raise InvalidInput(f"messages[{i}] has {', '.join(message) or 'nothing'}: role and content are needed")
+        try:
+            source = str(self.hf.get_chat_template(template, variables.get("tools")))
+        except ValueError as error:  # several templates, none of them the default
+            raise InvalidInput(f"chat template: {error}") from None
+        prepared = [_message(i, message, source) for i, message in enumerate(messages)]
         try:
             return str(
                 self.hf.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
+                    prepared, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
                 )
             )
         except Exception as error:  # jinja's, or what a template raises itself
@@ -147,6 +156,54 @@ class Tokenizer:
         """The ids of a word at the start of a text and after a space, to ban both."""
         found = [self.encode(text, special=False) for text in (word, " " + word.lstrip())]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
+
+
+def _message(i: int, message: Message, template: str) -> dict[str, Any]:
+    """A message as the template wants it. Templates do not say what they know, so their source is searched."""
+    if not isinstance(message, Mapping):
+        raise InvalidInput(f"messages[{i}] is a {type(message).__name__}: an object with role and content is needed")
+    found = {name: value for name, value in message.items() if name == "content" or value not in (None, [], {}, "")}
+    calls = found.get("tool_calls")
+    if calls and found.get("content") is None:
+        found["content"] = ""
+    if not {"role", "content"} <= set(found):
+        raise InvalidInput(f"messages[{i}] has {', '.join(found) or 'nothing'}: role and content are needed")
+    if found["content"] is None:
+        raise InvalidInput(f"messages[{i}].content = None: only an assistant message with tool_calls has no content")
+    if found["role"] == "developer" and not _knows(template, "developer"):
+        found["role"] = "system"
+    if found["role"] == "tool" and not _knows(template, "tool"):
+        raise InvalidInput(f"messages[{i}].role = 'tool': the chat template does not know tool results")
+    if calls:
+        if "tool_calls" not in _without_comments(template):
+            raise InvalidInput(f"messages[{i}].tool_calls: the chat template does not know tool calls")
+        found["tool_calls"] = _tool_calls(f"messages[{i}].tool_calls", calls)
+    return found
+
+
+def _knows(template: str, role: str) -> bool:
+    return re.search(f"[\"']{role}[\"']", _without_comments(template)) is not None
+
+
+def _without_comments(template: str) -> str:
+    return re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+
+
+def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
+    """With arguments as objects, which templates expect; OpenAI's API has them as JSON text."""
+    found = []
+    for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidInput(f"{place}[{i}] = {reprlib.repr(call)}: an object with function.name and function.arguments is needed")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        if not isinstance(arguments, Mapping):
+            raise InvalidInput(f"{place}[{i}].function.arguments = {reprlib.repr(arguments)}: a JSON object is needed")
+        found.append({**call, "function": {**function, "arguments": dict(arguments)}})
+    return found
 
 
 @cache

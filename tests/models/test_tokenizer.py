@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Fast
@@ -86,3 +87,72 @@ def test_what_a_template_refuses(tmp_path: Path) -> None:
         tokenizer.render([{"role": "user", "content": "hi"}], template="{{ raise_exception('no') }}")
     with pytest.raises(InvalidInput, match="refuses them"):
         tokenizer.render([{"role": "user", "content": "hi"}], template="{% for %}")
+
+
+TOOLS = """{# developer #}{% for m in messages %}{% if m.role == 'tool' %}<result>{{ m.content }}</result>{% else %}
+{%- set said = m.content %}[{{ m.role }}]{{ said }}
+{%- for call in m.tool_calls %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>{% endfor %}
+{%- if 'tool_calls' in m %}!{% endif %}{% if 'refusal' in m or 'annotations' in m %}?{% endif %}{% endif %}{% endfor %}"""
+CALL = {"id": "call_1", "type": "function", "function": {"name": "thermometer", "arguments": '{"unit": "C"}'}}
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(tiny_llama(tmp_path))
+
+
+def test_tool_calls_and_results_reach_a_template_that_knows_them(chat: Tokenizer) -> None:
+    said = [
+        {"role": "user", "content": "warm?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "21"},
+    ]
+    expected = '[user]warm?[assistant]<call>thermometer {"unit": "C"}</call>!<result>21</result>'
+    assert chat.render(said, template=TOOLS) == expected
+    said[1] = {"role": "assistant", "tool_calls": [{"function": {"name": "thermometer", "arguments": {"unit": "C"}}}]}
+    assert chat.render(said, template=TOOLS) == expected
+    said[1]["tool_calls"] = [{"function": {"name": "thermometer", "arguments": ""}}]
+    assert "<call>thermometer {}</call>" in chat.render(said, template=TOOLS)
+
+
+def test_a_template_that_does_not_know_tools(chat: Tokenizer) -> None:
+    """Its own writes any role as it is, and no calls: a model would be told nonsense."""
+    said = [{"role": "user", "content": "warm?"}, {"role": "tool", "content": "21"}]
+    with pytest.raises(InvalidInput, match=r"messages\[1\].role = 'tool': the chat template does not know tool results"):
+        chat.render(said)
+    with pytest.raises(InvalidInput, match="does not know tool results"):
+        chat.render(said, template="{# 'tool' #}{{ messages[0].content }}")
+    with pytest.raises(InvalidInput, match=r"messages\[0\].tool_calls: the chat template does not know tool calls"):
+        chat.render([{"role": "assistant", "content": "", "tool_calls": [CALL]}])
+
+
+def test_neutral_fields_of_a_message_count_as_not_given(chat: Tokenizer) -> None:
+    said = [{"role": "assistant", "content": "hi", "tool_calls": [], "annotations": [], "refusal": None, "name": ""}]
+    assert chat.render(said, template=TOOLS) == "[assistant]hi"
+    assert chat.encode_chat(said) == chat.encode_chat([{"role": "assistant", "content": "hi"}])
+    assert said[0]["tool_calls"] == [], "the caller's message is left alone"
+
+
+def test_the_developer_role(chat: Tokenizer) -> None:
+    said = [{"role": "developer", "content": "Be terse."}]
+    assert chat.render(said) == "[system] Be terse.\n[assistant]"
+    assert chat.render(said, template=TOOLS) == "[system]Be terse."
+    knows = "{% for m in messages %}{% if m['role'] == \"developer\" %}<{{ m['role'] }}>{% endif %}{% endfor %}"
+    assert chat.render(said, template=knows) == "<developer>"
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("hi", r"messages\[0\] is a str"),
+        ({"role": "user", "content": None}, r"messages\[0\].content = None"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, r"messages\[0\].tool_calls\[0\] = .*function.name"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, r"arguments = '\{': a JSON object"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, r"arguments = \[1\]: a JSON object"),
+        ({"role": "assistant", "tool_calls": "f"}, r"tool_calls\[0\] = 'f'"),
+    ],
+)
+def test_messages_that_are_malformed(chat: Tokenizer, message: Any, named: str) -> None:
+    with pytest.raises(InvalidInput, match=named) as caught:
+        chat.render([message], template=TOOLS)
+    assert "\n" not in str(caught.value)
