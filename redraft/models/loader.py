@@ -150,9 +150,12 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
-    """Saved from the class without a head, as GPT-2 and embedding models are, tensors lack the family's prefix."""
-    if any(name.startswith(spec.prefix) for name in tensors.tensors) or _bare(spec, spec.source("embed")).names[0] not in tensors.tensors:
+    """Tensors lack the family's prefix where the class without a head was saved, as for GPT-2 and embedding models."""
+    if any(name.startswith(spec.prefix) for name in tensors.tensors):
         return spec
+    body = (name for name in spec.shapes() if name != "head")
+    if not any(_bare(spec, spec.source(name)).names[0] in tensors.tensors for name in body):
+        return spec  # what is missing is named in full
     return replace(spec, source=lambda name: _bare(spec, spec.source(name)))
 
 
@@ -201,8 +204,8 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
         else:
             tensors[name] = filled(name)
     if checkpoint.spec.tied and "lm_head.weight" in checkpoint.tensors.tensors:
-        head = checkpoint.tensors.read("lm_head.weight")
-        if not torch.equal(head.to(tensors["embed"]), tensors["embed"]):
+        saved = checkpoint.tensors.read("lm_head.weight")
+        if not torch.equal(saved.to(tensors["embed"]), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, yet tie_word_embeddings is true")
     if checkpoint.spec.tied:
         stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
