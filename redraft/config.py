@@ -146,6 +146,9 @@ class ModelConfig(Settings):
         "auto", description="native (compiled, CPU), torch or reference (float64, the definition); auto: native where it can, else torch"
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto", description="auto: the checkpoint's generation_config.json sets defaults of sampling; none: only where a text ends"
+    )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads, of all engines of the process; None: as many as this process may use"
     )

@@ -294,7 +294,7 @@ def generate(llm: LLM, group: Group) -> Run:
     the next turn says is put together with the clock stopped."""
     dialogues = [Dialogue(prompt, llm.tokenizer) for prompt in group.prompts]
     run = Run([[] for _ in dialogues])
-    runners = [llm.runner, *llm.runner.companions.values()]
+    runners = [llm.runner, *llm.runner.draft_models.values()]
     for runner in runners:
         runner.table.reset_peak()
     while active := [i for i, dialogue in enumerate(dialogues) if dialogue.open]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from redraft.engine.text import Decode, Text
+from redraft.engine.text import Text
+from redraft.models.tokenizer import Decoder
 
 if TYPE_CHECKING:
     from redraft.config import SamplingParams
@@ -30,9 +31,9 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 class Colours:
     """Which characters of one text came from accepted drafts. A character of several tokens belongs to its last one."""
 
-    def __init__(self, prompt: list[int], decode: Decode) -> None:
+    def __init__(self, prompt: list[int], decode: Decoder) -> None:
         self.decode = decode
-        self._tokens, self._text = list(prompt), Text.start(len(prompt))
+        self._tokens, self._text = list(prompt), Text.start(prompt, decode)
         self._ends: list[tuple[int, bool]] = []  # where the text of each token ends, of tokens not wholly shown
         self._shown = 0
 
@@ -106,7 +107,7 @@ def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
     """Generates and writes the texts for one prompt, the first as it comes and each further one behind it. Ctrl-C ends
     it between two steps: `interrupted`."""
     screen, shown, n = Screen(), Shown(), params.n
-    decode = llm.tokenizer.decode if params.skip_special_tokens else llm.tokenizer.decode_all
+    decode = llm.tokenizer.decoder if params.skip_special_tokens else llm.tokenizer.decoder_all
     colours = [Colours(prompt, decode) for _ in range(n)]
     held: dict[int, list[Part]] = defaultdict(list)
     ended: set[int] = set()

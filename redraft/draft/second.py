@@ -245,9 +245,9 @@ class SecondModel(Drawing):
     model: str | None = field(default=None, kw_only=True)
 
     def open(self, runner: Any, sampler: Any) -> Grower:
-        from redraft.models.companion import companion  # loads torch, which `redraft methods` does without
+        from redraft.models.draft_model import load_draft_model  # loads torch, which `redraft methods` does without
 
-        return Grower(self, companion(runner, self.model), sampler)
+        return Grower(self, load_draft_model(runner, self.model), sampler)
 
 
 class Leveller(Stateless):

@@ -21,8 +21,8 @@ from redraft.engine.opened import Opened
 from redraft.engine.output import Event, Outputs
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters, Verifiers
-from redraft.engine.text import Decode
 from redraft.models.runner import Runner
+from redraft.models.tokenizer import Decoder
 from redraft.sample.sampler import NotNumbers, Sampler
 from redraft.sched.scheduler import Scheduler
 from redraft.verify.verifier import Verifier
@@ -41,8 +41,8 @@ class Engine:
         *,
         max_model_len: int,
         eos: Iterable[int] = (),
-        decode: Decode | None = None,
-        decode_all: Decode | None = None,
+        decode: Decoder | None = None,
+        decode_all: Decoder | None = None,
         draft: str | None = None,
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:

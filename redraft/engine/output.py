@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from redraft.core.sequence import FinishReason, Pooling, Request, Sequence
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import TokenTree
 from redraft.engine.faults import Door
-from redraft.engine.text import Decode, Text, find_stop, held_back
+from redraft.engine.text import Reader, Stop
 from redraft.models.runner import Runner
+from redraft.models.tokenizer import Decoder
 from redraft.sample.sampler import NotNumbers
 
 
@@ -103,14 +105,13 @@ def checked(events: list[Event]) -> list[Event]:
 class Output:
     """What was found for a sequence and how much of it was reported. The engine's own; plugins never see it."""
 
-    text: Text
+    reader: Reader | None  # None without a tokenizer
     stats: Stats = field(default_factory=Stats)
     reported_tokens: int = 0
-    reported_text: int = 0
     drafted: list[bool] = field(default_factory=list)
     logprobs: list[TopLogprobs] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
-    stop: tuple[int, int] | None = None  # where the stop string that ended the text lies in it
+    stop: Stop | None = None  # the stop string that ended the text
 
 
 class Outputs:
@@ -124,8 +125,8 @@ class Outputs:
         door: Door,
         *,
         eos: frozenset[int],
-        decode: Decode | None,
-        decode_all: Decode | None,
+        decode: Decoder | None,
+        decode_all: Decoder | None,
         limit: Callable[[Sequence], int],
         finished: Callable[[Sequence, Seq[int]], bool],
         names: Callable[[Sequence], Seq[str]],
@@ -142,7 +143,7 @@ class Outputs:
         return iter(self._of.values())
 
     def open(self, seq: Sequence) -> None:
-        self._of[seq.id] = Output(Text.start(seq.prompt_len))
+        self._of[seq.id] = Output(None if self.decode is None else Reader(seq.request.prompt, seq.params, self.decode, self.decode_all))
 
     def close(self, seq: Sequence) -> None:
         del self._of[seq.id]
@@ -154,17 +155,14 @@ class Outputs:
         return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
 
     def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
-        params, text, start = seq.params, self._of[seq.id].text, self._of[seq.id].text.first
-        tail = [*seq.tokens[start:], *found.tokens] if params.stop else []
-        for i, token in enumerate(found.tokens):
+        params, output = seq.params, self._of[seq.id]
+        stops = output.reader.search(seq.tokens, found.tokens) if params.stop and output.reader else repeat(None)
+        output.stop = None
+        for i, (token, stop) in enumerate(zip(found.tokens, stops, strict=False)):
             new = seq.generated + i + 1
             reason = None
-            if params.stop:
-                before = len(text.done)
-                text = text.extend(tail[: len(seq.tokens) - start + i + 1], self._decoder(seq), start=start)
-                if new >= params.min_tokens:
-                    self._of[seq.id].stop = stop = find_stop(text.done, params.stop, before)
-                    reason = FinishReason.STOP if stop else None
+            if stop is not None and new >= params.min_tokens:
+                output.stop, reason = stop, FinishReason.STOP
             if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
                 reason = FinishReason.STOP
             if new >= params.min_tokens and self.finished(seq, found.tokens[: i + 1]):
@@ -254,29 +252,14 @@ class Outputs:
     def _event(self, seq: Sequence, output: Output) -> Event:
         reported, ended = output.reported_tokens, seq.reason is not None
         text = ""
-        if self.decode is not None:
-            start = output.text.first
-            tail = seq.tokens[start:]
-            for end in range(seq.prompt_len + reported + 1 - start, len(tail) + 1):  # one by one, whatever the step's size
-                output.text = output.text.extend(tail[:end], self._decoder(seq), start=start, last=ended and end == len(tail))
-            done, stops = output.text.done, seq.params.stop
-            end = len(done)
-            if output.stop is not None and seq.reason is FinishReason.STOP:
-                end = output.stop[1] if seq.params.include_stop_str_in_output else output.stop[0]
-            elif stops and not ended:
-                end -= held_back(done, stops)
-            text = done[output.reported_text : end]
-            output.reported_text = max(output.reported_text, end)
+        if output.reader is not None:
+            stop = output.stop if seq.reason is FinishReason.STOP else None
+            text = output.reader.take(seq.tokens, ended=ended, stop=stop, include=seq.params.include_stop_str_in_output)
         output.reported_tokens = seq.generated
         new = slice(reported, seq.generated)
         tokens = seq.tokens[seq.prompt_len + reported :]
         rest = output.drafted[new], output.logprobs[new], seq.reason, output.stats, output.provenance[new]
         return Event(seq.request, seq.index, tokens, text, *rest)
-
-    def _decoder(self, seq: Sequence) -> Decode:
-        decode = self.decode if seq.params.skip_special_tokens else self.decode_all
-        assert decode is not None
-        return decode
 
 
 def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) -> list[Provenance]:

@@ -3,7 +3,6 @@ Learners, 2019."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from redraft.errors import CheckpointError, Unsupported
@@ -50,6 +49,7 @@ def spec(config: PretrainedConfig) -> ModelSpec:
         source=_source,
         learned_positions=config.n_positions,
         family="gpt2",
+        prefix="transformer.",
     )
 
 
@@ -57,10 +57,7 @@ def _source(name: str) -> Source:
     if name == "head":
         return Source(("lm_head.weight",))
     if name in _TOP:
-        bare = Source((_TOP[name],))
-    else:
-        _, layer, part, kind = name.split(".")
-        dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D keeps [in, out]
-        bare = Source((f"h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)
-    # saved from GPT2LMHeadModel the names have a prefix, saved from GPT2Model (as the hub's gpt2 is) they have none
-    return replace(bare, names=(f"transformer.{bare.names[0]}",), otherwise=bare)
+        return Source((f"transformer.{_TOP[name]}",))
+    _, layer, part, kind = name.split(".")
+    dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D keeps [in, out]
+    return Source((f"transformer.h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from redraft.errors import CheckpointError, Unsupported
-from redraft.models.rotary import rotary
+from redraft.models.rotary import context, rotary
 from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Source
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def decoder(
     return ModelSpec(
         vocab=config.vocab_size,
         hidden=config.hidden_size,
-        context=config.max_position_embeddings,
+        context=context(config),
         layers=tuple(
             LayerSpec(
                 heads=heads,
@@ -107,6 +107,7 @@ def decoder(
         tied=config.tie_word_embeddings,
         source=place,
         family=family,
+        prefix="model.",
     )
 
 

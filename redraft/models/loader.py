@@ -1,24 +1,23 @@
-"""A checkpoint folder -> ModelSpec and Weights. Reads JSON and safetensors only: nothing from a checkpoint is executed."""
+"""A checkpoint folder -> ModelSpec and Weights."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redraft import registry
-from redraft.config import SamplingParams
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
+from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
+from redraft.models.generation import read_defaults, read_eos
 from redraft.models.spec import Experts, Mlp, ModelSpec, Source
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
 from redraft.ops.quantized import Quantized
@@ -34,31 +33,19 @@ _EMBEDDED = {"embedded": "target", "embedded-draft": "draft"}
 
 Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DOWNLOADED = ["model*.safetensors", _INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
+_DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(bias|masked_bias)$")  # buffers that old versions saved
 _LINEAR = re.compile(r"(?P<base>(?P<layer>layers\.\d+)\.(?:experts\.\d+\.)?(?P<part>qkv|out|up|down|router))\.weight|head")
-_BEHIND = {"qkv": "attn_norm", "up": "mlp_norm"}  # whose inputs a norm makes
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-
-class Entry(NamedTuple):
-    """One tensor of a checkpoint, as its file's header tells it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+_NORMS = {"qkv": "attn_norm", "up": "mlp_norm"}  # the norm that makes a matrix's inputs
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What headers and JSON files tell, before anything large is read.
+    """What headers and JSON files say, before anything large is read.
 
     weight_bytes: of all weights in `dtype`, at most where `quant` stores them otherwise; eos_ids: the tokens that end a text;
-    defaults: fields of SamplingParams that generation_config.json sets; sources: canonical name -> where it lies;
-    entries: the tensors of the files.
+    sources: canonical name -> where it lies among the tensors.
     """
 
     path: Path
@@ -66,14 +53,18 @@ class Checkpoint:
     dtype: torch.dtype
     weight_bytes: int
     eos_ids: tuple[int, ...]
-    defaults: dict[str, Any]
     sources: dict[str, Source] = field(repr=False)
-    entries: dict[str, Entry] = field(repr=False)
+    tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
 
     @property
     def context(self) -> int:
         return self.spec.context
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Fields of SamplingParams that generation_config.json sets; see `read_defaults`."""
+        return read_defaults(self.path, self.eos_ids, self.spec.vocab)
 
 
 def resolve(model: str) -> Path:
@@ -97,7 +88,7 @@ def resolve(model: str) -> Path:
         # top-level files only: repositories also keep originals and exports of other runtimes in folders
         found = snapshot_download(hub["repo"], revision=hub["revision"], allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"])
     except Exception as error:  # the hub's client lets errors of three libraries through
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {_first_line(error)}") from None
+        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {first_line(error)}") from None
     return Path(found)
 
 
@@ -105,14 +96,13 @@ def read_config(path: Path) -> PretrainedConfig:
     """config.json with its family's defaults filled in. CheckpointError or Unsupported names what is wrong with it."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
+    refuse_adapter(path)
     file = path / "config.json"
     if not file.exists():
-        if (path / "adapter_config.json").exists():
-            raise Unsupported(f"{path}: a LoRA/PEFT adapter (adapter_config.json); merge it into its base model first")
         if any(path.glob("*.gguf")):
             raise Unsupported(f"{path}: holds GGUF weights, which are not read; use a folder with safetensors weights")
         raise CheckpointError(f"{path}: no config.json")
-    raw = _json(file)
+    raw = read_json(file)
     quantized = raw.get("quantization_config") or raw.get("compression_config")
     if quantized:
         method = quantized.get("quant_method", "bitsandbytes") if isinstance(quantized, dict) else quantized
@@ -124,7 +114,7 @@ def read_config(path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a family's own checks raise
-        raise CheckpointError(f"{file}: {_first_line(error)}") from None
+        raise CheckpointError(f"{file}: {first_line(error)}") from None
     return config
 
 
@@ -147,15 +137,31 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     except (CheckpointError, Unsupported) as error:
         raise type(error)(f"{path / 'config.json'}: {error}") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field missing or out of all range
-        raise CheckpointError(f"{path / 'config.json'}: {_first_line(error)}") from None
+        raise CheckpointError(f"{path / 'config.json'}: {first_line(error)}") from None
     if config.model_type != spec.family:
         raise CheckpointError(f"{path / 'config.json'}: model_type {config.model_type!r} is not that of {config.architectures}")
-    entries = _entries(path)
-    sources = {name: _check(path, entries, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
-    _check_nothing_left(path, spec, sources, entries)
-    chosen = _dtype(config, dtype, torch.device(device), entries[sources["embed"].names[0]])
-    eos_ids, defaults = _generation(path, config)
-    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, defaults, sources, entries, quant)
+    tensors = Safetensors(path)
+    spec = _without_prefix(spec, tensors)
+    sources = {name: _check(path, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
+    _check_nothing_left(spec, sources, tensors)
+    chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
+    eos_ids = read_eos(path, config.eos_token_id, spec.vocab)
+    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant)
+
+
+def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
+    """Tensors lack the family's prefix where the class without a head was saved, as for GPT-2 and embedding models."""
+    if any(name.startswith(spec.prefix) for name in tensors.tensors):
+        return spec
+    body = (name for name in spec.shapes() if name != "head")
+    if not any(_bare(spec, spec.source(name)).names[0] in tensors.tensors for name in body):
+        return spec  # what is missing is named in full
+    return replace(spec, source=lambda name: _bare(spec, spec.source(name)))
+
+
+def _bare(spec: ModelSpec, source: Source) -> Source:
+    names = tuple(name.removeprefix(spec.prefix) for name in source.names)
+    return replace(source, names=names, otherwise=source.otherwise and _bare(spec, source.otherwise))
 
 
 def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
@@ -172,31 +178,20 @@ def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
     return size
 
 
-def load(path: Path, device: torch.device | str = "cpu", dtype: str = "auto") -> tuple[ModelSpec, Weights]:
-    """Inspects and reads a checkpoint. Memory is not checked here: see memory.pool_slabs."""
-    checkpoint = inspect(path, dtype, device)
-    return checkpoint.spec, read(checkpoint, device)
-
-
 def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack = lambda weights, gated: weights) -> Weights:
     """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files. The checkpoint's `quant`
     and then `pack` (Backend.pack) give a linear weight its final form before the next one is read, so that at no time more than
     one weight is held twice."""
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearWeights] = {}
-    files = {file: _open(file) for file in sorted({entry.file for entry in checkpoint.entries.values()})}
     shapes = checkpoint.spec.shapes()
 
     def filled(name: str) -> Tensor:
         out = torch.empty(shapes[name], dtype=checkpoint.dtype, device=device)
         source = checkpoint.sources[name]
         for part, target in _parts(source, out):
-            entry = checkpoint.entries[part]
-            try:
-                stored: Tensor = files[entry.file].get_slice(part)[source.place[0]] if source.place else files[entry.file].get_tensor(part)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{entry.file}: {part}: {_first_line(error)}") from None
-            target.copy_(stored.T if source.transposed else stored)
+            found = checkpoint.tensors.read(part, source.place[0] if source.place else None)
+            target.copy_(found.T if source.transposed else found)
         return out
 
     # biases and norms come first: what a matrix is packed with is there when it is read
@@ -208,9 +203,9 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
             del stored
         else:
             tensors[name] = filled(name)
-    if checkpoint.spec.tied and "lm_head.weight" in checkpoint.entries:
-        head = files[checkpoint.entries["lm_head.weight"].file].get_tensor("lm_head.weight")
-        if not torch.equal(head.to(tensors["embed"]), tensors["embed"]):
+    if checkpoint.spec.tied and "lm_head.weight" in checkpoint.tensors.tensors:
+        saved = checkpoint.tensors.read("lm_head.weight")
+        if not torch.equal(saved.to(tensors["embed"]), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, yet tie_word_embeddings is true")
     if checkpoint.spec.tied:
         stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
@@ -230,7 +225,7 @@ def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linea
     part = linear["part"] if linear else None
     if checkpoint.quant is None or part == "router":
         return weights
-    norm = f"{linear['layer']}.{_BEHIND[part]}" if linear and part in _BEHIND else None if part else "final_norm"
+    norm = f"{linear['layer']}.{_NORMS[part]}" if linear and part in _NORMS else None if part else "final_norm"
     gains = None
     if norm is not None:
         gains = tensors[f"{norm}.weight"].abs()
@@ -242,8 +237,8 @@ def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linea
         raise Unsupported(f"{checkpoint.path}: {linear[0] if linear else 'head'}: {error}") from None
 
 
-def hollow(checkpoint: Checkpoint) -> Weights:
-    """The weights as shapes on the meta device, without reading a number: for a Runner that is only looked at."""
+def meta_weights(checkpoint: Checkpoint) -> Weights:
+    """The weights as shapes on the meta device, without reading a number: for a Runner that only describes itself."""
     shapes = checkpoint.spec.shapes().items()
     tensors = {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes}
     linears: dict[str, LinearWeights] = {"head": Linear(tensors["embed"])}
@@ -295,123 +290,45 @@ def _parts(source: Source, out: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield from zip(source.names, out.split(list(rows)), strict=True)
 
 
-def _entries(path: Path) -> dict[str, Entry]:
-    """Every tensor of the safetensors files: model.safetensors, or the shards that the index names."""
-    if (path / _SINGLE).exists():
-        files = [path / _SINGLE]
-    elif (path / _INDEX).exists():
-        index = _json(path / _INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise CheckpointError(f"{path / _INDEX}: no weight_map of tensor and file names")
-        files = [path / name for name in sorted(set(index.values()))]
-        for file in files:
-            if file.parent != path:
-                raise CheckpointError(f"{path / _INDEX}: names a file outside of the folder: {file.name}")
-            if not file.exists():
-                raise CheckpointError(f"{path}: missing shard {file.name}, named in {_INDEX}")
-    else:
-        raise _no_weights(path)
-    entries = {}
-    for file in files:
-        opened = _open(file)
-        for name in opened.keys():  # noqa: SIM118 - not a mapping
-            part = opened.get_slice(name)
-            entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
-    return entries
-
-
-def _no_weights(path: Path) -> CheckpointError | Unsupported:
-    if (path / "adapter_config.json").exists():
-        return Unsupported(f"{path}: a LoRA/PEFT adapter (adapter_config.json); merge it into its base model first")
-    for file in sorted(path.iterdir()):
-        if file.suffix == ".gguf":
-            return Unsupported(f"{path}: holds GGUF weights ({file.name}), which are not read; use safetensors weights")
-        if file.suffix in _PICKLED:
-            return Unsupported(f"{path}: holds pickled weights only ({file.name}), which could run code; convert them to safetensors")
-    return CheckpointError(f"{path}: no weights: neither {_SINGLE} nor {_INDEX}")
-
-
-def _check(path: Path, entries: dict[str, Entry], name: str, source: Source, shape: tuple[int, ...]) -> Source:
+def _check(path: Path, tensors: TensorSource, name: str, source: Source, shape: tuple[int, ...]) -> Source:
     """The source, or its alternative, with every part in the files, of the right shape and a dtype that is read."""
-    while source.names[0] not in entries and source.otherwise and source.otherwise.names[0] in entries:
+    found = tensors.tensors
+    while source.names[0] not in found and source.otherwise and source.otherwise.names[0] in found:
         source = source.otherwise
     for part, target in _parts(source, torch.empty(shape, device="meta")):
-        if part not in entries:
+        if part not in found:
             why = " (tie_word_embeddings is false)" if name == "head" else ""
-            where = _SINGLE if (path / _SINGLE).exists() else _INDEX
+            where = SINGLE if (path / SINGLE).exists() else INDEX
             raise CheckpointError(f"{path / where}: missing tensor {part}{why}")
-        entry = entries[part]
+        entry = found[part]
         expected = tuple(target.T.shape) if source.transposed else tuple(target.shape)
         if source.place:
             expected = source.place[1], *expected
         if entry.shape != expected:
             raise CheckpointError(f"{entry.file}: {part} has shape {list(entry.shape)}, expected {list(expected)} from config.json")
-        if entry.dtype not in _STORED:
-            raise Unsupported(f"{entry.file}: {part} has dtype {entry.dtype}; known: {', '.join(_STORED)}")
+        if entry.dtype not in STORED:
+            raise Unsupported(f"{entry.file}: {part} has dtype {entry.dtype}; known: {', '.join(STORED)}")
     return source
 
 
-def _check_nothing_left(path: Path, spec: ModelSpec, sources: dict[str, Source], entries: dict[str, Entry]) -> None:
-    left = set(entries).difference(*(source.names for source in sources.values()))
+def _check_nothing_left(spec: ModelSpec, sources: dict[str, Source], tensors: TensorSource) -> None:
+    left = set(tensors.tensors).difference(*(source.names for source in sources.values()))
     left = {name for name in left if not _HARMLESS.search(name) and not (spec.tied and name == "lm_head.weight")}
     if left:
         first = min(left)
-        raise CheckpointError(f"{entries[first].file}: {len(left)} tensors that a {spec.family} model lacks, the first is {first}")
+        raise CheckpointError(f"{tensors.tensors[first].file}: {len(left)} tensors that a {spec.family} model lacks, the first is {first}")
 
 
-def _dtype(config: PretrainedConfig, asked: str, device: torch.device, embed: Entry) -> torch.dtype:
+def _dtype(config: PretrainedConfig, asked: str, device: torch.device, embed: TensorInfo) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise InvalidInput(f"dtype = {asked!r}: allowed are auto, {', '.join(DTYPES)}")
         return DTYPES[asked]
     own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if own not in DTYPES.values():
-        own = _STORED[embed.dtype]
+        own = STORED[embed.dtype]
     assert isinstance(own, torch.dtype)
     return torch.float32 if own == torch.float16 and device.type == "cpu" else own
-
-
-def _generation(path: Path, config: PretrainedConfig) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """End-of-text ids, and the SamplingParams fields that generation_config.json sets. Its length limits are left out:
-    they are defaults of a library, not of a model."""
-    file = path / "generation_config.json"
-    raw = _json(file) if file.exists() else {}
-    fields = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-    defaults = {name: raw[name] for name in fields if raw.get(name) is not None}
-    if raw.get("do_sample") is False:
-        defaults["temperature"] = 0.0
-    try:
-        SamplingParams(**defaults)
-    except InvalidInput as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    eos = raw.get("eos_token_id")
-    eos = config.eos_token_id if eos is None else eos
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id = {eos!r} is neither a token id nor a list of them")
-    return tuple(i for i in ids if 0 <= i < config.vocab_size), defaults
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file: {_first_line(error)}") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {_first_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: a JSON {type(raw).__name__}, not an object")
-    return raw
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _progress(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:

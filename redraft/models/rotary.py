@@ -27,7 +27,7 @@ def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
     """The frequencies of one head. Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
     Unsupported names a kind or field of scaling that Redraft does not know."""
     rope = _parameters(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = _kind(rope)
     if kind not in _KINDS:
         raise Unsupported(f"rope type {kind!r}; known: {', '.join(_KINDS)}")
     if unknown := sorted(set(rope) - _FIELDS):
@@ -42,11 +42,34 @@ def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
         return Rotary(tuple(plain))
     if kind == "linear":
         return Rotary(tuple(f / _number(rope, kind, "factor") for f in plain))
-    original = float(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    original = _original(config, rope)
     if kind == "llama3":
         low, high, factor = (_number(rope, kind, name) for name in ("low_freq_factor", "high_freq_factor", "factor"))
         return Rotary(tuple(_llama3(f, factor, low, high, original) for f in plain))
     return _yarn(rope, plain, theta, original, float(config.max_position_embeddings))
+
+
+def context(config: PretrainedConfig) -> int:
+    """Positions that the model serves. Linear: `factor` times max_position_embeddings. YaRN: `factor` times the original length, or
+    max_position_embeddings where that is more. llama3: the same, but only while max_position_embeddings is the original length."""
+    rope, given = _parameters(config), int(config.max_position_embeddings)
+    kind, factor = _kind(rope), float(rope.get("factor") or 1.0)
+    if kind == "linear":
+        return max(given, int(given * factor))
+    original = _original(config, rope)
+    if kind == "yarn" or (kind == "llama3" and given <= original):
+        return max(given, int(original * factor))
+    return given
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _original(config: PretrainedConfig, rope: dict[str, Any]) -> float:
+    """The length before scaling. The field beside the rope parameters comes first, as in transformers."""
+    name = "original_max_position_embeddings"
+    return float(getattr(config, name, None) or rope.get(name) or config.max_position_embeddings)
 
 
 def _parameters(config: PretrainedConfig) -> dict[str, Any]:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Owns the page table and the store of one model; a draft model is a second Runner with its own (see companion.py).
+    """Owns the page table and the store of one model; a draft model is a second Runner with its own (see draft_model.py).
 
     source: the checkpoint's folder, None for weights from elsewhere; draft_model: the checkpoint that drafters with a
-    second model use unless they name one; quant: how linear weights are stored, also those of second models;
-    companions: the second models loaded so far, by folder.
+    draft model use unless they name one; quant: how linear weights are stored, also those of second models;
+    draft_models: the draft models loaded so far, by folder.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Runner:
     ) -> None:
         self.spec, self.weights, self.backend = spec, weights, backend
         self.source, self.draft_model, self.quant = source, draft_model, quant
-        self.companions: dict[Path, Runner] = {}
+        self.draft_models: dict[Path, Runner] = {}
         self.table = PageTable(slabs, len(spec.layers), spec.kv_heads, sharing=sharing)
         self.store = Store(backend, spec, slabs)
 

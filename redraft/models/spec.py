@@ -105,6 +105,7 @@ class ModelSpec:
     source: Callable[[str], Source] = field(repr=False, compare=False)
     learned_positions: int | None = None  # rows of the learned position table
     family: str = ""
+    prefix: str = ""  # of the tensors that a checkpoint saved without its head names without it
 
     def __post_init__(self) -> None:
         first = self.layers[0]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,26 @@ from typing import Any
 from redraft.errors import CheckpointError, InvalidInput
 
 Message = Mapping[str, Any]
+
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how vocabularies with byte fallback spell a byte
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Token ids to text. byte_tokens: ids that stand for one byte each and become text together with their neighbours; skips: says of
+    an id that it has no text, as a special token that is left out; special: the spellings of those."""
+
+    decode: Callable[[list[int]], str]
+    byte_tokens: frozenset[int] = frozenset()
+    skips: Callable[[int], bool] = lambda token: False
+    special: frozenset[str] = frozenset()
+
+    def __call__(self, ids: list[int]) -> str:
+        return self.decode(ids)
+
+    def ends_in_bytes(self, ids: Seq[int]) -> bool:
+        """Whether the last id with a text is a byte token, so that the next one could change the text of these."""
+        return bool(self.byte_tokens) and next((one for one in reversed(ids) if not self.skips(one)), None) in self.byte_tokens
 
 
 class Tokenizer:
@@ -46,17 +69,24 @@ class Tokenizer:
         return [first] if first is not None and list(self.hf("a")["input_ids"])[:1] == [first] else []
 
     def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
-        """A conversation as text, by the checkpoint's template or by `template`; variables: what else it shall see, or an argument of
-        transformers' apply_chat_template such as continue_final_message."""
+        """A conversation as text, by the checkpoint's template or by `template`. variables: what else the template sees, or an argument
+        of transformers' apply_chat_template such as continue_final_message.
+
+        A message has a role and a content. Its other fields count as not given where they are None or empty. The role developer becomes
+        system where the template does not know it. Tool calls and tool results go to the template as transformers documents them, so
+        arguments are objects. InvalidInput names the message that is malformed or that the template does not know.
+        """
         if not (template or self.hf.chat_template):
             raise InvalidInput("this checkpoint has no chat template: give plain prompts, or a template of your own")
-        for i, message in enumerate(messages):
-            if not {"role", "content"} <= set(message):
-                raise InvalidInput(f"messages[{i}] has {', '.join(message) or 'nothing'}: role and content are needed")
+        try:
+            source = str(self.hf.get_chat_template(template, variables.get("tools")))
+        except ValueError as error:  # several templates, none of them the default
+            raise InvalidInput(f"chat template: {error}") from None
+        prepared = [_message(i, message, source) for i, message in enumerate(messages)]
         try:
             return str(
                 self.hf.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
+                    prepared, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
                 )
             )
         except Exception as error:  # jinja's, or what a template raises itself
@@ -73,6 +103,28 @@ class Tokenizer:
         """With special tokens written out."""
         return self._text(ids, skip=False)
 
+    @cached_property
+    def decoder(self) -> Decoder:
+        """`decode` with what reading token by token needs to know."""
+        special = {token: self.hf.convert_ids_to_tokens(token) for token in self.hf.all_special_ids}
+        special |= {token: str(added) for token, added in self.hf.added_tokens_decoder.items() if added.special}
+        return Decoder(self.decode, self._byte_tokens, lambda token: token in special or self._lacks(token), frozenset(special.values()))
+
+    @cached_property
+    def decoder_all(self) -> Decoder:
+        """`decode_all` with what reading token by token needs to know."""
+        return Decoder(self.decode_all, self._byte_tokens, self._lacks)
+
+    def _lacks(self, token: int) -> bool:
+        """Whether the vocabulary has no such id: models may have more ids than their tokenizer."""
+        return self.hf.convert_ids_to_tokens(token) is None
+
+    @cached_property
+    def _byte_tokens(self) -> frozenset[int]:
+        if self._fast is None or '"ByteFallback"' not in json.dumps(json.loads(self._fast.to_str()).get("decoder")):
+            return frozenset()
+        return frozenset(token for piece, token in self.hf.get_vocab().items() if _BYTE.fullmatch(piece))
+
     def _text(self, ids: list[int], *, skip: bool) -> str:
         decoder = self.hf if self._fast is None else self._fast  # the Rust tokenizer itself: ten times quicker
         return str(decoder.decode(ids, skip_special_tokens=skip))
@@ -87,7 +139,7 @@ class Tokenizer:
         if self._byte_level:
             table = _byte_table()
             return bytes(table[letter] for letter in piece) if all(letter in table for letter in piece) else piece.encode()
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        byte = _BYTE.fullmatch(piece)
         return piece.replace("\u2581", " ").encode() if byte is None else bytes.fromhex(byte[1])
 
     @cached_property
@@ -104,6 +156,54 @@ class Tokenizer:
         """The ids of a word at the start of a text and after a space, to ban both."""
         found = [self.encode(text, special=False) for text in (word, " " + word.lstrip())]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
+
+
+def _message(i: int, message: Message, template: str) -> dict[str, Any]:
+    """A message as the template wants it. Templates do not say what they know, so their source is searched."""
+    if not isinstance(message, Mapping):
+        raise InvalidInput(f"messages[{i}] is a {type(message).__name__}: an object with role and content is needed")
+    found = {name: value for name, value in message.items() if name == "content" or value not in (None, [], {}, "")}
+    calls = found.get("tool_calls")
+    if calls and found.get("content") is None:
+        found["content"] = ""
+    if not {"role", "content"} <= set(found):
+        raise InvalidInput(f"messages[{i}] has {', '.join(found) or 'nothing'}: role and content are needed")
+    if found["content"] is None:
+        raise InvalidInput(f"messages[{i}].content = None: only an assistant message with tool_calls has no content")
+    if found["role"] == "developer" and not _knows(template, "developer"):
+        found["role"] = "system"
+    if found["role"] == "tool" and not _knows(template, "tool"):
+        raise InvalidInput(f"messages[{i}].role = 'tool': the chat template does not know tool results")
+    if calls:
+        if "tool_calls" not in _without_comments(template):
+            raise InvalidInput(f"messages[{i}].tool_calls: the chat template does not know tool calls")
+        found["tool_calls"] = _tool_calls(f"messages[{i}].tool_calls", calls)
+    return found
+
+
+def _knows(template: str, role: str) -> bool:
+    return re.search(f"[\"']{role}[\"']", _without_comments(template)) is not None
+
+
+def _without_comments(template: str) -> str:
+    return re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+
+
+def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
+    """With arguments as objects, which templates expect; OpenAI's API has them as JSON text."""
+    found = []
+    for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidInput(f"{place}[{i}] = {reprlib.repr(call)}: an object with function.name and function.arguments is needed")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        if not isinstance(arguments, Mapping):
+            raise InvalidInput(f"{place}[{i}].function.arguments = {reprlib.repr(arguments)}: a JSON object is needed")
+        found.append({**call, "function": {**function, "arguments": dict(arguments)}})
+    return found
 
 
 @cache

@@ -122,7 +122,7 @@ class Bench:
         self.task = task
         # the checkpoint's own numbers, for the dense recompute and for margins; read now: a training run may replace the file
         self.weights = loader.read(loader.inspect(MODELS[task.model], "float64"))
-        self.companions: dict[Path, Any] = {}
+        self.draft_models: dict[Path, Any] = {}
         self.llm = LLM(str(MODELS[task.model]), dtype=task.dtype, threads=1, max_model_len=256, cache_fraction=0.1)
         story = task.model.startswith(("babyllama", "stories"))
         self.prompts = cut_prompts(self.llm.tokenizer, story, task.prompts)
@@ -139,7 +139,7 @@ class Bench:
         if runner is None:
             source, draft_model = MODELS[self.task.model], DRAFT_MODELS.get(self.task.model)
             runner = Runner(own.spec, own.weights, own.backend, slabs, source=source, draft_model=draft_model)
-            runner.companions = self.companions  # loaded once for all conditions
+            runner.draft_models = self.draft_models  # loaded once for all conditions
         sampler = Sampler(own.spec.vocab, self.llm.eos)
         if drafter == "random trees":
             opened: Any = RandomTrees(own.spec.vocab, seed=1, right=0.5, known=known)
@@ -159,7 +159,7 @@ class Bench:
         row.accepted = sum(s.accepted for s in stats)
         row.rejected = sum(s.drafted - s.accepted for s in stats)
         row.preempted = len(preempted)
-        for table in (engine.table, *(companion.table for companion in self.companions.values())):
+        for table in (engine.table, *(model.table for model in self.draft_models.values())):
             table.check()
             if table.used():
                 row.faults.append(f"{table.used()} slabs are still held")

@@ -21,6 +21,7 @@ from redraft.engine.engine import Engine
 from redraft.engine.output import checked
 from redraft.models.runner import Runner
 from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.models.tokenizer import Decoder
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 from redraft.sample.sampler import Sampler
 from tests.contracts.drafters import RandomTrees
@@ -128,7 +129,7 @@ def main() -> int:
             opened: Any = RandomTrees(VOCAB) if drafter == "random" else registry.create("draft", drafter).open(runner, sampler)
             scheduler = registry.create("sched", "sarathi", max_seqs=BATCH, draft_rows=16, draft_total=16 * BATCH)
             engine = Engine(
-                runner, scheduler, opened, registry.create("verify", "coupled"), sampler, max_model_len=1024, decode=text.decode
+                runner, scheduler, opened, registry.create("verify", "coupled"), sampler, max_model_len=1024, decode=Decoder(text.decode)
             )
             found[name].append(measure(engine, clock, params, options.steps))
     threads = torch.get_num_threads()

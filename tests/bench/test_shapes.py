@@ -46,7 +46,7 @@ def test_every_family_loads_here_and_in_transformers(family: str, tmp_path: Path
     made = tmp_path / "made"
     made.mkdir()
     shapes.write(made, config)
-    spec, weights = loader.load(made)
+    spec, weights = tiny.load(made)
     other = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     assert torch.equal(other.get_input_embeddings().weight, weights.embed)
     assert weights.final_norm.weight.mean() == pytest.approx(1, abs=0.02)
@@ -74,7 +74,7 @@ def test_small_files_hold_the_same_numbers_as_one(tmp_path: Path) -> None:
         shapes.write(folder, CONFIG, seed=seed, shard=shard)
     files = [len(list(folder.glob("*.safetensors"))) for folder in folders]
     assert files[0] == 1 and files[1] > 2
-    one, many, other = (loader.load(folder)[1] for folder in folders)
+    one, many, other = (tiny.load(folder)[1] for folder in folders)
     assert torch.equal(one.embed, many.embed) and torch.equal(one.layers[1].qkv.weight, many.layers[1].qkv.weight)
     assert not torch.equal(one.embed, other.embed)
     assert not torch.equal(one.layers[0].qkv.weight, one.layers[1].qkv.weight)

@@ -20,7 +20,7 @@ from redraft.draft.second import Grower
 from redraft.draft.vocabtrim import Trimmed, VocabTrim, frequent
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
-from redraft.models.companion import companion
+from redraft.models.draft_model import load_draft_model
 from redraft.ops.backend import Linear
 from tests.contracts.identity import SAMPLING, drive, engine, expected, opened_by_name, prompts
 from tests.contracts.plain import VOCAB
@@ -126,7 +126,7 @@ def drafts_of(llm: LLM, draft: str, params: SamplingParams, monkeypatch: pytest.
 
 def test_the_whole_vocabulary_is_no_change_and_others_see_none(llm: LLM, text: Path) -> None:
     whole = run(llm, SAMPLED)
-    second = companion(llm.runner, None)
+    second = load_draft_model(llm.runner, None)
     head = second.weights.head
     small, opened = trimmed(llm, text, 30)
     assert grower(opened).runner is not second
@@ -173,7 +173,7 @@ def test_coverage_is_the_share_of_kept_tokens_in_what_was_written(llm: LLM, text
 
 
 def test_a_model_that_is_only_looked_at_is_left_alone(llm: LLM, text: Path) -> None:
-    second = companion(llm.runner, None)
+    second = load_draft_model(llm.runner, None)
     hollow = copy(second)
     hollow.weights = replace(second.weights, head=Linear(torch.empty(second.weights.head.outs, second.spec.hidden, device="meta")))
     one = Grower(grower(trimmed(llm, text, 30)[1]).method, hollow, llm.engine.sampler)

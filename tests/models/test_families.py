@@ -69,7 +69,7 @@ def test_gpt2() -> None:
     assert (layer.norm.kind, layer.qkv_bias, layer.out_bias) == ("layer", True, True)
     assert layer.mlp == Mlp(96, "gelu_tanh", gated=False, bias=True)
     place = model.source("layers.1.qkv.weight")
-    assert place.transposed and place.otherwise is not None and place.otherwise.names == ("h.1.attn.c_attn.weight",)
+    assert place.transposed and place.names == ("transformer.h.1.attn.c_attn.weight",) and model.prefix == "transformer."
     assert not model.source("layers.1.qkv.bias").transposed
 
 
@@ -92,6 +92,22 @@ def test_rope_equals_transformers(theta: float, context: int, rope: dict[str, An
     assert got.frequencies == pytest.approx(want.tolist(), rel=1e-5)
     assert got.scale == pytest.approx(scale, rel=1e-9)
     assert got.frequencies != rotary.rotary(config("llama2", rope_parameters={"rope_type": "default", "rope_theta": theta}), 64).frequencies
+
+
+@pytest.mark.parametrize(
+    ("given", "rope", "context"),
+    [
+        (4096, {"rope_type": "default"}, 4096),
+        (4096, {"rope_type": "linear", "factor": 4.0}, 16384),
+        (32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),  # Qwen2.5
+        (40960, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),  # Qwen3
+        (163840, {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}, 163840),  # already scaled
+        (131072, {**tiny.LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}, 131072),  # Llama 3.2 1B
+        (8192, {**tiny.LLAMA3, "original_max_position_embeddings": 8192}, 65536),
+    ],
+)
+def test_the_context_is_scaled_as_the_frequencies_are(given: int, rope: dict[str, Any], context: int) -> None:
+    assert spec("llama2", max_position_embeddings=given, rope_parameters={**rope, "rope_theta": 1e4}).context == context
 
 
 class Old:

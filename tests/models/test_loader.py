@@ -55,7 +55,7 @@ def same(one: Weights, other: Weights) -> bool:
 
 
 def test_every_number_arrives(made: Path) -> None:
-    spec, weights = loader.load(made, dtype="float64")
+    spec, weights = tiny.load(made, dtype="float64")
     state = {name: value.double() for name, value in tiny.model("llama2").state_dict().items()}
     at = "model.layers.1"
     layer = weights.layers[1]
@@ -81,20 +81,20 @@ def test_inspect_tells_without_reading(made: Path, monkeypatch: pytest.MonkeyPat
 def test_shards(made: Path, tmp_path: Path) -> None:
     sharded = tiny.save("llama2", tmp_path / "sharded", shard="12KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    assert same(loader.load(sharded)[1], loader.load(made)[1])
+    assert same(tiny.load(sharded)[1], tiny.load(made)[1])
 
 
 def test_tied_and_untied(tmp_path: Path) -> None:
     tied = tiny.save("smollm", tmp_path / "tied")
-    _, weights = loader.load(tied)
+    _, weights = tiny.load(tied)
     assert weights.head.weight is weights.embed
     tensors = load_file(tied / WEIGHTS)
     copy = tensors["model.embed_tokens.weight"].clone()
     save_file({**tensors, "lm_head.weight": copy}, tied / WEIGHTS)
-    assert same(loader.load(tied)[1], weights)  # some save the tied head too
+    assert same(tiny.load(tied)[1], weights)  # some save the tied head too
     save_file({**tensors, "lm_head.weight": copy + 1}, tied / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs from the embedding"):
-        loader.load(tied)
+        tiny.load(tied)
     save_file(tensors, tied / WEIGHTS)
     tiny.edit(tied, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"missing tensor lm_head.weight \(tie_word_embeddings is false\)"):
@@ -104,7 +104,7 @@ def test_tied_and_untied(tmp_path: Path) -> None:
 def test_dtypes(tmp_path: Path) -> None:
     stored = tiny.save("llama2", tmp_path / "bf16", dtype=torch.bfloat16)
     assert loader.inspect(stored).dtype == torch.bfloat16
-    _, weights = loader.load(stored, dtype="float64")
+    _, weights = tiny.load(stored, dtype="float64")
     exact = tiny.model("llama2").to(torch.bfloat16).double()
     assert weights.embed.dtype == torch.float64
     assert torch.equal(weights.embed, exact.model.embed_tokens.weight)
@@ -119,34 +119,57 @@ def test_dtypes(tmp_path: Path) -> None:
 
 def test_gpt2_names_with_and_without_prefix_and_masks(tmp_path: Path) -> None:
     folder = tiny.save("gpt2", tmp_path / "gpt2")
-    _, weights = loader.load(folder)
+    _, weights = tiny.load(folder)
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / WEIGHTS).items()}
     masks = {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
     save_file({**tensors, **masks}, folder / WEIGHTS)
-    assert same(loader.load(folder)[1], weights)
+    assert same(tiny.load(folder)[1], weights)
 
 
 def test_mixtral_as_on_the_hub_and_fused(tmp_path: Path) -> None:
     hub = tiny.save("mixtral", tmp_path / "hub")
     model = tiny.model("mixtral")
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
-    assert any("gate_up_proj" in name for name in loader.inspect(tmp_path / "fused").entries)
-    assert same(loader.load(hub)[1], loader.load(tmp_path / "fused")[1])
+    assert any("gate_up_proj" in name for name in loader.inspect(tmp_path / "fused").tensors.tensors)
+    assert same(tiny.load(hub)[1], tiny.load(tmp_path / "fused")[1])
 
 
-def test_generation_defaults(folder: Path) -> None:
-    file = "generation_config.json"
-    tiny.edit(folder, file, eos_token_id=[2, 5, 999], temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.1, max_new_tokens=7)
-    found = loader.inspect(folder)
-    assert found.eos_ids == (2, 5)  # 999 is no token of this vocabulary
-    assert found.defaults == {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}
-    tiny.edit(folder, file, do_sample=False)
-    assert loader.inspect(folder).defaults["temperature"] == 0
-    tiny.edit(folder, file, top_p=1.5)
-    with pytest.raises(CheckpointError, match=r"generation_config.json: SamplingParams.top_p = 1.5"):
+@pytest.mark.parametrize("name", ["smollm", "mistral", "qwen2", "qwen3", "mixtral", "mixtral fused", "gpt2"])
+def test_tensors_without_the_prefix(name: str, tmp_path: Path) -> None:
+    """As the class without a head saves them."""
+    folder = tiny.save(name.split()[0], tmp_path / "model")
+    if name.endswith("fused"):
+        shutil.rmtree(folder)
+        tiny.model("mixtral").save_pretrained(folder, save_original_format=False)
+    weights = tiny.load(folder)[1]
+    prefix = loader.inspect(folder).spec.prefix
+    tensors(folder, lambda t: [t.update({key.removeprefix(prefix): t.pop(key)}) for key in list(t)])
+    assert not any(key.startswith(prefix) for key in load_file(folder / WEIGHTS))
+    assert same(tiny.load(folder)[1], weights)
+    last = sorted(key for key in load_file(folder / WEIGHTS) if key.startswith(("layers.2.", "h.2.")) and key.endswith("weight"))[-1]
+    tensors(folder, lambda t: t.pop(last))
+    if "experts" not in last:
+        with pytest.raises(CheckpointError, match=f"missing tensor {last}"):
+            loader.inspect(folder)
+    tensors(folder, lambda t: t.update({f"{prefix}{last}": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"missing tensor (model|transformer)\."):
+        loader.inspect(folder)  # half of the names
+
+
+def test_what_is_left_over_without_the_prefix_is_named(folder: Path) -> None:
+    tensors(folder, lambda t: [t.update({key.removeprefix("model."): t.pop(key)}) for key in list(t)])
+    tiny.load(folder)
+    tensors(folder, lambda t: t.update({"layers.0.extra": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"1 tensors that a llama model lacks, the first is layers\.0\.extra"):
         loader.inspect(folder)
-    (folder / file).unlink()
-    assert loader.inspect(folder).eos_ids == (2,)
+
+
+def test_generation_config(folder: Path) -> None:
+    tiny.edit(folder, "generation_config.json", eos_token_id=[2, 5, 999], temperature=0.6, no_repeat_ngram_size=3)
+    found = loader.inspect(folder)
+    assert found.eos_ids == (2, 5)
+    with pytest.raises(Unsupported, match="no_repeat_ngram_size"):  # only when its defaults are wanted: a draft model has no use for them
+        print(found.defaults)
 
 
 # ---- what does not
@@ -218,6 +241,11 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "fp8": (lambda f: tiny.edit(f, quantization_config={"quant_method": "fp8"}), Unsupported, "'fp8'"),
     "bitsandbytes": (lambda f: tiny.edit(f, quantization_config={"load_in_4bit": True}), Unsupported, "'bitsandbytes'"),
     "adapter": (adapter, Unsupported, "LoRA/PEFT adapter"),
+    "adapter beside weights": (
+        lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'),
+        Unsupported,
+        r"model: holds a LORA adapter of org/base \(adapter_config.json\), which is not applied; .*remove adapter_config.json",
+    ),
     "adapter beside a config": (
         lambda f: only(f, "adapter_model.safetensors") or (f / "adapter_config.json").write_text("{}"),
         Unsupported,
@@ -268,20 +296,20 @@ def test_refused_in_one_line(case: str, folder: Path) -> None:
     spoil, error, named = BAD[case]
     spoil(folder)
     with pytest.raises(error, match=named) as caught:
-        loader.load(folder)
+        tiny.load(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_rotary_buffers_are_harmless(folder: Path) -> None:
-    _, weights = loader.load(folder)
+    _, weights = tiny.load(folder)
     tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}))
-    assert same(loader.load(folder)[1], weights)
+    assert same(tiny.load(folder)[1], weights)
 
 
 def test_no_code_of_a_checkpoint_runs(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: pass\n")
     tiny.edit(folder, auto_map={"AutoConfig": "evil.Config"})
-    loader.load(folder)
+    tiny.load(folder)
     assert not (folder / "ran").exists()
 
 
@@ -344,10 +372,10 @@ def test_progress_only_on_a_slow_load_on_a_terminal(
 ) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr("redraft.models.loader.time.monotonic", lambda: next(clock))
-    loader.load(made)
+    tiny.load(made)
     assert capsys.readouterr() == ("", "")  # slow, but no terminal
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    loader.load(made)
+    tiny.load(made)
     shown = capsys.readouterr()
     assert shown.out == "" and "loading" in shown.err

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from redraft import registry
 from redraft.core.batch import Batch
@@ -67,7 +69,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
     path = folder / name
     if not path.exists():
         tiny.save(name, path)
-    spec, weights = loader.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
+    spec, weights = tiny.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(BACKENDS[backend]), slabs=4)
     for rows in (len(PROMPT), 7, 1):
         close(logits(runner, rows), expected(name))
@@ -76,7 +78,42 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
 def test_the_bound_sees_a_wrong_window(folder: Path) -> None:
     """The must-fail control: one key too many in the window is far outside of the bound."""
     path = tiny.save("mistral", folder / "wrong", sliding_window=12)
-    spec, weights = loader.load(path, dtype="float32")
+    spec, weights = tiny.load(path, dtype="float32")
     runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), slabs=4)
     with pytest.raises(AssertionError):
         close(logits(runner, 7), expected("mistral"))
+
+
+SHORT = {"original_max_position_embeddings": 16}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 3.0},
+    "yarn": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+WRITTEN = {  # how a config.json may say it: fields at the top, from the kind's name and parameters
+    "rope_parameters, all within": lambda kind, rope: {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **rope, **SHORT}},
+    "rope_parameters, length beside": lambda kind, rope: {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **rope}, **SHORT},
+    "rope_parameters, both lengths": lambda kind, rope: {
+        "rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **rope, "original_max_position_embeddings": 24}, **SHORT
+    },
+    "rope_scaling, all within": lambda kind, rope: {"rope_theta": 500.0, "rope_scaling": {"type": kind, **rope, **SHORT}},
+    "rope_scaling, length beside": lambda kind, rope: {"rope_theta": 500.0, "rope_scaling": {"rope_type": kind, **rope}, **SHORT},
+    "rope_scaling, no length": lambda kind, rope: {"rope_theta": 500.0, "rope_scaling": {"type": kind, **rope}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("written", WRITTEN)
+def test_rope_is_read_as_transformers_reads_it(kind: str, written: str, folder: Path) -> None:
+    path = folder / f"{kind}, {written}"
+    tiny.save("llama2", path)
+    fields = WRITTEN[written](kind, ROPES[kind])
+    tiny.edit(path, **{"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "max_position_embeddings": 32, **fields})
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        want = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0].double(), -1)
+    checkpoint = loader.inspect(path, "float64")
+    runner = Runner(checkpoint.spec, loader.read(checkpoint), registry.load(registry.BACKENDS["reference"])(torch.float64), slabs=4)
+    assert (torch.log_softmax(logits(runner, 7), -1) - want).abs().max() < 1e-3
+    original = 32 if written.endswith("no length") else 16
+    assert checkpoint.context == {"linear": 96, "yarn": 4 * original, "llama3": 32 if original < 32 else 8 * 32}[kind]

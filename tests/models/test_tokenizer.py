@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from redraft.errors import InvalidInput
 from redraft.models import loader
 from redraft.models.tokenizer import Tokenizer
 from tests.checkpoints import tiny_llama
-
-TEXTS = [
-    "once upon a time", "def f(x):\n    return x + 1\n", "naïve café, 東京 🎉🎉", "  two  spaces\tand a tab", "é", "\n", "<b>&amp;</b>",
-    "mañana ▁ Ġ 0x0A <0x0A>",
-]  # fmt: skip
-CORPUS = [*TEXTS, "the cat sat on the mat and the dog sat on the log " * 4] * 3
-SHARED = [path for path in sorted(Path("/work/shared/models").glob("*")) if (path / "tokenizer.json").exists()]
-
-
-def save(folder: Path, made: Fast, **config: Any) -> Tokenizer:
-    made.save(str(folder / "tokenizer.json"))
-    raw = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**raw, **config}))
-    return Tokenizer(folder)
-
-
-def byte_level(folder: Path) -> Tokenizer:
-    made = Fast(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(CORPUS, trainer)
-    made.add_tokens(["<tool>", "naïve"])  # which are not spelled in letters that stand for bytes
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return save(folder, made)
-
-
-def sentencepiece(folder: Path) -> Tokenizer:
-    """As Llama 2 has it: spaces are a letter, what is unknown is spelled in bytes, a space is put before the text."""
-    trained = Fast(models.BPE(unk_token="<unk>", byte_fallback=True))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    head = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    trained.train_from_iterator(CORPUS[-1:], trainers.BpeTrainer(vocab_size=340, special_tokens=head, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
-    made = Fast(models.BPE(model["vocab"], [tuple(m) for m in model["merges"]], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
-    )
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return save(folder, made)
+from tests.models.kinds import TEXTS, byte_level, save, sentencepiece
 
 
 def joined(tokenizer: Tokenizer, text: str) -> bytes:
@@ -78,9 +35,8 @@ def test_bytes_of_a_sentencepiece_text(tmp_path: Path, text: str) -> None:
     assert tokenizer.bytes_of(3 + 0x0A) == b"\n" and tokenizer.bytes_of(2) == b"</s>"
 
 
-@pytest.mark.parametrize("folder", ["embedded", *map(str, SHARED)])
-def test_bytes_of_models(folder: str) -> None:
-    tokenizer = Tokenizer(loader.resolve(folder))
+def test_bytes_of_the_embedded_model() -> None:
+    tokenizer = Tokenizer(loader.resolve("embedded"))
     for text in TEXTS:
         ids = tokenizer.encode(text, special=False)
         decoded = tokenizer.decode_all(ids)
@@ -131,3 +87,72 @@ def test_what_a_template_refuses(tmp_path: Path) -> None:
         tokenizer.render([{"role": "user", "content": "hi"}], template="{{ raise_exception('no') }}")
     with pytest.raises(InvalidInput, match="refuses them"):
         tokenizer.render([{"role": "user", "content": "hi"}], template="{% for %}")
+
+
+TOOLS = """{# developer #}{% for m in messages %}{% if m.role == 'tool' %}<result>{{ m.content }}</result>{% else %}
+{%- set said = m.content %}[{{ m.role }}]{{ said }}
+{%- for call in m.tool_calls %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>{% endfor %}
+{%- if 'tool_calls' in m %}!{% endif %}{% if 'refusal' in m or 'annotations' in m %}?{% endif %}{% endif %}{% endfor %}"""
+CALL = {"id": "call_1", "type": "function", "function": {"name": "thermometer", "arguments": '{"unit": "C"}'}}
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Tokenizer:
+    return Tokenizer(tiny_llama(tmp_path))
+
+
+def test_tool_calls_and_results_reach_a_template_that_knows_them(chat: Tokenizer) -> None:
+    said = [
+        {"role": "user", "content": "warm?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "21"},
+    ]
+    expected = '[user]warm?[assistant]<call>thermometer {"unit": "C"}</call>!<result>21</result>'
+    assert chat.render(said, template=TOOLS) == expected
+    said[1] = {"role": "assistant", "tool_calls": [{"function": {"name": "thermometer", "arguments": {"unit": "C"}}}]}
+    assert chat.render(said, template=TOOLS) == expected
+    said[1]["tool_calls"] = [{"function": {"name": "thermometer", "arguments": ""}}]
+    assert "<call>thermometer {}</call>" in chat.render(said, template=TOOLS)
+
+
+def test_a_template_that_does_not_know_tools(chat: Tokenizer) -> None:
+    """Its own writes any role as it is, and no calls: a model would be told nonsense."""
+    said = [{"role": "user", "content": "warm?"}, {"role": "tool", "content": "21"}]
+    with pytest.raises(InvalidInput, match=r"messages\[1\].role = 'tool': the chat template does not know tool results"):
+        chat.render(said)
+    with pytest.raises(InvalidInput, match="does not know tool results"):
+        chat.render(said, template="{# 'tool' #}{{ messages[0].content }}")
+    with pytest.raises(InvalidInput, match=r"messages\[0\].tool_calls: the chat template does not know tool calls"):
+        chat.render([{"role": "assistant", "content": "", "tool_calls": [CALL]}])
+
+
+def test_neutral_fields_of_a_message_count_as_not_given(chat: Tokenizer) -> None:
+    said = [{"role": "assistant", "content": "hi", "tool_calls": [], "annotations": [], "refusal": None, "name": ""}]
+    assert chat.render(said, template=TOOLS) == "[assistant]hi"
+    assert chat.encode_chat(said) == chat.encode_chat([{"role": "assistant", "content": "hi"}])
+    assert said[0]["tool_calls"] == [], "the caller's message is left alone"
+
+
+def test_the_developer_role(chat: Tokenizer) -> None:
+    said = [{"role": "developer", "content": "Be terse."}]
+    assert chat.render(said) == "[system] Be terse.\n[assistant]"
+    assert chat.render(said, template=TOOLS) == "[system]Be terse."
+    knows = "{% for m in messages %}{% if m['role'] == \"developer\" %}<{{ m['role'] }}>{% endif %}{% endfor %}"
+    assert chat.render(said, template=knows) == "<developer>"
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("hi", r"messages\[0\] is a str"),
+        ({"role": "user", "content": None}, r"messages\[0\].content = None"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, r"messages\[0\].tool_calls\[0\] = .*function.name"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, r"arguments = '\{': a JSON object"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, r"arguments = \[1\]: a JSON object"),
+        ({"role": "assistant", "tool_calls": "f"}, r"tool_calls\[0\] = 'f'"),
+    ],
+)
+def test_messages_that_are_malformed(chat: Tokenizer, message: Any, named: str) -> None:
+    with pytest.raises(InvalidInput, match=named) as caught:
+        chat.render([message], template=TOOLS)
+    assert "\n" not in str(caught.value)

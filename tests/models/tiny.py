@@ -9,6 +9,10 @@ from typing import Any
 import torch
 import transformers
 
+from redraft.models import loader
+from redraft.models.spec import ModelSpec
+from redraft.ops.backend import Weights
+
 transformers.utils.logging.disable_progress_bar()  # saving shows one, into what tests of the command line compare
 
 V, CONTEXT = 61, 96
@@ -58,6 +62,11 @@ def save(name: str, folder: Path, seed: int = 0, shard: str = "1GB", dtype: torc
     made = model(name, seed, **changes)
     (made.to(dtype) if dtype else made).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def load(folder: Path, dtype: str = "auto") -> tuple[ModelSpec, Weights]:
+    checkpoint = loader.inspect(folder, dtype)
+    return checkpoint.spec, loader.read(checkpoint)
 
 
 def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:

@@ -17,7 +17,7 @@ from redraft import LLM, SamplingParams, registry
 from redraft.config import ModelConfig
 from redraft.errors import InvalidInput, OutOfMemory, UnknownMethod, Unsupported
 from redraft.models import loader, memory
-from redraft.models.companion import companion
+from redraft.models.draft_model import load_draft_model
 from redraft.ops.backend import Linear, Weights
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.torch_ops import TorchOps
@@ -70,7 +70,7 @@ def test_one_weight_at_a_time_each_with_its_bias_and_the_gains_in_front(family: 
     """Tied and untied heads, RMSNorm and LayerNorm, biases."""
     folder, watching = tiny.save(family, tmp_path / family), Watching()
     checkpoint, weights = read(folder, watching)
-    plain = loader.load(folder, dtype="float32")[1]
+    plain = tiny.load(folder, dtype="float32")[1]
     assert watching.alive == [0] * len(watching.asked), "an earlier weight is still held"
     assert len(watching.asked) == 4 * len(weights.layers) + 1
     assert [role for role, _, _ in watching.asked].count("head") == 1
@@ -118,7 +118,7 @@ def test_every_expert_is_a_weight_of_its_own(tmp_path: Path) -> None:
     watching, hub, fused = Watching(), tmp_path / "hub", tmp_path / "fused"
     tiny.save("mixtral", hub)
     checkpoint, weights = read(hub, watching)
-    plain = loader.load(hub, dtype="float32")[1]
+    plain = tiny.load(hub, dtype="float32")[1]
     assert watching.alive == [0] * len(watching.asked), "an earlier weight is still held"
     assert len(watching.asked) == (2 + 2 * 5) * len(weights.layers) + 1
     assert weights.layers[0].router is not None and not isinstance(weights.layers[0].router, Quantized)
@@ -188,7 +188,7 @@ def test_a_second_model_is_quantized_and_its_head_trimmed(name: str, path: Path,
     if not {"vocabtrim", "draft-model"} <= registry.METHODS["draft"].keys():
         pytest.skip("not registered")
     plain = texts(llm, GREEDY)
-    second = companion(llm.runner, None)
+    second = load_draft_model(llm.runner, None)
     assert isinstance(second.weights.head, Quantized) and isinstance(second.weights.layers[0].down, Quantized)
     trimmed = llm.sibling(draft=f"vocabtrim:keep=9,text={sample}")
     opened: Any = trimmed.engine.drafter.own

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from redraft.bench.shapes import cache_folder
@@ -46,7 +45,7 @@ def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
             f"GGUF files are written for {', '.join(FAMILIES)} in bfloat16, float16 or float32, not {found.spec.family} in {kind}"
         )
     vocabulary = read_vocabulary(folder) if tokenizer else None
-    files = sorted((str(file), file.stat().st_mtime_ns) for file in {entry.file for entry in found.entries.values()})
+    files = sorted((str(file), file.stat().st_mtime_ns) for file in found.tensors.files)
     name = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()[:10]
     made = cache_folder() / "gguf" / f"{folder.resolve().name}-{kind}{'-text' * tokenizer}-{name}.gguf"
     if not made.exists():
@@ -195,12 +194,11 @@ def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Tensor]]:
     factors = plain / torch.tensor(layer.rotary.frequencies, dtype=torch.float64)
     if not torch.allclose(factors, torch.ones_like(factors)):
         yield "rope_freqs.weight", factors.float()
-    files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in {entry.file for entry in found.entries.values()}}
     for name, source in found.sources.items():
         _, at, part, kind = name.split(".") if name not in _TOP else ("", "", "", "")
         names = [f"blk.{at}.{one}.{kind}" for one in _PARTS[part]] if part else [_TOP[name]]
         for target, stored in zip(names, source.names, strict=True):
-            tensor: Tensor = files[found.entries[stored].file].get_tensor(stored)
+            tensor = found.tensors.read(stored)
             heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(target.split(".")[-2], 0)
             if heads and spec.family == "llama":  # llama.cpp turns neighbours, checkpoints hold the halves of a head one after another
                 tensor = tensor.unflatten(0, (heads, 2, layer.head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from redraft.bench.shapes import cache_folder
 from redraft.errors import Unsupported
@@ -35,7 +34,7 @@ def converted(folder: Path, dtype: str) -> Path:
     found = loader.inspect(folder, dtype)
     _check(found.spec, found.dtype)
     kind = str(found.dtype).removeprefix("torch.")
-    files = sorted((str(file), file.stat().st_mtime_ns) for file in {entry.file for entry in found.entries.values()})
+    files = sorted((str(file), file.stat().st_mtime_ns) for file in found.tensors.files)
     name = hashlib.sha256(repr((VERSION, folder.resolve(), files)).encode()).hexdigest()[:10]
     made = cache_folder() / "openvino" / f"{folder.resolve().name}-{kind}-{name}"
     if not made.exists():
@@ -72,7 +71,6 @@ class _Graph:
         ov = importlib.import_module("openvino")
         op = importlib.import_module("openvino.opset15")
         self.found, self.spec = found, found.spec
-        self.files: dict[Path, Any] = {}
         self.sinks: list[Any] = []
         self.held: list[Any] = []  # memory that constants point into
 
@@ -183,10 +181,7 @@ class _Graph:
     def weight(self, name: str, part: int = 0) -> Any:
         """One stored tensor: matrices in the run's dtype, vectors in float32."""
         stored = self.found.sources[name].names[part]
-        file = self.found.entries[stored].file
-        if file not in self.files:
-            self.files[file] = safe_open(file, framework="pt")
-        tensor = self.files[file].get_tensor(stored)
+        tensor = self.found.tensors.read(stored)
         kind = self.found.dtype if tensor.ndim > 1 else torch.float32
         tensor = tensor.to(kind).contiguous()
         data = tensor.view(torch.uint8).numpy()

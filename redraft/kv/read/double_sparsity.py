@@ -265,16 +265,12 @@ Weight = tuple[str, tuple[int, ...], "Tensor"]  # name, shape, first rows
 
 
 def _in_files(source: Path) -> Iterator[Weight]:
-    from safetensors import safe_open
-
     from redraft.models import loader
 
-    entries = loader.inspect(source).entries
-    files = {file: safe_open(file, framework="pt") for file in {entry.file for entry in entries.values()}}
-    for name, entry in sorted(entries.items()):
-        if entry.shape:
-            file: Any = files[entry.file]
-            yield name, entry.shape, _first_rows(file.get_slice(name))
+    stored = loader.inspect(source).tensors
+    for name, info in sorted(stored.tensors.items()):
+        if info.shape:
+            yield name, info.shape, stored.read(name, slice(0, _sampled(stored.read(name, slice(0, 1)))))
 
 
 def _in_memory(value: Any, name: str = "weights") -> Iterator[Weight]:
@@ -290,7 +286,10 @@ def _in_memory(value: Any, name: str = "weights") -> Iterator[Weight]:
             yield from _in_memory(getattr(value, field.name), f"{name}.{field.name}")
 
 
-def _first_rows(stored: Any) -> Tensor:
-    """Of a tensor or a slice of a file: at least one row."""
-    found: Tensor = stored[: max(1, SAMPLE // max(1, stored[:1].nbytes))]
-    return found
+def _first_rows(stored: Tensor) -> Tensor:
+    return stored[: _sampled(stored[:1])]
+
+
+def _sampled(row: Tensor) -> int:
+    """How many rows like the first are looked at."""
+    return max(1, SAMPLE // max(1, row.nbytes))

@@ -13,7 +13,7 @@ import torch
 from redraft import LLM, SamplingParams
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
 from redraft.models import loader, memory
-from redraft.models.companion import companion
+from redraft.models.draft_model import load_draft_model
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
 from redraft.ops.torch_ops import TorchOps
@@ -23,7 +23,7 @@ def target(**changes: object) -> Runner:
     """The embedded target, without weights."""
     checkpoint = loader.inspect(loader.resolve("embedded"), "float32")
     given = {"source": checkpoint.path, **changes}
-    return Runner(checkpoint.spec, loader.hollow(checkpoint), TorchOps(torch.float32), 4, **given)  # type: ignore[arg-type]
+    return Runner(checkpoint.spec, loader.meta_weights(checkpoint), TorchOps(torch.float32), 4, **given)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def other(tmp_path: Path) -> Path:
 
 def test_the_embedded_target_has_a_sibling_and_loads_it_once() -> None:
     runner = target()
-    found = companion(runner, None)
-    assert found is companion(runner, None) is companion(runner, "embedded-draft")
+    found = load_draft_model(runner, None)
+    assert found is load_draft_model(runner, None) is load_draft_model(runner, "embedded-draft")
     assert found.weights.embed.is_meta, "beside a model that is only looked at nothing is read"
     assert found.spec.hidden < runner.spec.hidden
 
@@ -55,24 +55,24 @@ def test_a_real_one_drafts() -> None:
     plain = llm.generate("import os\n", params)[0].outputs[0]
     drafted = llm.sibling(draft="draft-model").generate("import os\n", params)[0].outputs[0]
     assert drafted.token_ids == plain.token_ids and drafted.stats.accepted > 0
-    (second,) = llm.runner.companions.values()
+    (second,) = llm.runner.draft_models.values()
     assert second.table.slabs == llm.runner.table.slabs and second.backend is llm.runner.backend
 
 
 def test_without_a_name_the_error_says_how_to_give_one() -> None:
     with pytest.raises(InvalidInput, match="--draft-model FOLDER") as error:
-        companion(target(source=None), None)
+        load_draft_model(target(source=None), None)
     assert "\n" not in str(error.value)
 
 
 def test_the_configured_one_is_used(other: Path) -> None:
     with pytest.raises(CheckpointError, match="vocabulary"):
-        companion(target(draft_model=str(other)), None)
+        load_draft_model(target(draft_model=str(other)), None)
 
 
 def test_another_vocabulary_is_refused_with_both_named_and_what_differs(other: Path) -> None:
     with pytest.raises(CheckpointError) as error:
-        companion(target(), str(other))
+        load_draft_model(target(), str(other))
     text = str(error.value)
     assert str(other) in text and str(loader.resolve("embedded")) in text
     assert "2 ids differ, the first is 300: " in text and "\n" not in text
@@ -82,7 +82,7 @@ def test_another_size_is_refused_where_there_are_no_tokenizers(other: Path) -> N
     runner = target(source=None)
     runner.spec = replace(runner.spec, vocab=99)
     with pytest.raises(CheckpointError, match="4096, the target's 99"):
-        companion(runner, str(other))
+        load_draft_model(runner, str(other))
 
 
 def test_it_must_fit_beside_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +90,9 @@ def test_it_must_fit_beside_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     runner.weights = replace(runner.weights, head=Linear(torch.zeros(1, 1)))
     monkeypatch.setattr(memory, "limits", lambda device: 1 << 20)
     with pytest.raises(OutOfMemory, match=r"does not fit beside the target: weights 4\.\d MiB, free 1\.0 MiB"):
-        companion(runner, None)
+        load_draft_model(runner, None)
 
 
 def test_a_missing_folder_is_told() -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
-        companion(target(), "/nowhere/at all")
+        load_draft_model(target(), "/nowhere/at all")

@@ -1,4 +1,4 @@
-"""A second, smaller model beside a Runner: same backend and vocabulary, its own weights, table and store."""
+"""A draft model beside a target's Runner: the same backend and vocabulary, its own weights, table and store."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from redraft.models import loader, memory
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 
-SHARE = 0.5  # of what is free behind the weights, at most, for the second model's pool
+SHARE = 0.5  # of what is free after the weights, at most, for the draft model's pool
 
 
-def companion(target: Runner, model: str | None) -> Runner:
-    """The second model: `model`, else the target's `draft_model`, else the embedded one beside the embedded target.
+def load_draft_model(target: Runner, model: str | None) -> Runner:
+    """The draft model: `model`, else the target's `draft_model`, else the embedded one beside the embedded target.
 
-    Loaded once for each target, in the target's dtype and form of weights; hollow beside a hollow target. Its pool has as many pages as
-    the target's, so that whatever the target holds fits, unless memory is short: then a drafter stays silent where pages
-    lack. Raises InvalidInput without a name, CheckpointError where the vocabularies differ, OutOfMemory with figures.
+    Loaded once for each target, in the target's dtype and form of weights; without numbers beside a target without numbers. Its pool
+    has as many pages as the target's, so that whatever the target holds fits, unless memory is short: then a drafter drafts nothing
+    where pages lack. Raises InvalidInput without a name, CheckpointError where the vocabularies differ, OutOfMemory with figures.
     """
     asked = model or target.draft_model
     if asked is None and target.source == loader.resolve("embedded"):
         asked = "embedded-draft"
     if asked is None:
-        raise InvalidInput("a second model is needed and none is named: give --draft-model FOLDER, or the method's option model=FOLDER")
+        raise InvalidInput("a draft model is needed and none is named: give --draft-model FOLDER, or the method's option model=FOLDER")
     path = loader.resolve(asked)
-    if path not in target.companions:
-        target.companions[path] = _load(target, path)
-    return target.companions[path]
+    if path not in target.draft_models:
+        target.draft_models[path] = _load(target, path)
+    return target.draft_models[path]
 
 
 def _load(target: Runner, path: Path) -> Runner:
@@ -39,7 +39,7 @@ def _load(target: Runner, path: Path) -> Runner:
     elif checkpoint.spec.vocab != target.spec.vocab:
         raise CheckpointError(f"{path}: the draft model's vocabulary is {checkpoint.spec.vocab}, the target's {target.spec.vocab}")
     if target.weights.head.hollow:
-        return Runner(checkpoint.spec, loader.hollow(checkpoint), backend, 1, source=path)
+        return Runner(checkpoint.spec, loader.meta_weights(checkpoint), backend, 1, source=path)
     free = memory.limits(backend.device)
     left = free - checkpoint.weight_bytes
     slabs = min(target.table.slabs, int(left * SHARE) // backend.slab_bytes(checkpoint.spec))

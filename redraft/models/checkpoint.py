@@ -1,0 +1,132 @@
+"""The files of a checkpoint folder: JSON, and tensors behind one protocol. Nothing from a checkpoint is executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from redraft.errors import CheckpointError, Unsupported
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read. dtype: as its file names it; STORED has those that are read."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorSource(Protocol):
+    """Named tensors in one or several files of any format."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All names, with shapes and dtypes."""
+        ...
+
+    @property
+    def files(self) -> Iterable[Path]:
+        """The files that hold them, sorted."""
+        ...
+
+    def read(self, name: str, part: int | slice | None = None) -> Tensor:
+        """A tensor as it is stored, or a part of it along the first dimension. CheckpointError names file and tensor."""
+        ...
+
+
+class Safetensors:
+    """The safetensors files of a folder: model.safetensors, or the shards that the index names. CheckpointError or Unsupported says
+    what is missing or damaged. Files are mapped and stay open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {file: _open(file) for file in _files(folder)}
+        self.tensors: dict[str, TensorInfo] = {}
+        for file, opened in self._files.items():
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                part = opened.get_slice(name)
+                self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    def read(self, name: str, part: int | slice | None = None) -> Tensor:
+        file = self.tensors[name].file
+        try:
+            found: Tensor = self._files[file].get_tensor(name) if part is None else self._files[file].get_slice(name)[part]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: {name}: {first_line(error)}") from None
+        return found
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        raise _no_weights(folder)
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise CheckpointError(f"{folder / INDEX}: no weight_map of tensor and file names")
+    files = [folder / name for name in sorted(set(index.values()))]
+    for file in files:
+        if file.parent != folder:
+            raise CheckpointError(f"{folder / INDEX}: names a file outside of the folder: {file.name}")
+        if not file.exists():
+            raise CheckpointError(f"{folder}: missing shard {file.name}, named in {INDEX}")
+    return files
+
+
+def _no_weights(folder: Path) -> CheckpointError | Unsupported:
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".gguf":
+            return Unsupported(f"{folder}: holds GGUF weights ({file.name}), which are not read; use safetensors weights")
+        if file.suffix in _PICKLED:
+            return Unsupported(f"{folder}: holds pickled weights only ({file.name}), which could run code; convert them to safetensors")
+    return CheckpointError(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Unsupported where the folder holds an adapter, which transformers would apply to the weights beside it."""
+    file = folder / "adapter_config.json"
+    if not file.exists():
+        return
+    raw = read_json(file)
+    kind, base = raw.get("peft_type") or "LoRA/PEFT", raw.get("base_model_name_or_path")
+    of = f" of {base}" if base else ""
+    how = "merge it into the weights, or remove adapter_config.json to run the weights beside it without the adapter"
+    raise Unsupported(f"{folder}: holds a {kind} adapter{of} (adapter_config.json), which is not applied; {how}")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. CheckpointError names the file."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {first_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: a JSON {type(raw).__name__}, not an object")
+    return raw
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text, which may have many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
