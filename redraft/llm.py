@@ -22,7 +22,7 @@ from redraft.engine.output import Event, Stats
 from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
 from redraft.guarantee import weakest
 from redraft.inputs import Conversation, Params, Patch, Prompt
-from redraft.models import loader
+from redraft.models import generation, loader
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 from redraft.outputs import CacheMiss, CompletionOutput, Delta, RequestOutput
@@ -70,7 +70,7 @@ class LLM:
         checkpoint = setup.checkpoint
         self.max_model_len = setup.max_model_len
         self.tokenizer = Tokenizer(checkpoint.path)
-        self.defaults = checkpoint.defaults
+        self.defaults = checkpoint.defaults if config.model.generation_config == "auto" else {}
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
         weights = loader.read(checkpoint, setup.backend.device, setup.backend.pack)
@@ -139,8 +139,8 @@ class LLM:
             sampler,
             max_model_len=self.max_model_len,
             eos=self.eos,
-            decode=tokenizer.decode,
-            decode_all=tokenizer.decode_all,
+            decode=tokenizer.decoder,
+            decode_all=tokenizer.decoder_all,
             draft=self.config.draft,
         )
 
@@ -151,7 +151,7 @@ class LLM:
         if not isinstance(params, SamplingParams | None):
             raise InvalidInput(f"params is a {type(params).__name__}: SamplingParams is needed")
         given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
-        return SamplingParams(**{**self.defaults, **given})
+        return SamplingParams(**generation.over(self.defaults, given))
 
     def generate(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
         """One RequestOutput for each prompt. If a single prompt is bad, this raises. If a prompt of a list is bad, its

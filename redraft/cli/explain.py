@@ -21,6 +21,7 @@ from redraft.config import EngineConfig, SamplingParams
 if TYPE_CHECKING:
     from redraft.core.taps import Taps
     from redraft.engine.engine import Engine
+    from redraft.models import generation
     from redraft.setup import Setup
 
 CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a part at work, in a line of Engine.step
@@ -46,7 +47,8 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     from redraft.setup import Setup
 
     setup = Setup.of(config)
-    params = SamplingParams(**{**setup.checkpoint.defaults, **sampling})
+    defaults = setup.checkpoint.defaults if config.model.generation_config == "auto" else {}
+    params = SamplingParams(**generation.over(defaults, sampling))
     built = _engine(config, setup)
     parts = _parts(config, setup, built, params)
     for line in _model(config, setup, parts):
@@ -75,7 +77,7 @@ def _engine(config: EngineConfig, setup: Setup) -> Engine:
     slabs = -(-setup.max_model_len // 32) + 1
     runner = Runner(
         checkpoint.spec,
-        loader.hollow(checkpoint),
+        loader.meta_weights(checkpoint),
         setup.backend,
         slabs,
         sharing=config.cache.prefix_sharing,

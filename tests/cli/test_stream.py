@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from redraft.cli.stream import Colours
 from redraft.engine.output import Stats
 from redraft.engine.text import Text
+from redraft.models.tokenizer import Decoder
 from redraft.outputs import Delta
 
 
@@ -25,13 +26,13 @@ def test_each_byte_a_token(text: str, data: st.DataObject) -> None:
     """Steps of any sizes; the text lags behind by any amount, as it does where a stop string is held back."""
     ids = list(text.encode())
     drafted = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    colours, found, first, told = Colours([65] * 9, utf8), [], 0, 0
-    reader, tokens = Text.start(9), [65] * 9
+    colours, found, first, told = Colours([65] * 9, Decoder(utf8)), [], 0, 0
+    reader, tokens = Text.start([65] * 9, Decoder(utf8)), [65] * 9
     while first < len(ids):
         size = data.draw(st.integers(1, 5))
         tokens += ids[first : first + size]
         last = first + size >= len(ids)
-        reader = reader.extend(tokens, utf8, last=last)
+        reader = reader.extend(tokens, Decoder(utf8), last=last)
         end = len(reader.done) if last else data.draw(st.integers(told, len(reader.done)))
         found += colours.split(delta(reader.done[told:end], ids[first : first + size], drafted[first : first + size]))
         first, told = first + size, end
@@ -44,6 +45,6 @@ def test_each_byte_a_token(text: str, data: st.DataObject) -> None:
 
 
 def test_what_never_becomes_whole_is_still_told() -> None:
-    colours = Colours([65], utf8)
+    colours = Colours([65], Decoder(utf8))
     assert colours.split(delta("", [0xE2], [True])) == []
     assert colours.split(delta("\N{REPLACEMENT CHARACTER}", [0x82], [False])) == [("\N{REPLACEMENT CHARACTER}", False)]

@@ -10,6 +10,7 @@ from redraft.core.sequence import Request
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event, checked
+from redraft.models.tokenizer import Decoder
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
@@ -38,7 +39,7 @@ def oracle(known: dict[tuple[str, int], Seq[int]]) -> RandomTrees:
 
 
 def telling(drafter: OpenDrafter | str = "none", **options: Any) -> Engine:
-    return engine(drafter, **{"decode": decode, "decode_all": decode, **options})
+    return engine(drafter, **{"decode": Decoder(decode), "decode_all": Decoder(decode), **options})
 
 
 def finish(made: Engine, *requests: Request) -> dict[str, list[Event]]:

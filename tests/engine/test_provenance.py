@@ -14,6 +14,7 @@ from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.draft.union import Merger
 from redraft.engine.output import Event, Stats
+from redraft.models.tokenizer import Decoder
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
@@ -49,7 +50,7 @@ def union(sampler: Any) -> OpenDrafter:
 
 def run(drafter: Any, **changes: Any) -> list[Event]:
     MADE.clear()
-    made = engine(drafter, decode=decode, decode_all=decode)
+    made = engine(drafter, decode=Decoder(decode), decode_all=Decoder(decode))
     made.add(Request("r", list(PROMPT), SAMPLED.but(provenance=True, **changes)))
     events = []
     while made.has_work:

@@ -63,6 +63,6 @@ class Live:
         soon(lambda: not self.service.shell.busy and not engine.has_work, 5)
         assert self.service.shell.alive
         assert not engine.outputs
-        for runner in (engine.runner, *engine.runner.companions.values()):
+        for runner in (engine.runner, *engine.runner.draft_models.values()):
             runner.table.check()
             assert runner.table.used() == 0

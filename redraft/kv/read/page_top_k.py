@@ -94,7 +94,7 @@ class PageTopK(Options):
         """The most that q [K, G, R, D] times a key can be in each part of a page: [K, G, R, n / logical], in float32 or better."""
         low, high = (held[name].flatten(1, 2) for name in ("low", "high"))
         rows = q.flatten(1, 2)
-        found = products(rows.clamp(min=0), high) + products(rows.clamp(max=0), low)  # 2.
+        found: Tensor = products(rows.clamp(min=0), high) + products(rows.clamp(max=0), low)  # 2.
         return found.unflatten(1, q.shape[1:3])
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
