@@ -17,6 +17,7 @@ from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Pooling, Request
 from redraft.core.tree import F64
+from redraft.draft import default
 from redraft.draft.drafter import Drafter
 from redraft.engine import policies, speculation
 from redraft.engine.engine import Engine, Event, Stats
@@ -116,8 +117,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Setup:
-    """What follows from a configuration and the checkpoint's headers, before any weight is read. slabs: the pool."""
+    """What follows from a configuration and the checkpoint's headers, before any weight is read. config: with draft=auto resolved;
+    slabs: the pool."""
 
+    config: EngineConfig
     drafter: Drafter
     scheduler: Scheduler
     checkpoint: loader.Checkpoint
@@ -127,10 +130,11 @@ class Setup:
 
     @classmethod
     def of(cls, config: EngineConfig) -> Setup:
-        drafter = registry.create("draft", config.draft)  # wrong names are told before the checkpoint is looked for
+        device = _device(config.model.device)
+        config = default.resolved(config, device)
+        drafter = registry.create("draft", config.draft)  # wrong names are reported before the checkpoint is looked for
         registry.create("verify", config.verify)
         quant = None if config.model.quant is None else registry.create("quant", config.model.quant)
-        device = _device(config.model.device)
         scheduler = _scheduler(config, device)
         chosen = config.model.backend
         if chosen not in ("auto", *registry.BACKENDS):
@@ -151,7 +155,7 @@ class Setup:
         slab_bytes = backend.slab_bytes(checkpoint.spec)
         free, most = memory.limits(device), scheduler.max_seqs
         slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)
-        return cls(drafter, scheduler, checkpoint, backend, max_model_len, slabs)
+        return cls(config, drafter, scheduler, checkpoint, backend, max_model_len, slabs)
 
 
 class LLM:
@@ -170,8 +174,8 @@ class LLM:
             raise InvalidInput("LLM takes either a config or options, not both")
         if config is None:
             config = EngineConfig.of(**({} if model is None else {"model": model}), **options)
-        self.config = config
         setup = Setup.of(config)
+        self.config = config = setup.config
         checkpoint = setup.checkpoint
         self.max_model_len = setup.max_model_len
         self.tokenizer = Tokenizer(checkpoint.path)
@@ -200,7 +204,7 @@ class LLM:
         if other := set(options) - {*SchedulerConfig.model_fields, "draft", "verify"}:
             raise InvalidInput(f"sibling: {', '.join(sorted(other))} cannot differ from the loaded model's")
         flat = {**own, **options}
-        changed = EngineConfig.of(**flat)
+        changed = default.resolved(EngineConfig.of(**flat), self.runner.backend.device)
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
