@@ -68,6 +68,7 @@ class CopySpec(Stateless):
         "Quality, 2025, arXiv 2502.08923",
         Guarantee.SAME_TEXT,
         deviates="no fallback drafter; the most recent match instead of the first is an option",
+        summary="Copies what followed before; code, quotes, plain CPUs",
     )
 
     def __post_init__(self) -> None:

@@ -98,6 +98,7 @@ class TokenRecycling:
         "with Token Recycling, 2024, arXiv 2408.08696",
         Guarantee.SAME_TEXT,
         deviates="unknown successors make no node; colliding writes are ordered; the tree is cut to the node budget",
+        summary="A tree of tokens that were likely; GPUs and AMX",
     )
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class Int4:
         "arXiv 2402.02750",
         Guarantee.LOSSY,
         deviates="4 bits; whole tokens as groups of values; exact values end at a border like keys, not in a sliding window",
+        summary="4 bits for older pages; when cache memory is short",
     )
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class PIE:
         Guarantee.LOSSY,
         needs="a model with rotary positions",
         deviates="short runs are computed; only full pages of the old text are taken over",
+        summary="Keeps the cache of unedited text; for editors",
     )
 
     def __post_init__(self) -> None:
