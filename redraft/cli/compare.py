@@ -61,7 +61,7 @@ def compare(
             progress.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def announce(seconds: float) -> None:
-        say(f"estimated duration: up to {duration(seconds)}, from a short run of each method; shorter where texts end early")
+        say(f"estimated duration: about {duration(seconds)}, from a short run of each method; shorter where texts end early")
 
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
         comparison = bench.compare(LLM(config=config), options, chosen, tick, announce)

@@ -509,7 +509,7 @@ def test_the_drafter_behind_auto_is_named(folder: Path, file: Path, capsys: pyte
     assert command(["compare", str(folder), *f"--prompts {file} --draft auto --max-tokens 5 --rounds 1 --dtype float32".split()]) == 0
     shown = capsys.readouterr()
     assert re.search(r"^- auto: (copyspec with 4|token-recycling with 16) rows$", shown.out, re.M)
-    assert shown.err.startswith("estimated duration: up to ")
+    assert shown.err.startswith("estimated duration: about ")
 
 
 def test_a_slower_method_is_called_slower() -> None:
