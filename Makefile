@@ -1,4 +1,4 @@
-# make demo: install, generate with the embedded model, compare drafters.    make test: install, lint, types, arrows, tests.
+# make demo: install, generate with the embedded model, compare the default drafter with the plain loop.    make test: install, lint, types, arrows, tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: install
 	$(BIN)/redraft generate --max-tokens 160 --seed 1 < /dev/null
-	$(BIN)/redraft compare --draft copyspec --draft token-recycling --limit 6 --max-tokens 64 --rounds 3 --temperature 0
+	$(BIN)/redraft compare --draft auto --limit 6 --max-tokens 64 --rounds 3 --temperature 0
 
 test: install
 	scripts/check

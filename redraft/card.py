@@ -23,10 +23,12 @@ class Guarantee(IntEnum):
 
 @dataclass(frozen=True)
 class Card:
-    """`paper` is "authors, title, year, arXiv id"; `needs` what must exist besides the target; `deviates` from the paper."""
+    """`paper` is "authors, title, year, arXiv id"; `needs` what must exist besides the target; `deviates` from the paper; `summary` what
+    it does and when to use it, at most 57 characters."""
 
     title: str
     paper: str
     guarantee: Guarantee
     needs: str = "nothing"
     deviates: str = "nothing"
+    summary: str = ""

@@ -173,7 +173,7 @@ class SchedulerConfig(Settings):
     scheduler: str = Field("sarathi", description="name:option=value,... of a scheduler")
     token_budget: int = Field(512, ge=1, description="rows a step, prompts and drafts together")
     max_seqs: int = Field(64, ge=1, description="sequences that run at once")
-    draft_rows: int = Field(16, ge=0, description="drafted nodes a sequence and step")
+    draft_rows: int = Field(16, ge=0, description="drafted nodes a sequence and step; with draft=auto the drafter's own number")
     draft_total: int | None = Field(None, ge=0, description="drafted nodes a step, shared evenly; None: 32 on CPU, 128 on CUDA")
 
 
@@ -183,7 +183,7 @@ class EngineConfig(Settings):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     schedule: SchedulerConfig = SchedulerConfig()
-    draft: str = Field("none", description="name:option=value,... of a drafter")
+    draft: str = Field("none", description="name:option=value,... of a drafter; auto: one that pays on this machine")
     draft_model: str | None = Field(
         None, description="the checkpoint of drafters that use a second model; with the embedded model its small sibling"
     )

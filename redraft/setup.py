@@ -9,6 +9,7 @@ import torch
 
 from redraft import registry
 from redraft.config import EngineConfig
+from redraft.draft import default
 from redraft.draft.drafter import Drafter
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models import loader, memory
@@ -20,8 +21,9 @@ from redraft.sched.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of an engine and the size of its pool. slabs: pages of the pool."""
+    """The parts of an engine and the size of its pool. config: with draft=auto resolved; slabs: pages of the pool."""
 
+    config: EngineConfig
     drafter: Drafter
     scheduler: Scheduler
     checkpoint: loader.Checkpoint
@@ -33,9 +35,10 @@ class Setup:
     def of(cls, config: EngineConfig) -> Setup:
         """Checks the names first, then the checkpoint, then the sizes. UnknownMethod, InvalidInput, CheckpointError, OutOfMemory or
         Unsupported, one line each."""
+        device = _device(config.model.device)
+        config = default.resolved(config, device)
         drafter = registry.create("draft", config.draft)
         registry.create("verify", config.verify)
-        device = _device(config.model.device)
         scheduler = scheduler_of(config, device)
         checkpoint = _checkpoint(config, device)
         backend = _backend(config, checkpoint, device)
@@ -45,7 +48,7 @@ class Setup:
         slab_bytes = backend.slab_bytes(checkpoint.spec)
         free, most = memory.limits(device), scheduler.max_seqs
         slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)
-        return cls(drafter, scheduler, checkpoint, backend, max_model_len, slabs)
+        return cls(config, drafter, scheduler, checkpoint, backend, max_model_len, slabs)
 
 
 def scheduler_of(config: EngineConfig, device: torch.device) -> Scheduler:

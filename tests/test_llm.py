@@ -268,6 +268,7 @@ def test_an_error_in_mid_step_leaves_a_usable_engine(
     assert texts(llm) == truth
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("place", ["forward", "observe"])
 def test_ctrl_c_waits_for_the_steps_end(llm: LLM, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = texts(llm)
@@ -370,6 +371,7 @@ def test_sigint_goes_where_the_caller_wants_it(before: str) -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN if before == "ignored" else lambda number, frame: hits.append(number))
     try:
         with InterruptBetween() as interrupt:
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == (before == "ignored")  # children inherit only that
             signal.raise_signal(signal.SIGINT)
             assert hits == []  # not within
             interrupt.check()

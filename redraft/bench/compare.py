@@ -18,18 +18,20 @@ from functools import partial
 from typing import Any
 
 from redraft import registry
+from redraft.bench.estimate import Pace, Work
 from redraft.bench.gauge import Share, measured
 from redraft.bench.prompts import Prompt
 from redraft.config import SamplingParams
 from redraft.core.noise import sample_seed
+from redraft.draft.default import AUTO
 from redraft.errors import InvalidInput, PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.models.tokenizer import Tokenizer
 
 BASELINE = "none"
-WARM_UP = 8  # tokens that each method generates before anything is timed
+WARM_UP = 8  # tokens that each method generates before it is measured
 
-Tick = Callable[[str], None]  # told after each group that ran, timed or not
+Tick = Callable[[str], None]  # called after each group that ran, timed or not
 
 
 class Mode(StrEnum):
@@ -43,9 +45,9 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared and how. drafts: methods as "name:option=value,..."; batch: prompts that run at once; lenient:
-    methods that this model or verifier cannot have are left out and named, instead of refused; bound: also how much of the
-    most that any rule could accept was accepted, in an untimed pass."""
+    """What is compared and how. drafts: methods as "name:option=value,..." or "auto"; batch: prompts that run at once; lenient:
+    methods that do not fit this model or verifier are left out and named, instead of refused; bound: also measure, in an untimed
+    pass, which share of the acceptance that the best rule could reach was reached."""
 
     drafts: tuple[str, ...]
     params: SamplingParams
@@ -64,7 +66,8 @@ class Options:
         for draft in self.drafts:
             if self.drafts.count(draft) > 1:
                 raise InvalidInput(f"draft = {draft!r} is given more than once")
-            registry.create("draft", draft)
+            if draft != AUTO:
+                registry.create("draft", draft)
         if BASELINE in self.drafts:
             raise InvalidInput(f"draft = {BASELINE!r} is the plain loop, which every method is measured against anyway")
 
@@ -100,7 +103,7 @@ class Turn:
 @dataclass
 class Run:
     """One measurement: a group's conversations by one entry. peak: bytes of cache in use at most, a second model's too;
-    fault: what the first drafter that failed said."""
+    fault: the error of the first drafter that failed."""
 
     conversations: list[list[Turn]]
     seconds: float = 0.0
@@ -112,6 +115,11 @@ class Run:
     @property
     def tokens(self) -> int:
         return sum(len(turn.tokens) for turns in self.conversations for turn in turns)
+
+    @property
+    def work(self) -> Work:
+        read = sum(len(turn.prompt) for turns in self.conversations for turn in turns)
+        return Work(read, max((sum(len(turn.tokens) for turn in turns) for turns in self.conversations), default=0))
 
 
 @dataclass(frozen=True)
@@ -125,11 +133,20 @@ class Comparison:
     cut_short: list[str]  # ids of conversations that outgrew it after the first turn
     refused: list[str] = field(default_factory=list)  # methods left out, each with the reason
     bounds: dict[int, Share] = field(default_factory=dict)  # entry -> acceptance over its bound, where there is one
+    stopped: bool = False  # by Ctrl-C, before the last round or the bounds
+
+    @property
+    def rounds(self) -> int:
+        return len(self.runs[0])
+
+    @property
+    def outputs(self) -> int:
+        return sum(len(group.prompts) for group in self.groups)
 
 
 class Dialogue:
-    """What is said to the model: text to continue, or a chat by the checkpoint's template. A checkpoint without a
-    template reads a chat as its contents, one after the other, on lines of their own."""
+    """The input of the model: text to continue, or a chat by the checkpoint's template. A checkpoint without a
+    template gets the contents of the messages, one a line."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -137,14 +154,14 @@ class Dialogue:
         self.messages = list(prompt.messages or [])
         self.turns = list(prompt.turns or [])
         self.open = True
-        self._ask()
+        self._next_turn()
 
-    def _ask(self) -> None:
+    def _next_turn(self) -> None:
         if self.turns:
             self.messages.append({"role": "user", "content": self.turns.pop(0)})
 
     def ids(self) -> list[int]:
-        """The tokens that the model reads next, all that was said before included."""
+        """The tokens that the model reads next, earlier turns included."""
         if self.text is not None:
             return self.tokenizer.encode(self.text)
         if has_template(self.tokenizer):
@@ -155,64 +172,147 @@ class Dialogue:
         """Appends the model's answer and the next turn, if there is one."""
         self.open = bool(self.turns)
         self.messages.append({"role": "assistant", "content": self.tokenizer.decode(tokens)})
-        self._ask()
+        self._next_turn()
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
     return bool(tokenizer.hf.chat_template)
 
 
-def compare(llm: LLM, options: Options, prompts: Seq[Prompt], tick: Tick = lambda what: None) -> Comparison:
+def compare(
+    llm: LLM,
+    options: Options,
+    prompts: Seq[Prompt],
+    tick: Tick = lambda what: None,
+    announce: Callable[[float], None] = lambda seconds: None,
+) -> Comparison:
     """Runs everything. `llm` is the plain loop, loaded with prefix_sharing=False; the methods are its siblings.
 
-    Every round runs every group by every entry before the next group, in an order that turns by one place from group
-    to group and from round to round and is reversed in every other round: what slows the machine down hits all alike.
+    announce: receives the estimated duration in seconds before anything is measured. Ctrl-C ends the measurements: what was measured
+    is returned; KeyboardInterrupt where nothing was.
     """
     fits = [prompt for prompt in prompts if len(Dialogue(prompt, llm.tokenizer).ids()) < llm.max_model_len]
     if not fits:
         raise PromptTooLong(f"none of the {len(prompts)} prompts fits the context: max_model_len = {llm.max_model_len}")
     llm.engine.policies.check(llm.params(options.params))  # what the engine would refuse for each prompt, once
     groups = split(fits, options.batch, llm.params(options.params))
+    siblings, refused = opened(llm, options)
+    announce(estimate([llm, *siblings.values()], groups, options))
     entries = [Entry(BASELINE, Mode.BASELINE, llm, (None, None))]
-    refused = []
+    for draft, sibling in siblings.items():
+        entries += enter(draft, sibling, groups, tick)
+    runs, stopped = measure_all(entries, groups, options.rounds, tick)
+    groups = groups[: len(runs[0][0])]
+    bounds: dict[int, Share] = {}
+    if options.bound and not stopped:
+        bounds, stopped = gauge_all(entries, groups, runs)
+    left_out = [prompt.id for prompt in prompts if prompt not in fits]
+    return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]), refused, bounds, stopped)
+
+
+def opened(llm: LLM, options: Options) -> tuple[dict[str, LLM], list[str]]:
+    """Draft -> an engine with it; and the methods that were refused, each with the reason."""
+    siblings, refused = {}, []
     for draft in options.drafts:
         try:
-            twin = llm.sibling(draft=draft)
+            siblings[draft] = llm.sibling(draft=draft)
         except RedraftError as error:
             if not options.lenient:
                 raise
             refused.append(f"{draft}: {error}")
-            continue
-        warm_up(twin, groups[0])
-        entries += enter(draft, twin, groups, tick)
-    warm_up(llm, groups[0])
-    runs: list[list[list[Run]]] = [[[] for _ in range(options.rounds)] for _ in entries]
+    return siblings, refused
+
+
+def estimate(llms: Seq[LLM], groups: Seq[Group], options: Options) -> float:
+    """Seconds that the measurements will take: the time of a short run of each engine, scaled to the tokens of all groups."""
+    work = sum((expected(llms[0], group) for group in groups), Work(0, 0))
+    return sum(passes(llm, groups, options, own=i > 0) * pace(llm, groups[0]).seconds(work) for i, llm in enumerate(llms))
+
+
+def passes(llm: LLM, groups: Seq[Group], options: Options, own: bool) -> int:
+    """How often an engine runs all groups. own: it has a drafter to learn and to be bounded."""
+    learns = own and llm.engine.drafter.snapshot() is not None and len({group.half for group in groups}) > 1
+    modes = 2 if learns else 1
+    bounded = own and options.bound and not groups[0].params[0].greedy
+    return modes * (options.rounds + bounded) + learns
+
+
+def expected(llm: LLM, group: Group) -> Work:
+    """The tokens of a group if every text gets as long as it may."""
+    read, written = 0, 0
+    for prompt, params in zip(group.prompts, group.params, strict=True):
+        length, total = len(Dialogue(prompt, llm.tokenizer).ids()), 0
+        for turn in [*(prompt.turns or [""])[1:], ""]:
+            new = min(params.max_tokens or llm.max_model_len, max(0, llm.max_model_len - length))
+            read, total = read + length, total + new
+            length = min(llm.max_model_len, length + new + len(llm.tokenizer.encode(turn)))
+        written = max(written, total)
+    return Work(read, written)
+
+
+def pace(llm: LLM, group: Group) -> Pace:
+    """From two short runs of a group, after a first one that is not timed. Nothing that a drafter learns is kept."""
+    state = llm.engine.drafter.snapshot()
+    generate(llm, shortened(group, WARM_UP, 1))
+    restore(llm, state)
+    short = generate(llm, shortened(group, 1))
+    restore(llm, state)
+    long = generate(llm, shortened(group, 1 + WARM_UP))
+    restore(llm, state)
+    return Pace.of(short.work, short.seconds, long.work, long.seconds)
+
+
+def shortened(group: Group, tokens: int, prompts: int | None = None) -> Group:
+    """The group's first prompts with so many new tokens."""
+    params = tuple(params.but(max_tokens=tokens, min_tokens=0) for params in group.params)
+    return Group(group.category, group.half, group.prompts[:prompts], params[:prompts])
+
+
+def measure_all(entries: Seq[Entry], groups: Seq[Group], rounds: int, tick: Tick) -> tuple[list[list[list[Run]]], bool]:
+    """runs[entry][round][group], and whether Ctrl-C ended them early.
+
+    Every round runs every group by every entry before the next group, in an order that turns by one place from group
+    to group and from round to round and is reversed in every other round: what slows the machine down hits all alike.
+    """
+    runs: list[list[list[Run]]] = [[[] for _ in range(rounds)] for _ in entries]
     gc.collect()
     gc.freeze()  # what lives already need not be looked through again before each measurement
     try:
-        for turn in range(options.rounds):
+        for turn in range(rounds):
             for g, group in enumerate(groups):
                 for e in order(len(entries), turn, g):
                     runs[e][turn].append(measure(entries[e].llm, group, entries[e].states[group.half]))
-                    tick(f"round {turn + 1}/{options.rounds}: {entries[e].method}")
+                    tick(f"round {turn + 1}/{rounds}: {entries[e].method}")
+    except KeyboardInterrupt:
+        if not all(one[0] for one in runs):
+            raise
+        return comparable(runs, len(groups)), True
     finally:
         gc.unfreeze()
-    bounds = gauge_all(entries, groups, runs) if options.bound else {}
-    left_out = [prompt.id for prompt in prompts if prompt not in fits]
-    return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]), refused, bounds)
+    return runs, False
 
 
-def gauge_all(entries: Seq[Entry], groups: Seq[Group], runs: Seq[Seq[Seq[Run]]]) -> dict[int, Share]:
-    """Entry -> acceptance over its bound, by one more pass over all groups."""
-    found = {}
+def comparable(runs: list[list[list[Run]]], groups: int) -> list[list[list[Run]]]:
+    """The rounds that all entries have finished; none: the groups of the first round that all have."""
+    common = [min(map(len, parts)) for parts in zip(*runs, strict=True)]
+    rounds = max(1, common.count(groups))
+    return [[part[: common[0]] for part in one[:rounds]] for one in runs]
+
+
+def gauge_all(entries: Seq[Entry], groups: Seq[Group], runs: Seq[Seq[Seq[Run]]]) -> tuple[dict[int, Share], bool]:
+    """Entry -> acceptance over its bound, by one more pass over all groups; and whether Ctrl-C ended it early."""
+    found: dict[int, Share] = {}
     for e, entry in enumerate(entries):
         if entry.mode is Mode.BASELINE or groups[0].params[0].greedy:
             continue
         visits = sum(run.steps + run.accepted for run in runs[e][0])
-        share = measured(entry.llm, visits, partial(run_all, entry, groups))
+        try:
+            share = measured(entry.llm, visits, partial(run_all, entry, groups))
+        except KeyboardInterrupt:
+            return found, True
         if share is not None:
             found[e] = share
-    return found
+    return found, False
 
 
 def run_all(entry: Entry, groups: Seq[Group]) -> list[Run]:
@@ -238,7 +338,7 @@ def split(prompts: Seq[Prompt], batch: int, params: SamplingParams) -> list[Grou
             for at in range(0, len(mine), batch):
                 chosen, own = zip(*mine[at : at + batch], strict=True)
                 groups.append(Group(category, half, chosen, own))
-        start += len(members)  # an odd category hands its surplus on, so that neither half stays empty
+        start += len(members)  # after an odd category the halves swap, so that neither stays empty
     return groups
 
 
@@ -268,19 +368,9 @@ def enter(draft: str, llm: LLM, groups: Seq[Group], tick: Tick) -> list[Entry]:
     return [cold, Entry(draft, Mode.HOT, llm, (learned[0], learned[1]))]
 
 
-def warm_up(llm: LLM, group: Group) -> None:
-    """A short run, so that nobody pays for first calls; nothing of it is kept."""
-    state = llm.engine.drafter.snapshot()
-    params = group.params[0].but(max_tokens=WARM_UP, min_tokens=0)
-    generate(llm, Group(group.category, group.half, group.prompts[:1], (params,)))
-    if state is not None:
-        llm.engine.drafter.restore(state)
-
-
 def measure(llm: LLM, group: Group, state: Any) -> Run:
     """One group from a known state, without pauses of the garbage collector."""
-    if state is not None:
-        llm.engine.drafter.restore(state)
+    restore(llm, state)
     gc.collect()
     gc.disable()
     try:
@@ -289,21 +379,27 @@ def measure(llm: LLM, group: Group, state: Any) -> Run:
         gc.enable()
 
 
+def restore(llm: LLM, state: Any) -> None:
+    """state: None of a drafter that learns nothing."""
+    if state is not None:
+        llm.engine.drafter.restore(state)
+
+
 def generate(llm: LLM, group: Group) -> Run:
-    """The conversations of a group, all that are still open at once, turn after turn. Only generation is timed: what
-    the next turn says is put together with the clock stopped."""
+    """The conversations of a group, all that are still open at once, turn after turn. Only generation is timed, not the
+    preparation of the next turn."""
     dialogues = [Dialogue(prompt, llm.tokenizer) for prompt in group.prompts]
     run = Run([[] for _ in dialogues])
     runners = [llm.runner, *llm.runner.draft_models.values()]
     for runner in runners:
         runner.table.reset_peak()
     while active := [i for i, dialogue in enumerate(dialogues) if dialogue.open]:
-        asked = [dialogues[i].ids() for i in active]
+        prompts = [dialogues[i].ids() for i in active]
         params = [group.params[i] for i in active]
         start = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], params)
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
         run.seconds += time.perf_counter() - start
-        for i, ids, output in zip(active, asked, outputs, strict=True):
+        for i, ids, output in zip(active, prompts, outputs, strict=True):
             if output.error is not None:  # it outgrew the context
                 dialogues[i].open = False
                 continue
@@ -318,7 +414,7 @@ def generate(llm: LLM, group: Group) -> Run:
 
 
 def cut_short(groups: Seq[Group], runs: Seq[Run]) -> list[str]:
-    """Ids of the prompts whose plain run has fewer turns than were asked for."""
+    """Ids of the prompts whose plain run has fewer turns than the prompt."""
     return [
         prompt.id
         for group, run in zip(groups, runs, strict=True)

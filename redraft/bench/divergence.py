@@ -1,4 +1,4 @@
-"""Two texts that should be the same: are they, and if not, is it a near-tie of the numbers or a fault?
+"""Where two texts differ that should be the same: a near-tie of the numbers, or a fault?
 
 A text that differs from the plain loop's is fed to the plain model again, teacher-forced: its own tokens as a causal
 chain, no tree and no draft, with the processors, the seed and the positions of the request. It is excused where each of
@@ -80,22 +80,22 @@ def examine(llm: LLM, name: str, turn: int, prompt: list[int], plain: list[int],
     if at >= min(len(plain), len(text)):
         expected, found = [tokens[at] if at < len(tokens) else None for tokens in (plain, text)]
         return Divergence(name, turn, at, expected, found, None, None, False)
-    law = _Law(llm, prompt, text, params)
+    replay = _Replay(llm, prompt, text, params)
     worst, margin, near = 0.0, None, True
-    for i, logits in enumerate(law.rows()):
+    for i, logits in enumerate(replay.rows()):
         most = tolerance(llm.runner.backend.dtype, logits)
-        row = law.weigh(logits, i)
-        gap = law.gap(row, logits, i, text[i], most)
+        row = replay.weigh(logits, i)
+        gap = replay.gap(row, logits, i, text[i], most)
         worst, near = max(worst, gap), near and gap <= most
         if i == at:
-            a, b = law.value(row, plain[i]), law.value(row, text[i])
+            a, b = replay.value(row, plain[i]), replay.value(row, text[i])
             margin = abs(a - b) if a is not None and b is not None else None
-            near = near and law.gap(row, logits, i, plain[i], most) <= most and most > 0
+            near = near and replay.gap(row, logits, i, plain[i], most) <= most and most > 0
     return Divergence(name, turn, at, plain[at], text[at], margin, worst, near)
 
 
 @dataclass(frozen=True)
-class _Law:
+class _Replay:
     """The plain model's choice before each token of a text."""
 
     llm: LLM
@@ -107,7 +107,7 @@ class _Law:
         """Raw logits, f64[V], before each token of the text, from causal chunks of the plain runner."""
         runner = self.llm.runner
         tokens = [*self.prompt, *self.text[:-1]]
-        params = self.params.but(prompt_logprobs=0)  # asks for the logits of every chain row
+        params = self.params.but(prompt_logprobs=0)  # so that the logits of every chain row are computed
         seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), params.seed or 0, sync_point=len(tokens))
         runner.table.open(seq)
         try:
@@ -138,13 +138,13 @@ class _Law:
         return row
 
     def value(self, row: Row, token: int) -> float | None:
-        """What the token weighs there, None where a filter dropped it."""
+        """The token's processed value, None where a filter dropped it."""
         place = np.flatnonzero(row.ids == token)
         return float(row.values[place[0]]) if len(place) else None
 
     def gap(self, row: Row, logits: F64, i: int, token: int, most: float) -> float:
-        """How far `token` lies behind the best at place i; `most` for one that a filter dropped and a logit larger by
-        `most` brings back to the top, else infinite."""
+        """How far the value of `token` is below the best at place i. For a token that a filter dropped: `most` where a logit larger by
+        `most` brings it back to the top, else infinite."""
         own = self.value(row, token)
         if own is not None:
             return float(row.values.max()) - own

@@ -1,6 +1,6 @@
-"""How much of what any rule could accept was accepted: an untimed pass beside the measurements of `compare`.
+"""The share of the best possible acceptance that was reached: an untimed pass of `compare`.
 
-Only for verifiers that toss coins: the bound is over what a drafter might have drawn independently of the target's noise.
+Only for verifiers that test sampled drafts: the bound holds for drafts that are independent of the target's noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from redraft.verify.verifier import Rejecting
 if TYPE_CHECKING:
     from redraft.llm import LLM
 
-MOST = 200  # nodes that are looked at: the bound of many draws over a large vocabulary takes tens of milliseconds
+MAX_NODES = 200  # nodes that are examined: the bound of many draws over a large vocabulary takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Gauged:
                 if kind is Kind.FIXED or not drawn or tree.laws is None:
                     continue
                 self.visited += 1
-                if self.visited % self.every == 0 and len(self.found) < MOST:
+                if self.visited % self.every == 0 and len(self.found) < MAX_NODES:
                     try:
                         (p,), (q,) = law.probs([root + 1 + node]), tree.laws.probs([node + 1])
                     except NoLaw:
@@ -69,12 +69,12 @@ class Gauged:
 
 
 def measured(llm: LLM, visits: int, run: Callable[[], object]) -> Share | None:
-    """The share of the bound that `llm`'s verifier reaches in `run`, which generates and visits about so many nodes; None
-    where it tosses no coins."""
+    """The share of the bound that `llm`'s verifier reaches in `run`, which generates and visits about `visits` nodes; None
+    where it tests no sampled drafts."""
     verifier: Any = llm.engine.verifier.own
     if verifier.drafts is not Stream.DRAFT:
         return None
-    gauged: Any = Gauged(verifier, every=max(1, visits // MOST))
+    gauged: Any = Gauged(verifier, every=max(1, visits // MAX_NODES))
     llm.engine.verifier.own = gauged
     try:
         run()

@@ -1,4 +1,4 @@
-"""How a comparison is shown: a table for people, a JSON document for programs."""
+"""The results of a comparison: a table for people, a JSON document for programs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from redraft.bench.compare import BASELINE, Comparison, Mode, Options, Tick, has_template
 from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
 from redraft.card import Guarantee
+from redraft.columns import fold
 from redraft.engine.policies import SEAMS
 from redraft.ops import library
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
-EVERY = 5.0  # seconds between two lines of progress where it is no terminal that reads them
+EVERY = 5.0  # seconds between two lines of progress without a terminal
 
 
 def hardware() -> dict[str, Any]:
@@ -76,13 +76,13 @@ def document(comparison: Comparison, options: Options, rows: list[Row], source: 
     llm = comparison.entries[0].llm
     settings = {
         "prompts": source,
-        "outputs": sum(len(group.prompts) for group in comparison.groups),
+        "outputs": comparison.outputs,
         "left_out": comparison.left_out,
         "cut_short": comparison.cut_short,
         "refused": comparison.refused,
         "chat_template": has_template(llm.tokenizer),
         "drafts": list(options.drafts),
-        "rounds": options.rounds,
+        "rounds": comparison.rounds,
         "batch": options.batch,
         "params": llm.params(options.params).model_dump(exclude_defaults=True),
         "dtype": dtype_name(comparison),
@@ -96,6 +96,7 @@ def document(comparison: Comparison, options: Options, rows: list[Row], source: 
         "hardware": hardware(),
         "commit": commit(),
         "baseline": BASELINE,
+        "stopped": comparison.stopped,
         "settings": settings,
         "rows": [_finite(dataclasses.asdict(row)) for row in rows],
     }
@@ -110,8 +111,8 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def bar(console: Console, total: int) -> Iterator[Tick]:
-    """A progress bar that is gone afterwards; no terminal gets a line now and then instead. Each tick moves it by one and says what ran.
-    Ctrl-C is told."""
+    """A progress bar that disappears afterwards; without a terminal, a line every few seconds. Each tick moves it by one and names what
+    ran. Prints "stopped" after Ctrl-C."""
     try:
         with _bar(console, total) if console.is_terminal else _lines(console, total) as tick:
             yield tick
@@ -122,13 +123,13 @@ def bar(console: Console, total: int) -> Iterator[Tick]:
 
 @contextmanager
 def _lines(console: Console, total: int) -> Iterator[Tick]:
-    done, told = 0, time.monotonic()
+    done, printed = 0, time.monotonic()
 
     def tick(what: str) -> None:
-        nonlocal done, told
+        nonlocal done, printed
         done += 1
-        if time.monotonic() - told >= EVERY:
-            told = time.monotonic()
+        if time.monotonic() - printed >= EVERY:
+            printed = time.monotonic()
             console.print(f"{done}/{total} {what}", markup=False, highlight=False, soft_wrap=True)
 
     yield tick
@@ -150,55 +151,78 @@ def dtype_name(comparison: Comparison) -> str:
 
 
 def show(console: Console, comparison: Comparison, options: Options, rows: list[Row]) -> None:
+    """Fits 80 columns unless a method's name does not: each method has a block of its own."""
+    for text in heading(comparison, options):
+        _print(console, text, "bold")
+    console.print()
+    for line in _table(rows):
+        console.print(line, soft_wrap=True)
+    console.print()
+    for note in notes(comparison, options, rows):
+        _print(console, f"- {note}")
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    for line in fold(text, console.width):
+        console.print(Text(line, style=style), soft_wrap=True)
+
+
+def heading(comparison: Comparison, options: Options) -> list[str]:
+    """What was run, where, and under which policies."""
     llm = comparison.entries[0].llm
-    machine, params = hardware(), llm.params(options.params)
-    backend = llm.runner.backend
-    threads = backend.threads
-    outputs = sum(len(group.prompts) for group in comparison.groups)
-    head = (
+    machine, params, backend = hardware(), llm.params(options.params), llm.runner.backend
+    rounds, threads = comparison.rounds, backend.threads
+    lines = [
         f"{llm.name}, {dtype_name(comparison)}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
-        f"batch {options.batch}, {outputs} prompts, {options.rounds} round{'s' * (options.rounds > 1)}\n"
+        f"batch {options.batch}, {comparison.outputs} prompts, {rounds} round{'s' * (rounds > 1)}",
         f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend, "
-        f"PyTorch {machine['torch']}"
-    )
+        f"PyTorch {machine['torch']}",
+    ]
     if chosen := [f"{seam} {text}" for seam in SEAMS if (text := getattr(params, seam))]:
         weakest = llm.guarantee_of(params).label
-        head += f"\nall under {', '.join(chosen)}, {weakest}; the guarantees below are towards the plain loop under the same"
-    told = Table.grid(padding=(0, 1, 0, 0))
-    for note in notes(comparison, options, rows):
-        told.add_row("-", note)
-    console.print(Group(Text(head, style="bold"), Text(), _table(rows, 2 if console.width >= 120 else 1), Text(), told))
+        lines.append(f"all under {', '.join(chosen)}, {weakest}; the guarantees below are towards the plain loop under the same")
+    return lines
 
 
-def _table(rows: list[Row], gap: int) -> Table:
-    """All prompts first, then a part for each category; `gap` spaces between columns."""
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("method", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    table.add_column("guarantee", no_wrap=True)
-    for name in ("tokens/s", "speed-up", "min-max", "accept\nlength"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("tokens\nequal", overflow="fold")
-    for name in ("8-gram\nrepeats", "peak\ncache"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _table(rows: list[Row]) -> Iterator[Text]:
+    """All prompts first, then a part for each category: a line with the method's name, then one for each state."""
+    yield Text(_cells(HEAD), style="bold")
     for category, part in groupby(rows, key=lambda row: row.category):
         if category is not None:
-            table.add_row()
-            table.add_row(Text(category, style="bold"))
-        for row in part:
-            table.add_row(
-                row.method,
-                row.mode,
-                row.guarantee,
-                f"{row.tokens_per_second:.1f}",
-                _speedup(row),
-                "" if row.speedup_low is None or row.speedup_high is None else f"{row.speedup_low:.2f}-{row.speedup_high:.2f}",
-                f"{row.mean_acceptance_length:.2f}",
-                _equal(row),
-                f"{row.repeated_8gram_share:.0%}",
-                _bytes(row.peak_kv_bytes),
-            )
-    return table
+            yield Text()
+            yield Text(f"category {category}", style="bold")
+        for method, states in groupby(part, key=lambda row: (row.method, row.guarantee)):
+            yield Text(", ".join(method))
+            for row in states:
+                yield _line(row)
+
+
+HEAD = ("state", "tokens/s", "speed-up", "min-max", "accept", "equal", "repeat", "peak MiB")
+WIDTHS = (-8, 8, 12, 11, 6, 12, 6, 8)  # columns, to the left where negative; 80 with the indent and the gaps
+
+
+def _cells(values: Iterable[str]) -> str:
+    return "  " + " ".join(f"{value:{'<' if width < 0 else '>'}{abs(width)}}" for value, width in zip(values, WIDTHS, strict=True))
+
+
+def _line(row: Row) -> Text:
+    speedup, equal = _speedup(row), _equal(row)
+    spread = "" if row.speedup_low is None or row.speedup_high is None else f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
+    values = (
+        row.mode,
+        f"{row.tokens_per_second:.1f}",
+        speedup.plain,
+        spread,
+        f"{row.mean_acceptance_length:.2f}",
+        equal.plain,
+        f"{row.repeated_8gram_share:.0%}",
+        f"{row.peak_kv_bytes / 2**20:.1f}",
+    )
+    line = Text(_cells(values))
+    for column, cell in ((2, speedup), (5, equal)):
+        end = 2 + sum(map(abs, WIDTHS[: column + 1])) + column
+        line.stylize(cell.style, end - len(cell.plain), end)
+    return line
 
 
 def _speedup(row: Row) -> Text:
@@ -217,40 +241,44 @@ def _equal(row: Row) -> Text:
     if row.tokens_equal:
         return Text("yes", style="green")
     if row.near_ties == row.divergences:
-        return Text(f"{row.near_ties} near-tie{'s' if row.near_ties > 1 else ''} of {row.outputs}", style="yellow")
+        return Text(f"near {row.near_ties}/{row.outputs}", style="yellow")
     style = "red" if row.withheld is not None else "yellow"  # yellow: it never promised the same text
-    return Text(f"no: {row.divergences - row.near_ties} of {row.outputs}", style=style)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+    return Text(f"no {row.divergences - row.near_ties}/{row.outputs}", style=style)
 
 
 def notes(comparison: Comparison, options: Options, rows: list[Row]) -> list[str]:
     """What a reader has to know beside the figures, a line each."""
     llm = comparison.entries[0].llm
     overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
-    lines = ["speed-up: median of the rounds' ratios, each over the plain loop of the same round; reading the prompt is timed too"]
+    lines = [
+        "speed-up: median of the rounds' ratios, each over the plain loop of the same round; reading the prompt is timed too",
+        "accept: tokens a step; equal: texts that are the plain loop's; repeat: tokens in 8-grams that repeat; peak: of the cache",
+    ]
+    if comparison.stopped:
+        lines.append(f"stopped by Ctrl-C: of {options.rounds} rounds {comparison.rounds} of {comparison.outputs} prompts are shown")
+    for entry in comparison.entries:
+        if entry.mode in (Mode.COLD, Mode.SAME) and entry.llm.config.draft != entry.method:
+            lines.append(f"{entry.method}: {entry.llm.config.draft} with {entry.llm.config.schedule.draft_rows} rows")
     if any(row.mode in (Mode.COLD, Mode.HOT) for row in overall):
         lines.append("cold: nothing learned before each prompt group; hot: learned on the other half of the prompts, never on these")
     for row in overall:
         if row.first_divergence is not None and (row.withheld is not None or promised(row)):
-            lines.append(f"{row.method} {row.mode}: {_tell(row, row.first_divergence)}")
+            lines.append(f"{row.method} {row.mode}: {_describe(row, row.first_divergence)}")
         if row.withheld is not None:
             promise = "" if row.fault else f" although it promises {row.guarantee}"
             lines.append(f"{row.method} {row.mode}: no speed-up, {row.withheld}{promise}")
         if row.acceptance_over_bound is not None:
             share = row.acceptance_over_bound
-            lines.append(f"{row.method} {row.mode}: accepts {share.ratio:.1%} (+- {share.error:.1%}) of what the best possible rule would")
+            lines.append(f"{row.method} {row.mode}: {share.ratio:.1%} (+- {share.error:.1%}) of the best possible acceptance")
         if row.fault is not None:
             lines.append(f"{row.method} {row.mode}: {row.fault}")
     if options.bound and not comparison.bounds:
-        lines.append("bound: only for drawn children that coins decide on, that is with --verify recursive or the like, and not greedy")
+        lines.append("bound: only for verifiers that test sampled drafts, such as --verify recursive, and not greedy")
     if free := sorted({row.guarantee for row in overall if not promised(row)}):
-        lines.append(f"{', '.join(free)}: the guarantee is not one of equal texts, so other texts are no fault")
+        lines.append(f"{', '.join(free)}: the guarantee does not promise equal texts, so other texts are no fault")
     if any(row.near_ties for row in overall):
         where, within = dtype_name(comparison), tolerance_label(llm.runner.backend.dtype)
-        lines.append(f"near-tie: each token is what the plain model ({where}) draws after the same text, or has {within}")
+        lines.append(f"near: near-ties, each token is what the plain model ({where}) draws after the same text, or has {within}")
     lines += _low_repeat(overall)
     if comparison.left_out:
         lines.append(f"left out, longer than the context of {llm.max_model_len}: {', '.join(comparison.left_out)}")
@@ -268,7 +296,7 @@ def promised(row: Row) -> bool:
     return Guarantee[row.guarantee.upper().replace("-", "_")] <= Guarantee.SAME_TEXT_GREEDY
 
 
-def _tell(row: Row, one: Divergence) -> str:
+def _describe(row: Row, one: Divergence) -> str:
     places = f"prompt {one.prompt}, turn {one.turn + 1}, token {one.position + 1}: {one.found} instead of {one.expected}"
     margin = "no margin" if one.margin is None else f"margin {one.margin:.1e}"
     worst = "" if one.worst is None else f", largest gap in the text {one.worst:.1e}"
@@ -276,11 +304,11 @@ def _tell(row: Row, one: Divergence) -> str:
 
 
 def _low_repeat(overall: list[Row]) -> list[str]:
-    """Speed-ups where the model does not loop; the plain text decides which prompts these are, so they are the same for all."""
+    """Speed-ups where the text does not repeat itself; the plain text decides which prompts these are, for all methods."""
     row = overall[0]
     what = f"over outputs with an 8-gram share under {LOW_REPEAT}: {row.low_repeat_outputs} of {row.outputs} prompts"
     if row.low_repeat_outputs < ENOUGH:
         return [f"{what}, fewer than {ENOUGH}, so no speed-up is claimed for them"]
     claims = [(row, row.low_repeat_speedup) for row in overall if row.low_repeat_speedup is not None]
-    told = [f"{row.method} {row.mode} {ratio:.2f}x{' slower' if ratio < 1 else ''}" for row, ratio in claims]
-    return [f"{what}, speed-up: {', '.join(told)}"] if told else []
+    found = [f"{row.method} {row.mode} {ratio:.2f}x{' slower' if ratio < 1 else ''}" for row, ratio in claims]
+    return [f"{what}, speed-up: {', '.join(found)}"] if found else []

@@ -25,8 +25,8 @@ class Row:
     tokens_equal: all texts of the plain loop in all rounds; first_divergence: else the first text that is not, a fault
     before a near-tie; near_ties: texts that differ within the tolerance. repeated_8gram_share: of this entry's tokens.
     low_repeat_outputs: prompts whose plain text has a share under 0.3, in a batch only where all of them have;
-    low_repeat_speedup: over those, None with fewer than five. fault: why some text went on without drafts.
-    acceptance_over_bound: of all prompts, where it was asked for and the verifier tosses coins.
+    low_repeat_speedup: over those, None with fewer than five. fault: why some text continued without drafts.
+    acceptance_over_bound: of all prompts, where it was requested and the verifier tests sampled drafts.
     """
 
     method: str
@@ -61,7 +61,7 @@ def repeated(tokens: Seq[int], n: int = GRAM) -> int:
 
 
 def output(run: Run, i: int) -> list[int]:
-    """All that was written in a conversation, turn behind turn."""
+    """All tokens generated in a conversation, turn after turn."""
     return [token for turn in run.conversations[i] for token in turn.tokens]
 
 
@@ -85,7 +85,7 @@ def promises(comparison: Comparison, entry: Entry) -> bool:
 
 
 def divergences(comparison: Comparison, e: int) -> dict[tuple[int, int], Divergence]:
-    """(group, prompt in it) -> the worst first divergence over the rounds. Turns behind it read other text and are not
+    """(group, prompt in it) -> the worst first divergence over the rounds. Later turns have another prompt and are not
     compared."""
     found: dict[tuple[int, int], Divergence] = {}
     seen: dict[tuple[int, int, tuple[int, ...]], Divergence] = {}  # the rounds mostly repeat each other
@@ -119,7 +119,7 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
     withheld = "its tokens differ from the plain loop's in this run" if entry.method in lies else None
     fault = next((run.fault for run in all_runs if run.fault), None)
     if fault is not None and withheld is None:
-        withheld = "some texts went on without drafts"
+        withheld = "some texts continued without drafts"
     claims = entry.mode is not Mode.BASELINE and withheld is None
     ratios = _ratios(comparison, e, wanted) if claims else []
     steps = sum(run.steps for run in all_runs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +9,12 @@ import typer
 
 from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
 
-WIDTH = 120  # columns of the table where it is no terminal that reads it
-
 
 @takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "prefix_sharing"))
 def compare(
     model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, messages or turns; else our own suite.")] = None,
-    draft: Annotated[list[str] | None, typer.Option(help="name:option=value,... of a drafter, repeated for more; else all.")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="name:option=value,... of a drafter, or auto; repeat for more; else all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens a prompt and turn.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The prompts' own seeds are made from it.")] = 0,
@@ -26,7 +22,7 @@ def compare(
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
     limit: Annotated[int | None, typer.Option(help="At most so many prompts, evenly from all categories.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Only this category, repeated for more.")] = None,
-    bound: Annotated[bool, typer.Option("--bound", help="Also: how much of the most that any rule could accept was accepted.")] = False,
+    bound: Annotated[bool, typer.Option("--bound", help="Also measure the share of the best possible acceptance.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     *,
     sampling: Given,
@@ -35,7 +31,8 @@ def compare(
     """Measure drafters against the plain loop, on the same prompts and in the same process.
 
     Runs are interleaved and repeated. The table has tokens a second, the speed-up with its spread, tokens a step, whether
-    the text is the plain loop's, and how repetitive it is. The table goes to stdout, the progress bar to stderr.
+    the text is the plain loop's, and how repetitive it is. The table goes to stdout; the estimated duration and the
+    progress go to stderr. After Ctrl-C the table and the file hold what was measured.
     """
     from rich.console import Console
 
@@ -43,7 +40,10 @@ def compare(
     from redraft.bench import compare as bench
     from redraft.bench import files, report, results
     from redraft.bench import prompts as suite
+    from redraft.bench.estimate import duration
+    from redraft.columns import fold, width
     from redraft.config import SamplingParams
+    from redraft.engine.interrupt import InterruptBetween
     from redraft.llm import LLM
 
     every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
@@ -52,17 +52,30 @@ def compare(
     chosen = suite.load(prompts, category or None, limit)
     if json is not None:
         files.check_writable(json)
-    # A prefix found in the cache would spare whoever comes second the reading of the prompt.
+    # With prefix sharing the second method would not read the prompt.
     config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": bench.BASELINE, "prefix_sharing": False})
     progress = Console(stderr=True)
+
+    def say(text: str) -> None:
+        for line in fold(text, width()):
+            progress.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def announce(seconds: float) -> None:
+        say(f"estimated duration: about {duration(seconds)}, from a short run of each method; shorter where texts end early")
+
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
-        comparison = bench.compare(LLM(config=config), options, chosen, tick)
-    rows = results.rows(comparison)
-    report.show(Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH), comparison, options, rows)
-    if json is not None:
-        source = "the suite of redraft" if prompts is None else str(prompts)
-        files.write(json, report.document(comparison, options, rows, source))
-        progress.print(f"written to {json}")
+        comparison = bench.compare(LLM(config=config), options, chosen, tick, announce)
+    with InterruptBetween() as interrupt:  # what was measured is not lost to another Ctrl-C
+        rows = results.rows(comparison)
+        report.show(Console(width=width()), comparison, options, rows)
+        if json is not None:
+            source = "the suite of redraft" if prompts is None else str(prompts)
+            files.write(json, report.document(comparison, options, rows, source))
+            say(f"written to {json}")
+        interrupt.check()
+    if comparison.stopped:
+        say("stopped: the table holds what was measured before")
+        raise typer.Exit(130)
 
 
 def complete(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`redraft explain`: the step of a configuration, line by line, with the part that does each line.
+"""`redraft explain`: the step of a configuration, with the part that does each line.
 
 Reads headers, never weights: the engine is a real one, on a model of shapes without numbers.
 """
@@ -16,6 +16,7 @@ import typer
 from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+from redraft.columns import fold, width
 from redraft.config import EngineConfig, SamplingParams
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a part at work, in a line of Engine.
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the engine as its lines under the step. guarantee: None where it makes no claim of its own."""
+    """A part of the engine as its lines under the step. guarantee: None where the part has none of its own."""
 
     lines: list[str]
     guarantee: Guarantee | None = None
@@ -37,9 +38,9 @@ class Part:
 
 @takes(sampling=SAMPLING, engine=ENGINE)
 def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> None:
-    """Print the step for a configuration, and who does each line.
+    """Print the step for a configuration, and the part that does each line.
 
-    For each part: what it asks of the model, its guarantee, options and paper. Reads headers, not weights.
+    For each part: what it requests from the model, its guarantee, options and paper. Reads headers, not weights.
     """
     config = engine_config(model, engine)
     params = SamplingParams(**sampling)
@@ -47,22 +48,26 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     from redraft.setup import Setup
 
     setup = Setup.of(config)
+    config = setup.config
     defaults = setup.checkpoint.defaults if config.model.generation_config == "auto" else {}
     params = SamplingParams(**generation.over(defaults, sampling))
-    built = _engine(config, setup)
-    parts = _parts(config, setup, built, params)
-    for line in _model(config, setup, parts):
-        typer.echo(line)
-    typer.echo()
+    parts = _parts(config, setup, _engine(config, setup), params)
+    for line in [*_model(config, setup, parts), ""]:
+        _print(line)
     shown = set()
     for line in textwrap.dedent(inspect.getsource(Engine.step)).splitlines():
-        typer.secho(line, bold=True)
+        _print(line, bold=True)
         indent = " " * (len(line) - len(line.lstrip()) + 8)
         for name in CALL.findall(line):
             if name in parts and name not in shown:
                 shown.add(name)
-                for told in parts[name].lines:
-                    typer.echo(indent + told)
+                for text in parts[name].lines:
+                    _print(indent + text)
+
+
+def _print(line: str, bold: bool | None = None) -> None:
+    for one in fold(line, width(), hang=4):
+        typer.secho(one, bold=bold)
 
 
 def _engine(config: EngineConfig, setup: Setup) -> Engine:
@@ -112,13 +117,13 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
     from redraft.core.plan import StepPlan
 
     work = _work(engine, params)
-    asked = {"sampler": engine.sampler.needs([work]), f"drafter {config.draft}": engine.drafter.taps([work.seq])}
+    requests = {"sampler": engine.sampler.needs([work]), f"drafter {config.draft}": engine.drafter.taps([work.seq])}
     union = engine.taps(StepPlan([work], []))
     segments = [f"{first}..{last - 1}" for first, last in engine.runner.segments(union)]
     backend = setup.backend
     runner = [
         f"runner: backend {backend.name} on {backend.device}; segments of layers: {', '.join(segments)}",
-        *(f"  {who} asks for {_asks(taps)}" for who, taps in asked.items()),
+        *(f"  {part} requests {_requested(taps)}" for part, taps in requests.items()),
     ]
     chosen = [type(processor).__name__ for processor in work.seq.state[engine.sampler]]
     sampler = f"sampler: {'greedy' if params.greedy else 'argmax of processed logits and noise'}; processors: {', '.join(chosen) or 'none'}"
@@ -137,7 +142,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
 
 
 def _work(engine: Engine, params: SamplingParams) -> Any:
-    """A text of one token that is about to draw its next."""
+    """A text of one token, before its next is drawn."""
     from redraft.core.plan import Work
     from redraft.core.sequence import Request, Sequence
 
@@ -148,13 +153,13 @@ def _work(engine: Engine, params: SamplingParams) -> Any:
 
 
 def _policies(engine: Engine, params: SamplingParams) -> Part:
-    """What the request chose of cache and depth, one after the other."""
+    """The policies that the request chose for cache and depth."""
     from redraft.engine.policies import SEAMS
 
     engine.policies.check(params)
     parts = [_registered(seam, seam, text, registry.create(seam, text)) for seam in SEAMS if (text := getattr(params, seam))]
     if not parts:
-        return Part(["policies: the whole cache as it is, read by every row; all layers"])
+        return Part(["policies: none; every row reads the whole cache, all layers run"])
     return Part([line for part in parts for line in part.lines], max(part.guarantee for part in parts if part.guarantee is not None))
 
 
@@ -170,12 +175,12 @@ def _registered(role: str, seam: str, text: str, made: Any) -> Part:
     return Part(lines, card.guarantee)
 
 
-def _asks(taps: Taps) -> str:
-    asked = []
+def _requested(taps: Taps) -> str:
+    found = []
     if taps.logits:
-        asked.append("logits")
+        found.append("logits")
     if taps.top_k:
-        asked.append(f"the {taps.top_k} likeliest tokens of every row")
+        found.append(f"the {taps.top_k} likeliest tokens of every row")
     if taps.hidden:
-        asked.append(f"hidden states after layers {', '.join(map(str, sorted(taps.hidden)))}")
-    return " and ".join(asked) or "nothing beyond the argmax"
+        found.append(f"hidden states after layers {', '.join(map(str, sorted(taps.hidden)))}")
+    return " and ".join(found) or "nothing beyond the argmax"

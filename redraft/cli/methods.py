@@ -1,4 +1,4 @@
-"""`redraft methods`: what is registered, from the cards alone."""
+"""`redraft methods`: the registered methods, from their cards."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import inspect
 import json
 import sys
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from redraft import registry
 from redraft.card import Card
+from redraft.columns import fold, width
 
 SEAMS = {
     "draft": "Drafters: what may come next?",
@@ -24,7 +24,7 @@ SEAMS = {
     "reuse": "Reuse: which spans come from elsewhere?",
     "depth": "Depth: which layers run?",
     "quant": "Weights: how are they stored?",
-    "sched": "Schedulers: who runs, how many rows?",
+    "sched": "Schedulers: which requests run, with how many rows?",
 }
 
 BAR = "\\|"  # in a Markdown table
@@ -39,7 +39,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A registered method as its card and its class tell of it."""
+    """A registered method, from its card and its class."""
 
     name: str
     seam: str
@@ -48,6 +48,7 @@ class Method:
     paper: str
     title: str
     deviates: str
+    summary: str
     options: list[Option]
     doc: str
 
@@ -66,7 +67,7 @@ def _describe(seam: str, name: str) -> Method:
     card: Card = cls.card  # type: ignore[attr-defined]
     options = [Option(field.name, _type(field), _default(field)) for field in registry.options(cls).values()]
     doc = inspect.getdoc(sys.modules[cls.__module__]) or ""
-    return Method(name, seam, card.guarantee.label, card.needs, card.paper, card.title, card.deviates, options, doc)
+    return Method(name, seam, card.guarantee.label, card.needs, card.paper, card.title, card.deviates, card.summary, options, doc)
 
 
 def _type(field: dataclasses.Field[Any]) -> str:
@@ -85,36 +86,35 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method: its options and what its file says.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One method: its options, guarantee, paper and algorithm.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/methods.md.")] = False,
 ) -> None:
-    """List the methods, with what each guarantees and needs."""
+    """List the methods: what each does and when to use it."""
     found = described(name)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(method) for method in found], indent=2))
     elif as_markdown:
         typer.echo(markdown(found), nl=False)
     elif name is None:
-        _table(found)
+        typer.echo(_list(found))
     else:
-        typer.echo("\n\n".join(map(_page, found)))
+        for line in "\n\n".join(map(_page, found)).splitlines():
+            typer.echo("\n".join(fold(line, width())))
 
 
-def _table(found: list[Method]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "seam", "guarantee", "needs", "paper"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for method in found:
-        table.add_row(method.name, method.seam, method.guarantee, method.needs, method.paper or "-")
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 240  # in a pipe, one line a method
-    console.print(table)
+def _list(found: list[Method]) -> str:
+    """A line for each method, at most 80 columns."""
+    column = max(len(method.name) for method in found)
+    lines = []
+    for seam, group in groupby(found, key=lambda method: method.seam):
+        lines += [f"{seam}  {SEAMS.get(seam, '')}".rstrip()]
+        lines += [f"  {method.name:{column}}  {method.summary}" for method in group] + [""]
+    return "\n".join([*lines, "Options, guarantee and paper of one: redraft methods NAME"])
 
 
 def _page(method: Method) -> str:
-    lines = [f"{method.name} ({method.seam}): {method.title}", ""]
+    lines = [f"{method.name} ({method.seam}): {method.title}", method.summary, ""]
     lines += [f"guarantee  {method.guarantee}", f"needs      {method.needs}"]
     lines += [f"deviates   {method.deviates}", f"paper      {method.paper or '-'}", ""]
     options = [f"  {method.name}:{option.name}=...  {option.type}, default {option.default}" for option in method.options]

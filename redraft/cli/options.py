@@ -49,7 +49,7 @@ FLAGS = {  # "Class.field", as errors name it -> its option
     for name, field in kind.model_fields.items()
     if id(field) in _OPTIONS
 }
-DEFAULTS: Given = {"draft": "token-recycling"}  # where the command line differs from the Python interface
+DEFAULTS: Given = {"draft": "auto"}  # where the command line differs from the Python interface
 
 
 def engine_config(model: str, given: Given) -> EngineConfig:

@@ -36,6 +36,7 @@ class UnifiedLayerSkipping(Options):
         Guarantee.LOSSY,
         needs="for quality, a model fine-tuned with the layers that it keeps",
         deviates="the slots of skipped layers stay allocated",
+        summary="Skips layers after the prompt; for models tuned to it",
     )
 
     def open(self, runner: Any) -> Self:

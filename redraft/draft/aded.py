@@ -74,6 +74,7 @@ class ADED(Options):
         "Liu, Lei, Zhang, Xu, Adaptive Draft-Verification for Efficient Large Language Model Decoding, 2024, arXiv 2407.12021",
         Guarantee.SAME_TEXT,
         deviates="the tree is cut by visits to the node budget; no dummy token; pairs and successors are bounded",
+        summary="Follows learned tri-grams; many similar texts",
     )
 
     def max_bytes(self, runner: Any) -> int:

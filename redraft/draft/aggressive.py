@@ -88,6 +88,7 @@ class Aggressive(Options, Stateless):
         "Ge, Xia, Sun, Chen, Wei, Lossless Acceleration for Seq2seq Generation with Aggressive Decoding, 2022, arXiv 2205.10350",
         Guarantee.SAME_TEXT,
         deviates="drafts are cut, and grow again after a difference; the prompt is the source of a request without a prediction",
+        summary="Copies from an expected text; edits and rewrites",
     )
 
     def open(self, runner: Any, sampler: Any) -> Aggressive:

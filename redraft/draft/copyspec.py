@@ -68,6 +68,7 @@ class CopySpec(Options, Stateless):
         "Quality, 2025, arXiv 2502.08923",
         Guarantee.SAME_TEXT,
         deviates="no fallback drafter; the most recent match instead of the first is an option",
+        summary="Copies what followed before; code, quotes, plain CPUs",
     )
 
     def open(self, runner: Any, sampler: Any) -> CopySpec:

@@ -41,6 +41,7 @@ class DraftModel(SecondModel):
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
         deviates="the draft's own probabilities stand in for SpecDec++'s trained head",
+        summary="A smaller model writes ahead; when there is one",
     )
     kind: ClassVar[Kind] = Kind.SINGLE
 

@@ -51,6 +51,7 @@ class DySpec(SecondModel):
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
         deviates="forwards of the draft are made for all new nodes at once",
+        summary="A draft model's tree by confidence; GPUs with spare time",
     )
     kind: ClassVar[Kind] = Kind.WITHOUT_REPLACEMENT
 

@@ -24,7 +24,7 @@ from redraft.draft.drafter import Stateless
 class NoDraft(Stateless):
     """Plain decoding."""
 
-    card: ClassVar[Card] = Card("No drafter", "", Guarantee.SAME_TEXT)
+    card: ClassVar[Card] = Card("No drafter", "", Guarantee.SAME_TEXT, summary="Drafts nothing; the baseline, and for a full machine")
     never_drafts: ClassVar[bool] = True
 
     def open(self, runner: Any, sampler: Any) -> NoDraft:

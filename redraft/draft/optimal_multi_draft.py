@@ -35,6 +35,7 @@ class OptimalMultiDraft(SecondModel):
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
         deviates="a tree of several levels; the last nodes of a short budget get fewer children",
+        summary="Top tokens and a random one; with greedy-multi-draft",
     )
     kind: ClassVar[Kind] = Kind.TOP_PLUS_ONE
 

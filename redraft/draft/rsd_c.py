@@ -35,6 +35,7 @@ class RSDC(SecondModel):
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
         deviates="the last nodes of a short budget get fewer children",
+        summary="A draft model's tree, fixed branching; with recursive",
     )
     kind: ClassVar[Kind] = Kind.WITHOUT_REPLACEMENT
 

@@ -40,6 +40,7 @@ class RSDS(SecondModel):
         "Replacement, 2024, arXiv 2402.14160",
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
+        summary="A draft model's best sequences; with recursive",
     )
     kind: ClassVar[Kind] = Kind.WITHOUT_REPLACEMENT
 

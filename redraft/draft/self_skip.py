@@ -50,6 +50,7 @@ class SelfSkip(Drawing):
         Guarantee.SAME_TEXT,
         needs="a target of 3 layers or more",
         deviates="skipped layers are spaced evenly instead of searched for; whole layers only; a fixed stopping rule",
+        summary="The model without some layers; when no draft model fits",
     )
     kind: ClassVar[Kind] = Kind.SINGLE
 

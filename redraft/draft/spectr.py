@@ -35,6 +35,7 @@ class SpecTr(SecondModel):
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
         deviates="fewer drafts where the node budget is short",
+        summary="Several sampled continuations; with k-seq",
     )
     kind: ClassVar[Kind] = Kind.IID
 

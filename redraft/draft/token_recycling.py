@@ -99,6 +99,7 @@ class TokenRecycling(Options):
         "with Token Recycling, 2024, arXiv 2408.08696",
         Guarantee.SAME_TEXT,
         deviates="unknown successors make no node; colliding writes are ordered; the tree is cut to the node budget",
+        summary="A tree of tokens that were likely; GPUs and AMX",
     )
 
     def max_bytes(self, runner: Any) -> int:

@@ -51,6 +51,7 @@ class Union:
         Guarantee.SAME_TEXT,
         needs="what its parts need",
         deviates="any drafters as parts; the merged tree is cut to the node budget by confidence",
+        summary="Merges several drafters' trees; mixed traffic",
     )
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class VocabTrim(Options):
         Guarantee.SAME_TEXT,
         needs="a drafter with a second model and a text to count tokens in",
         deviates="only the head's matrix product gets smaller; processors see logits of full width",
+        summary="Trims a draft model's head; large vocabularies",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never within one: what was found is reported and nothing is half done."""
+"""Ctrl-C takes effect between steps, never within one: no step is half done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class InterruptBetween:
     """While entered, SIGINT is remembered; `check` raises KeyboardInterrupt for it at a moment of the caller's choice.
 
-    Outside the main thread, where Python delivers no signals, it does nothing.
+    Does nothing outside the main thread, where Python delivers no signals, and where SIGINT is ignored, as in background jobs.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,8 @@ class InterruptBetween:
         self._before: Any = None
 
     def __enter__(self) -> InterruptBetween:
-        if threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._before = signal.signal(signal.SIGINT, self._remember)
         return self
 
@@ -33,7 +34,7 @@ class InterruptBetween:
             self._hit = False
             if callable(self._before):
                 self._before(signal.SIGINT, None)  # Python's own raises KeyboardInterrupt; a server's shuts down
-            elif self._before is not signal.SIG_IGN:
+            else:
                 raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:

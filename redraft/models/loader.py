@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 _EMBEDDED = {"embedded": "target", "embedded-draft": "draft"}
+_SHIPPED = "the model 'embedded' ships with Redraft"
 
 Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 
@@ -81,14 +82,14 @@ def resolve(model: str) -> Path:
         raise CheckpointError(f"{model}: is a file; a model is the folder with config.json and safetensors weights")
     hub = _HUB_ID.fullmatch(model)
     if hub is None:
-        raise CheckpointError(f"{model}: no such folder, and not a hub id (org/name or org/name@revision)")
+        raise CheckpointError(f"{model}: no such folder, and not a hub id (org/name or org/name@revision); {_SHIPPED}")
     from huggingface_hub import snapshot_download
 
     try:
         # top-level files only: repositories also keep originals and exports of other runtimes in folders
         found = snapshot_download(hub["repo"], revision=hub["revision"], allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"])
     except Exception as error:  # the hub's client lets errors of three libraries through
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {first_line(error)}") from None
+        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {first_line(error)}; {_SHIPPED}") from None
     return Path(found)
 
 

@@ -24,6 +24,7 @@ class FCFS(Scheduler):
         paper="Yu et al., Orca: A Distributed Serving System for Transformer-Based Generative Models, OSDI 2022",
         guarantee=Guarantee.SAME_TEXT,
         deviates="rows capped by the budget; paged cache",
+        summary="Whole prompts in order of arrival; for batch jobs",
     )
 
     def order(self, running: Seq[Sequence]) -> list[Sequence]:

@@ -28,6 +28,7 @@ class Sarathi(Scheduler):
         paper="Agrawal et al., Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve, 2024, arXiv 2403.02310",
         guarantee=Guarantee.SAME_TEXT,
         deviates="drafted nodes count as rows; chunks end at sync points",
+        summary="Prompts in chunks beside decoding; the default",
     )
 
     def order(self, running: Seq[Sequence]) -> list[Sequence]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 from time import monotonic
 from types import FrameType
@@ -24,15 +25,20 @@ TICK = 0.05
 
 
 class Server(uvicorn.Server):
-    """First signal: no new requests, those under way go on for `shutdown_timeout` seconds. Second: all ends now."""
+    """First signal: no new requests, those under way go on for `shutdown_timeout` seconds. Second: all ends now.
+
+    SIGINT stays ignored where it was when the process started, as in background jobs of a script."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
         self.dead = False
+        self.ignores_sigint = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         service.shell.stopped = self._stopped
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT and self.ignores_sigint:
+            return
         if self.service.shell.draining:
             self.force_exit = True
         self.service.shell.draining = True
@@ -85,7 +91,9 @@ def run(engine: EngineConfig, serve: ServeConfig) -> int:
     llm.engine.policies.check(SamplingParams(**policies))  # clashes are told now, not to the first client
     made = server(llm, serve)
     names = ", ".join(made.service.names)
-    typer.echo(f"{names}: backend {llm.runner.backend.name}, texts of up to {llm.max_model_len} tokens, {llm.guarantee.label}", err=True)
+    drafts = f"draft {llm.config.draft}, {llm.config.schedule.draft_rows} rows"
+    limit = f"texts of up to {llm.max_model_len} tokens"
+    typer.echo(f"{names}: backend {llm.runner.backend.name}, {drafts}, {limit}, {llm.guarantee.label}", err=True)
     with contextlib.suppress(KeyboardInterrupt):
         made.run()
     if not made.started and not made.dead:

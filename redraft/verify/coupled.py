@@ -32,6 +32,7 @@ class Coupled:
         paper="Miao et al., SpecInfer, 2023, arXiv 2305.09781",
         guarantee=Guarantee.SAME_TEXT,
         deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its law",
+        summary="Accepts what the plain loop would draw; the default",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET

@@ -35,6 +35,7 @@ class GreedyMultiDraft(Rejecting):
         "Hu, Zheng, Viswanathan, Chen, Rossi, Wu, Manocha, Huang, Towards Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779",
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
+        summary="Top tokens and a random one; for optimal-multi-draft",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.TOP_PLUS_ONE})
 

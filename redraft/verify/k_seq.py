@@ -34,6 +34,7 @@ class KSeq(Rejecting):
         "Sun, Suresh, Ro, Beirami, Jain, Yu, SpecTr: Fast Speculative Decoding via Optimal Transport, 2023, arXiv 2310.15141",
         Guarantee.SAME_LAW,
         deviates="rho is found to 1e-6, rounded up; coins are a function of seed and position",
+        summary="Independent samples, one ratio for all; for spectr",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.IID})
 

@@ -35,6 +35,7 @@ class MultiCandidate(Rejecting):
         "arXiv 2401.06706",
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
+        summary="Independent samples, one by one; for small trees",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.IID})
 

@@ -34,6 +34,7 @@ class Recursive(Rejecting):
         "Replacement, 2024, arXiv 2402.14160",
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
+        summary="Samples without replacement; for rsd-c, rsd-s, dyspec",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE, Kind.WITHOUT_REPLACEMENT})
 

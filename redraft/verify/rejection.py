@@ -30,6 +30,7 @@ class Rejection(Rejecting):
         "Leviathan, Kalman, Matias, Fast Inference from Transformers via Speculative Decoding, 2022, arXiv 2211.17192",
         Guarantee.SAME_LAW,
         deviates="coins are a function of seed and position",
+        summary="One sample a place; for a draft model's chain",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE})
 

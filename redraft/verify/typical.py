@@ -41,6 +41,7 @@ class Typical(Options):
         "2024, arXiv 2401.10774",
         Guarantee.LOSSY,
         deviates="the token behind the accepted path is sampled as in the plain loop",
+        summary="Accepts likely tokens; when other texts will do",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET

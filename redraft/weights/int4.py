@@ -52,6 +52,7 @@ class FineQuant:
         "arXiv 2308.09723",
         Guarantee.LOSSY,
         deviates="rows are 8-bit codes too; the head has 8-bit codes; group sizes are 64 times a power of two",
+        summary="4 bits a weight; when memory or bandwidth is short",
     )
 
     def __post_init__(self) -> None:

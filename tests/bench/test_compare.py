@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
+import re
+import signal
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +23,12 @@ from redraft.bench import compare as bench
 from redraft.bench import divergence, files, report, results
 from redraft.bench.compare import Comparison, Entry, Group, Mode, Options, Run, Turn, order, split
 from redraft.bench.divergence import Divergence, examine, first_difference
+from redraft.bench.estimate import Pace, Work, duration
 from redraft.bench.prompts import Prompt
 from redraft.bench.results import repeated
 from redraft.card import Guarantee
 from redraft.cli.main import run as command
+from redraft.columns import width
 from redraft.errors import InvalidInput, PromptTooLong, UnknownMethod
 from tests.bench import fakes
 
@@ -185,7 +191,7 @@ def test_a_method_that_lies_gets_no_speed_up(folder: Path) -> None:
     for liar in liars:
         assert (liar.speedup, liar.speedup_low, liar.speedup_high, liar.low_repeat_speedup) == (None,) * 4 and liar.withheld
     text = shown(comparison, options, found)
-    assert "no: 7 of 7" in text and "no speed-up, its tokens differ" in " ".join(text.split())
+    assert "no 7/7" in text and "no speed-up, its tokens differ" in " ".join(text.split())
 
 
 def test_a_method_that_promises_less_keeps_its_speed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +207,7 @@ def test_near_ties_are_excused_and_counted(folder: Path, monkeypatch: pytest.Mon
     row = (found := results.rows(comparison))[1]
     assert not row.tokens_equal and row.near_ties == row.divergences == len(PROMPTS)
     assert row.speedup is not None and row.withheld is None
-    assert "7 near-ties of 7" in shown(comparison, options, found)
+    assert "near 7/7" in shown(comparison, options, found)
 
 
 SAMPLINGS = [
@@ -231,8 +237,8 @@ def test_the_plain_models_own_text_has_no_gap(plain: LLM, sampling: dict[str, An
 def test_the_margin_is_the_distance_of_the_two_tokens(plain: LLM, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]) -> None:
     params = SamplingParams(max_tokens=4, seed=11, ignore_eos=True, **sampling)
     text = plain.generate([{"prompt_token_ids": [5, 6, 7]}], params)[0].outputs[0].token_ids
-    law = divergence._Law(plain, [5, 6, 7], text, params)
-    row = law.weigh(list(law.rows())[3], 3)
+    replay = divergence._Replay(plain, [5, 6, 7], text, params)
+    row = replay.weigh(list(replay.rows())[3], 3)
     second = int(row.values.argsort()[-2])
     gap = float(row.values.max() - row.values[second])
     monkeypatch.setattr(divergence, "NEAR_TIE", gap + 1e-3)
@@ -245,7 +251,7 @@ def test_the_margin_is_the_distance_of_the_two_tokens(plain: LLM, monkeypatch: p
 def test_a_token_at_the_cut_of_a_filter_is_a_near_tie_only_within_the_tolerance(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(max_tokens=4, seed=11, ignore_eos=True, temperature=0.8, top_k=1)
     text = plain.generate([{"prompt_token_ids": [5, 6, 7]}], params)[0].outputs[0].token_ids
-    logits = list(divergence._Law(plain, [5, 6, 7], text, params).rows())[3]
+    logits = list(divergence._Replay(plain, [5, 6, 7], text, params).rows())[3]
     second = int(logits.argsort()[-2])
     gap = float(logits.max() - logits[second])
     for most, near in ((gap * 1.1, True), (gap * 0.9, False)):
@@ -266,6 +272,129 @@ def test_tolerances() -> None:
     assert divergence.tolerance(torch.float64, logits) == 0
     assert divergence.tolerance(torch.float32, logits) == 1e-4
     assert divergence.tolerance(torch.bfloat16, logits) == pytest.approx(8 * 2**-6)
+
+
+# ---- how long it takes
+
+
+class Clock:
+    """A clock that generation moves on: `read` seconds for each token of a prompt, `written` for each step of a group."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, read: float, written: float) -> None:
+        self.now, self.read, self.written, inner = 0.0, read, written, LLM.generate
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
+
+        def generate(llm: LLM, prompts: Any, params: Any) -> Any:
+            outputs = inner(llm, prompts, params)
+            self.now += self.read * sum(len(output.prompt_token_ids) for output in outputs)
+            self.now += self.written * max(len(output.outputs[0].token_ids) for output in outputs)
+            return outputs
+
+        monkeypatch.setattr(LLM, "generate", generate)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(("read", "written"), [(0.25, 2.0), (3.0, 0.125)])
+def test_the_estimated_duration_is_that_of_the_measurements(
+    plain: LLM, monkeypatch: pytest.MonkeyPatch, batch: int, read: float, written: float
+) -> None:
+    """Cold, hot, learning, turns and groups included, where every text gets as long as it may."""
+    clock, found = Clock(monkeypatch, read, written), []
+    params = SamplingParams(temperature=0, max_tokens=9, seed=3, ignore_eos=True)
+    prompts = [*PROMPTS, Prompt("t", "b", turns=["w5 w6", "w7 w8 w9"])]
+
+    def announce(seconds: float) -> None:
+        found.append((seconds, clock.now))
+
+    bench.compare(plain, Options(("spy", "copyspec"), params, rounds=2, batch=batch), prompts, announce=announce)
+    ((seconds, start),) = found
+    assert start > 0 and seconds == pytest.approx(clock.now - start, rel=0.02)  # a reply is not read back token for token
+
+
+def test_the_estimate_is_not_too_short_where_the_warm_up_says_little() -> None:
+    short, long, work = Work(100, 1), Work(100, 9), Work(1000, 900)
+    assert Pace.of(short, 3.0, long, 7.0).seconds(work) == pytest.approx(0.025 * 1000 + 0.5 * 900)
+    assert Pace.of(short, 5.0, long, 4.5).seconds(work) == pytest.approx(0.5 * 900)  # the longer run was quicker
+    assert Pace.of(short, 3.0, short, 3.5).seconds(work) == pytest.approx(3.5 * 900)  # the text ended at once
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 second"), (42.4, "42 seconds"), (100, "2 minutes"), (3600, "60 minutes"), (9000, "2.5 hours")],
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+# ---- Ctrl-C
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """A real signal in the measurement that follows so many."""
+    measure, calls = bench.measure, itertools.count()
+
+    def spied(*given: Any) -> Run:
+        if next(calls) == after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*given)
+
+    monkeypatch.setattr(bench, "measure", spied)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(("after", "rounds", "groups"), [(2, 1, 1), (5, 1, 2), (6, 1, 3), (8, 1, 3), (12, 2, 3), (17, 2, 3)])
+def test_ctrl_c_keeps_what_all_entries_have_measured(
+    plain: LLM, monkeypatch: pytest.MonkeyPatch, after: int, rounds: int, groups: int
+) -> None:
+    interrupt(monkeypatch, after)
+    comparison = bench.compare(plain, Options(("guess",), PARAMS, rounds=3), PROMPTS[:3])
+    assert comparison.stopped and (comparison.rounds, len(comparison.groups), comparison.outputs) == (rounds, groups, groups)
+    assert all(len(one) == rounds and all(len(part) == groups for part in one) for one in comparison.runs)
+    assert all(row.tokens_equal for row in results.rows(comparison))
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("after", [0, 1])
+def test_ctrl_c_before_anything_can_be_compared(plain: LLM, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    interrupt(monkeypatch, after)
+    with pytest.raises(KeyboardInterrupt):
+        bench.compare(plain, Options(("guess",), PARAMS, rounds=3), PROMPTS[:3])
+    plain.runner.table.check()
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_prints_the_table_and_writes_the_file(
+    folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, 7)
+    out = tmp_path / "out.json"
+    words = f"--prompts {file} --draft guess --max-tokens 5 --rounds 3 --dtype float32 --json {out}"
+    assert command(["compare", str(folder), *words.split()]) == 130
+    shown = capsys.readouterr()
+    assert "guess, same-text" in shown.out and "stopped by Ctrl-C: of 3 rounds 1 of 3 prompts are shown" in shown.out
+    assert "stopped: the table holds" in shown.err and "Traceback" not in shown.err
+    found = json.loads(out.read_text())
+    assert found["stopped"] and found["settings"]["rounds"] == 1 and found["settings"]["outputs"] == 3
+    assert all(row["tokens_equal"] for row in found["rows"])
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_with_nothing_measured(folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, redraft: Any) -> None:
+    interrupt(monkeypatch, 0)
+    out = tmp_path / "out.json"
+    code, table, err = redraft("compare", str(folder), "--prompts", str(file), "--draft", "guess", "--dtype", "float32", "--json", str(out))
+    assert (code, table, err.splitlines()[-1]) == (130, "", "stopped") and not out.exists()
+
+
+def test_a_job_in_the_background_is_not_interrupted(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt(monkeypatch, 3)
+        comparison = bench.compare(plain, Options(("guess",), PARAMS, rounds=1), PROMPTS[:3])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not comparison.stopped and comparison.rounds == 1
 
 
 # ---- rows
@@ -347,6 +476,42 @@ def test_the_command_prints_a_table_and_writes_json(folder: Path, file: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "prompts.jsonl"]
 
 
+DRAFTS = [*registry.METHODS["draft"], "union:parts=copyspec+token-recycling", "auto"]
+
+
+@pytest.mark.parametrize("columns", ["80", None])
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_the_table_fits_80_columns_with_every_name_whole(
+    plain: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], draft: str, columns: str | None
+) -> None:
+    monkeypatch.setattr(plain, "name", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    large = {"tokens_per_second": 12345.6, "speedup": 0.94, "speedup_low": 10.25, "speedup_high": 12.75, "peak_kv_bytes": 20_000 << 20}
+    options = Options(("guess",), PARAMS, rounds=1, bound=True)
+    comparison = bench.compare(plain, options, PROMPTS)
+    entries = [entry if i == 0 else dataclasses.replace(entry, method=draft) for i, entry in enumerate(comparison.entries)]
+    comparison = dataclasses.replace(comparison, entries=entries, stopped=True, refused=[f"{draft}: needs a model"])
+    found = [
+        dataclasses.replace(row, **large, outputs=100, tokens_equal=False, divergences=100, near_ties=ties, fault=f"{draft} failed")
+        for row in results.rows(comparison)
+        for ties in (0, 100)
+    ]
+    if columns is None:
+        monkeypatch.delenv("COLUMNS")
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    report.show(Console(width=width()), comparison, options, found)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert f"{draft}, same-text" in lines and any(f"{draft}: needs a model" in line for line in lines)
+
+
+def test_the_drafter_behind_auto_is_named(folder: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["compare", str(folder), *f"--prompts {file} --draft auto --max-tokens 5 --rounds 1 --dtype float32".split()]) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"^- auto: (copyspec with 4|token-recycling with 16) rows$", shown.out, re.M)
+    assert shown.err.startswith("estimated duration: about ")
+
+
 def test_a_slower_method_is_called_slower() -> None:
     rows = results.rows(made({0: [1.0], 1: [2.0]}, [list(range(20))]))
     assert str(report._speedup(rows[1])) == "0.50x slower"
@@ -374,6 +539,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("--json /nowhere/at/all.json", "there is no folder /nowhere/at"),
         ("--json /", "is a folder"),
         ("--prompts /nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("--draft none", "is the plain loop"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,10 +94,22 @@ def small_limits(make: Callable[[Options], Any]) -> Callable[[Options], Any]:
     return made
 
 
+def impatient(measure: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
+    """A short time-out only for the worker that sleeps; a busy machine may need long for the others."""
+
+    def measured(engine: Any, what: str) -> None:
+        if engine.worker and (engine.name, what) == ("sleeps", "decode"):
+            engine.worker.timeout = 0.5
+        measure(engine, what)
+
+    return measured
+
+
 def test_who_fails_is_named_and_the_others_go_on(model: str, peers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
-    options = Options(against=("raises", "dies", "refuses", "sleeps", "other"), timeout=4, redraft=({"backend": "torch"},), **TOLD)
+    monkeypatch.setattr(decode, "_measure", impatient(decode._measure))
+    options = Options(against=("raises", "dies", "refuses", "sleeps", "other"), timeout=60, redraft=({"backend": "torch"},), **TOLD)
     found = decode.compare(model, options)
     lost = {engine.name: engine.lost for engine in found.engines}
     assert lost == {
@@ -105,7 +117,7 @@ def test_who_fails_is_named_and_the_others_go_on(model: str, peers: None, monkey
         "raises": "prefill: ValueError: no prefill today",
         "dies": "decode: ended by SIGKILL: last words",
         "refuses": "not loaded: RedraftError: cannot load this",
-        "sleeps": "decode: no answer within 4 seconds",
+        "sleeps": "decode: no answer within 0.5 seconds",
         "other": None,
     }
     raises, other = found.engines[1], found.engines[5]
@@ -152,6 +164,7 @@ def test_whom_isa_does_not_bind_is_marked(model: str, monkeypatch: pytest.Monkey
     assert free.engines[1].name == "llama.cpp" and not any("--isa" in note for note in decode.notes(free))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", ["loading", "round 3/"])
 def test_ctrl_c_ends_every_process_and_keeps_what_was_measured(model: str, moment: str, tmp_path: Path) -> None:
     found = tmp_path / "found.json"
@@ -188,13 +201,19 @@ sys.exit(run(["bench", "decode", {model!r}, *small, "--json", {str(found)!r}]))
 # ---- one process
 
 
+def state(thread: Path) -> str:
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_an_idle_worker_stands_still_with_all_its_threads(model: str) -> None:
-    worker = Worker(f"{HERE}:Counts", asked(model), {"OMP_NUM_THREADS": "1"}, 30)
+    worker = Worker(f"{HERE}:Spins", asked(model), {"OMP_NUM_THREADS": "1"}, 30)
     try:
         worker.ask({"do": "decode"})
-        before = worker.ask({"do": "decode"})["count"]
-        time.sleep(0.5)
-        assert worker.ask({"do": "decode"})["count"] - before < 250  # it would be 400 and more
+        threads, deadline = Path(f"/proc/{worker.process.pid}/task"), time.monotonic() + 60
+        while {state(thread) for thread in threads.iterdir()} != {"T"}:  # stopped; it sleeps and runs otherwise
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert len(list(threads.iterdir())) > 1
     finally:
         worker.end()
     assert not lives(worker.process.pid)
@@ -210,7 +229,7 @@ print(worker.process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    pid, deadline = int(done.stdout), time.monotonic() + 10
+    pid, deadline = int(done.stdout), time.monotonic() + 60
     while lives(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not lives(pid)

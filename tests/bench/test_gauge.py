@@ -59,7 +59,7 @@ def first_nodes(rule: Rejecting, trees: Any, laws: Any) -> list[tuple[float, flo
 
 
 def test_few_nodes_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gauge, "MOST", 7)
+    monkeypatch.setattr(gauge, "MAX_NODES", 7)
     name, method = next(iter(DRAWN.items()))
     draft = random_laws(np.random.default_rng(1))
     trees = forest(method, draft, 50, BUDGET)

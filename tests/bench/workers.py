@@ -61,21 +61,16 @@ class Sleeps(Fake):
         return {}
 
 
-class Counts(Fake):
-    """Spins in another thread, and tells how far that came."""
+class Spins(Fake):
+    """Has another thread at work."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
-        self.count = 0
         threading.Thread(target=self._spin, daemon=True).start()
 
     def _spin(self) -> None:
         while True:
-            self.count += 1
             time.sleep(0.001)
-
-    def decode(self) -> dict[str, Any]:
-        return {"count": self.count}
 
 
 class Other(Fake):

@@ -183,6 +183,7 @@ def test_no_answer_holds_up_the_next_request(redraft: Redraft, fake: Fake, tmp_p
     assert found["total_input_tokens"] == sum(range(20, 40)) and found["max_concurrent_requests"] == 20
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_prints_and_exits_130(fake: Fake, tmp_path: Path) -> None:
     """Two of three requests hang: what was measured is written, what was not is counted, and the server sees them leave."""
 

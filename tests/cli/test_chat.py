@@ -65,6 +65,7 @@ def test_refused_without_a_chat_template(redraft: Callable[..., Ran], tmp_path: 
     assert err == "error: this checkpoint has no chat template: give plain prompts, or a template of your own\n"
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_at_a_terminal_ctrl_c_ends_the_reply_and_ctrl_d_the_conversation(tmp_path: Path) -> None:
     model = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536))
     ours, theirs = pty.openpty()

@@ -28,16 +28,16 @@ class Spy(NoDraft):
 
 
 def below(out: str, call: str) -> str:
-    """What is told under the first line of the step that has `call`."""
+    """The lines under the first line of the step that has `call`."""
     lines = out.splitlines()
     at = next(i for i, line in enumerate(lines) if call in line)
     indent = len(lines[at]) - len(lines[at].lstrip())
-    told = []
+    found = []
     for line in lines[at + 1 :]:
         if len(line) - len(line.lstrip()) <= indent + 4:
             break
-        told.append(line.strip())
-    return "\n".join(told)
+        found.append(line.strip())
+    return "\n".join(found)
 
 
 def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,16 +58,16 @@ def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str
     assert re.match(r"cache: \d+ pages of 32 tokens, prefixes shared across requests", below(out, "self.table.reserve("))
     runner = below(out, "self.runner.forward(")
     assert "segments of layers: 0..2\n" in runner
-    assert "sampler asks for nothing beyond the argmax" in runner
-    assert "drafter token-recycling:k=5 asks for the 5 likeliest tokens of every row" in runner
+    assert "sampler requests nothing beyond the argmax" in runner
+    assert "drafter token-recycling:k=5 requests the 5 likeliest tokens of every row" in runner
     assert "sampler: greedy; processors: none" in below(out, "self.sampler.law(")
     assert "verifier: coupled" in below(out, "self.verifier.accept(")
     assert "arXiv 2305.09781" in below(out, "self.verifier.accept(")
 
 
-def test_sampling_options_change_what_is_asked_for(redraft: Callable[..., Ran], tiny: str) -> None:
+def test_sampling_options_change_what_is_requested(redraft: Callable[..., Ran], tiny: str) -> None:
     _, out, _ = redraft("explain", tiny, "--temperature", "0.8", "--top-p", "0.9", "--bad-words", "x")
-    assert "sampler asks for logits" in below(out, "self.runner.forward(")
+    assert "sampler requests logits" in below(out, "self.runner.forward(")
     assert "processors: BadWords, Temperature, TopP" in below(out, "self.sampler.law(")
 
 
@@ -78,4 +78,29 @@ def test_taps_and_the_weakest_guarantee_come_from_the_parts(
     _, out, _ = redraft("explain", tiny, "--draft", "spy")
     assert "guarantee: lossy, the weakest of the parts" in out
     assert "segments of layers: 0..0, 1..1, 2..2" in below(out, "self.runner.forward(")
-    assert "drafter spy asks for hidden states after layers 0, 1" in below(out, "self.runner.forward(")
+    assert "drafter spy requests hidden states after layers 0, 1" in below(out, "self.runner.forward(")
+
+
+NEED_FILES = {"vocabtrim", "double-sparsity"}
+CHOICES = [(seam, name) for seam in ("draft", "verify", "keep", "codec", "read", "depth", "quant") for name in registry.METHODS[seam]]
+CHOICES += [("draft", "union:parts=copyspec+token-recycling"), ("draft", "auto")]
+
+
+@pytest.mark.parametrize("columns", ["80", None])
+@pytest.mark.parametrize(("seam", "name"), [one for one in CHOICES if one[1] not in NEED_FILES])
+def test_everything_fits_80_columns(
+    redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, seam: str, name: str, columns: str | None
+) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS")
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = redraft("explain", f"--{seam}", name, "--cache-memory", "10000000")
+    assert code == 0, err
+    assert registry.parse(name)[0] in out or name == "auto"
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+
+
+def test_the_default_drafter_is_resolved(redraft: Callable[..., Ran], tiny: str) -> None:
+    _, out, _ = redraft("explain", tiny, "--cache-memory", "1000000")
+    assert re.search(r"drafter: (copyspec|token-recycling), ", out) and "auto" not in out

@@ -32,7 +32,7 @@ SAMPLED = ("--temperature", "1", "--seed", "5", "--max-tokens", "60", "--ignore-
 
 
 def test_a_pipe_gets_the_text_and_nothing_else(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
-    code, out, err = redraft("generate", tiny, "--prompt", "hello there", *SAMPLED)
+    code, out, err = redraft("generate", tiny, "--prompt", "hello there", "--draft", "token-recycling", *SAMPLED)
     assert (code, out.removesuffix("\n")) == (0, texts[0].removesuffix("\n"))
     assert out.endswith("\n")
     tokens, length, method, draw = STATS.fullmatch(err).groups()  # type: ignore[union-attr]
@@ -93,6 +93,7 @@ def test_a_stop_string_ends_the_text(redraft: Callable[..., Ran], tiny: str, tex
     assert out == texts[0][: texts[0].index(stop)] + "\n"
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_tells_what_there_is_and_exits_130(tmp_path: Path) -> None:
     model = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536))
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

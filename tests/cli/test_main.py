@@ -90,4 +90,5 @@ def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, arguments:
 def test_a_missing_checkpoint_is_one_line(redraft: Callable[..., Ran], tmp_path: Path) -> None:
     code, out, err = redraft("generate", str(tmp_path / "none"), "--prompt", "x")
     assert (code, out) == (1, "")
-    assert err == f"error: {tmp_path}/none: no such folder, and not a hub id (org/name or org/name@revision)\n"
+    hint = "no such folder, and not a hub id (org/name or org/name@revision)"
+    assert err == f"error: {tmp_path}/none: {hint}; the model 'embedded' ships with Redraft\n"

@@ -50,5 +50,5 @@ def test_every_field_has_an_option_with_help() -> None:
 
 
 def test_drafting_is_on_by_default() -> None:
-    assert engine_config("embedded", {}).draft == DEFAULTS["draft"] == "token-recycling"
+    assert engine_config("embedded", {}).draft == DEFAULTS["draft"] == "auto"
     assert engine_config("embedded", {"draft": "none"}).draft == "none"

@@ -58,11 +58,11 @@ def told(err: str, name: str) -> tuple[str, str]:
 def test_nothing_given(redraft: Serve, ran: Configs) -> None:
     code, out, err = redraft("serve")
     assert (code, out) == (0, "")
-    assert ran == [(EngineConfig.of(model="embedded", draft="token-recycling"), ServeConfig())]
+    assert ran == [(EngineConfig.of(model="embedded", draft="auto"), ServeConfig())]
     lines = err.splitlines()
     assert len(lines) == 1 + len(SERVER.fields) + len(ENGINE.fields) + 1  # heading, model
     assert all(line.endswith(" default") for line in lines[1:])
-    assert told(err, "draft") == ("token-recycling", "default")
+    assert told(err, "draft") == ("auto", "default")
 
 
 def test_the_code_of_the_server_is_that_of_the_command(redraft: Serve, ran: Configs) -> None:
@@ -135,7 +135,7 @@ def test_values_arrive_as_they_were_meant(
     expected = ServeConfig(
         request_timeout=1.5, keep="streaming-llm:sinks=2", served_model_name=("a:b",), allow_origins=("*",), access_log=False, **keys
     )
-    draft = {"draft": "token-recycling"}
+    draft = {"draft": "auto"}
     assert ran == [(EngineConfig.of(token_budget=99, cache_memory=5000, dtype="float64", prefix_sharing=False, **draft), expected)]
     assert told(err, "api-key")[0] == "(2 keys)"
     assert "k1" not in err

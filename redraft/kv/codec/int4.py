@@ -44,6 +44,7 @@ class Int4(Options):
         "arXiv 2402.02750",
         Guarantee.LOSSY,
         deviates="4 bits; whole tokens as groups of values; exact values end at a sync point like keys, not in a sliding window",
+        summary="4 bits for older pages; when cache memory is short",
     )
 
     def open(self, runner: Any) -> Int4Units:

@@ -43,6 +43,7 @@ class Int8:
         "Dettmers, Lewis, Belkada, Zettlemoyer, LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022, arXiv 2208.07339",
         Guarantee.NEAR,
         deviates="the paper's grid, on cached keys and values; no outlier columns; queries and weights stay floating point",
+        summary="8 bits for the cache; half the memory, nearly exact",
     )
 
     def open(self, runner: Any) -> Int8Units:

@@ -41,6 +41,7 @@ class AdaKV(Budgeted):
         "Inference, 2024, arXiv 2407.11550",
         Guarantee.LOSSY,
         deviates="evicts whenever the budget is full; scores are not pooled; the floor is a minimum",
+        summary="Evicts the least attended, heads share; long prompts",
     )
     name: ClassVar[str] = "ada-kv"
 

@@ -36,6 +36,7 @@ class Scissorhands(Budgeted):
         "Hypothesis for LLM KV Cache Compression at Test Time, 2023, arXiv 2305.17118",
         Guarantee.LOSSY,
         deviates="sinks are spared; history ends at the last decision; the same budget for all layers",
+        summary="Evicts the least attended, fixed slots; long outputs",
     )
     name: ClassVar[str] = "scissorhands"
 

@@ -69,6 +69,7 @@ class StreamingLLM(Options):
         "Xiao, Tian, Chen, Han, Lewis, Efficient Streaming Language Models with Attention Sinks, 2023, arXiv 2309.17453",
         Guarantee.LOSSY,
         deviates="a mask of each row's position; memory is freed by whole pages",
+        summary="Keeps the first and newest tokens; endless chats",
     )
 
     def open(self, runner: Any) -> OpenKeep:

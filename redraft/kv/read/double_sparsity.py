@@ -71,6 +71,7 @@ class DoubleSparsity(Options):
         Guarantee.LOSSY,
         needs="a calibration of the model, once: redraft calibrate",
         deviates="labels for each kv head, in the dtype of the cache; no offloading",
+        summary="Reads tokens by calibrated channels; long contexts",
     )
 
     def __post_init__(self) -> None:

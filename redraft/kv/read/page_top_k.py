@@ -53,6 +53,7 @@ class PageTopK(Options):
         "Long-Context LLM Inference, 2024, arXiv 2406.10774",
         Guarantee.LOSSY,
         deviates="no streaming heads; pages of 32 tokens; a choice for every row, never reused; the first page is always read",
+        summary="Reads the pages that fit best; long contexts, no set-up",
     )
     grid: ClassVar[int] = PAGE
 

@@ -38,6 +38,7 @@ class PIE(Options):
         Guarantee.LOSSY,
         needs="a model with rotary positions",
         deviates="short runs are computed; only full pages of the old text are taken over",
+        summary="Keeps the cache of unedited text; for editors",
     )
 
     def open(self, runner: Any) -> Self:
