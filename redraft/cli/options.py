@@ -95,10 +95,10 @@ def _parameter(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
 
 
 def _type(annotation: Any) -> Any:
-    """What typer parses for a field; ranges and choices are left to the field itself, which words all errors alike."""
+    """The type that typer parses. Ranges, choices and units are checked by the field itself, so that all errors read alike."""
     origin, parts = typing.get_origin(annotation), [part for part in typing.get_args(annotation) if part is not type(None)]
     if origin in (Union, types.UnionType):
         return _type(parts[0])
     if origin is tuple:
         return list[parts[0]]  # type: ignore[valid-type]
-    return str if origin is Literal else annotation
+    return str if origin in (Literal, Annotated) else annotation
