@@ -141,7 +141,9 @@ class ModelConfig(Settings):
         return None if value == "none" else value
 
 
-_UNITS = {"": 1, "b": 1} | {f"{letter}{unit}": base ** (i + 1) for unit, base in (("b", 1000), ("ib", 1024)) for i, letter in enumerate("kmgt")}
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{unit}": base ** (i + 1) for unit, base in (("b", 1000), ("ib", 1024)) for i, letter in enumerate("kmgt")
+}
 
 
 def _bytes(value: Any) -> Any:

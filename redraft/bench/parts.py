@@ -46,6 +46,7 @@ OPERATIONS = {  # of the backend -> what the table calls them
     "experts": "experts",
     "head": "head",
 }
+ONCE = "embedding", "head"  # of a model, not of each layer
 
 
 class Part(NamedTuple):
@@ -129,7 +130,8 @@ def parts(checkpoint: Checkpoint) -> Iterator[Part]:
         kinds = list(dict.fromkeys(checkpoint.spec.layers))
         for i, layer in enumerate(kinds):
             copy = _copy(checkpoint, (layer,), Path(folder) / f"{i}.safetensors")
-            yield from _of_layer(copy, layer, "" if len(kinds) == 1 else f" ({_layers(checkpoint.spec, layer)})")
+            found = _of_layer(copy, layer, "" if len(kinds) == 1 else f" ({_layers(checkpoint.spec, layer)})")
+            yield from (part for part in found if not i or not part.name.startswith(ONCE))
         copy = _copy(checkpoint, tuple(islice(cycle(kinds), max(LAYERS, len(kinds)))), Path(folder) / "all.safetensors")
         for name in registry.METHODS["quant"]:
             yield _tried(copy, f"weights: {name}", quant=registry.create("quant", name))
@@ -144,7 +146,7 @@ def _of_layer(copy: Copy, layer: LayerSpec, which: str) -> Iterator[Part]:
     absent = {"activate" if isinstance(layer.mlp, Experts) else "experts", *([] if layer.rotary else ["rope"])}
     for name, called in OPERATIONS.items():
         if name not in absent:
-            yield Part(called + which, "torch" if name in handed else "native")
+            yield Part(called if called in ONCE else called + which, "torch" if name in handed else "native")
 
 
 def _tried(copy: Copy, what: str, **options: Any) -> Part:
@@ -158,9 +160,7 @@ def _tried(copy: Copy, what: str, **options: Any) -> Part:
 def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], file: Path) -> Copy:
     spec = checkpoint.spec
     learned = None if spec.learned_positions is None else PROMPT + 64
-    small = replace(
-        spec, vocab=WIDTH, hidden=WIDTH, context=PROMPT + 64, layers=tuple(map(_small, layers)), learned_positions=learned
-    )
+    small = replace(spec, vocab=WIDTH, hidden=WIDTH, context=PROMPT + 64, layers=tuple(map(_small, layers)), learned_positions=learned)
     generator = torch.Generator().manual_seed(0)
     save_file({name: torch.randn(shape, generator=generator) / 16 for name, shape in small.shapes().items()}, file)
     return Copy(small, checkpoint.dtype, file)
@@ -170,7 +170,9 @@ def _small(layer: LayerSpec) -> LayerSpec:
     window = layer.window and min(layer.window, PROMPT // 2)
     mlp: Mlp | Experts
     if isinstance(layer.mlp, Experts):
-        mlp = replace(layer.mlp, count=min(EXPERTS, layer.mlp.count), top_k=min(2, layer.mlp.top_k), mlp=replace(layer.mlp.mlp, hidden=WIDTH))
+        mlp = replace(
+            layer.mlp, count=min(EXPERTS, layer.mlp.count), top_k=min(2, layer.mlp.top_k), mlp=replace(layer.mlp.mlp, hidden=WIDTH)
+        )
     else:
         mlp = replace(layer.mlp, hidden=WIDTH)
     return replace(layer, mlp=mlp, window=window)

@@ -52,10 +52,11 @@ class Result:
 
     def add(self, delta: Delta) -> None:
         if delta.error is not None:
-            return self.fail(delta.error)
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        self.finish_reason = delta.finish_reason
+            self.fail(delta.error)
+        else:
+            self.text += delta.text
+            self.token_ids += delta.token_ids
+            self.finish_reason = delta.finish_reason
 
     def json(self) -> str:
         usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.token_ids)}

@@ -1,8 +1,8 @@
 """`redraft doctor`: what this machine has, which backend is used and why, the machine's limits, and what of a model runs natively.
 
 Sources of the figures. The processor's model and flags are those of /proc/cpuinfo. The best instruction set is found by the native library
-(CPUID, XGETBV and, for AMX, the kernel's permission). Memory is what this process may still use, control groups included. The read bandwidth
-is the fastest of ROUNDS passes of all threads over a buffer of BUFFER bytes, on huge pages if the kernel gives them; each thread reads the
+(CPUID, XGETBV and, for AMX, the kernel's permission). Memory is what this process may still use, control groups included. The read
+bandwidth is the fastest of ROUNDS passes of all threads over a buffer of BUFFER bytes, on huge pages if the kernel gives them; each thread reads the
 part that it has written. The peaks are loops of one instruction over registers, on all threads, the best of 81 runs of 2 to 4 ms. Other
 processes lower these figures: the share of processor time that this process got is measured too, and shown if it is below BUSY.
 """
@@ -42,7 +42,8 @@ Facts = dict[str, Any]
 
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(help="A folder, a hub id or 'embedded': show what of it runs natively.", metavar="MODEL", show_default=False)
+        str | None,
+        typer.Argument(help="A folder, a hub id or 'embedded': show what of it runs natively.", metavar="MODEL", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of MODEL.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
@@ -100,7 +101,11 @@ def _bytes_per_token(checkpoint: Checkpoint) -> int:
     for name, shape in spec.shapes().items():
         expert = re.match(r"layers\.(\d+)\.experts\.(\d+)\.", name)
         mlp = spec.layers[int(expert[1])].mlp if expert else None
-        if name == "positions" or (name == "embed" and not spec.tied) or (expert and isinstance(mlp, Experts) and int(expert[2]) >= mlp.top_k):
+        if (
+            name == "positions"
+            or (name == "embed" and not spec.tied)
+            or (expert and isinstance(mlp, Experts) and int(expert[2]) >= mlp.top_k)
+        ):
             continue
         total += math.prod(shape) * checkpoint.dtype.itemsize
     return total
@@ -313,7 +318,7 @@ def _text_of_limits(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["cpu_share"] < BUSY:
         yield (
             "busy",
-            f"other processes were running: this one got {facts['cpu_share']:.0%} of {facts['threads']} threads' time, so the figures may be low",
+            f"other processes were running: this one got {facts['cpu_share']:.0%} of {facts['threads']} threads' time, so figures may be low",
         )
     if limit := facts["tokens_per_second_limit"]:
         model = facts["model"]

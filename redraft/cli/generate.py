@@ -83,7 +83,15 @@ def _one(config: Any, prompt: str | None, sampling: Given, template: str | None,
 
 
 def _batch(
-    config: Any, prompts: Path, output: Path | None, prompt: str | None, sampling: Given, template: str | None, *, raw: bool, overwrite: bool
+    config: Any,
+    prompts: Path,
+    output: Path | None,
+    prompt: str | None,
+    sampling: Given,
+    template: str | None,
+    *,
+    raw: bool,
+    overwrite: bool,
 ) -> int:
     from redraft.cli import batch
 

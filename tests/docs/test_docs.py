@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_command_of_the_readme_works_in_a_fresh_clone(words: list[str]) -> Non
         values = parsed(words[1:])
         model = values.get("model")
         assert model in (None, "embedded", *SHAPES) or PLACEHOLDER.fullmatch(model), f"{model} is not in a fresh clone"
-        for option, text in zip(words, words[1:]):
+        for option, text in pairwise(words):
             if option in SEAMS:
                 name, _ = registry.parse(text)
                 registry.method(SEAMS[option], name)
