@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from redraft.errors import InvalidInput, did_you_mean, shown
@@ -159,10 +160,31 @@ class ModelConfig(Settings):
         return None if value == "none" else value
 
 
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{unit}": base ** (i + 1) for unit, base in (("b", 1000), ("ib", 1024)) for i, letter in enumerate("kmgt")
+}
+
+
+def _bytes(value: Any) -> Any:
+    """A size such as 2GB (10^9 bytes each), 1.5GiB (2^30) or a whole number of bytes, as an integer."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([a-z]*)", value.strip().lower(), re.ASCII) if isinstance(value, str) else None
+    unit = _UNITS.get(found[2]) if found else None
+    if found is None or unit is None or (unit == 1 and "." in found[1]):
+        raise ValueError("a whole number of bytes, or a size in KB, MB, GB, TB, KiB, MiB, GiB or TiB is needed, such as 2GB")
+    return int(found[1]) * unit if "." not in found[1] else int(float(found[1]) * unit)
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]  # int after validation; text may have a unit
+
+
 class CacheConfig(Settings):
     """The pool of pages that all requests share."""
 
-    memory: int | None = Field(None, ge=1, description="bytes of the pool; None: `fraction` of what is free after the weights")
+    memory: Bytes | None = Field(
+        None, ge=1, description="size of the pool, such as 2GB or 512MiB; None: `fraction` of what is free after the weights"
+    )
     fraction: float = Field(0.3, gt=0, le=0.95, description="of what is free after the weights")
     prefix_sharing: bool = Field(True, description="pages of equal prefixes are computed once")
 

@@ -16,6 +16,7 @@ from redraft.card import Guarantee
 from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.sequence import Pooling, Request, Wants
 from redraft.core.tree import F64
+from redraft.draft import default
 from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
@@ -65,8 +66,8 @@ class LLM:
             config = EngineConfig.of(**({} if model is None else {"model": model}), **options)
         if not isinstance(config, EngineConfig):
             raise InvalidInput(f"config is a {type(config).__name__}: EngineConfig is needed")
-        self.config = config
         setup = Setup.of(config)
+        self.config = config = setup.config
         checkpoint = setup.checkpoint
         self.max_model_len = setup.max_model_len
         self.tokenizer = Tokenizer(checkpoint.path)
@@ -98,7 +99,7 @@ class LLM:
         if other := set(options) - {*SchedulerConfig.model_fields, "draft", "verify"}:
             raise InvalidInput(f"sibling: {', '.join(sorted(other))} cannot differ from the loaded model's")
         own = {**self.config.schedule.model_dump(exclude_unset=True), "draft": self.config.draft, "verify": self.config.verify}
-        changed = EngineConfig.of(**{**own, **options})
+        changed = default.resolved(EngineConfig.of(**{**own, **options}), self.runner.backend.device)
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
         made.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)

@@ -1,4 +1,4 @@
-"""`redraft bench`: measurements that are no comparison of drafters, one verb each."""
+"""`redraft bench`: measurements other than the comparison of drafters, one verb each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from redraft.errors import InvalidInput, RedraftError
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 140  # columns of the tables where it is no terminal that reads them
+WIDTH = 140  # columns of the tables if stdout is not a terminal
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure what a policy costs and what it saves.")
 
@@ -28,7 +28,7 @@ SHAPE = typer.Argument(
 
 
 @bench.callback()
-def _bench() -> None:  # with a callback typer keeps the verb's name even while there is one verb only
+def _bench() -> None:  # with a callback typer keeps the verb's name even if there is only one
     pass
 
 
@@ -56,7 +56,7 @@ def cache(
 ) -> None:
     """Measure cache policies against the whole cache: perplexity, needles, key-value retrieval by turn, and bytes.
 
-    Tables go to stdout, the progress bar to stderr. The last lines say where no effect can be seen.
+    Tables go to stdout, the progress bar to stderr. The last lines name the tasks that show no effect.
     """
     from rich.console import Console
 
@@ -97,22 +97,20 @@ def decode(
     redraft: Annotated[
         list[str] | None, typer.Option(help="option=value,... of one redraft engine, repeated for more; ratios are against the first.")
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Of all redraft engines; else the default one, and torch where that is another.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Of all redraft engines; else the default one, and torch if that differs.")] = None,
     quant: Annotated[str | None, typer.Option(help="How redraft's weights are quantized at load.")] = None,
     dtype: Annotated[str, typer.Option(help="Of all engines; auto: the checkpoint's.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="Of each engine; 0: one for each core that this process may use.")] = 0,
-    context: Annotated[int, typer.Option(help="Tokens of the prompt that is decoded behind.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens of the prompt before the decoded ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens generated a turn.")] = 32,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
     rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(help="Turns of each engine and measurement.")] = 5,
     isa: Annotated[
-        str | None, typer.Option(help="For testing: avx2, avx512 or avx512-bf16 at most; whom it does not bind is marked.")
+        str | None, typer.Option(help="For testing: avx2, avx512 or avx512-bf16 at most; an engine that ignores it is marked.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The prompt is drawn from it.")] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a silent engine is given up.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which an engine without output is stopped.")] = 600.0,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
 ) -> None:
     """Measure decode, prefill and steps of many rows against other engines: same weights, same threads, own processes, in turns.
@@ -187,7 +185,7 @@ def ops(
         shared=shared,
         rounds=rounds,
     )
-    shapes.spec_of(model)  # what is wrong with it is told first
+    shapes.spec_of(model)  # its errors come first
     if json is not None:
         files.check_writable(json)
     progress = Console(stderr=True)
@@ -207,16 +205,17 @@ def serve(
     endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
     rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson; inf, the default: all at once.")] = None,
     concurrency: Annotated[
-        int | None, typer.Option(help="Requests in flight: alone a closed loop; with --rate or --trace the most there may be.")
+        int | None, typer.Option(help="Requests in flight: alone a closed loop; with --rate or --trace the limit.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="A CSV of arrivals and lengths: TIMESTAMP,ContextTokens,GeneratedTokens or arrival,input,output.")
+        Path | None,
+        typer.Option(help="A CSV of arrivals and lengths; columns TIMESTAMP, ContextTokens, GeneratedTokens or arrival, input, output."),
     ] = None,
     trace_scale: Annotated[float, typer.Option(help="How many times faster the trace is played.")] = 1.0,
     prompts: Annotated[Path | None, typer.Option(help="A JSONL file: prompt or messages, and max_tokens or output_len if wanted.")] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Requests; else the whole trace or file, or 100.")] = None,
     input_len: Annotated[int | None, typer.Option(help="Tokens of a random prompt (default: 128).")] = None,
-    output_len: Annotated[int | None, typer.Option(help="Tokens to ask for, where no file says it (default: 64).")] = None,
+    output_len: Annotated[int | None, typer.Option(help="Tokens to request, if no file gives them (default: 64).")] = None,
     shared_prefix: Annotated[int, typer.Option(help="Tokens before each random prompt that its group shares.")] = 0,
     groups: Annotated[int | None, typer.Option(help="Groups of --shared-prefix (default: 1).")] = None,
     warmups: Annotated[int, typer.Option(help="Requests before the measurement.")] = 1,
@@ -224,7 +223,7 @@ def serve(
     seed: Annotated[int, typer.Option(help="Of arrivals and words; request i is sent with this seed plus i.")] = 0,
     ignore_eos: Annotated[
         bool | None,
-        typer.Option(help="Ask for output until max_tokens; not all servers can. On but for --prompts.", show_default=False),
+        typer.Option(help="Generate until max_tokens; not all servers can. On except with --prompts.", show_default=False),
     ] = None,
     extra: Annotated[str, typer.Option(help="""More fields of the body, such as '{"speculation": "off"}'.""")] = "{}",
     goodput: Annotated[list[str] | None, typer.Option(help="Limits in ms, such as 'ttft:500 tpot:50 e2el:5000'.")] = None,
@@ -234,7 +233,7 @@ def serve(
 ) -> None:
     """Put any OpenAI-compatible server under load: open loop (Poisson or a trace) or closed, latencies, throughput and goodput.
 
-    Tables go to stdout, progress to stderr. Failures are counted by kind; Ctrl-C tells what was measured so far.
+    Tables go to stdout, progress to stderr. Failures are counted by kind; Ctrl-C prints what was measured so far.
     """
     import asyncio
     from functools import partial
@@ -282,18 +281,18 @@ def serve(
         found = asyncio.run(drive.measure(target, load, partial(show.progress, progress)))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None  # before the first request
-    told = figures(found.run, limits)
-    show.show(_console(), target, load, found, told)
+    shown = figures(found.run, limits)
+    show.show(_console(), target, load, found, shown)
     if json is not None:
-        files.write(json, show.document(target, load, found, told))
+        files.write(json, show.document(target, load, found, shown))
         progress.print(f"written to {json}")
     if html is not None:
-        files.write_text(html, show.page(target, load, found, told))
+        files.write_text(html, show.page(target, load, found, shown))
         progress.print(f"written to {html}")
     if found.run.interrupted:
         raise typer.Exit(130)
-    if not told["completed"]:
-        raise RedraftError(f"all {told['failed']} requests failed, the first: {': '.join(found.run.records[0].failure or ())}")
+    if not shown["completed"]:
+        raise RedraftError(f"all {shown['failed']} requests failed, the first: {': '.join(found.run.records[0].failure or ())}")
 
 
 def _object(name: str, text: str) -> dict[str, Any]:

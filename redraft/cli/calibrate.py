@@ -1,4 +1,4 @@
-"""`redraft calibrate`: what a method must know of a model, found once and kept."""
+"""`redraft calibrate`: measures what a method needs to know about a model, and saves it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from redraft.errors import InvalidInput
 def calibrate(
     model: Model = "embedded",
     texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more.", show_default=False)] = None,
-    method: Annotated[str, typer.Option(help="The way to read the cache that wants it.")] = "double-sparsity",
-    samples: Annotated[int, typer.Option(help="Pieces of 512 tokens to run at most, evenly from all texts.")] = 256,
-    output: Annotated[Path | None, typer.Option(help="Where to write it; else where the method looks for it.", show_default=False)] = None,
+    method: Annotated[str, typer.Option(help="The sparse attention method that needs it.")] = "double-sparsity",
+    samples: Annotated[int, typer.Option(help="Pieces of 512 tokens at most, evenly from all texts.")] = 256,
+    output: Annotated[Path | None, typer.Option(help="The file to write; else the one that the method reads.", show_default=False)] = None,
 ) -> None:
-    """Run texts through a model and keep what a method must know of it.
+    """Run texts through a model and save what a method needs to know about it.
 
-    Done once for a model: what is found is saved with the model's hash, and refused for any other.
+    Needed once for each model. The file holds the model's hash and is refused for any other model.
     """
     made: Any = registry.create("read", method)
     if not hasattr(made, "calibrate"):

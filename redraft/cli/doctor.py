@@ -1,19 +1,19 @@
-"""`redraft doctor`: what this machine has, which backend serves and why, and what the machine could do at most.
+"""`redraft doctor`: what this machine has, which backend is used and why, the machine's limits, and what of a model runs natively.
 
-Where the figures come from. The processor's model and flags are the kernel's (/proc/cpuinfo); the best instruction set is what
-the native library finds by CPUID, XGETBV and, for AMX, the kernel's leave. Memory is what this process may still use, control groups
-counted. The read bandwidth is the fastest of ROUNDS passes of all threads over a buffer of BUFFER bytes on huge pages where
-the kernel gives them; each worker has written the part that it reads. The peaks are loops of one instruction over registers, on all
-threads, the best of 81 runs of 2 to 4 ms. Everything is measured now: what other processes take is missing in the figures, so the
-share of its cores that this process got meanwhile is measured beside them, and told where it is less than BUSY.
+Sources of the figures. The processor's model and flags are those of /proc/cpuinfo. The best instruction set is found by the native library
+(CPUID, XGETBV and, for AMX, the kernel's permission). Memory is what this process may still use, control groups included. The read
+bandwidth is the fastest of ROUNDS passes of all threads over a buffer of BUFFER bytes, on huge pages if the kernel gives them; each thread reads the
+part that it has written. The peaks are loops of one instruction over registers, on all threads, the best of 81 runs of 2 to 4 ms. Other
+processes lower these figures: the share of processor time that this process got is measured too, and shown if it is below BUSY.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
-import sys
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,14 +25,15 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from redraft.models.loader import Checkpoint
     from redraft.ops.library import Library
 
 BUFFER = 2 << 30  # bytes: the largest last-level caches hold hundreds of millions
 HUGE = 2 << 20
 ROUNDS = 12
 BUSY = 0.9
-WIDTH = 140  # columns where it is no terminal that reads it
-MODEL_PARAMETERS, MODEL_BYTES = "1.24B", 2.48e9  # of Llama 3.2 1B in bf16: what a step without a batch must read
+EXAMPLE = "1.24B parameters in bf16"  # Llama 3.2 1B
+EXAMPLE_BYTES = 2.48e9  # that each of its tokens reads
 FLAGS = "avx2 fma f16c avx_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 amx_tile amx_bf16 amx_int8"
 PROC, SYS = Path("/proc"), Path("/sys")
 
@@ -40,30 +41,78 @@ Facts = dict[str, Any]
 
 
 def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder, a hub id or 'embedded': show what of it runs natively.", metavar="MODEL", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of MODEL.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
 ) -> None:
-    """Say what this machine has, which backend serves a model and why, and measure the machine's limits.
+    """Show what this machine has, which backend is used and why, and measure the machine's limits.
 
-    Takes a few seconds. The table goes to stdout, the progress bar to stderr.
+    With MODEL, also which parts of it run in compiled kernels: layers, quantized weights and cache policies.
+
+    Takes some seconds. The table goes to stdout, progress to stderr.
     """
     from rich.console import Console
 
     from redraft.bench import files
+    from redraft.models import loader
     from redraft.ops import library
 
     if json is not None:
         files.check_writable(json)
     refused = _refused()
     loaded = library.load()
-    facts = {**_machine(), "isa_refused": refused, **_software(loaded, library.why_not()), **_measured(loaded, Console(stderr=True))}
-    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-    _show(console, facts)
+    checkpoint = None if model is None else loader.inspect(loader.resolve(model), dtype)
+    progress = Console(stderr=True)
+    facts = {**_machine(), "isa_refused": refused, **_software(loaded, library.why_not())}
+    facts["model"] = None if model is None or checkpoint is None else _model(model, checkpoint, progress)
+    facts |= _measured(loaded, progress, facts["model"])
+    _show(Console(), facts)
     if json is not None:
         files.write(json, facts)
 
 
+def _model(name: str, checkpoint: Checkpoint, progress: Console) -> Facts:
+    from redraft.bench.parts import parts
+    from redraft.ops import library
+
+    spec = checkpoint.spec
+    with progress.status("trying layers and policies"):
+        found = [part._asdict() for part in parts(checkpoint)]
+    return {
+        "name": name,
+        "family": spec.family,
+        "layers": len(spec.layers),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "weight_bytes": checkpoint.weight_bytes,
+        "bytes_per_token": _bytes_per_token(checkpoint),
+        "serves": library.serves(checkpoint.dtype, "cpu", spec),
+        "parts": found,
+    }
+
+
+def _bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Bytes of weights that a step of one row reads: no tables of embeddings, and of experts only those that are chosen."""
+    from redraft.models.spec import Experts
+
+    spec, total = checkpoint.spec, 0
+    for name, shape in spec.shapes().items():
+        expert = re.match(r"layers\.(\d+)\.experts\.(\d+)\.", name)
+        mlp = spec.layers[int(expert[1])].mlp if expert else None
+        if (
+            name == "positions"
+            or (name == "embed" and not spec.tied)
+            or (expert and isinstance(mlp, Experts) and int(expert[2]) >= mlp.top_k)
+        ):
+            continue
+        total += math.prod(shape) * checkpoint.dtype.itemsize
+    return total
+
+
 def _refused() -> str | None:
-    """What is wrong with REDRAFT_ISA. It is then taken from the environment: this command goes on with what the machine has."""
+    """What is wrong with REDRAFT_ISA. If so, removes it from the environment, so that this command can continue."""
     from redraft.errors import InvalidInput
     from redraft.ops import library
 
@@ -112,8 +161,8 @@ def _software(loaded: Library | None, why_not: str) -> Facts:
     }
 
 
-def _measured(loaded: Library | None, progress: Console) -> Facts:
-    """All null without the library: nothing else here reads as fast as the machine allows."""
+def _measured(loaded: Library | None, progress: Console, model: Facts | None) -> Facts:
+    """All null without the library, since only its loops reach the machine's limits."""
     from redraft.bench import report
     from redraft.ops.library import PEAKS
 
@@ -121,20 +170,20 @@ def _measured(loaded: Library | None, progress: Console) -> Facts:
     if loaded is None:
         return facts
     with report.bar(progress, ROUNDS + 1 + len(PEAKS)) as tick:
-        begun, used = time.perf_counter(), time.process_time()
+        start, used = time.perf_counter(), time.process_time()
         for kind in PEAKS:
             facts["peaks"][kind] = {"flops": loaded.peak(kind) or None, "instruction": loaded.peak_instruction(kind) or None}
             tick(f"peak {kind}")
-        facts["cpu_share"] = min(1.0, (time.process_time() - used) / (time.perf_counter() - begun) / loaded.threads)
+        facts["cpu_share"] = min(1.0, (time.process_time() - used) / (time.perf_counter() - start) / loaded.threads)
         if size := _buffer_bytes():
             facts["buffer_bytes"] = size
             facts["read_bytes_per_second"] = rate = _bandwidth(loaded, size, tick)
-            facts["tokens_per_second_limit"] = rate / MODEL_BYTES
+            facts["tokens_per_second_limit"] = rate / (model["bytes_per_token"] if model else EXAMPLE_BYTES)
     return facts
 
 
 def _buffer_bytes() -> int:
-    """As much as BUFFER, a half of what is free at most, in whole huge pages; 0 where not even one fits."""
+    """BUFFER, or half of the free memory if that is less, in whole huge pages; 0 if none fits."""
     from redraft.models.memory import limits
 
     return min(BUFFER, limits() // 2) // HUGE * HUGE
@@ -153,7 +202,7 @@ def _bandwidth(loaded: Library, size: int, tick: Callable[[str], None]) -> float
 
 @contextmanager
 def _pages(size: int) -> Iterator[int]:
-    """The address of fresh memory, on huge pages if the kernel has them to give."""
+    """The address of new memory, on huge pages if the kernel gives them."""
     with mmap.mmap(-1, size) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without them
@@ -162,11 +211,11 @@ def _pages(size: int) -> Iterator[int]:
         try:
             yield ctypes.addressof(first)
         finally:
-            del first  # or the memory could not be given back
+            del first  # else the mapping cannot be closed
 
 
 def _huge_pages() -> str | None:
-    """'always', 'madvise' or 'never': when the kernel gives 2 MiB pages without being set up for it; None: it does not say."""
+    """The kernel's setting of transparent huge pages: 'always', 'madvise' or 'never'; None if it does not report one."""
     try:
         setting = (SYS / "kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:
@@ -175,7 +224,7 @@ def _huge_pages() -> str | None:
 
 
 def _line(file: Path, name: str) -> str:
-    """The value of the first 'name : value' line of a file, empty where there is none."""
+    """The value of the first 'name : value' line of a file, empty if there is none."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -204,7 +253,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "processor", f"{facts['cpu']}, {facts['cores']} core{'s' * (facts['cores'] > 1)} for this process"
     yield "instructions", " ".join(facts["flags"]) or "none of those that kernels use"
     yield "memory", f"{size(facts['memory_bytes'])}, {size(facts['memory_free_bytes'])} free for this process"
-    yield "huge pages", _told_huge_pages(facts["huge_pages"])
+    yield "huge pages", _text_of_huge_pages(facts["huge_pages"])
     if facts["gpu"]:
         yield "gpu", facts["gpu"]
     yield "", ""
@@ -212,57 +261,74 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "wrong setting", f"{facts['isa_refused']}; every other command stops at that"
     yield "native library", facts["library"] or f"none: {facts['library_why_not']}"
     if facts["library"]:
-        yield "instruction set", _told_isa(facts)
+        yield "instruction set", _text_of_isa(facts)
         yield "threads", f"{facts['threads']} native, {facts['torch_threads']} of PyTorch"
     else:
         yield "threads", f"{facts['torch_threads']} of PyTorch"
     yield "PyTorch", facts["torch"]
     for one in facts["serves"]:
         yield f"{one['dtype']} on {one['device']}", f"{one['backend']}: {one['why']}"
+    if facts["model"]:
+        yield "", ""
+        yield from _text_of_model(facts["model"])
     yield "", ""
-    yield from _told_limits(facts)
+    yield from _text_of_limits(facts)
 
 
-def _told_huge_pages(setting: str | None) -> str:
-    told = {
+def _text_of_model(model: Facts) -> Iterator[tuple[str, str]]:
+    from redraft.models.memory import size
+
+    yield "model", f"{model['name']}: {model['family']}, {model['layers']} layers, {model['dtype']}, {size(model['weight_bytes'])}"
+    yield "used on a CPU", ": ".join(model["serves"])
+    native = [part["name"] for part in model["parts"] if part["backend"] == "native"]
+    if native:
+        yield "native", ", ".join(native)
+    for part in model["parts"]:
+        if part["backend"] != "native":
+            yield part["name"], f"{part['backend']}{': ' * bool(part['why'])}{part['why']}"
+
+
+def _text_of_huge_pages(setting: str | None) -> str:
+    texts = {
         "always": "always: every large buffer gets 2 MiB pages",
-        "madvise": "madvise: buffers that ask for 2 MiB pages get them, the native kernels' do",
-        "never": "never: the kernel gives 4 KiB pages only, which slows reads down",
+        "madvise": "madvise: buffers that request 2 MiB pages get them, as native weights do",
+        "never": "never: there are 4 KiB pages only, which slows reads down",
     }
-    return told.get(setting or "", "the kernel does not say")
+    return texts.get(setting or "", "unknown: the kernel does not report it")
 
 
-def _told_isa(facts: Facts) -> str:
-    told = f"{facts['isa']}; compiled: {', '.join(facts['isas_compiled'])}"
-    return told if facts["isa"] == facts["isa_detected"] else f"{told}; this machine has {facts['isa_detected']}"
+def _text_of_isa(facts: Facts) -> str:
+    text = f"{facts['isa']}; compiled: {', '.join(facts['isas_compiled'])}"
+    return text if facts["isa"] == facts["isa_detected"] else f"{text}; this machine has {facts['isa_detected']}"
 
 
-def _told_limits(facts: Facts) -> Iterator[tuple[str, str]]:
+def _text_of_limits(facts: Facts) -> Iterator[tuple[str, str]]:
     from redraft.models.memory import size
 
     if not facts["library"]:
-        yield "limits", "not measured: that takes the native library"
+        yield "limits", "not measured: the native library is needed for that"
         return
     if rate := facts["read_bytes_per_second"]:
-        less = "" if facts["buffer_bytes"] >= BUFFER else ", all that memory allows: caches may flatter it"
+        less = "" if facts["buffer_bytes"] >= BUFFER else ", all that memory allows: caches may raise the figure"
         yield "read bandwidth", f"{rate / 1e9:.1f} GB/s (buffer of {size(facts['buffer_bytes'])}{less})"
     else:
         yield "read bandwidth", "not measured: there is no memory for a buffer"
     for kind, peak in facts["peaks"].items():
-        yield f"peak {kind}", _told_peak(peak)
+        yield f"peak {kind}", _text_of_peak(peak)
     if facts["cpu_share"] < BUSY:
         yield (
             "busy",
-            f"other processes were running: {facts['cpu_share']:.0%} of {facts['threads']} threads' time was left, so all this may be low",
+            f"other processes were running: this one got {facts['cpu_share']:.0%} of {facts['threads']} threads' time, so figures may be low",
         )
     if limit := facts["tokens_per_second_limit"]:
-        why = f"that a model of {MODEL_PARAMETERS} parameters in bf16 ({MODEL_BYTES / 1e9:g} GB) could reach when each token reads them all"
-        yield "follows", f"{limit:.1f} tokens/s at most {why}"
+        model = facts["model"]
+        what, read = (model["name"], model["bytes_per_token"]) if model else (f"a model of {EXAMPLE}", EXAMPLE_BYTES)
+        yield "follows", f"at most {limit:.1f} tokens/s without drafts for {what}, which reads {read / 1e9:.3g} GB for each token"
 
 
-def _told_peak(peak: Facts) -> str:
+def _text_of_peak(peak: Facts) -> str:
     if not peak["flops"]:
-        return "this instruction set has no instruction of its own for it"
+        return "none: this instruction set has no such instruction"
     return f"{_rate(peak['flops'])} ({peak['instruction']})"
 
 

@@ -1,16 +1,23 @@
-"""`redraft generate`: continue a prompt."""
+"""`redraft generate`: continue or answer one prompt, or a file of prompts."""
 
 from __future__ import annotations
 
 import secrets
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+from redraft.cli import options
+from redraft.cli.options import ENGINE, SAMPLING, Given, Model, Template, engine_config, takes
+from redraft.cli.prompting import Prompting
 from redraft.cli.stream import Screen, show
 from redraft.config import SamplingParams
+from redraft.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from redraft.llm import LLM
 
 PROMPT = '''class Stack:
     """A last-in, first-out collection of items."""
@@ -21,32 +28,81 @@ PROMPT = '''class Stack:
     def push(self, item):
         """Put an item on top."""
 '''
+QUESTION = "Explain in two sentences what a stack is in programming."  # the example for a model with a chat template
 
 
 @takes(sampling=SAMPLING, engine=ENGINE)
 def generate(
     model: Model = "embedded",
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; else what is piped in, or an example.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; else what is piped in, or an example.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
+    chat_template: Template = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, JSON lines.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option(help="With --prompts: the file of results; else stdout.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="--output may replace a file.")] = False,
     *,
     sampling: Given,
     engine: Given,
 ) -> None:
-    """Continue a prompt; the text streams as it is found.
+    """Answer a prompt by the model's chat template, or continue it if there is none.
 
-    The text goes to stdout, what it took to stderr. In a terminal, tokens that were accepted drafts are green.
+    The text goes to stdout as it is generated, statistics go to stderr. In a terminal, accepted drafts are green.
+
+    Each line of --prompts is a string or an object: prompt, messages or prompt_token_ids, and optionally id and
+    sampling options such as max_tokens. Each gives one line of results, in the same order: id, text, token_ids,
+    finish_reason, usage, seed, error. A wrong line gets an error and the others finish; the exit code is then 1.
+    Results are written as they finish, so Ctrl-C keeps the lines that are complete.
     """
+    template = options.chat_template(chat_template)
+    if raw and template is not None:
+        raise InvalidInput("--raw and --chat-template exclude each other")
     config = engine_config(model, engine)
+    SamplingParams(**sampling)
+    if prompts is not None:
+        raise typer.Exit(_batch(config, prompts, output, prompt, sampling, template, raw=raw, overwrite=overwrite))
+    if output is not None or overwrite:
+        raise InvalidInput("--output and --overwrite need --prompts")
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+        prompt = prompt or None
+    _one(config, prompt, sampling, template, raw=raw)
+
+
+def _one(config: Any, prompt: str | None, sampling: Given, template: str | None, *, raw: bool) -> None:
+    llm = _load(config)
+    prompting = Prompting.of(llm, template, raw=raw)
     params = SamplingParams(**{"seed": secrets.randbits(32), **sampling})
     if prompt is None:
-        piped = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
-        prompt = piped or PROMPT
-    from redraft.llm import LLM
-
-    llm = LLM(config=config)
-    screen = Screen()
-    if screen.terminal:
-        typer.secho(prompt, dim=True, nl=params.n > 1)
-    shown = show(llm, llm.tokenizer.encode(prompt) if prompt else [], params)
-    typer.echo(shown.summary(llm, params), err=True)
+        prompt = QUESTION if prompting.chat else PROMPT
+    if Screen().terminal:
+        typer.secho(prompt, dim=True, nl=prompting.chat or params.n > 1)
+    shown = show(llm, prompting.text(prompt), params)
+    typer.echo(shown.summary(llm, params, "chat template" if prompting.chat else "raw prompt"), err=True)
     if shown.interrupted:
         raise typer.Exit(130)
+
+
+def _batch(
+    config: Any,
+    prompts: Path,
+    output: Path | None,
+    prompt: str | None,
+    sampling: Given,
+    template: str | None,
+    *,
+    raw: bool,
+    overwrite: bool,
+) -> int:
+    from redraft.cli import batch
+
+    if prompt is not None:
+        raise InvalidInput("--prompt and --prompts exclude each other")
+    count = batch.check(prompts, output, sampling, overwrite=overwrite)
+    llm = _load(config)
+    return batch.run(llm, Prompting.of(llm, template, raw=raw), prompts, output, sampling, count)
+
+
+def _load(config: Any) -> LLM:
+    from redraft.llm import LLM
+
+    return LLM(config=config)

@@ -1,4 +1,4 @@
-"""Options of the verbs, made from the fields of config.py: name, type, limits and help are written once, there."""
+"""Options of the verbs, made from the fields of config.py, where name, type, limits and help are written once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ import typer
 from pydantic.fields import FieldInfo
 
 from redraft.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams, SchedulerConfig
+from redraft.errors import InvalidInput
+from redraft.serve.config import ServeConfig
 
 MODEL = typer.Argument(help="A folder, a hub id (repo@revision), or 'embedded', the default.", metavar="MODEL", show_default=False)
 Model = Annotated[str, MODEL]
+Template = Annotated[
+    str | None,
+    typer.Option("--chat-template", help="A Jinja file, or the template itself; else the checkpoint's.", show_default=False),
+]
 Given = dict[str, Any]  # the options of a group that the user gave, by field name
 
 
@@ -56,8 +62,16 @@ def engine_config(model: str, given: Given) -> EngineConfig:
     return EngineConfig.of(model=model, **{**DEFAULTS, **given})
 
 
+def chat_template(value: str | None) -> str | None:
+    """The text of --chat-template. InvalidInput where it is no template and no file with one."""
+    try:
+        return ServeConfig(chat_template=value).chat_template
+    except InvalidInput as error:
+        raise InvalidInput(f"--chat-template{str(error).removeprefix('ServeConfig.chat_template')}") from None
+
+
 def as_flag(message: str) -> str:
-    """An error about a field, by the name that the command line has for it."""
+    """An error about a field, with the field's option in place of its name."""
     name, equals, rest = message.partition(" = ")
     return f"{FLAGS.get(name, name)}{equals}{rest}"
 
@@ -71,34 +85,42 @@ def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None
 
         @functools.wraps(verb)
         def run(**values: Any) -> None:
-            given = {key: {name: values[name] for name in group.fields if values[name] not in (None, [])} for key, group in groups.items()}
-            verb(**{p.name: values[p.name] for p in own}, **given)
+            verb(**{p.name: values[p.name] for p in own}, **{key: _given(group, values) for key, group in groups.items()})
 
         signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added)
         run.__signature__ = signature  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (verb.__doc__ or "").split("\n\n"))  # typer keeps line ends
         del run.__dict__["__wrapped__"]  # or typing would read the verb's own annotations
         return run
 
     return wrap
 
 
+def _given(group: Group, values: Given) -> Given:
+    """The values of a group's options that the user gave."""
+    found = {name: values[name] for name in group.fields if values[name] not in (None, [])}
+    return {name: not value if group.fields[name].default is True else value for name, value in found.items()}
+
+
 def _parameter(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
+    """A switch has one name, --no-... if it is on by default: a second one would take a column of the help."""
     default = DEFAULTS.get(name, field.default)
-    text = field.description or ""
-    if default not in (None, (), "") and not isinstance(default, bool):
+    text, flag = field.description or "", f"--{name.replace('_', '-')}"
+    if default is True:
+        text, flag = f"not: {text}", f"--no-{flag[2:]}"
+    elif default not in (None, (), "", False):
         text = f"{text} (default: {default})".strip()
-    flags = [f"--{name.replace('_', '-')}"] if default is False else []  # else typer adds a --no- form
-    option = typer.Option(*flags, help=text, rich_help_panel=heading, show_default=False)
+    option = typer.Option(flag, help=text, rich_help_panel=heading, show_default=False)
     kind: Any = _type(field.annotation)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
 def _type(annotation: Any) -> Any:
-    """What typer parses for a field; ranges and choices are left to the field itself, which words all errors alike."""
+    """The type that typer parses. Ranges, choices and units are checked by the field itself, so that all errors read alike."""
     origin, parts = typing.get_origin(annotation), [part for part in typing.get_args(annotation) if part is not type(None)]
     if origin in (Union, types.UnionType):
         return _type(parts[0])
     if origin is tuple:
         return list[parts[0]]  # type: ignore[valid-type]
-    return str if origin is Literal else annotation
+    return str if origin in (Literal, Annotated) else annotation

@@ -1,8 +1,9 @@
-"""Text as it comes: plain into a pipe; in a terminal, tokens that were accepted drafts are green."""
+"""Streamed text: plain in a pipe; in a terminal, tokens that were accepted drafts are green."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -24,21 +25,22 @@ if TYPE_CHECKING:
 Part = tuple[str, bool]  # a piece of text and whether an accepted draft brought it
 
 DRAFTED = "green"
-# What a model writes must not steer the terminal: control codes are shown as pictures (U+2400 on), not obeyed.
+COLUMNS = 80
+# Control codes in a model's text must not reach the terminal: they are shown as pictures (from U+2400 on).
 PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 
 
 class Colours:
-    """Which characters of one text came from accepted drafts. A character of several tokens belongs to its last one."""
+    """Marks the characters of one text that came from accepted drafts. A character of several tokens counts as its last one."""
 
     def __init__(self, prompt: list[int], decode: Decoder) -> None:
         self.decode = decode
         self._tokens, self._text = list(prompt), Text.start(prompt, decode)
-        self._ends: list[tuple[int, bool]] = []  # where the text of each token ends, of tokens not wholly shown
+        self._ends: list[tuple[int, bool]] = []  # (end of the token's text, drafted) of tokens not wholly shown
         self._shown = 0
 
     def split(self, delta: Delta) -> list[Part]:
-        """The text of `delta`, which may lag behind its tokens, cut where the colour changes."""
+        """The text of `delta` in pieces of one colour. It may end before the text of its last tokens."""
         for token, drafted in zip(delta.token_ids, delta.drafted, strict=True):
             self._tokens.append(token)
             self._text = self._text.extend(self._tokens, self.decode)
@@ -82,7 +84,7 @@ class Screen:
 
 @dataclass
 class Shown:
-    """What was generated: texts by sample, and what the last line tells about it."""
+    """The generated texts, by sample, and figures for the summary."""
 
     seconds: float = 0.0
     interrupted: bool = False
@@ -92,20 +94,25 @@ class Shown:
     accepted: int = 0
     fault: str = ""
 
-    def summary(self, llm: LLM, params: SamplingParams) -> str:
-        length = f"mean acceptance length {1 + self.accepted / self.steps:.2f}, " if self.steps else ""
-        rate = f"{self.tokens / self.seconds:.1f} tokens/s, " if self.tokens else ""
+    def summary(self, llm: LLM, params: SamplingParams, *notes: str) -> str:
+        """Lines of at most COLUMNS characters: what was generated, how, and any `notes`."""
+        length = f", mean acceptance length {1 + self.accepted / self.steps:.2f}" if self.steps else ""
+        rate = f", {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
-        fault = f"\nwent on without drafts: {self.fault}" if self.fault else ""
-        policies = (llm.config.model.quant, params.keep, params.codec, params.read, params.depth)
-        chosen = "".join(f"{text}, " for text in policies if text)
-        how = f"{llm.runner.backend.name}, {llm.config.draft}, {chosen}{llm.guarantee_of(params).label}, {draw}{fault}"
-        return f"{self.tokens} new tokens, {rate}{length}{how}"
+        policies = [text for text in (llm.config.model.quant, params.keep, params.codec, params.read, params.depth) if text]
+        how = [llm.runner.backend.name, llm.config.draft, *policies, llm.guarantee_of(params).label, draw, *notes]
+        lines = [f"{self.tokens} new tokens{rate}{length}", ", ".join(how)]
+        return folded([*lines, *([f"continued without drafts: {self.fault}"] if self.fault else [])])
+
+
+def folded(lines: Iterable[str]) -> str:
+    """Lines cut at spaces to COLUMNS characters; a longer word stays whole, so that it can be copied."""
+    return "\n".join(textwrap.fill(line, COLUMNS, break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
-    """Generates and writes the texts for one prompt, the first as it comes and each further one behind it. Ctrl-C ends
-    it between two steps: `interrupted`."""
+    """Generates the texts of one prompt and writes them one after the other, the first as it comes. Ctrl-C stops between
+    two steps and sets `interrupted`."""
     screen, shown, n = Screen(), Shown(), params.n
     decode = llm.tokenizer.decoder if params.skip_special_tokens else llm.tokenizer.decoder_all
     colours = [Colours(prompt, decode) for _ in range(n)]
@@ -113,7 +120,7 @@ def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
     ended: set[int] = set()
     stats = {}
     current = 0
-    begun = time.perf_counter()
+    start = time.perf_counter()
     try:
         with closing(llm.stream({"prompt_token_ids": prompt}, params)) as deltas:
             if n > 1:
@@ -132,7 +139,7 @@ def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
                     screen.write([(f"[{current + 1}/{n}]\n", False), *held.pop(current, [])])
     except KeyboardInterrupt:
         shown.interrupted = True
-    shown.seconds = time.perf_counter() - begun
+    shown.seconds = time.perf_counter() - start
     screen.end_line()
     shown.steps = sum(one.steps for one in stats.values())
     shown.accepted = sum(one.accepted for one in stats.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -45,6 +46,67 @@ def test_commands(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.Mo
     assert redraft("chat", tiny, *OPTIONS)[1] == once * 2
 
 
+def test_the_system_message_can_be_set_and_removed(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped("hello\n", monkeypatch)
+    plain = redraft("chat", tiny, *OPTIONS)[1]
+    piped("hello\n", monkeypatch)
+    brief = redraft("chat", tiny, "--system", "Be brief.", *OPTIONS)[1]
+    assert plain != brief
+    piped("/system Be brief.\nhello\n/clear\nhello\n/clear\n/system\nhello\n", monkeypatch)
+    code, out, err = redraft("chat", tiny, *OPTIONS)
+    assert (code, out) == (0, brief * 2 + plain)
+    assert "system message set" in err and "system message removed" in err
+
+
+def test_a_conversation_is_saved_as_a_line_of_prompts(
+    redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.jsonl"
+    piped(f"/system Be brief.\nhello\n/save {file}\n", monkeypatch)
+    code, out, _ = redraft("chat", tiny, *OPTIONS)
+    system, user, assistant = json.loads(file.read_text())["messages"]
+    assert code == 0 and file.read_text().count("\n") == 1
+    assert (system, user["content"]) == ({"role": "system", "content": "Be brief."}, "hello")
+    assert assistant["role"] == "assistant" and assistant["content"].strip("\n") == out.strip("\n")
+    piped(f"/save {file}\n", monkeypatch)
+    before = file.read_text()
+    code, _, err = redraft("chat", tiny, *OPTIONS)
+    assert (code, err, file.read_text()) == (2, f"error: /save {file}: File exists\n", before)
+
+
+@pytest.mark.parametrize(("line", "problem"), [("/clera", "/clera: unknown command; /help"), ("/save", "/save: a FILE is needed")])
+def test_an_unknown_command_is_refused(
+    redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch, line: str, problem: str
+) -> None:
+    piped(line + "\n", monkeypatch)
+    code, out, err = redraft("chat", tiny, *OPTIONS)
+    assert (code, out, err.count("\n")) == (2, "", 1) and problem in err
+
+
+def test_text_that_begins_with_a_slash_can_be_sent(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(" /clera\n/usr/bin/env is what?\n", monkeypatch)
+    code, _, err = redraft("chat", tiny, *OPTIONS)
+    assert (code, err.count("20 new tokens")) == (0, 2)
+
+
+def test_help_lists_every_command(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped("/help\n", monkeypatch)
+    _, out, err = redraft("chat", tiny, *OPTIONS)
+    assert out == "" and all(f"/{name}" in err for name in ("help", "system", "clear", "save", "exit"))
+    assert max(map(len, err.splitlines())) <= 80
+
+
+def test_a_base_model_chats_by_a_template_of_the_user(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    piped("hello\n", monkeypatch)
+    base = str(tiny_llama(tmp_path / "base", chat=False))
+    code, out, _ = redraft("chat", base, "--chat-template", str(file), *OPTIONS)
+    assert code == 0 and out
+    code, _, err = redraft("chat", base, "--chat-template", str(tmp_path / "none.jinja"))
+    assert code == 2 and err.startswith("error: --chat-template = ") and err.count("\n") == 1
+
+
 def test_the_first_reply_leaves_room_for_a_second(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     piped("hello\nand\n", monkeypatch)
     code, _, err = redraft("chat", tiny, "--temperature", "0", "--ignore-eos", "--dtype", "float32")
@@ -77,14 +139,16 @@ def test_at_a_terminal_ctrl_c_ends_the_reply_and_ctrl_d_the_conversation(tmp_pat
     def until(wanted: str) -> None:
         """Reads on until `wanted`, a regular expression, is found in what came since the last call."""
         nonlocal seen
-        fresh, deadline = "", time.monotonic() + 60
+        fresh, deadline = "", time.monotonic() + 300
         while not re.search(wanted, fresh, re.DOTALL):
             assert select.select([ours], [], [], deadline - time.monotonic())[0], f"no {wanted!r} in {fresh!r} after {seen!r}"
             fresh += os.read(ours, 4096).decode(errors="replace")
         seen += fresh
 
     try:
-        until("> $")
+        until(r"drafts by\s+none.*/help.*/exit or Ctrl-D.*> $")
+        os.write(ours, b"/nothing\n")
+        until("error: /nothing: unknown command.*> $")
         os.write(ours, b"hello\n")
         until("hello.{60}")
         process.send_signal(signal.SIGINT)  # as Ctrl-C does; the pty is not the controlling terminal of the process
@@ -93,7 +157,7 @@ def test_at_a_terminal_ctrl_c_ends_the_reply_and_ctrl_d_the_conversation(tmp_pat
             process.send_signal(signal.SIGINT)
         until("> $")
         os.write(ours, b"\x04")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
     finally:
         process.kill()
         process.wait()

@@ -17,7 +17,8 @@ from tests.cli.conftest import Ran, start
 
 ANSI = re.compile("\x1b\\[[0-9;]*m")
 STATS = re.compile(
-    r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+), (?:native|torch), (\S+), same-text, (greedy|seed \d+)\n"
+    r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+)\n"
+    r"(?:native|torch), (\S+), same-text, (greedy|seed \d+), (raw prompt|chat template)\n"
 )
 
 
@@ -28,19 +29,19 @@ def texts(tiny: str) -> list[str]:
     return [output.text for output in LLM(tiny, dtype="float32").generate("hello there", params)[0].outputs]
 
 
-SAMPLED = ("--temperature", "1", "--seed", "5", "--max-tokens", "60", "--ignore-eos", "--dtype", "float32")
+SAMPLED = ("--raw", "--temperature", "1", "--seed", "5", "--max-tokens", "60", "--ignore-eos", "--dtype", "float32")
 
 
 def test_a_pipe_gets_the_text_and_nothing_else(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
     code, out, err = redraft("generate", tiny, "--prompt", "hello there", "--draft", "token-recycling", *SAMPLED)
     assert (code, out.removesuffix("\n")) == (0, texts[0].removesuffix("\n"))
     assert out.endswith("\n")
-    tokens, length, method, draw = STATS.fullmatch(err).groups()  # type: ignore[union-attr]
+    tokens, length, method, draw, _ = STATS.fullmatch(err).groups()  # type: ignore[union-attr]
     assert (tokens, method, draw) == ("60", "token-recycling", "seed 5")
     assert 1 <= float(length) < 16
 
 
-def test_several_texts_come_one_behind_the_other(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
+def test_several_texts_come_one_after_the_other(redraft: Callable[..., Ran], tiny: str, texts: list[str]) -> None:
     _, out, err = redraft("generate", tiny, "--prompt", "hello there", "--n", "2", *SAMPLED)
     ended = [text if text.endswith("\n") else text + "\n" for text in texts]
     assert out == f"[1/2]\n{ended[0]}[2/2]\n{ended[1]}"
@@ -57,6 +58,7 @@ def test_a_terminal_shows_accepted_drafts_green(
         tiny,
         "--prompt",
         "hello there",
+        "--raw",
         "--temperature",
         "0",
         "--max-tokens",
@@ -80,7 +82,7 @@ def test_a_terminal_shows_accepted_drafts_green(
 
 
 def test_the_prompt_may_be_piped_in(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--temperature", "0", "--max-tokens", "20", "--ignore-eos", "--dtype", "float32")
+    options = ("--raw", "--temperature", "0", "--max-tokens", "20", "--ignore-eos", "--dtype", "float32")
     for piped, prompt in (("two\nlines\n", "two\nlines"), ("", PROMPT[:200])):
         monkeypatch.setattr("redraft.cli.generate.PROMPT", PROMPT[:200])
         monkeypatch.setattr("sys.stdin", io.StringIO(piped))
@@ -94,16 +96,52 @@ def test_a_stop_string_ends_the_text(redraft: Callable[..., Ran], tiny: str, tex
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_tells_what_there_is_and_exits_130(tmp_path: Path) -> None:
+def test_ctrl_c_prints_the_statistics_and_exits_130(tmp_path: Path) -> None:
     model = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536))
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = start("generate", model, "--prompt", "x", "--ignore-eos", "--temperature", "0", "--cache-memory", "100000000", **pipes)
     assert process.stdout is not None
     assert process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert out.endswith(b"\n")
-    told = STATS.fullmatch(err.decode())
-    assert told is not None, err
-    assert 0 < int(told[1]) < 65_000
+    found = STATS.fullmatch(err.decode())
+    assert found is not None, err
+    assert 0 < int(found[1]) < 65_000
+
+
+def test_a_chat_template_is_used_unless_raw(redraft: Callable[..., Ran], tiny: str, tmp_path: Path) -> None:
+    params, options = (
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        ("--temperature", "0", "--max-tokens", "12", "--ignore-eos"),
+    )
+    llm = LLM(tiny, dtype="float32")
+    answer = llm.chat([{"role": "user", "content": "hello"}], params)[0].outputs[0].text
+    continued = llm.generate("hello", params)[0].outputs[0].text
+    assert answer != continued, "or this shows nothing"
+    _, out, err = redraft("generate", tiny, "--prompt", "hello", "--dtype", "float32", *options)
+    assert (out.removesuffix("\n"), STATS.fullmatch(err)[5]) == (answer.removesuffix("\n"), "chat template")  # type: ignore[index]
+    _, out, err = redraft("generate", tiny, "--prompt", "hello", "--dtype", "float32", "--raw", *options)
+    assert (out.removesuffix("\n"), STATS.fullmatch(err)[5]) == (continued.removesuffix("\n"), "raw prompt")  # type: ignore[index]
+    base = str(tiny_llama(tmp_path / "base", chat=False))
+    assert redraft("generate", base, "--prompt", "hello", *options)[2].endswith("raw prompt\n")
+
+
+def test_a_template_of_the_user_is_used(redraft: Callable[..., Ran], tmp_path: Path) -> None:
+    base, file = str(tiny_llama(tmp_path / "base", chat=False)), tmp_path / "own.jinja"
+    file.write_text("<{{ messages[0].content }}>")
+    options = ("--temperature", "0", "--max-tokens", "12", "--ignore-eos")
+    by_template = redraft("generate", base, "--prompt", "hello", "--chat-template", str(file), *options)
+    assert by_template[2].endswith("chat template\n")
+    llm = LLM(base)
+    ids = llm.tokenizer.encode("<hello>", special=False)
+    text = llm.generate({"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0].text
+    assert by_template[1].removesuffix("\n") == text.removesuffix("\n")
+
+
+def test_statistics_fit_80_columns(redraft: Callable[..., Ran], tiny: str) -> None:
+    policies = ("--keep", "streaming-llm:recent=64", "--depth", "layer-skip:speedup=1.2", "--quant", "int8")
+    code, _, err = redraft("generate", tiny, "--prompt", "hello", *policies, "--max-tokens", "3", "--verify", "coupled")
+    assert code == 0 and "layer-skip:speedup=1.2" in err
+    assert max(map(len, err.splitlines())) <= 80

@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from redraft import __version__
+from redraft.cli import habits
+from redraft.cli.main import app
 from tests.cli.conftest import Ran
 
 LIGHT = """
@@ -43,7 +47,7 @@ def test_version(redraft: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "expected"),
     [
         (["generate", "--temperature", "-1"], 2, "--temperature = -1.0: must be at least 0"),
         (["generate", "--temperature", "warm"], 2, "'--temperature'"),
@@ -69,10 +73,13 @@ def test_version(redraft: Callable[..., Ran]) -> None:
         (["explain", "--scheduler", "sarati"], 2, "did you mean 'sarathi'?"),
         (["methods", "copy-spec"], 2, "did you mean 'copyspec'"),
         (["chatt"], 2, "'chat'"),
+        (["generate", "--cache-memory", "2G"], 2, "--cache-memory = '2G': a whole number of bytes, or a size in KB, MB, GB"),
+        (["generate", "--cache-memory", "0MB"], 2, "--cache-memory = '0MB': must be at least 1"),
+        (["generate", "--raw", "--chat-template", "{{ messages }}"], 2, "--raw and --chat-template exclude each other"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, arguments: list[str], code: int, told: str) -> None:
+def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, arguments: list[str], code: int, expected: str) -> None:
     if arguments[0] in ("generate", "explain"):
         arguments = [
             arguments[0],
@@ -84,7 +91,64 @@ def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, arguments:
     assert (got, out) == (code, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert told in err
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["serve", "--ctx-size", "4096"], "redraft serve: --ctx-size is --max-model-len here"),
+        (["serve", "-c", "4096"], "redraft serve: -c is --max-model-len here"),
+        (["serve", "--model", "x"], "redraft serve: --model is the argument MODEL here: redraft serve MODEL"),
+        (["chat", "-m", "x"], "redraft chat: -m is the argument MODEL here: redraft chat MODEL"),
+        (["generate", "-n", "5"], "redraft generate: -n is --max-tokens here"),
+        (["generate", "-n5"], "redraft generate: -n is --max-tokens here"),
+        (["generate", "-ngl", "99"], "redraft generate: no option -ngl: a model lies whole on one device, chosen by --device"),
+        (["serve", "--gpu-memory-utilization=0.9"], "redraft serve: --gpu-memory-utilization is --cache-fraction here"),
+        (["serve", "--tensor-parallel-size", "2"], "redraft serve: no option --tensor-parallel-size: Redraft runs on one device"),
+        (["serve", "--speculative-config", "{}"], "--speculative-config is --draft, --draft-model and --draft-rows here"),
+        (["generate", "--max_tokens", "5"], "redraft generate: --max_tokens is written --max-tokens"),
+        (["bench", "ops", "-m", "x"], "redraft bench ops: -m is the argument MODEL here"),
+        (["doctor", "-c", "5"], "redraft doctor: no option -c; --help lists the options"),  # a verb without such an option
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_of_other_engines_are_answered(redraft: Callable[..., Ran], arguments: list[str], answer: str) -> None:
+    code, out, err = redraft(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert answer in err and "did you mean" not in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "end"),
+    [
+        ("--max-token", "did you mean --max-tokens?"),
+        ("--temperatrue", "did you mean --temperature?"),
+        ("--ctx", "no option --ctx; --help lists the options"),
+        ("--colour", "no option --colour; --help lists the options"),
+        ("--x", "no option --x; --help lists the options"),
+    ],
+)
+def test_only_near_flags_are_suggested(redraft: Callable[..., Ran], flag: str, end: str) -> None:
+    _, _, err = redraft("generate", flag, "1")
+    assert err.endswith(f"{end}\n")
+
+
+def test_the_answers_name_options_that_exist() -> None:
+    verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
+    known = {name for verb in verbs for parameter in verb.params for name in parameter.opts}
+    assert {word.strip(",") for ours in habits.OURS.values() for word in ours.split() if word.startswith("--")} <= known
+    assert not set(habits.OURS) & set(habits.WITHOUT)
+
+
+@pytest.mark.parametrize(
+    "verb", ["", "generate", "chat", "doctor", "calibrate", "bench", "bench cache", "bench decode", "bench ops", "bench serve"]
+)
+def test_help_fits_80_columns(verb: str) -> None:
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert shown.exit_code == 0
+    assert max(map(len, shown.output.splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.output, "a name is cut"
 
 
 def test_a_missing_checkpoint_is_one_line(redraft: Callable[..., Ran], tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
 from redraft.cli.options import DEFAULTS, ENGINE, NOT_OFFERED, SAMPLING, Given, engine_config, takes
 from redraft.config import EngineConfig, SamplingParams
+from redraft.errors import InvalidInput
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
@@ -40,6 +42,23 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert params == SamplingParams(stop=("a,b", "c"), stop_token_ids=(3,), ignore_eos=True, top_p=0.5, max_tokens=7)
     expected = EngineConfig.of(prefix_sharing=False, draft="copyspec:gamma=2", draft_total=9, dtype="float64", cache_memory=5)
     assert engine_config("embedded", got["engine"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2 * 10**9), ("512MiB", 512 << 20), ("1.5 gib", 3 << 29), ("64kb", 64_000), ("1TiB", 1 << 40), ("1000", 1000), ("7B", 7)],
+)
+def test_cache_memory_takes_a_unit(text: str, size: int) -> None:
+    got = parsed("--cache-memory", text)
+    assert engine_config("embedded", got["engine"]).cache.memory == EngineConfig.of(cache_memory=text).cache.memory == size
+    assert EngineConfig.of(cache_memory=size).cache.memory == size
+
+
+@pytest.mark.parametrize("value", ["2G", "GB", "-1GB", "1.5", "1e9", "", "0x10", "9" * 5000, True, [1]])
+def test_other_sizes_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidInput, match=r"CacheConfig\.memory = .*a whole number of bytes, or a size in KB") as raised:
+        EngineConfig.of(cache_memory=value)
+    assert "\n" not in str(raised.value)
 
 
 def test_every_field_has_an_option_with_help() -> None:

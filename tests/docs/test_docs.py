@@ -1,17 +1,20 @@
-"""The pages tell the truth: what they print is printed again, what they show runs."""
+"""The pages are correct: what they print is printed again, what they show runs."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shlex
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.main import get_command
 
 from redraft import LLM, SamplingParams, registry
-from redraft.cli.main import app
+from redraft.bench.shapes import SHAPES
+from redraft.cli.main import USAGE_ERROR, app
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,17 +54,61 @@ def test_the_drafters_of_adding_run(name: str, options: str, temperature: float,
     assert drafted.stats.drafted > 0 and not drafted.stats.fault
 
 
-def test_the_commands_of_the_readme_exist() -> None:
-    """Every `redraft verb ... --option` of the README is one that the command line knows."""
-    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines() if line.startswith("redraft ")]
-    assert lines
-    for line in lines:
-        verb, *rest = shlex.split(line, comments=True)[1:]
-        verbs = [verb, rest[0]] if verb == "bench" else [verb]
-        shown = CliRunner().invoke(app, [*verbs, "--help"], env={"COLUMNS": "300", "TERM": "dumb"})
-        assert shown.exit_code == 0, line
-        for option in (word for word in rest if word.startswith("--")):
-            assert option in shown.output, f"{line}: no {option}"
+SEAMS = {"--draft": "draft", "--verify": "verify", "--keep": "keep", "--codec": "codec", "--read": "read", "--quant": "quant"}
+PLACEHOLDER = re.compile(r"\./my-[a-z-]+(\.jsonl?)?")  # what a reader replaces
+TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+
+
+def commands(page: str) -> list[list[str]]:
+    return [words for block in blocks(page, "sh") for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    """The parameters of a `redraft` command line, as the real parser reads them; it raises what a user would see."""
+    command: Any = get_command(app)
+    context = command.make_context("redraft", words)
+    while hasattr(command, "commands"):
+        left = [*context._protected_args, *context.args]
+        command = command.commands[left[0]]
+        context = command.make_context(left[0], left[1:], parent=context)
+    return dict(context.params)
+
+
+@pytest.mark.parametrize("words", commands("README.md"), ids=" ".join)
+def test_a_command_of_the_readme_works_in_a_fresh_clone(words: list[str]) -> None:
+    if words[0] == "redraft":
+        values = parsed(words[1:])
+        model = values.get("model")
+        assert model in (None, "embedded", *SHAPES) or PLACEHOLDER.fullmatch(model), f"{model} is not in a fresh clone"
+        for option, text in pairwise(words):
+            if option in SEAMS:
+                name, _ = registry.parse(text)
+                registry.method(SEAMS[option], name)
+            assert "/" not in text or text.startswith("http") or PLACEHOLDER.fullmatch(text), f"{text} is not in a fresh clone"
+    elif words[0] == "make":
+        assert words[1] in TARGETS
+    elif words[0] == "scripts/prove":
+        assert (ROOT / "scripts" / "proofs" / f"{words[1].replace('-', '_')}.py").exists()
+    else:
+        assert words == ["pip", "install", "."]
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    with pytest.raises(USAGE_ERROR, match="No such option"):
+        parsed(["generate", "embedded", "--no-such-option"])
+    with pytest.raises(KeyError):
+        parsed(["no-such-verb"])
+
+
+def test_the_readme_is_short_and_begins_with_use() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 150
+    assert lines.index("```sh") < 10
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_every_python_block_of_the_readme_runs() -> None:
@@ -70,13 +117,20 @@ def test_every_python_block_of_the_readme_runs() -> None:
             exec(compile(code, "README.md", "exec"), {})
 
 
-def test_the_file_tree_of_the_readme_is_whole() -> None:
-    """Every Python file of the package's folders is named in the tree, and nothing that is not there."""
-    (tree,) = blocks("README.md", "text")
+def test_the_list_of_files_is_whole() -> None:
+    """Every Python file of the package's folders is in docs/files.md, and nothing that does not exist."""
+    (tree,) = blocks("docs/files.md", "text")
     named = set(re.findall(r"[\w-]+\.py\b", tree))
     here = {path.name for path in (ROOT / "redraft").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")}
     assert here - named == set()
     assert named - here - {path.name for path in (ROOT / "train").glob("*.py")} == set()
+
+
+def test_the_folders_of_the_readme_are_those_of_the_package() -> None:
+    (tree,) = blocks("README.md", "text")
+    named = re.findall(r"^  (\w+)/", tree, re.M)
+    folders = [path.name for path in (ROOT / "redraft").iterdir() if path.is_dir() and not path.name.startswith("_")]
+    assert sorted(named) == sorted(folders)
 
 
 def test_the_diffs_are_those_of_the_files() -> None:

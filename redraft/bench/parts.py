@@ -1,0 +1,190 @@
+"""Which parts of a checkpoint, and which policies, run in compiled kernels.
+
+Nothing here is a list of what the kernels can do. A small copy of the network with random weights generates a few tokens, once for each
+kind of layer, form of the weights and policy, and every operation that the native backend hands on to PyTorch's is noted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from redraft import registry
+from redraft.config import SamplingParams
+from redraft.core.sequence import Request
+from redraft.engine.engine import Engine
+from redraft.engine.policies import SEAMS
+from redraft.errors import RedraftError
+from redraft.models import loader
+from redraft.models.loader import Checkpoint, Entry
+from redraft.models.runner import Runner
+from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Source
+from redraft.ops import library
+from redraft.ops.native import NativeOps
+from redraft.ops.torch_ops import TorchOps
+from redraft.sample.sampler import Sampler
+
+WIDTH = 256  # hidden size, MLP size and vocabulary of the copy
+PROMPT, NEW = 1500, 4  # tokens: more than the budgets of policies by default
+PAGES = 4 * (PROMPT // 32)
+LAYERS, EXPERTS = 4, 4  # at least, at most: some policies leave the first two layers alone
+OPERATIONS = {  # of the backend -> what the table calls them
+    "embed": "embedding",
+    "norm": "norms",
+    "linear": "linear layers",
+    "activate": "MLP",
+    "rope": "rotary positions",
+    "attend": "attention",
+    "experts": "experts",
+    "head": "head",
+}
+ONCE = "embedding", "head"  # of a model, not of each layer
+
+
+class Part(NamedTuple):
+    """backend: native, torch or not tried; why: the operations that PyTorch does, or the reason."""
+
+    name: str
+    backend: str
+    why: str = ""
+
+
+class Handed(TorchOps):
+    """Notes each operation that reaches PyTorch's backend. It stands between NativeOps and TorchOps, see `Trial`."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.handed: set[str] = set()
+        super().__init__(dtype, device)
+
+
+def _noting(name: str) -> Any:
+    def operation(self: Handed, *arguments: Any) -> Any:
+        self.handed.add(name)
+        return getattr(super(Handed, self), name)(*arguments)
+
+    return operation
+
+
+for _name in OPERATIONS:
+    setattr(Handed, _name, _noting(_name))
+
+
+class Trial(NativeOps, Handed):
+    """Native operations; what they pass to `super()` is noted on the way to TorchOps."""
+
+
+@dataclass
+class Copy:
+    """A small network with random weights on disk, with the layers of `spec`."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    file: Path
+
+    def checkpoint(self, quant: Any = None) -> Checkpoint:
+        entries = {name: Entry(self.file, shape, "F32") for name, shape in self.spec.shapes().items()}
+        sources = {name: Source((name,)) for name in entries}
+        return Checkpoint(self.file.parent, self.spec, self.dtype, 0, (), {}, sources, entries, quant)
+
+    @cached_property
+    def plain(self) -> set[str]:
+        return self.handed()
+
+    def handed(self, quant: Any = None, seam: str = "", name: str = "") -> set[str]:
+        """The operations that PyTorch did for the tokens after a prompt, under a policy if one is named. RedraftError if it cannot run."""
+        backend, prompt = Trial(self.dtype), [i % WIDTH for i in range(PROMPT)]
+        runner = Runner(self.spec, loader.read(self.checkpoint(quant), "cpu", backend.pack), backend, PAGES, sharing=False, quant=quant)
+        policy = {seam: self._policy(runner, seam, name, prompt)} if seam else {}
+        engine = _engine(runner)
+        engine.add(Request("trial", prompt, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, **policy)))
+        while engine.has_work and not engine.step():
+            pass
+        backend.handed.clear()
+        while engine.has_work:
+            engine.step()
+        return backend.handed
+
+    def _policy(self, runner: Runner, seam: str, name: str, prompt: list[int]) -> str:
+        """A policy with its default options, calibrated if it needs that."""
+        method: Any = registry.method(seam, name)
+        if not hasattr(method, "calibrate"):
+            return name
+        return f"{name}:profile={method.calibrate(runner, [prompt]).save(self.file.with_name(name))}"
+
+
+def parts(checkpoint: Checkpoint) -> Iterator[Part]:
+    """All parts, as they are found. A policy is tried with its default options."""
+    served, why = library.serves(checkpoint.dtype, "cpu", checkpoint.spec)
+    if served != "native":
+        yield Part("all of it", served, why)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = list(dict.fromkeys(checkpoint.spec.layers))
+        for i, layer in enumerate(kinds):
+            copy = _copy(checkpoint, (layer,), Path(folder) / f"{i}.safetensors")
+            found = _of_layer(copy, layer, "" if len(kinds) == 1 else f" ({_layers(checkpoint.spec, layer)})")
+            yield from (part for part in found if not i or not part.name.startswith(ONCE))
+        copy = _copy(checkpoint, tuple(islice(cycle(kinds), max(LAYERS, len(kinds)))), Path(folder) / "all.safetensors")
+        for name in registry.METHODS["quant"]:
+            yield _tried(copy, f"weights: {name}", quant=registry.create("quant", name))
+        for seam in SEAMS:
+            for name in registry.METHODS[seam]:
+                yield _tried(copy, f"{seam}: {name}", seam=seam, name=name)
+
+
+def _of_layer(copy: Copy, layer: LayerSpec, which: str) -> Iterator[Part]:
+    """One part for each operation that such a layer has."""
+    handed = copy.plain
+    absent = {"activate" if isinstance(layer.mlp, Experts) else "experts", *([] if layer.rotary else ["rope"])}
+    for name, called in OPERATIONS.items():
+        if name not in absent:
+            yield Part(called if called in ONCE else called + which, "torch" if name in handed else "native")
+
+
+def _tried(copy: Copy, what: str, **options: Any) -> Part:
+    try:
+        handed = copy.handed(**options) - copy.plain
+    except RedraftError as error:
+        return Part(what, "not tried", str(error))
+    return Part(what, "torch" if handed else "native", ", ".join(OPERATIONS[one] for one in OPERATIONS if one in handed))
+
+
+def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], file: Path) -> Copy:
+    spec = checkpoint.spec
+    learned = None if spec.learned_positions is None else PROMPT + 64
+    small = replace(spec, vocab=WIDTH, hidden=WIDTH, context=PROMPT + 64, layers=tuple(map(_small, layers)), learned_positions=learned)
+    generator = torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(shape, generator=generator) / 16 for name, shape in small.shapes().items()}, file)
+    return Copy(small, checkpoint.dtype, file)
+
+
+def _small(layer: LayerSpec) -> LayerSpec:
+    window = layer.window and min(layer.window, PROMPT // 2)
+    mlp: Mlp | Experts
+    if isinstance(layer.mlp, Experts):
+        mlp = replace(
+            layer.mlp, count=min(EXPERTS, layer.mlp.count), top_k=min(2, layer.mlp.top_k), mlp=replace(layer.mlp.mlp, hidden=WIDTH)
+        )
+    else:
+        mlp = replace(layer.mlp, hidden=WIDTH)
+    return replace(layer, mlp=mlp, window=window)
+
+
+def _layers(spec: ModelSpec, layer: LayerSpec) -> str:
+    places = [i for i, one in enumerate(spec.layers) if one == layer]
+    return f"layer {places[0]}" if len(places) == 1 else f"{len(places)} layers from {places[0]}"
+
+
+def _engine(runner: Runner) -> Engine:
+    verifier, drafter = registry.create("verify", "coupled"), registry.create("draft", "none")
+    scheduler = registry.create("sched", "sarathi", token_budget=512, max_seqs=1, draft_rows=0, draft_total=0)
+    sampler = Sampler(runner.spec.vocab, frozenset(), None, verifier.drafts, runner.backend.gumbel)
+    return Engine(runner, scheduler, drafter.open(runner, sampler), verifier, sampler, max_model_len=runner.spec.context)
