@@ -81,7 +81,7 @@ class Packed:
 @dataclass
 class Group:
     """Sequences that are attended in one call: their pages are of one format and one block format. rows: theirs in the batch, None
-    where they are all; readers, writers: of those that read sparsely, how PyTorch sees them."""
+    where they are all; readers: how PyTorch sees those that read sparsely; writers: where rows go whose format has side data."""
 
     format: str
     block: str
@@ -146,6 +146,7 @@ class NativeOps(TorchOps):
         self.kind = KINDS[dtype]
         self.inside = 0.0  # seconds in kernels so far
         self._layouts: dict[str, str] = {"": ""}  # of formats
+        self._sided: set[str] = set()  # formats with side data
         self._segments: dict[int, Any] = {}
         self._models: dict[int, Model] = {}
         self._pools: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
@@ -170,6 +171,8 @@ class NativeOps(TorchOps):
             raise Unsupported(f"codec {fmt.name!r}: backend 'native' has no kernel that attends its codes; use backend 'torch'")
         if self._layouts.setdefault(fmt.name, layout) != layout:
             raise Unsupported(f"format {fmt.name!r} is of two layouts")
+        if fmt.sides:
+            self._sided.add(fmt.name)
         return super().define(pool, fmt)
 
     # ---- weights
@@ -249,6 +252,7 @@ class NativeOps(TorchOps):
             if sparse:
                 tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
                 group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
+            if name in self._sided:  # also before a read is in force: later rows choose by it
                 group.writers = self._writers(some, list(range(len(members))), len(spec.layers), spec.kv_heads)
             plan.groups.append(group)
             plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
@@ -417,7 +421,9 @@ class NativeOps(TorchOps):
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
         if not len(q):
             return out
-        picked, kept = self._picks(index, layer, q, k, v, pool, group) if group.readers else (None, None)
+        for writer in group.writers:  # keys and side data, before anything is chosen by them
+            self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
+        picked, kept = self._picks(index, layer, q, pool, group) if group.readers else (None, None)
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
         self._place(group, pool)
         rotary = -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)]
@@ -426,16 +432,14 @@ class NativeOps(TorchOps):
         del kept
         return out
 
-    def _picks(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> tuple[bytes, list[Any]]:
-        """What the rows read, as the kernels take it, and what that points to. Keys and side data are written before."""
+    def _picks(self, index: int, layer: LayerSpec, q: Tensor, pool: Pool, group: Group) -> tuple[bytes, list[Any]]:
+        """What the rows read, as the kernels take it, and what that points to."""
         heads, share = layer.kv_heads, layer.heads // layer.kv_heads
-        for writer in group.writers:
-            self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
         lines, kept = b"", []
         for it in group.readers:
             rows = q[it.rows].view(-1, heads, share, layer.head_dim).permute(1, 2, 0, 3)
             picked = self._picked(index, rows, self._seen(index, layer, it), pool, it).permute(2, 0, 1, 3)
-            bits = np.packbits(picked.numpy(), axis=-1, bitorder="little")
+            bits = np.ascontiguousarray(np.packbits(picked.numpy(), axis=-1, bitorder="little"))  # it keeps Fortran order
             lines += abi.PICKED.pack(bits.ctypes.data, bits.shape[-1] // 4, picked.shape[2])
             kept.append(bits)
         return lines, kept
@@ -471,7 +475,7 @@ class NativeOps(TorchOps):
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
         """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""
-        if len(plan.groups) != 1 or plan.groups[0].readers or not h.shape[0]:
+        if len(plan.groups) != 1 or plan.groups[0].readers or plan.groups[0].writers or not h.shape[0]:
             return None
         segment = self._segment(spec, weights, plan)
         if segment is None:

@@ -28,18 +28,16 @@ from redraft.config import SamplingParams
 from redraft.core.batch import Batch, PageView
 from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import CachePlan, Lanes, Request, Sequence, Space
+from redraft.core.sequence import PLAIN, CachePlan, Lanes, Request, Sequence, Space
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
-from redraft.kv.codec.int8 import Int8Units
 from redraft.models.runner import Runner
 from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops import library
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Seen, Weights
-from redraft.ops.format import Format
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
@@ -243,62 +241,72 @@ def test_one_logit_that_is_no_number_is_told(dtype: torch.dtype) -> None:
     assert ops.head(randn(2, 3, 8, dtype=dtype), weights, Norm(), plan, Taps()).argmax.tolist() == [0] * 3
 
 
-@pytest.mark.parametrize(
-    "name", ["per head", "per head, evicted", "shared, window", "int8, evicted, window", "read by position", "coded pages"]
-)
-@DTYPES
-def test_attention_beside_every_view(name: str, dtype: torch.dtype) -> None:
-    """In memory that was full of NaN, with a tail that grows, evicted lanes and codes; a sequence without a view beside it."""
-    case = test_views.CASES[name]
-    watch = tuple(w for w in case.watch if w.statistic == "mass")
-    test_views.compare(replace(case, watch=watch), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
-
-
-@pytest.mark.parametrize("layer", [None, 2])
-@pytest.mark.parametrize("name", ["per head", "per head, evicted", "shared, evicted, watched"])
-@DTYPES
-def test_watched_weights(
-    name: str, layer: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
-) -> None:
-    """Of lanes of all kinds, with a layer's window that a path is longer than, and a tail that grows; PyTorch attends to nothing.
-    Weights near 1 / t are left out in bfloat16."""
-    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
-    threads(2)
-    watch = Watch("mass"), Watch("mass", since=test_views.CHUNK + 1), *([Watch("low", since=20)] if dtype == F32 else [])
-    test_views.compare(replace(test_views.CASES[name], watch=watch, layer=layer), NativeOps(dtype), 1e-5 if dtype == F32 else 0.02)
-
-
-def coded(dtype: torch.dtype, size: int) -> Format:
-    codec = Int8Units(size, dtype)
-    return Format("int8", codec.arrays, codec)
-
-
-CODED = {
-    "int8": test_views.Case(Lanes.PER_HEAD, "int8", watch=(Watch("mass"), Watch("low", since=20))),
-    "int8, evicted": test_views.Case(Lanes.PER_HEAD, "int8", evict=True, watch=(Watch("mass"),)),
-    "int8, layer window": test_views.Case(Lanes.PER_HEAD, "int8", layer=2),
+WATCHES = Watch("mass"), Watch("mass", since=test_views.CHUNK + 1), Watch("low", since=20)
+VIEWS = {name: replace(case, shipped=True) for name, case in test_views.CASES.items()} | {
+    "per head, evicted, narrow layer": test_views.Case(
+        Lanes.PER_HEAD, layer=2, evict=True, shipped=True
+    ),  # a path is longer than its window
+    "int8, narrow layer": test_views.Case(Lanes.PER_HEAD, "int8", layer=2, shipped=True),
 }
+DEFINED = [
+    "shared, window, evicted",
+    "per head, window, evicted, watched",
+    "shared, both windows",
+    "int8, narrow layer",
+    "coded pages, window",
+]
+DEFINED += ["read, window", "read of coded pages", "read behind the chunk, int8"]
 
 
-@pytest.mark.parametrize("name", CODED)
+def near(found: test_views.World, expected: test_views.World) -> None:
+    """Attention and statistics of all steps."""
+    for mine, other in zip(found.found, expected.found, strict=True):
+        assert mine.shape == other.shape
+        limit = 0.01 if mine.dtype == BF16 else 1e-5  # statistics are of float32 or better
+        assert not mine.numel() or (mine.double() - other.double()).abs().max() <= limit * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", VIEWS)
 @DTYPES
-def test_pages_of_codes(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
-    """Beside plain ones. Pages hold what PyTorch's backend writes, bit for bit; attention over them and its statistics are near
-    its own, and PyTorch attends to nothing. The definition's codes are those of float64: half steps of bfloat16 numbers differ."""
-    monkeypatch.setattr(test_views, "formats", lambda dtype, read: {"int8": coded(dtype, test_views.SIZE)})
-    case = CODED[name] if dtype == F32 else replace(CODED[name], watch=CODED[name].watch[:1])
-    right, torchs = (test_views.program(ops, case, dtype) for ops in (Reference(), TorchOps(dtype)))
+def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
+    """Beside a sequence without a view, in memory that was full of NaN, with a tail that grows. PyTorch attends to nothing, and pages
+    hold what its backend writes, bit for bit. Weights near 1 / t may fall on either side in bfloat16."""
+    case = replace(VIEWS[name], watch=WATCHES if dtype == F32 else WATCHES[:2])
+    torchs = test_views.program(TorchOps(dtype), case, dtype)
     monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
     threads(2)
     mine = test_views.program(NativeOps(dtype), case, dtype)
-    for one, other, found in zip(right.found, torchs.found, mine.found, strict=True):
-        limit = 1e-5 if found.dtype == F32 else 0.01
-        for definition in (other, one)[: 2 if dtype == F32 else 1]:
-            assert found.shape == definition.shape
-            assert not found.numel() or (found.double() - definition.double()).abs().max() <= limit * max(1.0, float(one.abs().max()))
-    units = torch.tensor(mine.main.pages)
-    for entry, expected in ((world.pool.shelves["int8"].take(coded(dtype, 8).arrays, units) for world in (mine, torchs)),):
-        assert all(torch.equal(entry[array], expected[array]) for array in expected)
+    near(mine, torchs)
+    for form, pages in ((case.format, mine.main.pages), (case.block, mine.main.coded)):
+        left, right, units = mine.pool.shelves[form], torchs.pool.shelves[form], torch.tensor(pages, dtype=torch.long).flatten()
+        for array, held in left.take(left.arrays, units).items():
+            assert torch.equal(held, right.take([array], units)[array]), array
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_views_as_the_reference_defines_them(name: str) -> None:
+    case = replace(VIEWS[name], watch=WATCHES)
+    near(test_views.program(NativeOps(F32), case, F32), test_views.program(Reference(), case, F32))
+
+
+def test_codecs_that_no_kernel_reads_are_refused_by_name() -> None:
+    ops, toys, shipped = NativeOps(), test_views.formats(F32, None), test_views.formats(F32, None, shipped=True)
+    pool = ops.allocate(test_views.model(), 2)
+    for name in ("int8", "blocks"):
+        with pytest.raises(Unsupported, match=f"codec '{name}': backend 'native' has no kernel.*use backend 'torch'"):
+            ops.define(pool, toys[name])
+    ops.define(pool, shipped["int8"])
+    with pytest.raises(Unsupported, match="format 'int8' is of two layouts"):
+        ops.define(pool, replace(shipped["blocks"], name="int8"))
+
+
+@DTYPES
+def test_picks_may_lie_in_memory_in_any_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, honest = VIEWS["read, few, by query head"], test_views.Even.select
+    expected = test_views.program(NativeOps(dtype), case, dtype)
+    monkeypatch.setattr(test_views.Even, "select", lambda *of: honest(*of).permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0))
+    found = test_views.program(NativeOps(dtype), case, dtype)
+    assert all(map(torch.equal, found.found, expected.found))
 
 
 @DTYPES
@@ -314,7 +322,7 @@ def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None
     x[:, 7, 0, 0] = 63.5
     taken = []
     for ops in (NativeOps(dtype), TorchOps(dtype)):
-        pool, fmt = ops.allocate(spec, 8), coded(dtype, 20)
+        pool, fmt = ops.allocate(spec, 8), test_views.formats(dtype, None, shipped=True, size=20)["int8"]
         ops.define(pool, fmt)
         pages = PageView(
             [Lanes.PER_HEAD],
@@ -483,22 +491,23 @@ def bits(x: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Text:
-    """One text in a runner. kept: what survives of each lane where `cut` tokens are stored, if something is evicted there."""
+    """One text in a runner. kept: what survives of each lane where `cut` tokens are stored, if something is evicted there; full pages
+    of a text with a block format are encoded there; its context ends there or nowhere."""
 
     seq: Sequence
     cut: int = 0
     kept: list[list[int]] | None = None
-    neighbour: bool = False  # has a view, or skips layers: nothing is said of its numbers
 
     def twin(self, tokens: list[int]) -> Text:
-        return Text(text_of(99, tokens, self.seq.cache.lanes, self.seq.cache.format), self.cut, self.kept)
+        own = self.seq
+        return Text(text_of(99, tokens, own.cache, own.context), self.cut, self.kept)
 
 
-def text_of(number: int, tokens: list[int], lanes: Lanes = Lanes.SHARED, form: str = "") -> Sequence:
-    """All its rows give logits, as those of a prompt do."""
-    request = Request("test", tokens, SamplingParams(prompt_logprobs=0), context=0)
+def text_of(number: int, tokens: list[int], cache: CachePlan = PLAIN, context: int = 0) -> Sequence:
+    """All its rows give logits, as those of a prompt do. A read of `cache` is in force after the context."""
+    request = Request("test", tokens, SamplingParams(prompt_logprobs=0), context=context)
     seq = Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, sync_point=1 << 30)
-    seq.cache = CachePlan(lanes=lanes, format=form)
+    seq.cache = cache
     return seq
 
 
@@ -511,12 +520,9 @@ class Bench:
         self.weights = cast(weights, self.ops, quant)
         self.runner = Runner(self.spec, self.weights, self.ops, slabs, sharing=sharing)
         self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
-        if self.spec.head_dim == test_views.SIZE:
-            int8 = test_views.formats(dtype, None)["int8"]
-            self.runner.table.define(Space(Lanes.PER_HEAD, "toy"), self.runner.store.define(replace(int8, name="toy")))
         for runner in (self.runner, self.lonely):
-            int8 = coded(dtype, self.spec.head_dim)
-            runner.table.define(Space(Lanes.PER_HEAD, int8.name), runner.store.define(int8))
+            for form in test_views.formats(dtype, LABELS, shipped=True, size=self.spec.head_dim).values():
+                runner.table.define(Space(Lanes.PER_HEAD, form.name), runner.store.define(form))
         self.said: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
 
     def step(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: list[int], taps: Taps) -> None:
@@ -529,7 +535,7 @@ class Bench:
         for s, (text, n, tree, cut) in enumerate(zip(texts, rows, trees, first, strict=True)):
             start, nodes, end = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             for row in range(start, end):
-                if text.neighbour or row not in asked:
+                if row not in asked:
                     continue
                 prefix = text.seq.tokens[: text.seq.stored + (row - start + 1 if row < nodes else n)]
                 if row >= nodes:
@@ -585,15 +591,18 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
 
 
 def border(text: Text) -> int:
-    """No chunk crosses the place where something is evicted."""
+    """No chunk crosses the place where something is evicted or encoded, or where the context ends."""
     left = text.cut - text.seq.stored
-    return left if text.kept is not None and left > 0 else 1000
+    return left if (text.kept is not None or text.seq.block or text.seq.context) and left > 0 else 1000
 
 
 def evict(runner: Runner, text: Text) -> None:
-    if text.kept is not None and text.seq.stored == text.cut:
-        for lane, kept in enumerate(text.kept):
-            runner.store.move([runner.table.keep(text.seq, lane, kept)])
+    if text.seq.stored != text.cut:
+        return
+    for lane, kept in enumerate(text.kept or ()):
+        runner.store.move([runner.table.keep(text.seq, lane, kept)])
+    if text.seq.block:
+        runner.store.encode([runner.table.encode(text.seq)])
 
 
 def random_tree(dice: random.Random, most: int) -> TokenTree:
@@ -612,38 +621,44 @@ def random_path(dice: random.Random, tree: TokenTree) -> list[int]:
     return path
 
 
+@dataclass(frozen=True)
+class Reading(test_views.Even):
+    """Every third key, and others by their labels."""
+
+    every: int = 3
+    least: int = field(default=0)
+
+
+LABELS, UNLABELLED = Reading(), Reading(8, labels=False)
+
+
 def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
-    """With stems in common; of every kind of lanes, some of them evicted from; neighbours that PyTorch attends to."""
+    """With stems in common; of every kind of lanes, some of them evicted from; with views of every kind; one may skip a layer."""
     stem = [dice.randrange(VOCAB) for _ in range(100)]
-    lanes = [Lanes.SHARED, Lanes.SHARED, dice.choice([Lanes.SHARED, Lanes.PER_LAYER]), dice.choice([Lanes.PER_LAYER, Lanes.PER_HEAD])]
+    lanes = [Lanes.SHARED, Lanes.SHARED, dice.choice(list(Lanes)), dice.choice([Lanes.PER_LAYER, Lanes.PER_HEAD]), Lanes.PER_HEAD]
     texts = []
     for i, kind in enumerate(lanes):
         tokens = stem[: dice.choice([0, 40, 70, 100])] + [dice.randrange(VOCAB) for _ in range(dice.choice([1, 5, 30]))]
-        text = Text(text_of(i, tokens, kind, "int8" if kind == Lanes.PER_HEAD and dice.random() < 0.6 else ""), len(tokens))
-        if kind != Lanes.SHARED and dice.random() < 0.7 and len(tokens) > 3:
-            count = LAYERS * (bench.spec.kv_heads if kind == Lanes.PER_HEAD else 1)
+        form, block = "", ""
+        if kind is Lanes.PER_HEAD:
+            form, block = dice.choice(["", "int8", "labelled"]), dice.choice(["", "blocks"])
+        window = dice.choice([None, Window(3, 20), Window(0, 9), Window(40, 30)]) if i else None
+        read = dice.choice([None, UNLABELLED, replace(UNLABELLED, by_head=True)]) if i else None
+        if form == "labelled" or (form and dice.random() < 0.5):
+            read = dice.choice([LABELS, replace(LABELS, by_head=True)])
+        context = dice.choice([0, 0, len(tokens)])
+        cache = CachePlan(lanes=kind, format=form, block=block, window=window, read=read)
+        text = Text(text_of(i, tokens, cache, context), len(tokens))
+        if kind is not Lanes.SHARED and not block and dice.random() < 0.7 and len(tokens) > 3:
+            count = LAYERS * (bench.spec.kv_heads if kind is Lanes.PER_HEAD else 1)
             text.kept = [sorted(dice.sample(range(len(tokens)), dice.randint(1, len(tokens)))) for _ in range(count)]
         texts.append(text)
-    if dice.random() < 0.6:
-        seq = text_of(9, stem[:45])
-        choices = [
-            CachePlan(window=Window(3, 20)),
-            CachePlan(read=Reading()),  # type: ignore[arg-type]
-            CachePlan(layers=frozenset({0, 2})),
-            CachePlan(lanes=Lanes.PER_HEAD, format="toy"),
-        ]
-        seq.cache = dice.choice(choices if bench.spec.head_dim == test_views.SIZE else choices[:3])
-        texts.append(Text(seq, neighbour=True))
+    if dice.random() < 0.3:
+        texts[-1].seq.cache = replace(texts[-1].seq.cache, layers=frozenset({0, 2}))
+    for text in texts:
+        if (own := text.seq.cache).lanes is not Lanes.SHARED or own.window or own.read or own.layers:
+            text.seq.shareable_tokens = 0
     return texts
-
-
-@dataclass(frozen=True)
-class Reading(test_views.Even):
-    """Reads every eighth key."""
-
-    every: int = 8
-    labels: bool = False
-    least: int = field(default=0)
 
 
 def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: int = 7) -> None:
@@ -655,7 +670,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         while waiting and (not running or dice.random() < 0.5):
             text = waiting.pop(0)
             table.open(text.seq)
-            if text.seq.cache.lanes is Lanes.SHARED and not text.neighbour:
+            if text.seq.shareable_tokens:
                 table.attach(text.seq, table.match(text.seq.tokens, ""))
             running.append(text)
         some = [text for text in running if dice.random() < 0.8] or running[:1]
@@ -687,8 +702,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         bench.runner.store.move(table.commit(works, accepted))
         for text in some:
             evict(bench.runner, text)
-            if not text.neighbour:
-                table.publish(text.seq)
+            table.publish(text.seq)
         table.check()
         if number == steps - 2 and running[0].seq.cache.lanes is Lanes.SHARED:  # pages of a text that is gone are found again
             table.free(running.pop(0).seq)
@@ -700,7 +714,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 @DTYPES
-@few(3)
+@few(2)
 @given(seed=st.integers(0, 2**32 - 1))
 @example(seed=12345)
 def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, seed: int) -> None:
@@ -713,7 +727,7 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, s
 
 @pytest.mark.parametrize(("family", "quant"), [("llama", "int8"), ("llama", "int4"), ("llama", "outliers"), ("mixtral", "outliers")])
 @DTYPES
-@few(2)
+@few(1)
 @given(seed=st.integers(0, 2**32 - 1))
 @example(seed=54321)
 def test_a_row_of_codes_has_the_bits_that_it_has_alone(family: str, quant: str, dtype: torch.dtype, seed: int) -> None:

@@ -22,8 +22,10 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
+from redraft.kv.codec.int4 import Int4Units
+from redraft.kv.codec.int8 import Int8Units
 from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
-from redraft.ops.backend import Seen
+from redraft.ops.backend import Products, Seen
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
@@ -124,7 +126,7 @@ class Even:
     def fold(self, keys: Tensor) -> dict[str, Tensor]:
         return {"peak": keys.flatten(1).amax(1, keepdim=True)}
 
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor) -> Tensor:
+    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         wanted = (where % self.every == 0)[:, None]
         if self.labels:
             peaks = held["peak"].expand(-1, -1, PAGE).flatten(1) > 2.5
@@ -136,15 +138,17 @@ class Even:
         return found
 
 
-def formats(dtype: torch.dtype, read: Even | None) -> dict[str, Format]:
-    side = read.arrays(SIZE, dtype) if read else {}
+def formats(dtype: torch.dtype, read: Even | None, shipped: bool = False, size: int = SIZE) -> dict[str, Format]:
+    """Of the toys, or of the shipped codecs, whose layouts compiled kernels know."""
+    side = read.arrays(size, dtype) if read else {}
     sides = (read,) if side else ()
-    codec, blocks = Int8(dtype), Blocks(dtype)
-    return {
-        "labelled": Format("labelled", plain(dtype, SIZE) | side, None, sides),
-        "int8": Format("int8", codec.arrays() | side, codec, sides),
-        "blocks": Format("blocks", blocks.arrays() | side, blocks, sides),
-    }
+    made = {"labelled": Format("labelled", plain(dtype, size) | side, None, sides)}
+    if shipped:
+        int8, int4 = Int8Units(size, dtype), Int4Units(size, dtype, PAGE)
+        codecs: list[tuple[str, Any, Any]] = [("int8", int8, int8.arrays), ("blocks", int4, int4.arrays)]
+    else:
+        codecs = [(name, toy, toy.arrays()) for name, toy in (("int8", Int8(dtype)), ("blocks", Blocks(dtype)))]
+    return made | {name: Format(name, {**arrays, **side}, codec, sides) for name, codec, arrays in codecs}
 
 
 # ---- one text, by hand: a chunk, then eviction or encoding, then a tree whose tail grows, then a decode
@@ -161,10 +165,11 @@ class Case:
     watch: tuple[Watch, ...] = ()
     evict: bool = False
     scale: float = 1.0
+    shipped: bool = False  # codecs
+    late: bool = False  # the chunk reads all
 
-    @property
-    def view(self) -> View | None:
-        view = View(self.format, self.block, self.window, self.read)
+    def view(self, stored: int) -> View | None:
+        view = View(self.format, self.block, self.window, self.read if stored or not self.late else None)
         return None if view == View() else view
 
 
@@ -201,7 +206,7 @@ class World:
         self.pool = ops.allocate(self.spec, SLABS)
         self.pool.data.fill_(math.nan)  # nothing may be read that was not zeroed or written
         self.per_slab = {Space(Lanes.SHARED): 1, Space(Lanes.PER_HEAD): LAYERS * HEADS, Space(Lanes.PER_LAYER): LAYERS}
-        for name, fmt in formats(ops.dtype, case.read).items():
+        for name, fmt in formats(ops.dtype, case.read, case.shipped).items():
             self.per_slab[Space(Lanes.PER_HEAD, name)] = ops.define(self.pool, fmt)
         self.dice = torch.Generator().manual_seed(7)
         self.slab = 0
@@ -237,7 +242,7 @@ class World:
             views.append(text.view(tail, n, len(tree) - first if first else n + len(tree)))
         kinds, pages, lengths, tails, chains, positions, coded = map(list, zip(*views, strict=True))
         batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, coded))
-        batch = replace(batch, views=[text.case.view for text in texts])
+        batch = replace(batch, views=[text.case.view(text.stored) for text in texts])
         watches = {s: text.case.watch for s, text in enumerate(texts) if text.case.watch}
         plan = self.ops.plan(batch, self.spec, Taps(attention=watches))
         outs, total = [], len(batch.tokens)
@@ -366,11 +371,16 @@ CASES = {
     "int8, coded pages": Case(PER_HEAD, "int8", "blocks"),
     "read by position": Case(read=Even(8, labels=False), watch=(MASS, LOW)),
     "read": Case(PER_HEAD, "labelled", read=Even(), evict=True),
+    "read behind the chunk": Case(PER_HEAD, "labelled", read=Even(), late=True),
+    "read behind the chunk, int8": Case(PER_HEAD, "int8", read=Even(), late=True),
     "read, few, by query head": Case(PER_HEAD, "labelled", read=Even(16, by_head=True, labels=False)),
     "read, window": Case(PER_HEAD, "labelled", read=Even(by_head=True), window=Window(4, 30), evict=True, watch=(MASS, LOW)),
     "read of int8": Case(PER_HEAD, "int8", read=Even(by_head=True), evict=True),
     "read of int8, few": Case(PER_HEAD, "int8", read=Even(16, labels=False)),
     "read of coded pages": Case(PER_HEAD, "labelled", "blocks", read=Even()),
+    "read of int8 and coded pages, both windows": Case(
+        PER_HEAD, "int8", "blocks", window=Window(4, 40), layer=60, read=Even(by_head=True), watch=(MASS,)
+    ),
 }
 
 

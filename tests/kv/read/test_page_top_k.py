@@ -84,19 +84,19 @@ def test_no_key_exceeds_the_bound_of_its_part() -> None:
         keys = at.keys[:, :288]
         held = {name: one.unflatten(0, (2, -1)) for name, one in method.fold(keys.reshape(-1, PAGE, 8)).items()}
         bounds = method.bounds(at.q, held, products)
-        products = torch.einsum("kgrd,knd->kgrn", at.q, keys)
-        assert (products <= bounds.repeat_interleave(logical, -1) + 1e-12).all()
+        true = torch.einsum("kgrd,knd->kgrn", at.q, keys)
+        assert (true <= bounds.repeat_interleave(logical, -1) + 1e-12).all()
         assert bounds.shape == (2, 3, 1, 288 // logical)
         if logical == 1:
-            torch.testing.assert_close(bounds, products, rtol=0, atol=1e-12)
+            torch.testing.assert_close(bounds, true, rtol=0, atol=1e-12)
 
 
 def test_parts_of_one_token_choose_the_pages_of_the_largest_products() -> None:
     at, method = SCENES["decode"], PageTopK(tokens=128, logical=1, sinks=0)
-    products = torch.einsum("kgrd,knd->krng", at.q, at.keys[:, :288]).amax(-1).unflatten(-1, (-1, PAGE)).amax(-1)
+    best = torch.einsum("kgrd,knd->krng", at.q, at.keys[:, :288]).amax(-1).unflatten(-1, (-1, PAGE)).amax(-1)
     for head, row in enumerate(chosen(method, at)[:, 0, 0]):
         pages = row.unflatten(0, (-1, PAGE))[:9]
-        assert pages.all(-1).nonzero().flatten().tolist() == sorted(products[head, 0].topk(3).indices.tolist())
+        assert pages.all(-1).nonzero().flatten().tolist() == sorted(best[head, 0].topk(3).indices.tolist())
         assert not (pages.any(-1) ^ pages.all(-1)).any()
 
 
