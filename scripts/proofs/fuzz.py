@@ -156,7 +156,7 @@ def _chunked(body: bytes, size: int = 7) -> bytes:
 
 
 def _head(path: str, *lines: str) -> bytes:
-    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *lines, "", ""]).encode()
+    return "\r\n".join([f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *lines, "", ""]).encode()
 
 
 def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = LARGE, key: str = "") -> Iterator[Malformed]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redraft.serve.openai import _without_files
+from redraft.serve.choices import public
 from tests.serve.raw import Live, live
 
 
@@ -36,9 +36,9 @@ def test_no_request_names_a_file(server: Live, choice: dict[str, Any]) -> None:
 
 
 def test_no_place_on_the_machine_is_told() -> None:
-    assert _without_files("draft", "copyspec:gamma=4") == "copyspec:gamma=4"
-    assert _without_files("draft", "token-recycling:path=/srv/table.st") == "token-recycling"
-    assert _without_files("draft", "union:parts=copyspec+(token-recycling:path=/srv/table.st)") == "union"
+    assert public("draft", "copyspec:gamma=4") == "copyspec:gamma=4"
+    assert public("draft", "token-recycling:path=/srv/table.st") == "token-recycling"
+    assert public("draft", "union:parts=copyspec+(token-recycling:path=/srv/table.st)") == "union"
 
 
 @pytest.mark.parametrize("number", ["+1000000", "1_000_000", "1e6", "65"])
@@ -63,13 +63,13 @@ def test_what_cannot_fit_is_refused_unread(server: Live, monkeypatch: pytest.Mon
     assert max(read, default=0) < 1000
 
 
-def test_a_reply_may_come_back_with_its_nulls(server: Live) -> None:
-    told = {"role": "assistant", "content": "x", "refusal": None, "annotations": None, "audio": None, "tool_calls": None}
-    messages = [{"role": "user", "content": "hi"}, told, {"role": "user", "content": "on"}]
+def test_a_reply_may_come_back_with_all_that_is_empty_in_it(server: Live) -> None:
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": [], "reasoning": False}
+    reply = {"role": "assistant", "content": "x", **empty}
+    messages = [{"role": "user", "content": "hi"}, reply, {"role": "user", "content": "on"}]
     assert server.chat(messages=messages, max_tokens=2).status == 200
-    assert server.chat(messages=[{**told, "audio": "x"}], max_tokens=2).status == 400
-    assert server.chat(messages=messages, verbosity=None, max_tokens=2).status == 400
-    assert server.complete("a", best_of=True).status == 400 and server.complete("a", best_of=1).status == 200
+    for name, value in (("audio", "x"), ("annotations", [1]), ("reasoning", True)):
+        assert server.chat(messages=[{**reply, name: value}], max_tokens=2).status == 400, name
 
 
 def test_more_texts_are_embedded_than_may_wait(server: Live) -> None:

@@ -19,7 +19,7 @@ from schemathesis.checks import CHECKS
 from redraft.serve import documents
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import TYPES, ErrorReply
-from redraft.serve.openai import app
+from redraft.serve.app import app
 from tests.serve.raw import Live, embedded, live
 
 KEY = "a-key"
