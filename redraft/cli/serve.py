@@ -17,6 +17,7 @@ from redraft.cli.options import ENGINE, MODEL, Given, Group, engine_config, take
 from redraft.config import EngineConfig, ModelConfig
 from redraft.errors import InvalidInput, did_you_mean
 from redraft.serve.config import ServeConfig
+from redraft.serve.listen import listen
 
 SERVER = Group("Server", dict(ServeConfig.model_fields))
 ALIASES = {"max_num_seqs": "max_seqs", "max_num_batched_tokens": "token_budget"}
@@ -63,7 +64,8 @@ def serve(
     settings = merge(*layers)
     configs = build(settings)
     show(*configs, settings)
-    code = registry.load("redraft.serve.run:run")(*configs)
+    sockets = listen(configs[1])  # before the imports and the model, which take seconds to minutes
+    code = registry.load("redraft.serve.run:run")(*configs, sockets)
     if code:
         raise typer.Exit(code)
 

@@ -38,7 +38,7 @@ def checked(seam: str, text: str, own: str | None) -> str:
         registry.create(seam, text)
     except RedraftError as error:
         raise Refused(400, str(error), field) from None
-    except (ArithmeticError, ValueError, MemoryError):
+    except (OverflowError, MemoryError):
         raise Refused(400, f"{text}: an option is out of range", field) from None
     return text
 

@@ -17,8 +17,7 @@ from redraft.sample.sampler import NotNumbers
 
 LONGEST = 400  # characters of a message, which may quote what the client sent
 HIDDEN = "(path)"  # replaces a path of this machine
-PATH = re.compile(r"""[^\s'"]*[/\\][^\s'"]*""")  # a word with a separator of paths
-AROUND = "()[]{}<>,:;.="  # punctuation around a word
+PATH = re.compile(r"""[^\s'"([{<=]*[/\\][^\s'"]*(?<![])}>,:;.])""")  # a word with a separator of paths, its punctuation aside
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -88,11 +87,7 @@ def refused(error: Exception, *known: str) -> Refused:
 
 def without_paths(text: str, *known: str) -> str:
     """`text` with HIDDEN for each word that may be a path and is in none of the known texts."""
-
-    def shown(word: re.Match[str]) -> str:
-        return word[0] if any(word[0].strip(AROUND) in one for one in known) else HIDDEN
-
-    hidden = PATH.sub(shown, text)
+    hidden = PATH.sub(lambda word: word[0] if any(word[0] in one for one in known) else HIDDEN, text)
     if hidden != text:
         log.warning("replied without its paths: %s", text)
     return hidden

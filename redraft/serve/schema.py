@@ -111,7 +111,7 @@ class Sampled(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=1024, description="token id -> added to its logit"
+        None, max_length=4096, description="token id -> added to its logit"
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
@@ -265,4 +265,4 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = Field(None, max_length=400)
-    tokens: list[Token]
+    tokens: list[Token] = Field(max_length=1 << 20)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import secrets
 import time
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import Any, cast
@@ -19,12 +20,12 @@ from redraft.config import SamplingParams
 from redraft.core import sequence
 from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling
-from redraft.errors import PromptTooLong
+from redraft.errors import PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.serve import schema
-from redraft.serve.choices import checked
+from redraft.serve.choices import FIELDS, checked
 from redraft.serve.config import ServeConfig
-from redraft.serve.errors import Refused
+from redraft.serve.errors import Refused, refused
 from redraft.serve.limits import unless_gone
 from redraft.serve.metrics import Metrics
 from redraft.serve.prompts import Prompt, Prompts
@@ -142,8 +143,18 @@ class Service:
         except PromptTooLong as error:
             field = "input" if pool else "messages" if isinstance(body, schema.ChatRequest) else "prompt"
             raise Refused(400, str(error), field, "context_length_exceeded") from None
-        except (ArithmeticError, ValueError, MemoryError, OSError) as error:
+        except RedraftError as error:
+            raise self._refused(error, params, body) from None
+        except (OverflowError, MemoryError, OSError) as error:
             raise self._unopened(error, body) from error
+
+    @staticmethod
+    def _refused(error: RedraftError, params: SamplingParams, body: schema.Body) -> Refused:
+        """The reply to an error of the engine, with the field of the method that it is about."""
+        found = refused(error, body.model_dump_json(exclude_none=True))
+        chosen = {field: text for seam, field in FIELDS.items() if (text := getattr(params, seam)) is not None}
+        about = (field for field, text in chosen.items() if str(error).startswith(registry.parse(text)[0]))
+        return found if found.param is not None else replace(found, param=next(about, None))
 
     @staticmethod
     def _unopened(error: Exception, body: Any) -> Exception:

@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,13 +27,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Configs:
     """What the server was started with; it ends with 3 where it serves port 3."""
     started: Configs = []
 
-    def run(engine: EngineConfig, serve: ServeConfig) -> int:
+    def run(engine: EngineConfig, serve: ServeConfig, sockets: list[Any]) -> int:
+        assert sockets == []
         started.append((engine, serve))
         return 3 if serve.port == 3 else 0
 
     module = types.ModuleType("redraft.serve.run")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "redraft.serve.run", module)
+    monkeypatch.setattr("redraft.cli.serve.listen", lambda serve: [])
     for variable in os.environ:
         if variable.startswith("REDRAFT_"):
             monkeypatch.delenv(variable)

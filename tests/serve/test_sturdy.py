@@ -77,7 +77,9 @@ def test_a_body_that_is_too_large_is_refused_told_or_not(server: Live) -> None:
     told = server.ask("POST", "/tokenize", {"prompt": "a" * 30_000})
     assert told.status == 413 and told.json["error"]["type"] == "invalid_request_error"
     chunks = b"".join(b"1000\r\n" + b" " * 4096 + b"\r\n" for _ in range(8)) + b"0\r\n\r\n"
-    one = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    one = server.raw(
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    )
     assert one.recv(12) == b"HTTP/1.1 413"
     one.close()
 
@@ -162,7 +164,9 @@ def test_a_slow_head_however_it_trickles(hasty: Live) -> None:
 
 def test_idle_connections_are_closed(hasty: Live) -> None:
     assert everything(hasty.raw(b"")) == b""
-    assert everything(hasty.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith(b"HTTP/1.1 200")  # and then the end of the file
+    assert everything(hasty.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith(
+        b"HTTP/1.1 200"
+    )  # and then the end of the file
 
 
 def everything(one: socket.socket) -> bytes:
