@@ -63,7 +63,8 @@ def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     """Message and field of the first thing that is wrong with a body; where it could be one of several forms, of the nearest."""
     if isinstance(body, bytes):
         return "the body is not read: its content type is not that of JSON", None
-    first = max((one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]), key=lambda one: len(one["loc"]))
+    same = (one for one in errors if one["loc"][:2] == errors[0]["loc"][:2])
+    first = max(same, key=lambda one: (len(one["loc"]), not str(one["type"]).endswith("_type")))
     parts = []
     for part in first["loc"][1:]:  # among them are names of types
         if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):

@@ -103,5 +103,5 @@ def endpoints(*routers: APIRouter) -> list[dict[str, str]]:
     return [
         {"method": method, "path": route.path.replace(":path", ""), "about": (route.description or "").partition("\n")[0]}
         for route in routes
-        for method in sorted(route.methods)
+        for method in sorted(route.methods or ())
     ]

@@ -26,7 +26,7 @@ LACKING = {
     "reasoning_effort": "reasoning effort", "length_penalty": "beam search", "chat_template": "templates from clients",
 }  # fmt: skip
 NEUTRAL: dict[str, Any] = {"best_of": 1, "tool_choice": "none", "function_call": "none", "suffix": "", "modalities": ["text"]}
-NOTHING = {"additionalProperties": {"type": "null"}}  # fields that are not described may be null
+NOTHING: dict[str, Any] = {"additionalProperties": {"type": "null"}}  # fields that are not described may be null
 
 
 class Body(BaseModel):
