@@ -95,8 +95,8 @@ def without_paths(text: str, *known: str) -> str:
 
 def _field(message: str) -> str | None:
     """The field that a message of pydantic's or the engine's names at its start."""
-    found = re.match(r"(?:SamplingParams(?:\.|: ))?([a-z_]+(?:\[\d+\])?)(?: =|:)", message)
-    return found[1] if found else None
+    found = re.match(r"(?:SamplingParams(?:\.|: ))?([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?: =|:)", message)
+    return found[1].replace("[", ".").replace("]", "") if found else None
 
 
 def clean(text: str) -> str:

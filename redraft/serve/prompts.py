@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import re
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ class Prompts:
         self.tokenizer, self.config = llm.tokenizer, config
         self.context, self.vocab = llm.max_model_len, llm.runner.spec.vocab
         self._longest = max(len(self.tokenizer.bytes_of(token)) for token in range(self.vocab))
-        self._template = str(config.chat_template or self.tokenizer.hf.chat_template)  # one text, also where a checkpoint has several
         self._thread = ThreadPoolExecutor(1, "redraft-tokenizer")
         self._arguments = _arguments(self.tokenizer.render) | _arguments(self.tokenizer.hf.apply_chat_template)
 
@@ -81,24 +79,11 @@ class Prompts:
         prompting = not continued if body.add_generation_prompt is None else body.add_generation_prompt
         if continued and prompting:
             raise Refused(400, "add_generation_prompt and continue_final_message exclude each other", "continue_final_message")
-        messages = [self._for_template(i, message.plain()) for i, message in enumerate(body.messages)]
+        messages = [message.plain() for message in body.messages]
         options = {"add_generation_prompt": prompting, "template": self.config.chat_template, **variables}
         if continued:
             options["continue_final_message"] = True
         return cast(Prompt, await self._run(partial(self._render, messages, options), deadline))
-
-    def _for_template(self, place: int, message: dict[str, Any]) -> dict[str, Any]:
-        """The message, with the role system instead of developer where the template does not know that one."""
-        role = message["role"]
-        if role == "tool" and not self._has_role(role):
-            raise Refused(400, f"messages.{place}.role = 'tool': this model's chat template has no such role", f"messages.{place}.role")
-        if "tool_calls" in message and "tool_calls" not in self._template:
-            field = f"messages.{place}.tool_calls"
-            raise Refused(400, f"{field}: this model's chat template has no tool calls", field)
-        return message | {"role": "system"} if role == "developer" and not self._has_role(role) else message
-
-    def _has_role(self, role: str) -> bool:
-        return re.search(f"""['"]{role}['"]""", self._template) is not None
 
     async def _run(self, task: Any, deadline: float) -> Any:
         """Runs it in the thread. After the deadline a task that waits is dropped, and the result of one that runs."""
@@ -119,7 +104,9 @@ class Prompts:
         try:
             text = self.tokenizer.render(messages, **options)
         except RedraftError as error:
-            raise refused(error, self._template) from None
+            raise refused(error, str(self.config.chat_template or self.tokenizer.hf.chat_template)) from None
+        except RecursionError:
+            raise Refused(400, "messages: the arguments of a tool call are nested too deeply", "messages") from None
         return Prompt(self.tokenizer.encode(self._fitting(text, "messages"), special=False), text)
 
     def _fitting(self, text: str, field: str) -> str:

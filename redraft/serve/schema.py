@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST = 1 << 31  # of numbers that count something
 MESSAGES = 4096  # of a conversation
@@ -163,20 +162,6 @@ class FunctionCall(Replied):
     name: Annotated[str, Field(min_length=1, max_length=1000)]
     arguments: Text | dict[str, Any] | None = Field(None, description="a JSON object, or its text")
 
-    @field_validator("arguments")
-    @classmethod
-    def _parse(cls, value: str | dict[str, Any] | None) -> dict[str, Any]:
-        """The object, which templates expect."""
-        if not value or isinstance(value, dict):
-            return value or {}
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise ValueError("the text of a JSON object is needed")
-        return parsed
-
 
 class ToolCall(Replied):
     """A function that the assistant called in an earlier turn."""
@@ -188,7 +173,7 @@ class ToolCall(Replied):
 
     def plain(self) -> dict[str, Any]:
         """As templates read it."""
-        made: dict[str, Any] = {"type": "function", "function": {"name": self.function.name, "arguments": self.function.arguments or {}}}
+        made: dict[str, Any] = {"type": "function", "function": {"name": self.function.name, "arguments": self.function.arguments}}
         return made | ({"id": self.id} if self.id is not None else {})
 
 

@@ -57,6 +57,7 @@ def test_calls_and_results_of_tools(tools: Live) -> None:
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
             "messages.0.tool_calls.0.function.arguments",
         ),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 99_999}}]}, "messages"),
         ({"role": "assistant", "tool_calls": [{"function": {}}]}, "messages.0.tool_calls.0.function.name"),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages.0"),
         ({"role": "user", "content": "x", "tool_call_id": "c"}, "messages.0"),
@@ -73,10 +74,9 @@ def test_a_template_without_tools_refuses_them(server: Live) -> None:
         assert error["param"] == param and "chat template" in error["message"]
 
 
-def test_the_role_developer_is_system_where_the_template_has_none(server: Live, tools: Live) -> None:
+def test_the_role_developer_is_system_where_the_template_has_none(tools: Live) -> None:
     developer = [{"role": "developer", "content": "Be terse."}, ASK]
-    system = [{"role": "system", "content": "Be terse."}, ASK]
-    assert rendered(server, developer) == rendered(server, system)
+    assert rendered(tools, developer) == "[system]Be terse.[user]warm?"
     with live(chat_template="{% for m in messages %}{{ m.role }}{% if m.role == 'developer' %}!{% endif %}{% endfor %}") as knows:
         assert rendered(knows, developer) == "developer!user"
 
