@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def file(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
-def told(err: str, name: str) -> tuple[str, str]:
+def shown(err: str, name: str) -> tuple[str, str]:
     """Value and origin of a setting in what is printed at start."""
     (line,) = re.findall(rf"^  {name} +(.*)$", err, re.M)
     value, origin = re.split(r" {2,}| (?=default$|file$|environment$|command line$)", line, maxsplit=1)
@@ -65,7 +66,7 @@ def test_nothing_given(redraft: Serve, ran: Configs) -> None:
     lines = err.splitlines()
     assert len(lines) == 1 + len(SERVER.fields) + len(ENGINE.fields) + 1  # heading, model
     assert all(line.endswith(" default") for line in lines[1:])
-    assert told(err, "draft") == ("token-recycling", "default")
+    assert shown(err, "draft") == ("token-recycling", "default")
 
 
 def test_the_code_of_the_server_is_that_of_the_command(redraft: Serve, ran: Configs) -> None:
@@ -83,7 +84,7 @@ def test_command_line_over_environment_over_file_over_default(
     assert code == 0
     assert engine == EngineConfig.of(model="c", draft="self-skip", max_seqs=3, threads=1)
     assert server == ServeConfig(port=4, host="two", max_n=1)
-    origins = {name: told(err, name) for name in ("model", "port", "host", "max-n", "max-body", "max-seqs", "threads")}
+    origins = {name: shown(err, name) for name in ("model", "port", "host", "max-n", "max-body", "max-seqs", "threads")}
     assert origins == {
         "model": ("c", "command line"),
         "port": ("4", "command line"),
@@ -140,7 +141,7 @@ def test_values_arrive_as_they_were_meant(
     )
     draft = {"draft": "token-recycling"}
     assert ran == [(EngineConfig.of(token_budget=99, cache_memory=5000, dtype="float64", prefix_sharing=False, **draft), expected)]
-    assert told(err, "api-key")[0] == "(2 keys)"
+    assert shown(err, "api-key")[0] == "(2 keys)"
     assert "k1" not in err
 
 
@@ -245,7 +246,16 @@ def test_a_template_is_shown_as_it_was_given(redraft: Serve, ran: Configs, tmp_p
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}\n")
     _, _, err = redraft("serve", "--chat-template", str(path))
-    assert told(err, "chat-template") == (str(path), "command line")
+    assert shown(err, "chat-template") == (str(path), "command line")
     assert ran[0][1].chat_template == "{{ messages }}\n"
     _, _, err = redraft("serve", "--chat-template", "{{ messages }}\n")
-    assert told(err, "chat-template") == ("(15 characters)", "command line")
+    assert shown(err, "chat-template") == ("(15 characters)", "command line")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_help_fits_the_terminal(columns: int) -> None:
+    environment = {**os.environ, "COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns), "TERM": "dumb"}
+    command = [sys.executable, "-m", "redraft", "serve", "--help"]
+    printed = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True).stdout
+    assert "--step-timeout" in printed and "--max-body" in printed
+    assert [line for line in printed.splitlines() if len(line) > columns or "…" in line] == []

@@ -35,7 +35,7 @@ def test_no_request_names_a_file(server: Live, choice: dict[str, Any]) -> None:
     assert "it may name a file" in error["message"] and "passwd" not in error["message"] and "No such" not in error["message"]
 
 
-def test_no_place_on_the_machine_is_told() -> None:
+def test_no_place_on_the_machine_is_shown() -> None:
     assert public("draft", "copyspec:gamma=4") == "copyspec:gamma=4"
     assert public("draft", "token-recycling:path=/srv/table.st") == "token-recycling"
     assert public("draft", "union:parts=copyspec+(token-recycling:path=/srv/table.st)") == "union"

@@ -53,7 +53,7 @@ def test_every_field_is_documented_and_no_other() -> None:
     refused = re.search(r"\*\*Refused by name\*\*, unless null, `\[\]` or false: (.*?)\.\n\n", PAGE, re.S)
     assert refused is not None
     assert set(re.findall(r"`(\w+)`", refused[1])) == set(schema.LACKING)
-    fields_section = PAGE[PAGE.index("## Fields") : PAGE.index("**Refused by name**")]
+    fields_section = PAGE[PAGE.index("## Fields\n") : PAGE.index("**Refused by name**")]
     named = set(re.findall(r"`(\w+)`", fields_section))
     assert named <= fields | {"auto", "default", "text", "none", "last", "mean", "system", "developer", "user", "assistant", "tool"}
 

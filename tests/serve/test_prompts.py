@@ -32,9 +32,9 @@ def server() -> Iterator[Live]:
 
 
 def rendered(server: Live, messages: Any, **options: Any) -> str:
-    told = server.ask("POST", "/tokenize", {"messages": messages, "return_token_strs": True, **options})
-    assert told.status == 200, told.body
-    return "".join(told.json["token_strs"])
+    got = server.ask("POST", "/tokenize", {"messages": messages, "return_token_strs": True, **options})
+    assert got.status == 200, got.body
+    return "".join(got.json["token_strs"])
 
 
 def test_calls_and_results_of_tools(tools: Live) -> None:

@@ -9,7 +9,7 @@ from redraft.engine.engine import Event, Stats
 from redraft.serve.shell import Ticket
 
 
-def test_nothing_is_lost_that_was_heard_before_it_was_taken() -> None:
+def test_nothing_is_lost_that_was_received_before_it_was_taken() -> None:
     """The engine may be done while the first of its news is still on its way to a slow client."""
 
     async def taken() -> list[Any]:

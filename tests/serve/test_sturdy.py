@@ -73,9 +73,9 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(server: Live, brake: Br
     server.idle()
 
 
-def test_a_body_that_is_too_large_is_refused_told_or_not(server: Live) -> None:
-    told = server.ask("POST", "/tokenize", {"prompt": "a" * 30_000})
-    assert told.status == 413 and told.json["error"]["type"] == "invalid_request_error"
+def test_a_body_that_is_too_large_is_refused_reported_or_not(server: Live) -> None:
+    got = server.ask("POST", "/tokenize", {"prompt": "a" * 30_000})
+    assert got.status == 413 and got.json["error"]["type"] == "invalid_request_error"
     chunks = b"".join(b"1000\r\n" + b" " * 4096 + b"\r\n" for _ in range(8)) + b"0\r\n\r\n"
     one = server.raw(
         b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
@@ -84,7 +84,7 @@ def test_a_body_that_is_too_large_is_refused_told_or_not(server: Live) -> None:
     one.close()
 
 
-def test_whoever_waits_for_leave_to_send_too_much_is_told_at_once(server: Live) -> None:
+def test_whoever_waits_for_leave_to_send_too_much_is_reported_at_once(server: Live) -> None:
     one = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 90000\r\n\r\n")
     assert one.recv(12) == b"HTTP/1.1 413"
     one.close()
@@ -186,7 +186,7 @@ def test_nonsense_is_answered_in_the_form_of_errors(hasty: Live) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
+def test_client_that_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
     body = {"prompt": "def add(", "max_tokens": 140, "ignore_eos": True, "logprobs": 20, "stream": stream, "n": 8}
     one = hasty.raw(post("/v1/completions", body), SO_RCVBUF=2048)
     hasty.until(lambda: hasty.service.shell.busy > 0)
@@ -218,8 +218,8 @@ def test_a_request_that_takes_too_long(brake: Brake) -> None:
         brake.on()
         whole = made.complete("def add(", **LONG)
         assert whole.status == 504 and whole.json["error"]["type"] == "timeout_error"
-        told = made.complete("def add(", stream=True, **LONG).events()
-        assert told[-2]["error"]["type"] == "timeout_error" and told[-1] == "[DONE]"
+        got = made.complete("def add(", stream=True, **LONG).events()
+        assert got[-2]["error"]["type"] == "timeout_error" and got[-1] == "[DONE]"
         brake.off()
         made.idle()
 
@@ -332,9 +332,9 @@ def test_a_drafter_that_raises_costs_its_text_the_drafts_alone(server: Live, mon
     monkeypatch.setattr(CopySpec, "propose", raising)
     ask = lambda: server.complete(PROMPTS[2], speculation={"method": "copyspec:gamma=3"})  # noqa: E731
     answer, texts = together(server, ask, list(PROMPTS[:2]))
-    told = answer.json
-    assert [*texts, told["choices"][0]["text"]] == alone
-    assert told["metrics"]["faults"] and "Traceback" not in str(told)
+    got = answer.json
+    assert [*texts, got["choices"][0]["text"]] == alone
+    assert got["metrics"]["faults"] and "Traceback" not in str(got)
     server.idle()
 
 
@@ -345,7 +345,7 @@ class Sudden(BaseException):
     pass
 
 
-def test_a_dead_engine_tells_everybody_and_ends_the_process(brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_engine_ends_all_requests_and_ends_the_process(brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(keep_alive=0.03) as made:
         brake.on()
         streams = [made.complete(prompt, stream=True) for prompt in PROMPTS]
