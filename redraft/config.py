@@ -67,7 +67,7 @@ class SamplingParams(Settings):
     n: int = Field(1, ge=1, le=1024, description="how many texts for the prompt")
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0 is greedy")
     top_k: int = Field(0, ge=-1, description="keep the k likeliest tokens; 0 or -1: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
+    top_p: float = Field(1.0, ge=0, le=1, description="keep the likeliest tokens that hold this probability; 0: the likeliest alone")
     min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this fraction of the likeliest one's probability")
     typical_p: float = Field(1.0, gt=0, le=1, description="keep the tokens nearest to the entropy that hold this probability")
     repetition_penalty: float = Field(

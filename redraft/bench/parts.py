@@ -24,7 +24,8 @@ from redraft.engine.engine import Engine
 from redraft.engine.policies import SEAMS
 from redraft.errors import RedraftError
 from redraft.models import loader
-from redraft.models.loader import Checkpoint, Entry
+from redraft.models.checkpoint import Safetensors
+from redraft.models.loader import Checkpoint
 from redraft.models.runner import Runner
 from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Source
 from redraft.ops import library
@@ -90,9 +91,8 @@ class Copy:
     file: Path
 
     def checkpoint(self, quant: Any = None) -> Checkpoint:
-        entries = {name: Entry(self.file, shape, "F32") for name, shape in self.spec.shapes().items()}
-        sources = {name: Source((name,)) for name in entries}
-        return Checkpoint(self.file.parent, self.spec, self.dtype, 0, (), {}, sources, entries, quant)
+        sources = {name: Source((name,)) for name in self.spec.shapes()}
+        return Checkpoint(self.file.parent, self.spec, self.dtype, 0, (), sources, Safetensors(self.file.parent), quant)
 
     @cached_property
     def plain(self) -> set[str]:

@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,7 +22,8 @@ from redraft.config import SamplingParams
 from redraft.errors import InvalidInput, RedraftError, did_you_mean
 
 if TYPE_CHECKING:
-    from redraft.llm import LLM, Delta
+    from redraft.llm import LLM
+    from redraft.outputs import Delta
 
 BLOCK = 1024  # lines that are submitted together, of which --max-seqs run at once
 FORMS = ("prompt", "messages", "prompt_token_ids")
@@ -188,10 +189,10 @@ def _prompt(own: dict[str, Any], prompting: Prompting) -> list[int]:
     kind, needed = (str, "a string") if form == "prompt" else (list, "a list")
     if not isinstance(value, kind):
         raise InvalidInput(f"{form}: {needed} is needed")
-    if form == "prompt":
+    if isinstance(value, str):
         return prompting.text(value)
     if form == "prompt_token_ids":
         return cast(list[int], value)
     if not value or not all(isinstance(message, dict) for message in value):
         raise InvalidInput("messages: a list of objects with role and content is needed")
-    return prompting.messages(value)
+    return prompting.messages(cast(list[Mapping[str, Any]], value))

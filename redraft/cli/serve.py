@@ -1,4 +1,4 @@
-"""`redraft serve`: a model behind the interface of OpenAI. Here is where its configuration comes from."""
+"""`redraft serve`: a model with the interface of OpenAI, configured by options, the environment and a file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from redraft.cli.options import ENGINE, MODEL, Given, Group, engine_config, take
 from redraft.config import EngineConfig, ModelConfig
 from redraft.errors import InvalidInput, did_you_mean
 from redraft.serve.config import ServeConfig
+from redraft.serve.listen import listen
 
 SERVER = Group("Server", dict(ServeConfig.model_fields))
 ALIASES = {"max_num_seqs": "max_seqs", "max_num_batched_tokens": "token_budget"}
@@ -32,11 +33,11 @@ OTHERS = {"REDRAFT_CACHE", "REDRAFT_ISA"}  # variables that are read elsewhere
 
 
 class Setting(NamedTuple):
-    """A value and where it came from. told: as it is named there, for errors."""
+    """A value and its source. spelled: its name there, for errors."""
 
     value: Any
     layer: str
-    told: str
+    spelled: str
 
 
 Layer = dict[str, Setting]  # by field
@@ -63,7 +64,8 @@ def serve(
     settings = merge(*layers)
     configs = build(settings)
     show(*configs, settings)
-    code = registry.load("redraft.serve.run:run")(*configs)
+    sockets = listen(configs[1])  # before the imports and the model, which take seconds to minutes
+    code = registry.load("redraft.serve.run:run")(*configs, sockets)
     if code:
         raise typer.Exit(code)
 
@@ -85,49 +87,49 @@ def read(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[Laye
     for name, setting in exported.items():
         if _repeats(name):
             exported[name] = setting._replace(value=[part.strip() for part in setting.value.split(",")])
-    return {} if named is None else load(Path(os.path.expanduser(named.value)), named.told), exported, typed
+    return {} if named is None else load(Path(os.path.expanduser(named.value)), named.spelled), exported, typed
 
 
-def load(path: Path, told: str) -> Layer:
+def load(path: Path, source: str) -> Layer:
     """The settings of a YAML file."""
     import yaml
 
-    told = f"{told} {path}"
+    source = f"{source} {path}"
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         top = loader.get_single_node()
         whole = top is None or isinstance(top, yaml.MappingNode)  # None: nothing but comments
         pairs = [(str(key.value), loader.construct_object(value, deep=True)) for key, value in top.value] if top and whole else []
     except OSError as error:
-        raise InvalidInput(f"{told}: {error.strerror}") from None
+        raise InvalidInput(f"{source}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # their own texts quote the line, which may hold a key
         mark = getattr(error, "problem_mark", None)
-        raise InvalidInput(f"{told}: not YAML in UTF-8{f', line {mark.line + 1}' if mark else ''}") from None
+        raise InvalidInput(f"{source}: not YAML in UTF-8{f', line {mark.line + 1}' if mark else ''}") from None
     if not whole:
-        raise InvalidInput(f"{told}: not a mapping of options to values")
+        raise InvalidInput(f"{source}: not a mapping of options to values")
     found: dict[str, Any] = {}
     for key, value in pairs:
         name = key.replace("-", "_")
         if name not in NAMES:
-            raise InvalidInput(f"{told}: unknown option {key!r}: {did_you_mean(key, map(_key, NAMES))}")
+            raise InvalidInput(f"{source}: unknown option {key!r}: {did_you_mean(key, map(_key, NAMES))}")
         if name in found:
-            raise InvalidInput(f"{told}: {key} stands there twice")
+            raise InvalidInput(f"{source}: {key} is given twice")
         if isinstance(value, dict) or (isinstance(value, list) and not _repeats(name)):
-            raise InvalidInput(f"{told}: {key} takes one value, not a {'list' if isinstance(value, list) else 'mapping'}")
+            raise InvalidInput(f"{source}: {key} takes one value, not a {'list' if isinstance(value, list) else 'mapping'}")
         if isinstance(value, bool) and _field(name).annotation is not bool:
-            raise InvalidInput(f"{told}: {key} = {value}: so YAML reads words such as on and no; put them in quotes")
+            raise InvalidInput(f"{source}: {key} = {value}: so YAML reads words such as on and no; put them in quotes")
         found[name] = value
-    return layer("file", found, lambda name: f"{told}: {_key(name)}")
+    return layer("file", found, lambda name: f"{source}: {_key(name)}")
 
 
-def layer(called: str, values: Mapping[str, Any], told: Callable[[str], str]) -> Layer:
+def layer(called: str, values: Mapping[str, Any], spell: Callable[[str], str]) -> Layer:
     """Values of one origin by field; one field under two names is an error."""
     found: Layer = {}
     for name, value in values.items():
         field = ALIASES.get(name, name)
         if field in found:
-            raise InvalidInput(f"{found[field].told} and {told(name)} are one option: give one of them")
-        found[field] = Setting(value, called, told(name))
+            raise InvalidInput(f"{found[field].spelled} and {spell(name)} are one option: give one of them")
+        found[field] = Setting(value, called, spell(name))
     return found
 
 
@@ -150,7 +152,7 @@ def build(settings: Layer) -> tuple[EngineConfig, ServeConfig]:
         if named is None:  # about several
             raise
         flat = {field: name for name, (_, field) in EngineConfig._homes().items()}
-        raise InvalidInput(settings[flat.get(named[1], named[1])].told + str(error)[named.end() :]) from None
+        raise InvalidInput(settings[flat.get(named[1], named[1])].spelled + str(error)[named.end() :]) from None
 
 
 def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:

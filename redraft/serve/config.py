@@ -19,7 +19,7 @@ SOCKET = 107  # bytes of a unix socket's path, on Linux
 
 
 class ServeConfig(Settings):
-    """Who may ask, how much, and how long an answer may take. Checked: methods and files are there, and the template parses."""
+    """Who may use the server, how much, and how long an answer may take. Methods, files and the template are checked."""
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: all of IPv4")
     port: int = Field(8000, ge=0, le=65535, description="0: any free one")
@@ -31,25 +31,26 @@ class ServeConfig(Settings):
         (),
         repr=False,
         exclude=True,
-        description="a key that clients must send, repeated for more; none: everybody may ask. Others see it in the list of processes:"
+        description="a key that clients must send, repeated for more; none: no key is needed. The list of processes shows it to others:"
         " prefer the environment or a file",
     )
-    allow_origins: tuple[str, ...] = Field((), description="origin whose web pages may ask (CORS), repeated for more; *: all")
+    allow_origins: tuple[str, ...] = Field((), description="origin of web pages that may use the server (CORS), repeated for more; *: all")
     served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
-    chat_template: str | None = Field(None, description="a Jinja file, or the template itself, which it becomes; None: the checkpoint's")
+    chat_template: str | None = Field(None, description="a Jinja file, or the template itself; None: the checkpoint's")
     response_role: str = Field("assistant", min_length=1, description="role of the replies of a chat")
     keep: str | None = Field(None, description="name:option=value,... of a policy that evicts from the cache, where a request names none")
     codec: str | None = Field(None, description="name:option=value,... of a form in which the cache is stored, likewise")
     read: str | None = Field(None, description="name:option=value,... of a way to read the cache sparsely, likewise")
-    depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run behind the prompt, likewise")
-    max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that wait; further ones are told to come back (429)")
+    depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run after the prompt, likewise")
+    max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that wait; further ones are refused (429)")
     request_timeout: float = Field(600.0, ge=0, le=WEEK, description="seconds from a request's arrival to its end; 0: no limit")
     idle_timeout: float = Field(60.0, gt=0, le=WEEK, description="seconds for which a client may neither read nor send")
-    keep_alive: float = Field(10.0, gt=0, le=3600, description="seconds between comments in a stream that has nothing to tell")
+    keep_alive: float = Field(10.0, gt=0, le=3600, description="seconds between comments in a stream without news")
+    step_timeout: float = Field(300.0, ge=0, le=WEEK, description="seconds that a step may take before /health fails; 0: no limit")
     shutdown_timeout: float = Field(30.0, ge=0, le=WEEK, description="seconds in which requests may end after SIGTERM")
     max_body: int = Field(4 << 20, ge=1024, le=1 << 30, description="bytes of a request's body")
-    max_n: int = Field(16, ge=1, le=1024, description="texts that one request may ask for")
-    max_logprobs: int = Field(20, ge=0, le=1024, description="likeliest tokens that a request may ask for at each place")
+    max_n: int = Field(16, ge=1, le=1024, description="texts of one request")
+    max_logprobs: int = Field(20, ge=0, le=1024, description="likeliest tokens that a request may get at each place")
     max_stop: int = Field(16, ge=0, le=1024, description="stop strings of one request")
     metrics_prefix: str = Field(
         "redraft:",
@@ -141,7 +142,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _generation() -> Any:
-    """{% generation %}, by which templates mark what the model itself says."""
+    """{% generation %}, by which templates mark the text of the model."""
     from jinja2.ext import Extension
     from jinja2.nodes import Node
     from jinja2.parser import Parser

@@ -1,6 +1,6 @@
-"""What the server's OpenAPI document says of its answers: every status that an operation sends, with its form.
+"""The forms of the server's answers in its OpenAPI document: every status that an operation sends.
 
-Nothing here is run to answer a request; schemathesis holds the answers against it.
+Nothing here runs for a request; schemathesis checks the answers against it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from redraft.serve.limits import OPEN
 STATUSES = {
     400: "the request is wrong: param names the field",
     401: "no valid key",
+    403: "a web page or host that this server does not serve",
     404: "no such model",
     408: "the request did not come in time",
     413: "the body is too large",
@@ -26,12 +27,12 @@ STATUSES = {
     503: "shutting down, or out of memory for this request",
     504: "it took too long",
 }
-ALWAYS = (400, 401, 408, 413, 431, 500)  # of any operation; 401 only where there are keys and the operation wants one
+ALWAYS = (400, 401, 403, 408, 413, 431, 500)  # of any operation; 401 only where there are keys and the operation wants one
 WORKING = (404, 429, 503, 504)  # runs in the engine
 KEY = "key"
 
 
-class Told(BaseModel):
+class Form(BaseModel):
     """A part of a reply: no field beyond these is sent. One without a default is always there."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -40,16 +41,16 @@ class Told(BaseModel):
 # ---- parts of texts
 
 
-class CachedTokens(Told):
+class CachedTokens(Form):
     cached_tokens: int = Field(description="of the prompt, found in the prefix cache")
 
 
-class PredictionTokens(Told):
+class PredictionTokens(Form):
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
-class Usage(Told):
+class Usage(Form):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -57,37 +58,37 @@ class Usage(Told):
     completion_tokens_details: PredictionTokens | None = None
 
 
-class RequestMetrics(Told):
-    """What the request took, in seconds, and what drafting did for it."""
+class RequestMetrics(Form):
+    """Times of the request in seconds, and figures of its drafts."""
 
     time_to_first_token: float | None
     queue_time: float | None
     mean_inter_token_latency: float | None
-    steps: int = Field(description="passes that drew a token")
+    steps: int = Field(description="passes that sampled a token")
     drafted: int
     accepted: int
     mean_acceptance_length: float | None
     acceptance_by_position: list[int]
-    faults: list[str] = Field(description="why a text went on without drafts")
-    seeds: list[int] = Field(description="of each prompt; the request repeated with it gives the same text")
+    faults: list[str] = Field(description="why a text continued without drafts")
+    seeds: list[int] = Field(description="of each prompt; repeating the request with it gives the same text")
 
 
-class Alternative(Told):
+class Alternative(Form):
     token: str
     token_id: int
     probability: float
 
 
 class Origin(Alternative):
-    """Where a token is from."""
+    """The source of a token."""
 
     step: int
-    origin: str = Field(description="who drafted it, or model")
+    origin: str = Field(description="the drafter that proposed it, or model")
     rank: int
     alternatives: list[Alternative]
 
 
-class Node(Told):
+class Node(Form):
     token: str
     token_id: int
     parent: int
@@ -95,12 +96,12 @@ class Node(Told):
     accepted: bool
 
 
-class Tree(Told):
+class Tree(Form):
     step: int
     nodes: list[Node]
 
 
-class PromptLogprob(Told):
+class PromptLogprob(Form):
     logprob: float
     rank: int
     decoded_token: str
@@ -109,7 +110,7 @@ class PromptLogprob(Told):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class Piece(Told):
+class Piece(Form):
     """What whole texts and pieces of streams have in common."""
 
     index: int
@@ -123,7 +124,7 @@ class Piece(Told):
 # ---- completions
 
 
-class CompletionLogprobs(Told):
+class CompletionLogprobs(Form):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -139,7 +140,7 @@ class CompletionChoice(CompletionPiece):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class Frame(Told):
+class Frame(Form):
     id: str
     created: int
     model: str
@@ -165,7 +166,7 @@ class CompletionChunk(Frame):
 # ---- chats
 
 
-class TokenLogprob(Told):
+class TokenLogprob(Form):
     token: str
     logprob: float
     bytes: list[int]
@@ -175,18 +176,18 @@ class ContentLogprob(TokenLogprob):
     top_logprobs: list[TokenLogprob]
 
 
-class ChatLogprobs(Told):
+class ChatLogprobs(Form):
     content: list[ContentLogprob]
     refusal: None
 
 
-class Reply(Told):
+class Reply(Form):
     role: str
     content: str
     refusal: None
 
 
-class Delta(Told):
+class Delta(Form):
     role: str | None = None
     content: str
 
@@ -222,25 +223,25 @@ class ChatChunk(Frame):
 # ---- others
 
 
-class Embedding(Told):
+class Embedding(Form):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str = Field(description="or little-endian float32 in base64")
 
 
-class EmbeddingUsage(Told):
+class EmbeddingUsage(Form):
     prompt_tokens: int
     total_tokens: int
 
 
-class Embeddings(Told):
+class Embeddings(Form):
     object: Literal["list"]
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
 
 
-class Model(Told):
+class Model(Form):
     id: str
     object: Literal["model"]
     created: int
@@ -251,45 +252,57 @@ class Model(Told):
     permission: list[str]
 
 
-class Models(Told):
+class Models(Form):
     object: Literal["list"]
     data: list[Model]
 
 
-class Tokens(Told):
+class Tokens(Form):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
 
 
-class Detokenized(Told):
+class Detokenized(Form):
     prompt: str
 
 
-class Healthy(Told):
+class Endpoint(Form):
+    method: str
+    path: str
+    about: str
+
+
+class Index(Form):
+    name: Literal["redraft"]
+    version: str
+    endpoints: list[Endpoint]
+
+
+class Healthy(Form):
     status: Literal["ok"]
 
 
-class Ready(Told):
+class Ready(Form):
     status: Literal["ready"]
 
 
-class Version(Told):
+class Version(Form):
     version: str
 
 
-class Pages(Told):
+class Pages(Form):
     pages: int
 
 
-class CacheInfo(Told):
+class CacheInfo(Form):
     pages: int
     tokens_per_page: int
     prefix_sharing: bool
 
 
-class ServerInfo(Told):
+class ServerInfo(Form):
     version: str
     models: list[str]
     family: str
@@ -312,8 +325,8 @@ class ServerInfo(Told):
 # ---- the document
 
 
-def told(reply: type[Told] | None, *statuses: int, text: str = "the answer", chunk: type[Told] | None = None) -> dict[str, Any]:
-    """Arguments of an endpoint's decorator. reply: None where it is plain text; chunk: of the events, where it may stream."""
+def answers(reply: type[Form] | None, *statuses: int, text: str = "the answer", chunk: type[Form] | None = None) -> dict[str, Any]:
+    """Arguments of an endpoint's decorator. reply: None for plain text; chunk: the form of a stream's events."""
     good: dict[str, Any] = {"description": text}
     if reply is None:
         good["content"] = {"text/plain": {"schema": {"type": "string"}}}
@@ -329,7 +342,7 @@ def told(reply: type[Told] | None, *statuses: int, text: str = "the answer", chu
 
 
 def describe(app: FastAPI, config: ServeConfig) -> None:
-    """Makes the document say what this server does: errors in one form, and keys where it has any."""
+    """Corrects the document: errors have one form, and keys are described where there are any."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,20 +1,27 @@
-"""Errors as OpenAI's clients know them: a status and {"error": {message, type, param, code}}. Nothing of the inside is told."""
+"""Errors as OpenAI's clients know them: a status and {"error": {message, type, param, code}}.
+
+No reply names a path of this machine: of an error's text, a word with a slash is replied only where the client sent it.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
-from redraft.errors import OutOfMemory, PromptTooLong, RedraftError
+from redraft.errors import CheckpointError, OutOfMemory, PromptTooLong, RedraftError
 from redraft.sample.sampler import NotNumbers
 
-LONGEST = 400  # letters of a message: what clients sent comes back in it
+LONGEST = 400  # characters of a message, which may quote what the client sent
+HIDDEN = "(path)"  # replaces a path of this machine
+PATH = re.compile(r"""[^\s'"([{<=]*[/\\][^\s'"]*(?<![])}>,:;.])""")  # a word with a separator of paths, its punctuation aside
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
@@ -25,6 +32,9 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+
+log = logging.getLogger("redraft.serve")
 
 
 class ErrorBody(BaseModel):
@@ -56,26 +66,37 @@ class Refused(Exception):
         return {"error": error.model_dump()}
 
 
-def refused(error: Exception) -> Refused:
-    """What clients are told of an exception: the text of those made for users, of others only that there was one."""
+def refused(error: Exception, *known: str) -> Refused:
+    """The reply to an exception: the text of those made for users, a fixed text for others. known: texts whose words a reply may
+    hold, such as the client's own."""
     match error:
         case Refused():
             return error
-        case PromptTooLong():
-            return Refused(400, str(error), _field(str(error)), "context_length_exceeded")
         case OutOfMemory():
             return Refused(503, "out of memory for this request", headers={"Retry-After": "1"})
         case NotNumbers():
             return Refused(500, str(error), code="not_a_number")
+        case CheckpointError():
+            log.error("a file that a request needs cannot be used: %s", error)
+            return Refused(400, "this server lacks a file that the request's choice needs; its log names it")
         case RedraftError():
-            return Refused(400, str(error), _field(str(error)))
+            code = "context_length_exceeded" if isinstance(error, PromptTooLong) else None
+            return Refused(400, without_paths(str(error), *known), _field(str(error)), code)
     return Refused(500, "internal error")
+
+
+def without_paths(text: str, *known: str) -> str:
+    """`text` with HIDDEN for each word that may be a path and is in none of the known texts."""
+    hidden = PATH.sub(lambda word: word[0] if any(word[0] in one for one in known) else HIDDEN, text)
+    if hidden != text:
+        log.warning("replied without its paths: %s", text)
+    return hidden
 
 
 def _field(message: str) -> str | None:
     """The field that a message of pydantic's or the engine's names at its start."""
-    found = re.match(r"(?:SamplingParams(?:\.|: ))?([a-z_]+(?:\[\d+\])?)(?: =|:)", message)
-    return found[1] if found else None
+    found = re.match(r"(?:SamplingParams(?:\.|: ))?([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?: =|:)", message)
+    return found[1].replace("[", ".").replace("]", "") if found else None
 
 
 def clean(text: str) -> str:

@@ -20,11 +20,11 @@ SHARE = 0.1  # of the latest request in the running mean of how long they take
 
 
 class Metrics:
-    """One registry a server. prefix: in front of every name; model: its label. Called in the event loop alone."""
+    """One registry a server. prefix: in front of every name; model: its label. For the event loop only."""
 
     def __init__(self, prefix: str, model: str) -> None:
         self.registry = CollectorRegistry()
-        self.recent = 1.0  # seconds that the latest requests took, a running mean
+        self.recent = 1.0  # seconds that the latest requests took, as a running mean
         self._labels = {"model_name": model, "engine": "0"}
         self._seen: dict[str, dict[int, Any]] = {}  # request -> text -> statistics already counted
         self._gaps: dict[str, int] = {}  # likewise
@@ -43,37 +43,41 @@ class Metrics:
         def gauge(text: str, what: str) -> Any:
             return Gauge(name(text), what, [*self._labels], registry=self.registry).labels(**self._labels)
 
-        self.running = gauge("num_requests_running", "Texts under way.")
+        self.running = gauge("num_requests_running", "Texts that run.")
         self.waiting = gauge("num_requests_waiting", "Texts that wait, preempted ones too.")
         self.usage = gauge("kv_cache_usage_perc", "Share of the cache in use, 1 being all.")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that began to run.").labels(**self._labels)
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that started.").labels(**self._labels)
         self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**self._labels)
         self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.").labels(**self._labels)
         self.hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.").labels(**self._labels)
         self.success = counter("request_success", "Requests that ended, by reason.", "finished_reason")
-        self.drafts = counter("spec_decode_num_drafts", "Passes that checked a draft.").labels(**self._labels)
+        self.drafts = counter("spec_decode_num_drafts", "Passes that verified a draft.").labels(**self._labels)
         self.drafted = counter("spec_decode_num_draft_tokens", "Tokens drafted.").labels(**self._labels)
-        self.accepted = counter("spec_decode_num_accepted_tokens", "Drafted tokens that were kept.").labels(**self._labels)
-        self.by_depth = counter("spec_decode_num_accepted_tokens_per_pos", "Drafted tokens that were kept, by place.", "position")
-        self.preempted = counter("num_preemptions", "Texts that gave their pages back and began again.").labels(**self._labels)
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.").labels(**self._labels)
+        self.by_depth = counter("spec_decode_num_accepted_tokens_per_pos", "Drafted tokens that were accepted, by position.", "position")
+        self.preempted = counter("num_preemptions", "Texts that lost their pages and started again.").labels(**self._labels)
         self.first = histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST)
-        self.between = histogram("inter_token_latency_seconds", "Between the steps that told of tokens of a text.", BETWEEN)
+        self.between = histogram("inter_token_latency_seconds", "Between steps that gave tokens of a text.", BETWEEN)
         self.whole = histogram("e2e_request_latency_seconds", "From arrival to the end.", WHOLE)
         self.queued = histogram("request_queue_time_seconds", "From arrival to the first pass.", WHOLE)
         self.per_prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", COUNTS)
         self.per_text = histogram("request_generation_tokens", "Tokens generated for a request.", COUNTS)
+        self.opened = gauge("opened_methods", "Methods opened for requests.")
+        self.opened_bytes = gauge("opened_methods_bytes", "Memory of these.")
         for reason in ("stop", "length", "abort", "error"):  # seen from the start, at 0
             self.success.labels(**self._labels, finished_reason=reason)
 
     def watch(self, engine: Engine) -> None:
-        """Gauges, which are read when they are asked for."""
+        """Sets the source of the gauges, which are read for each exposition."""
         self._engine = engine
         self.running.set_function(lambda: len(engine.running))
         self.waiting.set_function(lambda: len(engine.waiting))
         self.usage.set_function(lambda: engine.table.used() / engine.table.slabs)
+        self.opened.set_function(lambda: engine.opened.count)
+        self.opened_bytes.set_function(lambda: engine.opened.bytes)
 
-    def heard(self, ticket: Ticket, events: list[Event]) -> None:
-        """News of one request, behind Ticket.hear."""
+    def observe(self, ticket: Ticket, events: list[Event]) -> None:
+        """Counts events of one request, after Ticket.add."""
         request = ticket.request
         if request.id not in self._seen:
             self._seen[request.id] = {}

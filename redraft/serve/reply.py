@@ -1,4 +1,4 @@
-"""Replies in the forms of OpenAI's interface, from what the engine tells."""
+"""Replies in the forms of OpenAI's interface, from the engine's events."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from redraft.models.tokenizer import Tokenizer
 from redraft.serve.shell import Ticket
 
 FINGERPRINT = f"redraft-{__version__}"
-ALTERNATIVES = 4  # tokens beside each that provenance tells of
+ALTERNATIVES = 4  # for each token, where provenance is requested
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request wants to be told of each token, and how."""
+    """What a reply holds, and in which form."""
 
     id: str
     model: str
@@ -33,15 +33,15 @@ class Wanted:
     token_ids: bool = False
     provenance: bool = False
     echo: bool = False
-    drop: bool = False  # nothing of what is generated is told: only the prompt was asked about
-    usage: bool = False  # a last chunk of a stream tells it
+    drop: bool = False  # the reply has no generated token: only the prompt was asked about
+    usage: bool = False  # in a last chunk of a stream
     created: int = field(default_factory=lambda: int(time.time()))
-    predicted: str = ""  # what the drafter of the request's prediction is called in the statistics
+    predicted: str = ""  # the name of the prediction's drafter in the statistics
 
 
 @dataclass
 class Choice:
-    """One text as far as it is told."""
+    """One text, or what an event adds to it."""
 
     index: int
     text: str = ""
@@ -51,7 +51,7 @@ class Choice:
     reason: str | None = None
     stats: Stats = field(default_factory=Stats)
 
-    def hear(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         self.text += event.text
         self.tokens += event.tokens
         self.logprobs += event.logprobs
@@ -62,7 +62,7 @@ class Choice:
 
 @dataclass
 class Place:
-    """Where the next token begins in a text, in characters; one that is made of several tokens counts behind the last of them."""
+    """Where the next token begins in a text, in characters; a character of several tokens counts after the last of them."""
 
     at: int
     decoder: codecs.IncrementalDecoder = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "replace"))
@@ -83,21 +83,21 @@ class Writer:
         self._places = [Place(len(prompt) if wanted.echo else 0) for prompt in prompts for _ in range(self.n)]
         self._begun: set[int] = set()
 
-    def hear(self, place: int, event: Event) -> Choice:
-        """Keeps what is told of the text; returns what is new of it."""
+    def add(self, place: int, event: Event) -> Choice:
+        """Adds an event of the request at this place; returns what is new of its text."""
         index = place * self.n + event.index
         if self.wanted.drop:
-            told = Choice(index, reason="length" if event.reason else None, stats=event.stats)
+            new = Choice(index, reason="length" if event.reason else None, stats=event.stats)
         else:
-            told = Choice(index)
-            told.hear(event)
+            new = Choice(index)
+            new.add(event)
         whole = self.choices[index]
-        whole.text += told.text
-        whole.tokens += told.tokens
-        whole.logprobs += told.logprobs
-        whole.provenance += told.provenance
-        whole.reason, whole.stats = told.reason, told.stats
-        return told
+        whole.text += new.text
+        whole.tokens += new.tokens
+        whole.logprobs += new.logprobs
+        whole.provenance += new.provenance
+        whole.reason, whole.stats = new.reason, new.stats
+        return new
 
     # ---- whole replies
 
@@ -130,28 +130,28 @@ class Writer:
 
     # ---- streams
 
-    def chunk(self, told: Choice) -> dict[str, Any] | None:
-        """One piece, None where there is nothing to tell yet."""
-        first = told.index not in self._begun
-        place = told.index // self.n
-        ids = self.wanted.token_ids and told.tokens
-        if not (first or told.text or told.reason or (self.wanted.logprobs is not None and told.logprobs) or told.provenance or ids):
+    def chunk(self, new: Choice) -> dict[str, Any] | None:
+        """One piece, None where nothing can be sent yet."""
+        first = new.index not in self._begun
+        place = new.index // self.n
+        ids = self.wanted.token_ids and new.tokens
+        if not (first or new.text or new.reason or (self.wanted.logprobs is not None and new.logprobs) or new.provenance or ids):
             return None
-        self._begun.add(told.index)
+        self._begun.add(new.index)
         reply = self._frame("chat.completion.chunk" if self.wanted.chat else "text_completion")
-        found: dict[str, Any] = {"index": told.index, "finish_reason": told.reason}
+        found: dict[str, Any] = {"index": new.index, "finish_reason": new.reason}
         if self.wanted.chat:
             delta = {"role": self.wanted.role} if first else {}
-            found |= {"delta": delta | {"content": told.text}, "logprobs": self._chat_logprobs(told)}
+            found |= {"delta": delta | {"content": new.text}, "logprobs": self._chat_logprobs(new)}
         else:
             echo = first and self.wanted.echo
             found |= {
-                "text": (self.prompts[place] if echo else "") + told.text,
-                "logprobs": self._completion_logprobs(told, echo=echo),
+                "text": (self.prompts[place] if echo else "") + new.text,
+                "logprobs": self._completion_logprobs(new, echo=echo),
             }
         if first and self.wanted.token_ids:
             found["prompt_token_ids"] = self.tickets[place].request.prompt
-        reply["choices"] = [found | self._extra(told)]
+        reply["choices"] = [found | self._extra(new)]
         if self.wanted.usage:
             reply["usage"] = None
         elif all(choice.reason for choice in self.choices):
@@ -181,7 +181,7 @@ class Writer:
         return found
 
     def metrics(self) -> dict[str, Any]:
-        """What the request took, in seconds, and what drafting did for it."""
+        """Times of the request in seconds, and figures of its drafts."""
         stats = [choice.stats for choice in self.choices]
         steps, accepted = sum(one.steps for one in stats), sum(one.accepted for one in stats)
         deepest = max((len(one.by_depth) for one in stats), default=0)
@@ -204,15 +204,15 @@ class Writer:
             "seeds": [ticket.request.params.seed for ticket in self.tickets],
         }  # fmt: skip
 
-    def _extra(self, told: Choice) -> dict[str, Any]:
+    def _extra(self, new: Choice) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.wanted.token_ids:
-            found["token_ids"] = told.tokens
+            found["token_ids"] = new.tokens
         if self.wanted.provenance:
             found["provenance"] = [
-                self._origin(token, one, of) for token, one, of in zip(told.tokens, told.logprobs, told.provenance, strict=True)
+                self._origin(token, one, of) for token, one, of in zip(new.tokens, new.logprobs, new.provenance, strict=True)
             ]
-            found["trees"] = [self._tree(one) for one in told.provenance if one.tree is not None]
+            found["trees"] = [self._tree(one) for one in new.provenance if one.tree is not None]
         return found
 
     def _origin(self, token: int, one: TopLogprobs, of: Provenance) -> dict[str, Any]:
@@ -234,17 +234,17 @@ class Writer:
         tree = of.tree
         origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
         nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), origins, strict=True)
-        told = [
+        shown = [
             {"token": self._text(token), "token_id": token, "parent": parent, "origin": of.names[origin], "accepted": i in of.path}
             for i, (token, parent, origin) in enumerate(nodes)
         ]
-        return {"step": of.step, "nodes": told}
+        return {"step": of.step, "nodes": shown}
 
-    def _chat_logprobs(self, told: Choice) -> dict[str, Any] | None:
+    def _chat_logprobs(self, new: Choice) -> dict[str, Any] | None:
         if self.wanted.logprobs is None:
             return None
         content = []
-        for one in told.logprobs:
+        for one in new.logprobs:
             top = [self._entry(token, logprob) for token, logprob in one.top[: self.wanted.logprobs]]
             content.append(self._entry(one.token, one.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
@@ -253,14 +253,14 @@ class Writer:
         raw = self.tokenizer.bytes_of(token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
 
-    def _completion_logprobs(self, told: Choice, *, echo: bool) -> dict[str, Any] | None:
+    def _completion_logprobs(self, new: Choice, *, echo: bool) -> dict[str, Any] | None:
         if self.wanted.logprobs is None:
             return None
-        number = told.index // self.n
+        number = new.index // self.n
         request = self.tickets[number].request
-        entries: list[TopLogprobs | None] = [*told.logprobs]
-        tokens = [one.token for one in told.logprobs]
-        place, silent = self._places[told.index], self._special if request.params.skip_special_tokens else frozenset()
+        entries: list[TopLogprobs | None] = [*new.logprobs]
+        tokens = [one.token for one in new.logprobs]
+        place, silent = self._places[new.index], self._special if request.params.skip_special_tokens else frozenset()
         offsets = [place.step(b"" if token in silent else self.tokenizer.bytes_of(token)) for token in tokens]
         if echo:
             entries, tokens = [*request.prompt_logprobs, *entries], [*request.prompt, *tokens]
@@ -270,7 +270,7 @@ class Writer:
         return {"tokens": [*map(self._text, tokens)], "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
 
     def _prompt_offsets(self, tokens: list[int], text: str) -> list[int]:
-        """Of a prompt's tokens in its text, which may lack special tokens and the space that some tokenizers put in front."""
+        """The place of each token of a prompt in its text, which may lack special tokens and the space that some tokenizers add."""
         place, offsets = Place(0), []
         for token in tokens:
             raw = self.tokenizer.bytes_of(token)
@@ -284,22 +284,22 @@ class Writer:
         return frozenset(self.tokenizer.hf.all_special_ids)
 
     def _top(self, one: TopLogprobs) -> dict[str, float]:
-        """The likeliest tokens, and the one that was chosen; of tokens that read the same, the likeliest."""
+        """The likeliest tokens and the chosen one; of tokens with the same text, the likeliest."""
         top = dict(one.top[: self.wanted.logprobs]) | {one.token: one.logprob}
         ranked = sorted(top.items(), key=lambda pair: pair[1])
         return dict(reversed({self._text(token): _finite(logprob) for token, logprob in ranked}.items()))
 
     def _prompt_logprobs(self, request: Request) -> list[dict[str, Any] | None]:
-        told: list[dict[str, Any] | None] = []
+        found: list[dict[str, Any] | None] = []
         for one in request.prompt_logprobs:
             if one is None:
-                told.append(None)
+                found.append(None)
                 continue
             ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top[: self.wanted.prompt_logprobs], 1)]
             if one.token not in [token for token, _, _ in ranked]:
                 ranked.append((one.token, one.logprob, one.rank))
-            told.append({str(t): {"logprob": _finite(p), "rank": rank, "decoded_token": self._text(t)} for t, p, rank in ranked})
-        return told
+            found.append({str(t): {"logprob": _finite(p), "rank": rank, "decoded_token": self._text(t)} for t, p, rank in ranked})
+        return found
 
     def _text(self, token: int) -> str:
         return self.tokenizer.bytes_of(token).decode("utf-8", "replace")

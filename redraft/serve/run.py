@@ -1,10 +1,11 @@
-"""The process of a server: load, listen, and end in an orderly way."""
+"""The process of a server: load, serve, and end in an orderly way."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 from time import monotonic
 from types import FrameType
@@ -15,19 +16,21 @@ import uvicorn
 
 from redraft.config import EngineConfig, SamplingParams
 from redraft.llm import LLM
+from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
+from redraft.serve.connection import patient
 from redraft.serve.errors import Refused
-from redraft.serve.limits import patient
-from redraft.serve.openai import Service, app
+from redraft.serve.listen import BACKLOG
+from redraft.serve.service import Service
 
-GRACE = 2.0  # seconds in which streams that were ended may tell so
+GRACE = 2.0  # seconds for the last events of streams that are ended
 TICK = 0.05
 
 
 class Server(uvicorn.Server):
-    """First signal: no new requests, those under way go on for `shutdown_timeout` seconds. Second: all ends now.
+    """First signal: no new requests; running ones may end within `shutdown_timeout` seconds. Second: all end now.
 
-    SIGINT stays ignored where it was when the process started, as in background jobs of a script."""
+    SIGINT stays ignored if it was when the process started, as in background jobs of a script."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -35,6 +38,11 @@ class Server(uvicorn.Server):
         self.dead = False
         self.ignores_sigint = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         service.shell.stopped = self._stopped
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets is not None:
+            self._log_started_message(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig == signal.SIGINT and self.ignores_sigint:
@@ -48,8 +56,7 @@ class Server(uvicorn.Server):
         self.dead = self.should_exit = self.service.shell.draining = True
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Waits for requests, while new ones are told to go elsewhere (503); then ends what is left with an error that its client can
-        read."""
+        """Waits for running requests while new ones get 503; then ends the rest with an error that its client can read."""
         shell = self.service.shell
         until = monotonic() + self.service.config.shutdown_timeout
         while shell.busy and monotonic() < until and not self.force_exit and shell.alive:
@@ -77,6 +84,7 @@ def server(llm: LLM, serve: ServeConfig) -> Server:
         timeout_keep_alive=max(1, int(min(serve.idle_timeout, 3600))),
         h11_max_incomplete_event_size=64 << 10,
         http=patient(serve.idle_timeout),
+        backlog=BACKLOG,
         ws="none",
         lifespan="on",
         server_header=False,
@@ -84,19 +92,23 @@ def server(llm: LLM, serve: ServeConfig) -> Server:
     return Server(config, application.state.service)
 
 
-def run(engine: EngineConfig, serve: ServeConfig) -> int:
-    """Serves until a signal. 0, or 1 where the engine died."""
-    llm = LLM(config=engine)
-    policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}
-    llm.engine.policies.check(SamplingParams(**policies))  # clashes are told now, not to the first client
-    made = server(llm, serve)
-    names = ", ".join(made.service.names)
-    drafts = f"draft {llm.config.draft}, {llm.config.schedule.draft_rows} rows"
-    limit = f"texts of up to {llm.max_model_len} tokens"
-    typer.echo(f"{names}: backend {llm.runner.backend.name}, {drafts}, {limit}, {llm.guarantee.label}", err=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        made.run()
-    if not made.started and not made.dead:
-        return 1  # uvicorn has said why: the address is taken, mostly
+def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) -> int:
+    """Serves on `sockets`, which listen already, until a signal; then they are closed. 0, or 1 where the engine died."""
+    try:
+        llm = LLM(config=engine)
+        policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}
+        llm.engine.policies.check(SamplingParams(**policies))  # a conflict is an error now, not for the first client
+        made = server(llm, serve)
+        names = ", ".join(made.service.names)
+        drafts = f"draft {llm.config.draft}, {llm.config.schedule.draft_rows} rows"
+        limit = f"texts of up to {llm.max_model_len} tokens"
+        typer.echo(f"{names}: backend {llm.runner.backend.name}, {drafts}, {limit}, {llm.guarantee.label}", err=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            made.run(sockets)
+    finally:
+        for one in sockets:
+            one.close()
+        if serve.uds is not None:
+            serve.uds.unlink(missing_ok=True)
     sys.stderr.flush()
-    return int(made.dead)
+    return int(made.dead or not made.started)

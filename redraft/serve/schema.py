@@ -1,50 +1,65 @@
-"""What clients may send. Unknown fields are errors that name them; so are fields of OpenAI's that this server cannot honour."""
+"""What clients may send. An unknown field is an error that names it; so is a field of OpenAI's that this server does not offer."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST = 1 << 31  # of numbers that count something
+MESSAGES = 4096  # of a conversation
+CONTENT_PARTS = 1024  # of a message or a prediction
+TOOL_CALLS = 128  # of a message
+VARIABLES = 64  # of a chat template
 Text = Annotated[str, Field(max_length=64 << 20)]
 Short = Annotated[str, Field(max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=MOST)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Id = Annotated[str, Field(pattern=r"^\d{1,10}$")]
+Method = Annotated[str, Field(max_length=200)]
 
 LACKING = {
     "audio": "speech", "best_of": "best_of", "function_call": "tools", "functions": "tools", "logit_processors": "processors",
     "modalities": "other modalities than text", "suffix": "filling in the middle", "tool_choice": "tools", "tools": "tools",
-    "parallel_tool_calls": "tools", "guided_json": "grammars", "guided_regex": "grammars", "guided_choice": "grammars",
+    "guided_json": "grammars", "guided_regex": "grammars", "guided_choice": "grammars",
     "guided_grammar": "grammars", "structured_outputs": "grammars", "use_beam_search": "beam search", "web_search_options": "web search",
     "reasoning_effort": "reasoning effort", "length_penalty": "beam search", "chat_template": "templates from clients",
 }  # fmt: skip
-NEUTRAL: dict[str, Any] = {"best_of": 1, "use_beam_search": False, "tools": [], "tool_choice": "none", "modalities": ["text"]}
+NEUTRAL: dict[str, Any] = {"best_of": 1, "tool_choice": "none", "function_call": "none", "suffix": "", "modalities": ["text"]}
+NOTHING: dict[str, Any] = {"additionalProperties": {"type": "null"}}  # fields that are not described may be null
 
 
 class Body(BaseModel):
-    """A request's body: nothing unknown, and what is null counts as not given; so does what asks for nothing."""
+    """A JSON object of a request. A field that is null counts as not given; an unknown field with a value is refused by name. Of
+    LACKING also [], false and the NEUTRAL value count as not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-    _echoed: ClassVar[bool] = False
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), json_schema_extra=NOTHING)
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, values: Any) -> Any:
+    def _given(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for name, what in LACKING.items():
-            value, neutral = values.get(name), NEUTRAL.get(name)
-            if value is not None and (value != neutral or type(value) is not type(neutral)):
-                raise ValueError(f"{name}: this server does not offer {what}")
-        return {name: value for name, value in values.items() if value is not None or (not cls._echoed and name not in LACKING)}
+        return {name: value for name, value in values.items() if not cls._neutral(name, value)}
+
+    @classmethod
+    def _neutral(cls, name: str, value: Any) -> bool:
+        """Whether the field asks for nothing."""
+        if value is None:
+            return True
+        if name not in LACKING:
+            return False
+        if not _empty(value) and not (value == NEUTRAL.get(name) and type(value) is type(NEUTRAL.get(name))):
+            raise ValueError(f"{name}: this server does not offer {LACKING[name]}")
+        return True
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value is False or value == []
 
 
 class StreamOptions(Body):
-    include_usage: bool = Field(False, description="a last chunk tells the usage")
-    include_obfuscation: bool = Field(False, description="accepted, and without effect")
+    include_usage: bool | None = Field(None, description="a last chunk holds the usage")
+    include_obfuscation: bool | None = Field(None, description="accepted, and without effect")
 
 
 class ContentPart(Body):
@@ -53,30 +68,30 @@ class ContentPart(Body):
 
 
 class Prediction(Body):
-    """What the reply is expected to be close to; its tokens are drafted, and decide nothing."""
+    """A text that the reply is expected to be close to. Its tokens are drafted; they do not change the reply."""
 
-    type: Literal["content"] = "content"
-    content: Text | list[ContentPart]
+    type: Literal["content"] | None = None
+    content: Text | Annotated[list[ContentPart], Field(max_length=CONTENT_PARTS)]
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return _joined(self.content)
 
 
 class SpeculationChoice(Body):
-    """How this request's text is drafted and verified; what is not given is the server's choice."""
+    """How this request is drafted and verified. A field that is not given is the server's choice."""
 
-    method: str | None = Field(None, max_length=200, description="name:option=value,... of a drafter, see `redraft methods`")
+    method: Method | None = Field(None, description="name:option=value,... of a drafter, see `redraft methods`")
     budget: int | None = Field(None, ge=0, le=1024, description="drafted tokens a step at most")
-    verifier: str | None = Field(None, max_length=200, description="name:option=value,... of a verifier")
+    verifier: Method | None = Field(None, description="name:option=value,... of a verifier")
 
 
 class CacheChoice(Body):
-    """Policies of this request's cache; what is not given is the server's choice."""
+    """Policies of this request's cache. A field that is not given is the server's choice."""
 
-    keep: str | None = Field(None, max_length=200, description="name:option=value,... of what is kept, or none")
-    codec: str | None = Field(None, max_length=200, description="name:option=value,... of the form in which it is stored, or none")
-    read: str | None = Field(None, max_length=200, description="name:option=value,... of how it is read, or none")
+    keep: Method | None = Field(None, description="name:option=value,... of what is kept, or none")
+    codec: Method | None = Field(None, description="name:option=value,... of the form in which it is stored, or none")
+    read: Method | None = Field(None, description="name:option=value,... of how it is read, or none")
 
 
 class ResponseFormat(Body):
@@ -89,12 +104,14 @@ class Sampled(Body):
     model: str | None = Field(None, max_length=400, description="a name of /v1/models; without it, the one that is served")
     n: int | None = Field(None, ge=1, le=1024)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0: the likeliest token alone")
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
-    stop: Short | list[Short] | None = None
+    stop: Short | Annotated[list[Short], Field(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, description="token id -> added to its logit")
+    logit_bias: dict[Id, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=4096, description="token id -> added to its logit"
+    )
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
     user: str | None = Field(None, max_length=1000, description="accepted, and without effect")
@@ -114,13 +131,13 @@ class Sampled(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
-    cache_salt: str | None = Field(None, max_length=1000, description="who does not give the same shares no cached prefix")
-    priority: int | None = Field(None, ge=-MOST, lt=MOST, description="the lower, the sooner it runs")
+    cache_salt: str | None = Field(None, max_length=1000, description="requests share cached prefixes only with the same salt")
+    priority: int | None = Field(None, ge=-MOST, lt=MOST, description="a lower number runs sooner")
     return_token_ids: bool | None = None
     # ours
     speculation: Literal["off"] | SpeculationChoice | None = Field(None, description='"off", or how to draft and verify')
     cache: CacheChoice | None = None
-    provenance: bool | None = Field(None, description="tell of each token who drafted it, its probability, and the step's tree")
+    provenance: bool | None = Field(None, description="the reply names each token's drafter, its probability, and the tree of each step")
 
 
 class CompletionRequest(Sampled):
@@ -133,37 +150,77 @@ class CompletionRequest(Sampled):
     add_special_tokens: bool | None = Field(None, description="put <s> and the like around the prompt, as the checkpoint does")
 
 
-class Message(Body):
-    _echoed: ClassVar[bool] = True  # replies come back as clients hold them, with all that is null in them
+class Replied(Body):
+    """A part of a conversation. A client sends replies back as it got them, so unknown fields that hold nothing are allowed."""
 
+    @classmethod
+    def _neutral(cls, name: str, value: Any) -> bool:
+        return (name not in cls.model_fields and _empty(value)) or super()._neutral(name, value)
+
+
+class FunctionCall(Replied):
+    name: Annotated[str, Field(min_length=1, max_length=1000)]
+    arguments: Text | dict[str, Any] | None = Field(None, description="a JSON object, or its text")
+
+
+class ToolCall(Replied):
+    """A function that the assistant called in an earlier turn."""
+
+    id: str | None = Field(None, max_length=1000)
+    type: Literal["function"] | None = None
+    index: int | None = Field(None, ge=0, lt=MOST, description="accepted, and without effect")
+    function: FunctionCall
+
+    def plain(self) -> dict[str, Any]:
+        """As templates read it."""
+        made: dict[str, Any] = {"type": "function", "function": {"name": self.function.name, "arguments": self.function.arguments}}
+        return made | ({"id": self.id} if self.id is not None else {})
+
+
+class Message(Replied):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[ContentPart] | None = None
+    content: Text | Annotated[list[ContentPart], Field(max_length=CONTENT_PARTS)] | None = None
     name: str | None = Field(None, max_length=1000)
     refusal: Text | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=TOOL_CALLS, description="of role assistant: calls of an earlier turn")
+    tool_call_id: str | None = Field(None, max_length=1000, description="of role tool: the call whose result this is")
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _in_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls: only the role assistant has them, not {self.role}")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id: only the role tool has it, not {self.role}")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As templates read it."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": self.role, "content": text} | ({"name": self.name} if self.name is not None else {})
+        made: dict[str, Any] = {"role": self.role, "content": _joined(self.content or "")}
+        made |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
+        return made | ({"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {})
+
+
+def _joined(content: str | list[ContentPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class ChatRequest(Sampled):
     use_beam_search: Literal[False] | None = None
     tools: list[Any] | None = Field(None, max_length=0, description="none are offered")
     tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = Field(None, description="accepted, and without effect: no tools are offered")
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MESSAGES)
     max_tokens: int | None = Field(None, ge=1, lt=MOST)
     max_completion_tokens: int | None = Field(None, ge=1, lt=MOST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1024)
     response_format: ResponseFormat | None = None
-    metadata: dict[Text, Text] | None = Field(None, description="accepted, and without effect")
+    metadata: dict[Short, Short] | None = Field(None, max_length=64, description="accepted, and without effect")
     store: Literal[False] | None = Field(None, description="nothing is stored")
     add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = Field(None, description="the reply goes on with the last message")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the template")
+    continue_final_message: bool | None = Field(None, description="the reply continues the last message")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=VARIABLES, description="variables for the template")
 
 
 class EmbeddingRequest(Body):
@@ -172,7 +229,7 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, lt=MOST, description="as many as the model has; no fewer are offered")
     user: str | None = Field(None, max_length=1000)
-    pooling: Literal["last", "mean"] | None = Field(None, description="of the hidden states behind the final norm; last by default")
+    pooling: Literal["last", "mean"] | None = Field(None, description="of the hidden states after the final norm; last by default")
     normalize: bool | None = Field(None, description="to length 1, which is the default")
     priority: int | None = Field(None, ge=-MOST, lt=MOST)
     cache_salt: str | None = Field(None, max_length=1000)
@@ -183,14 +240,14 @@ class TokenizeRequest(Body):
 
     model: str | None = Field(None, max_length=400)
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MESSAGES)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=VARIABLES)
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):
     model: str | None = Field(None, max_length=400)
-    tokens: list[Token]
+    tokens: list[Token] = Field(max_length=1 << 20)

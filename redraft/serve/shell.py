@@ -1,7 +1,7 @@
-"""The asynchronous shell around the synchronous engine: one thread steps it, the event loop hears what it found.
+"""The asynchronous shell around the synchronous engine: one thread steps it, the event loop receives its events.
 
-The thread alone touches the engine. Others hand it things to do, which it does between two steps, so that a request that was
-cancelled holds no page after the step under way.
+Only that thread touches the engine. Other code gives it tasks, which it does between two steps, so that a cancelled request holds no
+page after the current step.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from redraft.serve.errors import Refused
 from redraft.serve.metrics import Metrics
 
 log = logging.getLogger("redraft.serve")
-LONGEST_STEP = 10.0  # seconds that are waited for it at the end; a thread that hangs must not keep the process
+LONGEST_STEP = 10.0  # seconds to wait for it at the end; a thread that hangs must not keep the process
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request under way, as the event loop sees it. Times are those of time.monotonic."""
+    """A running request, as the event loop sees it. Times are those of time.monotonic."""
 
     request: Request
     arrived: float = field(default_factory=monotonic)
     queue: asyncio.Queue[list[Event] | Exception] = field(default_factory=asyncio.Queue)
     left: int = 0  # texts that are not finished
     first: float | None = None  # when the first token was there
-    last: dict[int, float] = field(default_factory=dict)  # and the latest of each text
+    last: dict[int, float] = field(default_factory=dict)  # of each text: when its latest token was there
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)  # seconds between tokens; those of one step came at once
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """News, a step's at a time, until all texts are finished. Raises what ended the request before."""
-        unread = self.request.params.n  # not `left`: the last news may lie behind others in the queue
+        """Events, those of a step at a time, until all texts are finished. Raises the error that ended the request early."""
+        unread = self.request.params.n  # not `left`, which counts what is still in the queue
         while unread:
-            news = await self.queue.get()
-            if isinstance(news, Exception):
-                raise news
-            unread -= sum(event.reason is not None for event in news)
-            yield news
+            received = await self.queue.get()
+            if isinstance(received, Exception):
+                raise received
+            unread -= sum(event.reason is not None for event in received)
+            yield received
 
-    def hear(self, events: list[Event]) -> None:
+    def add(self, events: list[Event]) -> None:
         now = monotonic()
         for event in events:
             self.left -= event.reason is not None
@@ -66,7 +66,7 @@ class Ticket:
 
 
 class Shell:
-    """`start` it in a running event loop. stopped: called in the event loop should the thread die."""
+    """`start` it in a running event loop. stopped: called in the event loop if the thread dies."""
 
     def __init__(self, engine: Engine, metrics: Metrics, *, max_queue: int, stopped: Callable[[], None] = lambda: None) -> None:
         self.engine, self.metrics, self.max_queue, self.stopped = engine, metrics, max_queue, stopped
@@ -76,6 +76,7 @@ class Shell:
         self._tasks: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._end = False
+        self._busy_since: float | None = None  # when the current step or task began; None: the thread waits
         self._calls: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._main, name="redraft-engine", daemon=True)
 
@@ -90,22 +91,28 @@ class Shell:
         return self.died is None and self._thread.is_alive()
 
     @property
+    def stalled(self) -> float:
+        """Seconds for which the thread has been at its current step or task, 0 where it waits."""
+        since = self._busy_since
+        return 0.0 if since is None else monotonic() - since
+
+    @property
     def busy(self) -> int:
-        """Requests that are not finished."""
+        """The number of requests that are not finished."""
         return len(self._tickets)
 
     @property
     def queued(self) -> int:
-        """Requests that did not run yet."""
+        """The number of requests that did not run yet."""
         return sum(ticket.request.admitted is None for ticket in self._tickets.values())
 
     @property
     def room(self) -> int:
-        """Requests that may still be queued: those that can run at once do not wait."""
+        """How many requests may still be queued: those that can run at once do not wait."""
         return self.max_queue + max(0, self.engine.scheduler.max_seqs - len(self.engine.running)) - self.queued
 
     async def submit(self, *requests: Request) -> list[Ticket]:
-        """Queues requests, all or none. Refused where there is no room, RedraftError where the engine does not take one."""
+        """Queues requests, all or none. Refused (429, 503) where there is no room, RedraftError where the engine does not take one."""
         if self.draining or not self.alive:
             raise Refused(503, "the server is shutting down", headers={"Retry-After": "5"})
         if self.room < len(requests):
@@ -114,11 +121,11 @@ class Shell:
         self._tickets |= {ticket.request.id: ticket for ticket in tickets}
         try:
             await self.call(lambda: self._add(requests))
-        except RedraftError:  # they never began, so they count nowhere
+        except RedraftError:  # they never began, so they are not counted
             for request in requests:
                 self._tickets.pop(request.id, None)
             raise
-        except BaseException:  # also where the client went while its requests waited to be added
+        except BaseException:  # also where the client left before its requests were added
             self.forget(*tickets)
             raise
         return tickets
@@ -133,14 +140,14 @@ class Shell:
             raise
 
     def forget(self, *tickets: Ticket) -> None:
-        """Requests that are over, or whose answers nobody wants any more: nothing of them stays."""
+        """Drops requests that ended or lost their client."""
         for ticket in tickets:
             if self._tickets.pop(ticket.request.id, None) is not None:
                 self.metrics.ended(ticket, "abort")
                 self._abort(ticket)
 
     async def call(self, task: Callable[[], Any]) -> Any:
-        """What `task` returns or raises, done by the engine's thread between two steps."""
+        """The result of `task`, or its error; the engine's thread does it between two steps."""
         if not self.alive:
             raise Refused(503, "the engine stopped")
         done: asyncio.Future[Any] = self._loop.create_future()
@@ -156,7 +163,7 @@ class Shell:
                 value, error = task(), None
             except Exception as raised:
                 value, error = None, raised
-            self._tell(settle, value, error)
+            self._post(settle, value, error)
 
         self._do(run)
         return await done
@@ -167,13 +174,13 @@ class Shell:
             self._fail(ticket, error)
 
     async def stop(self) -> None:
-        """Ends the thread behind the step under way."""
+        """Ends the thread after the current step."""
         self._end = True
         self._do(lambda: None)
         await asyncio.to_thread(self._thread.join, LONGEST_STEP)
 
     def _patience(self) -> int:
-        """Seconds until there may be room: what those who wait will take, as far as the latest requests tell."""
+        """Seconds until there may be room, estimated from the latest requests."""
         return max(1, min(60, round(self.metrics.recent * self.queued / max(1, self.engine.scheduler.max_seqs))))
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
@@ -186,21 +193,21 @@ class Shell:
         def abort() -> None:
             try:
                 self.engine.abort(ticket.request.id)
-            except Exception:  # a part that cannot even end: the others go on
+            except Exception:  # a part that raises at its end: the others continue
                 log.exception("request %s did not end well", ticket.request.id)
 
         self._do(abort)
 
-    def _hear(self, events: list[Event]) -> None:
-        news: dict[str, list[Event]] = {}
+    def _deliver(self, events: list[Event]) -> None:
+        by_request: dict[str, list[Event]] = {}
         failed = [(event.request, event.error) for event in events if event.error is not None]
         for event in events:
             if event.error is None:
-                news.setdefault(event.request.id, []).append(event)
-        for name, some in news.items():
+                by_request.setdefault(event.request.id, []).append(event)
+        for name, some in by_request.items():
             if (ticket := self._tickets.get(name)) is not None:
-                ticket.hear(some)
-                self.metrics.heard(ticket, some)
+                ticket.add(some)
+                self.metrics.observe(ticket, some)
                 if not ticket.left:
                     del self._tickets[name]
                     self.metrics.ended(ticket, str(some[-1].reason))
@@ -227,26 +234,29 @@ class Shell:
 
     # ---- the engine's thread
 
-    def _tell(self, what: Callable[..., None], *about: Any) -> None:
-        """Calls it in the event loop, unless that has ended before a step that took too long."""
+    def _post(self, what: Callable[..., None], *about: Any) -> None:
+        """Calls it in the event loop, unless that has ended during a step that took too long."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(what, *about)
 
     def _main(self) -> None:
         try:
             while not self._end:
+                self._busy_since = None
                 with self._wake:
                     while not self._tasks and not self.engine.has_work:
                         self._wake.wait()
                 while self._tasks:
+                    self._busy_since = monotonic()
                     self._tasks.popleft()()
                 if self.engine.has_work and not self._end:
+                    self._busy_since = monotonic()
                     self._step()
         except BaseException as error:
             self.died = error
             log.critical("the engine's thread died", exc_info=error)
-            self._tell(self._dead, error)
+            self._post(self._dead, error)
 
     def _step(self) -> None:
-        if events := self.engine.step():  # statistics go on changing here
-            self._tell(self._hear, [replace(event, stats=event.stats.copy()) for event in events])
+        if events := self.engine.step():  # copies, because this thread goes on changing the statistics
+            self._post(self._deliver, [replace(event, stats=event.stats.copy()) for event in events])

@@ -1,4 +1,4 @@
-"""Server-sent events: a reply piece by piece, with signs of life while there is nothing to tell and errors told rather than cut off."""
+"""Server-sent events: a reply piece by piece, comments while there is no piece, and an event for an error."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from redraft.serve.errors import Refused, refused
 from redraft.serve.limits import unless_gone
+from redraft.serve.prompts import LATE
 from redraft.serve.reply import Writer
 from redraft.serve.shell import Shell, Ticket
 
@@ -22,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> AsyncIterator[Any]:
-    """What `source` yields, and None whenever it was silent for `every` seconds; Refused (504) at `deadline`, of time.monotonic."""
+    """Yields what `source` yields, and None after each `every` seconds without any; Refused (504) at `deadline`, of time.monotonic."""
     queue: asyncio.Queue[tuple[Any, Exception | None]] = asyncio.Queue()
 
     async def pump() -> None:  # one task for all pieces: a time-out of `anext` would end the source
@@ -41,7 +42,7 @@ async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> As
                     value, error = await queue.get()
             except TimeoutError:
                 if monotonic() >= deadline:
-                    raise Refused(504, "the request took longer than this server allows") from None
+                    raise Refused(504, LATE) from None
                 yield None
                 continue
             if isinstance(error, StopAsyncIteration):
@@ -55,7 +56,7 @@ async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> As
 
 
 async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
-    """(place of the ticket, events of a step) of all of them, as they come."""
+    """Yields (place of the ticket, events of a step) of all of them, as they arrive."""
     if len(tickets) == 1:
         async for events in tickets[0].events():
             yield 0, events
@@ -74,13 +75,13 @@ async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
     try:
         left = len(tickets)
         while left:
-            place, news = await queue.get()
-            if isinstance(news, Exception):
-                raise news
-            if news is None:
+            place, received = await queue.get()
+            if isinstance(received, Exception):
+                raise received
+            if received is None:
                 left -= 1
             else:
-                yield place, news
+                yield place, received
     finally:
         for one in pumps:
             one.cancel()
@@ -88,26 +89,26 @@ async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
 
 
 async def whole(writer: Writer, deadline: float) -> dict[str, Any]:
-    """The reply when all of it is there."""
-    async for news in paced(together(writer.tickets), 3600.0, deadline):
-        if news is not None:
-            place, events = news
+    """The reply, when it is complete."""
+    async for received in paced(together(writer.tickets), 3600.0, deadline):
+        if received is not None:
+            place, events = received
             for event in events:
-                writer.hear(place, event)
+                writer.add(place, event)
     return writer.whole()
 
 
 async def lines(writer: Writer, deadline: float, every: float) -> AsyncGenerator[bytes]:
     """The events of a stream."""
     try:
-        async for news in paced(together(writer.tickets), every, deadline):
-            if news is None:
+        async for received in paced(together(writer.tickets), every, deadline):
+            if received is None:
                 yield ALIVE
                 continue
-            place, events = news
-            chunks = [writer.chunk(writer.hear(place, event)) for event in events]
-            if told := b"".join(map(_event, filter(None, chunks))):
-                yield told
+            place, events = received
+            chunks = [writer.chunk(writer.add(place, event)) for event in events]
+            if sent := b"".join(map(_event, filter(None, chunks))):
+                yield sent
         if writer.wanted.usage:
             yield _event(writer.last())
     except Exception as error:
@@ -120,7 +121,7 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Ends, and with it the requests, as soon as the client has left."""
+    """The response, which ends with its requests as soon as the client has left."""
 
     media_type = "text/event-stream"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,13 +28,15 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Configs:
     """What the server was started with; it ends with 3 where it serves port 3."""
     started: Configs = []
 
-    def run(engine: EngineConfig, serve: ServeConfig) -> int:
+    def run(engine: EngineConfig, serve: ServeConfig, sockets: list[Any]) -> int:
+        assert sockets == []
         started.append((engine, serve))
         return 3 if serve.port == 3 else 0
 
     module = types.ModuleType("redraft.serve.run")
     module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "redraft.serve.run", module)
+    monkeypatch.setattr("redraft.cli.serve.listen", lambda serve: [])
     for variable in os.environ:
         if variable.startswith("REDRAFT_"):
             monkeypatch.delenv(variable)
@@ -48,7 +52,7 @@ def file(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
-def told(err: str, name: str) -> tuple[str, str]:
+def shown(err: str, name: str) -> tuple[str, str]:
     """Value and origin of a setting in what is printed at start."""
     (line,) = re.findall(rf"^  {name} +(.*)$", err, re.M)
     value, origin = re.split(r" {2,}| (?=default$|file$|environment$|command line$)", line, maxsplit=1)
@@ -62,7 +66,7 @@ def test_nothing_given(redraft: Serve, ran: Configs) -> None:
     lines = err.splitlines()
     assert len(lines) == 1 + len(SERVER.fields) + len(ENGINE.fields) + 1  # heading, model
     assert all(line.endswith(" default") for line in lines[1:])
-    assert told(err, "draft") == ("auto", "default")
+    assert shown(err, "draft") == ("auto", "default")
 
 
 def test_the_code_of_the_server_is_that_of_the_command(redraft: Serve, ran: Configs) -> None:
@@ -80,7 +84,7 @@ def test_command_line_over_environment_over_file_over_default(
     assert code == 0
     assert engine == EngineConfig.of(model="c", draft="self-skip", max_seqs=3, threads=1)
     assert server == ServeConfig(port=4, host="two", max_n=1)
-    origins = {name: told(err, name) for name in ("model", "port", "host", "max-n", "max-body", "max-seqs", "threads")}
+    origins = {name: shown(err, name) for name in ("model", "port", "host", "max-n", "max-body", "max-seqs", "threads")}
     assert origins == {
         "model": ("c", "command line"),
         "port": ("4", "command line"),
@@ -137,7 +141,7 @@ def test_values_arrive_as_they_were_meant(
     )
     draft = {"draft": "auto"}
     assert ran == [(EngineConfig.of(token_budget=99, cache_memory=5000, dtype="float64", prefix_sharing=False, **draft), expected)]
-    assert told(err, "api-key")[0] == "(2 keys)"
+    assert shown(err, "api-key")[0] == "(2 keys)"
     assert "k1" not in err
 
 
@@ -183,8 +187,8 @@ def test_what_is_on_in_the_file_is_off_by_flag(redraft: Serve, ran: Configs, fil
         ([], {}, "api-key: \x00", "serve.yaml: not YAML"),
         ([], {}, "draft: off", "serve.yaml: draft = False: so YAML reads words"),
         ([], {}, "max-n: yes", "serve.yaml: max-n = True: so YAML reads words"),
-        ([], {}, "port: 1\nport: 2", "serve.yaml: port stands there twice"),
-        ([], {}, "max-n: 1\nmax_n: 2", "serve.yaml: max_n stands there twice"),
+        ([], {}, "port: 1\nport: 2", "serve.yaml: port is given twice"),
+        ([], {}, "max-n: 1\nmax_n: 2", "serve.yaml: max_n is given twice"),
         ([], {}, "max-seqs: 1\nmax-num-seqs: 2", "are one option: give one"),
         ([], {}, "config: x", "serve.yaml: unknown option 'config'"),
         ([], {}, "- port", "serve.yaml: not a mapping"),
@@ -242,7 +246,16 @@ def test_a_template_is_shown_as_it_was_given(redraft: Serve, ran: Configs, tmp_p
     path = tmp_path / "chat.jinja"
     path.write_text("{{ messages }}\n")
     _, _, err = redraft("serve", "--chat-template", str(path))
-    assert told(err, "chat-template") == (str(path), "command line")
+    assert shown(err, "chat-template") == (str(path), "command line")
     assert ran[0][1].chat_template == "{{ messages }}\n"
     _, _, err = redraft("serve", "--chat-template", "{{ messages }}\n")
-    assert told(err, "chat-template") == ("(15 characters)", "command line")
+    assert shown(err, "chat-template") == ("(15 characters)", "command line")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_help_fits_the_terminal(columns: int) -> None:
+    environment = {**os.environ, "COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns), "TERM": "dumb"}
+    command = [sys.executable, "-m", "redraft", "serve", "--help"]
+    printed = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True).stdout
+    assert "--step-timeout" in printed and "--max-body" in printed
+    assert [line for line in printed.splitlines() if len(line) > columns or "…" in line] == []

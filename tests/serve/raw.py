@@ -102,7 +102,7 @@ class Live:
 
 def post(path: str, body: Any, *lines: str) -> bytes:
     sent = json.dumps(body).encode()
-    head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(sent)}", *lines, "", ""]
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(sent)}", *lines, "", ""]
     return "\r\n".join(head).encode() + sent
 
 

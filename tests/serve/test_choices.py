@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redraft.serve.openai import _without_files
+from redraft.serve.choices import public
 from tests.serve.raw import Live, live
 
 
@@ -35,16 +35,84 @@ def test_no_request_names_a_file(server: Live, choice: dict[str, Any]) -> None:
     assert "it may name a file" in error["message"] and "passwd" not in error["message"] and "No such" not in error["message"]
 
 
-def test_no_place_on_the_machine_is_told() -> None:
-    assert _without_files("draft", "copyspec:gamma=4") == "copyspec:gamma=4"
-    assert _without_files("draft", "token-recycling:path=/srv/table.st") == "token-recycling"
-    assert _without_files("draft", "union:parts=copyspec+(token-recycling:path=/srv/table.st)") == "union"
+def test_no_place_on_the_machine_is_shown() -> None:
+    assert public("draft", "copyspec:gamma=4") == "copyspec:gamma=4"
+    assert public("draft", "token-recycling:path=/srv/table.st") == "token-recycling"
+    assert public("draft", "union:parts=copyspec+(token-recycling:path=/srv/table.st)") == "union"
 
 
 @pytest.mark.parametrize("number", ["+1000000", "1_000_000", "1e6", "65"])
 def test_a_number_is_bounded_however_it_is_spelled(server: Live, number: str) -> None:
     answer = server.complete("a", speculation={"method": f"aggressive:block={number}"})
     assert answer.status == 400 and "at most 64" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "choice"),
+    [
+        ("cache.keep", {"cache": {"keep": "scissorhands:budget=999999999999999999999"}}),
+        ("cache.keep", {"cache": {"keep": "ada-kv:budget=99999999999999999999"}}),
+        ("cache.keep", {"cache": {"keep": "streaming-llm:recent=1048577"}}),
+        ("cache.keep", {"cache": {"keep": "ada-kv:floor=nan"}}),
+        ("cache.codec", {"cache": {"codec": "int4:block=16777216"}}),
+        ("cache.read", {"cache": {"read": "page-top-k:tokens=1e400"}}),
+        ("speculation.verifier", {"speculation": {"verifier": "typical:eps=inf"}}),
+        ("speculation.method", {"speculation": {"method": "rsd-c:branching=2x65"}}),
+        ("speculation.method", {"speculation": {"method": "union:parts=copyspec+(rsd-s:width=1000000000)"}}),
+        ("speculation.method", {"speculation": {"method": "union:parts=copyspec+(union:parts=copyspec+(copyspec:block=65))"}}),
+    ],
+)
+def test_numbers_of_all_methods_are_bounded(server: Live, field: str, choice: dict[str, Any]) -> None:
+    answer = server.complete("a", **choice)
+    error = answer.json["error"]
+    assert (answer.status, error["param"]) == (400, field)
+    assert "is allowed" in error["message"] or "is needed" in error["message"]
+
+
+@pytest.mark.parametrize("method", ["union:parts=" + "+".join(["copyspec"] * 9), "union:parts=union+union+union+union+union"])
+def test_parts_are_bounded_those_of_defaults_too(server: Live, method: str) -> None:
+    answer = server.complete("a", speculation={"method": method})
+    assert answer.status == 400 and "at most 8 are allowed" in answer.json["error"]["message"]
+    assert server.complete("a", speculation={"method": "union:parts=union+copyspec"}, max_tokens=1).status == 200
+
+
+def test_lists_are_bounded(server: Live) -> None:
+    hi = {"role": "user", "content": "hi"}
+    part = {"type": "text", "text": "a"}
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    for field, answer in (
+        ("messages", server.chat(messages=[hi] * 4097)),
+        ("messages.0.content", server.chat(messages=[{"role": "user", "content": [part] * 1025}])),
+        ("messages.0.tool_calls", server.chat(messages=[{"role": "assistant", "content": "", "tool_calls": [call] * 129}])),
+        ("prediction.content", server.chat(prediction={"type": "content", "content": [part] * 1025})),
+        ("chat_template_kwargs", server.chat(chat_template_kwargs={f"a{i}": 1 for i in range(65)})),
+        ("metadata", server.chat(metadata={str(i): "" for i in range(65)})),
+        ("stop", server.complete("a", stop=["x"] * 17)),
+        ("bad_words", server.complete("a", bad_words=["x"] * 65)),
+        ("logit_bias", server.complete("a", logit_bias={str(i): 1 for i in range(4097)})),
+        ("prompt", server.complete(["a"] * 21)),  # type: ignore[arg-type]
+    ):
+        error = answer.json["error"]
+        assert (answer.status, error["param"]) == (400, field), error
+        assert "at most" in error["message"]
+
+
+def test_what_the_engine_cannot_open_is_refused(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(request: Any) -> None:
+        raise OSError("/srv/secret")
+
+    monkeypatch.setattr(server.llm.engine, "add", add)
+    answer = server.complete("a", cache={"keep": "streaming-llm"})
+    error = answer.json["error"]
+    assert (answer.status, error["param"]) == (400, "cache") and "secret" not in error["message"]
+    assert server.complete("a").status == 500  # it chose nothing: the fault is the server's
+
+
+def test_a_profile_that_is_missing_is_refused_without_its_path(server: Live) -> None:
+    answer = server.complete("a", cache={"read": "double-sparsity"})
+    error = answer.json["error"]
+    assert (answer.status, error["param"]) == (400, "cache.read")
+    assert error["message"].startswith("double-sparsity: no profile (path); ") and "/" not in error["message"]
 
 
 def test_what_cannot_fit_is_refused_unread(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +131,40 @@ def test_what_cannot_fit_is_refused_unread(server: Live, monkeypatch: pytest.Mon
     assert max(read, default=0) < 1000
 
 
-def test_a_reply_may_come_back_with_its_nulls(server: Live) -> None:
-    told = {"role": "assistant", "content": "x", "refusal": None, "annotations": None, "audio": None, "tool_calls": None}
-    messages = [{"role": "user", "content": "hi"}, told, {"role": "user", "content": "on"}]
+def test_a_reply_may_come_back_with_all_that_is_empty_in_it(server: Live) -> None:
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": [], "reasoning": False}
+    reply = {"role": "assistant", "content": "x", **empty}
+    messages = [{"role": "user", "content": "hi"}, reply, {"role": "user", "content": "on"}]
     assert server.chat(messages=messages, max_tokens=2).status == 200
-    assert server.chat(messages=[{**told, "audio": "x"}], max_tokens=2).status == 400
-    assert server.chat(messages=messages, verbosity=None, max_tokens=2).status == 400
-    assert server.complete("a", best_of=True).status == 400 and server.complete("a", best_of=1).status == 200
+    for name, value in (("audio", "x"), ("annotations", [1]), ("reasoning", True)):
+        assert server.chat(messages=[{**reply, name: value}], max_tokens=2).status == 400, name
+
+
+def test_what_asks_for_nothing_counts_as_not_given(server: Live) -> None:
+    nothing = {
+        "stream_options": None,
+        "response_format": None,
+        "logit_bias": {},
+        "stop": [],
+        "tools": [],
+        "functions": [],
+        "frobnicate": None,
+    }
+    nothing |= {"cache": {"keep": None, "x": None}, "speculation": {"method": None}, "parallel_tool_calls": False, "top_logprobs": 0}
+    nothing |= {"tool_choice": "none", "reasoning_effort": None, "web_search_options": False, "prediction": None, "audio": False}
+    assert server.chat(max_tokens=2, **nothing).status == 200
+    assert server.chat(max_tokens=2, stream=True, stream_options={"include_usage": None, "include_obfuscation": None}).status == 200
+    assert server.chat(max_tokens=2, stream_options={"include_usage": False}).status == 200
+    assert server.chat(max_tokens=2, prediction={"type": None, "content": "a"}).status == 200
+    for name, value in (("frobnicate", False), ("tools", [{}]), ("best_of", True), ("use_beam_search", True), ("guided_json", {})):
+        error = server.complete("a", **{name: value}).json["error"]
+        assert error["param"] == name
+    assert server.complete("a", best_of=1, suffix="").status == 200
+
+
+def test_top_p_of_zero_is_the_likeliest_token(server: Live) -> None:
+    given = {"temperature": 1.0, "seed": 3, "max_tokens": 8}
+    assert server.alone("def add(", top_p=0, **given) == server.alone("def add(", temperature=0, max_tokens=8)
 
 
 def test_more_texts_are_embedded_than_may_wait(server: Live) -> None:

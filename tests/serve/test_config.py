@@ -32,7 +32,7 @@ def test_every_number_has_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "expected"),
     [
         ({"host": ""}, "ServeConfig.host = ''"),
         ({"keep_alive": 0}, "more than 0"),
@@ -59,10 +59,10 @@ def test_every_number_has_limits() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_told_in_one_line(values: dict[str, Any], told: str) -> None:
+def test_what_is_wrong_is_reported_in_one_line(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(InvalidInput) as error:
         ServeConfig(**values)
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -76,7 +76,7 @@ def test_what_is_right_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "two words", "schlüssel", "line\n", 5])
-def test_a_key_is_never_told(key: Any) -> None:
+def test_a_key_is_never_reported(key: Any) -> None:
     with pytest.raises(InvalidInput) as error:
         ServeConfig(api_key=("hidden-1", key))
     assert "ServeConfig.api_key" in str(error.value)

@@ -12,7 +12,7 @@ from redraft import SamplingParams
 from scripts.proofs.fuzz import GOOD, PROMPT, SAMPLES, Client, Malformed, attack, malformed, slots, wrong
 from tests.serve.raw import Live, embedded, live
 
-SECRET = "not-to-be-told"
+SECRET = "not-to-be-shown"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_field_gets_a_wrong_type(client: Client) -> None:
         (400, b'{"detail": "x"}'),
         (400, b"Bad Request"),
         (400, b'{"error": {"message": "in /home/me", "type": "x", "param": null, "code": null}}'),
-        (400, b'{"error": {"message": "not-to-be-told", "type": "x", "param": null, "code": null}}'),
+        (400, b'{"error": {"message": "not-to-be-shown", "type": "x", "param": null, "code": null}}'),
     ],
 )
 def test_what_would_be_a_fault(status: int, answer: bytes) -> None:

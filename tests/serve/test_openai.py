@@ -94,13 +94,13 @@ def test_the_client_s_own_way_to_gather_a_stream(client: openai.OpenAI, extra: d
     whole = chat(client, stop=",", logprobs=True)
     given: Any = {"messages": CHAT, "temperature": 0, "max_completion_tokens": 24, "stop": ",", "logprobs": True, "extra_body": extra}
     with client.chat.completions.stream(model="embedded", stream_options={"include_usage": True}, **given) as stream:
-        told = "".join(event.delta for event in stream if event.type == "content.delta")
+        got = "".join(event.delta for event in stream if event.type == "content.delta")
         final = stream.get_final_completion()
-    assert told == final.choices[0].message.content == whole.choices[0].message.content
+    assert got == final.choices[0].message.content == whole.choices[0].message.content
     assert final.choices[0].finish_reason == "stop"
     assert final.choices[0].logprobs == whole.choices[0].logprobs
     assert final.usage == whole.usage
-    assert client.chat.completions.parse(model="embedded", **given).choices[0].message.content == told
+    assert client.chat.completions.parse(model="embedded", **given).choices[0].message.content == got
 
 
 def test_the_last_line_of_a_stream_is_done(client: openai.OpenAI) -> None:
@@ -136,9 +136,9 @@ def test_a_conversation_goes_on(client: openai.OpenAI, llm: LLM) -> None:
 
 
 def test_a_conversation_without_the_beginning_of_a_reply(client: openai.OpenAI, llm: LLM) -> None:
-    told = [chat(client, extra={"add_generation_prompt": given, "return_token_ids": True}) for given in (False, True, None)]
+    got = [chat(client, extra={"add_generation_prompt": given, "return_token_ids": True}) for given in (False, True, None)]
     plain = llm.tokenizer.encode_chat(CHAT, add_generation_prompt=False)
-    assert [reply.model_extra["prompt_token_ids"] for reply in told] == [plain, *[llm.tokenizer.encode_chat(CHAT)] * 2]
+    assert [reply.model_extra["prompt_token_ids"] for reply in got] == [plain, *[llm.tokenizer.encode_chat(CHAT)] * 2]
 
 
 def test_contents_in_parts(client: openai.OpenAI) -> None:
@@ -248,7 +248,7 @@ def test_other_verifiers_give_the_same_text_for_the_same_seed(client: openai.Ope
     assert first.model_extra["metrics"]["accepted"] > 0
 
 
-def test_a_seed_that_was_not_given_is_told(client: openai.OpenAI) -> None:
+def test_a_seed_that_was_not_given_is_reported(client: openai.OpenAI) -> None:
     first = complete(client, temperature=1.0)
     (seed,) = first.model_extra["metrics"]["seeds"]
     assert text(client, temperature=1.0, seed=seed) == first.choices[0].text
@@ -289,8 +289,8 @@ def test_logprobs_of_a_chat(client: openai.OpenAI, llm: LLM) -> None:
     assert b"".join(bytes(one.bytes) for one in choice.logprobs.content).decode() == choice.message.content
     assert direct.logprobs is not None
     assert [one.logprob for one in choice.logprobs.content] == [one.logprob for one in direct.logprobs]
-    for told, one in zip(choice.logprobs.content, direct.logprobs, strict=True):
-        assert [(bytes(top.bytes), top.logprob) for top in told.top_logprobs] == [(llm.tokenizer.bytes_of(t), p) for t, p in one.top]
+    for got, one in zip(choice.logprobs.content, direct.logprobs, strict=True):
+        assert [(bytes(top.bytes), top.logprob) for top in got.top_logprobs] == [(llm.tokenizer.bytes_of(t), p) for t, p in one.top]
     streamed = [one for chunk in chat(client, logprobs=True, top_logprobs=3, stream=True) for one in chunk.choices[0].logprobs.content]
     assert [one.model_dump() for one in streamed] == [one.model_dump() for one in choice.logprobs.content]
 
@@ -323,7 +323,7 @@ def test_logprobs_of_a_completion(client: openai.OpenAI, llm: LLM) -> None:
     assert joined == found.model_dump()
 
 
-def test_echo_tells_of_the_prompt_alone(client: openai.OpenAI, llm: LLM) -> None:
+def test_echo_has_the_prompt_alone(client: openai.OpenAI, llm: LLM) -> None:
     """As those who measure models ask: nothing generated, all of the prompt scored."""
     reply = complete(client, ADD, echo=True, logprobs=1, max_tokens=0)
     (choice,) = reply.choices
@@ -345,9 +345,9 @@ def test_echo_before_what_is_generated(client: openai.OpenAI, llm: LLM) -> None:
         (choice,) = complete(client, prompt, echo=True, logprobs=0, max_tokens=5).choices
         assert choice.text == before + alone(llm, ADD, max_tokens=5).outputs[0].text
         found = choice.logprobs
-        told = [(at, token) for at, token in zip(found.text_offset, found.tokens, strict=True) if token != "<s>" or before != ADD]
-        assert [choice.text[at : at + len(token)] for at, token in told] == [token for _, token in told]
-        assert sum(len(token) for _, token in told) == len(choice.text)
+        got = [(at, token) for at, token in zip(found.text_offset, found.tokens, strict=True) if token != "<s>" or before != ADD]
+        assert [choice.text[at : at + len(token)] for at, token in got] == [token for _, token in got]
+        assert sum(len(token) for _, token in got) == len(choice.text)
     with pytest.raises(openai.BadRequestError) as error:
         complete(client, ADD, max_tokens=0)
     assert error.value.param == "max_tokens"
@@ -355,14 +355,14 @@ def test_echo_before_what_is_generated(client: openai.OpenAI, llm: LLM) -> None:
 
 def test_prompt_logprobs(client: openai.OpenAI, llm: LLM) -> None:
     direct = alone(llm, ADD, prompt_logprobs=2, max_tokens=4)
-    told = complete(client, ADD, prompt_logprobs=2, max_tokens=4).choices[0].model_extra["prompt_logprobs"]
-    assert told[0] is None
-    for entry, one in zip(told[1:], direct.prompt_logprobs[1:], strict=True):
+    got = complete(client, ADD, prompt_logprobs=2, max_tokens=4).choices[0].model_extra["prompt_logprobs"]
+    assert got[0] is None
+    for entry, one in zip(got[1:], direct.prompt_logprobs[1:], strict=True):
         assert {int(token): given["logprob"] for token, given in entry.items()} == dict([*one.top, (one.token, one.logprob)])
         given = entry[str(one.token)]
         assert (given["rank"], given["decoded_token"]) == (one.rank, llm.tokenizer.bytes_of(one.token).decode())
     (both,) = complete(client, ADD, prompt_logprobs=2, max_tokens=4, logprobs=1, echo=True).choices
-    assert both.model_extra["prompt_logprobs"] == told
+    assert both.model_extra["prompt_logprobs"] == got
     assert [len(top) for top in both.logprobs.top_logprobs[1:]] == [
         1 + (one.rank > 1) for one in (*direct.prompt_logprobs[1:], *alone(llm, ADD, logprobs=1, max_tokens=4).outputs[0].logprobs)
     ]
@@ -400,7 +400,7 @@ def test_letters_are_never_split(client: openai.OpenAI, llm: LLM, speculation: A
 
 
 def test_bytes_that_are_no_letters(client: openai.OpenAI, llm: LLM) -> None:
-    """The first of three bytes again and again: each is told as what it is not, none is lost."""
+    """The first of three bytes again and again: each is sent as a replacement character, none is lost."""
     byte = llm.tokenizer.encode("世", special=False)[-3]
     options: Any = {"logit_bias": {str(byte): 100}, "max_tokens": 6, "logprobs": 0}
     (choice,) = complete(client, ADD, **options).choices
@@ -420,17 +420,17 @@ def test_stop_strings_never_leak(client: openai.OpenAI, llm: LLM, speculation: A
         options: Any = {"stop": stop, "max_tokens": 40, "speculation": speculation}
         (choice,) = complete(client, ADD, **options).choices
         assert (choice.text, choice.finish_reason) == (full[:first], "stop")
-        told, reason = "", None
+        got, reason = "", None
         for chunk in complete(client, ADD, stream=True, **options):
-            told, reason = told + chunk.choices[0].text, chunk.choices[0].finish_reason
-            assert full[:first].startswith(told)
-        assert (told, reason) == (full[:first], "stop")
+            got, reason = got + chunk.choices[0].text, chunk.choices[0].finish_reason
+            assert full[:first].startswith(got)
+        assert (got, reason) == (full[:first], "stop")
     longer = full[9:25]
     kept = text(client, ADD, stop=longer, max_tokens=40, include_stop_str_in_output=True)
     assert kept == full[: full.find(longer) + len(longer)]
 
 
-def test_what_only_begins_like_a_stop_is_told_in_the_end(client: openai.OpenAI, llm: LLM) -> None:
+def test_what_only_begins_like_a_stop_is_reported_in_the_end(client: openai.OpenAI, llm: LLM) -> None:
     full = alone(llm, ADD, max_tokens=20).outputs[0].text
     pieces = [chunk.choices[0].text for chunk in complete(client, ADD, stream=True, max_tokens=20, stop=full[-6:] + "\x00")]
     assert "".join(pieces) == full
@@ -556,10 +556,10 @@ def test_provenance(client: openai.OpenAI, llm: LLM, method: str) -> None:
     reply = complete(client, ADD, provenance=True, **options)
     (choice,) = reply.choices
     assert choice.text == text(client, ADD, **options)
-    told, trees = choice.model_extra["provenance"], choice.model_extra["trees"]
+    got, trees = choice.model_extra["provenance"], choice.model_extra["trees"]
     direct = alone(llm, ADD, max_tokens=32, logprobs=5).outputs[0]
-    assert [one["token_id"] for one in told] == choice.model_extra["token_ids"] == direct.token_ids
-    for one, known in zip(told, direct.logprobs, strict=True):
+    assert [one["token_id"] for one in got] == choice.model_extra["token_ids"] == direct.token_ids
+    for one, known in zip(got, direct.logprobs, strict=True):
         assert (one["probability"], one["rank"]) == (math.exp(known.logprob), known.rank)
         beside = [(token, math.exp(p)) for token, p in known.top if token != known.token][:4]
         assert [(other["token_id"], other["probability"]) for other in one["alternatives"]] == beside
@@ -569,7 +569,7 @@ def test_provenance(client: openai.OpenAI, llm: LLM, method: str) -> None:
     for tree in trees:
         kept = [i for i, node in enumerate(tree["nodes"]) if node["accepted"]]
         assert [tree["nodes"][i]["parent"] for i in kept] == [-1, *kept][: len(kept)]
-        tokens = [(one["token_id"], one["origin"]) for one in told if one["step"] == tree["step"]]
+        tokens = [(one["token_id"], one["origin"]) for one in got if one["step"] == tree["step"]]
         assert tokens == [*((tree["nodes"][i]["token_id"], method) for i in kept), tokens[-1]]
         assert tokens[-1][1] == "model"
         assert all(-1 <= node["parent"] < i for i, node in enumerate(tree["nodes"]))
@@ -577,7 +577,7 @@ def test_provenance(client: openai.OpenAI, llm: LLM, method: str) -> None:
     assert [len(chunk.choices[0].model_extra["trees"]) for chunk in streamed] == [1] * len(streamed)
     pieces = [one for chunk in streamed for one in chunk.choices[0].model_extra["provenance"]]
     if method == "draft-model":  # it remembers nothing of other requests: two runs draft the same
-        assert pieces == told
+        assert pieces == got
         assert [tree for chunk in streamed for tree in chunk.choices[0].model_extra["trees"]] == trees
     assert [one["token_id"] for one in pieces] == direct.token_ids
 
@@ -669,8 +669,8 @@ def hidden(llm: LLM) -> list[np.ndarray]:
 
 def test_embeddings_are_hugging_face_s_hidden_states(client: openai.OpenAI, hidden: list[np.ndarray]) -> None:
     for pooling in ("last", "mean"):
-        told = client.embeddings.create(model="embedded", input=TEXTS, extra_body={"pooling": pooling})
-        for one, states in zip(told.data, hidden, strict=True):
+        got = client.embeddings.create(model="embedded", input=TEXTS, extra_body={"pooling": pooling})
+        for one, states in zip(got.data, hidden, strict=True):
             expected = states[-1] if pooling == "last" else states.mean(0)
             assert float(np.dot(one.embedding, expected) / np.linalg.norm(expected)) > 0.99999
         raw = client.embeddings.create(model="embedded", input=TEXTS, extra_body={"pooling": pooling, "normalize": False})
@@ -702,10 +702,10 @@ def test_models(live: Live, client: openai.OpenAI, llm: LLM) -> None:
 
 def test_text_to_tokens_and_back(live: Live, llm: LLM) -> None:
     for given in (ADD, "é 世 \N{GRINNING FACE}\n\t", ""):
-        told = call(live, "/tokenize", {"prompt": given, "return_token_strs": True})
-        assert told["tokens"] == llm.tokenizer.encode(given)
-        assert (told["count"], told["max_model_len"], len(told["token_strs"])) == (len(told["tokens"]), llm.max_model_len, told["count"])
-        assert call(live, "/detokenize", {"tokens": told["tokens"]}) == {"prompt": "<s>" + given}
+        got = call(live, "/tokenize", {"prompt": given, "return_token_strs": True})
+        assert got["tokens"] == llm.tokenizer.encode(given)
+        assert (got["count"], got["max_model_len"], len(got["token_strs"])) == (len(got["tokens"]), llm.max_model_len, got["count"])
+        assert call(live, "/detokenize", {"tokens": got["tokens"]}) == {"prompt": "<s>" + given}
         bare = call(live, "/tokenize", {"prompt": given, "add_special_tokens": False})["tokens"]
         assert call(live, "/detokenize", {"tokens": bare}) == {"prompt": given}
     assert call(live, "/tokenize", {"messages": CHAT})["tokens"] == llm.tokenizer.encode_chat(CHAT)
@@ -958,7 +958,7 @@ def test_a_body_that_is_too_large(keyed: openai.OpenAI) -> None:
 
 
 def test_too_many_wait(narrow: Live, keyed: openai.OpenAI) -> None:
-    """One runs, two wait, the fourth is told to come back; all are gone with their clients."""
+    """One runs, two wait, the fourth is refused; all are gone with their clients."""
     asked: Any = {"model": "one", "prompt": CODE, "max_tokens": 450, "n": 2}
     asked["extra_body"] = {"ignore_eos": True, "speculation": "off"}
 

@@ -22,7 +22,7 @@ class Source:
     def __init__(self, *pieces: Any) -> None:
         self.pieces, self.ended = pieces, False
 
-    async def told(self) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncIterator[str]:
         try:
             for piece in self.pieces:
                 if isinstance(piece, Exception):
@@ -35,10 +35,10 @@ class Source:
             self.ended = True
 
 
-def heard(source: Source, every: float = FAR, deadline: float = FAR, most: int = 99) -> list[str | None]:
+def received(source: Source, every: float = FAR, deadline: float = FAR, most: int = 99) -> list[str | None]:
     async def run() -> list[str | None]:
         found: list[str | None] = []
-        async with aclosing(paced(source.told(), every, monotonic() + deadline)) as pieces:  # type: ignore[type-var]
+        async with aclosing(paced(source.stream(), every, monotonic() + deadline)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 found.append(piece)
                 if len(found) == most:
@@ -50,27 +50,27 @@ def heard(source: Source, every: float = FAR, deadline: float = FAR, most: int =
 
 
 def test_all_pieces_come_in_order() -> None:
-    assert heard(Source("a", "b", 0.01, "c")) == ["a", "b", "c"]
+    assert received(Source("a", "b", 0.01, "c")) == ["a", "b", "c"]
 
 
-def test_silence_is_told_and_loses_nothing() -> None:
-    found = heard(Source("a", 0.2, "b", "c"), every=0.05)
+def test_silence_is_reported_and_loses_nothing() -> None:
+    found = received(Source("a", 0.2, "b", "c"), every=0.05)
     assert [piece for piece in found if piece] == ["a", "b", "c"] and found[1] is None
 
 
 def test_the_deadline_ends_it() -> None:
     source = Source("a", FAR)
     with pytest.raises(Refused) as refused:
-        heard(source, every=0.02, deadline=0.05)
+        received(source, every=0.02, deadline=0.05)
     assert refused.value.status == 504 and source.ended
 
 
 def test_errors_of_the_source_pass_behind_what_came_before() -> None:
     source = Source("a", ValueError("broken"))
     with pytest.raises(ValueError, match="broken"):
-        heard(source)
-    assert heard(Source("a", ValueError("broken")), most=1) == ["a"]
+        received(source)
+    assert received(Source("a", ValueError("broken")), most=1) == ["a"]
 
 
 def test_who_leaves_ends_the_source() -> None:
-    assert heard(Source("a", FAR, "b"), most=1) == ["a"]
+    assert received(Source("a", FAR, "b"), most=1) == ["a"]

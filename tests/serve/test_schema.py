@@ -17,9 +17,10 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
 from redraft.serve import documents
+from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import TYPES, ErrorReply
-from redraft.serve.openai import app
+from redraft.serve.limits import OPEN
 from tests.serve.raw import Live, embedded, live
 
 KEY = "a-key"
@@ -75,7 +76,7 @@ def test_errors_have_one_form_and_nothing_else_is_promised(document: Any) -> Non
         for operation in operations.values():
             statuses = set(operation["responses"])
             assert "422" not in statuses and {"200", "400", "500"} <= statuses
-            assert ("401" in statuses) == ("security" in operation) == (path not in ("/health", "/ready", "/version", "/metrics"))
+            assert ("401" in statuses) == ("security" in operation) == (path not in OPEN)
             for status in statuses - {"200"}:
                 form = operation["responses"][status]["content"]["application/json"]["schema"]
                 assert form == {"$ref": "#/components/schemas/ErrorReply"}

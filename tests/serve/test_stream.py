@@ -9,7 +9,7 @@ from redraft.engine.output import Event, Stats
 from redraft.serve.shell import Ticket
 
 
-def test_nothing_is_lost_that_was_heard_before_it_was_taken() -> None:
+def test_nothing_is_lost_that_was_received_before_it_was_taken() -> None:
     """The engine may be done while the first of its news is still on its way to a slow client."""
 
     async def taken() -> list[Any]:
@@ -17,7 +17,7 @@ def test_nothing_is_lost_that_was_heard_before_it_was_taken() -> None:
         ticket = Ticket(request, left=1)
         found = []
         for token, reason in ((5, None), (6, None), (7, FinishReason.LENGTH)):
-            ticket.hear([Event(request, 0, [token], "x", [False], [], reason, Stats())])
+            ticket.add([Event(request, 0, [token], "x", [False], [], reason, Stats())])
         async for events in ticket.events():
             found += [token for event in events for token in event.tokens]
         return found

@@ -73,17 +73,19 @@ def test_the_queue_is_bounded_and_says_when_to_come_back(server: Live, brake: Br
     server.idle()
 
 
-def test_a_body_that_is_too_large_is_refused_told_or_not(server: Live) -> None:
-    told = server.ask("POST", "/tokenize", {"prompt": "a" * 30_000})
-    assert told.status == 413 and told.json["error"]["type"] == "invalid_request_error"
+def test_a_body_that_is_too_large_is_refused_reported_or_not(server: Live) -> None:
+    got = server.ask("POST", "/tokenize", {"prompt": "a" * 30_000})
+    assert got.status == 413 and got.json["error"]["type"] == "invalid_request_error"
     chunks = b"".join(b"1000\r\n" + b" " * 4096 + b"\r\n" for _ in range(8)) + b"0\r\n\r\n"
-    one = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    one = server.raw(
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    )
     assert one.recv(12) == b"HTTP/1.1 413"
     one.close()
 
 
-def test_whoever_waits_for_leave_to_send_too_much_is_told_at_once(server: Live) -> None:
-    one = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 90000\r\n\r\n")
+def test_whoever_waits_for_leave_to_send_too_much_is_reported_at_once(server: Live) -> None:
+    one = server.raw(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 90000\r\n\r\n")
     assert one.recv(12) == b"HTTP/1.1 413"
     one.close()
 
@@ -135,7 +137,7 @@ def hasty() -> Iterator[Live]:
 
 
 def test_a_slow_body(hasty: Live) -> None:
-    one = hasty.raw(b'POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"pro')
+    one = hasty.raw(b'POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{"pro')
     answer = everything(one)
     assert answer.startswith(b"HTTP/1.1 408") and b"timeout_error" in answer
 
@@ -162,7 +164,9 @@ def test_a_slow_head_however_it_trickles(hasty: Live) -> None:
 
 def test_idle_connections_are_closed(hasty: Live) -> None:
     assert everything(hasty.raw(b"")) == b""
-    assert everything(hasty.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(b"HTTP/1.1 200")  # and then the end of the file
+    assert everything(hasty.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith(
+        b"HTTP/1.1 200"
+    )  # and then the end of the file
 
 
 def everything(one: socket.socket) -> bytes:
@@ -175,14 +179,14 @@ def everything(one: socket.socket) -> bytes:
 
 
 def test_nonsense_is_answered_in_the_form_of_errors(hasty: Live) -> None:
-    for nonsense in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n"):
+    for nonsense in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n"):
         answer = everything(hasty.raw(nonsense))
         assert answer.startswith(b"HTTP/1.1 400") and b'"invalid_request_error"' in answer
     assert everything(hasty.raw(b"GET / HTTP/1.1\r\nX: " + b"y" * 100_000)).startswith(b"HTTP/1.1 431")
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
+def test_client_that_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
     body = {"prompt": "def add(", "max_tokens": 140, "ignore_eos": True, "logprobs": 20, "stream": stream, "n": 8}
     one = hasty.raw(post("/v1/completions", body), SO_RCVBUF=2048)
     hasty.until(lambda: hasty.service.shell.busy > 0)
@@ -214,8 +218,8 @@ def test_a_request_that_takes_too_long(brake: Brake) -> None:
         brake.on()
         whole = made.complete("def add(", **LONG)
         assert whole.status == 504 and whole.json["error"]["type"] == "timeout_error"
-        told = made.complete("def add(", stream=True, **LONG).events()
-        assert told[-2]["error"]["type"] == "timeout_error" and told[-1] == "[DONE]"
+        got = made.complete("def add(", stream=True, **LONG).events()
+        assert got[-2]["error"]["type"] == "timeout_error" and got[-1] == "[DONE]"
         brake.off()
         made.idle()
 
@@ -328,9 +332,9 @@ def test_a_drafter_that_raises_costs_its_text_the_drafts_alone(server: Live, mon
     monkeypatch.setattr(CopySpec, "propose", raising)
     ask = lambda: server.complete(PROMPTS[2], speculation={"method": "copyspec:gamma=3"})  # noqa: E731
     answer, texts = together(server, ask, list(PROMPTS[:2]))
-    told = answer.json
-    assert [*texts, told["choices"][0]["text"]] == alone
-    assert told["metrics"]["faults"] and "Traceback" not in str(told)
+    got = answer.json
+    assert [*texts, got["choices"][0]["text"]] == alone
+    assert got["metrics"]["faults"] and "Traceback" not in str(got)
     server.idle()
 
 
@@ -341,11 +345,11 @@ class Sudden(BaseException):
     pass
 
 
-def test_a_dead_engine_tells_everybody_and_ends_the_process(brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_engine_ends_all_requests_and_ends_the_process(brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
     with live(keep_alive=0.03) as made:
         brake.on()
         streams = [made.complete(prompt, stream=True) for prompt in PROMPTS]
-        probe = made.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        probe = made.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b" 200 " in probe.recv(4096)
 
         def die(*given: Any) -> Any:

@@ -208,7 +208,8 @@ class Labels:
         last = scores.topk(min(self.tokens, scores.shape[-1])).values[..., -1:]
         above, equal = scores > last, scores == last
         room = self.tokens - above.sum(-1, keepdim=True)  # of equal ones the lower slots
-        return seen[:, None] & (above | (equal & (equal.cumsum(-1) <= room)))
+        found: Tensor = seen[:, None] & (above | (equal & (equal.cumsum(-1) <= room)))
+        return found
 
 
 class _Meter:

@@ -96,7 +96,8 @@ class PageTopK(Options):
         low, high = (held[name].flatten(1, 2) for name in ("low", "high"))
         rows = q.flatten(1, 2)
         found: Tensor = products(rows.clamp(min=0), high) + products(rows.clamp(max=0), low)  # 2.
-        return found.unflatten(1, q.shape[1:3])
+        bounds: Tensor = found.unflatten(1, q.shape[1:3])
+        return bounds
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """[K, 1, R, n]. Chosen among are pages of which a row sees every slot, all of them older than the row's own page of the text:

@@ -1,0 +1,107 @@
+"""The endpoints for those who run a server: what it is, whether it is well, and its figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+
+from redraft import __version__, registry
+from redraft.serve import documents
+from redraft.serve.choices import FIELDS, public
+from redraft.serve.config import ServeConfig
+from redraft.serve.documents import answers
+from redraft.serve.errors import Refused
+from redraft.serve.service import service
+
+router = APIRouter()
+
+
+@router.get("/", **answers(documents.Index))
+async def index(http: Request) -> dict[str, Any]:
+    """The endpoints of this server."""
+    return {"name": "redraft", "version": __version__, "endpoints": http.app.state.endpoints}
+
+
+@router.get("/health", **answers(documents.Healthy, 503))
+async def health(http: Request) -> dict[str, str]:
+    """Whether the engine works: 503 where it stopped, or where its step takes longer than step_timeout."""
+    here = service(http)
+    if not here.shell.alive:
+        raise Refused(503, "the engine stopped")
+    limit = here.config.step_timeout
+    if limit and (seconds := here.shell.stalled) > limit:
+        raise Refused(503, f"the engine's step has taken {seconds:.0f} seconds: more than step_timeout = {limit:g}")
+    return {"status": "ok"}
+
+
+@router.get("/ready", **answers(documents.Ready, 503))
+async def ready(http: Request) -> dict[str, str]:
+    """Whether new requests are taken."""
+    shell = service(http).shell
+    if shell.draining or not shell.alive:
+        raise Refused(503, "no new requests are taken")
+    return {"status": "ready"}
+
+
+@router.get("/version", **answers(documents.Version))
+async def version() -> dict[str, str]:
+    """The version of Redraft."""
+    return {"version": __version__}
+
+
+@router.get("/metrics", response_class=Response, **answers(None))
+async def metrics(http: Request) -> Response:
+    """Figures for Prometheus."""
+    return Response(service(http).metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/server_info", **answers(documents.ServerInfo))
+async def server_info(http: Request) -> dict[str, Any]:
+    """What is served, and what a request may choose."""
+    here = service(http)
+    llm, config = here.llm, here.llm.config
+    spec, backend = llm.runner.spec, llm.runner.backend
+    return {
+        "version": __version__,
+        "models": list(here.names),
+        "family": spec.family,
+        "max_model_len": llm.max_model_len,
+        "backend": backend.name,
+        "dtype": str(backend.dtype).removeprefix("torch."),
+        "device": str(backend.device),
+        "threads": backend.threads,
+        "quant": config.model.quant and public("quant", config.model.quant),
+        "draft": public("draft", config.draft),
+        "verify": config.verify,
+        "guarantee": llm.guarantee.label,
+        "scheduler": config.schedule.model_dump(),
+        "cache": {"pages": llm.engine.table.slabs, "tokens_per_page": llm.engine.table.page, "prefix_sharing": config.cache.prefix_sharing},
+        "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
+        "methods": {seam: sorted(registry.METHODS[seam]) for seam in FIELDS},
+        "limits": here.config.model_dump(include={"max_queue", "request_timeout", "max_body", "max_n", "max_logprobs", "max_stop"}),
+    }
+
+
+@router.post("/reset_prefix_cache", **answers(documents.Pages, 503))
+async def reset_prefix_cache(http: Request) -> dict[str, int]:
+    """Drops cached prefixes that no running text uses."""
+    here = service(http)
+    return {"pages": await here.shell.call(here.llm.engine.table.forget)}
+
+
+def _policy(config: ServeConfig, seam: str) -> str | None:
+    text: str | None = getattr(config, seam)
+    return text and public(seam, text)
+
+
+def endpoints(*routers: APIRouter) -> list[dict[str, str]]:
+    """Method, path and purpose of each route."""
+    routes = [route for one in routers for route in one.routes if isinstance(route, APIRoute)]
+    return [
+        {"method": method, "path": route.path.replace(":path", ""), "about": (route.description or "").partition("\n")[0]}
+        for route in routes
+        for method in sorted(route.methods or ())
+    ]

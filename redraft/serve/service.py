@@ -1,0 +1,198 @@
+"""What the routes share: a loaded model, what its server allows, and the way from a request's body to the engine and back."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import secrets
+import time
+from dataclasses import replace
+from functools import partial
+from time import monotonic
+from typing import Any, cast
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from redraft import registry
+from redraft.config import SamplingParams
+from redraft.core import sequence
+from redraft.core.noise import Stream
+from redraft.core.sequence import Pooling, Wants
+from redraft.errors import PromptTooLong, RedraftError
+from redraft.llm import LLM
+from redraft.serve import schema
+from redraft.serve.choices import FIELDS, checked
+from redraft.serve.config import ServeConfig
+from redraft.serve.errors import Refused, refused
+from redraft.serve.limits import unless_gone
+from redraft.serve.metrics import Metrics
+from redraft.serve.prompts import Prompt, Prompts
+from redraft.serve.reply import Wanted, Writer
+from redraft.serve.shell import Shell, Ticket
+from redraft.serve.stream import EventStream, lines, whole
+
+PREDICTED = "aggressive"  # the drafter of a request's prediction
+SALTED = 16  # characters of a key's hash
+SAME_NAME = (
+    "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
+    "ignore_eos", "stop_token_ids", "bad_words", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs", "stop",
+)  # fmt: skip
+
+log = logging.getLogger("redraft.serve")
+
+
+class Service:
+    """Its methods raise Refused, or RedraftError, for what cannot be answered."""
+
+    def __init__(self, llm: LLM, config: ServeConfig) -> None:
+        self.llm, self.config = llm, config
+        name = llm.name.rstrip("/").rsplit("/", 1)[-1] if llm.name.startswith(("/", ".", "~")) else llm.name
+        self.names = config.served_model_name or (name,)
+        self.metrics = Metrics(config.metrics_prefix, self.names[0])
+        self.shell = Shell(llm.engine, self.metrics, max_queue=config.max_queue)
+        self.metrics.watch(llm.engine)
+        self.prompts = Prompts(llm, config)
+        self.began = int(time.time())
+        self._numbers = itertools.count()
+
+    @property
+    def deadline(self) -> float:
+        """Of a request that arrives now, a time of time.monotonic."""
+        return monotonic() + (self.config.request_timeout or float("inf"))
+
+    # ---- what a body asks for
+
+    def known(self, model: str | None) -> str:
+        if model is None or model in self.names:
+            return model or self.names[0]
+        raise Refused(404, f"no model {model!r} here; there is {', '.join(self.names)}", "model", "model_not_found")
+
+    def params(self, body: schema.Sampled, **more: Any) -> SamplingParams:
+        """Those of the request over the checkpoint's own."""
+        config, given = self.config, {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
+        within("n", body.n, config.max_n)
+        within("prompt_logprobs", body.prompt_logprobs, config.max_logprobs)
+        if isinstance(body.stop, list) and len(body.stop) > config.max_stop:
+            raise Refused(400, f"stop has {len(body.stop)} strings: at most {config.max_stop} are allowed", "stop")
+        if body.seed is not None:
+            given["seed"] = body.seed % (1 << 64)
+        if body.logit_bias is not None:
+            given["logit_bias"] = {int(token): amount for token, amount in body.logit_bias.items()}
+        given |= self._policies(body) | self._speculation(body)
+        return self.llm.params(SamplingParams(**given | {name: value for name, value in more.items() if value is not None}))
+
+    def _policies(self, body: schema.Sampled) -> dict[str, str]:
+        """Of the cache and the depth: the request's choice, or the server's."""
+        found = {}
+        for seam in ("keep", "codec", "read", "depth"):
+            own, chosen = getattr(self.config, seam), getattr(body.cache, seam, None)
+            if chosen is not None:
+                checked(seam, chosen, own)
+            if chosen or own:
+                found[seam] = chosen or own
+        return found
+
+    def _speculation(self, body: schema.Sampled) -> dict[str, Any]:
+        """Drafter and verifier. A prediction is drafted from as well."""
+        engine, chosen = self.llm.config, body.speculation
+        if chosen == "off":
+            return {"draft": "none", "draft_rows": 0}
+        choice = chosen if isinstance(chosen, schema.SpeculationChoice) else schema.SpeculationChoice()
+        given: dict[str, Any] = {}
+        if choice.method is not None:
+            given["draft"] = checked("draft", choice.method, engine.draft)
+        if choice.verifier is not None:
+            given["verify"] = checked("verify", choice.verifier, engine.verify)
+        if choice.budget is not None:
+            given["draft_rows"] = choice.budget
+        if body.prediction is not None:
+            given["prediction"] = body.prediction.text
+            given["draft"] = _predicting(given.get("draft", engine.draft), given.get("verify", engine.verify))
+        return given
+
+    def wanted(self, body: schema.Sampled, params: SamplingParams, **more: Any) -> Wanted:
+        return Wanted(
+            model=self.known(body.model),
+            role=self.config.response_role,
+            prompt_logprobs=body.prompt_logprobs,
+            token_ids=bool(body.return_token_ids),
+            provenance=params.provenance,
+            usage=bool(body.stream_options and body.stream_options.include_usage),
+            predicted=PREDICTED if body.prediction is not None else "",
+            **more,
+        )
+
+    # ---- to the engine and back
+
+    async def submit(
+        self, prompts: list[Prompt], params: SamplingParams, key: str, body: Any, deadline: float, pool: Pooling = Pooling.NONE
+    ) -> list[Ticket]:
+        """Queues all prompts, or none."""
+        if isinstance(params.prediction, str):
+            params = params.but(prediction=tuple(await self.prompts.prediction(params.prediction, deadline)))
+        salt = hashlib.sha256(key.encode()).hexdigest()[:SALTED] if key else ""
+        salt += f"/{body.cache_salt}" if body.cache_salt else ""
+        requests = []
+        for prompt in prompts:
+            name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
+            requests.append(sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, wants=Wants(pooling=pool)))
+        try:
+            return await self.shell.submit(*requests)
+        except PromptTooLong as error:
+            field = "input" if pool else "messages" if isinstance(body, schema.ChatRequest) else "prompt"
+            raise Refused(400, str(error), field, "context_length_exceeded") from None
+        except RedraftError as error:
+            raise self._refused(error, params, body) from None
+        except (OverflowError, MemoryError, OSError) as error:
+            raise self._unopened(error, body) from error
+
+    @staticmethod
+    def _refused(error: RedraftError, params: SamplingParams, body: schema.Body) -> Refused:
+        """The reply to an error of the engine, with the field of the method that it is about."""
+        found = refused(error, body.model_dump_json(exclude_none=True))
+        chosen = {field: text for seam, field in FIELDS.items() if (text := getattr(params, seam)) is not None}
+        about = (field for field, text in chosen.items() if str(error).startswith(registry.parse(text)[0]))
+        return found if found.param is not None else replace(found, param=next(about, None))
+
+    @staticmethod
+    def _unopened(error: Exception, body: Any) -> Exception:
+        """The reply where the engine cannot open what a request chose; `error` itself where it chose nothing."""
+        chosen = [name for name in ("speculation", "cache") if isinstance(getattr(body, name, None), schema.Body)]
+        if not chosen:
+            return error
+        log.warning("what a request chose of %s cannot be opened", " and ".join(chosen), exc_info=error)
+        return Refused(400, f"{' and '.join(chosen)}: this server cannot open what the request chose; its log says why", chosen[0])
+
+    async def reply(
+        self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, wanted: Wanted, deadline: float
+    ) -> Response:
+        """The whole answer, or a stream of it."""
+        tickets = await self.submit(prompts, params, http.scope["redraft.key"], body, deadline)
+        writer = Writer(wanted, self.llm.tokenizer, tickets, [prompt.text for prompt in prompts])
+        headers = {"X-Request-Id": wanted.id}
+        if body.stream:
+            return EventStream(self.shell, tickets, lines(writer, deadline, self.config.keep_alive), headers)
+        forget = partial(self.shell.forget, *tickets)
+        return JSONResponse(await unless_gone(http.receive, whole(writer, deadline), forget), headers=headers)
+
+
+def service(http: Request) -> Service:
+    """That of the application which a request came to."""
+    return cast(Service, http.app.state.service)
+
+
+def within(name: str, value: int | None, most: int) -> None:
+    """Refused (400) where the value is above `most`."""
+    if value is not None and value > most:
+        raise Refused(400, f"{name} = {value}: at most {most} is allowed", name)
+
+
+def _predicting(draft: str, verify: str) -> str:
+    """The drafter of a request with a prediction: `draft` and the one that copies from it."""
+    name = registry.parse(draft)[0]
+    verifier: Any = registry.method("verify", registry.parse(verify)[0])
+    if name == PREDICTED:
+        return draft
+    return PREDICTED if name == "none" or verifier.drafts is not Stream.TARGET else f"union:parts=({PREDICTED})+({draft})"
