@@ -38,7 +38,7 @@ class Result:
     line: int
     id: str | int | None = None
     prompt: list[int] = field(default_factory=list)
-    params: SamplingParams | None = None
+    params: SamplingParams = field(default_factory=SamplingParams)
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -67,7 +67,7 @@ class Result:
             "token_ids": None if self.error else self.token_ids,
             "finish_reason": self.finish_reason,
             "usage": {**usage, "total_tokens": sum(usage.values())},
-            "seed": None if self.error or self.params is None else self.params.seed,
+            "seed": None if self.error else self.params.seed,
             "error": self.error,
         }
         return json.dumps(found, ensure_ascii=False)
@@ -186,13 +186,12 @@ def _prompt(own: dict[str, Any], prompting: Prompting) -> list[int]:
     if len(own) != 1:
         raise InvalidInput(f"one of {', '.join(FORMS)} is needed" + (f", not {' and '.join(own)}" if own else ""))
     ((form, value),) = own.items()
-    kind, needed = (str, "a string") if form == "prompt" else (list, "a list")
-    if not isinstance(value, kind):
-        raise InvalidInput(f"{form}: {needed} is needed")
-    if isinstance(value, str):
+    if form == "prompt" and isinstance(value, str):
         return prompting.text(value)
+    if form == "prompt" or not isinstance(value, list):
+        raise InvalidInput(f"{form}: {'a string' if form == 'prompt' else 'a list'} is needed")
     if form == "prompt_token_ids":
-        return cast(list[int], value)
+        return value
     if not value or not all(isinstance(message, dict) for message in value):
         raise InvalidInput("messages: a list of objects with role and content is needed")
     return prompting.messages(cast(list[Mapping[str, Any]], value))

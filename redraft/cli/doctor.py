@@ -1,10 +1,11 @@
 """`redraft doctor`: what this machine has, which backend is used and why, the machine's limits, and what of a model runs natively.
 
-Sources of the figures. The processor's model and flags are those of /proc/cpuinfo. The best instruction set is found by the native library
-(CPUID, XGETBV and, for AMX, the kernel's permission). Memory is what this process may still use, control groups included. The read
-bandwidth is the fastest of ROUNDS passes of all threads over a buffer of BUFFER bytes, on huge pages if the kernel gives them; each thread reads the
-part that it has written. The peaks are loops of one instruction over registers, on all threads, the best of 81 runs of 2 to 4 ms. Other
-processes lower these figures: the share of processor time that this process got is measured too, and shown if it is below BUSY.
+Sources of the figures. The processor's model and flags are those of /proc/cpuinfo. The best instruction set is found by the native
+library (CPUID, XGETBV and, for AMX, the kernel's permission). Memory is what this process may still use, control groups included. The
+read bandwidth is the fastest of ROUNDS passes of all threads over a buffer of BUFFER bytes, on huge pages if the kernel gives them;
+each thread reads the part that it has written. The peaks are loops of one instruction over registers, on all threads, the best of 81
+runs of 2 to 4 ms. Other processes lower these figures: the share of processor time that this process got is measured too, and shown if
+it is below BUSY.
 """
 
 from __future__ import annotations
@@ -318,7 +319,7 @@ def _text_of_limits(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["cpu_share"] < BUSY:
         yield (
             "busy",
-            f"other processes were running: this one got {facts['cpu_share']:.0%} of {facts['threads']} threads' time, so figures may be low",
+            f"other processes ran: this one got {facts['cpu_share']:.0%} of {facts['threads']} threads' time, so figures may be low",
         )
     if limit := facts["tokens_per_second_limit"]:
         model = facts["model"]

@@ -26,19 +26,24 @@ Given = dict[str, Any]  # the options of a group that the user gave, by field na
 
 
 class Group(NamedTuple):
-    """Fields that become options: --field-name, under one heading of the help."""
+    """Fields that become options: --field-name, under one heading of the help.
+
+    pairs: a switch that is on by default has --name and --no-name, because a file may set it too; else only --no-name.
+    """
 
     heading: str
     fields: dict[str, FieldInfo]
+    pairs: bool = True
 
     def without(self, *names: str) -> Group:
-        return Group(self.heading, {name: field for name, field in self.fields.items() if name not in names})
+        return self._replace(fields={name: field for name, field in self.fields.items() if name not in names})
 
 
 NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance")  # the engine's own are
 SAMPLING = Group(
     "Sampling",
     {name: field for name, field in SamplingParams.model_fields.items() if name not in NOT_OFFERED},
+    pairs=False,  # the longer column of names would cut some of them in 80 columns
 )
 ENGINE = Group(
     "Engine",
@@ -81,7 +86,7 @@ def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None
 
     def wrap(verb: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name not in groups]
-        added = [_parameter(name, field, group.heading) for group in groups.values() for name, field in group.fields.items()]
+        added = [_parameter(name, field, group) for group in groups.values() for name, field in group.fields.items()]
 
         @functools.wraps(verb)
         def run(**values: Any) -> None:
@@ -100,18 +105,24 @@ def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None
 def _given(group: Group, values: Given) -> Given:
     """The values of a group's options that the user gave."""
     found = {name: values[name] for name in group.fields if values[name] not in (None, [])}
-    return {name: not value if group.fields[name].default is True else value for name, value in found.items()}
+    return {name: not value if _negated(group.fields[name], group) else value for name, value in found.items()}
 
 
-def _parameter(name: str, field: FieldInfo, heading: str) -> inspect.Parameter:
-    """A switch has one name, --no-... if it is on by default: a second one would take a column of the help."""
+def _negated(field: FieldInfo, group: Group) -> bool:
+    """Whether the only option of a field is --no-name."""
+    return field.default is True and not group.pairs
+
+
+def _parameter(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
     default = DEFAULTS.get(name, field.default)
     text, flag = field.description or "", f"--{name.replace('_', '-')}"
-    if default is True:
+    if _negated(field, group):
         text, flag = f"not: {text}", f"--no-{flag[2:]}"
+    elif default is True:
+        flag = f"{flag}/--no-{flag[2:]}"
     elif default not in (None, (), "", False):
         text = f"{text} (default: {default})".strip()
-    option = typer.Option(flag, help=text, rich_help_panel=heading, show_default=False)
+    option = typer.Option(flag, help=text, rich_help_panel=group.heading, show_default=False)
     kind: Any = _type(field.annotation)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 

@@ -54,7 +54,7 @@ def test_all_of_it(redraft: Callable[..., Ran], tiny: str, texts: str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--policy", "keep=newes"], "did you mean 'newest'?"),
         (["--policy", "newest"], "must be seam=name:option=value"),
@@ -69,7 +69,7 @@ def test_all_of_it(redraft: Callable[..., Ran], tiny: str, texts: str, tmp_path:
         (["--policy", "keep=newest:budget={tokens}", "--budget", "1", "--length", "200", "--turns", "1"], "newest:budget=2: must be 32"),
     ],
 )
-def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, texts: str, arguments: list[str], told: str) -> None:
+def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, texts: str, arguments: list[str], expected: str) -> None:
     given = arguments if "--texts" in arguments else [*arguments, "--texts", texts]
     code, out, err = redraft("bench", "cache", tiny, *given)
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and told in err, err
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and expected in err, err

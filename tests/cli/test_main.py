@@ -136,7 +136,7 @@ def test_only_near_flags_are_suggested(redraft: Callable[..., Ran], flag: str, e
 
 def test_the_answers_name_options_that_exist() -> None:
     verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
-    known = {name for verb in verbs for parameter in verb.params for name in parameter.opts}
+    known = {name for verb in verbs for parameter in verb.params for name in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.strip(",") for ours in habits.OURS.values() for word in ours.split() if word.startswith("--")} <= known
     assert not set(habits.OURS) & set(habits.WITHOUT)
 

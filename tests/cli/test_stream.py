@@ -26,16 +26,16 @@ def test_each_byte_a_token(text: str, data: st.DataObject) -> None:
     """Steps of any sizes; the text lags behind by any amount, as it does where a stop string is held back."""
     ids = list(text.encode())
     drafted = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    colours, found, first, told = Colours([65] * 9, Decoder(utf8)), [], 0, 0
+    colours, found, first, sent = Colours([65] * 9, Decoder(utf8)), [], 0, 0
     reader, tokens = Text.start([65] * 9, Decoder(utf8)), [65] * 9
     while first < len(ids):
         size = data.draw(st.integers(1, 5))
         tokens += ids[first : first + size]
         last = first + size >= len(ids)
         reader = reader.extend(tokens, Decoder(utf8), last=last)
-        end = len(reader.done) if last else data.draw(st.integers(told, len(reader.done)))
-        found += colours.split(delta(reader.done[told:end], ids[first : first + size], drafted[first : first + size]))
-        first, told = first + size, end
+        end = len(reader.done) if last else data.draw(st.integers(sent, len(reader.done)))
+        found += colours.split(delta(reader.done[sent:end], ids[first : first + size], drafted[first : first + size]))
+        first, sent = first + size, end
     assert "".join(piece for piece, _ in found) == text
     expected, at = [], 0
     for character in text:
@@ -44,7 +44,7 @@ def test_each_byte_a_token(text: str, data: st.DataObject) -> None:
     assert [flag for piece, flag in found for _ in piece] == expected
 
 
-def test_what_never_becomes_whole_is_still_told() -> None:
+def test_what_never_becomes_whole_is_still_shown() -> None:
     colours = Colours([65], Decoder(utf8))
     assert colours.split(delta("", [0xE2], [True])) == []
     assert colours.split(delta("\N{REPLACEMENT CHARACTER}", [0x82], [False])) == [("\N{REPLACEMENT CHARACTER}", False)]
