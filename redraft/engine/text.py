@@ -91,14 +91,13 @@ class Reading(NamedTuple):
 
 
 class Reader:
-    """The text of one output. Stop strings that hold a special token which the text leaves out are searched in a second text, with
-    special tokens."""
+    """The text of one output. Stop strings that hold a special token which the text leaves out are also searched in a second text, with
+    special tokens. (A model may spell such a token in letters, too: then the text has it.)"""
 
     def __init__(self, prompt: Seq[int], params: SamplingParams, decode: Decoder, decode_all: Decoder | None) -> None:
         chosen = decode if params.skip_special_tokens or decode_all is None else decode_all
         with_special = tuple(stop for stop in params.stop if any(token in stop for token in chosen.special))
-        plain = tuple(stop for stop in params.stop if stop not in with_special)
-        self.readings = [Reading(Text.start(prompt, chosen), chosen, plain)]
+        self.readings = [Reading(Text.start(prompt, chosen), chosen, params.stop)]
         if with_special and decode_all is not None:
             left_out = re.compile("|".join(map(re.escape, sorted(chosen.special, key=len, reverse=True))))
             self.readings.append(Reading(Text.start(prompt, decode_all), decode_all, with_special, left_out))

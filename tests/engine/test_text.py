@@ -190,6 +190,13 @@ def test_a_stop_string_with_a_special_token(tmp_path: Path, kind: str, size: int
     assert found("</s>", skip_special_tokens=False) == shown[:sat].rstrip()
 
 
+def test_a_special_token_spelled_in_letters_is_a_stop_string_too(tmp_path: Path) -> None:
+    tokenizer = KINDS["byte-level BPE"](tmp_path)
+    ids = [one for text in ("the", " cat", "<", "/", "s", ">", " sat") for one in tokenizer.encode(text, special=False)]
+    assert tokenizer.hf.eos_token_id not in ids
+    assert stopped(tokenizer, ids, len(tokenizer.encode("the", special=False)), [1] * 99, stop=["</s>"])[0] == " cat"
+
+
 def test_a_stop_string_that_ended_before_is_not_found_later(tmp_path: Path) -> None:
     """Such as one before min_tokens, while the run of byte tokens goes on."""
     tokenizer = KINDS["SentencePiece BPE with byte fallback"](tmp_path)
