@@ -22,6 +22,7 @@ from redraft.kv.keep.keep import OpenKeep
 from redraft.kv.read.read import OpenRead
 from redraft.kv.reuse.reuse import OpenReuse
 from redraft.models.runner import Runner
+from redraft.ops.backend import Feature
 from redraft.ops.format import Format, plain
 
 SEAMS = ("keep", "codec", "read", "depth")
@@ -69,6 +70,7 @@ class Policies:
                 f"{spec.family} has {spec.learned_positions} learned positions: keys cannot be numbered by their place in the cache"
             )
         form, block = self._stored(codec, read)
+        exact = Feature.BIT_EXACT in self.runner.backend.features  # else a plain request might have computed other bits
         count = len(spec.layers)
         window = None if keep is None else keep.window
         return CachePlan(
@@ -81,7 +83,7 @@ class Policies:
             encoded=codec.block if codec is not None and codec.block else NEVER,
             window=window,
             max_slots=NEVER if keep is None else keep.max_slots,
-            shareable_tokens=NEVER if keep is None else keep.shareable_tokens,
+            shareable_tokens=0 if not exact else NEVER if keep is None else keep.shareable_tokens,
             endless=keep is not None and keep.endless and window is not None and sum(window) <= spec.context,
             layers=None if depth is None or len(kept := depth.layers(count)) == count else kept,
         )

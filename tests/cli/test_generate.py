@@ -66,6 +66,8 @@ def test_a_terminal_shows_accepted_drafts_green(
         "--ignore-eos",
         "--dtype",
         "float64",
+        "--draft",
+        "token-recycling",
     )
     _, out, err = redraft(*arguments)
     green = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", out, re.DOTALL)

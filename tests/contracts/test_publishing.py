@@ -1,0 +1,93 @@
+"""Blocks that a request under a policy leaves in the prefix cache: a plain request finds the bits that it would have computed itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import LLM, SamplingParams
+from redraft.engine.policies import Policies
+from redraft.ops import library
+from redraft.ops.backend import Feature
+from tests.contracts.test_policies import SINGLE, ids
+
+PROMPT = (
+    "def area(width, height):\n    return width * height\n\nclass Shape:\n    def __init__(self, width, height):\n        self.width = width\n"
+    * 2
+)
+NATIVE = library.load() is not None
+BACKENDS = [
+    ("native", "float32"),
+    ("native", "bfloat16"),
+    ("torch", "float32"),
+    ("torch", "bfloat16"),
+    ("reference", "float64"),
+]
+POLICIES = [
+    *SINGLE,
+    (("keep", "streaming-llm:sinks=2,recent=40"),),
+    (("keep", "streaming-llm:sinks=2,recent=40"), ("read", "page-top-k:tokens=64,sinks=0")),
+]
+
+
+def engine(backend: str, dtype: str) -> LLM:
+    if backend == "native" and not NATIVE:
+        pytest.skip("no compiled kernels here")
+    return LLM("embedded", backend=backend, dtype=dtype, max_model_len=256, cache_memory=32 << 20, threads=1)
+
+
+def blocks(llm: LLM, tokens: list[int]) -> list[torch.Tensor]:
+    """The cached blocks of a text, in its order."""
+    nodes = llm.engine.table.prefix.walk(tokens, "")
+    return [llm.engine.store.pool.data[node.page].clone() for node in nodes]
+
+
+def ask(llm: LLM, new: int, **policy: Any) -> Any:
+    return llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=2, **policy))[0]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=[" ".join(pair) for pair in BACKENDS])
+@pytest.mark.parametrize("policy", POLICIES, ids=[*ids, "streaming-llm, late", "streaming-llm, page-top-k"])
+def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], backend: str, dtype: str) -> None:
+    """In every backend and dtype: what it finds has the bits that it computes alone, and so have its log-probabilities."""
+    alone, shared = engine(backend, dtype), engine(backend, dtype)
+    new = 8 if backend == "reference" else 24
+    wanted = ask(alone, new)
+    after = ask(shared, new, **dict(policy))
+    left = blocks(shared, after.prompt_token_ids + after.outputs[0].token_ids)
+    expected = blocks(alone, wanted.prompt_token_ids)
+    assert len(expected) > 3
+    if Feature.BIT_EXACT not in alone.runner.backend.features:
+        assert not left, "only a backend that promises bits may publish"
+    assert all(same_bits(one, other) for one, other in zip(left, expected, strict=False))
+    found = ask(shared, new)
+    assert found.cached_tokens == 32 * len(left[: (len(found.prompt_token_ids) - 1) // 32])
+    assert found.outputs[0].token_ids == wanted.outputs[0].token_ids
+    assert found.outputs[0].logprobs == wanted.outputs[0].logprobs
+
+
+@pytest.mark.skipif(not NATIVE, reason="no compiled kernels here")
+def test_blocks_are_published_under_a_policy_while_they_are_plain() -> None:
+    """Else the test above proves nothing."""
+    llm = engine("native", "bfloat16")
+    ask(llm, 24, keep="streaming-llm:sinks=2,recent=70")
+    assert ask(llm, 4).cached_tokens == 64
+
+
+@pytest.mark.skipif(not NATIVE, reason="no compiled kernels here")
+def test_a_policy_that_publishes_too_much_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = Policies.fit
+
+    def all_is_plain(self: Policies, seq: Any) -> None:
+        fit(self, seq)
+        seq.shareable_tokens = 1 << 30
+
+    monkeypatch.setattr(Policies, "fit", all_is_plain)
+    with pytest.raises(AssertionError):
+        test_a_plain_request_after_a_policy((("keep", "streaming-llm:sinks=2,recent=14"),), "native", "bfloat16")
