@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,8 +15,14 @@ from redraft.ops.backend import Feature
 from tests.contracts.test_policies import SINGLE, ids
 
 PROMPT = (
-    "def area(width, height):\n    return width * height\n\nclass Shape:\n    def __init__(self, width, height):\n        self.width = width\n"
-    * 2
+    """def area(width, height):
+    return width * height
+
+class Shape:
+    def __init__(self, width, height):
+        self.width = width
+"""
+    * 4
 )
 NATIVE = library.load() is not None
 BACKENDS = [
@@ -25,17 +32,24 @@ BACKENDS = [
     ("torch", "bfloat16"),
     ("reference", "float64"),
 ]
-POLICIES = [
-    *SINGLE,
-    (("keep", "streaming-llm:sinks=2,recent=40"),),
-    (("keep", "streaming-llm:sinks=2,recent=40"), ("read", "page-top-k:tokens=64,sinks=0")),
-]
+LATE = ("keep", "streaming-llm:sinks=2,recent=40")
+POLICIES = [*SINGLE, (LATE,), (LATE, ("read", "page-top-k:tokens=64,sinks=0"))]
 
 
+@cache
 def engine(backend: str, dtype: str) -> LLM:
     if backend == "native" and not NATIVE:
         pytest.skip("no compiled kernels here")
     return LLM("embedded", backend=backend, dtype=dtype, max_model_len=256, cache_memory=32 << 20, threads=1)
+
+
+@cache
+def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
+    """What a plain request gives if no other ran before it, and the blocks of its prompt."""
+    llm = engine(backend, dtype)
+    llm.engine.table.forget()
+    wanted = ask(llm, new)
+    return wanted, blocks(llm, wanted.prompt_token_ids)
 
 
 def blocks(llm: LLM, tokens: list[int]) -> list[torch.Tensor]:
@@ -56,14 +70,14 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize("policy", POLICIES, ids=[*ids, "streaming-llm, late", "streaming-llm, page-top-k"])
 def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], backend: str, dtype: str) -> None:
     """In every backend and dtype: what it finds has the bits that it computes alone, and so have its log-probabilities."""
-    alone, shared = engine(backend, dtype), engine(backend, dtype)
     new = 8 if backend == "reference" else 24
-    wanted = ask(alone, new)
+    wanted, expected = alone(backend, dtype, new)
+    assert len(expected) > 3
+    shared = engine(backend, dtype)
+    shared.engine.table.forget()
     after = ask(shared, new, **dict(policy))
     left = blocks(shared, after.prompt_token_ids + after.outputs[0].token_ids)
-    expected = blocks(alone, wanted.prompt_token_ids)
-    assert len(expected) > 3
-    if Feature.BIT_EXACT not in alone.runner.backend.features:
+    if Feature.BIT_EXACT not in shared.runner.backend.features:
         assert not left, "only a backend that promises bits may publish"
     assert all(same_bits(one, other) for one, other in zip(left, expected, strict=False))
     found = ask(shared, new)
@@ -76,6 +90,7 @@ def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], bac
 def test_blocks_are_published_under_a_policy_while_they_are_plain() -> None:
     """Else the test above proves nothing."""
     llm = engine("native", "bfloat16")
+    llm.engine.table.forget()
     ask(llm, 24, keep="streaming-llm:sinks=2,recent=70")
     assert ask(llm, 4).cached_tokens == 64
 
