@@ -405,3 +405,28 @@ def test_an_embedding_that_is_no_number() -> None:
         ended = go(made, {})
         assert set(ended) == {"1"} and isinstance(ended["1"], NotNumbers)
         assert np.isfinite(requests[0].embedding(True)).all()
+
+
+class Left(Recorder):
+    """Notes what is called for a text after its fault."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(method)
+        self.raised, self.late = False, list[str]()
+
+    def _met(self, method: str, request: str) -> None:
+        if self.raised and request == self.who:
+            self.late.append(method)
+        self.raised = self.raised or (method, request) == (self.method, self.who)
+        super()._met(method, request)
+
+
+@pytest.mark.parametrize("method", ["begin", "observe", "decide"])
+def test_a_text_at_fault_is_left_alone_and_costs_the_others_no_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = Left(method)
+    made = with_policy(engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), chunk=40), keep)
+    monkeypatch.setattr(made, "isolate", lambda *of: pytest.fail(f"the step failed as a whole: {of}"))
+    add(made)
+    told: dict[str, list[int]] = {}
+    check(told, go(made, told))
+    assert set(keep.late) <= {"end"}
