@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ SETS = {  # what Linux calls the bits that it takes, and its flags
     "avx512": ("avx512f avx512bw avx512dq avx512vl", AVX512),
     "avx512_bf16": ("avx512_bf16 avx512_vnni", [*AVX512, "-mavx512bf16", "-mavx512vnni"]),
 }
+BITS512 = SETS["avx512"][0]
+EMULATED = "avx512_bf16 emulated"  # the same code, its two instructions in plain AVX-512
 PROGRAMS = {  # sources beside it; what it is told: a seed and how many rounds
     "kernels_test": (["pack.cpp", "layers.cpp", "attend.cpp", "threads.cpp"], ["1", "12"]),
     "attend_test": (["attend.cpp", "threads.cpp"], ["1", "3"]),
@@ -50,10 +53,9 @@ def test_tiles_emulated(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ here")
-@pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("program", "isa"), [*product(PROGRAMS, SETS), ("attend_test", EMULATED)])
 def test_clean_under_sanitizers(program: str, isa: str, tmp_path: Path) -> None:
-    bits, flags = SETS[isa]
+    bits, flags = (BITS512, [*AVX512, "-DREDRAFT_EMULATE_BF16"]) if isa == EMULATED else SETS[isa]
     beside, words = PROGRAMS[program]
     source = CPU / "test" / f"{program}.cpp"
     if not has(bits):
@@ -72,6 +74,22 @@ def test_clean_under_sanitizers(program: str, isa: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     passed = re.fullmatch(r"(\d+) passed, 0 failed", done.stdout.strip().splitlines()[-1])
     assert passed and int(passed[1]) > 50
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++ here")
+@pytest.mark.parametrize("against", ["a definition", "the processor"])
+def test_the_emulated_bf16_instructions(against: str, tmp_path: Path) -> None:
+    bits, flags = SETS["avx512" if against == "a definition" else "avx512_bf16"]
+    if not has(bits):
+        pytest.skip(f"this machine has no {bits}")
+    assert COMPILER is not None
+    common = ["-std=c++17", "-O1", "-ffp-contract=off", "-w"]
+    made = subprocess.run(
+        [COMPILER, *common, *flags, CPU / "test/bf16_test.cpp", "-o", tmp_path / "bf16"], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    done = subprocess.run([tmp_path / "bf16"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.fullmatch(r"\d{7} passed, 0 failed", done.stdout.strip()), done.stdout[-2000:]
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ here")

@@ -830,7 +830,7 @@ def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: C
                     table.discard(text.seq)
         for seen in found[1:]:
             assert torch.equal(bits(seen.chain[0]), bits(found[0].chain[0])) and torch.equal(bits(seen.nodes[0]), bits(found[0].nodes[0]))
-        told = torch.tensor(max(0, rows - 40) if nodes is EMPTY else rows).float()
+        told = torch.tensor(max(0, rows - 40) if nodes is EMPTY else rows).double()
         totals = found[0].chain[0].sum(-1), found[0].nodes[0].sum(-1)
         torch.testing.assert_close(totals[0], told.expand_as(totals[0]), rtol=1e-5, atol=0)
         torch.testing.assert_close(totals[1], torch.ones_like(totals[1]), rtol=1e-5, atol=0)

@@ -1,10 +1,14 @@
 // Stand-alone test of attention over pages. No library, one instruction set, told by the flags:
 //   g++ -std=c++17 -O2 -ffp-contract=off -mavx2 -mfma -mf16c attend_test.cpp ../attend.cpp ../threads.cpp -pthread -o attend_test
-//   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl, and with them -mavx512bf16; with -fsanitize=address,undefined too)
+//   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl, and with them -mavx512bf16 or, on any of these processors,
+//   -DREDRAFT_EMULATE_BF16; with -fsanitize=address,undefined too)
 // attend_test [seed [worlds]]: results against a definition in double, and against each row computed alone on committed slots.
 // attend_test bench [row|shared|prefill]: speed beside the bandwidth and the arithmetic of the same run.
 #include "../attend.h"
 #include "../threads.h"
+#ifdef REDRAFT_EMULATE_BF16
+#include "bf16_emulated.h"
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -23,7 +27,7 @@
 
 namespace redraft {
 namespace {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(REDRAFT_EMULATE_BF16)
 #define DOT_BF16
 #endif
 #if defined(__AVX512F__)
@@ -103,11 +107,16 @@ struct Memory {
     std::unique_ptr<Block> bytes;
     vector<int32_t> slabs;
 
-    Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind) {
+    // Units of keys, then values, then scales and zeros; numbers: the kind of scales and zeros of 4-bit codes.
+    Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind, Kind numbers = F32) {
         pool.layers = layers, pool.kv_heads = kv_heads, pool.size = head_size, pool.kind = kind;
-        pool.values = PAGE * head_size * bytes_of(kind);
-        pool.key_scales = 2 * pool.values, pool.value_scales = pool.key_scales + 4 * PAGE;
-        pool.unit_bytes = 2 * pool.values + (kind == I8 ? 8 * PAGE : 0);
+        pool.numbers = numbers;
+        pool.values = PAGE * head_size * bytes_of(kind) / (kind == I4 ? 2 : 1);
+        pool.key_scales = 2 * pool.values;
+        const int64_t each = bytes_of(numbers), channels = kind == I4 ? head_size * each : 4 * PAGE;
+        pool.value_scales = pool.key_scales + channels;
+        pool.key_zeros = pool.value_scales + (kind == I4 ? PAGE * each : 4 * PAGE), pool.value_zeros = pool.key_zeros + channels;
+        pool.unit_bytes = kind == I4 ? pool.value_zeros + PAGE * each : kind == I8 ? pool.key_zeros : pool.key_scales;
         pool.per_slab = layers * kv_heads;
         pool.slab_bytes = pool.per_slab * pool.unit_bytes;
         size = size_t(count * pool.slab_bytes);
@@ -128,16 +137,28 @@ struct Node {
     int32_t parent;  // -1: the last chain row
 };
 
+// What a node sees of its tree.
+enum Sees { PATH, SOME, NONE, ALL };  // its ancestors and itself; any nodes up to itself; no node; all nodes
+
+// A slot that a row sees; index: among those that it would see without windows.
+struct Slot {
+    int64_t slot, position, index;
+};
+
 // A text in the pool: committed slots, a chain, and a tree, all keys and values written.
 struct Text {
-    Memory* memory;
-    int32_t lanes = 0, count = 1, per_lane = 0, chain = 0;
-    vector<int32_t> pages, lengths;
+    Memory *memory, *block;  // block: of the first coded_per_lane pages of every lane
+    int32_t lanes = 0, count = 1, per_lane = 0, coded_per_lane = 0, chain = 0, sinks = 0, recent = 0, apart = 0;  // apart: 0 reads all
+    double density = 1;
+    vector<int32_t> pages, coded, lengths;
     vector<vector<int32_t>> positions;  // of committed slots by lane; empty: none kept
     vector<Node> nodes;
-    int32_t next = 0;  // position of the first chain row
+    Sees sees = PATH;
+    vector<int32_t> odd;  // positions of the chain and the nodes where these do not follow from the tree
+    int32_t next = 0;     // position of the first chain row
+    int32_t key_at = -1;  // of its key, where that is another one
 
-    Text(Memory& m, int32_t kind) : memory(&m), lanes(kind) {
+    Text(Memory& m, Memory& b, int32_t kind) : memory(&m), block(&b), lanes(kind) {
         count = kind == 0 ? 1 : kind == 1 ? m.pool.layers : m.pool.layers * m.pool.kv_heads;
         lengths.assign(size_t(count), 0);
     }
@@ -145,67 +166,120 @@ struct Text {
 
     // Pages for `slots` slots of every lane; the first `shared` of them are those of another text.
     void room(int64_t slots, const Text* from = nullptr, int64_t shared = 0) {
-        per_lane = int32_t((slots + PAGE - 1) / PAGE);
-        const int32_t pages_a_slab = lanes == 0 ? 1 : lanes == 1 ? memory->pool.layers : int32_t(memory->pool.per_slab);
+        per_lane = int32_t((slots + PAGE - 1) / PAGE) - coded_per_lane;
+        take(*memory, pages, per_lane, from, shared);
+        take(*block, coded, coded_per_lane, nullptr, 0);
+    }
+    void take(Memory& of, vector<int32_t>& list, int64_t each, const Text* from, int64_t shared) const {
+        const int32_t pages_a_slab = lanes == 0 ? 1 : lanes == 1 ? of.pool.layers : int32_t(of.pool.per_slab);
         int32_t left = 0, slab = 0;
-        for (int64_t i = 0; i < count * per_lane; i++) {
+        for (int64_t i = 0; i < count * each; i++) {
             if (i < shared) {
-                pages.push_back(from->pages[size_t(i)]);
+                list.push_back(from->pages[size_t(i)]);
                 continue;
             }
-            if (!left) left = pages_a_slab, slab = memory->slab();
-            pages.push_back(slab * pages_a_slab + --left);
+            if (!left) left = pages_a_slab, slab = of.slab();
+            list.push_back(slab * pages_a_slab + --left);
         }
     }
+    bool in_block(int64_t slot) const { return slot < PAGE * coded_per_lane; }
+    const Pool& pool_of(int64_t slot) const { return in_block(slot) ? block->pool : memory->pool; }
     uint8_t* place(int64_t layer, int64_t head, int64_t slot, bool value) const {
-        const Pool& p = memory->pool;
-        return unit(layer, head, slot) + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind);
+        const Pool& p = pool_of(slot);
+        return unit(layer, head, slot) + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind) / (p.kind == I4 ? 2 : 1);
     }
     float* scale(int64_t layer, int64_t head, int64_t slot, bool value) const {
         return reinterpret_cast<float*>(unit(layer, head, slot) + (value ? memory->pool.value_scales : memory->pool.key_scales)) + slot % PAGE;
     }
     float number(int64_t layer, int64_t head, int64_t slot, bool value, int64_t d) const {
+        if (in_block(slot)) return coded_number(layer, head, slot, value, d);
         const Kind kind = memory->pool.kind;
         const uint8_t* at = place(layer, head, slot, value) + d * bytes_of(kind);
         return kind == I8 ? float(int8_t(*at)) * *scale(layer, head, slot, value) : as_float(at, kind);
     }
+    // A byte holds the codes of channels d and d + size / 2; keys have a grid for each channel, values for each slot.
+    float coded_number(int64_t layer, int64_t head, int64_t slot, bool value, int64_t d) const {
+        const Pool& p = block->pool;
+        const int64_t half = p.size / 2, each = bytes_of(p.numbers), at = (value ? slot % PAGE : d) * each;
+        const uint8_t byte = place(layer, head, slot, value)[d % half], *own = unit(layer, head, slot);
+        const float scale = as_float(own + (value ? p.value_scales : p.key_scales) + at, p.numbers);
+        return float(d < half ? byte % 16 : byte / 16) * scale + as_float(own + (value ? p.value_zeros : p.key_zeros) + at, p.numbers);
+    }
     uint8_t* unit(int64_t layer, int64_t head, int64_t slot) const {
-        const Pool& p = memory->pool;
-        const int64_t id = pages[size_t(lane(layer, head) * per_lane + slot / PAGE)];
+        const Pool& p = pool_of(slot);
+        const size_t own = size_t(lane(layer, head)), page = size_t(slot / PAGE);
+        const int64_t id = in_block(slot) ? coded[own * size_t(coded_per_lane) + page] : pages[own * size_t(per_lane) + page - size_t(coded_per_lane)];
         const int64_t unit = lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : lanes == 1 ? id * p.kv_heads + head : id;
         return p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
     }
-    int64_t last_slot(int64_t lane) const { return lengths[size_t(lane)] + chain + int64_t(nodes.size()); }
+    int64_t rows() const { return chain + int64_t(nodes.size()); }
+    int64_t last_slot(int64_t lane) const { return lengths[size_t(lane)] + rows(); }
 
     vector<int32_t> path(int64_t node) const {
         vector<int32_t> found;
         for (int64_t at = node; at >= 0; at = nodes[size_t(at)].parent) found.insert(found.begin(), int32_t(at));
         return found;
     }
+    vector<int32_t> seen_nodes(int64_t node) const {
+        if (sees == PATH) return path(node);
+        vector<int32_t> found;
+        for (int32_t i = 0; i < int32_t(nodes.size()); i++)
+            if (sees == ALL || (sees == SOME && i <= node && (i * 7 + node * 5) % 11 < 6)) found.push_back(i);
+        return found;
+    }
     int32_t position(int64_t row) const {  // rows: the chain, then the nodes
+        if (!odd.empty()) return odd[size_t(row)];
         return next + (row < chain ? int32_t(row) : chain + int32_t(path(row - chain).size()) - 1);
     }
-    // Slots that a row sees, in text order, with their positions.
-    vector<std::pair<int64_t, int64_t>> seen(int64_t row, int64_t layer, int64_t head, int64_t window) const {
-        const int64_t own = lane(layer, head), length = lengths[size_t(own)];
-        vector<std::pair<int64_t, int64_t>> found;
+    // Slots that a row sees, in text order.
+    vector<Slot> seen(int64_t row, int64_t layer, int64_t head, int64_t window, bool all = false) const {
+        const int64_t own = lane(layer, head), length = lengths[size_t(own)], at = position(row);
+        vector<Slot> found;
+        int64_t index = 0;
         const auto see = [&](int64_t slot, int64_t position) {
-            if (!window || position > this->position(row) - window) found.push_back({slot, position});
+            const bool in_layers = !window || position > at - window, in_own = !recent || position < sinks || position > at - recent;
+            if (all || (in_layers && in_own)) found.push_back({slot, position, index});
+            index++;
         };
         for (int64_t i = 0; i < length; i++) see(i, positions.empty() ? i : positions[size_t(own)][size_t(i)]);
-        for (int64_t i = 0; i < chain && i <= row; i++) see(length + i, next + i);
+        for (int64_t i = 0; i < chain && i <= row; i++) see(length + i, position(i));
         if (row < chain) return found;
-        int64_t deep = 0;
-        for (int32_t node : path(row - chain)) see(length + chain + node, next + chain + deep++);
+        for (int32_t node : seen_nodes(row - chain)) see(length + chain + node, position(chain + node));
         return found;
+    }
+    // By how many positions a row's queries turn back for sinks.
+    int64_t gone(int64_t row) const { return recent ? std::max<int64_t>(0, position(row) + 1 - sinks - recent) : 0; }
+    // Whether a query reads what the row would see there without windows.
+    bool reads(int64_t row, int64_t query_head, int64_t share, int64_t index) const {
+        if (!apart) return true;
+        const uint64_t head = uint64_t(apart > 1 ? query_head : query_head / share);
+        uint64_t x = uint64_t(row) * 1000003 + head * 8191 + uint64_t(index) * 131 + uint64_t(density * 4096);
+        x = (x ^ x >> 15) * 0x9e3779b97f4a7c15u;
+        return double(x >> 40) < density * 0x1p24;
     }
 };
 
-void fill(Text& text, Random& random, float spread, int64_t from = 0) {
-    const Pool& p = text.memory->pool;
+void fill_codes(Text& text, Random& random, float spread) {
+    const Pool& p = text.block->pool;
+    const auto put = [&](uint8_t* unit, int64_t offset, int64_t count, float middle, float about) {
+        for (int64_t i = 0; i < count; i++) keep_float(unit + offset + i * bytes_of(p.numbers), p.numbers, middle + about * random.normal());
+    };
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.kv_heads; head++)
-            for (int64_t slot = from; slot < text.last_slot(text.lane(layer, head)); slot++)
+            for (int64_t page = 0; page < text.coded_per_lane; page++) {
+                uint8_t* unit = text.unit(layer, head, page * PAGE);
+                for (int64_t i = 0; i < p.key_scales; i++) unit[i] = uint8_t(random.below(256));
+                put(unit, p.key_scales, p.size, 0.2f * spread, 0.05f * spread), put(unit, p.key_zeros, p.size, -1.5f * spread, 0.3f * spread);
+                put(unit, p.value_scales, PAGE, 0.2f, 0.05f), put(unit, p.value_zeros, PAGE, -1.5f, 0.3f);
+            }
+}
+
+void fill(Text& text, Random& random, float spread, int64_t from = 0) {
+    const Pool& p = text.memory->pool;
+    fill_codes(text, random, spread);
+    for (int64_t layer = 0; layer < p.layers; layer++)
+        for (int64_t head = 0; head < p.kv_heads; head++)
+            for (int64_t slot = std::max<int64_t>(from, PAGE * text.coded_per_lane); slot < text.last_slot(text.lane(layer, head)); slot++)
                 for (bool value : {false, true}) {
                     vector<float> numbers;
                     for (int64_t d = 0; d < p.size; d++) numbers.push_back(random.normal() * (value ? 1.0f : spread));
@@ -222,10 +296,11 @@ void fill(Text& text, Random& random, float spread, int64_t from = 0) {
 struct Part {
     const Text* text;
     int64_t first, last;
-    vector<int32_t> lengths, at;
+    vector<int32_t> lengths, at, tail_at;
     vector<vector<int32_t>> positions;
     vector<const int32_t*> tables;
-    vector<uint64_t> ancestors;
+    vector<uint64_t> visible;
+    vector<uint32_t> picks;
     Seq seq{};
 
     Part(const Text& t, int64_t from, int64_t to, int32_t words) : text(&t), first(from), last(to), lengths(t.lengths), positions(t.positions) {
@@ -243,16 +318,33 @@ struct Part {
         for (int64_t row = from; row < to; row++) {
             at.push_back(t.position(row));
             if (row < t.chain) continue;
-            ancestors.resize(ancestors.size() + size_t(words));
-            for (int32_t node : t.path(row - t.chain)) ancestors[ancestors.size() - size_t(words) + size_t(node / 64)] |= uint64_t(1) << node % 64;
+            visible.resize(visible.size() + size_t(words));
+            for (int32_t node : t.seen_nodes(row - t.chain)) visible[visible.size() - size_t(words) + size_t(node / 64)] |= uint64_t(1) << node % 64;
         }
+        for (int64_t row = tree_only ? 0 : from; row < to; row++) tail_at.push_back(t.key_at < 0 ? t.position(row) : t.key_at);
         seq.words = words;
     }
     Seq made(int32_t place) {
         seq.first = place, seq.lanes = text->lanes, seq.pages_per_lane = text->per_lane, seq.pages = text->pages.data();
-        seq.lengths = lengths.data(), seq.at = at.data(), seq.ancestors = ancestors.data();
+        seq.lengths = lengths.data(), seq.at = at.data(), seq.visible = visible.data(), seq.tail_at = tail_at.data();
         seq.positions = tables.empty() ? nullptr : tables.data();
+        seq.coded_per_lane = text->coded_per_lane, seq.coded = text->coded.data(), seq.sinks = text->sinks, seq.recent = text->recent;
         return seq;
+    }
+    // Bits of what the rows read in a layer.
+    Picked picked(int64_t layer, int64_t heads, const std::function<bool(const Text*, int64_t, int64_t, int64_t)>& reads) {
+        if (!text->apart) return {};
+        const int64_t kv_heads = text->memory->pool.kv_heads, share = heads / kv_heads, apart = text->apart;
+        Picked made{nullptr, text->per_lane + text->coded_per_lane, int32_t(apart)};
+        picks.assign(size_t((last - first) * kv_heads * apart * made.words), 0);
+        for (int64_t row = first; row < last; row++)
+            for (int64_t head = 0; head < kv_heads; head++)
+                for (const Slot& one : text->seen(row, layer, head, 0, true))
+                    for (int64_t g = 0; g < apart; g++)
+                        if (reads(text, row, head * share + g, one.index))
+                            picks[size_t((((row - first) * kv_heads + head) * apart + g) * made.words + one.slot / 32)] |= 1u << one.slot % 32;
+        made.bits = picks.data();
+        return made;
     }
 };
 
@@ -261,11 +353,18 @@ struct Setting {
     Kind q_kind, out_kind;
     bool tiles;
     float scale;
+    Pool block{};                  // without data where nothing is coded
+    vector<double> frequencies{};  // by which queries turn back for sinks; none: they do not turn
 };
 
 // Numbers of rows [heads * size], as floats of what was written.
 using Result = vector<vector<float>>;
-using Queries = std::function<float(const Text*, int64_t row, int64_t column)>;
+struct Queries {
+    std::function<float(const Text*, int64_t row, int64_t column)> number;
+    std::function<bool(const Text*, int64_t row, int64_t query_head, int64_t index)> reads;
+
+    float operator()(const Text* text, int64_t row, int64_t column) const { return number(text, row, column); }
+};
 
 struct Buffer {
     vector<uint8_t> bytes;
@@ -283,7 +382,7 @@ struct Noted {
     int32_t since;
     bool low;
     int64_t slots = 0;
-    vector<float> numbers{};
+    vector<double> numbers{};
 };
 
 Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, const Queries& queries, const AttendChoices& choices, int workers,
@@ -296,12 +395,19 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
     }
     const int64_t cols = int64_t(setting.heads) * pool.size;
     Buffer q(total, cols, setting.q_kind, false), out(total, cols, setting.out_kind, setting.tiles);
+    const int64_t half = int64_t(setting.frequencies.size());
+    vector<float> far(size_t(2 * total * half));
     int64_t r = 0;
     for (const Part& part : parts)
-        for (int64_t row = part.first; row < part.last; row++, r++)
+        for (int64_t row = part.first; row < part.last; row++, r++) {
+            for (int64_t k = 0; k < half; k++) {
+                const double angle = -double(part.text->gone(row)) * setting.frequencies[size_t(k)];
+                far[size_t(r * half + k)] = float(std::cos(angle)), far[size_t((total + r) * half + k)] = float(std::sin(angle));
+            }
             for (int64_t c = 0; c < cols; c++) keep_float(q.rows.at(r, c), setting.q_kind, queries(part.text, row, c));
+        }
     Watched watched{};
-    vector<float> chain, nodes;  // of all layers, exactly as large as told
+    vector<double> chain, nodes;  // of all layers, exactly as large as told
     if (noted) {
         const Seq& seq = seqs[noted->part];
         noted->slots = *std::max_element(parts[noted->part].lengths.begin(), parts[noted->part].lengths.end()) + seq.tail + seq.rows;
@@ -309,8 +415,14 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
         chain.resize(block), nodes.resize(block * size_t(seq.rows - seq.chain_rows));
         watched = {chain.data(), nodes.data(), noted->slots, int32_t(noted->part), noted->since, noted->low, 0};
     }
-    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.layer, setting.heads, setting.window, q.rows, out.rows, setting.scale,
-                        &watched, noted != nullptr};
+    vector<Picked> picked;
+    bool sparse = false;
+    for (Part& part : parts) {
+        picked.push_back(part.picked(setting.layer, setting.heads, queries.reads));
+        sparse = sparse || picked.back().bits;
+    }
+    const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.block, setting.layer, setting.heads, setting.window, q.rows, out.rows,
+                        setting.scale, &watched, noted != nullptr, half ? far.data() : nullptr, half, sparse ? picked.data() : nullptr};
     static Attention memory;
     AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
     plan.ends = noted ? total : 0;
@@ -341,33 +453,61 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
 struct Bounds {
     double least = 0, most = 0;
 };
+// Whether products are added in pairs of bf16.
+bool pairs(const Setting& setting, const Pool& pool) {
+    return PAIRS && setting.q_kind == BF16 && setting.out_kind == BF16 && pool.kind == BF16 && !setting.block.data;
+}
+
+// The weights that a query gives to the slots that its row sees; 0 to those that it does not read.
+vector<double> weights_of(const Setting& setting, const Text& text, int64_t row, int64_t h, const vector<Slot>& slots, const Queries& queries) {
+    const Pool& p = text.memory->pool;
+    const int64_t size = p.size, share = setting.heads / p.kv_heads, half = int64_t(setting.frequencies.size());
+    vector<double> q, far, scores;
+    for (int64_t d = 0; d < size; d++) {
+        uint8_t held[4];
+        keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
+        q.push_back(as_float(held, setting.q_kind));
+    }
+    far = q;
+    for (int64_t k = 0; k < half; k++) {
+        const double angle = -double(text.gone(row)) * setting.frequencies[size_t(k)];
+        far[size_t(k)] = q[size_t(k)] * std::cos(angle) - q[size_t(k + half)] * std::sin(angle);
+        far[size_t(k + half)] = q[size_t(k + half)] * std::cos(angle) + q[size_t(k)] * std::sin(angle);
+    }
+    if (pairs(setting, p))  // such queries are bf16; of numbers that lie between two of these, either is right
+        for (double& x : far) {
+            uint8_t held[4];
+            keep_float(held, BF16, float(x));
+            x = as_float(held, BF16);
+        }
+    double most = -INFINITY, total = 0;
+    for (const Slot& one : slots) {
+        double s = 0;
+        const vector<double>& mine = text.recent && one.position < text.sinks ? far : q;
+        for (int64_t d = 0; d < size; d++) s += mine[size_t(d)] * text.number(setting.layer, h / share, one.slot, false, d);
+        scores.push_back(queries.reads(&text, row, h, one.index) ? s * setting.scale : -INFINITY);
+        most = std::max(most, scores.back());
+    }
+    for (double& s : scores) total += s = s == -INFINITY ? 0 : std::exp(s - most);
+    for (double& s : scores) s = total == 0 ? 0 : s / total;
+    return scores;
+}
+
 vector<Bounds> defined(const Setting& setting, const Text& text, const Queries& queries, const Noted& noted) {
     const Pool& p = text.memory->pool;
-    const int64_t size = p.size, share = setting.heads / p.kv_heads, block = p.kv_heads * noted.slots;
+    const int64_t share = setting.heads / p.kv_heads, block = p.kv_heads * noted.slots;
     vector<Bounds> result(size_t(block * (1 + int64_t(text.nodes.size()))));
-    for (int64_t row = 0; row < text.chain + int64_t(text.nodes.size()); row++)
+    for (int64_t row = 0; row < text.rows(); row++)
         for (int64_t head = 0; head < p.kv_heads && text.position(row) >= noted.since; head++) {
             const auto slots = text.seen(row, setting.layer, head, setting.window);
             vector<double> means(slots.size());
             for (int64_t h = head * share; h < (head + 1) * share; h++) {
-                vector<double> scores;
-                for (const auto& [slot, position] : slots) {
-                    double s = 0;
-                    for (int64_t d = 0; d < size; d++) {
-                        uint8_t held[4];
-                        keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
-                        s += double(as_float(held, setting.q_kind)) * text.number(setting.layer, head, slot, false, d);
-                    }
-                    scores.push_back(s * setting.scale);
-                }
-                const double most = *std::max_element(scores.begin(), scores.end());
-                double total = 0;
-                for (double& s : scores) total += s = std::exp(s - most);
-                for (size_t i = 0; i < slots.size(); i++) means[i] += scores[i] / total / double(share);
+                const vector<double> weights = weights_of(setting, text, row, h, slots, queries);
+                for (size_t i = 0; i < slots.size(); i++) means[i] += weights[i] / double(share);
             }
             const int64_t place = row < text.chain ? 0 : row - text.chain + 1;
             for (size_t i = 0; i < slots.size(); i++) {
-                Bounds& to = result[size_t(place * block + head * noted.slots + slots[i].first)];
+                Bounds& to = result[size_t(place * block + head * noted.slots + slots[i].slot)];
                 const double limit = 1 / double(slots.size());
                 to.least += noted.low ? means[i] < limit * 0.9999 : means[i] * 0.9999;
                 to.most += noted.low ? means[i] < limit * 1.0001 : means[i] * 1.0001;
@@ -383,52 +523,47 @@ vector<double> defined(const Setting& setting, const Text& text, int64_t row, co
     vector<double> result(size_t(setting.heads * size));
     spread->assign(result.size(), 0);
     for (int64_t h = 0; h < setting.heads; h++) {
-        vector<double> weights;
-        double most = -INFINITY, total = 0;
         const auto slots = text.seen(row, setting.layer, h / share, setting.window);
-        for (const auto& [slot, position] : slots) {
-            double s = 0;
-            for (int64_t d = 0; d < size; d++) {
-                uint8_t held[4];
-                keep_float(held, setting.q_kind, queries(&text, row, h * size + d));
-                s += double(as_float(held, setting.q_kind)) * text.number(setting.layer, h / share, slot, false, d);
-            }
-            weights.push_back(s * setting.scale);
-            most = std::max(most, weights.back());
-        }
-        for (double& w : weights) total += w = std::exp(w - most);
-        const auto value = [&](size_t i, int64_t d) { return text.number(setting.layer, h / share, slots[i].first, true, d); };
+        const vector<double> weights = weights_of(setting, text, row, h, slots, queries);
+        const auto value = [&](size_t i, int64_t d) { return text.number(setting.layer, h / share, slots[i].slot, true, d); };
         for (size_t i = 0; i < slots.size(); i++)
-            for (int64_t d = 0; d < size; d++) result[size_t(h * size + d)] += weights[i] / total * value(i, d);
+            for (int64_t d = 0; d < size; d++) result[size_t(h * size + d)] += weights[i] * value(i, d);
         for (size_t i = 0; i < slots.size(); i++)
-            for (int64_t d = 0; d < size; d++) (*spread)[size_t(h * size + d)] += weights[i] / total * std::fabs(value(i, d) - result[size_t(h * size + d)]);
+            for (int64_t d = 0; d < size; d++) (*spread)[size_t(h * size + d)] += weights[i] * std::fabs(value(i, d) - result[size_t(h * size + d)]);
     }
     return result;
 }
 
-bool same_bits(const vector<float>& a, const vector<float>& b) { return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * 4); }
+template <class T>
+bool same_bits(const vector<T>& a, const vector<T>& b) {
+    return a.size() == b.size() && !std::memcmp(a.data(), b.data(), a.size() * sizeof(T));
+}
 
-// The same row decoded as the last of a plain text: every slot of its path is copied in order into fresh pages and committed.
+// The same row decoded as the last of a plain text: every slot of its path is copied in order into fresh pages and committed, but for
+// the coded pages, which are the same.
 Text flattened(const Text& text, int64_t row) {
-    Text flat(*text.memory, text.lanes);
+    Text flat(*text.memory, *text.block, text.lanes);
     const Pool& p = text.memory->pool;
-    const int64_t longest = *std::max_element(text.lengths.begin(), text.lengths.end()) + row + 2;
-    flat.room(longest);
-    flat.chain = 1;
-    flat.next = text.position(row);
-    if (!text.positions.empty()) flat.positions.resize(size_t(flat.count));
+    flat.room(*std::max_element(text.lengths.begin(), text.lengths.end()) - PAGE * text.coded_per_lane + text.rows() + 2);
+    flat.coded = text.coded, flat.coded_per_lane = text.coded_per_lane, flat.sinks = text.sinks, flat.recent = text.recent;
+    flat.apart = text.apart, flat.density = text.density, flat.chain = 1;
+    flat.odd = {text.position(row)};
+    const bool positions = !text.positions.empty() || !text.odd.empty() || text.sees != PATH;
+    if (positions) flat.positions.resize(size_t(flat.count));
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.kv_heads; head++) {
-            const auto slots = text.seen(row, layer, head, 0);
+            const auto slots = text.seen(row, layer, head, 0, true);
             const size_t lane = size_t(flat.lane(layer, head));
             flat.lengths[lane] = int32_t(slots.size()) - 1;
             for (size_t i = 0; i < slots.size(); i++)
                 for (bool value : {false, true}) {
-                    std::memcpy(flat.place(layer, head, int64_t(i), value), text.place(layer, head, slots[i].first, value), size_t(p.size * bytes_of(p.kind)));
-                    if (p.kind == I8) *flat.scale(layer, head, int64_t(i), value) = *text.scale(layer, head, slots[i].first, value);
+                    if (text.in_block(slots[i].slot)) continue;
+                    std::memcpy(flat.place(layer, head, int64_t(i), value), text.place(layer, head, slots[i].slot, value), size_t(p.size * bytes_of(p.kind)));
+                    if (p.kind == I8) *flat.scale(layer, head, int64_t(i), value) = *text.scale(layer, head, slots[i].slot, value);
                 }
-            if (flat.positions.empty() || !flat.positions[lane].empty()) continue;
-            for (size_t i = 0; i + 1 < slots.size(); i++) flat.positions[lane].push_back(int32_t(slots[i].second));
+            flat.key_at = int32_t(slots.back().position);
+            if (!positions || !flat.positions[lane].empty()) continue;
+            for (size_t i = 0; i + 1 < slots.size(); i++) flat.positions[lane].push_back(int32_t(slots[i].position));
         }
     return flat;
 }
@@ -444,7 +579,7 @@ void grow_tree(Text& text, Random& random, int64_t count) {
 struct World {
     Random random;
     Setting setting{};
-    Memory memory;
+    Memory memory, block;
     vector<Text> texts;
     int32_t words = 1;
     uint64_t seed;
@@ -456,10 +591,18 @@ struct World {
         Kind kind = random.of({F32, BF16});
         if (number % 4 == 2) kind = I8;
         if (number % 2) kind = setting.q_kind = setting.out_kind = BF16;  // as in most engines; such products may be added in pairs
+        const int32_t half = random.of({size / 2, size / 2, 2, 0});
+        for (int32_t k = 0; k < half; k++) setting.frequencies.push_back(std::pow(100.0, -double(k) / half));
         return Memory(random, 1500, 2, kv_heads, size, kind);
     }
+    static Memory block_for(Random& random, Setting& setting, const Pool& exact) {
+        Memory made(random, random.chance(0.4) ? 500 : 0, exact.layers, exact.kv_heads, exact.size, I4, random.of({F32, BF16}));
+        if (made.slabs.empty()) made.pool.data = nullptr;
+        setting.block = made.pool;
+        return made;
+    }
 
-    explicit World(uint64_t number) : random{std::mt19937_64(number)}, memory(memory_for(random, setting, number)), seed(number) {
+    explicit World(uint64_t number) : random{std::mt19937_64(number)}, memory(memory_for(random, setting, number)), block(block_for(random, setting, memory.pool)), seed(number) {
         const int64_t count = 1 + random.below(3);
         for (int64_t i = 0; i < count; i++) {
             texts.push_back(text(random.of({0, 0, 1, 2})));
@@ -476,10 +619,16 @@ struct World {
     void tail_of(Text& t) {
         t.chain = int32_t(random.of<int64_t>({1, 1, 2, 5, 40, 70}));
         if (random.chance(0.6)) grow_tree(t, random, random.of<int64_t>({1, 3, 8, 30, 40, 70}));
+        t.sees = random.of({PATH, PATH, PATH, SOME, NONE, ALL});
         int32_t longest = *std::max_element(t.lengths.begin(), t.lengths.end());
         t.next = longest;
-        if (t.lanes == 0 && random.chance(0.7)) return;  // nothing was evicted
-        t.next = longest + int32_t(random.below(100));
+        if (random.chance(0.4)) t.sinks = random.of({0, 1, 4, 33, 200}), t.recent = int32_t(1 + random.below(random.of({30, 600})));
+        if (random.chance(0.4)) t.apart = random.chance(0.5) ? setting.heads / memory.pool.kv_heads : 1, t.density = random.of({0.005, 0.1, 0.5, 0.97});
+        const bool evicted = t.lanes != 0 || !random.chance(0.7);
+        if (evicted) t.next += int32_t(random.below(100));
+        if (evicted && random.chance(0.3))
+            for (int64_t row = 0; row < t.rows(); row++) t.odd.push_back(int32_t(random.below(t.next + 100)));
+        if (!evicted) return;
         for (int32_t length : t.lengths) {
             t.positions.emplace_back();
             for (int32_t slot = 0, at = t.next - length; slot < length; slot++) {  // distinct, ascending, some left out at the beginning
@@ -489,10 +638,13 @@ struct World {
     }
 
     Text text(int32_t kind) {
-        Text t(memory, kind);
+        Text t(memory, block, kind);
         const int32_t one = length();
         for (int32_t& l : t.lengths) l = random.chance(0.5) ? one : length();
         tail_of(t);
+        if (setting.block.data && kind && random.chance(0.8))
+            t.coded_per_lane = std::min<int32_t>(20, *std::min_element(t.lengths.begin(), t.lengths.end()) / PAGE - int32_t(random.below(2)));
+        t.coded_per_lane = std::max(0, t.coded_per_lane);
         t.room(t.last_slot(std::max_element(t.lengths.begin(), t.lengths.end()) - t.lengths.begin()));
         fill(t, random, random.of({1.0f, 3.0f}));
         return t;
@@ -504,7 +656,7 @@ struct World {
         const int64_t others = 1 + random.below(3);
         for (int64_t i = 0; i < others; i++) {
             const int64_t shared = texts[origin].lengths[0] / PAGE;
-            Text t(memory, 0);
+            Text t(memory, block, 0);
             t.lengths[0] = int32_t(shared * PAGE + random.below(90));
             tail_of(t);
             t.room(t.last_slot(0), &texts[origin], shared);
@@ -528,6 +680,7 @@ vector<vector<Part>> cut(World& world) {
         for (int64_t from = 0, to, step = 0; from < end; from = to, step++) {
             to = std::min<int64_t>(end, from + 1 + world.random.below(40));
             if (from < t.chain && to > t.chain && from > 0) to = t.chain;  // a chain with nodes begins where the committed slots end
+            if (t.sees == ALL && to > t.chain) to = end;
             if (int64_t(steps.size()) <= step) steps.emplace_back();
             steps[size_t(step)].emplace_back(t, from, to, world.words);
         }
@@ -545,11 +698,13 @@ void test_world(uint64_t seed) {
         questions.push_back({&t, {}});
         for (int64_t i = 0; i < (t.chain + int64_t(t.nodes.size())) * setting.heads * pool.size; i++) questions.back().second.push_back(world.random.normal());
     }
-    const Queries queries = [&](const Text* text, int64_t row, int64_t column) {
-        for (const auto& [whose, numbers] : questions)
-            if (whose == text) return numbers[size_t(row * setting.heads * pool.size + column)];
-        std::abort();
-    };
+    const int64_t share = setting.heads / pool.kv_heads;
+    const Queries queries{[&](const Text* text, int64_t row, int64_t column) {
+                              for (const auto& [whose, numbers] : questions)
+                                  if (whose == text) return numbers[size_t(row * setting.heads * pool.size + column)];
+                              std::abort();
+                          },
+                          [&](const Text* text, int64_t row, int64_t head, int64_t index) { return text->reads(row, head, share, index); }};
 
     AttendChoices plain;
     vector<Part> all = whole(world);
@@ -557,8 +712,7 @@ void test_world(uint64_t seed) {
 
     // against the definition, some rows; and the same rows decoded alone after a committed text
     const double tolerance = setting.out_kind == BF16 ? 0x1p-8 : 0;
-    const bool rounds = PAIRS && setting.q_kind == BF16 && setting.out_kind == BF16 && pool.kind == BF16;
-    const double weights = rounds ? 0x1p-9 : 0;  // what rounding takes from a weight at most; equal shares taken from all change nothing
+    const double weights = pairs(setting, pool) ? 0x1p-8 : 0;  // what rounding changes of a weight at most
     size_t place = 0;
     for (const Text& t : world.texts) {
         const int64_t rows = t.chain + int64_t(t.nodes.size());
@@ -576,7 +730,8 @@ void test_world(uint64_t seed) {
             Text flat = flattened(t, row);
             vector<Part> alone;
             alone.emplace_back(flat, 0, 1, 1);
-            const Queries own = [&](const Text*, int64_t, int64_t column) { return queries(&t, row, column); };
+            const Queries own{[&](const Text*, int64_t, int64_t column) { return queries(&t, row, column); },
+                              [&](const Text*, int64_t, int64_t head, int64_t index) { return queries.reads(&t, row, head, index); }};
             check(same_bits(attended(pool, setting, alone, own, plain, 1)[0], base[place]), name + "row " + std::to_string(row) + " as committed text");
             for (int32_t page : flat.pages)
                 if (flat.lanes == 0) world.memory.slabs.push_back(page);
@@ -698,7 +853,7 @@ struct Bench {
         for (size_t i = 0; i < memory.size; i += 2) keep_float(memory.pool.data + i, BF16, float(int32_t(x = x * 1664525 + 1013904223)) * 0x1p-31f);
         texts.reserve(size_t(count));
         for (int64_t i = 0; i < count; i++) {
-            texts.emplace_back(memory, 0);
+            texts.emplace_back(memory, memory, 0);
             texts.back().lengths[0] = texts.back().next = length;
             texts.back().chain = rows;
             texts.back().room(length + rows, texts.data(), i ? length / PAGE : 0);
@@ -726,7 +881,7 @@ struct Bench {
             scratch.prepare(ATTEND, plan, 32, workers);
             run([&](int worker, int all) {
                 for (int32_t layer = 0; layer < layers; layer++) {
-                    const AttendJob job{seqs.data(), int64_t(seqs.size()), memory.pool, layer, 32, 0, q.rows, out.rows, setting.scale};
+                    const AttendJob job{seqs.data(), int64_t(seqs.size()), memory.pool, Pool{}, layer, 32, 0, q.rows, out.rows, setting.scale};
                     attend(ATTEND, job, plan, scratch, worker, all);
                     barrier();
                 }
