@@ -16,15 +16,15 @@ from redraft.card import Card, Guarantee
 from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.law import TopLogprobs
 from redraft.core.sequence import Pooling, Request
+from redraft.core.spec import ModelSpec
 from redraft.core.tree import F64
 from redraft.draft.drafter import Drafter
 from redraft.engine import policies, speculation
 from redraft.engine.engine import Engine, Event, Stats
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
-from redraft.models import loader, memory
+from redraft.models import loader, memory, mixers
 from redraft.models.runner import Runner
-from redraft.models.spec import ModelSpec
 from redraft.models.tokenizer import Message, Tokenizer
 from redraft.ops import library
 from redraft.ops.backend import Backend
@@ -148,6 +148,7 @@ class Setup:
         max_model_len = config.model.max_model_len or checkpoint.context
         if max_model_len > checkpoint.context:
             raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
+        mixers.check(checkpoint.spec, backend)
         slab_bytes = backend.slab_bytes(checkpoint.spec)
         free, most = memory.limits(device), scheduler.max_seqs
         slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)

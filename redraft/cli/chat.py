@@ -50,7 +50,7 @@ def chat(
             continue
         asked = [*messages, {"role": "user", "content": said}]
         prompt = llm.tokenizer.encode_chat(asked)
-        cached = llm.runner.table.match(prompt, "")
+        cached = llm.runner.memory.match(prompt, "")
         try:
             shown = show(llm, prompt, params)
         except InvalidInput as error:

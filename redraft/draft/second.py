@@ -264,7 +264,7 @@ class Leveller(Stateless):
 
     def __init__(self, method: Drawing, runner: Runner, sampler: DraftSampler) -> None:
         self.method, self.runner, self.sampler = method, runner, sampler
-        self.table, self.store = runner.table, runner.store
+        self.memory = runner.memory
         self.kinds = frozenset({Kind.FIXED, method.kind})
         self.kept: I64 | None = None  # the tokens of the head's rows where it was trimmed
 
@@ -275,7 +275,7 @@ class Leveller(Stateless):
         if whole.head.hollow:  # a model that is only looked at
             return
         keep = keep[keep < whole.head.outs]  # checkpoints of one vocabulary are padded to different sizes
-        self.runner = copy(self.runner)  # same table, store and layers
+        self.runner = copy(self.runner)  # same memory and layers
         self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
 
@@ -305,8 +305,7 @@ class Leveller(Stateless):
     def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
         """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where
         they are not looked at, and the log of the sum of all their exponentials where that is not the sum of these."""
-        pages = self.table.reserve(works, trees)
-        self.store.zero(pages.fresh)
+        pages = self.memory.reserve(works, trees)
         out = self.runner.forward(self._pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
         if not wanted:
             return None
@@ -337,31 +336,26 @@ class Grower(Leveller):
 
     def begin(self, seq: Sequence) -> Twin:
         twin = shadow(seq, seq.tokens if self._knows(seq.tokens) else [])
-        self.table.open(twin)
+        self.memory.open(twin)
         try:
             if twin.tokens:
-                self.table.attach(twin, self.table.match(twin.tokens, seq.request.salt))
+                self.memory.attach(twin, self.memory.match(twin.tokens, seq.request.salt))
         except BaseException:
-            self.table.free(twin)
+            self.memory.free(twin)
             raise
         return Twin(twin)
 
     def fork(self, state: Twin, seq: Sequence) -> Twin:
         self._forget(state)
         twin = shadow(seq, state.seq.tokens)
-        if self.table.available() < 1:  # the partial page is copied; without one the text is read again
+        if self.memory.available() < 1:  # the partial page is copied; without one the text is read again
             return self.begin(seq)
-        moves = self.table.fork(state.seq, twin)
-        try:
-            self.store.move([moves])
-        except BaseException:
-            self.table.free(twin)
-            raise
+        self.memory.fork(state.seq, twin)
         return Twin(twin)
 
     def end(self, state: Twin) -> None:
         state.sketch = state.work = None
-        self.table.free(state.seq)
+        self.memory.free(state.seq)
 
     # ---- one step
 
@@ -371,7 +365,7 @@ class Grower(Leveller):
         growing: list[tuple[int, Twin, Iterator[None]]] = []
         works: list[Work] = []
         drafting: list[tuple[int, Twin] | None] = []  # beside works
-        left, free = CHUNK, self.table.available()
+        left, free = CHUNK, self.memory.available()
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             state: Twin = seq.state[self]
             self._forget(state)
@@ -383,9 +377,9 @@ class Grower(Leveller):
             rows = min(twin.pending, left)
             whole = rows == twin.pending and min(budget.rows, depth) > 0
             room = budget.rows if whole else 0
-            while room and self.table.need(twin, rows + room) > free:
+            while room and self.memory.need(twin, rows + room) > free:
                 room //= 2
-            need = self.table.need(twin, rows + room)
+            need = self.memory.need(twin, rows + room)
             if not rows or depth < 0 or need > free or (whole and not room):
                 continue
             left, free = left - rows, free - need
@@ -440,11 +434,11 @@ class Grower(Leveller):
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
         if works:
-            self.store.move(self.table.commit(works, accepted))
+            self.memory.move(self.memory.commit(works, accepted))
             for work in works:
-                self.table.publish(work.seq)
+                self.memory.publish(work.seq)
 
     def _forget(self, state: Twin) -> None:
         """Drops the tail of a step that raised before its end."""
-        self.table.discard(state.seq)
+        self.memory.discard(state.seq)
         state.sketch = state.work = None

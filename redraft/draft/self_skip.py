@@ -112,7 +112,7 @@ class Skipping(Leveller):
             self._grow(growing)
         finally:
             for _, sketch in sketches:
-                self.table.discard(sketch.seq)  # 4.
+                self.memory.discard(sketch.seq)  # 4.
         for i, sketch in sketches:
             trees[i] = sketch.tree()
         return trees

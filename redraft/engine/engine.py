@@ -113,7 +113,7 @@ class Output:
 
 
 class Engine:
-    """Sequences, a page table and the parts of a step. Synchronous, single-threaded, and never names a method."""
+    """Sequences, their memory and the parts of a step. Synchronous, single-threaded, and never names a method."""
 
     def __init__(
         self,
@@ -131,9 +131,9 @@ class Engine:
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
         what the drafter is called in the statistics."""
-        if runner.table.slabs * runner.table.page < max_model_len:
-            raise OutOfMemory(f"a pool of {runner.table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
-        self.runner, self.table, self.store = runner, runner.table, runner.store
+        if runner.memory.slabs * runner.memory.paged.table.page < max_model_len:
+            raise OutOfMemory(f"a pool of {runner.memory.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
+        self.runner, self.memory = runner, runner.memory
         self.scheduler, self.sampler = scheduler, sampler
         self.drafter, self.verifier = Drafters(drafter, runner, sampler, verifier, draft), Verifiers(verifier)
         self.policies = Policies(runner)
@@ -159,29 +159,28 @@ class Engine:
             return self.emit()  # a part raised behind the last commit: what was found is told first
         self.cross(list(running))  # newcomers that start at their border, and where a part raised before this
         self._raise()
-        plan = self.scheduler.plan(waiting, running, self.table)  # pure: who runs, is admitted, is preempted
+        plan = self.scheduler.plan(waiting, running, self.memory)  # pure: who runs, is admitted, is preempted
         self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
         self._raise()
         if not plan.work:
             return self.emit()
         try:
             trees = self.drafter.propose(plan.work, plan.budgets)  # budget 0, or nothing to say: an empty tree
-            pages = self.table.reserve(plan.work, trees)  # every sequence's tentative tail
-            self.store.zero(pages.fresh)
+            pages = self.memory.reserve(plan.work, trees)  # every sequence's tentative tail
             batch = Batch.pack(plan.work, trees, pages)  # chain(pending) + draft, for every sequence
             out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
             law = self.sampler.law(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
             accepted = self.finish(plan.work, self.verifier.accept(plan.work, trees, law))  # cut at end of text, stop, max_tokens, context
-            moves = self.table.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
+            moves = self.memory.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
         except BaseException as error:
             self.blamed += [(error.seq, error)] if isinstance(error, NotNumbers) else []
             for seq in plan.seqs:
-                self.table.discard(seq)
+                self.memory.discard(seq)
             raise
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.record(result)
         try:
-            self.store.move(moves)
+            self.memory.move(moves)
         except BaseException:  # nobody knows which keys lie where they should
             for seq in plan.seqs:
                 if seq.reason is None:
@@ -210,7 +209,7 @@ class Engine:
                 seq.request.admitted = monotonic()
             if seq.request.cached_tokens is None:
                 seq.request.cached_tokens = matched
-                seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
+                seq.request.miss = self.memory.paged.table.prefix.miss(seq.request.prompt, seq.request.salt)
 
     def taps(self, plan: StepPlan) -> Taps:
         pooled = any(seq.request.pool for seq in plan.seqs)
@@ -308,7 +307,7 @@ class Engine:
         n texts forks; without pages for a fork, the sibling waits and finds its prompt in the prefix cache."""
         for seq in seqs:
             try:
-                self.table.publish(seq)
+                self.memory.publish(seq)
                 self.policies.cross(seq)
                 if seq.request.reuse:
                     self.policies.take_over(seq, self._spare())
@@ -325,7 +324,7 @@ class Engine:
             self._wait(children[-1])
         for child in children:
             # a fork of shared lanes copies the last page and soon fills it; of others, at worst all that a new text would take
-            wanted = 2 if child.lanes is Lanes.SHARED else self.table.need(child, child.prompt_len + 1)
+            wanted = 2 if child.lanes is Lanes.SHARED else self.memory.need(child, child.prompt_len + 1)
             if len(self.running) < self.scheduler.max_seqs and self._spare() >= wanted:
                 self._fork(seq, child)
                 self.waiting.remove(child)
@@ -414,11 +413,11 @@ class Engine:
             request.params = request.params.but(seed=secrets.randbits(63))
         seq = self._sequence(request, 0)
         total = min(self._limit(request), len(prompt) + (request.params.max_tokens or self.max_model_len))
-        if (need := self.table.need(seq, total)) > self.table.slabs:
+        if (need := self.memory.need(seq, total)) > self.memory.slabs:
             del self.outputs[seq.id]
             request.sequences.clear()
             raise InvalidInput(
-                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.table.slabs}: ask for fewer"
+                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.memory.slabs}: ask for fewer"
                 " max_tokens, or give the pool more memory"
             )
         self._wait(seq)
@@ -459,7 +458,7 @@ class Engine:
     def _make_room(self, seq: Sequence) -> None:
         """So that a text that runs can take a step alone, the last others go where pages lack."""
         others = [other for other in self.running if other is not seq and other.reason is None] if seq in self.running else []
-        while others and self.table.need(seq, seq.pending) > self.table.available():
+        while others and self.memory.need(seq, seq.pending) > self.memory.available():
             self._preempt(others.pop())
 
     def _preempt(self, seq: Sequence) -> None:
@@ -515,7 +514,7 @@ class Engine:
 
     def _spare(self) -> int:
         """Slabs that no text in progress needs."""
-        return self.table.available() - sum(self.table.need(seq, seq.pending) for seq in self.running)
+        return self.memory.available() - sum(self.memory.need(seq, seq.pending) for seq in self.running)
 
     def _limit(self, request: Request) -> int:
         """Tokens of prompt and output. A policy for which the context has no end is taken at its word where max_tokens is given."""
@@ -523,10 +522,10 @@ class Engine:
         return NEVER if endless else self.max_model_len
 
     def _start(self, seq: Sequence, matched: int) -> None:
-        self.table.open(seq)
+        self.memory.open(seq)
         try:
             if matched:
-                self.table.attach(seq, matched)
+                self.memory.attach(seq, matched)
             seq.state[self.sampler] = self.sampler.begin(seq)
             self.policies.begin(seq)
             self.drafter.begin(seq)
@@ -535,9 +534,8 @@ class Engine:
             raise
 
     def _fork(self, seq: Sequence, child: Sequence) -> None:
-        moves = self.table.fork(seq, child)
+        self.memory.fork(seq, child)
         try:
-            self.store.move([moves])
             child.state[self.sampler] = self.sampler.fork(seq.state[self.sampler], child)
             self.policies.fork(seq, child)
             self.drafter.fork(seq, child)
@@ -547,7 +545,7 @@ class Engine:
 
     def _stop(self, seq: Sequence) -> None:
         """Plugin states end and pages go; the tokens stay, so a preempted sequence can start again."""
-        self.table.free(seq)
+        self.memory.free(seq)
         seq.stored = 0
         with ExitStack() as ends:  # from the last to the first, whichever raises
             ends.callback(seq.state.clear)

@@ -14,7 +14,7 @@ from redraft import registry
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
-from redraft.core.sequence import NEVER, Lanes, Sequence, Space
+from redraft.core.sequence import NEVER, Lanes, Sequence
 from redraft.core.view import Watch, Window
 from redraft.depth.depth import OpenDepth
 from redraft.errors import Unsupported
@@ -116,7 +116,7 @@ class Policies:
     def _define(self, fmt: Format) -> str:
         if fmt.name not in self._formats and len(self._formats) == FORMATS:
             raise Unsupported(f"pages are stored in {FORMATS} formats already, and no more of them are made; choose options in use")
-        self.runner.table.define(Space(Lanes.PER_HEAD, fmt.name), self.runner.store.define(fmt))
+        self.runner.memory.paged.define(fmt)
         self._formats.add(fmt.name)
         return fmt.name
 
@@ -161,7 +161,6 @@ class Policies:
     def take_over(self, seq: Sequence, spare: int) -> None:
         """Attaches what is due of the text that this one was made from. Its cached pages are held meanwhile, as long as `spare`
         slabs are left for texts in progress; without them the text is computed."""
-        table, store = self.runner.table, self.runner.store
         if not seq.sought:
             seq.sought = True
             if seq.index == 0:
@@ -171,26 +170,26 @@ class Policies:
             self._release(seq)
         while seq.spans and seq.spans[0].at == seq.stored and seq.source is not None:
             span = seq.spans.pop(0)
-            store.move([table.splice(seq, seq.source, span.first, span.length, span.exact)])
+            self.runner.memory.paged.splice(seq, seq.source, span.first, span.length, span.exact)
             seq.request.reused_tokens += span.length
         if not seq.spans:
             self._release(seq)
 
     def _find(self, seq: Sequence, spare: int) -> None:
-        table, request = self.runner.table, seq.request
+        memory, request = self.runner.memory, seq.request
         old = [*request.before, 0]  # a match leaves one token to run; nothing of the old text runs
-        count = table.match(old, request.salt)
+        count = memory.match(old, request.salt)
         found = self._open("reuse", request.reuse).spans(old[:count], request.prompt, seq.stored)
         spans = [span for span in found if span.at >= seq.stored]
-        if spans and table.idle_matched(old, request.salt) <= spare:
+        if spans and memory.idle_matched(old, request.salt) <= spare:
             self._sources -= 1
             seq.source, seq.spans = Sequence(self._sources, request, 0, old, len(old), 0, 0), spans
-            table.open(seq.source)
-            table.attach(seq.source, count)
+            memory.open(seq.source)
+            memory.attach(seq.source, count)
 
     def _release(self, seq: Sequence) -> None:
         if seq.source is not None:
-            self.runner.table.free(seq.source)
+            self.runner.memory.free(seq.source)
         seq.source, seq.spans = None, []
 
     def border(self, seq: Sequence) -> int:
@@ -235,13 +234,13 @@ class Policies:
         chosen: Chosen | None = seq.policies
         if chosen is None:
             return
-        table, store = self.runner.table, self.runner.store
-        if chosen.keep is not None and (kept := chosen.keep.decide(seq, lambda: table.positions(seq))) is not None:
-            store.move([table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
-        if chosen.read is not None and chosen.read.grid and len(pages := table.unfolded(seq)):
-            store.fold(Space(seq.lanes, seq.format), pages, chosen.read)
+        paged = self.runner.memory.paged
+        if chosen.keep is not None and (kept := chosen.keep.decide(seq, lambda: paged.table.positions(seq))) is not None:
+            paged.keep(seq, kept)
+        if chosen.read is not None and chosen.read.grid:
+            paged.fold(seq, chosen.read)
         if chosen.block and seq.stored and seq.stored % seq.encoded == 0:
-            store.encode([table.encode(seq)])
+            paged.encode(seq)
 
 
 def _latest(found: OrderedDict[Any, Any], name: Any) -> Any:

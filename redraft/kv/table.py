@@ -55,6 +55,17 @@ class Encoding(NamedTuple):
     dst: I32
 
 
+class Stored(NamedTuple):
+    """What a sequence has committed, without the pages. lanes: of each its length, its number of coded pages, how many of its full
+    pages were summarised, and the positions that its slots hold, None while slot i holds position i."""
+
+    tokens: tuple[int, ...]
+    space: Space
+    block: str
+    pure: int
+    lanes: list[tuple[int, int, int, I32 | None]]
+
+
 @dataclass(eq=False, slots=True)
 class _Lane:
     pages: list[int]
@@ -484,6 +495,37 @@ class PageTable:
         self._mark()
         places = np.arange(len(src) * size)
         return Moves(pool.space, self._places(src, places), self._places(dst, places))
+
+    def export(self, seq: Sequence) -> tuple[Stored, I32, I32]:
+        """What an open sequence has committed, and where: its pages, all lanes one after the other, and its coded ones. The tail must
+        be empty."""
+        held = self._held[seq.id]
+        assert not held.chain, f"sequence {seq.id}: export while a tail is open"
+        pages, coded = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.coded]
+        lanes = [
+            (lane.length, len(lane.coded), lane.folded, None if lane.positions is None else lane.positions[: lane.length].copy())
+            for lane in held.lanes
+        ]
+        stored = Stored(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.block, seq.pure, lanes)
+        return stored, np.array(pages, np.int32), np.array(coded, np.int32)
+
+    def import_(self, seq: Sequence, stored: Stored) -> tuple[I32, I32]:
+        """Opens `seq` with fresh pages for what another table exported; returns them as export does. They must be written before the
+        next step. OutOfPages, and `seq` is not open, where memory lacks."""
+        held = self._fresh(seq)
+        assert seq.id not in self._held, f"sequence {seq.id} is open already"
+        assert tuple(seq.tokens[: len(stored.tokens)]) == stored.tokens, f"sequence {seq.id}: other text"
+        assert (held.pool.space, seq.block) == (stored.space, stored.block), f"sequence {seq.id}: of another space"
+        exact = [-(-length // self.page) - coded for length, coded, *_ in stored.lanes]
+        self._ensure({held.pool.space: sum(exact)} | ({held.block.space: sum(lane[1] for lane in stored.lanes)} if held.block else {}))
+        for lane, count, (length, coded, folded, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
+            lane.pages = [self._take(held.pool) for _ in range(count)]
+            lane.coded = [self._take(held.block) for _ in range(coded)] if held.block else []
+            lane.length, lane.folded, lane.positions = length, folded, None if positions is None else positions.copy()
+        self._held[seq.id] = held
+        seq.stored, seq.pure = len(stored.tokens), min(seq.pure, stored.pure)
+        self._mark()
+        return self.export(seq)[1:]
 
     def check(self) -> None:
         """AssertionError where an invariant broke: references equal listings; units in use + free units + free slabs =

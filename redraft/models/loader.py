@@ -18,8 +18,8 @@ from torch import Tensor
 
 from redraft import registry
 from redraft.config import SamplingParams
+from redraft.core.spec import Experts, Mlp, ModelSpec, Source
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
-from redraft.models.spec import Experts, Mlp, ModelSpec, Source
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
 from redraft.ops.quantized import Quantized
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from redraft.core.batch import Batch
 from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
+from redraft.core.spec import Attention as AttentionSpec
+from redraft.core.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I64
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
 from redraft.ops.cpu import abi
@@ -257,12 +258,12 @@ class NativeOps(TorchOps):
 
     def _model(self, spec: ModelSpec) -> Model:
         if id(spec) not in self._models:
-            every, first = [layer.rotary for layer in spec.layers if layer.rotary is not None], spec.layers[0]
+            every, first = [layer.rotary for layer in spec.attention if layer.rotary is not None], spec.attention[0]
             different = list(dict.fromkeys(every))
             frequencies = np.array([rotary.frequencies for rotary in different], np.float64, ndmin=2)
             scales = np.array([rotary.scale for rotary in different], np.float64)
             rotaries = abi.Rotaries(frequencies.ctypes.data, scales.ctypes.data, *frequencies.shape)
-            shape = {"layers": len(spec.layers), "kv_heads": first.kv_heads, "size": first.head_dim}
+            shape = {"layers": len(spec.attention), "kv_heads": first.kv_heads, "size": first.head_dim}
             pools = abi.Pool(**shape, kind=self.kind), abi.Pool(**shape, kind=abi.I8)
             turns = {id(rotary): different.index(rotary) for rotary in every}
             self._models[id(spec)] = Model(spec, turns, rotaries, *pools, [frequencies, scales])
@@ -295,7 +296,7 @@ class NativeOps(TorchOps):
         pool = plan.model.coded if self._codecs.get(name) else plan.model.pool
         step = abi.Step(starts[-1], count, seqs, pool, plan.turns.ctypes.data, None, 0)
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
-        return Group(name, rows, step, Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None, kept, seen)
+        return Group(name, rows, step, Attention(self.c, step, spec.attention[0].heads) if starts[-1] else None, kept, seen)
 
     @staticmethod
     def _watch(step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]) -> dict[int, Seen]:
@@ -304,7 +305,7 @@ class NativeOps(TorchOps):
         for s, wanted in watches.items():
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
-            shape = len(spec.layers), spec.kv_heads, slots
+            shape = len(spec.attention), spec.kv_heads, slots
             seen = found[s] = Seen(torch.zeros(len(wanted), *shape), torch.zeros(len(wanted), z - t, *shape))
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
@@ -359,7 +360,7 @@ class NativeOps(TorchOps):
             self._call("rd_activate", self._rows(x), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
         return out
 
-    def rope(self, x: Tensor, layer: LayerSpec, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def rope(self, x: Tensor, layer: AttentionSpec, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if layer.rotary is None:
             return x
         out = x.contiguous() if not x.is_contiguous() else x.clone()
@@ -368,7 +369,7 @@ class NativeOps(TorchOps):
             self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def attend(self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if plan.other is None and len(plan.groups) == 1:
             return self._attend_group(index, layer, q, k, v, pool, plan.groups[0])
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -385,7 +386,7 @@ class NativeOps(TorchOps):
     def _reads(self, pool: Pool, group: Group) -> bool:
         return pool.shelves[group.format].exact or self._codecs.get(group.format, False)
 
-    def _attend_group(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
+    def _attend_group(self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
         if not len(q):
             return out
@@ -436,8 +437,10 @@ class NativeOps(TorchOps):
 
     def _layer(self, layer: LayerSpec, own: LayerWeights, plan: NativePlan) -> abi.Layer | None:
         parts = [part.c for part in (own.qkv, own.out, own.up, own.down) if isinstance(part, Packed)]
+        mixer = layer.mixer
         if isinstance(layer.mlp, Experts) or len(parts) < 4 or bool(parts[2].gated) != layer.mlp.gated:
             return None
+        assert isinstance(mixer, AttentionSpec)
 
         def at(x: Tensor | None) -> int | None:
             return None if x is None else x.data_ptr()
@@ -446,8 +449,8 @@ class NativeOps(TorchOps):
         qk = (own.q_norm.weight, own.k_norm.weight) if own.q_norm and own.k_norm else (None, None)
         return abi.Layer(
             *parts, *map(at, (*norms, *qk)),
-            layer.norm.eps, layer.qk_norm.eps if layer.qk_norm else 0.0, int(layer.norm.kind == "rms"), layer.heads, layer.window or 0,
-            -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
+            layer.norm.eps, mixer.qk_norm.eps if mixer.qk_norm else 0.0, int(layer.norm.kind == "rms"), mixer.heads, mixer.window or 0,
+            -1 if mixer.rotary is None else plan.model.turns[id(mixer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> Outputs:  # type: ignore[override]

@@ -69,7 +69,7 @@ class Metrics:
         self._engine = engine
         self.running.set_function(lambda: len(engine.running))
         self.waiting.set_function(lambda: len(engine.waiting))
-        self.usage.set_function(lambda: engine.table.used() / engine.table.slabs)
+        self.usage.set_function(lambda: engine.memory.used() / engine.memory.slabs)
 
     def heard(self, ticket: Ticket, events: list[Event]) -> None:
         """News of one request, behind Ticket.hear."""

@@ -440,7 +440,11 @@ async def server_info(http: Request) -> dict[str, Any]:
         "verify": config.verify,
         "guarantee": llm.guarantee.label,
         "scheduler": config.schedule.model_dump(),
-        "cache": {"pages": llm.engine.table.slabs, "tokens_per_page": llm.engine.table.page, "prefix_sharing": config.cache.prefix_sharing},
+        "cache": {
+            "pages": llm.engine.memory.slabs,
+            "tokens_per_page": llm.engine.memory.paged.table.page,
+            "prefix_sharing": config.cache.prefix_sharing,
+        },
         "policies": {seam: getattr(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
         "methods": {
             seam: sorted(names) for seam, names in registry.METHODS.items() if seam in ("draft", "verify", "keep", "codec", "read")
@@ -453,7 +457,7 @@ async def server_info(http: Request) -> dict[str, Any]:
 async def reset_prefix_cache(http: Request) -> dict[str, int]:
     """Forgets cached prefixes that no text under way uses."""
     here = service(http)
-    return {"pages": await here.shell.call(here.llm.engine.table.forget)}
+    return {"pages": await here.shell.call(here.llm.engine.memory.paged.table.forget)}
 
 
 def app(llm: LLM, config: ServeConfig) -> FastAPI:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from redraft.config import SamplingParams
 from redraft.core.noise import Stream, gumbel, key
-from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 
 VOCAB = 24
@@ -34,11 +34,12 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
         return NormWeights(1 + rand(hidden, scale=0.1))
 
     rotary = Rotary(tuple(float(100.0 ** (-i / (size // 2))) for i in range(size // 2)))
-    layer = LayerSpec(heads, kv_heads, size, Mlp(inner), rotary=rotary, window=window)
+    mixer = Attention(heads, kv_heads, size, rotary, window)
+    layer = LayerSpec(mixer, Mlp(inner))
     spec = ModelSpec(VOCAB, hidden, 256, (layer,) * layers, Norm(), False, lambda name: Source((name,)))
     made = []
     for _ in range(layers):
-        qkv = rand(layer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))
+        qkv = rand(mixer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))
         qkv[: (heads + kv_heads) * size] *= 1.7  # attention that chooses
         made.append(
             LayerWeights(
@@ -59,15 +60,15 @@ def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
     ids = torch.as_tensor(list(tokens))
     at = torch.arange(len(ids))
     x = weights.embed[ids]
-    for layer, w in zip(spec.layers, weights.layers, strict=True):
-        h, k, d = layer.heads, layer.kv_heads, layer.head_dim
+    for layer, mixer, w in zip(spec.layers, spec.attention, weights.layers, strict=True):
+        h, k, d = mixer.heads, mixer.kv_heads, mixer.head_dim
         qkv = _linear(_rms(x, w.attn_norm, layer.norm), w.qkv).view(len(ids), h + 2 * k, d)
         q, keys, values = qkv.split([h, k, k], 1)
-        q, keys = _turn(q, layer, at), _turn(keys, layer, at)
+        q, keys = _turn(q, mixer, at), _turn(keys, mixer, at)
         keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
         scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
         behind = at[:, None] - at[None, :]
-        seen = (behind >= 0) & (behind < (layer.window or len(ids) + 1))
+        seen = (behind >= 0) & (behind < (mixer.window or len(ids) + 1))
         mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
         x = x + _linear(mixed.reshape(len(ids), h * d), w.out)
         assert w.up is not None and w.down is not None
@@ -85,9 +86,9 @@ def _rms(x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weights.weight
 
 
-def _turn(x: Tensor, layer: LayerSpec, at: Tensor) -> Tensor:
-    assert layer.rotary is not None
-    angles = at.double()[:, None, None] * torch.tensor(layer.rotary.frequencies, dtype=torch.float64)
+def _turn(x: Tensor, mixer: Attention, at: Tensor) -> Tensor:
+    assert mixer.rotary is not None
+    angles = at.double()[:, None, None] * torch.tensor(mixer.rotary.frequencies, dtype=torch.float64)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -77,4 +77,4 @@ class StreamingLLM:
                 raise InvalidInput(f"streaming-llm:{name}={getattr(self, name)}: must be {least} or more")
 
     def open(self, runner: Any) -> OpenKeep:
-        return Streaming(self.sinks, self.recent, runner.table.page)
+        return Streaming(self.sinks, self.recent, runner.memory.paged.table.page)

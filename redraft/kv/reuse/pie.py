@@ -45,7 +45,7 @@ class PIE:
                 raise InvalidInput(f"pie:{name}={getattr(self, name)}: must be 1 or more")
 
     def open(self, runner: Any) -> Self:
-        if any(layer.rotary is None for layer in runner.spec.layers):
+        if any(layer.rotary is None for layer in runner.spec.attention):
             raise Unsupported(f"pie: {runner.spec.family} has no rotary positions, so keys cannot be turned to new ones")
         return self
 

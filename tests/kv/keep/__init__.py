@@ -34,7 +34,8 @@ class Step(NamedTuple):
 
 def runner(layers: int = LAYERS, heads: int = HEADS, page: int = 32) -> Any:
     """What a policy may ask when it is opened."""
-    return SimpleNamespace(spec=SimpleNamespace(layers=(None,) * layers, kv_heads=heads), table=SimpleNamespace(page=page))
+    memory = SimpleNamespace(paged=SimpleNamespace(table=SimpleNamespace(page=page)))
+    return SimpleNamespace(spec=SimpleNamespace(attention=(None,) * layers, kv_heads=heads), memory=memory)
 
 
 def given(statistic: str, lane: int, row: int, slot: int) -> int:
