@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,25 +57,32 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
 
 
 def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
-    """[T, V] in the dtype of the weights; Llama-like models only (RMS norm, gated SiLU, rotary, optional window)."""
-    ids = torch.as_tensor(list(tokens))
-    at = torch.arange(len(ids))
-    x = weights.embed[ids]
-    for layer, mixer, w in zip(spec.layers, spec.attention, weights.layers, strict=True):
-        h, k, d = mixer.heads, mixer.kv_heads, mixer.head_dim
-        qkv = _linear(_rms(x, w.attn_norm, layer.norm), w.qkv).view(len(ids), h + 2 * k, d)
-        q, keys, values = qkv.split([h, k, k], 1)
-        q, keys = _turn(q, mixer, at), _turn(keys, mixer, at)
-        keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
-        behind = at[:, None] - at[None, :]
-        seen = (behind >= 0) & (behind < (mixer.window or len(ids) + 1))
-        mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
-        x = x + _linear(mixed.reshape(len(ids), h * d), w.out)
+    """[T, V] in the dtype of the weights; Llama-like models only (RMS norm, gated SiLU, rotary, optional window), whose mixers are in
+    MIXERS."""
+    x = weights.embed[torch.as_tensor(list(tokens))]
+    for layer, w in zip(spec.layers, weights.layers, strict=True):
+        x = x + _linear(MIXERS[type(layer.mixer)](_linear(_rms(x, w.attn_norm, layer.norm), w.qkv), layer.mixer), w.out)
         assert w.up is not None and w.down is not None
         gate, up = _linear(_rms(x, w.mlp_norm, layer.norm), w.up).chunk(2, -1)
         x = x + _linear(F.silu(gate) * up, w.down)
     return _linear(_rms(x, weights.final_norm, spec.final_norm), weights.head)
+
+
+def _attention(qkv: Tensor, mixer: Attention) -> Tensor:
+    at, h, k, d = torch.arange(len(qkv)), mixer.heads, mixer.kv_heads, mixer.head_dim
+    q, keys, values = qkv.view(len(at), h + 2 * k, d).split([h, k, k], 1)
+    q, keys = _turn(q, mixer, at), _turn(keys, mixer, at)
+    keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
+    behind = at[:, None] - at[None, :]
+    seen = (behind >= 0) & (behind < (mixer.window or len(at) + 1))
+    mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
+    return mixed.reshape(len(at), h * d)
+
+
+MIXERS: dict[type, Callable[[Tensor, Any], Tensor]] = {
+    Attention: _attention
+}  # the input projection of all rows -> what the output one gets
 
 
 def _linear(x: Tensor, weights: Linear) -> Tensor:
