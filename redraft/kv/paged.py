@@ -13,9 +13,10 @@ from redraft.core.sequence import Lanes, Sequence, Space
 from redraft.core.spec import ModelSpec
 from redraft.core.tree import TokenTree
 from redraft.errors import Unsupported
+from redraft.kv.edits import EditableTable, Stored
 from redraft.kv.memory import Memory
 from redraft.kv.store import Store
-from redraft.kv.table import Moves, PageTable, Stored
+from redraft.kv.table import Moves
 from redraft.ops.backend import Backend, Select
 from redraft.ops.format import Arrays, Format
 
@@ -36,7 +37,7 @@ class Paged:
     def __init__(self, backend: Backend, spec: ModelSpec, slabs: int, *, sharing: bool = True) -> None:
         self.layers = tuple(sorted(layer for group in spec.memories() if group.kind == "pages" for layer in group.layers))
         self.slabs = slabs
-        self.table = PageTable(slabs, len(self.layers), spec.kv_heads, sharing=sharing)
+        self.table = EditableTable(slabs, len(self.layers), spec.kv_heads, sharing=sharing)
         self.store = Store(backend, spec, slabs)
         self.form = f"{len(self.layers)} layers, {spec.kv_heads} kv heads of {spec.head_dim}, {backend.dtype}"
 
@@ -134,7 +135,7 @@ class Paged:
             self.store.fold(Space(seq.lanes, seq.format), pages, read)
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> None:
-        """Appends copies of slots of another sequence, see PageTable.splice."""
+        """Appends copies of slots of another sequence, see EditableTable.splice."""
         self.store.move([self.table.splice(seq, source, first, count, exact)])
 
     # ---- between engines

@@ -5,7 +5,8 @@ from __future__ import annotations
 from redraft.core.sequence import Space
 from redraft.core.spec import ModelSpec
 from redraft.core.tree import I32
-from redraft.kv.table import Encoding, Moves
+from redraft.kv.edits import Encoding
+from redraft.kv.table import Moves
 from redraft.ops.backend import Backend, Select
 from redraft.ops.format import Arrays, Format
 

@@ -227,12 +227,12 @@ class Blank:
     """A runner with a page table, but without tensors and a model: every argmax is token 3."""
 
     def __init__(self, like: Any, slabs: int) -> None:
+        from redraft.kv.edits import EditableTable
         from redraft.kv.paged import Paged
-        from redraft.kv.table import PageTable
 
         self.spec, self.backend = like.spec, like.backend
         self.memory = Paged(like.backend, like.spec, 1)
-        self.memory.slabs, self.memory.table = slabs, PageTable(slabs, len(like.spec.attention), like.spec.kv_heads)
+        self.memory.slabs, self.memory.table = slabs, EditableTable(slabs, len(like.spec.attention), like.spec.kv_heads)
         self.memory.store = self  # type: ignore[assignment]
 
     def zero(self, fresh: Any) -> None:

@@ -80,9 +80,8 @@ def _attention(qkv: Tensor, mixer: Attention) -> Tensor:
     return mixed.reshape(len(at), h * d)
 
 
-MIXERS: dict[type, Callable[[Tensor, Any], Tensor]] = {
-    Attention: _attention
-}  # the input projection of all rows -> what the output one gets
+# the input projection of all rows -> what the output projection gets
+MIXERS: dict[type, Callable[[Tensor, Any], Tensor]] = {Attention: _attention}
 
 
 def _linear(x: Tensor, weights: Linear) -> Tensor:

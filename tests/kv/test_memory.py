@@ -61,19 +61,36 @@ def test_a_prefix_matches_as_far_as_all_agree() -> None:
     memory = runner.memory
     assert isinstance(memory, Memories)
     paged, (state,) = memory.paged, memory.others
+    assert isinstance(state, State)
     seq = made(1, tokens)
     memory.open(seq)
     run(runner, seq, 139)
-    for lost in (96, 64):
-        assert memory.match(tokens, "") == paged.match(tokens, "") == state.match(tokens, "") == 128 if lost == 96 else True
-        del state.found["", tuple(tokens[:lost])]  # type: ignore[attr-defined]
-    del state.found["", tuple(tokens[:128])]  # type: ignore[attr-defined]
+    assert memory.match(tokens, "") == 128 and memory.match(tokens[:128], "") == 96 and memory.match(tokens, "other") == 0
+    for lost in (128, 96, 64):
+        del state.found["", tuple(tokens[:lost])]
     assert (paged.match(tokens, ""), state.match(tokens, ""), memory.match(tokens, "")) == (128, 32, 32)
     other = made(2, [*tokens[:100], 3])
     memory.open(other)
     memory.attach(other, 32)
     assert other.stored == 32 and len(paged.table._held[2].lanes[0].pages) == 1
-    memory.free(other)
+
+
+@pytest.mark.parametrize(
+    ("pages", "states", "common"),
+    [((32, 64), (32, 96), 32), ((32, 64), (96,), 0), ((32, 64, 96), (32, 96), 96), ((32, 64), (64, 96), 64), ((), (32,), 0)],
+)
+def test_one_memory_may_have_what_lies_between_those_of_another(pages: tuple[int, ...], states: tuple[int, ...], common: int) -> None:
+    class Has:
+        slabs = 9
+
+        def __init__(self, *lengths: int) -> None:
+            self.lengths = lengths
+
+        def match(self, tokens: Seq[int], salt: str) -> int:
+            return max((n for n in self.lengths if n < len(tokens)), default=0)
+
+    memory: Any = Memories
+    assert memory(Has(*pages), Has(*states)).match(range(200), "") == common
 
 
 def test_the_scarcest_memory_decides() -> None:

@@ -16,7 +16,7 @@ from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Sequence
 from redraft.core.testing import sequence
 from redraft.core.tree import TokenTree
-from redraft.kv.table import PageTable
+from redraft.kv.edits import EditableTable
 from redraft.ops.backend import Seen
 
 LAYERS, HEADS = 2, 3
@@ -50,9 +50,9 @@ class Drive:
     """One sequence under a policy. kept: what each decision left, by the count at which it fell: positions of each lane; longest:
     slots of a lane after a commit; moved: slots that decisions copied."""
 
-    def __init__(self, policy: Any, *, page: int = 32, table: PageTable | None = None, ident: int = 1) -> None:
+    def __init__(self, policy: Any, *, page: int = 32, table: EditableTable | None = None, ident: int = 1) -> None:
         self.policy = policy
-        self.table = table or PageTable(2000, LAYERS, HEADS, page=page)
+        self.table = table or EditableTable(2000, LAYERS, HEADS, page=page)
         self.seq = self._sequence(ident)
         self.table.open(self.seq)
         self.seq.state[policy] = policy.begin(self.seq)
