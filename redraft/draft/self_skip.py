@@ -29,7 +29,8 @@ from redraft.core.plan import Budget, Work
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
-from redraft.draft.second import Drawing, Leveller, Sketch, Twin
+from redraft.draft.second import Leveller, Twin
+from redraft.draft.sketch import Drawing, Sketch
 from redraft.errors import InvalidInput
 
 

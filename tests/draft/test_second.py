@@ -16,7 +16,8 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
 from redraft.draft import second as module
-from redraft.draft.second import Grower, NextLaw, SecondModel, Sketch
+from redraft.draft.second import Grower, SecondModel
+from redraft.draft.sketch import NextLaw, Sketch
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
