@@ -77,6 +77,8 @@ class Policies:
         chosen: Chosen | None = _latest(self._chosen, texts)
         if reuse:
             self._open("reuse", reuse)
+            if any(group.kind != "pages" for group in self.runner.spec.memories()):
+                raise Unsupported(f"reuse {reuse} takes over keys and values only, and this model has layers with a state of another kind")
             if params.prompt_logprobs is not None:
                 raise Unsupported(f"reuse {reuse}: prompt_logprobs need the whole prompt computed, which is what it avoids")
             if chosen is not None and (chosen.keep or chosen.lanes is not Lanes.SHARED):

@@ -148,7 +148,7 @@ class Memories:
         return max(memory.idle_matched(common, salt) for memory in self.members)
 
     def match(self, tokens: Seq[int], salt: str) -> int:
-        n, before = len(tokens) - 1, -1
+        n, before = max(0, len(tokens) - 1), -1
         while n != before:
             before, n = n, min(memory.match(tokens[: n + 1], salt) for memory in self.members)
         return n

@@ -16,6 +16,7 @@ from redraft.core.sequence import Request
 from redraft.core.tree import TokenTree
 from redraft.draft.second import Grower
 from redraft.engine.engine import Engine
+from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import Sampler
@@ -113,6 +114,14 @@ def test_the_text_is_the_definitions(drafter: str, sampling: str, options: dict[
 def test_a_prefix_is_reused_where_pages_and_states_agree() -> None:
     assert check("trees", "sampled", arrivals=(0, 9)).cached == 32
     assert check("trees", "sampled", arrivals=(0, 9), sharing=False).cached == 0
+
+
+def test_reuse_of_moved_text_is_refused() -> None:
+    made = engine(partial(DRAFTERS["none"], {}))
+    request = Request("r", [1, 2, 3], SAMPLING["greedy"], reuse="pie", before=[2, 3])
+    with pytest.raises(Unsupported, match=r"^reuse pie takes over keys and values only, and this model has layers with a state of another"):
+        made.add(request)
+    assert not made.has_work
 
 
 FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {}

@@ -91,6 +91,7 @@ def test_one_memory_may_have_what_lies_between_those_of_another(pages: tuple[int
 
     memory: Any = Memories
     assert memory(Has(*pages), Has(*states)).match(range(200), "") == common
+    assert memory(Has(*pages), Has(*states)).match([], "") == 0
 
 
 def test_the_scarcest_memory_decides() -> None:
