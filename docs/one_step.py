@@ -42,7 +42,7 @@ def page() -> str:
     seq = None
     engine.add(Request("r", llm.tokenizer.encode(PROMPT), SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)))
     seen: dict[str, Any] = {}
-    for name in ("scheduler", "drafter", "verifier", "table", "runner"):
+    for name in ("scheduler", "drafter", "verifier", "memory", "runner"):
         setattr(engine, name, Watched(getattr(engine, name), seen))
     for number in range(1, 200):
         before = len(engine.running[0].tokens) if engine.running else 0
@@ -69,7 +69,7 @@ def page() -> str:
         "its last token is the only *pending* one: its keys are not stored yet.",
         "",
         "```",
-        "plan = scheduler.plan(waiting, running, table)",
+        "plan = scheduler.plan(waiting, running, memory)",
         f"    work    {work.rows} row of sequence {seq.id}        budget  {tuple(seen['plan'].budgets[0])}  (nodes, depth)",
         "",
         "trees = drafter.propose(plan.seqs, plan.budgets)",
@@ -84,7 +84,7 @@ def page() -> str:
     n = view.pages[0].shape[1]
     lines += [
         "",
-        "pages = table.reserve(plan.work, trees)",
+        "pages = memory.reserve(plan.work, trees)",
         f"    pages   {view.pages[0][0].tolist()}   {n} of 32 slots; {length} are committed, the tail is {length}..{length + len(tree)}",
         f"    fresh   {[page for _, page in view.fresh]}   zeroed before use",
         "",
@@ -104,7 +104,7 @@ def page() -> str:
         f"    path       {list(accepted.path)}      nodes that carry what the model wanted",
         f"    tokens     {list(accepted.tokens)}  {decode(list(accepted.tokens))!r}      the path's and the bonus",
         "",
-        "store.move(table.commit(plan.work, accepted))",
+        "memory.move(memory.commit(plan.work, accepted))",
     ]
     for src, dst in zip(move.src.tolist(), move.dst.tolist(), strict=True):
         lines.append(f"    move       page {src // 32} slot {src % 32}  ->  page {dst // 32} slot {dst % 32}")

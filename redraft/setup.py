@@ -9,11 +9,11 @@ import torch
 
 from redraft import registry
 from redraft.config import EngineConfig
+from redraft.core.spec import ModelSpec
 from redraft.draft import default
 from redraft.draft.drafter import Drafter
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
-from redraft.models import loader, memory
-from redraft.models.spec import ModelSpec
+from redraft.models import loader, memory, mixers
 from redraft.ops import library
 from redraft.ops.backend import Backend
 from redraft.sched.scheduler import Scheduler
@@ -42,6 +42,7 @@ class Setup:
         scheduler = scheduler_of(config, device)
         checkpoint = _checkpoint(config, device)
         backend = _backend(config, checkpoint, device)
+        mixers.check(checkpoint.spec, backend)
         max_model_len = config.model.max_model_len or checkpoint.context
         if max_model_len > checkpoint.context:
             raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")

@@ -65,7 +65,7 @@ def test_is_what_transformers_tells(path: Path, theirs: dict[str, Vectors], back
     for own, other in zip(llm.embed(prompts(), pooling), theirs[pooling], strict=True):
         assert np.linalg.norm(own) == pytest.approx(1)
         np.testing.assert_allclose(own, other / np.linalg.norm(other), rtol=1e-3, atol=1e-4)
-    assert llm.engine.table.used() == 0 and not llm.engine.has_work and not llm.engine.outputs
+    assert llm.engine.memory.used() == 0 and not llm.engine.has_work and not llm.engine.outputs
 
 
 EXACT = "native" if NATIVE else "reference"
@@ -105,7 +105,7 @@ def test_bit_for_bit_where_it_is_preempted(path: Path, pooling: Pooling) -> None
             engine.step()
         (seq,) = engine.running
         engine._preempt(seq)
-        engine.table.check()
+        engine.memory.check()
     while engine.has_work:
         events = engine.step()
     assert engine.preemptions == 4 and same([asked.embedding(False)], [alone])

@@ -31,8 +31,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 @pytest.fixture
 def llm(loaded: LLM) -> Iterator[LLM]:
     yield loaded
-    loaded.engine.table.check()
-    assert loaded.engine.table.used() == 0 and not loaded.engine.has_work and not loaded._inboxes
+    loaded.engine.memory.check()
+    assert loaded.engine.memory.used() == 0 and not loaded.engine.has_work and not loaded._inboxes
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:

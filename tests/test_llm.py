@@ -39,8 +39,8 @@ def loaded(path: Path) -> LLM:
 @pytest.fixture
 def llm(loaded: LLM) -> Iterator[LLM]:
     yield loaded
-    loaded.engine.table.check()
-    assert loaded.engine.table.used() == 0 and not loaded.engine.has_work and not loaded.engine.outputs
+    loaded.engine.memory.check()
+    assert loaded.engine.memory.used() == 0 and not loaded.engine.has_work and not loaded.engine.outputs
 
 
 def texts(llm: LLM, prompts: Any = PROMPTS, params: Any = SAMPLED) -> list[list[int]]:
@@ -86,7 +86,7 @@ def test_a_stream_joins_to_what_generate_gives(llm: LLM) -> None:
 def test_closing_a_stream_frees_what_it_held(llm: LLM) -> None:
     stream = llm.stream(PROMPTS, SAMPLED)
     next(iter(stream))
-    assert llm.engine.table.used()
+    assert llm.engine.memory.used()
     stream.close()  # type: ignore[attr-defined]
 
 
@@ -263,8 +263,8 @@ def test_an_error_in_mid_step_leaves_a_usable_engine(
         patch.setattr(owner, place, wrong)
         with pytest.raises(error):
             llm.generate(PROMPTS, SAMPLED)
-    llm.engine.table.check()
-    assert llm.engine.table.used() == 0 and not llm.engine.has_work
+    llm.engine.memory.check()
+    assert llm.engine.memory.used() == 0 and not llm.engine.has_work
     assert texts(llm) == truth
 
 
@@ -290,8 +290,8 @@ def test_ctrl_c_waits_for_the_steps_end(llm: LLM, place: str, monkeypatch: pytes
                 told += len(delta.token_ids)
     assert calls == 4 and told >= 6, "the steps before were told"
     assert signal.getsignal(signal.SIGINT) is handler
-    llm.engine.table.check()
-    assert llm.engine.table.used() == 0
+    llm.engine.memory.check()
+    assert llm.engine.memory.used() == 0
     assert texts(llm) == truth
 
 
@@ -396,8 +396,8 @@ def test_an_edit_keeps_the_cache_of_what_was_not_edited() -> None:
     assert after.cached_tokens and after.reused_tokens and computed < 48
     again = llm.edit(before, [Patch(0, 6, "from"), Patch(len(text), len(text), "x = 1\n")], params)[0]
     assert llm.tokenizer.decode(again.prompt_token_ids).startswith("from os")
-    llm.engine.table.check()
-    assert llm.engine.table.used() == 0
+    llm.engine.memory.check()
+    assert llm.engine.memory.used() == 0
 
 
 @pytest.mark.parametrize("patch", [Patch(5, 4, ""), Patch(-1, 2, "x"), Patch(0, 999, ""), [Patch(0, 5, "a"), Patch(3, 6, "b")]])
@@ -428,11 +428,16 @@ def test_a_text_goes_on_beyond_the_trained_context() -> None:
     (one,) = llm.generate("x = [", endless)
     assert len(one.outputs[0].token_ids) == 300
     assert len(llm.generate("x = [", endless.but(max_tokens=None))[0].outputs[0].token_ids) < 96
-    assert llm.engine.table.peak <= 5
+    assert llm.engine.memory.paged.table.peak <= 5
 
 
 def test_what_the_pool_can_never_hold_is_refused() -> None:
-    llm = LLM("embedded", dtype="float32", prefix_sharing=False, cache_memory=33 * LLM("embedded", dtype="float32").runner.store.slab_bytes)
+    llm = LLM(
+        "embedded",
+        dtype="float32",
+        prefix_sharing=False,
+        cache_memory=33 * LLM("embedded", dtype="float32").runner.memory.paged.store.slab_bytes,
+    )
     with pytest.raises(InvalidInput, match="ask for fewer max_tokens, or give the pool more memory"):
         llm.generate("x = 1", SamplingParams(max_tokens=1000, read="page-top-k:tokens=128"))
     assert llm.generate("x = 1", SamplingParams(max_tokens=4, read="page-top-k:tokens=128"))[0].outputs[0].token_ids
@@ -448,8 +453,8 @@ def test_edits_of_edits_and_several_texts_of_one() -> None:
     two = llm.edit(one, Patch(10, 10, "# new\n"), params)[0]
     assert two.prompt == text[:10] + "# new\n" + text[10:130] + "bytes_of" + text[134:] + one.outputs[0].text
     assert two.reused_tokens > 60
-    llm.engine.table.check()
-    assert llm.engine.table.used() == 0
+    llm.engine.memory.check()
+    assert llm.engine.memory.used() == 0
 
 
 @pytest.mark.parametrize(

@@ -331,10 +331,10 @@ def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
     does not add up."""
     prompt = llm.tokenizer.encode("def")[:8]
     params = SamplingParams(temperature=1, seed=0, max_tokens=tokens - len(prompt), ignore_eos=True, **choice.params)
-    text, slabs = Request("text", prompt, params), 3 * -(-tokens // llm.runner.table.page) // 2 + 1
+    text, slabs = Request("text", prompt, params), 3 * -(-tokens // llm.runner.memory.paged.table.page) // 2 + 1
     engine = pool(llm, tokens, slabs)
     engine.add(text)
-    table, slab_bytes = engine.table, engine.store.slab_bytes
+    table, slab_bytes = engine.memory.paged.table, engine.memory.paged.store.slab_bytes
     used: list[int] = []
     while text.sequences[0].generated < tokens - len(prompt) - LAST:
         checked(engine.step())
@@ -359,7 +359,7 @@ def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
         for event in checked(engine.step()):
             if event.request.id == "neighbour" and event.reason is not None and engine.running:
                 beside = count + REPLY
-        engine.table.check()
+        engine.memory.check()
     return beside
 
 

@@ -392,7 +392,7 @@ def generate(llm: LLM, group: Group) -> Run:
     run = Run([[] for _ in dialogues])
     runners = [llm.runner, *llm.runner.draft_models.values()]
     for runner in runners:
-        runner.table.reset_peak()
+        runner.memory.paged.table.reset_peak()
     while active := [i for i, dialogue in enumerate(dialogues) if dialogue.open]:
         prompts = [dialogues[i].ids() for i in active]
         params = [group.params[i] for i in active]
@@ -409,7 +409,7 @@ def generate(llm: LLM, group: Group) -> Run:
             run.fault = run.fault or found.stats.fault
             run.conversations[i].append(Turn(ids, found.token_ids))
             dialogues[i].reply(found.token_ids)
-    run.peak = sum(runner.table.peak * runner.store.slab_bytes for runner in runners)
+    run.peak = sum(runner.memory.paged.table.peak * runner.memory.paged.store.slab_bytes for runner in runners)
     return run
 
 

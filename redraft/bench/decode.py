@@ -28,9 +28,9 @@ from redraft.bench.divergence import first_difference
 from redraft.bench.peers.peer import Asked
 from redraft.bench.peers.process import Lost, Worker
 from redraft.config import EngineConfig, ModelConfig
+from redraft.core.spec import Experts, ModelSpec
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod, did_you_mean
 from redraft.models import loader
-from redraft.models.spec import Experts, ModelSpec
 
 if TYPE_CHECKING:
     from redraft.weights.quant import Quantizer
@@ -401,7 +401,7 @@ def _linear_weights(spec: ModelSpec) -> float:
 
 
 def cache_bytes(spec: ModelSpec, tokens: float, width: float) -> float:
-    return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * tokens * width
+    return 2 * len(spec.attention) * spec.kv_heads * spec.head_dim * tokens * width
 
 
 def linear_flops(spec: ModelSpec, rows: int) -> float:

@@ -109,20 +109,19 @@ class _Replay:
         tokens = [*self.prompt, *self.text[:-1]]
         params = self.params.but(prompt_logprobs=0)  # so that the logits of every chain row are computed
         seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), params.seed or 0, sync_point=len(tokens))
-        runner.table.open(seq)
+        runner.memory.open(seq)
         try:
             while seq.pending:
                 work = [Work(seq, min(CHUNK, seq.pending))]
                 first = seq.stored
-                pages = runner.table.reserve(work, [EMPTY])
-                runner.store.zero(pages.fresh)
+                pages = runner.memory.reserve(work, [EMPTY])
                 out = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
                 assert out.logits is not None and len(out.logits) == work[0].rows
-                runner.store.move(runner.table.commit(work, [Accepted()]))
+                runner.memory.move(runner.memory.commit(work, [Accepted()]))
                 for row in out.logits[max(0, len(self.prompt) - 1 - first) :]:
                     yield row.to(torch.float64).cpu().numpy()
         finally:
-            runner.table.free(seq)
+            runner.memory.free(seq)
 
     def weigh(self, logits: F64, i: int) -> Row:
         """Processed logits with the noise of the token at place i of the text."""

@@ -28,11 +28,11 @@ from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.spec import ModelSpec
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import InvalidInput
 from redraft.kv.store import Store
 from redraft.kv.table import PageTable
-from redraft.models.spec import ModelSpec
 from redraft.ops.backend import Backend, Linear
 
 COLD = 512 << 20  # bytes of copies of one weight: more than caches hold
@@ -241,7 +241,7 @@ def _attention(
 ) -> list[Line]:
     """Layers in turn, so that keys come from memory. With `most` > 1: one and so many sequences of one row; else 1 and 16 rows."""
     cases = [(1, 1), (most, 1)] if most > 1 else [(1, 1), (1, 16)]
-    lines, layer, width = [], spec.layers[0], limits.KINDS[options.dtype].itemsize
+    lines, layer, width = [], spec.attention[0], limits.KINDS[options.dtype].itemsize
     for count, rows in cases:
         for name, backend in backends.items():
             size = 2.0 * cached * spec.kv_heads * spec.head_dim * width
@@ -254,7 +254,7 @@ def _attention(
 def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int) -> Callable[[], object]:
     """One layer of `count` sequences that share `cached` tokens. Keys are zeros: how long it takes does not depend on them."""
     slabs = -(-cached // PAGE) + count * (2 + rows // PAGE)
-    table = PageTable(slabs, len(spec.layers), spec.kv_heads)
+    table = PageTable(slabs, len(spec.attention), spec.kv_heads)
     store = Store(backend, spec, slabs)
     cached -= cached % PAGE if count > 1 else 0  # whole pages are shared
     works = []
@@ -273,10 +273,10 @@ def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: in
     pages = table.reserve(works, [tree] * count)
     store.zero(pages.fresh)
     plan = backend.plan(Batch.pack(works, [tree] * count, pages), spec)
-    turn = cycle(range(len(spec.layers)))
-    layer, size = spec.layers[0], (count * rows, spec.head_dim)
+    turn = cycle(range(len(spec.attention)))
+    layer, size = spec.attention[0], (count * rows, spec.head_dim)
     q, k, v = (torch.randn(size[0], heads, size[1]).to(backend.dtype) for heads in (layer.heads, spec.kv_heads, spec.kv_heads))
-    return lambda: backend.attend(i := next(turn), spec.layers[i], q, k, v, store.pool, plan)
+    return lambda: backend.attend(i := next(turn), spec.attention[i], q, k, v, store.pool, plan)
 
 
 # ---- report

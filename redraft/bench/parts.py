@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
+from redraft.core.spec import Experts, LayerSpec, Mlp, ModelSpec, Source
 from redraft.engine.engine import Engine
 from redraft.engine.policies import SEAMS
 from redraft.errors import RedraftError
@@ -27,7 +28,6 @@ from redraft.models import loader
 from redraft.models.checkpoint import Safetensors
 from redraft.models.loader import Checkpoint
 from redraft.models.runner import Runner
-from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Source
 from redraft.ops import library
 from redraft.ops.native import NativeOps
 from redraft.ops.torch_ops import TorchOps

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from redraft import registry
+from redraft.core.spec import ModelSpec
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, did_you_mean
 from redraft.models import loader
 from redraft.models.memory import size
-from redraft.models.spec import ModelSpec
 
 Tick = Callable[[str], None]
 

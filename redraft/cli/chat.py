@@ -125,7 +125,7 @@ def _command(talk: Conversation, line: str) -> bool:
 
 def _reply(llm: LLM, talk: Conversation, text: str, params: SamplingParams) -> None:
     prompt = talk.asked(text)
-    cached = llm.runner.table.match(prompt, "")
+    cached = llm.runner.memory.match(prompt, "")
     shown = show(llm, prompt, params)
     _note(shown.summary(llm, params, f"{cached} of {len(prompt)} prompt tokens cached"))
     talk.add(text, shown.texts[0])

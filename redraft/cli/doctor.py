@@ -96,7 +96,7 @@ def _model(name: str, checkpoint: Checkpoint, progress: Console) -> Facts:
 
 def _bytes_per_token(checkpoint: Checkpoint) -> int:
     """Bytes of weights that a step of one row reads: no tables of embeddings, and of experts only those that are chosen."""
-    from redraft.models.spec import Experts
+    from redraft.core.spec import Experts
 
     spec, total = checkpoint.spec, 0
     for name, shape in spec.shapes().items():

@@ -133,7 +133,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
     return {
         "scheduler": _registered("scheduler", "sched", schedule.scheduler, budgets),
         "drafter": _registered("drafter", "draft", config.draft, setup.drafter),
-        "table": Part([f"cache: {setup.slabs} pages of 32 tokens, prefixes {sharing}"]),
+        "memory": Part([f"cache: {setup.slabs} pages of 32 tokens, prefixes {sharing}"]),
         "runner": Part([*runner, *(stored.lines if stored else ())], stored.guarantee if stored else None),
         "sampler": Part([sampler]),
         "policies": _policies(engine, params),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,17 @@ from redraft.core.plan import Work
 from redraft.core.sequence import Lanes, Sequence, Space
 from redraft.core.tree import I32, U64, TokenTree
 from redraft.core.view import View
+
+
+class StateView(NamedTuple):
+    """Where the rows of each sequence find and leave a state of fixed size. Rows run in order: row r computes its state from the one
+    in slot reads[s][r] and leaves it in slot writes[s][r]; both i32[rows]."""
+
+    reads: list[I32]
+    writes: list[I32]
+
+    def only(self, chosen: Seq[int]) -> StateView:
+        return StateView([self.reads[s] for s in chosen], [self.writes[s] for s in chosen])
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class PageView:
     of the same tail wrote; chain[s]: chain rows of the whole tail, so node j has slot lengths + chain + j;
     fresh: pages handed out by this reserve, to be zeroed; positions[s]: None while slot i holds
     position i, else one i32[length] a lane; coded[s]: i32[lanes, m] pages that hold a lane's first 32 m slots in the
-    sequence's block format, in front of pages[s].
+    sequence's block format, in front of pages[s]; states: one entry for each memory of fixed size.
     """
 
     kinds: list[Lanes]
@@ -33,6 +45,7 @@ class PageView:
     fresh: list[tuple[Space, int]]
     positions: list[list[I32] | None]
     coded: list[I32]
+    states: tuple[StateView, ...] = ()
 
     def only(self, chosen: Seq[int]) -> PageView:
         """The pages of some sequences."""
@@ -45,6 +58,7 @@ class PageView:
             [],
             [self.positions[s] for s in chosen],
             [self.coded[s] for s in chosen],
+            tuple(state.only(chosen) for state in self.states),
         )
 
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.core.tree import Kind
-from redraft.draft.second import SecondModel, Sketch
+from redraft.draft.second import SecondModel
+from redraft.draft.sketch import Sketch
 from redraft.options import number
 
 

@@ -18,7 +18,8 @@ from typing import ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.core.tree import Kind
-from redraft.draft.second import SecondModel, Sketch
+from redraft.draft.second import SecondModel
+from redraft.draft.sketch import Sketch
 from redraft.errors import InvalidInput
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from redraft.card import Card, Guarantee
 from redraft.core.ranking import top
 from redraft.core.tree import F64, Kind
-from redraft.draft.second import SecondModel, Sketch
+from redraft.draft.second import SecondModel
+from redraft.draft.sketch import Sketch
 from redraft.options import number
 
 

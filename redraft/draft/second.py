@@ -1,205 +1,33 @@
-"""What drafters that draw from a model share: trees grown level by level, and a second model's cache kept level with the text.
+"""A second model's cache, kept level with the text, and the growing of trees on a model, one forward pass a level.
 
-A method is a generator, `grow(sketch)`: it adds nodes drawn from laws that the sketch knows, and each `yield` asks for the
-laws behind all nodes added since. The trees of all sequences grow in lockstep, one forward of the drafting model a level.
-
-The second model keeps its own table. Its text follows the target's: what is pending there runs first, a chunk at a time,
-while the target reads the prompt; behind it the tree is the tail, and what the target accepted of it is committed.
+The second model has its own memory. Its text follows the target's: what is pending there runs first, a chunk at a time, while
+the target reads the prompt. After that the tree is the tail, and what the target accepted of it is committed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from redraft.core.batch import Batch, PageView
-from redraft.core.noise import Stream, gumbel, key, mix, uniform
 from redraft.core.plan import Accepted, Budget, StepResult, Work
-from redraft.core.ranking import top
 from redraft.core.sequence import Sequence, Wants
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
-from redraft.options import Options, number
+from redraft.draft.sketch import Drawing, Sketch
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
 
 CHUNK = 512  # rows of text that a step reads at most
-UNDERFLOW = 600.0  # nats below the likeliest token at which a token cannot be drawn where coins weigh it: q must be a number
 LIKELIEST = 128  # tokens that are looked at behind a node at temperature 0, and the most children that it can get there
-
-
-Noise = Callable[[int, I64], F64]
-
-
-class NextLaw:
-    """The draft's law of the token behind one node. ids: i64[M], ascending, the tokens that have mass; logq: f64[M], log of
-    the law that children are drawn from; noise: the key of the node's own noise, None at temperature 0; total: log of the
-    sum of exp(values) over all tokens where these are some of them."""
-
-    def __init__(
-        self, ids: I64, values: F64, noise: int | None, *, target: bool, total: float | None = None, noise_of: Noise = gumbel
-    ) -> None:
-        least = -np.inf if noise is None or target else values.max(initial=-np.inf) - UNDERFLOW
-        if len(alive := np.flatnonzero(values > least)) < len(ids):
-            ids, values = ids[alive], values[alive]
-        self.ids, self._noise, self._target, self._gumbel = ids, noise, target, noise_of
-        self._order: list[int] = []
-        if total is None and len(ids):
-            best = values.max()
-            total = best + np.log(np.exp(values - best).sum())
-        self.logq: F64 = values if total is None else values - total
-
-    @cached_property
-    def keys(self) -> F64:
-        """f64[M]: log q plus Gumbel noise, by which children are drawn; log q itself at temperature 0."""
-        return self.logq if self._noise is None else self.logq + self._gumbel(self._noise, self.ids)
-
-    def best(self, k: int) -> list[int]:
-        """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer where
-        fewer tokens have mass."""
-        return [int(place) for place in top(self.keys, min(k, len(self.ids)))]
-
-    def likeliest(self, k: int) -> list[int]:
-        """The places in ids of the k largest probabilities, best first."""
-        return [int(place) for place in top(self.logq, min(k, len(self.ids)))]
-
-    def nth(self, i: int) -> int | None:
-        """The place of the i-th sample without replacement, from 0; None where no token with mass is left."""
-        while i >= len(self._order) < len(self.ids):
-            if len(found := self.best(2 * (i + 1))) <= len(self._order):
-                raise ValueError("the draft's law holds NaN")
-            self._order = found
-        return self._order[i] if i < len(self._order) else None
-
-    def samples(self, numbers: Seq[int]) -> list[int]:
-        """The places of independent samples, one for each draw number. Where the target's own noise is asked for, number
-        0 draws with it. All the likeliest token at temperature 0."""
-        if self._noise is None or not len(self.ids):
-            return self.best(1) * len(numbers)
-        sums = np.cumsum(np.exp(self.logq))
-        coins = uniform(mix(self._noise, 1), np.asarray(numbers)) * sums[-1]
-        places = np.searchsorted(sums, coins, side="right").tolist()
-        return [self.best(1)[0] if self._target and number == 0 else place for number, place in zip(numbers, places, strict=True)]
-
-
-class Sketch:
-    """A tree in the making: what `grow` sees. Node -1 is the text's last token."""
-
-    def __init__(self, seq: Sequence, budget: Budget, kind: Kind, sampler: DraftSampler) -> None:
-        self.seq, self.budget, self.sampler = seq, budget, sampler
-        self.kind = Kind.FIXED if seq.params.greedy else kind
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.depths: list[int] = []
-        self.draws: list[int] = []
-        self.scores: list[float] = []
-        self.laws: list[NextLaw] = []  # of node i at place i + 1
-        self._children: dict[tuple[int, int], int] = {}
-        self._noise: dict[int, F64] = {}
-        self._ends = frozenset() if seq.params.ignore_eos else sampler.vocabulary.eos
-
-    # ---- for methods
-
-    @property
-    def room(self) -> int:
-        """Nodes that may still be added."""
-        return self.budget.rows - len(self.tokens)
-
-    @property
-    def greedy(self) -> bool:
-        return self.seq.params.greedy
-
-    def law(self, node: int) -> NextLaw:
-        return self.laws[node + 1]
-
-    def open(self, node: int) -> bool:
-        """Whether `node` may have children: it is not as deep as allowed, and its token does not end the text."""
-        return node < 0 or (self.depths[node] < self.budget.depth and self.tokens[node] not in self._ends)
-
-    def add(self, parent: int, place: int) -> int:
-        """A child of `parent` that carries the token at `place` of its law: the node, an old one where it has that token
-        already (one more draw of it)."""
-        law = self.law(parent)
-        token = int(law.ids[place])
-        if (node := self._children.setdefault((parent, token), len(self.tokens))) < len(self.tokens):
-            self.draws.append(node)
-            return node
-        above, depth = (1.0, 0) if parent < 0 else (self.scores[parent], self.depths[parent])
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(depth + 1)
-        self.scores.append(above * float(np.exp(law.logq[place])))
-        self.draws.append(node)
-        return node
-
-    # ---- for the grower
-
-    def _gumbel(self, noise: int, ids: I64) -> F64:
-        """Nodes of one depth share the target's noise: over the whole vocabulary it is made once for all of them."""
-        if len(ids) < self.sampler.vocabulary.size:
-            return gumbel(noise, ids)
-        if noise not in self._noise:
-            self._noise[noise] = gumbel(noise, ids)
-        return self._noise[noise]
-
-    def learn(self, node: int, values: F64, total: float | None = None) -> None:
-        """The drafting model's logits behind `node`; total: see NextLaw."""
-        path: list[int] = []
-        at = node
-        while at >= 0:
-            path.append(self.tokens[at])
-            at = self.parents[at]
-        path.reverse()
-        row = self.sampler.row(values, self.seq, path)
-        target = self.sampler.drafts is Stream.TARGET
-        noise = None
-        if not self.seq.params.greedy:
-            noise = key(self.seq.seed, self.sampler.drafts, len(self.seq.tokens) + len(path))
-            if not target:
-                # Nodes of one depth must not share noise where coins are tossed: how many children one gets may depend on
-                # what another drew, which would tell of its own next draw.
-                noise = mix(noise, *path)
-        self.laws.append(NextLaw(row.ids, row.values, noise, target=target, total=total, noise_of=self._gumbel))
-
-    def tree(self) -> TokenTree:
-        n = len(self.tokens)
-        if not n:
-            return EMPTY
-        kinds = np.zeros(n + 1, np.uint8)
-        kinds[[parent + 1 for parent in self.parents]] = self.kind
-        return TokenTree(
-            np.array(self.tokens, np.int32),
-            np.array(self.parents, np.int32),
-            kinds,
-            laws=None if self.kind is Kind.FIXED else Laws(self.laws, self.sampler.vocabulary.size),
-            draws=np.array(self.draws, np.int32) if self.kind is Kind.IID else None,
-            scores=np.array(self.scores, np.float32),
-        )
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Laws:
-    """Probs of a sketch's nodes; dense rows are made when a verifier asks."""
-
-    laws: list[NextLaw]
-    vocab: int
-
-    def probs(self, rows: Seq[int]) -> F64:
-        out = np.zeros((len(rows), self.vocab))
-        for i, row in enumerate(rows):
-            law = self.laws[row]
-            q = np.exp(law.logq)
-            out[i, law.ids] = q / q.sum()
-        return out
 
 
 @dataclass(eq=False, slots=True)
@@ -226,19 +54,6 @@ def shadow(seq: Sequence, tokens: Seq[int]) -> Sequence:
 
 
 @dataclass(frozen=True)
-class Drawing(Options):
-    """candidates: children are drawn from the likeliest so many tokens of the draft's law, renormalised; 0: from all."""
-
-    candidates: int = number(0, ge=0, kw_only=True)
-
-    kind: ClassVar[Kind]
-
-    def grow(self, tree: Sketch) -> Iterator[None]:
-        """Adds nodes; every yield asks for the laws behind all nodes added since."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
 class SecondModel(Drawing):
     """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target."""
 
@@ -255,7 +70,7 @@ class Leveller(Stateless):
 
     def __init__(self, method: Drawing, runner: Runner, sampler: DraftSampler) -> None:
         self.method, self.runner, self.sampler = method, runner, sampler
-        self.table, self.store = runner.table, runner.store
+        self.memory = runner.memory
         self.kinds = frozenset({Kind.FIXED, method.kind})
         self.kept: I64 | None = None  # the tokens of the head's rows where it was trimmed
 
@@ -271,7 +86,7 @@ class Leveller(Stateless):
         if whole.head.hollow:  # a model that is only looked at
             return
         keep = keep[keep < whole.head.outs]  # checkpoints of one vocabulary are padded to different sizes
-        self.runner = copy(self.runner)  # same table, store and layers
+        self.runner = copy(self.runner)  # same memory and layers
         self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
 
@@ -301,8 +116,7 @@ class Leveller(Stateless):
     def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
         """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where
         they are not looked at, and the log of the sum of all their exponentials where that is not the sum of these."""
-        pages = self.table.reserve(works, trees)
-        self.store.zero(pages.fresh)
+        pages = self.memory.reserve(works, trees)
         out = self.runner.forward(self._pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
         if not wanted:
             return None
@@ -333,31 +147,26 @@ class Grower(Leveller):
 
     def begin(self, seq: Sequence) -> Twin:
         twin = shadow(seq, seq.tokens if self._knows(seq.tokens) else [])
-        self.table.open(twin)
+        self.memory.open(twin)
         try:
             if twin.tokens:
-                self.table.attach(twin, self.table.match(twin.tokens, seq.request.salt))
+                self.memory.attach(twin, self.memory.match(twin.tokens, seq.request.salt))
         except BaseException:
-            self.table.free(twin)
+            self.memory.free(twin)
             raise
         return Twin(twin)
 
     def fork(self, state: Twin, seq: Sequence) -> Twin:
         self._forget(state)
         twin = shadow(seq, state.seq.tokens)
-        if self.table.available() < 1:  # the partial page is copied; without one the text is read again
+        if self.memory.available() < 1:  # the partial page is copied; without one the text is read again
             return self.begin(seq)
-        moves = self.table.fork(state.seq, twin)
-        try:
-            self.store.move([moves])
-        except BaseException:
-            self.table.free(twin)
-            raise
+        self.memory.fork(state.seq, twin)
         return Twin(twin)
 
     def end(self, state: Twin) -> None:
         state.sketch = state.work = None
-        self.table.free(state.seq)
+        self.memory.free(state.seq)
 
     # ---- one step
 
@@ -367,7 +176,7 @@ class Grower(Leveller):
         growing: list[tuple[int, Twin, Iterator[None]]] = []
         works: list[Work] = []
         drafting: list[tuple[int, Twin] | None] = []  # beside works
-        left, free = CHUNK, self.table.available()
+        left, free = CHUNK, self.memory.available()
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             state: Twin = seq.state[self]
             self._forget(state)
@@ -379,9 +188,9 @@ class Grower(Leveller):
             rows = min(twin.pending, left)
             whole = rows == twin.pending and min(budget.rows, depth) > 0
             room = budget.rows if whole else 0
-            while room and self.table.need(twin, rows + room) > free:
+            while room and self.memory.need(twin, rows + room) > free:
                 room //= 2
-            need = self.table.need(twin, rows + room)
+            need = self.memory.need(twin, rows + room)
             if not rows or depth < 0 or need > free or (whole and not room):
                 continue
             left, free = left - rows, free - need
@@ -436,11 +245,11 @@ class Grower(Leveller):
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
         if works:
-            self.store.move(self.table.commit(works, accepted))
+            self.memory.move(self.memory.commit(works, accepted))
             for work in works:
-                self.table.publish(work.seq)
+                self.memory.publish(work.seq)
 
     def _forget(self, state: Twin) -> None:
         """Drops the tail of a step that raised before its end."""
-        self.table.discard(state.seq)
+        self.memory.discard(state.seq)
         state.sketch = state.work = None

@@ -29,7 +29,8 @@ from redraft.core.plan import Budget, Work
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
-from redraft.draft.second import Drawing, Leveller, Sketch, Twin
+from redraft.draft.second import Leveller, Twin
+from redraft.draft.sketch import Drawing, Sketch
 from redraft.errors import InvalidInput
 from redraft.options import number
 
@@ -106,7 +107,7 @@ class Skipping(Leveller):
             self._grow(growing)
         finally:
             for _, sketch in sketches:
-                self.table.discard(sketch.seq)  # 4.
+                self.memory.discard(sketch.seq)  # 4.
         for i, sketch in sketches:
             trees[i] = sketch.tree()
         return trees

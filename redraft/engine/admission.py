@@ -20,10 +20,10 @@ class Admission:
     def __init__(
         self, runner: Runner, sampler: Sampler, drafter: Drafters, policies: Policies, *, max_model_len: int, spells: bool
     ) -> None:
-        table = runner.table
-        if table.slabs * table.page < max_model_len:
-            raise OutOfMemory(f"a pool of {table.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
-        self.table, self.vocab = table, runner.spec.vocab
+        memory = runner.memory
+        if memory.slabs * memory.paged.table.page < max_model_len:
+            raise OutOfMemory(f"a pool of {memory.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
+        self.memory, self.vocab = memory, runner.spec.vocab
         self.sampler, self.drafter, self.policies = sampler, drafter, policies
         self.max_model_len, self.spells = max_model_len, spells
         self._ids = 0
@@ -101,8 +101,8 @@ class Admission:
     def _check_length(self, seq: Sequence) -> None:
         """Whether the pool could hold the whole text."""
         total = min(self.limit(seq), seq.prompt_len + (seq.params.max_tokens or self.max_model_len))
-        if (need := self.table.need(seq, total)) > self.table.slabs:
+        if (need := self.memory.need(seq, total)) > self.memory.slabs:
             raise InvalidInput(
-                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.table.slabs}: ask for fewer"
+                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.memory.slabs}: ask for fewer"
                 " max_tokens, or give the pool more memory"
             )

@@ -29,7 +29,7 @@ from redraft.verify.verifier import Verifier
 
 
 class Engine:
-    """Sequences, a page table and the parts of a step. Synchronous, single-threaded, and never names a method."""
+    """Sequences, their memory and the parts of a step. Synchronous, single-threaded, and never names a method."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Engine:
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
         what the drafter is called in the statistics."""
-        self.runner, self.table, self.store = runner, runner.table, runner.store
+        self.runner, self.memory = runner, runner.memory
         self.scheduler, self.sampler = scheduler, sampler
         self.opened = Opened(self._in_use)  # what requests chose
         self.drafter, self.verifier = Drafters(drafter, runner, sampler, verifier, self.opened, draft), Verifiers(verifier)
@@ -81,26 +81,27 @@ class Engine:
             return self.emit()  # an interrupt after the last commit: what was found is reported first
         try:
             self.sync(running)  # newcomers that start at their sync point, and after an interrupt
-            plan = self.scheduler.plan(self._sound(waiting), self._sound(running), self.table)  # pure: what runs, is admitted, is preempted
+            plan = self.scheduler.plan(
+                self._sound(waiting), self._sound(running), self.memory
+            )  # pure: what runs, is admitted, is preempted
             plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
             if not plan.work:
                 return self.emit()
             trees = self.drafter.propose(plan.work, plan.budgets)  # budget 0, or nothing to say: an empty tree
-            pages = self.table.reserve(plan.work, trees)  # every sequence's tentative tail
-            self.store.zero(pages.fresh)
+            pages = self.memory.reserve(plan.work, trees)  # every sequence's tentative tail
             batch = Batch.pack(plan.work, trees, pages)  # chain(pending) + draft, for every sequence
             out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
             law = self.sampler.law(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
             accepted = self.outputs.cut(plan.work, self.verifier.accept(plan.work, trees, law))  # at end of text, stop, max_tokens
-            moves = self.table.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
+            moves = self.memory.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
         except BaseException as error:
             for seq in plan.seqs:
-                self.table.discard(seq)
+                self.memory.discard(seq)
             return self.isolate(error, only)
         result = StepResult(plan.work, trees, batch, accepted, out, law)
         self.outputs.record(result)
         try:
-            self.store.move(moves)
+            self.memory.move(moves)
         except BaseException as error:  # it is not known which keys were moved
             for seq in plan.seqs:
                 if seq.reason is None:
@@ -130,7 +131,7 @@ class Engine:
             seq.request.admitted = monotonic()
         if seq.request.cached_tokens is None:
             seq.request.cached_tokens = matched
-            seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
+            seq.request.miss = self.memory.paged.table.prefix.miss(seq.request.prompt, seq.request.salt)
 
     def taps(self, plan: StepPlan) -> Taps:
         requested = self.sampler.needs(plan.work) | self.drafter.taps(plan.seqs) | self.outputs.taps(plan.seqs)
@@ -143,7 +144,7 @@ class Engine:
             self.faults.call(seq, self._sync, seq)
 
     def _sync(self, seq: Sequence) -> None:
-        self.table.publish(seq)
+        self.memory.publish(seq)
         self.policies.sync(seq)
         if seq.cache.reuse is not None:
             self.policies.take_over(seq, self._spare())
@@ -159,7 +160,7 @@ class Engine:
             self._wait(children[-1])
         for child in children:
             # a fork of shared lanes copies the last page and soon fills it; of others, at worst all that a new text would take
-            wanted = 2 if child.cache.lanes is Lanes.SHARED else self.table.need(child, child.prompt_len + 1)
+            wanted = 2 if child.cache.lanes is Lanes.SHARED else self.memory.need(child, child.prompt_len + 1)
             if len(self.running) < self.scheduler.max_seqs and self._spare() >= wanted:
                 self._fork(seq, child)
                 self.waiting.remove(child)
@@ -200,7 +201,7 @@ class Engine:
     def _make_room(self, seq: Sequence) -> None:
         """Preempts the last others where pages lack for a step of `seq`, which runs."""
         others = [other for other in self.running if other is not seq and other.reason is None] if seq in self.running else []
-        while others and self.table.need(seq, seq.pending) > self.table.available():
+        while others and self.memory.need(seq, seq.pending) > self.memory.available():
             self._preempt(others.pop())
 
     def _queues(self, only: Sequence | None) -> tuple[Seq[Sequence], list[Sequence]]:
@@ -253,13 +254,13 @@ class Engine:
 
     def _spare(self) -> int:
         """Slabs that no text in progress needs."""
-        return self.table.available() - sum(self.table.need(seq, seq.pending) for seq in self.running)
+        return self.memory.available() - sum(self.memory.need(seq, seq.pending) for seq in self.running)
 
     def _start(self, seq: Sequence, matched: int) -> None:
-        self.table.open(seq)
+        self.memory.open(seq)
         try:
             if matched:
-                self.table.attach(seq, matched)
+                self.memory.attach(seq, matched)
             seq.state[self.sampler] = self.sampler.begin(seq)
             self.policies.begin(seq)
             self.drafter.begin(seq)
@@ -268,9 +269,8 @@ class Engine:
             raise
 
     def _fork(self, seq: Sequence, child: Sequence) -> None:
-        moves = self.table.fork(seq, child)
+        self.memory.fork(seq, child)
         try:
-            self.store.move([moves])
             child.state[self.sampler] = self.sampler.fork(seq.state[self.sampler], child)
             self.policies.fork(seq, child)
             self.drafter.fork(seq, child)
@@ -285,7 +285,7 @@ class Engine:
 
     def _stop(self, seq: Sequence) -> None:
         """Plugin states end and pages go; the tokens stay."""
-        self.table.free(seq)
+        self.memory.free(seq)
         seq.stored = 0
         with ExitStack() as ends:  # from the last to the first, whichever raises
             ends.callback(seq.state.clear)

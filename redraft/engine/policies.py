@@ -11,7 +11,7 @@ from typing import Any
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
-from redraft.core.sequence import NEVER, PLAIN, CachePlan, Lanes, Sequence, Space
+from redraft.core.sequence import NEVER, PLAIN, CachePlan, Lanes, Sequence
 from redraft.core.view import Watch
 from redraft.depth.depth import OpenDepth
 from redraft.engine.faults import Door
@@ -46,6 +46,8 @@ class Policies:
         except Unsupported as error:
             chosen = ", ".join(f"{seam}={text}" for seam, text in texts.items())
             raise Unsupported(f"{chosen}: {error}") from None
+        if reuse and any(group.kind != "pages" for group in self.runner.spec.memories()):
+            raise Unsupported(f"reuse {reuse} takes over keys and values only, and this model has layers with a state of another kind")
         if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
             raise Unsupported(f"reuse {reuse} takes over plain pages, which keep, codec and read with data of their own do not have")
         return plan
@@ -105,7 +107,7 @@ class Policies:
             return fmt.name
         if len(self._formats) == FORMATS:
             raise Unsupported(f"pages are stored in {FORMATS} formats already, and no more of them are made; choose options in use")
-        self.runner.table.define(Space(Lanes.PER_HEAD, fmt.name), self.runner.store.define(fmt))
+        self.runner.memory.paged.define(fmt)
         self._formats.add(fmt.name)
         return fmt.name
 
@@ -139,7 +141,6 @@ class Policies:
     def take_over(self, seq: Sequence, spare: int) -> None:
         """Attaches what is due of the text that this one was made from. The source's pages are held as long as `spare` slabs are left
         for texts in progress; after that the text is computed."""
-        table, store = self.runner.table, self.runner.store
         if not seq.reuse_searched:
             seq.reuse_searched = True
             if seq.index == 0:
@@ -149,26 +150,26 @@ class Policies:
             self._release(seq)
         while seq.spans and seq.spans[0].at == seq.stored and seq.source is not None:
             span = seq.spans.pop(0)
-            store.move([table.splice(seq, seq.source, span.first, span.length, span.exact)])
+            self.runner.memory.paged.splice(seq, seq.source, span.first, span.length, span.exact)
             seq.request.reused_tokens += span.length
         if not seq.spans:
             self._release(seq)
 
     def _find(self, seq: Sequence, spare: int) -> None:
-        table, request, reuse = self.runner.table, seq.request, seq.cache.reuse
+        memory, request, reuse = self.runner.memory, seq.request, seq.cache.reuse
         assert reuse is not None, f"sequence {seq.id}: its request takes nothing over"
         old = [*request.before, 0]  # a match leaves one token to run; nothing of the old text runs
-        count = table.match(old, request.salt)
+        count = memory.match(old, request.salt)
         spans = [span for span in reuse.spans(old[:count], request.prompt, seq.stored) if span.at >= seq.stored]
-        if spans and table.idle_matched(old, request.salt) <= spare:
+        if spans and memory.idle_matched(old, request.salt) <= spare:
             self._sources -= 1
             seq.source, seq.spans = Sequence(self._sources, request, 0, old, len(old), 0, 0), spans
-            table.open(seq.source)
-            table.attach(seq.source, count)
+            memory.open(seq.source)
+            memory.attach(seq.source, count)
 
     def _release(self, seq: Sequence) -> None:
         if seq.source is not None:
-            self.runner.table.free(seq.source)
+            self.runner.memory.free(seq.source)
         seq.source, seq.spans = None, []
 
     def sync_point(self, seq: Sequence) -> int:
@@ -203,10 +204,10 @@ class Policies:
 
     def sync(self, seq: Sequence) -> None:
         """After a commit: pages are encoded, evicted from and summarised."""
-        plan, table, store = seq.cache, self.runner.table, self.runner.store
-        if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: table.positions(seq))) is not None:
-            store.move([table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
-        if plan.read is not None and plan.read.grid and len(pages := table.unfolded(seq)):
-            store.fold(Space(plan.lanes, plan.format), pages, plan.read)
+        plan, paged = seq.cache, self.runner.memory.paged
+        if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: paged.table.positions(seq))) is not None:
+            paged.keep(seq, kept)
+        if plan.read is not None and plan.read.grid:
+            paged.fold(seq, plan.read)
         if plan.block and seq.stored and seq.stored % plan.encoded == 0:
-            store.encode([table.encode(seq)])
+            paged.encode(seq)

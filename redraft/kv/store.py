@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from redraft.core.sequence import Space
+from redraft.core.spec import ModelSpec
 from redraft.core.tree import I32
-from redraft.kv.table import Encoding, Moves
-from redraft.models.spec import ModelSpec
+from redraft.kv.edits import Encoding
+from redraft.kv.table import Moves
 from redraft.ops.backend import Backend, Select
-from redraft.ops.format import Format
+from redraft.ops.format import Arrays, Format
 
 
 class Store:
@@ -28,6 +29,14 @@ class Store:
         """Zeroes pages that were just handed out: 0 times an old NaN would be NaN."""
         if fresh:
             self.backend.zero(self.pool, fresh)
+
+    def read(self, space: Space, pages: I32) -> Arrays:
+        """A copy of all arrays of these pages."""
+        return self.backend.read(self.pool, space, pages)
+
+    def write(self, space: Space, pages: I32, arrays: Arrays) -> None:
+        """What read() returned, into other pages."""
+        self.backend.write(self.pool, space, pages, arrays)
 
     def move(self, moves: list[Moves]) -> None:
         for space, src, dst, delta in moves:

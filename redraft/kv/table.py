@@ -1,4 +1,4 @@
-"""Where keys lie: slabs, lanes, the tentative tail, commit, keep, fork and sharing. Integers only; no tensors.
+"""Where keys lie: slabs, lanes, the tentative tail, commit, fork and sharing. Integers only; no tensors.
 
 A lane is a growing array of slots in text order without holes: slot i is place i % 32 of its page i // 32. Memory is
 cut into slabs of equal bytes (32 tokens of all layers and kv heads). A slab is one SHARED page, or is carved into pages
@@ -21,15 +21,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import NEVER, Lanes, Sequence, Space
 from redraft.core.tree import I32, I64, TokenTree
 from redraft.kv.prefix import Node, PrefixTree
-
-_NONE = np.zeros(0, np.int32)
 
 
 class OutOfPages(AssertionError):
@@ -44,15 +41,6 @@ class Moves(NamedTuple):
     src: I32
     dst: I32
     delta: int = 0
-
-
-class Encoding(NamedTuple):
-    """Whole pages to be encoded: src[i] of one space into dst[i] of another."""
-
-    source: Space
-    target: Space
-    src: I32
-    dst: I32
 
 
 @dataclass(eq=False, slots=True)
@@ -353,109 +341,6 @@ class PageTable:
         if held is not None:
             self._cut(held)
 
-    def keep(self, seq: Sequence, lane: int, slots: ArrayLike) -> Moves:
-        """Eviction: only `slots` (ascending) of this lane survive, and close up. The tail must be empty.
-
-        A page that survives whole, or as far as the lane goes, is listed as it is. What must be written goes to pages that this
-        lane alone lists, or to fresh ones; places of a fresh page behind the lane's end get a copy of the last survivor, so that
-        nothing of its former owner is left. Where memory lacks, published pages that nobody else lists are taken back first.
-
-            slots      0 .. 31 | 32 .. 63 | 64 .. 95 | 96 .. 99      kept: 0..31, 64..99
-            pages      [p3]      [p7]       [p8]       [p2]
-            after      [p3]      [p8]       [p2]                      nothing moves, p7 is free
-        """
-        held = self._held[seq.id]
-        assert not held.chain, f"sequence {seq.id}: keep while a tail is open"
-        it, pool, size = held.lanes[lane], held.pool, self.page
-        keep = np.asarray(slots, np.int32)
-        n, old = len(keep), it.pages
-        assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
-            f"sequence {seq.id}: slots to keep must ascend within 0..{it.length - 1}"
-        )
-        assert held.block is None, f"sequence {seq.id}: a block format is not evicted from"
-        if n == it.length:
-            return Moves(pool.space, _NONE, _NONE)
-        first = np.arange(0, n, size)  # of each page to be
-        last = np.minimum(first + size, n) - 1
-        whole = (keep[first] % size == 0) & (keep[last] - keep[first] == last - first)
-        whole &= (last - first == size - 1) | (keep[last] == it.length - 1)
-        pages = [old[slot // size] if stays else -1 for slot, stays in zip(keep[first].tolist(), whole.tolist(), strict=True)]
-        stay, writing = set(pages), np.flatnonzero(~whole)
-        gone = [page for page in old if page not in stay]
-        loose = self._loose(pool, gone, len(writing))
-        for i, b in enumerate(writing.tolist()):
-            pages[b] = loose[i] if i < len(loose) else self._take(pool)
-        self._mark()
-        to = (writing[:, None] * size + np.arange(size)).ravel()
-        if len(loose) == len(writing):
-            to = to[to < n]  # the last page is not a fresh one
-        src, dst = self._places(old, keep[np.minimum(to, n - 1)]), self._places(pages, to)
-        if not held.edited:
-            for other in held.lanes:
-                other.positions = np.arange(other.length, dtype=np.int32)
-        assert it.positions is not None
-        it.positions = it.positions[keep]
-        it.pages, it.length, it.folded, held.view = pages, n, 0, None
-        used = set(pages)
-        self._drop(pool, [page for page in reversed(gone) if page not in used])
-        moved = src != dst
-        return Moves(pool.space, src[moved], dst[moved])
-
-    def positions(self, seq: Sequence) -> list[I32]:
-        """The positions that the committed slots of each lane hold."""
-        held = self._held[seq.id]
-        return [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
-
-    def unfolded(self, seq: Sequence) -> I32:
-        """Full pages that were not asked for yet, or whose slots an eviction has moved since."""
-        held, found = self._held[seq.id], []
-        for lane in held.lanes:
-            full = lane.length // self.page
-            found += lane.pages[max(0, lane.folded - len(lane.coded)) : full - len(lane.coded)]
-            lane.folded = full
-        return np.array(found, np.int32)
-
-    def encode(self, seq: Sequence) -> Encoding:
-        """The full pages of every lane go over to the sequence's block format; the tail must be empty."""
-        held = self._held[seq.id]
-        assert held.block is not None and not held.chain, f"sequence {seq.id}: no block format, or a tail is open"
-        full = [lane.length // self.page - len(lane.coded) for lane in held.lanes]
-        self._ensure({held.block.space: sum(full)})
-        src: list[int] = []
-        dst: list[int] = []
-        for lane, count in zip(held.lanes, full, strict=True):
-            gone, lane.pages = lane.pages[:count], lane.pages[count:]
-            coded = [self._take(held.block) for _ in gone]
-            lane.coded += coded
-            src += gone
-            dst += coded
-        self._mark()
-        self._drop(held.pool, reversed(src))
-        held.view = None
-        return Encoding(held.pool.space, held.block.space, np.array(src, np.int32), np.array(dst, np.int32))
-
-    def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> Moves:
-        """Appends private copies of `count` slots of an open sequence, from slot `first` on, as the next slots of `seq`: text
-        that moved. Keys turn by as many positions as it moved. exact: what stands before is the same in both, so that the pages
-        stay a function of their tokens. SHARED lanes of plain pages; the tail must be empty."""
-        held, other = self._held[seq.id], self._held[source.id]
-        assert held.pool.space == other.pool.space == Space() and not held.chain, f"sequence {seq.id}: cannot take over slots"
-        mine, theirs, pool = held.lanes[0], other.lanes[0], held.pool
-        start = mine.length
-        assert first + count <= theirs.length and not held.edited and not other.edited, f"sequence {seq.id}: no such slots to take"
-        assert first == start or not exact, f"sequence {seq.id}: text that moved from {first} to {start} is not exact"
-        lacking = -(-(start + count) // self.page) - len(mine.pages)
-        self._ensure({pool.space: lacking})
-        mine.pages += [self._take(pool) for _ in range(lacking)]
-        self._mark()
-        to = np.arange(start, len(mine.pages) * self.page if lacking else start + count, dtype=np.int32)  # a fresh page is filled
-        at = np.minimum(to - start + first, first + count - 1)
-        seq.shareable_tokens = min(seq.shareable_tokens, source.shareable_tokens if exact else start)
-        mine.append(start, count)
-        seq.stored += count
-        held.view = None
-        return Moves(pool.space, self._places(theirs.pages, at), self._places(mine.pages, to), start - first)
-
     def fork(self, seq: Sequence, child: Sequence) -> Moves:
         """Opens `child` with the same lanes: full pages are listed by both, the partial one is copied whole, so that
         nothing of its former owner is left in the new one. The tail must be empty."""
@@ -610,23 +495,6 @@ class PageTable:
             del pool.spare[slab]
             pool.spares -= pool.per_slab
             self._free.append(slab)
-
-    def _loose(self, pool: _Pool, gone: list[int], wanted: int) -> list[int]:
-        """Of the pages that a lane gives up, at most `wanted` that it may write. OutOfPages where fresh ones lack for the rest."""
-        loose = [page for page in gone if self._private(pool, page)]
-        alone = [page for page in gone if page in self.prefix and pool.refs[page] == 1] if pool.space == Space() else []
-        lacking = wanted - len(loose)
-        if self.available() < lacking <= self.available() + len(alone):
-            for page in alone[self.available() - lacking :]:
-                if page in self.prefix:  # or it went with one before it
-                    self.prefix.rest(page)
-                    self.prefix.idle.move_to_end(page, last=False)
-                    for freed in self.prefix.evict():
-                        if freed != page:
-                            self._release(pool, freed)
-            loose = [page for page in gone if self._private(pool, page)]
-        self._ensure({pool.space: max(0, wanted - len(loose))})
-        return loose[:wanted]
 
     def _private(self, pool: _Pool, page: int) -> bool:
         return pool.refs[page] == 1 and not (pool.space == Space() and page in self.prefix)

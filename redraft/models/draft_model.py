@@ -1,11 +1,11 @@
-"""A draft model beside a target's Runner: the same backend and vocabulary, its own weights, table and store."""
+"""A draft model beside a target's Runner: the same backend and vocabulary, its own weights and memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
-from redraft.models import loader, memory
+from redraft.models import loader, memory, mixers
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 
@@ -38,16 +38,17 @@ def _load(target: Runner, path: Path) -> Runner:
         check_vocabulary(target.source, path)
     elif checkpoint.spec.vocab != target.spec.vocab:
         raise CheckpointError(f"{path}: the draft model's vocabulary is {checkpoint.spec.vocab}, the target's {target.spec.vocab}")
+    mixers.check(checkpoint.spec, backend)
     if target.weights.head.hollow:
         return Runner(checkpoint.spec, loader.meta_weights(checkpoint), backend, 1, source=path)
     free = memory.limits(backend.device)
     left = free - checkpoint.weight_bytes
-    slabs = min(target.table.slabs, int(left * SHARE) // backend.slab_bytes(checkpoint.spec))
+    slabs = min(target.memory.paged.slabs, int(left * SHARE) // backend.slab_bytes(checkpoint.spec))
     if slabs < 1:
         needed = memory.size(checkpoint.weight_bytes)
         raise OutOfMemory(f"{path}: the draft model does not fit beside the target: weights {needed}, free {memory.size(free)}")
     weights = loader.read(checkpoint, backend.device, backend.pack)
-    return Runner(checkpoint.spec, weights, backend, slabs, sharing=target.table.sharing, source=path)
+    return Runner(checkpoint.spec, weights, backend, slabs, sharing=target.memory.paged.table.sharing, source=path)
 
 
 def check_vocabulary(target: Path, draft: Path) -> None:

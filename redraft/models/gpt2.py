@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Source
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.llama import activation, refuse
-from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,13 +31,9 @@ def spec(config: PretrainedConfig) -> ModelSpec:
         raise CheckpointError(f"n_embd = {config.n_embd} is not a multiple of n_head = {config.n_head}")
     norm = Norm("layer", config.layer_norm_epsilon)
     layer = LayerSpec(
-        heads=config.n_head,
-        kv_heads=config.n_head,
-        head_dim=config.n_embd // config.n_head,
-        mlp=Mlp(config.n_inner or 4 * config.n_embd, activation(config.activation_function), gated=False, bias=True),
-        norm=norm,
-        qkv_bias=True,
-        out_bias=True,
+        Attention(config.n_head, config.n_head, config.n_embd // config.n_head, qkv_bias=True, out_bias=True),
+        Mlp(config.n_inner or 4 * config.n_embd, activation(config.activation_function), gated=False, bias=True),
+        norm,
     )
     return ModelSpec(
         vocab=config.vocab_size,

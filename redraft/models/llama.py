@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Source
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.rotary import context, rotary
-from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -90,16 +90,9 @@ def decoder(
         context=context(config),
         layers=tuple(
             LayerSpec(
-                heads=heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                mlp=experts(mlp) if experts else mlp,
-                norm=norm,
-                rotary=turn,
-                window=window,
-                qkv_bias=qkv_bias,
-                out_bias=out_bias,
-                qk_norm=norm if qk_norm else None,
+                Attention(heads, kv_heads, head_dim, turn, window, qkv_bias, out_bias, norm if qk_norm else None),
+                experts(mlp) if experts else mlp,
+                norm,
             )
             for window in windows or [None] * config.num_hidden_layers
         ),

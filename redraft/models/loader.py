@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from redraft import registry
+from redraft.core.spec import Experts, Mlp, ModelSpec, Source
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
 from redraft.models.generation import read_defaults, read_eos
-from redraft.models.spec import Experts, Mlp, ModelSpec, Source
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
 from redraft.ops.quantized import Quantized
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from redraft.core.spec import ModelSpec
 from redraft.models.llama import decoder, windows
-from redraft.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from redraft.core.spec import Rotary
 from redraft.errors import CheckpointError, Unsupported
-from redraft.models.spec import Rotary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from redraft.core.batch import Batch
+from redraft.core.spec import Attention, LayerSpec, ModelSpec
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64
-from redraft.kv.store import Store
-from redraft.kv.table import PageTable
+from redraft.kv.memory import Memories
+from redraft.kv.paged import Paged
+from redraft.models import mixers
 from redraft.models.layers import decoder_layer
-from redraft.models.spec import ModelSpec
 from redraft.ops.backend import Backend, Feature, Outputs, Seen, Weights
 
 if TYPE_CHECKING:
@@ -24,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Owns the page table and the store of one model; a draft model is a second Runner with its own (see draft_model.py).
+    """Owns the memory of one model's sequences; a draft model is a second Runner with its own (see draft_model.py).
 
-    source: the checkpoint's folder, None for weights from elsewhere; draft_model: the checkpoint that drafters with a
-    draft model use unless they name one; quant: how linear weights are stored, also those of second models;
-    draft_models: the draft models loaded so far, by folder.
+    memory: of all layers, None for `slabs` blocks of pages; source: the checkpoint's folder, None for weights from elsewhere;
+    draft_model: the checkpoint that drafters with a draft model use unless they name one; quant: how linear weights are stored,
+    also those of draft models; draft_models: the draft models loaded so far, by folder.
     """
 
     def __init__(
@@ -39,15 +41,19 @@ class Runner:
         slabs: int,
         *,
         sharing: bool = True,
+        memory: Paged | Memories | None = None,
         source: Path | None = None,
         draft_model: str | None = None,
         quant: Quantizer | None = None,
     ) -> None:
+        """Unsupported where the engine cannot serve this model on this backend."""
+        mixers.check(spec, backend)
         self.spec, self.weights, self.backend = spec, weights, backend
         self.source, self.draft_model, self.quant = source, draft_model, quant
         self.draft_models: dict[Path, Runner] = {}
-        self.table = PageTable(slabs, len(spec.layers), spec.kv_heads, sharing=sharing)
-        self.store = Store(backend, spec, slabs)
+        self.memory = Paged(backend, spec, slabs, sharing=sharing) if memory is None else memory
+        self._cuts = {i for i, (a, b) in enumerate(pairwise((*spec.layers, None))) if not (_attends(a) and _attends(b))}
+        self._places = {layer: (part, i) for part in self.memory.members for i, layer in enumerate(part.layers)}
 
     @torch.inference_mode()
     def forward(self, batch: Batch, taps: Taps = NOTHING) -> Outputs:
@@ -62,22 +68,26 @@ class Runner:
         hidden = {}
         whole = parts.whole and Feature.RUN in backend.features
         for first, last in self.segments(taps):
-            done = backend.run(first, last, h, spec, weights, self.store.pool, plan) if whole else None
+            runs = whole and _attends(spec.layers[first])
+            done = backend.run(first, last, h, spec, weights, self.memory.pool, plan) if runs else None
             if done is not None:
                 h = done
             for i in range(first, last) if done is None else ():
                 part = parts.at(i)
                 if part is None:
-                    h = decoder_layer(h, i, spec.layers[i], weights.layers[i], backend, self.store.pool, plan)
+                    h = self._layer(i, h, plan)
                 elif len(part.rows):
-                    own = decoder_layer(h[part.rows], i, spec.layers[i], weights.layers[i], backend, self.store.pool, part.plan)
-                    h = h.index_copy(0, part.rows, own)
+                    h = h.index_copy(0, part.rows, self._layer(i, h[part.rows], part.plan))
             if last - 1 in taps.hidden:
                 hidden[last - 1] = h
         out = backend.head(h, weights, spec.final_norm, plan, taps)
         if not hidden and not taps.attention:
             return out
         return replace(out, hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
+
+    def _layer(self, i: int, h: Tensor, plan: Any) -> Tensor:
+        memory, index = self._places[i]
+        return decoder_layer(h, index, self.spec.layers[i], self.weights.layers[i], self.backend, memory.pool, plan)
 
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> F64:
@@ -86,11 +96,15 @@ class Runner:
         return rows.double().cpu().numpy()
 
     def segments(self, taps: Taps) -> Iterator[tuple[int, int]]:
-        """Runs of layers that nobody looks into: cut behind every tapped layer."""
+        """Runs of layers for one call: a cut after every tapped layer, and around a layer without attention."""
         first = 0
-        for last in sorted(taps.hidden | {len(self.spec.layers) - 1}):
+        for last in sorted(taps.hidden | self._cuts):
             yield first, last + 1
             first = last + 1
+
+
+def _attends(layer: LayerSpec | None) -> bool:
+    return layer is not None and isinstance(layer.mixer, Attention)
 
 
 class _Part(NamedTuple):

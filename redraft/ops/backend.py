@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from redraft.core.batch import Batch
 from redraft.core.sequence import Space
+from redraft.core.spec import Attention, Experts, ModelSpec, Norm
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I32, I64
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops.format import Array, Arrays, Format
 from redraft.ops.quantized import Quantized
 
@@ -187,9 +187,10 @@ class Backend(Protocol):
     dtype: torch.dtype
     device: torch.device
     features: frozenset[Feature]
+    mixers: frozenset[type]  # the kinds of layers that it computes, see core/spec.py
 
     def allocate(self, spec: ModelSpec, slabs: int) -> Any:
-        """The pool: `slabs` times 32 tokens of all layers and kv heads."""
+        """The pool of pages: `slabs` times 32 tokens of all layers with attention and their kv heads."""
         ...
 
     def slab_bytes(self, spec: ModelSpec) -> int: ...
@@ -204,6 +205,13 @@ class Backend(Protocol):
         """Copies slots with all their per-slot arrays, all gathered and then scattered. A place is page * 32 + offset in pages of
         `space`. delta: keys are turned by so many positions on the way, angles in float64 (plain pages only)."""
         ...
+
+    def read(self, pool: Any, space: Space, pages: I32) -> Arrays:
+        """Copies of all arrays of these pages of `space`, for write() into the pool of another engine with the same backend, model
+        and formats."""
+        ...
+
+    def write(self, pool: Any, space: Space, pages: I32, arrays: Arrays) -> None: ...
 
     def encode(self, pool: Any, source: Space, target: Space, src: I32, dst: I32) -> None:
         """Whole pages src[i] of one space into dst[i] of another, by the target format's codec; side data go with them."""
@@ -245,13 +253,13 @@ class Backend(Protocol):
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor: ...
 
-    def rope(self, x: Tensor, layer: LayerSpec, plan: Any) -> Tensor:
+    def rope(self, x: Tensor, layer: Attention, plan: Any) -> Tensor:
         """x [T, heads, D] turned by each row's position."""
         ...
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
-        """Writes this step's keys and values of layer `index`, then reads: q [T, H, D] -> [T, H * D]. What each row sees is told
-        by the batch's pages and views; statistics that `plan` was asked for are added up in it."""
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
+        """Writes this step's keys and values of layer `index` of the pool, then reads: q [T, H, D] -> [T, H * D]. The batch's pages
+        and views say what each row sees; statistics that `plan` was asked for are added up in it."""
         ...
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
@@ -260,8 +268,9 @@ class Backend(Protocol):
         ...
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Any, plan: Any) -> Tensor | None:
-        """Feature.RUN: what models/layers.py does for layers first..last (exclusive), in one call, bit for bit; None where this batch
-        needs one operation at a time. The first segment may write over h, the embeddings; what others start from was handed out."""
+        """Feature.RUN: what models/layers.py does for layers first..last (exclusive), all with attention, in one call, bit for
+        bit; None where this batch needs one operation at a time. The first segment may write over h, the embeddings; what others
+        start from was handed out."""
         ...
 
     def watched(self, plan: Any) -> Mapping[int, Seen]:

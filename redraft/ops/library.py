@@ -20,7 +20,7 @@ from redraft.errors import InvalidInput
 if TYPE_CHECKING:
     import torch
 
-    from redraft.models.spec import ModelSpec
+    from redraft.core.spec import ModelSpec
 
 __all__ = ["PATH", "Library", "default_threads", "load", "serves", "why_not"]
 
@@ -116,11 +116,11 @@ def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec
         return "torch", f"native kernels run on the cpu, not on {place}"
     if name not in NATIVE_DTYPES:
         return "torch", f"native kernels know {' and '.join(NATIVE_DTYPES)}, not {name}"
-    if spec is not None and any(layer.rotary is not None and layer.rotary.dim != layer.head_dim for layer in spec.layers):
+    if spec is not None and any(layer.rotary is not None and layer.rotary.dim != layer.head_dim for layer in spec.attention):
         return "torch", "native kernels turn whole heads only"
     if spec is not None and spec.head_dim % 2:
         return "torch", f"native kernels know even head sizes, not {spec.head_dim}"
-    if spec is not None and len({layer.heads for layer in spec.layers}) > 1:
+    if spec is not None and len({layer.heads for layer in spec.attention}) > 1:
         return "torch", "native kernels run no layers of different numbers of heads"
     library = load()
     if library is None:

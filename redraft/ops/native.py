@@ -22,11 +22,12 @@ from torch import Tensor
 from redraft.core.batch import Batch
 from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
+from redraft.core.spec import Attention as AttentionSpec
+from redraft.core.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I64
 from redraft.core.view import Watch
 from redraft.errors import Unsupported
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm
 from redraft.ops import library
 from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
 from redraft.ops.cpu import abi
@@ -253,20 +254,20 @@ class NativeOps(TorchOps):
                 tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
                 group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
             if name in self._sided:  # also before a read is in force: later rows choose by it
-                group.writers = self._writers(some, list(range(len(members))), len(spec.layers), spec.kv_heads)
+                group.writers = self._writers(some, list(range(len(members))), len(spec.attention), spec.kv_heads)
             plan.groups.append(group)
             plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
         return plan
 
     def _model(self, spec: ModelSpec) -> Model:
         if id(spec) not in self._models:
-            every, first = [layer.rotary for layer in spec.layers if layer.rotary is not None], spec.layers[0]
+            every, first = [layer.rotary for layer in spec.attention if layer.rotary is not None], spec.attention[0]
             different = list(dict.fromkeys(every))
             frequencies = np.array([rotary.frequencies for rotary in different], np.float64, ndmin=2)
             scales = np.array([rotary.scale for rotary in different], np.float64)
             ones = np.ones_like(scales)
             rotaries, bare = (abi.Rotaries(frequencies.ctypes.data, x.ctypes.data, *frequencies.shape) for x in (scales, ones))
-            pool = abi.Pool(layers=len(spec.layers), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
+            pool = abi.Pool(layers=len(spec.attention), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
             turns = {id(rotary): different.index(rotary) for rotary in every}
             self._models[id(spec)] = Model(spec, turns, rotaries, bare, pool, [frequencies, scales, ones])
         return self._models[id(spec)]
@@ -310,7 +311,7 @@ class NativeOps(TorchOps):
             starts[-1], count, seqs, pool, abi.Pool(), plan.turns.ctypes.data, self._far(batch, plan.model, kept), half, None, 0
         )
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
-        attention = Attention(self.c, step, spec.layers[0].heads) if starts[-1] else None
+        attention = Attention(self.c, step, spec.attention[0].heads) if starts[-1] else None
         return Group(name, block, rows, step, attention, kept, seen, [], [])
 
     def _kind_of(self, name: str, model: Model) -> abi.Pool:
@@ -341,7 +342,7 @@ class NativeOps(TorchOps):
         for s, wanted in watches.items():
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
-            shape = len(spec.layers), spec.kv_heads, slots
+            shape = len(spec.attention), spec.kv_heads, slots
             chain, nodes = (torch.zeros(len(wanted), *own, *shape, dtype=torch.float64) for own in ((), (z - t,)))
             seen = found[s] = Seen(chain, nodes)
             for i, watch in enumerate(wanted):
@@ -397,7 +398,7 @@ class NativeOps(TorchOps):
             self._call("rd_activate", self._rows(x), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
         return out
 
-    def rope(self, x: Tensor, layer: LayerSpec, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def rope(self, x: Tensor, layer: AttentionSpec, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if layer.rotary is None:
             return x
         out = x.contiguous() if not x.is_contiguous() else x.clone()
@@ -406,7 +407,7 @@ class NativeOps(TorchOps):
             self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def attend(self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if len(plan.groups) == 1:
             return self._attend_group(index, layer, q, k, v, pool, plan.groups[0], plan)
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -416,7 +417,7 @@ class NativeOps(TorchOps):
         return out
 
     def _attend_group(
-        self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group, plan: NativePlan
+        self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group, plan: NativePlan
     ) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
         if not len(q):
@@ -432,7 +433,7 @@ class NativeOps(TorchOps):
         del kept
         return out
 
-    def _picks(self, index: int, layer: LayerSpec, q: Tensor, pool: Pool, group: Group) -> tuple[bytes, list[Any]]:
+    def _picks(self, index: int, layer: AttentionSpec, q: Tensor, pool: Pool, group: Group) -> tuple[bytes, list[Any]]:
         """What the rows read, as the kernels take it, and what that points to."""
         heads, share = layer.kv_heads, layer.heads // layer.kv_heads
         lines, kept = b"", []
@@ -497,8 +498,10 @@ class NativeOps(TorchOps):
 
     def _layer(self, layer: LayerSpec, own: LayerWeights, plan: NativePlan) -> abi.Layer | None:
         parts = [part.c for part in (own.qkv, own.out, own.up, own.down) if isinstance(part, Packed)]
+        mixer = layer.mixer
         if isinstance(layer.mlp, Experts) or len(parts) < 4 or bool(parts[2].gated) != layer.mlp.gated:
             return None
+        assert isinstance(mixer, AttentionSpec)
 
         def at(x: Tensor | None) -> int | None:
             return None if x is None else x.data_ptr()
@@ -507,8 +510,8 @@ class NativeOps(TorchOps):
         qk = (own.q_norm.weight, own.k_norm.weight) if own.q_norm and own.k_norm else (None, None)
         return abi.Layer(
             *parts, *map(at, (*norms, *qk)),
-            layer.norm.eps, layer.qk_norm.eps if layer.qk_norm else 0.0, int(layer.norm.kind == "rms"), layer.heads, layer.window or 0,
-            -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
+            layer.norm.eps, mixer.qk_norm.eps if mixer.qk_norm else 0.0, int(layer.norm.kind == "rms"), mixer.heads, mixer.window or 0,
+            -1 if mixer.rotary is None else plan.model.turns[id(mixer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> Outputs:  # type: ignore[override]

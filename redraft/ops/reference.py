@@ -13,11 +13,11 @@ from torch import Tensor
 from redraft.core.batch import Batch
 from redraft.core.noise import gumbel
 from redraft.core.sequence import Lanes, Space
+from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
 from redraft.ops.backend import (
     Feature,
     LayerWeights,
@@ -84,6 +84,7 @@ class Pool:
 class Reference:
     name = "reference"
     features = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
+    mixers: frozenset[type] = frozenset({Attention})
 
     def __init__(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
         if dtype != torch.float64 or torch.device(device).type != "cpu":
@@ -91,10 +92,10 @@ class Reference:
         self.dtype, self.device = dtype, torch.device(device)
 
     def slab_bytes(self, spec: ModelSpec) -> int:
-        return len(spec.layers) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
+        return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
 
     def allocate(self, spec: ModelSpec, slabs: int) -> Pool:
-        data = torch.zeros(slabs, len(spec.layers), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
+        data = torch.zeros(slabs, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
         units = data.view(-1, 2, PAGE, spec.head_dim)
         exact = Shelf(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())
         return Pool(data, spec, {"": exact})
@@ -126,8 +127,17 @@ class Reference:
             for d, values in zip(dst.tolist(), got, strict=True):
                 for u, value in zip(pool.units(space, d // PAGE), values, strict=True):
                     if delta and name == "keys":  # the units of a page go layer by layer
-                        value = turned(value, pool.spec.layers[u // pool.spec.kv_heads % len(pool.spec.layers)].rotary, delta)
+                        value = turned(value, pool.spec.attention[u // pool.spec.kv_heads % len(pool.spec.attention)].rotary, delta)
                     array[u, d % PAGE] = value
+
+    def read(self, pool: Pool, space: Space, pages: I32) -> Arrays:
+        units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
+        return {name: array[units] for name, array in pool.shelves[space.format].arrays.items()}
+
+    def write(self, pool: Pool, space: Space, pages: I32, arrays: Arrays) -> None:
+        units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
+        for name, array in arrays.items():
+            pool.shelves[space.format].arrays[name][units] = array
 
     def encode(self, pool: Pool, source: Space, target: Space, src: I32, dst: I32) -> None:
         old, new = pool.shelves[source.format], pool.shelves[target.format]
@@ -156,7 +166,7 @@ class Reference:
         for s, watches in taps.attention.items():
             nodes = int(batch.starts[s + 1] - batch.tree_starts[s])
             rows = batch.pages.tail[s] + int(batch.starts[s + 1] - batch.starts[s])
-            shape = len(spec.layers), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
+            shape = len(spec.attention), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
             n = len(watches)
             seen[s] = Seen(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
         return Plan(batch, tokens, positions, taps.attention, seen)
@@ -205,12 +215,12 @@ class Reference:
                 return gate.clamp(min=0) * up
         raise Unsupported(f"activation {activation!r}")
 
-    def rope(self, x: Tensor, layer: LayerSpec, plan: Plan) -> Tensor:
+    def rope(self, x: Tensor, layer: Attention, plan: Plan) -> Tensor:
         if layer.rotary is None:
             return x
         return turned(x, layer.rotary, plan.positions[:, None, None]) * _scales(x, layer.rotary)
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
         out = torch.zeros(q.shape[0], layer.heads, layer.head_dim, dtype=self.dtype)
         for s in range(len(plan.batch.tree_starts)):
             own = slice(int(plan.batch.starts[s]), int(plan.batch.starts[s + 1]))
@@ -295,7 +305,7 @@ def _scales(x: Tensor, rotary: Rotary) -> Tensor:
 class Text:
     """One sequence in one layer: its slots, and which of them a row sees."""
 
-    def __init__(self, pool: Pool, batch: Batch, s: int, index: int, layer: LayerSpec) -> None:
+    def __init__(self, pool: Pool, batch: Batch, s: int, index: int, layer: Attention) -> None:
         self.pool, self.batch, self.s, self.index, self.layer = pool, batch, s, index, layer
         self.view = batch.views[s] or View()
         self.heads, self.share = layer.kv_heads, layer.heads // layer.kv_heads

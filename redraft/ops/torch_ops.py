@@ -21,11 +21,11 @@ from torch import Tensor
 from redraft.core.batch import Batch
 from redraft.core.noise import gumbel
 from redraft.core.sequence import Lanes, Space
+from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
-from redraft.models.spec import Experts, LayerSpec, ModelSpec, Norm, Rotary
 from redraft.ops.backend import (
     Feature,
     LayerWeights,
@@ -130,17 +130,18 @@ class TorchOps:
 
     name = "torch"
     features: frozenset[Feature] = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
+    mixers: frozenset[type] = frozenset({Attention})
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.dtype, self.device = dtype, torch.device(device)
         take_threads_back()
 
     def slab_bytes(self, spec: ModelSpec) -> int:
-        return len(spec.layers) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
+        return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
 
     def allocate(self, spec: ModelSpec, slabs: int) -> Pool:
         # not zeroed: a page is, when it is handed out, and untouched memory costs nothing
-        shape = slabs, len(spec.layers), spec.kv_heads, 2, PAGE, spec.head_dim
+        shape = slabs, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
         pool = Pool(torch.empty(shape, dtype=self.dtype, device=self.device), spec)
         self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
         return pool
@@ -181,10 +182,17 @@ class TorchOps:
     def _turn_keys(self, got: Tensor, spec: ModelSpec, delta: int) -> None:
         """got [moves, L, K, 2, D]"""
         by, wide = torch.tensor([delta], device=self.device), self._wide()
-        for rotary in {layer.rotary for layer in spec.layers} - {None}:
+        for rotary in {layer.rotary for layer in spec.attention} - {None}:
             assert rotary is not None
-            layers = [i for i, layer in enumerate(spec.layers) if layer.rotary == rotary]
+            layers = [i for i, layer in enumerate(spec.attention) if layer.rotary == rotary]
             got[:, layers, :, 0] = _turn(got[:, layers, :, 0].to(wide), *self._turns(rotary, by, 1.0, wide)).to(self.dtype)
+
+    def read(self, pool: Pool, space: Space, pages: I32) -> Arrays:
+        shelf = pool.shelves[space.format]
+        return shelf.take(shelf.arrays, self._upload(pool.units(space, pages)))
+
+    def write(self, pool: Pool, space: Space, pages: I32, arrays: Arrays) -> None:
+        pool.shelves[space.format].put(arrays, self._upload(pool.units(space, pages)))
 
     def encode(self, pool: Pool, source: Space, target: Space, src: I32, dst: I32) -> None:
         old, new = pool.shelves[source.format], pool.shelves[target.format]
@@ -206,7 +214,7 @@ class TorchOps:
     # ---- the plan: integers of one step, uploaded in one buffer
 
     def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Plan:
-        layers, heads = len(spec.layers), spec.kv_heads
+        layers, heads = len(spec.attention), spec.kv_heads
         rows = np.diff(batch.starts).tolist()
         lone = [
             s for s, kind in enumerate(batch.pages.kinds) if kind is not Lanes.SHARED or batch.views[s] is not None or taps.attention.get(s)
@@ -214,7 +222,7 @@ class TorchOps:
         together = [s for s in range(len(rows)) if s not in lone]
         small = [s for s in together if rows[s] <= ALONE]
         members = ([small] if small else []) + [[s] for s in together if rows[s] > ALONE]
-        windows = {layer.window for layer in spec.layers}
+        windows = {layer.window for layer in spec.attention}
         parts: list[NDArray[np.generic]] = [batch.tokens, batch.positions, batch.logit_rows, self._writes(batch, together, layers, heads)]
         shapes: list[tuple[int, int, int]] = []
         for group in members:
@@ -230,7 +238,7 @@ class TorchOps:
         groups = []
         deepest = np.maximum.reduceat(batch.positions, batch.starts[:-1])  # a tree's last row need not be its deepest
         tree_rows = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
-        share = spec.layers[0].heads // heads
+        share = spec.attention[0].heads // heads
         for group, (count, width, slots) in zip(members, shapes, strict=True):
             masks: dict[int | None, Tensor] = {}
             for window in windows:
@@ -327,7 +335,7 @@ class TorchOps:
         return made
 
     def _alone(self, batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], first: int) -> Lone:
-        layers, heads, pages, chosen = len(spec.layers), spec.kv_heads, batch.pages, batch.views[s] or View()
+        layers, heads, pages, chosen = len(spec.attention), spec.kv_heads, batch.pages, batch.views[s] or View()
         a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
         kind, lengths, chain, rows = pages.kinds[s], pages.lengths[s].astype(np.int64), pages.chain[s], t - a
         at, tail = batch.positions[a:z].astype(np.int64), pages.tail[s] + z - a
@@ -339,7 +347,7 @@ class TorchOps:
         see[rows:, chain + 1 : -1] = bits
         deepest = int(at.max())
         window = chosen.window if chosen.window and deepest + 1 > sum(chosen.window) else None  # in force
-        windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.layers)
+        windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.attention)
         spoken = windows or chosen.read is not None  # positions matter
         positions = pages.positions[s] if spoken else None
         # lanes are told apart only where they differ in what is asked of them
@@ -431,7 +439,7 @@ class TorchOps:
                 raise Unsupported(f"activation {activation!r}")
         return out.mul_(x.narrow(-1, gate.shape[-1], gate.shape[-1])) if gated else out
 
-    def rope(self, x: Tensor, layer: LayerSpec, plan: Plan) -> Tensor:
+    def rope(self, x: Tensor, layer: Attention, plan: Plan) -> Tensor:
         rotary = layer.rotary
         if rotary is None:
             return x
@@ -446,7 +454,7 @@ class TorchOps:
         cos, sin = angles.cos() * scale, angles.sin() * scale
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
         heads, size = layer.kv_heads, layer.head_dim
         share = layer.heads // heads
         for writer in plan.writers:
@@ -501,7 +509,7 @@ class TorchOps:
         for name, entry in entries.items():
             shelf.arrays[name][at] = entry
 
-    def _attend_alone(self, index: int, layer: LayerSpec, q: Tensor, pool: Pool, it: Lone) -> Tensor:
+    def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: Pool, it: Lone) -> Tensor:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
@@ -531,7 +539,7 @@ class TorchOps:
             self._note(index, watched.mean(1), seen[:, it.first :], it)
         return out.reshape(q.shape).to(q.dtype)
 
-    def _visible(self, index: int, layer: LayerSpec, share: int, it: Lone) -> tuple[Tensor, Tensor]:
+    def _visible(self, index: int, layer: Attention, share: int, it: Lone) -> tuple[Tensor, Tensor]:
         """What rows see, and the same as an additive mask [1, K or 1, G R, slots]."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         if reach not in it.masks or it.lengths.shape[0] > 1:
@@ -539,7 +547,7 @@ class TorchOps:
             it.masks[reach] = seen, self._additive(seen[:, None], share)
         return it.masks[reach]
 
-    def _seen(self, index: int, layer: LayerSpec, it: Lone) -> Tensor:
+    def _seen(self, index: int, layer: Attention, it: Lone) -> Tensor:
         """bool [K or 1, R, slots]"""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         lane = index if it.lengths.shape[0] > 1 else 0
@@ -602,7 +610,7 @@ class TorchOps:
         shelves = [(pool.shelves[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
         return [(shelf.codec, shelf.take(shelf.codes, units), units.shape[1]) for shelf, units in shelves]
 
-    def _weights(self, index: int, layer: LayerSpec, q: Tensor, picked: Tensor, sources: list[Source], it: Lone) -> Tensor:
+    def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[Source], it: Lone) -> Tensor:
         """Attention weights [K, G, R, slots] of the last R rows in float32 or better."""
         _, share, rows, size = q.shape
         q, picked = q.to(self._wide()), picked[:, :, -rows:]

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.sequence import Lanes, Space
+from redraft.core.spec import ModelSpec
 from redraft.core.tree import I32
 from redraft.errors import Unsupported
-from redraft.models.spec import ModelSpec
 from redraft.ops.format import Arrays, Codec, Format
 
 

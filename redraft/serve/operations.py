@@ -78,7 +78,11 @@ async def server_info(http: Request) -> dict[str, Any]:
         "verify": config.verify,
         "guarantee": llm.guarantee.label,
         "scheduler": config.schedule.model_dump(),
-        "cache": {"pages": llm.engine.table.slabs, "tokens_per_page": llm.engine.table.page, "prefix_sharing": config.cache.prefix_sharing},
+        "cache": {
+            "pages": llm.engine.memory.slabs,
+            "tokens_per_page": llm.engine.memory.paged.table.page,
+            "prefix_sharing": config.cache.prefix_sharing,
+        },
         "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
         "methods": {seam: sorted(registry.METHODS[seam]) for seam in FIELDS},
         "limits": here.config.model_dump(include={"max_queue", "request_timeout", "max_body", "max_n", "max_logprobs", "max_stop"}),
@@ -89,7 +93,7 @@ async def server_info(http: Request) -> dict[str, Any]:
 async def reset_prefix_cache(http: Request) -> dict[str, int]:
     """Drops cached prefixes that no running text uses."""
     here = service(http)
-    return {"pages": await here.shell.call(here.llm.engine.table.forget)}
+    return {"pages": await here.shell.call(here.llm.engine.memory.paged.table.forget)}
 
 
 def _policy(config: ServeConfig, seam: str) -> str | None:

@@ -159,7 +159,7 @@ class Bench:
         row.accepted = sum(s.accepted for s in stats)
         row.rejected = sum(s.drafted - s.accepted for s in stats)
         row.preempted = len(preempted)
-        for table in (engine.table, *(model.table for model in self.draft_models.values())):
+        for table in (engine.memory.paged.table, *(model.memory.paged.table for model in self.draft_models.values())):
             table.check()
             if table.used():
                 row.faults.append(f"{table.used()} slabs are still held")
@@ -224,14 +224,16 @@ class Bench:
 
 
 class Blank:
-    """A runner with a page table and no model: every argmax is token 3."""
+    """A runner with a page table, but without tensors and a model: every argmax is token 3."""
 
     def __init__(self, like: Any, slabs: int) -> None:
-        from redraft.kv.table import PageTable
+        from redraft.kv.edits import EditableTable
+        from redraft.kv.paged import Paged
 
         self.spec, self.backend = like.spec, like.backend
-        self.table = PageTable(slabs, len(like.spec.layers), like.spec.kv_heads)
-        self.store = self
+        self.memory = Paged(like.backend, like.spec, 1)
+        self.memory.slabs, self.memory.table = slabs, EditableTable(slabs, len(like.spec.attention), like.spec.kv_heads)
+        self.memory.store = self  # type: ignore[assignment]
 
     def zero(self, fresh: Any) -> None:
         pass

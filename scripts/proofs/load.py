@@ -216,7 +216,7 @@ def prove(options: argparse.Namespace) -> int:
         time.sleep(0.05)
     asked = bodies(options.bodies, options.seed, options.context)
     told(
-        f"{options.streams} clients for {options.seconds:g} s; {llm.engine.table.slabs} pages, {options.seqs} texts at once,"
+        f"{options.streams} clients for {options.seconds:g} s; {llm.engine.memory.slabs} pages, {options.seqs} texts at once,"
         f" backend {llm.runner.backend.name}"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -232,9 +232,9 @@ def prove(options: argparse.Namespace) -> int:
     problems = list(seen["wrong"])
     if engine.has_work or service.shell.busy:
         problems.append(f"not idle: {len(engine.running)} run, {len(engine.waiting)} wait, {service.shell.busy} are not forgotten")
-    engine.table.check()
-    if engine.table.used() or engine.outputs:
-        problems.append(f"{engine.table.used()} pages are held, {len(engine.outputs)} outputs kept")
+    engine.memory.check()
+    if engine.memory.used() or engine.outputs:
+        problems.append(f"{engine.memory.used()} pages are held, {len(engine.outputs)} outputs kept")
     if not preempted:
         problems.append("nothing was preempted: the pool is too large for this proof")
     places = sorted({place for place, _ in seen["found"]})

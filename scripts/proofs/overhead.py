@@ -17,10 +17,10 @@ import torch
 
 from redraft import SamplingParams, registry
 from redraft.core.sequence import Request
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.engine.engine import Engine
 from redraft.engine.output import checked
 from redraft.models.runner import Runner
-from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.models.tokenizer import Decoder
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 from redraft.sample.sampler import Sampler
@@ -42,11 +42,11 @@ def model(backend: Any) -> tuple[ModelSpec, Weights]:
 
     size = HIDDEN // HEADS
     rotary = Rotary(tuple(10_000.0 ** (-2 * i / size) for i in range(size // 2)))
-    layer = LayerSpec(HEADS, HEADS, size, Mlp(MLP), rotary=rotary)
-    spec = ModelSpec(VOCAB, HIDDEN, 1024, (layer,) * LAYERS, Norm(), False, lambda name: Source((name,)))
+    mixer = Attention(HEADS, HEADS, size, rotary)
+    spec = ModelSpec(VOCAB, HIDDEN, 1024, (LayerSpec(mixer, Mlp(MLP)),) * LAYERS, Norm(), False, lambda name: Source((name,)))
     made = tuple(
         LayerWeights(
-            norm(), linear(layer.qkv_rows, HIDDEN), linear(HIDDEN, HIDDEN), norm(), up=linear(2 * MLP, HIDDEN), down=linear(HIDDEN, MLP)
+            norm(), linear(mixer.qkv_rows, HIDDEN), linear(HIDDEN, HIDDEN), norm(), up=linear(2 * MLP, HIDDEN), down=linear(HIDDEN, MLP)
         )
         for _ in range(LAYERS)
     )
@@ -98,7 +98,7 @@ def measure(engine: Engine, clock: Clock, params: SamplingParams, steps: int) ->
     assert len(engine.running) == BATCH and any(told), "the batch shrank, or no text was streamed"
     for i in range(BATCH):
         engine.abort(str(i))
-    engine.table.check()
+    engine.memory.check()
     return 1 - clock.inside / spent, 1000 * spent / steps, drafted / steps
 
 

@@ -71,15 +71,14 @@ class Scored:
 def laws(llm: LLM, ids: list[int]) -> torch.Tensor:
     """Log-probabilities, f32[tokens - GIVEN, V], of every scored token's place."""
     runner, seq = llm.runner, sequence(ids, prompt_logprobs=0)  # which asks for the logits of every row
-    runner.table.open(seq)
+    runner.memory.open(seq)
     try:
         work = [Work(seq, len(ids))]
-        pages = runner.table.reserve(work, [EMPTY])
-        runner.store.zero(pages.fresh)
+        pages = runner.memory.reserve(work, [EMPTY])
         out = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
-        runner.table.commit(work, [Accepted()])
+        runner.memory.paged.table.commit(work, [Accepted()])
     finally:
-        runner.table.free(seq)
+        runner.memory.free(seq)
     assert out.logits is not None
     return out.logits[GIVEN - 1 : -1].float().log_softmax(-1)
 

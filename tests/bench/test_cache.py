@@ -216,7 +216,7 @@ def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
 
 
 def test_the_whole_cache_grows_and_a_budget_does_not(llm: LLM) -> None:
-    tokens, slab = 370, llm.runner.store.slab_bytes
+    tokens, slab = 370, llm.runner.memory.paged.store.slab_bytes
     full = cache.footprint(llm, FULL, tokens, quiet)
     assert full.peak == -(-(tokens - cache.LAST) // 32) * slab, "all but the last tokens, in pages of 32"
     assert full.steady < full.peak and full.beside == 5 * 32, "half of the 10 pages that are left"
@@ -232,7 +232,12 @@ def test_only_what_ran_beside_the_text_counts(llm: LLM) -> None:
         engine.add(Request("text", [5] * 8, SamplingParams(temperature=0, max_tokens=160, ignore_eos=True, seed=0)))
         for _ in range(64):
             engine.step()
-        counts.append((engine.table.available() * 32 + more, cache.neighbour(engine, [5], engine.table.available() * 32 + more)))
+        counts.append(
+            (
+                engine.memory.available() * 32 + more,
+                cache.neighbour(engine, [5], engine.memory.available() * 32 + more),
+            )
+        )
     (fits, ran), (_, waited) = counts
     assert ran == fits + cache.REPLY and waited == 0
 

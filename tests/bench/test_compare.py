@@ -264,7 +264,7 @@ def test_a_text_that_ends_early_is_no_near_tie(plain: LLM) -> None:
     found = examine(plain, "p", 1, [5], [6, 7, 8], [6, 7], PARAMS)
     assert found == Divergence("p", 1, 2, 8, None, None, None, False)
     assert first_difference([1, 2], [1, 2]) is None and first_difference([1, 2], [1, 3]) == 1 and first_difference([1], [1, 2]) == 1
-    plain.runner.table.check()
+    plain.runner.memory.check()
 
 
 def test_tolerances() -> None:
@@ -359,7 +359,7 @@ def test_ctrl_c_before_anything_can_be_compared(plain: LLM, monkeypatch: pytest.
     interrupt(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
         bench.compare(plain, Options(("guess",), PARAMS, rounds=3), PROMPTS[:3])
-    plain.runner.table.check()
+    plain.runner.memory.check()
 
 
 @pytest.mark.usefixtures("ctrl_c")

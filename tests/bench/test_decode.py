@@ -258,7 +258,7 @@ def test_the_margin_is_of_the_logits_behind_the_prompt(model: str) -> None:
     for i, token in enumerate(tokens[:3]):
         assert peer.margin(prompt + tokens[:i], token, (token + 1) % 4096)["margin"] > 0
     assert peer.margin(prompt, 7, 7)["margin"] == 0
-    assert not peer.runner.table._held
+    assert not peer.runner.memory.paged.table._held
 
 
 # ---- figures

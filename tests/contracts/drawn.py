@@ -13,7 +13,8 @@ from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
-from redraft.draft.second import SecondModel, Sketch
+from redraft.draft.second import SecondModel
+from redraft.draft.sketch import Sketch
 from redraft.sample.sampler import Sampler
 from tests.contracts.algebra import VOCAB, Laws
 

@@ -12,10 +12,10 @@ import torch
 from redraft.core.noise import Stream, key
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Sequence
+from redraft.core.spec import ModelSpec
 from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
-from redraft.models.spec import ModelSpec
 from redraft.ops.torch_ops import TorchOps
 from redraft.ops.torch_pool import Pool
 

@@ -130,7 +130,11 @@ def second(
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))
     spec = replace(runner.spec, context=context)
-    return Grower(made, Runner(spec, weights, runner.backend, slabs or runner.table.slabs, sharing=runner.table.sharing), sampler)
+    return Grower(
+        made,
+        Runner(spec, weights, runner.backend, slabs or runner.memory.slabs, sharing=runner.memory.paged.table.sharing),
+        sampler,
+    )
 
 
 def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | str:
@@ -146,9 +150,9 @@ def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | 
 
 def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> Seen:
     """Steps until all are finished; each request is added before the step that `arrivals` names."""
-    tables = [engine.table]
+    memories = [engine.memory]
     if isinstance(engine.drafter.own.drafter, Grower):
-        tables.append(engine.drafter.own.drafter.table)
+        memories.append(engine.drafter.own.drafter.memory)
     seen, waiting = Seen(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
     while waiting or engine.has_work:
         while waiting and (waiting[0][0] <= seen.steps or not engine.has_work):
@@ -157,16 +161,16 @@ def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: 
         seen.steps += 1
         assert seen.steps < 5000, "the engine makes no progress"
         if check:
-            for table in tables:
-                table.check()
+            for memory in memories:
+                memory.check()
         for event in events:
             _note(seen, event)
     seen.preempted = engine.preemptions
     seen.cached = sum(request.cached_tokens for request in requests)
     if check:
-        for table in tables:
-            table.check()
-            assert table.used() == 0, "pages are held after the last text"
+        for memory in memories:
+            memory.check()
+            assert memory.used() == 0, "pages are held after the last text"
         assert not engine.outputs
     return seen
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from redraft.config import SamplingParams
 from redraft.core.noise import Stream, gumbel, key
-from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 
 VOCAB = 24
@@ -34,11 +35,12 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
         return NormWeights(1 + rand(hidden, scale=0.1))
 
     rotary = Rotary(tuple(float(100.0 ** (-i / (size // 2))) for i in range(size // 2)))
-    layer = LayerSpec(heads, kv_heads, size, Mlp(inner), rotary=rotary, window=window)
+    mixer = Attention(heads, kv_heads, size, rotary, window)
+    layer = LayerSpec(mixer, Mlp(inner))
     spec = ModelSpec(VOCAB, hidden, 256, (layer,) * layers, Norm(), False, lambda name: Source((name,)))
     made = []
     for _ in range(layers):
-        qkv = rand(layer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))
+        qkv = rand(mixer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))
         qkv[: (heads + kv_heads) * size] *= 1.7  # attention that chooses
         made.append(
             LayerWeights(
@@ -55,25 +57,31 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
 
 
 def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
-    """[T, V] in the dtype of the weights; Llama-like models only (RMS norm, gated SiLU, rotary, optional window)."""
-    ids = torch.as_tensor(list(tokens))
-    at = torch.arange(len(ids))
-    x = weights.embed[ids]
+    """[T, V] in the dtype of the weights; Llama-like models only (RMS norm, gated SiLU, rotary, optional window), whose mixers are in
+    MIXERS."""
+    x = weights.embed[torch.as_tensor(list(tokens))]
     for layer, w in zip(spec.layers, weights.layers, strict=True):
-        h, k, d = layer.heads, layer.kv_heads, layer.head_dim
-        qkv = _linear(_rms(x, w.attn_norm, layer.norm), w.qkv).view(len(ids), h + 2 * k, d)
-        q, keys, values = qkv.split([h, k, k], 1)
-        q, keys = _turn(q, layer, at), _turn(keys, layer, at)
-        keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
-        behind = at[:, None] - at[None, :]
-        seen = (behind >= 0) & (behind < (layer.window or len(ids) + 1))
-        mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
-        x = x + _linear(mixed.reshape(len(ids), h * d), w.out)
+        x = x + _linear(MIXERS[type(layer.mixer)](_linear(_rms(x, w.attn_norm, layer.norm), w.qkv), layer.mixer), w.out)
         assert w.up is not None and w.down is not None
         gate, up = _linear(_rms(x, w.mlp_norm, layer.norm), w.up).chunk(2, -1)
         x = x + _linear(F.silu(gate) * up, w.down)
     return _linear(_rms(x, weights.final_norm, spec.final_norm), weights.head)
+
+
+def _attention(qkv: Tensor, mixer: Attention) -> Tensor:
+    at, h, k, d = torch.arange(len(qkv)), mixer.heads, mixer.kv_heads, mixer.head_dim
+    q, keys, values = qkv.view(len(at), h + 2 * k, d).split([h, k, k], 1)
+    q, keys = _turn(q, mixer, at), _turn(keys, mixer, at)
+    keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
+    behind = at[:, None] - at[None, :]
+    seen = (behind >= 0) & (behind < (mixer.window or len(at) + 1))
+    mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
+    return mixed.reshape(len(at), h * d)
+
+
+# the input projection of all rows -> what the output projection gets
+MIXERS: dict[type, Callable[[Tensor, Any], Tensor]] = {Attention: _attention}
 
 
 def _linear(x: Tensor, weights: Linear) -> Tensor:
@@ -85,9 +93,9 @@ def _rms(x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weights.weight
 
 
-def _turn(x: Tensor, layer: LayerSpec, at: Tensor) -> Tensor:
-    assert layer.rotary is not None
-    angles = at.double()[:, None, None] * torch.tensor(layer.rotary.frequencies, dtype=torch.float64)
+def _turn(x: Tensor, mixer: Attention, at: Tensor) -> Tensor:
+    assert mixer.rotary is not None
+    angles = at.double()[:, None, None] * torch.tensor(mixer.rotary.frequencies, dtype=torch.float64)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -47,15 +47,15 @@ def engine(backend: str, dtype: str) -> LLM:
 def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
     """What a plain request gives if no other ran before it, and the blocks of its prompt."""
     llm = engine(backend, dtype)
-    llm.engine.table.forget()
+    llm.engine.memory.paged.table.forget()
     wanted = ask(llm, new)
     return wanted, blocks(llm, wanted.prompt_token_ids)
 
 
 def blocks(llm: LLM, tokens: list[int]) -> list[torch.Tensor]:
     """The cached blocks of a text, in its order."""
-    nodes = llm.engine.table.prefix.walk(tokens, "")
-    return [llm.engine.store.pool.data[node.page].clone() for node in nodes]
+    nodes = llm.engine.memory.paged.table.prefix.walk(tokens, "")
+    return [llm.engine.memory.paged.store.pool.data[node.page].clone() for node in nodes]
 
 
 def ask(llm: LLM, new: int, **policy: Any) -> Any:
@@ -74,7 +74,7 @@ def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], bac
     wanted, expected = alone(backend, dtype, new)
     assert len(expected) > 3
     shared = engine(backend, dtype)
-    shared.engine.table.forget()
+    shared.engine.memory.paged.table.forget()
     after = ask(shared, new, **dict(policy))
     left = blocks(shared, after.prompt_token_ids + after.outputs[0].token_ids)
     if Feature.BIT_EXACT not in shared.runner.backend.features:
@@ -90,7 +90,7 @@ def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], bac
 def test_blocks_are_published_under_a_policy_while_they_are_plain() -> None:
     """Else the test above proves nothing."""
     llm = engine("native", "bfloat16")
-    llm.engine.table.forget()
+    llm.engine.memory.paged.table.forget()
     ask(llm, 24, keep="streaming-llm:sinks=2,recent=70")
     assert ask(llm, 4).cached_tokens == 64
 

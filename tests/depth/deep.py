@@ -16,9 +16,9 @@ from torch import Tensor
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
+from redraft.core.spec import ModelSpec
 from redraft.engine.engine import Engine
 from redraft.models.runner import Runner
-from redraft.models.spec import ModelSpec
 from redraft.ops.backend import LayerWeights, Linear, Weights
 from redraft.sample.sampler import Sampler
 from tests.contracts import plain
@@ -49,10 +49,11 @@ def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> T
     x = weights.embed[torch.as_tensor(list(tokens))]
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
         at = torch.tensor([t for t, layers in enumerate(runs) if i in layers])
-        h, k, d = layer.heads, layer.kv_heads, layer.head_dim
+        mixer = spec.attention[i]
+        h, k, d = mixer.heads, mixer.kv_heads, mixer.head_dim
         qkv = F.linear(plain._rms(x[at], w.attn_norm, layer.norm), w.qkv.weight).view(len(at), h + 2 * k, d)
         q, keys, values = qkv.split([h, k, k], 1)
-        q, keys = plain._turn(q, layer, at), plain._turn(keys, layer, at).repeat_interleave(h // k, 1)
+        q, keys = plain._turn(q, mixer, at), plain._turn(keys, mixer, at).repeat_interleave(h // k, 1)
         scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
         scores = scores.masked_fill(at[None] > at[:, None], -math.inf)
         mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(h // k, 1))

@@ -16,7 +16,8 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
 from redraft.draft import second as module
-from redraft.draft.second import Grower, NextLaw, SecondModel, Sketch
+from redraft.draft.second import Grower, SecondModel
+from redraft.draft.sketch import NextLaw, Sketch
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
@@ -130,13 +131,13 @@ def test_n_texts_and_aborts_leak_nothing(name: str, pool: int) -> None:
         made.add(request)
     for _ in range(6):
         made.step()
-        drafter.table.check()
+        drafter.memory.check()
     assert made.abort("1")
-    drafter.table.check()
+    drafter.memory.check()
     while made.has_work:
         made.step()
-        drafter.table.check()
-    assert drafter.table.used() == made.table.used() == 0
+        drafter.memory.check()
+    assert drafter.memory.used() == made.memory.used() == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,7 +207,7 @@ def finish(made: Engine, sampling: str) -> int:
         except KeyboardInterrupt:
             raised += 1
     check_texts(told, sampling)
-    table = made.drafter.own.drafter.table  # type: ignore[attr-defined]
+    table = made.drafter.own.drafter.memory.paged.table  # type: ignore[attr-defined]
     table.check()
     assert table.used() == 0
     return raised
@@ -263,7 +264,7 @@ def test_a_twin_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.Monke
     def fails(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drafter.store if place == "move" else drafter.table, place, fails)
+    monkeypatch.setattr(drafter.memory.paged.store if place == "move" else drafter.memory.paged.table, place, fails)
     seq = Sequence(1, requests("greedy", 1)[0], 0, [1, 2, 3], 3, 1, 99)
     if place == "move":
         state = drafter.begin(seq)
@@ -273,7 +274,7 @@ def test_a_twin_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.Monke
     else:
         with pytest.raises(KeyboardInterrupt):
             drafter.begin(seq)
-    assert not drafter.table._held
+    assert not drafter.memory.paged.table._held
 
 
 # ---- laws and sketches

@@ -227,7 +227,7 @@ def test_who_reads_the_prompt_or_has_no_budget_does_not_draft() -> None:
     assert not forwards.batches
     for rows, depth in ((2, 9), (9, 2)):
         assert len(drafting(made).propose([seq], [Budget(rows, depth)])[0]) == 2
-    made.table.check()
+    made.memory.check()
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9])
@@ -247,10 +247,10 @@ def test_what_raises_while_it_drafts_leaves_no_tail(at: int, fails: type[BaseExc
                 assert not event.stats.fault, "asked again, each alone, all of them draft"
         except (RuntimeError, KeyboardInterrupt):
             raised += 1
-        made.table.check()
-        assert all(held.chain == 0 for held in made.table._held.values())
+        made.memory.check()
+        assert all(held.chain == 0 for held in made.memory.paged.table._held.values())
     assert raised == (fails is KeyboardInterrupt or at == 5)
-    assert made.table.used() == 0
+    assert made.memory.used() == 0
     assert texts == {str(i): expected(i, "sampled") for i in range(4)}
 
 
@@ -260,7 +260,7 @@ def test_a_tail_that_stayed_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
     made.add(request)
     while not (request.sequences and request.sequences[0].pending == 1):
         made.step()
-    monkeypatch.setattr(made.table, "discard", lambda seq: None)
+    monkeypatch.setattr(made.memory.paged.table, "discard", lambda seq: None)
     with pytest.raises(AssertionError, match="tail of"):
         made.step()
 
@@ -275,8 +275,8 @@ def test_n_texts_and_aborts_leak_nothing() -> None:
     while made.has_work:
         for event in made.step():
             assert not event.stats.fault
-        made.table.check()
-    assert made.table.used() == 0
+        made.memory.check()
+    assert made.memory.used() == 0
 
 
 def test_pages_are_taken_from_what_the_step_was_promised() -> None:
@@ -292,7 +292,7 @@ def test_fresh_pages_are_zeroed() -> None:
     found = []
     for left in (0.0, float("nan")):
         made = engine(SelfSkip(skip=4, length=6).open)
-        made.store.pool.data.fill_(left)
+        made.memory.paged.store.pool.data.fill_(left)
         found.append(drive(made, requests(SAMPLING["sampled"], 3), (0, 0, 0)))
         check_texts(found[-1], "sampled")
     assert found[0].accepted and (found[0].accepted, found[0].rejected) == (found[1].accepted, found[1].rejected)

@@ -195,7 +195,7 @@ def test_with_a_second_model_and_trees_that_know_the_text(sampling: str, pool: i
     assert seen.texts == truth
     assert seen.accepted > 26
     assert bool(seen.preempted) == (pool == 5)
-    table = second.table  # type: ignore[attr-defined]
+    table = second.memory.paged.table  # type: ignore[attr-defined]
     table.check()
     assert table.used() == 0
 

@@ -131,7 +131,7 @@ def test_the_whole_vocabulary_is_no_change_and_others_see_none(llm: LLM, text: P
     small, opened = trimmed(llm, text, 30)
     assert grower(opened).runner is not second
     assert grower(opened).runner.weights.head.outs == len(opened.keep) < 60
-    assert grower(opened).table is second.table
+    assert grower(opened).memory.paged.table is second.memory.paged.table
     assert run(small, SAMPLED)[1:] != whole[1:]
     assert second.weights.head is head
     assert run(llm, SAMPLED) == whole, "the sibling that shares the second model"
@@ -144,9 +144,9 @@ def test_the_whole_vocabulary_is_no_change_and_others_see_none(llm: LLM, text: P
 def logits(one: Grower, tokens: list[int]) -> Any:
     """f64[V] behind a text, as the drafter sees them."""
     seq = sequence(tokens, temperature=1)
-    one.table.open(seq)
+    one.memory.open(seq)
     found = one._forward([Work(seq, len(tokens))], [EMPTY])
-    one.table.free(seq)
+    one.memory.free(seq)
     assert found is not None
     return found[0][0]
 
@@ -205,7 +205,7 @@ def test_the_text_is_the_definitions(sampling: str, pool: int, monkeypatch: pyte
     assert len(steps) > 10, "what was accepted is told to the second model"
     assert seen.accepted > 10
     assert bool(seen.preempted) == (pool == 5)
-    table = inner.table
+    table = inner.memory.paged.table
     table.check()
     assert table.used() == 0
     assert opened.coverage == sum(token % 2 == 0 for one in truth.values() for token in one) / sum(map(len, truth.values()))

@@ -50,8 +50,8 @@ def finish(made: Engine, *requests: Request) -> dict[str, list[Event]]:
     while made.has_work:
         for event in checked(made.step()):
             told[event.request.id].append(event)
-        made.table.check()
-    assert made.table.used() == 0 and not made.outputs
+        made.memory.check()
+    assert made.memory.used() == 0 and not made.outputs
     return told
 
 

@@ -106,5 +106,5 @@ def test_second_models_side_by_side(llm: LLM, tmp_path: Path) -> None:
         assert output.outputs[0].token_ids == alone[i] or i > 4
         assert output.outputs[0].stats.accepted > 0 or i == 0
     for runner in [llm.runner, *llm.runner.draft_models.values()]:
-        runner.table.check()
-        assert runner.table.used() == 0
+        runner.memory.check()
+        assert runner.memory.used() == 0

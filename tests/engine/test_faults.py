@@ -110,9 +110,9 @@ def go(made: Engine, told: dict[str, list[int]], drain: int = 2000) -> Ended:
         if not made.has_work:
             break
         hear(made.step())
-        made.table.check()
+        made.memory.check()
     assert not made.has_work, "it goes on forever"
-    assert made.table.used() == 0 and not made.outputs and not made.faults and not made.events
+    assert made.memory.used() == 0 and not made.outputs and not made.faults and not made.events
     assert all(reasons.get(name) for name in told if name not in ended)
     return ended
 
@@ -248,7 +248,9 @@ def test_texts_that_end_in_the_step_of_the_raise_are_told() -> None:
 @pytest.mark.parametrize("call", [1, 5, 12])
 def test_a_fault_that_passes_ends_nobody(place: str, pool: int, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), chunk=40, pool=pool)
-    owner: Any = {"forward": made.runner, "accept": made.verifier, "propose": made.drafter, "move": made.store}.get(place, made.table)
+    owner: Any = {"forward": made.runner, "accept": made.verifier, "propose": made.drafter, "move": made.memory.paged.store}.get(
+        place, made.memory.paged.table
+    )
     calls, right = 0, getattr(owner, place)
 
     def wrong(*args: Any) -> Any:

@@ -83,8 +83,8 @@ def run(made: Engine, count: int = 4) -> tuple[dict[str, list[int]], dict[str, A
         for event in checked(made.step()):
             told.setdefault(event.request.id, []).extend(event.tokens)
             stats[event.request.id] = event.stats
-        made.table.check()
-    assert made.table.used() == 0
+        made.memory.check()
+    assert made.memory.used() == 0
     return told, stats
 
 

@@ -85,7 +85,7 @@ def go(made: Engine, told: dict[str, list[int]], error: type[BaseException] = Ba
                 told.setdefault(event.request.id, []).extend(event.tokens)
         except error:
             raised += 1
-        made.table.check()
+        made.memory.check()
     return raised
 
 
@@ -121,7 +121,7 @@ def test_begin_and_end_are_paired_under_n_and_abort(pool: int) -> None:
     assert made.abort("1")
     go(made, {})
     paired(drafter)
-    assert made.table.used() == 0
+    assert made.memory.used() == 0
 
 
 @pytest.mark.parametrize("name", ["propose", "observe", "begin"])
@@ -136,7 +136,7 @@ def test_a_drafter_that_raises_harms_nobody(name: str, call: int, error: type[Ba
     assert go(made, told, error) == (error is KeyboardInterrupt)  # anything else is told in the statistics: test_guard.py
     assert told == TEXTS
     paired(drafter)
-    assert made.table.used() == 0 and not made.outputs
+    assert made.memory.used() == 0 and not made.outputs
 
 
 @pytest.mark.parametrize("error", [Bang, KeyboardInterrupt])
@@ -148,7 +148,7 @@ def test_a_fork_that_raises_harms_nobody(error: type[BaseException]) -> None:
     assert go(made, told, error) == (error is KeyboardInterrupt)
     paired(drafter)
     assert len(told["r"]) == 3 * 30
-    assert made.table.used() == 0 and not made.outputs
+    assert made.memory.used() == 0 and not made.outputs
 
 
 @pytest.mark.parametrize("error", [Bang, KeyboardInterrupt])
@@ -188,7 +188,7 @@ def test_an_interrupt_in_mid_step_loses_nothing(place: str, call: int, monkeypat
     assert go(made, told, KeyboardInterrupt) == 1
     assert told == TEXTS
     paired(drafter)
-    assert made.table.used() == 0
+    assert made.memory.used() == 0
 
 
 def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:

@@ -49,10 +49,10 @@ def texts(made: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list[i
             made.add(left.pop(0)[1])
         for event in checked(made.step()):
             told.setdefault(event.request.id, []).extend(event.tokens)
-        made.table.check()
+        made.memory.check()
         step += 1
         assert step < 3000
-    assert made.table.used() == 0
+    assert made.memory.used() == 0
     return told
 
 

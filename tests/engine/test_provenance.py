@@ -55,7 +55,7 @@ def run(drafter: Any, **changes: Any) -> list[Event]:
     events = []
     while made.has_work:
         events += made.step()
-    assert made.table.used() == 0
+    assert made.memory.used() == 0
     return events
 
 

@@ -46,9 +46,9 @@ def test_siblings_share_the_prompts_full_pages() -> None:
     wide.add(Request("r", PROMPT * 4, SAMPLED.but(n=4, max_tokens=8)))
     while any(not seq.generated for seq in wide.running) or wide.waiting:
         wide.step()
-    assert len(wide.running) == 4 and wide.table.used() == 3 + 4  # 108 tokens: three full pages, and one page each
+    assert len(wide.running) == 4 and wide.memory.used() == 3 + 4  # 108 tokens: three full pages, and one page each
     wide.abort("r")
-    assert wide.table.used() == 0
+    assert wide.memory.used() == 0
 
 
 def test_n_beyond_max_seqs_waits() -> None:
@@ -111,14 +111,14 @@ def test_abort_frees_everything_and_spares_the_others(steps: int, drafted: bool)
     for victim in victims:
         assert crowd.abort(victim.id) and not crowd.abort(victim.id)
         assert victim.sequences[0].reason is FinishReason.ABORT and not victim.sequences[0].state
-        crowd.table.check()
+        crowd.memory.check()
     while crowd.has_work:
         for event in crowd.step():
             told[event.request.id] += event.tokens
     for name, text in texts.items():
         if name not in {victim.id for victim in victims}:
             assert told[name] == text
-    assert crowd.table.used() == 0 and not crowd.outputs
+    assert crowd.memory.used() == 0 and not crowd.outputs
 
 
 # ---- prefix sharing

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,10 @@ import pytest
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import NEVER, CachePlan, Lanes, Sequence, Space
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.kv import table as real
-from redraft.kv.table import PageTable
+from redraft.kv import edits, table
+from redraft.kv.edits import EditableTable
 from redraft.sched.fcfs import FCFS
-from tests.kv.test_table import HEADS, LANES, LAYERS, PAGE, SLABS, Program, make, pairs, run, snapshot
+from tests.kv.test_table import HEADS, LANES, LAYERS, PAGE, SLABS, Program, make, pairs, real, run, snapshot
 
 SPACES = {  # a slab has room for 6 pages of one head's keys as they are
     Space(Lanes.PER_HEAD, "int8"): 10,
@@ -29,14 +30,14 @@ SPACES = {  # a slab has room for 6 pages of one head's keys as they are
 }
 
 
-def pool(slabs: int, module: Any = real) -> PageTable:
-    table: PageTable = module.PageTable(slabs, LAYERS, HEADS, page=PAGE)
+def pool(slabs: int, module: Any = real) -> EditableTable:
+    table: EditableTable = module.EditableTable(slabs, LAYERS, HEADS, page=PAGE)
     for space, per_slab in SPACES.items():
         table.define(space, per_slab)
     return table
 
 
-def stored(table: PageTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", block: str = "") -> Sequence:
+def stored(table: EditableTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", block: str = "") -> Sequence:
     """An open sequence of so many stored tokens and one more."""
     seq = make(ident, range(100 * ident, 100 * ident + tokens + 1), lanes)
     seq.cache = CachePlan(lanes=lanes, format=form, block=block)
@@ -423,13 +424,16 @@ def test_need_never_lies() -> None:
 
 
 def planted(old: str, new: str) -> Any:
-    """The table's module with one fault in it. Faults of single lines within long methods have no other place to be planted."""
-    path = Path(str(real.__file__))
-    source = path.read_text()
-    assert source.count(old) == 1, f"{source.count(old)} places for the fault: {old}"
-    module = ModuleType(real.__name__)
-    exec(compile(source.replace(old, new), str(path), "exec"), module.__dict__)
-    return module
+    """The table's modules with one fault in them. Faults of single lines within long methods have no other place to be planted."""
+    paths = Path(str(table.__file__)), Path(str(edits.__file__))
+    sources = [path.read_text() for path in paths]
+    assert sum(source.count(old) for source in sources) == 1, f"not one place for the fault: {old}"
+    modules = ModuleType("faulty_table"), ModuleType("faulty_edits")
+    sys.modules["faulty_table"] = modules[0]
+    for module, path, source in zip(modules, paths, sources, strict=True):
+        planted = source.replace(old, new).replace("from redraft.kv.table import", "from faulty_table import")
+        exec(compile(planted, str(path), "exec"), module.__dict__)
+    return SimpleNamespace(EditableTable=modules[1].EditableTable, OutOfPages=modules[0].OutOfPages)
 
 
 PROGRAM = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -18,10 +19,11 @@ from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import CachePlan, Lanes, Sequence, Space
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.kv import table as real
-from redraft.kv.table import Moves, OutOfPages, PageTable
+from redraft.kv.edits import EditableTable
+from redraft.kv.table import Moves, OutOfPages
 
 LAYERS, HEADS = 2, 3
+real = SimpleNamespace(EditableTable=EditableTable, OutOfPages=OutOfPages)
 LANES = {Lanes.SHARED: 1, Lanes.PER_LAYER: LAYERS, Lanes.PER_HEAD: LAYERS * HEADS}
 
 
@@ -31,7 +33,7 @@ def make(ident: int, tokens: Iterable[int], kind: Lanes = Lanes.SHARED, salt: st
     return seq
 
 
-def run(table: PageTable, seq: Sequence, rows: int | None = None) -> PageView:
+def run(table: EditableTable, seq: Sequence, rows: int | None = None) -> PageView:
     """Stores `rows` pending tokens, all unless told otherwise; the sequence draws token 0 if it may."""
     work = Work(seq, seq.pending if rows is None else rows)
     view = table.reserve([work], [EMPTY])
@@ -41,14 +43,14 @@ def run(table: PageTable, seq: Sequence, rows: int | None = None) -> PageView:
     return view
 
 
-def admit(table: PageTable, seq: Sequence, rows: int | None = None) -> PageView | None:
+def admit(table: EditableTable, seq: Sequence, rows: int | None = None) -> PageView | None:
     """Opens, attaches what matches, runs the rest."""
     table.open(seq)
     table.attach(seq, table.match(seq.tokens, seq.request.salt))
     return run(table, seq, rows) if rows != 0 else None
 
 
-def listed(table: PageTable, seq: Sequence) -> list[int]:
+def listed(table: EditableTable, seq: Sequence) -> list[int]:
     """The pages of the first lane, as the outside sees them."""
     pages: list[int] = table.reserve([Work(seq, 1)], [EMPTY]).pages[0][0].tolist()
     table.discard(seq)
@@ -63,7 +65,7 @@ def pairs(moves: Moves) -> list[tuple[int, int]]:
 
 
 def test_the_drawn_example() -> None:
-    table = PageTable(8, LAYERS, HEADS)
+    table = EditableTable(8, LAYERS, HEADS)
     seq = make(1, range(65))
     table.open(seq)
     run(table, seq, 64)
@@ -79,7 +81,7 @@ def test_the_drawn_example() -> None:
 
 
 def test_pages_behind_the_path_are_freed_and_moves_cross_pages() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     seqs = [make(1, range(4)), make(2, range(6), Lanes.PER_LAYER)]
     for seq in seqs:
         table.open(seq)
@@ -96,7 +98,7 @@ def test_pages_behind_the_path_are_freed_and_moves_cross_pages() -> None:
 
 
 def test_a_growing_tail_packs_its_chain_once() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     seq = make(1, range(3))
     table.open(seq)
     tree = TokenTree.chain(range(5))
@@ -116,7 +118,7 @@ def test_a_growing_tail_packs_its_chain_once() -> None:
 
 
 def test_reserve_is_all_or_nothing() -> None:
-    table = PageTable(3, LAYERS, HEADS, page=4)
+    table = EditableTable(3, LAYERS, HEADS, page=4)
     kept, small, large = make(0, range(5)), make(1, range(4)), make(2, range(5), Lanes.PER_HEAD)
     admit(table, kept, 4)
     table.free(kept)  # leaves an idle page, which a failing call must not evict either
@@ -133,7 +135,7 @@ def test_reserve_is_all_or_nothing() -> None:
 
 
 def test_forget_lets_go_of_what_nobody_lists() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     gone, stays = make(1, range(9)), make(2, [*range(4), *range(50, 55)])
     admit(table, gone)
     table.free(gone)
@@ -149,7 +151,7 @@ def test_forget_lets_go_of_what_nobody_lists() -> None:
 
 
 def test_match_leaves_one_token_and_changes_nothing() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     seq = make(1, range(8))
     admit(table, seq)
     before = snapshot(table)
@@ -163,20 +165,20 @@ def test_match_leaves_one_token_and_changes_nothing() -> None:
 
 
 def test_sharing_lists_the_same_pages_and_can_be_switched_off() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     a, b, c = make(1, range(10)), make(2, [*range(8), 50]), make(3, range(10), salt="tenant")
     for seq in (a, b, c):
         admit(table, seq)
     assert listed(table, b)[:2] == listed(table, a)[:2] and listed(table, b)[2] != listed(table, a)[2]
     assert not set(listed(table, c)) & set(listed(table, a))
     assert table.used() == 4 + 3
-    off = PageTable(8, LAYERS, HEADS, page=4, sharing=False)
+    off = EditableTable(8, LAYERS, HEADS, page=4, sharing=False)
     admit(off, make(1, range(10)))
     assert off.match(range(10), "") == 0 and off.idle_matched(range(10), "") == 0
 
 
 def test_equal_pages_made_at_the_same_time_stay_private() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     a, b, c = make(1, range(5)), make(2, [*range(4), 60, 61, 62, 63, 64]), make(3, [*range(4), 60, 61, 62, 63, 65])
     for seq in (a, b):
         table.open(seq)
@@ -200,7 +202,7 @@ def test_equal_pages_made_at_the_same_time_stay_private() -> None:
 
 
 def test_idle_pages_count_as_available_except_the_matched() -> None:
-    table = PageTable(4, LAYERS, HEADS, page=4)
+    table = EditableTable(4, LAYERS, HEADS, page=4)
     a = make(1, range(9))
     admit(table, a)
     assert table.available() == 1 and table.idle_matched(range(9), "") == 0
@@ -215,7 +217,7 @@ def test_idle_pages_count_as_available_except_the_matched() -> None:
 
 
 def test_least_recently_listed_leaf_goes_first() -> None:
-    table = PageTable(4, LAYERS, HEADS, page=4)
+    table = EditableTable(4, LAYERS, HEADS, page=4)
     old, new = make(1, range(9)), make(2, range(50, 55))
     for seq in (old, new):
         admit(table, seq, 8 if seq is old else 4)
@@ -233,7 +235,7 @@ def test_least_recently_listed_leaf_goes_first() -> None:
 
 
 def test_a_prefix_is_evicted_from_its_end() -> None:
-    table = PageTable(3, LAYERS, HEADS, page=4)
+    table = EditableTable(3, LAYERS, HEADS, page=4)
     old, filler = make(1, range(12)), make(2, range(50, 62))
     admit(table, old)
     table.free(old)
@@ -246,7 +248,7 @@ def test_a_prefix_is_evicted_from_its_end() -> None:
 
 
 def test_fork_copies_the_partial_page_only() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     seq, child = make(1, range(10)), make(2, [*range(10), 0])
     admit(table, seq)
     mine = listed(table, seq)
@@ -261,7 +263,7 @@ def test_fork_copies_the_partial_page_only() -> None:
 
 
 def test_keep_writes_no_shared_page_and_keeps_positions() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     seq = make(1, range(12))
     admit(table, seq, 8)
     old = listed(table, seq)[:2]
@@ -282,7 +284,7 @@ def test_keep_writes_no_shared_page_and_keeps_positions() -> None:
 
 
 def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
-    table = PageTable(4, LAYERS, HEADS, page=4)
+    table = EditableTable(4, LAYERS, HEADS, page=4)
     seq, other = make(1, range(12)), make(2, range(50, 55))
     admit(table, seq)
     mine = listed(table, seq)[:3]
@@ -299,7 +301,7 @@ def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
 
 
 def test_lanes_of_one_sequence_differ_after_keep() -> None:
-    table = PageTable(8, LAYERS, HEADS, page=4)
+    table = EditableTable(8, LAYERS, HEADS, page=4)
     seq = make(1, range(9), Lanes.PER_LAYER)
     admit(table, seq, 8)
     used = table.used()
@@ -312,7 +314,7 @@ def test_lanes_of_one_sequence_differ_after_keep() -> None:
 
 
 def test_discard_is_harmless_and_a_second_free_is_not() -> None:
-    table = PageTable(4, LAYERS, HEADS, page=4)
+    table = EditableTable(4, LAYERS, HEADS, page=4)
     seq = make(1, range(9))
     table.discard(seq)
     table.open(seq)
@@ -328,7 +330,7 @@ def test_discard_is_harmless_and_a_second_free_is_not() -> None:
 
 @pytest.mark.parametrize("fault", ["listing", "reference", "slab", "spare", "idle", "stored"])
 def test_check_sees(fault: str) -> None:
-    table = PageTable(6, LAYERS, HEADS, page=4)
+    table = EditableTable(6, LAYERS, HEADS, page=4)
     seq, head, gone = make(1, range(6)), make(2, range(3), Lanes.PER_LAYER), make(3, range(50, 55))
     for each in (seq, head, gone):
         admit(table, each)
@@ -366,7 +368,7 @@ def state(lane: Any) -> object:
     return list(lane.pages), list(lane.coded), lane.length, lane.folded, positions
 
 
-def snapshot(table: PageTable) -> object:
+def snapshot(table: EditableTable) -> object:
     """All that a failing operation must leave as it was."""
     held = [(i, h.seq.shareable_tokens, h.chain, h.nodes, h.published, [state(lane) for lane in h.lanes]) for i, h in table._held.items()]
     pools = [(dict(p.refs), {s: list(f) for s, f in p.spare.items()}, p.spares) for p in table._pools.values()]
@@ -386,7 +388,7 @@ class Program(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32 - 1))
     def start(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.table = self.module.PageTable(SLABS, LAYERS, HEADS, page=PAGE)
+        self.table = self.module.EditableTable(SLABS, LAYERS, HEADS, page=PAGE)
         self.memory = np.full((SLABS * CELLS, PAGE), POISON, np.int64)
         self.numbers: dict[object, int] = {}
         self.seqs: dict[int, Sequence] = {}

@@ -9,9 +9,9 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from redraft import registry
+from redraft.core.spec import Experts, Mlp, ModelSpec
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models import rotary
-from redraft.models.spec import Experts, Mlp, ModelSpec
 from tests.models import tiny
 
 
@@ -29,28 +29,28 @@ def spec(name: str, **changes: Any) -> ModelSpec:
 
 def test_llama() -> None:
     model = spec("llama-biases")
-    layer = model.layers[0]
+    layer, mixer = model.layers[0], model.attention[0]
     assert (model.vocab, model.hidden, model.context, len(model.layers), model.tied) == (tiny.V, 24, tiny.CONTEXT, 3, False)
-    assert (layer.heads, layer.kv_heads, layer.head_dim, layer.window, layer.qk_norm) == (4, 2, 10, None, None)
-    assert layer.qkv_bias and layer.out_bias and layer.mlp == Mlp(40, "silu", gated=True, bias=True)
+    assert (mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.window, mixer.qk_norm) == (4, 2, 10, None, None)
+    assert mixer.qkv_bias and mixer.out_bias and layer.mlp == Mlp(40, "silu", gated=True, bias=True)
     assert model.source("layers.2.qkv.bias").names == tuple(f"model.layers.2.self_attn.{p}_proj.bias" for p in "qkv")
     assert model.source("layers.2.qkv.bias").rows == (40, 20, 20)
     assert model.source("layers.0.up.weight").names == ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
-    assert not spec("llama2").layers[0].qkv_bias
+    assert not spec("llama2").attention[0].qkv_bias
 
 
 def test_windows() -> None:
-    assert [layer.window for layer in spec("mistral").layers] == [11] * 3
-    assert [layer.window for layer in spec("mistral-full").layers] == [None] * 3
-    assert [layer.window for layer in spec("qwen2").layers] == [None] * 3
-    assert [layer.window for layer in spec("qwen2-window").layers] == [None, None, 9]
+    assert [mixer.window for mixer in spec("mistral").attention] == [11] * 3
+    assert [mixer.window for mixer in spec("mistral-full").attention] == [None] * 3
+    assert [mixer.window for mixer in spec("qwen2").attention] == [None] * 3
+    assert [mixer.window for mixer in spec("qwen2-window").attention] == [None, None, 9]
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert [layer.window for layer in spec("qwen2-window", layer_types=kinds).layers] == [9, None, 9]
+    assert [mixer.window for mixer in spec("qwen2-window", layer_types=kinds).attention] == [9, None, 9]
 
 
 def test_qwen() -> None:
-    assert spec("qwen2").layers[0].qkv_bias and not spec("qwen2").layers[0].out_bias
-    assert spec("qwen3").tied and spec("qwen3").layers[0].qk_norm is not None and spec("qwen3").layers[0].head_dim == 12
+    assert spec("qwen2").attention[0].qkv_bias and not spec("qwen2").attention[0].out_bias
+    assert spec("qwen3").tied and spec("qwen3").attention[0].qk_norm is not None and spec("qwen3").attention[0].head_dim == 12
     assert "layers.0.q_norm.weight" in spec("qwen3").shapes()
 
 
@@ -64,9 +64,9 @@ def test_mixtral() -> None:
 
 def test_gpt2() -> None:
     model = spec("gpt2")
-    layer = model.layers[0]
-    assert model.tied and model.learned_positions == tiny.CONTEXT and layer.rotary is None
-    assert (layer.norm.kind, layer.qkv_bias, layer.out_bias) == ("layer", True, True)
+    layer, mixer = model.layers[0], model.attention[0]
+    assert model.tied and model.learned_positions == tiny.CONTEXT and mixer.rotary is None
+    assert (layer.norm.kind, mixer.qkv_bias, mixer.out_bias) == ("layer", True, True)
     assert layer.mlp == Mlp(96, "gelu_tanh", gated=False, bias=True)
     place = model.source("layers.1.qkv.weight")
     assert place.transposed and place.names == ("transformer.h.1.attn.c_attn.weight",) and model.prefix == "transformer."

@@ -39,19 +39,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logits(runner: Runner, rows: int) -> torch.Tensor:
     """[len(PROMPT), V], `rows` tokens a step."""
     seq = sequence(PROMPT, prompt_logprobs=0)
-    runner.table.open(seq)
+    runner.memory.open(seq)
     out = []
     while seq.pending:
         work = [Work(seq, min(rows, seq.pending))]
-        pages = runner.table.reserve(work, [EMPTY])
-        runner.store.zero(pages.fresh)
+        pages = runner.memory.reserve(work, [EMPTY])
         result = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
         assert result.logits is not None
         assert result.argmax.tolist() == result.logits.argmax(-1).tolist()
         out.append(result.logits.double())
-        runner.store.move(runner.table.commit(work, [Accepted()]))
-    runner.table.free(seq)
-    runner.table.check()
+        runner.memory.move(runner.memory.commit(work, [Accepted()]))
+    runner.memory.free(seq)
+    runner.memory.check()
     return torch.cat(out)
 
 

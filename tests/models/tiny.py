@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from redraft.core.spec import ModelSpec
 from redraft.models import loader
-from redraft.models.spec import ModelSpec
 from redraft.ops.backend import Weights
 
 transformers.utils.logging.disable_progress_bar()  # saving shows one, into what tests of the command line compare

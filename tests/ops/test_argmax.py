@@ -57,4 +57,4 @@ def test_of_a_damaged_checkpoint(tmp_path: Path, where: str) -> None:
             if "token" in where:
                 free = params.but(max_tokens=2, logit_bias={66: -100.0})
                 assert len(llm.generate({"prompt_token_ids": [5, 67, 7]}, free)[0].outputs[0].token_ids) >= 1
-        assert llm.engine.table.used() == 0
+        assert llm.engine.memory.used() == 0

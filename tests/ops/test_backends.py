@@ -13,12 +13,12 @@ import torch
 
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
-from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
@@ -43,12 +43,10 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
     mlp = Mlp(24, "silu" if norm == "rms" else "gelu_tanh", gated=norm == "rms", bias=True)
     inner = Experts(4, 2, Mlp(24)) if experts else mlp
     kind = Norm(norm)  # type: ignore[arg-type]
-    layers = tuple(
-        LayerSpec(4, 2, SIZE, inner, kind, rotary, window if i else None, qkv_bias=True, out_bias=True, qk_norm=None) for i in range(2)
-    )
+    layers = tuple(LayerSpec(Attention(4, 2, SIZE, rotary, window if i else None, True, True), inner, kind) for i in range(2))
     spec = ModelSpec(VOCAB, HIDDEN, 512, layers, kind, False, lambda name: Source((name,)))
     made = []
-    for layer in layers:
+    for mixer in spec.attention:
         some: dict[str, object] = {}
         if experts:
             ups, downs = rand(4, 48, HIDDEN), rand(4, HIDDEN, 24)
@@ -57,7 +55,7 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
             }  # fmt: skip
         else:
             some = {"up": linear(24 * (2 if mlp.gated else 1), HIDDEN), "down": linear(HIDDEN, 24)}
-        qkv = Linear(3 * rand(layer.qkv_rows, HIDDEN), rand(layer.qkv_rows))
+        qkv = Linear(3 * rand(mixer.qkv_rows, HIDDEN), rand(mixer.qkv_rows))
         made.append(LayerWeights(weigh(), qkv, linear(HIDDEN, 4 * SIZE), weigh(), **some))  # type: ignore[arg-type]
     return spec, Weights(rand(VOCAB, HIDDEN) * 6, Linear(3 * rand(VOCAB, HIDDEN)), weigh(), tuple(made))
 
@@ -93,7 +91,7 @@ def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tu
     for i, pair in enumerate(zip(seqs, twins, strict=True)):
         for seq, runner in zip(pair, (left, right), strict=True):
             seq.id = i
-            runner.table.open(seq)
+            runner.memory.open(seq)
     found = []
     for _ in range(9):
         rows = [min(seq.pending, rng.choice([1, 7, 33, 64])) for seq in seqs]
@@ -122,16 +120,15 @@ def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tu
                 Accepted(tuple(path), (*(int(tree.tokens[i]) for i in path), bonus)) if end else Accepted()
                 for path, tree, end in zip(paths, trees, done, strict=True)
             ]
-            runner.store.move(runner.table.commit(work, accepted))
-            runner.table.check()
+            runner.memory.move(runner.memory.commit(work, accepted))
+            runner.memory.check()
             logits.append(mine)
         found += list(zip(*logits, strict=True))
     return found
 
 
 def forward(runner: Runner, work: list[Work], trees: list[TokenTree]) -> torch.Tensor:
-    view = runner.table.reserve(work, trees)
-    runner.store.zero(view.fresh)
+    view = runner.memory.reserve(work, trees)
     out = runner.forward(Batch.pack(work, trees, view), Taps(logits=True, top_k=3))
     assert out.logits is not None
     assert out.top_k is not None

@@ -29,13 +29,13 @@ from redraft.core.batch import Batch, PageView
 from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import PLAIN, CachePlan, Lanes, Request, Sequence, Space
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
-from redraft.models.spec import Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops import library
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Seen, Weights
 from redraft.ops.quantized import Quantized, product
@@ -147,8 +147,8 @@ def test_an_unknown_activation_is_refused_by_name() -> None:
 def test_rope(heads: int, size: int, dtype: torch.dtype) -> None:
     """Far positions too: angles are in float64."""
     turn = Rotary(tuple(500.0 ** (-2 * i / size) for i in range(size // 2)), 1.2)
-    layer = LayerSpec(heads, heads, size, Mlp(8), rotary=turn)
-    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: Source((name,)))
+    layer = Attention(heads, heads, size, turn)
+    spec = ModelSpec(9, 8, 512, (LayerSpec(layer, Mlp(8)),), Norm(), True, lambda name: Source((name,)))
     positions = np.array([0, 1, 31, 77_777, 1_000_003], np.int32)
     works = [work([1]) for _ in positions]
     plan = NativeOps(dtype).plan(replace(Batch.pack(works, [EMPTY] * 5, view(works)), positions=positions), spec)
@@ -312,7 +312,7 @@ def test_picks_may_lie_in_memory_in_any_order(dtype: torch.dtype, monkeypatch: p
 @DTYPES
 def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None:
     """Those without a usable scale too."""
-    layer = LayerSpec(2, 1, 20, Mlp(8))
+    layer = LayerSpec(Attention(2, 1, 20), Mlp(8))
     spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: Source((name,)))
     x = randn(1, 2, 64, 1, 20) * 10 ** torch.linspace(-30, 30, 64)[:, None, None]
     for row, odd in enumerate((0.0, 1e-40, 3e-38, 3.4028234e38, math.inf, -math.inf, math.nan)):
@@ -416,8 +416,10 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
     qk = Norm(eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
-            shape.heads, shape.kv_heads, shape.size, mlp, shape.norm, far if i == 1 else near,
-            None if i == 1 else shape.window, qkv_bias=shape.biases, out_bias=shape.biases, qk_norm=qk,
+            Attention(
+                shape.heads, shape.kv_heads, shape.size, far if i == 1 else near, None if i == 1 else shape.window,
+                shape.biases, shape.biases, qk,
+            ), mlp, shape.norm,
         )
         for i in range(LAYERS)
     )  # fmt: skip
@@ -425,7 +427,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: Source((name,)), CONTEXT if shape.learned else None
     )
 
-    def layer_of(layer: LayerSpec) -> LayerWeights:
+    def layer_of(layer: Attention) -> LayerWeights:
         made = LayerWeights(
             weigh(shape.hidden, shape.norm), linear(layer.qkv_rows, shape.hidden, shape.biases, 3.0),
             linear(shape.hidden, shape.heads * shape.size, shape.biases), weigh(shape.hidden, shape.norm),
@@ -522,13 +524,12 @@ class Bench:
         self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
         for runner in (self.runner, self.lonely):
             for form in test_views.formats(dtype, LABELS, shipped=True, size=self.spec.head_dim).values():
-                runner.table.define(Space(Lanes.PER_HEAD, form.name), runner.store.define(form))
+                runner.memory.paged.define(form)
         self.said: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
 
     def step(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: list[int], taps: Taps) -> None:
         work = [Work(text.seq, n, cut) for text, n, cut in zip(texts, rows, first, strict=True)]
-        view = self.runner.table.reserve(work, trees)
-        self.runner.store.zero(view.fresh)
+        view = self.runner.memory.reserve(work, trees)
         batch = Batch.pack(work, trees, view)
         out = self.runner.forward(batch, taps)
         asked = {row: i for i, row in enumerate(batch.logit_rows.tolist())}
@@ -545,19 +546,19 @@ class Bench:
 
     def alone(self, text: Text, tokens: list[int], chunks: Callable[[], int]) -> dict[int, Tensor]:
         """Length of a prefix -> logits, of a text that runs with nobody beside it, without trees."""
-        twin, table, found = text.twin(tokens), self.lonely.table, {}
+        twin, table, found = text.twin(tokens), self.lonely.memory.paged.table, {}
         table.open(twin.seq)
         while twin.seq.pending:
             n = min(twin.seq.pending, chunks(), border(twin))
             work = [Work(twin.seq, n)]
             view = table.reserve(work, [EMPTY])
-            self.lonely.store.zero(view.fresh)
+            self.lonely.memory.paged.store.zero(view.fresh)
             batch = Batch.pack(work, [EMPTY], view)
             out = self.lonely.forward(batch, Taps(logits=True))
             assert out.logits is not None
             for i, row in enumerate(batch.logit_rows.tolist()):
                 found[twin.seq.stored + row + 1] = out.logits[i]
-            self.lonely.store.move(table.commit(work, [Accepted()]))
+            self.lonely.memory.paged.store.move(table.commit(work, [Accepted()]))
             evict(self.lonely, twin)
         table.free(twin.seq)
         return found
@@ -599,10 +600,10 @@ def border(text: Text) -> int:
 def evict(runner: Runner, text: Text) -> None:
     if text.seq.stored != text.cut:
         return
-    for lane, kept in enumerate(text.kept or ()):
-        runner.store.move([runner.table.keep(text.seq, lane, kept)])
-    if text.seq.block:
-        runner.store.encode([runner.table.encode(text.seq)])
+    if text.kept is not None:
+        runner.memory.paged.keep(text.seq, text.kept)
+    if text.seq.cache.block:
+        runner.memory.paged.encode(text.seq)
 
 
 def random_tree(dice: random.Random, most: int) -> TokenTree:
@@ -664,7 +665,7 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
 def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: int = 7) -> None:
     """Texts come one by one and run in random company, chunks and trees, with random threads, taps and ways through the layers."""
     dice = random.Random(seed)
-    texts, table = random_texts(bench, dice), bench.runner.table
+    texts, table = random_texts(bench, dice), bench.runner.memory.paged.table
     waiting, running = list(texts), []
     for number in range(steps):
         while waiting and (not running or dice.random() < 0.5):
@@ -699,7 +700,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
             for path, tree, end in zip(paths, trees, done, strict=True)
         ]
         works = [Work(text.seq, n) for text, n in zip(some, rows, strict=True)]
-        bench.runner.store.move(table.commit(works, accepted))
+        bench.runner.memory.paged.store.move(table.commit(works, accepted))
         for text in some:
             evict(bench.runner, text)
             table.publish(text.seq)
@@ -745,7 +746,7 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
     stem = [dice.randrange(VOCAB) for _ in range(555)]
     texts = [Text(text_of(i, [*stem[: 555 - i], dice.randrange(VOCAB)])) for i in range(3)]
     texts.append(Text(text_of(3, stem[:490] + [dice.randrange(VOCAB) for _ in range(60)])))  # leaves the others in the group's last page
-    table = bench.runner.table
+    table = bench.runner.memory.paged.table
     for text in texts:
         table.open(text.seq)
         table.attach(text.seq, table.match(text.seq.tokens, ""))
@@ -753,7 +754,7 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
             n = min(text.seq.pending, 300)
             threads(2)
             bench.step([text], [n], [EMPTY], [0], Taps(logits=True))
-            bench.runner.store.move(
+            bench.runner.memory.paged.store.move(
                 table.commit([Work(text.seq, n)], [Accepted((), (dice.randrange(VOCAB),)) if n == text.seq.pending else Accepted()])
             )
             table.publish(text.seq)
@@ -784,10 +785,9 @@ def test_hidden_states_stay_as_they_were_told(family: str, dtype: torch.dtype) -
         bench.ops.whole = whole
         for layers in ({0, 1, 2}, {0}, {1}):
             text = Text(text_of(len(told), tokens))
-            bench.runner.table.open(text.seq)
+            bench.runner.memory.open(text.seq)
             work = [Work(text.seq, 9)]
-            pages = bench.runner.table.reserve(work, [EMPTY])
-            bench.runner.store.zero(pages.fresh)
+            pages = bench.runner.memory.reserve(work, [EMPTY])
             hidden = bench.runner.forward(Batch.pack(work, [EMPTY], pages), Taps(frozenset(layers))).hidden
             assert set(hidden) == layers
             told.append(hidden)
@@ -802,7 +802,7 @@ def test_hidden_states_stay_as_they_were_told(family: str, dtype: torch.dtype) -
 def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """Bit for bit the same with other threads, company and watches, and where layers run operation by operation."""
     bench, dice = Bench("mistral", dtype, slabs=90), random.Random(2)
-    table, watch = bench.runner.table, Watch("mass", 40)
+    table, watch = bench.runner.memory.paged.table, Watch("mass", 40)
     texts = [Text(text_of(i, [dice.randrange(VOCAB) for _ in range(n)], kind)) for i, (n, kind) in enumerate(SEVERAL)]
     for text in texts:
         table.open(text.seq)
@@ -810,7 +810,7 @@ def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: C
     def step(some: list[Text], rows: int, tree: TokenTree, watches: tuple[Watch, ...]) -> Seen:
         works, trees = [Work(text.seq, rows) for text in some], [tree] * len(some)
         pages = table.reserve(works, trees)
-        bench.runner.store.zero(pages.fresh)
+        bench.runner.memory.paged.store.zero(pages.fresh)
         mine = some.index(texts[0])
         taps = Taps(attention={s: watches if s == mine else (Watch("low"),) for s in range(len(some)) if s == mine or s % 2})
         out = bench.runner.forward(Batch.pack(works, trees, pages), taps)
@@ -835,7 +835,7 @@ def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: C
         torch.testing.assert_close(totals[0], told.expand_as(totals[0]), rtol=1e-5, atol=0)
         torch.testing.assert_close(totals[1], torch.ones_like(totals[1]), rtol=1e-5, atol=0)
         step(texts, rows, EMPTY, (watch,))
-        bench.runner.store.move(table.commit([Work(text.seq, rows) for text in texts], [Accepted() for _ in texts]))
+        bench.runner.memory.paged.store.move(table.commit([Work(text.seq, rows) for text in texts], [Accepted() for _ in texts]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -854,10 +854,9 @@ def test_models_compute_what_the_reference_defines(family: str) -> None:
 
     runner = Runner(spec, exact(weights), Reference(), 4)
     seq = text_of(0, tokens)
-    runner.table.open(seq)
+    runner.memory.open(seq)
     work = [Work(seq, 70)]
-    view = runner.table.reserve(work, [EMPTY])
-    runner.store.zero(view.fresh)
+    view = runner.memory.reserve(work, [EMPTY])
     out = runner.forward(Batch.pack(work, [EMPTY], view), Taps(logits=True))
     assert out.logits is not None
     mine = torch.stack([found[n] for n in range(1, 71)])
@@ -1045,11 +1044,14 @@ def test_other_dtypes_and_devices_are_refused_by_name(dtype: torch.dtype, device
 def test_heads_that_no_kernel_attends_are_refused_by_name() -> None:
     """Of odd sizes, or of numbers that differ by layer: before the kernels see them."""
     spec, _ = model("gpt2")
-    odd = replace(spec, layers=tuple(replace(layer, head_dim=7) for layer in spec.layers))
+    odd = replace(
+        spec,
+        layers=tuple(replace(layer, mixer=replace(layer.mixer, head_dim=7)) for layer in spec.layers),
+    )
     with pytest.raises(Unsupported, match=r"backend 'native'.*7"):
         NativeOps().slab_bytes(odd)
     spec, _ = model("llama")
-    mixed = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], heads=2)))
+    mixed = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], mixer=replace(spec.attention[2], heads=2))))
     with pytest.raises(Unsupported, match=r"backend 'native'.*heads"):
         NativeOps().slab_bytes(mixed)
 

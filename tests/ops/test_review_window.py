@@ -18,9 +18,8 @@ def _logits(backend: str, window: int) -> torch.Tensor:
     """Six pending tokens (root at position 5) and nodes at positions 6, 7, 8 and, last, 6 again."""
     made, seq = engine(backend=backend, window=window), sequence(range(6))
     tree = TokenTree.build([1, 2, 3, 4], [-1, 0, 1, -1], vocab=VOCAB, rows=4, depth=3)
-    made.table.open(seq)
-    pages = made.table.reserve([Work(seq, 6)], [tree])
-    made.store.zero(pages.fresh)
+    made.memory.open(seq)
+    pages = made.memory.reserve([Work(seq, 6)], [tree])
     logits = made.runner.forward(Batch.pack([Work(seq, 6)], [tree], pages), Taps(logits=True)).logits
     assert logits is not None
     return logits

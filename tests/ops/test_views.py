@@ -17,6 +17,7 @@ from torch import Tensor
 from redraft.core.batch import Batch, PageView
 from redraft.core.plan import Work
 from redraft.core.sequence import Lanes, Space
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -24,7 +25,6 @@ from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.kv.codec.int4 import Int4Units
 from redraft.kv.codec.int8 import Int8Units
-from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
 from redraft.ops.backend import Products, Seen
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
@@ -40,7 +40,7 @@ def model(window: int | None = None, *, size: int = SIZE, scale: float = 1.0) ->
     """Two layers that turn at different speeds, the second windowed."""
     layers = tuple(
         LayerSpec(
-            HEADS * SHARE, HEADS, size, Mlp(8), rotary=Rotary(tuple(theta ** (-2 * i / size) for i in range(size // 2)), scale), window=w
+            Attention(HEADS * SHARE, HEADS, size, Rotary(tuple(theta ** (-2 * i / size) for i in range(size // 2)), scale), w), Mlp(8)
         )
         for theta, w in ((50.0, None), (200.0, window))
     )
@@ -246,7 +246,7 @@ class World:
         watches = {s: text.case.watch for s, text in enumerate(texts) if text.case.watch}
         plan = self.ops.plan(batch, self.spec, Taps(attention=watches))
         outs, total = [], len(batch.tokens)
-        for i, layer in enumerate(self.spec.layers):
+        for i, layer in enumerate(self.spec.attention):
             q, k, v = (self.rand(total, heads, SIZE) for heads in (HEADS * SHARE, HEADS, HEADS))
             outs.append(self.ops.attend(i, layer, 2 * q, k, v, self.pool, plan))
         self.found += outs
@@ -459,7 +459,7 @@ def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | Non
         paged = PageView([kind], held, [np.full(lanes, stored, np.int32)], [0], [rows], [], [None], [np.zeros((lanes, 0), np.int32)])
         batch = replace(Batch.pack([Work(seq, rows)], [tree], paged), views=[view])
         plan = ops.plan(batch, spec, taps)
-        for i, layer in enumerate(spec.layers):
+        for i, layer in enumerate(spec.attention):
             q, k, v = (torch.randn(total, n, layer.head_dim, generator=dice).to(dtype) for n in (layer.heads, HEADS, HEADS))
             found.append(ops.attend(i, layer, q, k, v, pool, plan))
         stored += rows
@@ -506,7 +506,7 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
     """Form 5 of StreamingLLM against form 3: keys stored unturned, at every step the i-th key of the cache turned to i, the
     query to the last one's. A chunk, then a decode after the slots that nobody sees any more were given back."""
     spec, sinks, recent, total = model(scale=scale), 4, 12, 41
-    layer, pool = spec.layers[0], ops.allocate(spec, 2)
+    layer, pool = spec.attention[0], ops.allocate(spec, 2)
     rotary = layer.rotary
     assert rotary is not None
     dice = torch.Generator().manual_seed(2)
@@ -541,14 +541,14 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
 def test_keys_that_move_by_delta_are_keys_of_that_position(backend: type[Ops], dtype: torch.dtype, delta: int) -> None:
     """YaRN's factor is in a key once, angles are exact also far away, values and layers without rotary stay."""
     spec = model(scale=1.25)
-    spec = replace(spec, layers=(*spec.layers, replace(spec.layers[0], rotary=None)))
+    spec = replace(spec, layers=(*spec.layers, replace(spec.layers[0], mixer=replace(spec.attention[0], rotary=None))))
     ops = backend(dtype)
     pool, at = ops.allocate(spec, 2), 40
     raw = torch.randn(3, HEADS, 2, 3, SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
     def turned(position: int) -> Tensor:
         made = raw.clone()
-        for i, layer in enumerate(spec.layers):
+        for i, layer in enumerate(spec.attention):
             if layer.rotary is not None:
                 for n in range(3):
                     made[i, :, 0, n] = turn(raw[i, :, 0, n], layer.rotary, position + n)
@@ -582,7 +582,7 @@ def test_a_codec_is_attention_over_what_it_gives_back(ops: Ops) -> None:
             PageView([PER_HEAD], [pages], [np.zeros(4, np.int32)], [0], [37], [], [None], [np.zeros((4, 0), np.int32)]),
         )  # fmt: skip
         plan = ops.plan(replace(batch, views=[view]), spec)
-        found.append(ops.attend(1, spec.layers[1], q, keys, values, pool, plan))
+        found.append(ops.attend(1, spec.attention[1], q, keys, values, pool, plan))
     assert (found[0] - found[1]).abs().max() < 1e-13
 
 

@@ -64,5 +64,5 @@ class Live:
         assert self.service.shell.alive
         assert not engine.outputs
         for runner in (engine.runner, *engine.runner.draft_models.values()):
-            runner.table.check()
-            assert runner.table.used() == 0
+            runner.memory.check()
+            assert runner.memory.used() == 0

@@ -95,8 +95,8 @@ class Live:
     def idle(self) -> None:
         """Nothing runs, and nothing is held."""
         engine = self.llm.engine
-        self.until(lambda: not self.service.shell.busy and not engine.has_work and not engine.table.used())
-        engine.table.check()
+        self.until(lambda: not self.service.shell.busy and not engine.has_work and not engine.memory.used())
+        engine.memory.check()
         assert not engine.outputs
 
 

@@ -120,7 +120,7 @@ def test_each_key_and_salt_has_a_prefix_cache_of_its_own() -> None:
             answer = made.ask("POST", "/v1/completions", body, Authorization=f"Bearer {key}").json
             return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
-        made.llm.engine.table.forget()
+        made.llm.engine.memory.paged.table.forget()
         assert cached("first") == 0 and cached("first") > 0
         assert cached("second") == 0 and cached("second") > 0
         assert cached("first", "a") == 0 and cached("first", "a") > 0 and cached("first", "b") == 0
@@ -203,7 +203,7 @@ def test_client_that_does_not_read_is_dropped(hasty: Live, stream: bool) -> None
 def test_whoever_leaves_holds_nothing_behind_the_step_under_way(server: Live, brake: Brake, stream: bool) -> None:
     engine = server.llm.engine
     one = server.raw(post("/v1/completions", {"prompt": "def add(", "max_tokens": 140, "ignore_eos": True, "stream": stream}))
-    server.until(lambda: engine.table.used() > 0)
+    server.until(lambda: engine.memory.used() > 0)
     brake.on()
     assert engine.running
     one.close()

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from redraft.bench.shapes import cache_folder
+from redraft.core.spec import Mlp, ModelSpec
 from redraft.errors import Unsupported
 from redraft.models import loader
-from redraft.models.spec import Mlp, ModelSpec
 from redraft.models.tokenizer import Tokenizer
 
 FAMILIES = ("llama", "qwen2")
@@ -165,18 +165,18 @@ def _write(path: Path, found: loader.Checkpoint, vocabulary: Vocabulary | None) 
 
 
 def _header(writer: Any, spec: ModelSpec, config: Any) -> None:
-    layer = spec.layers[0]
+    layer, mixer = spec.layers[0], spec.attention[0]
     assert isinstance(layer.mlp, Mlp)
     writer.add_context_length(spec.context)
     writer.add_embedding_length(spec.hidden)
     writer.add_block_count(len(spec.layers))
     writer.add_feed_forward_length(layer.mlp.hidden)
-    writer.add_head_count(layer.heads)
-    writer.add_head_count_kv(layer.kv_heads)
-    writer.add_key_length(layer.head_dim)
-    writer.add_value_length(layer.head_dim)
+    writer.add_head_count(mixer.heads)
+    writer.add_head_count_kv(mixer.kv_heads)
+    writer.add_key_length(mixer.head_dim)
+    writer.add_value_length(mixer.head_dim)
     writer.add_layer_norm_rms_eps(layer.norm.eps)
-    writer.add_rope_dimension_count(layer.head_dim)
+    writer.add_rope_dimension_count(mixer.head_dim)
     writer.add_rope_freq_base(_theta(config))
     writer.add_vocab_size(spec.vocab)
 
@@ -188,7 +188,7 @@ def _theta(config: Any) -> float:
 
 
 def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    spec, layer = found.spec, found.spec.layers[0]
+    spec, layer = found.spec, found.spec.attention[0]
     assert layer.rotary is not None
     plain = _theta(loader.read_config(found.path)) ** (-torch.arange(0, layer.head_dim, 2, dtype=torch.float64) / layer.head_dim)
     factors = plain / torch.tensor(layer.rotary.frequencies, dtype=torch.float64)

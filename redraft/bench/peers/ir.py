@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from redraft.bench.shapes import cache_folder
+from redraft.core.spec import Attention, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
-from redraft.models.spec import LayerSpec, Mlp, ModelSpec, Norm
 
 VERSION = 1  # of the graph: another one makes another folder
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -54,10 +54,10 @@ def converted(folder: Path, dtype: str) -> Path:
 
 
 def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
-    for layer in spec.layers:
+    for layer, mixer in zip(spec.layers, spec.attention, strict=True):
         plain = isinstance(layer.mlp, Mlp) and layer.mlp.gated and layer.mlp.activation == "silu"
-        turned = layer.rotary is not None and layer.rotary.dim == layer.head_dim
-        if not plain or not turned or layer.norm.kind != "rms" or layer.window is not None:
+        turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim
+        if not plain or not turned or layer.norm.kind != "rms" or mixer.window is not None:
             raise Unsupported(
                 f"no OpenVINO graph is written for {spec.family} like this: only RMS norms, rotary heads, a gated SiLU, no windows"
             )
@@ -85,10 +85,10 @@ class _Graph:
             node.output(0).get_tensor().set_names({node.get_friendly_name()})
         embed = self.weight("embed")
         x = op.gather(embed, self.ids, number(0))
-        self.cos, self.sin = self.turns(spec.layers[0])
+        self.cos, self.sin = self.turns(spec.attention[0])
         self.mask = None
-        for i, layer in enumerate(spec.layers):
-            x = op.add(x, self.attention(f"layers.{i}", layer, self.norm(x, f"layers.{i}.attn_norm", layer.norm)))
+        for i, (layer, mixer) in enumerate(zip(spec.layers, spec.attention, strict=True)):
+            x = op.add(x, self.attention(f"layers.{i}", mixer, self.norm(x, f"layers.{i}.attn_norm", layer.norm)))
             x = op.add(x, self.mlp(f"layers.{i}", self.norm(x, f"layers.{i}.mlp_norm", layer.norm)))
         first = op.negative(self.wanted)
         x = op.slice(x, first, numbers(2**31 - 1), numbers(1), numbers(1))
@@ -101,7 +101,7 @@ class _Graph:
 
     # ---- parts
 
-    def attention(self, at: str, layer: LayerSpec, x: Any) -> Any:
+    def attention(self, at: str, layer: Attention, x: Any) -> Any:
         q, k, v = (
             op.transpose(
                 op.reshape(self.linear(x, f"{at}.qkv", part), numbers(0, 0, heads, layer.head_dim), special_zero=True), numbers(0, 2, 1, 3)
@@ -122,7 +122,7 @@ class _Graph:
     def mlp(self, at: str, x: Any) -> Any:
         return self.linear(op.multiply(op.swish(self.linear(x, f"{at}.up", 0)), self.linear(x, f"{at}.up", 1)), f"{at}.down")
 
-    def cached(self, name: str, new: Any, layer: LayerSpec) -> Any:
+    def cached(self, name: str, new: Any, layer: Attention) -> Any:
         """What the state held, with the new rows behind it; they stay."""
         shape = ov.PartialShape([-1, layer.kv_heads, -1, layer.head_dim])
         info = ov.op.util.VariableInfo()
@@ -134,7 +134,7 @@ class _Graph:
         self.sinks.append(op.assign(every, variable))
         return every
 
-    def grouped(self, x: Any, layer: LayerSpec) -> Any:
+    def grouped(self, x: Any, layer: Attention) -> Any:
         """Each kv head once for each query head that reads it."""
         if (times := layer.heads // layer.kv_heads) == 1:
             return x
@@ -149,7 +149,7 @@ class _Graph:
         mask = op.select(allowed, number(np.float32(0)), number(np.finfo(np.float32).min))
         return op.unsqueeze(mask, numbers(0, 1))
 
-    def turns(self, layer: LayerSpec) -> tuple[Any, Any]:
+    def turns(self, layer: Attention) -> tuple[Any, Any]:
         """Cosine and sine of every row's angles, [1, 1, rows, head size]."""
         rotary = layer.rotary
         assert rotary is not None

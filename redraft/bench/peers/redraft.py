@@ -69,7 +69,7 @@ class Redraft:
             self._step(seq, tokens[context + 1 :][: most - 1])  # first calls are nobody's time
             found = {n: timed(lambda n=n: self._step(seq, tokens[context + 1 :][: n - 1]), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
         finally:
-            self.runner.table.free(seq)
+            self.runner.memory.free(seq)
         return {"seconds": found}
 
     def margin(self, prompt: list[int], expected: int, found: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Redraft:
             self._read(seq, len(prompt) - 1)
             logits = self._forward(Work(seq, 1), EMPTY, Taps(logits=True)).logits
         finally:
-            self.runner.table.free(seq)
+            self.runner.memory.free(seq)
         assert logits is not None
         row = logits[0].double().cpu().numpy()
         return {"margin": float(row[expected] - row[found]), "near": tolerance(self.runner.backend.dtype, row)}
@@ -94,7 +94,7 @@ class Redraft:
 
     def _open(self, tokens: list[int]) -> Sequence:
         seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=NEVER)
-        self.runner.table.open(seq)
+        self.runner.memory.open(seq)
         return seq
 
     def _read(self, seq: Sequence, length: int) -> None:
@@ -102,7 +102,7 @@ class Redraft:
         while seq.stored < length:
             work = Work(seq, min(512, length - seq.stored))
             self._forward(work, EMPTY)
-            self.runner.store.move(self.runner.table.commit([work], [Accepted()]))
+            self.runner.memory.move(self.runner.memory.commit([work], [Accepted()]))
 
     def _step(self, seq: Sequence, draft: list[int]) -> float:
         """The last token and a drafted chain behind it, as a step runs them; nothing of it stays."""
@@ -111,10 +111,9 @@ class Redraft:
         out = self._forward(Work(seq, 1), tree)
         took = time.perf_counter() - begun
         assert len(out.argmax) == 1 + len(draft)
-        self.runner.table.discard(seq)
+        self.runner.memory.discard(seq)
         return took
 
     def _forward(self, work: Work, tree: TokenTree, taps: Taps = NOTHING) -> Outputs:
-        pages = self.runner.table.reserve([work], [tree])
-        self.runner.store.zero(pages.fresh)
+        pages = self.runner.memory.reserve([work], [tree])
         return self.runner.forward(Batch.pack([work], [tree], pages), taps)

@@ -49,7 +49,7 @@ class AdaKV(Budgeted):
         heads, trigger = runner.spec.kv_heads, self.trigger
         allocator = Across(heads, max(self.sinks + self.recent, int(self.floor * trigger.kept)))  # 3. and 4.
         return Evicting(
-            len(runner.spec.layers) * heads,
+            len(runner.spec.attention) * heads,
             allocator.max_slots(trigger),
             scorer=Mass(self.history),  # 1.
             selector=self.selector,  # 2.

@@ -42,7 +42,7 @@ class Scissorhands(Budgeted):
 
     def open(self, runner: Any) -> OpenKeep:
         return Evicting(
-            len(runner.spec.layers) * runner.spec.kv_heads,
+            len(runner.spec.attention) * runner.spec.kv_heads,
             self.budget,
             scorer=SeldomLow(self.history),  # 1. and 2.
             selector=self.selector,  # 3.

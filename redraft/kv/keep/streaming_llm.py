@@ -73,4 +73,4 @@ class StreamingLLM(Options):
     )
 
     def open(self, runner: Any) -> OpenKeep:
-        return Streaming(self.sinks, self.recent, runner.table.page)
+        return Streaming(self.sinks, self.recent, runner.memory.paged.table.page)

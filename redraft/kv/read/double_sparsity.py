@@ -32,9 +32,9 @@ from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Work
 from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.spec import Attention
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
-from redraft.models.spec import LayerSpec
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
@@ -113,12 +113,10 @@ class DoubleSparsity(Options):
         for i, tokens in enumerate(chosen):  # 1.
             request = Request(METHOD, tokens, SamplingParams())
             seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, sync_point=NEVER)
-            own.table.open(seq)
+            own.memory.open(seq)
             work = [Work(seq, len(tokens))]
-            pages = own.table.reserve(work, [EMPTY])
-            own.store.zero(pages.fresh)
-            own.forward(Batch.pack(work, [EMPTY], pages))
-            own.table.free(seq)
+            own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
+            own.memory.free(seq)
         tokens_run = sum(map(len, chosen))
         return Profile((meter.sums / tokens_run).float().cpu(), model_hash(runner), len(texts), tokens_run)
 
@@ -219,7 +217,7 @@ class _Meter:
         import torch
 
         spec, self._backend = runner.spec, runner.backend
-        self.sums = torch.zeros(len(spec.layers), spec.kv_heads, spec.head_dim, dtype=torch.float64, device=self._backend.device)
+        self.sums = torch.zeros(len(spec.attention), spec.kv_heads, spec.head_dim, dtype=torch.float64, device=self._backend.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -227,7 +225,7 @@ class _Meter:
     def run(self, *segment: Any) -> None:
         """Every layer is run operation by operation, so that its attention comes by here."""
 
-    def attend(self, index: int, layer: LayerSpec, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
         groups = q.unflatten(1, (layer.kv_heads, -1))
         self.sums[index] += (groups.abs().double().mean(2) * k.abs().double()).sum(0)
         return self._backend.attend(index, layer, q, k, v, pool, plan)

@@ -42,7 +42,7 @@ class PIE(Options):
     )
 
     def open(self, runner: Any) -> Self:
-        if any(layer.rotary is None for layer in runner.spec.layers):
+        if any(layer.rotary is None for layer in runner.spec.attention):
             raise Unsupported(f"pie: {runner.spec.family} has no rotary positions, so keys cannot be turned to new ones")
         return self
 

@@ -16,7 +16,7 @@ from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import CachePlan, Sequence
 from redraft.core.testing import sequence
 from redraft.core.tree import TokenTree
-from redraft.kv.table import PageTable
+from redraft.kv.edits import EditableTable
 from redraft.ops.backend import Seen
 
 LAYERS, HEADS = 2, 3
@@ -34,7 +34,8 @@ class Step(NamedTuple):
 
 def runner(layers: int = LAYERS, heads: int = HEADS, page: int = 32) -> Any:
     """What a policy may ask when it is opened."""
-    return SimpleNamespace(spec=SimpleNamespace(layers=(None,) * layers, kv_heads=heads), table=SimpleNamespace(page=page))
+    memory = SimpleNamespace(paged=SimpleNamespace(table=SimpleNamespace(page=page)))
+    return SimpleNamespace(spec=SimpleNamespace(attention=(None,) * layers, kv_heads=heads), memory=memory)
 
 
 def given(statistic: str, lane: int, row: int, slot: int) -> int:
@@ -49,9 +50,9 @@ class Drive:
     """One sequence under a policy. kept: what each decision left, by the count at which it fell: positions of each lane; longest:
     slots of a lane after a commit; moved: slots that decisions copied."""
 
-    def __init__(self, policy: Any, *, page: int = 32, table: PageTable | None = None, ident: int = 1) -> None:
+    def __init__(self, policy: Any, *, page: int = 32, table: EditableTable | None = None, ident: int = 1) -> None:
         self.policy = policy
-        self.table = table or PageTable(2000, LAYERS, HEADS, page=page)
+        self.table = table or EditableTable(2000, LAYERS, HEADS, page=page)
         self.seq = self._sequence(ident)
         self.table.open(self.seq)
         self.seq.state[policy] = policy.begin(self.seq)

@@ -11,8 +11,8 @@ from hypothesis import settings
 
 from redraft import registry
 from redraft.errors import InvalidInput
+from redraft.kv.edits import EditableTable
 from redraft.kv.keep.ada_kv import AdaKV
-from redraft.kv.table import PageTable
 from tests.kv.keep import HEADS, LANES, LAYERS, Drive, given, grouped, one_by_one, runner
 
 SMALL = AdaKV(budget=24, drop=0.4, history=6, recent=3, sinks=2, floor=0.5)  # 14 stay, 7 of them in every head
@@ -101,7 +101,7 @@ def test_one_head_may_take_all_above_the_floors_of_the_others_and_most_says_so()
 
 
 def test_what_lanes_gave_up_serves_another_text() -> None:
-    policy, table = opened(), PageTable(100, LAYERS, HEADS, page=2)
+    policy, table = opened(), EditableTable(100, LAYERS, HEADS, page=2)
     pages = sum(-(-len(lane) // 2) for lane in Drive(policy, table=table).run(one_by_one(94)).positions())
     assert pages <= 7 * LANES + LANES // 2  # 47 of each lane without eviction
     assert table.peak <= 24 // 2 + 2

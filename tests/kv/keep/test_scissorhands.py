@@ -13,8 +13,8 @@ from hypothesis import settings
 from redraft import registry
 from redraft.core.sequence import Lanes
 from redraft.errors import InvalidInput
+from redraft.kv.edits import EditableTable
 from redraft.kv.keep.scissorhands import Scissorhands
-from redraft.kv.table import PageTable
 from tests.kv.keep import HEADS, LANES, LAYERS, Drive, Step, given, grouped, one_by_one, runner
 
 SMALL = Scissorhands(budget=24, drop=0.4, history=8, recent=3, sinks=2)  # 10 of 24 go
@@ -95,7 +95,7 @@ def test_a_fork_goes_its_own_way() -> None:
 
 
 def test_preemption_replays_with_tokens_that_were_generated() -> None:
-    policy, table = opened(), PageTable(200, LAYERS, HEADS)
+    policy, table = opened(), EditableTable(200, LAYERS, HEADS)
     first = Drive(policy, table=table).run(one_by_one(60))
     policy.end(first.seq.state.pop(policy))
     table.free(first.seq)
@@ -125,7 +125,7 @@ def test_what_takes_all_attention_never_goes_and_ties_are_settled_by_age() -> No
 
 
 def test_memory_is_freed() -> None:
-    policy, table = opened(), PageTable(100, LAYERS, HEADS, page=4)
+    policy, table = opened(), EditableTable(100, LAYERS, HEADS, page=4)
     drive = Drive(policy, table=table).run(one_by_one(94))
     assert list(drive.kept)[-1] == 94
     assert table.used() == 4  # 14 slots a lane; 24 pages of 6 lanes each without eviction

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from redraft import registry
 from redraft.core.sequence import Lanes
 from redraft.errors import InvalidInput
+from redraft.kv.edits import EditableTable
 from redraft.kv.keep.streaming_llm import StreamingLLM
-from redraft.kv.table import PageTable
 from tests.kv.keep import HEADS, LAYERS, Drive, Step, grouped, one_by_one, runner
 
 
@@ -106,7 +106,7 @@ def test_all_lanes_go_the_same_way_where_a_codec_has_split_them() -> None:
 
 
 def test_freed_pages_serve_another_text() -> None:
-    policy, table = opened(4, 20), PageTable(14, LAYERS, HEADS, page=4)
+    policy, table = opened(4, 20), EditableTable(14, LAYERS, HEADS, page=4)
     drives = [Drive(policy, table=table, ident=i) for i in (1, 2)]  # 25 pages each without eviction
     for _ in range(100):
         for drive in drives:

@@ -200,10 +200,10 @@ def test_long_texts_are_cut_and_pieces_taken_evenly() -> None:
 
 def test_calibrating_leaves_the_runner_alone() -> None:
     one = runner()
-    pool = [one.table.used(), one.table.available()]
+    pool = [one.memory.used(), one.memory.available()]
     DoubleSparsity.calibrate(one, TEXTS)
-    assert [one.table.used(), one.table.available()] == pool and isinstance(one.backend, Reference)
-    one.table.check()
+    assert [one.memory.used(), one.memory.available()] == pool and isinstance(one.backend, Reference)
+    one.memory.check()
 
 
 # ---- profiles
@@ -363,8 +363,8 @@ def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones(
     tape = Tape(llm.runner.backend)
     one = Runner(llm.runner.spec, llm.runner.weights, tape, 20, sharing=False)  # type: ignore[arg-type]
     seq = Sequence(0, Request("", ids[1][:512], SamplingParams()), 0, ids[1][:512], 512, seed=0, sync_point=NEVER)
-    one.table.open(seq)
-    one.forward(Batch.pack([Work(seq, 512)], [EMPTY], one.table.reserve([Work(seq, 512)], [EMPTY])))
+    one.memory.open(seq)
+    one.forward(Batch.pack([Work(seq, 512)], [EMPTY], one.memory.reserve([Work(seq, 512)], [EMPTY])))
     random = replace(profile, scores=torch.rand(profile.scores.shape, generator=torch.Generator().manual_seed(0)))
     n, recall = 512, {}
     for name, count in (("calibrated", 16), ("random", 16), ("true", 64)):

@@ -111,7 +111,7 @@ def test_edited_pages_are_nobody_elses() -> None:
     assert run(engine, plainly) == run(identity.engine(max_model_len=160, sharing=False), request("plain", new))
     assert plainly.cached_tokens == 32  # the page before the edit
     assert run(engine, request("old again", OLD)) == before
-    engine.table.check()
+    engine.memory.check()
 
 
 @pytest.mark.parametrize("pool", [40, 8])
@@ -143,7 +143,7 @@ def test_memory_that_others_need_is_not_held() -> None:
     run(engine, request("old", OLD))
     text = run(engine, request("new", new, before=OLD, reuse="pie:shortest=4"))
     assert len(text) == GREEDY.max_tokens
-    assert engine.table.used() == 0
+    assert engine.memory.used() == 0
 
 
 def test_refusals() -> None:

@@ -1,5 +1,5 @@
-"""The shape of a decoder as data. A family file fills it from a checkpoint's config; only layers.py and a native
-backend interpret it.
+"""The shape of a decoder as data. A family file fills it from a checkpoint's config; models/layers.py, models/mixers and
+backends interpret it.
 
 Canonical weights, by name (shapes in brackets; H heads, K kv heads, D head size, I mlp hidden, E experts):
 
@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
-
-from redraft.errors import Unsupported
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,59 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class Attention:
+    """Self-attention over the text's own pages. window: a row sees keys at positions > its own - window, None: all; qk_norm: per
+    head, before rotary."""
+
     heads: int
     kv_heads: int
     head_dim: int
-    mlp: Mlp | Experts
-    norm: Norm = Norm()
     rotary: Rotary | None = None
-    window: int | None = None  # a row sees keys at positions > its own - window
+    window: int | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Norm | None = None  # per head, before rotary
+    qk_norm: Norm | None = None
 
     @property
     def qkv_rows(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Attention over the fixed keys and values of a second text, such as an encoder's output. No backend computes it yet."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A state of fixed size per sequence in place of keys and values. state: its shape in one layer. Each row computes the next
+    state from its parent's. No shipped backend computes it yet; a kind of recurrence is a subclass with fields of its own."""
+
+    state: tuple[int, ...]
+
+
+Mixer = Attention | CrossAttention | Recurrent
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    mixer: Mixer
+    mlp: Mlp | Experts
+    norm: Norm = Norm()
+
+
+class MemoryGroup(NamedTuple):
+    """Layers whose memory has one form. kind: pages grow with the text, static pages belong to a second text, a state has a fixed
+    size; layers: their numbers, ascending; shape: (kv heads, head size) of pages, else the state's; window: see Attention."""
+
+    kind: Literal["pages", "static", "state"]
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,19 +144,32 @@ class ModelSpec:
     family: str = ""
     prefix: str = ""  # of the tensors that a checkpoint saved without its head names without it
 
-    def __post_init__(self) -> None:
-        first = self.layers[0]
-        for i, layer in enumerate(self.layers):
-            if (layer.kv_heads, layer.head_dim) != (first.kv_heads, first.head_dim):
-                raise Unsupported(f"layer {i}: kv heads or head size differ from layer 0; pages have one shape")
+    @cached_property
+    def attention(self) -> tuple[Attention, ...]:
+        """The mixers of the layers that have pages, in order. Layer i of a page pool is entry i."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
 
     @property
     def kv_heads(self) -> int:
-        return self.layers[0].kv_heads
+        return self.attention[0].kv_heads if self.attention else 0
 
     @property
     def head_dim(self) -> int:
-        return self.layers[0].head_dim
+        return self.attention[0].head_dim if self.attention else 0
+
+    def memories(self) -> tuple[MemoryGroup, ...]:
+        """The layers grouped by the form of their memory, in the order of first use."""
+        groups: dict[MemoryGroup, list[int]] = {}
+        for i, layer in enumerate(self.layers):
+            match layer.mixer:
+                case Attention(_, kv_heads, head_dim, window=window):
+                    group = MemoryGroup("pages", (), (kv_heads, head_dim), window)
+                case CrossAttention(_, kv_heads, head_dim):
+                    group = MemoryGroup("static", (), (kv_heads, head_dim))
+                case Recurrent(state):
+                    group = MemoryGroup("state", (), state)
+            groups.setdefault(group, []).append(i)
+        return tuple(group._replace(layers=tuple(layers)) for group, layers in groups.items())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape, for every weight that the network has."""
@@ -144,11 +194,13 @@ class ModelSpec:
         for i, layer in enumerate(self.layers):
             at = f"layers.{i}"
             norm(f"{at}.attn_norm", layer.norm, h)
-            linear(f"{at}.qkv", layer.qkv_rows, h, layer.qkv_bias)
-            linear(f"{at}.out", h, layer.heads * layer.head_dim, layer.out_bias)
-            if layer.qk_norm is not None:
-                norm(f"{at}.q_norm", layer.qk_norm, layer.head_dim)
-                norm(f"{at}.k_norm", layer.qk_norm, layer.head_dim)
+            mixer = layer.mixer
+            assert isinstance(mixer, Attention), f"layer {i}: no weights are named for {type(mixer).__name__}"
+            linear(f"{at}.qkv", mixer.qkv_rows, h, mixer.qkv_bias)
+            linear(f"{at}.out", h, mixer.heads * mixer.head_dim, mixer.out_bias)
+            if mixer.qk_norm is not None:
+                norm(f"{at}.q_norm", mixer.qk_norm, mixer.head_dim)
+                norm(f"{at}.k_norm", mixer.qk_norm, mixer.head_dim)
             norm(f"{at}.mlp_norm", layer.norm, h)
             if isinstance(layer.mlp, Experts):
                 linear(f"{at}.router", layer.mlp.count, h, False)

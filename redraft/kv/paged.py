@@ -1,0 +1,162 @@
+"""Keys and values in pages: the table, which knows integers only, and the store, which holds the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+from numpy.typing import ArrayLike
+
+from redraft.core.batch import PageView
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Lanes, Sequence, Space
+from redraft.core.spec import ModelSpec
+from redraft.core.tree import TokenTree
+from redraft.errors import Unsupported
+from redraft.kv.edits import EditableTable, Stored
+from redraft.kv.memory import Memory
+from redraft.kv.store import Store
+from redraft.kv.table import Moves
+from redraft.ops.backend import Backend, Select
+from redraft.ops.format import Arrays, Format
+
+
+class Parcel(NamedTuple):
+    """What one sequence holds in pages. form: layers, kv heads, head size and dtype of the model; arrays: the contents of `pages`
+    and of `coded`, all lanes one after the other."""
+
+    form: str
+    stored: Stored
+    arrays: Arrays
+    coded: Arrays
+
+
+class Paged:
+    """See Memory. The pages of all layers with attention; `slabs` blocks of 32 tokens."""
+
+    def __init__(self, backend: Backend, spec: ModelSpec, slabs: int, *, sharing: bool = True) -> None:
+        self.layers = tuple(sorted(layer for group in spec.memories() if group.kind == "pages" for layer in group.layers))
+        self.slabs = slabs
+        self.table = EditableTable(slabs, len(self.layers), spec.kv_heads, sharing=sharing)
+        self.store = Store(backend, spec, slabs)
+        self.form = f"{len(self.layers)} layers, {spec.kv_heads} kv heads of {spec.head_dim}, {backend.dtype}"
+
+    @property
+    def paged(self) -> Paged:
+        """The memory that policies edit; see Memories."""
+        return self
+
+    @property
+    def members(self) -> tuple[Memory[Any], ...]:
+        return (self,)
+
+    @property
+    def pool(self) -> Any:
+        return self.store.pool
+
+    # ---- figures
+
+    def available(self) -> int:
+        return self.table.available()
+
+    def used(self) -> int:
+        return self.table.used()
+
+    def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
+        return self.table.need(seq, rows, matched)
+
+    def gain(self, seq: Sequence) -> int:
+        return self.table.gain(seq)
+
+    def idle_matched(self, tokens: Seq[int], salt: str) -> int:
+        return self.table.idle_matched(tokens, salt)
+
+    # ---- prefixes
+
+    def match(self, tokens: Seq[int], salt: str) -> int:
+        return self.table.match(tokens, salt)
+
+    def attach(self, seq: Sequence, n: int) -> None:
+        self.table.attach(seq, n)
+
+    def publish(self, seq: Sequence) -> None:
+        self.table.publish(seq)
+
+    # ---- sequences
+
+    def open(self, seq: Sequence) -> None:
+        self.table.open(seq)
+
+    def fork(self, seq: Sequence, child: Sequence) -> None:
+        moves = self.table.fork(seq, child)
+        try:
+            self.store.move([moves])
+        except BaseException:
+            self.free(child)
+            raise
+
+    def free(self, seq: Sequence) -> None:
+        self.table.free(seq)
+        seq.stored = 0
+
+    # ---- rows
+
+    def reserve(self, work: Seq[Work], trees: Seq[TokenTree]) -> PageView:
+        view = self.table.reserve(work, trees)
+        self.store.zero(view.fresh)
+        return view
+
+    def commit(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Moves]:
+        return self.table.commit(work, accepted)
+
+    def move(self, moves: list[Moves]) -> None:
+        self.store.move(moves)
+
+    def discard(self, seq: Sequence) -> None:
+        self.table.discard(seq)
+
+    # ---- edits of committed text, which policies ask for; the tail must be empty
+
+    def define(self, fmt: Format) -> None:
+        """Pages of one lane a head may be stored in this format from now on."""
+        self.table.define(Space(Lanes.PER_HEAD, fmt.name), self.store.define(fmt))
+
+    def keep(self, seq: Sequence, kept: Seq[ArrayLike]) -> None:
+        """Evicts: of lane i only the slots kept[i] survive."""
+        self.store.move([self.table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
+
+    def encode(self, seq: Sequence) -> None:
+        """Full pages go over to the sequence's block format."""
+        self.store.encode([self.table.encode(seq)])
+
+    def fold(self, seq: Sequence, read: Select) -> None:
+        """Pages that became full get the whole arrays of a sparse read."""
+        if len(pages := self.table.unfolded(seq)):
+            self.store.fold(Space(seq.cache.lanes, seq.cache.format), pages, read)
+
+    def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> None:
+        """Appends copies of slots of another sequence, see EditableTable.splice."""
+        self.store.move([self.table.splice(seq, source, first, count, exact)])
+
+    # ---- between engines
+
+    def export(self, seq: Sequence) -> Parcel:
+        stored, pages, coded = self.table.export(seq)
+        space, block = Space(seq.cache.lanes, seq.cache.format), Space(seq.cache.lanes, seq.cache.block)
+        return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(block, coded) if seq.cache.block else {})
+
+    def import_(self, seq: Sequence, parcel: Parcel) -> None:
+        """Unsupported where the parcel is of another model or form."""
+        if parcel.form != self.form:
+            raise Unsupported(f"cached text of a model with {parcel.form} cannot be taken over by one with {self.form}")
+        pages, coded = self.table.import_(seq, parcel.stored)
+        try:
+            self.store.write(Space(seq.cache.lanes, seq.cache.format), pages, parcel.arrays)
+            if seq.cache.block:
+                self.store.write(Space(seq.cache.lanes, seq.cache.block), coded, parcel.coded)
+        except BaseException:
+            self.free(seq)
+            raise
+
+    def check(self) -> None:
+        self.table.check()

@@ -1,0 +1,24 @@
+"""Self-attention over a sequence's own pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from redraft.core.spec import Attention
+from redraft.ops.backend import Backend, LayerWeights
+
+
+def attention(x: Tensor, index: int, mixer: Attention, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
+    """See Mix. Writes the rows' keys and values, then reads."""
+    qkv = backend.linear(x, weights.qkv).view(x.shape[0], mixer.heads + 2 * mixer.kv_heads, mixer.head_dim)
+    if mixer.qk_norm is None:  # queries and keys turn in one call
+        turned = backend.rope(qkv.narrow(1, 0, mixer.heads + mixer.kv_heads), mixer, plan)
+        q, k = turned.split([mixer.heads, mixer.kv_heads], 1)
+    else:
+        assert weights.q_norm is not None and weights.k_norm is not None
+        q = backend.rope(backend.norm(qkv.narrow(1, 0, mixer.heads), weights.q_norm, mixer.qk_norm), mixer, plan)
+        k = backend.rope(backend.norm(qkv.narrow(1, mixer.heads, mixer.kv_heads), weights.k_norm, mixer.qk_norm), mixer, plan)
+    v = qkv.narrow(1, mixer.heads + mixer.kv_heads, mixer.kv_heads)
+    return backend.linear(backend.attend(index, mixer, q, k, v, pool, plan), weights.out)
