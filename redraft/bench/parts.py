@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
-from redraft.core.spec import Experts, LayerSpec, Mlp, ModelSpec, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Source
 from redraft.engine.engine import Engine
 from redraft.engine.policies import SEAMS
 from redraft.errors import RedraftError
@@ -143,7 +143,7 @@ def parts(checkpoint: Checkpoint) -> Iterator[Part]:
 def _of_layer(copy: Copy, layer: LayerSpec, which: str) -> Iterator[Part]:
     """One part for each operation that such a layer has."""
     handed = copy.plain
-    absent = {"activate" if isinstance(layer.mlp, Experts) else "experts", *([] if layer.rotary else ["rope"])}
+    absent = {"activate" if isinstance(layer.mlp, Experts) else "experts", *([] if isinstance(layer.mixer, Attention) and layer.mixer.rotary else ["rope"])}
     for name, called in OPERATIONS.items():
         if name not in absent:
             yield Part(called if called in ONCE else called + which, "torch" if name in handed else "native")
@@ -167,7 +167,9 @@ def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], file: Path) -> 
 
 
 def _small(layer: LayerSpec) -> LayerSpec:
-    window = layer.window and min(layer.window, PROMPT // 2)
+    mixer = layer.mixer
+    if isinstance(mixer, Attention) and mixer.window:
+        mixer = replace(mixer, window=min(mixer.window, PROMPT // 2))
     mlp: Mlp | Experts
     if isinstance(layer.mlp, Experts):
         mlp = replace(
@@ -175,7 +177,7 @@ def _small(layer: LayerSpec) -> LayerSpec:
         )
     else:
         mlp = replace(layer.mlp, hidden=WIDTH)
-    return replace(layer, mlp=mlp, window=window)
+    return replace(layer, mlp=mlp, mixer=mixer)
 
 
 def _layers(spec: ModelSpec, layer: LayerSpec) -> str:

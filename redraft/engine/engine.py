@@ -81,9 +81,7 @@ class Engine:
             return self.emit()  # an interrupt after the last commit: what was found is reported first
         try:
             self.sync(running)  # newcomers that start at their sync point, and after an interrupt
-            plan = self.scheduler.plan(
-                self._sound(waiting), self._sound(running), self.memory
-            )  # pure: what runs, is admitted, is preempted
+            plan = self.scheduler.plan(self._sound(waiting), self._sound(running), self.memory)  # pure: who runs, waits, is preempted
             plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
             if not plan.work:
                 return self.emit()
