@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "adding.md"
 START, END = "<!-- diffs: written by docs/adding_diffs.py -->", "<!-- end of diffs -->"
 SHOWN = {  # seam -> method, its file, what of it is shown
-    "keep": ("streaming-llm", "redraft/kv/keep/streaming_llm.py", ("Streaming", "StreamingLLM")),
-    "codec": ("int8", "redraft/kv/codec/int8.py", ("Int8", "Int8Units", "_encode")),
-    "read": ("page-top-k", "redraft/kv/read/page_top_k.py", ("PageTopK",)),
+    "keep": ("streaming-llm", "redraft/kv/eviction/streaming_llm.py", ("Streaming", "StreamingLLM")),
+    "codec": ("int8", "redraft/kv/quantization/int8.py", ("Int8", "Int8Units", "_encode")),
+    "read": ("page-top-k", "redraft/kv/sparse_attention/page_top_k.py", ("PageTopK",)),
     "reuse": ("pie", "redraft/kv/reuse/pie.py", ("PIE",)),
-    "depth": ("layer-skip", "redraft/depth/layer_skip.py", ("UnifiedLayerSkipping",)),
+    "depth": ("layer-skip", "redraft/layer_skipping/layer_skip.py", ("UnifiedLayerSkipping",)),
 }
 
 
@@ -28,13 +28,13 @@ def added(path: str, names: tuple[str, ...]) -> list[str]:
     for node in ast.parse(source).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in names:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            told = {
+            reported = {
                 line
                 for part in ast.walk(node)
                 if isinstance(part, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(part)
                 for line in range(part.body[0].lineno, (part.body[0].end_lineno or 0) + 1 + isinstance(part, ast.ClassDef))
             }
-            found += ["", *(lines[i - 1] for i in range(first, (node.end_lineno or 0) + 1) if i not in told)]
+            found += ["", *(lines[i - 1] for i in range(first, (node.end_lineno or 0) + 1) if i not in reported)]
     return found[1:]
 
 

@@ -100,7 +100,7 @@ def page() -> str:
         "out = runner.forward(batch, taps)",
         f"    argmax     {out.argmax.tolist()}      what the model wants after the pending token and after each node",
         "",
-        "accepted = finish(verifier.accept(trees, law))",
+        "accepted = finish(verifier.accept(trees, distribution))",
         f"    path       {list(accepted.path)}      nodes that carry what the model wanted",
         f"    tokens     {list(accepted.tokens)}  {decode(list(accepted.tokens))!r}      the path's and the bonus",
         "",

@@ -10,8 +10,8 @@ class Guarantee(IntEnum):
     """From strongest to weakest, so that the guarantee of a configuration is the `max` of its parts."""
 
     SAME_TEXT = 0  # the tokens of the plain loop with the same seed
-    SAME_TEXT_GREEDY = 1  # the same at temperature 0, the same law otherwise
-    SAME_LAW = 2  # the target's distribution, other tokens
+    SAME_TEXT_GREEDY = 1  # the same at temperature 0, the same distribution otherwise
+    SAME_DISTRIBUTION = 2  # the target's distribution, other tokens
     NEAR = 3  # small numerical differences, bounded and stated
     LOSSY = 4  # changes the text by design
     NONE = 5

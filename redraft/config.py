@@ -56,7 +56,7 @@ def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
 def _allowed(field: FieldInfo) -> str:
     """The whole range of a number, not only the end of it that was missed."""
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    found = (f"{told} {getattr(rule, name):g}" for rule in field.metadata for name, told in words.items() if hasattr(rule, name))
+    found = (f"{reported} {getattr(rule, name):g}" for rule in field.metadata for name, reported in words.items() if hasattr(rule, name))
     return f"must be {' and '.join(found)}"
 
 

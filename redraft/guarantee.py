@@ -12,7 +12,7 @@ def weakest(**methods: str | None) -> Guarantee:
     """The weakest guarantee of methods given as seam="name:option=value,...". None chooses no method.
 
     >>> weakest(draft="none", verify="rejection", keep=None).label
-    'same-law'
+    'same-distribution'
     """
     chosen = [(seam, registry.parse(text)[0]) for seam, text in methods.items() if text is not None]
     cards: list[Card] = [cast(Any, registry.method(seam, name)).card for seam, name in chosen]

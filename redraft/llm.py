@@ -79,7 +79,7 @@ class LLM:
             checkpoint.spec,
             weights,
             setup.backend,
-            setup.slabs,
+            setup.blocks,
             sharing=config.cache.prefix_sharing,
             source=checkpoint.path,
             draft_model=config.draft_model,

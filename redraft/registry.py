@@ -29,20 +29,20 @@ METHODS: dict[str, dict[str, str]] = {
         "vocabtrim": "redraft.draft.vocabtrim:VocabTrim",
     },
     "codec": {
-        "int4": "redraft.kv.codec.int4:Int4",
-        "int8": "redraft.kv.codec.int8:Int8",
+        "int4": "redraft.kv.quantization.int4:Int4",
+        "int8": "redraft.kv.quantization.int8:Int8",
     },
     "depth": {
-        "layer-skip": "redraft.depth.layer_skip:UnifiedLayerSkipping",
+        "layer-skip": "redraft.layer_skipping.layer_skip:UnifiedLayerSkipping",
     },
     "keep": {
-        "ada-kv": "redraft.kv.keep.ada_kv:AdaKV",
-        "scissorhands": "redraft.kv.keep.scissorhands:Scissorhands",
-        "streaming-llm": "redraft.kv.keep.streaming_llm:StreamingLLM",
+        "ada-kv": "redraft.kv.eviction.ada_kv:AdaKV",
+        "scissorhands": "redraft.kv.eviction.scissorhands:Scissorhands",
+        "streaming-llm": "redraft.kv.eviction.streaming_llm:StreamingLLM",
     },
     "read": {
-        "double-sparsity": "redraft.kv.read.double_sparsity:DoubleSparsity",
-        "page-top-k": "redraft.kv.read.page_top_k:PageTopK",
+        "double-sparsity": "redraft.kv.sparse_attention.double_sparsity:DoubleSparsity",
+        "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
     },
     "reuse": {
         "pie": "redraft.kv.reuse.pie:PIE",

@@ -21,7 +21,7 @@ from redraft.sched.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of an engine and the size of its pool. config: with draft=auto resolved; slabs: pages of the pool."""
+    """The parts of an engine and the size of its pool. config: with draft=auto resolved; blocks: pages of the pool."""
 
     config: EngineConfig
     drafter: Drafter
@@ -29,7 +29,7 @@ class Setup:
     checkpoint: loader.Checkpoint
     backend: Backend
     max_model_len: int
-    slabs: int
+    blocks: int
 
     @classmethod
     def of(cls, config: EngineConfig) -> Setup:
@@ -46,10 +46,10 @@ class Setup:
         max_model_len = config.model.max_model_len or checkpoint.context
         if max_model_len > checkpoint.context:
             raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
-        slab_bytes = backend.slab_bytes(checkpoint.spec)
+        block_bytes = backend.block_bytes(checkpoint.spec)
         free, most = memory.limits(device), scheduler.max_seqs
-        slabs = memory.pool_slabs(config.cache, checkpoint, slab_bytes, max_model_len, max_seqs=most, free=free)
-        return cls(config, drafter, scheduler, checkpoint, backend, max_model_len, slabs)
+        blocks = memory.pool_blocks(config.cache, checkpoint, block_bytes, max_model_len, max_seqs=most, free=free)
+        return cls(config, drafter, scheduler, checkpoint, backend, max_model_len, blocks)
 
 
 def scheduler_of(config: EngineConfig, device: torch.device) -> Scheduler:

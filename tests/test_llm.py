@@ -153,8 +153,8 @@ def test_in_a_list_the_bad_ones_tell_their_error_and_the_rest_finish(llm: LLM) -
     for output, (_, _, message) in zip(found[1:-1], BAD.values(), strict=True):
         assert output.error is not None and "\n" not in output.error and not output.outputs and output.finished
         assert re.search(message, output.error)
-    told = {delta.prompt: delta for delta in llm.stream([PROMPTS[0], "", PROMPTS[1]], GREEDY) if delta.error}
-    assert list(told) == [1] and told[1].finish_reason == "error"
+    reported = {delta.prompt: delta for delta in llm.stream([PROMPTS[0], "", PROMPTS[1]], GREEDY) if delta.error}
+    assert list(reported) == [1] and reported[1].finish_reason == "error"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_an_error_in_mid_step_leaves_a_usable_engine(
 def test_ctrl_c_waits_for_the_steps_end(llm: LLM, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     truth = texts(llm)
     owner: Any = llm.runner if place == "forward" else llm.engine.drafter
-    right, calls, told = getattr(owner, place), 0, 0
+    right, calls, reported = getattr(owner, place), 0, 0
 
     def interrupted(*args: Any) -> Any:
         nonlocal calls
@@ -287,8 +287,8 @@ def test_ctrl_c_waits_for_the_steps_end(llm: LLM, place: str, monkeypatch: pytes
         patch.setattr(owner, place, interrupted)
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             for delta in llm.stream(PROMPTS, SAMPLED):
-                told += len(delta.token_ids)
-    assert calls == 4 and told >= 6, "the steps before were told"
+                reported += len(delta.token_ids)
+    assert calls == 4 and reported >= 6, "the steps before were reported"
     assert signal.getsignal(signal.SIGINT) is handler
     llm.engine.memory.check()
     assert llm.engine.memory.used() == 0
@@ -436,7 +436,7 @@ def test_what_the_pool_can_never_hold_is_refused() -> None:
         "embedded",
         dtype="float32",
         prefix_sharing=False,
-        cache_memory=33 * LLM("embedded", dtype="float32").runner.memory.paged.store.slab_bytes,
+        cache_memory=33 * LLM("embedded", dtype="float32").runner.memory.paged.store.block_bytes,
     )
     with pytest.raises(InvalidInput, match="ask for fewer max_tokens, or give the pool more memory"):
         llm.generate("x = 1", SamplingParams(max_tokens=1000, read="page-top-k:tokens=128"))

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from train import tokenizer as bpe
 
-TEMPERATURE = 0.5  # of the generation_config.json: what `redraft generate` samples with unless told otherwise
+TEMPERATURE = 0.5  # of the generation_config.json: what `redraft generate` samples with unless reported otherwise
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from redraft.models.runner import Runner
 from redraft.ops.format import PAGE, plain
 
 F64 = NDArray[np.float64]
-Tick = Callable[[str], None]  # told after each group of texts
+Tick = Callable[[str], None]  # reported after each group of texts
 Refused = dict[str, dict[float | None, str]]  # policy -> budget -> why it could not be had, in some task at least
 
 POLICIES = (
@@ -190,7 +190,7 @@ class Result:
 
     @property
     def retrieves(self) -> Interval | None:
-        """By how much an answer is likelier, under the whole cache, for being told in the context; None for running text."""
+        """By how much an answer is likelier, under the whole cache, for being reported in the context; None for running text."""
         return None if self.control is None else bootstrap((self.full.logprobs - self.control.logprobs).mean(1))
 
 
@@ -298,10 +298,10 @@ def score(llm: LLM, task: Task, probes: Seq[Probe], choice: Choice, batch: int, 
             if output.error is not None or output.prompt_logprobs is None:
                 raise InvalidInput(f"{task.name}, {choice.label}: {output.error}")
             for place, first, last in probe.answers:
-                told = [one for one in output.prompt_logprobs[first:last] if one is not None]
-                assert len(told) == last - first
-                logprobs[probe.item, place] = np.mean([one.logprob for one in told])
-                right[probe.item, place] = all(one.rank == 1 for one in told)
+                reported = [one for one in output.prompt_logprobs[first:last] if one is not None]
+                assert len(reported) == last - first
+                logprobs[probe.item, place] = np.mean([one.logprob for one in reported])
+                right[probe.item, place] = all(one.rank == 1 for one in reported)
         tick(f"{task.name}: {choice.label}")
     assert not np.isnan(logprobs).any(), f"{task.name}: an item lacks an answer at some place"
     return Scores(logprobs, right)
@@ -331,10 +331,10 @@ def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
     does not add up."""
     prompt = llm.tokenizer.encode("def")[:8]
     params = SamplingParams(temperature=1, seed=0, max_tokens=tokens - len(prompt), ignore_eos=True, **choice.params)
-    text, slabs = Request("text", prompt, params), 3 * -(-tokens // llm.runner.memory.paged.table.page) // 2 + 1
-    engine = pool(llm, tokens, slabs)
+    text, blocks = Request("text", prompt, params), 3 * -(-tokens // llm.runner.memory.paged.table.page) // 2 + 1
+    engine = pool(llm, tokens, blocks)
     engine.add(text)
-    table, slab_bytes = engine.memory.paged.table, engine.memory.paged.store.slab_bytes
+    table, block_bytes = engine.memory.paged.table, engine.memory.paged.store.block_bytes
     used: list[int] = []
     while text.sequences[0].generated < tokens - len(prompt) - LAST:
         checked(engine.step())
@@ -345,7 +345,7 @@ def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
     beside = neighbour(engine, prompt, table.available() // 2 * table.page - REPLY)
     table.check()
     tick(f"memory: {choice.label}")
-    return Footprint(choice, tokens, peak * slab_bytes, round(steady * slab_bytes), beside)
+    return Footprint(choice, tokens, peak * block_bytes, round(steady * block_bytes), beside)
 
 
 def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
@@ -363,9 +363,9 @@ def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
     return beside
 
 
-def pool(llm: LLM, tokens: int, slabs: int) -> Engine:
+def pool(llm: LLM, tokens: int, blocks: int) -> Engine:
     """An engine over the same weights that goes on for `tokens` tokens, with a cache of its own."""
     own, engine = llm.runner, llm.engine
-    runner = Runner(own.spec, own.weights, own.backend, slabs, sharing=False, source=own.source)
+    runner = Runner(own.spec, own.weights, own.backend, blocks, sharing=False, source=own.source)
     drafter: Any = registry.create("draft", "none").open(runner, engine.sampler)
     return Engine(runner, engine.scheduler, drafter, engine.verifier.own, engine.sampler, max_model_len=tokens)

@@ -409,7 +409,7 @@ def generate(llm: LLM, group: Group) -> Run:
             run.fault = run.fault or found.stats.fault
             run.conversations[i].append(Turn(ids, found.token_ids))
             dialogues[i].reply(found.token_ids)
-    run.peak = sum(runner.memory.paged.table.peak * runner.memory.paged.store.slab_bytes for runner in runners)
+    run.peak = sum(runner.memory.paged.table.peak * runner.memory.paged.store.block_bytes for runner in runners)
     return run
 
 

@@ -42,23 +42,23 @@ def perplexity(logprob: float) -> float:
 
 def findings(measured: Measured, options: Options) -> list[str]:
     """What the figures show and, above all, what they cannot show."""
-    told = [*neutral(measured.results)]
+    reported = [*neutral(measured.results)]
     if (fewest := min(result.task.items for result in measured.results)) < ENOUGH:
-        told.append(f"{fewest} texts a task: with fewer than {ENOUGH} the spreads are too narrow to be trusted")
+        reported.append(f"{fewest} texts a task: with fewer than {ENOUGH} the spreads are too narrow to be trusted")
     for result in measured.results:
-        told += _finding(result)
+        reported += _finding(result)
     for policy, reasons in measured.refused.items():
-        told.append(f"left out where refused, {labels((policy, budget) for budget in reasons)}: {next(iter(reasons.values()))}")
+        reported.append(f"left out where refused, {labels((policy, budget) for budget in reasons)}: {next(iter(reasons.values()))}")
     if others := unmeasured(options):
-        told.append(f"not measured: {', '.join(others)}")
-    return told
+        reported.append(f"not measured: {', '.join(others)}")
+    return reported
 
 
 def _finding(result: Result) -> Iterator[str]:
     name, retrieves = result.task.name, result.retrieves
     if retrieves is not None:
         hits = f"accuracy {result.full.right.mean():.1%}, {result.task.chance:.1%} by chance"
-        gap = f"an answer gains {retrieves.mean:+.2f} nats a token by being told in the context ({span(retrieves)}); {hits}"
+        gap = f"an answer gains {retrieves.mean:+.2f} nats a token by being reported in the context ({span(retrieves)}); {hits}"
         if retrieves.low <= 0:
             yield f"{name}: says nothing of retrieval, for with its {WHOLE} too the model cannot tell which answer is right: {gap}"
         else:
@@ -119,11 +119,11 @@ def show(console: Console, llm: LLM, options: Options, measured: Measured) -> No
         console.print()
         console.print(Text(title, style="bold"))
         console.print(table)
-    told = Table.grid(padding=(0, 1, 0, 0))
+    reported = Table.grid(padding=(0, 1, 0, 0))
     for line in findings(measured, options):
-        told.add_row("-", line)
+        reported.add_row("-", line)
     console.print()
-    console.print(told)
+    console.print(reported)
 
 
 def _table(names: Seq[str]) -> Table:
@@ -207,7 +207,7 @@ def _task(result: Result) -> dict[str, Any]:
         "task": task.name,
         "texts": task.items,
         "longest": task.longest,
-        "gain_of_being_told": None if retrieves is None else retrieves._asdict(),
+        "gain_of_being_reported": None if retrieves is None else retrieves._asdict(),
         "chance": task.chance if task.retrieval else None,
         "rows": [
             {
@@ -337,7 +337,7 @@ def _by_place(axis: Any, result: Result, styles: dict[str, Any]) -> None:
 
 
 def _cut(axis: Any, whole: float) -> None:
-    """A policy that ruins the text leaves the panel, so that the others can be told apart."""
+    """A policy that ruins the text leaves the panel, so that the others can be reported apart."""
     axis.set_ylim(top=min(axis.get_ylim()[1], BEYOND * whole))
 
 

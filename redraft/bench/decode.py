@@ -296,8 +296,8 @@ def _explain(found: Comparison, asked: Asked) -> None:
         if found.base.worker is not None and not found.stopped:  # else it may be in the middle of a measurement
             prompt = asked.prompt(asked.context) + mine[:at]
             try:
-                told = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
-                engine.differs |= told
+                reported = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
+                engine.differs |= reported
             except Lost as error:
                 found.base.lost = f"margin: {error}"
 
@@ -418,11 +418,11 @@ def show(console: Console, found: Comparison) -> None:
         f"{found.model}: {o.rounds} rounds in turns, {o.workers} threads each{f', {o.isa} only' if o.isa else ''}; "
         f"medians, in brackets least and most\n{machine['cpu']}, {machine['cores']} cores; limits: {_limits(found)}"
     )
-    told = Table.grid(padding=(0, 1, 0, 0))
+    reported = Table.grid(padding=(0, 1, 0, 0))
     for note in notes(found):
-        told.add_row("-", note)
+        reported.add_row("-", note)
     console.print(Group(Text(head, style="bold"), *(part for title, table in _tables(found) for part in (Text(), Text(title), table))))
-    console.print(Group(Text(), told))
+    console.print(Group(Text(), reported))
 
 
 def _limits(found: Comparison) -> str:
@@ -550,22 +550,22 @@ def document(found: Comparison) -> dict[str, Any]:
 
 
 def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
-    def told(spread: Spread | None) -> dict[str, float] | None:
+    def reported(spread: Spread | None) -> dict[str, float] | None:
         return None if spread is None else spread._asdict()
 
     summary: dict[str, Any] = {}
     for measure in ("decode", "prefill"):
         summary[measure] = {
-            "seconds": told(Spread.of(seconds(engine, measure))),
-            "speed_of_base": told(speed_of_base(found, engine, measure)),
-            "share_of_limit": told(share(found, engine, measure)),
+            "seconds": reported(Spread.of(seconds(engine, measure))),
+            "speed_of_base": reported(speed_of_base(found, engine, measure)),
+            "share_of_limit": reported(share(found, engine, measure)),
         }
-    summary["outside_kernels"] = told(outside(engine))
+    summary["outside_kernels"] = reported(outside(engine))
     summary["steps"] = {
         rows: {
-            "seconds": told(Spread.of(seconds(engine, "steps", rows))),
-            "of_one_row": told(over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))),
-            "speed_of_base": told(speed_of_base(found, engine, "steps", rows)),
+            "seconds": reported(Spread.of(seconds(engine, "steps", rows))),
+            "of_one_row": reported(over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))),
+            "speed_of_base": reported(speed_of_base(found, engine, "steps", rows)),
         }
         for rows in found.options.rows
     }

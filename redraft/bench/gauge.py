@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from redraft.core.law import Law
+from redraft.core.distribution import Distribution
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
-from redraft.core.tree import Kind, NoLaw, TokenTree
+from redraft.core.tree import Kind, NoDistribution, TokenTree
 from redraft.verify.bound import gauge
 from redraft.verify.verifier import Rejecting
 
@@ -42,18 +42,18 @@ class Gauged:
     visited: int = 0
     found: list[tuple[float, float]] = field(default_factory=list)
 
-    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
-        accepted = self.inner.accept(trees, law)
-        for root, tree, one in zip(law.roots.tolist(), trees, accepted, strict=True):
+    def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
+        accepted = self.inner.accept(trees, distribution)
+        for root, tree, one in zip(distribution.roots.tolist(), trees, accepted, strict=True):
             for node in (-1, *one.path) if root >= 0 else ():
                 kind, drawn = Kind(tree.kinds[node + 1]), tree.drawn(node)
-                if kind is Kind.FIXED or not drawn or tree.laws is None:
+                if kind is Kind.FIXED or not drawn or tree.distributions is None:
                     continue
                 self.visited += 1
                 if self.visited % self.every == 0 and len(self.found) < MAX_NODES:
                     try:
-                        (p,), (q,) = law.probs([root + 1 + node]), tree.laws.probs([node + 1])
-                    except NoLaw:
+                        (p,), (q,) = distribution.probs([root + 1 + node]), tree.distributions.probs([node + 1])
+                    except NoDistribution:
                         continue  # a drafter that fails is named in the statistics, and must not end the comparison
                     self.found.append(gauge(self.inner, p, q, tree.tokens[drawn].tolist(), kind))
         return accepted

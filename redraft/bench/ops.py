@@ -116,7 +116,7 @@ class Measured:
 
 
 def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Measured:
-    """Everything, one operation after another; `tick` is told each of its rounds."""
+    """Everything, one operation after another; `tick` is reported each of its rounds."""
     spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
     limits.use_threads(options.threads)
     backends, refused = _backends(options, dtype)
@@ -246,16 +246,16 @@ def _attention(
         for name, backend in backends.items():
             size = 2.0 * cached * spec.kv_heads * spec.head_dim * width
             flops = 4.0 * count * rows * cached * layer.heads * spec.head_dim
-            told = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
-            lines.append(Line(title, name, told, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
+            reported = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
+            lines.append(Line(title, name, reported, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
     return lines
 
 
 def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int) -> Callable[[], object]:
     """One layer of `count` sequences that share `cached` tokens. Keys are zeros: how long it takes does not depend on them."""
-    slabs = -(-cached // PAGE) + count * (2 + rows // PAGE)
-    table = PageTable(slabs, len(spec.attention), spec.kv_heads)
-    store = Store(backend, spec, slabs)
+    blocks = -(-cached // PAGE) + count * (2 + rows // PAGE)
+    table = PageTable(blocks, len(spec.attention), spec.kv_heads)
+    store = Store(backend, spec, blocks)
     cached -= cached % PAGE if count > 1 else 0  # whole pages are shared
     works = []
     for i in range(count):

@@ -143,7 +143,10 @@ def parts(checkpoint: Checkpoint) -> Iterator[Part]:
 def _of_layer(copy: Copy, layer: LayerSpec, which: str) -> Iterator[Part]:
     """One part for each operation that such a layer has."""
     handed = copy.plain
-    absent = {"activate" if isinstance(layer.mlp, Experts) else "experts", *([] if isinstance(layer.mixer, Attention) and layer.mixer.rotary else ["rope"])}
+    absent = {
+        "activate" if isinstance(layer.mlp, Experts) else "experts",
+        *([] if isinstance(layer.mixer, Attention) and layer.mixer.rotary else ["rope"]),
+    }
     for name, called in OPERATIONS.items():
         if name not in absent:
             yield Part(called if called in ONCE else called + which, "torch" if name in handed else "native")

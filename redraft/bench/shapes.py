@@ -130,7 +130,7 @@ def spec_of(model: str) -> ModelSpec:
 
 
 def checkpoint(model: str, tick: Tick = lambda what: None) -> Path:
-    """The folder with the weights of a model or shape; a shape's are written on first use. `tick` is told what is written."""
+    """The folder with the weights of a model or shape; a shape's are written on first use. `tick` is reported what is written."""
     config = config_of(model)
     if config is None:
         return loader.resolve(model)
@@ -156,8 +156,8 @@ def folder_name(model: str, config: dict[str, Any]) -> str:
     """Another config or another way of drawing gets another folder."""
     path = Path(model)
     name = model if model in SHAPES else path.stem if path.suffix == ".json" else path.resolve().name
-    told = json.dumps([VERSION, SPREAD, GAIN, config], sort_keys=True).encode()
-    return f"{name}-{hashlib.sha256(told).hexdigest()[:10]}"
+    reported = json.dumps([VERSION, SPREAD, GAIN, config], sort_keys=True).encode()
+    return f"{name}-{hashlib.sha256(reported).hexdigest()[:10]}"
 
 
 def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = SHARD, tick: Tick = lambda what: None) -> None:
@@ -172,9 +172,9 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = S
     written = 0
     files: list[tuple[str, list[str]]] = []
     held: dict[str, Tensor] = {}
-    for i, (name, shape, law) in enumerate(_stored(spec)):
+    for i, (name, shape, distribution) in enumerate(_stored(spec)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        tensor = torch.empty(shape, dtype=dtype).normal_(*law, generator=generator)
+        tensor = torch.empty(shape, dtype=dtype).normal_(*distribution, generator=generator)
         if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > shard:
             files.append(_save(folder, held, len(files)))
             held = {}
@@ -209,11 +209,11 @@ def _stored(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[float
     for name, shape in spec.shapes().items():
         source = spec.source(name)
         matrix = name.startswith("layers.") and len(shape) == 2
-        law = float("norm.weight" in name), GAIN / math.sqrt(shape[-1]) if matrix else SPREAD
+        distribution = float("norm.weight" in name), GAIN / math.sqrt(shape[-1]) if matrix else SPREAD
         rows = source.rows or (shape[0] // len(source.names),) * len(source.names)
         for part, count in zip(source.names, rows, strict=True):
             stored = (count, *shape[1:])
-            yield part, stored[::-1] if source.transposed else stored, law
+            yield part, stored[::-1] if source.transposed else stored, distribution
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], number: int) -> tuple[str, list[str]]:

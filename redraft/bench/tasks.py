@@ -185,8 +185,8 @@ def needle(spell: Spell, texts: Seq[list[int]], start: list[int], length: int, c
     for i, (filler, (asks, word, other)) in enumerate(zip(pieces(texts, room, count), drawn)):
         for place, depth in enumerate(DEPTHS):
             at = round(depth * room)
-            for made, told in ((probes, word), (controls, other)):
-                context = [*start, *filler[:at], *asks, *told, *end, *filler[at:]]
+            for made, reported in ((probes, word), (controls, other)):
+                context = [*start, *filler[:at], *asks, *reported, *end, *filler[at:]]
                 made.append(_asked(i, context, [(place, asks, word)]))
     return Task("needle", tuple(f"depth {depth:.0%}" for depth in DEPTHS), probes, controls)
 

@@ -34,7 +34,7 @@ class PageView:
     of the same tail wrote; chain[s]: chain rows of the whole tail, so node j has slot lengths + chain + j;
     fresh: pages handed out by this reserve, to be zeroed; positions[s]: None while slot i holds
     position i, else one i32[length] a lane; coded[s]: i32[lanes, m] pages that hold a lane's first 32 m slots in the
-    sequence's block format, in front of pages[s]; states: one entry for each memory of fixed size.
+    sequence's format of coded pages, in front of pages[s]; states: one entry for each memory of fixed size.
     """
 
     kinds: list[Lanes]
@@ -200,4 +200,4 @@ def _view(seq: Sequence, deepest: int) -> View | None:
     chosen = seq.cache
     read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.least else None
     window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
-    return View(chosen.format, chosen.block, window, read) if (chosen.format or chosen.block or window or read) else None
+    return View(chosen.format, chosen.coded, window, read) if (chosen.format or chosen.coded or window or read) else None

@@ -11,7 +11,7 @@ from redraft.core.tree import TokenTree
 
 if TYPE_CHECKING:
     from redraft.core.batch import Batch
-    from redraft.core.law import Law
+    from redraft.core.distribution import Distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +72,4 @@ class StepResult:
     batch: Batch
     accepted: list[Accepted]
     out: Any
-    law: Law
+    distribution: Distribution

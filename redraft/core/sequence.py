@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from redraft.config import SamplingParams
-from redraft.core.law import TopLogprobs
+from redraft.core.distribution import TopLogprobs
 from redraft.core.tree import F64
 from redraft.core.view import Window
 
 if TYPE_CHECKING:
-    from redraft.kv.keep.keep import OpenKeep
-    from redraft.kv.read.read import OpenRead
+    from redraft.kv.eviction.eviction import OpenKeep
     from redraft.kv.reuse.reuse import OpenReuse, Span
+    from redraft.kv.sparse_attention.sparse_attention import OpenRead
 
 NEVER = 1 << 30  # tokens: more than any text has
 
@@ -41,8 +41,8 @@ class CachePlan:
     """How the cache of a text is stored, evicted from and read: what its request chose, opened, and what follows from that.
 
     keep: the eviction policy; read: the sparse attention; reuse: how the cache of an edited text is taken over; each None where none
-    was chosen. lanes: the lanes of the sequence. format, block: names of page formats, empty for keys and values as they are (see
-    View); encoded: each time that so many more tokens are stored, full pages change from `format` to `block`. window: what rows see,
+    was chosen. lanes: the lanes of the sequence. format, coded: names of page formats, empty for keys and values as they are (see
+    View); encoded: each time that so many more tokens are stored, full pages change from `format` to `coded`. window: what rows see,
     None for all. max_slots: committed slots of a lane, at most. shareable_tokens: leading tokens whose pages depend on these tokens
     alone, before the sequence lowers it. endless: positions may exceed the trained context, because distances within the cache never
     do. layers: those that rows after the context run, None for all.
@@ -53,7 +53,7 @@ class CachePlan:
     reuse: OpenReuse | None = None
     lanes: Lanes = Lanes.SHARED
     format: str = ""
-    block: str = ""
+    coded: str = ""
     encoded: int = NEVER
     window: Window | None = None
     max_slots: int = NEVER

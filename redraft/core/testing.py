@@ -25,7 +25,7 @@ def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None =
 
 
 def work(tokens: Iterable[int], *, stored: int = 0, rows: int | None = None, **params: Any) -> Work:
-    """Work on a fresh sequence; all pending rows unless told otherwise."""
+    """Work on a fresh sequence; all pending rows unless reported otherwise."""
     seq = sequence(tokens, stored=stored, **params)
     return Work(seq, seq.pending if rows is None else rows)
 

@@ -25,21 +25,21 @@ class Kind(IntEnum):
     children counts as FIXED."""
 
     FIXED = 0  # any way that does not look at the target's sample: n-gram, copy, table, top-k
-    IID = 1  # independent samples of the draft law
+    IID = 1  # independent samples of the draft distribution
     WITHOUT_REPLACEMENT = 2  # samples without replacement, in draw order
     TOP_PLUS_ONE = 3  # the likeliest k - 1 and one random from the rest
-    SINGLE = 4  # one sample of the draft law: the case of one child of the three before
+    SINGLE = 4  # one sample of the draft distribution: the case of one child of the three before
 
 
-class NoLaw(Exception):
-    """A law that was promised and cannot be told."""
+class NoDistribution(Exception):
+    """A distribution that was promised and cannot be reported."""
 
 
 class Probs(Protocol):
-    """Laws of the next token at some rows."""
+    """Distributions of the next token at some rows."""
 
     def probs(self, rows: Seq[int]) -> F64:
-        """f64[R, V], each row sums to 1. NoLaw where a drafter cannot tell what it drew from."""
+        """f64[R, V], each row sums to 1. NoDistribution where a drafter cannot tell what it drew from."""
         ...
 
 
@@ -48,7 +48,7 @@ class TokenTree:
     """Drafted nodes only, parents before children, siblings in draw order; parent -1 is the last pending row.
 
     tokens, parents: i32[N]; kinds: u8[N + 1], kinds[i + 1] says how node i's children were made, kinds[0] the root's.
-    laws: for sampled kinds, the law that they were drawn from; row i + 1 is that of node i's children, row 0 the root's.
+    distributions: for sampled kinds, the distribution that they were drawn from; row i + 1 is that of node i's children, row 0 the root's.
     draws: i32[D], the nodes in the order in which they were drawn, a node as often as it was drawn; None: each once, in
     order. origins: u16[N], which part of a union proposed each node; scores: f32[N], the drafter's own confidence.
     """
@@ -56,7 +56,7 @@ class TokenTree:
     tokens: I32
     parents: I32
     kinds: U8
-    laws: Probs | None = None
+    distributions: Probs | None = None
     draws: I32 | None = None
     origins: U16 | None = None
     scores: F32 | None = None
@@ -125,8 +125,8 @@ class TokenTree:
             raise ValueError("two siblings with the same token")
         if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
             raise ValueError(f"draws are not of the {n} nodes, each at least once: {self.draws.tolist()}")
-        if self.laws is None and (self.kinds != Kind.FIXED).any():
-            raise ValueError("sampled children without the law that they were drawn from")
+        if self.distributions is None and (self.kinds != Kind.FIXED).any():
+            raise ValueError("sampled children without the distribution that they were drawn from")
         if (deepest := int(self.depths().max())) > depth:
             raise ValueError(f"{deepest} levels for a budget of {depth}")
 

@@ -28,11 +28,11 @@ class Watch(NamedTuple):
 
 
 class View(NamedTuple):
-    """format, block: names of the formats of the pages that are written and of those that were encoded (ops/format.py), empty
+    """format, coded: names of the formats of the pages that are written and of those that were encoded (ops/format.py), empty
     for keys and values as they are; window: see Window; read: an opened method that chooses among the visible keys (Select in
     ops/backend.py), where it is in force in this step."""
 
     format: str = ""
-    block: str = ""
+    coded: str = ""
     window: Window | None = None
     read: Any | None = None

@@ -4,7 +4,7 @@ Yaniv Leviathan, Matan Kalman, Yossi Matias: Fast Inference from Transformers vi
 arXiv 2211.17192; the stopping rule: Kaixuan Huang, Xudong Guo, Mengdi Wang: SpecDec++: Boosting Speculative Decoding via
 Adaptive Candidate Lengths, 2024, arXiv 2405.19715.
 
-1. Sample a token from the draft's law (the likeliest at temperature 0).
+1. Sample a token from the draft's distribution (the likeliest at temperature 0).
 2. Multiply its probability into the chance that all tokens so far are accepted.
 3. Stop behind it where the chance of a rejection exceeds `stop`, or at `length` tokens. No token is ever withdrawn.
 
@@ -49,11 +49,11 @@ class DraftModel(SecondModel):
     def grow(self, tree: Sketch) -> Iterator[None]:
         node, sure = -1, 1.0
         for drafted in range(1, min(self.length, tree.room) + 1):
-            law = tree.law(node)
-            if (place := law.nth(0)) is None:
+            distribution = tree.distribution(node)
+            if (place := distribution.nth(0)) is None:
                 return
             node = tree.add(node, place)  # 1.
-            sure *= float(np.exp(law.logq[place]))  # 2.
+            sure *= float(np.exp(distribution.logq[place]))  # 2.
             if not tree.open(node) or (drafted >= self.least and 1 - sure > self.stop):
                 return  # 3.
             yield

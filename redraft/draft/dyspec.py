@@ -9,7 +9,7 @@ Structure, 2024, arXiv 2410.11744.
    among the tokens left.
 3. Open a slot for the child's own first child, of value v R, and one for its next sibling, of value v (1 - R).
 
-Differs: a child's law needs a forward of the draft, made for all new nodes when the first of them is wanted; with
+Differs: a child's distribution needs a forward of the draft, made for all new nodes when the first of them is wanted; with
 threshold > 0 only slots above it are used, level by level, which takes one forward a level (the paper's faster variant).
 """
 
@@ -31,7 +31,7 @@ from redraft.options import number
 
 class Slot(NamedTuple):
     """Ordered by falling value, then by node: minus the value, the node whose child it would be, which child, and the
-    probability that its law still holds behind the children before."""
+    probability that its distribution still holds behind the children before."""
 
     minus: float
     node: int
@@ -58,7 +58,7 @@ class DySpec(SecondModel):
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         heap, later = [Slot(-1.0, -1)], list[Slot]()  # 1.
-        known = 0  # nodes whose laws are there
+        known = 0  # nodes whose distributions are there
         room = min(self.nodes, tree.room)
         while room and (heap or later):
             if not heap:  # with a threshold: the level is done
@@ -71,11 +71,11 @@ class DySpec(SecondModel):
             if slot.node >= known:
                 yield
                 known = len(tree.tokens)
-            law = tree.law(slot.node)
-            place = law.nth(slot.child)
+            distribution = tree.distribution(slot.node)
+            place = distribution.nth(slot.child)
             if place is None:
                 continue
-            q = float(np.exp(law.logq[place]))
+            q = float(np.exp(distribution.logq[place]))
             chance = min(1.0, q / slot.left) if slot.left > 0 else 1.0
             child = tree.add(slot.node, place)
             room -= 1

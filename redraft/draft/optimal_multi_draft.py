@@ -4,7 +4,7 @@ Zhengmian Hu, Tong Zheng, Vignesh Viswanathan, Ziyi Chen, Ryan A. Rossi, Yihan W
 Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779 (greedy drafting).
 
 1. The first `children` - 1 children of a node are the likeliest tokens of the draft, in order.
-2. The last one is drawn from the draft's law of the rest.
+2. The last one is drawn from the draft's distribution of the rest.
 
 Differs: the paper studies one node; here every node of `depth` levels is drawn like that, and the last nodes of a level
 get fewer children or none where the budget is short.
@@ -48,7 +48,7 @@ class OptimalMultiDraft(SecondModel):
             above, level = level, []
             for parent in above:
                 if tree.open(parent) and (children := min(self.children, tree.room)):
-                    law = tree.law(parent)
-                    likeliest = law.likeliest(children - 1)  # 1.
-                    rest = [place for place in law.best(children) if place not in likeliest][:1]  # 2.
+                    distribution = tree.distribution(parent)
+                    likeliest = distribution.likeliest(children - 1)  # 1.
+                    rest = [place for place in distribution.best(children) if place not in likeliest][:1]  # 2.
                     level += [tree.add(parent, place) for place in (*likeliest, *rest)]

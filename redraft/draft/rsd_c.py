@@ -54,5 +54,5 @@ class RSDC(SecondModel):
                 tree.add(parent, place)
                 for parent in level
                 if tree.open(parent)
-                for place in tree.law(parent).best(min(width, tree.room))  # 1. and 2.
+                for place in tree.distribution(parent).best(min(width, tree.room))  # 1. and 2.
             ]

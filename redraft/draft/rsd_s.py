@@ -53,11 +53,11 @@ class RSDS(SecondModel):
             found: list[tuple[float, float, int, int]] = []  # psi, phi, parent, place
             for node, phi, psi in beam:
                 if tree.open(node):
-                    law = tree.law(node)
-                    if not (places := law.best(self.width)):  # a child beyond its parent's `width` best cannot be kept
+                    distribution = tree.distribution(node)
+                    if not (places := distribution.best(self.width)):  # a child beyond its parent's `width` best cannot be kept
                         continue
-                    own = phi + law.logq[places]
-                    perturbed = own if tree.greedy else condition(phi + law.keys[places], psi)  # 2.
+                    own = phi + distribution.logq[places]
+                    perturbed = own if tree.greedy else condition(phi + distribution.keys[places], psi)  # 2.
                     found += zip(perturbed.tolist(), own.tolist(), [node] * len(places), places, strict=True)
             kept = top(np.array([psi for psi, _, _, _ in found]), min(self.width, tree.room, len(found)))  # 3.
             beam = [(tree.add(found[i][2], found[i][3]), found[i][1], found[i][0]) for i in kept.tolist()]

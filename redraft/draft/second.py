@@ -31,7 +31,7 @@ LIKELIEST = 128  # tokens that are looked at behind a node at temperature 0, and
 
 
 @dataclass(eq=False, slots=True)
-class Twin:
+class Sibling:
     """One text as the drafting model's table holds it. sketch, packed: the tree whose first nodes are its tail; work: how
     its tail began."""
 
@@ -44,7 +44,7 @@ class Twin:
 _numbers = itertools.count()
 
 
-def shadow(seq: Sequence, tokens: Seq[int]) -> Sequence:
+def mirror(seq: Sequence, tokens: Seq[int]) -> Sequence:
     """A sequence for the second model's table, of which the prompt is not reported. It has a number of
     its own, because several drafters may share the model."""
     request = seq.request
@@ -83,14 +83,14 @@ class Leveller(Stateless):
         """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the model sees
         nothing of it."""
         whole = self.runner.weights
-        if whole.head.hollow:  # a model that is only looked at
+        if whole.head.meta:  # a model that is only looked at
             return
         keep = keep[keep < whole.head.outs]  # checkpoints of one vocabulary are padded to different sizes
         self.runner = copy(self.runner)  # same memory and layers
         self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
 
-    def _grow(self, growing: list[tuple[int, Twin, Iterator[None]]]) -> None:
+    def _grow(self, growing: list[tuple[int, Sibling, Iterator[None]]]) -> None:
         """Level by level, all together, until no generator asks for more."""
         while growing:
             asking = []
@@ -141,30 +141,30 @@ class Leveller(Stateless):
 
 
 class Grower(Leveller):
-    """The opened form of every drafter with a second model: state of a request is its Twin."""
+    """The opened form of every drafter with a second model: state of a request is its Sibling."""
 
     # ---- one text
 
-    def begin(self, seq: Sequence) -> Twin:
-        twin = shadow(seq, seq.tokens if self._knows(seq.tokens) else [])
-        self.memory.open(twin)
+    def begin(self, seq: Sequence) -> Sibling:
+        sibling = mirror(seq, seq.tokens if self._knows(seq.tokens) else [])
+        self.memory.open(sibling)
         try:
-            if twin.tokens:
-                self.memory.attach(twin, self.memory.match(twin.tokens, seq.request.salt))
+            if sibling.tokens:
+                self.memory.attach(sibling, self.memory.match(sibling.tokens, seq.request.salt))
         except BaseException:
-            self.memory.free(twin)
+            self.memory.free(sibling)
             raise
-        return Twin(twin)
+        return Sibling(sibling)
 
-    def fork(self, state: Twin, seq: Sequence) -> Twin:
+    def fork(self, state: Sibling, seq: Sequence) -> Sibling:
         self._forget(state)
-        twin = shadow(seq, state.seq.tokens)
+        sibling = mirror(seq, state.seq.tokens)
         if self.memory.available() < 1:  # the partial page is copied; without one the text is read again
             return self.begin(seq)
-        self.memory.fork(state.seq, twin)
-        return Twin(twin)
+        self.memory.fork(state.seq, sibling)
+        return Sibling(sibling)
 
-    def end(self, state: Twin) -> None:
+    def end(self, state: Sibling) -> None:
         state.sketch = state.work = None
         self.memory.free(state.seq)
 
@@ -173,28 +173,28 @@ class Grower(Leveller):
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A tree for each sequence whose text the second model has read; the rest it reads on."""
         trees = [EMPTY] * len(seqs)
-        growing: list[tuple[int, Twin, Iterator[None]]] = []
+        growing: list[tuple[int, Sibling, Iterator[None]]] = []
         works: list[Work] = []
-        drafting: list[tuple[int, Twin] | None] = []  # beside works
+        drafting: list[tuple[int, Sibling] | None] = []  # beside works
         left, free = CHUNK, self.memory.available()
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
-            state: Twin = seq.state[self]
+            state: Sibling = seq.state[self]
             self._forget(state)
-            twin = state.seq
-            if not self._knows(new := seq.tokens[len(twin.tokens) :]):
+            sibling = state.seq
+            if not self._knows(new := seq.tokens[len(sibling.tokens) :]):
                 continue
-            twin.tokens += new
-            depth = min(budget.depth, self.runner.spec.context - len(twin.tokens))
-            rows = min(twin.pending, left)
-            whole = rows == twin.pending and min(budget.rows, depth) > 0
+            sibling.tokens += new
+            depth = min(budget.depth, self.runner.spec.context - len(sibling.tokens))
+            rows = min(sibling.pending, left)
+            whole = rows == sibling.pending and min(budget.rows, depth) > 0
             room = budget.rows if whole else 0
-            while room and self.memory.need(twin, rows + room) > free:
+            while room and self.memory.need(sibling, rows + room) > free:
                 room //= 2
-            need = self.memory.need(twin, rows + room)
+            need = self.memory.need(sibling, rows + room)
             if not rows or depth < 0 or need > free or (whole and not room):
                 continue
             left, free = left - rows, free - need
-            works.append(Work(twin, rows))
+            works.append(Work(sibling, rows))
             if whole:
                 state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler)
                 state.work, state.packed = works[-1], 0
@@ -223,7 +223,7 @@ class Grower(Leveller):
         """Commits what the target accepted of each tree, as far as its nodes were run."""
         works, kept = [], []
         for work, accepted in zip(result.work, result.accepted, strict=True):
-            state: Twin | None = work.seq.state.get(self)
+            state: Sibling | None = work.seq.state.get(self)
             if state is None or state.work is None or state.sketch is None:
                 continue
             tree, node, path = state.sketch.tree(), -1, []
@@ -249,7 +249,7 @@ class Grower(Leveller):
             for work in works:
                 self.memory.publish(work.seq)
 
-    def _forget(self, state: Twin) -> None:
+    def _forget(self, state: Sibling) -> None:
         """Drops the tail of a step that raised before its end."""
         self.memory.discard(state.seq)
         state.sketch = state.work = None

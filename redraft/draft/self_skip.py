@@ -29,7 +29,7 @@ from redraft.core.plan import Budget, Work
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
-from redraft.draft.second import Leveller, Twin
+from redraft.draft.second import Leveller, Sibling
 from redraft.draft.sketch import Drawing, Sketch
 from redraft.errors import InvalidInput
 from redraft.options import number
@@ -68,11 +68,11 @@ class SelfSkip(Drawing):
     def grow(self, tree: Sketch) -> Iterator[None]:
         node, sure = -1, 1.0
         for more in reversed(range(min(self.length, tree.room))):
-            law = tree.law(node)
-            if (place := law.nth(0)) is None:
+            distribution = tree.distribution(node)
+            if (place := distribution.nth(0)) is None:
                 return
             node = tree.add(node, place)
-            sure *= float(np.exp(law.logq[place]))
+            sure *= float(np.exp(distribution.logq[place]))
             if not more or not tree.open(node) or 1 - sure > self.stop:  # 3.
                 return
             yield
@@ -91,11 +91,11 @@ class Skipping(Leveller):
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A chain for each sequence that draws. Every tail is gone on return, also where something raises."""
         trees = [EMPTY] * len(seqs)
-        growing: list[tuple[int, Twin, Iterator[None]]] = []
+        growing: list[tuple[int, Sibling, Iterator[None]]] = []
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             if seq.pending == 1 and min(budget) > 0:
                 sketch = Sketch(seq, budget, self.method.kind, self.sampler)
-                growing.append((i, Twin(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
+                growing.append((i, Sibling(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
         if not growing:
             return trees
         sketches = [(i, state.sketch) for i, state, _ in growing if state.sketch is not None]

@@ -27,9 +27,9 @@ UNDERFLOW = 600.0  # nats below the likeliest token at which a token cannot be d
 Noise = Callable[[int, I64], F64]
 
 
-class NextLaw:
-    """The draft's law of the token behind one node. ids: i64[M], ascending, the tokens that have mass; logq: f64[M], log of
-    the law that children are drawn from; noise: the key of the node's own noise, None at temperature 0; total: log of the
+class NextDistribution:
+    """The draft's distribution of the token behind one node. ids: i64[M], ascending, the tokens that have mass; logq: f64[M], log of
+    the distribution that children are drawn from; noise: the key of the node's own noise, None at temperature 0; total: log of the
     sum of exp(values) over all tokens where these are some of them."""
 
     def __init__(
@@ -63,7 +63,7 @@ class NextLaw:
         """The place of the i-th sample without replacement, from 0; None where no token with mass is left."""
         while i >= len(self._order) < len(self.ids):
             if len(found := self.best(2 * (i + 1))) <= len(self._order):
-                raise ValueError("the draft's law holds NaN")
+                raise ValueError("the draft's distribution holds NaN")
             self._order = found
         return self._order[i] if i < len(self._order) else None
 
@@ -89,7 +89,7 @@ class Sketch:
         self.depths: list[int] = []
         self.draws: list[int] = []
         self.scores: list[float] = []
-        self.laws: list[NextLaw] = []  # of node i at place i + 1
+        self.distributions: list[NextDistribution] = []  # of node i at place i + 1
         self._children: dict[tuple[int, int], int] = {}
         self._noise: dict[int, F64] = {}
         self._ends = frozenset() if seq.params.ignore_eos else sampler.vocabulary.eos
@@ -105,18 +105,18 @@ class Sketch:
     def greedy(self) -> bool:
         return self.seq.params.greedy
 
-    def law(self, node: int) -> NextLaw:
-        return self.laws[node + 1]
+    def distribution(self, node: int) -> NextDistribution:
+        return self.distributions[node + 1]
 
     def open(self, node: int) -> bool:
         """Whether `node` may have children: it is not as deep as allowed, and its token does not end the text."""
         return node < 0 or (self.depths[node] < self.budget.depth and self.tokens[node] not in self._ends)
 
     def add(self, parent: int, place: int) -> int:
-        """A child of `parent` that carries the token at `place` of its law: the node, an old one where it has that token
+        """A child of `parent` that carries the token at `place` of its distribution: the node, an old one where it has that token
         already (one more draw of it)."""
-        law = self.law(parent)
-        token = int(law.ids[place])
+        distribution = self.distribution(parent)
+        token = int(distribution.ids[place])
         if (node := self._children.setdefault((parent, token), len(self.tokens))) < len(self.tokens):
             self.draws.append(node)
             return node
@@ -124,7 +124,7 @@ class Sketch:
         self.tokens.append(token)
         self.parents.append(parent)
         self.depths.append(depth + 1)
-        self.scores.append(above * float(np.exp(law.logq[place])))
+        self.scores.append(above * float(np.exp(distribution.logq[place])))
         self.draws.append(node)
         return node
 
@@ -139,7 +139,7 @@ class Sketch:
         return self._noise[noise]
 
     def learn(self, node: int, values: F64, total: float | None = None) -> None:
-        """The drafting model's logits behind `node`; total: see NextLaw."""
+        """The drafting model's logits behind `node`; total: see NextDistribution."""
         path: list[int] = []
         at = node
         while at >= 0:
@@ -155,7 +155,7 @@ class Sketch:
                 # Nodes of one depth must not share noise where coins are tossed: how many children one gets may depend on
                 # what another drew, which would tell of its own next draw.
                 noise = mix(noise, *path)
-        self.laws.append(NextLaw(row.ids, row.values, noise, target=target, total=total, noise_of=self._gumbel))
+        self.distributions.append(NextDistribution(row.ids, row.values, noise, target=target, total=total, noise_of=self._gumbel))
 
     def tree(self) -> TokenTree:
         n = len(self.tokens)
@@ -167,36 +167,36 @@ class Sketch:
             np.array(self.tokens, np.int32),
             np.array(self.parents, np.int32),
             kinds,
-            laws=None if self.kind is Kind.FIXED else Laws(self.laws, self.sampler.vocabulary.size),
+            distributions=None if self.kind is Kind.FIXED else Distributions(self.distributions, self.sampler.vocabulary.size),
             draws=np.array(self.draws, np.int32) if self.kind is Kind.IID else None,
             scores=np.array(self.scores, np.float32),
         )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Laws:
+class Distributions:
     """Probs of a sketch's nodes; dense rows are made when a verifier asks."""
 
-    laws: list[NextLaw]
+    distributions: list[NextDistribution]
     vocab: int
 
     def probs(self, rows: Seq[int]) -> F64:
         out = np.zeros((len(rows), self.vocab))
         for i, row in enumerate(rows):
-            law = self.laws[row]
-            q = np.exp(law.logq)
-            out[i, law.ids] = q / q.sum()
+            distribution = self.distributions[row]
+            q = np.exp(distribution.logq)
+            out[i, distribution.ids] = q / q.sum()
         return out
 
 
 @dataclass(frozen=True)
 class Drawing(Options):
-    """candidates: children are drawn from the likeliest so many tokens of the draft's law, renormalised; 0: from all."""
+    """candidates: children are drawn from the likeliest so many tokens of the draft's distribution, renormalised; 0: from all."""
 
     candidates: int = number(0, ge=0, kw_only=True)
 
     kind: ClassVar[Kind]
 
     def grow(self, tree: Sketch) -> Iterator[None]:
-        """Adds nodes; every yield asks for the laws behind all nodes added since."""
+        """Adds nodes; every yield asks for the distributions behind all nodes added since."""
         raise NotImplementedError

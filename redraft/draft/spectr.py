@@ -3,7 +3,7 @@
 Ziteng Sun, Ananda Theertha Suresh, Jae Hun Ro, Ahmad Beirami, Himanshu Jain, Felix Yu: SpecTr: Fast Speculative Decoding
 via Optimal Transport, 2023, arXiv 2310.15141.
 
-1. Draw `drafts` sequences of `length` tokens, each token from the draft's law behind the sequence so far.
+1. Draw `drafts` sequences of `length` tokens, each token from the draft's distribution behind the sequence so far.
 2. Merge them into a tree; a token drawn twice at a node is one node but stays two draws, which the rules count.
 
 Differs: at temperature 0 all sequences are the same chain; where the budget is short, the last draft ends early, and no
@@ -49,6 +49,6 @@ class SpecTr(SecondModel):
                 yield
             for node in dict.fromkeys(at):  # 2.
                 members = [d for d, own in enumerate(at) if own == node]
-                if tree.open(node) and len(tree.law(node).ids):
-                    for d, place in zip(members, tree.law(node).samples(members), strict=True):  # 1.
+                if tree.open(node) and len(tree.distribution(node).ids):
+                    for d, place in zip(members, tree.distribution(node).samples(members), strict=True):  # 1.
                         at[d] = tree.add(node, place)

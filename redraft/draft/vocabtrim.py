@@ -6,7 +6,7 @@ Speculative Decoding in LLMs, 2025, arXiv 2506.22694.
 1. Count the target's tokens in a text; best is what the target wrote on prompts like those to come.
 2. Keep the `keep` most frequent, ties by id, and those that no text may lack: ends of text, special tokens, newline, digits.
 3. The draft's head keeps their rows only. Its embedding stays whole.
-4. Elsewhere the draft's law is 0, so what it draws is always a kept token; the target's law is untouched.
+4. Elsewhere the draft's distribution is 0, so what it draws is always a kept token; the target's distribution is untouched.
 
 Differs: logits are spread over the whole vocabulary again before the request's processors, which know tokens by their ids;
 what is saved is the head's matrix product, not the passes over a row of logits.

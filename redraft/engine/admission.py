@@ -21,8 +21,8 @@ class Admission:
         self, runner: Runner, sampler: Sampler, drafter: Drafters, policies: Policies, *, max_model_len: int, spells: bool
     ) -> None:
         memory = runner.memory
-        if memory.slabs * memory.paged.table.page < max_model_len:
-            raise OutOfMemory(f"a pool of {memory.slabs} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
+        if memory.blocks * memory.paged.table.page < max_model_len:
+            raise OutOfMemory(f"a pool of {memory.blocks} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.memory, self.vocab = memory, runner.spec.vocab
         self.sampler, self.drafter, self.policies = sampler, drafter, policies
         self.max_model_len, self.spells = max_model_len, spells
@@ -101,8 +101,8 @@ class Admission:
     def _check_length(self, seq: Sequence) -> None:
         """Whether the pool could hold the whole text."""
         total = min(self.limit(seq), seq.prompt_len + (seq.params.max_tokens or self.max_model_len))
-        if (need := self.memory.need(seq, total)) > self.memory.slabs:
+        if (need := self.memory.need(seq, total)) > self.memory.blocks:
             raise InvalidInput(
-                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.memory.slabs}: ask for fewer"
+                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.memory.blocks}: ask for fewer"
                 " max_tokens, or give the pool more memory"
             )

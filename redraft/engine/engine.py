@@ -89,14 +89,14 @@ class Engine:
             pages = self.memory.reserve(plan.work, trees)  # every sequence's tentative tail
             batch = Batch.pack(plan.work, trees, pages)  # chain(pending) + draft, for every sequence
             out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
-            law = self.sampler.law(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
-            accepted = self.outputs.cut(plan.work, self.verifier.accept(plan.work, trees, law))  # at end of text, stop, max_tokens
+            distribution = self.sampler.distribution(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
+            accepted = self.outputs.cut(plan.work, self.verifier.accept(plan.work, trees, distribution))  # at end of text, stop, max_tokens
             moves = self.memory.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
         except BaseException as error:
             for seq in plan.seqs:
                 self.memory.discard(seq)
             return self.isolate(error, only)
-        result = StepResult(plan.work, trees, batch, accepted, out, law)
+        result = StepResult(plan.work, trees, batch, accepted, out, distribution)
         self.outputs.record(result)
         try:
             self.memory.move(moves)
@@ -251,7 +251,7 @@ class Engine:
         self.faults.call(seq, self._reset, seq)
 
     def _spare(self) -> int:
-        """Slabs that no text in progress needs."""
+        """Blocks that no text in progress needs."""
         return self.memory.available() - sum(self.memory.need(seq, seq.pending) for seq in self.running)
 
     def _start(self, seq: Sequence, matched: int) -> None:

@@ -15,11 +15,11 @@ import numpy as np
 from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
-from redraft.core.tree import EMPTY, F64, Kind, NoLaw, Probs, TokenTree
+from redraft.core.tree import EMPTY, F64, Kind, NoDistribution, Probs, TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.faults import Door
 
-TOLERANCE = 1e-6  # of the sum of a law
+TOLERANCE = 1e-6  # of the sum of a distribution
 LONGEST = 300  # letters of a fault: an absurd tree has an absurd description
 
 
@@ -94,18 +94,18 @@ class Guard:
             raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which it does not declare")
         if tree.origins is not None and (tree.origins.shape != tree.tokens.shape or (tree.origins >= len(self.names)).any()):
             raise ValueError(f"origins that are not one of {len(self.names)} parts for each node: {tree.origins.tolist()}")
-        return tree if tree.laws is None else replace(tree, laws=Guarded(self, seq, tree.laws))
+        return tree if tree.distributions is None else replace(tree, distributions=Guarded(self, seq, tree.distributions))
 
-    def laws(self, seq: Sequence, laws: Probs, rows: Seq[int]) -> F64:
-        """The laws at these rows; NoLaw where they are none, and then the sequence drafts no more."""
-        if (found := self.door.call(seq, self._laws, laws, rows)) is None:
-            raise NoLaw
+    def distributions(self, seq: Sequence, distributions: Probs, rows: Seq[int]) -> F64:
+        """The distributions at these rows; NoDistribution where they are none, and then the sequence drafts no more."""
+        if (found := self.door.call(seq, self._distributions, distributions, rows)) is None:
+            raise NoDistribution
         return found
 
-    def _laws(self, laws: Probs, rows: Seq[int]) -> F64:
-        found = np.asarray(laws.probs(rows), np.float64)
+    def _distributions(self, distributions: Probs, rows: Seq[int]) -> F64:
+        found = np.asarray(distributions.probs(rows), np.float64)
         if found.shape != (len(rows), self.vocab) or not (found >= 0).all() or (np.abs(found.sum(1) - 1) > TOLERANCE).any():
-            raise ValueError(f"what it drew from is no law over {self.vocab} tokens")
+            raise ValueError(f"what it drew from is no distribution over {self.vocab} tokens")
         return found
 
     def _drop(self, seq: Sequence, error: Exception) -> None:
@@ -116,11 +116,11 @@ class Guard:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Guarded:
-    """A tree's laws, checked when a verifier requests them: Probs."""
+    """A tree's distributions, checked when a verifier requests them: Probs."""
 
     guard: Guard
     seq: Sequence
     of: Probs
 
     def probs(self, rows: Seq[int]) -> F64:
-        return self.guard.laws(self.seq, self.of, rows)
+        return self.guard.distributions(self.seq, self.of, rows)

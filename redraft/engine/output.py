@@ -9,7 +9,7 @@ from itertools import repeat
 
 import numpy as np
 
-from redraft.core.law import TopLogprobs
+from redraft.core.distribution import TopLogprobs
 from redraft.core.plan import Accepted, StepResult, Work
 from redraft.core.sequence import FinishReason, Pooling, Request, Sequence
 from redraft.core.taps import NOTHING, Taps
@@ -206,7 +206,7 @@ class Outputs:
         if params.logprobs is not None:
             root = int(result.batch.roots[s])
             rows = [root, *(root + 1 + node for node in found.path)]
-            output.logprobs += result.law.logprobs(rows, found.tokens, params.logprobs)
+            output.logprobs += result.distribution.logprobs(rows, found.tokens, params.logprobs)
 
     def _record_prompt(self, w: Work, s: int, result: StepResult, k: int) -> None:
         """Each prompt row gives the entry of the token after it. Rows that run again after preemption add nothing."""
@@ -219,7 +219,7 @@ class Outputs:
         if wanted:
             place = {row: i for i, row in enumerate(result.batch.logit_rows.tolist())}
             ids = [seq.tokens[int(result.batch.positions[r]) + 1] for r in wanted]
-            entries += result.law.logprobs([place[r] for r in wanted], ids, k)
+            entries += result.distribution.logprobs([place[r] for r in wanted], ids, k)
 
     def _record_hidden(self, w: Work, s: int, result: StepResult, pooling: Pooling) -> None:
         """The prompt's hidden states after the final norm: the last row, or the sum of all, added one by one in float64 so that
@@ -267,5 +267,5 @@ def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) ->
     origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
     drafters = [*(names[origins[node]] for node in found.path), ""]
     made = [Provenance(step, drafter) for drafter in drafters[: len(found.tokens)]]
-    shown = tree if tree.laws is None else replace(tree, laws=None)  # which may hold rows of the vocabulary's size
+    shown = tree if tree.distributions is None else replace(tree, distributions=None)  # which may hold rows of the vocabulary's size
     return [replace(made[0], tree=shown, names=names, path=found.path), *made[1:]]

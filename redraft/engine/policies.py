@@ -13,14 +13,14 @@ from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
 from redraft.core.sequence import NEVER, PLAIN, CachePlan, Lanes, Sequence
 from redraft.core.view import Watch
-from redraft.depth.depth import OpenDepth
 from redraft.engine.faults import Door
 from redraft.engine.opened import Opened
 from redraft.errors import Unsupported
-from redraft.kv.codec.codec import OpenCodec
-from redraft.kv.keep.keep import OpenKeep
-from redraft.kv.read.read import OpenRead
+from redraft.kv.eviction.eviction import OpenKeep
+from redraft.kv.quantization.quantization import OpenCodec
 from redraft.kv.reuse.reuse import OpenReuse
+from redraft.kv.sparse_attention.sparse_attention import OpenRead
+from redraft.layer_skipping.layer_skipping import OpenDepth
 from redraft.models.runner import Runner
 from redraft.ops.backend import Feature
 from redraft.ops.format import Format, plain
@@ -71,7 +71,7 @@ class Policies:
             raise Unsupported(
                 f"{spec.family} has {spec.learned_positions} learned positions: keys cannot be numbered by their place in the cache"
             )
-        form, block = self._stored(codec, read)
+        form, coded = self._stored(codec, read)
         exact = Feature.BIT_EXACT in self.runner.backend.features  # else a plain request might have computed other bits
         count = len(spec.layers)
         window = None if keep is None else keep.window
@@ -79,9 +79,9 @@ class Policies:
             keep,
             read,
             reuse,
-            lanes=Lanes.PER_HEAD if form or block else Lanes.SHARED if keep is None else keep.lanes,
+            lanes=Lanes.PER_HEAD if form or coded else Lanes.SHARED if keep is None else keep.lanes,
             format=form,
-            block=block,
+            coded=coded,
             encoded=codec.block if codec is not None and codec.block else NEVER,
             window=window,
             max_slots=NEVER if keep is None else keep.max_slots,
@@ -139,7 +139,7 @@ class Policies:
             keep.end(seq.state.pop(keep))
 
     def take_over(self, seq: Sequence, spare: int) -> None:
-        """Attaches what is due of the text that this one was made from. The source's pages are held as long as `spare` slabs are left
+        """Attaches what is due of the text that this one was made from. The source's pages are held as long as `spare` blocks are left
         for texts in progress; after that the text is computed."""
         if not seq.reuse_searched:
             seq.reuse_searched = True
@@ -180,7 +180,7 @@ class Policies:
         found: list[int] = [NEVER, *(span.at for span in seq.spans[:1])]
         if plan.keep is not None:
             found.append(plan.keep.sync_point(seq))
-        if plan.block:
+        if plan.coded:
             found.append((stored // plan.encoded + 1) * plan.encoded)
         if (plan.read is not None or plan.layers is not None) and stored < seq.context:
             found.append(seq.context)
@@ -209,5 +209,5 @@ class Policies:
             paged.keep(seq, kept)
         if plan.read is not None and plan.read.grid:
             paged.fold(seq, plan.read)
-        if plan.block and seq.stored and seq.stored % plan.encoded == 0:
+        if plan.coded and seq.stored and seq.stored % plan.encoded == 0:
             paged.encode(seq)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from redraft import registry
 from redraft.config import SamplingParams
-from redraft.core.law import Law
+from redraft.core.distribution import Distribution
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NOTHING, Taps
@@ -39,14 +39,14 @@ class Verifiers:
     def __init__(self, own: Verifier) -> None:
         self.own = own
 
-    def accept(self, work: Seq[Work], trees: Seq[TokenTree], law: Law) -> list[Accepted]:
+    def accept(self, work: Seq[Work], trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         groups = _groups(work, lambda seq: seq.speculation.verifier if seq.speculation else None)
         if len(groups) == 1:
             (verifier,) = groups
-            return (verifier or self.own).accept(trees, law)
+            return (verifier or self.own).accept(trees, distribution)
         found = [Accepted()] * len(work)
         for verifier, members in groups.items():
-            some = (verifier or self.own).accept([trees[i] for i in members], law.only(members))
+            some = (verifier or self.own).accept([trees[i] for i in members], distribution.only(members))
             for i, accepted in zip(members, some, strict=True):
                 found[i] = accepted
         return found

@@ -101,7 +101,7 @@ class Reader:
         if with_special and decode_all is not None:
             left_out = re.compile("|".join(map(re.escape, sorted(chosen.special, key=len, reverse=True))))
             self.readings.append(Reading(Text.start(prompt, decode_all), decode_all, with_special, left_out))
-        self._tokens, self._told = len(prompt), 0
+        self._tokens, self._reported = len(prompt), 0
 
     def search(self, tokens: Seq[int], new: Seq[int]) -> Iterator[Stop | None]:
         """For each of the `new` tokens, the first stop string that ends with it. Characters count once they are complete. Nothing is
@@ -130,7 +130,7 @@ class Reader:
             done = done[: stop.keep] + (stop.string if include else "")
         elif not ended:
             done = done[: len(done) - max(_held_back(reading) for reading in self.readings)]
-        text, self._told = done[self._told :], max(self._told, len(done))
+        text, self._reported = done[self._reported :], max(self._reported, len(done))
         return text
 
 

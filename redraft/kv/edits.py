@@ -29,7 +29,7 @@ class Stored(NamedTuple):
 
     tokens: tuple[int, ...]
     space: Space
-    block: str
+    coded: str
     shareable_tokens: int
     lanes: list[tuple[int, int, int, I32 | None]]
 
@@ -56,7 +56,7 @@ class EditableTable(PageTable):
         assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
             f"sequence {seq.id}: slots to keep must ascend within 0..{it.length - 1}"
         )
-        assert held.block is None, f"sequence {seq.id}: a block format is not evicted from"
+        assert held.coded is None, f"sequence {seq.id}: a format of coded pages is not evicted from"
         if n == it.length:
             return Moves(pool.space, _NONE, _NONE)
         first = np.arange(0, n, size)  # of each page to be
@@ -100,23 +100,23 @@ class EditableTable(PageTable):
         return np.array(found, np.int32)
 
     def encode(self, seq: Sequence) -> Encoding:
-        """The full pages of every lane go over to the sequence's block format; the tail must be empty."""
+        """The full pages of every lane go over to the sequence's format of coded pages; the tail must be empty."""
         held = self._held[seq.id]
-        assert held.block is not None and not held.chain, f"sequence {seq.id}: no block format, or a tail is open"
+        assert held.coded is not None and not held.chain, f"sequence {seq.id}: no format of coded pages, or a tail is open"
         full = [lane.length // self.page - len(lane.coded) for lane in held.lanes]
-        self._ensure({held.block.space: sum(full)})
+        self._ensure({held.coded.space: sum(full)})
         src: list[int] = []
         dst: list[int] = []
         for lane, count in zip(held.lanes, full, strict=True):
             gone, lane.pages = lane.pages[:count], lane.pages[count:]
-            coded = [self._take(held.block) for _ in gone]
+            coded = [self._take(held.coded) for _ in gone]
             lane.coded += coded
             src += gone
             dst += coded
         self._mark()
         self._drop(held.pool, reversed(src))
         held.view = None
-        return Encoding(held.pool.space, held.block.space, np.array(src, np.int32), np.array(dst, np.int32))
+        return Encoding(held.pool.space, held.coded.space, np.array(src, np.int32), np.array(dst, np.int32))
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> Moves:
         """Appends private copies of `count` slots of an open sequence, from slot `first` on, as the next slots of `seq`: text
@@ -150,7 +150,7 @@ class EditableTable(PageTable):
             (lane.length, len(lane.coded), lane.folded, None if lane.positions is None else lane.positions[: lane.length].copy())
             for lane in held.lanes
         ]
-        stored = Stored(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.cache.block, seq.shareable_tokens, lanes)
+        stored = Stored(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.cache.coded, seq.shareable_tokens, lanes)
         return stored, np.array(pages, np.int32), np.array(coded, np.int32)
 
     def import_(self, seq: Sequence, stored: Stored) -> tuple[I32, I32]:
@@ -159,12 +159,12 @@ class EditableTable(PageTable):
         held = self._fresh(seq)
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
         assert tuple(seq.tokens[: len(stored.tokens)]) == stored.tokens, f"sequence {seq.id}: other text"
-        assert (held.pool.space, seq.cache.block) == (stored.space, stored.block), f"sequence {seq.id}: of another space"
+        assert (held.pool.space, seq.cache.coded) == (stored.space, stored.coded), f"sequence {seq.id}: of another space"
         exact = [-(-length // self.page) - coded for length, coded, *_ in stored.lanes]
-        self._ensure({held.pool.space: sum(exact)} | ({held.block.space: sum(lane[1] for lane in stored.lanes)} if held.block else {}))
+        self._ensure({held.pool.space: sum(exact)} | ({held.coded.space: sum(lane[1] for lane in stored.lanes)} if held.coded else {}))
         for lane, count, (length, coded, folded, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
             lane.pages = [self._take(held.pool) for _ in range(count)]
-            lane.coded = [self._take(held.block) for _ in range(coded)] if held.block else []
+            lane.coded = [self._take(held.coded) for _ in range(coded)] if held.coded else []
             lane.length, lane.folded, lane.positions = length, folded, None if positions is None else positions.copy()
         self._held[seq.id] = held
         seq.stored, seq.shareable_tokens = len(stored.tokens), min(seq.shareable_tokens, stored.shareable_tokens)

@@ -25,11 +25,11 @@ View = TypeVar("View", covariant=True)
 
 
 class Memory(Protocol[View]):
-    """The memory of the model's layers `layers`. pool: what their mixers read and write; layer layers[i] is number i in it. slabs: all
+    """The memory of the model's layers `layers`. pool: what their mixers read and write; layer layers[i] is number i in it. blocks: all
     of its blocks."""
 
     layers: tuple[int, ...]
-    slabs: int
+    blocks: int
 
     @property
     def pool(self) -> Any: ...
@@ -124,7 +124,7 @@ class Memories:
     def __init__(self, paged: Paged, *others: Memory[StateView]) -> None:
         self.paged, self.others = paged, others
         self.members: tuple[Memory[Any], ...] = (paged, *others)
-        self.slabs = min(memory.slabs for memory in self.members)
+        self.blocks = min(memory.blocks for memory in self.members)
 
     @property
     def pool(self) -> Any:

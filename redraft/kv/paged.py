@@ -32,13 +32,13 @@ class Parcel(NamedTuple):
 
 
 class Paged:
-    """See Memory. The pages of all layers with attention; `slabs` blocks of 32 tokens."""
+    """See Memory. The pages of all layers with attention; `blocks` blocks of 32 tokens."""
 
-    def __init__(self, backend: Backend, spec: ModelSpec, slabs: int, *, sharing: bool = True) -> None:
+    def __init__(self, backend: Backend, spec: ModelSpec, blocks: int, *, sharing: bool = True) -> None:
         self.layers = tuple(sorted(layer for group in spec.memories() if group.kind == "pages" for layer in group.layers))
-        self.slabs = slabs
-        self.table = EditableTable(slabs, len(self.layers), spec.kv_heads, sharing=sharing)
-        self.store = Store(backend, spec, slabs)
+        self.blocks = blocks
+        self.table = EditableTable(blocks, len(self.layers), spec.kv_heads, sharing=sharing)
+        self.store = Store(backend, spec, blocks)
         self.form = f"{len(self.layers)} layers, {spec.kv_heads} kv heads of {spec.head_dim}, {backend.dtype}"
 
     @property
@@ -126,7 +126,7 @@ class Paged:
         self.store.move([self.table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
 
     def encode(self, seq: Sequence) -> None:
-        """Full pages go over to the sequence's block format."""
+        """Full pages go over to the sequence's format of coded pages."""
         self.store.encode([self.table.encode(seq)])
 
     def fold(self, seq: Sequence, read: Select) -> None:
@@ -142,8 +142,8 @@ class Paged:
 
     def export(self, seq: Sequence) -> Parcel:
         stored, pages, coded = self.table.export(seq)
-        space, block = Space(seq.cache.lanes, seq.cache.format), Space(seq.cache.lanes, seq.cache.block)
-        return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(block, coded) if seq.cache.block else {})
+        space, codes = Space(seq.cache.lanes, seq.cache.format), Space(seq.cache.lanes, seq.cache.coded)
+        return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(codes, coded) if seq.cache.coded else {})
 
     def import_(self, seq: Sequence, parcel: Parcel) -> None:
         """Unsupported where the parcel is of another model or form."""
@@ -152,8 +152,8 @@ class Paged:
         pages, coded = self.table.import_(seq, parcel.stored)
         try:
             self.store.write(Space(seq.cache.lanes, seq.cache.format), pages, parcel.arrays)
-            if seq.cache.block:
-                self.store.write(Space(seq.cache.lanes, seq.cache.block), coded, parcel.coded)
+            if seq.cache.coded:
+                self.store.write(Space(seq.cache.lanes, seq.cache.coded), coded, parcel.coded)
         except BaseException:
             self.free(seq)
             raise

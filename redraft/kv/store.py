@@ -12,17 +12,17 @@ from redraft.ops.format import Arrays, Format
 
 
 class Store:
-    """`slabs` times 32 tokens of keys and values of all layers and heads. A slab may be cut into units of any format."""
+    """`blocks` times 32 tokens of keys and values of all layers and heads. A block may be cut into units of any format."""
 
-    def __init__(self, backend: Backend, spec: ModelSpec, slabs: int) -> None:
+    def __init__(self, backend: Backend, spec: ModelSpec, blocks: int) -> None:
         self.backend = backend
         self.spec = spec
-        self.slab_bytes = backend.slab_bytes(spec)
-        self.bytes = slabs * self.slab_bytes
-        self.pool = backend.allocate(spec, slabs)
+        self.block_bytes = backend.block_bytes(spec)
+        self.bytes = blocks * self.block_bytes
+        self.pool = backend.allocate(spec, blocks)
 
     def define(self, fmt: Format) -> int:
-        """Makes a format known to the backend; returns how many of its units a slab holds."""
+        """Makes a format known to the backend; returns how many of its units a block holds."""
         return self.backend.define(self.pool, fmt)
 
     def zero(self, fresh: list[tuple[Space, int]]) -> None:

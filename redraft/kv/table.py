@@ -1,7 +1,7 @@
-"""Where keys lie: slabs, lanes, the tentative tail, commit, fork and sharing. Integers only; no tensors.
+"""Where keys lie: blocks, lanes, the tentative tail, commit, fork and sharing. Integers only; no tensors.
 
 A lane is a growing array of slots in text order without holes: slot i is place i % 32 of its page i // 32. Memory is
-cut into slabs of equal bytes (32 tokens of all layers and kv heads). A slab is one SHARED page, or is carved into pages
+cut into blocks of equal bytes (32 tokens of all layers and kv heads). A block is one SHARED page, or is carved into pages
 of one other space (a lane kind and a format of storing), and is free again when the last of them is. Only the end of a
 lane is written, and the page there is listed by that lane alone: full pages can be shared without copying on write.
 
@@ -47,7 +47,7 @@ class Moves(NamedTuple):
 class _Lane:
     pages: list[int]
     length: int = 0  # committed slots
-    coded: list[int] = field(default_factory=list)  # pages of the block format, in front of `pages`
+    coded: list[int] = field(default_factory=list)  # pages of the format of coded pages, in front of `pages`
     folded: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
 
@@ -64,14 +64,14 @@ class _Lane:
 
 
 class _Pool:
-    """The pages of one space: `per_slab` to a slab, slab s holding pages s * per_slab and on. lanes: of each sequence."""
+    """The pages of one space: `per_block` to a block, block s holding pages s * per_block and on. lanes: of each sequence."""
 
-    def __init__(self, space: Space, per_slab: int, lanes: int) -> None:
+    def __init__(self, space: Space, per_block: int, lanes: int) -> None:
         self.space = space
-        self.per_slab = per_slab
+        self.per_block = per_block
         self.lanes = lanes
         self.refs: dict[int, int] = {}  # page -> how many lanes list it; no entry for an idle published page
-        self.spare: dict[int, list[int]] = {}  # carved slab -> its free pages; slabs without any are left out
+        self.spare: dict[int, list[int]] = {}  # carved block -> its free pages; blocks without any are left out
         self.spares = 0
 
 
@@ -81,7 +81,7 @@ class _Held:
 
     seq: Sequence
     pool: _Pool
-    block: _Pool | None  # of the coded pages
+    coded: _Pool | None  # of the coded pages
     lanes: list[_Lane]
     cursor: Node  # the published prefix of the lane ends here ...
     published: int = 0  # ... after so many pages
@@ -102,8 +102,8 @@ class _Held:
     def listed(self) -> list[tuple[_Pool, list[int]]]:
         """All pages by pool, a lane's last first."""
         found = [(self.pool, [page for lane in self.lanes for page in reversed(lane.pages)])]
-        if self.block is not None:
-            found.append((self.block, [page for lane in self.lanes for page in reversed(lane.coded)]))
+        if self.coded is not None:
+            found.append((self.coded, [page for lane in self.lanes for page in reversed(lane.coded)]))
         return found
 
     def arrays(self) -> tuple[I32, I32]:
@@ -119,47 +119,47 @@ def _padded(lists: list[list[int]]) -> I32:
 
 
 class PageTable:
-    """`slabs` slabs for a model of `layers` layers and `kv_heads` kv heads; `page` tokens a page.
+    """`blocks` blocks for a model of `layers` layers and `kv_heads` kv heads; `page` tokens a page.
 
-    Pages are numbered within their space: page i lies in slab i // per_slab, where per_slab is 1 for SHARED, `layers` for
-    PER_LAYER, `layers` * `kv_heads` for PER_HEAD, and what define() was told for pages of a format. A sequence that is open has
-    one lane, one a layer, or one a layer and kv head (layer * kv_heads + head). All figures count slabs.
+    Pages are numbered within their space: page i lies in block i // per_block, where per_block is 1 for SHARED, `layers` for
+    PER_LAYER, `layers` * `kv_heads` for PER_HEAD, and what define() was reported for pages of a format. A sequence that is open has
+    one lane, one a layer, or one a layer and kv head (layer * kv_heads + head). All figures count blocks.
     """
 
-    def __init__(self, slabs: int, layers: int, kv_heads: int, page: int = 32, sharing: bool = True) -> None:
-        self.slabs = slabs
+    def __init__(self, blocks: int, layers: int, kv_heads: int, page: int = 32, sharing: bool = True) -> None:
+        self.blocks = blocks
         self.page = page
         self.sharing = sharing
         self.prefix = PrefixTree(page)
-        self.peak = 0  # most slabs in use since the last reset_peak
+        self.peak = 0  # most blocks in use since the last reset_peak
         self._lanes = {Lanes.SHARED: 1, Lanes.PER_LAYER: layers, Lanes.PER_HEAD: layers * kv_heads}
         self._pools = {Space(kind): _Pool(Space(kind), count, count) for kind, count in self._lanes.items()}
-        self._free = list(range(slabs - 1, -1, -1))
+        self._free = list(range(blocks - 1, -1, -1))
         self._held: dict[int, _Held] = {}
 
-    def define(self, space: Space, per_slab: int) -> None:
-        """A further space, whose pages are of another size: `per_slab` of them are carved from a slab."""
-        assert per_slab > 0, f"{space}: a page is larger than a slab"
-        pool = self._pools.setdefault(space, _Pool(space, per_slab, self._lanes[space.lanes]))
-        assert pool.per_slab == per_slab, f"{space}: {per_slab} pages a slab, defined with {pool.per_slab}"
+    def define(self, space: Space, per_block: int) -> None:
+        """A further space, whose pages are of another size: `per_block` of them are carved from a block."""
+        assert per_block > 0, f"{space}: a page is larger than a block"
+        pool = self._pools.setdefault(space, _Pool(space, per_block, self._lanes[space.lanes]))
+        assert pool.per_block == per_block, f"{space}: {per_block} pages a block, defined with {pool.per_block}"
 
     # ---- figures
 
     def available(self) -> int:
-        """Slabs that can be had: free ones, and published pages that nobody lists."""
+        """Blocks that can be had: free ones, and published pages that nobody lists."""
         return len(self._free) + len(self.prefix.idle)
 
     def used(self) -> int:
-        """Slabs that hold at least one page of an open sequence."""
-        return self.slabs - self.available()
+        """Blocks that hold at least one page of an open sequence."""
+        return self.blocks - self.available()
 
     def reset_peak(self) -> None:
         self.peak = self.used()
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
-        """Slabs for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and
+        """Blocks for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and
         will attach `matched` of them; an open one's rows beyond its pending tokens are drafts. An upper bound, also as a sum:
-        free pages of carved slabs are not counted on. While the sum is at most available(), neither reserve nor what follows the
+        free pages of carved blocks are not counted on. While the sum is at most available(), neither reserve nor what follows the
         commit at a sync point (keep, encode, splice) lacks pages."""
         held = self._held.get(seq.id) or self._fresh(seq)
         size, tail = self.page, held.chain + held.nodes + rows
@@ -169,20 +169,20 @@ class PageTable:
         for lane in held.lanes:
             own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
             end = max(lane.length, min(lane.length + tail - drafted, seq.cache.max_slots)) + drafted
-            if held.block is not None:
+            if held.coded is not None:
                 coded += max(0, end // seq.cache.encoded * seq.cache.encoded // size - len(lane.coded))
                 end = min(end, size * len(lane.coded) + seq.cache.encoded + drafted)
             exact += max(0, -(-end // size) - len(lane.coded) - own)
-        slabs = -(-exact // held.pool.per_slab) - (0 if evicts else matched // size)
-        return slabs + (-(-coded // held.block.per_slab) if held.block is not None else 0)
+        blocks = -(-exact // held.pool.per_block) - (0 if evicts else matched // size)
+        return blocks + (-(-coded // held.coded.per_block) if held.coded is not None else 0)
 
     def gain(self, seq: Sequence) -> int:
-        """Slabs that freeing `seq` would add to available(): those whose pages nobody else lists."""
+        """Blocks that freeing `seq` would add to available(): those whose pages nobody else lists."""
         held = self._held[seq.id]
         gained = 0
         for pool, listed in held.listed():
-            mine = Counter(page // pool.per_slab for page in listed if pool.refs[page] == 1)
-            gained += sum(count + len(pool.spare.get(slab, ())) == pool.per_slab for slab, count in mine.items())
+            mine = Counter(page // pool.per_block for page in listed if pool.refs[page] == 1)
+            gained += sum(count + len(pool.spare.get(block, ())) == pool.per_block for block, count in mine.items())
         return gained
 
     # ---- sharing
@@ -247,7 +247,7 @@ class PageTable:
     def _fresh(self, seq: Sequence) -> _Held:
         plan = seq.cache
         pool = self._pools[Space(plan.lanes, plan.format)]
-        block = self._pools[Space(plan.lanes, plan.block)] if plan.block else None
+        block = self._pools[Space(plan.lanes, plan.coded)] if plan.coded else None
         return _Held(seq, pool, block, [_Lane([]) for _ in range(pool.lanes)], self.prefix.root)
 
     def free(self, seq: Sequence) -> None:
@@ -346,7 +346,7 @@ class PageTable:
         nothing of its former owner is left in the new one. The tail must be empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: fork while a tail is open"
-        same = (child.cache.lanes, child.cache.format, child.cache.block) == (seq.cache.lanes, seq.cache.format, seq.cache.block)
+        same = (child.cache.lanes, child.cache.format, child.cache.coded) == (seq.cache.lanes, seq.cache.format, seq.cache.coded)
         assert child.id not in self._held and same, f"sequence {child.id}: open, or of another space"
         pool, size = held.pool, self.page
         self._ensure({pool.space: sum(lane.length % size > 0 for lane in held.lanes)})
@@ -355,8 +355,8 @@ class PageTable:
             full = lane.length // size - len(lane.coded)
             pages = lane.pages[:full]
             for page in lane.coded:
-                assert held.block is not None
-                self._list(held.block, page)
+                assert held.coded is not None
+                self._list(held.coded, page)
             for page in pages:
                 self._list(pool, page)
             if full < len(lane.pages):
@@ -365,14 +365,14 @@ class PageTable:
                 dst.append(pages[full])
             positions = None if lane.positions is None else lane.positions[: lane.length].copy()
             lanes.append(_Lane(pages, lane.length, list(lane.coded), lane.folded, positions))
-        self._held[child.id] = _Held(child, pool, held.block, lanes, held.cursor, held.published)
+        self._held[child.id] = _Held(child, pool, held.coded, lanes, held.cursor, held.published)
         child.stored, child.shareable_tokens = seq.stored, min(child.shareable_tokens, seq.shareable_tokens)
         self._mark()
         places = np.arange(len(src) * size)
         return Moves(pool.space, self._places(src, places), self._places(dst, places))
 
     def check(self) -> None:
-        """AssertionError where an invariant broke: references equal listings; units in use + free units + free slabs =
+        """AssertionError where an invariant broke: references equal listings; units in use + free units + free blocks =
         pool; no lane longer than its pages; coded pages full; published pages full and never at a lane's writable end."""
         size = self.page
         listed: dict[Space, Counter[int]] = {space: Counter() for space in self._pools}
@@ -403,28 +403,28 @@ class PageTable:
         shared = self._pools[Space()]
         idle = set(self.prefix.nodes) - set(shared.refs)
         assert idle == set(self.prefix.idle), f"idle pages {sorted(self.prefix.idle)}, published and unlisted {sorted(idle)}"
-        slabs: list[int] = list(self._free)
+        blocks: list[int] = list(self._free)
         for pool in self._pools.values():
             assert pool.refs == listed[pool.space], f"{pool.space}: references {pool.refs}, listings {dict(listed[pool.space])}"
             spare = [page for pages in pool.spare.values() for page in pages]
             taken = list(pool.refs) + (list(idle) if pool is shared else [])
             assert len(spare) == pool.spares, f"{pool.space}: {len(spare)} free pages, counted {pool.spares}"
-            assert all(page // pool.per_slab == slab for slab, pages in pool.spare.items() for page in pages)
-            in_slab = Counter(page // pool.per_slab for page in taken)
-            units = Counter(page // pool.per_slab for page in {*taken, *spare})
+            assert all(page // pool.per_block == block for block, pages in pool.spare.items() for page in pages)
+            in_block = Counter(page // pool.per_block for page in taken)
+            units = Counter(page // pool.per_block for page in {*taken, *spare})
             assert len({*taken, *spare}) == len(taken) + len(spare), f"{pool.space}: a page is both free and in use"
-            assert all(n == pool.per_slab for n in units.values()), f"{pool.space}: pages of a slab are lost: {dict(units)}"
-            assert in_slab.keys() == units.keys(), f"{pool.space}: a slab without pages in use was not given back"
-            slabs += units
-        assert sorted(slabs) == list(range(self.slabs)), f"slabs lost or owned twice: {sorted(slabs)}"
+            assert all(n == pool.per_block for n in units.values()), f"{pool.space}: pages of a block are lost: {dict(units)}"
+            assert in_block.keys() == units.keys(), f"{pool.space}: a block without pages in use was not given back"
+            blocks += units
+        assert sorted(blocks) == list(range(self.blocks)), f"blocks lost or owned twice: {sorted(blocks)}"
 
     # ---- pages
 
     def _ensure(self, wanted: dict[Space, int]) -> None:
         """Raises OutOfPages unless so many pages of each kind can be taken."""
-        slabs = sum(-(-max(0, n - self._pools[space].spares) // self._pools[space].per_slab) for space, n in wanted.items())
-        if slabs > self.available():
-            raise OutOfPages(f"{slabs} slabs wanted, {self.available()} of {self.slabs} available")
+        blocks = sum(-(-max(0, n - self._pools[space].spares) // self._pools[space].per_block) for space, n in wanted.items())
+        if blocks > self.available():
+            raise OutOfPages(f"{blocks} blocks wanted, {self.available()} of {self.blocks} available")
 
     def _mark(self) -> None:
         self.peak = max(self.peak, self.used())
@@ -450,18 +450,18 @@ class PageTable:
                 held.view = None
 
     def _take(self, pool: _Pool) -> int:
-        """A page with one listing; carves a slab, and evicts for it, where no carved one has room."""
+        """A page with one listing; carves a block, and evicts for it, where no carved one has room."""
         if not pool.spare:
             if not self._free:
                 for page in self.prefix.evict():
                     self._release(self._pools[Space()], page)
-            slab = self._free.pop()
-            pool.spare[slab] = list(range((slab + 1) * pool.per_slab - 1, slab * pool.per_slab - 1, -1))
-            pool.spares += pool.per_slab
-        slab, pages = next(iter(pool.spare.items()))
+            block = self._free.pop()
+            pool.spare[block] = list(range((block + 1) * pool.per_block - 1, block * pool.per_block - 1, -1))
+            pool.spares += pool.per_block
+        block, pages = next(iter(pool.spare.items()))
         page = pages.pop()
         if not pages:
-            del pool.spare[slab]
+            del pool.spare[block]
         pool.spares -= 1
         pool.refs[page] = 1
         return page
@@ -487,14 +487,14 @@ class PageTable:
                 self._release(pool, page)
 
     def _release(self, pool: _Pool, page: int) -> None:
-        slab = page // pool.per_slab
-        pages = pool.spare.setdefault(slab, [])
+        block = page // pool.per_block
+        pages = pool.spare.setdefault(block, [])
         pages.append(page)
         pool.spares += 1
-        if len(pages) == pool.per_slab:
-            del pool.spare[slab]
-            pool.spares -= pool.per_slab
-            self._free.append(slab)
+        if len(pages) == pool.per_block:
+            del pool.spare[block]
+            pool.spares -= pool.per_block
+            self._free.append(block)
 
     def _private(self, pool: _Pool, page: int) -> bool:
         return pool.refs[page] == 1 and not (pool.space == Space() and page in self.prefix)

@@ -39,16 +39,16 @@ def _load(target: Runner, path: Path) -> Runner:
     elif checkpoint.spec.vocab != target.spec.vocab:
         raise CheckpointError(f"{path}: the draft model's vocabulary is {checkpoint.spec.vocab}, the target's {target.spec.vocab}")
     mixers.check(checkpoint.spec, backend)
-    if target.weights.head.hollow:
+    if target.weights.head.meta:
         return Runner(checkpoint.spec, loader.meta_weights(checkpoint), backend, 1, source=path)
     free = memory.limits(backend.device)
     left = free - checkpoint.weight_bytes
-    slabs = min(target.memory.paged.slabs, int(left * SHARE) // backend.slab_bytes(checkpoint.spec))
-    if slabs < 1:
+    blocks = min(target.memory.paged.blocks, int(left * SHARE) // backend.block_bytes(checkpoint.spec))
+    if blocks < 1:
         needed = memory.size(checkpoint.weight_bytes)
         raise OutOfMemory(f"{path}: the draft model does not fit beside the target: weights {needed}, free {memory.size(free)}")
     weights = loader.read(checkpoint, backend.device, backend.pack)
-    return Runner(checkpoint.spec, weights, backend, slabs, sharing=target.memory.paged.table.sharing, source=path)
+    return Runner(checkpoint.spec, weights, backend, blocks, sharing=target.memory.paged.table.sharing, source=path)
 
 
 def check_vocabulary(target: Path, draft: Path) -> None:

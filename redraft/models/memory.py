@@ -22,17 +22,17 @@ def limits(device: torch.device | str = "cpu") -> int:
     return max(0, min([_machine(), *_cgroups()]))
 
 
-def pool_slabs(
+def pool_blocks(
     config: CacheConfig,
     checkpoint: Checkpoint,
-    slab_bytes: int,
+    block_bytes: int,
     max_model_len: int,
     *,
     max_seqs: int,
     free: int,
     page: int = 32,
 ) -> int:
-    """How many slabs of `slab_bytes` the pool gets, decided before loading from the `free` bytes (see `limits`).
+    """How many blocks of `block_bytes` the pool gets, decided before loading from the `free` bytes (see `limits`).
 
     The pool is `config.memory`, or `config.fraction` of what is free after the weights but no more than `max_seqs`
     sequences of `max_model_len` tokens could fill. OutOfMemory when the weights do not fit, when the pool asked for
@@ -44,19 +44,19 @@ def pool_slabs(
         raise OutOfMemory(f"{checkpoint.path}: the weights do not fit: {held}")
     one = -(-max_model_len // page) + 1
     if config.memory is None:
-        slabs = min(int((free - weights) * config.fraction) // slab_bytes, max_seqs * one)
+        blocks = min(int((free - weights) * config.fraction) // block_bytes, max_seqs * one)
         pool = f"{config.fraction:g} of what is left, {size(int((free - weights) * config.fraction))},"
     else:
-        slabs = config.memory // slab_bytes
+        blocks = config.memory // block_bytes
         pool = f"the cache pool of {size(config.memory)}"
         if config.memory > free - weights:
             raise OutOfMemory(f"{checkpoint.path}: {pool} does not fit: {held}, left {size(free - weights)}")
-    if slabs < one:
+    if blocks < one:
         raise OutOfMemory(
             f"{checkpoint.path}: {pool} cannot hold one sequence of max_model_len = {max_model_len} tokens, which takes"
-            f" {size(one * slab_bytes)}: {held}"
+            f" {size(one * block_bytes)}: {held}"
         )
-    return slabs
+    return blocks
 
 
 def size(amount: int) -> str:

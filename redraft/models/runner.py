@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Runner:
     """Owns the memory of one model's sequences; a draft model is a second Runner with its own (see draft_model.py).
 
-    memory: of all layers, None for `slabs` blocks of pages; source: the checkpoint's folder, None for weights from elsewhere;
+    memory: of all layers, None for `blocks` blocks of pages; source: the checkpoint's folder, None for weights from elsewhere;
     draft_model: the checkpoint that drafters with a draft model use unless they name one; quant: how linear weights are stored,
     also those of draft models; draft_models: the draft models loaded so far, by folder.
     """
@@ -38,7 +38,7 @@ class Runner:
         spec: ModelSpec,
         weights: Weights,
         backend: Backend,
-        slabs: int,
+        blocks: int,
         *,
         sharing: bool = True,
         memory: Paged | Memories | None = None,
@@ -51,7 +51,7 @@ class Runner:
         self.spec, self.weights, self.backend = spec, weights, backend
         self.source, self.draft_model, self.quant = source, draft_model, quant
         self.draft_models: dict[Path, Runner] = {}
-        self.memory = Paged(backend, spec, slabs, sharing=sharing) if memory is None else memory
+        self.memory = Paged(backend, spec, blocks, sharing=sharing) if memory is None else memory
         self._cuts = {i for i, (a, b) in enumerate(pairwise((*spec.layers, None))) if not (_attends(a) and _attends(b))}
         self._places = {layer: (part, i) for part in self.memory.members for i, layer in enumerate(part.layers)}
 

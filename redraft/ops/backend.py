@@ -41,7 +41,7 @@ class Linear(NamedTuple):
         return len(self.weight)
 
     @property
-    def hollow(self) -> bool:
+    def meta(self) -> bool:
         """Shapes without numbers."""
         return self.weight.is_meta
 
@@ -58,7 +58,7 @@ class Stored(Protocol):
     def outs(self) -> int: ...
 
     @property
-    def hollow(self) -> bool: ...
+    def meta(self) -> bool: ...
 
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized: ...
 
@@ -189,14 +189,14 @@ class Backend(Protocol):
     features: frozenset[Feature]
     mixers: frozenset[type]  # the kinds of layers that it computes, see core/spec.py
 
-    def allocate(self, spec: ModelSpec, slabs: int) -> Any:
-        """The pool of pages: `slabs` times 32 tokens of all layers with attention and their kv heads."""
+    def allocate(self, spec: ModelSpec, blocks: int) -> Any:
+        """The pool of pages: `blocks` times 32 tokens of all layers with attention and their kv heads."""
         ...
 
-    def slab_bytes(self, spec: ModelSpec) -> int: ...
+    def block_bytes(self, spec: ModelSpec) -> int: ...
 
     def define(self, pool: Any, fmt: Format) -> int:
-        """Pages of this format may follow; returns how many units of it one slab holds. Unsupported where it holds none."""
+        """Pages of this format may follow; returns how many units of it one block holds. Unsupported where it holds none."""
         ...
 
     def zero(self, pool: Any, pages: list[tuple[Space, int]]) -> None: ...

@@ -42,8 +42,9 @@ class Codec(Protocol):
     queries as [K, R, D].
 
     A codec may say in `layout` that compiled kernels can do all this for it. INT8_VECTORS: the arrays are `keys` and `values`, codes
-    int8 [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/codec/int8.py makes them of single tokens. INT4_BLOCKS: the
-    arrays are those that kv/codec/int4.py makes of whole pages. A backend that promises bits refuses a codec of no known layout."""
+    int8 [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/quantization/int8.py makes them of single tokens. INT4_BLOCKS:
+    the
+    arrays are those that kv/quantization/int4.py makes of whole pages. A backend that promises bits refuses a codec of no known layout."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. What a row reads, also in
@@ -70,7 +71,7 @@ class Codec(Protocol):
 @dataclass(frozen=True)
 class Format:
     """name: what it is asked for by; arrays: of a unit, in their order in memory; codec: None where `keys` and `values` (32, D)
-    are stored as they are; sides: opened methods that fill the other arrays (kv/read/read.py)."""
+    are stored as they are; sides: opened methods that fill the other arrays (kv/sparse_attention/sparse_attention.py)."""
 
     name: str
     arrays: Mapping[str, Array]

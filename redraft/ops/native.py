@@ -57,7 +57,7 @@ class Packed:
         return int(self.c.outs)
 
     @property
-    def hollow(self) -> bool:
+    def meta(self) -> bool:
         return False
 
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized:
@@ -81,11 +81,12 @@ class Packed:
 
 @dataclass
 class Group:
-    """Sequences that are attended in one call: their pages are of one format and one block format. rows: theirs in the batch, None
+    """Sequences that are attended in one call: their pages are of one format, and their coded pages of another. rows: theirs in the
+    batch, None
     where they are all; readers: how PyTorch sees those that read sparsely; writers: where rows go whose format has side data."""
 
     format: str
-    block: str
+    coded: str
     rows: Tensor | None
     step: abi.Step
     attention: Attention | None
@@ -160,11 +161,11 @@ class NativeOps(TorchOps):
     def use_threads(self, count: int) -> None:
         self.library.set_threads(count)
 
-    def slab_bytes(self, spec: ModelSpec) -> int:
+    def block_bytes(self, spec: ModelSpec) -> int:
         serves, why = library.serves(self.dtype, self.device, spec)
         if serves != self.name:
             raise Unsupported(f"backend 'native': {why}")
-        return super().slab_bytes(spec)
+        return super().block_bytes(spec)
 
     def define(self, pool: Pool, fmt: Format) -> int:
         layout = "" if fmt.codec is None else getattr(fmt.codec, "layout", "of its own")
@@ -245,11 +246,11 @@ class NativeOps(TorchOps):
         plan = NativePlan(batch, model, turns)
         groups: dict[tuple[str, str, bool], list[int]] = {}
         for s, view in enumerate(batch.views):
-            groups.setdefault(("", "", False) if view is None else (view.format, view.block, view.read is not None), []).append(s)
-        for (name, block, sparse), members in groups.items():
+            groups.setdefault(("", "", False) if view is None else (view.format, view.coded, view.read is not None), []).append(s)
+        for (name, coded, sparse), members in groups.items():
             some, mine = (batch, None) if len(members) == count else batch.only(members)
             watches = {i: taps.attention[s] for i, s in enumerate(members) if taps.attention.get(s)}
-            group = self._group(name, block, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            group = self._group(name, coded, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
             if sparse:
                 tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
                 group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
@@ -275,7 +276,7 @@ class NativeOps(TorchOps):
     def _group(
         self,
         name: str,
-        block: str,
+        coded: str,
         batch: Batch,
         rows: Tensor | None,
         spec: ModelSpec,
@@ -291,18 +292,18 @@ class NativeOps(TorchOps):
         seqs = b""
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
             own = view.pages[s], view.coded[s], view.lengths[s], batch.tails[s]
-            pages, coded, lengths, tail = (np.ascontiguousarray(x, np.int32) for x in own)
+            pages, codes, lengths, tail = (np.ascontiguousarray(x, np.int32) for x in own)
             held, pointers = view.positions[s], 0
             window = (chosen.window if (chosen := batch.views[s]) else None) or (0, 0)
-            kept += [pages, coded, lengths, tail]
+            kept += [pages, codes, lengths, tail]
             if held is not None:
                 lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
                 kept += [lanes, lines]
                 pointers = lines.ctypes.data
             seqs += abi.SEQ.pack(
-                a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, coded.shape[1], *window, 0,
-                pages.ctypes.data, coded.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a, tail.ctypes.data,
+                a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], *window, 0,
+                pages.ctypes.data, codes.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a, tail.ctypes.data,
             )  # fmt: skip
             bits += 8 * words * (z - t)
         pool = self._kind_of(name, plan.model)
@@ -312,7 +313,7 @@ class NativeOps(TorchOps):
         )
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
         attention = Attention(self.c, step, spec.attention[0].heads) if starts[-1] else None
-        return Group(name, block, rows, step, attention, kept, seen, [], [])
+        return Group(name, coded, rows, step, attention, kept, seen, [], [])
 
     def _kind_of(self, name: str, model: Model) -> abi.Pool:
         """A pool of this format, without its memory."""
@@ -455,8 +456,8 @@ class NativeOps(TorchOps):
     def _place(self, group: Group, pool: Pool) -> None:
         """Where the units of the group's formats lie."""
         group.step.pool = self._pool_of(pool, group.format, group.step.pool)
-        if group.block:
-            group.step.block = self._pool_of(pool, group.block, group.step.pool)
+        if group.coded:
+            group.step.coded = self._pool_of(pool, group.coded, group.step.pool)
 
     def _pool_of(self, pool: Pool, name: str, like: abi.Pool) -> abi.Pool:
         shelf = pool.shelves[name]
@@ -464,8 +465,8 @@ class NativeOps(TorchOps):
         if found is None:
             offsets, kind = shelf.format.offsets(), LAYOUTS[self._layouts[name]]
             found = self._pools[shelf] = abi.Pool(
-                data=pool.data.data_ptr() + offsets["keys"], slab_bytes=pool.data[0].nbytes, unit_bytes=shelf.format.bytes,
-                per_slab=shelf.per_slab, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
+                data=pool.data.data_ptr() + offsets["keys"], block_bytes=pool.data[0].nbytes, unit_bytes=shelf.format.bytes,
+                per_block=shelf.per_block, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
                 kind=self.kind if kind is None else kind, numbers=self.kind,
                 **{at: offsets[at] - offsets["keys"] for at in PARTS if at in offsets},
             )  # fmt: skip

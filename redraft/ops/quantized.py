@@ -69,7 +69,7 @@ class Quantized:
         return not self.codes.dtype.is_signed
 
     @property
-    def hollow(self) -> bool:
+    def meta(self) -> bool:
         return self.codes.is_meta
 
     @property

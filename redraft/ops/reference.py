@@ -69,7 +69,7 @@ class Shelf:
 
 @dataclass
 class Pool:
-    """data: float64 [slabs, layers, kv heads, 2 (key, value), 32, D], the units of the plain format."""
+    """data: float64 [blocks, layers, kv heads, 2 (key, value), 32, D], the units of the plain format."""
 
     data: Tensor
     spec: ModelSpec
@@ -91,19 +91,19 @@ class Reference:
             raise Unsupported(f"backend 'reference' computes in float64 on the CPU only, not {dtype} on {device}")
         self.dtype, self.device = dtype, torch.device(device)
 
-    def slab_bytes(self, spec: ModelSpec) -> int:
+    def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
 
-    def allocate(self, spec: ModelSpec, slabs: int) -> Pool:
-        data = torch.zeros(slabs, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
+    def allocate(self, spec: ModelSpec, blocks: int) -> Pool:
+        data = torch.zeros(blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
         units = data.view(-1, 2, PAGE, spec.head_dim)
         exact = Shelf(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())
         return Pool(data, spec, {"": exact})
 
     def define(self, pool: Pool, fmt: Format) -> int:
-        count = self.slab_bytes(pool.spec) // fmt.bytes
+        count = self.block_bytes(pool.spec) // fmt.bytes
         if not count:
-            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than a slab")
+            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than a block")
         if fmt.name in pool.shelves:  # another combination of methods with the same format
             return count
         arrays = {name: torch.zeros(len(pool.data) * count, *a.shape, dtype=a.dtype) for name, a in fmt.arrays.items()}
@@ -325,7 +325,7 @@ class Text:
         pages, lane, found = self.batch.pages, self.lanes[head], []
         coded = pages.coded[self.s][lane].tolist()
         for i, page in enumerate([*coded, *pages.pages[self.s][lane].tolist()][:count]):
-            name = self.view.block if i < len(coded) else self.view.format
+            name = self.view.coded if i < len(coded) else self.view.format
             space = Space(pages.kinds[self.s], name)
             found.append((self.pool.shelves[name], self.pool.units(space, page)[self.inside[head]]))
         return found

@@ -136,19 +136,19 @@ class TorchOps:
         self.dtype, self.device = dtype, torch.device(device)
         take_threads_back()
 
-    def slab_bytes(self, spec: ModelSpec) -> int:
+    def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
 
-    def allocate(self, spec: ModelSpec, slabs: int) -> Pool:
+    def allocate(self, spec: ModelSpec, blocks: int) -> Pool:
         # not zeroed: a page is, when it is handed out, and untouched memory costs nothing
-        shape = slabs, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
+        shape = blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
         pool = Pool(torch.empty(shape, dtype=self.dtype, device=self.device), spec)
         self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
         return pool
 
     def define(self, pool: Pool, fmt: Format) -> int:
         pool.shelves[fmt.name] = Shelf(pool.data, fmt)
-        return pool.shelves[fmt.name].per_slab
+        return pool.shelves[fmt.name].per_block
 
     def zero(self, pool: Pool, pages: list[tuple[Space, int]]) -> None:
         of: dict[Space, list[int]] = {}
@@ -350,7 +350,7 @@ class TorchOps:
         windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.attention)
         spoken = windows or chosen.read is not None  # positions matter
         positions = pages.positions[s] if spoken else None
-        # lanes are told apart only where they differ in what is asked of them
+        # lanes are reported apart only where they differ in what is asked of them
         apart = len(set(lengths.tolist())) > 1 or (positions is not None and kind != Lanes.SHARED)
         held = -(-(lengths + tail) // PAGE) - pages.coded[s].shape[1]
         inside = np.arange(held.max()) < held[:, None]
@@ -574,7 +574,7 @@ class TorchOps:
         names = list(read.arrays(q.shape[-1], self.dtype))
         held = shelf.take(names, it.units[index])
         if it.coded.numel():
-            front = pool.shelves[it.view.block].take(names, it.coded[index])
+            front = pool.shelves[it.view.coded].take(names, it.coded[index])
             held = {name: torch.cat([front[name], held[name]], 1) for name in names}
         assert it.where is not None
         where = it.where[index if len(it.where) > 1 else 0].expand(heads, -1)
@@ -606,7 +606,7 @@ class TorchOps:
         return mixed.transpose(2, 3).reshape(q.shape)
 
     def _sources(self, index: int, pool: Pool, it: Lone) -> list[Source]:
-        found = [(it.view.block, it.coded[index])] if it.coded.numel() else []
+        found = [(it.view.coded, it.coded[index])] if it.coded.numel() else []
         shelves = [(pool.shelves[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
         return [(shelf.codec, shelf.take(shelf.codes, units), units.shape[1]) for shelf, units in shelves]
 

@@ -1,4 +1,4 @@
-"""The pool as PyTorch holds it: one tensor, and views of it for every format of pages that is cut from its slabs."""
+"""The pool as PyTorch holds it: one tensor, and views of it for every format of pages that is cut from its blocks."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ class Exact:
 
 
 class Shelf:
-    """The units of one format as views of the pool's memory: unit u is the (u % per_slab)th of slab u // per_slab.
+    """The units of one format as views of the pool's memory: unit u is the (u % per_block)th of block u // per_block.
 
-    arrays: name -> [slabs, per_slab, *shape]; codes: the names of the codec's arrays, the others are side data; bytes: u8[slabs,
-    per_slab, bytes of a unit].
+    arrays: name -> [blocks, per_block, *shape]; codes: the names of the codec's arrays, the others are side data; bytes: u8[blocks,
+    per_block, bytes of a unit].
     """
 
     def __init__(self, data: Tensor, fmt: Format) -> None:
         memory = data.view(-1)
-        slab_bytes = memory.numel() * memory.itemsize // len(data)
+        block_bytes = memory.numel() * memory.itemsize // len(data)
         self.format, self.codec, self.exact = fmt, fmt.codec or cast(Codec, Exact()), fmt.codec is None
-        self.per_slab = slab_bytes // fmt.bytes
-        if not self.per_slab:
-            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than the {slab_bytes} of a slab")
+        self.per_block = block_bytes // fmt.bytes
+        if not self.per_block:
+            raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than the {block_bytes} of a block")
         size, dtype = data.shape[-1], data.dtype
         sides = {name for side in fmt.sides for name in side.arrays(size, dtype)}
         self.codes = [name for name in fmt.arrays if name not in sides]
-        self.bytes = memory.view(torch.uint8).as_strided((len(data), self.per_slab, fmt.bytes), (slab_bytes, fmt.bytes, 1))
+        self.bytes = memory.view(torch.uint8).as_strided((len(data), self.per_block, fmt.bytes), (block_bytes, fmt.bytes, 1))
         self.arrays: dict[str, Tensor] = {}
-        # index_select of rows is several times faster than indexing by (slab, place), and rows may start at any multiple of
+        # index_select of rows is several times faster than indexing by (block, place), and rows may start at any multiple of
         # what divides both sizes
-        grain = gcd(slab_bytes, fmt.bytes)
-        self._steps = slab_bytes // grain, fmt.bytes // grain
+        grain = gcd(block_bytes, fmt.bytes)
+        self._steps = block_bytes // grain, fmt.bytes // grain
         self._units: dict[str, Tensor] = {}
         self._slots: dict[str, tuple[Tensor, int, int]] = {}
         for name, at in fmt.offsets().items():
             shape, kind, whole = fmt.arrays[name]
             item, typed = kind.itemsize, memory.view(torch.uint8).view(kind)
-            assert slab_bytes % item == 0 and fmt.bytes % item == 0 and at % item == 0, f"format {fmt.name!r}: {name} is not aligned"
+            assert block_bytes % item == 0 and fmt.bytes % item == 0 and at % item == 0, f"format {fmt.name!r}: {name} is not aligned"
             inner = torch.empty(shape, device="meta").stride()
-            steps = (slab_bytes // item, fmt.bytes // item, *inner)
-            self.arrays[name] = typed.as_strided((len(data), self.per_slab, *shape), steps, at // item)
+            steps = (block_bytes // item, fmt.bytes // item, *inner)
+            self.arrays[name] = typed.as_strided((len(data), self.per_block, *shape), steps, at // item)
             self._units[name] = _rows(typed, at // item, prod(shape), grain // item)
             if not whole:
                 slot = prod(shape[1:])
@@ -76,18 +76,18 @@ class Shelf:
                 self._slots[name] = _rows(typed, at // item, slot, step), grain // item // step, slot // step
 
     def at(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        return units // self.per_slab, units % self.per_slab
+        return units // self.per_block, units % self.per_block
 
     def take(self, names: Iterable[str], units: Tensor) -> dict[str, Tensor]:
         """Arrays [*units.shape, *shape]."""
-        slab, place = self.at(units.flatten())
-        rows = slab * self._steps[0] + place * self._steps[1]
+        block, place = self.at(units.flatten())
+        rows = block * self._steps[0] + place * self._steps[1]
         return {name: self._units[name].index_select(0, rows).view(*units.shape, *self.format.arrays[name].shape) for name in names}
 
     def pick(self, names: Iterable[str], units: Tensor, offsets: Tensor) -> dict[str, Tensor]:
         """Entries [*units.shape, *shape[1:]] of per-slot arrays."""
-        slab, place = self.at(units.flatten())
-        rows, found = slab * self._steps[0] + place * self._steps[1], {}
+        block, place = self.at(units.flatten())
+        rows, found = block * self._steps[0] + place * self._steps[1], {}
         for name in names:
             slots, unit, step = self._slots[name]
             got = slots.index_select(0, rows * unit + offsets.flatten() * step)
@@ -106,7 +106,7 @@ def _rows(memory: Tensor, start: int, size: int, step: int) -> Tensor:
 
 @dataclass
 class Pool:
-    """data: [slabs, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: format name -> its units in the
+    """data: [blocks, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: format name -> its units in the
     same memory."""
 
     data: Tensor

@@ -17,7 +17,7 @@ import torch
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
-from redraft.core.law import TopLogprobs
+from redraft.core.distribution import TopLogprobs
 from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Work
 from redraft.core.ranking import top
@@ -102,9 +102,9 @@ class Sampler:
             processor.apply(row)
         return row
 
-    def law(self, out: Outputs, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetLaw:
-        """The law of the next token at each logit row of one step. Nothing is computed before a row is asked for."""
-        return TargetLaw(self, out, batch, work, trees, batch.roots)
+    def distribution(self, out: Outputs, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetDistribution:
+        """The distribution of the next token at each logit row of one step. Nothing is computed before a row is asked for."""
+        return TargetDistribution(self, out, batch, work, trees, batch.roots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +123,8 @@ class Drawing:
 
 
 @dataclass(frozen=True, eq=False)
-class TargetLaw:
-    """redraft.core.law.Law of one step."""
+class TargetDistribution:
+    """redraft.core.distribution.Distribution of one step."""
 
     sampler: Sampler
     out: Outputs
@@ -133,8 +133,8 @@ class TargetLaw:
     trees: Seq[TokenTree]
     roots: I32
 
-    def only(self, indices: Seq[int]) -> TargetLaw:
-        """The law as a verifier of some of the sequences sees it."""
+    def only(self, indices: Seq[int]) -> TargetDistribution:
+        """The distribution as a verifier of some of the sequences sees it."""
         return replace(self, roots=self.roots[np.asarray(indices, np.int64)])
 
     def draw(self, rows: Seq[int]) -> list[int]:
@@ -158,7 +158,7 @@ class TargetLaw:
         return drawn
 
     def probs(self, rows: Seq[int]) -> F64:
-        """f64[R, V]: the law that `draw` samples; all of it on one token where the request is greedy."""
+        """f64[R, V]: the distribution that `draw` samples; all of it on one token where the request is greedy."""
         packed, owners = self._owners(rows)
         probs = np.zeros((len(rows), self.sampler.vocabulary.size))
         greedy = [self.work[s].seq.params.greedy for s in owners]

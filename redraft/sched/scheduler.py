@@ -16,9 +16,9 @@ from redraft.errors import InvalidInput
 
 
 class Pages(Protocol):
-    """What a scheduler may ask of the page table; all in slabs, read-only."""
+    """What a scheduler may ask of the page table; all in blocks, read-only."""
 
-    slabs: int
+    blocks: int
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int: ...
     def available(self) -> int: ...
@@ -101,7 +101,7 @@ class Scheduler:
                 cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
                 if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # it would copy more than it finds
                     matched, cost = 0, alone
-                reserve = int(self.watermark * table.slabs) if run or admit else 0
+                reserve = int(self.watermark * table.blocks) if run or admit else 0
                 if cost > spare - reserve:
                     break
                 spare -= cost

@@ -72,7 +72,7 @@ class Metrics:
         self._engine = engine
         self.running.set_function(lambda: len(engine.running))
         self.waiting.set_function(lambda: len(engine.waiting))
-        self.usage.set_function(lambda: engine.memory.used() / engine.memory.slabs)
+        self.usage.set_function(lambda: engine.memory.used() / engine.memory.blocks)
         self.opened.set_function(lambda: engine.opened.count)
         self.opened_bytes.set_function(lambda: engine.opened.bytes)
 

@@ -79,7 +79,7 @@ async def server_info(http: Request) -> dict[str, Any]:
         "guarantee": llm.guarantee.label,
         "scheduler": config.schedule.model_dump(),
         "cache": {
-            "pages": llm.engine.memory.slabs,
+            "pages": llm.engine.memory.blocks,
             "tokens_per_page": llm.engine.memory.paged.table.page,
             "prefix_sharing": config.cache.prefix_sharing,
         },

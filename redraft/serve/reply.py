@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from redraft import __version__
-from redraft.core.law import TopLogprobs
+from redraft.core.distribution import TopLogprobs
 from redraft.core.sequence import Request
 from redraft.engine.output import Event, Provenance, Stats
 from redraft.models.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ with more probability than 1 + min over sets H of tokens of [p(H) - Q(H)], Q(H) 
 For independent draws and those without replacement the best H is a prefix of the tokens sorted by p / q, so that one scan
 over the prefixes finds it.
 
-p, q: f64[V], the target's law and the draft's, each of sum 1.
+p, q: f64[V], the target's distribution and the draft's, each of sum 1.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.core.law import Law
+from redraft.core.distribution import Distribution
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
 from redraft.core.tree import Kind, TokenTree
@@ -31,12 +31,14 @@ class Coupled:
         title="Coupled",
         paper="Miao et al., SpecInfer, 2023, arXiv 2305.09781",
         guarantee=Guarantee.SAME_TEXT,
-        deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its law",
+        deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its distribution",
         summary="Accepts what the plain loop would draw; the default",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
 
-    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
-        roots = law.roots.tolist()
-        return follow(trees, law, lambda reached: law.draw([roots[s] + 1 + node for s, node in reached.items()]))  # 1. to 3.
+    def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
+        roots = distribution.roots.tolist()
+        return follow(
+            trees, distribution, lambda reached: distribution.draw([roots[s] + 1 + node for s, node in reached.items()])
+        )  # 1. to 3.

@@ -3,14 +3,14 @@
 Zhengmian Hu, Tong Zheng, Vignesh Viswanathan, Ziyi Chen, Ryan A. Rossi, Yihan Wu, Dinesh Manocha, Heng Huang: Towards
 Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779. Rule V7 of the drafting cards' verification.md.
 
-1. Of the drawn tokens the last, x, is the random one and those before it are the tops T. x was drawn from qt, the draft law
+1. Of the drawn tokens the last, x, is the random one and those before it are the tops T. x was drawn from qt, the draft distribution
    outside of T, normalised.
 2. No top is tested by itself.
 3. Accept x with probability min(1, p(x) / qt(x)).
 4. Rejected: draw from p on T and max(p - qt, 0) elsewhere; where that gives a top, its child is followed.
 
 The best acceptance that this way of drawing allows: p(T) + the sum of min(p, qt) outside of T. T is read off the draws, so
-ties among the likeliest need no rule. Where the draft law has n < k tokens a drafter makes n children: all of them, the last
+ties among the likeliest need no rule. Where the draft distribution has n < k tokens a drafter makes n children: all of them, the last
 being what qt draws with certainty; one child is the case of no tops, plain speculative sampling.
 Differs: coins belong to the position (noise of seed and position), not to the step.
 """
@@ -33,7 +33,7 @@ class GreedyMultiDraft(Rejecting):
     card: ClassVar[Card] = Card(
         "Greedy multi-draft",
         "Hu, Zheng, Viswanathan, Chen, Rossi, Wu, Manocha, Huang, Towards Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779",
-        Guarantee.SAME_LAW,
+        Guarantee.SAME_DISTRIBUTION,
         deviates="coins are a function of seed and position",
         summary="Top tokens and a random one; for optimal-multi-draft",
     )
@@ -46,7 +46,7 @@ class GreedyMultiDraft(Rejecting):
         qt /= qt.sum() or 1  # 1.
         for _ in tops:
             yield 0.0  # 2.
-        if not qt[x]:  # no sample of qt, as the law tells it: untested, nothing is taken from p
+        if not qt[x]:  # no sample of qt, as the distribution tells it: untested, nothing is taken from p
             yield 0.0
             return p
         yield float(p[x] / max(p[x], qt[x])) if p[x] else 0.0  # 3.

@@ -1,4 +1,4 @@
-"""Tests independent samples of the draft law in order, all against the same scaled-down ratio: k-sequential selection.
+"""Tests independent samples of the draft distribution in order, all against the same scaled-down ratio: k-sequential selection.
 
 Ziteng Sun, Ananda Theertha Suresh, Jae Hun Ro, Ahmad Beirami, Himanshu Jain, Felix Yu: SpecTr: Fast Speculative Decoding
 via Optimal Transport, 2023, arXiv 2310.15141. Rule V6 of the drafting cards' verification.md.
@@ -6,10 +6,10 @@ via Optimal Transport, 2023, arXiv 2310.15141. Rule V6 of the drafting cards' ve
 1. Of a division factor rho, m = min(q, p / rho) is the mass that one draw wins, b = sum(m). Take the least rho in [1, k]
    with 1 - (1 - b)^k <= rho b.
 2. Accept the next of the k drawn tokens x with probability min(1, p(x) / (rho q(x))).
-3. All rejected: draw from p - m (1 - (1 - b)^k) / b; from p where the laws have no token in common (b = 0).
+3. All rejected: draw from p - m (1 - (1 - b)^k) / b; from p where the distributions have no token in common (b = 0).
 
 At least 1 - 1/e of the best acceptance that k independent draws allow. Differs: rho is the upper end of a bisection to
-1e-6, since below its root the law in 3 would be negative; coins belong to the position, not to the step.
+1e-6, since below its root the distribution in 3 would be negative; coins belong to the position, not to the step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class KSeq(Rejecting):
     card: ClassVar[Card] = Card(
         "k-sequential selection",
         "Sun, Suresh, Ro, Beirami, Jain, Yu, SpecTr: Fast Speculative Decoding via Optimal Transport, 2023, arXiv 2310.15141",
-        Guarantee.SAME_LAW,
+        Guarantee.SAME_DISTRIBUTION,
         deviates="rho is found to 1e-6, rounded up; coins are a function of seed and position",
         summary="Independent samples, one ratio for all; for spectr",
     )

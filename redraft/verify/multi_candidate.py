@@ -1,11 +1,11 @@
-"""Tests independent samples of the draft law one after the other, each against what the rejected ones left of the target.
+"""Tests independent samples of the draft distribution one after the other, each against what the rejected ones left of the target.
 
 Xupeng Miao, Gabriele Oliaro, Zhihao Zhang, Xinhao Cheng et al.: SpecInfer: Accelerating Generative Large Language Model
 Serving with Tree-based Speculative Inference and Verification, 2023, arXiv 2305.09781; the same rule in Sen Yang, Shujian
 Huang, Xinyu Dai, Jiajun Chen: Multi-Candidate Speculative Decoding, 2024, arXiv 2401.06706. Rule V4 of the drafting cards'
 verification.md.
 
-1. Start with r = p, the target's law; q, the draft law, is the same for every draw.
+1. Start with r = p, the target's distribution; q, the draft distribution, is the same for every draw.
 2. Accept the next drawn token x with probability min(1, r(x) / q(x)).
 3. Rejected: r becomes max(r - q, 0), normalised.
 4. All rejected: draw from r.
@@ -33,7 +33,7 @@ class MultiCandidate(Rejecting):
         "Multi-candidate speculative sampling",
         "Miao et al., SpecInfer, 2023, arXiv 2305.09781; Yang, Huang, Dai, Chen, Multi-Candidate Speculative Decoding, 2024, "
         "arXiv 2401.06706",
-        Guarantee.SAME_LAW,
+        Guarantee.SAME_DISTRIBUTION,
         deviates="coins are a function of seed and position",
         summary="Independent samples, one by one; for small trees",
     )

@@ -1,12 +1,12 @@
-"""Tests samples drawn without replacement in draw order, each against the law that it was drawn from.
+"""Tests samples drawn without replacement in draw order, each against the distribution that it was drawn from.
 
 Wonseok Jeon, Mukul Gagrani, Raghavv Goel, Junyoung Park, Mingu Lee, Christopher Lott: Recursive Speculative Decoding:
 Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160. Rule V5 of the drafting cards'
 verification.md; Sequoia and DySpec verify in the same way.
 
-1. Start with r = p, the target's law, and s = q, the draft law.
+1. Start with r = p, the target's distribution, and s = q, the draft distribution.
 2. Accept the next drawn token x with probability min(1, r(x) / s(x)).
-3. Rejected: r becomes max(r - s, 0), normalised; s loses x and is normalised: the law that the next one was drawn from.
+3. Rejected: r becomes max(r - s, 0), normalised; s loses x and is normalised: the distribution that the next one was drawn from.
 4. All rejected: draw from r.
 
 Exact where each child, given all that decided that it exists, is a sample of s: so children are never dropped or sorted
@@ -32,7 +32,7 @@ class Recursive(Rejecting):
         "Recursive rejection sampling",
         "Jeon, Gagrani, Goel, Park, Lee, Lott, Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without "
         "Replacement, 2024, arXiv 2402.14160",
-        Guarantee.SAME_LAW,
+        Guarantee.SAME_DISTRIBUTION,
         deviates="coins are a function of seed and position",
         summary="Samples without replacement; for rsd-c, rsd-s, dyspec",
     )
@@ -41,7 +41,7 @@ class Recursive(Rejecting):
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         r, s = p, q.copy()  # 1.
         for x in drawn:
-            if not s[x]:  # no sample of s, as the law tells it: untested, it stays in r
+            if not s[x]:  # no sample of s, as the distribution tells it: untested, it stays in r
                 yield 0.0
                 continue
             yield float(r[x] / max(r[x], s[x])) if r[x] else 0.0  # 2.

@@ -28,7 +28,7 @@ class Rejection(Rejecting):
     card: ClassVar[Card] = Card(
         "Speculative sampling",
         "Leviathan, Kalman, Matias, Fast Inference from Transformers via Speculative Decoding, 2022, arXiv 2211.17192",
-        Guarantee.SAME_LAW,
+        Guarantee.SAME_DISTRIBUTION,
         deviates="coins are a function of seed and position",
         summary="One sample a place; for a draft model's chain",
     )

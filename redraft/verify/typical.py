@@ -3,12 +3,12 @@
 Tianle Cai, Yuhong Li, Zhengyang Geng, Hongwu Peng, Jason D. Lee, Deming Chen, Tri Dao: Medusa: Simple LLM Inference
 Acceleration Framework with Multiple Decoding Heads, 2024, arXiv 2401.10774.
 
-1. At a node with the target's law p, a child's token x passes where p(x) > min(eps, delta exp(-H(p))), H the entropy in nats.
+1. At a node with the target's distribution p, a child's token x passes where p(x) > min(eps, delta exp(-H(p))), H the entropy in nats.
 2. Go on below every child that passes.
 3. Keep the longest path of nodes that passed; of equally long ones that of the largest summed log p.
 4. Behind it the target draws the bonus token, which is all there is where no child of the root passes.
 
-Differs: the token behind the path is drawn from the target's own law with its own noise. At temperature 0 that law is
+Differs: the token behind the path is drawn from the target's own distribution with its own noise. At temperature 0 that distribution is
 one-hot and the text is the greedy one without a special case.
 """
 
@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from redraft.card import Card, Guarantee
-from redraft.core.law import Law
+from redraft.core.distribution import Distribution
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
 from redraft.core.tree import F64, Kind, TokenTree
@@ -46,15 +46,15 @@ class Typical(Options):
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
 
-    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
-        roots = law.roots.tolist()
+    def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
+        roots = distribution.roots.tolist()
         # Of each sequence, its nodes that were reached: (depth, summed log p), -1 the root.
         reached: dict[int, dict[int, tuple[int, float]]] = {s: {-1: (0, 0.0)} for s, root in enumerate(roots) if root >= 0}
         level = [(s, -1) for s in reached]
         while level := [(s, node) for s, node in level if trees[s].drawn(node)]:
-            laws = law.probs([roots[s] + 1 + node for s, node in level])
+            distributions = distribution.probs([roots[s] + 1 + node for s, node in level])
             below = []
-            for (s, node), p in zip(level, laws, strict=True):
+            for (s, node), p in zip(level, distributions, strict=True):
                 depth, score = reached[s][node]
                 least = self.least(p)
                 for child in dict.fromkeys(trees[s].drawn(node)):
@@ -64,7 +64,7 @@ class Typical(Options):
                         below.append((s, child))
             level = below  # 2.
         ends = {s: max(own, key=own.__getitem__) for s, own in reached.items()}  # 3.
-        bonus = law.draw([roots[s] + 1 + node for s, node in ends.items()])  # 4.
+        bonus = distribution.draw([roots[s] + 1 + node for s, node in ends.items()])  # 4.
         accepted = [Accepted()] * len(trees)
         for (s, node), token in zip(ends.items(), bonus, strict=True):
             path = trees[s].path_to(node)

@@ -31,7 +31,7 @@ class Quantizer(Protocol):
         ...
 
     def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
-        """What such a weight takes at most, without its bias, told before it is read."""
+        """What such a weight takes at most, without its bias, reported before it is read."""
         ...
 
 

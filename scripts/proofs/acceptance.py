@@ -77,9 +77,9 @@ class Cell:
 
 
 def measure(llm: LLM, way: str, shape: str, rule: str, budget: int, asked: Seq[list[int]], params: Seq[SamplingParams]) -> Cell:
-    twin = llm.sibling(draft=shape, verify=rule, draft_rows=budget, draft_total=budget * 64)
+    sibling = llm.sibling(draft=shape, verify=rule, draft_rows=budget, draft_total=budget * 64)
     start = time.perf_counter()
-    outputs = twin.generate([{"prompt_token_ids": ids} for ids in asked], params)
+    outputs = sibling.generate([{"prompt_token_ids": ids} for ids in asked], params)
     stats = [[one.stats for one in output.outputs] for output in outputs]
     faults = {one.fault for many in stats for one in many if one.fault}
     if faults:

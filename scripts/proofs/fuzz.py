@@ -44,7 +44,8 @@ DEPTH, LARGE = 100_000, 10_000_000
 
 
 class Malformed(NamedTuple):
-    """What is sent to `path`. chunks: sizes are told chunk by chunk; raw: head and body as they are, where they are themselves wrong."""
+    """What is sent to `path`. chunks: sizes are reported chunk by chunk; raw: head and body as they are, where they are themselves
+    wrong."""
 
     kind: str
     path: str
@@ -450,9 +451,9 @@ def main() -> None:
         process.send_signal(signal.SIGTERM)
         if code := process.wait(60):
             faults.append(f"exit code {code}")
-        told = log.read_text()
-        if "Traceback" in told or "ERROR" in told:
-            faults.append(f"the log tells of errors:\n{told[-3000:]}")
+        reported = log.read_text()
+        if "Traceback" in reported or "ERROR" in reported:
+            faults.append(f"the log tells of errors:\n{reported[-3000:]}")
     print(f"{len(faults)} faults")
     for fault in faults[:20]:
         print(f"  {fault}")

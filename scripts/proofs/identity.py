@@ -128,7 +128,7 @@ class Bench:
         self.prompts = cut_prompts(self.llm.tokenizer, story, task.prompts)
         self.params = SamplingParams(**SAMPLING[task.sampling], max_tokens=task.new, ignore_eos=True)
 
-    def engine(self, drafter: str, slabs: int, chunk: int, batch: int, known: dict[tuple[str, int], list[int]], runner: Any = None) -> Any:
+    def engine(self, drafter: str, blocks: int, chunk: int, batch: int, known: dict[tuple[str, int], list[int]], runner: Any = None) -> Any:
         from redraft import registry
         from redraft.engine.engine import Engine
         from redraft.models.runner import Runner
@@ -138,7 +138,7 @@ class Bench:
         own = self.llm.runner
         if runner is None:
             source, draft_model = MODELS[self.task.model], DRAFT_MODELS.get(self.task.model)
-            runner = Runner(own.spec, own.weights, own.backend, slabs, source=source, draft_model=draft_model)
+            runner = Runner(own.spec, own.weights, own.backend, blocks, source=source, draft_model=draft_model)
             runner.draft_models = self.draft_models  # loaded once for all conditions
         sampler = Sampler(own.spec.vocab, self.llm.eos)
         if drafter == "random trees":
@@ -149,10 +149,10 @@ class Bench:
         return Engine(runner, scheduler, opened, registry.create("verify", "coupled"), sampler, max_model_len=256, eos=self.llm.eos)
 
     def run(
-        self, drafter: str, mode: str, slabs: int = 80, known: dict[tuple[str, int], list[int]] | None = None
+        self, drafter: str, mode: str, blocks: int = 80, known: dict[tuple[str, int], list[int]] | None = None
     ) -> tuple[Row, list[list[int]]]:
         chunk, batch = {"alone": (512, 1), "chunks of 32": (32, BATCH)}.get(mode, (512, BATCH))
-        engine = self.engine(drafter, slabs, chunk, batch, known or {})
+        engine = self.engine(drafter, blocks, chunk, batch, known or {})
         began = time.process_time()
         found, stats, preempted = drive(engine, self.prompts, self.params, alone=mode == "alone")
         row = Row(self.task, drafter, mode, sum(map(len, found)), time.process_time() - began)
@@ -162,7 +162,7 @@ class Bench:
         for table in (engine.memory.paged.table, *(model.memory.paged.table for model in self.draft_models.values())):
             table.check()
             if table.used():
-                row.faults.append(f"{table.used()} slabs are still held")
+                row.faults.append(f"{table.used()} blocks are still held")
         row.faults += sorted({s.fault for s in stats if s.fault})
         if drafter != "none" and not (row.accepted and row.rejected):
             row.faults.append("saw no acceptance or no rejection")
@@ -171,17 +171,17 @@ class Bench:
         return row, found
 
     def small_pool(self) -> int:
-        """The slabs with which about a fifth of the requests is preempted, found by running the engine around a model
+        """The blocks with which about a fifth of the requests is preempted, found by running the engine around a model
         that computes nothing."""
         wanted, found = len(self.prompts) / 5, {}
         longest = -(-(max(map(len, self.prompts)) + self.task.new) // 32) + 1
         low, high = longest, BATCH * longest
-        while low <= high:  # fewer slabs, more preemptions; not quite monotonous, so the nearest seen is taken
+        while low <= high:  # fewer blocks, more preemptions; not quite monotonous, so the nearest seen is taken
             middle = (low + high) // 2
             engine = self.engine("none", middle, 512, BATCH, {}, runner=Blank(self.llm.runner, middle))
             found[middle] = len(drive(engine, self.prompts, self.params.but(temperature=0.0, repetition_penalty=1.0, top_p=1.0))[2])
             low, high = (middle + 1, high) if found[middle] > wanted else (low, middle - 1)
-        return min(found, key=lambda slabs: (abs(found[slabs] - wanted), slabs))
+        return min(found, key=lambda blocks: (abs(found[blocks] - wanted), blocks))
 
     def dense(self, found: Seq[list[int]]) -> list[str]:
         """Where the texts differ from the dense recompute."""
@@ -226,13 +226,13 @@ class Bench:
 class Blank:
     """A runner with a page table, but without tensors and a model: every argmax is token 3."""
 
-    def __init__(self, like: Any, slabs: int) -> None:
+    def __init__(self, like: Any, blocks: int) -> None:
         from redraft.kv.edits import EditableTable
         from redraft.kv.paged import Paged
 
         self.spec, self.backend = like.spec, like.backend
         self.memory = Paged(like.backend, like.spec, 1)
-        self.memory.slabs, self.memory.table = slabs, EditableTable(slabs, len(like.spec.attention), like.spec.kv_heads)
+        self.memory.blocks, self.memory.table = blocks, EditableTable(blocks, len(like.spec.attention), like.spec.kv_heads)
         self.memory.store = self  # type: ignore[assignment]
 
     def zero(self, fresh: Any) -> None:
@@ -283,11 +283,11 @@ def work(task: Task) -> list[Row]:
     rows = [base]
     if task.dtype == "float64":
         base.faults += bench.dense(truth)
-    slabs = bench.small_pool()
+    blocks = bench.small_pool()
     known = {(str(i), 0): text for i, text in enumerate(truth)}
     for drafter in task.drafters:
-        for mode in ("alone", f"batch of {BATCH}", "chunks of 32", f"pool of {slabs}"):
-            row, found = bench.run(drafter, mode, slabs if mode.startswith("pool") else 80, known)
+        for mode in ("alone", f"batch of {BATCH}", "chunks of 32", f"pool of {blocks}"):
+            row, found = bench.run(drafter, mode, blocks if mode.startswith("pool") else 80, known)
             bench.compare(row, truth, found)
             rows.append(row)
     return rows

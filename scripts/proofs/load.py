@@ -6,7 +6,8 @@ some clients leave after a few chunks, some before the first, some ask for more 
 are preempted. Then, on the idle server, every request that was answered is asked alone, and the texts are compared. Requests are of a
 fixed set of bodies, each with a seed, so that each has one right answer.
 
-Not compared: requests whose verifier tosses coins. Theirs is the law, not the text: it depends on how many nodes a step had room for.
+Not compared: requests whose verifier tosses coins. Theirs is the distribution, not the text: it depends on how many nodes a step had room
+for.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ async def client(port: int, seconds: float, streams: int, seed: int, asked: list
                     wrong.append(f"over-long: {reply.status}: {(await reply.text())[:200]}")
                 return
             if reply.status == 429:
-                counts["told to come back"] += 1
+                counts["reported to come back"] += 1
                 await asyncio.sleep(rng.random())
                 return
             if reply.status != 200:
@@ -165,7 +166,7 @@ async def client(port: int, seconds: float, streams: int, seed: int, asked: list
     return {"found": found, "counts": counts, "wrong": wrong}
 
 
-async def alone(port: int, asked: list[Asked], places: list[int], told: Any) -> dict[int, list[str]]:
+async def alone(port: int, asked: list[Asked], places: list[int], reported: Any) -> dict[int, list[str]]:
     """The same requests, one at a time."""
     import aiohttp
 
@@ -176,7 +177,7 @@ async def alone(port: int, asked: list[Asked], places: list[int], told: Any) -> 
                 choices = (await reply.json())["choices"]
             answers[place] = [choice["text"] for choice in sorted(choices, key=lambda one: one["index"])]
             if done % 50 == 49:
-                told(f"{done + 1} of {len(places)} asked alone")
+                reported(f"{done + 1} of {len(places)} asked alone")
     return answers
 
 
@@ -188,7 +189,7 @@ def prove(options: argparse.Namespace) -> int:
     from redraft.serve.config import ServeConfig
     from redraft.serve.run import server as made
 
-    def told(text: str) -> None:
+    def reported(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     pool = None if options.pool is None else options.pool
@@ -202,8 +203,8 @@ def prove(options: argparse.Namespace) -> int:
     )
     if pool is None:
         pool = 2 * -(-options.context // 32)
-    slab = llm.runner.backend.slab_bytes(llm.runner.spec)
-    llm = LLM(config=llm.config.but(cache={"memory": pool * slab}))
+    block = llm.runner.backend.block_bytes(llm.runner.spec)
+    llm = LLM(config=llm.config.but(cache={"memory": pool * block}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -215,8 +216,8 @@ def prove(options: argparse.Namespace) -> int:
     while not server.started:
         time.sleep(0.05)
     asked = bodies(options.bodies, options.seed, options.context)
-    told(
-        f"{options.streams} clients for {options.seconds:g} s; {llm.engine.memory.slabs} pages, {options.seqs} texts at once,"
+    reported(
+        f"{options.streams} clients for {options.seconds:g} s; {llm.engine.memory.blocks} pages, {options.seqs} texts at once,"
         f" backend {llm.runner.backend.name}"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +239,7 @@ def prove(options: argparse.Namespace) -> int:
     if not preempted:
         problems.append("nothing was preempted: the pool is too large for this proof")
     places = sorted({place for place, _ in seen["found"]})
-    right = asyncio.run(alone(port, asked, places, told))
+    right = asyncio.run(alone(port, asked, places, reported))
     different = Counter(place for place, texts in seen["found"] if asked[place].compared and texts != right[place])
     compared = sum(asked[place].compared for place, _ in seen["found"])
     for place in list(different)[:5]:
@@ -246,8 +247,8 @@ def prove(options: argparse.Namespace) -> int:
         problems.append(f"another text alone, {different[place]} times: {json.dumps(asked[place].body)}: {texts} alone {right[place]}")
     server.should_exit = True
     thread.join()
-    told(f"answers: {dict(seen['counts'])}")
-    told(f"{compared} answers compared with the same request alone, {sum(different.values())} differ; {preempted} preemptions")
+    reported(f"answers: {dict(seen['counts'])}")
+    reported(f"{compared} answers compared with the same request alone, {sum(different.values())} differ; {preempted} preemptions")
     for problem in problems:
         print(f"PROBLEM {problem}")
     print(f"{'FAILED' if problems else 'proved'}: {len(seen['found'])} answers of {len(places)} bodies, {compared} compared")

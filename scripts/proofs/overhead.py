@@ -88,14 +88,14 @@ def measure(engine: Engine, clock: Clock, params: SamplingParams, steps: int) ->
         engine.add(Request(str(i), prompt, params.but(seed=i)))
     while any(not seq.generated for seq in engine.running) or engine.waiting:
         checked(engine.step())
-    clock.inside, told = 0.0, []
+    clock.inside, reported = 0.0, []
     before = sum(output.stats.drafted for output in engine.outputs)
     began = time.perf_counter()
     for _ in range(steps):
-        told += [event.text for event in checked(engine.step())]
+        reported += [event.text for event in checked(engine.step())]
     spent = time.perf_counter() - began
     drafted = sum(output.stats.drafted for output in engine.outputs) - before
-    assert len(engine.running) == BATCH and any(told), "the batch shrank, or no text was streamed"
+    assert len(engine.running) == BATCH and any(reported), "the batch shrank, or no text was streamed"
     for i in range(BATCH):
         engine.abort(str(i))
     engine.memory.check()
@@ -112,7 +112,7 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     backend = registry.load(registry.BACKENDS["torch"])(torch.float32, "cpu")
     spec, weights = model(backend)
-    runner = Runner(spec, weights, backend, slabs=BATCH * 34)  # prompts are the same in each round: computed once
+    runner = Runner(spec, weights, backend, blocks=BATCH * 34)  # prompts are the same in each round: computed once
     clock, text = Clock(runner), tokenizer()
     endless = {"max_tokens": 700, "ignore_eos": True}
     greedy = SamplingParams(temperature=0, **endless)

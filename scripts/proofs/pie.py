@@ -1,8 +1,8 @@
 """What PIE saves and costs: ten kinds of edits of a long text, against computing the edited text anew.
 
-The text is in the cache; it is edited; the first new token is wanted. Told of each kind of edit: tokens computed by PIE, by
+The text is in the cache; it is edited; the first new token is wanted. Reported of each kind of edit: tokens computed by PIE, by
 the prefix cache alone, and by nothing at all; the time to the first token as a ratio of the prefix cache's and of nothing's;
-the Kullback-Leibler divergence of the next token's law from the exact one, beside that of the same keys at their old places
+the Kullback-Leibler divergence of the next token's distribution from the exact one, beside that of the same keys at their old places
 ("no turn"); and how many of the next tokens, greedy, are the same. Each number is the mean over texts, with its spread.
 The paper claims more than 85 % less time than a full recomputation.
 """
@@ -70,8 +70,8 @@ KINDS: dict[str, Edit] = {
 }
 
 
-def law(llm: LLM, request: Request) -> tuple[np.ndarray, Ids, float, Request]:
-    """log law of the first new token over all tokens, the greedy text, seconds to the first token."""
+def distribution(llm: LLM, request: Request) -> tuple[np.ndarray, Ids, float, Request]:
+    """log distribution of the first new token over all tokens, the greedy text, seconds to the first token."""
     engine = llm.engine
     engine.add(request)
     began, first, rows, text = time.perf_counter(), 0.0, [], []
@@ -126,10 +126,10 @@ def main() -> int:
             def once(name: str, before: Ids, old: Ids = old, new: Ids = new) -> tuple[np.ndarray, Ids, float, Request]:
                 """The old text is in the cache of a tenant who has nothing else there; then the new one."""
                 tenant = str(next(numbers))
-                law(kept, Request("old", list(old), params.but(max_tokens=1), tenant))
-                return law(kept, Request(name, list(new), params, tenant, before=list(before), reuse=reuse if before else ""))
+                distribution(kept, Request("old", list(old), params.but(max_tokens=1), tenant))
+                return distribution(kept, Request(name, list(new), params, tenant, before=list(before), reuse=reuse if before else ""))
 
-            exact, text, alone, _ = law(fresh, Request("exact", list(new), params))
+            exact, text, alone, _ = distribution(fresh, Request("exact", list(new), params))
             rounds = [(once("pie", old), once("prefix", [])) for _ in range(3)]  # taking turns
             pie, prefix = rounds[0]
             Store.move = lambda store, moves: move(store, [one._replace(delta=0) for one in moves])  # type: ignore[method-assign]
@@ -146,8 +146,8 @@ def main() -> int:
         everything.append(values)
         mean, low, high = values.mean(0), values.min(0), values.max(0)
         ratios = [f"{mean[k]:.2f} ({low[k]:.2f}-{high[k]:.2f})" for k in (2, 3)]
-        laws = [f"{mean[k]:.1e}" for k in (5, 6)]
-        table.add_row(kind, f"{mean[0]:.0f}", f"{mean[1]:.0f}", *ratios, f"{mean[4]:.0%}", *laws, f"{mean[7]:.0%}")
+        distributions = [f"{mean[k]:.1e}" for k in (5, 6)]
+        table.add_row(kind, f"{mean[0]:.0f}", f"{mean[1]:.0f}", *ratios, f"{mean[4]:.0%}", *distributions, f"{mean[7]:.0%}")
     print("\r\033[K", end="", file=sys.stderr)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)

@@ -1,7 +1,8 @@
-"""What quantized weights cost in quality: perplexity, the law's divergence and greedy agreement, beside bytes.
+"""What quantized weights cost in quality: perplexity, the distribution's divergence and greedy agreement, beside bytes.
 
 Each form of the weights scores the same texts as the model in float32, token by token behind the first 32 of a text: perplexity,
-the change of the mean log-probability, the mean divergence KL(float32 || form) of the next token's law, and how often the likeliest
+the change of the mean log-probability, the mean divergence KL(float32 || form) of the next token's distribution, and how often the
+likeliest
 token is the same. Intervals are bootstraps over texts (95 %); of differences, on the same texts. Bytes are those of the weights as the
 backend holds them, embeddings and norms included.
 
@@ -68,7 +69,7 @@ class Scored:
     seconds: float
 
 
-def laws(llm: LLM, ids: list[int]) -> torch.Tensor:
+def distributions(llm: LLM, ids: list[int]) -> torch.Tensor:
     """Log-probabilities, f32[tokens - GIVEN, V], of every scored token's place."""
     runner, seq = llm.runner, sequence(ids, prompt_logprobs=0)  # which asks for the logits of every row
     runner.memory.open(seq)
@@ -86,16 +87,16 @@ def laws(llm: LLM, ids: list[int]) -> torch.Tensor:
 def score(
     model: str, form: Form, texts: Seq[list[int]], base: Seq[torch.Tensor], backend: str = "auto"
 ) -> tuple[Scored, list[torch.Tensor]]:
-    """base: what `laws` found in float32; none: this is that run."""
+    """base: what `distributions` found in float32; none: this is that run."""
     llm = LLM(model, dtype=form.dtype, quant=form.quant, backend=backend, draft="none", prefix_sharing=False)
     began, found, rows = time.perf_counter(), [], []
     for i, ids in enumerate(texts):
-        law = laws(llm, ids)
-        told = base[i] if base else law
-        right = law.gather(1, torch.tensor(ids[GIVEN:])[:, None])
-        same = law.argmax(-1) == told.argmax(-1)
-        rows.append((right.double().mean(), (told.exp() * (told - law)).double().sum(-1).mean(), same.double().mean()))
-        found.append(law)
+        distribution = distributions(llm, ids)
+        reported = base[i] if base else distribution
+        right = distribution.gather(1, torch.tensor(ids[GIVEN:])[:, None])
+        same = distribution.argmax(-1) == reported.argmax(-1)
+        rows.append((right.double().mean(), (reported.exp() * (reported - distribution)).double().sum(-1).mean(), same.double().mean()))
+        found.append(distribution)
     logprob, divergence, agreement = np.array(rows, np.float64).T
     return Scored(form, llm.runner.weights.bytes, logprob, divergence, agreement, time.perf_counter() - began), found
 

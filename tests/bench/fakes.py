@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 
 from redraft.card import Card, Guarantee
-from redraft.core.law import Law
+from redraft.core.distribution import Distribution
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted, Budget, StepResult
 from redraft.core.sequence import Sequence
@@ -89,12 +89,12 @@ class Gullible:
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
 
-    def accept(self, trees: Seq[TokenTree], law: Law) -> list[Accepted]:
+    def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         found = []
-        for root, tree in zip(law.roots.tolist(), trees):
+        for root, tree in zip(distribution.roots.tolist(), trees):
             if root < 0:
                 found.append(Accepted())
                 continue
             path = tuple(range(len(tree)))
-            found.append(Accepted(path, (*tree.tokens.tolist(), *law.draw([root + len(path)]))))
+            found.append(Accepted(path, (*tree.tokens.tolist(), *distribution.draw([root + len(path)]))))
         return found

@@ -22,7 +22,7 @@ from redraft.card import Card, Guarantee
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import I32
 from redraft.errors import InvalidInput, UnknownMethod
-from redraft.kv.keep.keep import OpenKeep, Stateless
+from redraft.kv.eviction.eviction import OpenKeep, Stateless
 from redraft.kv.table import PageTable
 from tests.checkpoints import tiny_llama
 
@@ -96,8 +96,8 @@ def test_scores_are_the_models_own_log_probabilities(llm: LLM) -> None:
     answers = (Answer(0, 41, 44), Answer(1, 44, 47))
     probes = [Probe(i, [*prompt, *ids], 8, answers) for i, ids in enumerate((written.token_ids, wrong))]
     found = score(llm, Task("t", ("a", "b"), probes, []), probes, FULL, 2, quiet)
-    told = [one.logprob for one in written.logprobs or []]
-    assert found.logprobs[0] == pytest.approx([np.mean(told[:3]), np.mean(told[3:])], abs=1e-12)
+    reported = [one.logprob for one in written.logprobs or []]
+    assert found.logprobs[0] == pytest.approx([np.mean(reported[:3]), np.mean(reported[3:])], abs=1e-12)
     assert found.logprobs[1, 0] == pytest.approx(found.logprobs[0, 0], abs=1e-12) and found.logprobs[1, 1] < found.logprobs[0, 1]
     assert found.right.tolist() == [[1, 1], [1, 0]]
 
@@ -157,7 +157,7 @@ def test_a_budget_fills_the_numbers_of_a_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         ({"policies": ("newest",)}, "must be seam=name:option=value"),
         ({"policies": ("verify=coupled",)}, "seams: keep, codec, read, depth"),
@@ -171,8 +171,8 @@ def test_a_budget_fills_the_numbers_of_a_policy() -> None:
         ({"memory": 100}, "memory = 100: must be 0 or more than 192"),
     ],
 )
-def test_bad_options_are_one_line(given: dict[str, Any], told: str) -> None:
-    with pytest.raises(InvalidInput, match=told) as caught:
+def test_bad_options_are_one_line(given: dict[str, Any], reported: str) -> None:
+    with pytest.raises(InvalidInput, match=reported) as caught:
         Options(**given)
     assert "\n" not in str(caught.value)
 
@@ -216,12 +216,12 @@ def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
 
 
 def test_the_whole_cache_grows_and_a_budget_does_not(llm: LLM) -> None:
-    tokens, slab = 370, llm.runner.memory.paged.store.slab_bytes
+    tokens, block = 370, llm.runner.memory.paged.store.block_bytes
     full = cache.footprint(llm, FULL, tokens, quiet)
-    assert full.peak == -(-(tokens - cache.LAST) // 32) * slab, "all but the last tokens, in pages of 32"
+    assert full.peak == -(-(tokens - cache.LAST) // 32) * block, "all but the last tokens, in pages of 32"
     assert full.steady < full.peak and full.beside == 5 * 32, "half of the 10 pages that are left"
     short = cache.footprint(llm, Choice("newest", 25.0, 64, {"keep": "newest:budget=64"}), tokens, quiet)
-    assert short.peak == 4 * slab and 2 * slab < short.steady < 4 * slab, "64 to 128 tokens; fewer when the neighbour comes"
+    assert short.peak == 4 * block and 2 * block < short.steady < 4 * block, "64 to 128 tokens; fewer when the neighbour comes"
     assert short.beside > full.beside, "another request runs in what was freed"
 
 
@@ -250,7 +250,7 @@ def lost(self: PageTable, pool: Any, page: int, release: Any = PageTable._releas
 @pytest.mark.parametrize(("name", "broken"), [("_release", lost), ("free", lambda self, seq: None)])
 def test_pages_that_are_not_given_back_are_noticed(llm: LLM, monkeypatch: pytest.MonkeyPatch, name: str, broken: Any) -> None:
     monkeypatch.setattr(PageTable, name, broken)
-    with pytest.raises(AssertionError, match=r"slabs lost|0 stored"):
+    with pytest.raises(AssertionError, match=r"blocks lost|0 stored"):
         cache.footprint(llm, FULL, 300, quiet)
 
 
@@ -296,7 +296,7 @@ def test_a_model_that_does_not_retrieve_is_called_that() -> None:
 
 
 def test_differences_within_the_spread_are_named_and_others_are_not() -> None:
-    told = findings(
+    reported = findings(
         result(
             FLAT,
             retrieval=False,
@@ -306,15 +306,15 @@ def test_differences_within_the_spread_are_named_and_others_are_not() -> None:
             better=np.array(FLAT) + 0.1,
         )
     )
-    assert "no difference to the whole cache beyond the spread over 12 texts: hidden at 50, 25 %\n" in told
-    assert "better than the whole cache: better\n" in told and "worse" not in told
+    assert "no difference to the whole cache beyond the spread over 12 texts: hidden at 50, 25 %\n" in reported
+    assert "better than the whole cache: better\n" in reported and "worse" not in reported
 
 
 def test_a_budget_of_everything_must_change_nothing() -> None:
-    told = findings(result(FLAT, retrieval=False, same_100=FLAT, other_100=np.array(FLAT) + 1e-6))
-    assert "at 100 % the very scores of the whole cache: same\n" in told
-    assert "at 100 % not the scores of the whole cache: other (by 1.0e-06 nats a token at most)" in told
-    assert "beyond the spread" not in told
+    reported = findings(result(FLAT, retrieval=False, same_100=FLAT, other_100=np.array(FLAT) + 1e-6))
+    assert "at 100 % the very scores of the whole cache: same\n" in reported
+    assert "at 100 % not the scores of the whole cache: other (by 1.0e-06 nats a token at most)" in reported
+    assert "beyond the spread" not in reported
 
 
 def test_few_texts_are_no_ground_for_spreads() -> None:
@@ -323,10 +323,10 @@ def test_few_texts_are_no_ground_for_spreads() -> None:
 
 
 def test_what_was_not_measured_is_listed_with_its_needs() -> None:
-    told = findings(result(FLAT, retrieval=False))
+    reported = findings(result(FLAT, retrieval=False))
     for seam in ("keep", "codec", "read", "depth"):
         for name in registry.METHODS[seam]:
-            assert (f"{seam}={name} (needs: " in told) == (name != "newest")
+            assert (f"{seam}={name} (needs: " in reported) == (name != "newest")
 
 
 def test_spreads() -> None:
@@ -361,7 +361,7 @@ def test_json_holds_every_curve(llm: LLM, measured: Measured) -> None:
     found = json.loads(json.dumps(curves.document(llm, Options(("keep=newest",)), measured, {"seed": 0}), allow_nan=False))
     first, second = found["tasks"]
     assert [(row["policy"], row["budget"]) for row in first["rows"]] == [("full", None), ("newest", 100), ("newest", 50), ("newest", 25)]
-    assert first["gain_of_being_told"]["mean"] == pytest.approx(1) and second["gain_of_being_told"] is None
+    assert first["gain_of_being_reported"]["mean"] == pytest.approx(1) and second["gain_of_being_reported"] is None
     row = first["rows"][2]
     assert row["difference"]["mean"] == pytest.approx(-0.5) and row["places"]["turn 1"]["logprob"] == pytest.approx(-2.5)
     assert row["perplexity"] is None and second["rows"][0]["perplexity"] == pytest.approx(np.exp(2))

@@ -528,7 +528,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         ("--draft token-recyclin", "did you mean 'token-recycling'"),
         ("--draft copyspec:gama=3", "unknown option 'gama'"),
@@ -542,10 +542,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("--draft none", "is the plain loop"),
     ],
 )
-def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, reported: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["compare", "/no/such/model", *words.split()]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1
+    assert reported in error and error.count("\n") == 1
 
 
 def test_options_are_checked() -> None:

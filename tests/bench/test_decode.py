@@ -28,7 +28,7 @@ from tests.bench.workers import Fake
 Ran = tuple[int, str, str]  # exit code, stdout, stderr
 HERE = "tests.bench.workers"
 SMALL = ["--context", "24", "--tokens", "6", "--prefill", "40", "--rows", "1,5", "--threads", "1"]
-TOLD = {"context": 24, "tokens": 6, "prefill": 40, "rows": (1, 5), "rounds": 2, "repeats": 1, "threads": 1, "buffer": 1 << 16}
+REPORTED = {"context": 24, "tokens": 6, "prefill": 40, "rows": (1, 5), "rounds": 2, "repeats": 1, "threads": 1, "buffer": 1 << 16}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_who_fails_is_named_and_the_others_go_on(model: str, peers: None, monkey
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
     monkeypatch.setattr(decode, "_measure", impatient(decode._measure))
-    options = Options(against=("raises", "dies", "refuses", "sleeps", "other"), timeout=60, redraft=({"backend": "torch"},), **TOLD)
+    options = Options(against=("raises", "dies", "refuses", "sleeps", "other"), timeout=60, redraft=({"backend": "torch"},), **REPORTED)
     found = decode.compare(model, options)
     lost = {engine.name: engine.lost for engine in found.engines}
     assert lost == {
@@ -124,27 +124,27 @@ def test_who_fails_is_named_and_the_others_go_on(model: str, peers: None, monkey
     assert raises.found["decode"][0] and raises.found["prefill"] == raises.found["steps"] == [None, None]
     assert len(other.found["steps"]) == 2 and decode.speed_of_base(found, other, "prefill") == Spread(1, 1, 1)
     assert not any(lives(engine.facts["pid"]) for engine in found.engines[1:] if engine.facts)
-    told = list(decode.notes(found))
-    assert "dies left: decode: ended by SIGKILL: last words" in told
+    reported = list(decode.notes(found))
+    assert "dies left: decode: ended by SIGKILL: last words" in reported
     document = json.loads(json.dumps(decode.document(found), allow_nan=False))
     assert document["engines"][2]["lost"] == lost["dies"]
     assert other.differs == {"token": 2, "expected": 3, "found": 9, "margin": 26.5, "near": 0.25}
-    assert any("other: greedy text differs" in note and "token 3 of 7: NO near-tie" in note for note in told)
-    assert raises.differs is None and "raises: the same 7 greedy tokens as redraft backend=torch" in told
+    assert any("other: greedy text differs" in note and "token 3 of 7: NO near-tie" in note for note in reported)
+    assert raises.differs is None and "raises: the same 7 greedy tokens as redraft backend=torch" in reported
 
 
 def test_without_any_engine_there_is_an_error(model: str, peers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Refuses")
     with pytest.raises(RedraftError, match="no engine runs: redraft: not loaded: RedraftError: cannot load this"):
-        decode.compare(model, Options(against=(), **TOLD))
+        decode.compare(model, Options(against=(), **REPORTED))
 
 
 def test_a_peer_that_is_not_installed_is_named_with_its_package(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
     monkeypatch.setitem(decode.PEERS, "llama.cpp", Package("none:None", "no_such_module", "llama-cpp-python gguf"))
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
-    found = decode.compare(model, Options(against=("llama.cpp",), **TOLD))
+    found = decode.compare(model, Options(against=("llama.cpp",), **REPORTED))
     assert list(decode.notes(found)) == ["llama.cpp is not installed: pip install llama-cpp-python gguf"]
     assert found.base.facts["threads"] == "1" and found.base.facts["isa"] is None
 
@@ -155,12 +155,12 @@ def test_whom_isa_does_not_bind_is_marked(model: str, monkeypatch: pytest.Monkey
     assert decode.PEERS["llama.cpp"].beyond and decode.PEERS["openvino"].beyond and not decode.PEERS["transformers"].beyond
     for name, beyond in (("llama.cpp", "its heart"), ("transformers", "")):
         monkeypatch.setitem(decode.PEERS, name, Package(f"{HERE}:Fake", "json", "nothing", beyond))
-    found = decode.compare(model, Options(against=("llama.cpp", "transformers"), isa="avx2", **TOLD))
+    found = decode.compare(model, Options(against=("llama.cpp", "transformers"), isa="avx2", **REPORTED))
     assert [engine.name for engine in found.engines] == ["redraft", "llama.cpp (beyond avx2)", "transformers"]
     assert "llama.cpp (beyond avx2): --isa does not reach its heart: there every" in "\n".join(decode.notes(found))
     assert [engine["beyond_isa"] for engine in decode.document(found)["engines"]] == [None, "its heart", None]
     assert [engine.facts["onednn"] for engine in found.engines] == ["AVX2"] * 3
-    free = decode.compare(model, Options(against=("llama.cpp",), **TOLD))
+    free = decode.compare(model, Options(against=("llama.cpp",), **REPORTED))
     assert free.engines[1].name == "llama.cpp" and not any("--isa" in note for note in decode.notes(free))
 
 
@@ -314,7 +314,7 @@ def test_own_engines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"against": ("transformer",)}, "no engine 'transformer' to run against: did you mean 'transformers'"),
         ({"redraft": ({"backend": "torhc"},)}, "no backend 'torhc': did you mean 'torch'"),
@@ -325,10 +325,10 @@ def test_own_engines() -> None:
         ({"rounds": 0}, "rounds = 0: must be 1 or more"),
     ],
 )
-def test_what_is_asked_wrongly_is_told_before_anything_runs(options: dict[str, Any], told: str) -> None:
+def test_what_is_asked_wrongly_is_reported_before_anything_runs(options: dict[str, Any], reported: str) -> None:
     with pytest.raises((InvalidInput, UnknownMethod)) as error:
         Options(**options)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 def test_a_run_that_outgrows_the_context_is_refused(model: str) -> None:
@@ -337,14 +337,14 @@ def test_a_run_that_outgrows_the_context_is_refused(model: str) -> None:
 
 
 def test_errors_of_the_command_line_are_one_line(redraft: Callable[..., Ran]) -> None:
-    for arguments, told in (
+    for arguments, reported in (
         (["llama-3.2-1"], "did you mean 'llama-3.2-1b'?"),
         (["100m", "--against", "lama.cpp"], "did you mean 'llama.cpp'?"),
         (["100m", "--rows", "1,x"], "rows = '1,x': whole numbers with commas are needed"),
         (["100m", "--redraft", "torch"], "'torch' is not option=value"),
     ):
         code, out, err = redraft("bench", "decode", *arguments)
-        assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and told in err, err
+        assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and reported in err, err
 
 
 def test_registered_names_lead_somewhere() -> None:

@@ -18,8 +18,8 @@ from redraft.core.noise import Stream
 from redraft.core.tree import Kind
 from redraft.verify.verifier import Rejecting
 from tests.bench.fakes import checkpoint
-from tests.contracts.algebra import random_laws
-from tests.contracts.drawn import ForestLaw, forest
+from tests.contracts.algebra import random_distributions
+from tests.contracts.drawn import ForestDistribution, forest
 from tests.contracts.test_drawn import BUDGET, DRAWN
 
 PROMPTS = [Prompt(str(i), "ab"[i % 2], prompt=f"w{3 + i} w9 w4") for i in range(4)]
@@ -36,24 +36,24 @@ def pair(kind: Kind) -> Iterator[tuple[str, Rejecting]]:
 @pytest.mark.parametrize("drafter", DRAWN)
 def test_acceptance_lies_under_its_bound_and_is_what_was_accepted(drafter: str) -> None:
     rng = np.random.default_rng(5)
-    laws, draft = random_laws(rng), random_laws(rng)
+    distributions, draft = random_distributions(rng), random_distributions(rng)
     trees = forest(DRAWN[drafter], draft, 1500, BUDGET)
     for name, rule in pair(DRAWN[drafter].kind):
         gauged = Gauged(rule)
-        accepted = gauged.accept(trees, ForestLaw(laws, trees))  # type: ignore[arg-type]
-        assert accepted == rule.accept(trees, ForestLaw(laws, trees)), "looking changes nothing"  # type: ignore[arg-type]
+        accepted = gauged.accept(trees, ForestDistribution(distributions, trees))  # type: ignore[arg-type]
+        assert accepted == rule.accept(trees, ForestDistribution(distributions, trees)), "looking changes nothing"  # type: ignore[arg-type]
         share = gauged.share
         assert share is not None
         assert 0.3 < share.ratio < 1 + 4 * share.error, name
         kept = sum(len(one.path) > 0 for one in accepted) / len(accepted)
-        roots = [own for own, _ in first_nodes(rule, trees, laws)]
+        roots = [own for own, _ in first_nodes(rule, trees, distributions)]
         assert abs(np.mean(roots) - kept) < 5 * np.std(roots) / np.sqrt(len(roots)) + 5 * np.sqrt(0.25 / len(accepted)), name
 
 
-def first_nodes(rule: Rejecting, trees: Any, laws: Any) -> list[tuple[float, float]]:
-    law, found = ForestLaw(laws, trees), []
-    for root, tree in zip(law.roots.tolist()[:300], trees[:300], strict=True):
-        (p,), (q,) = law.probs([root]), tree.laws.probs([0])
+def first_nodes(rule: Rejecting, trees: Any, distributions: Any) -> list[tuple[float, float]]:
+    distribution, found = ForestDistribution(distributions, trees), []
+    for root, tree in zip(distribution.roots.tolist()[:300], trees[:300], strict=True):
+        (p,), (q,) = distribution.probs([root]), tree.distributions.probs([0])
         found.append(gauge.gauge(rule, p, q, tree.tokens[tree.drawn(-1)].tolist(), Kind(tree.kinds[0])))
     return found
 
@@ -61,11 +61,11 @@ def first_nodes(rule: Rejecting, trees: Any, laws: Any) -> list[tuple[float, flo
 def test_few_nodes_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gauge, "MAX_NODES", 7)
     name, method = next(iter(DRAWN.items()))
-    draft = random_laws(np.random.default_rng(1))
+    draft = random_distributions(np.random.default_rng(1))
     trees = forest(method, draft, 50, BUDGET)
     _, rule = next(pair(method.kind))
     gauged = Gauged(rule, every=3)
-    gauged.accept(trees, ForestLaw(draft, trees))  # type: ignore[arg-type]
+    gauged.accept(trees, ForestDistribution(draft, trees))  # type: ignore[arg-type]
     assert gauged.visited >= 50 and len(gauged.found) == 7
     assert gauged.share is not None and gauged.share.ratio == pytest.approx(1), f"{name}: p = q accepts all"
 

@@ -92,6 +92,8 @@ def test_the_file_holds_the_tokenizer(folder: Path, tmp_path: Path, monkeypatch:
     assert all(tokens[id] == text for id, text in wanted.tokens.items())
     control = {id for id, kind in enumerate(kinds) if kind == package.TokenType.CONTROL}
     assert control == wanted.special
-    told = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "pre", "bos_token_id", "eos_token_id", "add_bos_token")}
-    assert told == {"model": "gpt2", "pre": "gpt-2", "bos_token_id": wanted.bos, "eos_token_id": wanted.eos, "add_bos_token": True}
+    reported = {
+        name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "pre", "bos_token_id", "eos_token_id", "add_bos_token")
+    }
+    assert reported == {"model": "gpt2", "pre": "gpt-2", "bos_token_id": wanted.bos, "eos_token_id": wanted.eos, "add_bos_token": True}
     assert package.GGUFReader(bare).fields["tokenizer.ggml.model"].contents() == "none", "two files, for two purposes"

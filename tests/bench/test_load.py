@@ -177,7 +177,7 @@ def test_poisson_is_of_its_seed_and_its_rate() -> None:
     assert times[-1] == pytest.approx(500) and times == sorted(times)
     assert poisson(2000, 8.0, 0) == pytest.approx([at / 2 for at in times])
     gaps = [after - before for before, after in zip([0.0, *times], times)]
-    for share in (0.5, 1.0, 2.0):  # of an exponential law e^-x are longer than x times the mean; 5 standard errors
+    for share in (0.5, 1.0, 2.0):  # of an exponential distribution e^-x are longer than x times the mean; 5 standard errors
         expected = math.exp(-share)
         found = sum(gap > share * 0.25 for gap in gaps) / 2000
         assert abs(found - expected) < 5 * math.sqrt(expected * (1 - expected) / 2000)
@@ -205,7 +205,7 @@ def test_traces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         ("a,b\n1,2\n", "needs the columns TIMESTAMP,ContextTokens,GeneratedTokens or arrival,input,output"),
         ("arrival,input,output\n", "has no rows"),
@@ -215,10 +215,10 @@ def test_traces(tmp_path: Path) -> None:
         ("arrival,input,output\n1,2,0\n", "line 2: lengths must be 1 or more"),
     ],
 )
-def test_a_wrong_trace_is_told_by_line(tmp_path: Path, words: str, told: str) -> None:
+def test_a_wrong_trace_is_reported_by_line(tmp_path: Path, words: str, reported: str) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(words)
-    with pytest.raises(InvalidInput, match=re.escape(told)):
+    with pytest.raises(InvalidInput, match=re.escape(reported)):
         read_trace(path)
 
 

@@ -69,11 +69,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> None:
-    told: list[str] = []
-    found = ops.measure(model, Options(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), told.append)
-    names = [name.split(",")[0] for name in told]
-    assert names[:15:3] == ["qkv", "out", "up", "down", "head"] and len(told) == 21 == ops.ticks(found.options)
-    assert [name.rpartition(": ")[2] for name in told[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
+    reported: list[str] = []
+    found = ops.measure(model, Options(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), reported.append)
+    names = [name.split(",")[0] for name in reported]
+    assert names[:15:3] == ["qkv", "out", "up", "down", "head"] and len(reported) == 21 == ops.ticks(found.options)
+    assert [name.rpartition(": ")[2] for name in reported[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
     assert found.refused == {"absent": "backend 'absent': no compiler"}
     lines = {(line.operation, line.backend, line.size) for line in found.lines}
     assert len(lines) == len(found.lines) == 5 * 2 * 2 * 2 + 2 * 2 * 2
@@ -111,7 +111,7 @@ def test_document_and_table(redraft: Callable[..., Ran], model: str, tmp_path: P
     assert len(document["lines"]) == 5 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
 
 
-def test_progress_is_told_where_no_terminal_reads_it_and_so_is_ctrl_c(
+def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(
     redraft: Callable[..., Ran], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "COPIES", 2)
@@ -131,7 +131,7 @@ def test_progress_is_told_where_no_terminal_reads_it_and_so_is_ctrl_c(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"backends": ("torhc",)}, "no backend 'torhc': did you mean 'torch'"),
         ({"quants": ("int9",)}, "no quant method 'int9': did you mean 'int"),
@@ -140,7 +140,7 @@ def test_progress_is_told_where_no_terminal_reads_it_and_so_is_ctrl_c(
         ({"rounds": 0}, "rounds = 0: must be 1 or more"),
     ],
 )
-def test_what_is_asked_wrongly_is_told(options: dict[str, Any], told: str) -> None:
+def test_what_is_asked_wrongly_is_reported(options: dict[str, Any], reported: str) -> None:
     with pytest.raises((InvalidInput, UnknownMethod)) as error:
         Options(**options)
-    assert told in str(error.value)
+    assert reported in str(error.value)

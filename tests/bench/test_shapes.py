@@ -54,13 +54,13 @@ def test_every_family_loads_here_and_in_transformers(family: str, tmp_path: Path
 
 
 def test_a_folder_with_a_config_only_is_written_once(tmp_path: Path) -> None:
-    source, told = written(tmp_path / "mine", CONFIG), []
-    made = shapes.checkpoint(str(source), told.append)
-    assert made.parent == tmp_path / "cache" / "shapes" and made.name.startswith("mine-") and told[-1].endswith("100%")
+    source, reported = written(tmp_path / "mine", CONFIG), []
+    made = shapes.checkpoint(str(source), reported.append)
+    assert made.parent == tmp_path / "cache" / "shapes" and made.name.startswith("mine-") and reported[-1].endswith("100%")
     before = {file.name: file.stat().st_mtime_ns for file in made.iterdir()}
-    assert shapes.checkpoint(str(source / "config.json"), told.append).name.startswith("config-")
-    told.clear()
-    assert shapes.checkpoint(str(source), told.append) == made and not told
+    assert shapes.checkpoint(str(source / "config.json"), reported.append).name.startswith("config-")
+    reported.clear()
+    assert shapes.checkpoint(str(source), reported.append) == made and not reported
     assert {file.name: file.stat().st_mtime_ns for file in made.iterdir()} == before
     (source / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 1}))
     assert shapes.checkpoint(str(source)) != made
@@ -87,7 +87,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not list((tmp_path / "cache" / "shapes").iterdir())
 
 
-def test_unknown_names_and_small_vocabularies_are_told(tmp_path: Path) -> None:
+def test_unknown_names_and_small_vocabularies_are_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"no shape and no folder 'llama-3.2-1': did you mean 'llama-3.2-1b'"):
         shapes.checkpoint("llama-3.2-1")
     with pytest.raises(InvalidInput, match="vocab_size = 61: the tokenizer that random weights get has 4096 tokens"):

@@ -124,10 +124,10 @@ def test_both_modes_ask_the_same_of_the_same_contexts(both: tuple[tasks.Task, ta
 def test_controls_give_the_asked_keys_values_of_others(both: tuple[tasks.Task, tasks.Task]) -> None:
     for task in both:
         for probe, control in zip(task.probes, task.controls, strict=True):
-            told, otherwise = pairs_of(probe), pairs_of(control)
+            reported, otherwise = pairs_of(probe), pairs_of(control)
             assert probe.answers == control.answers and probe.ids[probe.context :] == control.ids[control.context :]
-            assert list(told) == list(otherwise) and sorted(told.values()) == sorted(otherwise.values())
-            changed = {key for key in told if told[key] != otherwise[key]}
+            assert list(reported) == list(otherwise) and sorted(reported.values()) == sorted(otherwise.values())
+            changed = {key for key in reported if reported[key] != otherwise[key]}
             asked = set(re.findall(r"\?([a-z]{3})", said(probe.ids[probe.context :])))
             assert asked <= changed and len(changed) == 6, "three keys and their three partners"
 
@@ -189,7 +189,7 @@ def test_all_tasks_fit_the_length(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         ({"length": 0}, "length = 0: must be 1 or more"),
         ({"count": 1}, "limit = 1: must be 2 or more"),
@@ -201,11 +201,11 @@ def test_all_tasks_fit_the_length(tokenizer: Tokenizer) -> None:
         ({"length": 255, "count": 99, "turns": 1}, None),
     ],
 )
-def test_what_cannot_be_made_is_one_line(tokenizer: Tokenizer, options: dict[str, int], told: str | None) -> None:
-    if told is None:
+def test_what_cannot_be_made_is_one_line(tokenizer: Tokenizer, options: dict[str, int], reported: str | None) -> None:
+    if reported is None:
         assert tasks.build(tokenizer, {"one": [LETTERS]}, Wanted(**options), 255)[0].items < 99  # as many as there are
         return
-    with pytest.raises(InvalidInput, match=told):
+    with pytest.raises(InvalidInput, match=reported):
         tasks.build(tokenizer, {"one": [LETTERS]}, Wanted(**options), 255)
 
 

@@ -1,4 +1,4 @@
-"""`redraft bench serve`, from the command line, against a server that behaves and misbehaves as it is told."""
+"""`redraft bench serve`, from the command line, against a server that behaves and misbehaves as it is reported."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_failures_are_counted_by_kind(redraft: Redraft, fake: Fake, tmp_path: Pa
     assert f"failed, 3 times {kind}: {words}" in out and found["mean_ttft_ms"] is None
 
 
-def test_some_failures_are_told_and_the_rest_is_measured(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
+def test_some_failures_are_reported_and_the_rest_is_measured(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
     class Every3rd(FakeOpenAI):
         async def _stream(self, request: Any, body: dict[str, Any], how: dict[str, Any]) -> Any:
             return await super()._stream(request, body, how | ({"status": 429} if body["seed"] % 3 == 0 else {}))
@@ -124,7 +124,7 @@ def test_no_server_is_one_line(redraft: Redraft, fake: Fake, tmp_path: Path) -> 
 
 
 def test_output_tokens_without_usage(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
-    """By the server's tokenizer, without the token before a text; else a chunk is taken for a token, and either is told."""
+    """By the server's tokenizer, without the token before a text; else a chunk is taken for a token, and either is reported."""
     given = ["--num-prompts", "2", "--extra", '{"fake": {"usage": false, "pieces": [" a b c", " d"]}}']
     _, out, _, found = serve(redraft, fake(), tmp_path / "a.json", *given)
     assert (found["total_output_tokens"], found["output_tokens_from"]) == (8, {"tokenize": 2}) and "counted by its /tokenize" in out
@@ -197,10 +197,10 @@ def test_ctrl_c_prints_and_exits_130(fake: Fake, tmp_path: Path) -> None:
         process = start("bench", "serve", *given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         until(lambda: len(server.bodies) == 3 and server.active == 2)  # the third is sent when the first has ended
         process.send_signal(signal.SIGINT)
-        told, err = process.communicate(timeout=60)
+        reported, err = process.communicate(timeout=60)
         until(lambda: server.active == 0)
     assert process.returncode == 130, err
-    assert b"1 completed, 0 failed, 2 not finished when interrupted" in told and b"Traceback" not in err
+    assert b"1 completed, 0 failed, 2 not finished when interrupted" in reported and b"Traceback" not in err
     found = json.loads(out.read_text())
     assert (found["interrupted"], found["completed"], found["unfinished"], found["total_output_tokens"]) == (True, 1, 2, 64)
 
@@ -220,7 +220,7 @@ def test_it_needs_no_pytorch(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["--rate", "0"], "rate = 0: requests a second above 0, or inf, are needed"),
         (["--rate", "nan"], "rate = nan"),
@@ -244,9 +244,9 @@ def test_it_needs_no_pytorch(fake: Fake) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_error_is_one_line(redraft: Redraft, arguments: list[str], told: str) -> None:
+def test_an_error_is_one_line(redraft: Redraft, arguments: list[str], reported: str) -> None:
     code, out, err = redraft("bench", "serve", *arguments)
-    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and told in err, err
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and reported in err, err
 
 
 def test_messages_are_for_chats(redraft: Redraft, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str
     assert "segments of layers: 0..2\n" in runner
     assert "sampler requests nothing beyond the argmax" in runner
     assert "drafter token-recycling:k=5 requests the 5 likeliest tokens of every row" in runner
-    assert "sampler: greedy; processors: none" in below(out, "self.sampler.law(")
+    assert "sampler: greedy; processors: none" in below(out, "self.sampler.distribution(")
     assert "verifier: coupled" in below(out, "self.verifier.accept(")
     assert "arXiv 2305.09781" in below(out, "self.verifier.accept(")
 
@@ -68,7 +68,7 @@ def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str
 def test_sampling_options_change_what_is_requested(redraft: Callable[..., Ran], tiny: str) -> None:
     _, out, _ = redraft("explain", tiny, "--temperature", "0.8", "--top-p", "0.9", "--bad-words", "x")
     assert "sampler requests logits" in below(out, "self.runner.forward(")
-    assert "processors: BadWords, Temperature, TopP" in below(out, "self.sampler.law(")
+    assert "processors: BadWords, Temperature, TopP" in below(out, "self.sampler.distribution(")
 
 
 def test_taps_and_the_weakest_guarantee_come_from_the_parts(

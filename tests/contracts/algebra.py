@@ -1,9 +1,9 @@
-"""The algebra contract of verifiers: over a vocabulary of 5, in float64, what a verifier accepts has the target's law.
+"""The algebra contract of verifiers: over a vocabulary of 5, in float64, what a verifier accepts has the target's distribution.
 
-A toy target with an arbitrary law for every context, and as many sequences as samples are wanted, all with the same
-tree: a verifier sees one large batch. `check_law` compares the joint law of the first three tokens with p1 p2 p3;
+A toy target with an arbitrary distribution for every context, and as many sequences as samples are wanted, all with the same
+tree: a verifier sees one large batch. `check_distribution` compares the joint distribution of the first three tokens with p1 p2 p3;
 outputs that end sooner are completed by plain sampling, as an engine would in later steps. `drawn_tree` makes the trees
-of a batch in which each sequence has its own, drawn from a draft's law.
+of a batch in which each sequence has its own, drawn from a draft's distribution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from redraft.core.law import TopLogprobs
+from redraft.core.distribution import TopLogprobs
 from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Accepted
 from redraft.core.tree import Kind, TokenTree
@@ -25,16 +25,16 @@ VOCAB = 5
 LENGTH = 3
 LEAST_P = 1e-4
 
-Laws = list[np.ndarray]  # laws[d][x_1, ..., x_d] is the law of token d + 1
+Distributions = list[np.ndarray]  # distributions[d][x_1, ..., x_d] is the distribution of token d + 1
 
 
-def random_laws(rng: np.random.Generator, length: int = LENGTH) -> Laws:
-    """A law for every context, with zeros here and there."""
-    laws = [rng.dirichlet(np.full(VOCAB, 0.7), size=(VOCAB,) * d) for d in range(length)]
-    for p in laws:
+def random_distributions(rng: np.random.Generator, length: int = LENGTH) -> Distributions:
+    """A distribution for every context, with zeros here and there."""
+    distributions = [rng.dirichlet(np.full(VOCAB, 0.7), size=(VOCAB,) * d) for d in range(length)]
+    for p in distributions:
         p[p < 0.02] = 0
         p /= p.sum(-1, keepdims=True)
-    return laws
+    return distributions
 
 
 def random_tree(rng: np.random.Generator, nodes: int, depth: int = LENGTH - 1) -> TokenTree:
@@ -54,7 +54,7 @@ class Table:
 
 
 def draw(rng: np.random.Generator, q: np.ndarray, k: int, kind: Kind) -> list[int]:
-    """k children of the law q, in draw order; fewer where fewer tokens have mass, repeated ones where `kind` allows."""
+    """k children of the distribution q, in draw order; fewer where fewer tokens have mass, repeated ones where `kind` allows."""
     if kind in (Kind.IID, Kind.SINGLE):
         return rng.choice(len(q), 1 if kind is Kind.SINGLE else k, p=q).tolist()
     k = min(k, np.count_nonzero(q))
@@ -68,8 +68,10 @@ def draw(rng: np.random.Generator, q: np.ndarray, k: int, kind: Kind) -> list[in
     return best
 
 
-def drawn_tree(rng: np.random.Generator, laws: Laws, kinds: Seq[Kind], k: int = 3, draw: Callable[..., list[int]] = draw) -> TokenTree:
-    """A tree drawn from draft laws: each inner node of one of `kinds`. The root has k children and their nodes k - 1 each;
+def drawn_tree(
+    rng: np.random.Generator, distributions: Distributions, kinds: Seq[Kind], k: int = 3, draw: Callable[..., list[int]] = draw
+) -> TokenTree:
+    """A tree drawn from draft distributions: each inner node of one of `kinds`. The root has k children and their nodes k - 1 each;
     below independent samples a node has as many as it was drawn times, so that k sequences are drawn as a whole."""
     tokens: list[int] = []
     parents: list[int] = []
@@ -78,7 +80,7 @@ def drawn_tree(rng: np.random.Generator, laws: Laws, kinds: Seq[Kind], k: int = 
     open_nodes: list[tuple[int, tuple[int, ...], int]] = [(-1, (), k)]
     for node, path, count in open_nodes:
         kind = own[node + 1] = kinds[rng.integers(len(kinds))]
-        q = rows[node + 1] = laws[len(path)][path]
+        q = rows[node + 1] = distributions[len(path)][path]
         drawn = draw(rng, q, count, kind)
         place = {}
         for x in dict.fromkeys(drawn):
@@ -93,22 +95,22 @@ def drawn_tree(rng: np.random.Generator, laws: Laws, kinds: Seq[Kind], k: int = 
     return TokenTree(as_i32[0], as_i32[1], np.asarray(own, np.uint8), Table(rows), as_i32[2])
 
 
-class ToyLaw:
-    """redraft.core.law.Law of `samples` sequences with one tree each, all alike. Sequence s has seed s."""
+class ToyDistribution:
+    """redraft.core.distribution.Distribution of `samples` sequences with one tree each, all alike. Sequence s has seed s."""
 
-    def __init__(self, laws: Laws, tree: TokenTree, samples: int, greedy: bool = False) -> None:
-        self.laws, self.tree, self.samples, self.greedy = laws, tree, samples, greedy
+    def __init__(self, distributions: Distributions, tree: TokenTree, samples: int, greedy: bool = False) -> None:
+        self.distributions, self.tree, self.samples, self.greedy = distributions, tree, samples, greedy
         self.roots = np.arange(samples, dtype=np.int32) * (len(tree) + 1)
         paths = [tree.tokens[tree.path_to(node)].tolist() for node in range(-1, len(tree))]
         self.depths = np.asarray([len(path) for path in paths])
-        self.law_probs = np.stack([laws[len(path)][tuple(path)] for path in paths])
+        self.distribution_probs = np.stack([distributions[len(path)][tuple(path)] for path in paths])
 
     def draw(self, rows: Seq[int]) -> list[int]:
         seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)
-        return self.tokens(self.law_probs[places], seeds, self.depths[places]).tolist()
+        return self.tokens(self.distribution_probs[places], seeds, self.depths[places]).tolist()
 
     def probs(self, rows: Seq[int]) -> np.ndarray:
-        return self.law_probs[np.asarray(rows) % (len(self.tree) + 1)]
+        return self.distribution_probs[np.asarray(rows) % (len(self.tree) + 1)]
 
     def uniform(self, rows: Seq[int], n: int) -> np.ndarray:
         seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)
@@ -143,7 +145,7 @@ class ToyLaw:
             out[s, : given[s]] = text[: given[s]]
         for d in range(length):
             short = np.flatnonzero(given <= d)
-            probs = self.laws[d][tuple(out[short, :d].T)]
+            probs = self.distributions[d][tuple(out[short, :d].T)]
             out[short, d] = self.tokens(probs, short, np.full(len(short), d))
         return out
 
@@ -151,7 +153,7 @@ class ToyLaw:
         return self.complete([()] * self.samples, length)
 
 
-class FreshLaw(ToyLaw):
+class FreshDistribution(ToyDistribution):
     """Other noise at every call, so that one node may be drawn more than once: for controls."""
 
     rng = np.random.default_rng(0)
@@ -173,15 +175,19 @@ def chi_square_p(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def check_law(
-    verifier: Verifier, laws: Laws, tree: TokenTree, samples: int, law: Callable[..., ToyLaw] = ToyLaw
+def check_distribution(
+    verifier: Verifier,
+    distributions: Distributions,
+    tree: TokenTree,
+    samples: int,
+    distribution: Callable[..., ToyDistribution] = ToyDistribution,
 ) -> tuple[float, list[Accepted]]:
-    """p-value of the law of the first tokens, and what was accepted."""
-    toy = law(laws, tree, samples)
+    """p-value of the distribution of the first tokens, and what was accepted."""
+    toy = distribution(distributions, tree, samples)
     accepted = verifier.accept([tree] * samples, toy)
     for a in accepted:
         check_path(tree, a)
-    return law_p(laws, toy.complete([a.tokens for a in accepted])), accepted
+    return distribution_p(distributions, toy.complete([a.tokens for a in accepted])), accepted
 
 
 def check_path(tree: TokenTree, accepted: Accepted) -> None:
@@ -189,19 +195,24 @@ def check_path(tree: TokenTree, accepted: Accepted) -> None:
     assert [int(tree.parents[node]) for node in accepted.path] == [-1, *accepted.path][:-1], "a path goes from parent to child"
 
 
-def law_p(laws: Laws, texts: np.ndarray) -> float:
-    """p-value of the joint law of the tokens of `texts`, [samples, len(laws)]."""
-    joint = laws[0]
-    for p in laws[1:]:
+def distribution_p(distributions: Distributions, texts: np.ndarray) -> float:
+    """p-value of the joint distribution of the tokens of `texts`, [samples, len(distributions)]."""
+    joint = distributions[0]
+    for p in distributions[1:]:
         joint = joint[..., None] * p
     cells = np.ravel_multi_index(tuple(texts.T), joint.shape)
     return chi_square_p(np.bincount(cells, minlength=joint.size), joint.ravel() * len(texts))
 
 
 def check_text(
-    verifier: Verifier, laws: Laws, tree: TokenTree, samples: int, greedy: bool = False, law: Callable[..., ToyLaw] = ToyLaw
+    verifier: Verifier,
+    distributions: Distributions,
+    tree: TokenTree,
+    samples: int,
+    greedy: bool = False,
+    distribution: Callable[..., ToyDistribution] = ToyDistribution,
 ) -> None:
     """SAME_TEXT: with every seed, the tokens of the plain loop."""
-    toy = law(laws, tree, samples, greedy)
+    toy = distribution(distributions, tree, samples, greedy)
     accepted = verifier.accept([tree] * samples, toy)
     np.testing.assert_array_equal(toy.complete([a.tokens for a in accepted]), toy.plain())

@@ -1,4 +1,4 @@
-"""Trees drawn by the real builders from a toy draft law, and the toy target's law over a forest of them."""
+"""Trees drawn by the real builders from a toy draft distribution, and the toy target's distribution over a forest of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from redraft.config import SamplingParams
-from redraft.core.law import TopLogprobs
+from redraft.core.distribution import TopLogprobs
 from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
@@ -16,18 +16,20 @@ from redraft.core.tree import TokenTree
 from redraft.draft.second import SecondModel
 from redraft.draft.sketch import Sketch
 from redraft.sample.sampler import Sampler
-from tests.contracts.algebra import VOCAB, Laws
+from tests.contracts.algebra import VOCAB, Distributions
 
 START = 1  # tokens of the toy's prompt
 SAMPLED = SamplingParams(temperature=1.0)
 
 
-def forest(method: SecondModel, laws: Laws, samples: int, budget: Budget, params: SamplingParams = SAMPLED) -> list[TokenTree]:
-    """A tree for each of `samples` sequences (of seeds 0, 1, ...) from draft laws laws[d][x_1, ..., x_d]."""
+def forest(
+    method: SecondModel, distributions: Distributions, samples: int, budget: Budget, params: SamplingParams = SAMPLED
+) -> list[TokenTree]:
+    """A tree for each of `samples` sequences (of seeds 0, 1, ...) from draft distributions distributions[d][x_1, ..., x_d]."""
     sampler = Sampler(VOCAB, frozenset(), drafts=Stream.DRAFT)
     request = Request("toy", [0] * START, params)
     with np.errstate(divide="ignore"):
-        logs = [np.log(p) for p in laws]
+        logs = [np.log(p) for p in distributions]
     trees = []
     for seed in range(samples):
         seq = Sequence(seed, request, 0, [0] * START, START, seed, sync_point=99)
@@ -36,8 +38,8 @@ def forest(method: SecondModel, laws: Laws, samples: int, budget: Budget, params
     return trees
 
 
-def grow(method: SecondModel, sketch: Sketch, logs: Laws) -> TokenTree:
-    """As Grower does it, with a table of laws for the second model."""
+def grow(method: SecondModel, sketch: Sketch, logs: Distributions) -> TokenTree:
+    """As Grower does it, with a table of distributions for the second model."""
     sketch.learn(-1, logs[0].copy())
     paths: list[tuple[int, ...]] = []
     for _ in method.grow(sketch):
@@ -51,11 +53,11 @@ def grow(method: SecondModel, sketch: Sketch, logs: Laws) -> TokenTree:
     return sketch.tree()
 
 
-class ForestLaw:
-    """redraft.core.law.Law of sequences with a tree each. Sequence s has seed s; token d of a text is at START + d."""
+class ForestDistribution:
+    """redraft.core.distribution.Distribution of sequences with a tree each. Sequence s has seed s; token d of a text is at START + d."""
 
-    def __init__(self, laws: Laws, trees: Seq[TokenTree]) -> None:
-        self.laws, self.trees = laws, trees
+    def __init__(self, distributions: Distributions, trees: Seq[TokenTree]) -> None:
+        self.distributions, self.trees = distributions, trees
         sizes = np.array([len(tree) + 1 for tree in trees])
         self.roots = (np.cumsum(sizes) - sizes).astype(np.int32)
         self.owner = np.repeat(np.arange(len(trees)), sizes)
@@ -66,7 +68,7 @@ class ForestLaw:
         return s, tuple(tree.tokens[tree.path_to(row - int(self.roots[s]) - 1)].tolist())
 
     def probs(self, rows: Seq[int]) -> np.ndarray:
-        return np.stack([self.laws[len(path)][path] for _, path in map(self._place, rows)])
+        return np.stack([self.distributions[len(path)][path] for _, path in map(self._place, rows)])
 
     def draw(self, rows: Seq[int]) -> list[int]:
         return [self._argmax(row, p, Stream.TARGET) for row, p in zip(rows, self.probs(rows) if rows else (), strict=True)]
@@ -89,12 +91,12 @@ class ForestLaw:
         return int(ids[np.argmax(np.log(weights[ids]) + gumbel(self._key(row, stream), ids))])
 
 
-def texts(laws: Laws, accepted: Seq[Seq[int]], length: int, rng: np.random.Generator) -> np.ndarray:
+def texts(distributions: Distributions, accepted: Seq[Seq[int]], length: int, rng: np.random.Generator) -> np.ndarray:
     """Each accepted text cut or continued to `length` tokens by sampling the target: [samples, length]."""
     out = np.zeros((len(accepted), length), np.int64)
     for s, tokens in enumerate(accepted):
         own = list(tokens[:length])
         while len(own) < length:
-            own.append(int(rng.choice(VOCAB, p=cast(np.ndarray, laws[len(own)][tuple(own)]))))
+            own.append(int(rng.choice(VOCAB, p=cast(np.ndarray, distributions[len(own)][tuple(own)]))))
         out[s] = own
     return out

@@ -17,7 +17,7 @@ Draws = Iterable[tuple[float, tuple[int, ...]]]  # chance, tokens in draw order
 RULES: dict[str, Rejecting] = {
     name: rule
     for name in registry.METHODS["verify"]
-    if hasattr(rule := registry.create("verify", name), "stages") and rule.card.guarantee <= Guarantee.SAME_LAW
+    if hasattr(rule := registry.create("verify", name), "stages") and rule.card.guarantee <= Guarantee.SAME_DISTRIBUTION
 }
 SAMPLED = [(name, kind) for name, rule in RULES.items() for kind in sorted(rule.supports - {Kind.FIXED})]
 
@@ -45,9 +45,9 @@ def pairs(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np
     yield p, p * (1 + 1e-15 * rng.normal(size=vocab))  # the same but for rounding
 
 
-def _only(law: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    out = np.zeros_like(law)
-    out[tokens] = law[tokens]
+def _only(distribution: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(distribution)
+    out[tokens] = distribution[tokens]
     return out / out.sum()
 
 
@@ -74,8 +74,8 @@ def likeliest(q: np.ndarray, k: int) -> tuple[int, ...]:
 
 
 def outcome(rule: Rejecting, p: np.ndarray, q: np.ndarray, kind: Kind, ways: Draws) -> tuple[np.ndarray, float]:
-    """The law of the next token, and the chance that it is one of those drawn."""
-    law, accepted = np.zeros_like(p), 0.0
+    """The distribution of the next token, and the chance that it is one of those drawn."""
+    distribution, accepted = np.zeros_like(p), 0.0
     for chance, tokens in ways:
         own, left = np.zeros_like(p), 1.0
         stages = rule.stages(p, q, list(tokens), kind)
@@ -89,9 +89,9 @@ def outcome(rule: Rejecting, p: np.ndarray, q: np.ndarray, kind: Kind, ways: Dra
         if not rest.any():
             assert left < 1e-12, "nothing is left of the target though all draws may be rejected"
         own += left * rest / (rest.sum() or 1)
-        law += chance * own
+        distribution += chance * own
         accepted += chance * own[list(set(tokens))].sum()
-    return law, accepted
+    return distribution, accepted
 
 
 class Reused(Rejecting):

@@ -90,8 +90,8 @@ def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
     """Pages come as their last owner left them, here full of NaN."""
     allocate = TorchOps.allocate
 
-    def filled(ops: TorchOps, spec: ModelSpec, slabs: int) -> Pool:
-        pool = allocate(ops, spec, slabs)
+    def filled(ops: TorchOps, spec: ModelSpec, blocks: int) -> Pool:
+        pool = allocate(ops, spec, blocks)
         pool.data.fill_(torch.nan)
         return pool
 
@@ -103,12 +103,12 @@ def noise_by_step(patch: pytest.MonkeyPatch) -> None:
     """Noise that belongs to the row of the step rather than to the position."""
     from redraft.sample import sampler
 
-    def wrong(law: sampler.TargetLaw, seq: Sequence, stream: Stream, packed: int) -> int:
-        starts = law.batch.starts
+    def wrong(distribution: sampler.TargetDistribution, seq: Sequence, stream: Stream, packed: int) -> int:
+        starts = distribution.batch.starts
         row = packed - int(starts[np.searchsorted(starts, packed, side="right") - 1])
-        return key(seq.seed, stream, int(law.batch.positions[packed]) + 1 + row)
+        return key(seq.seed, stream, int(distribution.batch.positions[packed]) + 1 + row)
 
-    patch.setattr(sampler.TargetLaw, "_key", wrong)
+    patch.setattr(sampler.TargetDistribution, "_key", wrong)
 
 
 FAULTS: tuple[Plant, ...] = (

@@ -100,8 +100,8 @@ def tiny() -> tuple[ModelSpec, Weights]:
     return made, replace(weights, layers=(recurrent(a), a, b, recurrent(b), c, recurrent(c)))
 
 
-def runner(backend: str, slabs: int, *, sharing: bool = True) -> Runner:
+def runner(backend: str, blocks: int, *, sharing: bool = True) -> Runner:
     spec, weights = tiny()
     made = BACKENDS[backend](torch.float64, "cpu")
-    memory = Memories(Paged(made, spec, slabs, sharing=sharing), State(spec, 40 * slabs, slabs, sharing=sharing))
-    return Runner(spec, weights, made, slabs, memory=memory)
+    memory = Memories(Paged(made, spec, blocks, sharing=sharing), State(spec, 40 * blocks, blocks, sharing=sharing))
+    return Runner(spec, weights, made, blocks, memory=memory)

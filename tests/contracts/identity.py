@@ -42,7 +42,7 @@ class Different(AssertionError):
 
 @dataclass(frozen=True)
 class Condition:
-    """`chunk`: rows a step; `arrivals`: the step before which each request comes; `pool`: slabs; `lanes`: of each request."""
+    """`chunk`: rows a step; `arrivals`: the step before which each request comes; `pool`: blocks; `lanes`: of each request."""
 
     drafter: str = "none"
     sampling: str = "greedy"
@@ -124,7 +124,7 @@ def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
 
 
 def second(
-    made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, slabs: int | None = None, context: int = 256
+    made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, blocks: int | None = None, context: int = 256
 ) -> Grower:
     head = runner.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
@@ -132,7 +132,7 @@ def second(
     spec = replace(runner.spec, context=context)
     return Grower(
         made,
-        Runner(spec, weights, runner.backend, slabs or runner.memory.slabs, sharing=runner.memory.paged.table.sharing),
+        Runner(spec, weights, runner.backend, blocks or runner.memory.blocks, sharing=runner.memory.paged.table.sharing),
         sampler,
     )
 

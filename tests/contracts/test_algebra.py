@@ -13,23 +13,23 @@ from redraft.errors import Unsupported
 from tests.contracts.algebra import (
     LEAST_P,
     VOCAB,
-    FreshLaw,
-    ToyLaw,
-    check_law,
+    FreshDistribution,
+    ToyDistribution,
+    check_distribution,
     check_path,
     check_text,
+    distribution_p,
     draw,
     drawn_tree,
-    law_p,
-    random_laws,
+    random_distributions,
     random_tree,
 )
-from tests.contracts.drawn import ForestLaw, texts
+from tests.contracts.drawn import ForestDistribution, texts
 from tests.contracts.exact import RULES, Reused, likeliest
 
 VERIFIERS = [registry.method("verify", name)() for name in registry.METHODS["verify"]]
-SAME_LAW = [v for v in VERIFIERS if v.card.guarantee <= Guarantee.SAME_LAW]
-FIXED = [v for v in SAME_LAW if Kind.FIXED in v.supports and not hasattr(v, "stages")]  # those meet them in mixed trees
+SAME_DISTRIBUTION = [v for v in VERIFIERS if v.card.guarantee <= Guarantee.SAME_DISTRIBUTION]
+FIXED = [v for v in SAME_DISTRIBUTION if Kind.FIXED in v.supports and not hasattr(v, "stages")]  # those meet them in mixed trees
 SAME_TEXT = [v for v in VERIFIERS if v.card.guarantee == Guarantee.SAME_TEXT]
 
 
@@ -40,39 +40,39 @@ def full_tree() -> TokenTree:
 
 @pytest.mark.parametrize("verifier", FIXED, ids=lambda v: v.card.title)
 @pytest.mark.parametrize("seed", range(3))
-def test_law_of_fixed_trees(verifier, seed):
+def test_distribution_of_fixed_trees(verifier, seed):
     rng = np.random.default_rng(seed)
-    p_value, accepted = check_law(verifier, random_laws(rng), random_tree(rng, 8), 50_000)
+    p_value, accepted = check_distribution(verifier, random_distributions(rng), random_tree(rng, 8), 50_000)
     assert p_value >= LEAST_P
     assert {len(a.path) for a in accepted} == {0, 1, 2}, "the tree must be rejected, partly and wholly accepted somewhere"
 
 
 @pytest.mark.parametrize("verifier", FIXED, ids=lambda v: v.card.title)
-def test_law_with_independent_noise(verifier):
+def test_distribution_with_independent_noise(verifier):
     rng = np.random.default_rng(7)
-    assert check_law(verifier, random_laws(rng), random_tree(rng, 8), 50_000, FreshLaw)[0] >= LEAST_P
+    assert check_distribution(verifier, random_distributions(rng), random_tree(rng, 8), 50_000, FreshDistribution)[0] >= LEAST_P
 
 
-# ---- trees drawn from a draft's law, one for each sequence
+# ---- trees drawn from a draft's distribution, one for each sequence
 
 FOREST = 4000
 
 
 def drawn_p(verifier, kinds, draw=draw):
-    """p-value of the law of three tokens where each node of each tree is of one of `kinds`; numbers of accepted nodes."""
+    """p-value of the distribution of three tokens where each node of each tree is of one of `kinds`; numbers of accepted nodes."""
     rng = np.random.default_rng(5)
-    laws, draft = random_laws(rng), random_laws(rng)
+    distributions, draft = random_distributions(rng), random_distributions(rng)
     trees = [drawn_tree(rng, draft, kinds, draw=draw) for _ in range(FOREST)]
-    accepted = verifier.accept(trees, ForestLaw(laws, trees))
+    accepted = verifier.accept(trees, ForestDistribution(distributions, trees))
     for tree, a in zip(trees, accepted, strict=True):
         check_path(tree, a)
         assert tree.child([-1, *a.path][-1], a.tokens[-1]) < 0, "a child that carries the token is followed"
-    p_value = law_p(laws, texts(laws, [a.tokens for a in accepted], 3, np.random.default_rng(6)))
+    p_value = distribution_p(distributions, texts(distributions, [a.tokens for a in accepted], 3, np.random.default_rng(6)))
     return p_value, {len(a.path) for a in accepted}
 
 
-@pytest.mark.parametrize("verifier", SAME_LAW, ids=lambda v: v.card.title)
-def test_law_of_drawn_trees_of_mixed_kinds(verifier):
+@pytest.mark.parametrize("verifier", SAME_DISTRIBUTION, ids=lambda v: v.card.title)
+def test_distribution_of_drawn_trees_of_mixed_kinds(verifier):
     many = sorted(verifier.supports - {Kind.FIXED, Kind.SINGLE})
     p_value, lengths = drawn_p(verifier, [*sorted(verifier.supports), *many, *many])
     assert p_value >= LEAST_P
@@ -82,9 +82,9 @@ def test_law_of_drawn_trees_of_mixed_kinds(verifier):
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, rule in RULES.items() for kind in set(Kind) - rule.supports])
 def test_children_of_another_kind_are_refused_by_name(name, kind):
     rng = np.random.default_rng(8)
-    tree = drawn_tree(rng, random_laws(rng), [kind])
+    tree = drawn_tree(rng, random_distributions(rng), [kind])
     with pytest.raises(Unsupported, match=f"{type(RULES[name]).__name__} .* {kind.name}"):
-        RULES[name].accept([tree], ForestLaw(random_laws(rng), [tree]))
+        RULES[name].accept([tree], ForestDistribution(random_distributions(rng), [tree]))
 
 
 WITHOUT_REPLACEMENT = [name for name, rule in RULES.items() if Kind.WITHOUT_REPLACEMENT in rule.supports]
@@ -119,19 +119,19 @@ def test_text_of_any_tree(verifier, greedy):
     rng = np.random.default_rng(11)
     trees = [EMPTY, full_tree(), TokenTree.chain([2, 2]), *(random_tree(rng, int(rng.integers(1, 20))) for _ in range(25))]
     for tree in trees:
-        check_text(verifier, random_laws(rng), tree, 300, greedy)
+        check_text(verifier, random_distributions(rng), tree, 300, greedy)
 
 
 class PerRow:
     """The control: every root-to-leaf row draws for itself, and the longest match is taken."""
 
-    def accept(self, trees, law):
+    def accept(self, trees, distribution):
         tree = trees[0]
         leaves = [i for i in range(len(tree)) if i not in tree.parents]
         best = [Accepted()] * len(trees)
         for leaf in leaves:
             path = tree.path_to(leaf)
-            drawn = np.stack([law.draw((law.roots + 1 + node).tolist()) for node in [-1, *path]], axis=1)
+            drawn = np.stack([distribution.draw((distribution.roots + 1 + node).tolist()) for node in [-1, *path]], axis=1)
             matches = np.cumprod(drawn[:, :-1] == tree.tokens[path], axis=1).sum(1)
             for s, n in enumerate(matches):
                 if not best[s].tokens or n > len(best[s].path):
@@ -141,21 +141,21 @@ class PerRow:
 
 def test_control_one_draw_per_row_is_biased():
     rng = np.random.default_rng(0)
-    laws, tree = random_laws(rng), random_tree(rng, 8)
-    assert check_law(PerRow(), laws, tree, 50_000, FreshLaw)[0] < LEAST_P
+    distributions, tree = random_distributions(rng), random_tree(rng, 8)
+    assert check_distribution(PerRow(), distributions, tree, 50_000, FreshDistribution)[0] < LEAST_P
 
 
-class NodeNoise(ToyLaw):
+class NodeNoise(ToyDistribution):
     """The control: noise that depends on where a node lies in the tree."""
 
     def draw(self, rows):
         seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)
-        return self.tokens(self.law_probs[places], seeds, places).tolist()
+        return self.tokens(self.distribution_probs[places], seeds, places).tolist()
 
 
 @pytest.mark.parametrize("verifier", SAME_TEXT, ids=lambda v: v.card.title)
 def test_control_noise_by_node_changes_the_text(verifier):
     rng = np.random.default_rng(0)
-    toy = NodeNoise(random_laws(rng), full_tree(), 300)
+    toy = NodeNoise(random_distributions(rng), full_tree(), 300)
     accepted = verifier.accept([toy.tree] * 300, toy)
     assert (toy.complete([a.tokens for a in accepted]) != toy.plain()).any()

@@ -1,4 +1,4 @@
-"""Every registered rule that tosses coins, enumerated exactly: what comes out has the target's law."""
+"""Every registered rule that tosses coins, enumerated exactly: what comes out has the target's distribution."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from redraft.verify.bound import acceptance, bound
 from tests.contracts.exact import RULES, SAMPLED, Reused, draws, likeliest, outcome, pairs
 
 RANDOM = np.random.default_rng(1).dirichlet(np.ones(6), 2)
-RANDOM.setflags(write=False)  # a rule leaves the laws as they were
+RANDOM.setflags(write=False)  # a rule leaves the distributions as they were
 
 
 @pytest.mark.parametrize(("name", "kind"), SAMPLED)
 @pytest.mark.parametrize("vocab", [4, 5, 6])
-def test_the_law_is_the_targets_and_acceptance_is_within_the_bound(name, kind, vocab):
+def test_the_distribution_is_the_targets_and_acceptance_is_within_the_bound(name, kind, vocab):
     rule = RULES[name]
     for k in (1, 2, 3)[: 1 if kind is Kind.SINGLE else 3]:
         for p, q in pairs(np.random.default_rng(100 * vocab + k), vocab):
             ways = list(draws(q, k, kind))
             assert sum(chance for chance, _ in ways) == pytest.approx(1, abs=1e-12)
-            law, accepted = outcome(rule, p, q, kind, ways)
-            assert np.abs(law - p).max() < 1e-12, (p, q, k)
+            distribution, accepted = outcome(rule, p, q, kind, ways)
+            assert np.abs(distribution - p).max() < 1e-12, (p, q, k)
             most = bound(p, q, ways[0][1], kind)
             assert accepted <= most + 1e-12, (p, q, k)
             assert accepted == pytest.approx(sum(chance * acceptance(rule, p, q, x, kind) for chance, x in ways), abs=1e-12)
@@ -36,10 +36,10 @@ DISTINCT = (Kind.WITHOUT_REPLACEMENT, Kind.TOP_PLUS_ONE)
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in SAMPLED if kind in DISTINCT])
 def test_a_child_whose_probability_is_lost_to_rounding_is_not_tested(name, kind):
-    """Drawn in log space, its q may be below the least number: the law is the target's all the same."""
+    """Drawn in log space, its q may be below the least number: the distribution is the target's all the same."""
     p, q = np.array([0.1, 0.4, 0.5, 0.0]), np.array([1.0, 0.0, 0.0, 0.0])
-    law, _ = outcome(RULES[name], p, q, kind, [(1.0, [0, 1])])
-    assert np.abs(law - p).max() < 1e-12
+    distribution, _ = outcome(RULES[name], p, q, kind, [(1.0, [0, 1])])
+    assert np.abs(distribution - p).max() < 1e-12
 
 
 # ---- controls

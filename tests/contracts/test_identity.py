@@ -14,7 +14,7 @@ DRAFTERS = ("none", "random", "oracle", "fan-out")
 REGISTERED = [name for name in registry.METHODS["draft"] if name != "none" and complete("draft", name)]
 MIXED = (0, 3, 0, 5, 9, 11)
 CROWD = (0, 1, 0, 1, 0, 0)
-SMALL = 5  # slabs: five requests of two or three pages do not fit at once
+SMALL = 5  # blocks: five requests of two or three pages do not fit at once
 
 TORCH = [
     *(

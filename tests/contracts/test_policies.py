@@ -23,7 +23,7 @@ SEAMS = ("keep", "codec", "read", "depth")
 # Options at which a method bites on texts of a hundred tokens; a method without an entry is tested as it comes.
 BITING = {
     "ada-kv": "budget=32,recent=4,sinks=1,history=8",
-    "double-sparsity": None,  # needs a profile of the model: tests/kv/read
+    "double-sparsity": None,  # needs a profile of the model: tests/kv/sparse_attention
     "int4": "block=32",
     "layer-skip": "speedup=2",
     "page-top-k": "tokens=64,sinks=0",

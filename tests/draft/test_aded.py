@@ -49,7 +49,7 @@ def paths(tree: TokenTree) -> list[tuple[int, ...]]:
     return [tuple(tree.tokens[tree.path_to(i)].tolist()) for i in range(len(tree))]
 
 
-# the search, written down once more as it is told: slow, no shared lists
+# the search, written down once more as it is reported: slow, no shared lists
 
 
 class Node:

@@ -17,7 +17,7 @@ from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
 from redraft.draft import second as module
 from redraft.draft.second import Grower, SecondModel
-from redraft.draft.sketch import NextLaw, Sketch
+from redraft.draft.sketch import NextDistribution, Sketch
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
@@ -56,9 +56,11 @@ class Rereading(Grower):
             if len(tree):
                 runner = Runner(self.runner.spec, self.runner.weights, self.runner.backend, 10)
                 fresh = Grower(self.method, runner, self.sampler)
-                twin = Sequence(seq.id, seq.request, seq.index, seq.tokens, seq.prompt_len, seq.seed, seq.sync_point, state=dict(seq.state))
-                twin.state[fresh] = fresh.begin(twin)
-                (again,) = fresh.propose([twin], [budget])
+                sibling = Sequence(
+                    seq.id, seq.request, seq.index, seq.tokens, seq.prompt_len, seq.seed, seq.sync_point, state=dict(seq.state)
+                )
+                sibling.state[fresh] = fresh.begin(sibling)
+                (again,) = fresh.propose([sibling], [budget])
                 assert again.tokens.tolist() == tree.tokens.tolist() and again.parents.tolist() == tree.parents.tolist()
                 self.compared += 1
         return trees
@@ -113,9 +115,9 @@ def test_a_text_longer_than_its_context_goes_on_without_drafts() -> None:
     assert seen.accepted
 
 
-@pytest.mark.parametrize(("slabs", "count", "accepts"), [(1, 1, False), (2, 1, True), (1, 4, True), (3, 4, True)])
-def test_where_its_pool_is_full_it_stays_silent(slabs: int, count: int, accepts: bool) -> None:
-    made = engine(partial(second, method(CHAIN), slabs=slabs))  # a page holds 32; prompts have 45, 41, 29 and 20 tokens
+@pytest.mark.parametrize(("blocks", "count", "accepts"), [(1, 1, False), (2, 1, True), (1, 4, True), (3, 4, True)])
+def test_where_its_pool_is_full_it_stays_silent(blocks: int, count: int, accepts: bool) -> None:
+    made = engine(partial(second, method(CHAIN), blocks=blocks))  # a page holds 32; prompts have 45, 41, 29 and 20 tokens
     seen = drive(made, requests("sampled", count), (0,) * count)
     check_texts(seen.texts, "sampled")
     assert bool(seen.accepted) == accepts
@@ -197,16 +199,16 @@ def test_an_interrupt_while_it_drafts_leaves_no_tail(call: int, monkeypatch: pyt
 
 
 def finish(made: Engine, sampling: str) -> int:
-    told: dict[str, list[int]] = {}
+    reported: dict[str, list[int]] = {}
     raised = 0
     while made.has_work:
         try:
             for event in made.step():
-                told.setdefault(event.request.id, []).extend(event.tokens)
+                reported.setdefault(event.request.id, []).extend(event.tokens)
                 assert not event.stats.fault
         except KeyboardInterrupt:
             raised += 1
-    check_texts(told, sampling)
+    check_texts(reported, sampling)
     table = made.drafter.own.drafter.memory.paged.table  # type: ignore[attr-defined]
     table.check()
     assert table.used() == 0
@@ -215,7 +217,7 @@ def finish(made: Engine, sampling: str) -> int:
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 def test_who_drafts_is_not_confused_with_who_only_reads(sampling: str) -> None:
-    """Two texts, room for one node a step: the one without a budget runs its row too, and gives no law."""
+    """Two texts, room for one node a step: the one without a budget runs its row too, and gives no distribution."""
     made = engine(partial(second, method(CHAIN), off=0.0))
     made.scheduler = replace(made.scheduler, draft_total=1)  # type: ignore[type-var]
     seen = drive(made, requests(sampling, 2), (0, 0))
@@ -256,7 +258,7 @@ def test_two_drafters_may_share_the_model() -> None:
 
 
 @pytest.mark.parametrize("place", ["move", "attach"])
-def test_a_twin_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sibling_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(CHAIN)
     drafter = made.drafter.own.drafter
     assert isinstance(drafter, Grower)
@@ -277,7 +279,7 @@ def test_a_twin_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.Monke
     assert not drafter.memory.paged.table._held
 
 
-# ---- laws and sketches
+# ---- distributions and sketches
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -291,14 +293,14 @@ def test_where_no_token_has_mass_nothing_is_drafted(name: str, temperature: floa
 
 def test_where_coins_weigh_it_no_child_has_a_probability_of_zero() -> None:
     values = np.array([0.0, -500.0, -800.0, -1e5])
-    coins = NextLaw(np.arange(4), values, 3, target=False)
+    coins = NextDistribution(np.arange(4), values, 3, target=False)
     assert coins.ids.tolist() == [0, 1] and (np.exp(coins.logq) > 0).all()
-    assert len(NextLaw(np.arange(4), values, 3, target=True).best(4)) == 4, "the target's own noise weighs nothing"
+    assert len(NextDistribution(np.arange(4), values, 3, target=True).best(4)) == 4, "the target's own noise weighs nothing"
 
 
-def law(seed: int = 1, target: bool = False, noise: int | None = 7) -> NextLaw:
+def distribution(seed: int = 1, target: bool = False, noise: int | None = 7) -> NextDistribution:
     values = np.random.default_rng(seed).normal(size=50)
-    return NextLaw(np.arange(50), values, noise, target=target)
+    return NextDistribution(np.arange(50), values, noise, target=target)
 
 
 @pytest.mark.parametrize("candidates", [1, 3, 99])
@@ -327,30 +329,32 @@ def test_one_candidate_is_the_likeliest_token() -> None:
     assert (one.accepted, one.rejected) == (greedy.accepted, greedy.rejected)
 
 
-def test_a_law_sums_to_one_over_what_has_mass() -> None:
+def test_a_distribution_sums_to_one_over_what_has_mass() -> None:
     values = np.array([0.0, -np.inf, 1.0])
-    assert np.exp(law().logq).sum() == pytest.approx(1) == np.exp(NextLaw(np.arange(3), values, 1, target=False).logq).sum()
-    nothing = NextLaw(np.arange(3), np.full(3, -np.inf), 1, target=False)
+    assert (
+        np.exp(distribution().logq).sum() == pytest.approx(1) == np.exp(NextDistribution(np.arange(3), values, 1, target=False).logq).sum()
+    )
+    nothing = NextDistribution(np.arange(3), np.full(3, -np.inf), 1, target=False)
     assert nothing.best(2) == nothing.likeliest(2) == nothing.samples([0, 1]) == [] and nothing.nth(0) is None
 
 
 def test_best_is_a_prefix_of_one_order_and_skips_what_has_no_mass() -> None:
-    one = law()
+    one = distribution()
     assert [one.nth(i) for i in range(50)] == one.best(50) and one.nth(50) is None
     values = np.array([0.0, -np.inf, 1.0])
-    few = NextLaw(np.arange(3), values, 5, target=False)
+    few = NextDistribution(np.arange(3), values, 5, target=False)
     assert sorted(few.ids[few.best(3)]) == [0, 2] and few.nth(2) is None and few.ids[few.likeliest(3)].tolist() == [2, 0]
 
 
-def test_samples_follow_the_law_and_number_0_the_targets_noise() -> None:
+def test_samples_follow_the_distribution_and_number_0_the_targets_noise() -> None:
     counts = np.zeros(50)
     for noise in range(400):
-        for place in law(noise=noise).samples(range(10)):
+        for place in distribution(noise=noise).samples(range(10)):
             counts[place] += 1
-    q = np.exp(law().logq)
+    q = np.exp(distribution().logq)
     assert ((counts - 4000 * q) ** 2 / (4000 * q)).sum() < 49 + 5 * np.sqrt(2 * 49)
-    assert all(law(noise=n, target=True).samples([0]) == law(noise=n).best(1) for n in range(20))
-    assert law(noise=None).samples([0, 1, 2]) == law(noise=None).best(1) * 3
+    assert all(distribution(noise=n, target=True).samples([0]) == distribution(noise=n).best(1) for n in range(20))
+    assert distribution(noise=None).samples([0, 1, 2]) == distribution(noise=None).best(1) * 3
 
 
 def sketch(values: np.ndarray | None = None, **changes: Any) -> Sketch:
@@ -387,8 +391,8 @@ def test_options_are_checked(name: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("noise", [None, 7])
-def test_a_law_of_no_numbers_is_told(noise: int | None) -> None:
+def test_a_distribution_of_no_numbers_is_reported(noise: int | None) -> None:
     """Where a draft model computes NaN; the guard drops the drafter then, and the text goes on."""
-    law = NextLaw(np.arange(3), np.array([1.0, 2.0, 3.0]), noise, target=True, total=np.nan)
+    distribution = NextDistribution(np.arange(3), np.array([1.0, 2.0, 3.0]), noise, target=True, total=np.nan)
     with pytest.raises(ValueError, match="NaN"):
-        law.nth(0)
+        distribution.nth(0)

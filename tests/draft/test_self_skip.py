@@ -23,7 +23,7 @@ from redraft.errors import InvalidInput
 from tests.contracts import plain
 from tests.contracts.algebra import LEAST_P, chi_square_p
 from tests.contracts.identity import SAMPLING, Seen, drive, prompts
-from tests.depth.deep import ALL, deep, engine, logits, requests
+from tests.layer_skipping.deep import ALL, deep, engine, logits, requests
 
 
 @cache
@@ -49,7 +49,7 @@ def test_layers_are_spaced_evenly() -> None:
 
 
 @pytest.mark.parametrize(("count", "skipped"), [(3, 1), (4, 1), (8, 3), (32, 15)])
-def test_half_of_the_layers_between_are_left_out_unless_told(count: int, skipped: int) -> None:
+def test_half_of_the_layers_between_are_left_out_unless_reported(count: int, skipped: int) -> None:
     assert len(SelfSkip().layers(count)) == count - skipped
 
 
@@ -136,42 +136,42 @@ def test_layers_that_change_nothing_are_not_missed(verify: str, sampling: str, s
         check_texts(seen, sampling, power)
 
 
-LAW = SamplingParams(temperature=1.3, top_k=3, max_tokens=3)
+DISTRIBUTION = SamplingParams(temperature=1.3, top_k=3, max_tokens=3)
 
 
 @cache
-def law() -> dict[tuple[int, int], float]:
+def distribution() -> dict[tuple[int, int], float]:
     """The probability of every text of two tokens behind prompt 3."""
 
     def following(text: tuple[int, ...]) -> list[tuple[tuple[int, ...], float]]:
         x = plain.logits(*deep(), [*prompts()[3], *text])[-1].numpy()
-        best = np.argsort(-x, kind="stable")[: LAW.top_k]
-        weigh = np.exp((x[best] - x[best].max()) / LAW.temperature)
+        best = np.argsort(-x, kind="stable")[: DISTRIBUTION.top_k]
+        weigh = np.exp((x[best] - x[best].max()) / DISTRIBUTION.temperature)
         return [((*text, int(token)), float(w)) for token, w in zip(best, weigh / weigh.sum(), strict=True)]
 
     return {(two[0], two[1]): a * b for one, a in following(()) for two, b in following(one)}
 
 
-class OtherLaws(Skipping):
+class OtherDistributions(Skipping):
     """A fault: the chain is drawn with one set of layers, and said to be drawn from what another set tells."""
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         trees = super().propose(seqs, budgets)
         whole = Skipping(SelfSkip(skip=0, length=1), self.runner, self.sampler)
-        return [replace(tree, laws=one.laws) for tree, one in zip(trees, whole.propose(seqs, budgets), strict=True)]
+        return [replace(tree, distributions=one.distributions) for tree, one in zip(trees, whole.propose(seqs, budgets), strict=True)]
 
 
 @pytest.mark.parametrize("fault", [False, True])
-def test_under_rejection_the_law_is_the_targets(fault: bool) -> None:
-    """400 texts; that the first drafts stand for laws that they were not drawn from is seen."""
+def test_under_rejection_the_distribution_is_the_targets(fault: bool) -> None:
+    """400 texts; that the first drafts stand for distributions that they were not drawn from is seen."""
     method = SelfSkip(skip=4, length=1)
-    made = engine(lambda *above: (OtherLaws if fault else Skipping)(method, *above), verify="rejection", pool=80)
+    made = engine(lambda *above: (OtherDistributions if fault else Skipping)(method, *above), verify="rejection", pool=80)
     made.scheduler = replace(made.scheduler, max_seqs=40, draft_total=200)  # type: ignore[type-var]
-    asked = [Request(str(i), list(prompts()[3]), LAW.but(seed=i)) for i in range(400)]
+    asked = [Request(str(i), list(prompts()[3]), DISTRIBUTION.but(seed=i)) for i in range(400)]
     seen = drive(made, asked, [0] * len(asked), check=False)
     counts = Counter((text[0], text[1]) for text in seen.texts.values())
-    texts = sorted(law())
-    p = chi_square_p(np.array([counts[text] for text in texts]), len(asked) * np.array([law()[text] for text in texts]))
+    texts = sorted(distribution())
+    p = chi_square_p(np.array([counts[text] for text in texts]), len(asked) * np.array([distribution()[text] for text in texts]))
     assert seen.accepted and seen.rejected and sum(counts.values()) == sum(counts[text] for text in texts)
     assert (p < LEAST_P) == fault
 

@@ -45,7 +45,7 @@ def step(works: list[Work], trees: list[TokenTree], accepted: list[Accepted], to
     if top_k is None:
         top_k = (100 * np.arange(rows)[:, None] + np.arange(8)).astype(np.int32)
     out: Any = SimpleNamespace(top_k=top_k)
-    return StepResult(work=works, trees=trees, batch=batch, accepted=accepted, out=out, law=None)
+    return StepResult(work=works, trees=trees, batch=batch, accepted=accepted, out=out, distribution=None)
 
 
 # the template and its cuts

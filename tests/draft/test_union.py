@@ -130,7 +130,7 @@ def test_two_parts_are_needed(parts: str) -> None:
         Union(parts)
 
 
-def test_wrong_parts_are_told_at_once() -> None:
+def test_wrong_parts_are_reported_at_once() -> None:
     with pytest.raises(UnknownMethod, match="no draft method 'copyspek'"):
         Union("copyspek+none")
     with pytest.raises(UnknownMethod, match="unknown option 'gama' of copyspec"):
@@ -215,7 +215,7 @@ def test_fixed_parts_stand_before_a_verifier_that_tosses_coins() -> None:
 
 
 class Bang(Stateless):
-    """Raises where it is told to; counts what is open."""
+    """Raises where it is reported to; counts what is open."""
 
     def __init__(self, where: str = "") -> None:
         self.where, self.open = where, 0

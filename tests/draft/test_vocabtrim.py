@@ -174,11 +174,11 @@ def test_coverage_is_the_share_of_kept_tokens_in_what_was_written(llm: LLM, text
 
 def test_a_model_that_is_only_looked_at_is_left_alone(llm: LLM, text: Path) -> None:
     second = load_draft_model(llm.runner, None)
-    hollow = copy(second)
-    hollow.weights = replace(second.weights, head=Linear(torch.empty(second.weights.head.outs, second.spec.hidden, device="meta")))
-    one = Grower(grower(trimmed(llm, text, 30)[1]).method, hollow, llm.engine.sampler)
+    meta = copy(second)
+    meta.weights = replace(second.weights, head=Linear(torch.empty(second.weights.head.outs, second.spec.hidden, device="meta")))
+    one = Grower(grower(trimmed(llm, text, 30)[1]).method, meta, llm.engine.sampler)
     one.trim(np.arange(5))
-    assert one.runner is hollow
+    assert one.runner is meta
 
 
 # ---- the engine: the tiny model in float64, half of whose vocabulary is kept
@@ -202,7 +202,7 @@ def test_the_text_is_the_definitions(sampling: str, pool: int, monkeypatch: pyte
     requests = [Request(str(i), list(prompt), SAMPLING[sampling].but(seed=100 + i)) for i, prompt in enumerate(prompts())]
     seen = drive(made, requests, CROWD)
     assert seen.texts == truth
-    assert len(steps) > 10, "what was accepted is told to the second model"
+    assert len(steps) > 10, "what was accepted is reported to the second model"
     assert seen.accepted > 10
     assert bool(seen.preempted) == (pool == 5)
     table = inner.memory.paged.table
@@ -211,13 +211,15 @@ def test_the_text_is_the_definitions(sampling: str, pool: int, monkeypatch: pyte
     assert opened.coverage == sum(token % 2 == 0 for one in truth.values() for token in one) / sum(map(len, truth.values()))
 
 
-def test_the_law_that_a_coin_undoes_is_of_kept_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_distribution_that_a_coin_reverses_is_of_kept_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     made, opened = tiny("draft-model", "rejection")
     trees = drafted(opened, monkeypatch)
     drive(made, [Request("0", list(prompts()[0]), SAMPLING["sampled"].but(seed=100))], [0])
-    laws = [tree.laws.probs([0])[0] for tree in trees if tree.laws is not None]
-    assert len(laws) > 5
-    assert all(abs(law.sum() - 1) < 1e-12 and not law[1::2].any() and law[::2].all() for law in laws)
+    distributions = [tree.distributions.probs([0])[0] for tree in trees if tree.distributions is not None]
+    assert len(distributions) > 5
+    assert all(
+        abs(distribution.sum() - 1) < 1e-12 and not distribution[1::2].any() and distribution[::2].all() for distribution in distributions
+    )
 
 
 def test_ids_that_the_second_model_lacks_are_not_drafted() -> None:

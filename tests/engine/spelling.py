@@ -46,13 +46,13 @@ def finish(made: Engine, *requests: Request) -> dict[str, list[Event]]:
     """All events of each request, by its id."""
     for request in requests:
         made.add(request)
-    told: dict[str, list[Event]] = {request.id: [] for request in requests}
+    reported: dict[str, list[Event]] = {request.id: [] for request in requests}
     while made.has_work:
         for event in checked(made.step()):
-            told[event.request.id].append(event)
+            reported[event.request.id].append(event)
         made.memory.check()
     assert made.memory.used() == 0 and not made.outputs
-    return told
+    return reported
 
 
 def one(made: Engine, params: SamplingParams, prompt: Seq[int] = PROMPT) -> tuple[list[int], str, str]:

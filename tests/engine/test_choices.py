@@ -77,17 +77,17 @@ def test_the_guarantee_is_that_of_what_was_chosen(llm: LLM) -> None:
         return llm.guarantee_of(SamplingParams(**changes))
 
     assert of() is of(draft="none") is of(draft="draft-model", verify="coupled") is Guarantee.SAME_TEXT
-    assert of(verify="rejection") is of(draft="draft-model", verify="recursive") is Guarantee.SAME_LAW
-    assert of(verify="typical") > Guarantee.SAME_LAW
-    assert of(verify="rejection", keep="streaming-llm") >= of(keep="streaming-llm") > Guarantee.SAME_LAW
+    assert of(verify="rejection") is of(draft="draft-model", verify="recursive") is Guarantee.SAME_DISTRIBUTION
+    assert of(verify="typical") > Guarantee.SAME_DISTRIBUTION
+    assert of(verify="rejection", keep="streaming-llm") >= of(keep="streaming-llm") > Guarantee.SAME_DISTRIBUTION
     tossing = llm.sibling(draft="draft-model", verify="rejection")
-    assert tossing.guarantee_of(SamplingParams()) is Guarantee.SAME_LAW
+    assert tossing.guarantee_of(SamplingParams()) is Guarantee.SAME_DISTRIBUTION
     assert tossing.guarantee_of(SamplingParams(verify="coupled")) is Guarantee.SAME_TEXT
     for wrong in ({"draft": "bogus"}, {"verify": ""}):
         with pytest.raises(UnknownMethod):
             of(**wrong)
-    told = llm.generate("a", SamplingParams(max_tokens=2, seed=1, verify="rejection"))[0]
-    assert told.guarantee == Guarantee.SAME_LAW.label
+    reported = llm.generate("a", SamplingParams(max_tokens=2, seed=1, verify="rejection"))[0]
+    assert reported.guarantee == Guarantee.SAME_DISTRIBUTION.label
 
 
 def test_second_models_side_by_side(llm: LLM, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from redraft.config import SamplingParams
 from redraft.core.sequence import CachePlan, FinishReason, Lanes, Pooling, Request, Sequence, Wants
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event
-from redraft.kv.keep import keep as seam
+from redraft.kv.eviction import keep as seam
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import NotNumbers, Sampler
@@ -89,7 +89,7 @@ def with_policy(made: Engine, keep: Recorder) -> Engine:
     return made
 
 
-def go(made: Engine, told: dict[str, list[int]], drain: int = 2000) -> Ended:
+def go(made: Engine, reported: dict[str, list[int]], drain: int = 2000) -> Ended:
     """Steps until nothing is left; which requests were ended by what."""
     ended: Ended = {}
     reasons: dict[str, list[FinishReason]] = {}
@@ -101,7 +101,7 @@ def go(made: Engine, told: dict[str, list[int]], drain: int = 2000) -> Ended:
                 assert not event.tokens and event.reason is None
                 ended[event.request.id] = event.error
                 continue
-            told.setdefault(event.request.id, []).extend(event.tokens)
+            reported.setdefault(event.request.id, []).extend(event.tokens)
             assert len(event.drafted) == len(event.tokens)
             if event.reason is not None:
                 reasons.setdefault(event.request.id, []).append(event.reason)
@@ -113,7 +113,7 @@ def go(made: Engine, told: dict[str, list[int]], drain: int = 2000) -> Ended:
         made.memory.check()
     assert not made.has_work, "it goes on forever"
     assert made.memory.used() == 0 and not made.outputs and not made.faults and not made.events
-    assert all(reasons.get(name) for name in told if name not in ended)
+    assert all(reasons.get(name) for name in reported if name not in ended)
     return ended
 
 
@@ -124,10 +124,10 @@ def add(made: Engine, count: int = COUNT, **changes: Any) -> list[Request]:
     return requests
 
 
-def check(told: dict[str, list[int]], ended: Ended, guilty: Seq[str] = (CULPRIT,)) -> None:
+def check(reported: dict[str, list[int]], ended: Ended, guilty: Seq[str] = (CULPRIT,)) -> None:
     assert set(ended) == set(guilty)
     for name, text in TEXTS.items():
-        found = told.get(name, [])
+        found = reported.get(name, [])
         assert found == text if name not in guilty else found == text[: len(found)] and len(found) < 30, name
 
 
@@ -142,27 +142,27 @@ def test_a_policy_that_raises_ends_its_own_text(method: str, error: type[Excepti
     keep, drafter = Recorder(method, call, error), Counting(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN))
     made = with_policy(engine(drafter, chunk=40, pool=pool), keep)
     add(made)
-    told: dict[str, list[int]] = {}
+    reported: dict[str, list[int]] = {}
     if method == "begin" and call == 3:  # never so often
-        assert not go(made, told) or pool == 5
+        assert not go(made, reported) or pool == 5
         return
-    ended = go(made, told)
-    check(told, ended)
+    ended = go(made, reported)
+    check(reported, ended)
     assert type(ended[CULPRIT]) is error
     assert not keep.open and keep.begun and not drafter.open and drafter.begun == drafter.ended
 
 
 @pytest.mark.parametrize("pool", [40, 5])
 def test_a_policy_that_cannot_end(pool: int) -> None:
-    """The text is whole and told; whoever is preempted is ended."""
+    """The text is whole and reported; whoever is preempted is ended."""
     keep, drafter = Recorder("end"), Counting(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN))
     made = with_policy(engine(drafter, pool=pool), keep)
     add(made)
-    told: dict[str, list[int]] = {}
-    ended = go(made, told)
+    reported: dict[str, list[int]] = {}
+    ended = go(made, reported)
     assert set(ended) == {CULPRIT} and bool(made.preemptions) == (pool == 5)
-    assert {name: text for name, text in told.items() if name != CULPRIT} == {n: t for n, t in TEXTS.items() if n != CULPRIT}
-    assert told.get(CULPRIT, []) == TEXTS[CULPRIT][: len(told.get(CULPRIT, []))]
+    assert {name: text for name, text in reported.items() if name != CULPRIT} == {n: t for n, t in TEXTS.items() if n != CULPRIT}
+    assert reported.get(CULPRIT, []) == TEXTS[CULPRIT][: len(reported.get(CULPRIT, []))]
     assert not keep.open and not drafter.open
 
 
@@ -180,9 +180,9 @@ def test_siblings_end_together(method: str) -> None:
     keep = Recorder(method, 2)
     made = with_policy(engine(RandomTrees(plain.VOCAB, seed=1)), keep)
     add(made, n=3)
-    told: dict[str, list[int]] = {}
-    assert set(go(made, told)) == {CULPRIT}
-    assert all(len(told[name]) == 90 for name in TEXTS if name != CULPRIT)
+    reported: dict[str, list[int]] = {}
+    assert set(go(made, reported)) == {CULPRIT}
+    assert all(len(reported[name]) == 90 for name in TEXTS if name != CULPRIT)
     assert not keep.open
 
 
@@ -204,9 +204,9 @@ def test_a_sampler_that_raises(place: str, call: int, monkeypatch: pytest.Monkey
         return right(*args)
 
     monkeypatch.setattr(made.sampler, place, wrong)
-    told: dict[str, list[int]] = {}
-    ended = go(made, told)
-    check(told, ended, () if place == "check" or (place == "begin" and call == 2) else (CULPRIT,))
+    reported: dict[str, list[int]] = {}
+    ended = go(made, reported)
+    check(reported, ended, () if place == "check" or (place == "begin" and call == 2) else (CULPRIT,))
 
 
 @pytest.mark.parametrize("place", ["_record_prompt", "_event", "_record"])
@@ -225,19 +225,19 @@ def test_a_raise_behind_the_commit(place: str, call: int, monkeypatch: pytest.Mo
         return right(first, *rest)
 
     monkeypatch.setattr(made.outputs, place, wrong)
-    told: dict[str, list[int]] = {}
-    check(told, go(made, told))
+    reported: dict[str, list[int]] = {}
+    check(reported, go(made, reported))
 
 
-def test_texts_that_end_in_the_step_of_the_raise_are_told() -> None:
+def test_texts_that_end_in_the_step_of_the_raise_are_reported() -> None:
     """Their reasons are not lost: each text is as long as it asked for."""
     keep = Recorder("observe", 6)
     made = with_policy(engine(RandomTrees(plain.VOCAB, seed=4, right=1.0, known=KNOWN)), keep)
     for i in range(COUNT):
         made.add(Request(str(i), PROMPT[i:], SAMPLED.but(max_tokens=4 + 2 * i)))
-    told: dict[str, list[int]] = {}
-    go(made, told)
-    assert {name: len(text) for name, text in told.items() if name != CULPRIT} == {"0": 4, "1": 6, "3": 10}
+    reported: dict[str, list[int]] = {}
+    go(made, reported)
+    assert {name: len(text) for name, text in reported.items() if name != CULPRIT} == {"0": 4, "1": 6, "3": 10}
 
 
 # ---- nobody to blame
@@ -262,10 +262,10 @@ def test_a_fault_that_passes_ends_nobody(place: str, pool: int, call: int, monke
 
     monkeypatch.setattr(owner, place, wrong)
     add(made)
-    told: dict[str, list[int]] = {}
-    ended = go(made, told)
+    reported: dict[str, list[int]] = {}
+    ended = go(made, reported)
     assert calls >= call
-    assert not ended and told == TEXTS
+    assert not ended and reported == TEXTS
 
 
 @pytest.mark.parametrize("pool", [40, 6, 5])
@@ -282,8 +282,8 @@ def test_whoever_raises_alone_is_guilty(guilty: tuple[str, ...], pool: int, monk
 
     monkeypatch.setattr(made.verifier, "accept", wrong)
     add(made)
-    told: dict[str, list[int]] = {}
-    check(told, go(made, told), guilty)
+    reported: dict[str, list[int]] = {}
+    check(reported, go(made, reported), guilty)
 
 
 @pytest.mark.parametrize("pool", [40, 5])
@@ -298,8 +298,8 @@ def test_a_batch_that_raises_where_each_alone_does_not(pool: int, monkeypatch: p
 
     monkeypatch.setattr(made.runner, "forward", wrong)
     add(made)
-    told: dict[str, list[int]] = {}
-    check(told, go(made, told), ())
+    reported: dict[str, list[int]] = {}
+    check(reported, go(made, reported), ())
 
 
 @pytest.mark.parametrize("drafted", [False, True])
@@ -319,8 +319,8 @@ def test_a_scheduler_that_raises_for_more_than_one(pool: int, drafted: bool) -> 
 
     made.scheduler = Wrong(made.scheduler)  # type: ignore[assignment]
     add(made)
-    told: dict[str, list[int]] = {}
-    check(told, go(made, told), ())
+    reported: dict[str, list[int]] = {}
+    check(reported, go(made, reported), ())
     assert bool(made.preemptions) == (pool == 4)
 
 
@@ -342,8 +342,8 @@ def test_a_scheduler_that_raises(guilty: str | None, late: bool) -> None:
 
     made.scheduler = Wrong(made.scheduler)  # type: ignore[assignment]
     add(made)
-    told: dict[str, list[int]] = {}
-    check(told, go(made, told), tuple(TEXTS) if guilty is None else (guilty,))
+    reported: dict[str, list[int]] = {}
+    check(reported, go(made, reported), tuple(TEXTS) if guilty is None else (guilty,))
 
 
 # ---- what is no number
@@ -382,10 +382,10 @@ def test_no_number_ends_its_own_text(backend: str, value: float, temperature: fl
     made = damaged(value, backend)
     for i, prompt in enumerate(prompts):
         made.add(Request(str(i), list(prompt), params))
-    told: dict[str, list[int]] = {}
-    ended = go(made, told)
+    reported: dict[str, list[int]] = {}
+    ended = go(made, reported)
     assert set(ended) == {"1", "3"} and all(isinstance(error, NotNumbers) and "\n" not in str(error) for error in ended.values())
-    assert told == expected
+    assert reported == expected
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -429,6 +429,6 @@ def test_a_text_at_fault_is_left_alone_and_costs_the_others_no_step(method: str,
     made = with_policy(engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), chunk=40), keep)
     monkeypatch.setattr(made, "isolate", lambda *of: pytest.fail(f"the step failed as a whole: {of}"))
     add(made)
-    told: dict[str, list[int]] = {}
-    check(told, go(made, told))
+    reported: dict[str, list[int]] = {}
+    check(reported, go(made, reported))
     assert set(keep.late) <= {"end"}

@@ -47,7 +47,7 @@ ABSURD: dict[str, Any] = {
 
 
 class Saboteur(Stateless):
-    """Right for all requests but one, where from its `call`-th proposal on it does what it was told."""
+    """Right for all requests but one, where from its `call`-th proposal on it does what it was reported."""
 
     def __init__(self, deed: Any, call: int) -> None:
         self.inner, self.deed, self.call = RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), deed, call
@@ -75,25 +75,25 @@ class Saboteur(Stateless):
 
 
 def run(made: Engine, count: int = 4) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    told: dict[str, list[int]] = {}
+    reported: dict[str, list[int]] = {}
     stats: dict[str, Any] = {}
     for i in range(count):
         made.add(Request(str(i), PROMPT[i:], SAMPLED))
     while made.has_work:
         for event in checked(made.step()):
-            told.setdefault(event.request.id, []).extend(event.tokens)
+            reported.setdefault(event.request.id, []).extend(event.tokens)
             stats[event.request.id] = event.stats
         made.memory.check()
     assert made.memory.used() == 0
-    return told, stats
+    return reported, stats
 
 
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("deed", [RuntimeError("out of ideas"), *ABSURD.values()], ids=["raises", *ABSURD])
 def test_its_request_goes_on_plainly_and_the_statistics_name_it(deed: Any, call: int) -> None:
     drafter = Saboteur(deed, call)
-    told, stats = run(engine(drafter))
-    assert told == TEXTS
+    reported, stats = run(engine(drafter))
+    assert reported == TEXTS
     assert stats[CULPRIT].fault.startswith("Saboteur: ")
     assert "\n" not in stats[CULPRIT].fault and len(stats[CULPRIT].fault) <= 300
     again = isinstance(deed, Exception)  # in a batch, each is asked once more, alone: who was it?
@@ -109,8 +109,8 @@ class Lawless(Stateless):
 
     kinds = frozenset({Kind.SINGLE})
 
-    def __init__(self, laws: Any) -> None:
-        self.laws = laws
+    def __init__(self, distributions: Any) -> None:
+        self.distributions = distributions
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         made = []
@@ -118,35 +118,35 @@ class Lawless(Stateless):
             if min(budget) < 1:
                 made.append(EMPTY)
                 continue
-            right = Laws(lambda rows: np.full((len(rows), plain.VOCAB), 1 / plain.VOCAB))
-            laws = self.laws if seq.request.id == CULPRIT else right
-            made.append(replace(TokenTree.chain([5]), kinds=np.array([Kind.SINGLE, Kind.FIXED], np.uint8), laws=laws))
+            right = Distributions(lambda rows: np.full((len(rows), plain.VOCAB), 1 / plain.VOCAB))
+            distributions = self.distributions if seq.request.id == CULPRIT else right
+            made.append(replace(TokenTree.chain([5]), kinds=np.array([Kind.SINGLE, Kind.FIXED], np.uint8), distributions=distributions))
         return made
 
 
-class Laws:
-    def __init__(self, told: Any) -> None:
-        self.told = told
+class Distributions:
+    def __init__(self, reported: Any) -> None:
+        self.reported = reported
 
     def probs(self, rows: Seq[int]) -> Any:
-        return self.told(rows)
+        return self.reported(rows)
 
 
 @pytest.mark.parametrize(
-    "laws",
+    "distributions",
     [
         None,
-        Laws(lambda rows: 1 / 0),
-        Laws(lambda rows: np.full((len(rows), 7), 1 / 7)),
-        Laws(lambda rows: np.full((len(rows), plain.VOCAB), np.nan)),
-        Laws(lambda rows: np.zeros((len(rows), plain.VOCAB))),
-        Laws(lambda rows: None),
+        Distributions(lambda rows: 1 / 0),
+        Distributions(lambda rows: np.full((len(rows), 7), 1 / 7)),
+        Distributions(lambda rows: np.full((len(rows), plain.VOCAB), np.nan)),
+        Distributions(lambda rows: np.zeros((len(rows), plain.VOCAB))),
+        Distributions(lambda rows: None),
     ],
     ids=["none", "raises", "narrow", "nan", "zero", "nothing"],
 )
-def test_a_law_that_is_none_ends_nobodys_text(laws: Any) -> None:
-    told, stats = run(engine(Lawless(laws), verify="rejection"))
-    assert all(len(text) == 30 for text in told.values())
+def test_a_distribution_that_is_none_ends_nobodys_text(distributions: Any) -> None:
+    reported, stats = run(engine(Lawless(distributions), verify="rejection"))
+    assert all(len(text) == 30 for text in reported.values())
     assert stats[CULPRIT].fault.startswith("Lawless: ") and stats[CULPRIT].drafted <= 1
     assert all(not stats[name].fault and stats[name].drafted > 5 for name in set(TEXTS) - {CULPRIT})
 
@@ -162,8 +162,8 @@ def test_draws_of_other_nodes_are_a_fault(draws: list[int]) -> None:
 def test_a_fault_outlives_preemption() -> None:
     drafter = Saboteur(RuntimeError("out of ideas"), 1)
     made = engine(drafter, pool=5)
-    told, stats = run(made)
-    assert made.preemptions and told == TEXTS and drafter.calls <= 2 and stats[CULPRIT].fault
+    reported, stats = run(made)
+    assert made.preemptions and reported == TEXTS and drafter.calls <= 2 and stats[CULPRIT].fault
 
 
 class Silent(Stateless):
@@ -177,14 +177,14 @@ class Short(Stateless):
 
 
 def test_a_silent_drafter_is_no_fault() -> None:
-    told, stats = run(engine(Silent()))
-    assert told == TEXTS
+    reported, stats = run(engine(Silent()))
+    assert reported == TEXTS
     assert all(one.drafted == 0 and not one.fault for one in stats.values())
 
 
 def test_too_few_trees_are_everybodys_fault() -> None:
-    told, stats = run(engine(Short()))
-    assert told == TEXTS
+    reported, stats = run(engine(Short()))
+    assert reported == TEXTS
     assert all("0 trees for 1 sequences" in one.fault for one in stats.values())
 
 
@@ -205,8 +205,8 @@ class Undying(RandomTrees):
 
 @pytest.mark.parametrize("drafter", [Deaf(plain.VOCAB), Stillborn(plain.VOCAB)], ids=lambda one: type(one).__name__)
 def test_a_drafter_that_cannot_hear_or_begin(drafter: Any) -> None:
-    told, stats = run(engine(drafter))
-    assert told == TEXTS
+    reported, stats = run(engine(drafter))
+    assert reported == TEXTS
     assert all("cannot" in one.fault for one in stats.values())
 
 

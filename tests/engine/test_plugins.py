@@ -74,7 +74,7 @@ def requests(count: int = 4, **changes: Any) -> list[Request]:
     return [Request(str(i), PROMPT[i:], SAMPLED.but(**changes)) for i in range(count)]
 
 
-def go(made: Engine, told: dict[str, list[int]], error: type[BaseException] = Bang) -> int:
+def go(made: Engine, reported: dict[str, list[int]], error: type[BaseException] = Bang) -> int:
     """Steps until nothing is left; how often a step raised."""
     raised = steps = 0
     while made.has_work:
@@ -82,7 +82,7 @@ def go(made: Engine, told: dict[str, list[int]], error: type[BaseException] = Ba
         assert raised < 10 and steps < 2000, "no progress"
         try:
             for event in checked(made.step()):
-                told.setdefault(event.request.id, []).extend(event.tokens)
+                reported.setdefault(event.request.id, []).extend(event.tokens)
         except error:
             raised += 1
         made.memory.check()
@@ -103,9 +103,9 @@ def test_begin_and_end_are_paired(pool: int) -> None:
     made = engine(drafter, pool=pool)
     for request in requests():
         made.add(request)
-    told: dict[str, list[int]] = {}
-    go(made, told)
-    assert told == TEXTS and bool(made.preemptions) == (pool == 5)
+    reported: dict[str, list[int]] = {}
+    go(made, reported)
+    assert reported == TEXTS and bool(made.preemptions) == (pool == 5)
     paired(drafter)
     assert drafter.begun == 4 + made.preemptions
 
@@ -132,9 +132,9 @@ def test_a_drafter_that_raises_harms_nobody(name: str, call: int, error: type[Ba
     made = engine(drafter, chunk=40)
     for request in requests():
         made.add(request)
-    told: dict[str, list[int]] = {}
-    assert go(made, told, error) == (error is KeyboardInterrupt)  # anything else is told in the statistics: test_guard.py
-    assert told == TEXTS
+    reported: dict[str, list[int]] = {}
+    assert go(made, reported, error) == (error is KeyboardInterrupt)  # anything else is reported in the statistics: test_guard.py
+    assert reported == TEXTS
     paired(drafter)
     assert made.memory.used() == 0 and not made.outputs
 
@@ -144,10 +144,10 @@ def test_a_fork_that_raises_harms_nobody(error: type[BaseException]) -> None:
     drafter = counting(error, begin=2)  # the second begin is the first fork's
     made = engine(drafter)
     made.add(Request("r", PROMPT, SAMPLED.but(n=3)))
-    told: dict[str, list[int]] = {}
-    assert go(made, told, error) == (error is KeyboardInterrupt)
+    reported: dict[str, list[int]] = {}
+    assert go(made, reported, error) == (error is KeyboardInterrupt)
     paired(drafter)
-    assert len(told["r"]) == 3 * 30
+    assert len(reported["r"]) == 3 * 30
     assert made.memory.used() == 0 and not made.outputs
 
 
@@ -156,18 +156,18 @@ def test_an_observe_that_raises_at_the_sync_point_does_not_stop_the_fork(error: 
     drafter = counting(error, observe=1)  # the prompt's first step ends at the sync point of n > 1
     made = engine(drafter)
     made.add(Request("r", PROMPT, SAMPLED.but(n=3)))
-    told: dict[str, list[int]] = {}
-    assert go(made, told, error) == (error is KeyboardInterrupt)
-    assert len(told["r"]) == 3 * 30
+    reported: dict[str, list[int]] = {}
+    assert go(made, reported, error) == (error is KeyboardInterrupt)
+    assert len(reported["r"]) == 3 * 30
     paired(drafter)
 
 
-@pytest.mark.parametrize("place", ["forward", "law", "accept"])
+@pytest.mark.parametrize("place", ["forward", "distribution", "accept"])
 @pytest.mark.parametrize("call", [1, 3, 9])
 def test_an_interrupt_in_mid_step_loses_nothing(place: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = counting(known=KNOWN)
     made = engine(drafter, chunk=40)
-    owner = {"forward": made.runner, "law": made.sampler, "accept": Coupled}[place]
+    owner = {"forward": made.runner, "distribution": made.sampler, "accept": Coupled}[place]
     count = 0
 
     def interrupted(right: Any) -> Any:
@@ -184,9 +184,9 @@ def test_an_interrupt_in_mid_step_loses_nothing(place: str, call: int, monkeypat
     monkeypatch.setattr(owner, place, interrupted(getattr(owner, place)))
     for request in requests():
         made.add(request)
-    told: dict[str, list[int]] = {}
-    assert go(made, told, KeyboardInterrupt) == 1
-    assert told == TEXTS
+    reported: dict[str, list[int]] = {}
+    assert go(made, reported, KeyboardInterrupt) == 1
+    assert reported == TEXTS
     paired(drafter)
     assert made.memory.used() == 0
 
@@ -194,9 +194,9 @@ def test_an_interrupt_in_mid_step_loses_nothing(place: str, call: int, monkeypat
 def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
     class Narrow(Coupled):
         supports: ClassVar[frozenset[Kind]] = frozenset({Kind.IID})
-        card: ClassVar[Card] = Card("Narrow", "", Guarantee.SAME_LAW)
+        card: ClassVar[Card] = Card("Narrow", "", Guarantee.SAME_DISTRIBUTION)
 
-        def accept(self, trees: Seq[TokenTree], law: Any) -> list[Accepted]:
+        def accept(self, trees: Seq[TokenTree], distribution: Any) -> list[Accepted]:
             raise AssertionError
 
     made = engine()
@@ -211,9 +211,9 @@ def test_a_begin_that_raises_behind_a_newcomer_at_its_sync_point_stalls_nobody()
     made = engine(drafter)
     made.add(Request("one", PROMPT[:1], SAMPLED.but(n=2)))
     made.add(Request("two", PROMPT, SAMPLED))
-    told: dict[str, list[int]] = {}
-    assert go(made, told, KeyboardInterrupt) == 1
-    assert len(told["one"]) == 2 * 30 and len(told["two"]) == 30
+    reported: dict[str, list[int]] = {}
+    assert go(made, reported, KeyboardInterrupt) == 1
+    assert len(reported["one"]) == 2 * 30 and len(reported["two"]) == 30
     paired(drafter)
 
 

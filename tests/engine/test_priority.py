@@ -42,18 +42,18 @@ def _rank(seq: Any) -> tuple[int, int]:
 
 
 def texts(made: Engine, arrivals: list[tuple[int, Request]]) -> dict[str, list[int]]:
-    told: dict[str, list[int]] = {}
+    reported: dict[str, list[int]] = {}
     left, step = sorted(arrivals, key=lambda one: one[0]), 0
     while left or made.has_work:
         while left and left[0][0] <= step:
             made.add(left.pop(0)[1])
         for event in checked(made.step()):
-            told.setdefault(event.request.id, []).extend(event.tokens)
+            reported.setdefault(event.request.id, []).extend(event.tokens)
         made.memory.check()
         step += 1
         assert step < 3000
     assert made.memory.used() == 0
-    return told
+    return reported
 
 
 @pytest.mark.parametrize("scheduler", ["sarathi", "fcfs"])

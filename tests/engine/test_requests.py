@@ -75,11 +75,11 @@ def test_logprobs_are_those_of_the_raw_logits(drafted: bool, chunk: int, pool: i
     several = made({(str(i), 0): text for i, text in enumerate(texts)}, drafted, pool=pool, chunk=chunk, max_seqs=3)
     for repeat in range(2):  # the second time the prompts lie in the prefix cache
         requests = [Request(str(i), list(prompt), params) for i, prompt in enumerate(prompts)]
-        told = finish(several, *requests)
+        reported = finish(several, *requests)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            assert [t for event in told[str(i)] for t in event.tokens] == text, repeat
+            assert [t for event in reported[str(i)] for t in event.tokens] == text, repeat
             rows = dense([*prompt, *text])
-            own = [entry for event in told[str(i)] for entry in event.logprobs]
+            own = [entry for event in reported[str(i)] for entry in event.logprobs]
             assert requests[i].prompt_logprobs[0] is None and len(requests[i].prompt_logprobs) == len(prompt)
             for at, entry in enumerate([*requests[i].prompt_logprobs[1:], *own]):
                 row, k = rows[at], 2 if at < len(prompt) - 1 else 3
@@ -102,11 +102,11 @@ def test_abort_frees_everything_and_spares_the_others(steps: int, drafted: bool)
     crowd = made({(name, 0): text for name, text in texts.items()}, drafted, chunk=20, max_seqs=2)
     for i in range(4):
         crowd.add(Request(str(i), PROMPT[i:], SAMPLED))
-    told: dict[str, list[int]] = {name: [] for name in texts}
+    reported: dict[str, list[int]] = {name: [] for name in texts}
     gone = [crowd.running, crowd.waiting]
     for _ in range(steps):
         for event in crowd.step():
-            told[event.request.id] += event.tokens
+            reported[event.request.id] += event.tokens
     victims = [seqs[0].request for seqs in gone if seqs]
     for victim in victims:
         assert crowd.abort(victim.id) and not crowd.abort(victim.id)
@@ -114,10 +114,10 @@ def test_abort_frees_everything_and_spares_the_others(steps: int, drafted: bool)
         crowd.memory.check()
     while crowd.has_work:
         for event in crowd.step():
-            told[event.request.id] += event.tokens
+            reported[event.request.id] += event.tokens
     for name, text in texts.items():
         if name not in {victim.id for victim in victims}:
-            assert told[name] == text
+            assert reported[name] == text
     assert crowd.memory.used() == 0 and not crowd.outputs
 
 

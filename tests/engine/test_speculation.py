@@ -27,7 +27,7 @@ from tests.contracts import identity, plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import drive, engine, prompts
 from tests.engine.spelling import truth
-from tests.engine.test_guard import Laws
+from tests.engine.test_guard import Distributions
 
 NEW = 24
 SAMPLED = SamplingParams(temperature=0.9, max_tokens=NEW)
@@ -35,7 +35,7 @@ TEXTS = {(str(i), 0): truth(SAMPLED.but(seed=50 + i), prompts()[i % 6], new=NEW)
 
 
 class Tossed(Stateless):
-    """Draws one child, or several, of a law that is a function of the last tokens: for verifiers that toss coins."""
+    """Draws one child, or several, of a distribution that is a function of the last tokens: for verifiers that toss coins."""
 
     def __init__(self, sampler: Any, kind: Kind) -> None:
         self.sampler, self.kinds, self.kind = sampler, frozenset({kind}), kind
@@ -48,14 +48,19 @@ class Tossed(Stateless):
             return EMPTY
         dice = Random(mix(seq.seed, len(seq.tokens), int(self.sampler.drafts is Stream.DRAFT)))
         weights = np.array([dice.random() ** 3 for _ in range(plain.VOCAB)])
-        law = weights / weights.sum()
+        distribution = weights / weights.sum()
         count = 1 if self.kind is Kind.SINGLE else 2
         drawn: list[int] = []
         while len(drawn) < count:
-            (token,) = dice.choices(range(plain.VOCAB), law.tolist())
+            (token,) = dice.choices(range(plain.VOCAB), distribution.tolist())
             drawn += [token] * (token not in drawn)
         kinds = np.array([self.kind, *[Kind.FIXED] * count], np.uint8)
-        return TokenTree(np.array(drawn, np.int32), np.full(count, -1, np.int32), kinds, Laws(lambda rows: np.tile(law, (len(rows), 1))))
+        return TokenTree(
+            np.array(drawn, np.int32),
+            np.full(count, -1, np.int32),
+            kinds,
+            Distributions(lambda rows: np.tile(distribution, (len(rows), 1))),
+        )
 
 
 class Registered:
@@ -191,7 +196,7 @@ def test_coins_fall_as_they_do_alone(pool: int, chunk: int) -> None:
     found = [seen.texts[str(i)] for i in range(len(mixed))]
     if pool == 40:
         assert found == expected
-    else:  # budgets shrink where pages lack, and a law of other drafts is drawn from by other coins
+    else:  # budgets shrink where pages lack, and a distribution of other drafts is drawn from by other coins
         assert found[4:] == expected[4:]
     assert found[5] == TEXTS["5", 0] and found[6] == TEXTS["6", 0]
     assert found[0] != TEXTS["0", 0] and found[1] != TEXTS["1", 0], "no coin was tossed"
@@ -257,13 +262,13 @@ def test_the_fault_of_one_drafter_is_no_other_drafters(culprit: str) -> None:
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), backend="reference")
     for i, one in enumerate([{}, {"draft": culprit}, {"draft": "token-recycling"}, {"draft": "none"}]):
         made.add(request(i, **one))
-    told: dict[str, list[int]] = {}
+    reported: dict[str, list[int]] = {}
     faults: dict[str, str] = {}
     while made.has_work:
         for event in made.step():
-            told.setdefault(event.request.id, []).extend(event.tokens)
+            reported.setdefault(event.request.id, []).extend(event.tokens)
             faults[event.request.id] = event.stats.fault
-    assert told == {str(i): TEXTS[str(i), 0] for i in range(4)}
+    assert reported == {str(i): TEXTS[str(i), 0] for i in range(4)}
     assert faults.pop("1").startswith(f"{culprit}: ValueError: cannot") and not any(faults.values())
 
 
@@ -293,7 +298,7 @@ def test_the_one_unused_longest_goes_and_none_in_use() -> None:
 
     first = {text: opened(text) for text in texts[:4]}
     made.add(request(1, draft=texts[0]))
-    told = [token for event in made.step() for token in event.tokens]
+    reported = [token for event in made.step() for token in event.tokens]
     assert opened(texts[1]) is first[texts[1]]
     for text in (*texts[2:4], *texts[1:2]):
         assert opened(text) is first[text]
@@ -301,8 +306,8 @@ def test_the_one_unused_longest_goes_and_none_in_use() -> None:
     assert made.opened.count == 4 and opened(texts[0]) is first[texts[0]] and opened(texts[1]) is first[texts[1]]
     assert opened(texts[2]) is not first[texts[2]]
     while made.has_work:
-        told += [token for event in made.step() for token in event.tokens]
-    assert told == TEXTS["1", 0]
+        reported += [token for event in made.step() for token in event.tokens]
+    assert reported == TEXTS["1", 0]
     opened(texts[5])
     assert made.opened.count == 4
     for text in texts[1:5]:

@@ -102,13 +102,13 @@ def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, skip: bool) -> 
     for ids in streams(tokenizer):
         whole = [tokenizer.hf.decode(ids[:end], skip_special_tokens=skip) for end in range(len(ids) + 1)]
         for first in range(len(ids)):
-            reader, told = Text.start(ids[:first], decode), ""
+            reader, reported = Text.start(ids[:first], decode), ""
             for end in range(first + 1, len(ids) + 1):
                 expected = continued(whole[first], whole[end])
                 assert reader.extend(ids[:end], decode, last=True).done == expected, (ids, first, end)
                 reader = reader.extend(ids[:end], decode)
-                assert reader.done.startswith(told)
-                told = reader.done
+                assert reader.done.startswith(reported)
+                reported = reader.done
 
 
 def continued(before: str, whole: str) -> str:
@@ -210,8 +210,8 @@ def test_what_may_become_a_stop_string_waits(tmp_path: Path) -> None:
     tokenizer = KINDS["byte-level BPE"](tmp_path)
     ids = tokenizer.encode("the cat</s> sat", special=False)
     params = SamplingParams(stop=["cat</s>!"])
-    reader, told = Reader(ids[:1], params, tokenizer.decoder, tokenizer.decoder_all), ""
+    reader, reported = Reader(ids[:1], params, tokenizer.decoder, tokenizer.decoder_all), ""
     cat = len(tokenizer.encode("the cat</s>", special=False))
-    told = reader.take(ids[:cat], ended=False)
-    assert told.endswith(" "), "cat</s> could become the stop string"
-    assert told + reader.take(ids, ended=True) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])) :]
+    reported = reader.take(ids[:cat], ended=False)
+    assert reported.endswith(" "), "cat</s> could become the stop string"
+    assert reported + reader.take(ids, ended=True) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:1])) :]

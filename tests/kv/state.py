@@ -44,7 +44,7 @@ class State:
 
     def __init__(self, spec: ModelSpec, slots: int, blocks: int, page: int = 32, sharing: bool = True) -> None:
         (group,) = [group for group in spec.memories() if group.kind == "state"]
-        self.layers, self.slabs, self.slots, self.page, self.sharing = group.layers, blocks, slots, page, sharing
+        self.layers, self.blocks, self.slots, self.page, self.sharing = group.layers, blocks, slots, page, sharing
         self.pool: Tensor = torch.full((slots + 1, len(group.layers), *group.shape), torch.nan, dtype=torch.float64)
         self.pool[ZERO] = 0
         self.refs: Counter[int] = Counter()
@@ -81,13 +81,13 @@ class State:
     # ---- figures
 
     def _blocks(self, slots: int) -> int:
-        return -(-slots * self.slabs // self.slots)
+        return -(-slots * self.blocks // self.slots)
 
     def available(self) -> int:
-        return (len(self.spare) + len(self._idle())) * self.slabs // self.slots
+        return (len(self.spare) + len(self._idle())) * self.blocks // self.slots
 
     def used(self) -> int:
-        return self.slabs - self.available()
+        return self.blocks - self.available()
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
         drafts = max(0, rows - seq.pending) if seq.id in self.held else 0
@@ -96,7 +96,7 @@ class State:
     def gain(self, seq: Sequence) -> int:
         held = self.held[seq.id]
         mine = Counter([held.committed, *(slot for _, slot in held.snapshots), *held.tail()])
-        return sum(self.refs[slot] == count for slot, count in mine.items() if slot != ZERO) * self.slabs // self.slots
+        return sum(self.refs[slot] == count for slot, count in mine.items() if slot != ZERO) * self.blocks // self.slots
 
     def idle_matched(self, tokens: Seq[int], salt: str) -> int:
         n = self.match(tokens, salt)

@@ -81,7 +81,7 @@ def test_a_prefix_matches_as_far_as_all_agree() -> None:
 )
 def test_one_memory_may_have_what_lies_between_those_of_another(pages: tuple[int, ...], states: tuple[int, ...], common: int) -> None:
     class Has:
-        slabs = 9
+        blocks = 9
 
         def __init__(self, *lengths: int) -> None:
             self.lengths = lengths
@@ -173,8 +173,8 @@ def test_a_fork_that_fails_in_one_memory_leaves_none_open(monkeypatch: pytest.Mo
 # ---- between engines
 
 
-def runner(backend: Any, slabs: int = 20) -> Runner:
-    return Runner(*definition.tiny(), backend(torch.float64), slabs)
+def runner(backend: Any, blocks: int = 20) -> Runner:
+    return Runner(*definition.tiny(), backend(torch.float64), blocks)
 
 
 @pytest.mark.parametrize("lanes", Lanes)

@@ -19,9 +19,9 @@ from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv import edits, table
 from redraft.kv.edits import EditableTable
 from redraft.sched.fcfs import FCFS
-from tests.kv.test_table import HEADS, LANES, LAYERS, PAGE, SLABS, Program, make, pairs, real, run, snapshot
+from tests.kv.test_table import BLOCKS, HEADS, LANES, LAYERS, PAGE, Program, make, pairs, real, run, snapshot
 
-SPACES = {  # a slab has room for 6 pages of one head's keys as they are
+SPACES = {  # a block has room for 6 pages of one head's keys as they are
     Space(Lanes.PER_HEAD, "int8"): 10,
     Space(Lanes.PER_HEAD, "wide"): 4,
     Space(Lanes.PER_HEAD, "int4"): 15,
@@ -30,10 +30,10 @@ SPACES = {  # a slab has room for 6 pages of one head's keys as they are
 }
 
 
-def pool(slabs: int, module: Any = real) -> EditableTable:
-    table: EditableTable = module.EditableTable(slabs, LAYERS, HEADS, page=PAGE)
-    for space, per_slab in SPACES.items():
-        table.define(space, per_slab)
+def pool(blocks: int, module: Any = real) -> EditableTable:
+    table: EditableTable = module.EditableTable(blocks, LAYERS, HEADS, page=PAGE)
+    for space, per_block in SPACES.items():
+        table.define(space, per_block)
     return table
 
 
@@ -49,15 +49,15 @@ def stored(table: EditableTable, ident: int, tokens: int, lanes: Lanes = Lanes.S
 # ---- single operations
 
 
-def test_a_slab_goes_from_one_space_to_another() -> None:
+def test_a_block_goes_from_one_space_to_another() -> None:
     table = pool(2)
-    for ident, (space, per_slab) in enumerate(SPACES.items(), 1):
-        slots = 2 * per_slab // LANES[space.lanes] * PAGE  # the whole pool
+    for ident, (space, per_block) in enumerate(SPACES.items(), 1):
+        slots = 2 * per_block // LANES[space.lanes] * PAGE  # the whole pool
         seq = stored(table, ident, slots, *space)
-        assert table.available() == (2 * per_slab % LANES[space.lanes] >= per_slab) and table.gain(seq) == table.used()
+        assert table.available() == (2 * per_block % LANES[space.lanes] >= per_block) and table.gain(seq) == table.used()
         table.free(seq)
         assert table.available() == 2
-    with pytest.raises(AssertionError, match="9 pages a slab, defined with 10"):
+    with pytest.raises(AssertionError, match="9 pages a block, defined with 10"):
         table.define(Space(Lanes.PER_HEAD, "int8"), 9)
 
 
@@ -115,7 +115,7 @@ def test_a_fork_of_spliced_text_publishes_no_more_than_its_parent() -> None:
 
 
 def test_need_counts_what_borders_take() -> None:
-    table = pool(SLABS)
+    table = pool(BLOCKS)
     blocks = stored(table, 1, 4, Lanes.PER_HEAD, block="int4")
     blocks.cache = replace(blocks.cache, encoded=8)
     blocks.tokens += range(99)  # 100 pending
@@ -144,8 +144,8 @@ class Spaces(Program):
 
     def define(self) -> None:
         self.summaries: dict[tuple[Space, int], list[int]] = {}
-        for space, per_slab in SPACES.items():
-            self.table.define(space, per_slab)
+        for space, per_block in SPACES.items():
+            self.table.define(space, per_block)
 
     def fit(self, seq: Sequence) -> Sequence:
         forms = [("", ""), ("int8", ""), ("wide", ""), ("", "int4"), ("wide", "int4-wide")]
@@ -166,7 +166,7 @@ class Spaces(Program):
         held, before = self.table._held[seq.id], snapshot(self.table)
         assert held.block is not None
         full = sum(lane.length // PAGE - len(lane.coded) for lane in held.lanes)
-        fits = -(-max(0, full - held.block.spares) // held.block.per_slab) <= self.table.available()
+        fits = -(-max(0, full - held.block.spares) // held.block.per_block) <= self.table.available()
         try:
             source, target, src, dst = self.table.encode(seq)
         except self.module.OutOfPages:
@@ -270,7 +270,7 @@ class Service:
 
     def __init__(self, seed: int, module: Any = real) -> None:
         self.random, self.done = random.Random(seed), Counter[str]()
-        self.table = pool(SLABS, module)
+        self.table = pool(BLOCKS, module)
         self.scheduler = FCFS(token_budget=24, max_seqs=8, draft_rows=10, draft_total=20, watermark=0.0)
         self.source = stored(self.table, 999, 20)
         prompts = [[self.random.randrange(3) for _ in range(40)] for _ in range(2)]
@@ -411,7 +411,7 @@ class Service:
             self.done["step"] += 1
             assert self.done["step"] < 1000, "no progress"
         self.table.free(self.source)
-        assert self.table.available() == SLABS
+        assert self.table.available() == BLOCKS
         return self.done
 
 
@@ -459,7 +459,7 @@ PROGRAM = {
     "a fork does not count coded pages": ("                self._list(held.block, page)\n", "                pass\n"),
     "encode keeps the exact pages": ("        self._drop(held.pool, reversed(src))\n", ""),
     "coded pages are counted twice": (" - len(lane.pages) - len(lane.coded) for lane", " - len(lane.pages) - 2 * len(lane.coded) for lane"),
-    "accepted nodes are sought behind coded pages": (" - size * len(lane.coded), lane.pages", ", lane.pages"),
+    "accepted nodes are searched behind coded pages": (" - size * len(lane.coded), lane.pages", ", lane.pages"),
     "gain overlooks coded pages": (
         "in held.listed():\n            mine",
         "in held.listed()[:1]:\n            mine",

@@ -34,7 +34,7 @@ def make(ident: int, tokens: Iterable[int], kind: Lanes = Lanes.SHARED, salt: st
 
 
 def run(table: EditableTable, seq: Sequence, rows: int | None = None) -> PageView:
-    """Stores `rows` pending tokens, all unless told otherwise; the sequence draws token 0 if it may."""
+    """Stores `rows` pending tokens, all unless reported otherwise; the sequence draws token 0 if it may."""
     work = Work(seq, seq.pending if rows is None else rows)
     view = table.reserve([work], [EMPTY])
     assert table.commit([work], [Accepted((), (0,) if work.done else ())]) == []
@@ -125,7 +125,7 @@ def test_reserve_is_all_or_nothing() -> None:
     for seq in (small, large):
         table.open(seq)
     before = snapshot(table)
-    with pytest.raises(OutOfPages, match="4 slabs wanted, 3 of 3 available"):
+    with pytest.raises(OutOfPages, match="4 blocks wanted, 3 of 3 available"):
         table.reserve([Work(small, 4), Work(large, 5)], [TokenTree.chain(range(4)), EMPTY])
     assert snapshot(table) == before
     table.check()
@@ -296,7 +296,7 @@ def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
     child = make(3, range(13))
     table.fork(seq, child)  # takes it
     assert table.available() == 0 and table.match(range(13), "") == 4
-    with pytest.raises(OutOfPages, match="1 slabs wanted, 0 of 4"):
+    with pytest.raises(OutOfPages, match="1 blocks wanted, 0 of 4"):
         table.keep(seq, 0, [1, 2, 3, 4, 5])  # two pages to write, one is its own alone
 
 
@@ -328,13 +328,13 @@ def test_discard_is_harmless_and_a_second_free_is_not() -> None:
         table.free(seq)
 
 
-@pytest.mark.parametrize("fault", ["listing", "reference", "slab", "spare", "idle", "stored"])
+@pytest.mark.parametrize("fault", ["listing", "reference", "block", "spare", "idle", "stored"])
 def test_check_sees(fault: str) -> None:
     table = EditableTable(6, LAYERS, HEADS, page=4)
     seq, head, gone = make(1, range(6)), make(2, range(3), Lanes.PER_LAYER), make(3, range(50, 55))
     for each in (seq, head, gone):
         admit(table, each)
-    table.keep(head, 0, [])  # its page is free, the slab is not
+    table.keep(head, 0, [])  # its page is free, the block is not
     table.free(gone)
     table.check()
     held = table._held[1]
@@ -343,7 +343,7 @@ def test_check_sees(fault: str) -> None:
             held.lanes[0].pages.append(5)
         case "reference":
             held.pool.refs[held.lanes[0].pages[0]] += 1
-        case "slab":
+        case "block":
             table._free.pop()
         case "spare":
             table._pools[Space(Lanes.PER_LAYER)].spare.clear()
@@ -357,8 +357,8 @@ def test_check_sees(fault: str) -> None:
 
 # ---- random programs
 
-PAGE, SLABS, MAX_TOKENS = 4, 24, 48
-CELLS = 60  # of a slab, shared out among its pages
+PAGE, BLOCKS, MAX_TOKENS = 4, 24, 48
+CELLS = 60  # of a block, shared out among its pages
 POISON = -1  # what an unlisted page may hold; it must never show in a page that somebody lists
 ZERO = 0
 
@@ -388,8 +388,8 @@ class Program(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32 - 1))
     def start(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.table = self.module.EditableTable(SLABS, LAYERS, HEADS, page=PAGE)
-        self.memory = np.full((SLABS * CELLS, PAGE), POISON, np.int64)
+        self.table = self.module.EditableTable(BLOCKS, LAYERS, HEADS, page=PAGE)
+        self.memory = np.full((BLOCKS * CELLS, PAGE), POISON, np.int64)
         self.numbers: dict[object, int] = {}
         self.seqs: dict[int, Sequence] = {}
         self.expected: dict[int, list[list[int]]] = {}  # what each committed slot of each lane holds
@@ -412,10 +412,10 @@ class Program(RuleBasedStateMachine):
         return self.numbers.setdefault(key, len(self.numbers) + 1)
 
     def cells(self, space: Space, page: int) -> slice:
-        """Pages of different spaces overlap in memory where they were carved from the same slab."""
-        slab, i = divmod(page, self.table._pools[space].per_slab)
-        size = CELLS // self.table._pools[space].per_slab
-        return slice(slab * CELLS + i * size, slab * CELLS + (i + 1) * size)
+        """Pages of different spaces overlap in memory where they were carved from the same block."""
+        block, i = divmod(page, self.table._pools[space].per_block)
+        size = CELLS // self.table._pools[space].per_block
+        return slice(block * CELLS + i * size, block * CELLS + (i + 1) * size)
 
     def move(self, moves: Moves) -> None:
         got = [self.memory[self.cells(moves.space, s // PAGE), s % PAGE].copy() for s in moves.src.tolist()]
@@ -431,7 +431,7 @@ class Program(RuleBasedStateMachine):
 
     def forget(self) -> None:
         """Poisons the cells that nobody owns."""
-        owned = np.zeros(SLABS * CELLS, bool)
+        owned = np.zeros(BLOCKS * CELLS, bool)
         for seq in self.seqs.values():
             for pool, pages in self.table._held[seq.id].listed():
                 for page in pages:
@@ -592,7 +592,7 @@ class Program(RuleBasedStateMachine):
         child = make(self.count, seq.tokens, seq.cache.lanes, seq.request.salt)
         child.cache = seq.cache
         before = snapshot(self.table)
-        fits = self.table.available() >= -(-LANES[seq.cache.lanes] // self.table._held[seq.id].pool.per_slab)
+        fits = self.table.available() >= -(-LANES[seq.cache.lanes] // self.table._held[seq.id].pool.per_block)
         try:
             moves = self.table.fork(seq, child)
         except self.module.OutOfPages:
@@ -662,7 +662,7 @@ class Program(RuleBasedStateMachine):
         table = self.table
         table.check()
         self.forget()
-        assert table.used() + table.available() == SLABS and table.peak >= table.used()
+        assert table.used() + table.available() == BLOCKS and table.peak >= table.used()
         for seq in self.seqs.values():
             held = table._held[seq.id]
             assert [p.tolist() for p in table.positions(seq)] == self.positions[seq.id]
@@ -689,15 +689,15 @@ class Program(RuleBasedStateMachine):
         for seq in self.seqs.values():
             self.table.free(seq)
         self.table.check()
-        assert self.table.available() == SLABS
-        all_of_it = make(0, range(100, 100 + SLABS * PAGE))
+        assert self.table.available() == BLOCKS
+        all_of_it = make(0, range(100, 100 + BLOCKS * PAGE))
         self.table.open(all_of_it)
-        self.table.reserve([Work(all_of_it, SLABS * PAGE)], [EMPTY])  # evicts every published page
+        self.table.reserve([Work(all_of_it, BLOCKS * PAGE)], [EMPTY])  # evicts every published page
         self.table.check()
         assert not self.table.prefix.nodes
         self.table.free(all_of_it)
         self.table.check()
-        assert len(self.table._free) == SLABS
+        assert len(self.table._free) == BLOCKS
 
 
 TestProgram = Program.TestCase

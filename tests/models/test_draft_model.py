@@ -56,7 +56,7 @@ def test_a_real_one_drafts() -> None:
     drafted = llm.sibling(draft="draft-model").generate("import os\n", params)[0].outputs[0]
     assert drafted.token_ids == plain.token_ids and drafted.stats.accepted > 0
     (second,) = llm.runner.draft_models.values()
-    assert second.memory.slabs == llm.runner.memory.slabs and second.backend is llm.runner.backend
+    assert second.memory.blocks == llm.runner.memory.blocks and second.backend is llm.runner.backend
 
 
 def test_without_a_name_the_error_says_how_to_give_one() -> None:
@@ -93,6 +93,6 @@ def test_it_must_fit_beside_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
         load_draft_model(runner, None)
 
 
-def test_a_missing_folder_is_told() -> None:
+def test_a_missing_folder_is_reported() -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_draft_model(target(), "/nowhere/at all")

@@ -109,7 +109,7 @@ def test_dtypes(tmp_path: Path) -> None:
     assert weights.embed.dtype == torch.float64
     assert torch.equal(weights.embed, exact.model.embed_tokens.weight)
     tiny.edit(stored, dtype=None)
-    assert loader.inspect(stored).dtype == torch.bfloat16  # told by the tensors
+    assert loader.inspect(stored).dtype == torch.bfloat16  # reported by the tensors
     tiny.edit(stored, dtype="float16")
     assert loader.inspect(stored).dtype == torch.float32
     assert loader.inspect(stored, device="cuda").dtype == loader.inspect(stored, "float16").dtype == torch.float16

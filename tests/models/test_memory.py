@@ -17,22 +17,22 @@ GIB, MIB = 1 << 30, 1 << 20
 CHECKPOINT: Any = SimpleNamespace(path=Path("m"), weight_bytes=2 * GIB, dtype=torch.float32)
 
 
-def slabs(free: int, length: int = 1000, seqs: int = 64, **cache: Any) -> int:
-    return memory.pool_slabs(CacheConfig(**cache), CHECKPOINT, MIB, length, max_seqs=seqs, free=free)
+def blocks(free: int, length: int = 1000, seqs: int = 64, **cache: Any) -> int:
+    return memory.pool_blocks(CacheConfig(**cache), CHECKPOINT, MIB, length, max_seqs=seqs, free=free)
 
 
 def test_pool_is_a_fraction_of_what_is_left() -> None:
-    assert slabs(6 * GIB, fraction=0.25) == 1024
-    assert slabs(6 * GIB, fraction=0.25, length=32 * 1023) == 1024  # exactly one sequence and a page
+    assert blocks(6 * GIB, fraction=0.25) == 1024
+    assert blocks(6 * GIB, fraction=0.25, length=32 * 1023) == 1024  # exactly one sequence and a page
 
 
 def test_pool_is_no_larger_than_can_be_used() -> None:
-    assert slabs(600 * GIB, seqs=4) == 4 * 33
+    assert blocks(600 * GIB, seqs=4) == 4 * 33
 
 
 def test_explicit_pool() -> None:
-    assert slabs(6 * GIB, memory=40 * MIB + 5) == 40
-    assert slabs(6 * GIB, seqs=1, memory=400 * MIB) == 400  # what was asked for, for the prefixes
+    assert blocks(6 * GIB, memory=40 * MIB + 5) == 40
+    assert blocks(6 * GIB, seqs=1, memory=400 * MIB) == 400  # what was asked for, for the prefixes
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_explicit_pool() -> None:
 )
 def test_refusals_state_the_figures(free: int, options: dict[str, Any], figures: list[str]) -> None:
     with pytest.raises(OutOfMemory) as caught:
-        slabs(free, **options)
+        blocks(free, **options)
     assert all(figure in str(caught.value) for figure in figures), str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -69,7 +69,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
     if not path.exists():
         tiny.save(name, path)
     spec, weights = tiny.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
-    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(BACKENDS[backend]), slabs=4)
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(BACKENDS[backend]), blocks=4)
     for rows in (len(PROMPT), 7, 1):
         close(logits(runner, rows), expected(name))
 
@@ -78,7 +78,7 @@ def test_the_bound_sees_a_wrong_window(folder: Path) -> None:
     """The must-fail control: one key too many in the window is far outside of the bound."""
     path = tiny.save("mistral", folder / "wrong", sliding_window=12)
     spec, weights = tiny.load(path, dtype="float32")
-    runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), slabs=4)
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), blocks=4)
     with pytest.raises(AssertionError):
         close(logits(runner, 7), expected("mistral"))
 
@@ -112,7 +112,7 @@ def test_rope_is_read_as_transformers_reads_it(kind: str, written: str, folder: 
     with torch.inference_mode():
         want = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0].double(), -1)
     checkpoint = loader.inspect(path, "float64")
-    runner = Runner(checkpoint.spec, loader.read(checkpoint), registry.load(registry.BACKENDS["reference"])(torch.float64), slabs=4)
+    runner = Runner(checkpoint.spec, loader.read(checkpoint), registry.load(registry.BACKENDS["reference"])(torch.float64), blocks=4)
     assert (torch.log_softmax(logits(runner, 7), -1) - want).abs().max() < 1e-3
     original = 32 if written.endswith("no length") else 16
     assert checkpoint.context == {"linear": 96, "yarn": 4 * original, "llama3": 32 if original < 32 else 8 * 32}[kind]

@@ -116,7 +116,7 @@ def test_tool_calls_and_results_reach_a_template_that_knows_them(chat: Tokenizer
 
 
 def test_a_template_that_does_not_know_tools(chat: Tokenizer) -> None:
-    """Its own writes any role as it is, and no calls: a model would be told nonsense."""
+    """Its own writes any role as it is, and no calls: a model would be reported nonsense."""
     said = [{"role": "user", "content": "warm?"}, {"role": "tool", "content": "21"}]
     with pytest.raises(InvalidInput, match=r"messages\[1\].role = 'tool': the chat template does not know tool results"):
         chat.render(said)

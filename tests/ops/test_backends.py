@@ -87,8 +87,8 @@ def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tu
     """Runs the same steps on both; the logits of each forward. Sequences of very different numbers of rows mixed."""
     rng = random.Random(seed)
     seqs = [sequence([rng.randrange(VOCAB) for _ in range(n)]) for n in (90, 3, 40, 1)]
-    twins = [sequence(list(seq.tokens)) for seq in seqs]
-    for i, pair in enumerate(zip(seqs, twins, strict=True)):
+    siblings = [sequence(list(seq.tokens)) for seq in seqs]
+    for i, pair in enumerate(zip(seqs, siblings, strict=True)):
         for seq, runner in zip(pair, (left, right), strict=True):
             seq.id = i
             runner.memory.open(seq)
@@ -106,7 +106,7 @@ def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tu
                 path.append(rng.choice(kids))
             paths.append(path)
         logits = []
-        for own, runner in ((seqs, left), (twins, right)):
+        for own, runner in ((seqs, left), (siblings, right)):
             mine = []
             work = [Work(seq, n) for seq, n in zip(own, rows, strict=True)]
             heads = [TokenTree(tree.tokens[:cut], tree.parents[:cut], tree.kinds[: cut + 1]) for tree, cut in zip(trees, cuts, strict=True)]

@@ -93,12 +93,12 @@ def test_native_serves_what_it_knows(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "told"), [("float64", "cpu", "float64"), ("float16", "cpu", "float16"), ("float32", "cuda:0", "cuda:0")]
+    ("dtype", "device", "reported"), [("float64", "cpu", "float64"), ("float16", "cpu", "float16"), ("float32", "cuda:0", "cuda:0")]
 )
-def test_torch_serves_the_rest(dtype: str, device: str, told: str) -> None:
+def test_torch_serves_the_rest(dtype: str, device: str, reported: str) -> None:
     backend, why = library.serves(dtype, device)
     assert backend == "torch"
-    assert told in why
+    assert reported in why
 
 
 @native

@@ -227,7 +227,7 @@ def test_the_head_in_one_call_is_its_parts(
 
 
 @DTYPES
-def test_one_logit_that_is_no_number_is_told(dtype: torch.dtype) -> None:
+def test_one_logit_that_is_no_number_is_reported(dtype: torch.dtype) -> None:
     """Rows of nothing but minus infinity give the lowest id."""
     ops, weight = NativeOps(dtype), randn(1, 200, 8, dtype=dtype)
     plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.arange(3, dtype=np.int32)))
@@ -500,7 +500,7 @@ class Text:
     cut: int = 0
     kept: list[list[int]] | None = None
 
-    def twin(self, tokens: list[int]) -> Text:
+    def sibling(self, tokens: list[int]) -> Text:
         own = self.seq
         return Text(text_of(99, tokens, own.cache, own.context), self.cut, self.kept)
 
@@ -516,11 +516,11 @@ def text_of(number: int, tokens: list[int], cache: CachePlan = PLAIN, context: i
 class Bench:
     """A runner, what it said of every prefix of every text, and what it says of the same prefix alone."""
 
-    def __init__(self, family: str, dtype: torch.dtype, quant: str = "", *, sharing: bool = True, slabs: int = 60) -> None:
+    def __init__(self, family: str, dtype: torch.dtype, quant: str = "", *, sharing: bool = True, blocks: int = 60) -> None:
         self.spec, weights = model(family)
         self.ops = Switched(dtype)
         self.weights = cast(weights, self.ops, quant)
-        self.runner = Runner(self.spec, self.weights, self.ops, slabs, sharing=sharing)
+        self.runner = Runner(self.spec, self.weights, self.ops, blocks, sharing=sharing)
         self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
         for runner in (self.runner, self.lonely):
             for form in test_views.formats(dtype, LABELS, shipped=True, size=self.spec.head_dim).values():
@@ -546,21 +546,21 @@ class Bench:
 
     def alone(self, text: Text, tokens: list[int], chunks: Callable[[], int]) -> dict[int, Tensor]:
         """Length of a prefix -> logits, of a text that runs with nobody beside it, without trees."""
-        twin, table, found = text.twin(tokens), self.lonely.memory.paged.table, {}
-        table.open(twin.seq)
-        while twin.seq.pending:
-            n = min(twin.seq.pending, chunks(), border(twin))
-            work = [Work(twin.seq, n)]
+        sibling, table, found = text.sibling(tokens), self.lonely.memory.paged.table, {}
+        table.open(sibling.seq)
+        while sibling.seq.pending:
+            n = min(sibling.seq.pending, chunks(), border(sibling))
+            work = [Work(sibling.seq, n)]
             view = table.reserve(work, [EMPTY])
             self.lonely.memory.paged.store.zero(view.fresh)
             batch = Batch.pack(work, [EMPTY], view)
             out = self.lonely.forward(batch, Taps(logits=True))
             assert out.logits is not None
             for i, row in enumerate(batch.logit_rows.tolist()):
-                found[twin.seq.stored + row + 1] = out.logits[i]
+                found[sibling.seq.stored + row + 1] = out.logits[i]
             self.lonely.memory.paged.store.move(table.commit(work, [Accepted()]))
-            evict(self.lonely, twin)
-        table.free(twin.seq)
+            evict(self.lonely, sibling)
+        table.free(sibling.seq)
         return found
 
     def check(self, dice: random.Random) -> int:
@@ -594,7 +594,7 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
 def border(text: Text) -> int:
     """No chunk crosses the place where something is evicted or encoded, or where the context ends."""
     left = text.cut - text.seq.stored
-    return left if (text.kept is not None or text.seq.block or text.seq.context) and left > 0 else 1000
+    return left if (text.kept is not None or text.seq.cache.coded or text.seq.context) and left > 0 else 1000
 
 
 def evict(runner: Runner, text: Text) -> None:
@@ -602,7 +602,7 @@ def evict(runner: Runner, text: Text) -> None:
         return
     if text.kept is not None:
         runner.memory.paged.keep(text.seq, text.kept)
-    if text.seq.cache.block:
+    if text.seq.cache.coded:
         runner.memory.paged.encode(text.seq)
 
 
@@ -640,17 +640,17 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
     texts = []
     for i, kind in enumerate(lanes):
         tokens = stem[: dice.choice([0, 40, 70, 100])] + [dice.randrange(VOCAB) for _ in range(dice.choice([1, 5, 30]))]
-        form, block = "", ""
+        form, coded = "", ""
         if kind is Lanes.PER_HEAD:
-            form, block = dice.choice(["", "int8", "labelled"]), dice.choice(["", "blocks"])
+            form, coded = dice.choice(["", "int8", "labelled"]), dice.choice(["", "blocks"])
         window = dice.choice([None, Window(3, 20), Window(0, 9), Window(40, 30)]) if i else None
         read = dice.choice([None, UNLABELLED, replace(UNLABELLED, by_head=True)]) if i else None
         if form == "labelled" or (form and dice.random() < 0.5):
             read = dice.choice([LABELS, replace(LABELS, by_head=True)])
         context = dice.choice([0, 0, len(tokens)])
-        cache = CachePlan(lanes=kind, format=form, block=block, window=window, read=read)
+        cache = CachePlan(lanes=kind, format=form, coded=coded, window=window, read=read)
         text = Text(text_of(i, tokens, cache, context), len(tokens))
-        if kind is not Lanes.SHARED and not block and dice.random() < 0.7 and len(tokens) > 3:
+        if kind is not Lanes.SHARED and not coded and dice.random() < 0.7 and len(tokens) > 3:
             count = LAYERS * (bench.spec.kv_heads if kind is Lanes.PER_HEAD else 1)
             text.kept = [sorted(dice.sample(range(len(tokens)), dice.randint(1, len(tokens)))) for _ in range(count)]
         texts.append(text)
@@ -742,7 +742,7 @@ def test_a_row_of_codes_has_the_bits_that_it_has_alone(family: str, quant: str, 
 @DTYPES
 def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """Whole groups of 16 pages are attended for all sequences together; groups of one row by different threads."""
-    bench, dice = Bench("llama", dtype, slabs=90), random.Random(1)
+    bench, dice = Bench("llama", dtype, blocks=90), random.Random(1)
     stem = [dice.randrange(VOCAB) for _ in range(555)]
     texts = [Text(text_of(i, [*stem[: 555 - i], dice.randrange(VOCAB)])) for i in range(3)]
     texts.append(Text(text_of(3, stem[:490] + [dice.randrange(VOCAB) for _ in range(60)])))  # leaves the others in the group's last page
@@ -777,31 +777,31 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
 
 @DTYPES
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_stay_as_they_were_told(family: str, dtype: torch.dtype) -> None:
+def test_hidden_states_stay_as_they_were_reported(family: str, dtype: torch.dtype) -> None:
     """Those of a layer, although the layers behind it run too; the same from segments as from single operations."""
-    bench, told = Bench(family, dtype), []
+    bench, reported = Bench(family, dtype), []
     tokens = [random.Random(5).randrange(VOCAB) for _ in range(9)]
     for whole in (True, False):
         bench.ops.whole = whole
         for layers in ({0, 1, 2}, {0}, {1}):
-            text = Text(text_of(len(told), tokens))
+            text = Text(text_of(len(reported), tokens))
             bench.runner.memory.open(text.seq)
             work = [Work(text.seq, 9)]
             pages = bench.runner.memory.reserve(work, [EMPTY])
             hidden = bench.runner.forward(Batch.pack(work, [EMPTY], pages), Taps(frozenset(layers))).hidden
             assert set(hidden) == layers
-            told.append(hidden)
+            reported.append(hidden)
     assert bench.ops.segments == (0 if family == "mixtral" else 3 + 2 + 2)  # experts are no part of a run
-    for hidden in told:
+    for hidden in reported:
         for layer, states in hidden.items():
-            assert torch.equal(bits(states), bits(told[-3][layer]))
-    assert not torch.equal(told[0][0], told[0][1])
+            assert torch.equal(bits(states), bits(reported[-3][layer]))
+    assert not torch.equal(reported[0][0], reported[0][1])
 
 
 @DTYPES
 def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """Bit for bit the same with other threads, company and watches, and where layers run operation by operation."""
-    bench, dice = Bench("mistral", dtype, slabs=90), random.Random(2)
+    bench, dice = Bench("mistral", dtype, blocks=90), random.Random(2)
     table, watch = bench.runner.memory.paged.table, Watch("mass", 40)
     texts = [Text(text_of(i, [dice.randrange(VOCAB) for _ in range(n)], kind)) for i, (n, kind) in enumerate(SEVERAL)]
     for text in texts:
@@ -830,9 +830,9 @@ def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: C
                     table.discard(text.seq)
         for seen in found[1:]:
             assert torch.equal(bits(seen.chain[0]), bits(found[0].chain[0])) and torch.equal(bits(seen.nodes[0]), bits(found[0].nodes[0]))
-        told = torch.tensor(max(0, rows - 40) if nodes is EMPTY else rows).double()
+        reported = torch.tensor(max(0, rows - 40) if nodes is EMPTY else rows).double()
         totals = found[0].chain[0].sum(-1), found[0].nodes[0].sum(-1)
-        torch.testing.assert_close(totals[0], told.expand_as(totals[0]), rtol=1e-5, atol=0)
+        torch.testing.assert_close(totals[0], reported.expand_as(totals[0]), rtol=1e-5, atol=0)
         torch.testing.assert_close(totals[1], torch.ones_like(totals[1]), rtol=1e-5, atol=0)
         step(texts, rows, EMPTY, (watch,))
         bench.runner.memory.paged.store.move(table.commit([Work(text.seq, rows) for text in texts], [Accepted() for _ in texts]))
@@ -1034,10 +1034,10 @@ def test_rows_are_given_back(biased: bool, outs: int, ins: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "told"), [(torch.float64, "cpu", "float64"), (torch.float16, "cpu", "float16"), (F32, "cuda", "cuda")]
+    ("dtype", "device", "reported"), [(torch.float64, "cpu", "float64"), (torch.float16, "cpu", "float16"), (F32, "cuda", "cuda")]
 )
-def test_other_dtypes_and_devices_are_refused_by_name(dtype: torch.dtype, device: str, told: str) -> None:
-    with pytest.raises(Unsupported, match=f"backend 'native'.*{told}"):
+def test_other_dtypes_and_devices_are_refused_by_name(dtype: torch.dtype, device: str, reported: str) -> None:
+    with pytest.raises(Unsupported, match=f"backend 'native'.*{reported}"):
         NativeOps(dtype, device)
 
 
@@ -1049,11 +1049,11 @@ def test_heads_that_no_kernel_attends_are_refused_by_name() -> None:
         layers=tuple(replace(layer, mixer=replace(layer.mixer, head_dim=7)) for layer in spec.layers),
     )
     with pytest.raises(Unsupported, match=r"backend 'native'.*7"):
-        NativeOps().slab_bytes(odd)
+        NativeOps().block_bytes(odd)
     spec, _ = model("llama")
     mixed = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], mixer=replace(spec.attention[2], heads=2))))
     with pytest.raises(Unsupported, match=r"backend 'native'.*heads"):
-        NativeOps().slab_bytes(mixed)
+        NativeOps().block_bytes(mixed)
 
 
 def test_gates_packed_as_plain_outputs_take_no_segment() -> None:

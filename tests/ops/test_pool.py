@@ -12,11 +12,11 @@ from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 from tests.contracts import plain
 
-SLABS = 5
+BLOCKS = 5
 
 
 def filled(ops: Reference | TorchOps) -> torch_ops.Pool | reference.Pool:
-    pool = ops.allocate(plain.tiny()[0], SLABS)
+    pool = ops.allocate(plain.tiny()[0], BLOCKS)
     pool.data.copy_(torch.randn(pool.data.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     return pool
 
@@ -28,7 +28,7 @@ def test_torch_zeroes_and_moves_as_the_reference_does() -> None:
     for ops, pool in zip((fast, slow), pools, strict=True):
         ops.zero(pool, [(Space(), 3), (Space(), 1)])
     for _ in range(20):
-        src, dst = (rng.permutation(SLABS * 32)[:30].astype(np.int32) for _ in range(2))
+        src, dst = (rng.permutation(BLOCKS * 32)[:30].astype(np.int32) for _ in range(2))
         fast.move(pools[0], Space(), src, dst)
         slow.move(pools[1], Space(), src, dst)
         assert torch.equal(pools[0].data, pools[1].data)
@@ -56,6 +56,6 @@ def test_pages_of_other_lanes_are_zeroed_and_moved(kind: Lanes, backend: type[Re
     shape = (-1, heads, 2, 32, pool.data.shape[-1]) if kind is Lanes.PER_LAYER else (-1, 2, 32, pool.data.shape[-1])
     flat, old = pool.data.view(shape), before.view(shape)
     assert flat[3].abs().sum() == 0 and torch.equal(flat[2][..., 1, :], old[5][..., 7, :])
-    assert len(flat) == SLABS * layers * (heads if kind is Lanes.PER_HEAD else 1)
+    assert len(flat) == BLOCKS * layers * (heads if kind is Lanes.PER_HEAD else 1)
     changed = (flat != old).flatten(1).any(1).nonzero().flatten().tolist()
     assert changed == [2, 3]

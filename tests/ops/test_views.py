@@ -23,15 +23,15 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
-from redraft.kv.codec.int4 import Int4Units
-from redraft.kv.codec.int8 import Int8Units
+from redraft.kv.quantization.int4 import Int4Units
+from redraft.kv.quantization.int8 import Int8Units
 from redraft.ops.backend import Products, Seen
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 
 LAYERS, HEADS, SHARE, SIZE = 2, 2, 2, 8
-SLABS = 60
+BLOCKS = 60
 CHUNK = 88  # with the chain of 3 and the path of 4 behind it, the last decoded row fills a page
 Ops = Reference | TorchOps
 
@@ -158,7 +158,7 @@ def formats(dtype: torch.dtype, read: Even | None, shipped: bool = False, size: 
 class Case:
     kind: Lanes = Lanes.SHARED
     format: str = ""
-    block: str = ""
+    coded: str = ""
     window: Window | None = None
     layer: int | None = None  # the second layer's window
     read: Even | None = None
@@ -169,7 +169,7 @@ class Case:
     late: bool = False  # the chunk reads all
 
     def view(self, stored: int) -> View | None:
-        view = View(self.format, self.block, self.window, self.read if stored or not self.late else None)
+        view = View(self.format, self.coded, self.window, self.read if stored or not self.late else None)
         return None if view == View() else view
 
 
@@ -203,13 +203,13 @@ class World:
     def __init__(self, ops: Ops, case: Case, rounded: torch.dtype = torch.float64) -> None:
         self.ops, self.case, self.rounded = ops, case, rounded
         self.spec = model(case.layer, scale=case.scale)
-        self.pool = ops.allocate(self.spec, SLABS)
+        self.pool = ops.allocate(self.spec, BLOCKS)
         self.pool.data.fill_(math.nan)  # nothing may be read that was not zeroed or written
-        self.per_slab = {Space(Lanes.SHARED): 1, Space(Lanes.PER_HEAD): LAYERS * HEADS, Space(Lanes.PER_LAYER): LAYERS}
+        self.per_block = {Space(Lanes.SHARED): 1, Space(Lanes.PER_HEAD): LAYERS * HEADS, Space(Lanes.PER_LAYER): LAYERS}
         for name, fmt in formats(ops.dtype, case.read, case.shipped).items():
-            self.per_slab[Space(Lanes.PER_HEAD, name)] = ops.define(self.pool, fmt)
+            self.per_block[Space(Lanes.PER_HEAD, name)] = ops.define(self.pool, fmt)
         self.dice = torch.Generator().manual_seed(7)
-        self.slab = 0
+        self.block = 0
         lanes = {Lanes.SHARED: 1, Lanes.PER_LAYER: LAYERS, Lanes.PER_HEAD: LAYERS * HEADS}[case.kind]
         self.main = Text(case, self.take(Space(case.kind, case.format), lanes, 6), [0] * lanes, [[] for _ in range(lanes)])
         self.main.coded = [[] for _ in range(lanes)]
@@ -218,11 +218,11 @@ class World:
 
     def take(self, space: Space, lanes: int, count: int) -> list[list[int]]:
         """`count` zeroed pages for each lane, mixed."""
-        per = self.per_slab[space]
-        slabs = -(-lanes * count // per)
-        pages = list(range(self.slab * per, (self.slab + slabs) * per))
-        self.slab += slabs
-        assert self.slab <= SLABS
+        per = self.per_block[space]
+        blocks = -(-lanes * count // per)
+        pages = list(range(self.block * per, (self.block + blocks) * per))
+        self.block += blocks
+        assert self.block <= BLOCKS
         Random(3).shuffle(pages)
         self.ops.zero(self.pool, [(space, page) for page in pages])
         return [pages[i * count : (i + 1) * count] for i in range(lanes)]
@@ -289,7 +289,7 @@ class World:
 
     def encode(self, text: Text, count: int) -> None:
         """The first `count` full pages of every lane go over to the block format."""
-        target = Space(text.case.kind, text.case.block)
+        target = Space(text.case.kind, text.case.coded)
         fresh = self.take(target, len(text.pages), count)
         src = [page for lane in text.pages for page in lane[:count]]
         made = np.array([page for lane in fresh for page in lane], np.int32)
@@ -319,7 +319,7 @@ def program(ops: Ops, case: Case, rounded: torch.dtype = torch.float64) -> World
         world.commit(text, rows, [])
     if case.read is not None and case.read.labels:
         world.fold(world.main)
-    if case.block:
+    if case.coded:
         world.encode(world.main, 1)
     if case.evict:
         world.evict(world.main, seed=5)
@@ -327,7 +327,7 @@ def program(ops: Ops, case: Case, rounded: torch.dtype = torch.float64) -> World
     world.forward([world.main], [3], [TREE], first=4)
     world.commit(world.main, 3, [0, 3, 4, 6])
     world.commit(world.other, 1, [])
-    if case.block:
+    if case.coded:
         world.encode(world.main, 1)
     world.forward(both, [1, 1], [EMPTY, EMPTY])
     return world
@@ -426,7 +426,7 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
 def test_pages_hold_what_the_reference_says(name: str) -> None:
     """Codes, scales, side data of keys as they are read, whole arrays: equal after writes, moves, encoding and folding."""
     fast, slow = program(TorchOps(torch.float64), CASES[name]), defined(CASES[name], torch.float64)
-    for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.block, fast.main.coded)):
+    for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.coded, fast.main.coded)):
         units = torch.tensor(pages, dtype=torch.long).flatten()
         left, right = fast.pool.shelves[fmt], slow.pool.shelves[fmt]
         for array, held in left.take(left.arrays, units).items():
@@ -450,7 +450,7 @@ def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | Non
     ops, lanes = TorchOps(dtype), 1 if kind is Lanes.SHARED else LAYERS * HEADS
     pool, dice = ops.allocate(spec, 8), torch.Generator().manual_seed(1)
     pool.data.fill_(math.nan)
-    pages = np.arange(lanes * 8, dtype=np.int32).reshape(8, lanes).T  # the first slab is the first page of all lanes
+    pages = np.arange(lanes * 8, dtype=np.int32).reshape(8, lanes).T  # the first block is the first page of all lanes
     ops.zero(pool, [(Space(kind), int(page)) for page in pages.ravel()])
     found, stored = [], 0
     for rows, tree in ((40, EMPTY), (100, EMPTY), (1, TREE), (1, EMPTY)):
@@ -597,8 +597,8 @@ def test_units_of_a_format_do_not_overlap(dtype: torch.dtype) -> None:
     for name, fmt in formats(dtype, Even()).items():
         count = ops.define(pool, fmt)
         shelf, units = pool.shelves[name], torch.arange(3 * count)
-        assert count == ops.slab_bytes(model()) // fmt.bytes > 1
-        assert fmt.bytes * count < ops.slab_bytes(model())  # units of different slabs are not evenly spaced
+        assert count == ops.block_bytes(model()) // fmt.bytes > 1
+        assert fmt.bytes * count < ops.block_bytes(model())  # units of different blocks are not evenly spaced
 
         def number(array: Array, i: int, units: Tensor = units) -> Tensor:
             slots = torch.zeros(1) if array.whole else torch.arange(PAGE)
@@ -630,7 +630,7 @@ def test_plain_units_are_the_pages_of_the_lane_kinds() -> None:
 
 
 @pytest.mark.parametrize("ops", [TorchOps(torch.float32), Reference()], ids=["torch", "reference"])
-def test_a_unit_larger_than_a_slab_is_refused_by_name(ops: Ops) -> None:
+def test_a_unit_larger_than_a_block_is_refused_by_name(ops: Ops) -> None:
     pool = ops.allocate(model(), 2)
     with pytest.raises(Unsupported, match="format 'huge': a unit takes 512000 bytes"):
         ops.define(pool, Format("huge", {"keys": Array((PAGE, 4000), torch.float32)}))

@@ -87,16 +87,16 @@ def test_every_node_draws_by_its_own_path_together_as_alone(seed, chosen):
         tokens = rng.integers(0, V, int(rng.integers(2, 9))).tolist()
         seqs.append(begun(own, tokens, prompt_len=int(rng.integers(1, len(tokens) + 1)), seed=int(rng.integers(0, 99)), **PARAMS[i]))
         trees.append(random_tree(rng, seqs[-1]))
-    law = step(own, seqs, trees)
-    rows = [int(row) for row in rng.permutation(len(law.batch.logit_rows))]
-    together = dict(zip(rows, law.draw(rows), strict=True))
-    assert together == {row: law.draw([row])[0] for row in rows}
+    distribution = step(own, seqs, trees)
+    rows = [int(row) for row in rng.permutation(len(distribution.batch.logit_rows))]
+    together = dict(zip(rows, distribution.draw(rows), strict=True))
+    assert together == {row: distribution.draw([row])[0] for row in rows}
     for s, (seq, tree) in enumerate(zip(seqs, trees, strict=True)):
         words = [ids for text in seq.params.bad_words for ids in SPELLED[text]]
         for node in range(-1, len(tree)):
             context = seq.tokens + tree.tokens[tree.path_to(node)].tolist()
             wanted = plain.token(toy_logits(context, V), seq.params, context, seq.prompt_len, seq.seed, EOS, words)
-            assert together[int(law.roots[s]) + 1 + node] == wanted
+            assert together[int(distribution.roots[s]) + 1 + node] == wanted
 
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 1500}, {"typical_p": 0.6}, {"min_p": 0.2, "temperature": 0.7}])
@@ -107,11 +107,11 @@ def test_large_vocabulary_equals_the_plain_sort(params, spread):
     rng = np.random.default_rng(5)
     table = {i: np.round(rng.normal(size=size) * spread, 3) for i in range(3)}
     seqs = [begun(own, [1, i], seed=i, **params) for i in range(3)]
-    law = step(own, seqs, logits=lambda context, _: table[context[-1]])
-    assert law.draw([2, 0, 1]) == [plain.token(table[i], seqs[i].params, [1, i], 2, i) for i in (2, 0, 1)]
+    distribution = step(own, seqs, logits=lambda context, _: table[context[-1]])
+    assert distribution.draw([2, 0, 1]) == [plain.token(table[i], seqs[i].params, [1, i], 2, i) for i in (2, 0, 1)]
 
 
-def test_draws_follow_the_law():
+def test_draws_follow_the_distribution():
     own = Sampler(8, EOS)
     logits = np.asarray([0.0, 1.0, -1.0, 2.0, 0.5, -np.inf, 0.0, -3.0])
     seqs = [begun(own, [1] * (1 + i % 7), seed=i, temperature=0.7, top_p=0.95) for i in range(3000)]
@@ -129,8 +129,8 @@ def test_position_is_the_index_of_the_drawn_token():
     logits = toy_logits([0], V)
     short, long = begun(own, [1, 2, 3], seed=9), begun(own, [1, 2, 3, 4, 5], seed=9)
     long.stored = 1
-    law = step(own, [short, long], [TokenTree.chain([4, 5]), EMPTY], logits=lambda *_: logits)
-    root, first, second, other = law.draw([0, 1, 2, 3])
+    distribution = step(own, [short, long], [TokenTree.chain([4, 5]), EMPTY], logits=lambda *_: logits)
+    root, first, second, other = distribution.draw([0, 1, 2, 3])
     assert second == other == plain.token(logits, short.params, [0] * 5, 5, 9)
     assert [root, first] == [plain.token(logits, short.params, [0] * n, n, 9) for n in (3, 4)]
 
@@ -144,8 +144,10 @@ def test_a_growing_tail_draws_as_the_whole_tree():
         works = [Work(b, 1, first=0), Work(a, 1, first=2)]
         batch = Batch.pack(works, [EMPTY, tree], view(works))
         assert whole.out.logits is not None
-        law = own.law(Outputs(whole.out.argmax[[0, 4, 5]], logits=whole.out.logits[[0, 4, 5]]), batch, works, [EMPTY, tree])
-        assert law.draw([0, 1, 2]) == whole.draw([0, 4, 5])
+        distribution = own.distribution(
+            Outputs(whole.out.argmax[[0, 4, 5]], logits=whole.out.logits[[0, 4, 5]]), batch, works, [EMPTY, tree]
+        )
+        assert distribution.draw([0, 1, 2]) == whole.draw([0, 4, 5])
 
 
 def test_needs():
@@ -169,8 +171,8 @@ def test_needs():
 
 def test_greedy_rows_need_no_logits():
     own = sampler()
-    law = step(own, [begun(own, [1, 2], temperature=0), begun(own, [4], temperature=0, top_p=0.3)])
-    bare = own.law(Outputs(np.asarray([7, 3], np.int32)), law.batch, law.work, law.trees)
+    distribution = step(own, [begun(own, [1, 2], temperature=0), begun(own, [4], temperature=0, top_p=0.3)])
+    bare = own.distribution(Outputs(np.asarray([7, 3], np.int32)), distribution.batch, distribution.work, distribution.trees)
     assert bare.draw([1, 0]) == [3, 7]
 
 
@@ -178,21 +180,21 @@ def test_greedy_rows_need_no_logits():
 def test_drawing_leaves_the_logits_as_they_are(dtype):
     own = sampler()
     seqs = [begun(own, [1, i], seed=i, temperature=0.5, logit_bias={1: 2.0}) for i in range(4)]
-    law = step(own, seqs, dtype=dtype)
-    assert law.out.logits is not None and law.out.logits.dtype == dtype
-    before = law.out.logits.clone()
-    drawn = law.draw(range(4))
-    assert drawn == law.draw(range(4))
-    assert torch.equal(before, law.out.logits)
+    distribution = step(own, seqs, dtype=dtype)
+    assert distribution.out.logits is not None and distribution.out.logits.dtype == dtype
+    before = distribution.out.logits.clone()
+    drawn = distribution.draw(range(4))
+    assert drawn == distribution.draw(range(4))
+    assert torch.equal(before, distribution.out.logits)
     assert drawn == [plain.token(before[i].double().numpy(), seqs[i].params, [1, i], 2, i) for i in range(4)]
 
 
 def test_only_some_sequences():
     own = sampler()
-    law = step(own, [begun(own, [1, i], seed=i) for i in range(4)], [EMPTY, TokenTree.chain([1, 2]), EMPTY, TokenTree.chain([3])])
-    some = law.only([1, 3])
-    assert some.roots.tolist() == law.roots[[1, 3]].tolist()
-    assert some.draw(some.roots.tolist()) == law.draw(law.roots[[1, 3]].tolist())
+    distribution = step(own, [begun(own, [1, i], seed=i) for i in range(4)], [EMPTY, TokenTree.chain([1, 2]), EMPTY, TokenTree.chain([3])])
+    some = distribution.only([1, 3])
+    assert some.roots.tolist() == distribution.roots[[1, 3]].tolist()
+    assert some.draw(some.roots.tolist()) == distribution.draw(distribution.roots[[1, 3]].tolist())
 
 
 LOGITS = st.lists(st.sampled_from([-np.inf, -2.0, 0.0, 1.0, 1.5]) | st.floats(-9, 9), min_size=V, max_size=V)
@@ -205,8 +207,8 @@ def test_logprobs_of_the_raw_logits(logits, token, k):
         return
     own = sampler()
     seqs = [begun(own, [1], logit_bias={2: 5.0}, temperature=0.1, top_k=1, logprobs=k), begun(own, [2], logprobs=k)]
-    law = step(own, seqs, logits=lambda context, size: np.asarray(logits) if context == [2] else toy_logits(context, size))
-    for found, raw, own_token in zip(law.logprobs([1, 0], [token, 3], k), [logits, toy_logits([1], V)], [token, 3], strict=True):
+    distribution = step(own, seqs, logits=lambda context, size: np.asarray(logits) if context == [2] else toy_logits(context, size))
+    for found, raw, own_token in zip(distribution.logprobs([1, 0], [token, 3], k), [logits, toy_logits([1], V)], [token, 3], strict=True):
         wanted = torch.log_softmax(torch.tensor(raw, dtype=torch.float64), -1).numpy()
         order = plain.by_rank(raw)
         assert found.token == own_token
@@ -224,6 +226,6 @@ def test_a_fork_counts_for_itself():
     child.state[own] = own.fork(seq.state[own], child)
     child.tokens += [6, 6]
     child.stored = 3
-    law = step(own, [seq, child])
-    assert law.draw([0, 1]) == [plain.token(toy_logits(s.tokens, V), s.params, s.tokens, 2, 0) for s in (seq, child)]
+    distribution = step(own, [seq, child])
+    assert distribution.draw([0, 1]) == [plain.token(toy_logits(s.tokens, V), s.params, s.tokens, 2, 0) for s in (seq, child)]
     own.end(child.state[own])

@@ -27,7 +27,7 @@ def begun(sampler, tokens, prompt_len=None, seed=0, **params):
 
 
 def step(sampler, seqs, trees=None, logits=toy_logits, dtype=torch.float64):
-    """The law of one step in which every sequence runs all it has pending."""
+    """The distribution of one step in which every sequence runs all it has pending."""
     trees = trees or [EMPTY] * len(seqs)
     works = [Work(seq, seq.pending) for seq in seqs]
     batch = Batch.pack(works, trees, view(works))
@@ -41,4 +41,4 @@ def step(sampler, seqs, trees=None, logits=toy_logits, dtype=torch.float64):
     table = np.asarray(rows)
     # numpy's argmax: the lowest id wins ties, as Outputs promises
     out = Outputs(table.argmax(-1).astype(np.int32), logits=torch.tensor(table, dtype=dtype))
-    return sampler.law(out, batch, works, trees)
+    return sampler.distribution(out, batch, works, trees)

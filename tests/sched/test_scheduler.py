@@ -94,8 +94,8 @@ class World:
         return Accepted(tuple(path), (1,) * (len(path) + 1))
 
 
-def world(name: str = "sarathi", slabs: int = 40, **options: object) -> World:
-    return World(scheduler(name, **options), PageTable(slabs, 2, 2))
+def world(name: str = "sarathi", blocks: int = 40, **options: object) -> World:
+    return World(scheduler(name, **options), PageTable(blocks, 2, 2))
 
 
 def check_plan(plan: StepPlan, at: World, running: list[Sequence]) -> None:
@@ -114,7 +114,7 @@ def check_plan(plan: StepPlan, at: World, running: list[Sequence]) -> None:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_plan_changes_nothing_and_is_repeatable(name: str) -> None:
-    at = world(name, slabs=12, token_budget=40, max_seqs=6)
+    at = world(name, blocks=12, token_budget=40, max_seqs=6)
     for i in range(9):
         at.add(20 + 13 * i % 70, 30)
     for _ in range(40):
@@ -133,17 +133,17 @@ def test_a_plan_changes_nothing_and_is_repeatable(name: str) -> None:
     requests=st.lists(
         st.tuples(st.integers(1, 120), st.integers(1, 60), st.integers(0, 30), st.sampled_from(Lanes)), min_size=1, max_size=12
     ),
-    slabs=st.integers(7, 24),
+    blocks=st.integers(7, 24),
     max_seqs=st.integers(1, 8),
     spare_rows=st.integers(0, 60),
     draft=st.tuples(st.integers(0, 40), st.integers(0, 80)),
     seed=st.integers(0, 99),
 )
 def test_everyone_finishes_within_all_budgets(
-    name: str, requests: list[tuple[int, int, int, Lanes]], slabs: int, max_seqs: int, spare_rows: int, draft: tuple[int, int], seed: int
+    name: str, requests: list[tuple[int, int, int, Lanes]], blocks: int, max_seqs: int, spare_rows: int, draft: tuple[int, int], seed: int
 ) -> None:
     rules = {"token_budget": max_seqs + spare_rows, "max_seqs": max_seqs, "draft_rows": draft[0], "draft_total": draft[1]}
-    at = world(name, slabs, **rules)
+    at = world(name, blocks, **rules)
     at.seed = seed
     arriving = sorted(enumerate(requests), key=lambda entry: entry[1][2])
     steps = 0
@@ -207,7 +207,7 @@ def test_sarathi_lets_texts_go_before_prompts() -> None:
 
 
 def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
-    at = world(slabs=4, draft_rows=32, draft_total=64)
+    at = world(blocks=4, draft_rows=32, draft_total=64)
     at.scheduler = scheduler(draft_rows=32, draft_total=64, watermark=0.0)
     at.add(30, 30)
     at.add(31, 30)
@@ -219,7 +219,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
         # what is left holds both texts' next page or little more: no draft may take it
         assert sum(at.table.need(w.seq, w.rows + b.rows) for w, b in zip(plan.work, plan.budgets, strict=True)) <= at.table.available()
         at.step()
-    wide = world(slabs=40, draft_rows=32, draft_total=64)
+    wide = world(blocks=40, draft_rows=32, draft_total=64)
     wide.add(30, 30)
     wide.add(31, 30)
     wide.step()
@@ -227,7 +227,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
 
 
 def test_the_last_to_arrive_is_preempted_and_waits_in_front() -> None:
-    at = world(slabs=4, draft_total=0)
+    at = world(blocks=4, draft_total=0)
     seqs = [at.add(31, 40) for _ in range(4)]
     for seq in seqs:
         seq.request.salt = str(seq.id)  # nothing to share
@@ -238,7 +238,7 @@ def test_the_last_to_arrive_is_preempted_and_waits_in_front() -> None:
 
 
 def test_the_head_of_the_queue_blocks_and_the_watermark_is_left() -> None:
-    at = world(slabs=10, draft_total=0)
+    at = world(blocks=10, draft_total=0)
     at.scheduler = scheduler(draft_total=0, watermark=0.3)
     big, small = at.add(32 * 9, 5), at.add(5, 5)
     plan = at.plan()
@@ -252,7 +252,7 @@ def test_the_head_of_the_queue_blocks_and_the_watermark_is_left() -> None:
 
 
 def test_a_matched_prefix_is_not_paid_twice() -> None:
-    at = world(slabs=6, draft_total=0)
+    at = world(blocks=6, draft_total=0)
     at.add(100, 3)
     tokens = list(at.waiting[0].tokens)
     while at.waiting or at.running:
@@ -271,7 +271,7 @@ def test_a_budget_that_would_stall_texts_is_refused() -> None:
 @pytest.mark.parametrize(("texts", "drafts"), [(1, 16), (2, 32), (3, 32), (20, 32), (33, 32), (40, 32)])
 def test_drafts_are_shared_without_a_cliff(texts: int, drafts: int) -> None:
     """All of draft_total is given out, evenly, however many draw."""
-    made = world(slabs=200, token_budget=512, max_seqs=64, draft_rows=16, draft_total=32)
+    made = world(blocks=200, token_budget=512, max_seqs=64, draft_rows=16, draft_total=32)
     for _ in range(texts):
         made.add(4, 40)
     made.step()

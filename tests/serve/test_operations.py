@@ -40,7 +40,7 @@ def test_health_fails_while_a_step_does_not_end(server: Live) -> None:
 
 def test_opened_methods_are_counted_with_their_memory() -> None:
     metrics, engine = Metrics("x:", "m"), SimpleNamespace(opened=SimpleNamespace(count=3, bytes=4096), running=[], waiting=[])
-    engine.memory = SimpleNamespace(used=lambda: 0, slabs=1)
+    engine.memory = SimpleNamespace(used=lambda: 0, blocks=1)
     metrics.watch(engine)  # type: ignore[arg-type]
     text = "".join(line for line in metrics.exposition().decode().splitlines(True) if "opened_methods" in line)
     assert 'x:opened_methods{engine="0",model_name="m"} 3.0' in text

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from redraft.kv.keep.streaming_llm import Streaming
+from redraft.kv.eviction.streaming_llm import Streaming
 from tests.serve.raw import Live, embedded, live, post
 
 LONG = {"max_tokens": 140, "stop": None}
@@ -277,16 +277,16 @@ def together(server: Live, spoiled: Any, neighbours: list[str]) -> tuple[Any, li
 def test_logits_that_are_no_numbers_end_their_own_request(server: Live, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     alone = [server.alone(prompt) for prompt in PROMPTS[:2]]
     engine = server.llm.engine
-    law = engine.sampler.law
+    distribution = engine.sampler.distribution
 
     def spoiled(out: Any, batch: Any, work: Any, trees: Any) -> Any:
         for s, one in enumerate(work):
             if one.seq.params.top_k == 7 and one.done and one.seq.generated >= 3:
                 rows = [batch.roots[s] + i for i in range(1 + len(trees[s]))]
                 out.argmax[rows] = -1
-        return law(out, batch, work, trees)
+        return distribution(out, batch, work, trees)
 
-    monkeypatch.setattr(engine.sampler, "law", spoiled)
+    monkeypatch.setattr(engine.sampler, "distribution", spoiled)
     answer, texts = together(server, lambda: failed(server.complete("def add(", top_k=7, stream=stream)), list(PROMPTS[:2]))
     assert answer["error"]["code"] == "not_a_number"
     assert texts == alone

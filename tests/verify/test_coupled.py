@@ -1,4 +1,4 @@
-"""Coupled on a law whose draws are written down."""
+"""Coupled on a distribution whose draws are written down."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ TREE = TokenTree.build([4, 5, 6, 7, 8], [-1, -1, 0, 0, 3], vocab=10, rows=9, dep
 
 
 def test_follows_matches_and_stops_with_the_bonus():
-    law = Written([0], {0: 4, 1: 7, 4: 9})
-    assert Coupled().accept([TREE], law) == [Accepted((0, 3), (4, 7, 9))]
-    assert law.asked == [[0], [1], [4]]
+    distribution = Written([0], {0: 4, 1: 7, 4: 9})
+    assert Coupled().accept([TREE], distribution) == [Accepted((0, 3), (4, 7, 9))]
+    assert distribution.asked == [[0], [1], [4]]
 
 
 def test_full_acceptance_gets_its_bonus():
@@ -39,13 +39,13 @@ def test_a_token_of_another_branch_does_not_match():
 
 
 def test_a_batch_goes_level_by_level_and_skips_unfinished_chunks():
-    law = Written([3, -1, 0, 9], {3: 4, 4: 6, 6: 0, 0: 2, 9: 5, 11: 5})
-    accepted = Coupled().accept([TREE, EMPTY, EMPTY, TREE], law)
+    distribution = Written([3, -1, 0, 9], {3: 4, 4: 6, 6: 0, 0: 2, 9: 5, 11: 5})
+    accepted = Coupled().accept([TREE, EMPTY, EMPTY, TREE], distribution)
     assert accepted == [Accepted((0, 2), (4, 6, 0)), Accepted(), Accepted((), (2,)), Accepted((1,), (5, 5))]
-    assert law.asked == [[3, 0, 9], [4, 11], [6]]
+    assert distribution.asked == [[3, 0, 9], [4, 11], [6]]
 
 
 def test_nothing_to_do():
-    law = Written([-1], {})
-    assert Coupled().accept([EMPTY], law) == [Accepted()]
-    assert not law.asked
+    distribution = Written([-1], {})
+    assert Coupled().accept([EMPTY], distribution) == [Accepted()]
+    assert not distribution.asked

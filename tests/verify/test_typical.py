@@ -1,4 +1,4 @@
-"""Typical acceptance on laws that are written down."""
+"""Typical acceptance on distributions that are written down."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from redraft.core.plan import Accepted
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.errors import InvalidInput
 from redraft.verify.typical import Typical
-from tests.contracts.algebra import ToyLaw, check_text, random_laws, random_tree
+from tests.contracts.algebra import ToyDistribution, check_text, random_distributions, random_tree
 
 FLAT = np.full(8, 1 / 8)
 SHARP = np.array([0.9, 0.05, 0.01, 0.04, 0, 0, 0, 0])
 
 
 class Written:
-    """A law for each row, and the token drawn there; remembers which rows were asked for."""
+    """A distribution for each row, and the token drawn there; remembers which rows were asked for."""
 
-    def __init__(self, roots, laws, drawn):
-        self.roots, self.laws, self.drawn, self.asked = np.asarray(roots, np.int32), laws, drawn, []
+    def __init__(self, roots, distributions, drawn):
+        self.roots, self.distributions, self.drawn, self.asked = np.asarray(roots, np.int32), distributions, drawn, []
 
     def probs(self, rows):
         self.asked += rows
-        return np.stack([self.laws[row] for row in rows])
+        return np.stack([self.distributions[row] for row in rows])
 
     def draw(self, rows):
         return [self.drawn[row] for row in rows]
@@ -43,9 +43,9 @@ TREE = TokenTree.build([0, 1, 2, 3, 5], [-1, -1, 0, 0, 1], vocab=8, rows=9, dept
 
 def test_the_longest_path_that_passes_then_the_targets_own_token():
     # token 0 is the likelier, but only below token 1 does a child pass
-    law = Written([0], {0: FLAT, 1: SHARP, 2: FLAT}, {5: 7})
-    assert Typical().accept([TREE], law) == [Accepted((1, 4), (1, 5, 7))]
-    assert sorted(law.asked) == [0, 1, 2], "leaves need no law"
+    distribution = Written([0], {0: FLAT, 1: SHARP, 2: FLAT}, {5: 7})
+    assert Typical().accept([TREE], distribution) == [Accepted((1, 4), (1, 5, 7))]
+    assert sorted(distribution.asked) == [0, 1, 2], "leaves need no distribution"
 
 
 def test_of_equally_long_paths_the_likeliest():
@@ -62,9 +62,9 @@ def test_of_equally_long_paths_the_likeliest():
 
 def test_the_bonus_alone_where_nothing_passes():
     tree = TokenTree.chain([2, 3])
-    law = Written([4, -1, 0], {4: SHARP}, {4: 6, 0: 1})
-    assert Typical().accept([tree, EMPTY, EMPTY], law) == [Accepted((), (6,)), Accepted(), Accepted((), (1,))]
-    assert law.asked == [4]
+    distribution = Written([4, -1, 0], {4: SHARP}, {4: 6, 0: 1})
+    assert Typical().accept([tree, EMPTY, EMPTY], distribution) == [Accepted((), (6,)), Accepted(), Accepted((), (1,))]
+    assert distribution.asked == [4]
     assert Typical().accept([EMPTY], Written([-1], {}, {})) == [Accepted()]
 
 
@@ -75,17 +75,17 @@ def test_a_node_drawn_twice_is_one_node():
     assert Typical().accept([tree], Written([0], {0: FLAT}, {1: 3})) == [Accepted((0,), (0, 3))]
 
 
-class Certain(ToyLaw):
-    """Temperature 0: all of the law on the token that is drawn."""
+class Certain(ToyDistribution):
+    """Temperature 0: all of the distribution on the token that is drawn."""
 
     def probs(self, rows):
-        return np.eye(self.law_probs.shape[1])[self.draw(rows)]
+        return np.eye(self.distribution_probs.shape[1])[self.draw(rows)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_at_temperature_0_the_text_is_the_greedy_one(seed):
     rng = np.random.default_rng(seed)
-    check_text(Typical(), random_laws(rng), random_tree(rng, 12), 20, greedy=True, law=Certain)
+    check_text(Typical(), random_distributions(rng), random_tree(rng, 12), 20, greedy=True, distribution=Certain)
 
 
 @pytest.mark.parametrize("options", [{"eps": 0}, {"eps": 1}, {"delta": -0.1}, {"delta": float("nan")}])

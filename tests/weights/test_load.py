@@ -214,9 +214,9 @@ def test_the_embedded_model_stays_near(name: str) -> None:
         )
         (output,) = llm.generate(text, params)
         assert output.prompt_logprobs is not None
-        told = [one.logprob for one in output.prompt_logprobs if one is not None]
+        reported = [one.logprob for one in output.prompt_logprobs if one is not None]
         sizes.append(llm.runner.weights.bytes)
-        scores.append(sum(told) / len(told))
+        scores.append(sum(reported) / len(reported))
     assert sizes[1] < 0.6 * sizes[0] and 0 < abs(scores[0] - scores[1]) < 0.1
 
 

@@ -63,13 +63,13 @@ def test_every_shape_and_its_size(text: str, role: Any, outs: int, ins: int) -> 
     before = weights.weight.clone()
     found = method.quantize(weights, role, gains)
     assert torch.equal(weights.weight, before), "the weight itself is left alone"
-    told = method.bytes(outs, ins, torch.bfloat16, role)
+    reported = method.bytes(outs, ins, torch.bfloat16, role)
     if found is weights:
-        assert told == 2 * outs * ins
+        assert reported == 2 * outs * ins
         return
     assert found.shape == (outs, ins) and found.dtype == torch.bfloat16 and found.bias is weights.bias
     held = found.halved().bytes - 2 * outs
-    assert held <= told and (held == told or "adaptive" in text)
+    assert held <= reported and (held == reported or "adaptive" in text)
     assert found.codes.abs().max() <= 127
     again = method.quantize(weights, role, gains)
     assert all(torch.equal(a, b) for a, b in zip(found.tensors, again.tensors, strict=True))
@@ -120,7 +120,7 @@ def test_what_is_not_finite_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("int8:outliers=-1", "int8:outliers=-1: must be 0 or more"),
         ("int8:outliers=x", "int8:outliers=x: not an int"),
@@ -131,12 +131,12 @@ def test_what_is_not_finite_is_refused(text: str) -> None:
         ("int4:head=int2", "int4:head=int2: int8, int4 or none is allowed"),
     ],
 )
-def test_errors_name_the_option(text: str, told: str) -> None:
+def test_errors_name_the_option(text: str, reported: str) -> None:
     if registry.parse(text)[0] not in registry.METHODS["quant"]:
         pytest.skip("not registered")
     with pytest.raises(InvalidInput) as raised:
         registry.create("quant", text)
-    assert str(raised.value) == told
+    assert str(raised.value) == reported
 
 
 def test_unknown_options() -> None:

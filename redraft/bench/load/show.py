@@ -85,19 +85,19 @@ def _workload(load: Load, found: Found) -> str:
 @contextmanager
 def progress(console: Console, total: int) -> Iterator[Tick]:
     """A bar that is gone afterwards; a line now and then where no terminal shows one."""
-    begun, told, done, failed, tokens = time.monotonic(), time.monotonic(), 0, 0, 0
+    begun, reported, done, failed, tokens = time.monotonic(), time.monotonic(), 0, 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("sending", total=total)
 
         def tick(record: Record) -> None:
-            nonlocal told, done, failed, tokens
+            nonlocal reported, done, failed, tokens
             now = time.monotonic()
             done, failed, tokens = done + 1, failed + (record.failure is not None), tokens + record.output_tokens
             what = f"{tokens / max(now - begun, 1e-9):.0f} tokens/s{f', {failed} failed' if failed else ''}"
             bar.update(task, advance=1, description=what)
-            if not console.is_terminal and now - told >= EVERY:
-                told = now
+            if not console.is_terminal and now - reported >= EVERY:
+                reported = now
                 console.print(f"{done} of {total}, {what}", highlight=False)
 
         yield tick
@@ -113,11 +113,11 @@ def show(console: Console, target: Target, load: Load, found: Found, figures: Ma
     console.print(_lines(figures))
     console.print()
     console.print(_latencies(figures))
-    told = Table.grid(padding=(0, 1, 0, 0))
+    reported = Table.grid(padding=(0, 1, 0, 0))
     for note in notes(found, figures):
-        told.add_row("-", Text(note))
+        reported.add_row("-", Text(note))
     console.print()
-    console.print(told)
+    console.print(reported)
 
 
 def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -226,7 +226,7 @@ up us use very was water way we well were what when where which while who will w
 WORDS = tuple(" " + word for word in COMMON.split())
 LETTERS = tuple("etaoinshrdlucmfwypvbgkqjxz")  # where words are several tokens, as in a vocabulary of letters
 ENOUGH = 12  # different units that a random text needs
-REPEATS, MIXED = 8, 64  # units of the texts by which they are told to be of one token each
+REPEATS, MIXED = 8, 64  # units of the texts by which they are reported to be of one token each
 
 
 @dataclass(frozen=True)

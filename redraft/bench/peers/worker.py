@@ -27,14 +27,14 @@ def main() -> None:
     os.dup2(2, 1)
     peer: Peer | None = None
     for line in sys.stdin:
-        told = json.loads(line)
+        reported = json.loads(line)
         try:
             if peer is None:
-                asked = told["asked"]
-                peer = registry.load(told["target"])(Asked(**{**asked, "rows": tuple(asked["rows"])}))
+                asked = reported["asked"]
+                peer = registry.load(reported["target"])(Asked(**{**asked, "rows": tuple(asked["rows"])}))
                 found: Any = {"facts": peer.facts, "does": peer.does}
             else:
-                found = _quietly(peer, told)
+                found = _quietly(peer, reported)
             answer = {"ok": found}
         except Exception as error:
             traceback.print_exc()
@@ -43,12 +43,12 @@ def main() -> None:
         answers.flush()
 
 
-def _quietly(peer: Peer, told: dict[str, Any]) -> Any:
+def _quietly(peer: Peer, reported: dict[str, Any]) -> Any:
     """One measurement without pauses of the garbage collector."""
     gc.collect()
     gc.disable()
     try:
-        return getattr(peer, told["do"])(**told.get("with", {}))
+        return getattr(peer, reported["do"])(**reported.get("with", {}))
     finally:
         gc.enable()
 

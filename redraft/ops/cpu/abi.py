@@ -35,7 +35,7 @@ class Linear(ctypes.Structure):
 
 class Pool(ctypes.Structure):
     _fields_ = [
-        ("data", POINTER), ("slab_bytes", SIZE), ("unit_bytes", SIZE), ("per_slab", SIZE), ("values", SIZE),
+        ("data", POINTER), ("block_bytes", SIZE), ("unit_bytes", SIZE), ("per_block", SIZE), ("values", SIZE),
         ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
         ("key_scales", SIZE), ("value_scales", SIZE), ("key_zeros", SIZE), ("value_zeros", SIZE), ("numbers", NUMBER),
     ]  # fmt: skip
@@ -52,7 +52,7 @@ class Layer(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("block", Pool), ("turns", POINTER), ("far", POINTER),
+        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("coded", Pool), ("turns", POINTER), ("far", POINTER),
         ("half", SIZE), ("watched", POINTER), ("watches", SIZE),
     ]  # fmt: skip
 

@@ -314,7 +314,7 @@ inline void load_value(const Unit& unit, int64_t slot, int64_t size, int64_t pad
     for (int64_t c = 0; c < padded; c += Vec::N) store(to + c, c < size ? fma(read_nibbles(codes, c, size), scale, zeros) : zero());
 }
 
-// Steps 1 and 2 of redraft/kv/codec/int8.py, bit for bit.
+// Steps 1 and 2 of redraft/kv/quantization/int8.py, bit for bit.
 inline void encode(const uint8_t* from, Kind kind, int64_t size, int8_t* codes, float* scale) {
     constexpr float MOST = 127.0f, LARGEST = 2.679388e36f;
     const auto part = [&](int64_t c) { return read_some(from + c * bytes_of(kind), kind, size - c); };
@@ -665,7 +665,7 @@ public:
         : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
         direct_ = pool_.size % Vec::N == 0 && pool_.kind != I8;
-        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.block.data;
+        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.coded.data;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
             lines_[i] = line_of(job, rows[i], kv_head);
@@ -805,7 +805,7 @@ private:
         return one.bits[(rows_[i].row * int64_t(pool_.kv_heads) * one.apart + head) * one.words + page];
     }
 
-    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.block, job_.layer, kv_head_, page); }
+    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.coded, job_.layer, kv_head_, page); }
 
     int64_t most_pages() const { return (most_seen_ + PAGE - 1) / PAGE; }
 

@@ -78,14 +78,14 @@ Choice choose() {
     const Isa best = detect() < compiled() ? detect() : compiled();
     const char* wanted = std::getenv("REDRAFT_ISA");
     if (!wanted || !*wanted) return {best, ""};
-    const std::string told = std::string("REDRAFT_ISA = ") + wanted;
+    const std::string reported = std::string("REDRAFT_ISA = ") + wanted;
     for (Isa isa : ALL) {
         if (std::strcmp(wanted, name_of(isa)) != 0) continue;
         if (isa <= best) return {isa, ""};
-        if (isa > detect()) return {best, told + ": this machine has " + name_of(detect()) + " at most"};
-        return {best, told + ": this library was compiled for " + name_of(compiled()) + " at most"};
+        if (isa > detect()) return {best, reported + ": this machine has " + name_of(detect()) + " at most"};
+        return {best, reported + ": this library was compiled for " + name_of(compiled()) + " at most"};
     }
-    return {best, told + ": allowed: avx2, avx512, avx512_bf16, amx"};
+    return {best, reported + ": allowed: avx2, avx512, avx512_bf16, amx"};
 }
 
 const Choice& choice() {

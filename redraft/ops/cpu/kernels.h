@@ -103,7 +103,7 @@ struct Seq {
     int32_t tail, chain;              // tentative rows written before; chain rows of the whole tail
     int32_t lanes;                    // 0 shared, 1 one a layer, 2 one a layer and kv head
     int32_t pages_per_lane, words;    // page ids of a lane; words of visibility of a node row
-    int32_t coded_per_lane;           // pages of the block format, in front of `pages`
+    int32_t coded_per_lane;           // pages of codes, in front of `pages`
     int32_t sinks, recent;            // a row sees keys at positions < sinks or > own - recent; recent 0: no such window
     int32_t none;
     const int32_t* pages;             // [lanes][pages_per_lane]
@@ -115,12 +115,12 @@ struct Seq {
     const int32_t* tail_at;           // [tail + rows] positions of the tentative slots
 };
 
-// Where units lie: unit u is at data + u / per_slab * slab_bytes + u % per_slab * unit_bytes, and holds keys [32][size], then values.
-// I8: codes of whole vectors, as redraft/kv/codec/int8.py defines them, with scales float32 [32]. I4: codes [32][size / 2] of keys by
-// channel and of values by slot, as redraft/kv/codec/int4.py defines them, with scales and zeros of kind `numbers`.
+// Where units lie: unit u is at data + u / per_block * block_bytes + u % per_block * unit_bytes, and holds keys [32][size], then values.
+// I8: codes of whole vectors, as redraft/kv/quantization/int8.py defines them, with scales float32 [32]. I4: codes [32][size / 2] of keys by
+// channel and of values by slot, as redraft/kv/quantization/int4.py defines them, with scales and zeros of kind `numbers`.
 struct Pool {
     uint8_t* data;
-    int64_t slab_bytes, unit_bytes, per_slab, values;  // values: bytes from the unit's start
+    int64_t block_bytes, unit_bytes, per_block, values;  // values: bytes from the unit's start
     int32_t layers, kv_heads, size;                    // size: of a head
     Kind kind;
     int64_t key_scales, value_scales;                  // I8, I4: bytes from the unit's start
@@ -134,7 +134,7 @@ INLINE int64_t unit_of(const Seq& s, const Pool& p, int64_t layer, int64_t head,
     const int64_t id = pages[lane * per_lane + page];
     return s.lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : s.lanes == 1 ? id * p.kv_heads + head : id;
 }
-INLINE uint8_t* at_unit(const Pool& p, int64_t unit) { return p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes; }
+INLINE uint8_t* at_unit(const Pool& p, int64_t unit) { return p.data + unit / p.per_block * p.block_bytes + unit % p.per_block * p.unit_bytes; }
 INLINE int64_t length_of(const Seq& s, const Pool& p, int64_t layer, int64_t head) {
     return s.lengths[s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head];
 }
@@ -144,9 +144,9 @@ struct Unit {
     uint8_t* at;
     const Pool* pool;
 };
-// The unit of the page that holds slots 32 page .. 32 page + 31 of a lane: the first coded_per_lane pages are of `block`.
-INLINE Unit find_unit(const Seq& s, const Pool& exact, const Pool& block, int64_t layer, int64_t head, int64_t page) {
-    if (page < s.coded_per_lane) return {at_unit(block, unit_of(s, block, layer, head, page, s.coded, s.coded_per_lane)), &block};
+// The unit of the page that holds slots 32 page .. 32 page + 31 of a lane: the first coded_per_lane pages are of `coded`.
+INLINE Unit find_unit(const Seq& s, const Pool& exact, const Pool& coded, int64_t layer, int64_t head, int64_t page) {
+    if (page < s.coded_per_lane) return {at_unit(coded, unit_of(s, coded, layer, head, page, s.coded, s.coded_per_lane)), &coded};
     return {at_unit(exact, unit_of(s, exact, layer, head, page - s.coded_per_lane, s.pages, s.pages_per_lane)), &exact};
 }
 
@@ -169,7 +169,7 @@ struct Watched {
 struct AttendJob {
     const Seq* seqs;
     int64_t count;
-    Pool pool, block;              // block: of coded pages; without data where there are none
+    Pool pool, coded;              // coded: of coded pages; without data where there are none
     int32_t layer, heads, window;  // heads: of queries; window: keys at positions > own - window are seen, 0: all
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]

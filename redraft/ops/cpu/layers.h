@@ -18,7 +18,7 @@ struct Layer {
 struct Step {
     int64_t rows, count;
     const Seq* seqs;
-    Pool pool, block;  // block: see AttendJob
+    Pool pool, coded;  // coded: see AttendJob
     const float *turns, *far;
     int64_t half;
     const Watched* watched;

@@ -1,6 +1,6 @@
 // What this machine can do at most, measured: reads from memory and arithmetic. And the workers, for C.
 //
-// Nothing is thrown across the border: what fails is told by the returned number.
+// Nothing is thrown across the border: what fails is reported by the returned number.
 #include "isa.h"
 #include "peak.h"
 #include "threads.h"

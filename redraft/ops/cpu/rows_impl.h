@@ -50,7 +50,7 @@ void norm(const NormJob& j, int64_t first, int64_t last) {
     }
 }
 
-// Puts zeros into some columns, told in ascending order, of a row that goes by register by register.
+// Puts zeros into some columns, reported in ascending order, of a row that goes by register by register.
 struct Blank {
     const int32_t *at, *end;
 

@@ -1,1 +1,1 @@
-"""What changes the law of a token before it is drawn. One step per file; the seam is processor.py."""
+"""What changes the distribution of a token before it is drawn. One step per file; the seam is processor.py."""

@@ -47,7 +47,7 @@ def run(engine: Engine, one: Request) -> list[int]:
     return drive(engine, [one], [0]).texts[one.id]
 
 
-def told(engine: Engine, one: Request) -> list[float]:
+def reported(engine: Engine, one: Request) -> list[float]:
     """Log-probabilities of the likeliest tokens at every place of the text."""
     engine.add(one)
     found = []
@@ -76,9 +76,9 @@ def test_one_layer_is_exact(edit: tuple[int, int, int], backend: str) -> None:
     engine = identity.engine(backend=backend, layers=1, max_model_len=160)
     run(engine, request("old", OLD))
     changed = request("new", new, before=OLD, reuse="pie:shortest=4")
-    found = told(engine, changed)
+    found = reported(engine, changed)
     fresh = identity.engine(backend=backend, layers=1, max_model_len=160, sharing=False)
-    assert found == pytest.approx(told(fresh, request("plain", new)), abs=1e-10)
+    assert found == pytest.approx(reported(fresh, request("plain", new)), abs=1e-10)
     assert changed.reused_tokens + (changed.cached_tokens or 0) > 60
 
 

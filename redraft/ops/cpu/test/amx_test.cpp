@@ -83,7 +83,7 @@ struct Case {
     Activation activation;
     int32_t outliers = 0;  // columns at most that have no codes
 
-    std::string told() const {
+    std::string reported() const {
         char text[200];
         std::snprintf(text, sizeof text, "weights %d form %d rows %ld outs %ld ins %ld group %d gated %d bias %d add %d tiled %d best %d act %d outliers %d", weights,
                       form, long(rows), long(outs), long(ins), group, gated, biased, add, tiled, best, activation, outliers);
@@ -376,7 +376,7 @@ int failures(uint64_t seed, int64_t cases) {
         const std::string wrong = judge(inputs(c, random), random);
         if (wrong.empty()) continue;
         failed++;
-        std::printf("FAILED case %ld (%s): %s\n", long(i), c.told().c_str(), wrong.c_str());
+        std::printf("FAILED case %ld (%s): %s\n", long(i), c.reported().c_str(), wrong.c_str());
     }
     std::printf("%ld cases, %d failed\n", long(cases + large), failed);
     return failed;

@@ -1,4 +1,4 @@
-// Stand-alone test of attention over pages. No library, one instruction set, told by the flags:
+// Stand-alone test of attention over pages. No library, one instruction set, reported by the flags:
 //   g++ -std=c++17 -O2 -ffp-contract=off -mavx2 -mfma -mf16c attend_test.cpp ../attend.cpp ../threads.cpp -pthread -o attend_test
 //   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl, and with them -mavx512bf16 or, on any of these processors,
 //   -DREDRAFT_EMULATE_BF16; with -fsanitize=address,undefined too)
@@ -100,12 +100,12 @@ struct Block {
     ~Block() { std::free(data); }
 };
 
-// A pool of slabs that are handed out at random; pages of any lane kind are carved from them.
+// A pool of blocks that are handed out at random; pages of any lane kind are carved from them.
 struct Memory {
     Pool pool{};
     size_t size;
     std::unique_ptr<Block> bytes;
-    vector<int32_t> slabs;
+    vector<int32_t> blocks;
 
     // Units of keys, then values, then scales and zeros; numbers: the kind of scales and zeros of 4-bit codes.
     Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind, Kind numbers = F32) {
@@ -117,18 +117,18 @@ struct Memory {
         pool.value_scales = pool.key_scales + channels;
         pool.key_zeros = pool.value_scales + (kind == I4 ? PAGE * each : 4 * PAGE), pool.value_zeros = pool.key_zeros + channels;
         pool.unit_bytes = kind == I4 ? pool.value_zeros + PAGE * each : kind == I8 ? pool.key_zeros : pool.key_scales;
-        pool.per_slab = layers * kv_heads;
-        pool.slab_bytes = pool.per_slab * pool.unit_bytes;
-        size = size_t(count * pool.slab_bytes);
+        pool.per_block = layers * kv_heads;
+        pool.block_bytes = pool.per_block * pool.unit_bytes;
+        size = size_t(count * pool.block_bytes);
         bytes = std::make_unique<Block>(size, 0xff);  // NaN, wherever nothing is written
         pool.data = bytes->data;
-        for (int64_t i = 0; i < count; i++) slabs.push_back(int32_t(i));
-        std::shuffle(slabs.begin(), slabs.end(), random.engine);
+        for (int64_t i = 0; i < count; i++) blocks.push_back(int32_t(i));
+        std::shuffle(blocks.begin(), blocks.end(), random.engine);
     }
-    int32_t slab() {
-        if (slabs.empty()) std::abort();
-        const int32_t id = slabs.back();
-        slabs.pop_back();
+    int32_t block() {
+        if (blocks.empty()) std::abort();
+        const int32_t id = blocks.back();
+        blocks.pop_back();
         return id;
     }
 };
@@ -171,15 +171,15 @@ struct Text {
         take(*block, coded, coded_per_lane, nullptr, 0);
     }
     void take(Memory& of, vector<int32_t>& list, int64_t each, const Text* from, int64_t shared) const {
-        const int32_t pages_a_slab = lanes == 0 ? 1 : lanes == 1 ? of.pool.layers : int32_t(of.pool.per_slab);
-        int32_t left = 0, slab = 0;
+        const int32_t pages_a_block = lanes == 0 ? 1 : lanes == 1 ? of.pool.layers : int32_t(of.pool.per_block);
+        int32_t left = 0, block = 0;
         for (int64_t i = 0; i < count * each; i++) {
             if (i < shared) {
                 list.push_back(from->pages[size_t(i)]);
                 continue;
             }
-            if (!left) left = pages_a_slab, slab = of.slab();
-            list.push_back(slab * pages_a_slab + --left);
+            if (!left) left = pages_a_block, block = of.block();
+            list.push_back(block * pages_a_block + --left);
         }
     }
     bool in_block(int64_t slot) const { return slot < PAGE * coded_per_lane; }
@@ -210,7 +210,7 @@ struct Text {
         const size_t own = size_t(lane(layer, head)), page = size_t(slot / PAGE);
         const int64_t id = in_block(slot) ? coded[own * size_t(coded_per_lane) + page] : pages[own * size_t(per_lane) + page - size_t(coded_per_lane)];
         const int64_t unit = lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : lanes == 1 ? id * p.kv_heads + head : id;
-        return p.data + unit / p.per_slab * p.slab_bytes + unit % p.per_slab * p.unit_bytes;
+        return p.data + unit / p.per_block * p.block_bytes + unit % p.per_block * p.unit_bytes;
     }
     int64_t rows() const { return chain + int64_t(nodes.size()); }
     int64_t last_slot(int64_t lane) const { return lengths[size_t(lane)] + rows(); }
@@ -371,7 +371,7 @@ struct Buffer {
     Rows rows{};
     Buffer(int64_t count, int64_t cols, Kind kind, bool tiles) {
         rows = {nullptr, count, cols, tiles ? 0 : cols * bytes_of(kind), kind};
-        bytes.assign(size_t(rows.size()), 0xff);  // exactly as large as told: sanitizers see any byte beyond
+        bytes.assign(size_t(rows.size()), 0xff);  // exactly as large as reported: sanitizers see any byte beyond
         rows.data = bytes.data();
     }
 };
@@ -407,7 +407,7 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
             for (int64_t c = 0; c < cols; c++) keep_float(q.rows.at(r, c), setting.q_kind, queries(part.text, row, c));
         }
     Watched watched{};
-    vector<double> chain, nodes;  // of all layers, exactly as large as told
+    vector<double> chain, nodes;  // of all layers, exactly as large as reported
     if (noted) {
         const Seq& seq = seqs[noted->part];
         noted->slots = *std::max_element(parts[noted->part].lengths.begin(), parts[noted->part].lengths.end()) + seq.tail + seq.rows;
@@ -597,7 +597,7 @@ struct World {
     }
     static Memory block_for(Random& random, Setting& setting, const Pool& exact) {
         Memory made(random, random.chance(0.4) ? 500 : 0, exact.layers, exact.kv_heads, exact.size, I4, random.of({F32, BF16}));
-        if (made.slabs.empty()) made.pool.data = nullptr;
+        if (made.blocks.empty()) made.pool.data = nullptr;
         setting.block = made.pool;
         return made;
     }
@@ -726,7 +726,7 @@ void test_world(uint64_t seed) {
                 worst = off <= worst ? worst : std::isnan(off) ? 1e9 : off;  // NaN compares false
             }
             check(worst <= 1, name + "row " + std::to_string(row) + " is off by " + std::to_string(worst) + " tolerances");
-            if (world.memory.slabs.size() < 150) continue;
+            if (world.memory.blocks.size() < 150) continue;
             Text flat = flattened(t, row);
             vector<Part> alone;
             alone.emplace_back(flat, 0, 1, 1);
@@ -734,7 +734,7 @@ void test_world(uint64_t seed) {
                               [&](const Text*, int64_t, int64_t head, int64_t index) { return queries.reads(&t, row, head, index); }};
             check(same_bits(attended(pool, setting, alone, own, plain, 1)[0], base[place]), name + "row " + std::to_string(row) + " as committed text");
             for (int32_t page : flat.pages)
-                if (flat.lanes == 0) world.memory.slabs.push_back(page);
+                if (flat.lanes == 0) world.memory.blocks.push_back(page);
         }
     }
 

@@ -1,4 +1,4 @@
-// Stand-alone test of all kernels but attention. No library, one instruction set, told by the flags:
+// Stand-alone test of all kernels but attention. No library, one instruction set, reported by the flags:
 //   g++ -std=c++17 -O1 -ffp-contract=off -mavx2 -mfma -mf16c kernels_test.cpp ../pack.cpp ../layers.cpp ../attend.cpp ../threads.cpp -pthread
 //   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl too, or -mavx512bf16 -mavx512vnni too; with -fsanitize=address,undefined or thread)
 // kernels_test [seed [rounds]]: results against definitions in double, those of codes bit for bit; every row alone and every panel

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from redraft.card import Guarantee
 from redraft.errors import InvalidInput, Unsupported
-from redraft.kv.codec import int4
-from redraft.kv.codec.int4 import Int4, Int4Units
+from redraft.kv.quantization import int4
+from redraft.kv.quantization.int4 import Int4, Int4Units
 from redraft.ops.format import PAGE, Format
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

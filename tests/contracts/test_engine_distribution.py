@@ -1,4 +1,4 @@
-"""The whole engine under the rules that toss coins: the law of three tokens is that of a dense recompute, in any batch."""
+"""The whole engine under the rules that toss coins: the distribution of three tokens is that of a dense recompute, in any batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.engine.output import checked
-from redraft.sample.sampler import TargetLaw
+from redraft.sample.sampler import TargetDistribution
 from tests.contracts import plain
 from tests.contracts.algebra import LEAST_P, chi_square_p
 from tests.contracts.identity import engine, prompts, second
@@ -25,7 +25,7 @@ CHOSEN = {verifier: drafter for drafter, verifier in PAIRS}  # one drafter for e
 
 
 @cache
-def law() -> dict[tuple[int, ...], float]:
+def distribution() -> dict[tuple[int, ...], float]:
     """The probability of every text of three tokens, from the definition's logits."""
     spec, weights = plain.tiny()
     found: dict[tuple[int, ...], float] = {(): 1.0}
@@ -44,7 +44,7 @@ def law() -> dict[tuple[int, ...], float]:
 
 
 def p_value(drafter: str, verifier: str, texts_wanted: int = TEXTS, first: int = LENGTH) -> tuple[float, int, int]:
-    """Of the law of the texts' first tokens; and how many drafted nodes were accepted and rejected."""
+    """Of the distribution of the texts' first tokens; and how many drafted nodes were accepted and rejected."""
     made = engine(partial(second, DRAWN[drafter]), verify=verifier, max_seqs=32, pool=200)
     for seed in range(texts_wanted):
         made.add(Request(str(seed), list(PROMPT), PARAMS.but(seed=seed)))
@@ -56,23 +56,23 @@ def p_value(drafter: str, verifier: str, texts_wanted: int = TEXTS, first: int =
             if event.reason is not None:
                 accepted += event.stats.accepted
                 rejected += event.stats.drafted - event.stats.accepted
-    assert {tuple(text) for text in texts.values()} <= set(law()), "a text that the target never writes"
+    assert {tuple(text) for text in texts.values()} <= set(distribution()), "a text that the target never writes"
     counts = Counter(tuple(text[:first]) for text in texts.values())
     expected: dict[tuple[int, ...], float] = {}
-    for text, chance in law().items():
+    for text, chance in distribution().items():
         expected[text[:first]] = expected.get(text[:first], 0.0) + chance
     seen = np.array([counts[text] for text in expected])
     return chi_square_p(seen, np.array(list(expected.values())) * texts_wanted), accepted, rejected
 
 
 @pytest.mark.parametrize("verifier", CHOSEN)
-def test_the_law_is_the_definitions(verifier: str) -> None:
+def test_the_distribution_is_the_definitions(verifier: str) -> None:
     p, accepted, rejected = p_value(CHOSEN[verifier], verifier)
     assert accepted and rejected
     assert p >= LEAST_P
 
 
 def test_coins_that_always_accept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TargetLaw, "uniform", lambda law, rows, n: np.full((len(rows), n), 1e-9))
+    monkeypatch.setattr(TargetDistribution, "uniform", lambda distribution, rows, n: np.full((len(rows), n), 1e-9))
     verifier, drafter = next(iter(CHOSEN.items()))
     assert p_value(drafter, verifier, 4000, first=2)[0] < LEAST_P

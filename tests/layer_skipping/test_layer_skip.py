@@ -8,13 +8,13 @@ from functools import cache
 import pytest
 
 from redraft.card import Guarantee
-from redraft.depth.layer_skip import UnifiedLayerSkipping
 from redraft.engine.policies import guarantee
 from redraft.errors import InvalidInput
+from redraft.layer_skipping.layer_skip import UnifiedLayerSkipping
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import SAMPLING, drive, prompts
-from tests.depth.deep import ALL, LAYERS, deep, engine, logits, requests
+from tests.layer_skipping.deep import ALL, LAYERS, deep, engine, logits, requests
 
 HALF = "layer-skip:speedup=2"
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.kv.keep.keep import OpenKeep
-from redraft.kv.keep.parts import Across, Budgeted, Evicting, Mass
+from redraft.kv.eviction.eviction import OpenKeep
+from redraft.kv.eviction.parts import Across, Budgeted, Evicting, Mass
 from redraft.options import number
 
 

@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from torch import Tensor
 
 from redraft.card import Guarantee
-from redraft.kv.codec import int8
-from redraft.kv.codec.int8 import Int8, Int8Units
+from redraft.kv.quantization import int8
+from redraft.kv.quantization.int8 import Int8, Int8Units
 from redraft.ops.format import PAGE, Format
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16

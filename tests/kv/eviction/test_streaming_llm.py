@@ -12,8 +12,8 @@ from redraft import registry
 from redraft.core.sequence import Lanes
 from redraft.errors import InvalidInput
 from redraft.kv.edits import EditableTable
-from redraft.kv.keep.streaming_llm import StreamingLLM
-from tests.kv.keep import HEADS, LAYERS, Drive, Step, grouped, one_by_one, runner
+from redraft.kv.eviction.streaming_llm import StreamingLLM
+from tests.kv.eviction import HEADS, LAYERS, Drive, Step, grouped, one_by_one, runner
 
 
 def opened(sinks: int, recent: int, page: int = 4) -> Any:

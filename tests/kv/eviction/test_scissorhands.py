@@ -14,8 +14,8 @@ from redraft import registry
 from redraft.core.sequence import Lanes
 from redraft.errors import InvalidInput
 from redraft.kv.edits import EditableTable
-from redraft.kv.keep.scissorhands import Scissorhands
-from tests.kv.keep import HEADS, LANES, LAYERS, Drive, Step, given, grouped, one_by_one, runner
+from redraft.kv.eviction.scissorhands import Scissorhands
+from tests.kv.eviction import HEADS, LANES, LAYERS, Drive, Step, given, grouped, one_by_one, runner
 
 SMALL = Scissorhands(budget=24, drop=0.4, history=8, recent=3, sinks=2)  # 10 of 24 go
 

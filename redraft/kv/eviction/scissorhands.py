@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.kv.keep.keep import OpenKeep
-from redraft.kv.keep.parts import Budgeted, Even, Evicting, SeldomLow
+from redraft.kv.eviction.eviction import OpenKeep
+from redraft.kv.eviction.parts import Budgeted, Even, Evicting, SeldomLow
 
 
 @dataclass(frozen=True)

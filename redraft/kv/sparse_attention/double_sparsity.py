@@ -142,9 +142,9 @@ class Profile:
 
         path = path or place(self.model)
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"method": METHOD, "model": self.model, "texts": str(self.texts), "tokens": str(self.tokens)}
+        reported = {"method": METHOD, "model": self.model, "texts": str(self.texts), "tokens": str(self.tokens)}
         half = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"scores": self.scores.contiguous()}, half, told)
+        save_file({"scores": self.scores.contiguous()}, half, reported)
         half.replace(path)  # nobody ever meets half a file
         return path
 
@@ -154,10 +154,10 @@ class Profile:
 
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
-                if told.get("method") != METHOD:
+                reported = file.metadata() or {}
+                if reported.get("method") != METHOD:
                     raise CheckpointError(f"{path}: not a profile of {METHOD}")
-                found = cls(file.get_tensor("scores"), told["model"], int(told["texts"]), int(told["tokens"]))
+                found = cls(file.get_tensor("scores"), reported["model"], int(reported["texts"]), int(reported["tokens"]))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: not a whole profile of {METHOD}: {' '.join(str(error).split())}") from None
         if not found.scores.any():

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from redraft.card import Guarantee
 from redraft.errors import InvalidInput
-from redraft.kv.read.page_top_k import PageTopK
+from redraft.kv.sparse_attention.page_top_k import PageTopK
 from redraft.ops.format import PAGE
 from redraft.ops.torch_ops import TorchOps
-from tests.kv.read import Scene, alone, register, scene, texts
+from tests.kv.sparse_attention import Scene, alone, register, scene, texts
 
 products = TorchOps().products
 

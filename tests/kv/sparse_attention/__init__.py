@@ -17,7 +17,10 @@ from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import Seen, drive, engine
 
-METHODS = {"page-top-k": "redraft.kv.read.page_top_k:PageTopK", "double-sparsity": "redraft.kv.read.double_sparsity:DoubleSparsity"}
+METHODS = {
+    "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
+    "double-sparsity": "redraft.kv.sparse_attention.double_sparsity:DoubleSparsity",
+}
 
 
 class Scene(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from redraft.core.testing import sequence
-from redraft.kv.keep.parts import Across, Even, Evicting, Mass, SeldomLow, Selector, Tally, Trigger
+from redraft.kv.eviction.parts import Across, Even, Evicting, Mass, SeldomLow, Selector, Tally, Trigger
 from redraft.ops.backend import Seen
 
 

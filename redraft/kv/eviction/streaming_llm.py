@@ -25,7 +25,7 @@ from redraft.card import Card, Guarantee
 from redraft.core.sequence import Sequence
 from redraft.core.tree import I32
 from redraft.core.view import Window
-from redraft.kv.keep.keep import OpenKeep, Stateless
+from redraft.kv.eviction.eviction import OpenKeep, Stateless
 from redraft.options import Options, number
 
 GRID = 128  # rows between two sync points, about: enough to run a long prompt well, little beside a window

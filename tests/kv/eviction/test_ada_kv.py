@@ -12,8 +12,8 @@ from hypothesis import settings
 from redraft import registry
 from redraft.errors import InvalidInput
 from redraft.kv.edits import EditableTable
-from redraft.kv.keep.ada_kv import AdaKV
-from tests.kv.keep import HEADS, LANES, LAYERS, Drive, given, grouped, one_by_one, runner
+from redraft.kv.eviction.ada_kv import AdaKV
+from tests.kv.eviction import HEADS, LANES, LAYERS, Drive, given, grouped, one_by_one, runner
 
 SMALL = AdaKV(budget=24, drop=0.4, history=6, recent=3, sinks=2, floor=0.5)  # 14 stay, 7 of them in every head
 

@@ -1,4 +1,4 @@
-"""The seam between the sampler, which knows the law of the next token, and the verifier, which asks for it."""
+"""The seam between the sampler, which knows the distribution of the next token, and the verifier, which asks for it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TopLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
-class Law(Probs, Protocol):
-    """The target's law at the logit rows of one step; lazy: nothing of size V is made for a row nobody visits.
+class Distribution(Probs, Protocol):
+    """The target's distribution at the logit rows of one step; lazy: nothing of size V is made for a row nobody visits.
 
     `roots` is Batch.roots; node i of sequence s is row roots[s] + 1 + i.
     """
@@ -26,8 +26,8 @@ class Law(Probs, Protocol):
     @property
     def roots(self) -> I32: ...
 
-    def only(self, indices: Seq[int]) -> Law:
-        """The law as a verifier of some of the sequences sees it: their roots in place of all."""
+    def only(self, indices: Seq[int]) -> Distribution:
+        """The distribution as a verifier of some of the sequences sees it: their roots in place of all."""
         ...
 
     def draw(self, rows: Seq[int]) -> list[int]:

@@ -23,7 +23,7 @@ from redraft.core.sequence import Lanes, Sequence
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import Watch
 from redraft.errors import InvalidInput
-from redraft.kv.keep.keep import Stateless
+from redraft.kv.eviction.eviction import Stateless
 from redraft.ops.backend import Seen
 from redraft.options import Options, number
 

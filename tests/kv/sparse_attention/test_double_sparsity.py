@@ -20,7 +20,7 @@ from redraft.core.plan import Work
 from redraft.core.sequence import NEVER, Request, Sequence
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
-from redraft.kv.read.double_sparsity import DoubleSparsity, Labels, Profile, model_hash, place
+from redraft.kv.sparse_attention.double_sparsity import DoubleSparsity, Labels, Profile, model_hash, place
 from redraft.models.runner import Runner
 from redraft.ops import library
 from redraft.ops.backend import Linear
@@ -29,7 +29,7 @@ from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 from tests.checkpoints import tiny_llama
 from tests.contracts import plain
-from tests.kv.read import Scene, alone, register, scene, texts
+from tests.kv.sparse_attention import Scene, alone, register, scene, texts
 from tests.models import tiny
 
 products = TorchOps().products
