@@ -45,6 +45,7 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     config = engine_config(model, engine)
     params = SamplingParams(**sampling)
     from redraft.engine.engine import Engine
+    from redraft.models import generation
     from redraft.setup import Setup
 
     setup = Setup.of(config)
