@@ -76,7 +76,7 @@ def test_encode_moves_full_pages_and_frees_them() -> None:
     assert pairs(moves) == [(new * PAGE + 1, old * PAGE + 3) for old, new in view.pages[0].tolist()]
     table.check()
     assert len(table.encode(seq).src) == 6 and len(table.encode(seq).src) == 0
-    with pytest.raises(AssertionError, match="a block format is not evicted from"):
+    with pytest.raises(AssertionError, match="a sequence with coded pages cannot evict"):
         table.keep(seq, 0, [])
 
 

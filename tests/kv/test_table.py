@@ -112,7 +112,7 @@ def test_a_growing_tail_packs_its_chain_once() -> None:
     assert table.reserve([Work(seq, 3)], [EMPTY]).tail == [0]
     behind = table.reserve([Work(seq, 3)], [tree])  # a chain alone is a tail too
     assert (behind.tail, behind.chain) == ([3], [3])
-    with pytest.raises(AssertionError, match="a tail of 3 chain rows goes on with 2"):
+    with pytest.raises(AssertionError, match="a tail of 3 chain rows continues with 2"):
         table.reserve([Work(seq, 2, first=5)], [tree])
     table.check()
 
@@ -125,7 +125,7 @@ def test_reserve_is_all_or_nothing() -> None:
     for seq in (small, large):
         table.open(seq)
     before = snapshot(table)
-    with pytest.raises(OutOfPages, match="4 blocks wanted, 3 of 3 available"):
+    with pytest.raises(OutOfPages, match="4 blocks needed, 3 of 3 available"):
         table.reserve([Work(small, 4), Work(large, 5)], [TokenTree.chain(range(4)), EMPTY])
     assert snapshot(table) == before
     table.check()
@@ -296,7 +296,7 @@ def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
     child = make(3, range(13))
     table.fork(seq, child)  # takes it
     assert table.available() == 0 and table.match(range(13), "") == 4
-    with pytest.raises(OutOfPages, match="1 blocks wanted, 0 of 4"):
+    with pytest.raises(OutOfPages, match="1 blocks needed, 0 of 4"):
         table.keep(seq, 0, [1, 2, 3, 4, 5])  # two pages to write, one is its own alone
 
 
