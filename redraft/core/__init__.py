@@ -1,1 +1,1 @@
-"""What is a step made of? Plain types: Python integers and numpy only."""
+"""The plain types that a step is made of: Python integers and numpy only."""

@@ -1,4 +1,4 @@
-"""One step, packed: the only input of a forward pass besides taps."""
+"""The packed rows of one step: the only input of a forward pass besides taps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from redraft.core.view import View
 
 
 class StateView(NamedTuple):
-    """Where the rows of each sequence find and leave a state of fixed size. Rows run in order: row r computes its state from the one
-    in slot reads[s][r] and leaves it in slot writes[s][r]; both i32[rows]."""
+    """The slots from which the rows of each sequence read a state of fixed size, and to which they write it. Rows run in order. Row r
+    of sequence s computes its state from the one in slot reads[s][r] and writes it to slot writes[s][r]. Both are i32[rows]."""
 
     reads: list[I32]
     writes: list[I32]
@@ -27,14 +27,13 @@ class StateView(NamedTuple):
 
 @dataclass(frozen=True)
 class PageView:
-    """Where each sequence's keys lie. Row r of sequence s has slot lengths[s][lane] + tail[s] + r in every lane.
+    """Where the keys of each sequence are stored. Row r of sequence s has slot lengths[s][lane] + tail[s] + r in every lane.
 
-    kinds[s]: its lane kind; pages[s]: i32[lanes, n] page ids in slot order (a page id counts units of the sequence's
-    lane kind; see PageTable); lengths[s]: i32[lanes] committed slots; tail[s]: tentative rows that an earlier forward
-    of the same tail wrote; chain[s]: chain rows of the whole tail, so node j has slot lengths + chain + j;
-    fresh: pages handed out by this reserve, to be zeroed; positions[s]: None while slot i holds
-    position i, else one i32[length] a lane; coded[s]: i32[lanes, m] pages that hold a lane's first 32 m slots in the
-    sequence's format of coded pages, in front of pages[s]; states: one entry for each memory of fixed size.
+    kinds[s]: the lane kind; pages[s]: i32[lanes, n], page ids in slot order (numbered within the sequence's space; see PageTable);
+    lengths[s]: i32[lanes], committed slots; tail[s]: tentative rows that an earlier forward of the same tail wrote; chain[s]: chain
+    rows of the whole tail, so node j has slot lengths + chain + j; fresh: pages that this reserve allocated and that must be zeroed;
+    positions[s]: None while slot i holds position i, else one i32[length] for each lane; coded[s]: i32[lanes, m], pages that hold the
+    first 32 m slots of a lane in the sequence's format of coded pages, before pages[s]; states: one entry for each memory of fixed size.
     """
 
     kinds: list[Lanes]
@@ -48,7 +47,7 @@ class PageView:
     states: tuple[StateView, ...] = ()
 
     def only(self, chosen: Seq[int]) -> PageView:
-        """The pages of some sequences."""
+        """The view of the chosen sequences; `fresh` is empty."""
         return PageView(
             [self.kinds[s] for s in chosen],
             [self.pages[s] for s in chosen],
@@ -64,19 +63,19 @@ class PageView:
 
 @dataclass(frozen=True)
 class Batch:
-    """T packed rows of S sequences. Rows before tree_starts[s] are the causal chain, from it on they are nodes.
+    """T packed rows of S sequences. Rows of sequence s before tree_starts[s] are the causal chain; rows from there on are tree nodes.
 
     tokens, positions: i32[T]; starts: i32[S + 1]; tree_starts: i32[S]; visible: u64[tree rows, W], bit j: the row sees tentative
     node j of its sequence, itself included (a chain row has no bits: it sees the chain up to itself); tails[s]: i32[tail + rows],
-    positions of the tentative slots, those of earlier forwards of the same tail first; logit_rows: i32[R], the rows whose
-    logits are wanted; roots: i32[S], the logit row of each last pending token, -1 where the chunk ends earlier
-    or an earlier forward of the same tail ran it. Node i of sequence s has logit row roots[s] + 1 + i. views[s]: how its rows
-    see their slots, None: all of them; layers[s]: the layers that its rows run, None: all.
+    positions of the tentative slots, those of earlier forwards of the same tail first; logit_rows: i32[R], the rows that need
+    logits; roots: i32[S], the logit row of the last pending token of each sequence, -1 where the chunk ends earlier or an earlier
+    forward of the same tail ran that token. Node i of sequence s has logit row roots[s] + 1 + i. views[s]: which slots the rows
+    see, None for all; layers[s]: the layers that the rows run, None for all.
 
-    Positions and visibility are given, never derived from each other: what a row sees is all committed slots, the chain, and
-    its bits, less what its view and its layer's window hide by position.
+    Positions and visibility are both given; neither is derived from the other. A row sees all committed slots, the chain and the
+    nodes of its bits, except what its view and the window of its layer hide by position.
 
-    A chunk of 3 of a longer prompt, a chain that draws, and a tree of two branches under one pending token:
+    Example: a chunk of 3 tokens of a longer prompt, a chain that draws a token, and a tree of two branches under one pending token:
 
         sequence        s0: chunk      s1: decode   s2: decode + tree
         row             0   1   2      3            4    5    6    7
@@ -117,8 +116,8 @@ class Batch:
 
     @classmethod
     def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
-        """chain(pending) + draft, for every sequence. Logits are wanted where a token is drawn and at all nodes;
-        over the whole prompt when the request asks for prompt_logprobs."""
+        """Packs the pending chain and then the draft of every sequence. Rows that draw a token and all nodes need logits; so do all
+        rows of the prompt when the request wants prompt_logprobs."""
         tokens: list[int] = []
         positions: list[int] = []
         starts, tree_starts = [0], []
@@ -129,7 +128,7 @@ class Batch:
         words = max((t.ancestors().shape[1] for t in trees if len(t)), default=0)
         for w, tree, tail in zip(work, trees, pages.tail, strict=True):
             seq, at = w.seq, len(tokens)
-            rows = 0 if tail else w.rows  # a growing tail packs its chain once
+            rows = 0 if tail else w.rows  # only the first forward of a tail packs the chain
             tokens += seq.tokens[seq.stored : seq.stored + rows]
             positions += range(seq.stored, seq.stored + rows)
             root = seq.stored + w.rows - 1
@@ -167,7 +166,7 @@ class Batch:
         )
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
-        """The batch of some sequences, which asks for no logits, and the rows that it has of this one."""
+        """A batch of the chosen sequences without logit rows, and i32[rows]: the rows of this batch that it holds."""
         spans = [range(int(self.starts[s]), int(self.starts[s + 1])) for s in chosen]
         rows = np.fromiter((row for span in spans for row in span), np.int32)
         chains = [int(self.tree_starts[s] - self.starts[s]) for s in chosen]
@@ -195,8 +194,8 @@ class Batch:
 
 
 def _view(seq: Sequence, deepest: int) -> View | None:
-    """Row properties: what is read behind the context differs from what is read before it, and no step mixes both; what hides
-    nothing from the deepest row is not in force."""
+    """The view of the rows of one step, None where they see all slots. A sparse read starts after the context, and no step mixes rows
+    before and after it. A window or a sparse read that hides nothing from the deepest row is left out."""
     chosen = seq.cache
     read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.least else None
     window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None

@@ -1,4 +1,4 @@
-"""The seam between the sampler, which knows the distribution of the next token, and the verifier, which asks for it."""
+"""The interface between the sampler, which computes the distribution of the next token, and the verifier, which uses it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from redraft.core.tree import F64, I32, Probs
 
 
 class TopLogprobs(NamedTuple):
-    """One drawn (or prompt) token: its log-probability and rank under the raw logits, and the k likeliest tokens."""
+    """One drawn token or prompt token: its log-probability and rank under the raw logits, and the k likeliest tokens."""
 
     token: int
     logprob: float
@@ -18,30 +18,30 @@ class TopLogprobs(NamedTuple):
 
 
 class Distribution(Probs, Protocol):
-    """The target's distribution at the logit rows of one step; lazy: nothing of size V is made for a row nobody visits.
+    """The target's distribution at the logit rows of one step. It is lazy: a row that is never used costs nothing of size V.
 
-    `roots` is Batch.roots; node i of sequence s is row roots[s] + 1 + i.
+    `roots` is Batch.roots. Node i of sequence s is row roots[s] + 1 + i.
     """
 
     @property
     def roots(self) -> I32: ...
 
     def only(self, indices: Seq[int]) -> Distribution:
-        """The distribution as a verifier of some of the sequences sees it: their roots in place of all."""
+        """The same distribution with the roots of the sequences `indices` only."""
         ...
 
     def draw(self, rows: Seq[int]) -> list[int]:
-        """The token drawn at each row: processors on the row's own path, TARGET noise of its own position."""
+        """The token drawn at each row, with processors applied on the path of the row and TARGET noise of its position."""
         ...
 
     def uniform(self, rows: Seq[int], n: int) -> F64:
-        """f64[R, n] in (0, 1): ACCEPT noise of each row's position, for the coins of a rule that rejects."""
+        """f64[R, n] in (0, 1): ACCEPT noise of each row's position, for rejection rules."""
         ...
 
     def choose(self, row: int, weights: F64) -> int:
-        """A token drawn from `weights` (f64[V], of any sum) with RESIDUAL noise of the row's position."""
+        """A token drawn in proportion to `weights` (f64[V], any sum) with RESIDUAL noise of the row's position."""
         ...
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
-        """log softmax of the raw logits of each row at `ids`, with the k largest."""
+        """The log softmax of the raw logits of each row at `ids`, with the k likeliest tokens."""
         ...

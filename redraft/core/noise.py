@@ -1,7 +1,7 @@
 """Noise as a pure function of (seed, stream, position, token id or draw number).
 
-Tree shape, batch and step never enter, so no way of speculating can disturb what is drawn. The hash is the finaliser
-of SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014) applied twice.
+The noise does not depend on tree shape, batch or step, so speculation cannot change which tokens are drawn. The hash is the
+finaliser of SplitMix64 (Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014), applied twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 
 class Stream(IntEnum):
-    """Independent sources of noise, so that a drafter's draws never touch the target's."""
+    """Independent sources of noise, so that draws of a drafter do not change draws of the target."""
 
     TARGET = 0
     DRAFT = 1
@@ -31,7 +31,7 @@ def _finalise(x: int) -> int:
 
 
 def mix(seed: int, *words: int) -> int:
-    """A 64-bit key from a seed and words; every word changes every bit."""
+    """A 64-bit key from a seed and words; every word affects every bit."""
     state = seed & _MASK
     for word in words:
         state = _finalise((state + _GOLDEN * (2 * (word & _MASK) + 1)) & _MASK)
@@ -39,7 +39,7 @@ def mix(seed: int, *words: int) -> int:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of sample `index` of n: the request's own for the first."""
+    """The seed of sample `index` of n. The first sample uses the seed of the request."""
     return seed if index == 0 else mix(seed, index)
 
 
@@ -49,7 +49,7 @@ def key(seed: int, stream: Stream, position: int) -> int:
 
 
 def uniform(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in (0, 1) for each id; 52 bits, so that the half-step offset is exact and 1 is never reached."""
+    """f64, one number in (0, 1) for each id. It has 52 bits, so the half-step offset is exact and 1 is never reached."""
     with np.errstate(over="ignore"):
         x = np.uint64(key) + ids.astype(np.uint64) * np.uint64(_GOLDEN)
         for _ in range(2):
@@ -60,10 +60,10 @@ def uniform(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise for each id: argmax(log p + gumbel) is a sample of p."""
+    """Standard Gumbel noise for each id: argmax(log p + gumbel) is a sample from p."""
     return gumbel_of(uniform(key, ids))
 
 
 def gumbel_of(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-    """numpy's logarithms, wherever the uniform numbers were made: so texts do not depend on it."""
+    """Gumbel noise of uniform numbers. It always uses the logarithm of numpy, so texts do not depend on the device that made `uniform`."""
     return -np.log(-np.log(uniform))

@@ -1,4 +1,4 @@
-"""What a step decides before it runs, and what it found."""
+"""The decisions that a step makes before it runs, and its results."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`rows` pending tokens of `seq` run this step. Nodes before `first` were packed by an earlier forward of the same tail,
-    as the pending tokens were where the tail is not empty."""
+    """`rows` pending tokens of `seq` run in this step. An earlier forward of the same tail packed the nodes before `first`, and the
+    pending tokens too if the tail is not empty."""
 
     seq: Sequence
     rows: int
@@ -25,7 +25,7 @@ class Work:
 
     @property
     def done(self) -> bool:
-        """True when the last pending token runs and the sequence draws one after it. Meaningful until the commit."""
+        """Whether the last pending token runs and the sequence draws a token after it. Valid until the commit."""
         return self.seq.stored + self.rows == len(self.seq.tokens) and self.seq.request.wants.new_tokens
 
 
@@ -38,7 +38,7 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What runs, what is admitted (with the prefix tokens to attach) and what is preempted."""
+    """The sequences that run, that are admitted (each with the number of prefix tokens to attach) and that are preempted."""
 
     work: list[Work]
     budgets: list[Budget]
@@ -50,13 +50,13 @@ class StepPlan:
         return [w.seq for w in self.work]
 
     def without(self, seqs: Seq[Sequence]) -> StepPlan:
-        """The work of all others."""
+        """The plan without the work of `seqs`."""
         left = [i for i, w in enumerate(self.work) if w.seq not in seqs]
         return StepPlan([self.work[i] for i in left], [self.budgets[i] for i in left], self.admit, self.preempt)
 
 
 class Accepted(NamedTuple):
-    """path: drafted nodes from the root down. tokens: the path's and the bonus; empty for an unfinished chunk."""
+    """path: accepted nodes from the root down. tokens: those of the path and the bonus token; empty for an unfinished chunk."""
 
     path: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ class Accepted(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Everything a step found, for drafters and policies that learn from it. `out` is the backend's Outputs."""
+    """All results of a step, for drafters and policies that learn from them. `out` is the Outputs of the backend."""
 
     work: list[Work]
     trees: list[TokenTree]

@@ -1,4 +1,4 @@
-"""Exact selection of the largest values, ties by the lowest place: the one order that all of Redraft sorts by."""
+"""Exact selection of the largest values; of equal values the lowest index comes first. All of Redraft uses this order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from redraft.core.tree import F64, I64
 
 
 def top(values: F64, k: int) -> I64:
-    """The places of the k largest, best first; of equal ones the first. One partition, no sort of them all."""
+    """The indices of the k largest values, best first; of equal values the first. Partitions once and sorts only the candidates."""
     if k == 0:
         return np.zeros(0, np.int64)
     least = values[np.argpartition(values, -k)[-k:]].min() if k < len(values) else -np.inf

@@ -1,4 +1,4 @@
-"""Requests and sequences: all that outlives a step, and nothing else."""
+"""Requests and sequences: the state that outlives a step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from redraft.kv.reuse.reuse import OpenReuse, Span
     from redraft.kv.sparse_attention.sparse_attention import OpenRead
 
-NEVER = 1 << 30  # tokens: more than any text has
+NEVER = 1 << 30  # more tokens than any text has
 
 
 class Lanes(StrEnum):
-    """How many growing arrays of slots a sequence has in the cache."""
+    """The kind of lanes of a sequence. A lane is a growing array of slots in the cache."""
 
     SHARED = "shared"  # one for the whole model
     PER_LAYER = "per-layer"
@@ -30,7 +30,7 @@ class Lanes(StrEnum):
 
 
 class Space(NamedTuple):
-    """Pages of one size: a lane kind and the name of a format, empty for keys and values as they are."""
+    """Pages of one size: a lane kind and the name of a format, empty for plain keys and values."""
 
     lanes: Lanes = Lanes.SHARED
     format: str = ""
@@ -38,14 +38,14 @@ class Space(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CachePlan:
-    """How the cache of a text is stored, evicted from and read: what its request chose, opened, and what follows from that.
+    """How the cache of a text is stored, evicted and read: the opened methods that the request chose, and what follows from them.
 
-    keep: the eviction policy; read: the sparse attention; reuse: how the cache of an edited text is taken over; each None where none
-    was chosen. lanes: the lanes of the sequence. format, coded: names of page formats, empty for keys and values as they are (see
-    View); encoded: each time that so many more tokens are stored, full pages change from `format` to `coded`. window: what rows see,
-    None for all. max_slots: committed slots of a lane, at most. shareable_tokens: leading tokens whose pages depend on these tokens
-    alone, before the sequence lowers it. endless: positions may exceed the trained context, because distances within the cache never
-    do. layers: those that rows after the context run, None for all.
+    keep: the eviction policy; read: the sparse attention; reuse: the reuse of the cache of an edited text; each is None if the request
+    chose none. lanes: the lane kind of the sequence. format, coded: names of page formats, empty for plain keys and values (see View).
+    encoded: after every `encoded` tokens, full pages change from `format` to `coded`. window: what rows see, None for all. max_slots:
+    the largest number of committed slots of a lane. shareable_tokens: the number of leading tokens with pages that depend on these
+    tokens only; the sequence may lower it. endless: positions may exceed the trained context, because distances within the cache do
+    not. layers: the layers that rows after the context run, None for all.
     """
 
     keep: OpenKeep | None = None
@@ -62,11 +62,11 @@ class CachePlan:
     layers: frozenset[int] | None = None
 
 
-PLAIN = CachePlan()  # the whole cache as it is, read by every row; all layers
+PLAIN = CachePlan()  # the whole cache, unencoded; every row reads all of it and runs all layers
 
 
 class Pooling(StrEnum):
-    """One vector for a prompt: of its last token's hidden state, or the mean of all, after the final norm."""
+    """One vector for a prompt: the hidden state of its last token, or the mean over its tokens, after the final norm."""
 
     NONE = ""
     LAST = "last"
@@ -74,8 +74,8 @@ class Pooling(StrEnum):
 
 
 class Wants(NamedTuple):
-    """What a request wants of its prompt. prompt_logprobs: log-probabilities of each token and of the so many likeliest, None for
-    none; pooling: its hidden states as one vector, and then no new tokens."""
+    """The results that a request wants for its prompt. prompt_logprobs: return the log-probability of each token and of this many
+    likeliest tokens, None for none; pooling: return the hidden states as one vector and generate no new tokens."""
 
     prompt_logprobs: int | None = None
     pooling: Pooling = Pooling.NONE
@@ -86,13 +86,13 @@ class Wants(NamedTuple):
 
     @property
     def whole_prompt(self) -> bool:
-        """Whether every row of the prompt must run, so that none may come from the prefix cache."""
+        """Whether every row of the prompt must run. Then no row may come from the prefix cache."""
         return self.prompt_logprobs is not None or self.pooling is Pooling.MEAN
 
 
 class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
-    LENGTH = "length"  # max_tokens or the context's end
+    LENGTH = "length"  # max_tokens or the end of the context
     ABORT = "abort"
 
 
@@ -107,15 +107,15 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     salt: str = ""
-    priority: int = 0  # the lower, the sooner it is admitted and the later preempted; equal ones in order of arrival
+    priority: int = 0  # lower values are admitted sooner and preempted later; equal values in order of arrival
     wants: Wants = NOTHING  # the prompt log-probabilities of `params` are added
     pooled: tuple[F64, int] | None = None  # (sum or last row, rows so far) of wants.pooling
-    admitted: float | None = None  # when it first ran, in seconds of time.monotonic
-    reuse: str = ""  # how the cache of `before` is taken over; empty: not at all
-    before: list[int] = field(default_factory=list)  # the text that this one was made from by edits
-    reused_tokens: int = 0  # taken over from it
-    miss: Any = None  # where the prefix cache parts from the prompt, see PrefixTree.miss
-    context: int | None = None  # tokens that count as given; None: the prompt. Behind them policies act as on new text
+    admitted: float | None = None  # time of the first run, in seconds of time.monotonic
+    reuse: str = ""  # the method that reuses the cache of `before`; empty for none
+    before: list[int] = field(default_factory=list)  # the text before the edits
+    reused_tokens: int = 0  # tokens reused from the cache of `before`
+    miss: Any = None  # where the prompt differs from the prefix cache, see PrefixTree.miss
+    context: int | None = None  # tokens that count as given, None for the prompt; policies treat later tokens as new text
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # one entry for each prompt token, the first None
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
@@ -125,7 +125,7 @@ class Request:
             self.wants = self.wants._replace(prompt_logprobs=self.params.prompt_logprobs)
 
     def embedding(self, normalize: bool) -> F64:
-        """f64[hidden] of a prompt that was pooled and has run; of length 1 where `normalize`."""
+        """f64[hidden]: the pooled vector of a prompt that has run, scaled to length 1 if `normalize`."""
         assert self.pooled is not None, f"request {self.id}: no row of the prompt was pooled"
         total, count = self.pooled
         found: F64 = total / count if self.wants.pooling is Pooling.MEAN else total
@@ -134,14 +134,14 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """One text in the making. tokens[stored:] is `pending`: tokens whose keys are not in the cache yet.
+    """One text that is being generated. tokens[stored:] are pending: their keys are not in the cache yet.
 
-    `sync_point` is a value of `stored` that no step may cross; the engine sets it (end of max_tokens, of the context,
-    the fork of n > 1, a policy's next decision). `state` holds what each opened plugin's `begin` returned. `fault`: why
-    the text continues without drafts, empty while it does not. `speculation`: its drafter and verifier, opened; `drafts`: nodes
-    that a step may draft for it at most. `shareable_tokens`: leading tokens whose pages depend on these tokens alone. `spans`:
-    text to take over from `source`, a sequence that holds it in the cache, when `stored` reaches it; `reuse_searched`: whether
-    spans were searched for since the text was admitted.
+    sync_point: a value of `stored` that no step may cross; the engine sets it (the end of max_tokens or of the context, the fork of
+    n > 1, the next decision of a policy). state: what `begin` of each opened plugin returned. fault: why the text continues without
+    drafts, empty if it does not. speculation: the opened drafter and verifier. drafts: the largest number of nodes that a step may
+    draft. shareable_tokens: the number of leading tokens with pages that depend on these tokens only. spans: text to reuse from
+    `source`, a sequence that holds it in the cache, once `stored` reaches it. reuse_searched: whether spans were searched since
+    the text was admitted.
     """
 
     id: int
@@ -173,12 +173,12 @@ class Sequence:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """Whether the request wants logits of the pending rows that are rows of the prompt."""
+        """Whether the request wants logits of prompt rows that are still pending."""
         return self.request.wants.prompt_logprobs is not None and self.stored < self.prompt_len - 1
 
     @property
     def pending(self) -> int:
-        """How many tokens are not stored yet."""
+        """The number of tokens that are not stored yet."""
         return len(self.tokens) - self.stored
 
     @property
@@ -186,6 +186,6 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     def advance(self, rows: int, accepted: tuple[int, ...], path: int) -> None:
-        """After commit: `rows` pending tokens and `path` drafted ones are stored, `accepted` tokens are new."""
+        """Updates the text after a commit that stored `rows` pending and `path` drafted tokens; `accepted` are the new tokens."""
         self.stored += rows + path
         self.tokens += accepted

@@ -1,7 +1,7 @@
-"""The shape of a decoder as data. A family file fills it from a checkpoint's config; models/layers.py, models/mixers and
-backends interpret it.
+"""The architecture of a decoder as data. A family file fills it from the config of a checkpoint; models/layers.py, models/mixers and
+the backends interpret it.
 
-Canonical weights, by name (shapes in brackets; H heads, K kv heads, D head size, I mlp hidden, E experts):
+Canonical weights by name (shapes in brackets; H heads, K kv heads, D head size, I mlp hidden, E experts):
 
     embed [V, hidden]        positions [context, hidden] (learned positions only)     head [V, hidden] (untied only)
     final_norm.weight (.bias)
@@ -33,8 +33,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Half-split rotary positions: pair (i, i + dim / 2) turns by position * frequencies[i] (radians, float64),
-    scaling already applied; `scale` multiplies cos and sin (YaRN)."""
+    """Half-split rotary positions: pair (i, i + dim / 2) is rotated by position * frequencies[i] (radians, float64). Scaling is
+    already applied to the frequencies; `scale` multiplies cos and sin (YaRN)."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -54,7 +54,8 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture: softmax over the router's logits, the `top_k` largest, renormalised to sum 1 when `renormalise`."""
+    """A mixture of experts: the softmax of the router's logits, of which the `top_k` largest are used, renormalised to sum 1 if
+    `renormalise`."""
 
     count: int
     top_k: int
@@ -64,8 +65,8 @@ class Experts:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention over the text's own pages. window: a row sees keys at positions > its own - window, None: all; qk_norm: per
-    head, before rotary."""
+    """Self-attention over the pages of the text. window: a row at position p sees keys at positions > p - window, None for all;
+    qk_norm: a norm of queries and keys for each head, before rotary."""
 
     heads: int
     kv_heads: int
@@ -92,8 +93,8 @@ class CrossAttention:
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A state of fixed size per sequence in place of keys and values. state: its shape in one layer. Each row computes the next
-    state from its parent's. No shipped backend computes it yet; a kind of recurrence is a subclass with fields of its own."""
+    """A state of fixed size per sequence in place of keys and values. state: its shape in one layer. Each row computes its state from
+    that of its parent. No shipped backend computes it yet. A kind of recurrence is a subclass with further fields."""
 
     state: tuple[int, ...]
 
@@ -109,8 +110,8 @@ class LayerSpec:
 
 
 class MemoryGroup(NamedTuple):
-    """Layers whose memory has one form. kind: pages grow with the text, static pages belong to a second text, a state has a fixed
-    size; layers: their numbers, ascending; shape: (kv heads, head size) of pages, else the state's; window: see Attention."""
+    """Layers with the same form of memory. kind: pages grow with the text, static pages belong to a second text, a state has a fixed
+    size; layers: their indices, ascending; shape: (kv heads, head size) of pages, else that of the state; window: see Attention."""
 
     kind: Literal["pages", "static", "state"]
     layers: tuple[int, ...]
@@ -120,9 +121,9 @@ class MemoryGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a canonical weight lies in the checkpoint: `names` are concatenated along the output dimension, each with
-    its number of `rows` (equal parts when empty); `place`: (i, n) where the tensor holds n such weights, of which this is
-    number i; `transposed`: stored [in, out]; `otherwise`: where it lies when the first name is not in the checkpoint."""
+    """Where the checkpoint stores a canonical weight. names: tensors to concatenate along the output dimension; rows: the number of
+    rows of each, equal parts if empty; place: (i, n) if the tensor holds n such weights and this is weight i; transposed: stored as
+    [in, out]; otherwise: the source to use if the checkpoint lacks the first name."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...] = ()
@@ -135,18 +136,18 @@ class Source:
 class ModelSpec:
     vocab: int
     hidden: int
-    context: int  # positions the checkpoint was made for
+    context: int  # positions that the checkpoint was trained for
     layers: tuple[LayerSpec, ...]
     final_norm: Norm
     tied: bool
     source: Callable[[str], Source] = field(repr=False, compare=False)
     learned_positions: int | None = None  # rows of the learned position table
     family: str = ""
-    prefix: str = ""  # of the tensors that a checkpoint saved without its head names without it
+    prefix: str = ""  # prefix of tensor names that a checkpoint saved without its head leaves out
 
     @cached_property
     def attention(self) -> tuple[Attention, ...]:
-        """The mixers of the layers that have pages, in order. Layer i of a page pool is entry i."""
+        """The mixers of the layers with pages, in order. Layer i of a page pool is entry i."""
         return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
 
     @property

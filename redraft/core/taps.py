@@ -1,4 +1,5 @@
-"""What a part wants to see of a forward pass: asked for, never hooked. Costs nothing when nobody asks."""
+"""Requests for intermediate results of a forward pass. Backends return what is requested; there are no hooks. Without a request
+there is no cost."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from redraft.core.view import Watch
 
 @dataclass(frozen=True)
 class Taps:
-    """The head gives an argmax for every logit row; all else is asked for here. Taps are joined with `|`.
+    """What a forward pass returns besides the argmax of every logit row. Taps are joined with `|`.
 
-    hidden: layers whose output hidden states are wanted; top_k: ids of the k largest logits, best first, per logit row;
-    logits: the rows of logits themselves; attention: statistics of attention weights by place of the sequence in the batch.
+    hidden: the layers to return output hidden states of; top_k: return the ids of the k largest logits of each logit row, best
+    first; logits: return the logits themselves; attention: the statistics of attention weights to return, by index of the sequence
+    in the batch.
     """
 
     hidden: frozenset[int] = frozenset()

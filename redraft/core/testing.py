@@ -1,4 +1,4 @@
-"""Sequences, work and page views made by hand, for doctests and tests of single parts."""
+"""Constructors of sequences, work and page views, for doctests and tests of single parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from redraft.core.sequence import Lanes, Request, Sequence
 
 
 def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None = None, **params: Any) -> Sequence:
-    """A sequence that belongs to no engine; `params` are SamplingParams fields."""
+    """A sequence that belongs to no engine. `params` are fields of SamplingParams."""
     tokens = list(tokens)
     length = len(tokens) if prompt_len is None else prompt_len
     request = Request("test", tokens[:length], SamplingParams(**params))
@@ -25,13 +25,14 @@ def sequence(tokens: Iterable[int], *, stored: int = 0, prompt_len: int | None =
 
 
 def work(tokens: Iterable[int], *, stored: int = 0, rows: int | None = None, **params: Any) -> Work:
-    """Work on a fresh sequence; all pending rows unless reported otherwise."""
+    """Work on a fresh sequence; rows: pending rows that run, None for all."""
     seq = sequence(tokens, stored=stored, **params)
     return Work(seq, seq.pending if rows is None else rows)
 
 
 def view(works: Seq[Work], page: int = 32) -> PageView:
-    """A page view in which every sequence has its own consecutive SHARED pages; w.first > 0: its tail began earlier."""
+    """A page view in which every sequence has its own consecutive SHARED pages. Where w.first > 0, the tail began in an earlier
+    forward."""
     pages, lengths, at = [], [], 0
     for w in works:
         n = -(-(len(w.seq.tokens) + 64) // page)

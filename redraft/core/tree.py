@@ -1,4 +1,4 @@
-"""The draft: a tree of tokens that hangs under the last pending token of a sequence."""
+"""The draft: a tree of tokens below the last pending token of a sequence."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ F64 = NDArray[np.float64]
 
 
 class Kind(IntEnum):
-    """How the children of a node were made; it selects the verification rules that are right for them. A node without
-    children counts as FIXED."""
+    """How the children of a node were made. It decides which verification rules are valid for them. A node without children counts
+    as FIXED."""
 
-    FIXED = 0  # any way that does not look at the target's sample: n-gram, copy, table, top-k
+    FIXED = 0  # any method that does not depend on the target's sample: n-gram, copy, table, top-k
     IID = 1  # independent samples of the draft distribution
     WITHOUT_REPLACEMENT = 2  # samples without replacement, in draw order
-    TOP_PLUS_ONE = 3  # the likeliest k - 1 and one random from the rest
-    SINGLE = 4  # one sample of the draft distribution: the case of one child of the three before
+    TOP_PLUS_ONE = 3  # the likeliest k - 1 tokens and one sample of the rest
+    SINGLE = 4  # one sample of the draft distribution: the three kinds above with one child
 
 
 class NoDistribution(Exception):
-    """A distribution that was promised and cannot be reported."""
+    """A distribution that was promised cannot be computed."""
 
 
 class Probs(Protocol):
-    """Distributions of the next token at some rows."""
+    """Distributions of the next token at rows."""
 
     def probs(self, rows: Seq[int]) -> F64:
-        """f64[R, V], each row sums to 1. NoDistribution where a drafter cannot tell what it drew from."""
+        """f64[R, V]; each row sums to 1. Raises NoDistribution if a drafter does not know the distribution that it drew from."""
         ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenTree:
-    """Drafted nodes only, parents before children, siblings in draw order; parent -1 is the last pending row.
+    """The drafted nodes: parents before children, siblings in draw order. Parent -1 is the root, the last pending row.
 
-    tokens, parents: i32[N]; kinds: u8[N + 1], kinds[i + 1] says how node i's children were made, kinds[0] the root's.
-    distributions: for sampled kinds, the distribution that they were drawn from; row i + 1 is that of node i's children, row 0 the root's.
-    draws: i32[D], the nodes in the order in which they were drawn, a node as often as it was drawn; None: each once, in
-    order. origins: u16[N], which part of a union proposed each node; scores: f32[N], the drafter's own confidence.
+    tokens, parents: i32[N]; kinds: u8[N + 1], kinds[i + 1] is the kind of the children of node i, kinds[0] that of the root's
+    children; distributions: for sampled kinds, the distributions that children were drawn from, row i + 1 for the children of
+    node i and row 0 for those of the root; draws: i32[D], the nodes in draw order, a node drawn twice twice, None for each node once
+    in order; origins: u16[N], the member of a union that proposed each node; scores: f32[N], the confidence of the drafter.
     """
 
     tokens: I32
@@ -65,16 +65,16 @@ class TokenTree:
 
     @classmethod
     def chain(cls, tokens: Seq[int]) -> TokenTree:
-        """A tree without branches: each token follows the one before."""
+        """A tree without branches: each token is the child of the one before."""
         n = len(tokens)
         return cls(np.asarray(tokens, np.int32), np.arange(-1, n - 1, dtype=np.int32), np.zeros(n + 1, np.uint8))
 
     @classmethod
     def build(cls, tokens: Seq[int], parents: Seq[int], *, vocab: int, rows: int, depth: int) -> TokenTree:
-        """The checked constructor: cuts to `rows` nodes and `depth` levels, merges equal siblings (the first stays).
+        """The checked constructor: cuts to `rows` nodes and `depth` levels, and merges equal siblings into the first one.
 
-        A node whose parent was dropped is dropped too. Tokens outside 0..vocab-1, or a parent that does not come
-        before its child, are a drafter's bug and raise ValueError.
+        A node is dropped if its parent was dropped. Raises ValueError for a token outside 0..vocab-1 or a parent that does not come
+        before its child: both are bugs of a drafter.
         """
         out_tokens: list[int] = []
         out_parents: list[int] = []
@@ -107,7 +107,7 @@ class TokenTree:
         return len(self.tokens)
 
     def check(self, *, vocab: int, rows: int, depth: int) -> None:
-        """ValueError where this is no tree of at most `rows` nodes and `depth` levels over `vocab` tokens."""
+        """Raises ValueError unless this is a tree of at most `rows` nodes and `depth` levels over `vocab` tokens."""
         n = len(self.tokens)
         if n > rows:
             raise ValueError(f"{n} nodes for a budget of {rows}")
@@ -120,26 +120,26 @@ class TokenTree:
         if self.tokens.min() < 0 or self.tokens.max() >= vocab:
             raise ValueError(f"a token outside 0..{vocab - 1}: {self.tokens.tolist()}")
         if self.parents.min() < -1 or (self.parents >= np.arange(n)).any():
-            raise ValueError(f"a node that does not come behind its parent: {self.parents.tolist()}")
+            raise ValueError(f"a node does not come after its parent: {self.parents.tolist()}")
         if len(set(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))) < n:
             raise ValueError("two siblings with the same token")
         if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
-            raise ValueError(f"draws are not of the {n} nodes, each at least once: {self.draws.tolist()}")
+            raise ValueError(f"draws must contain each of the {n} nodes at least once and nothing else: {self.draws.tolist()}")
         if self.distributions is None and (self.kinds != Kind.FIXED).any():
             raise ValueError("sampled children without the distribution that they were drawn from")
         if (deepest := int(self.depths().max())) > depth:
             raise ValueError(f"{deepest} levels for a budget of {depth}")
 
     def depths(self) -> I32:
-        """i32[N]: 1 for a child of the root; a node's position is the root's plus its depth."""
+        """i32[N]: 1 for a child of the root. The position of a node is that of the root plus its depth."""
         return _shape(self.parents.tobytes())[0]
 
     def ancestors(self) -> U64:
-        """u64[N, W]: bit j of row i is set when node j lies on node i's path, itself included."""
+        """u64[N, W]: bit j of row i is set if node j is on the path to node i, node i included."""
         return _shape(self.parents.tobytes())[1]
 
     def child(self, node: int, token: int) -> int:
-        """The child of `node` (-1: the root) that carries `token`, or -1."""
+        """The child of `node` (-1: the root) with token `token`, or -1."""
         if not self._children and len(self.tokens):
             pairs = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
             for i, pair in enumerate(pairs):
@@ -147,7 +147,7 @@ class TokenTree:
         return self._children.get((node, token), -1)
 
     def drawn(self, node: int) -> list[int]:
-        """The children of `node` (-1: the root) in the order in which they were drawn, each as often as it was."""
+        """The children of `node` (-1: the root) in draw order, each as often as it was drawn."""
         if not self._drawn and len(self.tokens):
             for i in range(len(self.tokens)) if self.draws is None else self.draws.tolist():
                 self._drawn.setdefault(int(self.parents[i]), []).append(i)
@@ -167,7 +167,7 @@ EMPTY = TokenTree.chain(())
 
 @lru_cache(maxsize=4096)
 def _shape(parents: bytes) -> tuple[I32, U64]:
-    """Depths and ancestor bits of a tree shape: drafters repeat few shapes, so this is computed once for each."""
+    """Depths and ancestor bits of a tree shape. They are cached, because drafters repeat few shapes."""
     above = np.frombuffer(parents, np.int32).tolist()
     depths = np.zeros(len(above), np.int32)
     bits = np.zeros((len(above), -(-len(above) // 64)), np.uint64)

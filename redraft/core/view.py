@@ -1,4 +1,4 @@
-"""How the rows of one sequence see its slots in one step, where that is not simply all of them. Data for backends."""
+"""Which slots the rows of one sequence see in one step, where that is not all of them. Data for backends."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 class Window(NamedTuple):
     """A row at position p sees keys at positions j < sinks or p - j < recent.
 
-    Where E = p + 1 - sinks - recent of the text's tokens are out of sight, a key at j < sinks is scored with the query turned
-    to position p - E, so that distances are those within the cache: what is in use never exceeds sinks + recent.
+    Where E = p + 1 - sinks - recent > 0 tokens are hidden, the query is rotated to position p - E to score the keys at j < sinks.
+    Distances are then those within the cache, and no distance exceeds sinks + recent.
     """
 
     sinks: int
@@ -17,8 +17,8 @@ class Window(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """A statistic of attention weights wanted of a sequence's rows at positions >= since. With a the weight that a row gives
-    to a slot, averaged over the query heads of a kv head, and t the number of slots that it sees:
+    """A requested statistic of the attention weights of a sequence's rows at positions >= since. Let a be the weight that a row
+    gives to a slot, averaged over the query heads of a kv head, and t the number of slots that the row sees:
 
     "mass": a; "low": 1 where a < 1 / t, else 0.
     """
@@ -28,9 +28,9 @@ class Watch(NamedTuple):
 
 
 class View(NamedTuple):
-    """format, coded: names of the formats of the pages that are written and of those that were encoded (ops/format.py), empty
-    for keys and values as they are; window: see Window; read: an opened method that chooses among the visible keys (Select in
-    ops/backend.py), where it is in force in this step."""
+    """format, coded: names of the formats of written pages and of encoded pages (ops/format.py), empty for plain keys and values;
+    window: see Window; read: an opened method that selects among the visible keys (Select in ops/backend.py), None where this step
+    reads all of them."""
 
     format: str = ""
     coded: str = ""

@@ -1,4 +1,4 @@
-"""Edits of committed slots: eviction, encoding, text taken over from elsewhere, and what moves to another table. Integers only."""
+"""Edits of committed slots: eviction, encoding, reuse of slots of another sequence, export and import. Integers only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NONE = np.zeros(0, np.int32)
 
 
 class Encoding(NamedTuple):
-    """Whole pages to be encoded: src[i] of one space into dst[i] of another."""
+    """Whole pages to encode: page src[i] of the source space into page dst[i] of the target space."""
 
     source: Space
     target: Space
@@ -24,8 +24,8 @@ class Encoding(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a sequence has committed, without the pages. lanes: of each its length, its number of coded pages, how many of its full
-    pages were summarised, and the positions that its slots hold, None while slot i holds position i."""
+    """The committed state of a sequence, without the pages. lanes: for each lane its length, its number of coded pages, its number of
+    summarised full pages, and the positions of its slots, None while slot i holds position i."""
 
     tokens: tuple[int, ...]
     space: Space
@@ -35,14 +35,15 @@ class Stored(NamedTuple):
 
 
 class EditableTable(PageTable):
-    """A page table whose committed slots can be edited, between steps: tails must be empty."""
+    """A page table with edits of committed slots. Edits happen between steps, while tails are empty."""
 
     def keep(self, seq: Sequence, lane: int, slots: ArrayLike) -> Moves:
-        """Eviction: only `slots` (ascending) of this lane survive, and close up. The tail must be empty.
+        """Evicts all slots of this lane except `slots` (ascending), and closes the gaps. The tail must be empty.
 
-        A page that survives whole, or as far as the lane goes, is listed as it is. What must be written goes to pages that this
-        lane alone lists, or to fresh ones; places of a fresh page behind the lane's end get a copy of the last survivor, so that
-        nothing of its former owner is left. Where memory lacks, published pages that nobody else lists are taken back first.
+        A page of which all slots stay, or all slots up to the end of the lane, is kept without a copy. Other slots are written to
+        pages that only this lane lists, or to fresh pages. Places of a fresh page after the end of the lane get a copy of the last
+        kept slot, so no data of the former owner remains. If memory is short, published pages that only this lane lists are
+        unpublished first.
 
             slots      0 .. 31 | 32 .. 63 | 64 .. 95 | 96 .. 99      kept: 0..31, 64..99
             pages      [p3]      [p7]       [p8]       [p2]
@@ -54,12 +55,12 @@ class EditableTable(PageTable):
         keep = np.asarray(slots, np.int32)
         n, old = len(keep), it.pages
         assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
-            f"sequence {seq.id}: slots to keep must ascend within 0..{it.length - 1}"
+            f"sequence {seq.id}: slots to keep must be ascending and in 0..{it.length - 1}"
         )
-        assert held.coded is None, f"sequence {seq.id}: a format of coded pages is not evicted from"
+        assert held.coded is None, f"sequence {seq.id}: a sequence with coded pages cannot evict"
         if n == it.length:
             return Moves(pool.space, _NONE, _NONE)
-        first = np.arange(0, n, size)  # of each page to be
+        first = np.arange(0, n, size)  # index in `keep` of the first slot of each page after the eviction
         last = np.minimum(first + size, n) - 1
         whole = (keep[first] % size == 0) & (keep[last] - keep[first] == last - first)
         whole &= (last - first == size - 1) | (keep[last] == it.length - 1)
@@ -72,7 +73,7 @@ class EditableTable(PageTable):
         self._mark()
         to = (writing[:, None] * size + np.arange(size)).ravel()
         if len(loose) == len(writing):
-            to = to[to < n]  # the last page is not a fresh one
+            to = to[to < n]  # the last page is not fresh, so its end needs no copy
         src, dst = self._places(old, keep[np.minimum(to, n - 1)]), self._places(pages, to)
         if not held.edited:
             for other in held.lanes:
@@ -86,12 +87,12 @@ class EditableTable(PageTable):
         return Moves(pool.space, src[moved], dst[moved])
 
     def positions(self, seq: Sequence) -> list[I32]:
-        """The positions that the committed slots of each lane hold."""
+        """i32[length] for each lane: the positions of its committed slots."""
         held = self._held[seq.id]
         return [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
 
     def unfolded(self, seq: Sequence) -> I32:
-        """Full pages that were not asked for yet, or whose slots an eviction has moved since."""
+        """The full pages that no earlier call returned, or that an eviction changed since; i32[pages]."""
         held, found = self._held[seq.id], []
         for lane in held.lanes:
             full = lane.length // self.page
@@ -100,7 +101,7 @@ class EditableTable(PageTable):
         return np.array(found, np.int32)
 
     def encode(self, seq: Sequence) -> Encoding:
-        """The full pages of every lane go over to the sequence's format of coded pages; the tail must be empty."""
+        """Moves the full pages of every lane to the sequence's format of coded pages. The tail must be empty."""
         held = self._held[seq.id]
         assert held.coded is not None and not held.chain, f"sequence {seq.id}: no format of coded pages, or a tail is open"
         full = [lane.length // self.page - len(lane.coded) for lane in held.lanes]
@@ -119,20 +120,20 @@ class EditableTable(PageTable):
         return Encoding(held.pool.space, held.coded.space, np.array(src, np.int32), np.array(dst, np.int32))
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> Moves:
-        """Appends private copies of `count` slots of an open sequence, from slot `first` on, as the next slots of `seq`: text
-        that moved. Keys turn by as many positions as it moved. exact: what stands before is the same in both, so that the pages
-        stay a function of their tokens. SHARED lanes of plain pages; the tail must be empty."""
+        """Appends private copies of slots first..first + count of the open sequence `source` as the next slots of `seq`. Keys are
+        rotated by the number of positions that the text moved. exact: the text before is the same in both sequences, so the pages
+        remain a function of their tokens. Works on SHARED lanes of plain pages only; the tail must be empty."""
         held, other = self._held[seq.id], self._held[source.id]
-        assert held.pool.space == other.pool.space == Space() and not held.chain, f"sequence {seq.id}: cannot take over slots"
+        assert held.pool.space == other.pool.space == Space() and not held.chain, f"sequence {seq.id}: cannot copy slots"
         mine, theirs, pool = held.lanes[0], other.lanes[0], held.pool
         start = mine.length
-        assert first + count <= theirs.length and not held.edited and not other.edited, f"sequence {seq.id}: no such slots to take"
+        assert first + count <= theirs.length and not held.edited and not other.edited, f"sequence {seq.id}: no such slots to copy"
         assert first == start or not exact, f"sequence {seq.id}: text that moved from {first} to {start} is not exact"
         lacking = -(-(start + count) // self.page) - len(mine.pages)
         self._ensure({pool.space: lacking})
         mine.pages += [self._take(pool) for _ in range(lacking)]
         self._mark()
-        to = np.arange(start, len(mine.pages) * self.page if lacking else start + count, dtype=np.int32)  # a fresh page is filled
+        to = np.arange(start, len(mine.pages) * self.page if lacking else start + count, dtype=np.int32)  # fills fresh pages to the end
         at = np.minimum(to - start + first, first + count - 1)
         seq.shareable_tokens = min(seq.shareable_tokens, source.shareable_tokens if exact else start)
         mine.append(start, count)
@@ -141,8 +142,8 @@ class EditableTable(PageTable):
         return Moves(pool.space, self._places(theirs.pages, at), self._places(mine.pages, to), start - first)
 
     def export(self, seq: Sequence) -> tuple[Stored, I32, I32]:
-        """What an open sequence has committed, and where: its pages, all lanes one after the other, and its coded ones. The tail must
-        be empty."""
+        """The committed state of an open sequence, its pages i32[n] and its coded pages i32[m], lane after lane. The tail must be
+        empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: export while a tail is open"
         pages, coded = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.coded]
@@ -154,12 +155,12 @@ class EditableTable(PageTable):
         return stored, np.array(pages, np.int32), np.array(coded, np.int32)
 
     def import_(self, seq: Sequence, stored: Stored) -> tuple[I32, I32]:
-        """Opens `seq` with fresh pages for what another table exported; returns them as export does. They must be written before the
-        next step. OutOfPages, and `seq` is not open, where memory lacks."""
+        """Opens `seq` with fresh pages for the export of another table, and returns the pages like export(). They must be written
+        before the next step. Raises OutOfPages, and does not open `seq`, if memory is short."""
         held = self._fresh(seq)
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
-        assert tuple(seq.tokens[: len(stored.tokens)]) == stored.tokens, f"sequence {seq.id}: other text"
-        assert (held.pool.space, seq.cache.coded) == (stored.space, stored.coded), f"sequence {seq.id}: of another space"
+        assert tuple(seq.tokens[: len(stored.tokens)]) == stored.tokens, f"sequence {seq.id}: different text"
+        assert (held.pool.space, seq.cache.coded) == (stored.space, stored.coded), f"sequence {seq.id}: different space"
         exact = [-(-length // self.page) - coded for length, coded, *_ in stored.lanes]
         self._ensure({held.pool.space: sum(exact)} | ({held.coded.space: sum(lane[1] for lane in stored.lanes)} if held.coded else {}))
         for lane, count, (length, coded, folded, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
@@ -172,13 +173,14 @@ class EditableTable(PageTable):
         return self.export(seq)[1:]
 
     def _loose(self, pool: _Pool, gone: list[int], wanted: int) -> list[int]:
-        """Of the pages that a lane gives up, at most `wanted` that it may write. OutOfPages where fresh ones lack for the rest."""
+        """At most `wanted` pages of `gone`, the pages that a lane gives up, that it may write. Raises OutOfPages if there are too few
+        fresh pages for the rest."""
         loose = [page for page in gone if self._private(pool, page)]
         alone = [page for page in gone if page in self.prefix and pool.refs[page] == 1] if pool.space == Space() else []
         lacking = wanted - len(loose)
         if self.available() < lacking <= self.available() + len(alone):
             for page in alone[self.available() - lacking :]:
-                if page in self.prefix:  # or it went with one before it
+                if page in self.prefix:  # the eviction of an earlier page may have removed this one
                     self.prefix.rest(page)
                     self.prefix.idle.move_to_end(page, last=False)
                     for freed in self.prefix.evict():

@@ -1,8 +1,8 @@
-"""What a sequence remembers of its text: the protocol of memories, and several of them as one.
+"""The protocol of sequence memories, and a combination of several memories.
 
-A step calls `reserve` (rows become tentative), then `commit` (bookkeeping only), then `move` (tensors). Figures are in blocks, so
-that a scheduler can add them up: a memory that counts in units of its own states them in blocks, rounded against itself. One
-memory leads: it alone changes `seq.stored` and `seq.tokens`. The others read them, so they open after it and commit before it.
+A step calls `reserve` (adds tentative rows), then `commit` (bookkeeping only), then `move` (tensors). All figures are in blocks, so
+that a scheduler can add them up. A memory that counts in other amounts converts them to blocks and rounds to its own disadvantage.
+One memory leads: only it changes `seq.stored` and `seq.tokens`. The others read them, so they open after it and commit before it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ View = TypeVar("View", covariant=True)
 
 
 class Memory(Protocol[View]):
-    """The memory of the model's layers `layers`. pool: what their mixers read and write; layer layers[i] is number i in it. blocks: all
-    of its blocks."""
+    """The memory of the model's layers `layers`. pool: the tensors that their mixers read and write, in which layer layers[i] has
+    index i. blocks: the total number of blocks."""
 
     layers: tuple[int, ...]
     blocks: int
@@ -34,10 +34,10 @@ class Memory(Protocol[View]):
     @property
     def pool(self) -> Any: ...
 
-    # ---- figures, in blocks
+    # ---- figures in blocks
 
     def available(self) -> int:
-        """Blocks that reserve can take."""
+        """Blocks that reserve() can take."""
         ...
 
     def used(self) -> int:
@@ -45,26 +45,26 @@ class Memory(Protocol[View]):
         ...
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
-        """Blocks for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and will attach
-        `matched` of them. An upper bound, also as a sum over sequences."""
+        """Blocks for `rows` more rows of an open sequence, or for the first `rows` tokens of a sequence that is not open and will
+        attach `matched` of them. An upper bound; the sum over sequences is one too."""
         ...
 
     def gain(self, seq: Sequence) -> int:
-        """Blocks that free(seq) adds to available(), or fewer."""
+        """Blocks that free(seq) adds to available(); a lower bound."""
         ...
 
     def idle_matched(self, tokens: Seq[int], salt: str) -> int:
-        """Blocks that available() counts and that attaching the match of `tokens` takes."""
+        """Blocks counted by available() that attaching the match of `tokens` takes."""
         ...
 
     # ---- prefixes
 
     def match(self, tokens: Seq[int], salt: str) -> int:
-        """How many leading tokens attach() can take over, at most len(tokens) - 1. Changes nothing."""
+        """The number of leading tokens that attach() can reuse, at most len(tokens) - 1. Changes nothing."""
         ...
 
     def attach(self, seq: Sequence, n: int) -> None:
-        """Takes over the first `n` tokens; n is no more than the match, and a number at which a shorter match may end."""
+        """Reuses the first `n` tokens. n is at most the match, and a length at which a shorter match may end."""
         ...
 
     def publish(self, seq: Sequence) -> None:
@@ -76,27 +76,26 @@ class Memory(Protocol[View]):
     def open(self, seq: Sequence) -> None: ...
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
-        """Opens `child` with all that `seq` has committed. The tail must be empty. `child` is not open after an error."""
+        """Opens `child` with the committed state of `seq`. The tail must be empty. After an error `child` is not open."""
         ...
 
     def free(self, seq: Sequence) -> None:
-        """Forgets an open sequence."""
+        """Closes an open sequence and releases its memory."""
         ...
 
     # ---- rows
 
     def reserve(self, work: Seq[Work], trees: Seq[TokenTree]) -> View:
-        """Places for the rows that a forward pass is about to run; they extend each sequence's tail. May be called again before
-        commit, with w.first = the nodes that the tail has. OutOfPages, after which tails must be discarded, where need() was
-        not respected."""
+        """Extends the tail of each sequence by the rows that the next forward pass runs. May be called again before commit, with
+        w.first = the number of nodes in the tail. Raises OutOfPages if need() was not respected; tails must then be discarded."""
         ...
 
     def commit(self, work: Seq[Work], accepted: Seq[Accepted]) -> Any:
-        """The chain and the accepted path are kept, the rest of the tail is gone. Returns what move() must be given."""
+        """Keeps the chain and the accepted path and drops the rest of the tail. Returns the argument of move()."""
         ...
 
     def move(self, moves: Any) -> None:
-        """The second half of a commit: moves tensors."""
+        """The second half of a commit: moves the tensors."""
         ...
 
     def discard(self, seq: Sequence) -> None:
@@ -106,11 +105,11 @@ class Memory(Protocol[View]):
     # ---- between engines
 
     def export(self, seq: Sequence) -> Any:
-        """A copy of what an open sequence has committed, for import_ into the memory of another engine with the same model."""
+        """A copy of the committed state of an open sequence, for import_() into the memory of another engine with the same model."""
         ...
 
     def import_(self, seq: Sequence, parcel: Any) -> None:
-        """Opens `seq` with what was exported. OutOfPages, and nothing is open, where it does not fit."""
+        """Opens `seq` with an exported state. Raises OutOfPages, and opens nothing, if it does not fit."""
         ...
 
     def check(self) -> None:
@@ -119,7 +118,8 @@ class Memory(Protocol[View]):
 
 
 class Memories:
-    """The pages, which lead, and further memories as one. A prefix matches as far as all agree; what is scarcest decides."""
+    """The pages, which lead, and further memories combined. A prefix matches as far as all memories agree. The scarcest memory sets
+    every figure."""
 
     def __init__(self, paged: Paged, *others: Memory[StateView]) -> None:
         self.paged, self.others = paged, others
@@ -128,7 +128,7 @@ class Memories:
 
     @property
     def pool(self) -> Any:
-        """The pages' pool, which backends run segments of layers over."""
+        """The pool of the pages, over which backends run segments of layers."""
         return self.paged.pool
 
     def available(self) -> int:
@@ -194,7 +194,7 @@ class Memories:
         self._open(seq, [partial(memory.import_, seq, own) for memory, own in zip(self.members, parcel, strict=True)])
 
     def _open(self, seq: Sequence, opens: Seq[Callable[[], None]]) -> None:
-        """All of them, or none."""
+        """Opens `seq` in all memories, or in none if one raises."""
         for i, open_one in enumerate(opens):
             try:
                 open_one()

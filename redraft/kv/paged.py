@@ -1,4 +1,4 @@
-"""Keys and values in pages: the table, which knows integers only, and the store, which holds the tensors."""
+"""Keys and values in pages: the table, which handles integers only, and the store, which holds the tensors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from redraft.ops.format import Arrays, Format
 
 
 class Parcel(NamedTuple):
-    """What one sequence holds in pages. form: layers, kv heads, head size and dtype of the model; arrays: the contents of `pages`
-    and of `coded`, all lanes one after the other."""
+    """The exported pages of one sequence. form: layers, kv heads, head size and dtype of the model; arrays, coded: the contents of
+    its pages and of its coded pages, lane after lane."""
 
     form: str
     stored: Stored
@@ -32,7 +32,7 @@ class Parcel(NamedTuple):
 
 
 class Paged:
-    """See Memory. The pages of all layers with attention; `blocks` blocks of 32 tokens."""
+    """The Memory of all layers with attention: `blocks` blocks of 32 tokens."""
 
     def __init__(self, backend: Backend, spec: ModelSpec, blocks: int, *, sharing: bool = True) -> None:
         self.layers = tuple(sorted(layer for group in spec.memories() if group.kind == "pages" for layer in group.layers))
@@ -43,7 +43,7 @@ class Paged:
 
     @property
     def paged(self) -> Paged:
-        """The memory that policies edit; see Memories."""
+        """The memory that policies edit; Memories has the same property."""
         return self
 
     @property
@@ -115,27 +115,27 @@ class Paged:
     def discard(self, seq: Sequence) -> None:
         self.table.discard(seq)
 
-    # ---- edits of committed text, which policies ask for; the tail must be empty
+    # ---- edits of committed text, requested by policies; the tail must be empty
 
     def define(self, fmt: Format) -> None:
-        """Pages of one lane a head may be stored in this format from now on."""
+        """Registers a format for pages of PER_HEAD lanes."""
         self.table.define(Space(Lanes.PER_HEAD, fmt.name), self.store.define(fmt))
 
     def keep(self, seq: Sequence, kept: Seq[ArrayLike]) -> None:
-        """Evicts: of lane i only the slots kept[i] survive."""
+        """Evicts all slots of lane i except kept[i], for every lane."""
         self.store.move([self.table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
 
     def encode(self, seq: Sequence) -> None:
-        """Full pages go over to the sequence's format of coded pages."""
+        """Moves full pages to the sequence's format of coded pages."""
         self.store.encode([self.table.encode(seq)])
 
     def fold(self, seq: Sequence, read: Select) -> None:
-        """Pages that became full get the whole arrays of a sparse read."""
+        """Fills the per-page arrays of a sparse read for pages that became full."""
         if len(pages := self.table.unfolded(seq)):
             self.store.fold(Space(seq.cache.lanes, seq.cache.format), pages, read)
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> None:
-        """Appends copies of slots of another sequence, see EditableTable.splice."""
+        """Appends copies of slots of another sequence; see EditableTable.splice."""
         self.store.move([self.table.splice(seq, source, first, count, exact)])
 
     # ---- between engines
@@ -146,9 +146,9 @@ class Paged:
         return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(codes, coded) if seq.cache.coded else {})
 
     def import_(self, seq: Sequence, parcel: Parcel) -> None:
-        """Unsupported where the parcel is of another model or form."""
+        """Raises Unsupported if the parcel comes from a model of another form."""
         if parcel.form != self.form:
-            raise Unsupported(f"cached text of a model with {parcel.form} cannot be taken over by one with {self.form}")
+            raise Unsupported(f"cannot import the cache of a model with {parcel.form} into a model with {self.form}")
         pages, coded = self.table.import_(seq, parcel.stored)
         try:
             self.store.write(Space(seq.cache.lanes, seq.cache.format), pages, parcel.arrays)

@@ -1,7 +1,7 @@
-"""Which full pages hold which prefix: a radix tree whose edges are the tokens of one page. Integers only.
+"""The index of full pages by prefix: a radix tree with the tokens of one page on each edge. Integers only.
 
-A node is a published page: its keys are a function of the salt and of the tokens from the root down to it. A page
-that no lane lists is *idle*: it stays until memory is needed, and the least recently listed one goes first.
+A node is a published page. Its keys are a function of the salt and of the tokens from the root down to it. A published page that
+no lane lists is *idle*. It stays until memory is needed; the least recently listed page is evicted first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Key = tuple[str, tuple[int, ...]]  # salt, the tokens of one page
 
 
 class Miss(NamedTuple):
-    """The first token that differs from cached text: its place, itself, what stands there in the cache, and how many more tokens
-    would have been reused, had it been the same from there on."""
+    """The first token that differs from cached text. at: its index; token: the token; cached: the token in the cache at this index;
+    lost: how many more tokens would have been reused if the text had not differed."""
 
     at: int
     token: int
@@ -27,7 +27,7 @@ class Miss(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One published page; the root carries page -1. `alive` until it is evicted."""
+    """One published page; the root has page -1. `alive` until it is evicted."""
 
     page: int
     key: Key
@@ -37,7 +37,7 @@ class Node:
 
 
 class PrefixTree:
-    """Published pages of `page` tokens each. The table says when a page becomes idle and when it is listed again."""
+    """Published pages of `page` tokens each. The table reports when a page becomes idle and when it is listed again."""
 
     def __init__(self, page: int) -> None:
         self.page = page
@@ -49,9 +49,9 @@ class PrefixTree:
         return page in self.nodes
 
     def walk(self, tokens: Seq[int], salt: str) -> list[Node]:
-        """The published pages of the longest prefix of `tokens`, at most len(tokens) - 1 tokens: one must be left to run.
+        """The published pages of the longest prefix of `tokens`, at most len(tokens) - 1 tokens, because at least one must run.
 
-        Reads only: it does not count as use.
+        Changes nothing; it does not count as use.
         """
         at, found, size = self.root, [], self.page
         for end in range(size, len(tokens), size):
@@ -62,16 +62,16 @@ class PrefixTree:
             at = child
         return found
 
-    def miss(self, tokens: Seq[int], salt: str, most: int = 1000) -> Miss | None:
-        """Where the published text that goes on longest with `tokens` parts from it; None where nothing published goes further.
+    def miss(self, tokens: Seq[int], salt: str, max_pages: int = 1000) -> Miss | None:
+        """Where `tokens` differ from the published text that agrees with them longest; None if no published text continues there.
 
-        Looks at no more than `most` pages that follow the last one which matches.
+        Looks at no more than `max_pages` pages after the last page that matches.
         """
         found = self.walk(tokens, salt)
         at, start = found[-1] if found else self.root, len(found) * self.page
         rest = tuple(tokens[start : start + self.page])
         best: tuple[int, Node] | None = None
-        for key, child in islice(at.children.items(), most):
+        for key, child in islice(at.children.items(), max_pages):
             if key[0] == salt and key[1] != rest:
                 same = next(i for i, token in enumerate(key[1]) if i >= len(rest) or token != rest[i])
                 if best is None or same > best[0]:
@@ -85,7 +85,7 @@ class PrefixTree:
         return Miss(start + same, tokens[start + same], child.key[1][same], depth * self.page)
 
     def insert(self, parent: Node, salt: str, tokens: Seq[int], page: int) -> Node:
-        """The child of `parent` for these tokens: the one that is there, or `page` published as a new one."""
+        """The child of `parent` for these tokens: the existing one, or else a new one that publishes `page`."""
         key = (salt, tuple(tokens))
         child = parent.children.get(key)
         if child is None:
@@ -93,19 +93,19 @@ class PrefixTree:
         return child
 
     def rest(self, page: int) -> None:
-        """No lane lists this published page any more. A lane lets go of its last page first, so that children are
-        idle before their parents and the longest idle page is a leaf."""
+        """Marks this published page as idle. A lane releases its last page first, so children become idle before their parents and
+        the longest idle page is a leaf."""
         self.idle[page] = None
 
     def wake(self, page: int) -> None:
-        """A lane lists this idle page."""
+        """Marks this idle page as listed by a lane again."""
         del self.idle[page]
 
     def evict(self) -> list[int]:
-        """Forgets the longest idle page; returns the idle pages that are free now, at least one.
+        """Removes the longest idle page; returns the pages that are free now, at least one.
 
-        It is a leaf, except where a sequence holds a private copy of this page and published the next one under it.
-        What hangs below can be found no more: idle pages go too, listed ones become private.
+        The page is a leaf, unless a sequence that holds a private copy of it published its next page below. Descendants can no longer
+        be found: idle ones are freed too, listed ones become private.
         """
         page, _ = self.idle.popitem(last=False)
         node = self.nodes[page]
@@ -123,13 +123,13 @@ class PrefixTree:
         return freed
 
     def check(self) -> None:
-        """AssertionError where the tree contradicts itself."""
+        """Raises AssertionError if the tree is inconsistent."""
         seen: dict[int, Node] = {}
         below = [self.root]
         while below:
             node = below.pop()
             for key, child in node.children.items():
-                assert child.key == key and child.parent is node and child.alive, f"page {child.page} hangs wrongly"
+                assert child.key == key and child.parent is node and child.alive, f"page {child.page} has wrong links"
                 assert len(key[1]) == self.page, f"published page {child.page} is not full: {len(key[1])} tokens"
                 assert child.page not in seen, f"page {child.page} is published twice"
                 seen[child.page] = child

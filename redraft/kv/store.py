@@ -1,4 +1,4 @@
-"""The tensors behind the page table: one pool, whose layout is the backend's affair."""
+"""The tensors of the page table: one pool. The backend decides its layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redraft.ops.format import Arrays, Format
 
 
 class Store:
-    """`blocks` times 32 tokens of keys and values of all layers and heads. A block may be cut into units of any format."""
+    """`blocks` blocks of 32 tokens, each with the keys and values of all layers and heads. A block may be cut into pages of any format."""
 
     def __init__(self, backend: Backend, spec: ModelSpec, blocks: int) -> None:
         self.backend = backend
@@ -22,11 +22,11 @@ class Store:
         self.pool = backend.allocate(spec, blocks)
 
     def define(self, fmt: Format) -> int:
-        """Makes a format known to the backend; returns how many of its units a block holds."""
+        """Registers a format with the backend; returns how many of its units a block holds (see ops/format.py)."""
         return self.backend.define(self.pool, fmt)
 
     def zero(self, fresh: list[tuple[Space, int]]) -> None:
-        """Zeroes pages that were just handed out: 0 times an old NaN would be NaN."""
+        """Zeroes newly allocated pages, because 0 times an old NaN would be NaN."""
         if fresh:
             self.backend.zero(self.pool, fresh)
 
@@ -35,7 +35,7 @@ class Store:
         return self.backend.read(self.pool, space, pages)
 
     def write(self, space: Space, pages: I32, arrays: Arrays) -> None:
-        """What read() returned, into other pages."""
+        """Writes the result of read() into other pages."""
         self.backend.write(self.pool, space, pages, arrays)
 
     def move(self, moves: list[Moves]) -> None:
@@ -44,7 +44,7 @@ class Store:
                 self.backend.move(self.pool, space, src, dst, delta)
 
     def fold(self, space: Space, pages: I32, read: Select) -> None:
-        """Full pages get the whole arrays of a sparse read."""
+        """Fills the per-page arrays of a sparse read in full pages."""
         self.backend.fold(self.pool, space, pages, read)
 
     def encode(self, encodings: list[Encoding]) -> None:

@@ -1,9 +1,9 @@
-"""Where keys lie: blocks, lanes, the tentative tail, commit, fork and sharing. Integers only; no tensors.
+"""The page table: blocks, lanes, the tentative tail, commit, fork and sharing. Integers only; no tensors.
 
-A lane is a growing array of slots in text order without holes: slot i is place i % 32 of its page i // 32. Memory is
-cut into blocks of equal bytes (32 tokens of all layers and kv heads). A block is one SHARED page, or is carved into pages
-of one other space (a lane kind and a format of storing), and is free again when the last of them is. Only the end of a
-lane is written, and the page there is listed by that lane alone: full pages can be shared without copying on write.
+A lane is a growing array of slots in text order without gaps: slot i is place i % 32 of page i // 32 of the lane. Memory is cut into
+blocks of equal size (32 tokens of all layers and kv heads). A block is one SHARED page, or it is cut into pages of one other space
+(a lane kind and a page format). Such a block is free again when all its pages are. Only the end of a lane is written, and only that
+lane lists the page there. Full pages can therefore be shared without copy-on-write.
 
     A: [p7][p9][p12, 5 slots]     B, same first 64 tokens: [p7][p9][p31]     fork of A: [p7][p9][p40, copy of p12]
 
@@ -30,12 +30,12 @@ from redraft.kv.prefix import Node, PrefixTree
 
 
 class OutOfPages(AssertionError):
-    """More pages were asked for than `available()` promised: the scheduler's bug, not the user's."""
+    """More pages were requested than `available()` reported: a bug of the scheduler, not of the user."""
 
 
 class Moves(NamedTuple):
-    """Slots to copy, all gathered and then scattered. A place is page * 32 + offset, the page one of `space`. delta: by how
-    many positions the keys are turned on the way."""
+    """Slots to copy; all are read before any is written. src, dst: i32[n] places, page * 32 + offset, with pages of `space`. delta:
+    the number of positions by which keys are rotated."""
 
     space: Space
     src: I32
@@ -47,12 +47,12 @@ class Moves(NamedTuple):
 class _Lane:
     pages: list[int]
     length: int = 0  # committed slots
-    coded: list[int] = field(default_factory=list)  # pages of the format of coded pages, in front of `pages`
+    coded: list[int] = field(default_factory=list)  # pages in the format of coded pages, before `pages`
     folded: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
 
     def append(self, start: int, count: int) -> None:
-        """`count` more committed slots, at positions from `start` on."""
+        """Adds `count` committed slots at positions start..start + count."""
         end = self.length + count
         if self.positions is not None:
             if end > len(self.positions):
@@ -64,43 +64,43 @@ class _Lane:
 
 
 class _Pool:
-    """The pages of one space: `per_block` to a block, block s holding pages s * per_block and on. lanes: of each sequence."""
+    """The pages of one space. Block b holds pages b * per_block..(b + 1) * per_block. lanes: the number of lanes of a sequence."""
 
     def __init__(self, space: Space, per_block: int, lanes: int) -> None:
         self.space = space
         self.per_block = per_block
         self.lanes = lanes
         self.refs: dict[int, int] = {}  # page -> how many lanes list it; no entry for an idle published page
-        self.spare: dict[int, list[int]] = {}  # carved block -> its free pages; blocks without any are left out
+        self.spare: dict[int, list[int]] = {}  # cut block -> its free pages; blocks without free pages are left out
         self.spares = 0
 
 
 @dataclass(eq=False, slots=True)
 class _Held:
-    """What one open sequence holds. Its tail is `chain` chain rows, then `nodes` nodes."""
+    """The pages of one open sequence. Its tail has `chain` chain rows, then `nodes` nodes."""
 
     seq: Sequence
     pool: _Pool
-    coded: _Pool | None  # of the coded pages
+    coded: _Pool | None  # the pool of the coded pages
     lanes: list[_Lane]
-    cursor: Node  # the published prefix of the lane ends here ...
-    published: int = 0  # ... after so many pages
+    cursor: Node  # the last published page of the lane
+    published: int = 0  # the number of published pages
     chain: int = 0
     nodes: int = 0
-    view: tuple[I32, I32] | None = None  # what arrays() tells, until pages change
+    view: tuple[I32, I32] | None = None  # the cached result of arrays(); None after pages changed
 
     @property
     def edited(self) -> bool:
-        """Keys were evicted: what is computed from here on is no function of the tokens alone."""
+        """Whether keys were evicted. Later keys then do not depend on the tokens alone."""
         return self.lanes[0].positions is not None
 
     def missing(self, rows: int, page: int) -> int:
-        """Pages that the lanes lack for `rows` rows behind the tail."""
+        """The number of pages that the lanes lack for `rows` rows after the tail."""
         more = self.chain + self.nodes + rows
         return sum(-(-(lane.length + more) // page) - len(lane.pages) - len(lane.coded) for lane in self.lanes)
 
     def listed(self) -> list[tuple[_Pool, list[int]]]:
-        """All pages by pool, a lane's last first."""
+        """All pages by pool, the last page of a lane first."""
         found = [(self.pool, [page for lane in self.lanes for page in reversed(lane.pages)])]
         if self.coded is not None:
             found.append((self.coded, [page for lane in self.lanes for page in reversed(lane.coded)]))
@@ -119,11 +119,11 @@ def _padded(lists: list[list[int]]) -> I32:
 
 
 class PageTable:
-    """`blocks` blocks for a model of `layers` layers and `kv_heads` kv heads; `page` tokens a page.
+    """`blocks` blocks for a model with `layers` layers and `kv_heads` kv heads; a page has `page` tokens.
 
-    Pages are numbered within their space: page i lies in block i // per_block, where per_block is 1 for SHARED, `layers` for
-    PER_LAYER, `layers` * `kv_heads` for PER_HEAD, and what define() was reported for pages of a format. A sequence that is open has
-    one lane, one a layer, or one a layer and kv head (layer * kv_heads + head). All figures count blocks.
+    Pages are numbered within their space: page i is in block i // per_block. per_block is 1 for SHARED, `layers` for PER_LAYER,
+    `layers` * `kv_heads` for PER_HEAD, and the argument of define() for pages of a format. An open sequence has one lane, one for
+    each layer, or one for each layer and kv head (layer * kv_heads + head). All figures count blocks.
     """
 
     def __init__(self, blocks: int, layers: int, kv_heads: int, page: int = 32, sharing: bool = True) -> None:
@@ -138,7 +138,7 @@ class PageTable:
         self._held: dict[int, _Held] = {}
 
     def define(self, space: Space, per_block: int) -> None:
-        """A further space, whose pages are of another size: `per_block` of them are carved from a block."""
+        """Adds a space with pages of another size: a block is cut into `per_block` of them."""
         assert per_block > 0, f"{space}: a page is larger than a block"
         pool = self._pools.setdefault(space, _Pool(space, per_block, self._lanes[space.lanes]))
         assert pool.per_block == per_block, f"{space}: {per_block} pages a block, defined with {pool.per_block}"
@@ -146,7 +146,7 @@ class PageTable:
     # ---- figures
 
     def available(self) -> int:
-        """Blocks that can be had: free ones, and published pages that nobody lists."""
+        """Blocks that can be allocated: free blocks, and published pages that no lane lists."""
         return len(self._free) + len(self.prefix.idle)
 
     def used(self) -> int:
@@ -157,14 +157,14 @@ class PageTable:
         self.peak = self.used()
 
     def need(self, seq: Sequence, rows: int, matched: int = 0) -> int:
-        """Blocks for `rows` more rows of an open sequence, or for the first `rows` tokens of one that is not open and
-        will attach `matched` of them; an open one's rows beyond its pending tokens are drafts. An upper bound, also as a sum:
-        free pages of carved blocks are not counted on. While the sum is at most available(), neither reserve nor what follows the
-        commit at a sync point (keep, encode, splice) lacks pages."""
+        """Blocks for `rows` more rows of an open sequence, or for the first `rows` tokens of a sequence that is not open and will
+        attach `matched` of them. Rows of an open sequence beyond its pending tokens are drafts. The result is an upper bound, and so
+        is the sum over sequences, because it does not count on free pages of cut blocks. While the sum is at most available(),
+        reserve() has enough pages, and so have keep(), encode() and splice() after the commit at a sync point."""
         held = self._held.get(seq.id) or self._fresh(seq)
         size, tail = self.page, held.chain + held.nodes + rows
         drafted = max(0, tail - seq.pending) if seq.id in self._held else 0
-        evicts = seq.cache.max_slots < NEVER and seq.stored + tail >= seq.shareable_tokens  # survivors of pages that others list are copied
+        evicts = seq.cache.max_slots < NEVER and seq.stored + tail >= seq.shareable_tokens  # it copies kept slots of shared pages
         exact = coded = 0
         for lane in held.lanes:
             own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
@@ -177,7 +177,7 @@ class PageTable:
         return blocks + (-(-coded // held.coded.per_block) if held.coded is not None else 0)
 
     def gain(self, seq: Sequence) -> int:
-        """Blocks that freeing `seq` would add to available(): those whose pages nobody else lists."""
+        """Blocks that freeing `seq` would add to available(): those with pages that no other sequence lists."""
         held = self._held[seq.id]
         gained = 0
         for pool, listed in held.listed():
@@ -188,15 +188,15 @@ class PageTable:
     # ---- sharing
 
     def match(self, tokens: Seq[int], salt: str) -> int:
-        """How many leading tokens lie in published pages: whole pages, at most len(tokens) - 1. Changes nothing."""
+        """The number of leading tokens in published pages: whole pages, at most len(tokens) - 1. Changes nothing."""
         return len(self.prefix.walk(tokens, salt)) * self.page if self.sharing else 0
 
     def idle_matched(self, tokens: Seq[int], salt: str) -> int:
-        """Pages of that match which available() counts, but which whoever attaches them takes away."""
+        """Pages of the match that available() counts and that attaching takes."""
         return sum(node.page in self.prefix.idle for node in self.prefix.walk(tokens, salt)) if self.sharing else 0
 
     def attach(self, seq: Sequence, n: int) -> None:
-        """Lists the published pages of the first `n` tokens, `n` from match, in the empty SHARED lane of `seq`."""
+        """Lists the published pages of the first `n` tokens (see match) in the empty SHARED lane of `seq`."""
         if not n:
             return
         held = self._held[seq.id]
@@ -212,16 +212,16 @@ class PageTable:
         self._mark()
 
     def publish(self, seq: Sequence) -> None:
-        """Publishes the full committed pages of a SHARED lane that nothing was evicted from. O(pages that became full).
+        """Publishes the full committed pages of a SHARED lane without evictions. Takes O(pages that became full).
 
-        Where an equal page is published already, this one stays private and the next is published under that one.
+        If an equal page is already published, this one stays private and the next one is published below the published one.
         """
         held = self._held[seq.id]
         lane = held.lanes[0]
         full = min(lane.length, seq.shareable_tokens) // self.page
         if full <= held.published or not self.sharing or held.pool.space != Space() or held.edited:
             return
-        if not held.cursor.alive:  # an equal page under which this sequence published was evicted: from the start
+        if not held.cursor.alive:  # the page below which this sequence publishes was evicted: start from the root
             held.cursor, held.published = self.prefix.root, 0
         for i in range(held.published, full):
             tokens = seq.tokens[i * self.page : (i + 1) * self.page]
@@ -229,7 +229,7 @@ class PageTable:
         held.published = full
 
     def forget(self) -> int:
-        """Lets go of the published pages that nobody lists, and returns how many they were; the others stay shared."""
+        """Frees the published pages that no lane lists, and returns their number. Listed pages stay shared."""
         count = len(self.prefix.idle)
         while self.prefix.idle:
             for page in self.prefix.evict():
@@ -239,7 +239,7 @@ class PageTable:
     # ---- sequences
 
     def open(self, seq: Sequence) -> None:
-        """Empty lanes of kind `seq.cache.lanes`; nothing is stored."""
+        """Opens `seq` with empty lanes of kind `seq.cache.lanes`."""
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
         self._held[seq.id] = self._fresh(seq)
         seq.stored = 0
@@ -251,16 +251,16 @@ class PageTable:
         return _Held(seq, pool, block, [_Lane([]) for _ in range(pool.lanes)], self.prefix.root)
 
     def free(self, seq: Sequence) -> None:
-        """Lets go of all pages and forgets the sequence. Published pages stay while memory lasts."""
+        """Releases all pages of the sequence and closes it. Published pages stay until memory is needed."""
         assert seq.id in self._held, f"sequence {seq.id} is not open"
         for pool, pages in self._held.pop(seq.id).listed():
             self._drop(pool, pages)
 
     def reserve(self, work: Seq[Work], trees: Seq[TokenTree]) -> PageView:
-        """Grows every tail by the rows packed now: `w.rows` chain rows unless it has them, and the nodes from w.first on.
+        """Extends every tail by the rows of this forward: `w.rows` chain rows unless the tail has them, and the nodes from w.first on.
 
-        May be called again before commit, with w.first = the nodes that the tail has. Raises OutOfPages and changes nothing
-        where memory lacks.
+        May be called again before commit, with w.first = the number of nodes in the tail. Raises OutOfPages, and changes nothing, if
+        memory is short.
         """
         growth: list[tuple[_Held, int, int, int]] = []
         wanted: dict[Space, int] = {}
@@ -270,7 +270,7 @@ class PageTable:
             nodes = len(tree) - w.first
             assert chain <= w.seq.pending, f"sequence {w.seq.id}: {chain} rows to run, {w.seq.pending} pending"
             assert nodes >= 0 and held.nodes == w.first, f"sequence {w.seq.id}: tail of {held.nodes} nodes, first {w.first}"
-            assert held.chain in (0, w.rows), f"sequence {w.seq.id}: a tail of {held.chain} chain rows goes on with {w.rows}"
+            assert held.chain in (0, w.rows), f"sequence {w.seq.id}: a tail of {held.chain} chain rows continues with {w.rows}"
             missing = held.missing(chain + nodes, self.page)
             if missing:
                 wanted[held.pool.space] = wanted.get(held.pool.space, 0) + missing
@@ -299,15 +299,15 @@ class PageTable:
         return view
 
     def commit(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Moves]:
-        """The chain and the accepted path become committed slots; all else of the tail is gone. At most one Moves a kind.
+        """Commits the chain and the accepted path and drops the rest of the tail. Returns at most one Moves for each space.
 
-        Chain rows lie right already; the k-th node of the path moves to slot length + chain + k, never to the right:
+        Chain rows are already in place. The k-th node of the path moves to slot length + chain + k, never to the right:
 
             slot       0 .. 63     64      65   66   67   68   69
             before     committed   chain   n0   n1   n2   n3   n4       length 64, accepted path (n1, n4)
             move                           ^----'              |        66 -> 65
                                                 ^--------------'        69 -> 66
-            after      committed ...       n1   n4                      length 67; pages behind slot 66 are freed
+            after      committed ...       n1   n4                      length 67; pages after slot 66 are freed
 
         Then seq.tokens and seq.stored advance.
         """
@@ -342,12 +342,12 @@ class PageTable:
             self._cut(held)
 
     def fork(self, seq: Sequence, child: Sequence) -> Moves:
-        """Opens `child` with the same lanes: full pages are listed by both, the partial one is copied whole, so that
-        nothing of its former owner is left in the new one. The tail must be empty."""
+        """Opens `child` with the same lanes. Both list the full pages; the partial page is copied whole, so no data of a former owner
+        remains in the new page. The tail must be empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: fork while a tail is open"
         same = (child.cache.lanes, child.cache.format, child.cache.coded) == (seq.cache.lanes, seq.cache.format, seq.cache.coded)
-        assert child.id not in self._held and same, f"sequence {child.id}: open, or of another space"
+        assert child.id not in self._held and same, f"sequence {child.id}: already open, or in another space"
         pool, size = held.pool, self.page
         self._ensure({pool.space: sum(lane.length % size > 0 for lane in held.lanes)})
         lanes, src, dst = [], [], []
@@ -372,8 +372,9 @@ class PageTable:
         return Moves(pool.space, self._places(src, places), self._places(dst, places))
 
     def check(self) -> None:
-        """AssertionError where an invariant broke: references equal listings; units in use + free units + free blocks =
-        pool; no lane longer than its pages; coded pages full; published pages full and never at a lane's writable end."""
+        """Raises AssertionError if an invariant is broken: references equal listings; pages in use, free pages and free blocks add up
+        to the pool; no lane is longer than its pages; coded pages are full; published pages are full and never at the writable end of
+        a lane."""
         size = self.page
         listed: dict[Space, Counter[int]] = {space: Counter() for space in self._pools}
         for held in self._held.values():
@@ -387,7 +388,7 @@ class PageTable:
                 assert count == -(-end // size), f"{name} lane {index}: {count} pages for {end} slots"
                 assert skipped * size <= lane.length, f"{name} lane {index}: {skipped} coded pages for {lane.length} slots"
                 assert held.edited or lane.length == held.seq.stored, f"{name} lane {index}: {lane.length} slots, {held.seq.stored} stored"
-                assert held.edited == (lane.positions is not None), f"{name} lane {index}: positions of some lanes only"
+                assert held.edited == (lane.positions is not None), f"{name} lane {index}: only some lanes have positions"
                 where = np.arange(lane.length) if lane.positions is None else lane.positions
                 for i, page in enumerate(lane.pages, skipped):
                     published = shared_kind and page in self.prefix
@@ -411,26 +412,26 @@ class PageTable:
             assert len(spare) == pool.spares, f"{pool.space}: {len(spare)} free pages, counted {pool.spares}"
             assert all(page // pool.per_block == block for block, pages in pool.spare.items() for page in pages)
             in_block = Counter(page // pool.per_block for page in taken)
-            units = Counter(page // pool.per_block for page in {*taken, *spare})
+            in_pool = Counter(page // pool.per_block for page in {*taken, *spare})
             assert len({*taken, *spare}) == len(taken) + len(spare), f"{pool.space}: a page is both free and in use"
-            assert all(n == pool.per_block for n in units.values()), f"{pool.space}: pages of a block are lost: {dict(units)}"
-            assert in_block.keys() == units.keys(), f"{pool.space}: a block without pages in use was not given back"
-            blocks += units
+            assert all(n == pool.per_block for n in in_pool.values()), f"{pool.space}: pages of a block are lost: {dict(in_pool)}"
+            assert in_block.keys() == in_pool.keys(), f"{pool.space}: a block without pages in use was not released"
+            blocks += in_pool
         assert sorted(blocks) == list(range(self.blocks)), f"blocks lost or owned twice: {sorted(blocks)}"
 
     # ---- pages
 
     def _ensure(self, wanted: dict[Space, int]) -> None:
-        """Raises OutOfPages unless so many pages of each kind can be taken."""
+        """Raises OutOfPages unless `wanted` pages of each space can be allocated."""
         blocks = sum(-(-max(0, n - self._pools[space].spares) // self._pools[space].per_block) for space, n in wanted.items())
         if blocks > self.available():
-            raise OutOfPages(f"{blocks} blocks wanted, {self.available()} of {self.blocks} available")
+            raise OutOfPages(f"{blocks} blocks needed, {self.available()} of {self.blocks} available")
 
     def _mark(self) -> None:
         self.peak = max(self.peak, self.used())
 
     def _grow(self, held: _Held, fresh: list[tuple[Space, int]]) -> None:
-        """Takes the pages that the lanes lack for their tail."""
+        """Allocates the pages that the lanes lack for their tail."""
         tail = held.chain + held.nodes
         for lane in held.lanes:
             for _ in range(-(-(lane.length + tail) // self.page) - len(lane.pages) - len(lane.coded)):
@@ -440,7 +441,7 @@ class PageTable:
         held.view = None
 
     def _cut(self, held: _Held) -> None:
-        """Ends the tail and lets go of the pages behind the committed slots."""
+        """Drops the tail and releases the pages after the committed slots."""
         held.chain = held.nodes = 0
         for lane in held.lanes:
             count = -(-lane.length // self.page) - len(lane.coded)
@@ -450,7 +451,7 @@ class PageTable:
                 held.view = None
 
     def _take(self, pool: _Pool) -> int:
-        """A page with one listing; carves a block, and evicts for it, where no carved one has room."""
+        """Allocates a page, listed once. If no cut block has a free page, it cuts a block, and evicts for it if necessary."""
         if not pool.spare:
             if not self._free:
                 for page in self.prefix.evict():
@@ -467,7 +468,7 @@ class PageTable:
         return page
 
     def _list(self, pool: _Pool, page: int) -> None:
-        """One more lane lists a page that is listed or idle."""
+        """Adds a listing of a page that is listed or idle."""
         if page in pool.refs:
             pool.refs[page] += 1
         else:
@@ -475,7 +476,7 @@ class PageTable:
             pool.refs[page] = 1
 
     def _drop(self, pool: _Pool, pages: Iterable[int]) -> None:
-        """One lane less lists these pages. Last page first: see PrefixTree.rest."""
+        """Removes one listing of each page. The last page of a lane comes first; see PrefixTree.rest."""
         for page in pages:
             if pool.refs[page] > 1:
                 pool.refs[page] -= 1
@@ -500,5 +501,5 @@ class PageTable:
         return pool.refs[page] == 1 and not (pool.space == Space() and page in self.prefix)
 
     def _places(self, pages: list[int], slots: I32 | I64) -> I32:
-        """Where these slots of a lane of `pages` lie."""
+        """i32: the places of these slots in a lane with these pages."""
         return (np.array(pages, np.int32)[slots // self.page] * self.page + slots % self.page).astype(np.int32)

@@ -1,4 +1,4 @@
-"""A toy memory of fixed size: slots for states, immutable once committed, so that forks and snapshots share them by reference."""
+"""A toy memory of fixed size. Its slots hold states that never change after a commit, so forks and snapshots share them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Key = tuple[str, tuple[int, ...]]  # salt, tokens
 
 @dataclass(eq=False)
 class Held:
-    """`committed` is the state after the stored tokens. The tail: the state after the chain and after each node, and the states
-    at page borders within the chain. `snapshots`: committed states at page borders that are not published yet."""
+    """committed: the state after the stored tokens; rows, chain, scratch, borders, nodes: the tail, with the state after the chain and
+    after each node, and the states at page ends within the chain; snapshots: committed states at page ends, not yet published."""
 
     committed: int = ZERO
     rows: int = 0
@@ -40,7 +40,7 @@ class Held:
 
 
 class State:
-    """See redraft.kv.memory.Memory. `slots` states of all recurrent layers; a slot counts as blocks / slots blocks."""
+    """A Memory (redraft.kv.memory) with `slots` states of all recurrent layers. A slot counts as blocks / slots blocks."""
 
     def __init__(self, spec: ModelSpec, slots: int, blocks: int, page: int = 32, sharing: bool = True) -> None:
         (group,) = [group for group in spec.memories() if group.kind == "state"]
@@ -117,7 +117,7 @@ class State:
     def publish(self, seq: Sequence) -> None:
         held = self.held[seq.id]
         for n, slot in held.snapshots:
-            if self.sharing and n <= seq.pure:
+            if self.sharing and n <= seq.shareable_tokens:
                 self.found.setdefault((seq.request.salt, tuple(seq.tokens[:n])), slot)
             self._drop(slot)
         held.snapshots = []
@@ -155,7 +155,7 @@ class State:
         return view
 
     def _chain(self, held: Held, w: Work) -> tuple[list[int], list[int]]:
-        """Each row reads what the row before it left. Only the last state and those at page borders are kept."""
+        """Each row reads the state that the row before it wrote. Only the last state and those at page ends are kept."""
         at, writes = held.committed, []
         for n in range(w.seq.stored + 1, w.seq.stored + w.rows + 1):
             if n % self.page == 0:
@@ -168,7 +168,7 @@ class State:
         return [at, *writes[:-1]], writes
 
     def commit(self, work: Seq[Work], accepted: Seq[Accepted]) -> None:
-        """Keeps the accepted row's state; its slot becomes the committed one."""
+        """Keeps the state of the accepted row; its slot becomes the committed one."""
         for w, found in zip(work, accepted, strict=True):
             held, before = self.held[w.seq.id], self.held[w.seq.id].committed
             end = w.seq.stored + w.rows

@@ -1,4 +1,4 @@
-"""Several memories as one, and what moves between engines."""
+"""Combined memories, and export and import between engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes, Sequence
+from redraft.core.sequence import CachePlan, Lanes, Sequence
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -31,12 +31,12 @@ from tests.kv.state import State
 
 def made(ident: int, tokens: Seq[int], lanes: Lanes = Lanes.SHARED) -> Sequence:
     seq = sequence(tokens)
-    seq.id, seq.lanes = ident, lanes
+    seq.id, seq.cache = ident, CachePlan(lanes=lanes)
     return seq
 
 
 def run(runner: Runner, seq: Sequence, rows: int, tree: TokenTree = EMPTY) -> Any:
-    """The logits of the last rows, with whatever drafts; all drafts are rejected."""
+    """The logits of the last rows. The drafts are all rejected."""
     work = [Work(seq, rows)]
     out = runner.forward(Batch.pack(work, [tree], runner.memory.reserve(work, [tree])), Taps(logits=True))
     runner.memory.move(runner.memory.commit(work, [Accepted((), (0,) if work[0].done else ())]))
@@ -53,7 +53,7 @@ def hybrids() -> tuple[Memories, Paged, State]:
     return runner.memory, runner.memory.paged, state
 
 
-# ---- several as one
+# ---- combined memories
 
 
 def test_a_prefix_matches_as_far_as_all_agree() -> None:
@@ -114,7 +114,7 @@ def test_the_scarcest_memory_decides() -> None:
 
 
 def test_sums_that_fit_in_one_figure_fit_in_each_memory() -> None:
-    """Sequences run as long as the sum of needs is available, with drafts; nothing is ever lacking."""
+    """Sequences run, with drafts, while the sum of needs is available. No memory ever runs out."""
     dice = Random(3)
     for seed in range(20):
         spec = hybrid.tiny()[0]
@@ -179,8 +179,8 @@ def runner(backend: Any, blocks: int = 20) -> Runner:
 
 @pytest.mark.parametrize("lanes", Lanes)
 @pytest.mark.parametrize("backend", [Reference, TorchOps])
-def test_an_exported_text_goes_on_in_another_engine(backend: Any, lanes: Lanes) -> None:
-    """Evicted slots and block formats included: bit for bit what it would have been."""
+def test_an_exported_text_continues_in_another_engine(backend: Any, lanes: Lanes) -> None:
+    """The imported text continues bit for bit as the exported one, also after an eviction."""
     dice = Random(1)
     tokens = [dice.randrange(definition.VOCAB) for _ in range(75)]
     for evicts in (False, True):
@@ -215,8 +215,8 @@ def test_coded_pages_travel_too(backend: Any) -> None:
     here, there = runners
     seqs = []
     for _ in runners:
-        seqs.append(made(1, tokens, Lanes.PER_HEAD))
-        seqs[-1].block, seqs[-1].encoded = "toy", 32
+        seqs.append(made(1, tokens))
+        seqs[-1].cache = CachePlan(lanes=Lanes.PER_HEAD, coded="toy", encoded=32)
     run(here, made_open(here, seqs[0]), 64)
     here.memory.paged.encode(seqs[0])
     there.memory.import_(seqs[1], here.memory.export(seqs[0]))
@@ -247,5 +247,5 @@ def test_what_does_not_fit_is_not_open() -> None:
         there.memory.import_(moved, here.memory.export(seq))
     there.memory.check()
     assert there.memory.used() == 0 and moved.stored == 0
-    with pytest.raises(Unsupported, match=r"^cached text of a model with 2 layers, .* by one with 3 layers, "):
+    with pytest.raises(Unsupported, match=r"^cannot import the cache of a model with 2 layers, .* into a model with 3 layers, "):
         Runner(*definition.tiny(layers=3), TorchOps(torch.float64), 9).memory.import_(moved, here.memory.export(seq))

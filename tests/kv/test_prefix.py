@@ -1,4 +1,4 @@
-"""The radix tree alone: lookup, salt, order of eviction, what an eviction takes along."""
+"""The radix tree alone: lookup, salt, the order of eviction, and which pages an eviction frees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ A, B, C, D = (1, 1), (2, 2), (3, 3), (4, 4)
 
 
 def grow(tree: PrefixTree, *edges: tuple[int, int], page: int, salt: str = "") -> list[Node]:
-    """Publishes a path of pages numbered from `page` on."""
+    """Publishes a path of pages with numbers from `page` on."""
     at, nodes = tree.root, []
     for i, tokens in enumerate(edges):
         at = tree.insert(at, salt, tokens, page + i)

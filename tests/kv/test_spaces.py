@@ -1,4 +1,4 @@
-"""Pages of several spaces in one pool, block formats, spliced text, and what need() promises under a scheduler."""
+"""Pages of several spaces in one pool, coded pages, spliced text, and the promises of need() under a scheduler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from redraft.kv.edits import EditableTable
 from redraft.sched.fcfs import FCFS
 from tests.kv.test_table import BLOCKS, HEADS, LANES, LAYERS, PAGE, Program, make, pairs, real, run, snapshot
 
-SPACES = {  # a block has room for 6 pages of one head's keys as they are
+SPACES = {  # a block has room for 6 plain pages of one head
     Space(Lanes.PER_HEAD, "int8"): 10,
     Space(Lanes.PER_HEAD, "wide"): 4,
     Space(Lanes.PER_HEAD, "int4"): 15,
@@ -37,10 +37,10 @@ def pool(blocks: int, module: Any = real) -> EditableTable:
     return table
 
 
-def stored(table: EditableTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", block: str = "") -> Sequence:
-    """An open sequence of so many stored tokens and one more."""
+def stored(table: EditableTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", coded: str = "") -> Sequence:
+    """An open sequence with `tokens` stored tokens and one pending token."""
     seq = make(ident, range(100 * ident, 100 * ident + tokens + 1), lanes)
-    seq.cache = CachePlan(lanes=lanes, format=form, block=block)
+    seq.cache = CachePlan(lanes=lanes, format=form, coded=coded)
     table.open(seq)
     run(table, seq, tokens)
     return seq
@@ -63,7 +63,7 @@ def test_a_block_goes_from_one_space_to_another() -> None:
 
 def test_encode_moves_full_pages_and_frees_them() -> None:
     table = pool(8)
-    seq = stored(table, 1, 10, Lanes.PER_HEAD, block="int4")
+    seq = stored(table, 1, 10, Lanes.PER_HEAD, coded="int4")
     exact = table._held[1].arrays()[0].copy()
     found = table.encode(seq)
     table.check()
@@ -76,7 +76,7 @@ def test_encode_moves_full_pages_and_frees_them() -> None:
     assert pairs(moves) == [(new * PAGE + 1, old * PAGE + 3) for old, new in view.pages[0].tolist()]
     table.check()
     assert len(table.encode(seq).src) == 6 and len(table.encode(seq).src) == 0
-    with pytest.raises(AssertionError, match="a block format is not evicted from"):
+    with pytest.raises(AssertionError, match="a sequence with coded pages cannot evict"):
         table.keep(seq, 0, [])
 
 
@@ -91,7 +91,7 @@ def test_splice_copies_slots_and_turns_keys() -> None:
     slots = [(6, 5), (7, 6), (8, 7), (9, 8), (10, 9), (10, 10), (10, 11)]  # the rest of the fresh page is filled
     assert pairs(moves) == [(theirs[a // 4] * 4 + a % 4, mine[b // 4] * 4 + b % 4) for a, b in slots]
     run(table, seq)
-    assert table.match([*seq.tokens, 0], "") == 4  # nothing behind the first spliced slot
+    assert table.match([*seq.tokens, 0], "") == 4  # nothing after the first spliced slot
     whole = make(3, source.tokens)
     table.open(whole)
     assert table.splice(whole, source, 0, 8, exact=True).delta == 0
@@ -114,21 +114,21 @@ def test_a_fork_of_spliced_text_publishes_no_more_than_its_parent() -> None:
     assert child.shareable_tokens == 0 and table.match([*child.tokens, 0], "") == 0
 
 
-def test_need_counts_what_borders_take() -> None:
+def test_need_counts_what_sync_points_take() -> None:
     table = pool(BLOCKS)
-    blocks = stored(table, 1, 4, Lanes.PER_HEAD, block="int4")
+    blocks = stored(table, 1, 4, Lanes.PER_HEAD, coded="int4")
     blocks.cache = replace(blocks.cache, encoded=8)
     blocks.tokens += range(99)  # 100 pending
     assert table.need(blocks, 100) == 1 + -(-6 * 26 // 15)  # one more exact page a lane; all 104 slots but the last in codes
     blocks.tokens = blocks.tokens[:5]
-    assert table.need(blocks, 1 + 10) == 3 + -(-6 * 2 // 15)  # drafts lie behind the border, not in codes
+    assert table.need(blocks, 1 + 10) == 3 + -(-6 * 2 // 15)  # drafts come after the sync point, not in coded pages
     evicted = stored(table, 2, 9, Lanes.PER_HEAD)
     evicted.cache, evicted.shareable_tokens = replace(evicted.cache, max_slots=12), 12
     evicted.tokens += range(99)
     assert table.need(evicted, 100) == 0 and table.need(evicted, 100 + 5) == 2
     child = make(3, evicted.tokens, Lanes.PER_HEAD)
     table.fork(evicted, child)
-    assert table.need(evicted, 100) == 2 and table.need(evicted, 1) == 0  # pages that both list are copied, once it is evicted from
+    assert table.need(evicted, 100) == 2 and table.need(evicted, 1) == 0  # an eviction copies pages that both list
     shared = make(4, range(30))
     assert table.need(shared, 31, matched=8) == 6
     shared.cache, shared.shareable_tokens = replace(shared.cache, max_slots=16), 16
@@ -140,7 +140,7 @@ def test_need_counts_what_borders_take() -> None:
 
 
 class Spaces(Program):
-    """Also: pages of other sizes, encodings, spliced text, text that is shareable up to a point, summaries of full pages."""
+    """Adds pages of other sizes, encodings, spliced text, partly shareable text and summaries of full pages."""
 
     def define(self) -> None:
         self.summaries: dict[tuple[Space, int], list[int]] = {}
@@ -154,19 +154,19 @@ class Spaces(Program):
         if lanes is Lanes.SHARED:
             seq.shareable_tokens = self.random.choice([seq.shareable_tokens, self.random.randrange(20)])
         else:
-            form, block = self.random.choice(forms if lanes is Lanes.PER_HEAD else forms[:2])
-            seq.cache = CachePlan(lanes=lanes, format=form, block=block)
+            form, coded = self.random.choice(forms if lanes is Lanes.PER_HEAD else forms[:2])
+            seq.cache = CachePlan(lanes=lanes, format=form, coded=coded)
         return seq
 
     def encode(self) -> None:
-        blocks = [seq for seq in self.seqs.values() if seq.cache.block]
+        blocks = [seq for seq in self.seqs.values() if seq.cache.coded]
         if not blocks:
             return
         seq = self.random.choice(blocks)
         held, before = self.table._held[seq.id], snapshot(self.table)
-        assert held.block is not None
+        assert held.coded is not None
         full = sum(lane.length // PAGE - len(lane.coded) for lane in held.lanes)
-        fits = -(-max(0, full - held.block.spares) // held.block.per_block) <= self.table.available()
+        fits = -(-max(0, full - held.coded.spares) // held.coded.per_block) <= self.table.available()
         try:
             source, target, src, dst = self.table.encode(seq)
         except self.module.OutOfPages:
@@ -208,12 +208,12 @@ class Spaces(Program):
         for lane in held.lanes:
             for page in lane.pages[: lane.length // PAGE - len(lane.coded)]:
                 now = self.memory[self.cells(held.pool.space, page)][0].tolist()
-                assert self.summaries.get((held.pool.space, page)) == now, f"page {page} was not summarised as it is"
+                assert self.summaries.get((held.pool.space, page)) == now, f"page {page} has a stale summary"
         assert not len(self.table.unfolded(seq))
 
 
 def drive(program: type[Spaces], seeds: int, operations: int = 50) -> None:
-    """A fixed program for each seed."""
+    """Runs a fixed program for each seed."""
     for seed in range(seeds):
         it = program()
         it.start(seed)
@@ -235,16 +235,16 @@ def test_random_programs() -> None:
     drive(Spaces, 40)
 
 
-# ---- what need() promises
+# ---- the promises of need()
 
 
 class Kind(NamedTuple):
-    """A form that a request may choose. budget, drop: `drop` slots go whenever `budget` are taken; uneven: by how much a lane may
-    exceed the others then; encoded: see Sequence; spliced: text is taken over from another sequence."""
+    """A kind of cache that a request may choose. budget, drop: `drop` slots are evicted whenever `budget` are in use; uneven: the most
+    slots by which a lane may differ from the others then; encoded: see CachePlan; spliced: text is copied from another sequence."""
 
     lanes: Lanes = Lanes.SHARED
     format: str = ""
-    block: str = ""
+    coded: str = ""
     budget: int = 0
     drop: int = 0
     uneven: int = 0
@@ -260,13 +260,13 @@ KINDS = [
     Kind(Lanes.PER_HEAD, budget=16, drop=8, uneven=4),
     Kind(Lanes.PER_HEAD, "int8", budget=9, drop=3),
     Kind(Lanes.PER_HEAD, "wide"),
-    Kind(Lanes.PER_HEAD, block="int4", encoded=4),
+    Kind(Lanes.PER_HEAD, coded="int4", encoded=4),
     Kind(Lanes.PER_HEAD, "wide", "int4-wide", encoded=8),
 ]
 
 
 class Service:
-    """The engine's loop over a small pool, without a model: nothing that it does may ever lack pages. done: what happened."""
+    """The loop of the engine over a small pool, without a model. No operation may ever lack pages. done: counts of operations."""
 
     def __init__(self, seed: int, module: Any = real) -> None:
         self.random, self.done = random.Random(seed), Counter[str]()
@@ -292,7 +292,7 @@ class Service:
         seq.cache = CachePlan(
             lanes=kind.lanes,
             format=kind.format,
-            block=kind.block,
+            coded=kind.coded,
             max_slots=kind.budget + kind.uneven if kind.budget else NEVER,
             encoded=kind.encoded or NEVER,
         )
@@ -302,7 +302,7 @@ class Service:
         return seq
 
     def spans(self, seq: Sequence) -> None:
-        """(at, first, count) in the source, anew after each preemption."""
+        """Draws new spans (at, first, count) of the source, also after each preemption."""
         seq.spans, at = [], 0
         seq.request.salt = str(seq.request.sequences[0].id) if self.kinds[seq.id].spliced else ""
         while self.kinds[seq.id].spliced and (at := at + self.random.randrange(9)) < seq.prompt_len - 1:
@@ -415,16 +415,16 @@ class Service:
         return self.done
 
 
-def test_need_never_lies() -> None:
+def test_need_is_never_exceeded() -> None:
     done = sum((Service(seed).run() for seed in range(110)), Counter[str]())
     assert min(done[what] for what in ("keep", "encode", "splice", "fork", "preempt", "full")) > 20
 
 
-# ---- planted faults
+# ---- tests of the tests: planted faults
 
 
 def planted(old: str, new: str) -> Any:
-    """The table's modules with one fault in them. Faults of single lines within long methods have no other place to be planted."""
+    """The modules of the table with one fault. It edits the source, because single lines of long methods cannot be patched."""
     paths = Path(str(table.__file__)), Path(str(edits.__file__))
     sources = [path.read_text() for path in paths]
     assert sum(source.count(old) for source in sources) == 1, f"not one place for the fault: {old}"
@@ -437,7 +437,7 @@ def planted(old: str, new: str) -> Any:
 
 
 PROGRAM = {
-    "a page is relisted although a survivor moved": (" & (keep[last] - keep[first] == last - first)", ""),
+    "a page is relisted although a kept slot moved": (" & (keep[last] - keep[first] == last - first)", ""),
     "part of a shared page becomes a lane's end": ("        whole &= (last - first == size - 1) | (keep[last] == it.length - 1)\n", ""),
     "keep writes shared pages": (
         " if self._private(pool, page)]\n        alone",
@@ -456,10 +456,10 @@ PROGRAM = {
         "full = lane.length // self.page",
     ),
     "a fork forgets what is shareable": ("min(child.shareable_tokens, seq.shareable_tokens)", "child.shareable_tokens"),
-    "a fork does not count coded pages": ("                self._list(held.block, page)\n", "                pass\n"),
+    "a fork does not count coded pages": ("                self._list(held.coded, page)\n", "                pass\n"),
     "encode keeps the exact pages": ("        self._drop(held.pool, reversed(src))\n", ""),
     "coded pages are counted twice": (" - len(lane.pages) - len(lane.coded) for lane", " - len(lane.pages) - 2 * len(lane.coded) for lane"),
-    "accepted nodes are searched behind coded pages": (" - size * len(lane.coded), lane.pages", ", lane.pages"),
+    "accepted nodes are searched after coded pages": (" - size * len(lane.coded), lane.pages", ", lane.pages"),
     "gain overlooks coded pages": (
         "in held.listed():\n            mine",
         "in held.listed()[:1]:\n            mine",

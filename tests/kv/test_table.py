@@ -1,4 +1,4 @@
-"""The page table against a model of what every place of every unit of the pool must hold."""
+"""The page table against a model of the expected content of every place in the pool."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(ident: int, tokens: Iterable[int], kind: Lanes = Lanes.SHARED, salt: st
 
 
 def run(table: EditableTable, seq: Sequence, rows: int | None = None) -> PageView:
-    """Stores `rows` pending tokens, all unless reported otherwise; the sequence draws token 0 if it may."""
+    """Stores `rows` pending tokens, None for all. The sequence draws token 0 if the last pending token runs."""
     work = Work(seq, seq.pending if rows is None else rows)
     view = table.reserve([work], [EMPTY])
     assert table.commit([work], [Accepted((), (0,) if work.done else ())]) == []
@@ -44,14 +44,14 @@ def run(table: EditableTable, seq: Sequence, rows: int | None = None) -> PageVie
 
 
 def admit(table: EditableTable, seq: Sequence, rows: int | None = None) -> PageView | None:
-    """Opens, attaches what matches, runs the rest."""
+    """Opens the sequence, attaches its matching prefix and runs the rest."""
     table.open(seq)
     table.attach(seq, table.match(seq.tokens, seq.request.salt))
     return run(table, seq, rows) if rows != 0 else None
 
 
 def listed(table: EditableTable, seq: Sequence) -> list[int]:
-    """The pages of the first lane, as the outside sees them."""
+    """The pages of the first lane, as a page view reports them."""
     pages: list[int] = table.reserve([Work(seq, 1)], [EMPTY]).pages[0][0].tolist()
     table.discard(seq)
     return pages
@@ -112,7 +112,7 @@ def test_a_growing_tail_packs_its_chain_once() -> None:
     assert table.reserve([Work(seq, 3)], [EMPTY]).tail == [0]
     behind = table.reserve([Work(seq, 3)], [tree])  # a chain alone is a tail too
     assert (behind.tail, behind.chain) == ([3], [3])
-    with pytest.raises(AssertionError, match="a tail of 3 chain rows goes on with 2"):
+    with pytest.raises(AssertionError, match="a tail of 3 chain rows continues with 2"):
         table.reserve([Work(seq, 2, first=5)], [tree])
     table.check()
 
@@ -125,7 +125,7 @@ def test_reserve_is_all_or_nothing() -> None:
     for seq in (small, large):
         table.open(seq)
     before = snapshot(table)
-    with pytest.raises(OutOfPages, match="4 blocks wanted, 3 of 3 available"):
+    with pytest.raises(OutOfPages, match="4 blocks needed, 3 of 3 available"):
         table.reserve([Work(small, 4), Work(large, 5)], [TokenTree.chain(range(4)), EMPTY])
     assert snapshot(table) == before
     table.check()
@@ -296,7 +296,7 @@ def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
     child = make(3, range(13))
     table.fork(seq, child)  # takes it
     assert table.available() == 0 and table.match(range(13), "") == 4
-    with pytest.raises(OutOfPages, match="1 blocks wanted, 0 of 4"):
+    with pytest.raises(OutOfPages, match="1 blocks needed, 0 of 4"):
         table.keep(seq, 0, [1, 2, 3, 4, 5])  # two pages to write, one is its own alone
 
 
@@ -369,7 +369,7 @@ def state(lane: Any) -> object:
 
 
 def snapshot(table: EditableTable) -> object:
-    """All that a failing operation must leave as it was."""
+    """The state that a failing operation must not change."""
     held = [(i, h.seq.shareable_tokens, h.chain, h.nodes, h.published, [state(lane) for lane in h.lanes]) for i, h in table._held.items()]
     pools = [(dict(p.refs), {s: list(f) for s, f in p.spare.items()}, p.spares) for p in table._pools.values()]
     nodes = {page: (node.key, sorted(c.page for c in node.children.values())) for page, node in table.prefix.nodes.items()}
@@ -379,8 +379,8 @@ def snapshot(table: EditableTable) -> object:
 class Program(RuleBasedStateMachine):
     """Admissions, steps over batches with random trees, forks, evictions, preemptions and discards on a small pool.
 
-    Every place of every cell holds a number that stands for the key there: a function of (taint, salt, the tokens up to
-    and including its own), where the taint is set once keys were evicted, and behind `pure` tokens: keys are not pure there.
+    Every place of every cell holds a number that stands for the key there. It is a function of (taint, salt, the tokens up to and
+    including its own). The taint is set after an eviction and after `shareable_tokens`, because keys then depend on more than tokens.
     """
 
     module: Any = real  # the table under test
@@ -400,7 +400,7 @@ class Program(RuleBasedStateMachine):
         self.define()
 
     def define(self) -> None:
-        """Further spaces."""
+        """Defines further spaces."""
 
     # -- the model
 
@@ -412,7 +412,7 @@ class Program(RuleBasedStateMachine):
         return self.numbers.setdefault(key, len(self.numbers) + 1)
 
     def cells(self, space: Space, page: int) -> slice:
-        """Pages of different spaces overlap in memory where they were carved from the same block."""
+        """The cells of a page. Pages of different spaces overlap in memory if they were cut from the same block."""
         block, i = divmod(page, self.table._pools[space].per_block)
         size = CELLS // self.table._pools[space].per_block
         return slice(block * CELLS + i * size, block * CELLS + (i + 1) * size)
@@ -430,7 +430,7 @@ class Program(RuleBasedStateMachine):
         return self.value("coded", value)
 
     def forget(self) -> None:
-        """Poisons the cells that nobody owns."""
+        """Poisons the cells that no sequence and no published page owns."""
         owned = np.zeros(BLOCKS * CELLS, bool)
         for seq in self.seqs.values():
             for pool, pages in self.table._held[seq.id].listed():
@@ -451,7 +451,7 @@ class Program(RuleBasedStateMachine):
         self.positions[seq.id] = [list(range(seq.stored)) for _ in range(lanes)]
 
     def enter(self, seq: Sequence) -> None:
-        """Open and attach, as the scheduler counts it: nothing unless all of the tokens fit."""
+        """Opens the sequence, and attaches its prefix if all of its tokens fit by the figures that the scheduler uses."""
         table, salt = self.table, seq.request.salt
         tokens = seq.tokens[: seq.shareable_tokens + 1]
         n = table.match(tokens, salt) if seq.cache.lanes is Lanes.SHARED else 0
@@ -494,7 +494,7 @@ class Program(RuleBasedStateMachine):
         return TokenTree(np.array([r.randrange(3) for _ in range(n)], np.int32), np.array(parents, np.int32), np.zeros(n + 1, np.uint8))
 
     def forward(self, works: list[Work], trees: list[TokenTree]) -> bool:
-        """Reserve, zero, write; False where the pool cannot hold it, after which nothing may have changed."""
+        """Reserves, zeroes and writes. Returns False if the pool is too small; then nothing may have changed."""
         table = self.table
         growth = [(0 if w.first else w.rows, len(t) - w.first) for w, t in zip(works, trees, strict=True)]
         promised = sum(table.need(w.seq, sum(g)) for w, g in zip(works, growth, strict=True)) <= table.available()
@@ -612,7 +612,7 @@ class Program(RuleBasedStateMachine):
         lane = r.randrange(LANES[seq.cache.lanes])
         values, positions, held = self.expected[seq.id][lane], self.positions[seq.id][lane], self.table._held[seq.id]
         n, old = len(values), list(held.lanes[lane].pages)
-        if seq.cache.block:
+        if seq.cache.coded:
             return
         whole = r.random() < 0.3  # pages, and the end of the lane
         if whole:
@@ -669,10 +669,10 @@ class Program(RuleBasedStateMachine):
             for lane, values in zip(held.lanes, self.expected[seq.id], strict=True):
                 for i, page in enumerate([*lane.coded, *lane.pages]):
                     coded = i < len(lane.coded)
-                    pool = held.block if coded else held.pool
+                    pool = held.coded if coded else held.pool
                     assert pool is not None
                     block = self.memory[self.cells(pool.space, page)]
-                    assert not np.any(block == POISON), f"page {page} still holds what its former owner left"
+                    assert not np.any(block == POISON), f"page {page} still holds data of its former owner"
                     want = values[i * PAGE : (i + 1) * PAGE]
                     want = [self.coded(v) for v in want] if coded else want
                     assert np.all(block[:, : len(want)] == want), f"sequence {seq.id}, page {i}"

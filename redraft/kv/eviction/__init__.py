@@ -1,1 +1,1 @@
-"""What stays in the cache?"""
+"""Eviction: which slots stay in the cache."""

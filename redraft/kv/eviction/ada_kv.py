@@ -1,17 +1,16 @@
-"""The kv heads of a layer share a budget: what its newest rows attend to most stays, in whichever head it lies.
+"""The kv heads of a layer share a budget: the slots that the newest rows attend to most stay, whichever head they belong to.
 
 Yuan Feng, Junlin Lv, Yukun Cao, Xike Xie, S. Kevin Zhou: Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation
 for Efficient LLM Inference, 2024, arXiv 2407.11550.
 
 1. Score a slot by the attention that the last `history` rows gave it, as SnapKV does.
-2. Spare the newest `recent`, which are those rows: few of them have seen the others, so their scores say little.
+2. Protect the newest `recent` slots. They are those rows, and few rows have seen them, so their scores say little.
 3. Every head keeps at least its best `floor` of the even share.
-4. The rest of the layer's budget goes to the best slots of all its heads together, so that heads that spread their
-   attention keep more.
+4. The rest of the layer's budget goes to the best slots of all its heads together, so heads with spread attention keep more.
 
-Differs: it is done whenever a layer is full, budget * drop tokens a head after the last time, and while a prompt is read, not
-once at its end; scores are not pooled over neighbours; the floor is a minimum (the paper mixes an even share with the adaptive
-one); weights are averaged over the query heads of a kv head; the first `sinks` are spared too.
+Differs: it evicts whenever a layer is full, every budget * drop tokens, also while a prompt is read, not once at its end; scores are
+not pooled over neighbours; the floor is a minimum (the paper mixes an even share with the adaptive one); weights are averaged over the
+query heads of a kv head; the first `sinks` are protected too.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from redraft.options import number
 
 @dataclass(frozen=True)
 class AdaKV(Budgeted):
-    """budget: slots of a kv head, on average over a layer; drop: the part of them that goes when all are taken; history: newest
-    rows that are looked at; recent, sinks: newest and first tokens that never go; floor: the part of the even share that
-    every head keeps."""
+    """budget: slots of a kv head, on average over a layer; drop: the fraction of them to evict when all are full; history: the number
+    of newest rows to count; recent, sinks: the number of newest and of first tokens that are never evicted; floor: the fraction of
+    the even share that every head keeps."""
 
     history: int = number(32, ge=1)
     recent: int = number(32, ge=1)

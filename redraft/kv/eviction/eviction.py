@@ -1,12 +1,11 @@
-"""The seam of cache policies that evict: what rows see, when something goes, and what.
+"""The interface of eviction policies: they decide which slots are evicted and when, and which slots rows see.
 
-A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`, which returns what lives as
-long as the engine (itself when stateless). What lives as long as a request is what `begin` returns; it is kept in
+A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`. open() returns an object that lives as
+long as the engine (the class's own instance if it has no state). `begin` returns the state of a request; it is kept in
 seq.state[opened] and copied by `fork`.
 
-All that happens is keyed to seq.stored, the count of committed tokens, so that no result depends on how tokens were grouped
-into steps: no step crosses a sync point, statistics are those of committed rows in their order, and what rows see at other times
-is a mask that depends on their own position.
+All decisions depend on seq.stored, the number of committed tokens. Results therefore do not depend on how tokens were grouped into
+steps: no step crosses a sync point, statistics are those of committed rows in order, and a mask depends only on a row's position.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from redraft.ops.backend import Seen
 
 
 class OpenKeep(Protocol):
-    """An opened policy. lanes: SHARED where all heads hold the same slots; endless: positions may pass the trained context;
-    window: what rows see, for policies that are a mask; max_slots: committed slots that a lane holds at any time, at most;
-    shareable_tokens: leading tokens whose keys are those of a run without the policy."""
+    """An opened policy. lanes: SHARED if all heads keep the same slots; endless: positions may exceed the trained context; window: the
+    mask of rows, for policies that use one; max_slots: the largest number of committed slots of a lane at any time; shareable_tokens:
+    the number of leading tokens with the same keys as without the policy."""
 
     lanes: Lanes
     endless: bool
@@ -34,7 +33,7 @@ class OpenKeep(Protocol):
     shareable_tokens: int
 
     def begin(self, seq: Sequence) -> Any:
-        """State of one sequence; it may meet generated tokens, after preemption. Always paired with `end`."""
+        """The state of one sequence. After a preemption the sequence may already hold generated tokens. Always paired with `end`."""
         ...
 
     def fork(self, state: Any, seq: Sequence) -> Any: ...
@@ -42,27 +41,27 @@ class OpenKeep(Protocol):
     def end(self, state: Any) -> None: ...
 
     def sync_point(self, seq: Sequence) -> int:
-        """The next value of seq.stored, above the present one, that no step may cross; NEVER for none."""
+        """The next value of seq.stored, above the current one, that no step may cross; NEVER for none."""
         ...
 
     def watch(self, seq: Sequence) -> tuple[Watch, ...]:
-        """Statistics wanted of the attention of this step; always the same number of them."""
+        """The requested statistics of attention in this step; always the same number of them."""
         ...
 
     def observe(self, seq: Sequence, seen: Seen | None, rows: int, path: Seq[int]) -> None:
-        """After a commit of `rows` chain rows and the nodes `path` (numbers of tree rows, in order): statistics become real. seen:
-        None where nothing was watched. seq.stored has advanced."""
+        """Adds the statistics of a commit of `rows` chain rows and the nodes `path` (indices of tree rows, in order). seen: None if
+        nothing was watched. seq.stored has already advanced."""
         ...
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
-        """After each commit, and again at the same count: the slots to keep of each lane, ascending, where something goes; None
-        where nothing does. positions(): of the committed slots of each lane, ascending. State parallel to slots must follow what
-        is returned."""
+        """The slots that each lane keeps, ascending, or None to evict nothing. Called after each commit, and possibly again at the same
+        seq.stored. positions(): the positions of the committed slots of each lane, ascending. A state with one entry for each slot
+        must follow the returned slots."""
         ...
 
 
 class Keep(Protocol):
-    """A registered policy: hyper-parameters only. `runner` tells of the model and its backend."""
+    """A registered policy: hyper-parameters only. `runner` has the model and its backend."""
 
     card: ClassVar[Card]
 
@@ -70,7 +69,7 @@ class Keep(Protocol):
 
 
 class Stateless:
-    """Defaults for policies that keep nothing per request and watch nothing."""
+    """Defaults for policies without state per request and without statistics."""
 
     lanes: Lanes = Lanes.SHARED
     endless: bool = False

@@ -1,13 +1,13 @@
-"""What policies that evict by attention are put together from.
+"""The parts of policies that evict by attention.
 
-    Trigger    when: at `budget` slots, and every `drop` tokens from there on
-    Tally      what was seen of each slot since the last decision, per sequence
+    Trigger    when to evict: at `budget` slots, and then every `drop` tokens
+    Tally      the statistics of each slot of a sequence since the last decision
     Scorer     which statistics are watched, over how many rows, and how slots compare
-    Selector   who is spared, and which slots a lane keeps of the number that it is given
+    Selector   which slots are protected, and which slots a lane keeps
     Allocator  how many slots each lane keeps
 
-`Evicting` is the opened policy made of them. Arrays are [lanes, slots], lane = layer * kv heads + kv head; lanes of unequal
-length are padded on the right. Slots stand in text order, so that of two the first is the older.
+`Evicting` is the opened policy that combines them. Arrays are [lanes, slots], lane = layer * kv heads + kv head. Lanes of unequal
+length are padded on the right. Slots are in text order, so a lower slot is older.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from redraft.options import Options, number
 
 @dataclass(frozen=True)
 class Trigger:
-    """`drop` of `budget` slots a lane, on average, go when all are taken, which is again `drop` tokens later."""
+    """Evicts `drop` of `budget` slots of a lane, on average, whenever all are full, which is every `drop` tokens."""
 
     budget: int
     drop: int
@@ -46,8 +46,8 @@ class Trigger:
 
 @dataclass(eq=False)
 class Tally:
-    """Statistics of one sequence's slots since its last decision, at `stored` committed tokens, which left `lengths` i64[lanes]
-    slots. sums: f64[statistics, lanes, slots], made when the first row counts; missing slots count as 0."""
+    """Statistics of the slots of one sequence since its last decision. stored: committed tokens at that decision; lengths: i64[lanes],
+    the slots that it kept; sums: f64[statistics, lanes, slots]. It grows with the rows that count; missing slots count as 0."""
 
     stored: int
     lengths: I64
@@ -62,10 +62,10 @@ class Tally:
         return self.lengths + (stored - self.stored)
 
     def add(self, seen: Seen, ends: I64, path: Seq[int], skip: int) -> None:
-        """Counts the chain rows, which end at slots `ends` i64[lanes], and the nodes `path` behind them but the first `skip`.
+        """Counts the chain rows, which end at slots `ends` i64[lanes], and then the nodes `path` without the first `skip`.
 
-        A node's column lies where the step wrote it, ends + its number, and goes to where the commit moved it, ends + its place
-        on the path. Columns of other nodes and padding are left out, as are the rows of other nodes.
+        The step wrote node i to slot ends + i; the commit moved it to ends + its index on the path, and its column moves likewise.
+        Columns and rows of other nodes, and padding, do not count.
         """
         statistics, lanes, _ = self.sums.shape
         rows = seen.chain.double() + seen.nodes[:, list(path[skip:])].double().sum(1)
@@ -77,13 +77,13 @@ class Tally:
             self.sums[:, lane, ends + place] += new[:, lane, ends + node]
 
     def widen(self, width: int) -> None:
-        """Room for `width` slots a lane."""
+        """Makes room for `width` slots in each lane."""
         if (lacking := width - self.sums.shape[-1]) > 0:
             self.sums = np.pad(self.sums, ((0, 0), (0, 0), (0, max(lacking, self.sums.shape[-1]))))
 
 
 class Scorer(Protocol):
-    """statistics: names of what is watched (see Watch) and summed over the last `history` rows before a decision."""
+    """statistics: names of the statistics (see Watch) that are summed over the last `history` rows before a decision."""
 
     statistics: ClassVar[tuple[str, ...]]
 
@@ -91,14 +91,14 @@ class Scorer(Protocol):
     def history(self) -> int: ...
 
     def keys(self, sums: F64) -> list[F64]:
-        """From sums f64[statistics, lanes, slots], numbers f64[lanes, slots] by which slots compare: the first decides, the next
-        where it is equal, and of wholly equal slots the older goes. Larger stays."""
+        """The keys f64[lanes, slots] by which slots compare, from sums f64[statistics, lanes, slots]. Slots with larger keys stay. The
+        first key decides, the next one breaks ties, and of equal slots the older is evicted."""
         ...
 
 
 @dataclass(frozen=True)
 class SeldomLow:
-    """Slots that were seldom given less than an even share of attention stay; of equals, those that were given more."""
+    """Keeps the slots that seldom received less than an even share of attention; of equal slots those that received more."""
 
     history: int
     statistics: ClassVar[tuple[str, ...]] = ("low", "mass")
@@ -110,7 +110,7 @@ class SeldomLow:
 
 @dataclass(frozen=True)
 class Mass:
-    """Slots that were given most attention stay."""
+    """Keeps the slots that received most attention."""
 
     history: int
     statistics: ClassVar[tuple[str, ...]] = ("mass",)
@@ -121,16 +121,17 @@ class Mass:
 
 @dataclass(frozen=True)
 class Selector:
-    """The first `sinks` and the newest `recent` slots of every lane are spared, whatever their score."""
+    """Protects the first `sinks` and the newest `recent` slots of every lane, whatever their score."""
 
     sinks: int
     recent: int
 
     def ranks(self, keys: Seq[F64], lengths: I64) -> I64:
-        """i64[lanes, slots]: places within the lane, 0 for what goes last: the spared, then by keys, padding behind all."""
+        """i64[lanes, slots]: the rank of each slot in its lane, 0 for the slot to evict last. Protected slots come first, then slots by
+        their keys, then padding."""
         slots, ends = np.arange(keys[0].shape[-1]), lengths[:, None]
-        spared = (slots < self.sinks) | (slots >= ends - self.recent)
-        worst_first = np.lexsort((*reversed(keys), np.where(slots < ends, spared, -1)))
+        protected = (slots < self.sinks) | (slots >= ends - self.recent)
+        worst_first = np.lexsort((*reversed(keys), np.where(slots < ends, protected, -1)))
         return np.argsort(worst_first[:, ::-1], axis=-1)
 
     def select(self, ranks: I64, shares: I64) -> list[I32]:
@@ -140,13 +141,13 @@ class Selector:
 
 class Allocator(Protocol):
     def shares(self, kept: int, keys: Seq[F64], ranks: I64, lengths: I64) -> I64:
-        """i64[lanes]: slots that each lane keeps; those of a layer sum to kv heads * kept, none above `lengths`."""
+        """i64[lanes]: the number of slots that each lane keeps. The sum over a layer is kv heads * kept; none exceeds `lengths`."""
         ...
 
 
 @dataclass(frozen=True)
 class Even:
-    """The same for all."""
+    """Every lane keeps the same number of slots."""
 
     def shares(self, kept: int, keys: Seq[F64], ranks: I64, lengths: I64) -> I64:
         return np.full(len(lengths), kept)
@@ -154,13 +155,13 @@ class Even:
 
 @dataclass(frozen=True)
 class Across:
-    """The best `floor` slots of every head, the spared among them, then the best of what is left of all `heads` of a layer."""
+    """Keeps the best `floor` slots of every head, protected ones included, and then the best other slots of all `heads` of a layer."""
 
     heads: int
     floor: int
 
     def max_slots(self, trigger: Trigger) -> int:
-        """Slots of a lane at any time: all other heads of its layer are down to the floor, and `drop` tokens follow."""
+        """The largest number of slots of a lane: all other heads of its layer keep the floor, and `drop` tokens follow."""
         return trigger.budget + (self.heads - 1) * (trigger.kept - self.floor)
 
     def shares(self, kept: int, keys: Seq[F64], ranks: I64, lengths: I64) -> I64:
@@ -172,9 +173,10 @@ class Across:
 
 
 class Evicting(Stateless):
-    """The opened policy for `count` lanes, one a layer and kv head: what they hold differs, positions stay. State: a Tally.
+    """The opened policy for `count` lanes, one for each layer and kv head. Lanes hold different slots; positions do not change. Its
+    state is a Tally.
 
-    Statistics start anew with each decision, so that none looks at more rows than lie between two.
+    Statistics start again after each decision, so a decision uses only rows since the last one.
     """
 
     lanes = Lanes.PER_HEAD
@@ -201,8 +203,8 @@ class Evicting(Stateless):
         since = self.trigger.after(tally.stored) - self.scorer.history
         if seen is None or seq.stored <= since:
             return
-        behind = seq.stored - len(path)  # the position of the path's first node
-        tally.add(seen, tally.now(behind), path, min(max(0, since - behind), len(path)))
+        first = seq.stored - len(path)  # the position of the first node of the path
+        tally.add(seen, tally.now(first), path, min(max(0, since - first), len(path)))
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
         tally: Tally = seq.state[self]
@@ -219,8 +221,8 @@ class Evicting(Stateless):
 
 @dataclass(frozen=True)
 class Budgeted(Options):
-    """Hyper-parameters of policies with a budget. budget: slots a kv head; drop: the part of them that goes when all are taken;
-    history: newest rows whose attention is looked at; recent, sinks: newest and first tokens that never go."""
+    """Hyper-parameters of policies with a budget. budget: slots of a kv head; drop: the fraction of them to evict when all are full;
+    history: the number of newest rows to count; recent, sinks: the number of newest and of first tokens that are never evicted."""
 
     budget: int = 1024
     drop: float = number(0.5, gt=0, lt=1)
@@ -235,14 +237,14 @@ class Budgeted(Options):
         if self.budget < (least := self._least()):
             raise InvalidInput(
                 f"{self.name}:budget={self.budget}: must be {least} or more, so that {self.sinks} sinks, {self.recent} recent tokens and "
-                f"one more stay when {self.drop:g} of it goes"
+                f"one more stay when {self.drop:g} of it is evicted"
             )
 
     def _least(self) -> int:
-        """The smallest budget from which something goes and more than the spared tokens stay."""
-        spared = self.sinks + self.recent
-        budget = max(1, int(spared / (1 - self.drop)) - 1, int(0.5 / self.drop) - 1)
-        while round(budget * self.drop) < 1 or budget - round(budget * self.drop) <= spared:
+        """The smallest budget of which at least one slot is evicted and more than the protected slots stay."""
+        protected = self.sinks + self.recent
+        budget = max(1, int(protected / (1 - self.drop)) - 1, int(0.5 / self.drop) - 1)
+        while round(budget * self.drop) < 1 or budget - round(budget * self.drop) <= protected:
             budget += 1
         return budget
 

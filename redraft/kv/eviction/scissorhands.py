@@ -1,18 +1,18 @@
-"""A fixed number of slots for every head; when they are taken, those that attention passed over most often go, many at once.
+"""A fixed number of slots for every head. When they are full, it evicts many at once: those that received little attention most often.
 
 Zichang Liu, Aditya Desai, Fangshuo Liao, Weitao Wang, Victor Xie, Zhaozhuo Xu, Anastasios Kyrillidis, Anshumali
 Shrivastava: Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test Time,
 2023, arXiv 2305.17118.
 
-1. A slot is low in a row that gives it less than an even share, 1 / (slots that the row sees).
-2. When `budget` slots of a head are taken, count how often each was low in the last `history` rows.
-3. The newest `recent` are spared.
-4. The budget * drop that were low most often go, of equals those that were given less in these rows, then the older. So it
-   goes on, budget * drop tokens later.
+1. A slot is low in a row that gives it less than an even share of attention, 1 / (slots that the row sees).
+2. When `budget` slots of a head are full, count how often each slot was low in the last `history` rows.
+3. Protect the newest `recent` slots.
+4. Evict the budget * drop slots that were low most often; of equal slots those with less attention in these rows, then the older.
+   Repeat after budget * drop tokens.
 
-Differs: weights are averaged over the query heads of a kv head (the paper has one each); the first `sinks` are spared too;
-rows before the last decision are not looked at again, so that history beyond budget * drop has no effect from the second
-decision on; a prompt is evicted from in the same way while it is read; all layers have the same budget.
+Differs: weights are averaged over the query heads of a kv head (in the paper each has its own); the first `sinks` are protected too;
+rows before the last decision do not count, so history beyond budget * drop has no effect from the second decision on; the same
+eviction runs while a prompt is read; all layers have the same budget.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from redraft.kv.eviction.parts import Budgeted, Even, Evicting, SeldomLow
 
 @dataclass(frozen=True)
 class Scissorhands(Budgeted):
-    """budget: slots of every kv head; drop: the part of them that goes when all are taken; history: newest rows that are looked
-    at; recent, sinks: newest and first tokens that never go."""
+    """budget: slots of every kv head; drop: the fraction of them to evict when all are full; history: the number of newest rows to
+    count; recent, sinks: the number of newest and of first tokens that are never evicted."""
 
     card: ClassVar[Card] = Card(
         "Scissorhands",

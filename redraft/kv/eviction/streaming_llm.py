@@ -1,16 +1,16 @@
-"""Keeps the first few tokens and a window of the newest, at positions counted within the cache: a text may go on for ever.
+"""Keeps the first few tokens and a window of the newest, at positions counted within the cache. Texts may have any length.
 
 Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis: Efficient Streaming Language Models with Attention Sinks,
 2023, arXiv 2309.17453.
 
-1. A row sees the first `sinks` tokens, where trained models leave the attention that they need not, and the newest
-   `recent`, itself among them; all else is forgotten.
-2. Distances are those within the cache: the recent keys stay as they are, and for the sinks the query is turned back by as
-   many positions as were forgotten. No position in use passes sinks + recent - 1.
-3. What no later row can see is freed.
+1. A row sees the first `sinks` tokens, which receive the attention that trained models do not need elsewhere, and the newest
+   `recent` tokens, itself included. Other tokens are hidden.
+2. Distances are those within the cache: recent keys do not change, and for the sinks the query is rotated back by the number of
+   hidden tokens. No position in use exceeds sinks + recent - 1.
+3. Slots that no later row can see are freed.
 
-Differs: what a row sees is a mask of its own position, not of the step it ran in, so that chunks and drafts change nothing;
-memory goes by whole pages behind a commit and may exceed sinks + recent by less than a page each plus one grid of rows.
+Differs: the mask of a row depends on its position, not on the step that runs it, so chunks and drafts change nothing; memory is freed
+by whole pages after a commit, and may exceed sinks + recent by less than a page each plus one grid of rows.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from redraft.core.view import Window
 from redraft.kv.eviction.eviction import OpenKeep, Stateless
 from redraft.options import Options, number
 
-GRID = 128  # rows between two sync points, about: enough to run a long prompt well, little beside a window
+GRID = 128  # rows between two sync points, about: large enough to run long prompts fast, small compared with a window
 
 
 class Streaming(Stateless):
-    """The opened policy over pages of `page` slots. first: slots of the pages that hold sinks; grid: rows between sync points."""
+    """The opened policy, for pages of `page` slots. first: the slots of the pages that hold sinks; grid: rows between sync points."""
 
     endless = True
 
@@ -42,15 +42,15 @@ class Streaming(Stateless):
         self.recent, self.page = recent, page
         self.first = -(-sinks // page) * page
         self.grid = max(1, min(recent, GRID) // page) * page
-        # a step ends at most one grid behind a sync point, where the newest recent - 1 slots and what shares their pages were left
+        # a step ends at most one grid after a sync point, at which the pages of the newest recent - 1 slots were kept
         self.max_slots = self.first + -(-(recent - 1) // page) * page + self.grid
 
     def sync_point(self, seq: Sequence) -> int:
-        """Multiples of the grid, from the last one that a lane can hold whole."""
+        """The next multiple of the grid, starting with the largest one that fits in max_slots."""
         return max(self.max_slots // self.grid, seq.stored // self.grid + 1) * self.grid
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
-        """Whole pages only: slots keep their place within a page, so that pages are relisted and nothing moves."""
+        """Evicts whole pages only. Slots keep their place within a page, so nothing is copied."""
         gone = (seq.stored - self.recent + 1) // self.page * self.page  # 3. row `stored` sees positions above stored - recent
         if gone <= self.first or len((lanes := positions())[0]) == self.first + seq.stored - gone:
             return None
@@ -59,7 +59,7 @@ class Streaming(Stateless):
 
 @dataclass(frozen=True)
 class StreamingLLM(Options):
-    """sinks: first tokens that stay for ever; recent: newest tokens that a row sees, itself included."""
+    """sinks: the number of first tokens that always stay; recent: the number of newest tokens that a row sees, itself included."""
 
     sinks: int = number(4, ge=0)
     recent: int = number(1020, ge=1)

@@ -1,1 +1,1 @@
-"""How is a page stored?"""
+"""Quantization: the formats in which pages are stored."""

@@ -1,16 +1,16 @@
-"""Older pages as 4-bit codes, keys with a grid for each channel and values with one for each token; the newest tokens stay exact.
+"""Older pages as 4-bit codes: keys with a grid for each channel, values with a grid for each token. The newest tokens stay exact.
 
 Zirui Liu, Jiayi Yuan, Hongye Jin, Shaochen (Henry) Zhong, Zhaozhuo Xu, Vladimir Braverman, Beidi Chen, Xia Hu: KIVI: A Tuning-Free
 Asymmetric 2bit Quantization for KV Cache, 2024, arXiv 2402.02750.
 
 1. A group is a channel of the keys over the 32 tokens of a page, or the value of one token.
 2. Its grid has 16 even steps from its least to its largest element: zero = least, scale = (largest - least) / 15.
-3. Codes are rounded half to even and packed two a byte: the first half of the channels low, the second half high.
+3. Codes are rounded half to even and packed two in a byte: the first half of the channels in the low bits, the second in the high.
 4. Score: (query times the channels' scales) times codes, plus query times the channels' zeros.
 5. Output: (weights times the tokens' scales) times codes, plus weights times the tokens' zeros.
 
-Differs: 4 bits instead of 2; values are grouped by whole tokens, not by 32 channels of them; values are encoded in blocks like keys,
-where the paper keeps a sliding window of exact ones; rows of the prompt beyond a sync point see codes too.
+Differs: 4 bits instead of 2; a group of values is a whole token, not 32 channels of it; values are encoded by whole pages like keys,
+while the paper keeps a sliding window of exact values; prompt rows after a sync point see codes too.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS = 15
-ROOM = 2**22  # elements of scaled queries at once: each page has its own, and the many rows of a chunk would fill the memory
+ROOM = 2**22  # elements of scaled queries at once; each page has its own, so a chunk of many rows would need too much memory
 
 
 @dataclass(frozen=True)
 class Int4(Options):
-    """block: tokens that are encoded at once; the newest 0 to block - 1 committed ones are exact."""
+    """block: the number of tokens that are encoded at once. The newest 0 to block - 1 committed tokens stay exact."""
 
     block: int = number(128, ge=PAGE, multiple_of=PAGE)
 
@@ -52,11 +52,12 @@ class Int4(Options):
 
 
 class Int4Units:
-    """D + (2 D + 64) b / 32 bytes a token and head where an element of the backend's dtype has b bytes: 76 at D = 64 in bfloat16.
+    """The codec. A token of one head takes D + (2 D + 64) b / 32 bytes, where b is the size of the backend's dtype: 76 bytes at D = 64
+    in bfloat16.
 
-    Scales and zeros are in that dtype, so that a zero, being one of the elements, is exact, and so is a group of equal ones. An
-    element moves by half a scale at most, rounding apart. What is not finite takes its group along. `decode` rounds to the backend's
-    dtype what `scores` and `mix` use unrounded.
+    Scales and zeros have the backend's dtype. A zero is one of the elements and therefore exact; so is a group of equal elements. An
+    element changes by at most half a scale, apart from rounding. An element that is not finite spoils its whole group. `decode`
+    rounds to the backend's dtype; `scores` and `mix` use unrounded numbers.
     """
 
     name = "int4"
@@ -66,11 +67,11 @@ class Int4Units:
         import torch
 
         if head_dim % 2:
-            raise Unsupported(f"codec 'int4' packs two channels into a byte: the head size {head_dim} is odd")
+            raise Unsupported(f"codec 'int4' packs two channels into a byte, but the head size {head_dim} is odd")
         self.dtype, self.block = dtype, block
         channels, tokens = Array((head_dim,), dtype, whole=True), Array((PAGE,), dtype)
         self.arrays: Mapping[str, Array] = {
-            "keys": Array((PAGE, head_dim // 2), torch.uint8, whole=True),  # a key means nothing in another page's grid
+            "keys": Array((PAGE, head_dim // 2), torch.uint8, whole=True),  # a key code is valid with the grid of its page only
             "values": Array((PAGE, head_dim // 2), torch.uint8),
             "key_scales": channels,
             "key_zeros": channels,
@@ -79,7 +80,7 @@ class Int4Units:
         }
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        raise Unsupported("codec 'int4' encodes whole pages: single tokens are written to exact ones")
+        raise Unsupported("codec 'int4' encodes whole pages; single tokens are written to exact pages")
 
     def pack(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         (k, key_scales, key_zeros), (v, value_scales, value_zeros) = self._encode(keys, -2), self._encode(values, -1)
@@ -93,7 +94,7 @@ class Int4Units:
         }
 
     def _encode(self, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., 32, D] -> codes [..., 32, D / 2], scales, zeros, of groups that run along a dimension."""
+        """x [..., 32, D] -> codes [..., 32, D / 2], scales and zeros of groups along dimension `along`."""
         import torch
 
         x = x.to(_wide(self.dtype))
@@ -134,7 +135,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes [..., D] of bytes [..., D / 2]."""
+    """Bytes [..., D / 2] -> codes [..., D]."""
     import torch
 
     return torch.cat([packed & STEPS, packed >> 4], -1).to(dtype)

@@ -1,20 +1,20 @@
-"""Keys and values as 8-bit integers, each vector of a token and head with a scale of its own.
+"""Keys and values as 8-bit integers, with one scale for each vector of a token and head.
 
 Tim Dettmers, Mike Lewis, Younes Belkada, Luke Zettlemoyer: LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale,
-2022, arXiv 2208.07339 (the grid that it uses for rows of hidden states). For caches it is common practice and no paper's own;
-vLLM's `int8_per_token_head` has the same layout.
+2022, arXiv 2208.07339 (its grid for rows of hidden states). For caches this is common practice without a paper of its own; vLLM's
+`int8_per_token_head` has the same layout.
 
 1. The scale of a vector is its largest magnitude / 127.
 2. Its codes are the multiples of the scale, rounded half to even.
 3. Score: query times codes, times the key's scale.
 4. Output: weights times the values' scales, times codes.
 
-What it may change. |q.k' - q.k| <= sum|q| max|k| / 254 for a query and a key k' of codes, and an output moves by no more than the
-largest max|v| / 254 of the tokens it reads, in every channel; both within rounding of float32. This holds for one layer and what
-that layer is given; how far a text moves is not bounded.
+Error bounds. |q.k' - q.k| <= sum|q| max|k| / 254 for a query q, a key k and its decoded codes k'. Each channel of an output changes by
+at most the largest max|v| / 254 of the tokens that it reads. Both hold up to rounding of float32, and for one layer with given inputs.
+The change of a whole text is not bounded.
 
-Differs: keys and values of a cache instead of factors of a product; no columns are kept apart as outliers; queries and weights
-stay floating point.
+Differs: it encodes keys and values of a cache, not the factors of a product; there are no separate outlier columns; queries and
+weights stay floating point.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MOST = 127
-LARGEST = 2.679388e36  # a scale whose product with MOST is a float32
+LARGEST_CODE = 127
+LARGEST_SCALE = 2.679388e36  # its product with LARGEST_CODE is still a finite float32
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Int8:
 
 
 class Int8Units:
-    """2 D + 8 bytes a token and head. The codes of a token depend on that token alone.
+    """The codec. A token of one head takes 2 D + 8 bytes. The codes of a token depend on that token alone.
 
-    Vectors in which something is not finite, or beyond 127 times what float32 holds, decode to NaN as a whole; rows that do not see
-    them are not touched. Vectors below 1e-36 lose precision and end at zero. `decode` rounds to the backend's dtype what `scores` and
-    `mix` use unrounded.
+    A vector decodes to NaN as a whole if an element is not finite, or so large that float32 cannot hold the scale. Rows that do not see
+    such a vector are not affected. Vectors below 1e-36 lose precision and become zero in the end. `decode` rounds to the backend's
+    dtype; `scores` and `mix` use unrounded numbers.
     """
 
     name = "int8"
@@ -100,7 +100,7 @@ def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     x = x.to(_wide(x.dtype))
-    scales = (x.abs().amax(-1) / MOST).float()  # 1.
-    scales = scales.where(scales.isinf(), scales.clamp(max=LARGEST))
-    steps = (x / scales[..., None]).nan_to_num_(0, 0, 0)  # of a scale that is 0 or not finite: its product with 0 says which
-    return steps.round_().clamp_(-MOST, MOST).to(torch.int8), scales  # 2.
+    scales = (x.abs().amax(-1) / LARGEST_CODE).float()  # 1.
+    scales = scales.where(scales.isinf(), scales.clamp(max=LARGEST_SCALE))
+    steps = (x / scales[..., None]).nan_to_num_(0, 0, 0)  # code 0 where the scale is 0 or not finite; 0 times the scale is then 0 or NaN
+    return steps.round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scales  # 2.

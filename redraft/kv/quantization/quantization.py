@@ -1,8 +1,8 @@
-"""The seam of codecs: in which form keys and values are stored.
+"""The interface of quantization methods (codecs): the form in which keys and values are stored.
 
-A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`. A codec of single tokens
-encodes on write, and every read, in the same step too, uses what was stored. A codec of blocks leaves the newest tokens as
-they are: whenever `block` more tokens are committed, a sync point, their pages are encoded, and rows beyond the sync point see codes.
+A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`. A codec of single tokens encodes on
+write; every read, also in the same step, uses the stored codes. A codec of whole pages leaves the newest tokens exact: after every
+`block` committed tokens, at a sync point, it encodes their pages, and rows after the sync point see codes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from redraft.ops.format import Codec as Codes
 
 
 class OpenCodec(Codes, Protocol):
-    """An opened codec. name: of its format, with all that changes its arrays; arrays: of a unit; block: tokens, a multiple of
-    32, after which full pages are encoded, 0 for a codec of single tokens."""
+    """An opened codec. name: the name of its format, different for different arrays; arrays: the arrays of a unit (see ops/format.py);
+    block: the number of tokens, a multiple of 32, after which full pages are encoded, 0 for a codec of single tokens."""
 
     name: str
     arrays: Mapping[str, Array]

@@ -1,1 +1,1 @@
-"""Which spans come from elsewhere?"""
+"""Reuse of the cache of another text."""

@@ -1,15 +1,15 @@
-"""An edited text keeps the cache of all that was not edited: what moved gets its keys turned to the new positions.
+"""Keeps the cache of all unedited parts of a text. The keys of text that moved are rotated to their new positions.
 
 Zhenyu He, Jun Zhang, Shengjie Luo, Jingjing Xu, Zhi Zhang, Di He: Let the Code LLM Edit Itself When You Edit the Code, 2024,
 arXiv 2407.03157.
 
-1. The edit in tokens: equal runs of the old and the new text, found behind their common beginning.
-2. What stands before the first edit is taken over as it is; that is exact.
-3. What stands behind an edit is taken over too: values as they are, keys turned by the number of positions that it moved.
-4. The tokens between are computed, each with all that stands before it, and so are the last `refresh` tokens.
+1. Find the runs of tokens that are equal in the old and the new text, after their common prefix.
+2. Reuse the text before the first edit unchanged. This is exact.
+3. Reuse the runs after an edit too: values unchanged, keys rotated by the number of positions that the run moved.
+4. Compute the tokens between the runs, each with all text before it as context, and the last `refresh` tokens.
 
-Differs: runs shorter than `shortest` are computed, since a run of its own costs a step; the cache is that of full pages, so
-that up to 31 of the old text's last tokens are computed too.
+Differs: runs shorter than `shortest` are computed, because each run costs a step; only full pages of the old text are cached, so up
+to 31 of its last tokens are computed too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from redraft.options import Options, number
 
 @dataclass(frozen=True)
 class PIE(Options):
-    """refresh: last tokens that are computed in any case; shortest: runs with fewer tokens are computed."""
+    """refresh: the last tokens are always computed, this many; shortest: runs with fewer tokens are computed."""
 
     refresh: int = number(1, ge=1)
     shortest: int = number(16, ge=1)
@@ -43,7 +43,7 @@ class PIE(Options):
 
     def open(self, runner: Any) -> Self:
         if any(layer.rotary is None for layer in runner.spec.attention):
-            raise Unsupported(f"pie: {runner.spec.family} has no rotary positions, so keys cannot be turned to new ones")
+            raise Unsupported(f"pie: {runner.spec.family} has no rotary positions, so keys cannot be moved to new positions")
         return self
 
     def spans(self, old: Seq[int], new: Seq[int], stored: int) -> list[Span]:

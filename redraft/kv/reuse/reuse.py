@@ -1,8 +1,8 @@
-"""The seam of reuse: which parts of a new text are taken over from the cache of another one.
+"""The interface of reuse methods: they choose which parts of a new text come from the cache of another text.
 
-A registered class is a frozen dataclass of hyper-parameters with a `card`, `open(runner)`, which refuses models that it does
-not fit, and `spans`. Spans are attached as private copies, keys turned to their new positions; what lies between them is
-computed, with all that stands before it as context. From the first span on the text's pages are nobody else's.
+A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`, which raises Unsupported for models
+that the method does not fit. The opened method has `spans`. Spans are attached as private copies with keys rotated to their new
+positions. The text between spans is computed with all text before it as context. From the first span on, pages are not shared.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from redraft.card import Card
 
 
 class Span(NamedTuple):
-    """`length` tokens of the new text from position `at` on are those of the old one from `first` on. exact: the tokens before
-    them are the same too, so that nothing is approximate."""
+    """`length` tokens of the new text from position `at` on equal those of the old text from `first` on. exact: the tokens before
+    them are equal too, so reuse is exact."""
 
     at: int
     first: int
@@ -25,13 +25,14 @@ class Span(NamedTuple):
 
 class OpenReuse(Protocol):
     def spans(self, old: Seq[int], new: Seq[int], stored: int) -> list[Span]:
-        """In order, not overlapping, of the first len(new) - 1 tokens: at least one must run. The first `stored` tokens of both are
-        equal and in the new text's cache already; `old` is what the cache holds of the old text."""
+        """The spans to reuse, in order and without overlap, within the first len(new) - 1 tokens, because at least one must run. The
+        first `stored` tokens of both texts are equal and already in the cache of the new text. `old` is the cached part of the old
+        text."""
         ...
 
 
 class Reuse(Protocol):
-    """A registered way of reuse: hyper-parameters only."""
+    """A registered reuse method: hyper-parameters only."""
 
     card: ClassVar[Card]
 

@@ -1,1 +1,1 @@
-"""What is read this step?"""
+"""Sparse attention: which keys a row reads."""

@@ -1,18 +1,18 @@
-"""Reads the tokens whose keys fit the query best on a few channels, the ones that decided most in a calibration.
+"""Reads the tokens with the highest scores on a few channels, those that contributed most to scores in a calibration.
 
 Shuo Yang, Ying Sheng, Joseph E. Gonzalez, Ion Stoica, Lianmin Zheng: Post-Training Sparse Attention with Double Sparsity, 2024,
 arXiv 2408.07092.
 
-Once for a model:
-1. Run texts; of each layer and head, average |q_c * k_c| of the same token over all tokens, for each channel c, behind the rotation.
-2. The channels with the largest averages are the labels of that head.
-While it runs:
-3. Keep the label channels of every key beside it.
-4. Score what a row sees by its query and the labels alone; each query head reads the `tokens` largest, the text's first and the
-   row's own token always among them. The first layers read all.
+Once for each model:
+1. Run texts. For each layer, head and channel c, average |q_c * k_c| of the same token over all tokens, after the rotation.
+2. The channels with the largest averages are the label channels of that head.
+During generation:
+3. Store the label channels of every key as side data.
+4. Score the visible keys with the label channels only. Each query head reads the `tokens` largest; the first tokens of the text and the
+   token of the row are always among them. The first layers read all keys.
 
-Differs: labels are chosen for each kv head, by the mean over its query heads, and kept in the dtype of the cache, not in 4 bits;
-they are stored for the first layers too; nothing is offloaded, so the next layer's query is not predicted.
+Differs: labels are chosen for each kv head, by the mean over its query heads, and stored in the dtype of the cache, not in 4 bits;
+they are stored for the first layers too; nothing is offloaded, so the query of the next layer is not predicted.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ if TYPE_CHECKING:
     from redraft.ops.backend import Backend, Products
 
 METHOD = "double-sparsity"
-PIECE = 512  # tokens of a text that are run together
-SAMPLE = 1 << 16  # bytes of each weight that enter the model's hash
+PIECE = 512  # tokens of a text that run together
+SAMPLE = 1 << 16  # bytes of each weight that enter the hash of the model
 
 
 @dataclass(frozen=True)
 class DoubleSparsity(Options):
-    """tokens: that a query head reads; factor: of a key's channels one in so many is a label; dense: first layers that read all;
-    sinks: first slots that are always read; profile: the file of a calibration, None: where `redraft calibrate` puts it.
+    """tokens: the tokens that a query head reads; factor: one in `factor` channels of a key is a label; dense: the number of first
+    layers that read all keys; sinks: the number of first slots that are always read; profile: the file of a calibration, None for the
+    place where `redraft calibrate` writes it.
 
-    With the embedded model, calibrated on 16,384 tokens of code, a quarter of the channels finds 0.53 to 0.55 of the true top n / 8
-    tokens, random channels 0.38; of the top n / 16 it is 0.47 to 0.50 against 0.31.
+    Measured with the embedded model, calibrated on 16,384 tokens of code: a quarter of the channels finds 0.53 to 0.55 of the true top
+    n / 8 tokens, random channels find 0.38; of the top n / 16 tokens 0.47 to 0.50 against 0.31.
     """
 
     tokens: int = 256
@@ -83,10 +84,11 @@ class DoubleSparsity(Options):
             )
 
     def open(self, runner: Runner) -> Labels:
-        """InvalidInput where the profile lacks, is another model's, or is coarser than a channel; CheckpointError where it is damaged."""
+        """Raises InvalidInput if the profile is missing or belongs to another model, or if `factor` exceeds the number of channels;
+        CheckpointError if the profile is damaged."""
         count = runner.spec.head_dim // self.factor
         if not count:
-            raise InvalidInput(f"{METHOD}:factor={self.factor}: keys have {runner.spec.head_dim} channels, so it must be that or less")
+            raise InvalidInput(f"{METHOD}:factor={self.factor}: must be {runner.spec.head_dim} or less, the number of channels of a key")
         model = model_hash(runner)
         path = self.profile.expanduser() if self.profile else place(model)
         if not path.exists():
@@ -99,14 +101,14 @@ class DoubleSparsity(Options):
 
     @staticmethod
     def calibrate(runner: Runner, texts: Seq[Seq[int]], samples: int = 256) -> Profile:
-        """Token ids of texts -> Profile. Long texts are cut into pieces of 512 tokens; of more than `samples` pieces so many are run,
-        evenly from all. InvalidInput where there is no token."""
+        """Token ids of texts -> Profile. Long texts are cut into pieces of 512 tokens. Of more than `samples` pieces it runs `samples`,
+        evenly spaced. Raises InvalidInput if there is no token."""
         from redraft.models.runner import Runner
 
         size = min(PIECE, runner.spec.context)
         pieces = [list(text[i : i + size]) for text in texts for i in range(0, len(text), size)]
         if not pieces or samples < 1:
-            raise InvalidInput(f"{METHOD}: {len(pieces)} pieces of text and samples = {samples}: a calibration takes one at least")
+            raise InvalidInput(f"{METHOD}: {len(pieces)} pieces of text and samples = {samples}: a calibration needs at least one of each")
         chosen = [pieces[i * len(pieces) // samples] for i in range(samples)] if len(pieces) > samples else pieces
         meter = _Meter(runner)
         own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-size // PAGE))
@@ -123,8 +125,8 @@ class DoubleSparsity(Options):
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """scores: f32 [L, K, D], the mean |q_c * k_c| of every channel; model: the hash of the model it was made for; texts, tokens: how
-    many it was made from."""
+    """scores: f32 [L, K, D], the mean |q_c * k_c| of every channel; model: the hash of the calibrated model; texts, tokens: the number
+    of texts and tokens of the calibration."""
 
     scores: Tensor
     model: str
@@ -132,7 +134,7 @@ class Profile:
     tokens: int
 
     def channels(self, count: int) -> Tensor:
-        """i64 [L, K, count], ascending: the channels with the largest scores, of equal ones the lower."""
+        """i64 [L, K, count], ascending: the channels with the largest scores; of equal scores the lower channel."""
         order = self.scores.sort(dim=-1, descending=True, stable=True).indices  # 2.
         return order[..., :count].sort(-1).values
 
@@ -142,10 +144,10 @@ class Profile:
 
         path = path or place(self.model)
         path.parent.mkdir(parents=True, exist_ok=True)
-        reported = {"method": METHOD, "model": self.model, "texts": str(self.texts), "tokens": str(self.tokens)}
-        half = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"scores": self.scores.contiguous()}, half, reported)
-        half.replace(path)  # nobody ever meets half a file
+        metadata = {"method": METHOD, "model": self.model, "texts": str(self.texts), "tokens": str(self.tokens)}
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file({"scores": self.scores.contiguous()}, partial, metadata)
+        partial.replace(path)  # no reader ever sees a partial file
         return path
 
     @classmethod
@@ -154,12 +156,12 @@ class Profile:
 
         try:
             with safe_open(path, framework="pt") as file:
-                reported = file.metadata() or {}
-                if reported.get("method") != METHOD:
+                metadata = file.metadata() or {}
+                if metadata.get("method") != METHOD:
                     raise CheckpointError(f"{path}: not a profile of {METHOD}")
-                found = cls(file.get_tensor("scores"), reported["model"], int(reported["texts"]), int(reported["tokens"]))
+                found = cls(file.get_tensor("scores"), metadata["model"], int(metadata["texts"]), int(metadata["tokens"]))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a whole profile of {METHOD}: {' '.join(str(error).split())}") from None
+            raise CheckpointError(f"{path}: not a complete profile of {METHOD}: {' '.join(str(error).split())}") from None
         if not found.scores.any():
             raise CheckpointError(f"{path}: all scores are 0: calibrate again")
         return found
@@ -167,7 +169,7 @@ class Profile:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The method, opened. channels: i64 [L, K, c]."""
+    """The opened method. channels: i64 [L, K, c], the label channels."""
 
     channels: Tensor
     tokens: int
@@ -191,27 +193,27 @@ class Labels:
         return {"labels": keys.gather(2, self.channels[index].expand(len(keys), -1, -1))}  # 3.
 
     def fold(self, keys: Tensor) -> dict[str, Tensor]:
-        """Nothing: labels are known when a key is."""
+        """Nothing, because labels are stored with each key."""
         return {}
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
-        """[K, G, R, n], or [K, 1, R, n] in the layers that read all."""
+        """[K, G, R, n], or [K, 1, R, n] in the layers that read all keys."""
 
         if index < self.dense:
             return seen[:, None]
         chosen = self.channels[index][:, None, None].expand(*q.shape[:3], -1)
         scores = products(q.gather(3, chosen).flatten(1, 2), held["labels"].flatten(1, 2)).unflatten(1, q.shape[1:3])  # 4.
-        scores = scores.masked_fill((where < self.sinks)[:, None, None], inf)  # of the text: a lane may begin later
+        scores = scores.masked_fill((where < self.sinks)[:, None, None], inf)  # by position, because a lane may start later in the text
         scores = scores.masked_fill((where[:, None] == at[:, None])[:, None], inf).masked_fill(~seen[:, None], -inf)
         last = scores.topk(min(self.tokens, scores.shape[-1])).values[..., -1:]
         above, equal = scores > last, scores == last
-        room = self.tokens - above.sum(-1, keepdim=True)  # of equal ones the lower slots
+        room = self.tokens - above.sum(-1, keepdim=True)  # of equal scores the lower slots
         found: Tensor = seen[:, None] & (above | (equal & (equal.cumsum(-1) <= room)))
         return found
 
 
 class _Meter:
-    """The runner's backend, which adds up |q_c * k_c| of every token on its way into attention. sums: f64 [L, K, D]."""
+    """Wraps the backend of a runner and adds up |q_c * k_c| of every token that enters attention. sums: f64 [L, K, D]."""
 
     def __init__(self, runner: Runner) -> None:
         import torch
@@ -223,7 +225,7 @@ class _Meter:
         return getattr(self._backend, name)
 
     def run(self, *segment: Any) -> None:
-        """Every layer is run operation by operation, so that its attention comes by here."""
+        """Returns None, so every layer runs operation by operation and calls `attend`."""
 
     def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
         groups = q.unflatten(1, (layer.kv_heads, -1))
@@ -231,21 +233,20 @@ class _Meter:
         return self._backend.attend(index, layer, q, k, v, pool, plan)
 
 
-# ---- which model it was made for
+# ---- the hash of the model
 
 
 def place(model: str) -> Path:
-    """Where the profile of a model lies unless a path is given: in REDRAFT_CACHE, else XDG_CACHE_HOME/redraft, else
-    ~/.cache/redraft."""
-    own, all_of_them = os.environ.get("REDRAFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else (Path(all_of_them) if all_of_them else Path.home() / ".cache") / "redraft"
+    """The default path of the profile of a model: in REDRAFT_CACHE, else in XDG_CACHE_HOME/redraft, else in ~/.cache/redraft."""
+    own, common = os.environ.get("REDRAFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own) if own else (Path(common) if common else Path.home() / ".cache") / "redraft"
     return root.expanduser() / METHOD / f"{model}.safetensors"
 
 
 def model_hash(runner: Runner) -> str:
-    """sha256 over config.json and, of each stored tensor in the order of names, its name, dtype, shape and first rows (64 KiB of
-    them): a checkpoint of any size takes well under a second. Neither sharding nor the dtype in which it runs enters. Weights
-    from elsewhere are hashed as they are in memory, with the spec."""
+    """The sha256 of config.json and of the name, dtype, shape and first rows (64 KiB) of each stored tensor, in the order of names. A
+    checkpoint of any size takes well under a second. The hash does not depend on sharding or on the dtype in which the model runs.
+    For weights without a checkpoint it hashes the spec and the weights in memory."""
     import torch
 
     digest = sha256()
@@ -291,5 +292,5 @@ def _first_rows(stored: Tensor) -> Tensor:
 
 
 def _sampled(row: Tensor) -> int:
-    """How many rows like the first are looked at."""
+    """The number of rows of this size that enter the hash."""
     return max(1, SAMPLE // max(1, row.nbytes))

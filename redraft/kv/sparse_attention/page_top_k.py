@@ -1,18 +1,18 @@
-"""Reads the pages whose keys may fit the query best, by the least and largest value of each channel in every part of a page.
+"""Reads the pages with the highest possible scores, bounded by the least and largest value of each channel in every part of a page.
 
 Shang Yang, Junxian Guo, Haotian Tang, Qinghao Hu, Guangxuan Xiao, Jiaming Tang, Yujun Lin, Zhijian Liu, Yao Lu, Song Han:
 LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention, 2025, arXiv 2502.14866 (its retrieval heads), after
 Jiaming Tang, Yilong Zhao, Kan Zhu, Guangxuan Xiao, Baris Kasikci, Song Han: Quest: Query-Aware Sparsity for Efficient
 Long-Context LLM Inference, 2024, arXiv 2406.10774.
 
-1. Full page: keep the least and the largest value of each channel of its keys, for every `logical` tokens.
-2. The best that a query q can meet in such a part: the sum over channels of the larger of q * least and q * largest, no less
-   than q times any of its keys.
-3. A page scores as the best of its parts, under the best of the query heads that share its keys.
-4. Read the pages with the largest scores, the first pages of the text and always the newest one.
+1. For every `logical` tokens of a full page, keep the least and the largest value of each channel of the keys.
+2. The bound of a query q on such a part is the sum over channels of the larger of q * least and q * largest. It is at least q times
+   any key of the part.
+3. The score of a page is the largest bound over its parts and over the query heads that share its keys.
+4. Read the pages with the largest scores, the first pages of the text, and always the newest page.
 
-Differs: no head streams; pages are of 32 tokens, parts of 16; the choice is made for each row and never reused; the first `sinks` pages
-are always read, within the budget; bounds are of keys as they are stored, in the dtype of the cache.
+Differs: no streaming heads; pages of 32 tokens, parts of 16; the choice is made for each row and never reused; the first `sinks` pages
+are always read, within the budget; bounds are those of the stored keys, in the dtype of the cache.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PageTopK(Options):
-    """tokens: that a row reads at most, the newest page counted as a full one; logical: tokens of a part of a page; sinks: how
-    many of the first pages are always read. A page that a window or an eviction has cut is read on top.
+    """tokens: the most tokens that a row reads, with the newest page counted as full; logical: the tokens in a part of a page; sinks:
+    the number of first pages that are always read. A page that a window or an eviction has cut is read in addition.
 
-    On two files of code of 992 tokens, with the embedded model and tokens=256, the rows from 600 on read this share of their
-    attention: parts of 8 tokens 0.86 and 0.87, of 16 0.85 and 0.86, of 32 0.84 and 0.86; without the sink page 0.01 more.
+    Measured on two code files of 992 tokens with the embedded model and tokens=256. The rows from 600 on read this share of their full
+    attention: 0.86 and 0.87 with parts of 8 tokens, 0.85 and 0.86 with 16, 0.84 and 0.86 with 32; 0.01 more without the sink page.
     """
 
     tokens: int = 1024
@@ -84,7 +84,7 @@ class PageTopK(Options):
         return {"low": bounds, "high": bounds}
 
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
-        """Nothing: a part's bounds are known when its page is full."""
+        """Nothing, because the bounds of a part are known only when its page is full."""
         return {}
 
     def fold(self, keys: Tensor) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class PageTopK(Options):
         return {"low": parts.amin(2), "high": parts.amax(2)}
 
     def bounds(self, q: Tensor, held: Arrays, products: Products) -> Tensor:
-        """The most that q [K, G, R, D] times a key can be in each part of a page: [K, G, R, n / logical], in float32 or better."""
+        """[K, G, R, n / logical]: upper bounds of q [K, G, R, D] times any key in each part of a page, in float32 or better."""
         low, high = (held[name].flatten(1, 2) for name in ("low", "high"))
         rows = q.flatten(1, 2)
         found: Tensor = products(rows.clamp(min=0), high) + products(rows.clamp(max=0), low)  # 2.
@@ -100,14 +100,14 @@ class PageTopK(Options):
         return bounds
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
-        """[K, 1, R, n]. Chosen among are pages of which a row sees every slot, all of them older than the row's own page of the text:
-        whatever the step, their bounds are known and no tentative slot is in them. What else a row sees is read."""
+        """[K, 1, R, n]. It chooses among the pages of which the row sees every slot, all older than the page of the row itself. In every
+        step their bounds are known and they hold no tentative slot. All other visible slots are read."""
         import torch
 
         newest = (at // PAGE * PAGE)[:, None]
         old: Tensor = (seen & (where[:, None] < newest)).unflatten(2, (-1, PAGE)).all(-1)  # [K, R, n / 32]
         scores = self.bounds(q, held, products).unflatten(3, (-1, PAGE // self.logical)).amax((1, 4))  # 3.
-        first = (where < PAGE * self.sinks).unflatten(1, (-1, PAGE)).all(-1)  # of the text: a lane may begin later
+        first = (where < PAGE * self.sinks).unflatten(1, (-1, PAGE)).all(-1)  # by position, because a lane may start later in the text
         scores = scores.masked_fill(first[:, None], inf)
         order = scores.masked_fill(~old, -inf).sort(dim=-1, descending=True, stable=True).indices  # lower pages first
         best = order[..., : self.tokens // PAGE - 1]  # 4.

@@ -1,8 +1,8 @@
-"""The seam of sparse reads: everything is kept, each new row reads a part.
+"""The interface of sparse attention methods: the cache keeps all keys, and each new row reads some of them.
 
-A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`, whose result is a Select
-(ops/backend.py) with a name and limits. Rows of the given context read all; rows behind it read what `select` chooses from
-what they see, by their own query and position, so that no choice depends on chunks, drafts or other texts.
+A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`, which returns a Select (ops/backend.py)
+with a name and limits. Rows of the given context read all keys. For each later row `select` chooses among the keys that the row sees,
+by its own query and position, so no choice depends on chunks, drafts or other texts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from redraft.ops.backend import Select
 
 
 class OpenRead(Select, Protocol):
-    """name: of its side data, with all that changes them; least: a row that sees no more slots than this reads all; grid: every so
-    many committed tokens, a multiple of 32, a sync point at which full pages get their whole arrays, 0 where there are none."""
+    """name: the name of its side data, different for different side data; least: a row that sees at most this many slots reads all of
+    them; grid: the number of committed tokens, a multiple of 32, between sync points at which the per-page arrays of full pages are
+    filled, 0 for a method without them."""
 
     name: str
     least: int
@@ -23,7 +24,7 @@ class OpenRead(Select, Protocol):
 
 
 class Read(Protocol):
-    """A registered read: hyper-parameters only."""
+    """A registered sparse attention method: hyper-parameters only."""
 
     card: ClassVar[Card]
 

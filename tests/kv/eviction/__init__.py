@@ -1,5 +1,5 @@
-"""Drives an opened policy through a real page table, with attention that is made up: whole numbers that depend on the row's
-position, the lane and the slot's position alone, so that sums are exact however rows are grouped into steps."""
+"""Drives an opened policy through a real page table with artificial attention: integers that depend only on the position of the row,
+the lane and the position of the slot, so sums are exact however rows are grouped into steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROGUE = 1 << 20  # of rows and columns that must not count
 
 
 class Step(NamedTuple):
-    """`rows` chain rows; parents of the drafted nodes; the path that is accepted."""
+    """rows: chain rows; parents: the parents of the drafted nodes; path: the accepted path."""
 
     rows: int
     parents: tuple[int, ...] = ()
@@ -33,13 +33,13 @@ class Step(NamedTuple):
 
 
 def runner(layers: int = LAYERS, heads: int = HEADS, page: int = 32) -> Any:
-    """What a policy may ask when it is opened."""
+    """The part of a runner that a policy may use when it is opened."""
     memory = SimpleNamespace(paged=SimpleNamespace(table=SimpleNamespace(page=page)))
     return SimpleNamespace(spec=SimpleNamespace(attention=(None,) * layers, kv_heads=heads), memory=memory)
 
 
 def given(statistic: str, lane: int, row: int, slot: int) -> int:
-    """The statistic of a row at one of the slots that it sees, by their positions."""
+    """The statistic of a row at one of the slots that it sees, from their positions."""
     noise = (row * 7919 + slot * 104729 + lane * 15485863 + 31) * 2654435761 >> 7
     if statistic == "low":
         return int(noise % 5 < 1 + slot % 4)  # some slots are low more often than others
@@ -47,8 +47,8 @@ def given(statistic: str, lane: int, row: int, slot: int) -> int:
 
 
 class Drive:
-    """One sequence under a policy. kept: what each decision left, by the count at which it fell: positions of each lane; longest:
-    slots of a lane after a commit; moved: slots that decisions copied."""
+    """One sequence under a policy. kept: committed tokens at each decision -> the positions that each lane kept; longest: the most
+    slots of a lane after a commit; moved: the number of slots that decisions copied."""
 
     def __init__(self, policy: Any, *, page: int = 32, table: EditableTable | None = None, ident: int = 1) -> None:
         self.policy = policy
@@ -75,13 +75,13 @@ class Drive:
         return [lane.tolist() for lane in self.table.positions(self.seq)]
 
     def run(self, steps: Iterable[Step], salt: int = 0) -> Drive:
-        """salt: other attention, as of another text."""
+        """salt: selects other attention, like that of another text."""
         for step in steps:
             self.step(step, salt)
         return self
 
     def step(self, step: Step, salt: int = 0) -> None:
-        """Reserve, commit, observe, decide, as the engine does."""
+        """Reserves, commits, observes and decides like the engine."""
         seq, policy, nodes = self.seq, self.policy, len(step.parents)
         assert step.rows + len(step.path) <= policy.sync_point(seq) - seq.stored, "a step crosses a sync point"
         seen = made_up(watches, self.positions(), seq.stored, step, salt) if (watches := policy.watch(seq)) else None
@@ -105,8 +105,8 @@ class Drive:
 
 
 def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt: int = 0) -> Seen:
-    """Seen of rows and nodes behind lanes that hold the positions `before`. What no row sees, rejected rows and padding hold rogue
-    numbers, but for chain rows at nodes: those columns are summed, and a chain row gives a node nothing."""
+    """The Seen of rows and nodes after lanes with the positions `before`. Slots that no row sees, rejected rows and padding hold wrong
+    numbers. Columns of nodes in chain rows hold 0, because they are summed and a chain row gives a node no attention."""
     rows, nodes, longest = step.rows, len(step.parents), max(map(len, before))
     width = longest + rows + nodes
     depth: list[int] = []
@@ -140,7 +140,7 @@ def one_by_one(length: int) -> Iterator[Step]:
 
 
 def grouped(policy: Any, length: int, seed: int, drafting: bool) -> Iterator[Step]:
-    """Steps of random sizes up to `length` committed tokens that cross no sync point; trees with random paths, or chunks only."""
+    """Steps of random sizes up to `length` committed tokens that cross no sync point, with random trees and paths or chunks only."""
     random_, stored = random.Random(seed), 0
     while stored < length:
         room = min(policy.sync_point(SimpleNamespace(stored=stored)), length) - stored

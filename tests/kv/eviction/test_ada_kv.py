@@ -1,4 +1,4 @@
-"""Ada-KV against a plain simulation of its steps: heads of a layer share its budget, exactly."""
+"""Ada-KV against a plain simulation of its steps: the heads of a layer share its budget exactly."""
 
 from __future__ import annotations
 

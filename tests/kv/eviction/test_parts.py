@@ -1,4 +1,4 @@
-"""The parts of which evicting policies are made, each by itself."""
+"""The parts of eviction policies, each by itself."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_rows_before_the_history_are_not_asked_for() -> None:
 
 
 def test_a_commit_that_was_not_observed_is_no_hole() -> None:
-    """Where a part raises between commit and observe, the engine decides at the next step with what is known."""
+    """If a plugin raises between commit and observe, the engine decides at the next step with the statistics that it has."""
     policy = Evicting(1, 4, trigger=Trigger(4, 2), scorer=Mass(4), selector=Selector(0, 1), allocator=Even())
     seq = sequence([0] * 9)
     seq.state[policy] = policy.begin(seq)

@@ -1,4 +1,4 @@
-"""StreamingLLM: what goes is what no later row sees, all else stays, and a lane never outgrows its bound."""
+"""StreamingLLM: it evicts only slots that no later row sees, and a lane never exceeds its bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def opened(sinks: int, recent: int, page: int = 4) -> Any:
 
 
 def visible(policy: Any, row: int) -> set[int]:
-    """Positions that a row sees, written down from the definition of Window."""
+    """The positions that a row sees, from the definition of Window."""
     return {j for j in range(row + 1) if j < policy.window.sinks or row - j < policy.window.recent}
 
 

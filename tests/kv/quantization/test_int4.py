@@ -1,4 +1,4 @@
-"""int4 against its definition, written again in float64 with one loop a group."""
+"""int4 against its definition, written again in float64 with one loop for each group."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def opened(dtype: torch.dtype = F64, head_dim: int = 6, block: int = 128) -> Int
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
-    """Normal numbers, with a mean and a spread of their own in each channel, as keys have."""
+    """Normal numbers with a different mean and spread in each channel, like keys."""
     generator = torch.Generator().manual_seed(seed)
     mean, spread = torch.randn(2, shape[-1], generator=generator, dtype=F64).mul_(3).unbind()
     return (torch.randn(*shape, generator=generator, dtype=F64) * spread + mean).to(dtype)
@@ -42,14 +42,14 @@ def encoded(group: list[float]) -> tuple[list[int], float, float]:
 
 
 def held(codec: Int4Units, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """Units [K, n, 32, D] as attention meets them."""
+    """Units [K, n, 32, D] in the form that attention reads."""
     return {
         name: array.view(*keys.shape[:2], *array.shape[1:]) for name, array in codec.pack(keys.flatten(0, 1), values.flatten(0, 1)).items()
     }
 
 
 def dense(codec: Int4Units, units: dict[str, Tensor], q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and outputs over the decoded cache, one loop a head, in float64."""
+    """Scores and outputs over the decoded cache, in float64, with one loop for each head."""
     keys, values = (x.double().flatten(1, 2) for x in codec.decode(units))
     each = range(len(q))
     return torch.stack([q[h].double() @ keys[h].T for h in each]), torch.stack([weights[h].double() @ values[h] for h in each])
@@ -143,7 +143,7 @@ def test_a_wrong_grid_in_attention_is_caught(verb: str, part: str, monkeypatch: 
 
 @pytest.mark.parametrize("room", [1, 2 * 5 * 6, 2 * 2 * 5 * 6])
 def test_pages_in_runs(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one page, and of two with one left over."""
+    """Runs of one page, and of two pages with one page left over."""
     monkeypatch.setattr(int4, "ROOM", room)
     agrees_with_the_definition(opened())
 
@@ -174,7 +174,7 @@ def test_queries_of_bfloat16() -> None:
 @given(st.integers(0, 2**32), st.sampled_from([F64, F32, BF16]), st.integers(-30, 30))
 @settings(max_examples=40, deadline=None)
 def test_half_a_scale(seed: int, dtype: torch.dtype, power: int) -> None:
-    """An element moves by half a scale at most, and a scale is a 15th of its group's range; least elements come back as they were."""
+    """An element changes by at most half a scale; a scale is a 15th of the range of its group; least elements are exact."""
     codec = opened(dtype, 16)
     keys, values = draw(seed, 4, PAGE, 16, dtype=dtype) * 10.0**power, draw(seed + 1, 4, PAGE, 16, dtype=dtype) * 10.0**power
     units = codec.pack(keys, values)
@@ -204,7 +204,7 @@ def test_groups_of_equal_elements_are_exact(value: float, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize(("most", "scale"), [(22, 1), (7, 0)])
 def test_ranges_too_small_for_a_scale(most: int, scale: int) -> None:
-    """In multiples of the least float32: the scale is rounded down by a third, or to zero; then all codes are zero."""
+    """In multiples of the least float32, the scale is rounded down by a third, or to zero. With zero, all codes are zero."""
     x = torch.arange(PAGE, dtype=F32)[:, None].clamp(max=most).expand(1, PAGE, PAGE) * 2.0**-149
     codec = opened(F32, PAGE)
     units = codec.pack(x, x.mT)
@@ -247,7 +247,7 @@ def test_codes_depend_on_their_unit_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "most", "full"), [(F32, 88, 512), (BF16, 76, 256)])
 def test_bytes(dtype: torch.dtype, most: int, full: int) -> None:
-    """Bytes a token and head at D = 64; the arrays are what pack() makes."""
+    """Bytes of a token and head at D = 64. The arrays are those of pack()."""
     codec = opened(dtype, 64)
     assert Format(codec.name, codec.arrays, codec).bytes == PAGE * most
     assert 2 * 64 * dtype.itemsize == full and most == 64 + (2 * 64 + 64) * dtype.itemsize / 32

@@ -1,4 +1,4 @@
-"""int8 against its definition, written again in float64 with one loop a vector."""
+"""int8 against its definition, written again in float64 with one loop for each vector."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(dtype: torch.dtype = F64, head_dim: int = 8) -> Int8Units:
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = F64, spread: float = 1.0) -> Tensor:
-    """Normal numbers; each vector is of another magnitude, up to 10 ** spread apart."""
+    """Normal numbers; the magnitudes of vectors differ by up to 10 ** spread."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator, dtype=F64)
     return (x * 10 ** (spread * torch.rand(*shape[:-1], 1, generator=generator, dtype=F64))).to(dtype)
@@ -40,14 +40,14 @@ def encoded(vector: list[float]) -> tuple[list[int], float]:
 
 
 def held(codec: Int8Units, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """Units [K, n, 32, D] as attention meets them."""
+    """Units [K, n, 32, D] in the form that attention reads."""
     return {
         name: array.view(*keys.shape[:2], *array.shape[1:]) for name, array in codec.pack(keys.flatten(0, 1), values.flatten(0, 1)).items()
     }
 
 
 def dense(codec: Int8Units, units: dict[str, Tensor], q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and outputs over the decoded cache, one loop a head, in float64."""
+    """Scores and outputs over the decoded cache, in float64, with one loop for each head."""
     keys, values = (x.double().flatten(1, 2) for x in codec.decode(units))
     each = range(len(q))
     return torch.stack([q[h].double() @ keys[h].T for h in each]), torch.stack([weights[h].double() @ values[h] for h in each])
@@ -158,7 +158,7 @@ def test_queries_of_bfloat16() -> None:
 @given(st.integers(0, 2**32), st.sampled_from([F64, F32, BF16]), st.integers(-30, 30))
 @settings(max_examples=30, deadline=None)
 def test_bounds(seed: int, dtype: torch.dtype, power: int) -> None:
-    """What the card states: |q.k' - q.k| <= sum|q| max|k| / 254, and outputs move by the largest max|v| / 254."""
+    """The bounds of the module: |q.k' - q.k| <= sum|q| max|k| / 254, and outputs change by at most the largest max|v| / 254."""
     codec = opened(dtype, 16)
     keys, values = (draw(seed + i, 2, 2, PAGE, 16, dtype=dtype) * 10.0**power for i in range(2))
     wide = torch.promote_types(dtype, F32)
@@ -173,7 +173,7 @@ def test_bounds(seed: int, dtype: torch.dtype, power: int) -> None:
 
 
 def test_the_bound_is_met() -> None:
-    """By a key half a step from its codes everywhere but at its largest element, and a query of its signs."""
+    """A key half a step from its codes everywhere but at its largest element, and a query with its signs, reach the bound."""
     key = torch.tensor([[127] + 63 * [10.4999]], dtype=F64)
     q = torch.ones(1, 1, 64, dtype=F64)
     codec = opened(F64, 64)
@@ -186,7 +186,7 @@ def test_the_bound_is_met() -> None:
 @example([178 * 2.0**-149, 0, -(2.0**-149), 2.0**-148], F32)  # the scale rounds to the least number, two thirds of what it should be
 @settings(max_examples=200, deadline=None)
 def test_round_trip_of_any_numbers(vector: list[float], dtype: torch.dtype) -> None:
-    """Huge, tiny, zero: an element moves by half a scale at most, or the whole vector is NaN where float32 has no scale for it."""
+    """Huge, tiny, zero: an element changes by at most half a scale. If float32 has no scale for a vector, all of it is NaN."""
     x = torch.tensor([vector], dtype=dtype)
     codec = opened(dtype, 4)
     back = codec.decode(codec.store(x, -x))
@@ -203,7 +203,7 @@ def test_round_trip_of_any_numbers(vector: list[float], dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16])
 def test_zeros(dtype: torch.dtype) -> None:
-    """Vectors of zeros, and pages that were only zeroed, decode to zeros."""
+    """Vectors of zeros and zeroed pages decode to zeros."""
     codec, nothing = opened(dtype), torch.zeros(1, 2, PAGE, 8, dtype=dtype)
     fresh = {name: torch.zeros(1, 2, *array.shape, dtype=array.dtype) for name, array in codec.arrays.items()}
     for units in (held(codec, nothing, nothing), fresh):
@@ -253,7 +253,7 @@ def test_codes_depend_on_their_token_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "full"), [(F32, 512), (BF16, 256)])
 def test_bytes(dtype: torch.dtype, full: int) -> None:
-    """136 bytes a token and head at D = 64, of 512 and 256; the arrays are what store() makes."""
+    """136 bytes of a token and head at D = 64, instead of 512 and 256. The arrays are those of store()."""
     codec = opened(dtype, 64)
     assert Format(codec.name, codec.arrays, codec).bytes == PAGE * (2 * 64 + 8)
     assert 2 * 64 * dtype.itemsize == full

@@ -1,4 +1,4 @@
-"""PIE: which tokens are taken over, and that what is taken over is right."""
+"""PIE: which tokens are reused, and that the reused cache is correct."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OLD = [Random(4).randrange(plain.VOCAB) for _ in range(110)]
 
 
 def edited(at: int, gone: int, new: int) -> list[int]:
-    """OLD with `gone` tokens at `at` replaced by `new` others."""
+    """OLD with `gone` tokens at `at` replaced by `new` other tokens."""
     return OLD[:at] + [(token + 1) % plain.VOCAB for token in Random(at).choices(range(plain.VOCAB), k=new)] + OLD[at + gone :]
 
 
@@ -48,7 +48,7 @@ def run(engine: Engine, one: Request) -> list[int]:
 
 
 def reported(engine: Engine, one: Request) -> list[float]:
-    """Log-probabilities of the likeliest tokens at every place of the text."""
+    """Log-probabilities of the likeliest tokens at every position of the text."""
     engine.add(one)
     found = []
     while engine.has_work:
@@ -71,7 +71,7 @@ def test_spans_are_equal_tokens_in_order(old: list[int], new: list[int], refresh
 @pytest.mark.parametrize("edit", EDITS.values(), ids=list(EDITS))
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_one_layer_is_exact(edit: tuple[int, int, int], backend: str) -> None:
-    """Keys and values of the first layer are a function of token and position alone, so nothing is approximate there."""
+    """Keys and values of the first layer depend on token and position only, so reuse is exact there."""
     new = edited(*edit)
     engine = identity.engine(backend=backend, layers=1, max_model_len=160)
     run(engine, request("old", OLD))
@@ -83,7 +83,7 @@ def test_one_layer_is_exact(edit: tuple[int, int, int], backend: str) -> None:
 
 
 def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of the test above: without the turn, keys stand at their old positions."""
+    """A control of the test above: without the rotation, keys keep their old positions."""
     from redraft.kv.store import Store
 
     move = Store.move
@@ -93,7 +93,7 @@ def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_edit_behind_everything_is_the_prefix_cache() -> None:
-    """And one that changes nothing too: same tokens as a run without a cache, in two layers."""
+    """So is an edit that changes nothing: the tokens are those of a run without a cache, with two layers."""
     for new in (OLD, [*OLD, 3, 4, 5]):
         engine = identity.engine(max_model_len=160)
         run(engine, request("old", OLD))
@@ -102,7 +102,7 @@ def test_an_edit_behind_everything_is_the_prefix_cache() -> None:
 
 
 def test_edited_pages_are_nobody_elses() -> None:
-    """A request for the edited text alone must not meet what was taken over; the old text's pages are as they were."""
+    """A request for the edited text alone must not get reused slots. The pages of the old text do not change."""
     new = edited(40, 3, 9)
     engine = identity.engine(max_model_len=160)
     before = run(engine, request("old", OLD))
@@ -116,7 +116,7 @@ def test_edited_pages_are_nobody_elses() -> None:
 
 @pytest.mark.parametrize("pool", [40, 8])
 def test_with_drafts_in_a_batch_and_chunks(pool: int) -> None:
-    """The text does not hang on how the tokens were grouped; nor does it under preemption while the old text is in the cache."""
+    """The text does not depend on how tokens were grouped, nor on preemption while the old text is in the cache."""
     new = edited(40, 3, 9)
     texts = set()
     for drafter, chunk in (("none", 512), ("token-recycling", 24), ("random", 512)):
@@ -137,7 +137,7 @@ def test_gone_from_the_cache_it_is_computed() -> None:
 
 
 def test_memory_that_others_need_is_not_held() -> None:
-    """A pool that holds one text: the old pages give way, and the edited text is finished all the same."""
+    """The pool holds one text only: the old pages are evicted, and the edited text still finishes."""
     new = edited(10, 3, 9)
     engine = identity.engine(max_model_len=160, pool=5)
     run(engine, request("old", OLD))

@@ -1,4 +1,4 @@
-"""What the tests of sparse reads share: rows in front of a cache made by hand, and texts from an engine."""
+"""Shared by the tests of sparse attention: rows over a constructed cache, and texts of an engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METHODS = {
 
 
 class Scene(NamedTuple):
-    """What `select` meets, and the keys [K, n, D] behind it; committed: slots of each lane."""
+    """The arguments of `select`; keys: [K, n, D]; committed: the number of committed slots of each lane."""
 
     q: Tensor
     keys: Tensor
@@ -37,15 +37,15 @@ class Scene(NamedTuple):
         return torch.nonzero(self.seen[head, row]).flatten().tolist()
 
     def positions(self, read: Tensor, head: int, group: int, row: int) -> list[int]:
-        """Of the slots that a row reads."""
+        """The positions of the slots that a row reads."""
         return self.where[head, read.expand(-1, self.q.shape[1], -1, -1)[head, group, row]].tolist()
 
 
 def scene(
     seed: int, lanes: Seq[Seq[int]], stored: int, chain: int = 1, parents: Seq[int] = (), window: int | None = None, group: int = 3
 ) -> Scene:
-    """Lanes that hold these positions, then a chain from position `stored` on and a tree below it. What no row may look at (padding,
-    where a backend leaves 0 in `where`) has keys that would win."""
+    """Lanes with these positions, then a chain from position `stored` on and a tree below it. Slots that no row may read (padding, for
+    which a backend leaves 0 in `where`) have keys that would win."""
     generator = torch.Generator().manual_seed(seed)
     heads, tail, size = len(lanes), chain + len(parents), 8
     slots = -(-(max(map(len, lanes)) + tail) // PAGE) * PAGE
@@ -73,7 +73,7 @@ def scene(
 
 
 def alone(from_: Scene, row: int) -> Scene:
-    """The same row in a run without drafts: what it sees, and nothing else, side by side. All lanes must be equally long."""
+    """The same row in a run without drafts: exactly the slots that it sees, without gaps. All lanes must be equally long."""
     slots = from_.visible(0, row)
     n = -(-len(slots) // PAGE) * PAGE
     keys = torch.full((len(from_.keys), n, from_.keys.shape[2]), -1e6, dtype=torch.float64)
@@ -83,7 +83,7 @@ def alone(from_: Scene, row: int) -> Scene:
 
 
 def texts(read: str, *, drafts: bool = False, chunk: int = 512, many: int = 1, backend: str = "torch", pool: int = 80) -> Seen:
-    """What an engine around the tiny model makes of `many` prompts, the first always the same, greedily, in float64."""
+    """The greedy texts of an engine with the tiny model for `many` prompts, the first always the same, in float64."""
     dice = Random(7)
     prompts = [[dice.randrange(plain.VOCAB) for _ in range(100 - 9 * i)] for i in range(many)]
     known = {(str(i), 0): reference(tuple(prompt), read) for i, prompt in enumerate(prompts)} if drafts else None
@@ -94,12 +94,12 @@ def texts(read: str, *, drafts: bool = False, chunk: int = 512, many: int = 1, b
 
 
 def reference(prompt: tuple[int, ...], read: str) -> list[int]:
-    """The text of one prompt, alone and without drafts: what a drafter that is often right must know."""
+    """The text of one prompt, alone and without drafts. A drafter that knows it is often right."""
     made = engine(max_model_len=256)
     return drive(made, [Request("0", list(prompt), SamplingParams(temperature=0, max_tokens=40, read=read))], [0]).texts["0"]
 
 
 def register(monkeypatch: object) -> None:
-    """Makes the methods known by name, whether or not they are registered."""
+    """Registers the methods by name, in case they are not registered."""
     for name, target in METHODS.items():
         monkeypatch.setitem(registry.METHODS["read"], name, target)  # type: ignore[attr-defined]

@@ -61,7 +61,7 @@ def runner(**changes: Any) -> Runner:
 
 
 def side(labels: Labels, at: Scene) -> dict[str, Tensor]:
-    """What `fill` made of every key, page by page."""
+    """The result of `fill` for every key, page by page."""
     heads, slots, _ = at.keys.shape
     filled = labels.fill(0, at.keys.transpose(0, 1))["labels"]
     assert filled.shape == (slots, heads, labels.channels.shape[-1])
@@ -157,7 +157,7 @@ def test_scores_are_weighed_in_float32() -> None:
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Turned queries and keys of each layer, from the dense definition."""
+    """Rotated queries and keys of each layer, from the dense definition."""
     spec, weights = plain.tiny()
     made: list[Tensor] = []
     turn = plain._turn
@@ -194,7 +194,9 @@ def test_long_texts_are_cut_and_pieces_taken_evenly() -> None:
     assert torch.equal(few.scores, two.scores) and (few.texts, few.tokens) == (1, 20)
     assert DoubleSparsity.calibrate(one, TEXTS).tokens == 65
     for given, samples in (([], 1), ([[]], 1), (TEXTS, 0)):
-        with pytest.raises(InvalidInput, match=r"^double-sparsity: \d+ pieces of text and samples = \d: a calibration takes one at least$"):
+        with pytest.raises(
+            InvalidInput, match=r"^double-sparsity: \d+ pieces of text and samples = \d: a calibration needs at least one of each$"
+        ):
             DoubleSparsity.calibrate(one, given, samples)
 
 
@@ -230,7 +232,7 @@ def test_names_tell_side_data_apart() -> None:
     assert replace(profile, scores=-profile.scores).save() and DoubleSparsity().open(one).name != names[0]
 
 
-def test_without_a_profile_it_tells_how_to_make_one(own_cache: Path) -> None:
+def test_without_a_profile_the_error_says_how_to_make_one(own_cache: Path) -> None:
     with pytest.raises(InvalidInput) as refused:
         DoubleSparsity().open(runner())
     missing = own_cache / "double-sparsity" / f"{model_hash(runner())}.safetensors"
@@ -250,13 +252,13 @@ def test_damaged_files_and_others_are_refused(tmp_path: Path) -> None:
     path = DoubleSparsity.calibrate(runner(), TEXTS).save(tmp_path / "whole.safetensors")
     (tmp_path / "half").write_bytes(path.read_bytes()[:-9])
     save_file({"scores": torch.zeros(1)}, tmp_path / "other", {"method": "other", "model": "a", "texts": "1", "tokens": "1"})
-    save_file({"scores": torch.zeros(1)}, tmp_path / "untold", {"method": "double-sparsity"})
-    for name, what in (("half", "a whole profile"), ("other", "a profile"), ("untold", "a whole profile")):
+    save_file({"scores": torch.zeros(1)}, tmp_path / "incomplete", {"method": "double-sparsity"})
+    for name, what in (("half", "a complete profile"), ("other", "a profile"), ("incomplete", "a complete profile")):
         with pytest.raises(CheckpointError, match=rf"{name}: not {what} of double-sparsity"):
             DoubleSparsity(profile=tmp_path / name).open(runner())
 
 
-def test_where_profiles_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_profiles_are_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("REDRAFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert place("abc") == tmp_path / "redraft" / "double-sparsity" / "abc.safetensors"
@@ -294,7 +296,7 @@ def test_options_are_checked(options: dict[str, int], message: str) -> None:
 
 
 def test_a_factor_beyond_the_channels_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=r"^double-sparsity:factor=9: keys have 8 channels, so it must be that or less$"):
+    with pytest.raises(InvalidInput, match=r"^double-sparsity:factor=9: must be 8 or less, the number of channels of a key$"):
         DoubleSparsity(factor=9).open(runner())
 
 
@@ -343,7 +345,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
 
 
 class Tape:
-    """A backend that keeps what attention was given."""
+    """A backend that records the inputs of attention."""
 
     def __init__(self, backend: Any) -> None:
         self.backend, self.seen = backend, []
@@ -383,7 +385,7 @@ def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones(
 
 
 def test_every_backend_shows_the_meter_what_it_attends(tmp_path: Path) -> None:
-    """A backend that runs whole layers in one call would show it nothing."""
+    """A backend that runs whole layers in one call must not bypass the meter."""
     folder, text = str(tiny_llama(tmp_path / "llama")), [list(range(40))]
     served = library.serves("float32", "cpu")[0]
     scores = [DoubleSparsity.calibrate(LLM(folder, dtype="float32", backend=one).runner, text).scores for one in ("torch", served)]
