@@ -21,7 +21,7 @@ from redraft.core.sequence import Sequence, Wants
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
-from redraft.draft.sketch import Drawing, Sketch
+from redraft.draft.sketch import TreeDrafter, Sketch
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
@@ -31,7 +31,7 @@ LIKELIEST = 128  # tokens that are looked at behind a node at temperature 0, and
 
 
 @dataclass(eq=False, slots=True)
-class Sibling:
+class DraftState:
     """One text as the drafting model's table holds it. sketch, packed: the tree whose first nodes are its tail; work: how
     its tail began."""
 
@@ -54,21 +54,21 @@ def mirror(seq: Sequence, tokens: Seq[int]) -> Sequence:
 
 
 @dataclass(frozen=True)
-class SecondModel(Drawing):
+class SecondModel(TreeDrafter):
     """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target."""
 
     model: str | None = field(default=None, kw_only=True)
 
-    def open(self, runner: Any, sampler: Any) -> Grower:
+    def open(self, runner: Any, sampler: Any) -> SecondModelDrafter:
         from redraft.models.draft_model import load_draft_model  # loads torch, which `redraft methods` does without
 
-        return Grower(self, load_draft_model(runner, self.model), sampler)
+        return SecondModelDrafter(self, load_draft_model(runner, self.model), sampler)
 
 
-class Leveller(Stateless):
+class TreeGrower(Stateless):
     """Trees grown on a model, its own or the target's, in the tails of that model's table."""
 
-    def __init__(self, method: Drawing, runner: Runner, sampler: DraftSampler) -> None:
+    def __init__(self, method: TreeDrafter, runner: Runner, sampler: DraftSampler) -> None:
         self.method, self.runner, self.sampler = method, runner, sampler
         self.memory = runner.memory
         self.kinds = frozenset({Kind.FIXED, method.kind})
@@ -90,7 +90,7 @@ class Leveller(Stateless):
         self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
 
-    def _grow(self, growing: list[tuple[int, Sibling, Iterator[None]]]) -> None:
+    def _grow(self, growing: list[tuple[int, DraftState, Iterator[None]]]) -> None:
         """Level by level, all together, until no generator asks for more."""
         while growing:
             asking = []
@@ -140,31 +140,31 @@ class Leveller(Stateless):
         return Batch.pack(works, trees, pages)
 
 
-class Grower(Leveller):
-    """The opened form of every drafter with a second model: state of a request is its Sibling."""
+class SecondModelDrafter(TreeGrower):
+    """The opened form of every drafter with a second model: state of a request is its DraftState."""
 
     # ---- one text
 
-    def begin(self, seq: Sequence) -> Sibling:
-        sibling = mirror(seq, seq.tokens if self._knows(seq.tokens) else [])
-        self.memory.open(sibling)
+    def begin(self, seq: Sequence) -> DraftState:
+        mirrored = mirror(seq, seq.tokens if self._knows(seq.tokens) else [])
+        self.memory.open(mirrored)
         try:
-            if sibling.tokens:
-                self.memory.attach(sibling, self.memory.match(sibling.tokens, seq.request.salt))
+            if mirrored.tokens:
+                self.memory.attach(mirrored, self.memory.match(mirrored.tokens, seq.request.salt))
         except BaseException:
-            self.memory.free(sibling)
+            self.memory.free(mirrored)
             raise
-        return Sibling(sibling)
+        return DraftState(mirrored)
 
-    def fork(self, state: Sibling, seq: Sequence) -> Sibling:
+    def fork(self, state: DraftState, seq: Sequence) -> DraftState:
         self._forget(state)
-        sibling = mirror(seq, state.seq.tokens)
+        mirrored = mirror(seq, state.seq.tokens)
         if self.memory.available() < 1:  # the partial page is copied; without one the text is read again
             return self.begin(seq)
-        self.memory.fork(state.seq, sibling)
-        return Sibling(sibling)
+        self.memory.fork(state.seq, mirrored)
+        return DraftState(mirrored)
 
-    def end(self, state: Sibling) -> None:
+    def end(self, state: DraftState) -> None:
         state.sketch = state.work = None
         self.memory.free(state.seq)
 
@@ -173,28 +173,28 @@ class Grower(Leveller):
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A tree for each sequence whose text the second model has read; the rest it reads on."""
         trees = [EMPTY] * len(seqs)
-        growing: list[tuple[int, Sibling, Iterator[None]]] = []
+        growing: list[tuple[int, DraftState, Iterator[None]]] = []
         works: list[Work] = []
-        drafting: list[tuple[int, Sibling] | None] = []  # beside works
+        drafting: list[tuple[int, DraftState] | None] = []  # beside works
         left, free = CHUNK, self.memory.available()
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
-            state: Sibling = seq.state[self]
+            state: DraftState = seq.state[self]
             self._forget(state)
-            sibling = state.seq
-            if not self._knows(new := seq.tokens[len(sibling.tokens) :]):
+            mirrored = state.seq
+            if not self._knows(new := seq.tokens[len(mirrored.tokens) :]):
                 continue
-            sibling.tokens += new
-            depth = min(budget.depth, self.runner.spec.context - len(sibling.tokens))
-            rows = min(sibling.pending, left)
-            whole = rows == sibling.pending and min(budget.rows, depth) > 0
+            mirrored.tokens += new
+            depth = min(budget.depth, self.runner.spec.context - len(mirrored.tokens))
+            rows = min(mirrored.pending, left)
+            whole = rows == mirrored.pending and min(budget.rows, depth) > 0
             room = budget.rows if whole else 0
-            while room and self.memory.need(sibling, rows + room) > free:
+            while room and self.memory.need(mirrored, rows + room) > free:
                 room //= 2
-            need = self.memory.need(sibling, rows + room)
+            need = self.memory.need(mirrored, rows + room)
             if not rows or depth < 0 or need > free or (whole and not room):
                 continue
             left, free = left - rows, free - need
-            works.append(Work(sibling, rows))
+            works.append(Work(mirrored, rows))
             if whole:
                 state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler)
                 state.work, state.packed = works[-1], 0
@@ -223,7 +223,7 @@ class Grower(Leveller):
         """Commits what the target accepted of each tree, as far as its nodes were run."""
         works, kept = [], []
         for work, accepted in zip(result.work, result.accepted, strict=True):
-            state: Sibling | None = work.seq.state.get(self)
+            state: DraftState | None = work.seq.state.get(self)
             if state is None or state.work is None or state.sketch is None:
                 continue
             tree, node, path = state.sketch.tree(), -1, []
@@ -249,7 +249,7 @@ class Grower(Leveller):
             for work in works:
                 self.memory.publish(work.seq)
 
-    def _forget(self, state: Sibling) -> None:
+    def _forget(self, state: DraftState) -> None:
         """Drops the tail of a step that raised before its end."""
         self.memory.discard(state.seq)
         state.sketch = state.work = None

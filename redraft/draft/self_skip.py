@@ -29,14 +29,14 @@ from redraft.core.plan import Budget, Work
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
-from redraft.draft.second import Leveller, Sibling
-from redraft.draft.sketch import Drawing, Sketch
+from redraft.draft.second import TreeGrower, DraftState
+from redraft.draft.sketch import TreeDrafter, Sketch
 from redraft.errors import InvalidInput
 from redraft.options import number
 
 
 @dataclass(frozen=True)
-class SelfSkip(Drawing):
+class SelfSkip(TreeDrafter):
     """skip: how many layers are left out, None: half of those between the first and the last; length: most tokens a step; stop:
     the chance of a rejection at which drafting stops, 1 never."""
 
@@ -81,7 +81,7 @@ class SelfSkip(Drawing):
         return Skipping(self, runner, sampler)
 
 
-class Skipping(Leveller):
+class Skipping(TreeGrower):
     """The opened form. It keeps nothing from step to step: its model, table and text are the target's."""
 
     def __init__(self, method: SelfSkip, runner: Any, sampler: DraftSampler) -> None:
@@ -91,11 +91,11 @@ class Skipping(Leveller):
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A chain for each sequence that draws. Every tail is gone on return, also where something raises."""
         trees = [EMPTY] * len(seqs)
-        growing: list[tuple[int, Sibling, Iterator[None]]] = []
+        growing: list[tuple[int, DraftState, Iterator[None]]] = []
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             if seq.pending == 1 and min(budget) > 0:
                 sketch = Sketch(seq, budget, self.method.kind, self.sampler)
-                growing.append((i, Sibling(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
+                growing.append((i, DraftState(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
         if not growing:
             return trees
         sketches = [(i, state.sketch) for i, state, _ in growing if state.sketch is not None]

@@ -190,7 +190,7 @@ class Distributions:
 
 
 @dataclass(frozen=True)
-class Drawing(Options):
+class TreeDrafter(Options):
     """candidates: children are drawn from the likeliest so many tokens of the draft's distribution, renormalised; 0: from all."""
 
     candidates: int = number(0, ge=0, kw_only=True)

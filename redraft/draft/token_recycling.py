@@ -44,7 +44,7 @@ TEMPLATE = """
 0000:3 0001:1 0002:1 0010:1 0100:1 1000:1
 00000:2 00010:1
 """
-MOST, DEEPEST, WIDTH = 80, 6, 8  # nodes, levels, children of a node
+MAX_NODES, MAX_DEPTH, MAX_CHILDREN = 80, 6, 8  # nodes, levels, children of a node
 
 
 def template() -> list[str]:
@@ -90,7 +90,7 @@ def cut(rows: int, depth: int, width: int) -> Cut:
 class TokenRecycling(Options):
     """k: successors kept for each token; path: a file that an earlier run saved, to start from."""
 
-    k: int = number(8, ge=1, le=WIDTH)
+    k: int = number(8, ge=1, le=MAX_CHILDREN)
     path: Path | None = None
 
     card: ClassVar[Card] = Card(
@@ -130,7 +130,7 @@ class Recycler(Stateless):
         return [self._read(seq.tokens[-1], budget) if min(budget) > 0 else EMPTY for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _read(self, root: int, budget: Budget) -> TokenTree:
-        shape = cut(min(budget.rows, MOST), min(budget.depth, DEEPEST), self.matrix.shape[1])  # 2.
+        shape = cut(min(budget.rows, MAX_NODES), min(budget.depth, MAX_DEPTH), self.matrix.shape[1])  # 2.
         filled = [root]  # filled[i + 1]: the token of node i of the cut, -1 unknown, as are all nodes below an unknown one
         for node, children in shape.families:  # 3.
             token = filled[node + 1]

@@ -11,15 +11,15 @@ from typing import Any, ClassVar, Protocol
 from redraft.card import Card
 
 
-class OpenDepth(Protocol):
+class OpenLayerSkipping(Protocol):
     def layers(self, count: int) -> frozenset[int]:
         """The layers that run, of a model that has `count`."""
         ...
 
 
-class Depth(Protocol):
+class LayerSkipping(Protocol):
     """A registered plan of layers: hyper-parameters only."""
 
     card: ClassVar[Card]
 
-    def open(self, runner: Any) -> OpenDepth: ...
+    def open(self, runner: Any) -> OpenLayerSkipping: ...

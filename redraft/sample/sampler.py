@@ -39,7 +39,7 @@ class NotNumbers(RedraftError):
         self.seq = seq
 
 
-BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the CPU's cache
+NOISE_CHUNK = 1 << 14  # tokens that get their noise at once: temporaries stay in the CPU's cache
 
 
 class Sampler:
@@ -63,9 +63,9 @@ class Sampler:
         self.drafts = drafts
         self.gumbel = gumbel
 
-    def drawing(self, drafts: Stream) -> Drawing:
+    def for_drafts(self, drafts: Stream) -> DraftView:
         """The sampler as a drafter sees it that must draw with this noise."""
-        return Drawing(self, drafts)
+        return DraftView(self, drafts)
 
     def check(self, params: SamplingParams) -> Chosen:
         """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
@@ -108,7 +108,7 @@ class Sampler:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class DraftView:
     """redraft.draft.drafter.DraftSampler for a request whose verifier wants other noise than the engine's own."""
 
     sampler: Sampler
@@ -152,8 +152,8 @@ class TargetDistribution:
             row = self._row(values, owners[i], packed[i])
             if not row.seq.params.greedy:
                 noise = self._key(row.seq, Stream.TARGET, packed[i])
-                for at in range(0, len(row.ids), BLOCK):
-                    row.values[at : at + BLOCK] += self.sampler.gumbel(noise, row.ids[at : at + BLOCK])
+                for at in range(0, len(row.ids), NOISE_CHUNK):
+                    row.values[at : at + NOISE_CHUNK] += self.sampler.gumbel(noise, row.ids[at : at + NOISE_CHUNK])
             drawn[i] = int(row.ids[row.values.argmax()])
         return drawn
 

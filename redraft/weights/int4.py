@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SIZES = ("32", "64", "128")
 ADAPTIVE = "adaptive"
-LEAST = 64  # columns of an adaptive group
+MIN_GROUP = 64  # columns of an adaptive group
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FineQuant:
             return outs * ins * dtype.itemsize
         if role == "head" and self.head == "int8":
             return by_output_bytes(outs, ins)
-        least = LEAST if self.group == ADAPTIVE else int(self.group)
+        least = MIN_GROUP if self.group == ADAPTIVE else int(self.group)
         return outs * (-(-ins // 2) + 2 * -(-ins // least))
 
     def size(self, weight: Tensor) -> int:
@@ -108,11 +108,11 @@ def adapted(weight: Tensor, alpha: float) -> int:
     import torch.nn.functional as F
 
     ins = weight.shape[1]
-    finest = [F.pad(w, (0, -ins % LEAST)).view(len(w), -1, LEAST).abs().amax(2) for _, w in parts(weight)]
+    finest = [F.pad(w, (0, -ins % MIN_GROUP)).view(len(w), -1, MIN_GROUP).abs().amax(2) for _, w in parts(weight)]
     ranges = [torch.cat(finest)]  # of groups of 64, 128 ... columns: float32 [outs, groups]
     while ranges[-1].shape[1] > 1:
         ranges.append(F.pad(ranges[-1], (0, ranges[-1].shape[1] % 2)).unflatten(1, (-1, 2)).amax(2))
-    size = LEAST << len(ranges) - 1
+    size = MIN_GROUP << len(ranges) - 1
     for child, parent in zip(ranges[-2::-1], ranges[:0:-1], strict=True):
         if not child.double().mean() * alpha <= parent.double().mean():
             break

@@ -39,7 +39,7 @@ def forest(
 
 
 def grow(method: SecondModel, sketch: Sketch, logs: Distributions) -> TokenTree:
-    """As Grower does it, with a table of distributions for the second model."""
+    """As SecondModelDrafter does it, with a table of distributions for the second model."""
     sketch.learn(-1, logs[0].copy())
     paths: list[tuple[int, ...]] = []
     for _ in method.grow(sketch):

@@ -15,7 +15,7 @@ from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import CachePlan, Lanes, Request
 from redraft.draft.drafter import OpenDrafter
-from redraft.draft.second import Grower, SecondModel
+from redraft.draft.second import SecondModelDrafter, SecondModel
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event, checked
 from redraft.errors import InvalidInput
@@ -125,12 +125,12 @@ def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
 
 def second(
     made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, blocks: int | None = None, context: int = 256
-) -> Grower:
+) -> SecondModelDrafter:
     head = runner.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))
     spec = replace(runner.spec, context=context)
-    return Grower(
+    return SecondModelDrafter(
         made,
         Runner(spec, weights, runner.backend, blocks or runner.memory.blocks, sharing=runner.memory.paged.table.sharing),
         sampler,
@@ -151,7 +151,7 @@ def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | 
 def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> Seen:
     """Steps until all are finished; each request is added before the step that `arrivals` names."""
     memories = [engine.memory]
-    if isinstance(engine.drafter.own.drafter, Grower):
+    if isinstance(engine.drafter.own.drafter, SecondModelDrafter):
         memories.append(engine.drafter.own.drafter.memory)
     seen, waiting = Seen(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
     while waiting or engine.has_work:

@@ -14,7 +14,7 @@ from redraft import registry
 from redraft.core.noise import sample_seed
 from redraft.core.sequence import Request
 from redraft.core.tree import TokenTree
-from redraft.draft.second import Grower
+from redraft.draft.second import SecondModelDrafter
 from redraft.engine.engine import Engine
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
@@ -45,13 +45,13 @@ def chains(known: dict[tuple[str, int], list[int]]) -> RandomTrees:
     return Chains(plain.VOCAB)
 
 
-def second(runner: Runner, sampler: Sampler, name: str) -> Grower:
+def second(runner: Runner, sampler: Sampler, name: str) -> SecondModelDrafter:
     """The same hybrid with a head that is a little off drafts for it, from a memory of its own."""
     own = hybrid.runner("torch", 40)
     head = own.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     own.weights = replace(own.weights, head=Linear(head + 0.4 * head.std() * noise))
-    return Grower(registry.create("draft", name), own, sampler)
+    return SecondModelDrafter(registry.create("draft", name), own, sampler)
 
 
 DRAFTERS: dict[str, Callable[..., Any]] = {

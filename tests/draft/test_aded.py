@@ -327,7 +327,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     drafter.save(path)
     with pytest.raises(InvalidInput, match=r"made for a vocabulary of 50, here it is 60$"):
         opened(60, path=path)
-    with pytest.raises(InvalidInput, match=rf"holds {len(drafter.table)} pairs: keys must be that many or more, it is 3$"):
+    with pytest.raises(InvalidInput, match=rf"contains {len(drafter.table)} pairs, but keys = 3"):
         opened(keys=3, path=path)
     with pytest.raises(InvalidInput, match="cannot be written"):
         drafter.save(tmp_path / "none" / "t.safetensors")
@@ -341,9 +341,9 @@ def test_unusable_files(tmp_path: Path) -> None:
 
     for token in (-1, V):
         refused("has an id outside 0..49", trigrams=np.array([[1, 2, 3], [1, token, 4]], np.int32))
-    refused("is there twice", trigrams=np.array([[1, 2, 3], [1, 2, 3]], np.int32))
+    refused("occurs twice", trigrams=np.array([[1, 2, 3], [1, 2, 3]], np.int32))
     for weight in (0.0, -1.0, math.nan, math.inf):
-        refused("a weight is no positive number", weights=np.array([0.5, weight]))
+        refused("a weight is not a positive number", weights=np.array([0.5, weight]))
     no = "no tri-grams with weights"
     refused(no, trigrams=good["trigrams"].astype(np.int64))
     refused(no, trigrams=good["trigrams"][:1].copy())

@@ -16,7 +16,7 @@ from redraft.core.plan import Work
 from redraft.core.sequence import Request
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.draft.second import Grower
+from redraft.draft.second import SecondModelDrafter
 from redraft.draft.vocabtrim import Trimmed, VocabTrim, frequent
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
@@ -49,9 +49,9 @@ def trimmed(llm: LLM, text: Path, keep: int, draft: str = "draft-model") -> tupl
     return made, opened
 
 
-def grower(opened: Trimmed) -> Grower:
+def grower(opened: Trimmed) -> SecondModelDrafter:
     (inner,) = opened.parts
-    assert isinstance(inner, Grower)
+    assert isinstance(inner, SecondModelDrafter)
     return inner
 
 
@@ -141,7 +141,7 @@ def test_the_whole_vocabulary_is_no_change_and_others_see_none(llm: LLM, text: P
     assert opened.coverage == 1
 
 
-def logits(one: Grower, tokens: list[int]) -> Any:
+def logits(one: SecondModelDrafter, tokens: list[int]) -> Any:
     """f64[V] behind a text, as the drafter sees them."""
     seq = sequence(tokens, temperature=1)
     one.memory.open(seq)
@@ -176,7 +176,7 @@ def test_a_model_that_is_only_looked_at_is_left_alone(llm: LLM, text: Path) -> N
     second = load_draft_model(llm.runner, None)
     meta = copy(second)
     meta.weights = replace(second.weights, head=Linear(torch.empty(second.weights.head.outs, second.spec.hidden, device="meta")))
-    one = Grower(grower(trimmed(llm, text, 30)[1]).method, meta, llm.engine.sampler)
+    one = SecondModelDrafter(grower(trimmed(llm, text, 30)[1]).method, meta, llm.engine.sampler)
     one.trim(np.arange(5))
     assert one.runner is meta
 

@@ -102,7 +102,7 @@ def test_every_node_draws_by_its_own_path_together_as_alone(seed, chosen):
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 1500}, {"typical_p": 0.6}, {"min_p": 0.2, "temperature": 0.7}])
 @pytest.mark.parametrize("spread", [0.02, 3.0])
 def test_large_vocabulary_equals_the_plain_sort(params, spread):
-    size = 20_000  # more than one BLOCK of noise, and flat enough for several doublings
+    size = 20_000  # more than one NOISE_CHUNK, and flat enough for several doublings
     own = Sampler(size, EOS)
     rng = np.random.default_rng(5)
     table = {i: np.round(rng.normal(size=size) * spread, 3) for i in range(3)}
