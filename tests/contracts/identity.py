@@ -15,7 +15,7 @@ from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import CachePlan, Lanes, Request
 from redraft.draft.drafter import OpenDrafter
-from redraft.draft.second import SecondModelDrafter, SecondModel
+from redraft.draft.second import SecondModel, SecondModelDrafter
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event, checked
 from redraft.errors import InvalidInput

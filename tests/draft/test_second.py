@@ -16,7 +16,7 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
 from redraft.draft import second as module
-from redraft.draft.second import SecondModelDrafter, SecondModel
+from redraft.draft.second import SecondModel, SecondModelDrafter
 from redraft.draft.sketch import NextDistribution, Sketch
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput

@@ -242,7 +242,7 @@ def test_a_drafter_without_a_second_model_is_refused_by_name(llm: LLM, text: Pat
 def test_options_are_checked_at_once(text: Path) -> None:
     with pytest.raises(InvalidInput, match=r"^vocabtrim:keep=0: must be 1 or more$"):
         VocabTrim(keep=0, text=text)
-    with pytest.raises(InvalidInput, match=r"^vocabtrim:text=none: a file with text is needed"):
+    with pytest.raises(InvalidInput, match=r"^vocabtrim:text=none: must be a text file"):
         registry.create("draft", "vocabtrim:keep=9")
     with pytest.raises(UnknownMethod, match="no draft method 'draft-modell'"):
         VocabTrim(draft="draft-modell", text=text)
