@@ -30,11 +30,11 @@ class Written:
 
 
 def test_the_bound_falls_with_entropy():
-    assert Typical().least(np.eye(4)[0]) == 0.09
-    assert Typical(eps=0.5).least(FLAT) == pytest.approx(0.3 / 8)
-    assert Typical().least(FLAT) == pytest.approx(0.3 / 8)
+    assert Typical().threshold(np.eye(4)[0]) == 0.09
+    assert Typical(eps=0.5).threshold(FLAT) == pytest.approx(0.3 / 8)
+    assert Typical().threshold(FLAT) == pytest.approx(0.3 / 8)
     entropy = -sum(x * np.log(x) for x in SHARP if x)
-    assert Typical(eps=0.5, delta=0.2).least(SHARP) == pytest.approx(0.2 * np.exp(-entropy))
+    assert Typical(eps=0.5, delta=0.2).threshold(SHARP) == pytest.approx(0.2 * np.exp(-entropy))
 
 
 #   root -> 0, 1;  0 -> 2, 3;  1 -> 5
