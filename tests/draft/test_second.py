@@ -1,4 +1,4 @@
-"""The second model's cache follows the text through everything that happens to it."""
+"""The second model's cache follows the text through preemption, forks, aborts and rejections."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_texts(texts: dict[str, list[int]], sampling: str) -> None:
 
 
 class Rereading(SecondModelDrafter):
-    """Compares each tree with that of a second model that reads the whole text again."""
+    """Compares each tree with the tree of a second model that reads the whole text again."""
 
     compared = 0
 
@@ -217,7 +217,7 @@ def finish(made: Engine, sampling: str) -> int:
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 def test_who_drafts_is_not_confused_with_who_only_reads(sampling: str) -> None:
-    """Two texts, room for one node a step: the one without a budget runs its row too, and gives no distribution."""
+    """Two texts and room for one node a step: the text without a budget runs its row too, but gets no distribution."""
     made = engine(partial(second, method(CHAIN), off=0.0))
     made.scheduler = replace(made.scheduler, draft_total=1)  # type: ignore[type-var]
     seen = drive(made, requests(sampling, 2), (0, 0))
@@ -392,7 +392,7 @@ def test_options_are_checked(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("noise", [None, 7])
 def test_a_distribution_of_no_numbers_is_reported(noise: int | None) -> None:
-    """Where a draft model computes NaN; the guard drops the drafter then, and the text goes on."""
+    """A draft model computes NaN. The guard then drops the drafter, and the text continues."""
     distribution = NextDistribution(np.arange(3), np.array([1.0, 2.0, 3.0]), noise, target=True, total=np.nan)
     with pytest.raises(ValueError, match="NaN"):
         distribution.nth(0)

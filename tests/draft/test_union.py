@@ -30,7 +30,7 @@ Path = tuple[int, ...]
 
 
 def tree(*paths: Path, scores: Seq[float] | None = None) -> TokenTree:
-    """A node for each path, in this order; its parent's path comes before it."""
+    """A node for each path, in this order; a parent's path comes before its children's."""
     place = {(): -1, **{path: i for i, path in enumerate(paths)}}
     tokens = np.array([path[-1] for path in paths], np.int32)
     parents = np.array([place[path[:-1]] for path in paths], np.int32)
@@ -177,7 +177,7 @@ def test_the_text_is_the_definitions(sampling: str) -> None:
 
 
 def joined(made: Engine, *parts: OpenDrafter) -> tuple[Engine, Merger]:
-    """An engine like `made` whose drafter is the union of `parts`."""
+    """An engine like `made` with the union of `parts` as its drafter."""
     merger = Merger([type(part).__name__ for part in parts], parts, made.sampler)
     return Engine(made.runner, made.scheduler, merger, made.verifier.own, made.sampler, max_model_len=128), merger
 
@@ -215,7 +215,7 @@ def test_fixed_parts_stand_before_a_verifier_that_tosses_coins() -> None:
 
 
 class Bang(Stateless):
-    """Raises where it is reported to; counts what is open."""
+    """Raises where the test says so, and counts the open states."""
 
     def __init__(self, where: str = "") -> None:
         self.where, self.open = where, 0

@@ -1,4 +1,4 @@
-"""Typical acceptance on distributions that are written down."""
+"""Typical acceptance with given distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARP = np.array([0.9, 0.05, 0.01, 0.04, 0, 0, 0, 0])
 
 
 class Written:
-    """A distribution for each row, and the token drawn there; remembers which rows were asked for."""
+    """A distribution for each row and the token drawn there. It records which rows were requested."""
 
     def __init__(self, roots, distributions, drawn):
         self.roots, self.distributions, self.drawn, self.asked = np.asarray(roots, np.int32), distributions, drawn, []
@@ -76,7 +76,7 @@ def test_a_node_drawn_twice_is_one_node():
 
 
 class Certain(ToyDistribution):
-    """Temperature 0: all of the distribution on the token that is drawn."""
+    """Temperature 0: the distribution is one-hot at the drawn token."""
 
     def probs(self, rows):
         return np.eye(self.distribution_probs.shape[1])[self.draw(rows)]
