@@ -107,7 +107,7 @@ class Aggressive(Options, Stateless):
         return replace(state)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A chain for each sequence whose output matches its source."""
+        """A chain for each sequence with output that matches its source."""
         return [self._copy(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _copy(self, seq: Sequence, budget: Budget) -> TokenTree:

@@ -82,7 +82,7 @@ class CopySpec(Options, Stateless):
         return Windows(state.size, state.latest, dict(state.follows), state.seen)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A chain for each sequence whose last `gamma` tokens occurred before."""
+        """A chain for each sequence with an earlier occurrence of its last `gamma` tokens."""
         return [self._copy(seq, min(self.block, *budget)) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _copy(self, seq: Sequence, length: int) -> TokenTree:

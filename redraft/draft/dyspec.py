@@ -59,7 +59,7 @@ class DySpec(SecondModel):
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         heap, later = [Slot(-1.0, -1)], list[Slot]()  # 1.
-        known = 0  # nodes whose distributions are known
+        known = 0  # the first `known` nodes have known distributions
         room = min(self.nodes, tree.room)
         while room and (heap or later):
             if not heap:  # with a threshold: the level is done

@@ -172,7 +172,7 @@ class SecondModelDrafter(TreeGrower):
     # ---- one step
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A tree for each sequence whose text the second model has read completely. For the others it reads the next chunk."""
+        """A tree for each sequence that the second model has read completely. For the others it reads the next chunk."""
         trees = [EMPTY] * len(seqs)
         growing: list[tuple[int, DraftState, Iterator[None]]] = []
         works: list[Work] = []
