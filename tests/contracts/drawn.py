@@ -54,7 +54,7 @@ def grow(method: SecondModel, sketch: Sketch, logs: Distributions) -> TokenTree:
 
 
 class ForestDistribution:
-    """redraft.core.distribution.Distribution of sequences with their own trees. Sequence s has seed s; token d of a text is at START + d."""
+    """redraft.core.distribution.Distribution of sequences with one tree each. Sequence s has seed s. Token d of a text is at START + d."""
 
     def __init__(self, distributions: Distributions, trees: Seq[TokenTree]) -> None:
         self.distributions, self.trees = distributions, trees

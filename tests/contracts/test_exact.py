@@ -59,9 +59,9 @@ def test_control_a_deterministic_tree_is_biased(name, kind):
     assert np.mean(found) > 0.05
 
 
-# (supported kind, given kind) of pairs that must be biased. Other pairs are exact. A rule for TOP_PLUS_ONE takes all draws except the last as given, so
-# samples without replacement work. A rule for WITHOUT_REPLACEMENT skips a token that it has seen, and independent draws without
-# their repeats are samples without replacement.
+# (supported kind, given kind) of pairs that must be biased. Other pairs are exact. A rule for TOP_PLUS_ONE takes all draws except
+# the last as given, so samples without replacement work. A rule for WITHOUT_REPLACEMENT skips a token that it has seen, and
+# independent draws without their repeats are samples without replacement.
 WRONG = [
     (Kind.IID, Kind.WITHOUT_REPLACEMENT),
     (Kind.IID, Kind.TOP_PLUS_ONE),
