@@ -1,4 +1,4 @@
-"""What a method claims about itself: the data from which docs, `redraft methods` and the contracts are made."""
+"""A method's description of itself. The docs, `redraft methods` and the contract tests are generated from it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from enum import IntEnum
 
 
 class Guarantee(IntEnum):
-    """From strongest to weakest, so that the guarantee of a configuration is the `max` of its parts."""
+    """Ordered from strongest to weakest: the guarantee of a configuration is the `max` over its methods."""
 
-    SAME_TEXT = 0  # the tokens of the plain loop with the same seed
-    SAME_TEXT_GREEDY = 1  # the same at temperature 0, the same distribution otherwise
-    SAME_DISTRIBUTION = 2  # the target's distribution, other tokens
-    NEAR = 3  # small numerical differences, bounded and stated
+    SAME_TEXT = 0  # the same tokens as plain decoding with the same seed
+    SAME_TEXT_GREEDY = 1  # the same tokens at temperature 0, the same distribution otherwise
+    SAME_DISTRIBUTION = 2  # the target's distribution, but other tokens for the same seed
+    NEAR = 3  # small numerical differences with a stated bound
     LOSSY = 4  # changes the text by design
     NONE = 5
 
@@ -23,8 +23,8 @@ class Guarantee(IntEnum):
 
 @dataclass(frozen=True)
 class Card:
-    """`paper` is "authors, title, year, arXiv id"; `needs` what must exist besides the target; `deviates` from the paper; `summary` what
-    it does and when to use it, at most 57 characters."""
+    """paper: "authors, title, year, arXiv id"; needs: what must exist besides the target; deviates: differences from the paper;
+    summary: what the method does and when to use it, at most 57 characters."""
 
     title: str
     paper: str

@@ -9,7 +9,7 @@ from redraft.card import Card, Guarantee
 
 
 def weakest(**methods: str | None) -> Guarantee:
-    """The weakest guarantee of methods given as seam="name:option=value,...". None chooses no method.
+    """The weakest guarantee among methods given as seam="name:option=value,...". None means no method.
 
     >>> weakest(draft="none", verify="rejection", keep=None).label
     'same-distribution'

@@ -1,4 +1,4 @@
-"""Hyper-parameters of methods: a range stands beside its option's default, as in config.py, and is checked here."""
+"""Hyper-parameters of methods. As in config.py, an option's allowed range is declared next to its default; it is checked here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from redraft.errors import InvalidInput
 
 
 class Range(NamedTuple):
-    """Bounds of a number, ge and le included, gt and lt excluded; multiple_of: 0 for any."""
+    """Bounds of a finite number: ge and le are inclusive, gt and lt exclusive; multiple_of: 0 means any number."""
 
     ge: float | None = None
     gt: float | None = None
@@ -48,12 +48,13 @@ def number(
     multiple_of: int = 0,
     kw_only: bool = False,
 ) -> Any:
-    """A field of a dataclass of `Options` that is a number of this range, or None where its default is None."""
+    """A dataclass field of an `Options` class: a number in this range. None is allowed if the default is None."""
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"range": Range(ge, gt, le, lt, multiple_of)})
 
 
 class Options:
-    """Base of methods, frozen dataclasses of hyper-parameters. InvalidInput names the option, its value and what is allowed."""
+    """Base class of methods, which are frozen dataclasses of hyper-parameters. InvalidInput names the option, its value and the
+    allowed range."""
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):  # type: ignore[arg-type]

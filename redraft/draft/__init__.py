@@ -1,1 +1,1 @@
-"""What may come next? One drafter per file; the seam is drafter.py."""
+"""Drafters, which propose the next tokens. One drafter per file; drafter.py defines their interface."""

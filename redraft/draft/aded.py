@@ -1,24 +1,26 @@
-"""Keeps weights of tri-grams that follow the text, and drafts what a small tree search over them visits most.
+"""Counts the tri-grams of recent text and drafts the paths that a small tree search over them visits most.
 
 Xukun Liu, Bowen Lei, Ruqi Zhang, Dongkuan Xu: Adaptive Draft-Verification for Efficient Large Language Model Decoding,
 2024, arXiv 2407.12021.
 
-1. Table: (a, b) -> {c: weight}, at most `successors` a pair; empty, or counted on a corpus, weight = count(abc) / count(ab).
+1. The table maps (a, b) to {c: weight}, with at most `successors` entries per pair. It starts empty or is counted on a corpus
+   with weight = count(abc) / count(ab).
 2. Each drafting call adds `increment` to every tri-gram among the last `window` tokens of prompt and output, up to `cap`.
-3. Root: the pair of the last two tokens. The children of a pair (u, v) are the pairs (v, w), w its successors.
+3. The root is the pair of the last two tokens. The children of a pair (u, v) are the pairs (v, w) for all successors w.
 4. Search, `iterations` times. a. Select: go to the child with the largest S / N + (c1 + ln((M + c2 + 1) / c2)) P sqrt(M) /
-   (1 + N): S its summed scores, N its visits, M its parent's, P its weight; one without visits comes first. b. Expand: a pair
-   that has successors but no children gets them all; go to the last. c. Roll out: draw successors by weight until the path has
-   `length` pairs. d. Score: 1 + the weights on the path, counted from the pair that was reached up to the root.
-5. Take the paths to the `sequences` most visited pairs, each followed by the heaviest successor of its last pair.
-6. Merge them into a tree, the most visited first, until the budget is spent.
+   (1 + N), where S is the sum of its scores, N its visits, M its parent's visits and P its weight. A child without visits comes
+   first. b. Expand: a pair that has successors but no children gets all of them; go to the last child. c. Roll out: draw
+   successors by weight until the path has `length` pairs. d. Score: 1 + the sum of the weights on the path.
+5. Take the paths to the `sequences` most visited pairs and append to each the heaviest successor of its last pair.
+6. Merge the paths into a tree, the most visited first, until the node budget is used up.
 
-A proposal takes 0.2 to 0.9 ms of one core on texts of pilot-16m, 1.1 ms where every pair has 12 successors; a pair about 0.4
-KB of memory, 1.5 KB with 12 successors.
-Differs: step 6 counts nodes of the merged tree; the release drops long paths until the sum of their lengths is 64, which under
-a budget of 16 leaves a shallow tree (scripts/prove aded, greedy, filled table: 2.25 tokens a forward against 3.01). A full pair
-gives up its lightest successor for a new one, a full table the pair that it learned of longest ago; rollouts draw from the noise
-of (seed, position); where nothing is found nothing is drafted, not a dummy token; increment=0 creates no successors of weight 0.
+A proposal takes 0.2 to 0.9 ms of one core on texts of pilot-16m, and 1.1 ms if every pair has 12 successors. A pair takes about
+0.4 KB of memory, and 1.5 KB with 12 successors.
+Differs: step 6 counts nodes of the merged tree. The published code drops long paths until the sum of the path lengths is 64; with
+a budget of 16 this gives a shallow tree (scripts/prove aded, greedy, filled table: 2.25 tokens a forward against 3.01). In a full
+pair a new successor replaces the lightest one. A full table drops the pair that was updated least recently. Rollouts draw from the
+noise of (seed, position). If no path is found, nothing is drafted instead of a dummy token. increment=0 creates no successors of
+weight 0.
 """
 
 from __future__ import annotations
@@ -48,14 +50,15 @@ from redraft.errors import InvalidInput
 from redraft.options import Options, number
 
 Pair = tuple[int, int]
-Row = dict[int, float]  # successor -> weight; order is that of insertion, so nothing depends on hashes
+Row = dict[int, float]  # successor -> weight, in insertion order, so nothing depends on hashes
 
 
 @dataclass(frozen=True)
 class ADED(Options):
-    """increment, cap, window: what a drafting call adds to a tri-gram, the most it can weigh, the tokens it looks back;
-    iterations, length, c1, c2: of the search, length in pairs with the root; sequences: most of them in a draft;
-    successors, keys: kept a pair, and pairs in the table; path: a file that an earlier run saved, to start from."""
+    """increment: the weight that a drafting call adds to a tri-gram; cap: the largest weight; window: the number of recent tokens
+    that a call learns from; iterations, c1, c2: of the search; length: pairs on a search path, including the root; sequences: the
+    most paths in a draft; successors: the most successors per pair; keys: the most pairs in the table; path: a saved table to start
+    from."""
 
     increment: float = number(0.04, ge=0)
     cap: float = number(3.0, gt=0)
@@ -82,7 +85,7 @@ class ADED(Options):
 
     @property
     def pair_bytes(self) -> int:
-        """What a pair with all its successors takes at most, as Python objects."""
+        """The most memory that a pair with all its successors takes, as Python objects."""
         return 400 + 110 * self.successors
 
     def open(self, runner: Any, sampler: Any) -> TriGrams:
@@ -93,7 +96,7 @@ class ADED(Options):
 
 
 class TriGrams(Stateless):
-    """What lives as long as the engine: `table`, the pair that was not learned from for longest first."""
+    """The opened drafter. table: ordered by last update, the least recent pair first."""
 
     def __init__(self, method: ADED, vocab: int) -> None:
         self.method, self.vocab = method, vocab
@@ -103,11 +106,11 @@ class TriGrams(Stateless):
 
     @property
     def bytes(self) -> int:
-        """At most: every pair is counted with all its successors."""
+        """An upper bound: every pair is counted with all its successors."""
         return len(self.table) * self.method.pair_bytes
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """Learns from each text that may draft, then searches from its last two tokens."""
+        """Learns from each text that has a budget, then searches from its last two tokens."""
         return [self._draft(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _draft(self, seq: Sequence, budget: Budget) -> TokenTree:
@@ -124,7 +127,7 @@ class TriGrams(Stateless):
         return TokenTree.build(drafted, above, vocab=self.vocab, rows=budget.rows, depth=budget.depth)  # 6.
 
     def learn(self, recent: list[int]) -> None:
-        """Adds to the tri-grams of `recent`, to each as often as it occurs there."""
+        """Adds `increment` to each tri-gram of `recent`, once per occurrence."""
         if not self.method.increment:
             return
         for a, b, c in zip(recent, recent[1:], recent[2:], strict=False):
@@ -137,14 +140,14 @@ class TriGrams(Stateless):
             self.table.popitem(last=False)
 
     def search(self, root: Pair, noise: Iterator[float]) -> tuple[list[int], list[int], list[int]]:
-        """Tokens, parents and visits of all stored pairs, parents before children; pair 0 is the root.
+        """Tokens, parents and visits of all search nodes, parents before children; node 0 is the root.
 
-        Lists that all pairs share, and means and shares = P / (1 + N) kept at the parent, because this is 150 times a
-        dozen children in Python.
+        The inner loop visits a dozen children 150 times. For speed, all nodes share these lists, and a parent keeps its
+        children's means and shares = P / (1 + N).
         """
         table, explore, length = self.table, self.explore, self.method.length
         tokens, parents, visits, totals, weights, values = [root[1]], [0], [0], [0.0], [0.0], [1.0]
-        first, means, shares = [0], [[math.inf]], [[0.0]]  # of a pair's children; first = 0: it has none
+        first, means, shares = [0], [[math.inf]], [[0.0]]  # of a node's children; first = 0: no children
         for _ in range(self.method.iterations):
             node, pairs, (u, v) = 0, 1, root
             while pairs < length:
@@ -187,9 +190,10 @@ class TriGrams(Stateless):
         return tokens, parents, visits
 
     def extract(self, root: Pair, tokens: list[int], parents: list[int], visits: list[int]) -> tuple[list[int], list[int]]:
-        """Tokens and parents of the sequences, each followed by its last token, the most visited sequence first.
+        """Tokens and parents of the paths, the most visited first, each with the token appended in step 5.
 
-        A pair has no more visits than its parent, and comes behind it where they have as many: every prefix is there.
+        A node never has more visits than its parent, and comes after it if the visits are equal. So every prefix of a
+        path is included.
         """
         drafted: list[int] = []
         above: list[int] = []
@@ -206,14 +210,14 @@ class TriGrams(Stateless):
         return drafted, above
 
     def prefill(self, texts: Iterable[Seq[int]]) -> None:
-        """Replaces the table by one counted on a corpus: the pairs that occur most, the likeliest successors of each."""
+        """Replaces the table by one counted on a corpus: the most frequent pairs with the likeliest successors of each."""
         counts: dict[Pair, Counter[int]] = {}
         for text in texts:
             for a, b, c in zip(text, text[1:], text[2:], strict=False):
                 counts.setdefault((a, b), Counter())[c] += 1
         common = nlargest(self.method.keys, counts, key=lambda pair: counts[pair].total())
         self.table.clear()
-        for pair in reversed(common):  # the rarest goes first when room is needed
+        for pair in reversed(common):  # the rarest pair is dropped first
             total = counts[pair].total()
             self.table[pair] = {c: n / total for c, n in counts[pair].most_common(self.method.successors)}
 
@@ -224,8 +228,8 @@ class TriGrams(Stateless):
         self.table = OrderedDict((pair, dict(row)) for pair, row in snapshot)
 
     def save(self, path: Path) -> None:
-        """Writes the table as safetensors: trigrams i32[M, 3] and weights f64[M] in the table's order, vocab i64[1];
-        InvalidInput when the file cannot be written."""
+        """Writes the table as safetensors: trigrams i32[M, 3] and weights f64[M] in the table's order, vocab i64[1].
+        Raises InvalidInput if the file cannot be written."""
         trigrams = np.array([(*pair, c) for pair, row in self.table.items() for c in row], np.int32).reshape(-1, 3)
         weights = np.array([weight for row in self.table.values() for weight in row.values()], np.float64)
         tensors = {"trigrams": trigrams, "weights": weights, "vocab": np.array([self.vocab])}
@@ -235,30 +239,30 @@ class TriGrams(Stateless):
             raise InvalidInput(f"aded:path={path}: cannot be written ({error.strerror})") from None
 
     def load(self, path: Path) -> None:
-        """Takes over a saved table, of each pair the heaviest successors; InvalidInput where the file is missing, not one
-        of this vocabulary, or has more pairs than `keys`."""
+        """Loads a saved table and keeps the heaviest successors of each pair. Raises InvalidInput if the file is missing or
+        damaged, belongs to another vocabulary, or has more pairs than `keys`."""
         at = f"aded:path={path}"
         try:
             found = safetensors.numpy.load(path.read_bytes())
         except OSError as error:
             raise InvalidInput(f"{at}: cannot be read ({error.strerror})") from None
-        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: of a dtype that numpy lacks
+        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
             raise InvalidInput(f"{at}: not a safetensors file of tri-grams ({error})") from None
         trigrams, weights, vocab = (found.get(name, np.zeros(0, bool)) for name in ("trigrams", "weights", "vocab"))
         shapes = trigrams.shape == (*weights.shape, 3) and weights.ndim == 1 and vocab.shape == (1,)
         if not shapes or (trigrams.dtype, weights.dtype, vocab.dtype) != (np.int32, np.float64, np.int64):
-            raise InvalidInput(f"{at}: holds no tri-grams with weights; save them with TriGrams.save")
+            raise InvalidInput(f"{at}: contains no tri-grams with weights; save them with TriGrams.save")
         if vocab[0] != self.vocab:
             raise InvalidInput(f"{at}: made for a vocabulary of {vocab[0]}, here it is {self.vocab}")
         if ((trigrams < 0) | (trigrams >= self.vocab)).any() or len(np.unique(trigrams, axis=0)) < len(trigrams):
-            raise InvalidInput(f"{at}: damaged, a tri-gram is there twice or has an id outside 0..{self.vocab - 1}")
+            raise InvalidInput(f"{at}: damaged, a tri-gram occurs twice or has an id outside 0..{self.vocab - 1}")
         if not (np.isfinite(weights) & (weights > 0)).all():
-            raise InvalidInput(f"{at}: damaged, a weight is no positive number")
+            raise InvalidInput(f"{at}: damaged, a weight is not a positive number")
         table: OrderedDict[Pair, Row] = OrderedDict()
         for (a, b, c), weight in zip(trigrams.tolist(), weights.tolist(), strict=True):
             table.setdefault((a, b), {})[c] = weight
         if len(table) > self.method.keys:
-            raise InvalidInput(f"{at}: holds {len(table)} pairs: keys must be that many or more, it is {self.method.keys}")
+            raise InvalidInput(f"{at}: contains {len(table)} pairs, but keys = {self.method.keys}; keys must be {len(table)} or more")
         for pair, row in table.items():
             if len(row) > self.method.successors:
                 table[pair] = {c: row[c] for c in nlargest(self.method.successors, row, key=row.__getitem__)}

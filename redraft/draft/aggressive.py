@@ -1,17 +1,18 @@
-"""Copies from a text that the output is expected to resemble, and where they differ waits until they meet again.
+"""Copies from a text that the output should resemble. After a difference it waits until the two match again.
 
 Tao Ge, Heming Xia, Xin Sun, Si-Qing Chen, Furu Wei: Lossless Acceleration for Seq2seq Generation with Aggressive
 Decoding, 2022, arXiv 2205.10350 (its input-guided half, IAD).
 
-1. The source is the request's `prediction`, or its prompt where it has none. Index all its 1- to 3-grams.
-2. A prediction is copied from its first token on; a prompt from where the output first meets it.
-3. As long as the output goes on as the source does, draft the source's next tokens, at most `block` and never past its end.
-4. After a difference take the last n tokens of the output, n = 1, 2, 3. Absent from the source: not joined. There once:
-   copy what follows it there. There several times: try n + 1; at 3 still several: not joined. Try again at each token.
+1. The source is the request's `prediction`, or its prompt if it has no prediction. Index all 1- to 3-grams of the source.
+2. A prediction is copied from its first token; a prompt is copied from the place where the output first matches it.
+3. While the output agrees with the source, draft the source's next tokens: at most `block`, and never past its end.
+4. After a difference, look up the last n tokens of the output for n = 1, 2, 3. If the source has the n-gram once, copy the
+   tokens that follow it. If the source has it several times, try n + 1. If the source does not have it, or has the 3-gram
+   several times, draft nothing and look again after the next token.
 
-Differs: drafts are cut at `block`, since all behind the first difference is wasted; after a difference they begin short
-and grow with the tokens that agree; the source may be the whole prompt. The paper's other half, GAD, needs a trained
-non-autoregressive model and is not here.
+Differs: drafts have at most `block` tokens, because all tokens after the first difference are wasted. After a difference
+drafts start short and grow with the tokens that agree. The source may be the whole prompt. The paper's other half, GAD,
+is not implemented: it needs a trained non-autoregressive model.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ LONGEST = 3  # tokens of an n-gram
 SEVERAL = -1
 
 
-class Source:
-    """A text to copy from. ends: n-gram -> where its only occurrence ends, or SEVERAL."""
+class CopySource:
+    """A text to copy from. ends: n-gram -> the end of its only occurrence, or SEVERAL."""
 
     def __init__(self, tokens: Seq[int]) -> None:
         self.tokens = tuple(tokens)
@@ -43,7 +44,7 @@ class Source:
                 self.ends[gram] = SEVERAL if gram in self.ends else end
 
     def meet(self, output: Seq[int]) -> int | None:
-        """Where the source goes on behind the last tokens of `output`, or None."""
+        """The place in the source after the last tokens of `output`, or None."""
         for n in range(1, min(LONGEST, len(output)) + 1):
             end = self.ends.get(tuple(output[-n:]))
             if end != SEVERAL:
@@ -53,10 +54,10 @@ class Source:
 
 @dataclass
 class Pointer:
-    """Where one sequence stands in its source: a function of its tokens alone. at: the place of the token expected next,
-    None: not joined; agreed: tokens that went as expected since they met; seen: tokens followed so far."""
+    """The position of one sequence in its source, a function of the sequence's tokens alone. at: the place of the next expected
+    token, None if output and source do not match; agreed: tokens that matched since then; seen: tokens processed so far."""
 
-    source: Source
+    source: CopySource
     at: int | None
     agreed: int
     seen: int
@@ -74,10 +75,11 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Aggressive(Options, Stateless):
-    """block: most tokens drafted; first: tokens drafted where output and source just met; each that agrees allows one more.
+    """block: the most tokens drafted; first: tokens drafted directly after a match. Each token that agrees allows one more.
 
-    Random edits of the suite's prompts as output, 16 rows a step: at one edit in 20 tokens first = 1, 4, 16 give 3.04, 3.53,
-    4.11 tokens a step for 2.8, 3.6, 5.6 drafted. On pilot-16m's own code edits, which are no copies, they waste 0.2, 0.6, 2.2.
+    Measured with random edits of the suite's prompts as output and 16 rows a step: with one edit in 20 tokens, first = 1, 4, 16
+    give 3.04, 3.53, 4.11 tokens a step for 2.8, 3.6, 5.6 drafted tokens. On code edits by pilot-16m, which do not copy, they waste
+    0.2, 0.6, 2.2 drafted tokens a step.
     """
 
     block: int = number(32, ge=1)
@@ -87,7 +89,7 @@ class Aggressive(Options, Stateless):
         "Aggressive decoding",
         "Ge, Xia, Sun, Chen, Wei, Lossless Acceleration for Seq2seq Generation with Aggressive Decoding, 2022, arXiv 2205.10350",
         Guarantee.SAME_TEXT,
-        deviates="drafts are cut, and grow again after a difference; the prompt is the source of a request without a prediction",
+        deviates="drafts have limited length and grow again after a difference; without a prediction the prompt is the source",
         summary="Copies from an expected text; edits and rewrites",
     )
 
@@ -96,22 +98,22 @@ class Aggressive(Options, Stateless):
 
     def begin(self, seq: Sequence) -> Pointer:
         given = seq.params.prediction
-        assert not isinstance(given, str), "the engine takes predictions as token ids"
+        assert not isinstance(given, str), "the engine expects predictions as token ids"
         if given is None:
-            return Pointer(Source(seq.request.prompt), None, 0, seq.prompt_len)  # 1.
-        return Pointer(Source(given), 0, self.block, seq.prompt_len)  # 2.
+            return Pointer(CopySource(seq.request.prompt), None, 0, seq.prompt_len)  # 1.
+        return Pointer(CopySource(given), 0, self.block, seq.prompt_len)  # 2.
 
     def fork(self, state: Pointer, seq: Sequence) -> Pointer:
         return replace(state)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A chain for each sequence that stands in its source."""
+        """A chain for each sequence with output that matches its source."""
         return [self._copy(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _copy(self, seq: Sequence, budget: Budget) -> TokenTree:
         state: Pointer = seq.state[self]
         state.follow(seq.tokens, seq.prompt_len)
-        most = min(self.block, self.first + state.agreed, *budget)
-        if state.at is None or most < 1:
+        length = min(self.block, self.first + state.agreed, *budget)
+        if state.at is None or length < 1:
             return EMPTY
-        return TokenTree.chain(state.source.tokens[state.at : state.at + most])  # 3.
+        return TokenTree.chain(state.source.tokens[state.at : state.at + length])  # 3.

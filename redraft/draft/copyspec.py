@@ -1,15 +1,16 @@
-"""Where the last few tokens stood in the text before, proposes the tokens that followed them there.
+"""Looks for an earlier occurrence of the last few tokens and proposes the tokens that followed it.
 
 Razvan-Gabriel Dumitru, Minglai Yang, Vikas Yadav, Mihai Surdeanu: CopySpec: Accelerating LLMs with Speculative
 Copy-and-Paste Without Compromising Quality, 2025, arXiv 2502.08923.
 
-1. Index every window of gamma tokens of prompt and output under the place where it ends; only windows that another
-   token follows, so that the newest window never finds itself. Committed tokens are final: the index only grows.
+1. Index every window of gamma tokens in prompt and output by the place where it ends. A window is indexed only after
+   another token follows it, so the newest window never finds itself. Committed tokens are final, so the index only grows.
 2. Look up the last gamma tokens.
-3. Found: propose the (at most `block`) tokens that followed, as a chain that ends with the text. Not found: nothing.
+3. If they are found, propose the tokens that followed as a chain: at most `block`, and not past the end of the text.
+   Otherwise propose nothing.
 
-Differs: windows are compared token by token, not by hash; latest=true copies from the most recent match instead of the
-first; without a match the step is a plain one (the paper may fall back on a draft model).
+Differs: windows are compared token by token, not by hash. latest=true copies from the most recent match instead of the
+first. Without a match the step drafts nothing; the paper may fall back on a draft model.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from redraft.options import Options, number
 
 @dataclass
 class Windows:
-    """The index of one sequence: window -> where its continuation starts. Always a function of the tokens seen."""
+    """The index of one sequence: window -> start of its continuation. It is a function of the tokens seen."""
 
     size: int
     latest: bool
     follows: dict[tuple[int, ...], int] = field(default_factory=dict)
-    seen: int = 0  # tokens whose windows are indexed, that is the windows that end before token `seen`
+    seen: int = 0  # the windows that end before token `seen` are indexed
 
     def catch_up(self, tokens: list[int]) -> None:
-        """Adds the windows of `tokens` that are followed by a token and not yet indexed."""
+        """Adds the new windows of `tokens` that a token follows."""
         for end in range(max(self.seen, self.size), len(tokens)):
             window = tuple(tokens[end - self.size : end])
             if self.latest:
@@ -46,16 +47,16 @@ class Windows:
         self.seen = max(self.seen, len(tokens))
 
     def find(self, tokens: list[int]) -> int | None:
-        """Where the tokens that followed the last window start, or None."""
+        """The start of the tokens that followed an earlier occurrence of the last window, or None."""
         return self.follows.get(tuple(tokens[-self.size :]))
 
 
 @dataclass(frozen=True)
 class CopySpec(Options, Stateless):
-    """gamma: tokens that must match; block: most tokens copied; latest: copy from the most recent match, not the first.
+    """gamma: tokens that must match; block: the most tokens copied; latest: copy from the most recent match, not the first.
 
     On the suite with pilot-16m the first match is as good or better (greedy, tokens per step: 2.24 against 2.20; 1.92
-    against 1.80 on code edits): where a text repeats itself, the most recent match has little text behind it.
+    against 1.80 on code edits). In repetitive text few tokens follow the most recent match.
     """
 
     gamma: int = number(3, ge=1)
@@ -81,13 +82,13 @@ class CopySpec(Options, Stateless):
         return Windows(state.size, state.latest, dict(state.follows), state.seen)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A chain for each sequence whose last `gamma` tokens occurred before."""
+        """A chain for each sequence with an earlier occurrence of its last `gamma` tokens."""
         return [self._copy(seq, min(self.block, *budget)) for seq, budget in zip(seqs, budgets, strict=True)]
 
-    def _copy(self, seq: Sequence, most: int) -> TokenTree:
-        if most < 1:
+    def _copy(self, seq: Sequence, length: int) -> TokenTree:
+        if length < 1:
             return EMPTY
         windows: Windows = seq.state[self]
         windows.catch_up(seq.tokens)  # 1.
         start = windows.find(seq.tokens)  # 2.
-        return EMPTY if start is None else TokenTree.chain(seq.tokens[start : start + most])  # 3.
+        return EMPTY if start is None else TokenTree.chain(seq.tokens[start : start + length])  # 3.

@@ -1,8 +1,8 @@
-"""The drafter for `draft = "auto"`: one that pays on the machine at hand.
+"""Chooses the drafter for `draft = "auto"`: one that is faster than plain decoding on this machine.
 
-On a CPU without AMX every drafted row costs almost as much as the row of the text itself, so only a few good guesses pay:
-SmolLM2-135M over 20 Spec-Bench prompts ran at 1.30 of the plain loop's speed with copyspec and 4 rows, at 0.94 with
-token-recycling and 16.
+On a CPU without AMX a drafted row costs almost as much as the row of the last token, so only a few good drafts pay off.
+SmolLM2-135M on 20 Spec-Bench prompts ran at 1.30 times the speed of plain decoding with copyspec and 4 rows, and at 0.94
+times with token-recycling and 16 rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ AUTO = "auto"
 
 
 def resolved(config: EngineConfig, device: torch.device) -> EngineConfig:
-    """`config` with a drafter in place of "auto". A given `draft_rows` stays."""
+    """`config` with "auto" replaced by a drafter. An explicit `draft_rows` is kept."""
     if config.draft != AUTO:
         return config
     draft, rows = default(device)
@@ -27,13 +27,13 @@ def resolved(config: EngineConfig, device: torch.device) -> EngineConfig:
 
 
 def default(device: torch.device) -> tuple[str, int]:
-    """The drafter and the drafted nodes a sequence and step."""
+    """The drafter, and the drafted nodes per sequence and step."""
     if device.type == "cpu" and not has_amx():
         return "copyspec", 4
     return "token-recycling", 16
 
 
 def has_amx() -> bool:
-    """Whether the native kernels run with AMX here."""
+    """Whether the native kernels use AMX on this machine."""
     native = library.load()
     return native is not None and native.isa == "amx"

@@ -1,14 +1,14 @@
-"""A smaller model of the same vocabulary writes ahead, one token after the other; it may stop where it grows unsure.
+"""A smaller model with the same vocabulary drafts a chain, one token after the other. It can stop when it becomes unsure.
 
 Yaniv Leviathan, Matan Kalman, Yossi Matias: Fast Inference from Transformers via Speculative Decoding, 2022,
-arXiv 2211.17192; the stopping rule: Kaixuan Huang, Xudong Guo, Mengdi Wang: SpecDec++: Boosting Speculative Decoding via
+arXiv 2211.17192. The stopping rule: Kaixuan Huang, Xudong Guo, Mengdi Wang: SpecDec++: Boosting Speculative Decoding via
 Adaptive Candidate Lengths, 2024, arXiv 2405.19715.
 
-1. Sample a token from the draft's distribution (the likeliest at temperature 0).
-2. Multiply its probability into the chance that all tokens so far are accepted.
-3. Stop behind it where the chance of a rejection exceeds `stop`, or at `length` tokens. No token is ever withdrawn.
+1. Sample a token from the draft distribution (the likeliest token at temperature 0).
+2. Multiply the estimated probability that all tokens so far are accepted by the token's probability.
+3. Stop after the token if the estimated probability of a rejection exceeds `stop`, or at `length` tokens. No token is removed.
 
-Differs: SpecDec++ trains a head that predicts acceptance; here a token's own draft probability stands in for it.
+Differs: SpecDec++ trains a head that predicts acceptance. Here a token's draft probability is the estimate.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from redraft.options import number
 
 @dataclass(frozen=True)
 class DraftModel(SecondModel):
-    """length: most tokens a step; stop: the chance of a rejection at which drafting stops, 1 never; least: tokens before
-    it may stop."""
+    """length: the most tokens a step; stop: the probability of a rejection above which drafting stops, 1: never; least: the
+    fewest tokens before drafting may stop."""
 
     length: int = number(5, ge=1)
     stop: float = number(1.0, ge=0, le=1)
@@ -41,8 +41,8 @@ class DraftModel(SecondModel):
         "Huang, Guo, Wang, SpecDec++, 2024, arXiv 2405.19715",
         Guarantee.SAME_TEXT,
         needs="a draft model of the same vocabulary",
-        deviates="the draft's own probabilities stand in for SpecDec++'s trained head",
-        summary="A smaller model writes ahead; when there is one",
+        deviates="the draft's own probabilities replace SpecDec++'s trained head",
+        summary="A smaller model drafts a chain; when there is one",
     )
     kind: ClassVar[Kind] = Kind.SINGLE
 

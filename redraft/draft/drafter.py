@@ -1,8 +1,8 @@
-"""The seam of drafters: propose a tree for every sequence, learn from what was found.
+"""The interface of drafters: propose a tree for every sequence, then learn from the result of the step.
 
-A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner, sampler)`, which returns
-what lives as long as the engine (itself when stateless). What lives as long as a request is what `begin` returns; it
-is kept in seq.state[opened] and copied by `fork`.
+A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner, sampler)`. `open` returns
+the drafter that lives as long as the engine (a stateless class returns itself). `begin` returns the state of one request.
+The engine keeps it in seq.state[opened], and `fork` copies it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from redraft.core.tree import F64, I64, Kind, TokenTree
 
 
 class OpenDrafter(Protocol):
-    """An opened drafter. `taps`: what it wants to see of each forward; `kinds`: how it makes children. It may also have the following,
-    else those of Stateless hold: `never_drafts`: it never proposes anything; `names`: what TokenTree.origins count; `bytes`: the memory
-    that it holds of its own now, shared models and the state of requests not counted."""
+    """An opened drafter. `taps`: the outputs of each forward pass that it reads; `kinds`: how it makes children.
+
+    Optional, with the defaults of Stateless: `never_drafts`: it never proposes anything; `names`: the names that TokenTree.origins
+    index; `bytes`: the memory that it holds now, without shared models and without the state of requests."""
 
     @property
     def taps(self) -> Taps: ...
@@ -31,15 +32,15 @@ class OpenDrafter(Protocol):
     def kinds(self) -> frozenset[Kind]: ...
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """One tree per sequence, within its budget; budget 0 or nothing to say: an empty tree."""
+        """One tree per sequence, within its budget. The tree is empty if the budget is 0 or there is nothing to propose."""
         ...
 
     def observe(self, result: StepResult) -> None:
-        """What the step found. A sequence without state of this drafter drafts no more, or never did."""
+        """Receives the result of the step. A sequence without a state of this drafter has stopped drafting or never drafted."""
         ...
 
     def begin(self, seq: Sequence) -> Any:
-        """State of one sequence; it may meet generated tokens, after preemption. Always paired with `end`."""
+        """The state of one sequence. After a preemption, the sequence already has generated tokens. `end` is always called later."""
         ...
 
     def fork(self, state: Any, seq: Sequence) -> Any: ...
@@ -47,14 +48,14 @@ class OpenDrafter(Protocol):
     def end(self, state: Any) -> None: ...
 
     def snapshot(self) -> Any:
-        """What was learned from traffic, so that a benchmark can restore it."""
+        """What the drafter has learned from traffic. Benchmarks restore it between runs."""
         ...
 
     def restore(self, snapshot: Any) -> None: ...
 
 
 class DraftRow(Protocol):
-    """Logits behind the request's processors: ids i64[M], ascending, and values f64[M] of the tokens that are left."""
+    """Logits after the request's processors, for the tokens that remain: ids i64[M], ascending, and values f64[M]."""
 
     @property
     def ids(self) -> I64: ...
@@ -63,7 +64,7 @@ class DraftRow(Protocol):
 
 
 class DraftVocabulary(Protocol):
-    """`size` token ids, of which `eos` end a text."""
+    """size: the number of token ids; eos: the ids that end a text."""
 
     @property
     def size(self) -> int: ...
@@ -72,7 +73,7 @@ class DraftVocabulary(Protocol):
 
 
 class DraftSampler(Protocol):
-    """What a drafter that samples may ask of the sampler. drafts: the noise it must draw with, the verifier's choice."""
+    """The part of the sampler that drafters may use. drafts: the noise stream to draw with, chosen by the verifier."""
 
     @property
     def vocabulary(self) -> DraftVocabulary: ...
@@ -80,13 +81,15 @@ class DraftSampler(Protocol):
     def drafts(self) -> Stream: ...
 
     def row(self, values: F64, seq: Sequence, drafted: list[int]) -> DraftRow:
-        """Fresh logits f64[V] behind seq.tokens and `drafted`, as the request's processors leave them."""
+        """Applies the request's processors to the logits after seq.tokens and `drafted`. values: f64[V], may be overwritten."""
         ...
 
 
 class Drafter(Protocol):
-    """A registered drafter: hyper-parameters only. `runner` and `sampler` (a DraftSampler) are what it may use from above. It may also
-    have `max_bytes(runner)`: what an opened one may come to hold, so that a choice that is too large is refused before it is opened."""
+    """A registered drafter: hyper-parameters only. It may use `runner` and `sampler` (a DraftSampler).
+
+    Optional: `max_bytes(runner)`, the most memory that an opened drafter can hold. A request that chooses a drafter that is too large
+    is refused before the drafter is opened."""
 
     card: ClassVar[Card]
 
@@ -94,13 +97,13 @@ class Drafter(Protocol):
 
 
 def max_bytes(method: Any, runner: Any) -> int:
-    """What an opened `method` may come to hold, as far as it says."""
+    """The most bytes that an opened `method` can hold; 0 if the method does not declare it."""
     found: int = method.max_bytes(runner) if hasattr(method, "max_bytes") else 0
     return found
 
 
 class Wrapper:
-    """Defaults for opened drafters made of others: forwards begin, fork, end and all that is learned to its parts."""
+    """Base class of opened drafters that consist of other drafters. It forwards all calls except `propose` to its parts."""
 
     def __init__(self, parts: Seq[OpenDrafter]) -> None:
         self.parts = tuple(parts)
@@ -137,12 +140,12 @@ class Wrapper:
                 part.restore(one)
 
     def _each(self, seq: Sequence, starts: list[Callable[[Sequence], Any]]) -> list[Any]:
-        """Starts every part, or none: what began is ended where a later part raises."""
+        """Starts every part. If a part raises, the parts that have started are ended."""
         states: list[Any] = []
         try:
             for part, start in zip(self.parts, starts, strict=True):
                 states.append(start(seq))
-                seq.state[part] = states[-1]  # a part finds its own state as if it stood alone
+                seq.state[part] = states[-1]  # a part looks up its own state
         except BaseException:
             self.end(states)
             raise
@@ -150,7 +153,7 @@ class Wrapper:
 
 
 class Stateless:
-    """Defaults for opened drafters that keep nothing per request and learn nothing."""
+    """Default members of opened drafters that keep no state per request and learn nothing."""
 
     taps: Taps = NOTHING
     kinds: frozenset[Kind] = frozenset({Kind.FIXED})

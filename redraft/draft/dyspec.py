@@ -1,16 +1,17 @@
-"""Grows a tree where it is most likely to be accepted: each node of the budget goes to the open place of highest estimate.
+"""Grows a draft model's tree: each new node goes to the free place with the highest estimated chance of acceptance.
 
 Yunfan Xiong, Ruoyu Zhang, Yanzeng Li, Tianhao Wu, Lei Zou: DySpec: Faster Speculative Decoding with Dynamic Token Tree
 Structure, 2024, arXiv 2410.11744.
 
-1. A slot is a place for one more child of a node, with its value: the estimated chance that verification comes there and
-   accepts. The heap starts with the root's first, of value 1.
-2. Take the slot of the highest value v. Draw the node's next child, without replacement; R is the child's probability
-   among the tokens left.
-3. Open a slot for the child's own first child, of value v R, and one for its next sibling, of value v (1 - R).
+1. A slot is a place for one more child of a node. Its value is the estimated probability that verification reaches this
+   place and accepts the child. The heap starts with one slot at the root, of value 1.
+2. Take the slot with the highest value v. Draw the node's next child without replacement. R is the child's probability
+   among the remaining tokens.
+3. Add a slot for the first child of the new node, with value v R, and a slot for its next sibling, with value v (1 - R).
 
-Differs: a child's distribution needs a forward of the draft, made for all new nodes when the first of them is wanted; with
-threshold > 0 only slots above it are used, level by level, which takes one forward a level (the paper's faster variant).
+Differs: a child's distribution needs a forward pass of the draft model. One pass covers all new nodes, and it runs when the
+first of their distributions is needed. With threshold > 0, slots below the threshold are not used and the tree grows level by
+level, with one forward pass a level (the paper's faster variant).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from redraft.options import number
 
 
 class Slot(NamedTuple):
-    """Ordered by falling value, then by node: minus the value, the node whose child it would be, which child, and the
-    probability that its distribution still holds behind the children before."""
+    """Ordered by decreasing value, then by node. minus: the negative value; node: the parent; child: the child's number; left:
+    the probability that remains in the parent's distribution without the earlier children."""
 
     minus: float
     node: int
@@ -41,7 +42,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class DySpec(SecondModel):
-    """nodes: at most so many, within the engine's budget; threshold: slots of a lower value are not used."""
+    """nodes: the most nodes, within the engine's budget; threshold: slots with a lower value are not used."""
 
     nodes: int = number(64, ge=1)
     threshold: float = number(0.0, ge=0, lt=1)
@@ -58,7 +59,7 @@ class DySpec(SecondModel):
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         heap, later = [Slot(-1.0, -1)], list[Slot]()  # 1.
-        known = 0  # nodes whose distributions are there
+        known = 0  # the first `known` nodes have known distributions
         room = min(self.nodes, tree.room)
         while room and (heap or later):
             if not heap:  # with a threshold: the level is done

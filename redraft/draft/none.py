@@ -1,4 +1,4 @@
-"""Proposes nothing: every step keeps one token, so this is the plain loop and the baseline of all others.
+"""Proposes nothing. Every step adds one token: this is plain decoding, the baseline of all drafters.
 
 (no paper)
 

@@ -1,13 +1,13 @@
-"""Draws the children of a node as the draft's likeliest tokens and one more at random, for which an optimal rule is known.
+"""The children of a node are the draft's likeliest tokens and one random token. An optimal verification rule is known for them.
 
 Zhengmian Hu, Tong Zheng, Vignesh Viswanathan, Ziyi Chen, Ryan A. Rossi, Yihan Wu, Dinesh Manocha, Heng Huang: Towards
 Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779 (greedy drafting).
 
 1. The first `children` - 1 children of a node are the likeliest tokens of the draft, in order.
-2. The last one is drawn from the draft's distribution of the rest.
+2. The last child is drawn from the draft distribution over the remaining tokens.
 
-Differs: the paper studies one node; here every node of `depth` levels is drawn like that, and the last nodes of a level
-get fewer children or none where the budget is short.
+Differs: the paper studies one node. Here every node of `depth` levels gets its children in this way. If the budget is short,
+the last nodes of a level get fewer children or none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from redraft.options import number
 
 @dataclass(frozen=True)
 class OptimalMultiDraft(SecondModel):
-    """children: of each node; depth: levels."""
+    """children: children of each node; depth: levels."""
 
     children: int = number(2, ge=1)
     depth: int = number(3, ge=1)

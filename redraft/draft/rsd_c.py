@@ -6,7 +6,7 @@ Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14
 1. At every node of a level add Gumbel noise to the draft's log-probabilities.
 2. Its children are the tokens with the largest sums, in decreasing order: a sample without replacement, in draw order.
 
-Differs: where the budget is short, the last nodes of a level get fewer children or none; at temperature 0 the noise is zero and the
+Differs: if the budget is short, the last nodes of a level get fewer children or none. At temperature 0 the noise is zero, so the
 children are the likeliest tokens.
 """
 
@@ -25,7 +25,7 @@ from redraft.errors import InvalidInput
 
 @dataclass(frozen=True)
 class RSDC(SecondModel):
-    """branching: children of each node, level by level, as in 2x2x2."""
+    """branching: the number of children of each node, level by level, such as 2x2x2."""
 
     branching: str = "2x2x2"
 
@@ -43,7 +43,7 @@ class RSDC(SecondModel):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(width.isdecimal() and int(width) > 0 for width in self.branching.split("x")):
-            raise InvalidInput(f"rsd-c:branching={self.branching}: positive numbers with x between them are needed, as in 2x2x2")
+            raise InvalidInput(f"rsd-c:branching={self.branching}: must be positive numbers joined by x, such as 2x2x2")
 
     def grow(self, tree: Sketch) -> Iterator[None]:
         level = [-1]

@@ -1,15 +1,15 @@
 """Draws whole draft sequences without replacement, a few per level, by stochastic beam search over a draft model.
 
 Wonseok Jeon, Mukul Gagrani, Raghavv Goel, Junyoung Park, Mingu Lee, Christopher Lott: Recursive Speculative Decoding:
-Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160 (RSD-S); the search: Wouter Kool, Herke
+Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160 (RSD-S). The search: Wouter Kool, Herke
 van Hoof, Max Welling: Stochastic Beams and Where to Find Them, 2019, arXiv 1903.06059.
 
-1. Each beam element carries phi, the log-probability of its sequence, and psi, its perturbed value; the root has 0 and 0.
+1. Each beam element has phi, the log-probability of its sequence, and psi, its perturbed value. Both are 0 at the root.
 2. Perturb the log-probability of every continuation with Gumbel noise, and condition the noise on its maximum being psi.
-3. Keep the `width` largest psi of all continuations, each under its parent, siblings in decreasing order; go on for
-   `depth` levels. Every kept node is verified, also those that get no child.
+3. Keep the continuations with the `width` largest psi as children of their parents, siblings in decreasing order. Continue
+   for `depth` levels. Every kept node is verified, including nodes without children.
 
-Differs: at temperature 0 the noise is zero and this is plain beam search.
+Differs: at temperature 0 the noise is zero, so this is plain beam search.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RSDS(SecondModel):
             for node, phi, psi in beam:
                 if tree.open(node):
                     distribution = tree.distribution(node)
-                    if not (places := distribution.best(self.width)):  # a child beyond its parent's `width` best cannot be kept
+                    if not (places := distribution.best(self.width)):  # only the `width` best children of a node can be kept
                         continue
                     own = phi + distribution.logq[places]
                     perturbed = own if tree.greedy else condition(phi + distribution.keys[places], psi)  # 2.
@@ -66,7 +66,7 @@ class RSDS(SecondModel):
 
 
 def condition(perturbed: F64, psi: float) -> F64:
-    """Perturbed values (decreasing) as they would be had their maximum been psi: the order stays, the first becomes psi."""
+    """Conditions perturbed values (decreasing) on their maximum being psi: the order stays, and the first becomes psi."""
     with np.errstate(divide="ignore"):
         v = psi - perturbed + np.log1p(-np.exp(perturbed - perturbed[0]))
     out: F64 = psi - np.maximum(0, v) - np.log1p(np.exp(-np.abs(v)))

@@ -1,7 +1,7 @@
-"""A second model's cache, kept level with the text, and the growing of trees on a model, one forward pass a level.
+"""Drafters with a second model: its cache follows the target's text, and trees grow with one forward pass a level.
 
-The second model has its own memory. Its text follows the target's: what is pending there runs first, a chunk at a time, while
-the target reads the prompt. After that the tree is the tail, and what the target accepted of it is committed.
+The second model has its own memory. While the target prefills a prompt, the second model reads the same tokens, one chunk a
+step. After that the tree's nodes are the tentative rows of the second model, and the nodes that the target accepts are committed.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from redraft.core.sequence import Sequence, Wants
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
-from redraft.draft.sketch import Drawing, Sketch
+from redraft.draft.sketch import Sketch, TreeDrafter
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
 
-CHUNK = 512  # rows of text that a step reads at most
-LIKELIEST = 128  # tokens that are looked at behind a node at temperature 0, and the most children that it can get there
+CHUNK = 512  # the most rows of text that the second model reads in a step
+LIKELIEST = 128  # candidate tokens at each node at temperature 0, so also the most children of a node
 
 
 @dataclass(eq=False, slots=True)
-class Sibling:
-    """One text as the drafting model's table holds it. sketch, packed: the tree whose first nodes are its tail; work: how
-    its tail began."""
+class DraftState:
+    """The state of one request. seq: the sequence in the drafting model's memory; sketch: the tree of this step; packed: the number
+    of its nodes that have run; work: the rows of text that ran before the tree."""
 
     seq: Sequence
     sketch: Sketch | None = None
@@ -45,8 +45,8 @@ _numbers = itertools.count()
 
 
 def mirror(seq: Sequence, tokens: Seq[int]) -> Sequence:
-    """A sequence for the second model's table, of which the prompt is not reported. It has a number of
-    its own, because several drafters may share the model."""
+    """A copy of `seq` for the second model's memory, without prompt log-probabilities and other extra outputs. It has its own
+    id, because several drafters can share the model."""
     request = seq.request
     if request.wants != Wants():
         request = replace(request, params=request.params.but(prompt_logprobs=None), wants=Wants())
@@ -54,50 +54,50 @@ def mirror(seq: Sequence, tokens: Seq[int]) -> Sequence:
 
 
 @dataclass(frozen=True)
-class SecondModel(Drawing):
-    """model: the draft model's folder or hub id; None: --draft-model, or the embedded one beside the embedded target."""
+class SecondModel(TreeDrafter):
+    """model: the draft model's folder or hub id; None: --draft-model, or the embedded draft model of the embedded target."""
 
     model: str | None = field(default=None, kw_only=True)
 
-    def open(self, runner: Any, sampler: Any) -> Grower:
-        from redraft.models.draft_model import load_draft_model  # loads torch, which `redraft methods` does without
+    def open(self, runner: Any, sampler: Any) -> SecondModelDrafter:
+        from redraft.models.draft_model import load_draft_model  # imports torch, which `redraft methods` does not need
 
-        return Grower(self, load_draft_model(runner, self.model), sampler)
+        return SecondModelDrafter(self, load_draft_model(runner, self.model), sampler)
 
 
-class Leveller(Stateless):
-    """Trees grown on a model, its own or the target's, in the tails of that model's table."""
+class TreeGrower(Stateless):
+    """Grows trees with a model, a second one or the target itself. The nodes are tentative rows in that model's memory."""
 
-    def __init__(self, method: Drawing, runner: Runner, sampler: DraftSampler) -> None:
+    def __init__(self, method: TreeDrafter, runner: Runner, sampler: DraftSampler) -> None:
         self.method, self.runner, self.sampler = method, runner, sampler
         self.memory = runner.memory
         self.kinds = frozenset({Kind.FIXED, method.kind})
-        self.kept: I64 | None = None  # the tokens of the head's rows where it was trimmed
+        self.kept: I64 | None = None  # the tokens of the head's rows, if the head was trimmed
 
     @property
     def bytes(self) -> int:
-        """The rows of a trimmed head, unpacked; models are shared and not counted."""
+        """The unpacked rows of a trimmed head. Models are shared and not counted."""
         return 0 if self.kept is None else len(self.kept) * self.runner.spec.hidden * self.runner.backend.dtype.itemsize
 
     def trim(self, keep: I64) -> None:
-        """Only the tokens `keep` (ascending) are drafted from now on: the head keeps their rows. Who shares the model sees
-        nothing of it."""
+        """Restricts drafting to the tokens `keep` (ascending): the head keeps only their rows. Other users of the model keep
+        the whole head."""
         whole = self.runner.weights
-        if whole.head.meta:  # a model that is only looked at
+        if whole.head.meta:  # a model without data
             return
         keep = keep[keep < whole.head.outs]  # checkpoints of one vocabulary are padded to different sizes
         self.runner = copy(self.runner)  # same memory and layers
         self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
 
-    def _grow(self, growing: list[tuple[int, Sibling, Iterator[None]]]) -> None:
-        """Level by level, all together, until no generator asks for more."""
+    def _grow(self, growing: list[tuple[int, DraftState, Iterator[None]]]) -> None:
+        """Grows all trees level by level, until every generator is exhausted or adds no node."""
         while growing:
-            asking = []
+            unfinished = []
             for one in growing:
                 if next(one[2], one) is not one and len(one[1].sketch.tokens) > one[1].packed:  # type: ignore[union-attr]
-                    asking.append(one)
-            growing = asking
+                    unfinished.append(one)
+            growing = unfinished
             if not growing:
                 return
             states = [state for _, state, _ in growing]
@@ -114,23 +114,24 @@ class Leveller(Stateless):
                 state.packed = len(tree)
 
     def _forward(self, works: list[Work], trees: list[TokenTree], *, wanted: bool = True) -> list[tuple[F64, float | None]] | None:
-        """Runs rows into the tails. Behind each text's last token and each new node: the logits, f64[V], minus infinity where
-        they are not looked at, and the log of the sum of all their exponentials where that is not the sum of these."""
+        """Runs tentative rows. Returns for each text's last token and each new node the logits f64[V] of the next token, minus
+        infinity for tokens that are no candidates, and the log-sum-exp of all logits. The latter is None if the candidates alone
+        normalise the distribution."""
         pages = self.memory.reserve(works, trees)
         out = self.runner.forward(self._pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
         if not wanted:
             return None
         assert out.logits is not None
         vocab = self.sampler.vocabulary.size  # checkpoints of one vocabulary are padded to different sizes
-        logits, most = out.logits[:, :vocab], self.method.candidates
+        logits, candidates = out.logits[:, :vocab], self.method.candidates
         totals: list[float | None] = [None] * len(logits)
         places: I64 = np.arange(logits.shape[1])[None]
-        if greedy := not most and all(work.seq.params.greedy for work in works):
-            most = LIKELIEST
-        if 0 < most < logits.shape[1]:
-            if greedy:  # nothing is drawn, and a probability is how sure the model is
+        if greedy := not candidates and all(work.seq.params.greedy for work in works):
+            candidates = LIKELIEST
+        if 0 < candidates < logits.shape[1]:
+            if greedy:  # nothing is sampled, so probabilities only express confidence: keep them those of the whole vocabulary
                 totals = logits.double().logsumexp(-1).tolist()
-            logits, likeliest = logits.topk(most, sorted=False)
+            logits, likeliest = logits.topk(candidates, sorted=False)
             places = likeliest.cpu().numpy()
         rows = np.full((len(logits), vocab), -np.inf)
         np.put_along_axis(rows, places if self.kept is None else self.kept[places], logits.double().cpu().numpy(), 1)
@@ -140,73 +141,73 @@ class Leveller(Stateless):
         return Batch.pack(works, trees, pages)
 
 
-class Grower(Leveller):
-    """The opened form of every drafter with a second model: state of a request is its Sibling."""
+class SecondModelDrafter(TreeGrower):
+    """The opened form of every drafter with a second model. The state of a request is a DraftState."""
 
-    # ---- one text
+    # ---- one request
 
-    def begin(self, seq: Sequence) -> Sibling:
-        sibling = mirror(seq, seq.tokens if self._knows(seq.tokens) else [])
-        self.memory.open(sibling)
+    def begin(self, seq: Sequence) -> DraftState:
+        mirrored = mirror(seq, seq.tokens if self._knows(seq.tokens) else [])
+        self.memory.open(mirrored)
         try:
-            if sibling.tokens:
-                self.memory.attach(sibling, self.memory.match(sibling.tokens, seq.request.salt))
+            if mirrored.tokens:
+                self.memory.attach(mirrored, self.memory.match(mirrored.tokens, seq.request.salt))
         except BaseException:
-            self.memory.free(sibling)
+            self.memory.free(mirrored)
             raise
-        return Sibling(sibling)
+        return DraftState(mirrored)
 
-    def fork(self, state: Sibling, seq: Sequence) -> Sibling:
+    def fork(self, state: DraftState, seq: Sequence) -> DraftState:
         self._forget(state)
-        sibling = mirror(seq, state.seq.tokens)
-        if self.memory.available() < 1:  # the partial page is copied; without one the text is read again
+        mirrored = mirror(seq, state.seq.tokens)
+        if self.memory.available() < 1:  # a fork copies the partial page; without a free block the model reads the text again
             return self.begin(seq)
-        self.memory.fork(state.seq, sibling)
-        return Sibling(sibling)
+        self.memory.fork(state.seq, mirrored)
+        return DraftState(mirrored)
 
-    def end(self, state: Sibling) -> None:
+    def end(self, state: DraftState) -> None:
         state.sketch = state.work = None
         self.memory.free(state.seq)
 
     # ---- one step
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A tree for each sequence whose text the second model has read; the rest it reads on."""
+        """A tree for each sequence that the second model has read completely. For the others it reads the next chunk."""
         trees = [EMPTY] * len(seqs)
-        growing: list[tuple[int, Sibling, Iterator[None]]] = []
+        growing: list[tuple[int, DraftState, Iterator[None]]] = []
         works: list[Work] = []
-        drafting: list[tuple[int, Sibling] | None] = []  # beside works
+        drafting: list[tuple[int, DraftState] | None] = []  # one for each of works; None: the text is not complete
         left, free = CHUNK, self.memory.available()
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
-            state: Sibling = seq.state[self]
+            state: DraftState = seq.state[self]
             self._forget(state)
-            sibling = state.seq
-            if not self._knows(new := seq.tokens[len(sibling.tokens) :]):
+            mirrored = state.seq
+            if not self._knows(new := seq.tokens[len(mirrored.tokens) :]):
                 continue
-            sibling.tokens += new
-            depth = min(budget.depth, self.runner.spec.context - len(sibling.tokens))
-            rows = min(sibling.pending, left)
-            whole = rows == sibling.pending and min(budget.rows, depth) > 0
+            mirrored.tokens += new
+            depth = min(budget.depth, self.runner.spec.context - len(mirrored.tokens))
+            rows = min(mirrored.pending, left)
+            whole = rows == mirrored.pending and min(budget.rows, depth) > 0
             room = budget.rows if whole else 0
-            while room and self.memory.need(sibling, rows + room) > free:
+            while room and self.memory.need(mirrored, rows + room) > free:
                 room //= 2
-            need = self.memory.need(sibling, rows + room)
+            need = self.memory.need(mirrored, rows + room)
             if not rows or depth < 0 or need > free or (whole and not room):
                 continue
             left, free = left - rows, free - need
-            works.append(Work(sibling, rows))
+            works.append(Work(mirrored, rows))
             if whole:
                 state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler)
                 state.work, state.packed = works[-1], 0
             drafting.append((i, state) if whole else None)
         if not works:
             return trees
-        drawing = [work.done for work in works]  # as long as nothing is committed
+        complete = [work.done for work in works]  # read before the commit, which changes it
         logits = self._forward(works, [EMPTY] * len(works), wanted=any(drafting))
         read = [work for work, one in zip(works, drafting, strict=True) if one is None]
         self._commit(read, [Accepted()] * len(read))
         at = 0
-        for done, one in zip(drawing, drafting, strict=True):
+        for done, one in zip(complete, drafting, strict=True):
             if one is not None:
                 i, state = one
                 assert state.sketch is not None and logits is not None
@@ -220,10 +221,10 @@ class Grower(Leveller):
         return trees
 
     def observe(self, result: StepResult) -> None:
-        """Commits what the target accepted of each tree, as far as its nodes were run."""
+        """Commits the nodes that the target accepted, as far as the second model ran them."""
         works, kept = [], []
         for work, accepted in zip(result.work, result.accepted, strict=True):
-            state: Sibling | None = work.seq.state.get(self)
+            state: DraftState | None = work.seq.state.get(self)
             if state is None or state.work is None or state.sketch is None:
                 continue
             tree, node, path = state.sketch.tree(), -1, []
@@ -240,7 +241,7 @@ class Grower(Leveller):
     # ---- the second model
 
     def _knows(self, tokens: Seq[int]) -> bool:
-        """Whether it has embeddings for them: checkpoints of one vocabulary are padded to different sizes."""
+        """Whether the model has embeddings for them: checkpoints of one vocabulary are padded to different sizes."""
         return max(tokens, default=0) < self.runner.spec.vocab
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
@@ -249,7 +250,7 @@ class Grower(Leveller):
             for work in works:
                 self.memory.publish(work.seq)
 
-    def _forget(self, state: Sibling) -> None:
-        """Drops the tail of a step that raised before its end."""
+    def _forget(self, state: DraftState) -> None:
+        """Drops the tentative rows of a step that raised."""
         self.memory.discard(state.seq)
         state.sketch = state.work = None

@@ -1,17 +1,17 @@
-"""The target writes ahead with some of its own layers left out, and with all of them checks what it wrote.
+"""The target drafts with some of its own layers skipped, then verifies the draft with all layers.
 
 Jun Zhang, Jue Wang, Huan Li, Lidan Shou, Ke Chen, Gang Chen, Sharad Mehrotra: Draft & Verify: Lossless Large Language Model
 Acceleration via Self-Speculative Decoding, 2023, arXiv 2309.08168.
 
-1. Choose the layers that draft, once: the first, the last and evenly spaced ones between.
-2. Behind the text draft a chain with them, over the keys that the whole model stored in these layers. Keys of drafted rows
-   go behind the text, in the tail of its own pages.
-3. Stop at `length` tokens, or behind a token where the chance that some token so far is rejected exceeds `stop`.
-4. Drop the tail. Verification runs the same rows through all layers as if nobody had drafted.
+1. Choose the drafting layers once: the first, the last and evenly spaced layers between them.
+2. Draft a chain with these layers, over the keys that the whole model stored in them. The keys of drafted rows are tentative
+   rows after the text, in its own pages.
+3. Stop at `length` tokens, or after a token if the estimated probability that some token is rejected exceeds `stop`.
+4. Discard the tentative rows. Verification runs the same rows through all layers, as without a draft.
 
-Differs: the paper searches for the layers to skip by Bayesian optimisation on a sample text, and may skip attention and MLP
-of a layer separately; here whole layers are spaced evenly, without a search. Its threshold adapts to the measured acceptance
-and looks at one token's probability; `stop` is fixed and looks at the product of them.
+Differs: the paper finds the layers to skip by Bayesian optimisation on a sample text, and can skip attention and MLP of a layer
+separately. Here whole layers are skipped, evenly spaced, without a search. The paper's threshold adapts to the measured acceptance
+and uses the probability of one token. `stop` is fixed and uses the product of the probabilities.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from redraft.core.plan import Budget, Work
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
-from redraft.draft.second import Leveller, Sibling
-from redraft.draft.sketch import Drawing, Sketch
+from redraft.draft.second import DraftState, TreeGrower
+from redraft.draft.sketch import Sketch, TreeDrafter
 from redraft.errors import InvalidInput
 from redraft.options import number
 
 
 @dataclass(frozen=True)
-class SelfSkip(Drawing):
-    """skip: how many layers are left out, None: half of those between the first and the last; length: most tokens a step; stop:
-    the chance of a rejection at which drafting stops, 1 never."""
+class SelfSkip(TreeDrafter):
+    """skip: the number of skipped layers, None: half of those between the first and the last; length: the most tokens a step; stop:
+    the probability of a rejection above which drafting stops, 1: never."""
 
     skip: int | None = number(None, ge=0)
     length: int = number(4, ge=1)
@@ -56,12 +56,12 @@ class SelfSkip(Drawing):
     kind: ClassVar[Kind] = Kind.SINGLE
 
     def layers(self, count: int) -> frozenset[int]:
-        """The layers that draft, of `count`. InvalidInput where the first and the last are not both left."""
+        """The drafting layers among `count` layers. Raises InvalidInput if `skip` leaves no room for the first and the last."""
         between = count - 2
         if between < 1 or (self.skip or 0) > between:
             allowed = f"0 to {between} is allowed" if between > 0 else "a target of 3 layers or more is needed"
-            asked = "" if self.skip is None else f":skip={self.skip}"
-            raise InvalidInput(f"self-skip{asked}: the target has {count} layers, of which the first and the last always run; {allowed}")
+            option = "" if self.skip is None else f":skip={self.skip}"
+            raise InvalidInput(f"self-skip{option}: the target has {count} layers, and the first and the last always run; {allowed}")
         left = count - ((between + 1) // 2 if self.skip is None else self.skip)
         return frozenset(np.linspace(0, count - 1, left).round().astype(int).tolist())
 
@@ -81,21 +81,22 @@ class SelfSkip(Drawing):
         return Skipping(self, runner, sampler)
 
 
-class Skipping(Leveller):
-    """The opened form. It keeps nothing from step to step: its model, table and text are the target's."""
+class Skipping(TreeGrower):
+    """The opened form. It uses the target's model, memory and text, and keeps nothing between steps."""
 
     def __init__(self, method: SelfSkip, runner: Any, sampler: DraftSampler) -> None:
         super().__init__(method, runner, sampler)
         self.layers = method.layers(len(runner.spec.layers))  # 1.
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """A chain for each sequence that draws. Every tail is gone on return, also where something raises."""
+        """A chain for each sequence that draws a token in this step. All tentative rows are discarded on return, also after an
+        exception."""
         trees = [EMPTY] * len(seqs)
-        growing: list[tuple[int, Sibling, Iterator[None]]] = []
+        growing: list[tuple[int, DraftState, Iterator[None]]] = []
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             if seq.pending == 1 and min(budget) > 0:
                 sketch = Sketch(seq, budget, self.method.kind, self.sampler)
-                growing.append((i, Sibling(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
+                growing.append((i, DraftState(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
         if not growing:
             return trees
         sketches = [(i, state.sketch) for i, state, _ in growing if state.sketch is not None]
@@ -113,6 +114,6 @@ class Skipping(Leveller):
         return trees
 
     def _pack(self, works: list[Work], trees: list[TokenTree], pages: PageView) -> Batch:
-        """A text that itself runs with fewer layers has no keys in the others."""
+        """A request with layer skipping has no keys in its skipped layers, so they cannot draft either."""
         batch = super()._pack(works, trees, pages)
         return replace(batch, layers=[self.layers if own is None else self.layers & own for own in batch.layers])

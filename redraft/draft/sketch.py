@@ -1,7 +1,8 @@
-"""How drafters that draw from a model build a tree: the distribution after each node, and the children drawn from it.
+"""How drafters that sample from a model build a tree: the distribution after each node, and the children drawn from it.
 
-A method is a generator, `grow(sketch)`. It adds nodes drawn from distributions that the sketch knows. Each `yield` asks for the
-distributions after all nodes added since. The trees of all sequences grow together, one forward pass of the drafting model a level.
+A method is a generator, `grow(sketch)`. It adds nodes drawn from known distributions. Each `yield` requests the distributions
+after all nodes added since the last one. The trees of all sequences grow together, with one forward pass of the drafting model a
+level.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler
 from redraft.options import Options, number
 
-UNDERFLOW = 600.0  # nats below the likeliest token at which a token cannot be drawn where coins weigh it: q must be a number
+UNDERFLOW = 600.0  # nats below the likeliest token; coin-tossing rules need q > 0 in float64, so less likely tokens are not drawn
 
 Noise = Callable[[int, I64], F64]
 
 
 class NextDistribution:
-    """The draft's distribution of the token behind one node. ids: i64[M], ascending, the tokens that have mass; logq: f64[M], log of
-    the distribution that children are drawn from; noise: the key of the node's own noise, None at temperature 0; total: log of the
-    sum of exp(values) over all tokens where these are some of them."""
+    """The draft distribution of the token after one node. ids: i64[M], ascending, the tokens with mass; logq: f64[M], the log of
+    the distribution from which children are drawn; noise: the key of the node's noise, None at temperature 0; total: the
+    log-sum-exp over all tokens if `values` covers only some of them."""
 
     def __init__(
         self, ids: I64, values: F64, noise: int | None, *, target: bool, total: float | None = None, noise_of: Noise = gumbel
     ) -> None:
-        least = -np.inf if noise is None or target else values.max(initial=-np.inf) - UNDERFLOW
-        if len(alive := np.flatnonzero(values > least)) < len(ids):
+        floor = -np.inf if noise is None or target else values.max(initial=-np.inf) - UNDERFLOW
+        if len(alive := np.flatnonzero(values > floor)) < len(ids):
             ids, values = ids[alive], values[alive]
         self.ids, self._noise, self._target, self._gumbel = ids, noise, target, noise_of
         self._order: list[int] = []
@@ -47,12 +48,12 @@ class NextDistribution:
 
     @cached_property
     def keys(self) -> F64:
-        """f64[M]: log q plus Gumbel noise, by which children are drawn; log q itself at temperature 0."""
+        """f64[M]: log q plus Gumbel noise, the order in which children are drawn; log q itself at temperature 0."""
         return self.logq if self._noise is None else self.logq + self._gumbel(self._noise, self.ids)
 
     def best(self, k: int) -> list[int]:
-        """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer where
-        fewer tokens have mass."""
+        """The places in ids of the k largest keys, best first: k samples without replacement, in draw order. Fewer if fewer
+        tokens have mass."""
         return [int(place) for place in top(self.keys, min(k, len(self.ids)))]
 
     def likeliest(self, k: int) -> list[int]:
@@ -60,16 +61,16 @@ class NextDistribution:
         return [int(place) for place in top(self.logq, min(k, len(self.ids)))]
 
     def nth(self, i: int) -> int | None:
-        """The place of the i-th sample without replacement, from 0; None where no token with mass is left."""
+        """The place of the i-th sample without replacement, from 0; None if fewer than i + 1 tokens have mass."""
         while i >= len(self._order) < len(self.ids):
             if len(found := self.best(2 * (i + 1))) <= len(self._order):
-                raise ValueError("the draft's distribution holds NaN")
+                raise ValueError("the draft distribution contains NaN")
             self._order = found
         return self._order[i] if i < len(self._order) else None
 
     def samples(self, numbers: Seq[int]) -> list[int]:
-        """The places of independent samples, one for each draw number. Where the target's own noise is asked for, number
-        0 draws with it. All the likeliest token at temperature 0."""
+        """The places of independent samples, one for each draw number. With the target's noise, number 0 draws with that noise.
+        At temperature 0 all are the likeliest token."""
         if self._noise is None or not len(self.ids):
             return self.best(1) * len(numbers)
         sums = np.cumsum(np.exp(self.logq))
@@ -79,7 +80,7 @@ class NextDistribution:
 
 
 class Sketch:
-    """A tree in the making: what `grow` sees. Node -1 is the text's last token."""
+    """A tree under construction, the argument of `grow`. Node -1 is the text's last token."""
 
     def __init__(self, seq: Sequence, budget: Budget, kind: Kind, sampler: DraftSampler) -> None:
         self.seq, self.budget, self.sampler = seq, budget, sampler
@@ -98,7 +99,7 @@ class Sketch:
 
     @property
     def room(self) -> int:
-        """Nodes that may still be added."""
+        """The number of nodes that can still be added."""
         return self.budget.rows - len(self.tokens)
 
     @property
@@ -109,12 +110,12 @@ class Sketch:
         return self.distributions[node + 1]
 
     def open(self, node: int) -> bool:
-        """Whether `node` may have children: it is not as deep as allowed, and its token does not end the text."""
+        """Whether `node` can have children: its depth is below the limit, and its token does not end the text."""
         return node < 0 or (self.depths[node] < self.budget.depth and self.tokens[node] not in self._ends)
 
     def add(self, parent: int, place: int) -> int:
-        """A child of `parent` that carries the token at `place` of its distribution: the node, an old one where it has that token
-        already (one more draw of it)."""
+        """Adds a child of `parent` with the token at `place` of its distribution and returns the node. If the child exists already,
+        returns that node and counts one more draw of it."""
         distribution = self.distribution(parent)
         token = int(distribution.ids[place])
         if (node := self._children.setdefault((parent, token), len(self.tokens))) < len(self.tokens):
@@ -131,7 +132,7 @@ class Sketch:
     # ---- for the grower
 
     def _gumbel(self, noise: int, ids: I64) -> F64:
-        """Nodes of one depth share the target's noise: over the whole vocabulary it is made once for all of them."""
+        """Nodes of one depth share the target's noise, so noise over the whole vocabulary is computed once for them."""
         if len(ids) < self.sampler.vocabulary.size:
             return gumbel(noise, ids)
         if noise not in self._noise:
@@ -139,7 +140,7 @@ class Sketch:
         return self._noise[noise]
 
     def learn(self, node: int, values: F64, total: float | None = None) -> None:
-        """The drafting model's logits behind `node`; total: see NextDistribution."""
+        """Receives the drafting model's logits f64[V] of the token after `node`; total: see NextDistribution."""
         path: list[int] = []
         at = node
         while at >= 0:
@@ -152,8 +153,8 @@ class Sketch:
         if not self.seq.params.greedy:
             noise = key(self.seq.seed, self.sampler.drafts, len(self.seq.tokens) + len(path))
             if not target:
-                # Nodes of one depth must not share noise where coins are tossed: how many children one gets may depend on
-                # what another drew, which would tell of its own next draw.
+                # For rules that toss coins, nodes of one depth must not share noise. The number of children of one node can
+                # depend on the draws of another, and with shared noise these would reveal its own next draw.
                 noise = mix(noise, *path)
         self.distributions.append(NextDistribution(row.ids, row.values, noise, target=target, total=total, noise_of=self._gumbel))
 
@@ -175,7 +176,7 @@ class Sketch:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Distributions:
-    """Probs of a sketch's nodes; dense rows are made when a verifier asks."""
+    """The draft distributions of a sketch's nodes. Dense rows are made only when a verifier requests them."""
 
     distributions: list[NextDistribution]
     vocab: int
@@ -190,13 +191,14 @@ class Distributions:
 
 
 @dataclass(frozen=True)
-class Drawing(Options):
-    """candidates: children are drawn from the likeliest so many tokens of the draft's distribution, renormalised; 0: from all."""
+class TreeDrafter(Options):
+    """Base class of drafters that sample a tree from a model. candidates: children are drawn from this many of the likeliest tokens,
+    renormalised; 0: from all."""
 
     candidates: int = number(0, ge=0, kw_only=True)
 
     kind: ClassVar[Kind]
 
     def grow(self, tree: Sketch) -> Iterator[None]:
-        """Adds nodes; every yield asks for the distributions behind all nodes added since."""
+        """Adds nodes. Every yield requests the distributions after all nodes added since the last one."""
         raise NotImplementedError

@@ -1,13 +1,12 @@
-"""Draws several whole continuations from a draft model, independent of each other, and merges equal beginnings.
+"""Draws several independent continuations from a draft model and merges equal prefixes into a tree.
 
 Ziteng Sun, Ananda Theertha Suresh, Jae Hun Ro, Ahmad Beirami, Himanshu Jain, Felix Yu: SpecTr: Fast Speculative Decoding
 via Optimal Transport, 2023, arXiv 2310.15141.
 
-1. Draw `drafts` sequences of `length` tokens, each token from the draft's distribution behind the sequence so far.
-2. Merge them into a tree; a token drawn twice at a node is one node but stays two draws, which the rules count.
+1. Draw `drafts` sequences of `length` tokens, each token from the draft distribution after the sequence so far.
+2. Merge them into a tree. A token drawn twice at a node is one node but counts as two draws in the verification rules.
 
-Differs: at temperature 0 all sequences are the same chain; where the budget is short, the last draft ends early, and no
-other draws replace it.
+Differs: at temperature 0 all sequences are the same chain. If the budget is short, there are fewer or shorter drafts.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class SpecTr(SecondModel):
     kind: ClassVar[Kind] = Kind.IID
 
     def grow(self, tree: Sketch) -> Iterator[None]:
-        drafts = min(self.drafts, tree.room)  # decided before anything is drawn, so that no draw decides what is kept
+        drafts = min(self.drafts, tree.room)  # fixed before any draw, because no draw may decide which nodes are kept
         length = min(self.length, tree.room // max(1, drafts))
         at = [-1] * drafts
         for level in range(length):

@@ -1,17 +1,18 @@
-"""Keeps the model's top k next tokens for each token it has seen and reads the next draft tree out of that table.
+"""Remembers the model's top k next tokens for each token and drafts a tree from that table.
 
 Xianzhen Luo, Yixuan Wang, Qingfu Zhu, Zhiming Zhang, Xuanyu Zhang, Qing Yang, Dongliang Xu: Turning Trash into Treasure:
 Accelerating Inference of Large Language Models with Token Recycling, 2024, arXiv 2408.08696.
 
-1. State: matrix [V, k], row x the k likeliest successors of token x, best first, as last seen; shared by all requests.
-2. Template: a fixed tree of 80 nodes, each a path of ranks; it is given by the number of children of each node. Cut it
-   to the budget: the nodes with most descendants in it stay, ties breadth first.
-3. Draft: the root carries the newest token; the child of rank r of a node with token x carries matrix[x, r].
-4. Update from the root and all nodes that were verified, rejected ones too: matrix[token] = top k of the logits there.
-   Where a token occurs more than once the shallowest node wins, and the accepted path before all others.
+1. State: a matrix [V, k]. Row x has the k likeliest successors of token x, best first, as last seen. All requests share it.
+2. Template: a fixed tree of 80 nodes. A node is a path of ranks, and the tree is written as the number of children of each
+   node. Cut it to the budget: the nodes with the most descendants stay, ties in breadth-first order.
+3. Draft: the root has the newest token. The child of rank r of a node with token x has the token matrix[x, r].
+4. Update from the root and all verified nodes, including rejected ones: matrix[token] = top k of the logits there. If a
+   token occurs several times, the accepted path takes precedence, then the shallowest node.
 
-Differs: unknown successors are -1 and make no node (the release starts with zeros, which makes equal siblings); colliding
-writes are ordered (undefined in the release); the template is cut to the node budget; the prompt teaches nothing, as there.
+Differs: unknown successors are -1 and make no node (the published code starts with zeros, which makes equal siblings).
+Conflicting writes have an order (undefined in the published code). The template is cut to the node budget. As in the published
+code, nothing is learned from the prompt.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from redraft.draft.drafter import Stateless
 from redraft.errors import InvalidInput
 from redraft.options import Options, number
 
-# "path:children" of each node that is no leaf, a path of ranks written as digits: levels of 8, 21, 25, 15, 8 and 3 nodes.
+# "path:children" of each inner node; a path is its ranks as digits. The levels have 8, 21, 25, 15, 8 and 3 nodes.
 TEMPLATE = """
 :8
 0:8 1:4 2:3 3:2 4:1 5:1 6:1 7:1
@@ -44,7 +45,7 @@ TEMPLATE = """
 0000:3 0001:1 0002:1 0010:1 0100:1 1000:1
 00000:2 00010:1
 """
-MOST, DEEPEST, WIDTH = 80, 6, 8  # nodes, levels, children of a node
+MAX_NODES, MAX_DEPTH, MAX_CHILDREN = 80, 6, 8  # nodes, levels, children of a node
 
 
 def template() -> list[str]:
@@ -58,8 +59,8 @@ def template() -> list[str]:
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of the template that fits a budget, breadth first. families: (node, its number of children) of every
-    inner node, -1 the root; parents: i32[N], kinds: u8[N + 1], those of the tree when no successor is unknown."""
+    """The part of the template that fits a budget, breadth first. families: (node, number of children) of every inner node,
+    -1 is the root; parents: i32[N] and kinds: u8[N + 1] of the tree if all successors are known."""
 
     families: tuple[tuple[int, int], ...]
     parents: I32
@@ -72,7 +73,7 @@ def cut(rows: int, depth: int, width: int) -> Cut:
     whole = template()
     size = {path: sum(other.startswith(path) for other in whole) for path in whole}
     fits = [path for path in whole if len(path) <= depth and all(int(rank) < width for rank in path)]
-    # A parent has more descendants than its child, so what stays is a tree; the sort is stable, so ties are breadth first.
+    # A parent has more descendants than its child, so the kept nodes form a tree. The sort is stable, so ties stay breadth first.
     kept = set(sorted(fits, key=lambda path: -size[path])[:rows])
     nodes = [path for path in whole if path in kept]
     place = {"": -1, **{path: i for i, path in enumerate(nodes)}}
@@ -88,9 +89,9 @@ def cut(rows: int, depth: int, width: int) -> Cut:
 
 @dataclass(frozen=True)
 class TokenRecycling(Options):
-    """k: successors kept for each token; path: a file that an earlier run saved, to start from."""
+    """k: successors kept for each token; path: a saved matrix to start from."""
 
-    k: int = number(8, ge=1, le=WIDTH)
+    k: int = number(8, ge=1, le=MAX_CHILDREN)
     path: Path | None = None
 
     card: ClassVar[Card] = Card(
@@ -98,8 +99,8 @@ class TokenRecycling(Options):
         "Luo, Wang, Zhu, Zhang, Zhang, Yang, Xu, Turning Trash into Treasure: Accelerating Inference of Large Language Models "
         "with Token Recycling, 2024, arXiv 2408.08696",
         Guarantee.SAME_TEXT,
-        deviates="unknown successors make no node; colliding writes are ordered; the tree is cut to the node budget",
-        summary="A tree of tokens that were likely; GPUs and AMX",
+        deviates="unknown successors make no node; conflicting writes are ordered; the tree is cut to the node budget",
+        summary="A tree of earlier likely tokens; GPUs and AMX",
     )
 
     def max_bytes(self, runner: Any) -> int:
@@ -114,7 +115,7 @@ class TokenRecycling(Options):
 
 
 class Recycler(Stateless):
-    """What lives as long as the engine: `matrix`, i32[V, min(k, V)], -1 unknown; 4 k V bytes, whatever the traffic."""
+    """The opened drafter. matrix: i32[V, min(k, V)], -1: unknown; 4 k V bytes, independent of traffic."""
 
     def __init__(self, vocab: int, k: int) -> None:
         width = min(k, vocab)
@@ -126,12 +127,12 @@ class Recycler(Stateless):
         return self.matrix.nbytes
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        """For each sequence the template filled from the table, cut to the budget."""
+        """For each sequence the template, cut to the budget and filled from the matrix."""
         return [self._read(seq.tokens[-1], budget) if min(budget) > 0 else EMPTY for seq, budget in zip(seqs, budgets, strict=True)]
 
     def _read(self, root: int, budget: Budget) -> TokenTree:
-        shape = cut(min(budget.rows, MOST), min(budget.depth, DEEPEST), self.matrix.shape[1])  # 2.
-        filled = [root]  # filled[i + 1]: the token of node i of the cut, -1 unknown, as are all nodes below an unknown one
+        shape = cut(min(budget.rows, MAX_NODES), min(budget.depth, MAX_DEPTH), self.matrix.shape[1])  # 2.
+        filled = [root]  # filled[i + 1]: the token of node i of the cut, -1: unknown; nodes below an unknown node are unknown
         for node, children in shape.families:  # 3.
             token = filled[node + 1]
             filled += self.matrix[token, :children].tolist() if token >= 0 else [-1] * children
@@ -146,11 +147,11 @@ class Recycler(Stateless):
                 place[node] = len(tokens)
                 tokens.append(token)
                 parents.append(place[above[node]])
-        # Not TokenTree.build: a row of the matrix holds no id twice, so siblings differ.
+        # TokenTree.build is not needed: the ids of a matrix row differ, so siblings differ.
         return TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.zeros(len(tokens) + 1, np.uint8))
 
     def observe(self, result: StepResult) -> None:
-        """Learns from the top k at the root and at all nodes of every sequence that drew a token."""
+        """Learns the top k at the root and at all nodes of every sequence that drew a token."""
         batch = result.batch
         tokens = batch.tokens[batch.logit_rows].tolist()
         source: dict[int, int] = {}  # token -> logit row
@@ -171,27 +172,27 @@ class Recycler(Stateless):
         self.matrix[:] = snapshot
 
     def save(self, path: Path) -> None:
-        """Writes the matrix as safetensors (tensor `successors`); InvalidInput when the file cannot be written."""
+        """Writes the matrix as safetensors (tensor `successors`). Raises InvalidInput if the file cannot be written."""
         try:
             path.write_bytes(safetensors.numpy.save({"successors": self.matrix}))
         except OSError as error:
             raise InvalidInput(f"token-recycling:path={path}: cannot be written ({error.strerror})") from None
 
     def load(self, path: Path) -> None:
-        """Takes over a saved matrix; InvalidInput where the file is missing or not one of this vocabulary and k."""
+        """Loads a saved matrix. Raises InvalidInput if the file is missing or damaged or has another vocabulary or k."""
         at = f"token-recycling:path={path}"
         try:
             found = safetensors.numpy.load(path.read_bytes()).get("successors")
         except OSError as error:
             raise InvalidInput(f"{at}: cannot be read ({error.strerror})") from None
-        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: of a dtype that numpy lacks
+        except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
             raise InvalidInput(f"{at}: not a safetensors file ({error})") from None
         vocab, k = self.matrix.shape
         if found is None or found.ndim != 2 or found.dtype != np.int32:
-            raise InvalidInput(f"{at}: holds no integer matrix named 'successors'; save one with Recycler.save")
+            raise InvalidInput(f"{at}: contains no integer matrix named 'successors'; save one with Recycler.save")
         if found.shape != (vocab, k):
             raise InvalidInput(f"{at}: made for a vocabulary of {found.shape[0]} and k={found.shape[1]}, here they are {vocab} and {k}")
         ranked = np.sort(found, axis=1)
         if found.min() < -1 or found.max() >= vocab or ((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any():
-            raise InvalidInput(f"{at}: damaged, a row has an id twice or one outside 0..{vocab - 1}")
+            raise InvalidInput(f"{at}: damaged, a row has an id twice or an id outside 0..{vocab - 1}")
         self.matrix[:] = found

@@ -1,18 +1,18 @@
-"""Asks several drafters at once and merges their trees into one, within one budget of nodes.
+"""Merges the trees of several drafters into one tree within the node budget.
 
 The merge of trees: Xupeng Miao, Gabriele Oliaro, Zhihao Zhang, Xinhao Cheng, et al.: SpecInfer: Accelerating Generative
 Large Language Model Serving with Tree-based Speculative Inference and Verification, 2023, arXiv 2305.09781.
 
-1. Ask every part for a tree with the whole budget.
-2. Score each node: the part's own confidence that the text goes through it, where its trees have scores. Else a node's
-   first child gets SURE of its parent's score, the second SURE of what is left of it, and so on.
-3. Nodes with the same parent and token are one; its score is the chance that not all who proposed it are wrong. Its origin
-   is the part that proposed it first, in the order of `parts`.
-4. Keep the best nodes that fit, of equal ones the first. No node scores above its parent, so parents come
-   before their children and what stays is a tree.
+1. Every part proposes a tree with the whole budget.
+2. Score each node with the part's confidence that the text passes through it, if its trees have scores. Otherwise a node's
+   first child gets the share SURE of its parent's score, the second the share SURE of the remainder, and so on.
+3. Merge nodes with the same parent and token. The merged score is the probability that at least one of the parts that propose
+   the node is right. The node's origin is the first of these parts, in the order of `parts`.
+4. Keep the best nodes that fit, and of equal nodes the first. No node scores above its parent, so parents come before their
+   children and the kept nodes form a tree.
 
-Differs: the parts are any drafters instead of boost-tuned small models; the merged tree is cut to a budget. Its children
-count as fixed, so verifiers that toss coins are refused where a part draws its children.
+Differs: the parts are any drafters instead of boost-tuned small models. The merged tree is cut to a budget. Its children
+count as fixed, so a verifier that tosses coins is refused if a part samples its children.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from redraft.draft.drafter import Drafter, DraftSampler, OpenDrafter, Wrapper, m
 from redraft.errors import InvalidInput, Unsupported
 
 SURE = 0.8
-"""0.5, 0.7, 0.8, 0.9 give 1.92, 2.07, 2.08, 2.08 tokens a step (copyspec+token-recycling, pilot-16m, greedy, 8 rows; taking
-the parts' nodes in turns 2.07, the better part alone 1.64), and 2.32, 2.44, 2.54, 2.42 (in turns 2.44) for
-token-recycling+(draft-model:length=8) on the embedded pair."""
+"""0.5, 0.7, 0.8, 0.9 give 1.92, 2.07, 2.08, 2.08 tokens a step for copyspec+token-recycling (pilot-16m, greedy, 8 rows).
+Taking the parts' nodes in turns gives 2.07, and the better part alone 1.64. For token-recycling+(draft-model:length=8) on the
+embedded models they give 2.32, 2.44, 2.54, 2.42, and taking nodes in turns 2.44."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Union:
         "Miao, Oliaro, Zhang, Cheng, et al., SpecInfer: Accelerating Generative Large Language Model Serving with Tree-based "
         "Speculative Inference and Verification, 2023, arXiv 2305.09781",
         Guarantee.SAME_TEXT,
-        needs="what its parts need",
+        needs="whatever its parts need",
         deviates="any drafters as parts; the merged tree is cut to the node budget by confidence",
         summary="Merges several drafters' trees; mixed traffic",
     )
 
     def __post_init__(self) -> None:
         if len(self.made()) < 2:
-            raise InvalidInput(f"union:parts={self.parts}: two drafters or more are needed, joined by +")
+            raise InvalidInput(f"union:parts={self.parts}: must be two or more drafters joined by +")
 
     def made(self) -> list[Drafter]:
         return [registry.create("draft", part) for part in registry.split(self.parts, "+")]
@@ -79,21 +79,21 @@ class Merger(Wrapper):
             drawn = part.kinds - {Kind.FIXED}
             if drawn and sampler.drafts is not Stream.TARGET:
                 kinds = ", ".join(sorted(kind.name for kind in drawn))
-                raise Unsupported(f"union: {name} makes children {kinds}, which no coin can undo in a merged tree; use verifier coupled")
+                raise Unsupported(f"union: {name} samples children ({kinds}); in a merged tree only verifier coupled can verify these")
         self.kinds = frozenset({Kind.FIXED})
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        asked = [part.propose(seqs, budgets) for part in self.parts]  # 1.
-        return [merge(trees, budget.rows) for trees, budget in zip(zip(*asked, strict=True), budgets, strict=True)]
+        proposed = [part.propose(seqs, budgets) for part in self.parts]  # 1.
+        return [merge(trees, budget.rows) for trees, budget in zip(zip(*proposed, strict=True), budgets, strict=True)]
 
 
 def merge(trees: Seq[TokenTree], rows: int) -> TokenTree:
-    """One tree of at most `rows` nodes; equal paths are one node. origins: the first tree that has it."""
+    """One tree of at most `rows` nodes, in which equal paths are one node. A node's origin is the first tree that has it."""
     nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node, parents before children
-    wrong: list[float] = []  # the chance that all who proposed a node are wrong
+    wrong: list[float] = []  # the probability that all parts that proposed a node are wrong
     origins: list[int] = []
     for origin, tree in enumerate(trees):
-        place = [-1]  # node of `tree`, from -1 on -> node
+        place = [-1]  # place[i + 1]: the merged node of node i of `tree`; -1 is the root
         for token, parent, score in zip(tree.tokens.tolist(), tree.parents.tolist(), confidence(tree), strict=True):  # 2.
             node = nodes.setdefault((place[parent + 1], token), len(nodes))
             place.append(node)
@@ -116,9 +116,9 @@ def merge(trees: Seq[TokenTree], rows: int) -> TokenTree:
 
 
 def confidence(tree: TokenTree) -> list[float]:
-    """The chance that the text goes through each node: the tree's own scores, or what its place among siblings says."""
+    """The probability that the text passes through each node: the tree's own scores, or an estimate from its place among siblings."""
     scores: list[float] = []
-    left = {-1: 1.0}  # node -> the chance that is left for its next children
+    left = {-1: 1.0}  # node -> the probability that remains for its next children
     for node, parent in enumerate(tree.parents.tolist()):
         if tree.scores is None:
             scores.append(SURE * left[parent])

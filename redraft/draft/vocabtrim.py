@@ -1,15 +1,15 @@
-"""Trims the head of a draft model to the tokens that a text uses most, so that drafting costs less; the target keeps all.
+"""Trims the head of a draft model to the most frequent tokens, so drafting costs less. The target keeps its whole head.
 
 Raghavv Goel, Sudhanshu Agrawal, Mukul Gagrani, Junyoung Park, et al.: VocabTrim: Vocabulary Pruning for Efficient
 Speculative Decoding in LLMs, 2025, arXiv 2506.22694.
 
-1. Count the target's tokens in a text; best is what the target wrote on prompts like those to come.
-2. Keep the `keep` most frequent, ties by id, and those that no text may lack: ends of text, special tokens, newline, digits.
-3. The draft's head keeps their rows only. Its embedding stays whole.
-4. Elsewhere the draft's distribution is 0, so what it draws is always a kept token; the target's distribution is untouched.
+1. Count the target's tokens in a text. The best text is the target's own output for similar prompts.
+2. Keep the `keep` most frequent tokens, ties by id. Always keep ends of text, special tokens, newline and digits.
+3. The draft model's head keeps only the rows of these tokens. Its embedding stays whole.
+4. The draft distribution is 0 for all other tokens, so only kept tokens are drafted. The target's distribution is unchanged.
 
-Differs: logits are spread over the whole vocabulary again before the request's processors, which know tokens by their ids;
-what is saved is the head's matrix product, not the passes over a row of logits.
+Differs: logits are expanded to the whole vocabulary before the request's processors, which address tokens by id. So only the
+head's matrix product gets cheaper, not the passes over a row of logits.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class WithHead(OpenDrafter, Protocol):
 
 @dataclass(frozen=True)
 class VocabTrim(Options):
-    """draft: the drafter whose model is trimmed, with options in parentheses; keep: tokens that stay, besides the forced
-    ones; text: a UTF-8 file, such as the target's own answers."""
+    """draft: the drafter with the model to trim, options in parentheses; keep: tokens to keep besides those of step 2 that are
+    always kept; text: a UTF-8 file, such as answers of the target."""
 
     draft: str = "draft-model"
     keep: int = number(2048, ge=1)
@@ -62,7 +62,7 @@ class VocabTrim(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text is None:
-            raise InvalidInput("vocabtrim:text=none: a file with text is needed, best written by the target")
+            raise InvalidInput("vocabtrim:text=none: must be a text file, best with answers of the target")
         self.made()
 
     def made(self) -> Drafter:
@@ -70,13 +70,13 @@ class VocabTrim(Options):
         return cast(Drafter, registry.create("draft", inner))
 
     def max_bytes(self, runner: Any) -> int:
-        """What is known before the draft model is loaded: not the rows of the head."""
+        """Without the rows of the head: their size is unknown until the draft model is loaded."""
         return max_bytes(self.made(), runner)
 
     def open(self, runner: Any, sampler: Any) -> Trimmed:
         opened = self.made().open(runner, sampler)
         if not hasattr(opened, "trim"):
-            raise Unsupported(f"vocabtrim:draft={self.draft}: this drafter has no second model whose head could be trimmed")
+            raise Unsupported(f"vocabtrim:draft={self.draft}: this drafter has no second model to trim")
         vocabulary = sampler.vocabulary
         tokenizer = Tokenizer(runner.source)
         always = {*vocabulary.eos, *tokenizer.hf.all_special_ids}
@@ -100,7 +100,7 @@ def frequent(tokens: Seq[int], count: int, vocab: int) -> I64:
 
 
 class Trimmed(Wrapper):
-    """The opened form. keep: i64[k], ascending, the tokens that are drafted; all `vocab` is no change at all."""
+    """The opened form. keep: i64[k], ascending, the tokens that can be drafted; if it has all `vocab` tokens, nothing changes."""
 
     def __init__(self, drafter: WithHead, keep: I64, vocab: int) -> None:
         super().__init__([drafter])
@@ -112,7 +112,7 @@ class Trimmed(Wrapper):
 
     @property
     def coverage(self) -> float:
-        """The share of `keep` in the tokens written so far: where it is low, the text was not like this traffic."""
+        """The share of generated tokens that are in `keep`. If it is low, the text of step 1 does not resemble this traffic."""
         return self._inside / self._seen if self._seen else 1.0
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:

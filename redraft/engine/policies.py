@@ -20,7 +20,7 @@ from redraft.kv.eviction.eviction import OpenKeep
 from redraft.kv.quantization.quantization import OpenCodec
 from redraft.kv.reuse.reuse import OpenReuse
 from redraft.kv.sparse_attention.sparse_attention import OpenRead
-from redraft.layer_skipping.layer_skipping import OpenDepth
+from redraft.layer_skipping.layer_skipping import OpenLayerSkipping
 from redraft.models.runner import Runner
 from redraft.ops.backend import Feature
 from redraft.ops.format import Format, plain
@@ -61,7 +61,7 @@ class Policies:
         keep: OpenKeep | None = None,
         codec: OpenCodec | None = None,
         read: OpenRead | None = None,
-        depth: OpenDepth | None = None,
+        depth: OpenLayerSkipping | None = None,
         reuse: OpenReuse | None = None,
     ) -> CachePlan:
         spec = self.runner.spec

@@ -82,7 +82,7 @@ class Drafters:
 
     def _open(self, name: str, method: Any, verifier: Verifier) -> Guard:
         def make() -> Guard:
-            return Guard(method.open(self.runner, self.sampler.drawing(verifier.drafts)), self.runner.spec.vocab, name)
+            return Guard(method.open(self.runner, self.sampler.for_drafts(verifier.drafts)), self.runner.spec.vocab, name)
 
         return self.opened.get(f"draft = {name}", ("draft", method, verifier.drafts), make, max_bytes(method, self.runner))
 

@@ -1,14 +1,14 @@
-"""Behind the prompt only some layers run: the first, the last and evenly spaced ones between, as many as a wanted speed-up leaves.
+"""After the prompt only some layers run: the first, the last and evenly spaced layers between, in a number set by the speed-up.
 
 Yijin Liu, Fandong Meng, Jie Zhou: Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy,
 2024, arXiv 2404.06954.
 
 1. Of L layers keep n = floor(L / speedup), at least 2.
-2. The first and the last are kept, and of those between every floor(L / (n - 1))-th from the bottom, until there are n.
-3. The prompt runs all layers; each row behind it runs the kept ones, each on what the kept one before it returned.
+2. Keep the first layer, the last layer, and every floor(L / (n - 1))-th layer between them from the bottom, until there are n.
+3. The prompt runs all layers. Each later row runs the kept layers, each on the output of the kept layer before it.
 
-Differs: nothing is fine-tuned here, so a model that was not trained for it loses quality quickly. The slots of skipped layers
-stay allocated, because a page has room for all layers: time is saved and no memory.
+Differs: the model is not fine-tuned here, so a model that was not trained for layer skipping loses quality quickly. The method
+saves time but no memory: a page has room for all layers, so the slots of skipped layers stay allocated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
 from redraft.options import Options, number
 
-ROUNDING = 1e-9  # 33 / 1.1 is 30 to a reader and a little less to a computer
+ROUNDING = 1e-9  # 33 / 1.1 should be 30, but is a little less in floating point
 
 
 @dataclass(frozen=True)
 class UnifiedLayerSkipping(Options):
-    """speedup: how many times fewer layers run behind the prompt; 1: all of them."""
+    """speedup: the factor by which fewer layers run after the prompt; 1: all layers run."""
 
     speedup: float = number(2.0, ge=1)
 
@@ -43,13 +43,13 @@ class UnifiedLayerSkipping(Options):
         return self
 
     def layers(self, count: int) -> frozenset[int]:
-        """The layers that run behind the prompt, of `count`. InvalidInput where the first and the last are not both left."""
+        """The layers that run after the prompt, of `count`. Raises InvalidInput if fewer than two layers would run."""
         wanted = math.floor(count / self.speedup + ROUNDING)  # 1.
         if wanted == count:
             return frozenset(range(count))
         if wanted < 2:
             raise InvalidInput(
-                f"layer-skip:speedup={self.speedup}: leaves {wanted} of {count} layers, and the first and the last must run;"
+                f"layer-skip:speedup={self.speedup}: leaves {wanted} of {count} layers, but the first and the last must run;"
                 f" 1 to {max(count / 2, 1):g} is allowed"
             )
         kept, interval = {0, count - 1}, count // (wanted - 1)  # 2.

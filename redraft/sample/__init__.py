@@ -1,1 +1,1 @@
-"""How is a token chosen?"""
+"""How a token is chosen from logits."""

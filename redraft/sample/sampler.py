@@ -1,8 +1,7 @@
-"""How a token is chosen: argmax of the processed logits plus Gumbel noise of (seed, position, id) over the tokens that
-the filters left; greedy is the case of zero noise, ties go to the lowest id.
+"""The sampler: the chosen token is the argmax of the processed logits plus Gumbel noise, over the tokens that the filters keep.
 
-The result is a function of the row's logits, the parameters, the row's own path, the seed and the position: of nothing
-else, so neither tree, batch nor chunk can change a text.
+The noise is a function of (seed, position, id) and zero for greedy requests. Ties go to the lowest id. The result depends only on
+the row's logits, the parameters, the row's path, the seed and the position. So trees, batches and chunks cannot change a text.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ Chosen = tuple[Processor, ...]  # a request's processors in the registry's order
 
 
 class NotNumbers(RedraftError):
-    """What the model computes for a text holds NaN or an infinity: damaged weights, or an overflow in a narrow dtype."""
+    """The model's logits for a text contain NaN or an infinity: the weights are damaged, or a narrow dtype overflowed."""
 
     def __init__(self, seq: Sequence) -> None:
-        super().__init__(f"what the model computes behind token {len(seq.tokens) - 1} is no number (NaN or infinite)")
+        super().__init__(f"the model's output after token {len(seq.tokens) - 1} is NaN or infinite")
         self.seq = seq
 
 
-BLOCK = 1 << 14  # tokens that get their noise at once: temporaries stay in the CPU's cache
+NOISE_CHUNK = 1 << 14  # tokens per call of the noise function, so that temporaries fit the CPU's cache
 
 
 class Sampler:
-    """vocab: size of the logits; eos: ids that end a text of this model; encode: the token id sequences that spell a
-    bad word, None without a tokenizer; drafts: the noise that a drafter which samples must draw with, the verifier's
-    choice (Verifier.drafts); gumbel: the noise of core/noise.py, or a backend's way to the same bits; bytes_of: what a
+    """vocab: size of the logits; eos: the model's end-of-text ids; encode: the token id sequences that spell a bad word,
+    None without a tokenizer; drafts: the noise stream for drafters that sample, chosen by the verifier (Verifier.drafts);
+    gumbel: the noise function of core/noise.py, or a backend's function with the same bits; bytes_of: the bytes that a
     token adds to a text, None without a tokenizer."""
 
     def __init__(
@@ -63,12 +62,12 @@ class Sampler:
         self.drafts = drafts
         self.gumbel = gumbel
 
-    def drawing(self, drafts: Stream) -> Drawing:
-        """The sampler as a drafter sees it that must draw with this noise."""
-        return Drawing(self, drafts)
+    def for_drafts(self, drafts: Stream) -> DraftView:
+        """The sampler's interface for a drafter that must draw with this noise stream."""
+        return DraftView(self, drafts)
 
     def check(self, params: SamplingParams) -> Chosen:
-        """The processors that a request needs; InvalidInput where it asks for what this vocabulary cannot give."""
+        """The processors that a request needs. Raises InvalidInput for parameters that this vocabulary does not allow."""
         made = (processor.of(params, self.vocabulary) for processor in self.processors)
         return tuple(processor for processor in made if processor is not None)
 
@@ -76,17 +75,17 @@ class Sampler:
         return self.check(seq.params)
 
     def fork(self, state: Chosen, seq: Sequence) -> Chosen:
-        return self.begin(seq)  # counts follow seq.tokens by themselves
+        return self.begin(seq)  # processors recompute their counts from seq.tokens
 
     def end(self, state: Chosen) -> None:
         pass
 
     def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
-        """Whether a processor of the request ends the text after seq.tokens and `tokens`."""
+        """Whether a processor of the request declares the text complete after seq.tokens and `tokens`."""
         return any(processor.finished(seq, tokens) for processor in seq.state[self] if isinstance(processor, Ending))
 
     def needs(self, work: Seq[Work]) -> Taps:
-        """Nothing beyond the argmax while every row is greedy without processors and nobody asks for logprobs."""
+        """The outputs that this step needs. If every row is greedy, without processors and without logprobs, only the argmax."""
         return Taps(logits=True) if any(map(self._reads_logits, work)) else NOTHING
 
     def _reads_logits(self, work: Work) -> bool:
@@ -95,21 +94,21 @@ class Sampler:
         return draws or seq.wants_prompt_logits
 
     def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
-        """Logits (fresh, f64[V]) behind seq.tokens and `drafted`, as the request's processors leave them: what the target
-        is sampled from, and a draft model too."""
+        """Applies the request's processors to the logits after seq.tokens and `drafted`. Both the target and draft models are
+        sampled from the result. values: f64[V], overwritten."""
         row = Row(self.ids, values, seq, drafted)
         for processor in seq.state[self]:
             processor.apply(row)
         return row
 
     def distribution(self, out: Outputs, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetDistribution:
-        """The distribution of the next token at each logit row of one step. Nothing is computed before a row is asked for."""
+        """The distribution of the next token at each logit row of one step. Rows are computed on request."""
         return TargetDistribution(self, out, batch, work, trees, batch.roots)
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
-    """redraft.draft.drafter.DraftSampler for a request whose verifier wants other noise than the engine's own."""
+class DraftView:
+    """redraft.draft.drafter.DraftSampler with another noise stream than the engine's, for a request with its own verifier."""
 
     sampler: Sampler
     drafts: Stream
@@ -134,31 +133,31 @@ class TargetDistribution:
     roots: I32
 
     def only(self, indices: Seq[int]) -> TargetDistribution:
-        """The distribution as a verifier of some of the sequences sees it."""
+        """The distribution for a verifier of some of the sequences: `indices` are their places in the batch."""
         return replace(self, roots=self.roots[np.asarray(indices, np.int64)])
 
     def draw(self, rows: Seq[int]) -> list[int]:
-        """The token drawn at each logit row, by the processors and noise of its own sequence, path and position."""
+        """The token drawn at each logit row, with the processors of its sequence and the noise of its position. Raises NotNumbers."""
         drawn: list[int] = [int(self.out.argmax[row]) for row in rows]
-        number = min(drawn, default=0) >= 0
-        if number and all(self._argmax_suffices(work.seq) for work in self.work):
+        finite = min(drawn, default=0) >= 0
+        if finite and all(self._argmax_suffices(work.seq) for work in self.work):
             return drawn
         packed, owners = self._owners(rows)
-        if not number:
+        if not finite:
             raise NotNumbers(self.work[owners[drawn.index(-1)]].seq)
-        asked = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
-        fetched = self._fetch([rows[i] for i in asked])
-        for i, values in zip(asked, fetched, strict=True):
+        processed = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
+        fetched = self._fetch([rows[i] for i in processed])
+        for i, values in zip(processed, fetched, strict=True):
             row = self._row(values, owners[i], packed[i])
             if not row.seq.params.greedy:
                 noise = self._key(row.seq, Stream.TARGET, packed[i])
-                for at in range(0, len(row.ids), BLOCK):
-                    row.values[at : at + BLOCK] += self.sampler.gumbel(noise, row.ids[at : at + BLOCK])
+                for at in range(0, len(row.ids), NOISE_CHUNK):
+                    row.values[at : at + NOISE_CHUNK] += self.sampler.gumbel(noise, row.ids[at : at + NOISE_CHUNK])
             drawn[i] = int(row.ids[row.values.argmax()])
         return drawn
 
     def probs(self, rows: Seq[int]) -> F64:
-        """f64[R, V]: the distribution that `draw` samples; all of it on one token where the request is greedy."""
+        """f64[R, V]: the distribution from which `draw` samples. For a greedy request it is one-hot."""
         packed, owners = self._owners(rows)
         probs = np.zeros((len(rows), self.sampler.vocabulary.size))
         greedy = [self.work[s].seq.params.greedy for s in owners]
@@ -183,14 +182,14 @@ class TargetDistribution:
         return int(ids[(np.log(weights[ids]) + noise).argmax()])
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
-        """log softmax in float64 of the raw logits; ranks from 1, of equal logits the lowest id first."""
+        """log softmax in float64 of the raw logits. Ranks start at 1; of equal logits the lowest id comes first."""
         found = []
         for token, values in zip(ids, self._fetch(rows), strict=True):
             own = values[token]
             rank = 1 + np.count_nonzero(values > own) + np.count_nonzero(values[:token] == own)
             best = top(values, k)
-            most = values.max()
-            total = most + np.log(np.exp(values - most).sum())
+            largest = values.max()
+            total = largest + np.log(np.exp(values - largest).sum())
             likeliest = tuple(zip(best.tolist(), (values[best] - total).tolist(), strict=True))
             found.append(TopLogprobs(token, float(own - total), int(rank), likeliest))
         return found
@@ -199,16 +198,16 @@ class TargetDistribution:
         return seq.params.greedy and not seq.state[self.sampler]
 
     def _fetch(self, rows: Seq[int]) -> Iterator[F64]:
-        """Fresh float64 copies of these rows of logits, in one transfer, one at a time."""
+        """Float64 copies of these rows of logits, one at a time, after one transfer from the device."""
         if not rows:
             return
-        assert self.out.logits is not None, "logits were not asked for: see Sampler.needs"
+        assert self.out.logits is not None, "logits were not requested: see Sampler.needs"
         wanted = torch.as_tensor(list(rows), device=self.out.logits.device)
         for row in self.out.logits[wanted].detach().cpu():  # indexing copies; one row in float64 at a time
             yield row.double().numpy()
 
     def _owners(self, rows: Seq[int]) -> tuple[list[int], list[int]]:
-        """Of each logit row: the packed row, and the place of its sequence in the batch."""
+        """For each logit row: its row in the batch, and the place of its sequence in the batch."""
         packed = self.batch.logit_rows[np.asarray(rows, np.int64)]
         return packed.tolist(), (np.searchsorted(self.batch.starts, packed, side="right") - 1).tolist()
 

@@ -1,9 +1,9 @@
-"""First come, first served: rows go out in arrival order, whole prompts as far as the budget reaches.
+"""First come, first served: sequences get rows in arrival order, whole prompts as far as the budget allows.
 
-The plain baseline: a long prompt that came first takes the budget, and texts after it wait for the step. Continuous
+This is the baseline. A long prompt that came first can take the whole budget of a step, and later texts wait. Continuous
 batching as in Gyeong-In Yu, Joo Seong Jeong, Geon-Woo Kim, Soojeong Kim and Byung-Gon Chun, Orca, OSDI 2022.
 
-Differs: rows are capped by the budget, so that one step stays bounded; pages are paged, not reserved at full length.
+Differs: the row budget bounds the length of a step. The cache is paged instead of reserved at full length.
 """
 
 from __future__ import annotations

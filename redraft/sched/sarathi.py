@@ -1,13 +1,13 @@
-"""Stall-free chunked prefill: texts that draw go first, prompts fill what is left of a budget of rows.
+"""Stall-free chunked prefill: decoding texts get rows first, and prompts get the rest of the row budget.
 
 Amey Agrawal, Nitin Kedia, Ashish Panwar, Jayashree Mohan, Nipun Kwatra, Bhargav S. Gulavani, Alexey Tumanov and
 Ramachandran Ramjee, Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve, 2024, arXiv 2403.02310.
 
-1. Texts in progress get one row each (and their drafts), in arrival order.
-2. Prompts in progress get chunks of what is left.
-3. Newcomers are admitted while the pages of their whole prompt are there.
+1. Decoding texts get one row each, and rows for their drafts, in arrival order.
+2. Prompts in progress get chunks of the remaining rows.
+3. New requests are admitted while there is memory for their whole prompt.
 
-Differs: drafted nodes count as rows of the budget; a prompt is cut at sync points too.
+Differs: drafted nodes count as rows of the budget. A prompt is also cut at sync points.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ class Sarathi(Scheduler):
     )
 
     def order(self, running: Seq[Sequence]) -> list[Sequence]:
-        # 1. and 2.; the sort is stable, so both halves stay in arrival order
+        # 1. and 2. The sort is stable, so both groups stay in arrival order.
         return sorted(running, key=lambda seq: seq.pending > 1)

@@ -1,6 +1,6 @@
-"""The seam of schedulers: a pure function of what waits, what runs and the page table to rows per sequence.
+"""The interface of schedulers: a function from waiting sequences, running sequences and the memory to the rows of each sequence.
 
-`plan` changes nothing; the engine enacts it. A simulator runs the very same class.
+`plan` has no side effects; the engine carries the plan out. The simulator runs the same class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from redraft.errors import InvalidInput
 
 
 class Pages(Protocol):
-    """What a scheduler may ask of the page table; all in blocks, read-only."""
+    """The part of the memory that a scheduler may read. All numbers are blocks, except `match`, which returns tokens."""
 
     blocks: int
 
@@ -29,10 +29,10 @@ class Pages(Protocol):
 
 @dataclass(frozen=True)
 class Scheduler:
-    """What every scheduler shares: budgets, preemption from the end, admission in arrival order.
+    """Base class of schedulers: budgets, preemption of the last arrivals, admission in arrival order.
 
-    token_budget: rows a step; max_seqs: sequences that run at once; draft_rows: drafted nodes a sequence;
-    draft_total: drafted nodes a step, shared evenly; watermark: fraction of the pool that admission leaves free.
+    token_budget: the most rows a step; max_seqs: the most running sequences; draft_rows: the most drafted nodes a sequence;
+    draft_total: the most drafted nodes a step, shared evenly; watermark: the fraction of the pool that admission leaves free.
     """
 
     token_budget: int = 512
@@ -45,15 +45,15 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         if self.token_budget < self.max_seqs:
-            raise InvalidInput(f"token_budget = {self.token_budget} is less than max_seqs = {self.max_seqs}: some text would stall")
+            raise InvalidInput(f"token_budget = {self.token_budget} is less than max_seqs = {self.max_seqs}: some texts would stall")
 
     def order(self, running: Seq[Sequence]) -> list[Sequence]:
-        """Who takes rows first. What a subclass decides."""
+        """The order in which running sequences get rows. A subclass defines it."""
         raise NotImplementedError
 
     def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Pages) -> StepPlan:
-        # 1. Every text that draws gets a row; the last to arrive are preempted until all of these fit. Prompts in
-        #    progress keep the pages they were promised at admission.
+        # 1. Every running text needs blocks for its pending rows. The last arrivals are preempted until these fit. Prompts in
+        #    progress keep the blocks that admission set aside for them.
         run, preempt, free = list(running), [], table.available()
         needs = {seq.id: table.need(seq, seq.pending) for seq in run}
         while len(run) > 1 and sum(needs[seq.id] for seq in run) > free:
@@ -62,10 +62,10 @@ class Scheduler:
             free += table.gain(victim)
         spare = free - sum(needs[seq.id] for seq in run)
 
-        # 2. Rows in order, drafts shared evenly among those that draw, and given up first when pages or rows run short.
+        # 2. Sequences get rows in order. Drafts are shared evenly among decoding texts, and dropped first if blocks or rows are short.
         ordered = self.order(run)
         drawing = sum(seq.pending == 1 for seq in run)
-        room = max(0, self.token_budget - drawing)  # rows that no text needs to draw
+        room = max(0, self.token_budget - drawing)  # rows left after one for each decoding text
         if waiting or drawing < len(run):
             room //= 2  # drafts never take all rows from prompts
         drafts, drafting = min(self.draft_total, room), sum(_depth(seq) > 0 for seq in run)
@@ -86,9 +86,9 @@ class Scheduler:
                 drafts, drafting = drafts - draft, drafting - 1
             work.append(Work(seq, rows))
             budgets.append(Budget(draft, depth if draft else 0))
-        left += drafts  # what is not drafted is left to newcomers
+        left += drafts  # unused draft rows go to new requests
 
-        # 3. Newcomers in arrival order while the whole prompt and one token fit; the head of the queue blocks.
+        # 3. New requests in arrival order, while the whole prompt and one token fit. A request that does not fit blocks the queue.
         admit: list[tuple[Sequence, int]] = []
         if not preempt:
             for seq in waiting:
@@ -99,7 +99,7 @@ class Scheduler:
                 tokens = seq.tokens[: seq.shareable_tokens + 1]  # at most all but the last of them match
                 matched = table.match(tokens, salt) if shares else 0
                 cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
-                if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # it would copy more than it finds
+                if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # the match would cost more copies than it saves
                     matched, cost = 0, alone
                 reserve = int(self.watermark * table.blocks) if run or admit else 0
                 if cost > spare - reserve:
@@ -115,5 +115,5 @@ class Scheduler:
 
 
 def _depth(seq: Sequence) -> int:
-    """How deep a draft may be: 0 for a prompt in progress, a text with no room for a second token or without a drafter."""
+    """The largest depth of a draft: 0 for a prompt in progress, without a drafter, and if only one more token fits."""
     return max(0, seq.sync_point - len(seq.tokens)) if seq.pending == 1 and seq.drafts and not seq.fault else 0

@@ -1,1 +1,1 @@
-"""What is accepted? One verifier per file; the seam is verifier.py."""
+"""Verifiers, which accept or reject drafted tokens. One verifier per file; verifier.py defines their interface."""

@@ -1,12 +1,12 @@
-"""How much of the possible a rule accepts at a node: its acceptance beside the bound of optimal transport.
+"""Compares the acceptance of a rule at a node with the best possible acceptance, the bound of optimal transport.
 
 Zhengmian Hu, Tong Zheng, Vignesh Viswanathan, Ziyi Chen, Ryan A. Rossi, Yihan Wu, Dinesh Manocha, Heng Huang: Towards
-Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779. No lossless rule makes the next token one of the drawn ones
-with more probability than 1 + min over sets H of tokens of [p(H) - Q(H)], Q(H) being the probability that all draws lie in H.
-For independent draws and those without replacement the best H is a prefix of the tokens sorted by p / q, so that one scan
-over the prefixes finds it.
+Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779. With any lossless rule, the probability that the next token is
+one of the drawn tokens is at most 1 + min over sets H of tokens of [p(H) - Q(H)]. Q(H) is the probability that all draws lie in H.
+For independent draws and for draws without replacement the minimising H is a prefix of the tokens sorted by p / q, so one scan over
+the prefixes finds it.
 
-p, q: f64[V], the target's distribution and the draft's, each of sum 1.
+p, q: f64[V], the target distribution and the draft distribution; each sums to 1.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 from redraft.core.tree import F64, I64, Kind
 from redraft.verify.verifier import Rejecting, residual
 
-STEP = 0.2  # of the trapezoid rule in log time; its error falls exponentially with 1 / STEP
-NEVER = 1e-250  # a draft probability that counts as 0
-SURE = 40.0  # exp(-SURE) is nothing beside 1
+STEP = 0.2  # step of the trapezoid rule in log time; the error falls exponentially with 1 / STEP
+NEVER = 1e-250  # draft probabilities up to this count as 0
+SURE = 40.0  # exp(-SURE) is negligible compared with 1
 
 
 def gauge(rule: Rejecting, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> tuple[float, float]:
-    """(acceptance, bound) at one visited node, to be averaged over many: the first is of these draws, so that at a single
-    node it may exceed the second, which is of all draws that could have been made. Where the number of children depends on
-    the draws (DySpec's heap) the bound is that of as many children, and only a yardstick."""
+    """(acceptance, bound) at one visited node, to be averaged over many nodes. The acceptance is for these draws and the bound is an
+    average over all possible draws, so the acceptance at a single node can exceed the bound. If the number of children depends on
+    the draws (DySpec's heap), the bound is for the same number of children and only a reference value."""
     return acceptance(rule, p, q, drawn, kind), bound(p, q, drawn, kind)
 
 
 def acceptance(rule: Rejecting, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> float:
-    """The probability that the next token is one of those drawn (in draw order, with repeats), by a coin or because what
-    the rule falls back on gives it."""
+    """The probability that the next token is one of `drawn` (in draw order, with repeats), accepted by a coin or drawn from the
+    rule's residual."""
     children = sorted(set(drawn))
     if kind is Kind.FIXED:
         return float(p[children].sum())
@@ -45,7 +45,7 @@ def acceptance(rule: Rejecting, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> 
 
 
 def bound(p: F64, q: F64, drawn: Seq[int], kind: Kind) -> float:
-    """The most that any lossless rule accepts on average where children are drawn in this way."""
+    """The best average acceptance of any lossless rule if children are drawn in this way."""
     match kind:
         case Kind.FIXED:
             return float(p[sorted(set(drawn))].sum())
@@ -58,13 +58,13 @@ def bound(p: F64, q: F64, drawn: Seq[int], kind: Kind) -> float:
 
 
 def independent(p: F64, q: F64, k: int) -> float:
-    """Of k samples with replacement."""
+    """The bound for k samples with replacement."""
     order = _by_ratio(p, q)
     return _least_cut(p[order], np.cumsum(q[order]) ** k)
 
 
 def without_replacement(p: F64, q: F64, k: int) -> float:
-    """Of k samples without replacement, or of all tokens that have mass where they are fewer."""
+    """The bound for k samples without replacement, or for all tokens with mass if there are fewer than k."""
     order = _by_ratio(p, q)
     k = min(k, len(order))
     inside = _pair(q[order]) if k == 2 else _race(q[order], k) if k > 2 else np.cumsum(q[order])
@@ -72,7 +72,7 @@ def without_replacement(p: F64, q: F64, k: int) -> float:
 
 
 def top_plus_one(p: F64, q: F64, tops: Seq[int]) -> float:
-    """Of the tokens `tops` and one sample of what q has outside of them."""
+    """The bound for the tokens `tops` and one sample from q outside of them."""
     qt = q.copy()
     qt[list(tops)] = 0
     qt /= qt.sum() or 1
@@ -80,20 +80,20 @@ def top_plus_one(p: F64, q: F64, tops: Seq[int]) -> float:
 
 
 def _by_ratio(p: F64, q: F64) -> I64:
-    """The tokens that can be drawn, by p / q ascending: the others only add to p(H)."""
+    """The tokens that can be drawn, by p / q ascending. The other tokens only add to p(H)."""
     some = np.flatnonzero(q > NEVER)
     return some[np.argsort(p[some] / q[some], kind="stable")]
 
 
 def _least_cut(p: F64, inside: F64) -> float:
-    """inside: Q of each prefix."""
+    """The bound. p: in the order of _by_ratio; inside: Q of each prefix."""
     return float(np.clip(1 + (np.cumsum(p) - inside).min(), 0, 1))
 
 
 def _pair(q: F64) -> F64:
-    """The probability, for each prefix H, that two samples without replacement lie in it: the sum over first tokens x in H
+    """For each prefix H, the probability that two samples without replacement lie in it: the sum over first tokens x in H
     of q(x) (q(H) - q(x)) / (1 - q(x))."""
-    first = int(q.argmax())  # 1 - q(x) of the only token that may be close to 1 is summed, not subtracted
+    first = int(q.argmax())  # only its q can be close to 1; its 1 - q is computed as a sum to avoid cancellation
     others = q.copy()
     others[first] = 0
     odds = others / (1 - others)
@@ -103,18 +103,19 @@ def _pair(q: F64) -> F64:
 
 
 def _race(q: F64, k: int) -> F64:
-    """The same for k samples. Tokens that arrive at rates q come in the order of samples without replacement; so integrate
-    over the time t at which the k-th arrives, x, the sum over x in H of q(x) times the chance that k - 1 others of H had
-    arrived by then and nothing else: exp(-t) times the products of w = exp(q t) - 1 over all choices of those others.
+    """The same for k samples. Let each token x arrive at a random time with rate q(x): the order of arrival is that of samples
+    without replacement. Integrate over the time t at which the k-th token arrives. The integrand is the sum over x in H of q(x)
+    times the probability that exactly k - 1 other tokens, all in H, have arrived before: exp(-t) times the product of
+    w = exp(q t) - 1 over these tokens, summed over all choices of them.
 
-    Sums over choices are nested cumulative sums of positive terms, so nothing cancels: in round i, `last` is over choices
-    of x and i - 1 others in each prefix, `many` over those of i others.
+    The sums over choices are nested cumulative sums of positive terms, so nothing cancels. In round i, `last` sums over choices
+    of x and i - 1 others in each prefix, and `many` over choices of i others.
     """
     inside = np.zeros(len(q))
-    least, most = (1e-17 * math.factorial(k)) ** (1 / k), SURE / np.sort(q)[-k]
-    for t in np.exp(np.arange(math.log(least), math.log(most) + STEP, STEP)):
+    start, end = (1e-17 * math.factorial(k)) ** (1 / k), SURE / np.sort(q)[-k]
+    for t in np.exp(np.arange(math.log(start), math.log(end) + STEP, STEP)):
         qt = np.minimum(q * t, SURE)
-        w = np.expm1(qt) * math.exp(-qt.sum() / (k - 1))  # exp(-t), shared out among the k - 1 factors
+        w = np.expm1(qt) * math.exp(-qt.sum() / (k - 1))  # exp(-t) is distributed over the k - 1 factors
         x = np.where(qt < SURE, q, 0)
         last, many = np.cumsum(x), np.cumsum(w)
         for _ in range(1, k):
@@ -124,5 +125,5 @@ def _race(q: F64, k: int) -> F64:
 
 
 def _before(sums: F64) -> F64:
-    """The sum over the shorter prefix at each place."""
+    """At each place, the sum over the prefix before it."""
     return np.concatenate(([0.0], sums[:-1]))

@@ -1,14 +1,14 @@
-"""Accepts a drafted token where the target, with its own noise, draws the same one: the text of the plain loop.
+"""Accepts a drafted token if the target, with its own noise, draws the same token. The text is that of plain decoding.
 
-Rules V1 and V2 of the drafting cards' verification.md: Miao et al., SpecInfer: Accelerating generative large language
-model serving with tree-based speculative inference and verification, 2023, arXiv 2305.09781 (greedy and sampled match
-over a tree); the noise that belongs to the position rather than to the step is what makes the text itself the same.
+Miao et al., SpecInfer: Accelerating generative large language model serving with tree-based speculative inference and
+verification, 2023, arXiv 2305.09781 (greedy and sampled match over a tree). Noise is a function of the position, not of the
+step, so not only the distribution but the text itself is the same.
 
 1. Draw the target's token at the last pending row, and then at each node that is reached.
-2. Follow the child that carries it.
-3. Where no child does, stop: the token is the bonus.
+2. Follow the child that has this token.
+3. If no child has it, stop: the token is the bonus token.
 
-Differs: one draw per visited node, never one per root-to-leaf row, which would favour whatever was drafted.
+Differs: each visited node has one draw. One draw per root-to-leaf path would favour drafted tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Coupled:
         title="Coupled",
         paper="Miao et al., SpecInfer, 2023, arXiv 2305.09781",
         guarantee=Guarantee.SAME_TEXT,
-        deviates="noise is a function of seed and position, so that the text is the plain loop's, not only its distribution",
-        summary="Accepts what the plain loop would draw; the default",
+        deviates="noise is a function of seed and position, so the text itself is that of plain decoding, not only its distribution",
+        summary="Accepts what plain decoding would draw; the default",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET

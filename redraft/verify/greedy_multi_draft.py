@@ -1,18 +1,18 @@
-"""Follows the draft's likeliest tokens wherever the target draws them, and tests one random token from the rest.
+"""Accepts the draft's likeliest tokens if the target draws them, and tests one random token from the rest.
 
 Zhengmian Hu, Tong Zheng, Vignesh Viswanathan, Ziyi Chen, Ryan A. Rossi, Yihan Wu, Dinesh Manocha, Heng Huang: Towards
-Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779. Rule V7 of the drafting cards' verification.md.
+Optimal Multi-draft Speculative Decoding, 2025, arXiv 2502.18779.
 
-1. Of the drawn tokens the last, x, is the random one and those before it are the tops T. x was drawn from qt, the draft distribution
-   outside of T, normalised.
-2. No top is tested by itself.
+1. The last drawn token, x, is the random one. The tokens before it are the top tokens T. x was drawn from qt, the normalised draft
+   distribution outside of T.
+2. Top tokens are not tested individually.
 3. Accept x with probability min(1, p(x) / qt(x)).
-4. Rejected: draw from p on T and max(p - qt, 0) elsewhere; where that gives a top, its child is followed.
+4. If x is rejected, draw from p on T and max(p - qt, 0) elsewhere. If the drawn token is in T, its child is followed.
 
-The best acceptance that this way of drawing allows: p(T) + the sum of min(p, qt) outside of T. T is read off the draws, so
-ties among the likeliest need no rule. Where the draft distribution has n < k tokens a drafter makes n children: all of them, the last
-being what qt draws with certainty; one child is the case of no tops, plain speculative sampling.
-Differs: coins belong to the position (noise of seed and position), not to the step.
+The acceptance is p(T) + the sum of min(p, qt) outside of T, the best possible for children drawn in this way. T is taken from the
+draws, so ties among the likeliest tokens need no rule. If the draft distribution has n < k tokens, a drafter makes n children: all
+of these tokens. Then qt has all its mass on the last one. With one child T is empty and the rule is plain speculative sampling.
+Differs: coins are a function of seed and position, not of the step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GreedyMultiDraft(Rejecting):
         qt /= qt.sum() or 1  # 1.
         for _ in tops:
             yield 0.0  # 2.
-        if not qt[x]:  # no sample of qt, as the distribution tells it: untested, nothing is taken from p
+        if not qt[x]:  # by the given distribution x cannot be a sample of qt: do not test it, take nothing from p
             yield 0.0
             return p
         yield float(p[x] / max(p[x], qt[x])) if p[x] else 0.0  # 3.

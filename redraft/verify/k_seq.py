@@ -1,15 +1,16 @@
-"""Tests independent samples of the draft distribution in order, all against the same scaled-down ratio: k-sequential selection.
+"""K-sequential selection: tests independent samples of the draft distribution in order, all with the same scaled ratio.
 
 Ziteng Sun, Ananda Theertha Suresh, Jae Hun Ro, Ahmad Beirami, Himanshu Jain, Felix Yu: SpecTr: Fast Speculative Decoding
-via Optimal Transport, 2023, arXiv 2310.15141. Rule V6 of the drafting cards' verification.md.
+via Optimal Transport, 2023, arXiv 2310.15141.
 
-1. Of a division factor rho, m = min(q, p / rho) is the mass that one draw wins, b = sum(m). Take the least rho in [1, k]
-   with 1 - (1 - b)^k <= rho b.
+1. For a division factor rho, m = min(q, p / rho) is the mass that one draw accepts, and b = sum(m). Take the smallest rho in
+   [1, k] with 1 - (1 - b)^k <= rho b.
 2. Accept the next of the k drawn tokens x with probability min(1, p(x) / (rho q(x))).
-3. All rejected: draw from p - m (1 - (1 - b)^k) / b; from p where the distributions have no token in common (b = 0).
+3. If all are rejected, draw from p - m (1 - (1 - b)^k) / b. If the distributions have no token in common (b = 0), draw from p.
 
-At least 1 - 1/e of the best acceptance that k independent draws allow. Differs: rho is the upper end of a bisection to
-1e-6, since below its root the distribution in 3 would be negative; coins belong to the position, not to the step.
+The acceptance is at least 1 - 1/e of the best acceptance that k independent draws allow. Differs: rho is the upper end of a
+bisection to 1e-6, because below the root the distribution in step 3 would be negative. Coins are a function of seed and position,
+not of the step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from redraft.card import Card, Guarantee
 from redraft.core.tree import F64, Kind
 from redraft.verify.verifier import Rejecting, Stages
 
-WIDTH = 1e-6  # of the interval in which the bisection leaves rho
+WIDTH = 1e-6  # width of the bisection's final interval for rho
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class KSeq(Rejecting):
             yield float(share / max(share, q[x])) if share else 0.0  # 2.
         m = np.minimum(q, p / rho)
         b = m.sum()
-        return np.maximum(p - m * (1 - (1 - b) ** k) / b, 0) if b else p  # 3. less than 0 by rounding only
+        return np.maximum(p - m * (1 - (1 - b) ** k) / b, 0) if b else p  # 3. negative only by rounding
 
 
 def division(p: F64, q: F64, k: int) -> float:
@@ -64,6 +65,6 @@ def division(p: F64, q: F64, k: int) -> float:
 
 
 def _affordable(p: F64, q: F64, k: int, rho: float) -> bool:
-    """Whether no token wins more than its mass under p: true from the root upwards."""
+    """Whether no token is accepted with more than its mass under p. True for rho at or above the root."""
     b = np.minimum(q, p / rho).sum()
     return bool(1 - (1 - b) ** k <= rho * b)

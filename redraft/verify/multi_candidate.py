@@ -1,17 +1,16 @@
-"""Tests independent samples of the draft distribution one after the other, each against what the rejected ones left of the target.
+"""Tests independent samples of the draft distribution in order, each against the residual of the target after the rejections.
 
 Xupeng Miao, Gabriele Oliaro, Zhihao Zhang, Xinhao Cheng et al.: SpecInfer: Accelerating Generative Large Language Model
-Serving with Tree-based Speculative Inference and Verification, 2023, arXiv 2305.09781; the same rule in Sen Yang, Shujian
-Huang, Xinyu Dai, Jiajun Chen: Multi-Candidate Speculative Decoding, 2024, arXiv 2401.06706. Rule V4 of the drafting cards'
-verification.md.
+Serving with Tree-based Speculative Inference and Verification, 2023, arXiv 2305.09781. The same rule: Sen Yang, Shujian
+Huang, Xinyu Dai, Jiajun Chen: Multi-Candidate Speculative Decoding, 2024, arXiv 2401.06706.
 
-1. Start with r = p, the target's distribution; q, the draft distribution, is the same for every draw.
+1. Start with r = p, the target distribution. The draft distribution q is the same for every draw.
 2. Accept the next drawn token x with probability min(1, r(x) / q(x)).
-3. Rejected: r becomes max(r - q, 0), normalised.
-4. All rejected: draw from r.
+3. If x is rejected, r becomes max(r - q, 0), normalised.
+4. If all are rejected, draw from r.
 
-Differs: a token drawn again after its rejection is rejected by the arithmetic, r being 0 there; coins belong to the
-position (noise of seed and position), not to the step.
+Differs: a token that is drawn again after its rejection is always rejected, because r is 0 there. Coins are a function of seed
+and position, not of the step.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Tests samples drawn without replacement in draw order, each against the distribution that it was drawn from.
+"""Tests samples drawn without replacement in draw order, each against the distribution from which it was drawn.
 
 Wonseok Jeon, Mukul Gagrani, Raghavv Goel, Junyoung Park, Mingu Lee, Christopher Lott: Recursive Speculative Decoding:
-Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160. Rule V5 of the drafting cards'
-verification.md; Sequoia and DySpec verify in the same way.
+Accelerating LLM Inference via Sampling Without Replacement, 2024, arXiv 2402.14160. Sequoia and DySpec use
+the same rule.
 
-1. Start with r = p, the target's distribution, and s = q, the draft distribution.
+1. Start with r = p, the target distribution, and s = q, the draft distribution.
 2. Accept the next drawn token x with probability min(1, r(x) / s(x)).
-3. Rejected: r becomes max(r - s, 0), normalised; s loses x and is normalised: the distribution that the next one was drawn from.
-4. All rejected: draw from r.
+3. If x is rejected, r becomes max(r - s, 0), normalised. x is removed from s, and s is normalised: the next token was drawn from it.
+4. If all are rejected, draw from r.
 
-Exact where each child, given all that decided that it exists, is a sample of s: so children are never dropped or sorted
-because of their own probability. Differs: coins belong to the position (noise of seed and position), not to the step.
+The rule is exact if each child, conditioned on everything that decided its existence, is a sample of s. So drafters must not drop or
+sort children by their own probability. Differs: coins are a function of seed and position, not of the step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Recursive(Rejecting):
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         r, s = p, q.copy()  # 1.
         for x in drawn:
-            if not s[x]:  # no sample of s, as the distribution tells it: untested, it stays in r
+            if not s[x]:  # by the given distribution x cannot be a sample of s: do not test it, it stays in r
                 yield 0.0
                 continue
             yield float(r[x] / max(r[x], s[x])) if r[x] else 0.0  # 2.

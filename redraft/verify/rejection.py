@@ -1,13 +1,13 @@
-"""Keeps a sampled token with probability p / q and otherwise draws from what is left of p: speculative sampling.
+"""Speculative sampling: accepts a sampled token with probability p / q and otherwise draws from the residual of p.
 
 Yaniv Leviathan, Matan Kalman, Yossi Matias: Fast Inference from Transformers via Speculative Decoding, 2022,
 arXiv 2211.17192; Charlie Chen et al.: Accelerating Large Language Model Decoding with Speculative Sampling, 2023,
-arXiv 2302.01318. Rule V3 of the drafting cards' verification.md.
+arXiv 2302.01318.
 
-1. Accept the drafted token x with probability min(1, p(x) / q(x)) and go on behind it.
-2. Rejected: draw from max(p - q, 0), normalised, and stop.
+1. Accept the drafted token x with probability min(1, p(x) / q(x)) and continue at its node.
+2. If x is rejected, draw from max(p - q, 0), normalised, and stop.
 
-Differs: the coin belongs to the position (noise of seed and position), not to the step.
+Differs: the coin is a function of seed and position, not of the step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Rejection(Rejecting):
         "Leviathan, Kalman, Matias, Fast Inference from Transformers via Speculative Decoding, 2022, arXiv 2211.17192",
         Guarantee.SAME_DISTRIBUTION,
         deviates="coins are a function of seed and position",
-        summary="One sample a place; for a draft model's chain",
+        summary="One sample a node; for a draft model's chain",
     )
     supports: ClassVar[frozenset[Kind]] = frozenset({Kind.FIXED, Kind.SINGLE})
 

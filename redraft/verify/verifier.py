@@ -1,4 +1,4 @@
-"""The seam of verifiers: which path of each tree the target agrees with, and the bonus token behind it."""
+"""The interface of verifiers: choose the accepted path of each tree and the bonus token after it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from redraft.core.tree import F64, Kind, NoDistribution, TokenTree
 from redraft.errors import Unsupported
 
 Stages = Generator[float, None, F64]
-"""A rule at one node: yields for each draw in turn the probability with which it is accepted, given that those before it
-were rejected, and returns the distribution (of any sum) of the token where all are. Nothing random in it: so it can be enumerated."""
+"""A rule at one node. It yields for each draw in turn the probability of its acceptance, given that the earlier draws were rejected.
+It returns the distribution f64[V] (with any sum) of the token if all draws are rejected. A rule is deterministic, so tests can
+enumerate its outcomes."""
 
 
 class Verifier(Protocol):
-    """A frozen dataclass. `supports`: the kinds of children whose making it reverses without bias. `drafts`: the noise that a
-    drafter which samples must draw with: the target's own, or a stream that is independent of it."""
+    """A frozen dataclass. supports: the kinds of children that it can verify without bias; drafts: the noise stream for drafters that
+    sample, either the target's own or an independent stream."""
 
     card: ClassVar[Card]
     supports: ClassVar[frozenset[Kind]]
     drafts: ClassVar[Stream]
 
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
-        """One Accepted per sequence; empty where distribution.roots is -1 (an unfinished chunk draws nothing)."""
+        """One Accepted per sequence. It is empty if distribution.roots is -1: an unfinished prompt chunk draws no token."""
         ...
 
 
 def follow(trees: Seq[TokenTree], distribution: Distribution, tokens: Callable[[dict[int, int]], list[int]]) -> list[Accepted]:
-    """From each root down, as long as a child carries the next token. `tokens` gives it for each of {sequence: the node that
-    was reached, -1 the root}, in order."""
+    """Follows each tree from its root while a child has the next token. `tokens` maps {sequence: reached node, -1 is the root} to
+    the next token of each of these sequences, in order."""
     paths: list[list[int]] = [[] for _ in trees]
     texts: list[list[int]] = [[] for _ in trees]
     reached = {s: -1 for s, root in enumerate(distribution.roots.tolist()) if root >= 0}
@@ -49,19 +50,18 @@ def follow(trees: Seq[TokenTree], distribution: Distribution, tokens: Callable[[
 
 
 class Rejecting:
-    """A verifier that tosses coins where children were sampled: a subclass gives the rule.
+    """Base class of verifiers that toss coins for sampled children. A subclass defines the rule.
 
-    Fixed children need no coin: the target draws a token and the child that carries it is followed (rule V2), and so a
-    leaf's bonus and the whole text without a drafter are those of the plain loop.
+    Fixed children need no coin: the target draws a token, and the child that has it is followed. So the bonus token at a leaf,
+    and the whole text without a drafter, are those of plain decoding.
     """
 
     supports: ClassVar[frozenset[Kind]]
     drafts: ClassVar[Stream] = Stream.DRAFT
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
-        """p: f64[V], the target's distribution; q: f64[V], the distribution the children were drawn from; drawn: their tokens in draw
-        order,
-        with repeats; `kind`: how they were made."""
+        """The rule at one node. p: f64[V], the target distribution; q: f64[V], the draft distribution; drawn: the tokens of the
+        children in draw order, with repeats; kind: how the children were drawn."""
         raise NotImplementedError
 
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
@@ -74,15 +74,16 @@ class Rejecting:
         return follow(trees, distribution, tokens)
 
     def _toss(self, tree: TokenTree, node: int, distribution: Distribution, row: int) -> int:
-        """The next token: of the first child whose coin accepts it, else from the rule's residual."""
+        """The next token: the first child that its coin accepts, otherwise a draw from the rule's residual. Raises Unsupported for
+        children of a kind that the rule does not support."""
         kind, distributions = Kind(tree.kinds[node + 1]), tree.distributions
         if kind not in self.supports:
-            raise Unsupported(f"verifier {type(self).__name__} cannot undo children made {kind.name}")
-        assert distributions is not None, "sampled children without the distribution they were drawn from"
+            raise Unsupported(f"verifier {type(self).__name__} does not support children of kind {kind.name}")
+        assert distributions is not None, "sampled children need their draft distribution"
         draws = tree.tokens[tree.drawn(node)].tolist()
         try:
             (q,) = distributions.probs([node + 1])
-        except NoDistribution:  # children of any making, drawn without the target's noise, may be matched: rule V2
+        except NoDistribution:  # the children are independent of the target's noise, so the target's own draw is an exact rule
             return distribution.draw([row])[0]
         (p,), (coins,) = distribution.probs([row]), distribution.uniform([row], len(draws))
         rule = self.stages(p, q, draws, kind)
@@ -90,14 +91,14 @@ class Rejecting:
             if coin < next(rule):
                 return int(token)
         weights = residual(rule)
-        if not weights.any():  # p and q differ by rounding only, and the coin fell on the last bit
+        if not weights.any():  # p and q differ only by rounding, and the coin is at the last bit
             weights = p.copy()
             weights[draws] = 0
         return distribution.choose(row, weights if weights.any() else p)
 
 
 def residual(rule: Stages) -> F64:
-    """What a rule returns when every draw was rejected."""
+    """The value that a rule returns after every draw was rejected."""
     try:
         next(rule)
     except StopIteration as end:

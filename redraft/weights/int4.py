@@ -1,19 +1,19 @@
-"""Weights as 4-bit codes with one scale a group of columns; groups of one size, or as large as each weight allows.
+"""Weights as 4-bit codes with one scale per group of columns. Groups have a fixed size, or a size adapted to each weight.
 
 Young Jin Kim, Rawn Henry, Raffy Fahim, Hany Hassan Awadalla: FineQuant: Unlocking Efficiency with Fine-Grained Weight-Only Quantization
 for LLMs, 2023, arXiv 2308.09723.
 
-1. A group is `group` neighbouring columns of one output; its scale is w / -8 of the weight w that is largest by magnitude, the first of
-   equal ones, stored in float16. So that weight has code -8, and a scale may be negative.
+1. A group is `group` neighbouring columns of one output. Its scale is w / -8, stored in float16, where w is the weight with the largest
+   magnitude (the first of equal ones). So w has code -8, and a scale can be negative.
 2. Codes are rint(w / stored scale), in -8..7.
-3. group=adaptive: begin with one group an output. Halve it while the mean of max |w| over all groups falls at least by the factor
-   `alpha`, down to 64 columns.
+3. group=adaptive: start with one group per output. Halve the groups while the mean of max |w| over all groups falls at least by the
+   factor `alpha`, down to 64 columns.
 
-Differs: rows are 8-bit codes too, with one scale each, where the paper multiplies 16-bit rows; the head has 8-bit codes unless `head`
-says otherwise. Codes of -7..7 with max |w| / 7, as the paper's symmetric rounding has it, gave 17 to 31 % more divergence from the
-float32 model in each of 8 measurements (two models, two sorts of text, groups of 32 and 64). Group sizes are 64 times a power of two,
-so the last group may be shorter, where the paper wants divisors. The choice is made for queries, keys and values together, and for gate
-and up together. The paper's alpha is not known to us: at 2 no weight of our models is split, at 1.05 most are, the wide ones down to 64.
+Differs: activation rows are 8-bit codes with one scale per row; the paper multiplies 16-bit rows. The head has 8-bit codes unless
+`head` is set. The paper's symmetric rounding, codes -7..7 with max |w| / 7, gave 17 to 31 % more divergence from the float32 model in
+each of 8 measurements (two models, two kinds of text, groups of 32 and 64). Adaptive group sizes are 64 times a power of two, so the
+last group can be shorter; the paper uses divisors. The size is chosen for queries, keys and values together, and for gate and up
+together. The paper's alpha is unknown: at 2 no weight of the tested models is split; at 1.05 most are, the wide ones down to 64 columns.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 SIZES = ("32", "64", "128")
 ADAPTIVE = "adaptive"
-LEAST = 64  # columns of an adaptive group
+MIN_GROUP = 64  # the fewest columns of an adaptive group
 
 
 @dataclass(frozen=True)
 class FineQuant:
-    """group: columns that share a scale, 32, 64, 128 or adaptive; alpha: by how much a halving must shrink the groups' largest weights,
-    of adaptive groups only; head: int8, int4, or none to leave it as it is."""
+    """group: columns that share a scale, 32, 64, 128 or adaptive; alpha: for adaptive groups, the factor by which halving must reduce the
+    mean of the groups' largest weights; head: int8, int4, or none (not quantized)."""
 
     group: str = "64"
     alpha: float = 1.05
@@ -51,13 +51,13 @@ class FineQuant:
         "Kim, Henry, Fahim, Hassan Awadalla, FineQuant: Unlocking Efficiency with Fine-Grained Weight-Only Quantization for LLMs, 2023, "
         "arXiv 2308.09723",
         Guarantee.LOSSY,
-        deviates="rows are 8-bit codes too; the head has 8-bit codes; group sizes are 64 times a power of two",
+        deviates="activation rows are 8-bit codes; the head has 8-bit codes; adaptive group sizes are 64 times a power of two",
         summary="4 bits a weight; when memory or bandwidth is short",
     )
 
     def __post_init__(self) -> None:
         if self.group not in (*SIZES, ADAPTIVE):
-            raise InvalidInput(f"int4:group={self.group}: {', '.join(SIZES)} or {ADAPTIVE} is allowed")
+            raise InvalidInput(f"int4:group={self.group}: must be {', '.join(SIZES)} or {ADAPTIVE}")
         if not self.alpha > 0:
             raise InvalidInput(f"int4:alpha={self.alpha}: must be above 0")
         check_head("int4", self.head, "int8", "int4", "none")
@@ -74,11 +74,11 @@ class FineQuant:
             return outs * ins * dtype.itemsize
         if role == "head" and self.head == "int8":
             return by_output_bytes(outs, ins)
-        least = LEAST if self.group == ADAPTIVE else int(self.group)
-        return outs * (-(-ins // 2) + 2 * -(-ins // least))
+        smallest = MIN_GROUP if self.group == ADAPTIVE else int(self.group)
+        return outs * (-(-ins // 2) + 2 * -(-ins // smallest))
 
     def size(self, weight: Tensor) -> int:
-        """Columns of a group of this weight."""
+        """The columns of a group of this weight."""
         return adapted(weight, self.alpha) if self.group == ADAPTIVE else int(self.group)
 
 
@@ -98,21 +98,21 @@ def by_group(weights: Linear, group: int) -> Quantized:
         codes[rows] = rounded(cut / scale[rows, :, None].float(), LOW, HIGH).view(len(w), -1)[:, :ins]  # 2.
     widest = float(scale.double().abs().sum(1).max()) * min(group, ins) * MOST * -LOW
     if not widest < LARGEST:
-        raise Unsupported("weights so large that a group's scale, or a row's product with them, leaves the range of 4-bit codes")
+        raise Unsupported("the weights are too large: a group's scale, or a row's product with them, leaves the range of 4-bit codes")
     return Quantized(codes, scale, ins, weight.dtype, group, bias)
 
 
 def adapted(weight: Tensor, alpha: float) -> int:
-    """3. Columns of a group."""
+    """3. The columns of an adaptive group."""
     import torch
     import torch.nn.functional as F
 
     ins = weight.shape[1]
-    finest = [F.pad(w, (0, -ins % LEAST)).view(len(w), -1, LEAST).abs().amax(2) for _, w in parts(weight)]
+    finest = [F.pad(w, (0, -ins % MIN_GROUP)).view(len(w), -1, MIN_GROUP).abs().amax(2) for _, w in parts(weight)]
     ranges = [torch.cat(finest)]  # of groups of 64, 128 ... columns: float32 [outs, groups]
     while ranges[-1].shape[1] > 1:
         ranges.append(F.pad(ranges[-1], (0, ranges[-1].shape[1] % 2)).unflatten(1, (-1, 2)).amax(2))
-    size = LEAST << len(ranges) - 1
+    size = MIN_GROUP << len(ranges) - 1
     for child, parent in zip(ranges[-2::-1], ranges[:0:-1], strict=True):
         if not child.double().mean() * alpha <= parent.double().mean():
             break

@@ -1,16 +1,17 @@
-"""Weights and rows as 8-bit codes with one scale an output and one a row; a few outlier columns stay as they are.
+"""Weights and activation rows as 8-bit codes, with one scale per output and one per row. A few outlier columns are not quantized.
 
 Tim Dettmers, Mike Lewis, Younes Belkada, Luke Zettlemoyer: LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022,
 arXiv 2208.07339.
 
-1. Outlier columns of a weight behind a norm: the `outliers` inputs that the norm makes largest, ties by column.
-2. Each output's scale is max |w| / 127 over the other columns, its codes are rint(w / scale).
-3. The columns stay in the model's dtype, [outs, n], beside codes that are 0 there.
-4. A row: the same with max |x| / 127 over the other columns; product of codes, times both scales, plus the columns' product.
+1. The outlier columns of a weight after a norm are the `outliers` inputs with the largest gain of that norm, ties by column.
+2. Each output's scale is max |w| / 127 over the other columns. Its codes are rint(w / scale).
+3. The outlier columns stay in the model's dtype, [outs, n]. Their codes are 0.
+4. A row is quantized in the same way, with max |x| / 127 over the other columns. The result is the product of the codes, times both
+   scales, plus the product of the outlier columns.
 
-Differs: the paper finds columns in each batch, so that what a row gives depends on its neighbours; here they are fixed at load, by the
-gains of the norm in front (|weight| + |bias|), and weights without a norm in front (`out`, `down`) have none. The columns' weights are
-exact, not made from codes. The head is quantized too unless head=none. Rows are rounded by one division, 127 / max.
+Differs: the paper finds outlier columns in each batch, so the result for a row depends on the other rows. Here they are fixed at load by
+the gains of the preceding norm (|weight| + |bias|). Weights without a preceding norm (`out`, `down`) have none. The weights of the
+outlier columns are exact, not computed from codes. The head is quantized unless head=none. Rows are rounded by one division, 127 / max.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LLMInt8:
-    """outliers: columns of each weight behind a norm that stay as they are; head: int8, or none to leave it as it is."""
+    """outliers: columns that are not quantized, in each weight after a norm; head: int8, or none (not quantized)."""
 
     outliers: int = 0
     head: str = "int8"
@@ -41,7 +42,7 @@ class LLMInt8:
         "LLM.int8()",
         "Dettmers, Lewis, Belkada, Zettlemoyer, LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022, arXiv 2208.07339",
         Guarantee.LOSSY,
-        deviates="outlier columns are fixed at load by the gains of the norm in front, none by default; the head is quantized too",
+        deviates="outlier columns are fixed at load by the gains of the preceding norm, none by default; the head is quantized",
         summary="8 bits a weight; half the memory, a small loss",
     )
 

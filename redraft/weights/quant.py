@@ -1,4 +1,4 @@
-"""The seam of quantizers: how a linear layer's weights are stored. The type is Quantized, in ops/quantized.py."""
+"""The interface of weight quantizers: how the weights of a linear layer are stored. Their type is Quantized in ops/quantized.py."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from redraft.card import Card
 from redraft.errors import InvalidInput, Unsupported
 from redraft.ops.quantized import MOST, Quantized
 
-if TYPE_CHECKING:  # the cards of methods are read without loading it
+if TYPE_CHECKING:  # reading the cards of methods does not import torch
     import torch
     from torch import Tensor
 
     from redraft.ops.backend import Linear
 
 Role = Literal["layer", "head"]
-ROOM = 1 << 24  # numbers in float32 at once, however large the weight
+ROOM = 1 << 24  # the most float32 numbers in memory at once, independent of the weight's size
 
 
 class Quantizer(Protocol):
-    """A frozen dataclass. Its card's guarantee is towards the model as stored; the product with what it makes is exact by definition,
-    so every other guarantee of a configuration holds towards the plain loop of the quantized model."""
+    """A frozen dataclass. Its card's guarantee compares the quantized model with the original model. All other guarantees of a
+    configuration compare with plain decoding of the quantized model."""
 
     card: ClassVar[Card]
 
     def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear | Quantized:
-        """A weight as it is stored; unchanged where the method leaves it so. A function of its arguments alone. gains: [ins], how
-        large the norm in front makes each input, None where no norm stands in front."""
+        """The weight [outs, ins] as it is stored; unchanged if the method does not quantize it. The result depends only on the
+        arguments. gains: [ins], the gain of the preceding norm for each input, None without a preceding norm. Raises Unsupported for
+        weights that have no codes."""
         ...
 
     def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
-        """What such a weight takes at most, without its bias, reported before it is read."""
+        """The most bytes that a stored weight of this shape takes, without its bias. Known before the weight is read."""
         ...
 
 
 def by_output(weights: Linear, columns: Tensor | None = None) -> Quantized:
-    """8-bit codes with one scale an output: scale = max |w| / 127 in float32, code = rint(w / scale). Outlier `columns` are left out
-    of both and kept as they are. An output of zeros, or whose scale is too small for float32, has scale 0 and codes 0."""
+    """8-bit codes with one scale per output: scale = max |w| / 127 in float32, code = rint(w / scale). Outlier `columns` are excluded
+    from both and stored unquantized. An output of zeros, or with a scale too small for float32, has scale 0 and codes 0."""
     import torch
 
     weight, bias = weights
@@ -59,7 +60,7 @@ def by_output_bytes(outs: int, ins: int) -> int:
 
 
 def parts(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows after the other, as float32 copies. Unsupported where a number is not finite."""
+    """The weight in slices of rows, as float32 copies. Raises Unsupported for a number that is not finite."""
     step = max(1, ROOM // weight.shape[1])
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
@@ -78,4 +79,4 @@ def rounded(steps: Tensor, low: int, high: int) -> Tensor:
 
 def check_head(name: str, head: str, *allowed: str) -> None:
     if head not in allowed:
-        raise InvalidInput(f"{name}:head={head}: {', '.join(allowed[:-1])} or {allowed[-1]} is allowed")
+        raise InvalidInput(f"{name}:head={head}: must be {', '.join(allowed[:-1])} or {allowed[-1]}")

@@ -1,9 +1,9 @@
-"""The algebra contract of verifiers: over a vocabulary of 5, in float64, what a verifier accepts has the target's distribution.
+"""The algebra contract of verifiers: with a vocabulary of 5, in float64, accepted tokens have the target distribution.
 
-A toy target with an arbitrary distribution for every context, and as many sequences as samples are wanted, all with the same
-tree: a verifier sees one large batch. `check_distribution` compares the joint distribution of the first three tokens with p1 p2 p3;
-outputs that end sooner are completed by plain sampling, as an engine would in later steps. `drawn_tree` makes the trees
-of a batch in which each sequence has its own, drawn from a draft's distribution.
+A toy target has an arbitrary distribution for every context. A batch has one sequence for each sample, all with the same tree.
+`check_distribution` compares the joint distribution of the first three tokens with p1 p2 p3. Shorter outputs are completed by
+plain sampling, as an engine does in later steps. `drawn_tree` makes the trees of a batch in which each sequence has its own tree,
+drawn from a draft distribution.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Distributions = list[np.ndarray]  # distributions[d][x_1, ..., x_d] is the distr
 
 
 def random_distributions(rng: np.random.Generator, length: int = LENGTH) -> Distributions:
-    """A distribution for every context, with zeros here and there."""
+    """A distribution for every context, with some zeros."""
     distributions = [rng.dirichlet(np.full(VOCAB, 0.7), size=(VOCAB,) * d) for d in range(length)]
     for p in distributions:
         p[p < 0.02] = 0
@@ -38,7 +38,7 @@ def random_distributions(rng: np.random.Generator, length: int = LENGTH) -> Dist
 
 
 def random_tree(rng: np.random.Generator, nodes: int, depth: int = LENGTH - 1) -> TokenTree:
-    """Tokens and parents at random; a fixed tree, since nothing looks at the target's sample."""
+    """Random tokens and parents. The tree is fixed, because it does not depend on the target's sample."""
     parents = [int(rng.integers(-1, i)) for i in range(nodes)]
     return TokenTree.build(rng.integers(0, VOCAB, nodes).tolist(), parents, vocab=VOCAB, rows=nodes, depth=depth)
 
@@ -54,7 +54,7 @@ class Table:
 
 
 def draw(rng: np.random.Generator, q: np.ndarray, k: int, kind: Kind) -> list[int]:
-    """k children of the distribution q, in draw order; fewer where fewer tokens have mass, repeated ones where `kind` allows."""
+    """k children drawn from q, in draw order; fewer if fewer tokens have mass, with repeats if `kind` allows them."""
     if kind in (Kind.IID, Kind.SINGLE):
         return rng.choice(len(q), 1 if kind is Kind.SINGLE else k, p=q).tolist()
     k = min(k, np.count_nonzero(q))
@@ -71,8 +71,8 @@ def draw(rng: np.random.Generator, q: np.ndarray, k: int, kind: Kind) -> list[in
 def drawn_tree(
     rng: np.random.Generator, distributions: Distributions, kinds: Seq[Kind], k: int = 3, draw: Callable[..., list[int]] = draw
 ) -> TokenTree:
-    """A tree drawn from draft distributions: each inner node of one of `kinds`. The root has k children and their nodes k - 1 each;
-    below independent samples a node has as many as it was drawn times, so that k sequences are drawn as a whole."""
+    """A tree drawn from draft distributions; each inner node has one of `kinds`. The root has k children and each of these k - 1.
+    With independent samples a node has as many children as it was drawn times, so k whole sequences are drawn."""
     tokens: list[int] = []
     parents: list[int] = []
     draws: list[int] = []
@@ -96,7 +96,7 @@ def drawn_tree(
 
 
 class ToyDistribution:
-    """redraft.core.distribution.Distribution of `samples` sequences with one tree each, all alike. Sequence s has seed s."""
+    """redraft.core.distribution.Distribution of `samples` sequences with equal trees. Sequence s has seed s."""
 
     def __init__(self, distributions: Distributions, tree: TokenTree, samples: int, greedy: bool = False) -> None:
         self.distributions, self.tree, self.samples, self.greedy = distributions, tree, samples, greedy
@@ -138,7 +138,7 @@ class ToyDistribution:
         return np.asarray([key(int(s), stream, int(at)) for s, at in zip(seeds, positions, strict=True)], np.uint64)
 
     def complete(self, texts: Seq[Seq[int]], length: int = LENGTH) -> np.ndarray:
-        """Each text cut or continued to `length` tokens by the plain loop: [samples, length]."""
+        """Each text cut to `length` tokens, or continued to them by plain decoding: [samples, length]."""
         out = np.zeros((self.samples, length), np.int64)
         given = np.asarray([min(len(text), length) for text in texts])
         for s, text in enumerate(texts):
@@ -154,7 +154,7 @@ class ToyDistribution:
 
 
 class FreshDistribution(ToyDistribution):
-    """Other noise at every call, so that one node may be drawn more than once: for controls."""
+    """New noise at every call, so that one node can be drawn more than once: for controls."""
 
     rng = np.random.default_rng(0)
 
@@ -163,7 +163,7 @@ class FreshDistribution(ToyDistribution):
 
 
 def chi_square_p(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Upper tail of the chi-square test; cells expected under 5 times are joined. 0 where the impossible was seen."""
+    """Upper tail of the chi-square test. Cells with an expected count below 5 are merged. 0 if an impossible outcome occurred."""
     if counts[expected == 0].any():
         return 0.0
     rare = expected < 5
@@ -182,7 +182,7 @@ def check_distribution(
     samples: int,
     distribution: Callable[..., ToyDistribution] = ToyDistribution,
 ) -> tuple[float, list[Accepted]]:
-    """p-value of the distribution of the first tokens, and what was accepted."""
+    """p-value of the distribution of the first tokens, and the accepted paths."""
     toy = distribution(distributions, tree, samples)
     accepted = verifier.accept([tree] * samples, toy)
     for a in accepted:
@@ -212,7 +212,7 @@ def check_text(
     greedy: bool = False,
     distribution: Callable[..., ToyDistribution] = ToyDistribution,
 ) -> None:
-    """SAME_TEXT: with every seed, the tokens of the plain loop."""
+    """SAME_TEXT: with every seed, the tokens of plain decoding."""
     toy = distribution(distributions, tree, samples, greedy)
     accepted = verifier.accept([tree] * samples, toy)
     np.testing.assert_array_equal(toy.complete([a.tokens for a in accepted]), toy.plain())

@@ -1,4 +1,4 @@
-"""Drafters that only tests want: deterministic, with every shape of tree, right as often as a test needs."""
+"""Drafters for tests: deterministic, with every shape of tree, and with right tokens as often as a test needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RandomTrees(Stateless):
         future = list((self.known or {}).get((seq.request.id, seq.index), ()))[seq.generated :]
         tokens: list[int] = []
         parents: list[int] = []
-        on_path = {-1: 0}  # nodes that carry the true text -> their depth
+        on_path = {-1: 0}  # nodes on the path of the true text -> their depth
         level = [-1]
         while level and len(tokens) < budget.rows:
             nodes = []
@@ -60,7 +60,7 @@ class RandomTrees(Stateless):
 
 @dataclass(frozen=True, eq=False)
 class FullFanOut(Stateless):
-    """Every token under the root, then every token under some of these, until the budget is spent."""
+    """Every token under the root, then every token under some of these, until the budget is used up."""
 
     vocab: int
     seed: int = 0

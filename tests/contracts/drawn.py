@@ -39,7 +39,7 @@ def forest(
 
 
 def grow(method: SecondModel, sketch: Sketch, logs: Distributions) -> TokenTree:
-    """As Grower does it, with a table of distributions for the second model."""
+    """As SecondModelDrafter does it, with a table of distributions for the second model."""
     sketch.learn(-1, logs[0].copy())
     paths: list[tuple[int, ...]] = []
     for _ in method.grow(sketch):
@@ -54,7 +54,7 @@ def grow(method: SecondModel, sketch: Sketch, logs: Distributions) -> TokenTree:
 
 
 class ForestDistribution:
-    """redraft.core.distribution.Distribution of sequences with a tree each. Sequence s has seed s; token d of a text is at START + d."""
+    """redraft.core.distribution.Distribution of sequences with one tree each. Sequence s has seed s. Token d of a text is at START + d."""
 
     def __init__(self, distributions: Distributions, trees: Seq[TokenTree]) -> None:
         self.distributions, self.trees = distributions, trees
@@ -92,7 +92,7 @@ class ForestDistribution:
 
 
 def texts(distributions: Distributions, accepted: Seq[Seq[int]], length: int, rng: np.random.Generator) -> np.ndarray:
-    """Each accepted text cut or continued to `length` tokens by sampling the target: [samples, length]."""
+    """Each accepted text cut to `length` tokens, or continued to them by sampling the target: [samples, length]."""
     out = np.zeros((len(accepted), length), np.int64)
     for s, tokens in enumerate(accepted):
         own = list(tokens[:length])

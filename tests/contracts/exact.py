@@ -1,4 +1,4 @@
-"""Exact enumeration of one node: every ordered draw of the children, every way the coins may fall."""
+"""Exact enumeration of one node: every ordered draw of the children and every outcome of the coins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redraft.card import Guarantee
 from redraft.core.tree import Kind
 from redraft.verify.verifier import Rejecting, Stages, residual
 
-Draws = Iterable[tuple[float, tuple[int, ...]]]  # chance, tokens in draw order
+Draws = Iterable[tuple[float, tuple[int, ...]]]  # probability, tokens in draw order
 
 RULES: dict[str, Rejecting] = {
     name: rule
@@ -23,7 +23,7 @@ SAMPLED = [(name, kind) for name, rule in RULES.items() for kind in sorted(rule.
 
 
 def pairs(rng: np.random.Generator, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(p, q): some at random and the corners."""
+    """(p, q): some random pairs and the corner cases."""
     for spread in (0.3, 3.0, 1.0):
         p, q = rng.dirichlet(np.full(vocab, spread), 2)
         yield p, q
@@ -52,7 +52,7 @@ def _only(distribution: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def draws(q: np.ndarray, k: int, kind: Kind) -> Iterator[tuple[float, tuple[int, ...]]]:
-    """All ways to draw k children, or as many as have mass, with their chances."""
+    """All ways to draw k children (fewer if fewer tokens have mass), with their probabilities."""
     some = np.flatnonzero(q).tolist()
     if kind in (Kind.IID, Kind.SINGLE):
         for tokens in product(some, repeat=1 if kind is Kind.SINGLE else k):
@@ -74,7 +74,7 @@ def likeliest(q: np.ndarray, k: int) -> tuple[int, ...]:
 
 
 def outcome(rule: Rejecting, p: np.ndarray, q: np.ndarray, kind: Kind, ways: Draws) -> tuple[np.ndarray, float]:
-    """The distribution of the next token, and the chance that it is one of those drawn."""
+    """The distribution of the next token, and the probability that it is one of the drawn tokens."""
     distribution, accepted = np.zeros_like(p), 0.0
     for chance, tokens in ways:
         own, left = np.zeros_like(p), 1.0
@@ -95,7 +95,7 @@ def outcome(rule: Rejecting, p: np.ndarray, q: np.ndarray, kind: Kind, ways: Dra
 
 
 class Reused(Rejecting):
-    """A control, biased: after a rejection q is used again, without being normalised to what can still be drawn."""
+    """A biased control: after a rejection q is used again, without normalising it to the tokens that can still be drawn."""
 
     supports = frozenset({Kind.WITHOUT_REPLACEMENT})
 

@@ -1,4 +1,4 @@
-"""Faults to plant: each is a bug that an engine like this one could have, and the identity contract must notice it."""
+"""Faults to plant. Each is a bug that such an engine could have, and the identity contract must detect it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def position_by_row(patch: pytest.MonkeyPatch) -> None:
-    """A node's position is its row's, not its depth's."""
+    """A node's position follows from its row instead of its depth."""
     patch.setattr(TokenTree, "depths", lambda tree: np.arange(1, len(tree) + 1, dtype=np.int32))
-    patch.setattr(TokenTree, "check", lambda tree, **limits: None)  # or no tree would be as flat as its budget asks
+    patch.setattr(TokenTree, "check", lambda tree, **limits: None)  # without this, budgets would forbid such trees
 
 
 def visible_sibling(patch: pytest.MonkeyPatch) -> None:
-    """A node sees the sibling before it."""
+    """A node attends to the sibling before it."""
     right = TokenTree.ancestors
 
     def wrong(tree: TokenTree) -> np.ndarray:
@@ -45,7 +45,7 @@ def visible_sibling(patch: pytest.MonkeyPatch) -> None:
 
 
 def _commit(patch: pytest.MonkeyPatch, change: Callable[[Work, TokenTree, Accepted], tuple[Accepted, int]]) -> None:
-    """Commit another path than the one that was accepted; `change` tells it, and by how much seq.stored is then off."""
+    """Commits another path than the accepted one. `change` returns this path and the error of seq.stored."""
     right, reserve = PageTable.commit, PageTable.reserve
     trees: dict[int, TokenTree] = {}
 
@@ -65,7 +65,7 @@ def _commit(patch: pytest.MonkeyPatch, change: Callable[[Work, TokenTree, Accept
 
 
 def rejected_slot_kept(patch: pytest.MonkeyPatch) -> None:
-    """The node behind the accepted path stays in the cache, too."""
+    """The node after the accepted path also stays in the cache."""
 
     def change(w: Work, tree: TokenTree, a: Accepted) -> tuple[Accepted, int]:
         extra = a.path[-1] + 1 if a.path else 0
@@ -82,12 +82,12 @@ def path_one_short(patch: pytest.MonkeyPatch) -> None:
 
 
 def moves_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """The table says what moves, but nothing is copied: slots hold what lay there before."""
+    """The table returns the moves, but nothing is copied: slots keep their old contents."""
     patch.setattr(Store, "move", lambda store, moves: None)
 
 
 def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
-    """Pages come as their last owner left them, here full of NaN."""
+    """New pages keep their old contents, here NaN."""
     allocate = TorchOps.allocate
 
     def filled(ops: TorchOps, spec: ModelSpec, blocks: int) -> Pool:
@@ -100,7 +100,7 @@ def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_by_step(patch: pytest.MonkeyPatch) -> None:
-    """Noise that belongs to the row of the step rather than to the position."""
+    """Noise depends on the row in the step instead of the position."""
     from redraft.sample import sampler
 
     def wrong(distribution: sampler.TargetDistribution, seq: Sequence, stream: Stream, packed: int) -> int:

@@ -1,4 +1,4 @@
-"""A tiny hybrid: recurrent layers of a toy kind beside attention, a backend that computes them, and its definition."""
+"""A tiny hybrid model with toy recurrent layers and attention, a backend that computes them, and their definition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = 16
 
 
 class Gated(Recurrent):
-    """s' = g s + (1 - g) v, with g and v from the row: the order of rows matters."""
+    """s' = g s + (1 - g) v, with g and v from the row, so the order of rows matters."""
 
 
 def step(state: Tensor, row: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def step(state: Tensor, row: Tensor) -> Tensor:
 
 
 class _Scans:
-    """Adds the toy to a backend: rows one after the other, each from the state in its slot."""
+    """Adds the toy layer to a backend: rows run one after the other, each from the state in its slot."""
 
     mixers = frozenset({*TorchOps.mixers, Gated})
 
@@ -85,7 +85,7 @@ plain.MIXERS[Gated] = defined
 
 @lru_cache
 def tiny() -> tuple[ModelSpec, Weights]:
-    """plain.tiny with recurrent layers before, between and after its layers of attention, of which two follow each other."""
+    """plain.tiny with recurrent layers before, between and after its attention layers. Two recurrent layers are adjacent."""
     spec, weights = plain.tiny(layers=3)
     generator = torch.Generator().manual_seed(7)
 

@@ -15,7 +15,7 @@ from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import CachePlan, Lanes, Request
 from redraft.draft.drafter import OpenDrafter
-from redraft.draft.second import Grower, SecondModel
+from redraft.draft.second import SecondModel, SecondModelDrafter
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event, checked
 from redraft.errors import InvalidInput
@@ -31,13 +31,13 @@ SAMPLING = {
     "filtered": SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_tokens=26),
 }
 
-DEEPER = {"self-skip": 3}  # layers of the tiny model, where a drafter needs more than 2
+DEEPER = {"self-skip": 3}  # layers of the tiny model for drafters that need more than 2
 
 Opener = Callable[[Runner, Sampler], OpenDrafter]
 
 
 class Different(AssertionError):
-    """A token that is not the definition's: what a planted fault must bring about."""
+    """A token differs from the definition. A planted fault must cause this."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Condition:
 
 @dataclass
 class Seen:
-    """What a run met on its way; a condition that never met what it is about proves nothing."""
+    """Events of a run. A condition that never reaches the case that it is about proves nothing."""
 
     texts: dict[str, list[int]] = field(default_factory=dict)
     accepted: int = 0
@@ -76,7 +76,7 @@ class Seen:
 
 @lru_cache
 def prompts() -> tuple[tuple[int, ...], ...]:
-    """Several lengths around the page of 32; the second shares a page and more with the first, the last is one token."""
+    """Several lengths around the page size of 32. The second prompt shares more than a page with the first; the last is one token."""
     dice = Random(5)
 
     def some(n: int) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ def engine(
     drafter: OpenDrafter | str | Opener = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40,
     sharing: bool = True, scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, layers: int = 2, **options: object
 ) -> Engine:  # fmt: skip
-    """An engine around the tiny model, float64. `drafter`: an opened one, the name of a registered one, or what opens one."""
+    """An engine with the tiny model, float64. drafter: an opened drafter, a registered name, or a function that opens one."""
     spec, weights = plain.tiny(window, layers=layers)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool, sharing=sharing)
     verifier = registry.create("verify", str(options.pop("verify", "coupled")))
@@ -109,7 +109,7 @@ def engine(
 
 
 def complete(seam: str, name: str) -> bool:
-    """Whether a registered method needs no options: a wrapper asks for what it wraps."""
+    """Whether a registered method can be used without options. A wrapper needs the option that names its inner method."""
     try:
         registry.create(seam, name)
     except InvalidInput:
@@ -118,19 +118,19 @@ def complete(seam: str, name: str) -> bool:
 
 
 def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
-    """A registered drafter; one with a second model gets the tiny target with a head that is a little off."""
+    """A registered drafter. Its second model, if any, is the tiny target with a slightly changed head."""
     made = registry.create("draft", name)
     return second(made, runner, sampler) if isinstance(made, SecondModel) else cast(OpenDrafter, made.open(runner, sampler))
 
 
 def second(
     made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, blocks: int | None = None, context: int = 256
-) -> Grower:
+) -> SecondModelDrafter:
     head = runner.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))
     spec = replace(runner.spec, context=context)
-    return Grower(
+    return SecondModelDrafter(
         made,
         Runner(spec, weights, runner.backend, blocks or runner.memory.blocks, sharing=runner.memory.paged.table.sharing),
         sampler,
@@ -149,9 +149,9 @@ def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | 
 
 
 def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> Seen:
-    """Steps until all are finished; each request is added before the step that `arrivals` names."""
+    """Steps until all requests are finished. Each request is added before its step in `arrivals`."""
     memories = [engine.memory]
-    if isinstance(engine.drafter.own.drafter, Grower):
+    if isinstance(engine.drafter.own.drafter, SecondModelDrafter):
         memories.append(engine.drafter.own.drafter.memory)
     seen, waiting = Seen(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
     while waiting or engine.has_work:
@@ -185,7 +185,7 @@ def _note(seen: Seen, event: Event) -> None:
 
 
 def check(condition: Condition, *, strict: bool = True) -> Seen:
-    """Runs it; Different where a token is not the definition's. `strict`: the table is checked after each step."""
+    """Runs a condition. Raises Different if a token differs from the definition. strict: check the table after each step."""
     chosen = [prompts()[i % len(prompts())] for i in range(len(condition.arrivals))]
     layers = DEEPER.get(condition.drafter, 2)
     truth = {str(i): list(expected(condition.window, prompt, condition.sampling, 100 + i, layers)) for i, prompt in enumerate(chosen)}
@@ -197,7 +197,7 @@ def check(condition: Condition, *, strict: bool = True) -> Seen:
     )  # fmt: skip
     add = made.add
 
-    def add_with_lanes(request: Request) -> None:  # lanes are a policy's choice, and there is no such policy yet
+    def add_with_lanes(request: Request) -> None:  # only policies choose lanes, and no policy needs these yet
         add(request)
         made.waiting[-1].cache = CachePlan(lanes=condition.lanes[int(request.id) % len(condition.lanes)])
 

@@ -1,4 +1,4 @@
-"""The definition of a text: a dense forward over all tokens for each new one. No cache, no engine, nothing of redraft.ops."""
+"""The definition of a text: a dense forward pass over all tokens for each new token, without cache, engine or redraft.ops."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ VOCAB = 24
 
 @lru_cache
 def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[ModelSpec, Weights]:
-    """A random Llama-like model with power, float64: untied head, and queries and keys large enough that attention picks
-    few tokens, so that the text is varied and hangs on every token before it."""
+    """A random Llama-like model, float64. The head is untied, and queries and keys are large, so attention selects few tokens. So
+    texts are varied and depend on every earlier token."""
     hidden, heads, kv_heads, size, inner = 32, 4, 2, 8, 48
     generator = torch.Generator().manual_seed(seed)
 
@@ -41,7 +41,7 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
     made = []
     for _ in range(layers):
         qkv = rand(mixer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))
-        qkv[: (heads + kv_heads) * size] *= 1.7  # attention that chooses
+        qkv[: (heads + kv_heads) * size] *= 1.7  # makes attention selective
         made.append(
             LayerWeights(
                 attn_norm=norm(),
@@ -102,8 +102,8 @@ def _turn(x: Tensor, mixer: Attention, at: Tensor) -> Tensor:
 
 
 def draw(row: Tensor, params: SamplingParams, seed: int, tokens: Seq[int]) -> tuple[int, float]:
-    """The token drawn behind `tokens`, and the margin by which: the smaller of the distance to the runner-up (after
-    noise) and of the distance of the last token kept from the first one cut. Repetition penalty, temperature, top-p."""
+    """The token drawn after `tokens`, with repetition penalty, temperature and top-p, and its margin. The margin is the smaller of
+    two distances: to the second best token (after noise), and from the last kept token to the first dropped token."""
     x = row.double().numpy().copy()
     for token in set(tokens):
         x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
@@ -140,7 +140,7 @@ def _gap(values: np.ndarray) -> float:
 def generate(
     spec: ModelSpec, weights: Weights, prompt: Seq[int], params: SamplingParams, *, seed: int | None = None, eos: Iterable[int] = ()
 ) -> list[int]:
-    """New tokens: one at a time, each from a dense forward over everything before it."""
+    """New tokens, one at a time, each from a dense forward pass over all earlier tokens."""
     assert params.seed is not None or seed is not None or params.temperature == 0
     assert params.max_tokens is not None
     tokens, ends = list(prompt), set(eos)

@@ -123,7 +123,7 @@ def test_text_of_any_tree(verifier, greedy):
 
 
 class PerRow:
-    """The control: every root-to-leaf row draws for itself, and the longest match is taken."""
+    """A control: every root-to-leaf path draws for itself, and the longest match is taken."""
 
     def accept(self, trees, distribution):
         tree = trees[0]
@@ -146,7 +146,7 @@ def test_control_one_draw_per_row_is_biased():
 
 
 class NodeNoise(ToyDistribution):
-    """The control: noise that depends on where a node lies in the tree."""
+    """A control: the noise depends on the place of a node in the tree."""
 
     def draw(self, rows):
         seeds, places = np.divmod(np.asarray(rows), len(self.tree) + 1)

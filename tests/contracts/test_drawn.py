@@ -1,4 +1,4 @@
-"""Every drafter that samples, with every verifier that reverses its kind: the distribution of three tokens is the target's."""
+"""Every drafter that samples, with every verifier that supports its kind: the distribution of three tokens is the target's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAIRS = [(d, v) for d, method in DRAWN.items() for v, rule in RULES.items() if m
 
 
 def p_value(verifier: Verifier, trees: list[TokenTree], distributions: list[np.ndarray]) -> float:
-    """Of the joint distribution of three tokens."""
+    """The p-value of the joint distribution of three tokens."""
     accepted = verifier.accept(trees, ForestDistribution(distributions, trees))  # type: ignore[arg-type]
     assert {len(a.path) for a in accepted} == {0, 1, 2}, "rejected, partly and wholly accepted somewhere"
     joint = distributions[0]

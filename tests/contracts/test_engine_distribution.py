@@ -1,4 +1,4 @@
-"""The whole engine under the rules that toss coins: the distribution of three tokens is that of a dense recompute, in any batch."""
+"""The whole engine with rules that toss coins: in any batch, the distribution of three tokens is that of a dense computation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def distribution() -> dict[tuple[int, ...], float]:
 
 
 def p_value(drafter: str, verifier: str, texts_wanted: int = TEXTS, first: int = LENGTH) -> tuple[float, int, int]:
-    """Of the distribution of the texts' first tokens; and how many drafted nodes were accepted and rejected."""
+    """The p-value of the distribution of the texts' first tokens, and the numbers of accepted and rejected nodes."""
     made = engine(partial(second, DRAWN[drafter]), verify=verifier, max_seqs=32, pool=200)
     for seed in range(texts_wanted):
         made.add(Request(str(seed), list(PROMPT), PARAMS.but(seed=seed)))

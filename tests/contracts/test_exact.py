@@ -1,4 +1,4 @@
-"""Every registered rule that tosses coins, enumerated exactly: what comes out has the target's distribution."""
+"""Every registered rule that tosses coins, enumerated exactly: the next token has the target distribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from redraft.verify.bound import acceptance, bound
 from tests.contracts.exact import RULES, SAMPLED, Reused, draws, likeliest, outcome, pairs
 
 RANDOM = np.random.default_rng(1).dirichlet(np.ones(6), 2)
-RANDOM.setflags(write=False)  # a rule leaves the distributions as they were
+RANDOM.setflags(write=False)  # a rule must not modify the distributions
 
 
 @pytest.mark.parametrize(("name", "kind"), SAMPLED)
@@ -36,7 +36,7 @@ DISTINCT = (Kind.WITHOUT_REPLACEMENT, Kind.TOP_PLUS_ONE)
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in SAMPLED if kind in DISTINCT])
 def test_a_child_whose_probability_is_lost_to_rounding_is_not_tested(name, kind):
-    """Drawn in log space, its q may be below the least number: the distribution is the target's all the same."""
+    """A token drawn in log space can have a q below the smallest float64. The result still has the target distribution."""
     p, q = np.array([0.1, 0.4, 0.5, 0.0]), np.array([1.0, 0.0, 0.0, 0.0])
     distribution, _ = outcome(RULES[name], p, q, kind, [(1.0, [0, 1])])
     assert np.abs(distribution - p).max() < 1e-12
@@ -46,7 +46,7 @@ def test_a_child_whose_probability_is_lost_to_rounding_is_not_tested(name, kind)
 
 
 def bias(rule, p, q, kind, ways):
-    """Total variation between what comes out and the target."""
+    """Total variation between the distribution of the next token and the target."""
     return np.abs(outcome(rule, p, q, kind, ways)[0] - p).sum() / 2
 
 
@@ -59,9 +59,9 @@ def test_control_a_deterministic_tree_is_biased(name, kind):
     assert np.mean(found) > 0.05
 
 
-# (made for, fed with). A rule for TOP_PLUS_ONE takes all draws but the last as given, so that samples without replacement
-# are as good. A rule for WITHOUT_REPLACEMENT passes over a token that it has seen, and independent draws without their
-# repeats are just that.
+# (supported kind, given kind) of pairs that must be biased. Other pairs are exact. A rule for TOP_PLUS_ONE takes all draws except
+# the last as given, so samples without replacement work. A rule for WITHOUT_REPLACEMENT skips a token that it has seen, and
+# independent draws without their repeats are samples without replacement.
 WRONG = [
     (Kind.IID, Kind.WITHOUT_REPLACEMENT),
     (Kind.IID, Kind.TOP_PLUS_ONE),

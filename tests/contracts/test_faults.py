@@ -1,4 +1,4 @@
-"""The identity contract can fail: each planted fault is noticed, as a wrong token and not as some crash."""
+"""The identity contract can fail: it detects each planted fault as a wrong token, not as a crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with recurrent layers beside attention: the text is the definition's, whatever is switched on."""
+"""A model with recurrent layers and attention: the text is that of the definition under every condition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redraft import registry
 from redraft.core.noise import sample_seed
 from redraft.core.sequence import Request
 from redraft.core.tree import TokenTree
-from redraft.draft.second import Grower
+from redraft.draft.second import SecondModelDrafter
 from redraft.engine.engine import Engine
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
@@ -45,13 +45,13 @@ def chains(known: dict[tuple[str, int], list[int]]) -> RandomTrees:
     return Chains(plain.VOCAB)
 
 
-def second(runner: Runner, sampler: Sampler, name: str) -> Grower:
-    """The same hybrid with a head that is a little off drafts for it, from a memory of its own."""
+def second(runner: Runner, sampler: Sampler, name: str) -> SecondModelDrafter:
+    """A drafter with the same hybrid model, a slightly changed head and its own memory."""
     own = hybrid.runner("torch", 40)
     head = own.weights.head.weight
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     own.weights = replace(own.weights, head=Linear(head + 0.4 * head.std() * noise))
-    return Grower(registry.create("draft", name), own, sampler)
+    return SecondModelDrafter(registry.create("draft", name), own, sampler)
 
 
 DRAFTERS: dict[str, Callable[..., Any]] = {
@@ -75,7 +75,7 @@ def engine(open_drafter: Callable[..., Any], *, backend: str = "torch", chunk: i
 
 
 def check(drafter: str, sampling: str, *, arrivals: tuple[int, ...] = (0,), n: int = 1, strict: bool = True, **options: Any) -> Seen:
-    """Runs requests; Different where a token is not the definition's."""
+    """Runs requests. Raises Different if a token differs from the definition."""
     chosen = [prompts()[i % len(prompts())] for i in range(len(arrivals))]
     truth = {
         (str(i), index): expected(prompt, sampling, sample_seed(100 + i, index)) for i, prompt in enumerate(chosen) for index in range(n)

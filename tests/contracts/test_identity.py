@@ -1,4 +1,4 @@
-"""Whatever the drafter, chunks, batch, pool, lanes: the tokens are those of plain.py."""
+"""For every drafter, chunk size, batch, pool and choice of lanes, the tokens are those of plain.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_text_is_the_definitions(condition: Condition) -> None:
     seen = check(condition)
     if condition.drafter == "none":
         assert seen.accepted == seen.rejected == 0
-    elif condition.drafter in DRAFTERS:  # a random model's text gives some registered ones little to say: see their own tests
+    elif condition.drafter in DRAFTERS:  # some registered drafters propose little for a random model's text; their own tests cover them
         assert seen.accepted and seen.rejected
     if condition.pool == SMALL:
         assert seen.preempted

@@ -1,4 +1,4 @@
-"""The tiny model has power: a test against a model whose text is one token over and over would see no fault."""
+"""The tiny model's texts are varied: a model that repeats one token would hide faults."""
 
 from __future__ import annotations
 

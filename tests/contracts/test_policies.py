@@ -1,5 +1,5 @@
-"""Whatever the drafter, chunks, batch and pool: a text under cache and depth policies is the one that it is alone, on the
-reference backend, token by token. And policies that have nothing to do change nothing."""
+"""A text under cache and depth policies has the tokens that it has alone, on the reference backend, one token a step. This holds for
+every drafter, chunk size, batch and pool. Policies without effect change nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.contracts.identity import Seen, drafter, drive, prompts
 
 engine = partial(identity.engine, layers=4)
 SEAMS = ("keep", "codec", "read", "depth")
-# Options at which a method bites on texts of a hundred tokens; a method without an entry is tested as it comes.
+# Options with which a method has an effect on texts of a hundred tokens. Other methods are tested with their defaults.
 BITING = {
     "ada-kv": "budget=32,recent=4,sinks=1,history=8",
     "double-sparsity": None,  # needs a profile of the model: tests/kv/sparse_attention
@@ -40,7 +40,7 @@ NEUTRAL = {
 
 
 def chosen(options: dict[str, str | None]) -> list[tuple[str, str]]:
-    """(seam, text) of every registered method that has options here, or needs none."""
+    """(seam, text) of every registered method that has options here or needs none."""
     found = []
     for seam in SEAMS:
         for name in registry.METHODS[seam]:
@@ -50,7 +50,7 @@ def chosen(options: dict[str, str | None]) -> list[tuple[str, str]]:
 
 
 def pairs() -> list[tuple[tuple[str, str], ...]]:
-    """Every two methods of different seams that go together."""
+    """Every compatible pair of methods of different seams."""
     both = [(a, b) for a, b in itertools.combinations(chosen(BITING), 2) if a[0] != b[0]]
     return [pair for pair in both if allowed(dict(pair))]
 
@@ -73,7 +73,7 @@ def requests(policies: list[dict[str, str]], count: int) -> list[Request]:
 
 @cache
 def alone(policies: tuple[tuple[str, str], ...], i: int) -> tuple[int, ...]:
-    """Request i by itself: float64, one row a step, no drafts."""
+    """Request i alone: float64, one row a step, no drafts."""
     request = requests([dict(policies)], i + 1)[i]
     return tuple(drive(engine(backend="reference", chunk=1, sharing=False), [request], [0]).texts[request.id])
 
@@ -89,7 +89,7 @@ ids = [" ".join(text for _, text in one) for one in SINGLE]
 
 @pytest.mark.parametrize("one", SINGLE, ids=ids)
 def test_a_policy_bites(one: tuple[tuple[str, str], ...]) -> None:
-    """Else the tests below prove nothing: some text differs from the one without it."""
+    """Each method changes some text; otherwise the tests below prove nothing."""
     if weakest(**dict(one)) < Guarantee.LOSSY:
         pytest.skip("near: the text may well be the same")
     assert any(alone(one, i) != alone((), i) for i in range(3))
@@ -112,7 +112,7 @@ def test_alone_with_drafts_and_chunks(one: tuple[tuple[str, str], ...], draft: s
 @pytest.mark.parametrize("pool", [60, 9])
 @pytest.mark.parametrize("draft", ["none", "oracle"])
 def test_all_policies_in_one_batch(draft: str, pool: int) -> None:
-    """Plain texts and every policy side by side; in the small pool texts are preempted and start again."""
+    """Texts without a policy and with every policy in one batch. In the small pool texts are preempted and start again."""
     every = [(), *SINGLE]
     count = max(8, len(every))
     asked = requests([dict(one) for one in every], count)
@@ -124,13 +124,13 @@ def test_all_policies_in_one_batch(draft: str, pool: int) -> None:
 
 @pytest.mark.parametrize("one", SINGLE, ids=ids)
 def test_preempted_texts_start_again(one: tuple[tuple[str, str], ...]) -> None:
-    """Prompt and new tokens then come in one chunk, which must part where policies begin to act."""
+    """After a preemption, prompt and new tokens are one chunk, which must be split where policies begin to act."""
     for pool in (9, 6, 5):
         seen = drive(engine(chunk=96, pool=pool, max_model_len=128), requests([dict(one)], 6), [0, 0, 0, 1, 1, 2])
         same(seen, [one], 6)
         if seen.preempted:
             return
-    assert dict(one).keys() & {"codec", "keep"}, "never preempted: nothing is shown"  # a small cache may always fit
+    assert dict(one).keys() & {"codec", "keep"}, "never preempted: nothing is shown"  # a small cache can fit without preemption
 
 
 @pytest.mark.parametrize("pair", pairs(), ids=lambda pair: " ".join(text for _, text in pair))
@@ -166,11 +166,11 @@ def test_n_texts_of_one_prompt_fork_under_policies() -> None:
         assert len({tuple(text) for text in seen.texts.values()}) == 3
 
 
-# ---- what a fresh reader found
+# ---- special cases
 
 
 def test_an_evicting_text_is_admitted_where_its_prefix_is_cached() -> None:
-    """Its survivors of cached pages would be copied: with a pool of its own size it computes the prompt instead."""
+    """A match would copy the kept tokens of cached pages. With a pool of the text's own size the prompt is computed instead."""
     made = identity.engine(pool=5, max_model_len=160)
     policy = SamplingParams(temperature=0, max_tokens=20, seed=1, keep="streaming-llm:sinks=2,recent=64")
     prompt = [token for one in prompts()[:4] for token in one][:150]
@@ -179,7 +179,7 @@ def test_an_evicting_text_is_admitted_where_its_prefix_is_cached() -> None:
 
 
 def test_a_format_that_comes_again_leaves_what_is_stored() -> None:
-    """Two codecs that differ in their borders only share a format; the second comes while the first is in use."""
+    """Two codecs that differ only in their sync points share a format. The second request arrives while the first runs."""
     first = SamplingParams(temperature=0, max_tokens=30, seed=1, codec="int4:block=32")
     second = first.but(codec="int4:block=64")
     prompt = list(prompts()[0][:40])
@@ -190,7 +190,7 @@ def test_a_format_that_comes_again_leaves_what_is_stored() -> None:
 
 
 def test_first_tokens_are_those_of_the_text_where_the_lane_begins_later() -> None:
-    """A sparse read that spares the first pages, over a window that forgets them."""
+    """Sparse attention that always reads the first pages, with an eviction that drops them."""
     policy = {"keep": "streaming-llm:sinks=0,recent=100", "read": "page-top-k:tokens=96"}
     request = Request("0", list(prompts()[0][:40]), SamplingParams(temperature=0.8, max_tokens=150, seed=1, **policy))
     slow = drive(engine(chunk=1, pool=80, max_model_len=256), [request], [0]).texts["0"]

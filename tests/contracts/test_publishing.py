@@ -1,4 +1,4 @@
-"""Blocks that a request under a policy leaves in the prefix cache: a plain request finds the bits that it would have computed itself."""
+"""Blocks that a request under a policy leaves in the prefix cache have the bits that a request without a policy would compute."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def engine(backend: str, dtype: str) -> LLM:
 
 @cache
 def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
-    """What a plain request gives if no other ran before it, and the blocks of its prompt."""
+    """The result of a request without a policy in a new engine, and the blocks of its prompt."""
     llm = engine(backend, dtype)
     llm.engine.memory.paged.table.forget()
     wanted = ask(llm, new)
@@ -53,7 +53,7 @@ def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
 
 
 def blocks(llm: LLM, tokens: list[int]) -> list[torch.Tensor]:
-    """The cached blocks of a text, in its order."""
+    """The cached blocks of a text, in text order."""
     nodes = llm.engine.memory.paged.table.prefix.walk(tokens, "")
     return [llm.engine.memory.paged.store.pool.data[node.page].clone() for node in nodes]
 
@@ -69,7 +69,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=[" ".join(pair) for pair in BACKENDS])
 @pytest.mark.parametrize("policy", POLICIES, ids=[*ids, "streaming-llm, late", "streaming-llm, page-top-k"])
 def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], backend: str, dtype: str) -> None:
-    """In every backend and dtype: what it finds has the bits that it computes alone, and so have its log-probabilities."""
+    """In every backend and dtype, the cached blocks and the log-probabilities have the bits of a request that runs alone."""
     new = 8 if backend == "reference" else 24
     wanted, expected = alone(backend, dtype, new)
     assert len(expected) > 3
@@ -88,7 +88,7 @@ def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], bac
 
 @pytest.mark.skipif(not NATIVE, reason="no compiled kernels here")
 def test_blocks_are_published_under_a_policy_while_they_are_plain() -> None:
-    """Else the test above proves nothing."""
+    """A control: otherwise the test above proves nothing."""
     llm = engine("native", "bfloat16")
     llm.engine.memory.paged.table.forget()
     ask(llm, 24, keep="streaming-llm:sinks=2,recent=70")

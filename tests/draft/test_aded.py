@@ -31,7 +31,7 @@ def opened(vocab: int = V, **options: object) -> TriGrams:
 
 
 def random_table(drafter: TriGrams, seed: int, letters: int, widest: int, known: float = 1.0, step: float = 0.0) -> None:
-    """Weights of pairs of the first `letters` tokens, any number up to 3, or multiples of `step`."""
+    """A table of weights for pairs of the first `letters` tokens: random numbers up to 3, or multiples of `step`."""
     dice = Random(seed)
     for pair in product(range(letters), repeat=2):
         if dice.random() < known:
@@ -49,7 +49,7 @@ def paths(tree: TokenTree) -> list[tuple[int, ...]]:
     return [tuple(tree.tokens[tree.path_to(i)].tolist()) for i in range(len(tree))]
 
 
-# the search, written down once more as it is reported: slow, no shared lists
+# the search again, written as in the paper: slow and without shared lists
 
 
 class Node:
@@ -66,7 +66,7 @@ class Node:
 
 
 def reference(drafter: TriGrams, tokens: list[int], noise: Iterator[float]) -> tuple[list[Node], list[tuple[int, ...]]]:
-    """All search nodes in the order in which they were made, and the sequences, the most visited first."""
+    """All search nodes in order of creation, and the sequences, the most visited first."""
     method, table = drafter.method, drafter.table
     root = Node(tokens[-2], tokens[-1], 0)
     made, way = [root], {root: ()}
@@ -105,7 +105,7 @@ def noise_of(seq: Sequence) -> Iterator[float]:
 
 
 def merged(found: list[tuple[int, ...]], budget: Budget) -> set[tuple[int, ...]]:
-    """The sequences and their prefixes, first come first served."""
+    """The sequences and their prefixes, in order, until the budget is used up."""
     nodes: dict[tuple[int, ...], None] = {}
     for path in found:
         for end in range(1, len(path) + 1):
@@ -248,7 +248,7 @@ def test_trees_are_a_function_of_table_seed_and_position() -> None:
 
 
 def test_children_stand_in_order_of_insertion() -> None:
-    """Integers hash to themselves: a set or a sorted row would turn this order round."""
+    """Integers hash to themselves, so a set or a sorted row would reverse this order."""
     drafter = opened(increment=0)
     drafter.table[0, 1] = dict.fromkeys((40, 8, 16, 0, 33), 1.0)
     tokens, _, _ = drafter.search((0, 1), iter([0.5] * 1000))
@@ -327,7 +327,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     drafter.save(path)
     with pytest.raises(InvalidInput, match=r"made for a vocabulary of 50, here it is 60$"):
         opened(60, path=path)
-    with pytest.raises(InvalidInput, match=rf"holds {len(drafter.table)} pairs: keys must be that many or more, it is 3$"):
+    with pytest.raises(InvalidInput, match=rf"contains {len(drafter.table)} pairs, but keys = 3"):
         opened(keys=3, path=path)
     with pytest.raises(InvalidInput, match="cannot be written"):
         drafter.save(tmp_path / "none" / "t.safetensors")
@@ -341,9 +341,9 @@ def test_unusable_files(tmp_path: Path) -> None:
 
     for token in (-1, V):
         refused("has an id outside 0..49", trigrams=np.array([[1, 2, 3], [1, token, 4]], np.int32))
-    refused("is there twice", trigrams=np.array([[1, 2, 3], [1, 2, 3]], np.int32))
+    refused("occurs twice", trigrams=np.array([[1, 2, 3], [1, 2, 3]], np.int32))
     for weight in (0.0, -1.0, math.nan, math.inf):
-        refused("a weight is no positive number", weights=np.array([0.5, weight]))
+        refused("a weight is not a positive number", weights=np.array([0.5, weight]))
     no = "no tri-grams with weights"
     refused(no, trigrams=good["trigrams"].astype(np.int64))
     refused(no, trigrams=good["trigrams"][:1].copy())
@@ -381,7 +381,7 @@ def test_options_are_checked(name: str, value: float, allowed: str) -> None:
 def test_the_text_is_the_definitions_from_a_table_that_knows_it(
     sampling: str, chunk: int, arrivals: tuple[int, ...], pool: int, tmp_path: Path
 ) -> None:
-    """A random model repeats little, so the table knows its texts, among as many tri-grams that are wrong."""
+    """A random model rarely repeats itself, so the table is filled with its texts and as many wrong tri-grams."""
     drafter, dice = opened(plain.VOCAB), Random(3)
     right = [[*prompt, *expected(None, prompt, sampling, 100 + i)] for i, prompt in enumerate(prompts())]
     wrong = [[token if dice.random() < 0.6 else dice.randrange(plain.VOCAB) for token in text] for text in right]

@@ -13,7 +13,7 @@ from redraft.errors import InvalidInput
 from tests.contracts.identity import SAMPLING, Condition, check, drive, engine, expected, prompts
 
 WIDE = Budget(64, 64)
-PLAIN = Aggressive(first=32)  # whole blocks from the start
+PLAIN = Aggressive(first=32)  # drafts have full length from the start
 MIXED = (0, 3, 0, 5, 9, 11)
 
 
@@ -34,7 +34,7 @@ def places(source: Seq[int], gram: Seq[int]) -> list[int]:
 
 
 def followed(source: Seq[int], output: Seq[int], at: int | None) -> int | None:
-    """The definition: where the source goes on behind `output`, by a search at every token."""
+    """The definition: the place in the source after `output`, by a search at every token."""
     for i, token in enumerate(output):
         if at is not None and at < len(source) and source[at] == token:
             at += 1
@@ -49,7 +49,7 @@ def followed(source: Seq[int], output: Seq[int], at: int | None) -> int | None:
 
 
 def forwards(drafter: Aggressive, prompt: Seq[int], output: Seq[int], prediction: Seq[int] | None, rows: int = 64) -> int:
-    """How many steps a model takes that writes `output`."""
+    """The number of steps of a model that generates `output`."""
     seq, steps = begun(drafter, prompt, prediction=prediction), 0
     while seq.generated < len(output):
         rest = output[seq.generated :]
@@ -92,14 +92,14 @@ SOURCE = [3, 5, 6, 40, 2, 5, 6, 41, 3, 5, 9, 42, 3, 9]
 @pytest.mark.parametrize(
     ("output", "at"),
     [
-        ([3, 41], 8),  # 41 is there once: joined at the differing token itself
-        ([3, 8], None),  # 8 is not there
-        ([3, 8, 5], None),  # 5 is there three times, 8 5 never
+        ([3, 41], 8),  # 41 occurs once: matched again at the differing token
+        ([3, 8], None),  # 8 does not occur
+        ([3, 8, 5], None),  # 5 occurs three times, 8 5 never
         ([8, 3, 9], 14),  # 9 twice, 3 9 once
         ([8, 3, 5], None),  # 3 5 twice, 8 3 5 never
         ([8, 3, 5, 6], 3),  # 5 6 twice, 3 5 6 once
-        ([3, 5, 6, 40, 8, 5, 6], None),  # lost at 8; 8 5 6 never
-        ([3, 5, 6, 40, 41, 3, 5, 9], 11),  # joined at 41, and on
+        ([3, 5, 6, 40, 8, 5, 6], None),  # no match from 8 on, because 8 5 6 does not occur
+        ([3, 5, 6, 40, 41, 3, 5, 9], 11),  # matched again at 41
     ],
 )
 def test_joins_again_at_a_unique_gram(output: list[int], at: int | None) -> None:
@@ -180,7 +180,7 @@ def test_forwards_follow_the_edits_not_the_length(edits: int) -> None:
         output = [token if (i + 1) % (length // 7) or i > edits * (length // 7) else 5000 + i for i, token in enumerate(text)]
         assert sum(a != b for a, b in zip(text, output, strict=True)) == edits
         drafter = Aggressive(block=length, first=length)
-        # each replaced token costs its own step, as the bonus behind what agreed, and one plain step to meet again
+        # each replaced token costs two steps: one in which it is the bonus token, and one without a draft until the next match
         assert forwards(drafter, [9999], output, text, rows=length) == 1 + 2 * edits
 
 
@@ -217,7 +217,7 @@ def test_the_text_is_the_definitions(sampling: str) -> None:
 @pytest.mark.parametrize("pool", [40, 5])
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_predictions_change_the_steps_and_not_the_text(sampling: str, pool: int) -> None:
-    """One right, one with a wrong token, one that begins late, one wrong, one empty, none: together, with preemption in a small pool."""
+    """Predictions that are right, have a wrong token, begin late, are wrong, are empty or missing: one batch, with preemption."""
     truth = [list(expected(None, prompt, sampling, 100)) for prompt in prompts()]
     near = [*truth[1][:9], (truth[1][9] + 1) % 24, *truth[1][10:]]
     asked = [

@@ -106,7 +106,7 @@ def test_forks_are_independent() -> None:
     child = sequence(seq.tokens)
     child.state[drafter] = drafter.fork(seq.state[drafter], child)
     seq.tokens += [1, 2, 3, 60, 1, 2, 3]
-    child.tokens += [8, 1, 2, 3, 70, 71, 1, 2, 3]  # at another place than in seq
+    child.tokens += [8, 1, 2, 3, 70, 71, 1, 2, 3]  # not at the same place as in seq
     assert drafted(drafter, seq) == [60, 1, 2, 3]
     assert drafted(drafter, child) == [70, 71, 1, 2, 3]
     assert drafted(drafter, seq) == [60, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""draft=auto is a drafter that pays on the machine at hand, and what the user gave always stays."""
+"""draft=auto chooses a drafter that pays off on this machine, and explicit options are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The second model's cache follows the text through everything that happens to it."""
+"""The second model's cache follows the text through preemption, forks, aborts and rejections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import TokenTree
 from redraft.draft import second as module
-from redraft.draft.second import Grower, SecondModel
+from redraft.draft.second import SecondModel, SecondModelDrafter
 from redraft.draft.sketch import NextDistribution, Sketch
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput
@@ -45,8 +45,8 @@ def check_texts(texts: dict[str, list[int]], sampling: str) -> None:
         assert text == list(expected(None, prompts()[int(name)], sampling, 100 + int(name)))
 
 
-class Rereading(Grower):
-    """Compares each tree with that of a second model that reads the whole text again."""
+class Rereading(SecondModelDrafter):
+    """Compares each tree with the tree of a second model that reads the whole text again."""
 
     compared = 0
 
@@ -55,7 +55,7 @@ class Rereading(Grower):
         for seq, budget, tree in zip(seqs, budgets, trees, strict=True):
             if len(tree):
                 runner = Runner(self.runner.spec, self.runner.weights, self.runner.backend, 10)
-                fresh = Grower(self.method, runner, self.sampler)
+                fresh = SecondModelDrafter(self.method, runner, self.sampler)
                 sibling = Sequence(
                     seq.id, seq.request, seq.index, seq.tokens, seq.prompt_len, seq.seed, seq.sync_point, state=dict(seq.state)
                 )
@@ -69,7 +69,7 @@ class Rereading(Grower):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pool", [40, 5])
 def test_every_tree_is_that_of_a_model_that_reads_the_text_afresh(name: str, pool: int) -> None:
-    def opener(runner: Runner, sampler: Sampler) -> Grower:
+    def opener(runner: Runner, sampler: Sampler) -> SecondModelDrafter:
         made = second(method(name), runner, sampler)
         return Rereading(made.method, made.runner, sampler)
 
@@ -93,7 +93,7 @@ def test_it_reads_a_long_prompt_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "CHUNK", 8)
     rows: list[int] = []
 
-    def opener(runner: Runner, sampler: Sampler) -> Grower:
+    def opener(runner: Runner, sampler: Sampler) -> SecondModelDrafter:
         made = second(method(CHAIN), runner, sampler)
         forward = made.runner.forward
         made.runner.forward = lambda batch, taps: (rows.append(len(batch.tokens)), forward(batch, taps))[1]  # type: ignore
@@ -128,7 +128,7 @@ def test_where_its_pool_is_full_it_stays_silent(blocks: int, count: int, accepts
 def test_n_texts_and_aborts_leak_nothing(name: str, pool: int) -> None:
     made = engine(name, pool=pool)
     drafter = made.drafter.own.drafter
-    assert isinstance(drafter, Grower)
+    assert isinstance(drafter, SecondModelDrafter)
     for request in requests("sampled", 3, n=3):
         made.add(request)
     for _ in range(6):
@@ -217,7 +217,7 @@ def finish(made: Engine, sampling: str) -> int:
 
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 def test_who_drafts_is_not_confused_with_who_only_reads(sampling: str) -> None:
-    """Two texts, room for one node a step: the one without a budget runs its row too, and gives no distribution."""
+    """Two texts and room for one node a step: the text without a budget runs its row too, but gets no distribution."""
     made = engine(partial(second, method(CHAIN), off=0.0))
     made.scheduler = replace(made.scheduler, draft_total=1)  # type: ignore[type-var]
     seen = drive(made, requests(sampling, 2), (0, 0))
@@ -226,11 +226,11 @@ def test_who_drafts_is_not_confused_with_who_only_reads(sampling: str) -> None:
 
 
 def test_tokens_that_it_has_no_embedding_for_end_its_drafts() -> None:
-    def opener(runner: Runner, sampler: Sampler) -> Grower:
+    def opener(runner: Runner, sampler: Sampler) -> SecondModelDrafter:
         made = second(method(CHAIN), runner, sampler)
         weights = made.runner.weights
         small = replace(weights, embed=weights.embed[:15], head=Linear(weights.head.weight[:15]))
-        return Grower(made.method, Runner(replace(made.runner.spec, vocab=15), small, made.runner.backend, 40), sampler)
+        return SecondModelDrafter(made.method, Runner(replace(made.runner.spec, vocab=15), small, made.runner.backend, 40), sampler)
 
     made = engine(opener)
     tokens = [token for token in prompts()[0] if token < 15]
@@ -248,8 +248,8 @@ def test_tokens_that_it_has_no_embedding_for_end_its_drafts() -> None:
 def test_two_drafters_may_share_the_model() -> None:
     made = engine(CHAIN)
     one = made.drafter.own.drafter
-    assert isinstance(one, Grower)
-    other = Grower(one.method, one.runner, one.sampler)
+    assert isinstance(one, SecondModelDrafter)
+    other = SecondModelDrafter(one.method, one.runner, one.sampler)
     seq = Sequence(1, requests("greedy", 1)[0], 0, [1, 2, 3], 3, 1, 99)
     states = [one.begin(seq), other.begin(seq), other.fork(one.begin(seq), seq)]
     assert len({state.seq.id for state in states}) == 3
@@ -261,7 +261,7 @@ def test_two_drafters_may_share_the_model() -> None:
 def test_a_sibling_that_cannot_begin_is_freed(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(CHAIN)
     drafter = made.drafter.own.drafter
-    assert isinstance(drafter, Grower)
+    assert isinstance(drafter, SecondModelDrafter)
 
     def fails(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -307,14 +307,14 @@ def distribution(seed: int = 1, target: bool = False, noise: int | None = 7) -> 
 def test_children_are_drawn_from_the_likeliest_candidates(candidates: int) -> None:
     counts: set[int] = set()
 
-    class Watched(Grower):
+    class Watched(SecondModelDrafter):
         def _forward(self, *args: Any, **options: Any) -> Any:
             few = super()._forward(*args, **options)
             for row, _ in few or []:
                 counts.add(int((row > -np.inf).sum()))
             return few
 
-    def opener(runner: Runner, sampler: Sampler) -> Grower:
+    def opener(runner: Runner, sampler: Sampler) -> SecondModelDrafter:
         made = second(registry.create("draft", f"{CHAIN}:candidates={candidates}"), runner, sampler)
         return Watched(made.method, made.runner, sampler)
 
@@ -392,7 +392,7 @@ def test_options_are_checked(name: str, option: str) -> None:
 
 @pytest.mark.parametrize("noise", [None, 7])
 def test_a_distribution_of_no_numbers_is_reported(noise: int | None) -> None:
-    """Where a draft model computes NaN; the guard drops the drafter then, and the text goes on."""
+    """A draft model computes NaN. The guard then drops the drafter, and the text continues."""
     distribution = NextDistribution(np.arange(3), np.array([1.0, 2.0, 3.0]), noise, target=True, total=np.nan)
     with pytest.raises(ValueError, match="NaN"):
         distribution.nth(0)

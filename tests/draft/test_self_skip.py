@@ -1,4 +1,4 @@
-"""Drafts by the target's own layers: what they are, that they change nothing, and that nothing is left of them."""
+"""Drafts with some of the target's layers: their tokens, that they do not change texts, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_target_with_too_few_layers_is_refused_by_figures(skip: int | None, co
 
 
 class Redrafting(Skipping):
-    """Compares each chain with a dense recompute: committed rows ran what they ran, the last token and the chain skip."""
+    """Compares each chain with a dense computation: committed rows run their own layers, the last token and the chain skip some."""
 
     compared = deepest = 0
 
@@ -128,7 +128,7 @@ def test_chunks_batches_and_preemption_change_nothing(arrivals: tuple[int, ...],
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize(("skip", "power"), [(0, 0.3), (4, 0.0)])
 def test_layers_that_change_nothing_are_not_missed(verify: str, sampling: str, skip: int, power: float) -> None:
-    """Nothing skipped, or what is skipped passes on what it gets: each draft is the target's own."""
+    """If no layer is skipped, or skipped layers do not change the hidden state, the drafts are the target's own tokens."""
     made = engine(SelfSkip(skip=skip).open, verify=verify, power=power)
     seen = drive(made, requests(SAMPLING[sampling], 2), (0, 0))
     assert not seen.rejected and seen.accepted == 2 * 20, "26 tokens, five a step"
@@ -141,7 +141,7 @@ DISTRIBUTION = SamplingParams(temperature=1.3, top_k=3, max_tokens=3)
 
 @cache
 def distribution() -> dict[tuple[int, int], float]:
-    """The probability of every text of two tokens behind prompt 3."""
+    """The probability of every text of two tokens after prompt 3."""
 
     def following(text: tuple[int, ...]) -> list[tuple[tuple[int, ...], float]]:
         x = plain.logits(*deep(), [*prompts()[3], *text])[-1].numpy()
@@ -153,7 +153,7 @@ def distribution() -> dict[tuple[int, int], float]:
 
 
 class OtherDistributions(Skipping):
-    """A fault: the chain is drawn with one set of layers, and said to be drawn from what another set tells."""
+    """A fault: the chain is drawn with one set of layers, but reported with the distributions of another set."""
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         trees = super().propose(seqs, budgets)
@@ -163,7 +163,7 @@ class OtherDistributions(Skipping):
 
 @pytest.mark.parametrize("fault", [False, True])
 def test_under_rejection_the_distribution_is_the_targets(fault: bool) -> None:
-    """400 texts; that the first drafts stand for distributions that they were not drawn from is seen."""
+    """400 texts. The test detects drafts that are reported with wrong distributions."""
     method = SelfSkip(skip=4, length=1)
     made = engine(lambda *above: (OtherDistributions if fault else Skipping)(method, *above), verify="rejection", pool=80)
     made.scheduler = replace(made.scheduler, max_seqs=40, draft_total=200)  # type: ignore[type-var]
@@ -186,7 +186,7 @@ def drafting(made: Engine) -> Skipping:
 
 
 class Forwards:
-    """Runner.forward, counted; `fails`: what it raises behind the forward number `at`."""
+    """Counts calls of Runner.forward. fails: the exception that it raises after forward number `at`."""
 
     def __init__(self, made: Engine, at: int = 0, fails: type[BaseException] = RuntimeError) -> None:
         self.batches: list[Any] = []
@@ -280,7 +280,7 @@ def test_n_texts_and_aborts_leak_nothing() -> None:
 
 
 def test_pages_are_taken_from_what_the_step_was_promised() -> None:
-    """Three texts that need five pages, of which there are four: no draft takes one that a neighbour needs to go on."""
+    """Three texts need five pages, but there are four: no draft may take a page that another text needs to continue."""
     made = engine(SelfSkip(length=8).open, pool=4)
     seen = drive(made, requests(SAMPLING["greedy"], 3, first=2), (0, 0, 0))
     check_texts(seen, "greedy")
@@ -288,7 +288,7 @@ def test_pages_are_taken_from_what_the_step_was_promised() -> None:
 
 
 def test_fresh_pages_are_zeroed() -> None:
-    """0 times an old NaN is NaN: pages of this pool that were never written hold them."""
+    """0 times an old NaN is NaN: unwritten pages of this pool contain NaN."""
     found = []
     for left in (0.0, float("nan")):
         made = engine(SelfSkip(skip=4, length=6).open)

@@ -167,7 +167,7 @@ def test_the_root_wins_over_its_own_token_on_the_path() -> None:
 
 
 def test_a_tree_in_depth_first_order() -> None:
-    """Another drafter's tree need not be breadth first; depth decides all the same."""
+    """Another drafter's tree may not be breadth first; depth decides here too."""
     recycler = opened()
     tree = TokenTree.build([8, 7, 7], [-1, 0, -1], vocab=V, rows=9, depth=9)
     recycler.observe(step([work([3])], [tree], [Accepted()]))

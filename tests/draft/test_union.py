@@ -30,7 +30,7 @@ Path = tuple[int, ...]
 
 
 def tree(*paths: Path, scores: Seq[float] | None = None) -> TokenTree:
-    """A node for each path, in this order; its parent's path comes before it."""
+    """A node for each path, in this order; a parent's path comes before its children's."""
     place = {(): -1, **{path: i for i, path in enumerate(paths)}}
     tokens = np.array([path[-1] for path in paths], np.int32)
     parents = np.array([place[path[:-1]] for path in paths], np.int32)
@@ -126,7 +126,7 @@ def test_every_part_is_asked_with_the_whole_budget() -> None:
 
 @pytest.mark.parametrize("parts", ["", "copyspec", "(copyspec:gamma=2)", "+copyspec+"])
 def test_two_parts_are_needed(parts: str) -> None:
-    with pytest.raises(InvalidInput, match=r"^union:parts=.*: two drafters or more are needed, joined by \+$"):
+    with pytest.raises(InvalidInput, match=r"^union:parts=.*: must be two or more drafters joined by \+$"):
         Union(parts)
 
 
@@ -149,7 +149,7 @@ def test_options_and_unions_nest() -> None:
     assert merger.taps.top_k == 3
 
 
-class Drawing(Stateless):
+class SamplingDrafter(Stateless):
     kinds = frozenset({Kind.FIXED, Kind.IID})
 
     def propose(self, seqs: Any, budgets: Any) -> list[TokenTree]:
@@ -158,9 +158,9 @@ class Drawing(Stateless):
 
 def test_drawn_children_need_a_verifier_that_tosses_no_coins() -> None:
     fixed = RandomTrees(V)
-    with pytest.raises(Unsupported, match=r"^union: spectr makes children IID, .* use verifier coupled$"):
-        Merger(["random", "spectr"], [fixed, Drawing()], SimpleNamespace(drafts=Stream.DRAFT))  # type: ignore[arg-type]
-    assert Merger(["random", "spectr"], [fixed, Drawing()], TARGET).kinds == {Kind.FIXED}
+    with pytest.raises(Unsupported, match=r"^union: spectr samples children \(IID\); .* only verifier coupled"):
+        Merger(["random", "spectr"], [fixed, SamplingDrafter()], SimpleNamespace(drafts=Stream.DRAFT))  # type: ignore[arg-type]
+    assert Merger(["random", "spectr"], [fixed, SamplingDrafter()], TARGET).kinds == {Kind.FIXED}
     assert Merger(["a", "b"], [fixed, fixed], SimpleNamespace(drafts=Stream.DRAFT)).kinds == {Kind.FIXED}  # type: ignore[arg-type]
 
 
@@ -177,7 +177,7 @@ def test_the_text_is_the_definitions(sampling: str) -> None:
 
 
 def joined(made: Engine, *parts: OpenDrafter) -> tuple[Engine, Merger]:
-    """An engine like `made` whose drafter is the union of `parts`."""
+    """An engine like `made` with the union of `parts` as its drafter."""
     merger = Merger([type(part).__name__ for part in parts], parts, made.sampler)
     return Engine(made.runner, made.scheduler, merger, made.verifier.own, made.sampler, max_model_len=128), merger
 
@@ -215,7 +215,7 @@ def test_fixed_parts_stand_before_a_verifier_that_tosses_coins() -> None:
 
 
 class Bang(Stateless):
-    """Raises where it is reported to; counts what is open."""
+    """Raises where the test says so, and counts the open states."""
 
     def __init__(self, where: str = "") -> None:
         self.where, self.open = where, 0

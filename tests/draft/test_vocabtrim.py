@@ -16,7 +16,7 @@ from redraft.core.plan import Work
 from redraft.core.sequence import Request
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.draft.second import Grower
+from redraft.draft.second import SecondModelDrafter
 from redraft.draft.vocabtrim import Trimmed, VocabTrim, frequent
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
@@ -49,20 +49,20 @@ def trimmed(llm: LLM, text: Path, keep: int, draft: str = "draft-model") -> tupl
     return made, opened
 
 
-def grower(opened: Trimmed) -> Grower:
+def grower(opened: Trimmed) -> SecondModelDrafter:
     (inner,) = opened.parts
-    assert isinstance(inner, Grower)
+    assert isinstance(inner, SecondModelDrafter)
     return inner
 
 
 def run(llm: LLM, params: SamplingParams) -> tuple[list[list[int]], int, int]:
-    """Texts, nodes drafted, nodes accepted."""
+    """Texts, number of drafted nodes, number of accepted nodes."""
     outputs = [output.outputs[0] for output in llm.generate(PROMPTS, params)]
     return [one.token_ids for one in outputs], sum(one.stats.drafted for one in outputs), sum(one.stats.accepted for one in outputs)
 
 
 def drafted(opened: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenTree]:
-    """The trees that it proposes from now on."""
+    """Records the trees that the drafter proposes from now on."""
     trees: list[TokenTree] = []
     propose = opened.propose
 
@@ -141,8 +141,8 @@ def test_the_whole_vocabulary_is_no_change_and_others_see_none(llm: LLM, text: P
     assert opened.coverage == 1
 
 
-def logits(one: Grower, tokens: list[int]) -> Any:
-    """f64[V] behind a text, as the drafter sees them."""
+def logits(one: SecondModelDrafter, tokens: list[int]) -> Any:
+    """The drafter's logits f64[V] after a text."""
     seq = sequence(tokens, temperature=1)
     one.memory.open(seq)
     found = one._forward([Work(seq, len(tokens))], [EMPTY])
@@ -152,7 +152,7 @@ def logits(one: Grower, tokens: list[int]) -> Any:
 
 
 def test_kept_tokens_have_the_logits_that_they_had(llm: LLM, text: Path) -> None:
-    """Also where the head lies in a layout of the backend's own, as it does here on most CPUs."""
+    """Also if the head is stored in a layout of the backend, as on most CPUs."""
     tokens = llm.tokenizer.encode(PROMPTS[0])
     _, opened = trimmed(llm, text, 30)
     plain: Any = llm.engine.drafter.own.drafter
@@ -176,12 +176,12 @@ def test_a_model_that_is_only_looked_at_is_left_alone(llm: LLM, text: Path) -> N
     second = load_draft_model(llm.runner, None)
     meta = copy(second)
     meta.weights = replace(second.weights, head=Linear(torch.empty(second.weights.head.outs, second.spec.hidden, device="meta")))
-    one = Grower(grower(trimmed(llm, text, 30)[1]).method, meta, llm.engine.sampler)
+    one = SecondModelDrafter(grower(trimmed(llm, text, 30)[1]).method, meta, llm.engine.sampler)
     one.trim(np.arange(5))
     assert one.runner is meta
 
 
-# ---- the engine: the tiny model in float64, half of whose vocabulary is kept
+# ---- the engine: the tiny model in float64 with half of its vocabulary kept
 
 
 def tiny(draft: str = "rsd-s", verify: str = "coupled", pool: int = 40) -> tuple[Engine, Trimmed]:
@@ -223,7 +223,7 @@ def test_the_distribution_that_a_coin_reverses_is_of_kept_tokens_alone(monkeypat
 
 
 def test_ids_that_the_second_model_lacks_are_not_drafted() -> None:
-    one = grower(tiny()[1])  # whose head was trimmed to 12 rows already: as if the checkpoint had no more
+    one = grower(tiny()[1])  # the head has 12 rows already, like a checkpoint with a smaller vocabulary
     one.trim(np.array([0, 2, 23, 24, 30]))
     assert one.kept is not None
     assert one.kept.tolist() == [0, 2]
@@ -242,7 +242,7 @@ def test_a_drafter_without_a_second_model_is_refused_by_name(llm: LLM, text: Pat
 def test_options_are_checked_at_once(text: Path) -> None:
     with pytest.raises(InvalidInput, match=r"^vocabtrim:keep=0: must be 1 or more$"):
         VocabTrim(keep=0, text=text)
-    with pytest.raises(InvalidInput, match=r"^vocabtrim:text=none: a file with text is needed"):
+    with pytest.raises(InvalidInput, match=r"^vocabtrim:text=none: must be a text file"):
         registry.create("draft", "vocabtrim:keep=9")
     with pytest.raises(UnknownMethod, match="no draft method 'draft-modell'"):
         VocabTrim(draft="draft-modell", text=text)

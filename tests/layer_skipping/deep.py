@@ -1,4 +1,4 @@
-"""A tiny model of six layers, where depth means something, the definition of rows that skip some, and an engine around it."""
+"""A tiny model of six layers, the dense definition of rows that skip layers, and an engine with this model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ALL = frozenset(range(LAYERS))
 
 @cache
 def deep(power: float = 0.3) -> tuple[ModelSpec, Weights]:
-    """plain.py's tiny model, where the layers between the first and the last write `power` of what they would: at 0 they pass on
-    what they get."""
+    """plain.py's tiny model with more layers. Layers between the first and the last add `power` times their usual output; at 0 they
+    do not change the hidden state."""
     spec, weights = plain.tiny(layers=LAYERS)
     first, *between, last = weights.layers
     return spec, replace(weights, layers=(first, *(_weaker(layer, power) for layer in between), last))
@@ -44,7 +44,7 @@ def _weaker(layer: LayerWeights, power: float) -> LayerWeights:
 
 @torch.inference_mode()
 def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> Tensor:
-    """[T, V]: plain.logits of the deep model where row t runs the layers runs[t] only, and leaves keys in no other."""
+    """[T, V]: plain.logits of the deep model if row t runs only the layers runs[t] and stores keys only in these."""
     spec, weights = deep(power)
     x = weights.embed[torch.as_tensor(list(tokens))]
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
@@ -66,7 +66,7 @@ def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> T
 
 def engine(open_drafter: Callable[[Runner, Sampler], Any] | None = None, *, backend: str = "torch", power: float = 0.3, pool: int = 40,
            chunk: int = 512, verify: str = "coupled", rows: int = 8, eos: tuple[int, ...] = ()) -> Engine:  # fmt: skip
-    """An engine around the deep model, float64."""
+    """An engine with the deep model, float64."""
     spec, weights = deep(power)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool)
     verifier = registry.create("verify", verify)

@@ -1,4 +1,4 @@
-"""Behind the prompt only the kept layers run: the formula, and the text against a dense definition of it."""
+"""After the prompt only the kept layers run: tests of the formula, and of the text against a dense definition."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 
 from redraft.card import Guarantee
-from redraft.engine.policies import guarantee
 from redraft.errors import InvalidInput
+from redraft.guarantee import weakest
 from redraft.layer_skipping.layer_skip import UnifiedLayerSkipping
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
@@ -94,7 +94,7 @@ def test_drafts_chunks_batches_and_preemption_change_nothing(drafts: bool, arriv
     trees = RandomTrees(plain.VOCAB, seed=2, right=0.8, known=known)
     made = engine((lambda runner, sampler: trees) if drafts else None, chunk=chunk, pool=pool)
     asked = requests(SAMPLING["sampled"])
-    for request in asked[1::2]:  # every other one skips: the batch is mixed
+    for request in asked[1::2]:  # every other request skips layers, so batches are mixed
         request.params = request.params.but(depth=HALF)
     seen = drive(made, asked, arrivals)
     assert seen.texts == {str(i): known[str(i), 0] for i in range(4)}
@@ -117,7 +117,7 @@ def test_rows_behind_a_given_context_skip_although_they_are_prompt() -> None:
 
 
 def test_pages_of_skipping_rows_are_not_shared() -> None:
-    """The same prompt and beginning again, now with all layers: what the first text wrote behind its prompt must not be met."""
+    """The same prompt again, now with all layers: it must not match the blocks that the first text wrote after its prompt."""
     made = engine()
     (first,) = requests(SAMPLING["greedy"].but(depth=HALF), 1)
     text = drive(made, [first], (0,)).texts["0"]
@@ -135,4 +135,4 @@ def test_a_model_too_shallow_is_refused_when_the_request_comes() -> None:
 
 
 def test_it_says_that_it_is_lossy() -> None:
-    assert guarantee(SAMPLING["greedy"].but(depth=HALF)) is Guarantee.LOSSY
+    assert weakest(depth=HALF) is Guarantee.LOSSY

@@ -1,4 +1,4 @@
-"""The definition of a drawn token, written plainly: full sorts, Python loops, float64, no laziness."""
+"""The definition of a drawn token in simple code: full sorts, Python loops, float64, everything computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def weights_of(values):
 
 
 def processed(logits, params: SamplingParams, context, prompt_len, eos=frozenset(), words=()):
-    """(ids, values): what is left of float64 logits, and its logits. words: the token id sequences of bad_words."""
+    """(ids, values): the tokens that remain and their float64 logits. words: the token id sequences of bad_words."""
     values = np.array(logits, np.float64)
     output = context[prompt_len:]
     for token, amount in params.logit_bias.items():

@@ -1,4 +1,4 @@
-"""What a grammar will need of a processor: a state by path, the bytes of a token, an end of its own. A toy uses all three."""
+"""What a grammar needs from a processor: a state per path, the bytes of a token, and ending the text. A toy uses all three."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_processor_may_need_a_tokenizer() -> None:
 
 @pytest.mark.parametrize("name", registry.PROCESSORS)
 def test_the_others_work_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if its file and its line in the registry were deleted."""
+    """Simulates that the processor's file and its registry line are deleted."""
     module = registry.PROCESSORS[name].split(":")[0]
     monkeypatch.setattr(registry, "PROCESSORS", {key: target for key, target in registry.PROCESSORS.items() if key != name})
     monkeypatch.setitem(sys.modules, module, None)  # importing it raises

@@ -1,4 +1,4 @@
-"""Every processor, alone and with all others, against its plain definition."""
+"""Every processor, alone and with all others, against its simple definition."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ BIG = st.integers(0, 1 << 32).map(np.random.default_rng)
 @given(BIG, st.sampled_from([1.0, 0.3, 0.05, 0.0]), st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.9999]))
 @example(np.random.default_rng(0), 0.0, 0.5)
 def test_selection_from_many_equals_the_plain_sort(rng, spread, mass):
-    """Peaked to flat, with ties (rounding) and bans, and cuts inside a tie."""
+    """Peaked and flat distributions, with ties (from rounding), bans, and cuts inside a tie."""
     values = np.round(rng.normal(size=3 * BUCKETS + 7) * 10 * spread, 1)
     values[rng.integers(0, len(values), 50)] = -np.inf
     order = plain.by_rank(values)
@@ -159,7 +159,7 @@ def test_selection_from_many_equals_the_plain_sort(rng, spread, mass):
 
 
 def test_largest_sees_through_any_scale():
-    """One outlier leaves all others in one bucket: it is divided again."""
+    """One outlier leaves all others in one bucket, which must be divided again."""
     values = np.concatenate([[1e9], np.random.default_rng(0).normal(size=5000), [-1e9, -np.inf]])
     weights = np.ones(len(values))
     for wanted in (1, 2, 700, 4999, 5001, 5002, 5003):

@@ -1,4 +1,4 @@
-"""The sampler on packed steps: rows, paths, seeds and positions; and coupled's text against the plain loop."""
+"""The sampler on packed steps: rows, paths, seeds and positions. Also the text of coupled against plain decoding."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sampler():
 
 
 def random_tree(rng, seq):
-    """Half the nodes are what a plain loop would say at temperature 0, so that paths get accepted."""
+    """Half of the nodes are the tokens of plain decoding at temperature 0, so that paths get accepted."""
     tokens, parents = [], []
     for i in range(int(rng.integers(0, 14))):
         parents.append(int(rng.integers(-1, i)))
@@ -70,7 +70,7 @@ def test_coupled_gives_the_plain_text_for_any_trees_in_any_batch():
             seq.advance(seq.pending, accepted.tokens, len(accepted.path))
             accepted_nodes += len(accepted.path)
             rejected += len(tree) - len(accepted.path)
-            if rng.random() < 0.1:  # preempted: all is pending again, and the state is made anew
+            if rng.random() < 0.1:  # preempted: all tokens are pending again, and the state is built again
                 seq.stored = int(rng.integers(0, len(seq.tokens)))
                 seq.state[own] = own.begin(seq)
     assert accepted_nodes > 50 and rejected > 50
@@ -102,7 +102,7 @@ def test_every_node_draws_by_its_own_path_together_as_alone(seed, chosen):
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 1500}, {"typical_p": 0.6}, {"min_p": 0.2, "temperature": 0.7}])
 @pytest.mark.parametrize("spread", [0.02, 3.0])
 def test_large_vocabulary_equals_the_plain_sort(params, spread):
-    size = 20_000  # more than one BLOCK of noise, and flat enough for several doublings
+    size = 20_000  # more than one NOISE_CHUNK, and flat enough for several doublings
     own = Sampler(size, EOS)
     rng = np.random.default_rng(5)
     table = {i: np.round(rng.normal(size=size) * spread, 3) for i in range(3)}
@@ -124,7 +124,7 @@ def test_draws_follow_the_distribution():
 
 
 def test_position_is_the_index_of_the_drawn_token():
-    """The same context length drawn as a root, as a node of a tree, and behind a longer chain of pending tokens."""
+    """The same context length drawn at a root, at a tree node, and after a longer chain of pending tokens."""
     own = sampler()
     logits = toy_logits([0], V)
     short, long = begun(own, [1, 2, 3], seed=9), begun(own, [1, 2, 3, 4, 5], seed=9)

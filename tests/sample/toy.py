@@ -1,4 +1,4 @@
-"""One step of a toy model: logits are a function of the context, packed as an engine would."""
+"""One step of a toy model: logits are a function of the context, packed as in the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redraft.ops.backend import Outputs
 
 
 def toy_logits(context, vocab):
-    """Any function of the whole context; few distinct values, so that ties are common."""
+    """Some function of the whole context with few distinct values, so that ties are common."""
     rng = np.random.default_rng(mix(1, *context))
     return np.round(rng.normal(size=vocab) * 2, 1)
 
@@ -27,7 +27,7 @@ def begun(sampler, tokens, prompt_len=None, seed=0, **params):
 
 
 def step(sampler, seqs, trees=None, logits=toy_logits, dtype=torch.float64):
-    """The distribution of one step in which every sequence runs all it has pending."""
+    """The distribution of one step in which every sequence runs all pending tokens."""
     trees = trees or [EMPTY] * len(seqs)
     works = [Work(seq, seq.pending) for seq in seqs]
     batch = Batch.pack(works, trees, view(works))

@@ -1,4 +1,4 @@
-"""Plans over random states of a real page table: pure, within budgets, fair, and never out of pages."""
+"""Plans over random states of a real page table: without side effects, within budgets, fair, and never out of pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scheduler(name: str = "sarathi", **options: object) -> Scheduler:
 
 @dataclass
 class World:
-    """What an engine does with plans, without a model: every text draws zeros and accepts part of each draft."""
+    """Carries out plans like an engine, without a model: every text draws zeros and accepts part of each draft."""
 
     scheduler: Scheduler
     table: PageTable
@@ -153,7 +153,7 @@ def test_everyone_finishes_within_all_budgets(
             at.add(prompt, new, lanes)
         running = list(at.running)
         check_plan(at.plan(), at, running)
-        plan = at.step()  # raises OutOfPages where the plan promised too much
+        plan = at.step()  # raises OutOfPages if the plan exceeds the pool
         assert plan.work or not (running or at.waiting), "a step without work"
         steps += 1
         assert steps < 20_000, "no end in sight"
@@ -216,7 +216,7 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     for _ in range(4):
         plan = at.plan()
         assert not plan.preempt
-        # what is left holds both texts' next page or little more: no draft may take it
+        # the free blocks are just enough for the next page of both texts: no draft may take them
         assert sum(at.table.need(w.seq, w.rows + b.rows) for w, b in zip(plan.work, plan.budgets, strict=True)) <= at.table.available()
         at.step()
     wide = world(blocks=40, draft_rows=32, draft_total=64)
@@ -270,7 +270,7 @@ def test_a_budget_that_would_stall_texts_is_refused() -> None:
 
 @pytest.mark.parametrize(("texts", "drafts"), [(1, 16), (2, 32), (3, 32), (20, 32), (33, 32), (40, 32)])
 def test_drafts_are_shared_without_a_cliff(texts: int, drafts: int) -> None:
-    """All of draft_total is given out, evenly, however many draw."""
+    """draft_total is used completely and shared evenly, for any number of decoding texts."""
     made = world(blocks=200, token_budget=512, max_seqs=64, draft_rows=16, draft_total=32)
     for _ in range(texts):
         made.add(4, 40)

@@ -1,4 +1,4 @@
-"""The bound of optimal transport beside brute force over all sets, and the published order of the rules beside it."""
+"""The bound of optimal transport against brute force over all sets, and the rules against the bound and their published order."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_fixed_children_are_accepted_as_often_as_the_target_draws_them():
         assert gauge(rule, p, np.zeros(3), [1, 2], Kind.FIXED) == pytest.approx((0.5, 0.5))
 
 
-# ---- what the papers claim of single rules; a rule that is not registered claims nothing
+# ---- claims of the papers about single rules
 
-# What two draws gain over one in mean acceptance (0.545) for 6 tokens, p and q from Dirichlet(1): exact sums over all draws,
-# vectorised over 40,000 pairs apart from this code. The cards' example (0.567 for one draw) is a smaller sample.
+# The gain of two draws over one in mean acceptance (0.545) for 6 tokens, p and q from Dirichlet(1): exact sums over all draws,
+# averaged over 40,000 pairs with other code than this.
 GAINS = {
     "multi-candidate": (Kind.IID, 0.096),
     "k-seq": (Kind.IID, 0.113),
@@ -88,7 +88,7 @@ ONE = np.array([np.minimum(p, q).sum() for p, q in PAIRS])
 
 
 def gains(found, expected):
-    """Within three standard errors, and those small enough to tell the figures apart."""
+    """Within three standard errors, which are small enough to distinguish the numbers."""
     error = np.std(found - ONE) / len(ONE) ** 0.5
     return error < 0.005 and abs(np.mean(found - ONE) - expected) < 3 * error
 

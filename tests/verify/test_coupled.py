@@ -1,4 +1,4 @@
-"""Coupled on a distribution whose draws are written down."""
+"""Coupled with a distribution that draws given tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from redraft.verify.coupled import Coupled
 
 
 class Written:
-    """Draws from a table, and remembers which rows were asked for together."""
+    """Draws tokens from a table and records which rows were requested together."""
 
     def __init__(self, roots, drawn):
         self.roots, self.drawn, self.asked = np.asarray(roots, np.int32), drawn, []

@@ -1,4 +1,4 @@
-"""Typical acceptance on distributions that are written down."""
+"""Typical acceptance with given distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARP = np.array([0.9, 0.05, 0.01, 0.04, 0, 0, 0, 0])
 
 
 class Written:
-    """A distribution for each row, and the token drawn there; remembers which rows were asked for."""
+    """A distribution for each row and the token drawn there. It records which rows were requested."""
 
     def __init__(self, roots, distributions, drawn):
         self.roots, self.distributions, self.drawn, self.asked = np.asarray(roots, np.int32), distributions, drawn, []
@@ -30,11 +30,11 @@ class Written:
 
 
 def test_the_bound_falls_with_entropy():
-    assert Typical().least(np.eye(4)[0]) == 0.09
-    assert Typical(eps=0.5).least(FLAT) == pytest.approx(0.3 / 8)
-    assert Typical().least(FLAT) == pytest.approx(0.3 / 8)
+    assert Typical().threshold(np.eye(4)[0]) == 0.09
+    assert Typical(eps=0.5).threshold(FLAT) == pytest.approx(0.3 / 8)
+    assert Typical().threshold(FLAT) == pytest.approx(0.3 / 8)
     entropy = -sum(x * np.log(x) for x in SHARP if x)
-    assert Typical(eps=0.5, delta=0.2).least(SHARP) == pytest.approx(0.2 * np.exp(-entropy))
+    assert Typical(eps=0.5, delta=0.2).threshold(SHARP) == pytest.approx(0.2 * np.exp(-entropy))
 
 
 #   root -> 0, 1;  0 -> 2, 3;  1 -> 5
@@ -76,7 +76,7 @@ def test_a_node_drawn_twice_is_one_node():
 
 
 class Certain(ToyDistribution):
-    """Temperature 0: all of the distribution on the token that is drawn."""
+    """Temperature 0: the distribution is one-hot at the drawn token."""
 
     def probs(self, rows):
         return np.eye(self.distribution_probs.shape[1])[self.draw(rows)]

@@ -1,4 +1,4 @@
-"""Models whose weights are quantized at load: which, how many at a time, how large; and texts of every drafter over them."""
+"""Models with weights quantized at load: which weights, how many at a time, how large. Also texts of every drafter with them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = ["def f(x):", "a b a b a b"]
 
 @dataclass(frozen=True)
 class Watching:
-    """Every weight with one scale an output; notes what it was asked, and which earlier weights still live then."""
+    """Quantizes every weight with one scale per output. Records its arguments and which earlier weights are still in memory."""
 
     asked: list[tuple[str, tuple[int, ...], torch.Tensor | None]] = field(default_factory=list)
     seen: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
@@ -114,7 +114,7 @@ def test_memory_is_checked_with_the_quantized_size(path: Path, monkeypatch: pyte
 
 
 def test_every_expert_is_a_weight_of_its_own(tmp_path: Path) -> None:
-    """One at a time, with the gains of the norm in front of the experts; the router stays as it is."""
+    """Experts are quantized one at a time, with the gains of the norm before them. The router is not quantized."""
     watching, hub, fused = Watching(), tmp_path / "hub", tmp_path / "fused"
     tiny.save("mixtral", hub)
     checkpoint, weights = read(hub, watching)
@@ -169,7 +169,7 @@ def texts(llm: LLM, params: SamplingParams) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_drafter_gives_the_plain_text_of_the_quantized_model(name: str, path: Path) -> None:
-    """In float64, where what a row is rounded to does not hang on the last bit of attention. The second model is quantized too."""
+    """In float64 the rounding of a row does not depend on the last bit of attention. The second model is quantized too."""
     llm = LLM(str(path), dtype="float64", quant=name, draft="none", draft_model=str(path), threads=1, cache_memory=1 << 22)
     assert isinstance(llm.runner.weights.head, Quantized) and isinstance(llm.runner.weights.layers[-1].down, Quantized)
     for params in (GREEDY, SAMPLED):
@@ -204,7 +204,7 @@ def test_a_second_model_is_quantized_and_its_head_trimmed(name: str, path: Path,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_embedded_model_stays_near(name: str) -> None:
-    """The claim of the cards, in small: hardly less likely text, in much less memory. scripts/prove quant measures it."""
+    """The claim of the cards at a small scale: hardly less likely text in much less memory. scripts/prove quant measures it."""
     text = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     sizes, scores = [], []
@@ -222,7 +222,7 @@ def test_the_embedded_model_stays_near(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_rest_does_without_any_one_method(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody but the registry names its module; without it the other methods and the plain model load."""
+    """Only the registry names a method's module. Without the module, other methods and the unquantized model load."""
     module = registry.METHODS["quant"][name].split(":")[0]
     imports = re.compile(rf"{re.escape(module)}\b|from redraft\.weights import .*\b{module.rpartition('.')[2]}\b")
     sources = [file for file in Path(redraft.__path__[0]).rglob("*.py") if imports.search(file.read_text(encoding="utf-8"))]

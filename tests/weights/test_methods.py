@@ -1,4 +1,4 @@
-"""What every registered quantizer makes of a weight, and what int8 and int4 say of theirs. A method is tested by being registered."""
+"""The results of every registered quantizer, and the steps of int8 and int4. Every registered method is tested automatically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redraft.errors import InvalidInput, UnknownMethod, Unsupported
 from redraft.ops.backend import Linear
 from redraft.ops.quantized import Quantized, product
 
-# Forms of a method beside the one that it has without options.
+# Options of a method that are tested in addition to the defaults.
 FORMS = {
     "int4": ("group=32", "group=128", "group=adaptive", "group=adaptive,alpha=1", "head=int4", "head=none"),
     "int8": ("outliers=3", "head=none"),
@@ -41,7 +41,7 @@ def quantized(text: str, weights: Linear, role: str = "layer", gains: torch.Tens
 
 
 def error(text: str, weights: Linear, x: torch.Tensor, **given: Any) -> float:
-    """Of the product, by Frobenius norms, without the bias."""
+    """The relative error of the product without the bias, by Frobenius norms."""
     exact = x.double() @ weights.weight.double().T
     return float((product(x, quantized(text, Linear(weights.weight), **given)).double() - exact).norm() / exact.norm())
 
@@ -96,7 +96,7 @@ def test_rows_of_zeros_and_columns_of_zeros(text: str) -> None:
 
 @pytest.mark.parametrize("text", EVERY)
 def test_once_more_changes_nothing(text: str) -> None:
-    """The codes of what the codes stand for are the same."""
+    """Quantizing the dequantized weight gives the same codes."""
     weights, gains = weight(20, 200, bias=False), torch.arange(200).float()
     first = quantized(text, weights, gains=gains)
     second = quantized(text, Linear(first.dense()), gains=gains)
@@ -124,11 +124,11 @@ def test_what_is_not_finite_is_refused(text: str) -> None:
     [
         ("int8:outliers=-1", "int8:outliers=-1: must be 0 or more"),
         ("int8:outliers=x", "int8:outliers=x: not an int"),
-        ("int8:head=int4", "int8:head=int4: int8 or none is allowed"),
-        ("int4:group=48", "int4:group=48: 32, 64, 128 or adaptive is allowed"),
+        ("int8:head=int4", "int8:head=int4: must be int8 or none"),
+        ("int4:group=48", "int4:group=48: must be 32, 64, 128 or adaptive"),
         ("int4:alpha=0", "int4:alpha=0.0: must be above 0"),
         ("int4:alpha=nan", "int4:alpha=nan: must be above 0"),
-        ("int4:head=int2", "int4:head=int2: int8, int4 or none is allowed"),
+        ("int4:head=int2", "int4:head=int2: must be int8, int4 or none"),
     ],
 )
 def test_errors_name_the_option(text: str, reported: str) -> None:
@@ -149,7 +149,7 @@ def test_unknown_options() -> None:
 
 
 def outlying() -> tuple[Linear, torch.Tensor, torch.Tensor]:
-    """A weight behind a norm of which four gains are 30 times the others, and rows as that norm makes them."""
+    """A weight after a norm with four gains 30 times the others, and rows from that norm."""
     g = torch.Generator().manual_seed(3)
     gains = torch.ones(256)
     gains[[5, 77, 78, 200]] = 30
@@ -179,7 +179,7 @@ def test_all_columns_may_be_outliers_and_none_where_no_norm_stands_in_front() ->
 
 
 def planted(every: int = 100) -> Linear:
-    """A gaussian weight in which some are 15 times as large."""
+    """A Gaussian weight with some entries 15 times as large."""
     weights = weight(64, 1024, bias=False)
     g = torch.Generator().manual_seed(4)
     weights.weight[torch.rand(64, 1024, generator=g) < 1 / every] *= 15
@@ -222,7 +222,8 @@ def test_smaller_groups_are_nearer() -> None:
 
 
 def test_adaptive_groups() -> None:
-    """Never split: one scale an output. Always: groups of 64. Between: the damaged weight is split, the other is not."""
+    """A large alpha never splits: one scale per output. A small alpha always splits: groups of 64. In between, only the weight with
+    outliers is split."""
     plain, damaged = weight(64, 1024, bias=False), planted(600)
     never, always = (quantized(f"int4:group=adaptive,alpha={alpha}", damaged) for alpha in ("inf", "1"))
     assert never.scale.shape == (64, 1) and always.scale.shape == (64, 16)

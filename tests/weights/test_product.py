@@ -19,7 +19,7 @@ F32 = np.float32
 
 
 def random(outs: int, ins: int, group: int = 0, *, columns: int = 0, bias: bool = True, seed: int = 0) -> Quantized:
-    """All that the type may hold, whether or not a method would make it."""
+    """Everything that the type allows, even if no method makes it."""
     g = torch.Generator().manual_seed(seed)
     low, scale = (-127, torch.rand(outs, generator=g) * 0.1)
     if group:
@@ -38,7 +38,7 @@ def rows(count: int, ins: int, seed: int = 1) -> torch.Tensor:
 
 
 def rounded(value: Fraction) -> Any:
-    """A fraction to the nearest float32, ties to even; exact up to there."""
+    """A fraction rounded once to the nearest float32, ties to even."""
     exact = float(value)
     assert Fraction(exact) == value
     return F32(exact)
@@ -90,7 +90,7 @@ def test_each_bit_is_the_definition(outs: int, ins: int, group: int, columns: in
 
 
 def one_sided() -> tuple[torch.Tensor, Quantized]:
-    """Sums so large that a product with a float16 scale does not fit float32: here fusing shows."""
+    """The sums are so large that a product with a float16 scale does not fit float32, which makes fused operations visible."""
     w = random(17, 2100, 512, bias=False)
     return rows(4, 2100).abs(), replace(w, codes=w.codes.abs().clamp(max=7))
 
@@ -114,7 +114,7 @@ def test_codes_at_the_border_between_two() -> None:
 
 
 def test_an_order_or_a_rounding_that_differs_is_seen() -> None:
-    """Each neighbour of the definition gives other bits on the data of the tests, which therefore hold the backends to it."""
+    """Every similar formula gives other bits on the data of these tests, so the tests do enforce the definition."""
     w, x = random(33, 130, columns=3), rows(4, 130)
     codes, s = quantized.row_codes(x, w.columns)
     acc = (codes.long() @ w.codes.long().T).float()
@@ -166,7 +166,7 @@ def test_rows_of_zeros_tiny_and_huge_numbers(group: int) -> None:
 
 
 def test_sums_are_exact_where_the_machine_multiplies_inexactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other way, used where the probe fails; and the probe fails where pairs saturate."""
+    """The other implementation, used if the probe fails. The probe fails if pairs saturate."""
     full = Quantized(torch.full((3, 5000), 127, dtype=torch.int8), torch.ones(3), 5000, torch.float32)
     x = torch.cat([torch.ones(1, 5000), rows(6, 5000)])
     here, four = product(x, full), [product(x[:, :130], w := random(9, 130, 64).halved()), w]
@@ -181,7 +181,7 @@ def test_sums_are_exact_where_the_machine_multiplies_inexactly(monkeypatch: pyte
 
 @pytest.mark.parametrize("w", [random(9, 31, columns=2), random(9, 31, 32), random(9, 130, 64)], ids=str)
 def test_forms(w: Quantized) -> None:
-    """Halved and whole hold the same codes; some rows are the weight of these outputs; dense is what a product stands for."""
+    """Packed and unpacked codes are equal; rows() is the weight of some outputs; dense() is the dequantized weight."""
     halved, keep = w.halved(), np.array([0, 3, 8])
     assert torch.equal(halved.whole(), w.codes) and halved.shape == w.shape and halved.halved() is halved
     assert halved.bytes < w.bytes or not w.grouped

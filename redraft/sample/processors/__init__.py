@@ -1,1 +1,1 @@
-"""What changes the distribution of a token before it is drawn. One step per file; the seam is processor.py."""
+"""Logits processors, which change the distribution of a token before it is drawn. One per file; processor.py defines the interface."""

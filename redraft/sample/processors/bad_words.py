@@ -1,4 +1,4 @@
-"""Bad words: the token that would complete a banned text has no probability."""
+"""Bad words: the token that would complete a banned text gets probability 0."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from redraft.sample.processors.processor import I64, Row, Vocabulary
 
 @dataclass(frozen=True)
 class BadWords:
-    """`single` are banned always, the last id of each of `longer` where the path ends with the others."""
+    """single: ids that are always banned; longer: (first ids, last id), where the last id is banned if the path ends with the
+    first ids."""
 
     single: I64
     longer: tuple[tuple[list[int], int], ...]
-    reach: int  # tokens of the path that matter
+    reach: int  # the number of last tokens that are compared
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:

@@ -1,4 +1,4 @@
-"""Min-p: tokens with at least p times the probability of the likeliest one (Nguyen et al., Turning up the heat: min-p
+"""Min-p: keeps the tokens with at least p times the probability of the likeliest token (Nguyen et al., Turning up the heat: min-p
 sampling for creative and coherent LLM outputs, 2024, arXiv 2407.01082)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Minimum length: no token that ends the text before `min_tokens` new tokens exist."""
+"""Minimum length: tokens that end the text are banned until there are `min_tokens` new tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MinTokens:
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:
-        # with ignore_eos the end-of-text token ends nothing, so nothing is to be banned
+        # with ignore_eos the end-of-text token does not end the text, so it is not banned
         ends = set(params.stop_token_ids) | (frozenset() if params.ignore_eos else vocabulary.eos)
         known = sorted(token for token in ends if 0 <= token < vocabulary.size)
         return cls(params.min_tokens, np.asarray(known, np.int64)) if params.min_tokens and known else None

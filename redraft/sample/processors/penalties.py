@@ -1,8 +1,8 @@
-"""Repetition, frequency and presence penalties, each row's own path included.
+"""Repetition, frequency and presence penalties. The drafted tokens on a row's path count too.
 
-Repetition (Keskar et al., CTRL, 2019, arXiv 1909.05858; with the sign rule in use since): the logit of a token seen in
-prompt or output is divided by the penalty when positive and multiplied otherwise. Frequency is subtracted for each
-occurrence in the output, presence once.
+Repetition (Keskar et al., CTRL, 2019, arXiv 1909.05858, with the sign rule in common use): the logit of a token that occurs
+in prompt or output is divided by the penalty if it is positive, and multiplied by it otherwise. The frequency penalty is
+subtracted for each occurrence in the output, the presence penalty once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from redraft.sample.processors.processor import F64, I64, Row, Vocabulary
 
 @dataclass
 class Penalties:
-    """`counts`: occurrences in the output of each token seen, 0 for one that only the prompt holds; up to token `upto`."""
+    """counts: token -> occurrences in the output, 0 if it occurs only in the prompt; upto: the number of tokens counted."""
 
     repetition: float
     frequency: float
@@ -43,7 +43,7 @@ class Penalties:
             own = np.asarray([self.counts.get(token, 0) + n for token, n in more.items()], np.float64)
             drafted = np.asarray(list(more), np.int64)
             changed.append((drafted, self._penalised(row.values[drafted], own)))
-        for at, values in changed:  # the draft's last: its counts hold the committed ones
+        for at, values in changed:  # the drafted tokens last, because their counts include the committed tokens
             row.values[at] = values
 
     def _penalised(self, values: F64, counts: F64) -> F64:

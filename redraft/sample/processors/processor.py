@@ -1,4 +1,4 @@
-"""The seam of processors: one row of logits on its way to a token, and what filters share."""
+"""The interface of logits processors, and functions that filters share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 S = TypeVar("S")
 
-FEW = 256  # so many are sorted rather than spread over buckets
+FEW = 256  # up to this many keys are sorted instead of put into buckets
 BUCKETS = 1024
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`size` ids, of which `eos` end a text. `encode` gives all token id sequences that spell a text (with and without
-    a space in front, say); `bytes_of` the bytes that a token adds to a text, which may be a part of a character. Both are
-    None without a tokenizer."""
+    """size: the number of ids; eos: the ids that end a text; encode: all token id sequences that spell a text, for example with
+    and without a leading space; bytes_of: the bytes that a token adds to a text, possibly part of a character. encode and
+    bytes_of are None without a tokenizer."""
 
     size: int
     eos: frozenset[int]
@@ -36,8 +36,8 @@ class Vocabulary:
 
 @dataclass(slots=True)
 class Row:
-    """values: f64[M], the logits of the tokens that are left; ids: i64[M], theirs, ascending (all ids, so that an id is
-    its own place, until the first filter); drafted: the tokens on the row's own path behind seq.tokens."""
+    """One row of logits. values: f64[M], the logits of the remaining tokens; ids: i64[M], their ids, ascending; drafted: the tokens
+    on the row's path after seq.tokens. Until the first filter, ids has all ids, so an id is its own place."""
 
     ids: I64
     values: F64
@@ -46,42 +46,42 @@ class Row:
 
     @property
     def generated(self) -> int:
-        """New tokens before the one that this row draws."""
+        """The number of new tokens before the token that this row draws."""
         return self.seq.generated + len(self.drafted)
 
     def keep(self, places: I64) -> None:
-        """Drops every token but those at `places` (ascending)."""
+        """Drops all tokens except those at `places` (ascending)."""
         self.ids, self.values = self.ids[places], self.values[places]
 
 
 class Processor(Protocol):
-    """Built for each request that needs it, again after preemption and for each of n texts. State may follow seq.tokens,
-    which only grow, but never the draft, which may be rejected; `Path` keeps the two apart. A processor that also ends
-    texts derives from `Ending`."""
+    """One processor of one request. It is built again after a preemption and for each of n texts. Its state may follow seq.tokens,
+    which only grow, but not drafted tokens, which may be rejected; `Path` keeps the two apart. A processor that also ends texts
+    derives from `Ending`."""
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:
-        """None where the request leaves this processor nothing to do."""
+        """The processor for a request, or None if the request does not need it. Raises InvalidInput for bad parameters."""
         ...
 
     def apply(self, row: Row) -> None:
-        """Changes row.values in place, or row.keep()s some. Only processors before the first filter index by id."""
+        """Changes row.values in place or drops tokens with row.keep. Only processors before the first filter may index by id."""
         ...
 
 
 class Ending(ABC):
-    """A processor that knows when the text is complete, such as a grammar."""
+    """A processor that can end a text, such as a grammar."""
 
     @abstractmethod
     def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
-        """Whether the text ends after seq.tokens and `tokens`, although its last token ends no text. min_tokens comes first."""
+        """Whether the text is complete after seq.tokens and `tokens`, without an end-of-text token. min_tokens takes precedence."""
 
 
 class Path(Generic[S]):
-    """A state that depends on every token of a row's path: the committed ones, then the drafted ones of its tree node.
+    """A state that depends on every token of a row's path: the committed tokens, then the drafted tokens of its tree node.
 
-    `begin` gives the state after the prompt, `advance` the state after one more token. Neither may change a state, because
-    the nodes of a tree share those of their ancestors. Each node is computed once a step.
+    `begin` returns the state after the prompt, `advance` the state after one more token. Neither may modify a state, because the
+    nodes of a tree share the states of their ancestors. Each node is computed once a step.
     """
 
     def __init__(self, begin: Callable[[Sequence], S], advance: Callable[[S, int], S]) -> None:
@@ -109,10 +109,10 @@ class Path(Generic[S]):
 
 
 def largest(keys: F64, weights: F64, wanted: float) -> I64:
-    """The places, ascending, of the fewest largest keys whose weights sum to `wanted`; of equal keys the first.
+    """The places, ascending, of the fewest largest keys with weights that sum to `wanted`. Of equal keys the first come first.
 
-    No sort of them all: keys fall into buckets of equal width, the buckets before the one in which the sum is reached
-    are in, and only that one is looked at again.
+    To avoid sorting all keys, they are put into buckets of equal width. All buckets before the one that reaches the sum are
+    included, and only the keys of that bucket are examined again.
     """
     inside = np.zeros(len(keys), bool)
     places = np.arange(len(keys))  # of the keys not decided yet
@@ -130,12 +130,12 @@ def largest(keys: F64, weights: F64, wanted: float) -> I64:
 
 
 def _width(keys: F64) -> float:
-    """The buckets' width: 0 when all finite keys are equal, or there is none."""
+    """The width of the buckets; 0 if all finite keys are equal or there are none."""
     finite = keys[keys > -np.inf]
     return float(finite.max() - finite.min()) / BUCKETS if len(finite) else 0.0
 
 
 def weigh(values: F64) -> F64:
-    """exp(values), scaled so that the largest is 1; all 1 where every token is banned."""
+    """exp(values), scaled so that the largest is 1; all 1 if every token is banned."""
     top = values.max()
     return np.exp(values - top) if top > -np.inf else np.ones_like(values)

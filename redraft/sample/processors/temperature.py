@@ -1,4 +1,4 @@
-"""Temperature: logits divided by it. At 0 the row is greedy: the largest logit, without filters or noise."""
+"""Temperature: divides the logits by it. At temperature 0 the row is greedy: the largest logit wins, without filters or noise."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class Temperature:
     def apply(self, row: Row) -> None:
         top = row.values.max()
         if top > -np.inf:
-            row.values -= top  # else a tiny temperature overflows
+            row.values -= top  # prevents an overflow at a tiny temperature
             with np.errstate(over="ignore"):
                 row.values /= self.temperature

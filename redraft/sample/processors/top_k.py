@@ -1,4 +1,4 @@
-"""Top-k: the k likeliest tokens (Fan, Lewis and Dauphin, Hierarchical neural story generation, 2018, arXiv 1805.04833)."""
+"""Top-k: keeps the k likeliest tokens (Fan, Lewis and Dauphin, Hierarchical neural story generation, 2018, arXiv 1805.04833)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Top-p: the fewest likeliest tokens that hold probability p of what the filters before left (Holtzman et al., The
-curious case of neural text degeneration, 2020, arXiv 1904.09751)."""
+"""Top-p: keeps the fewest likeliest tokens that together have the share p of the probability that earlier filters left (Holtzman
+et al., The curious case of neural text degeneration, 2020, arXiv 1904.09751)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class TopP:
     def apply(self, row: Row) -> None:
         weights = weigh(row.values)
         total = weights.sum()
-        # the tokens below this weight hold (1 - p) / 2 together at most, so p is reached without them
+        # tokens below this weight have at most the share (1 - p) / 2 together, so p is reached without them
         likely = np.flatnonzero(weights > (1 - self.p) / 2 * total / len(weights))
         row.keep(likely[largest(row.values[likely], weights[likely], self.p * total)])

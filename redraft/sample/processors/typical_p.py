@@ -1,5 +1,5 @@
-"""Typical-p: the tokens whose information is nearest to the entropy, the fewest that hold probability p (Meister et al.,
-Locally typical sampling, 2023, arXiv 2202.00666)."""
+"""Typical-p: keeps the tokens with the information closest to the entropy, the fewest that together have probability p (Meister et
+al., Locally typical sampling, 2023, arXiv 2202.00666)."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class TypicalP:
         with np.errstate(divide="ignore"):
             information = -np.log(probs)
         likely = probs > 0
-        entropy = (probs[likely] * information[likely]).sum()  # no dot product: BLAS threads would change its last bit
+        entropy = (probs[likely] * information[likely]).sum()  # not a dot product, because BLAS threads can change its last bit
         row.keep(largest(-np.abs(information - entropy), probs, self.p))
