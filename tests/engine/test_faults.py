@@ -16,7 +16,7 @@ from redraft.config import SamplingParams
 from redraft.core.sequence import CachePlan, FinishReason, Lanes, Pooling, Request, Sequence, Wants
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event
-from redraft.kv.eviction import keep as seam
+from redraft.kv.eviction import eviction as seam
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import NotNumbers, Sampler
