@@ -1,4 +1,4 @@
-"""What a method claims about itself: the data from which docs, `redraft methods` and the contracts are made."""
+"""What a method claims about itself. Docs, `redraft methods` and the contracts are made from it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Guarantee(IntEnum):
 
 @dataclass(frozen=True)
 class Card:
-    """`paper` is "authors, title, year, arXiv id"; `needs` what must exist besides the target; `deviates` from the paper; `summary` what
-    it does and when to use it, at most 57 characters."""
+    """paper: "authors, title, year, arXiv id"; needs: what must exist besides the target; deviates: how it differs from the paper;
+    summary: what it does and when to use it, at most 57 characters."""
 
     title: str
     paper: str

@@ -1,4 +1,4 @@
-"""Hyper-parameters of methods: a range stands beside its option's default, as in config.py, and is checked here."""
+"""Hyper-parameters of methods. An option's field declares its range, as in config.py, and the range is checked here."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def number(
     multiple_of: int = 0,
     kw_only: bool = False,
 ) -> Any:
-    """A field of a dataclass of `Options` that is a number of this range, or None where its default is None."""
+    """A dataclass field of `Options`: a number in this range, or None if its default is None."""
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"range": Range(ge, gt, le, lt, multiple_of)})
 
 
 class Options:
-    """Base of methods, frozen dataclasses of hyper-parameters. InvalidInput names the option, its value and what is allowed."""
+    """Base of methods, which are frozen dataclasses of hyper-parameters. InvalidInput names the option, its value and what is allowed."""
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Names of methods: seam -> name -> "module:Class". Strings only; a module is imported when its method is asked for."""
+"""Names of methods: seam -> name -> "module:Class". These are strings; a module is imported when its method is used."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, str]] = {
     },
 }
 
-# What changes the logits of a token, in the order of application. Processors that find tokens by id come before the filters.
+# Processors of logits, in the order of application. Processors that change single token ids come before the filters.
 PROCESSORS: dict[str, str] = {
     "logit-bias": "redraft.sample.processors.bias:Bias",
     "bad-words": "redraft.sample.processors.bad_words:BadWords",
@@ -114,7 +114,7 @@ def method(seam: str, name: str) -> type:
 
 
 def name_of(cls: type) -> str:
-    """What a method is called on the command line; the class's own name where it is not registered."""
+    """The name of a method on the command line; the class's own name if it is not registered."""
     target = f"{cls.__module__}:{cls.__qualname__}"
     return next((name for methods in METHODS.values() for name, one in methods.items() if one == target), cls.__name__)
 
@@ -125,8 +125,7 @@ def options(cls: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def split(text: str, separator: str) -> list[str]:
-    """The parts between separators that stand outside of parentheses, not empty ones; a part that is wholly in
-    parentheses loses them.
+    """The parts between separators outside parentheses, without empty parts. Parentheses around a whole part are removed.
 
     >>> split("(copyspec:gamma=4,block=8)+token-recycling", "+")
     ['copyspec:gamma=4,block=8', 'token-recycling']
@@ -143,7 +142,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    """Without the parentheses around the whole of it."""
+    """The text without parentheses around the whole of it."""
     depth = 0
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -153,8 +152,8 @@ def _bare(text: str) -> str:
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
-    """ "name:option=value,option=value" -> (name, {option: value}), values still text. A value that holds commas, such
-    as another method with options, stands in parentheses."""
+    """ "name:option=value,option=value" -> (name, {option: value}), values as text. A value with commas, such as
+    another method with options, must be in parentheses."""
     if not isinstance(text, str):
         raise InvalidInput(f"{shown(text)} of type {type(text).__name__}: name:option=value,... is needed")
     name, _, rest = _bare(text.strip()).partition(":")
@@ -168,7 +167,7 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 
 def create(seam: str, text: str, **defaults: Any) -> Any:
-    """An instance from "name:option=value,..."; `defaults` fill options that the text leaves out and the class has."""
+    """An instance from "name:option=value,...". `defaults` apply to options of the class that the text leaves out."""
     name, given = parse(text)
     cls = method(seam, name)
     known = options(cls)
