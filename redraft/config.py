@@ -54,9 +54,9 @@ def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
 
 
 def _allowed(field: FieldInfo) -> str:
-    """The whole range of a number, not only the end of it that was missed."""
+    """The whole range of a number, not only the bound that was exceeded."""
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    found = (f"{reported} {getattr(rule, name):g}" for rule in field.metadata for name, reported in words.items() if hasattr(rule, name))
+    found = (f"{word} {getattr(rule, name):g}" for rule in field.metadata for name, word in words.items() if hasattr(rule, name))
     return f"must be {' and '.join(found)}"
 
 
@@ -77,7 +77,7 @@ class SamplingParams(Settings):
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted per occurrence in the output")
     logit_bias: dict[int, float] = Field(default_factory=dict, description="added to the logits of token ids")
     bad_words: tuple[str, ...] = Field((), description="texts that must not be generated")
-    min_tokens: int = Field(0, ge=0, description="no end of text and no stop before so many new tokens")
+    min_tokens: int = Field(0, ge=0, description="new tokens before the text may end or stop")
     max_tokens: int | None = Field(None, ge=1, description="new tokens at most; None: the rest of the context")
     ignore_eos: bool = Field(False, description="the end-of-text token does not end the text")
     stop: tuple[str, ...] = Field((), description="texts that end the output")
@@ -89,16 +89,16 @@ class SamplingParams(Settings):
     )
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
     prediction: str | tuple[int, ...] | None = Field(
-        None, description="what the output may be close to, such as a text to edit: a hint for drafters that copy, never a constraint"
+        None, description="a text that the output may resemble, such as a text to edit: a hint for drafters that copy, not a constraint"
     )
-    keep: str | None = Field(None, description="name:option=value,... of a policy that evicts from the cache")
-    codec: str | None = Field(None, description="name:option=value,... of a form in which the cache is stored")
-    read: str | None = Field(None, description="name:option=value,... of a way to read the cache sparsely")
-    depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run behind the prompt")
+    keep: str | None = Field(None, description="name:option=value,... of a method that evicts tokens from the cache")
+    codec: str | None = Field(None, description="name:option=value,... of a method that quantizes the cache")
+    read: str | None = Field(None, description="name:option=value,... of a sparse attention method")
+    depth: str | None = Field(None, description="name:option=value,... of a method that skips layers after the prompt")
     draft: str | None = Field(None, description="name:option=value,... of this request's drafter; None: the engine's")
     verify: str | None = Field(None, description="name:option=value,... of this request's verifier; None: the engine's")
-    draft_rows: int | None = Field(None, ge=0, description="drafted nodes a step at most; None: the engine's")
-    provenance: bool = Field(False, description="each token tells which drafter proposed it, each step its tree")
+    draft_rows: int | None = Field(None, ge=0, description="maximum of drafted nodes in a step; None: the engine's")
+    provenance: bool = Field(False, description="return the drafter that proposed each token and the tree of each step")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
     @field_validator("keep", "codec", "read", "depth")
@@ -137,21 +137,22 @@ class SamplingParams(Settings):
 
 
 class ModelConfig(Settings):
-    """Which checkpoint, and how its numbers are held."""
+    """Which checkpoint, and how its weights are stored and computed."""
 
     model: str = Field("embedded", description="a folder, a hub id (repo@revision), or 'embedded'")
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    quant: str | None = Field(None, description="name:option=value,... of a form in which linear weights are stored")
+    quant: str | None = Field(None, description="name:option=value,... of a method that quantizes linear weights")
     backend: str = Field(
-        "auto", description="native (compiled, CPU), torch or reference (float64, the definition); auto: native where it can, else torch"
+        "auto",
+        description="native (compiled, CPU), torch or reference (float64, the definition); auto: native if supported, else torch",
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
     generation_config: Literal["auto", "none"] = Field(
-        "auto", description="auto: the checkpoint's generation_config.json sets defaults of sampling; none: only where a text ends"
+        "auto", description="auto: the checkpoint's generation_config.json sets defaults of sampling; none: it only says where a text ends"
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads, of all engines of the process; None: as many as this process may use"
+        None, ge=1, le=1024, description="CPU threads of all engines of the process; None: as many as the process may use"
     )
 
     @field_validator("quant")
@@ -190,13 +191,17 @@ class CacheConfig(Settings):
 
 
 class SchedulerConfig(Settings):
-    """Who runs, how many rows: a registered scheduler and the budgets it obeys."""
+    """Which sequences run and with how many rows: a registered scheduler and its budgets."""
 
     scheduler: str = Field("sarathi", description="name:option=value,... of a scheduler")
-    token_budget: int = Field(512, ge=1, description="rows a step, prompts and drafts together")
-    max_seqs: int = Field(64, ge=1, description="sequences that run at once")
-    draft_rows: int = Field(16, ge=0, description="drafted nodes a sequence and step; with draft=auto the drafter's own number")
-    draft_total: int | None = Field(None, ge=0, description="drafted nodes a step, shared evenly; None: 32 on CPU, 128 on CUDA")
+    token_budget: int = Field(512, ge=1, description="maximum of rows in a step, prompts and drafts together")
+    max_seqs: int = Field(64, ge=1, description="maximum of sequences that run at once")
+    draft_rows: int = Field(
+        16, ge=0, description="maximum of drafted nodes of a sequence in a step; with draft=auto the drafter's own number"
+    )
+    draft_total: int | None = Field(
+        None, ge=0, description="maximum of drafted nodes in a step, shared evenly; None: 32 on CPU, 128 on CUDA"
+    )
 
 
 class EngineConfig(Settings):
@@ -205,9 +210,9 @@ class EngineConfig(Settings):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     schedule: SchedulerConfig = SchedulerConfig()
-    draft: str = Field("none", description="name:option=value,... of a drafter; auto: one that pays on this machine")
+    draft: str = Field("none", description="name:option=value,... of a drafter; auto: one that speeds up this machine")
     draft_model: str | None = Field(
-        None, description="the checkpoint of drafters that use a second model; with the embedded model its small sibling"
+        None, description="the checkpoint of drafters with a draft model; with the embedded model its small sibling"
     )
     verify: str = Field("coupled", description="name:option=value,... of a verifier")
 

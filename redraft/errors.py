@@ -6,7 +6,7 @@ RedraftError
 │   └── PromptTooLong       the prompt does not fit the context
 ├── CheckpointError         a model folder that cannot be loaded: what and where
 ├── OutOfMemory             weights or cache pool do not fit; with the figures
-└── Unsupported             a backend, method or format that lacks what was asked, by name
+└── Unsupported             a backend, method or format that lacks what was requested, by name
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "shown",
 ]
 
-LONGEST = 200  # characters of a value in an error
+LONGEST = 200  # characters of a value in an error, at most
 
 
 class RedraftError(Exception):

@@ -47,8 +47,8 @@ class Setup:
         if max_model_len > checkpoint.context:
             raise InvalidInput(f"max_model_len = {max_model_len}: the checkpoint's context is {checkpoint.context}")
         block_bytes = backend.block_bytes(checkpoint.spec)
-        free, most = memory.limits(device), scheduler.max_seqs
-        blocks = memory.pool_blocks(config.cache, checkpoint, block_bytes, max_model_len, max_seqs=most, free=free)
+        free, max_seqs = memory.limits(device), scheduler.max_seqs
+        blocks = memory.pool_blocks(config.cache, checkpoint, block_bytes, max_model_len, max_seqs=max_seqs, free=free)
         return cls(config, drafter, scheduler, checkpoint, backend, max_model_len, blocks)
 
 

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint that has all that a user's has: weights, tokenizer and, if wanted, a chat template."""
+"""Makes tiny random checkpoints with weights, a tokenizer and, if requested, a chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %
 
 
 def tiny_llama(path: Path, *, family: str = "llama2", chat: bool = True, **changes: Any) -> Path:
-    """A Llama of three layers in `path`, one token a byte; `changes` are fields of its config. Greedy by default."""
+    """A Llama of three layers in `path`, with one token for each byte; `changes` are fields of its config. Greedy by default."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tiny.save(family, path, **{"vocab_size": len(vocabulary), "max_position_embeddings": 256, **changes})

@@ -1,5 +1,5 @@
-"""Before anything else is imported: one thread (two test runs on two cores must not spin against each other), no network,
-no progress bars in what is compared."""
+"""Set before other imports: one thread (two test runs on two cores must not compete), no network, no progress bars in
+output that is compared."""
 
 import os
 import signal
@@ -11,13 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ["COLUMNS"] = "200"  # no line of a table is broken, whatever reads it
+os.environ["COLUMNS"] = "200"  # wide enough that no line of a table is broken
 
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Ctrl-C as at a terminal, here and in processes that the test starts. A job in the background starts with SIGINT ignored, and a
-    child inherits that."""
+    """Makes Ctrl-C work as at a terminal, here and in processes that the test starts. Background jobs start with SIGINT ignored, and
+    child processes inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""LLM.embed: hidden states behind the final norm, as transformers tells them, whatever else runs and however the prompt was cut."""
+"""LLM.embed: hidden states after the final norm equal those of transformers, whatever else runs and however the prompt is cut."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ EXACT = "native" if NATIVE else "reference"
 
 
 def same(a: Vectors, b: Vectors, backend: str = EXACT) -> bool:
-    """Bit for bit, where the backend promises that; float64 products of the reference may differ in their last bit."""
+    """Equal bit for bit, if the backend promises that. float64 products of the reference may differ in the last bit."""
     if backend == "native":
         return all(np.array_equal(one, two) for one, two in zip(a, b, strict=True))
     return all(np.allclose(one, two, rtol=1e-12, atol=1e-12) for one, two in zip(a, b, strict=True))
@@ -94,7 +94,7 @@ def test_bit_for_bit_however_it_ran(path: Path, backend: str, pooling: str) -> N
 
 @pytest.mark.parametrize("pooling", [Pooling.LAST, Pooling.MEAN])
 def test_bit_for_bit_where_it_is_preempted(path: Path, pooling: Pooling) -> None:
-    """Prompts in chunks, beside texts that need their pages; rows that ran before do not count twice."""
+    """Prompts in chunks, next to texts that need their pages. Rows that run again do not count twice."""
     llm = load(path, EXACT, token_budget=9, max_seqs=4, prefix_sharing=False)
     alone = llm.embed(prompts([LONG[:80]]), str(pooling), normalize=False)[0]
     engine = llm.engine

@@ -1,4 +1,4 @@
-"""What callers give to `LLM`: every form of a prompt, and one line for everything else."""
+"""What callers give to `LLM`: every form of a prompt, and a one-line error for everything else."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_shown_is_one_short_line() -> None:
 
 
 def odd() -> list[Any]:
-    """Values of the wrong type, or of the right type and nonsense. New ones each time, as generators are used up."""
+    """Values of the wrong type, and invalid values of the right type. Made anew each time, because generators are used up."""
     plain = [None, True, 3, -1, 3.5, float("nan"), float("inf"), 10**400, 1j, ..., "", "5", "x\ny", HALF]
     plain += [b"ab", bytearray(b"ab"), memoryview(b"a")]
     nested = [[], [[]], [[[]]], [[1], [2.5]], [None], [True], [object()], [b"a"], [{}], [HALF], ["a", 3]]

@@ -1,4 +1,4 @@
-"""What an install brings, with a compiler and without: wheels built from a copy of the tree, no network."""
+"""What an install contains, with and without a compiler: wheels built from a copy of the tree, without network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a wheel is made of. The weights are a few bytes: here they matter by name only."""
+    """A copy of the files of a wheel. The weights are a few bytes, because only their names matter here."""
     copy = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(TREE / name, copy / name)
@@ -38,7 +38,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PATH with what builds, but no compiler."""
+    """A folder for PATH with the build tools, but no compiler."""
     folder = tmp_path_factory.mktemp("bin")
     for tool in TOOLS:
         found = shutil.which(tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

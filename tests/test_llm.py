@@ -1,4 +1,4 @@
-"""`LLM` as a user meets it: lists and singles, streams, bad input, Ctrl-C."""
+"""`LLM` as users call it: lists and single prompts, streams, bad input, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ BAD: dict[str, tuple[Any, type[RedraftError], str]] = {
 def test_a_bad_prompt_alone_raises_one_line(llm: LLM, name: str) -> None:
     prompt, kind, message = BAD[name]
     if not isinstance(prompt, (str, dict)):
-        return  # alone it is not even a prompt: generate takes it for a list
+        return  # alone, generate takes it for a list
     with pytest.raises(kind, match=message) as refused:
         llm.generate(prompt, GREEDY)
     assert one_line(refused.value)
@@ -236,7 +236,7 @@ def test_missing_and_corrupt_checkpoints(path: Path, tmp_path: Path) -> None:
     broken("wordless", lambda folder: [file.unlink() for file in folder.glob("tokenizer*")])
 
 
-# ---- what goes wrong in mid-step
+# ---- errors within a step
 
 
 class Bang(Exception):
@@ -316,7 +316,7 @@ def test_threads_option(path: Path) -> None:
 
 
 def test_two_callers_of_one_llm_both_get_all_of_their_text(llm: LLM) -> None:
-    """A generate inside the loop over a stream, and two streams at once: whoever steps loses nobody's news."""
+    """A generate inside the loop over a stream, and two streams at once. No events of other callers are lost."""
     truth = texts(llm)
     inside, found = [], []
     for delta in llm.stream(PROMPTS[0], SAMPLED):
@@ -371,7 +371,7 @@ def test_sigint_goes_where_the_caller_wants_it(before: str) -> None:
     old = signal.signal(signal.SIGINT, signal.SIG_IGN if before == "ignored" else lambda number, frame: hits.append(number))
     try:
         with InterruptBetween() as interrupt:
-            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == (before == "ignored")  # children inherit only that
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == (before == "ignored")  # only this is inherited by child processes
             signal.raise_signal(signal.SIGINT)
             assert hits == []  # not within
             interrupt.check()
@@ -438,7 +438,7 @@ def test_what_the_pool_can_never_hold_is_refused() -> None:
         prefix_sharing=False,
         cache_memory=33 * LLM("embedded", dtype="float32").runner.memory.paged.store.block_bytes,
     )
-    with pytest.raises(InvalidInput, match="ask for fewer max_tokens, or give the pool more memory"):
+    with pytest.raises(InvalidInput, match="use fewer max_tokens, or give the pool more memory"):
         llm.generate("x = 1", SamplingParams(max_tokens=1000, read="page-top-k:tokens=128"))
     assert llm.generate("x = 1", SamplingParams(max_tokens=4, read="page-top-k:tokens=128"))[0].outputs[0].token_ids
 

@@ -1,4 +1,4 @@
-"""Ranges of options: what lies outside is refused in one line, whichever way the method is made."""
+"""Ranges of options. A value outside is refused in one line, however the method is made."""
 
 from __future__ import annotations
 

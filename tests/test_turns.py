@@ -1,4 +1,4 @@
-"""Threads that share one LLM: each gets the text that it gets alone, and nobody waits forever."""
+"""Threads that share one LLM. Each gets the same text as alone, and none waits forever."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def llm(loaded: LLM) -> Iterator[LLM]:
 
 
 def together(tasks: list[Callable[[], Any]], turns: Turns) -> list[Any]:
-    """What the tasks return, or raise, each in a thread of its own. All of them wait for the first turn."""
+    """What the tasks return or raise, each in its own thread. All of them wait for the first turn."""
     found: list[Any] = [None] * len(tasks)
 
     def run(i: int) -> None:
@@ -58,7 +58,7 @@ def together(tasks: list[Callable[[], Any]], turns: Turns) -> list[Any]:
 
 @pytest.fixture
 def often() -> Iterator[None]:
-    """Python switches threads as often as it can."""
+    """Makes Python switch threads as often as it can."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

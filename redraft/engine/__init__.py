@@ -1,1 +1,1 @@
-"""What is one step?"""
+"""The engine: one step, and requests coming and going."""

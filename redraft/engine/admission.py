@@ -1,4 +1,4 @@
-"""Which requests are taken, and the sequences that are made of them."""
+"""Checks requests and makes their sequences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from redraft.sample.sampler import Sampler
 
 
 class Admission:
-    """max_model_len: tokens of prompt and output; spells: whether there is a tokenizer that turns tokens into text."""
+    """max_model_len: tokens of prompt and output; spells: whether a tokenizer turns tokens into text."""
 
     def __init__(
         self, runner: Runner, sampler: Sampler, drafter: Drafters, policies: Policies, *, max_model_len: int, spells: bool
@@ -29,7 +29,7 @@ class Admission:
         self._ids = 0
 
     def admit(self, request: Request) -> Sequence:
-        """Its first sequence. InvalidInput (PromptTooLong) changes nothing; a seed is chosen where the request has none."""
+        """The request's first sequence. Chooses a seed if the request has none. On InvalidInput (PromptTooLong) nothing has changed."""
         self._check(request)
         params = request.params
         if params.seed is None:
@@ -44,7 +44,7 @@ class Admission:
         return seq
 
     def sequence(self, request: Request, index: int) -> Sequence:
-        """A new sequence of a request that was admitted."""
+        """A new sequence of an admitted request."""
         assert request.params.seed is not None
         self._ids += 1
         seq = Sequence(self._ids, request, index, list(request.prompt), len(request.prompt), sample_seed(request.params.seed, index), 0)
@@ -55,7 +55,7 @@ class Admission:
         return seq
 
     def limit(self, seq: Sequence) -> int:
-        """Tokens of prompt and output. Where the context has no end, max_tokens alone ends the text."""
+        """Tokens of prompt and output, at most. With an endless context, only max_tokens limits the text."""
         return NEVER if seq.cache.endless and seq.params.max_tokens is not None else self.max_model_len
 
     def sync_point(self, seq: Sequence) -> int:
@@ -78,7 +78,7 @@ class Admission:
         plan = self.policies.check(params, request.reuse)
         if request.reuse and request.wants.whole_prompt:
             name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
-            raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, which is what it avoids")
+            raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, but reuse skips parts of it")
         self.drafter.check(params)
         if len(prompt) >= self.max_model_len and not (plan.endless and params.max_tokens is not None):
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
@@ -99,10 +99,10 @@ class Admission:
                 raise InvalidInput(f"{name}[{i}] = {token!r}: not a token id in 0..{self.vocab - 1}")
 
     def _check_length(self, seq: Sequence) -> None:
-        """Whether the pool could hold the whole text."""
+        """InvalidInput if the pool cannot hold the whole text."""
         total = min(self.limit(seq), seq.prompt_len + (seq.params.max_tokens or self.max_model_len))
         if (need := self.memory.need(seq, total)) > self.memory.blocks:
             raise InvalidInput(
-                f"{total} tokens need {need} pages in the form that this request chose, the pool has {self.memory.blocks}: ask for fewer"
+                f"{total} tokens need {need} blocks in the chosen cache format, but the pool has {self.memory.blocks}: use fewer"
                 " max_tokens, or give the pool more memory"
             )

@@ -1,4 +1,4 @@
-"""One step: draft, verify, keep. The page a newcomer reads first is `Engine.step`."""
+"""One step: draft, verify, keep. Start reading at `Engine.step`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from redraft.verify.verifier import Verifier
 
 
 class Engine:
-    """Sequences, their memory and the parts of a step. Synchronous, single-threaded, and never names a method."""
+    """Sequences, their memory and the parts of a step. It is synchronous and single-threaded. It names no method."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class Engine:
         draft: str | None = None,
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
-        what the drafter is called in the statistics."""
+        the drafter's name in the statistics."""
         self.runner, self.memory = runner, runner.memory
         self.scheduler, self.sampler = scheduler, sampler
-        self.opened = Opened(self._in_use)  # what requests chose
+        self.opened = Opened(self._in_use)  # methods that requests chose
         self.drafter, self.verifier = Drafters(drafter, runner, sampler, verifier, self.opened, draft), Verifiers(verifier)
         self.policies = Policies(runner, self.opened)
         self.admission = Admission(runner, sampler, self.drafter, self.policies, max_model_len=max_model_len, spells=decode is not None)
@@ -67,31 +67,32 @@ class Engine:
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.events: list[Event] = []  # not returned yet: an interrupt loses none
+        self.events: list[Event] = []  # not returned yet; an interrupt loses none
         self.preemptions = 0
 
     # ---- the step
 
     def step(self, only: Sequence | None = None) -> list[Event]:
-        """If a part raises for one text, an Event with the error ends that request, and the others continue. Only what is no Exception is
-        raised (Ctrl-C); nothing is lost by it. `only`: this text runs alone, see `isolate`."""
+        """Runs one step and returns its events. If a part raises an Exception for one text, an Event with the error ends that request,
+        and the others continue. Ctrl-C and other BaseExceptions are raised, and no text is lost. `only`: this text runs alone, see
+        `isolate`."""
         waiting, running = self._queues(only)
         plan = StepPlan([], [])
         if any(seq.reason for seq in running):
-            return self.emit()  # an interrupt after the last commit: what was found is reported first
+            return self.emit()  # an interrupt came after the last commit: report its results first
         try:
-            self.sync(running)  # newcomers that start at their sync point, and after an interrupt
-            plan = self.scheduler.plan(self._sound(waiting), self._sound(running), self.memory)  # pure: who runs, waits, is preempted
+            self.sync(running)  # for new sequences that start at a sync point, and after an interrupt
+            plan = self.scheduler.plan(self._sound(waiting), self._sound(running), self.memory)  # changes nothing yet
             plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
             if not plan.work:
                 return self.emit()
-            trees = self.drafter.propose(plan.work, plan.budgets)  # budget 0, or nothing to say: an empty tree
+            trees = self.drafter.propose(plan.work, plan.budgets)  # an empty tree without a budget or a draft
             pages = self.memory.reserve(plan.work, trees)  # every sequence's tentative tail
-            batch = Batch.pack(plan.work, trees, pages)  # chain(pending) + draft, for every sequence
-            out = self.runner.forward(batch, self.taps(plan))  # the union of what sampler, drafter and policies ask for
+            batch = Batch.pack(plan.work, trees, pages)  # pending tokens and draft of every sequence
+            out = self.runner.forward(batch, self.taps(plan))  # returns what sampler, drafter and policies request
             distribution = self.sampler.distribution(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
-            accepted = self.outputs.cut(plan.work, self.verifier.accept(plan.work, trees, distribution))  # at end of text, stop, max_tokens
-            moves = self.memory.commit(plan.work, accepted)  # path kept, siblings freed; tokens and stored advance
+            accepted = self.outputs.cut(plan.work, self.verifier.accept(plan.work, trees, distribution))  # at the end of the text
+            moves = self.memory.commit(plan.work, accepted)  # keeps the accepted path and frees the rest; tokens and stored advance
         except BaseException as error:
             for seq in plan.seqs:
                 self.memory.discard(seq)
@@ -100,21 +101,21 @@ class Engine:
         self.outputs.record(result)
         try:
             self.memory.move(moves)
-        except BaseException as error:  # it is not known which keys were moved
+        except BaseException as error:  # unknown which keys were moved, so all start again
             for seq in plan.seqs:
                 if seq.reason is None:
                     self._preempt(seq)
             return self.isolate(error, only)
         self.drafter.observe(result)
         self.policies.observe(result, self.faults)
-        self.sync(plan.seqs)  # full pages are published; at sync points a policy decides, n > 1 forks
+        self.sync(plan.seqs)  # publishes full pages; at sync points policies decide and n > 1 forks
         return self.emit()
 
-    # ---- what the step is made of
+    # ---- parts of the step
 
     def enact(self, plan: StepPlan) -> StepPlan:
-        """Frees the preempted, which wait again in arrival order; opens the admitted and attaches what `plan` counted. Returns the plan
-        of those that run."""
+        """Frees preempted sequences, which wait again in arrival order. Opens admitted sequences and attaches the prefixes that `plan`
+        matched. Returns the plan without sequences that failed."""
         for seq in plan.preempt:
             self._preempt(seq)
         for seq, matched in plan.admit:
@@ -136,8 +137,8 @@ class Engine:
         return requested | Taps(attention=self.policies.watch(plan.seqs))
 
     def sync(self, seqs: Iterable[Sequence]) -> None:
-        """Publishes pages that became full; policies decide. Where all but the last prompt token is stored, a request for n texts forks;
-        without pages for a fork, the sibling waits and finds its prompt in the prefix cache."""
+        """Publishes full pages and lets policies decide. A request for n texts forks once all but the last prompt token is stored. If
+        pages for a fork are missing, the sibling waits and later finds its prompt in the prefix cache."""
         for seq in self._sound(list(seqs)):
             self.faults.call(seq, self._sync, seq)
 
@@ -152,12 +153,12 @@ class Engine:
 
     def _branch(self, seq: Sequence) -> None:
         children = []
-        for index in range(len(seq.request.sequences), seq.params.n):  # a fork that raises leaves the siblings waiting
+        for index in range(len(seq.request.sequences), seq.params.n):  # all wait first, so if a fork raises, they stay queued
             children.append(self.admission.sequence(seq.request, index))
             self.outputs.open(children[-1])
             self._wait(children[-1])
         for child in children:
-            # a fork of shared lanes copies the last page and soon fills it; of others, at worst all that a new text would take
+            # with shared lanes a fork copies the last page and soon fills it; else it may take as much as a new text
             wanted = 2 if child.cache.lanes is Lanes.SHARED else self.memory.need(child, child.prompt_len + 1)
             if len(self.running) < self.scheduler.max_seqs and self._spare() >= wanted:
                 self._fork(seq, child)
@@ -165,7 +166,7 @@ class Engine:
                 self._run(child)
 
     def emit(self) -> list[Event]:
-        """Reports what is new of every text, frees what finished, and ends the requests at fault."""
+        """Returns the new events of every text. Frees finished sequences and ends failed requests."""
         for seq in self._sound(self.running):
             if (event := self.faults.call(seq, self.outputs.event, seq)) is not None:
                 self.events.append(event)
@@ -178,8 +179,9 @@ class Engine:
         return events
 
     def isolate(self, error: BaseException, only: Sequence | None) -> list[Event]:
-        """After a step that failed as a whole: finds the texts at fault. Unless the error names one, each running text takes a step alone,
-        then each waiting one until one runs; those that fail alone are at fault. If no text can step, the first that waits is at fault."""
+        """Finds the texts at fault after a step that failed as a whole. If the error does not name one, each running text makes a step
+        alone, then each waiting text until one runs. Texts that fail alone are at fault. If no text can step, the first waiting text
+        is at fault."""
         if not isinstance(error, Exception):
             raise error
         if (guilty := error.seq if isinstance(error, NotNumbers) else only) is not None:
@@ -189,7 +191,7 @@ class Engine:
         for seq in [*self.running, *self.waiting]:
             if seq in self.waiting and self.running:
                 break
-            if seq in self.waiting or seq in self.running:  # else ended meanwhile
+            if seq in self.waiting or seq in self.running:  # else it ended meanwhile
                 self._make_room(seq)
                 self.events = self.step(seq)
         if len(self.events) == before and not self.running and self.waiting:
@@ -197,32 +199,32 @@ class Engine:
         return self.emit()
 
     def _make_room(self, seq: Sequence) -> None:
-        """Preempts the last others where pages lack for a step of `seq`, which runs."""
+        """If `seq` runs and lacks pages for a step, preempts other sequences, the last first."""
         others = [other for other in self.running if other is not seq and other.reason is None] if seq in self.running else []
         while others and self.memory.need(seq, seq.pending) > self.memory.available():
             self._preempt(others.pop())
 
     def _queues(self, only: Sequence | None) -> tuple[Seq[Sequence], list[Sequence]]:
-        """Those that wait, and those that run."""
+        """The waiting and the running sequences of this step."""
         if only is None:
             return self.waiting, list(self.running)
         return ([only], []) if only in self.waiting else ([], [only])
 
     def _sound(self, seqs: Seq[Sequence]) -> Seq[Sequence]:
-        """Those whose request is not at fault."""
+        """The sequences of requests that are not at fault."""
         return [seq for seq in seqs if seq not in self.faults] if self.faults else seqs
 
     # ---- requests come and go
 
     def add(self, request: Request) -> None:
-        """Checks a request and queues its first sequence. InvalidInput (PromptTooLong) changes nothing."""
+        """Checks a request and queues its first sequence. On InvalidInput (PromptTooLong) nothing has changed."""
         seq = self.admission.admit(request)
         self.outputs.open(seq)
         self._wait(seq)
 
     def abort(self, request_id: str) -> bool:
-        """Ends all texts of a request at once and frees what they hold; False when there is no such request. What their parts raise is
-        not reported."""
+        """Ends all texts of a request at once and frees their memory. Returns False if there is no such request. Errors of its parts
+        are not reported."""
         found = False
         for seq in [s for s in (*self.waiting, *self.running) if s.request.id == request_id]:
             found = True
@@ -236,22 +238,22 @@ class Engine:
         return bool(self.waiting or self.running or self.faults or self.events)
 
     def _wait(self, seq: Sequence) -> None:
-        """After all that are as urgent."""
+        """Queues it after all of the same or higher priority."""
         self.waiting.insert(bisect_right(self.waiting, seq.request.priority, key=_priority), seq)
 
     def _run(self, seq: Sequence) -> None:
-        """The last is the first to be preempted."""
+        """The last sequence is preempted first."""
         self.running.insert(bisect_right(self.running, seq.request.priority, key=_priority), seq)
 
     def _preempt(self, seq: Sequence) -> None:
-        """It waits again, before all that came later."""
+        """Stops a running sequence. It waits again, before those that came later."""
         self.running.remove(seq)
         self.waiting.insert(bisect_left(self.waiting, seq.request.priority, key=_priority), seq)
         self.preemptions += 1
         self.faults.call(seq, self._reset, seq)
 
     def _spare(self) -> int:
-        """Blocks that no text in progress needs."""
+        """Free blocks beyond what running texts need for their pending tokens."""
         return self.memory.available() - sum(self.memory.need(seq, seq.pending) for seq in self.running)
 
     def _start(self, seq: Sequence, matched: int) -> None:
@@ -273,19 +275,19 @@ class Engine:
             self.policies.fork(seq, child)
             self.drafter.fork(seq, child)
         except BaseException:
-            self._reset(child)  # it waits and starts from its tokens, as after preemption
+            self._reset(child)  # it waits and starts again from its tokens, as after preemption
             raise
 
     def _reset(self, seq: Sequence) -> None:
-        """Nothing is stored any more: the text can start again from its tokens."""
+        """Drops all that is stored. The text can start again from its tokens."""
         self._stop(seq)
         seq.sync_point = self.admission.sync_point(seq)
 
     def _stop(self, seq: Sequence) -> None:
-        """Plugin states end and pages go; the tokens stay."""
+        """Ends plugin states and frees pages. The tokens stay."""
         self.memory.free(seq)
         seq.stored = 0
-        with ExitStack() as ends:  # from the last to the first, whichever raises
+        with ExitStack() as ends:  # all run, even if one raises
             ends.callback(seq.state.clear)
             if self.sampler in seq.state:
                 ends.callback(self.sampler.end, seq.state[self.sampler])
@@ -293,7 +295,7 @@ class Engine:
             ends.callback(self.policies.end, seq)
 
     def _leave(self, seq: Sequence) -> None:
-        """The text is over, or its request is."""
+        """Removes a sequence that finished or was aborted."""
         self.outputs.close(seq)
         if seq in self.running:
             self.running.remove(seq)

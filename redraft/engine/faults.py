@@ -1,7 +1,7 @@
-"""How parts fail: a part is called for a sequence through a `Door`, which turns an exception into a fault of that sequence.
+"""How plugins fail: a plugin is called for a sequence through a `Door`, which turns an exception into a fault of that sequence.
 
-What a fault means is the owner's decision: a drafter's fault ends its drafts (guard.py), any other part's ends the request. What is no
-Exception, such as Ctrl-C, passes through.
+The owner of the door decides what a fault means. A fault of a drafter ends its drafts (guard.py). A fault of any other plugin ends the
+request. BaseExceptions such as Ctrl-C pass through.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class Door:
-    """failed: is given each fault."""
+    """failed: called with each fault."""
 
     def __init__(self, failed: Callable[[Sequence, Exception], None]) -> None:
         self.failed = failed
 
     def call(self, seq: Sequence, part: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `part` returns; None where it raises, which is the fault of `seq`."""
+        """What `part` returns. If it raises, None, and `seq` is at fault."""
         try:
             return part(*args, **kwargs)
         except Exception as error:
@@ -31,7 +31,7 @@ class Door:
             return None
 
     def call_for_all(self, seqs: Iterable[Sequence], part: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """The same, where an exception is the fault of all `seqs`, because it is not known of which."""
+        """The same for a call that serves all `seqs`. If it raises, all of them are at fault."""
         try:
             return part(*args, **kwargs)
         except Exception as error:
@@ -40,8 +40,8 @@ class Door:
             return None
 
     def call_each(self, seqs: Seq[Sequence], part: Callable[[list[int]], Seq[T]]) -> list[T | None]:
-        """What `part` returns for all `seqs`, of which it gets the places. Where it raises it is called for each alone: those for which
-        it raises again are at fault."""
+        """What `part` returns for all `seqs`, given their indices. If it raises, it is called again for each sequence alone. Sequences
+        for which it raises again are at fault, and their entry is None."""
         places = list(range(len(seqs)))
         try:
             if len(seqs) > 1:
@@ -53,7 +53,7 @@ class Door:
 
 
 class Faults(Door):
-    """The faults that end requests, until the end of the step. The first of a request counts."""
+    """Faults that end requests, collected until the end of the step. The first fault of a request counts."""
 
     def __init__(self) -> None:
         super().__init__(self.add)

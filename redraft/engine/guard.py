@@ -1,7 +1,6 @@
 """The drafter as the engine calls it. If a drafter raises or returns an invalid tree, the request continues without drafts.
 
-A draft decides nothing, so a fault of a drafter does not end the request: the sequence drafts no more, and its `fault` names the
-drafter and what was wrong.
+Drafts do not decide the text, so a fault of a drafter need not end the request. `Sequence.fault` names the drafter and the error.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from redraft.core.tree import EMPTY, F64, Kind, NoDistribution, Probs, TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.faults import Door
 
-TOLERANCE = 1e-6  # of the sum of a distribution
-LONGEST = 300  # letters of a fault: an absurd tree has an absurd description
+TOLERANCE = 1e-6  # of the sum of a distribution, around 1
+LONGEST = 300  # characters of a fault; the description of an invalid tree may be very long
 
 
 class Guard:
-    """An opened drafter, the number of tokens that it may choose from, and its name in statistics."""
+    """drafter: opened; vocab: number of token ids; name: in statistics."""
 
     def __init__(self, drafter: OpenDrafter, vocab: int, name: str | None = None) -> None:
         self.drafter, self.vocab, self.name = drafter, vocab, name or type(drafter).__name__
@@ -88,16 +87,16 @@ class Guard:
 
     def _checked(self, tree: TokenTree | None, seq: Sequence, budget: Budget) -> TokenTree:
         if tree is None:
-            raise ValueError("it proposed None instead of a tree")
+            raise ValueError("proposed None instead of a tree")
         tree.check(vocab=self.vocab, rows=budget.rows, depth=budget.depth)
         if unknown := {Kind(kind) for kind in tree.kinds.tolist()} - self.drafter.kinds - {Kind.FIXED}:
-            raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which it does not declare")
+            raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which are not in its declared kinds")
         if tree.origins is not None and (tree.origins.shape != tree.tokens.shape or (tree.origins >= len(self.names)).any()):
-            raise ValueError(f"origins that are not one of {len(self.names)} parts for each node: {tree.origins.tolist()}")
+            raise ValueError(f"origins: one below {len(self.names)} is needed for each node: {tree.origins.tolist()}")
         return tree if tree.distributions is None else replace(tree, distributions=Guarded(self, seq, tree.distributions))
 
     def distributions(self, seq: Sequence, distributions: Probs, rows: Seq[int]) -> F64:
-        """The distributions at these rows; NoDistribution where they are none, and then the sequence drafts no more."""
+        """f64[rows, vocab]. Raises NoDistribution if they are invalid; the sequence then continues without drafts."""
         if (found := self.door.call(seq, self._distributions, distributions, rows)) is None:
             raise NoDistribution
         return found
@@ -105,7 +104,7 @@ class Guard:
     def _distributions(self, distributions: Probs, rows: Seq[int]) -> F64:
         found = np.asarray(distributions.probs(rows), np.float64)
         if found.shape != (len(rows), self.vocab) or not (found >= 0).all() or (np.abs(found.sum(1) - 1) > TOLERANCE).any():
-            raise ValueError(f"what it drew from is no distribution over {self.vocab} tokens")
+            raise ValueError(f"its draft probabilities are no distribution over {self.vocab} tokens")
         return found
 
     def _drop(self, seq: Sequence, error: Exception) -> None:
@@ -116,7 +115,7 @@ class Guard:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Guarded:
-    """A tree's distributions, checked when a verifier requests them: Probs."""
+    """The distributions of a tree, checked when a verifier requests them. Implements Probs."""
 
     guard: Guard
     seq: Sequence

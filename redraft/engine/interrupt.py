@@ -1,4 +1,4 @@
-"""Ctrl-C takes effect between steps, never within one: no step is half done."""
+"""Ctrl-C takes effect between steps, so that no step is left half done."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 class InterruptBetween:
-    """While entered, SIGINT is remembered; `check` raises KeyboardInterrupt for it at a moment of the caller's choice.
+    """A context in which SIGINT is only remembered. `check` then raises KeyboardInterrupt.
 
-    Does nothing outside the main thread, where Python delivers no signals, and where SIGINT is ignored, as in background jobs.
+    Does nothing outside the main thread, because Python delivers signals to the main thread only. Does nothing if SIGINT is ignored,
+    as in background jobs.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class InterruptBetween:
         return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._hit and callable(self._before):  # a second Ctrl-C does not wait
+        if self._hit and callable(self._before):  # a second Ctrl-C takes effect at once
             self._before(number, frame)
         self._hit = True
 
@@ -33,7 +34,7 @@ class InterruptBetween:
         if self._hit:
             self._hit = False
             if callable(self._before):
-                self._before(signal.SIGINT, None)  # Python's own raises KeyboardInterrupt; a server's shuts down
+                self._before(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt; a server's starts the shutdown
             else:
                 raise KeyboardInterrupt
 

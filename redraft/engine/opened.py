@@ -1,6 +1,6 @@
-"""Methods that requests chose, opened once and shared: one entry for each choice, however it is spelled.
+"""Methods that requests chose. Each is opened once and shared, however its options are spelled.
 
-Bounded in number and in memory. The method unused longest is closed first; a method that a live text uses is never closed.
+Their number and their memory are bounded. The least recently used method is closed first. A method that a live text uses is not closed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_BYTES = 256 << 20
 
 
 class Opened:
-    """in_use: the opened methods of live texts. An opened method has `bytes` where it holds memory of its own."""
+    """in_use: the opened methods of live texts. An opened method with memory of its own has an attribute `bytes`."""
 
     def __init__(self, in_use: Callable[[], Iterable[Any]] = tuple, *, max_count: int = MAX_COUNT, max_bytes: int = MAX_BYTES) -> None:
         self.in_use, self.max_count, self.max_bytes = in_use, max_count, max_bytes
@@ -30,19 +30,19 @@ class Opened:
 
     @property
     def bytes(self) -> int:
-        """What the opened methods hold now."""
+        """Memory of the opened methods now."""
         return sum(getattr(one, "bytes", 0) for one in list(self._found.values()))
 
     def get(self, name: str, key: Hashable, make: Callable[[], T], needs: int = 0) -> T:
-        """What `key` stands for, made at its first use. needs: bytes that it may come to hold, as far as known; name: for errors.
-        InvalidInput where it never fits; OutOfMemory where it does not beside those of live texts."""
+        """The method for `key`, made at its first use. needs: the most bytes it may need, as far as known; name: for errors.
+        InvalidInput if it never fits; OutOfMemory if it does not fit beside the methods in use."""
         if key not in self._found:
             if needs > self.max_bytes:
                 raise self._too_large(name, needs)
             self._close(1, needs)
             if self.bytes + needs > self.max_bytes:
-                held = f"those in use hold {size(self.bytes)} of {size(self.max_bytes)}"
-                raise OutOfMemory(f"{name}: may hold {size(needs)}, and {held}; try again later")
+                held = f"methods in use hold {size(self.bytes)} of {size(self.max_bytes)}"
+                raise OutOfMemory(f"{name}: may need {size(needs)}, and {held}; try again later")
             made = make()
             if (amount := getattr(made, "bytes", 0)) > self.max_bytes:
                 raise self._too_large(name, amount)
@@ -53,10 +53,10 @@ class Opened:
         return cast(T, found)
 
     def _too_large(self, name: str, needs: int) -> InvalidInput:
-        return InvalidInput(f"{name}: may hold {size(needs)}, and all methods that requests choose may hold {size(self.max_bytes)}")
+        return InvalidInput(f"{name}: may need {size(needs)}; the limit for methods that requests choose is {size(self.max_bytes)}")
 
     def _close(self, count: int, needs: int, *wanted: Any) -> None:
-        """Closes methods until `count` more with `needs` bytes fit, as far as there are some that are not in use."""
+        """Closes unused methods until `count` more with `needs` bytes fit, or none is left to close."""
         if self._fits(count, needs):
             return
         used = {id(one) for one in (*self.in_use(), *wanted)}

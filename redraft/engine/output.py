@@ -1,4 +1,4 @@
-"""What is found for each text: cut where the text ends, recorded, and reported as events."""
+"""The new tokens of each text: cut where the text ends, recorded, and reported as events."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from redraft.sample.sampler import NotNumbers
 
 @dataclass(slots=True)
 class Stats:
-    """What drafting did for one text. steps: passes that drew a token; drafted: nodes checked; accepted: of them kept;
-    fault: which drafter failed and how, where the text went on without drafts; drafts: passes that checked any; by_depth[i]:
-    passes that kept i + 1 nodes or more; by_drafter: nodes checked and kept of each."""
+    """Drafting statistics of one text. steps: passes that drew a token; drafted: nodes checked; accepted: nodes kept; fault: the
+    drafter that failed and its error, if the text continued without drafts; drafts: passes that checked at least one node;
+    by_depth[i]: passes that kept i + 1 nodes or more; by_drafter: (nodes checked, nodes kept) of each drafter."""
 
     steps: int = 0
     drafted: int = 0
@@ -36,7 +36,7 @@ class Stats:
     by_drafter: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def count(self, tree: TokenTree, path: Seq[int], names: Seq[str]) -> None:
-        """One pass that drew a token."""
+        """Adds one pass that drew a token."""
         self.steps += 1
         if not len(tree):
             return
@@ -62,8 +62,8 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The origin of a token. step: the pass that drew it, from 1; drafter: the one that proposed it, empty where the model drew it without
-    a draft; tree, names, path: of the step's first token, the draft, its drafters and the nodes that were kept."""
+    """The origin of a token. step: the pass that drew it, from 1; drafter: which one proposed it, empty if the model drew it without a
+    draft. The first token of a step also has tree: the draft; names: its drafters; path: the nodes that were kept."""
 
     step: int
     drafter: str
@@ -74,8 +74,8 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """News of one text. drafted[i]: whether tokens[i] was an accepted draft; the last event carries the reason. provenance: one a
-    token if the request wants it. error: what ended the whole request before its texts were finished; no other event of it follows."""
+    """New tokens of one text. drafted[i]: whether tokens[i] was an accepted draft; reason: in the last event of the text; provenance:
+    one entry a token, if requested; error: what ended the whole request early. No event of the request follows an error."""
 
     request: Request
     index: int
@@ -94,7 +94,7 @@ class Event:
 
 
 def checked(events: list[Event]) -> list[Event]:
-    """The events, if no request failed; else raises the first error."""
+    """Returns the events. Raises the first error in them instead, if there is one."""
     for event in events:
         if event.error is not None:
             raise event.error
@@ -103,7 +103,7 @@ def checked(events: list[Event]) -> list[Event]:
 
 @dataclass(slots=True)
 class Output:
-    """What was found for a sequence and how much of it was reported. The engine's own; plugins never see it."""
+    """The output of a sequence and how much of it was reported. Internal to the engine; plugins do not see it."""
 
     reader: Reader | None  # None without a tokenizer
     stats: Stats = field(default_factory=Stats)
@@ -115,9 +115,8 @@ class Output:
 
 
 class Outputs:
-    """The outputs of all live texts. limit: tokens of prompt and output that a sequence may have; finished: whether
-    a processor ends a text after these new tokens; names: what the drafter of a sequence
-    is called, or each of its parts; decode, decode_all, eos: see Engine."""
+    """The outputs of all live texts. limit: tokens of prompt and output that a sequence may have; finished: whether a processor ends a
+    text after these new tokens; names: the names of a sequence's drafters; decode, decode_all, eos: see Engine."""
 
     def __init__(
         self,
@@ -151,7 +150,7 @@ class Outputs:
     # ---- where texts end
 
     def cut(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Accepted]:
-        """Cuts each path before anything is committed, observed or counted; after it, no code shortens a sequence."""
+        """Cuts each path where its text ends. This comes before anything is committed, observed or counted."""
         return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
 
     def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
@@ -176,7 +175,7 @@ class Outputs:
     # ---- what was just committed
 
     def taps(self, seqs: Seq[Sequence]) -> Taps:
-        """What `record` needs of a forward."""
+        """What `record` needs from a forward pass."""
         return Taps(frozenset({self._last_layer})) if any(seq.request.wants.pooling for seq in seqs) else NOTHING
 
     @property
@@ -184,7 +183,7 @@ class Outputs:
         return len(self.runner.spec.layers) - 1
 
     def record(self, result: StepResult) -> None:
-        """Statistics, reasons and log-probabilities of what was just committed."""
+        """Records statistics, reasons and log-probabilities of a committed step."""
         for s, (w, tree, found) in enumerate(zip(result.work, result.trees, result.accepted, strict=True)):
             w.seq.reason = found.reason
             self.door.call(w.seq, self._record, w, s, tree, found, result)
@@ -209,7 +208,7 @@ class Outputs:
             output.logprobs += result.distribution.logprobs(rows, found.tokens, params.logprobs)
 
     def _record_prompt(self, w: Work, s: int, result: StepResult, k: int) -> None:
-        """Each prompt row gives the entry of the token after it. Rows that run again after preemption add nothing."""
+        """Each prompt row gives the entry of the next token. Rows that run again after preemption add nothing."""
         seq, entries = w.seq, w.seq.request.prompt_logprobs
         first, last = int(result.batch.starts[s]), int(result.batch.tree_starts[s])
         wanted = [r for r in range(first, last) if len(entries) <= int(result.batch.positions[r]) + 1 < seq.prompt_len]
@@ -222,8 +221,8 @@ class Outputs:
             entries += result.distribution.logprobs([place[r] for r in wanted], ids, k)
 
     def _record_hidden(self, w: Work, s: int, result: StepResult, pooling: Pooling) -> None:
-        """The prompt's hidden states after the final norm: the last row, or the sum of all, added one by one in float64 so that
-        chunks change nothing. Rows that run again after preemption count once."""
+        """Pools the prompt's hidden states after the final norm: the last row, or the sum of all rows. The sum is added row by row in
+        float64, so that chunks do not change it. Rows that run again after preemption count once."""
         request, first = w.seq.request, int(result.batch.starts[s])
         if not w.seq.pending:
             w.seq.reason = FinishReason.LENGTH
@@ -242,10 +241,10 @@ class Outputs:
             raise NotNumbers(w.seq)
         request.pooled = found, int(positions[new[-1]]) + 1
 
-    # ---- what is reported
+    # ---- events
 
     def event(self, seq: Sequence) -> Event | None:
-        """What is new since the last event; None where nothing is."""
+        """The new tokens and text since the last event; None without any."""
         output = self._of[seq.id]
         return self._event(seq, output) if output.reported_tokens < seq.generated or seq.reason else None
 
@@ -263,9 +262,9 @@ class Outputs:
 
 
 def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) -> list[Provenance]:
-    """Of the tokens of one step: the path's and the bonus."""
+    """The provenance of one step's tokens: the path and the bonus token."""
     origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
     drafters = [*(names[origins[node]] for node in found.path), ""]
     made = [Provenance(step, drafter) for drafter in drafters[: len(found.tokens)]]
-    shown = tree if tree.distributions is None else replace(tree, distributions=None)  # which may hold rows of the vocabulary's size
+    shown = tree if tree.distributions is None else replace(tree, distributions=None)  # they may be as large as the vocabulary
     return [replace(made[0], tree=shown, names=names, path=found.path), *made[1:]]

@@ -1,6 +1,6 @@
-"""What a request chose of the cache and the layers, opened, as a `CachePlan`.
+"""The cache and layer methods of a request, opened, as a `CachePlan`.
 
-Nothing here knows a method's name. Lanes, formats and sync points of a sequence follow from what its parts say of themselves.
+This file names no method. The lanes, formats and sync points of a sequence follow from attributes of its methods.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from redraft.ops.backend import Feature
 from redraft.ops.format import Format, plain
 
 SEAMS = ("keep", "codec", "read", "depth")
-FORMATS = 256  # of stored pages, which stay as long as the pool
+FORMATS = 256  # page formats that may be defined; they stay as long as the pool
 
 
 class Policies:
-    """The dispatcher of an engine."""
+    """Opens the cache methods of requests and calls them for their sequences."""
 
     def __init__(self, runner: Runner, opened: Opened) -> None:
         self.runner, self.opened = runner, opened
@@ -38,7 +38,7 @@ class Policies:
         self._sources = 0
 
     def check(self, params: SamplingParams, reuse: str = "") -> CachePlan:
-        """What these parameters choose. UnknownMethod, InvalidInput or Unsupported, one line each."""
+        """The plan that these parameters choose. Raises UnknownMethod, InvalidInput or Unsupported, one line each."""
         texts = {seam: text for seam in SEAMS if (text := getattr(params, seam)) is not None}
         parts = {seam: self._open(seam, text) for seam, text in {**texts, **({"reuse": reuse} if reuse else {})}.items()}
         try:
@@ -47,9 +47,9 @@ class Policies:
             chosen = ", ".join(f"{seam}={text}" for seam, text in texts.items())
             raise Unsupported(f"{chosen}: {error}") from None
         if reuse and any(group.kind != "pages" for group in self.runner.spec.memories()):
-            raise Unsupported(f"reuse {reuse} takes over keys and values only, and this model has layers with a state of another kind")
+            raise Unsupported(f"reuse {reuse} takes over keys and values only, but this model has layers with another kind of memory")
         if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
-            raise Unsupported(f"reuse {reuse} takes over plain pages, which keep, codec and read with data of their own do not have")
+            raise Unsupported(f"reuse {reuse} takes over plain pages; keep, codec and a read with data of its own store other pages")
         return plan
 
     def _open(self, seam: str, text: str) -> Any:
@@ -66,13 +66,13 @@ class Policies:
     ) -> CachePlan:
         spec = self.runner.spec
         if keep is not None and codec is not None and codec.block:
-            raise Unsupported("this codec encodes whole blocks, from which no keep policy can evict; choose one of the two")
+            raise Unsupported("this codec encodes whole pages, and a keep policy cannot evict from encoded pages; choose one of the two")
         if keep is not None and keep.endless and spec.learned_positions is not None:
             raise Unsupported(
-                f"{spec.family} has {spec.learned_positions} learned positions: keys cannot be numbered by their place in the cache"
+                f"{spec.family} has {spec.learned_positions} learned positions, so keys cannot be renumbered by their place in the cache"
             )
         form, coded = self._stored(codec, read)
-        exact = Feature.BIT_EXACT in self.runner.backend.features  # else a plain request might have computed other bits
+        exact = Feature.BIT_EXACT in self.runner.backend.features  # else pages of a plain request may have other bits
         count = len(spec.layers)
         window = None if keep is None else keep.window
         return CachePlan(
@@ -91,7 +91,7 @@ class Policies:
         )
 
     def _stored(self, codec: OpenCodec | None, read: OpenRead | None) -> tuple[str, str]:
-        """The formats in which pages are written, and to which full ones change."""
+        """The format in which pages are written, and the format to which full pages are converted. Empty: none of its own."""
         spec, backend = self.runner.spec, self.runner.backend
         exact, sides = plain(backend.dtype, spec.head_dim), {}
         if read is not None:
@@ -106,7 +106,7 @@ class Policies:
         if fmt.name in self._formats:
             return fmt.name
         if len(self._formats) == FORMATS:
-            raise Unsupported(f"pages are stored in {FORMATS} formats already, and no more of them are made; choose options in use")
+            raise Unsupported(f"{FORMATS} page formats are in use, which is the limit; choose options that are in use already")
         self.runner.memory.paged.define(fmt)
         self._formats.add(fmt.name)
         return fmt.name
@@ -114,7 +114,7 @@ class Policies:
     # ---- one sequence
 
     def fit(self, seq: Sequence) -> None:
-        """Gives a new sequence the form that its request chose."""
+        """Gives a new sequence the plan that its request chose."""
         seq.cache = plan = self.check(seq.params, seq.request.reuse)
         seq.shareable_tokens = plan.shareable_tokens
         if plan.layers is not None or plan.read is not None:
@@ -128,7 +128,7 @@ class Policies:
             seq.state[keep] = keep.begin(seq)
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
-        child.reuse_searched = True  # it has what its sibling took over
+        child.reuse_searched = True  # its sibling already took over what there was
         if (keep := seq.cache.keep) is not None:
             child.state[keep] = keep.fork(seq.state[keep], child)
 
@@ -139,8 +139,8 @@ class Policies:
             keep.end(seq.state.pop(keep))
 
     def take_over(self, seq: Sequence, spare: int) -> None:
-        """Attaches what is due of the text that this one was made from. The source's pages are held as long as `spare` blocks are left
-        for texts in progress; after that the text is computed."""
+        """Takes over the parts of the source text that are due at this position. Holds the source's pages while `spare` is not
+        negative, that is, while running texts have enough blocks. Otherwise the text is computed."""
         if not seq.reuse_searched:
             seq.reuse_searched = True
             if seq.index == 0:
@@ -157,8 +157,8 @@ class Policies:
 
     def _find(self, seq: Sequence, spare: int) -> None:
         memory, request, reuse = self.runner.memory, seq.request, seq.cache.reuse
-        assert reuse is not None, f"sequence {seq.id}: its request takes nothing over"
-        old = [*request.before, 0]  # a match leaves one token to run; nothing of the old text runs
+        assert reuse is not None, f"sequence {seq.id}: its request has no reuse method"
+        old = [*request.before, 0]  # a match always leaves one token to run, so one is added
         count = memory.match(old, request.salt)
         spans = [span for span in reuse.spans(old[:count], request.prompt, seq.stored) if span.at >= seq.stored]
         if spans and memory.idle_matched(old, request.salt) <= spare:
@@ -173,7 +173,7 @@ class Policies:
         seq.source, seq.spans = None, []
 
     def sync_point(self, seq: Sequence) -> int:
-        """The next value of seq.stored at which a policy has something to do."""
+        """The next value of seq.stored at which a policy must be called."""
         stored, plan = seq.stored, seq.cache
         if plan.reuse is not None and not seq.reuse_searched:
             return stored
@@ -203,7 +203,7 @@ class Policies:
                 door.call(work.seq, keep.observe, work.seq, result.out.attention.get(s), work.rows, accepted.path)
 
     def sync(self, seq: Sequence) -> None:
-        """After a commit: pages are encoded, evicted from and summarised."""
+        """After a commit: evicts tokens, summarizes pages and encodes pages, as the plan says."""
         plan, paged = seq.cache, self.runner.memory.paged
         if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: paged.table.positions(seq))) is not None:
             paged.keep(seq, kept)

@@ -1,7 +1,6 @@
-"""The drafter and the verifier as the engine calls them: dispatchers over what its requests chose, its own where they chose nothing.
+"""Dispatchers that call each request's drafter and verifier; the engine's own are the default.
 
-Nothing here knows a method's name. A drafter is opened once for each choice and each noise that it must draw with, and shared by all
-requests that choose it.
+This file names no method. A drafter is opened once for each choice of options and each kind of noise, and requests share it.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from redraft.sample.sampler import Sampler
 from redraft.verify.verifier import Verifier
 
 
-class Choice(NamedTuple):
-    """What a request chose; None: the engine's own."""
+class Speculation(NamedTuple):
+    """The drafter and verifier that a request chose. None: the engine's own."""
 
     drafter: Guard | None
     verifier: Verifier | None
 
 
 class Verifiers:
-    """own: the engine's."""
+    """own: the engine's verifier."""
 
     def __init__(self, own: Verifier) -> None:
         self.own = own
@@ -53,7 +52,7 @@ class Verifiers:
 
 
 class Drafters:
-    """own: the engine's, which was opened for `verifier`; `text`: by what it was chosen, None where it was made by hand."""
+    """own: the engine's drafter, opened for `verifier`; `text`: "name:option=value,...", None if it was not made from a text."""
 
     def __init__(
         self, own: OpenDrafter, runner: Runner, sampler: Sampler, verifier: Verifier, opened: Opened, text: str | None = None
@@ -65,20 +64,22 @@ class Drafters:
 
     # ---- a request
 
-    def check(self, params: SamplingParams) -> Choice | None:
-        """What these parameters choose, None for nothing. UnknownMethod, InvalidInput or Unsupported, one line each."""
+    def check(self, params: SamplingParams) -> Speculation | None:
+        """What these parameters choose; None if they choose neither. Raises UnknownMethod, InvalidInput or Unsupported, one line each."""
         if params.draft is None and params.verify is None:
             return None
         verifier: Verifier = self.verifier if params.verify is None else registry.create("verify", params.verify)
         method = self.method if params.draft is None else registry.create("draft", params.draft)
         same_noise = verifier.drafts is self.verifier.drafts
         if method is None and not same_noise and self.own.drafter.kinds - {Kind.FIXED}:
-            raise Unsupported(f"verifier {registry.name_of(type(verifier))} wants other noise than {self.own.name} draws with")
+            raise Unsupported(
+                f"verifier {registry.name_of(type(verifier))} needs another kind of noise than drafter {self.own.name} draws with"
+            )
         name = self.own.name if params.draft is None else params.draft.strip()
         drafter = self.own if method is None or (method == self.method and same_noise) else self._open(name, method, verifier)
         if unfit := drafter.drafter.kinds - verifier.supports:
             raise _unfit(unfit, name, verifier)
-        return Choice(None if drafter is self.own else drafter, None if verifier == self.verifier else verifier)
+        return Speculation(None if drafter is self.own else drafter, None if verifier == self.verifier else verifier)
 
     def _open(self, name: str, method: Any, verifier: Verifier) -> Guard:
         def make() -> Guard:
@@ -87,7 +88,7 @@ class Drafters:
         return self.opened.get(f"draft = {name}", ("draft", method, verifier.drafts), make, max_bytes(method, self.runner))
 
     def fit(self, seq: Sequence) -> None:
-        """Gives a new sequence what its request chose."""
+        """Gives a new sequence the drafter and verifier that its request chose."""
         seq.speculation = self.check(seq.params)
         if seq.params.draft_rows is not None:
             seq.drafts = seq.params.draft_rows
@@ -95,18 +96,18 @@ class Drafters:
             seq.drafts = 0
 
     def release(self, seq: Sequence) -> None:
-        """After the last use of a sequence: whoever still holds it does not hold its drafter."""
+        """After the last use of a sequence. A caller may keep the sequence, but must not keep its drafter alive."""
         seq.speculation = None
 
     def parts(self, seq: Sequence) -> tuple[Any, ...]:
         return () if seq.speculation is None else (seq.speculation.drafter,)
 
     def of(self, seq: Sequence) -> Guard:
-        chosen: Choice | None = seq.speculation
+        chosen: Speculation | None = seq.speculation
         return self.own if chosen is None or chosen.drafter is None else chosen.drafter
 
     def names(self, seq: Sequence) -> Seq[str]:
-        """What TokenTree.origins of its trees count."""
+        """Names of the drafters that TokenTree.origins indexes."""
         return self.of(seq).names
 
     # ---- what the engine calls
@@ -135,7 +136,7 @@ class Drafters:
         return trees
 
     def observe(self, result: StepResult) -> None:
-        """Each drafter that drafts for a sequence of the step is given the whole step."""
+        """Passes the whole step to each drafter of its sequences."""
         for drafter in _groups(result.work, self.of):
             drafter.observe(result)
 
@@ -147,7 +148,7 @@ class Drafters:
 
 
 def _groups(work: Seq[Work], of: Callable[[Sequence], Any]) -> dict[Any, list[int]]:
-    """The places in `work` of equal choices."""
+    """Indices in `work`, grouped by what `of` returns."""
     found: dict[Any, list[int]] = {}
     for i, one in enumerate(work):
         found.setdefault(of(one.seq), []).append(i)
@@ -157,4 +158,4 @@ def _groups(work: Seq[Work], of: Callable[[Sequence], Any]) -> dict[Any, list[in
 def _unfit(kinds: Iterable[Any], draft: str, verifier: Verifier) -> Unsupported:
     fit = [name for name in registry.METHODS["verify"] if set(kinds) <= registry.method("verify", name).supports]  # type: ignore[attr-defined]
     made, own = ", ".join(sorted(kind.name for kind in kinds)), registry.name_of(type(verifier))
-    return Unsupported(f"verifier {own} cannot undo children made {made}, as {draft} makes them; these can: {', '.join(fit)}")
+    return Unsupported(f"verifier {own} does not support children made {made}, which {draft} makes; these do: {', '.join(fit)}")

@@ -1,1 +1,1 @@
-"""What is the network? One decoder driven by a spec; a family file only fills the spec."""
+"""The network: one decoder that a spec describes. A family's file only fills the spec."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: JSON, and tensors behind one protocol. Nothing from a checkpoint is executed."""
+"""The files of a checkpoint folder: JSON, and tensors through one protocol. Nothing from a checkpoint is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read. dtype: as its file names it; STORED has those that are read."""
+    """What a header says about a tensor. dtype: as the file names it; STORED lists the supported ones."""
 
     file: Path
     shape: tuple[int, ...]
@@ -37,17 +37,17 @@ class TensorSource(Protocol):
 
     @property
     def files(self) -> Iterable[Path]:
-        """The files that hold them, sorted."""
+        """The files of the tensors, sorted."""
         ...
 
     def read(self, name: str, part: int | slice | None = None) -> Tensor:
-        """A tensor as it is stored, or a part of it along the first dimension. CheckpointError names file and tensor."""
+        """A tensor as stored, or a part of it along the first dimension. CheckpointError names file and tensor."""
         ...
 
 
 class Safetensors:
-    """The safetensors files of a folder: model.safetensors, or the shards that the index names. CheckpointError or Unsupported says
-    what is missing or damaged. Files are mapped and stay open."""
+    """The safetensors files of a folder: model.safetensors, or the shards that the index names. Files are mapped and stay open.
+    CheckpointError or Unsupported says what is missing or damaged."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {file: _open(file) for file in _files(folder)}
@@ -81,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(index.values()))]
     for file in files:
         if file.parent != folder:
-            raise CheckpointError(f"{folder / INDEX}: names a file outside of the folder: {file.name}")
+            raise CheckpointError(f"{folder / INDEX}: names a file outside the folder: {file.name}")
         if not file.exists():
             raise CheckpointError(f"{folder}: missing shard {file.name}, named in {INDEX}")
     return files
@@ -97,14 +97,14 @@ def _no_weights(folder: Path) -> CheckpointError | Unsupported:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Unsupported where the folder holds an adapter, which transformers would apply to the weights beside it."""
+    """Unsupported if the folder holds an adapter, because transformers would apply it to the weights in the folder."""
     file = folder / "adapter_config.json"
     if not file.exists():
         return
     raw = read_json(file)
     kind, base = raw.get("peft_type") or "LoRA/PEFT", raw.get("base_model_name_or_path")
     of = f" of {base}" if base else ""
-    how = "merge it into the weights, or remove adapter_config.json to run the weights beside it without the adapter"
+    how = "merge it into the weights, or remove adapter_config.json to run the weights without the adapter"
     raise Unsupported(f"{folder}: holds a {kind} adapter{of} (adapter_config.json), which is not applied; {how}")
 
 
@@ -127,6 +127,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's text, which may have many."""
+    """The first line of an error's text that is not empty; else its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

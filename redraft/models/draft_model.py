@@ -1,4 +1,4 @@
-"""A draft model beside a target's Runner: the same backend and vocabulary, its own weights and memory."""
+"""Loads a draft model next to a target's Runner: the same backend and vocabulary, its own weights and memory."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from redraft.models import loader, memory, mixers
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 
-SHARE = 0.5  # of what is free after the weights, at most, for the draft model's pool
+SHARE = 0.5  # the draft model's pool takes at most this part of what is free after the weights
 
 
 def load_draft_model(target: Runner, model: str | None) -> Runner:
-    """The draft model: `model`, else the target's `draft_model`, else the embedded one beside the embedded target.
+    """The draft model: `model`, else the target's `draft_model`, else the embedded draft model if the target is embedded.
 
-    Loaded once for each target, in the target's dtype and form of weights; without numbers beside a target without numbers. Its pool
-    has as many pages as the target's, so that whatever the target holds fits, unless memory is short: then a drafter drafts nothing
-    where pages lack. Raises InvalidInput without a name, CheckpointError where the vocabularies differ, OutOfMemory with figures.
+    It is loaded once for each target, with the target's dtype and quantization. If the target is on the meta device, so is the draft
+    model. Its pool has as many blocks as the target's, so that it can hold the same sequences. If memory is short, the pool is
+    smaller, and sequences without pages get no drafts. Raises InvalidInput if no model is named, CheckpointError if the vocabularies
+    differ, OutOfMemory with figures.
     """
-    asked = model or target.draft_model
-    if asked is None and target.source == loader.resolve("embedded"):
-        asked = "embedded-draft"
-    if asked is None:
-        raise InvalidInput("a draft model is needed and none is named: give --draft-model FOLDER, or the method's option model=FOLDER")
-    path = loader.resolve(asked)
+    chosen = model or target.draft_model
+    if chosen is None and target.source == loader.resolve("embedded"):
+        chosen = "embedded-draft"
+    if chosen is None:
+        raise InvalidInput("a draft model is needed but none is named: give --draft-model FOLDER, or the method's option model=FOLDER")
+    path = loader.resolve(chosen)
     if path not in target.draft_models:
         target.draft_models[path] = _load(target, path)
     return target.draft_models[path]
@@ -52,7 +53,7 @@ def _load(target: Runner, path: Path) -> Runner:
 
 
 def check_vocabulary(target: Path, draft: Path) -> None:
-    """CheckpointError unless both tokenizers give every token the same id; it names both and the first difference."""
+    """CheckpointError if the tokenizers give any token different ids. It names both models and the first difference."""
     if target == draft:
         return
     ours, theirs = (dict(Tokenizer(path).hf.get_vocab()) for path in (target, draft))

@@ -1,7 +1,7 @@
-"""generation_config.json: where a text ends, and how a checkpoint wants to be sampled.
+"""generation_config.json: where a text ends, and the default sampling parameters of a checkpoint.
 
-Every field of transformers' GenerationConfig that changes a text is heeded or refused. Limits of length and time, what is returned,
-how the cache is held and how drafts are made belong to the caller and are left out, as are fields that transformers does not know.
+Every field of transformers' GenerationConfig that changes a text is applied or refused. These are ignored, because they belong to the
+caller: limits of length and time, what is returned, the kind of cache, and drafting. Unknown fields are ignored as well.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ FILE = "generation_config.json"
 
 # field of the file -> field of SamplingParams
 _SAME = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")}
-_HEEDED = {**_SAME, "min_new_tokens": "min_tokens", "stop_strings": "stop"}
+_APPLIED = {**_SAME, "min_new_tokens": "min_tokens", "stop_strings": "stop"}
 
-# field that Redraft has no means for -> whether a value changes the text
+# unsupported field -> whether a value changes the text
 _REFUSED: dict[str, Callable[[Any], bool]] = {
-    "num_beams": lambda value: value > 1,  # the other fields of beam search change nothing without it
+    "num_beams": lambda value: value > 1,  # without it the other fields of beam search change nothing
     "num_beam_groups": lambda value: value > 1,
     "constraints": bool,
     "force_words_ids": bool,
     "dola_layers": bool,
     "guidance_scale": lambda value: value != 1,
     "no_repeat_ngram_size": lambda value: value > 0,
-    "encoder_repetition_penalty": lambda value: value != 1,  # transformers applies both to the prompt of a decoder
+    "encoder_repetition_penalty": lambda value: value != 1,  # transformers applies both encoder fields to a decoder's prompt
     "encoder_no_repeat_ngram_size": lambda value: value > 0,
     "min_length": lambda value: value > 0,  # it counts the prompt
     "forced_bos_token_id": lambda value: True,
@@ -49,27 +49,27 @@ _REFUSED_WHEN_GREEDY: dict[str, Callable[[Any], bool]] = {"penalty_alpha": lambd
 
 
 def read_eos(folder: Path, otherwise: Any, vocab: int) -> tuple[int, ...]:
-    """The ids that end a text: the file's, else `otherwise` (config.json's); those outside of the vocabulary are dropped."""
+    """The ids that end a text: the file's, else `otherwise` (from config.json). Ids outside the vocabulary are dropped."""
     file = folder / FILE
     eos = read_json(file).get("eos_token_id") if file.exists() else None
     eos = otherwise if eos is None else eos
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id = {eos!r} is neither a token id nor a list of them")
+        raise CheckpointError(f"{file}: eos_token_id = {eos!r} is neither a token id nor a list of token ids")
     return tuple(i for i in ids if 0 <= i < vocab)
 
 
 def read_defaults(folder: Path, eos_ids: tuple[int, ...], vocab: int) -> dict[str, Any]:
-    """Fields of SamplingParams that the file sets. Unsupported names a field that would change the text and cannot be heeded,
-    CheckpointError one that is out of range."""
+    """Fields of SamplingParams that the file sets. Unsupported names a field that would change the text and cannot be applied.
+    CheckpointError names a field that is out of range."""
     file = folder / FILE
     raw = {name: value for name, value in read_json(file).items() if value is not None} if file.exists() else {}
     try:
         _refuse(raw)
-        found = {to: raw[name] for name, to in _HEEDED.items() if name in raw}
+        found = {to: raw[name] for name, to in _APPLIED.items() if name in raw}
         if raw.get("do_sample") is False:
             found["temperature"] = 0.0
-        if found.get("top_p") == 0:  # transformers keeps the likeliest token then
+        if found.get("top_p") == 0:  # transformers then keeps the likeliest token
             del found["top_p"]
             found["top_k"] = 1
         if bias := _bias(raw, eos_ids, vocab):
@@ -84,18 +84,18 @@ def read_defaults(folder: Path, eos_ids: tuple[int, ...], vocab: int) -> dict[st
 
 
 def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given fields of SamplingParams over a checkpoint's. Biases add up by token; a checkpoint's smallest length gives way to the
-    largest that is given."""
+    """The fields of SamplingParams in `given`, then those in a checkpoint's `defaults`. logit_bias merges by token. A given max_tokens
+    lowers a default min_tokens."""
     found = {**defaults, **given}
     if "logit_bias" in defaults:
         found["logit_bias"] = {**defaults["logit_bias"], **given.get("logit_bias", {})}
-    if "min_tokens" in defaults and "min_tokens" not in given and (most := given.get("max_tokens")) is not None:
-        found["min_tokens"] = min(defaults["min_tokens"], most)
+    if "min_tokens" in defaults and "min_tokens" not in given and (max_tokens := given.get("max_tokens")) is not None:
+        found["min_tokens"] = min(defaults["min_tokens"], max_tokens)
     return found
 
 
 def _refuse(raw: dict[str, Any]) -> None:
-    sampled = raw.get("do_sample")  # without it transformers is greedy, and Redraft samples
+    sampled = raw.get("do_sample")  # if it is missing, transformers is greedy, but Redraft samples
     rules = _REFUSED | ({} if sampled is False else _REFUSED_WHEN_SAMPLING) | ({} if sampled is True else _REFUSED_WHEN_GREEDY)
     for name, changes in rules.items():
         try:
@@ -113,9 +113,9 @@ def _unsupported(name: str, value: Any) -> Unsupported:
 
 
 def _bias(raw: dict[str, Any], eos_ids: tuple[int, ...], vocab: int) -> dict[int, float]:
-    """Single tokens that are banned or weighted, as logit_bias."""
+    """logit_bias for single tokens that the file bans or weights."""
     found = {_single("sequence_bias", raw, ids, vocab): float(amount) for ids, amount in _pairs(raw.get("sequence_bias", []))}
-    alone = [[eos] for eos in eos_ids]  # transformers lets these pass
+    alone = [[eos] for eos in eos_ids]  # transformers does not ban these
     banned = [("bad_words_ids", ids) for ids in _list("bad_words_ids", raw) if ids not in alone]
     banned += [("suppress_tokens", [token]) for token in _list("suppress_tokens", raw)]
     return found | {_single(name, raw, ids, vocab): -math.inf for name, ids in banned}
@@ -128,7 +128,7 @@ def _list(name: str, raw: dict[str, Any]) -> list[Any]:
 
 
 def _pairs(bias: Any) -> list[tuple[list[int], float]]:
-    """A JSON file holds pairs of ids and a number: an object's keys cannot be lists."""
+    """sequence_bias as pairs. In JSON it is a list of pairs, because keys of an object cannot be lists."""
     if not isinstance(bias, list) or not all(isinstance(one, list) and len(one) == 2 for one in bias):
         raise CheckpointError(f"sequence_bias = {bias!r}: a list of [[token ids], bias] is needed")
     return [(ids, amount) for ids, amount in bias]

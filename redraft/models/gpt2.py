@@ -55,5 +55,5 @@ def _source(name: str) -> Source:
     if name in _TOP:
         return Source((f"transformer.{_TOP[name]}",))
     _, layer, part, kind = name.split(".")
-    dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D keeps [in, out]
+    dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D stores [in, out]
     return Source((f"transformer.h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)

@@ -1,4 +1,4 @@
-"""One decoder layer: the only Python that interprets a LayerSpec."""
+"""One decoder layer. Only this Python code interprets a LayerSpec."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redraft.ops.backend import Backend, LayerWeights
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
-    """h [T, hidden] -> [T, hidden]: the mixer, then the feed-forward part, each after its norm and added to h. index, pool: see Mix."""
+    """h [T, hidden] -> [T, hidden]: the mixer, then the feed-forward part. Each after its norm, added to h. index, pool: see Mix."""
     x = backend.norm(h, weights.attn_norm, layer.norm)
     h = h + MIXERS[type(layer.mixer)](x, index, layer.mixer, weights, backend, pool, plan)
     return h + _feed_forward(backend.norm(h, weights.mlp_norm, layer.norm), layer, weights, backend)

@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.x, SmolLM, and the frame of every family of the same shape.
+"""Llama 2, 3 and 3.x, SmolLM, and the common part of all families with Llama's layers.
 
 Touvron et al., Llama 2: Open Foundation and Fine-Tuned Chat Models, 2023, arXiv:2307.09288; Grattafiori et al., The
 Llama 3 Herd of Models, 2024, arXiv:2407.21783.
@@ -22,7 +22,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
 
-# Fields of sibling architectures that change the network, set on a checkpoint that claims one of ours.
+# Fields of related architectures. If set, they change the network, even if the checkpoint names a known architecture.
 _FOREIGN = (
     "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "logit_scale", "logits_scaling", "embedding_multiplier",
     "residual_multiplier", "attention_multiplier", "no_rope_layers", "use_qk_norm", "qk_layernorm", "attention_sinks",
@@ -63,8 +63,8 @@ def decoder(
     experts: Callable[[Mlp], Experts] | None = None,
     source: Callable[[str], Source | None] = lambda name: None,
 ) -> ModelSpec:
-    """A model of Llama's shape. `windows`: one a layer; `experts`: makes the mixture from its mlp; `source`: where this
-    family's own weights lie, None for those that lie as in Llama."""
+    """A model with Llama's layers. `windows`: one for each layer; `experts`: makes the mixture from the mlp of one expert; `source`: the
+    tensors of a weight, None for weights that are named as in Llama."""
     refuse(config, _FOREIGN)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -105,21 +105,21 @@ def decoder(
 
 
 def activation(name: str) -> Activation:
-    """transformers' name of an activation -> ours; Unsupported names any other."""
+    """transformers' name of an activation -> ours. Unsupported names an unknown one."""
     if name not in _ACTIVATIONS:
         raise Unsupported(f"activation {name!r}; known: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def refuse(config: PretrainedConfig, fields: tuple[str, ...]) -> None:
-    """Unsupported when one of `fields` is set: ignoring it would give another network."""
+    """Unsupported if one of `fields` is set, because ignoring it would give another network."""
     for name in fields:
         if value := getattr(config, name, None):
             raise Unsupported(f"config field {name} = {value!r}")
 
 
 def windows(config: PretrainedConfig) -> list[int | None]:
-    """One a layer, as `layer_types` says, else from layer `max_window_layers` on; none unless `use_sliding_window`."""
+    """The window of each layer: by `layer_types`, else from layer `max_window_layers` on. All None without `use_sliding_window`."""
     window = config.sliding_window if config.use_sliding_window else None
     kinds = getattr(config, "layer_types", None) or [
         "sliding_attention" if i >= config.max_window_layers else "full_attention" for i in range(config.num_hidden_layers)

@@ -43,10 +43,10 @@ _NORMS = {"qkv": "attn_norm", "up": "mlp_norm"}  # the norm that makes a matrix'
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What headers and JSON files say, before anything large is read.
+    """What headers and JSON files say, before weights are read.
 
-    weight_bytes: of all weights in `dtype`, at most where `quant` stores them otherwise; eos_ids: the tokens that end a text;
-    sources: canonical name -> where it lies among the tensors.
+    weight_bytes: size of all weights in `dtype`, with `quant` an upper bound; eos_ids: the tokens that end a text; sources: canonical
+    name of a weight -> its tensors in the files.
     """
 
     path: Path
@@ -69,8 +69,8 @@ class Checkpoint:
 
 
 def resolve(model: str) -> Path:
-    """The folder of 'embedded' or 'embedded-draft', of a path, or of a hub id (`org/name` or `org/name@revision`, downloaded unless cached;
-    HF_HOME and HF_HUB_OFFLINE are honoured). CheckpointError when it is none of these."""
+    """The folder of a model: 'embedded' or 'embedded-draft', a path, or a hub id (`org/name` or `org/name@revision`). A hub model is
+    downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. CheckpointError if it is none of these."""
     if model in _EMBEDDED:
         return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
     path = Path(model).expanduser()
@@ -86,15 +86,15 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # top-level files only: repositories also keep originals and exports of other runtimes in folders
+        # top-level files only: subfolders hold originals and exports for other runtimes
         found = snapshot_download(hub["repo"], revision=hub["revision"], allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"])
-    except Exception as error:  # the hub's client lets errors of three libraries through
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the hub: {first_line(error)}; {_SHIPPED}") from None
+    except Exception as error:  # the hub's client raises errors of three libraries
+        raise CheckpointError(f"{model}: no such folder, and the hub does not provide it: {first_line(error)}; {_SHIPPED}") from None
     return Path(found)
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """config.json with its family's defaults filled in. CheckpointError or Unsupported names what is wrong with it."""
+    """config.json with its family's defaults filled in. CheckpointError or Unsupported says what is wrong with it."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     refuse_adapter(path)
@@ -114,7 +114,7 @@ def read_config(path: Path) -> PretrainedConfig:
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever a family's own checks raise
+    except Exception as error:  # a family's own checks may raise anything
         raise CheckpointError(f"{file}: {first_line(error)}") from None
     return config
 
@@ -124,11 +124,10 @@ def _architecture(names: Any) -> str:
 
 
 def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu", quant: Quantizer | None = None) -> Checkpoint:
-    """Checks the whole checkpoint by its headers: every weight there, of the right shape, nothing left over.
+    """Checks the whole checkpoint by its headers: every weight exists with the right shape, and no tensor is left over.
 
-    dtype 'auto' is the checkpoint's own, except that float16 becomes float32 on the CPU, which has no fast float16 and
-    would overflow where it matters. quant: how linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one
-    line each.
+    dtype 'auto' is the checkpoint's own. On the CPU float16 becomes float32, because float16 is slow there and may overflow. quant: how
+    linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one line each.
     """
     config = read_config(path)
     if config.num_hidden_layers < 1:
@@ -137,10 +136,10 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
         spec: ModelSpec = registry.load(registry.FAMILIES[_architecture(config.architectures)])(config)
     except (CheckpointError, Unsupported) as error:
         raise type(error)(f"{path / 'config.json'}: {error}") from None
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field missing or out of all range
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field is missing or out of range
         raise CheckpointError(f"{path / 'config.json'}: {first_line(error)}") from None
     if config.model_type != spec.family:
-        raise CheckpointError(f"{path / 'config.json'}: model_type {config.model_type!r} is not that of {config.architectures}")
+        raise CheckpointError(f"{path / 'config.json'}: model_type {config.model_type!r} does not fit {config.architectures}")
     tensors = Safetensors(path)
     spec = _without_prefix(spec, tensors)
     sources = {name: _check(path, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
@@ -151,12 +150,13 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
-    """Tensors lack the family's prefix where the class without a head was saved, as for GPT-2 and embedding models."""
+    """The spec without the prefix of tensor names, if the files lack it. That is so if a class without a head was saved, as for GPT-2
+    and embedding models."""
     if any(name.startswith(spec.prefix) for name in tensors.tensors):
         return spec
     body = (name for name in spec.shapes() if name != "head")
     if not any(_bare(spec, spec.source(name)).names[0] in tensors.tensors for name in body):
-        return spec  # what is missing is named in full
+        return spec  # errors about missing tensors then give full names
     return replace(spec, source=lambda name: _bare(spec, spec.source(name)))
 
 
@@ -175,14 +175,14 @@ def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
             size += quant.bytes(shape[0], shape[1], dtype, "layer" if linear["part"] else "head")
     if quant is not None and spec.tied:
         head = quant.bytes(spec.vocab, spec.hidden, dtype, "head")
-        size += head if head < spec.vocab * spec.hidden * dtype.itemsize else 0  # else it is the embedding
+        size += head if head < spec.vocab * spec.hidden * dtype.itemsize else 0  # else the head is the embedding itself
     return size
 
 
 def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack = lambda weights, gated: weights) -> Weights:
     """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files. The checkpoint's `quant`
-    and then `pack` (Backend.pack) give a linear weight its final form before the next one is read, so that at no time more than
-    one weight is held twice."""
+    and then `pack` (Backend.pack) give a linear weight its final form before the next weight is read, so that at most one weight is
+    in memory twice at any time."""
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearWeights] = {}
     shapes = checkpoint.spec.shapes()
@@ -195,7 +195,7 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
             target.copy_(found.T if source.transposed else found)
         return out
 
-    # biases and norms come first: what a matrix is packed with is there when it is read
+    # biases and norms come first, because matrices are packed together with them
     for name in _progress(checkpoint, {name: shapes[name] for name in sorted(shapes, key=lambda name: len(shapes[name]) > 1)}):
         if linear := _LINEAR.fullmatch(name):
             base = linear["base"] or name
@@ -207,11 +207,11 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
     if checkpoint.spec.tied and "lm_head.weight" in checkpoint.tensors.tensors:
         saved = checkpoint.tensors.read("lm_head.weight")
         if not torch.equal(saved.to(tensors["embed"]), tensors["embed"]):
-            raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, yet tie_word_embeddings is true")
+            raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
     if checkpoint.spec.tied:
         stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
         linears["head"] = head = pack(stored, False)
-        if isinstance(stored, Linear) and not isinstance(head, Linear):  # the same numbers: they are not held twice
+        if isinstance(stored, Linear) and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
             del tensors["embed"], stored
     return _assemble(checkpoint.spec, tensors, linears)
 
@@ -222,7 +222,7 @@ def _gated(spec: ModelSpec, linear: re.Match[str]) -> bool:
 
 
 def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linear, tensors: dict[str, Tensor]) -> LinearWeights:
-    """As the checkpoint's `quant` stores it. linear: the match of its name; None: the tied head."""
+    """The weights as the checkpoint's `quant` stores them. linear: the match of their name; None: the tied head."""
     part = linear["part"] if linear else None
     if checkpoint.quant is None or part == "router":
         return weights
@@ -239,7 +239,7 @@ def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linea
 
 
 def meta_weights(checkpoint: Checkpoint) -> Weights:
-    """The weights as shapes on the meta device, without reading a number: for a Runner that only describes itself."""
+    """The weights on the meta device: shapes only, nothing is read. For a Runner that only describes itself."""
     shapes = checkpoint.spec.shapes().items()
     tensors = {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes}
     linears: dict[str, LinearWeights] = {"head": Linear(tensors["embed"])}
@@ -251,7 +251,7 @@ def meta_weights(checkpoint: Checkpoint) -> Weights:
 
 
 def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, LinearWeights]) -> Weights:
-    """Where there is no `embed`, the head is tied to it and holds its numbers."""
+    """Weights from named parts. Without `embed`, the head is tied and holds the embedding's numbers."""
 
     def norm(name: str) -> NormWeights | None:
         return NormWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) if f"{name}.weight" in tensors else None
@@ -286,13 +286,14 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
 
 
 def _parts(source: Source, out: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Each stored tensor of a weight, and the view of the weight that it fills."""
+    """(name of a stored tensor, the view of the weight that it fills), for each tensor of a weight."""
     rows = source.rows or [len(out) // len(source.names)] * len(source.names)
     yield from zip(source.names, out.split(list(rows)), strict=True)
 
 
 def _check(path: Path, tensors: TensorSource, name: str, source: Source, shape: tuple[int, ...]) -> Source:
-    """The source, or its alternative, with every part in the files, of the right shape and a dtype that is read."""
+    """The source or its alternative, whichever is in the files. Checks that every tensor exists, with the right shape and a supported
+    dtype."""
     found = tensors.tensors
     while source.names[0] not in found and source.otherwise and source.otherwise.names[0] in found:
         source = source.otherwise
@@ -317,14 +318,14 @@ def _check_nothing_left(spec: ModelSpec, sources: dict[str, Source], tensors: Te
     left = {name for name in left if not _HARMLESS.search(name) and not (spec.tied and name == "lm_head.weight")}
     if left:
         first = min(left)
-        raise CheckpointError(f"{tensors.tensors[first].file}: {len(left)} tensors that a {spec.family} model lacks, the first is {first}")
+        raise CheckpointError(f"{tensors.tensors[first].file}: {len(left)} tensors unknown to a {spec.family} model, the first is {first}")
 
 
-def _dtype(config: PretrainedConfig, asked: str, device: torch.device, embed: TensorInfo) -> torch.dtype:
-    if asked != "auto":
-        if asked not in DTYPES:
-            raise InvalidInput(f"dtype = {asked!r}: allowed are auto, {', '.join(DTYPES)}")
-        return DTYPES[asked]
+def _dtype(config: PretrainedConfig, requested: str, device: torch.device, embed: TensorInfo) -> torch.dtype:
+    if requested != "auto":
+        if requested not in DTYPES:
+            raise InvalidInput(f"dtype = {requested!r}: allowed are auto, {', '.join(DTYPES)}")
+        return DTYPES[requested]
     own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if own not in DTYPES.values():
         own = STORED[embed.dtype]
@@ -333,7 +334,7 @@ def _dtype(config: PretrainedConfig, asked: str, device: torch.device, embed: Te
 
 
 def _progress(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """The names of the weights; from two seconds on with a bar on stderr, if that is a terminal."""
+    """The names of the weights. After two seconds, a progress bar appears on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

@@ -1,4 +1,4 @@
-"""Is there room? Asked before anything is loaded, answered with the figures."""
+"""How much memory is free, and how large the pool may be. This is decided before weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from redraft.models.loader import Checkpoint
 
 
 def limits(device: torch.device | str = "cpu") -> int:
-    """Bytes that this process may still use on `device`: what is available on the machine, or less where a container
-    (cgroup v2 or v1) allows less."""
+    """Bytes that this process may still use on `device`: what the machine has free, or less if a container (cgroup v2 or v1) allows
+    less."""
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -32,11 +32,11 @@ def pool_blocks(
     free: int,
     page: int = 32,
 ) -> int:
-    """How many blocks of `block_bytes` the pool gets, decided before loading from the `free` bytes (see `limits`).
+    """The number of blocks of `block_bytes` in the pool, given `free` bytes before loading (see `limits`).
 
-    The pool is `config.memory`, or `config.fraction` of what is free after the weights but no more than `max_seqs`
-    sequences of `max_model_len` tokens could fill. OutOfMemory when the weights do not fit, when the pool asked for
-    does not fit beside them, or when it cannot hold one sequence of max_model_len tokens and a page for its draft.
+    The pool is `config.memory`, or `config.fraction` of what is free after the weights, but at most what `max_seqs` sequences of
+    `max_model_len` tokens can fill. OutOfMemory if the weights do not fit, if the requested pool does not fit as well, or if the pool
+    cannot hold one sequence of max_model_len tokens and a page for its draft.
     """
     weights = checkpoint.weight_bytes
     held = f"weights {size(weights)} ({str(checkpoint.dtype).removeprefix('torch.')}), free {size(free)}"
@@ -60,7 +60,7 @@ def pool_blocks(
 
 
 def size(amount: int) -> str:
-    """Bytes in the unit people read: '1.50 GiB', '3.2 MiB', '12 KiB'."""
+    """Bytes with a unit: '1.50 GiB', '3.2 MiB', '12 KiB'."""
     if amount >= 1 << 30:
         return f"{amount / (1 << 30):.2f} GiB"
     return f"{amount / (1 << 20):.1f} MiB" if amount >= 1 << 20 else f"{amount / (1 << 10):.0f} KiB"
@@ -71,12 +71,12 @@ def _machine(meminfo: Path = Path("/proc/meminfo")) -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    # macOS does not tell what is free without a helper; it can page out what others do not use
+    # macOS has no simple figure for free memory, and can page out memory that other processes do not use
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroups(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """What each control group above this process leaves. Cached file pages count as free: the kernel gives them back."""
+    """Bytes left in each control group of this process. Cached file pages count as free, because the kernel can drop them."""
     if not membership.exists():
         return
     for line in membership.read_text().splitlines():
@@ -96,9 +96,9 @@ def _cgroups(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc
 
 def _left(folder: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
     try:
-        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        maximum, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:  # the root group has no limit; in a container the path outside may not exist
         return
-    if most != "max":
-        yield int(most) - used + int(stat.get(cached, 0))
+    if maximum != "max":
+        yield int(maximum) - used + int(stat.get(cached, 0))

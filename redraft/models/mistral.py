@@ -1,4 +1,4 @@
-"""Mistral: Llama's shape with a sliding window. Jiang et al., Mistral 7B, 2023, arXiv:2310.06825."""
+"""Mistral: Llama's layers with a sliding window. Jiang et al., Mistral 7B, 2023, arXiv:2310.06825."""
 
 from __future__ import annotations
 

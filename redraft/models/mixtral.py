@@ -16,7 +16,7 @@ def spec(config: PretrainedConfig) -> ModelSpec:
     count = config.num_local_experts
 
     def source(name: str) -> Source | None:
-        # Hub checkpoints hold one matrix an expert; transformers 5 can also save its fused tensors, under `mlp`.
+        # Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused tensors, under `mlp`.
         if ".router." not in name and ".experts." not in name:
             return None
         layer = f"model.layers.{name.split('.')[1]}"

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v, a window on the upper layers when asked for.
+"""Qwen2 and Qwen2.5: biases on q, k and v; optionally a window on the upper layers.
 
 Yang et al., Qwen2 Technical Report, 2024, arXiv:2407.10671.
 """

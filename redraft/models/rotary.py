@@ -2,7 +2,7 @@
 
 Linear: Chen et al., Extending Context Window of Large Language Models via Positional Interpolation, 2023,
 arXiv:2306.15595. YaRN: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models, 2023,
-arXiv:2309.00071. llama3: the rule that Meta published with Llama 3.1 (Grattafiori et al., 2024, arXiv:2407.21783).
+arXiv:2309.00071. llama3: published by Meta with Llama 3.1 (Grattafiori et al., 2024, arXiv:2407.21783).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
     if unknown := sorted(set(rope) - _FIELDS):
         raise Unsupported(f"rope parameter {unknown[0]!r} of type {kind!r}")
     if (part := rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
-        raise Unsupported(f"partial_rotary_factor = {part}: only whole heads are turned")
+        raise Unsupported(f"partial_rotary_factor = {part}: only rotation of whole heads is supported")
     if head_dim % 2:
-        raise CheckpointError(f"head_dim = {head_dim}: rotary positions need an even one")
+        raise CheckpointError(f"head_dim = {head_dim}: rotary positions need an even number")
     theta = float(rope["rope_theta"])
     plain = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     if kind == "default":
@@ -50,8 +50,8 @@ def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
 
 
 def context(config: PretrainedConfig) -> int:
-    """Positions that the model serves. Linear: `factor` times max_position_embeddings. YaRN: `factor` times the original length, or
-    max_position_embeddings where that is more. llama3: the same, but only while max_position_embeddings is the original length."""
+    """The number of positions. Linear: `factor` times max_position_embeddings. YaRN: the larger of `factor` times the original length
+    and max_position_embeddings. llama3: as YaRN if max_position_embeddings is the original length, else max_position_embeddings."""
     rope, given = _parameters(config), int(config.max_position_embeddings)
     kind, factor = _kind(rope), float(rope.get("factor") or 1.0)
     if kind == "linear":
@@ -67,7 +67,7 @@ def _kind(rope: dict[str, Any]) -> str:
 
 
 def _original(config: PretrainedConfig, rope: dict[str, Any]) -> float:
-    """The length before scaling. The field beside the rope parameters comes first, as in transformers."""
+    """The length before scaling. The config's own field comes before the rope parameter, as in transformers."""
     name = "original_max_position_embeddings"
     return float(getattr(config, name, None) or rope.get(name) or config.max_position_embeddings)
 
@@ -86,7 +86,7 @@ def _number(rope: dict[str, Any], kind: str, name: str) -> float:
 
 
 def _llama3(frequency: float, factor: float, low: float, high: float, original: float) -> float:
-    """Turns within the original context: below `low` interpolated, above `high` kept, blended in between."""
+    """Scales by the number of turns in the original context: interpolated below `low`, kept above `high`, blended in between."""
     turns = original * frequency / (2 * math.pi)
     keep = min(max((turns - low) / (high - low), 0.0), 1.0)
     return frequency * (keep + (1 - keep) / factor)
@@ -96,7 +96,7 @@ def _yarn(rope: dict[str, Any], plain: list[float], theta: float, original: floa
     factor = float(rope.get("factor") or context / original)
     dim = 2 * len(plain)
 
-    def pair(turns: float) -> float:  # the (real) index of the pair that makes so many turns in the original context
+    def pair(turns: float) -> float:  # the (real) index of the pair that makes this many turns in the original context
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair(rope.get("beta_fast") or 32.0), pair(rope.get("beta_slow") or 1.0)

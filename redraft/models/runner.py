@@ -1,4 +1,4 @@
-"""A model that runs: spec, weights, backend and its own cache. The loop over layers is here and nowhere else."""
+"""A model that runs: spec, weights, backend and its own memory. Only this file loops over layers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Owns the memory of one model's sequences; a draft model is a second Runner with its own (see draft_model.py).
+    """Owns the memory of one model's sequences. A draft model is a second Runner with its own memory (see draft_model.py).
 
     memory: of all layers, None for `blocks` blocks of pages; source: the checkpoint's folder, None for weights from elsewhere;
-    draft_model: the checkpoint that drafters with a draft model use unless they name one; quant: how linear weights are stored,
-    also those of draft models; draft_models: the draft models loaded so far, by folder.
+    draft_model: the default checkpoint of drafters with a draft model; quant: how linear weights are stored, also those of draft
+    models; draft_models: the draft models loaded so far, by folder.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Runner:
         draft_model: str | None = None,
         quant: Quantizer | None = None,
     ) -> None:
-        """Unsupported where the engine cannot serve this model on this backend."""
+        """Raises Unsupported if the engine cannot serve this model on this backend."""
         mixers.check(spec, backend)
         self.spec, self.weights, self.backend = spec, weights, backend
         self.source, self.draft_model, self.quant = source, draft_model, quant
@@ -57,9 +57,9 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, taps: Taps = NOTHING) -> Outputs:
-        """Embed, segments of layers, head on the wanted rows. Keys and values of the rows that run are written on the way.
+        """Embedding, segments of layers, and the head on the wanted rows. Writes keys and values of the rows that run.
 
-        Where sequences skip a layer, the rows of the others run alone, and a skipped layer passes hidden states on.
+        If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
         """
         backend, spec, weights = self.backend, self.spec, self.weights
         plan = backend.plan(batch, spec, taps)
@@ -91,12 +91,12 @@ class Runner:
 
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> F64:
-        """f64[T, hidden]: states behind the last layer as the head sees them."""
+        """f64[T, hidden]: states after the last layer, normed as the head reads them."""
         rows = self.backend.norm(hidden, self.weights.final_norm, self.spec.final_norm)
         return rows.double().cpu().numpy()
 
     def segments(self, taps: Taps) -> Iterator[tuple[int, int]]:
-        """Runs of layers for one call: a cut after every tapped layer, and around a layer without attention."""
+        """(first, last) of runs of layers, one for each backend call. Cuts after every tapped layer and around layers without attention."""
         first = 0
         for last in sorted(taps.hidden | self._cuts):
             yield first, last + 1
@@ -108,7 +108,7 @@ def _attends(layer: LayerSpec | None) -> bool:
 
 
 class _Part(NamedTuple):
-    """Some of a batch's sequences: their places, their rows and their own plan."""
+    """Some of a batch's sequences: their indices, their rows and their own plan."""
 
     places: tuple[int, ...]
     rows: Tensor
@@ -116,7 +116,7 @@ class _Part(NamedTuple):
 
 
 class _Parts:
-    """Who runs which layer, with a plan for each set of sequences that run alone."""
+    """Which sequences run which layer, with a plan for each set of sequences that runs alone."""
 
     def __init__(self, runner: Runner, batch: Batch, taps: Taps) -> None:
         self.runner, self.batch, self.taps = runner, batch, taps
@@ -138,7 +138,7 @@ class _Parts:
         return self.made[places]
 
     def watched(self, plan: Any) -> dict[int, Seen]:
-        """Statistics of all layers: each layer ran under one of the plans."""
+        """Statistics of all layers. Each layer ran under one of the plans."""
         backend = self.runner.backend
         found = dict(backend.watched(plan))
         for part in self.made.values():

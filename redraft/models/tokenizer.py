@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template, by transformers; nothing from the checkpoint is executed."""
+"""The checkpoint's tokenizer and chat template, through transformers. Nothing from the checkpoint is executed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # how vocabularies with byte fallbac
 
 @dataclass(frozen=True)
 class Decoder:
-    """Token ids to text. byte_tokens: ids that stand for one byte each and become text together with their neighbours; skips: says of
-    an id that it has no text, as a special token that is left out; special: the spellings of those."""
+    """Token ids to text. byte_tokens: ids of single bytes, which become text together with their neighbours; skips: whether an id has no
+    text, such as a special token that is left out; special: the spellings of left-out special tokens."""
 
     decode: Callable[[list[int]], str]
     byte_tokens: frozenset[int] = frozenset()
@@ -34,12 +34,12 @@ class Decoder:
         return self.decode(ids)
 
     def ends_in_bytes(self, ids: Seq[int]) -> bool:
-        """Whether the last id with a text is a byte token, so that the next one could change the text of these."""
+        """Whether the last id with a text is a byte token, so that the next id may change the text of these."""
         return bool(self.byte_tokens) and next((one for one in reversed(ids) if not self.skips(one)), None) in self.byte_tokens
 
 
 class Tokenizer:
-    """Text to ids and back. CheckpointError where the folder has none."""
+    """Text to ids and back. CheckpointError if the folder has no tokenizer that can be read."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer
@@ -48,33 +48,33 @@ class Tokenizer:
         logging.set_verbosity_error()
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever the many formats raise
+        except Exception as error:  # the many formats raise anything
             raise CheckpointError(f"{path}: no tokenizer that can be read: {str(error).splitlines()[0]}") from None
         self._fast = getattr(self.hf, "backend_tokenizer", None)
-        self.encode("")  # settles what the tokenizer's state still holds of its file, so that threads may share it
+        self.encode("")  # the first call completes the tokenizer's state, after which threads may share it
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text; `special`: with the tokens that the checkpoint puts around every text (such as <s>, which is not put
-        before a text that begins with it)."""
+        """Ids of a text. `special`: with the tokens that the checkpoint puts around every text. A text that begins with <s> gets no
+        second <s>."""
         try:
             ids: list[int] = list(self.hf(text, add_special_tokens=special)["input_ids"])
         except UnicodeEncodeError:
-            raise InvalidInput("the text has half of a surrogate pair, which no UTF-8 can hold") from None
+            raise InvalidInput("the text has half of a surrogate pair, which UTF-8 cannot encode") from None
         return ids[1:] if special and self._first and ids[:2] == self._first * 2 else ids
 
     @cached_property
     def _first(self) -> list[int]:
-        """The token that is put before every text, where there is one."""
+        """The token that the checkpoint puts before every text, as a list; empty if there is none."""
         first = self.hf.bos_token_id
         return [first] if first is not None and list(self.hf("a")["input_ids"])[:1] == [first] else []
 
     def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
-        """A conversation as text, by the checkpoint's template or by `template`. variables: what else the template sees, or an argument
-        of transformers' apply_chat_template such as continue_final_message.
+        """A conversation as text, by the checkpoint's template or by `template`. variables: further variables of the template, or
+        arguments of transformers' apply_chat_template such as continue_final_message.
 
-        A message has a role and a content. Its other fields count as not given where they are None or empty. The role developer becomes
-        system where the template does not know it. Tool calls and tool results go to the template as transformers documents them, so
-        arguments are objects. InvalidInput names the message that is malformed or that the template does not know.
+        A message has a role and a content. Other fields that are None or empty count as not given. The role developer becomes system
+        if the template does not know it. Tool calls and tool results go to the template as transformers documents them, so arguments
+        are objects. InvalidInput names a message that is malformed or that the template does not know.
         """
         if not (template or self.hf.chat_template):
             raise InvalidInput("this checkpoint has no chat template: give plain prompts, or a template of your own")
@@ -89,34 +89,34 @@ class Tokenizer:
                     prepared, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
                 )
             )
-        except Exception as error:  # jinja's, or what a template raises itself
+        except Exception as error:  # from jinja, or from the template itself
             raise InvalidInput(f"messages: the chat template refuses them: {error}") from None
 
     def encode_chat(self, messages: Seq[Message], **options: Any) -> list[int]:
-        """Ids of a conversation by its template, which writes <s> itself where it wants one; options: see render."""
+        """Ids of a conversation by its template. Adds no <s>, because the template writes it. options: see render."""
         return self.encode(self.render(messages, **options), special=False)
 
     def decode(self, ids: list[int]) -> str:
         return self._text(ids, skip=True)
 
     def decode_all(self, ids: list[int]) -> str:
-        """With special tokens written out."""
+        """Text with special tokens."""
         return self._text(ids, skip=False)
 
     @cached_property
     def decoder(self) -> Decoder:
-        """`decode` with what reading token by token needs to know."""
+        """`decode`, with the facts that decoding token by token needs."""
         special = {token: self.hf.convert_ids_to_tokens(token) for token in self.hf.all_special_ids}
         special |= {token: str(added) for token, added in self.hf.added_tokens_decoder.items() if added.special}
         return Decoder(self.decode, self._byte_tokens, lambda token: token in special or self._lacks(token), frozenset(special.values()))
 
     @cached_property
     def decoder_all(self) -> Decoder:
-        """`decode_all` with what reading token by token needs to know."""
+        """`decode_all`, with the facts that decoding token by token needs."""
         return Decoder(self.decode_all, self._byte_tokens, self._lacks)
 
     def _lacks(self, token: int) -> bool:
-        """Whether the vocabulary has no such id: models may have more ids than their tokenizer."""
+        """Whether the vocabulary lacks an id. Models may have more ids than their tokenizer."""
         return self.hf.convert_ids_to_tokens(token) is None
 
     @cached_property
@@ -126,11 +126,11 @@ class Tokenizer:
         return frozenset(token for piece, token in self.hf.get_vocab().items() if _BYTE.fullmatch(piece))
 
     def _text(self, ids: list[int], *, skip: bool) -> str:
-        decoder = self.hf if self._fast is None else self._fast  # the Rust tokenizer itself: ten times quicker
+        decoder = self.hf if self._fast is None else self._fast  # the Rust tokenizer is ten times faster
         return str(decoder.decode(ids, skip_special_tokens=skip))
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to a text; a token may hold a part of a character."""
+        """The bytes that a token adds to a text. They may be a part of a character."""
         piece: str | None = self.hf.convert_ids_to_tokens(token)
         if piece is None:  # the model has more ids than the tokenizer
             return b""
@@ -144,12 +144,12 @@ class Tokenizer:
 
     @cached_property
     def _whole(self) -> frozenset[int]:
-        """Tokens that stand for themselves, letter by letter."""
+        """Tokens that are spelled in plain text in the vocabulary."""
         return frozenset({*self.hf.all_special_ids, *self.hf.added_tokens_decoder})
 
     @cached_property
     def _byte_level(self) -> bool:
-        """Whether letters of the vocabulary stand for bytes, as in GPT-2's."""
+        """Whether letters of the vocabulary stand for bytes, as in GPT-2."""
         return self._fast is not None and '"ByteLevel"' in json.dumps(json.loads(self._fast.to_str()).get("decoder"))
 
     def spellings(self, word: str) -> list[list[int]]:
@@ -159,7 +159,7 @@ class Tokenizer:
 
 
 def _message(i: int, message: Message, template: str) -> dict[str, Any]:
-    """A message as the template wants it. Templates do not say what they know, so their source is searched."""
+    """A message as the template needs it. Templates do not declare what they support, so their source is searched."""
     if not isinstance(message, Mapping):
         raise InvalidInput(f"messages[{i}] is a {type(message).__name__}: an object with role and content is needed")
     found = {name: value for name, value in message.items() if name == "content" or value not in (None, [], {}, "")}
@@ -190,7 +190,7 @@ def _without_comments(template: str) -> str:
 
 
 def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
-    """With arguments as objects, which templates expect; OpenAI's API has them as JSON text."""
+    """Tool calls with arguments as objects, as templates expect. In OpenAI's API they are JSON text."""
     found = []
     for i, call in enumerate(calls if isinstance(calls, list) else [calls]):
         function = call.get("function") if isinstance(call, Mapping) else None
@@ -208,7 +208,7 @@ def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
 
 @cache
 def _byte_table() -> dict[str, int]:
-    """The letter that stands for each byte in vocabularies of bytes: itself where it can be printed, else one from 256 on."""
+    """Letter -> byte in byte-level vocabularies. Printable bytes stand for themselves, the others are letters from 256 on."""
     printed = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}

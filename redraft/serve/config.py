@@ -38,10 +38,12 @@ class ServeConfig(Settings):
     served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
     chat_template: str | None = Field(None, description="a Jinja file, or the template itself; None: the checkpoint's")
     response_role: str = Field("assistant", min_length=1, description="role of the replies of a chat")
-    keep: str | None = Field(None, description="name:option=value,... of a policy that evicts from the cache, where a request names none")
-    codec: str | None = Field(None, description="name:option=value,... of a form in which the cache is stored, likewise")
-    read: str | None = Field(None, description="name:option=value,... of a way to read the cache sparsely, likewise")
-    depth: str | None = Field(None, description="name:option=value,... of a plan of the layers that run after the prompt, likewise")
+    keep: str | None = Field(
+        None, description="name:option=value,... of a method that evicts tokens from the cache, if a request names none"
+    )
+    codec: str | None = Field(None, description="name:option=value,... of a method that quantizes the cache, likewise")
+    read: str | None = Field(None, description="name:option=value,... of a sparse attention method, likewise")
+    depth: str | None = Field(None, description="name:option=value,... of a method that skips layers after the prompt, likewise")
     max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that wait; further ones are refused (429)")
     request_timeout: float = Field(600.0, ge=0, le=WEEK, description="seconds from a request's arrival to its end; 0: no limit")
     idle_timeout: float = Field(60.0, gt=0, le=WEEK, description="seconds for which a client may neither read nor send")

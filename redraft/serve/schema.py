@@ -90,7 +90,7 @@ class CacheChoice(Body):
     """Policies of this request's cache. A field that is not given is the server's choice."""
 
     keep: Method | None = Field(None, description="name:option=value,... of what is kept, or none")
-    codec: Method | None = Field(None, description="name:option=value,... of the form in which it is stored, or none")
+    codec: Method | None = Field(None, description="name:option=value,... of a method that quantizes it, or none")
     read: Method | None = Field(None, description="name:option=value,... of how it is read, or none")
 
 

@@ -1,4 +1,4 @@
-"""A spelling for the tiny model's 24 tokens: bytes, some of them parts of one character. And engines that tell text."""
+"""A spelling for the tiny model's 24 tokens: bytes, some of them parts of one character. And engines that return text."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def decode(ids: Seq[int]) -> str:
 
 
 def truth(params: SamplingParams, prompt: Seq[int] = PROMPT, index_seed: int | None = None, new: int = 60) -> list[int]:
-    """The plain loop's tokens, never ended early."""
+    """The plain loop's tokens, without an early end."""
     spec, weights = plain.tiny()
     return plain.generate(spec, weights, list(prompt), params.but(max_tokens=new, min_tokens=0), seed=index_seed)
 
 
 def oracle(known: dict[tuple[str, int], Seq[int]]) -> RandomTrees:
-    """Right four times of five, so that most steps accept several tokens."""
+    """Right in four of five cases, so that most steps accept several tokens."""
     return RandomTrees(plain.VOCAB, seed=4, right=0.8, known=known)
 
 

@@ -1,4 +1,4 @@
-"""What requests choose by text is bounded: in objects that are kept opened, and in formats of pages. And what a choice guarantees."""
+"""Methods that requests choose by text: their number and their page formats are bounded. And the guarantees of choices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_choice_unused_longest_goes() -> None:
 
 
 def test_a_text_keeps_what_it_began_with() -> None:
-    """More choices at once than are kept opened."""
+    """More choices at once than may stay opened."""
     texts = []
     for most in (64, 1):
         made = engine(pool=60, layers=4)
@@ -57,9 +57,9 @@ def test_formats_stay_and_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch
     made = engine(pool=60)
     made.opened.max_count = 1
     ways = [{"codec": "int4"}, {"codec": "int8"}, {"read": "page-top-k"}]
-    for way in ways[:2] * 2:  # the second time they are opened anew
+    for way in ways[:2] * 2:  # they are opened again the second time
         made.policies.check(SAMPLED.but(**way))
-    with pytest.raises(Unsupported, match=r"^read=page-top-k: pages are stored in 2 formats already") as refused:
+    with pytest.raises(Unsupported, match=r"^read=page-top-k: 2 page formats are in use") as refused:
         made.add(Request("r", PROMPT, SAMPLED.but(**ways[2])))
     assert "\n" not in str(refused.value) and not made.has_work and not made.outputs
     assert drive(made, [Request("r", PROMPT, SAMPLED.but(**ways[1]))], [0]).texts

@@ -1,4 +1,4 @@
-"""Where a text ends: stop strings, stop tokens, end of text, lengths; the same whatever the drafter accepts at once."""
+"""Where a text ends: stop strings, stop tokens, end of text, lengths. Drafts change none of it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_min_tokens_holds_stop_strings_off(drafted: bool, least: int) -> None:
 
 @pytest.mark.parametrize("drafted", DRAFTED)
 def test_a_stream_never_shows_what_may_become_a_stop_string(drafted: bool) -> None:
-    stop = "stop\N{LATIN SMALL LETTER E WITH ACUTE}"  # three tokens and more, its beginning seen before in vain
+    stop = "stop\N{LATIN SMALL LETTER E WITH ACUTE}"  # three tokens or more; its beginning occurs earlier without the rest
     _, text = stopped((stop,))
     events = finish(made(drafted), Request("r", list(PROMPT), SAMPLED.but(stop=(stop,))))["r"]
     shown = ""

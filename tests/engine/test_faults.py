@@ -1,5 +1,5 @@
-"""Whatever part raises for one text, that request ends with the error and no other; what began is ended, no page leaks, and nothing
-fails forever. A step never raises an Exception."""
+"""If a part raises for one text, only that request ends with the error. Plugin states end, no page leaks, and the engine goes on. A
+step never raises an Exception."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redraft.config import SamplingParams
 from redraft.core.sequence import CachePlan, FinishReason, Lanes, Pooling, Request, Sequence, Wants
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event
-from redraft.kv.eviction import keep as seam
+from redraft.kv.eviction import eviction as seam
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import NotNumbers, Sampler
@@ -34,7 +34,7 @@ Ended = dict[str, Exception]
 
 
 class Recorder(seam.Stateless):
-    """A keep policy that evicts nothing and counts; raises in the method named, for one request, on the given call."""
+    """A keep policy that evicts nothing and counts calls. It raises in the named method, for one request, at the given call."""
 
     lanes = Lanes.SHARED
 
@@ -90,13 +90,13 @@ def with_policy(made: Engine, keep: Recorder) -> Engine:
 
 
 def go(made: Engine, reported: dict[str, list[int]], drain: int = 2000) -> Ended:
-    """Steps until nothing is left; which requests were ended by what."""
+    """Steps until nothing is left. Returns the error of each request that failed."""
     ended: Ended = {}
     reasons: dict[str, list[FinishReason]] = {}
 
     def hear(events: list[Event]) -> None:
         for event in events:
-            assert event.request.id not in ended, "news of a text that was ended"
+            assert event.request.id not in ended, "an event of a text that was ended"
             if event.error is not None:
                 assert not event.tokens and event.reason is None
                 ended[event.request.id] = event.error
@@ -111,7 +111,7 @@ def go(made: Engine, reported: dict[str, list[int]], drain: int = 2000) -> Ended
             break
         hear(made.step())
         made.memory.check()
-    assert not made.has_work, "it goes on forever"
+    assert not made.has_work, "it does not end"
     assert made.memory.used() == 0 and not made.outputs and not made.faults and not made.events
     assert all(reasons.get(name) for name in reported if name not in ended)
     return ended
@@ -143,7 +143,7 @@ def test_a_policy_that_raises_ends_its_own_text(method: str, error: type[Excepti
     made = with_policy(engine(drafter, chunk=40, pool=pool), keep)
     add(made)
     reported: dict[str, list[int]] = {}
-    if method == "begin" and call == 3:  # never so often
+    if method == "begin" and call == 3:  # more calls than there are
         assert not go(made, reported) or pool == 5
         return
     ended = go(made, reported)
@@ -154,7 +154,7 @@ def test_a_policy_that_raises_ends_its_own_text(method: str, error: type[Excepti
 
 @pytest.mark.parametrize("pool", [40, 5])
 def test_a_policy_that_cannot_end(pool: int) -> None:
-    """The text is whole and reported; whoever is preempted is ended."""
+    """The text is whole and reported; the preempted requests end."""
     keep, drafter = Recorder("end"), Counting(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN))
     made = with_policy(engine(drafter, pool=pool), keep)
     add(made)
@@ -189,7 +189,7 @@ def test_siblings_end_together(method: str) -> None:
 @pytest.mark.parametrize("place", ["begin", "row", "check"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_sampler_that_raises(place: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`row`: a processor's fault, in the middle of the step, with nobody to blame until each is alone."""
+    """`row`: a processor raises in the middle of the step. The request at fault is only known once each runs alone."""
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN))
     add(made)
     calls, right = 0, getattr(made.sampler, place)
@@ -230,7 +230,7 @@ def test_a_raise_behind_the_commit(place: str, call: int, monkeypatch: pytest.Mo
 
 
 def test_texts_that_end_in_the_step_of_the_raise_are_reported() -> None:
-    """Their reasons are not lost: each text is as long as it asked for."""
+    """Their reasons are not lost: each text has the length that was requested."""
     keep = Recorder("observe", 6)
     made = with_policy(engine(RandomTrees(plain.VOCAB, seed=4, right=1.0, known=KNOWN)), keep)
     for i in range(COUNT):
@@ -240,7 +240,7 @@ def test_texts_that_end_in_the_step_of_the_raise_are_reported() -> None:
     assert {name: len(text) for name, text in reported.items() if name != CULPRIT} == {"0": 4, "1": 6, "3": 10}
 
 
-# ---- nobody to blame
+# ---- no request is known to be at fault
 
 
 @pytest.mark.parametrize("place", ["forward", "accept", "propose", "commit", "reserve", "move"])
@@ -271,7 +271,7 @@ def test_a_fault_that_passes_ends_nobody(place: str, pool: int, call: int, monke
 @pytest.mark.parametrize("pool", [40, 6, 5])
 @pytest.mark.parametrize("guilty", [("0",), ("2",), ("1", "3"), ("0", "1", "2", "3")])
 def test_whoever_raises_alone_is_guilty(guilty: tuple[str, ...], pool: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward that raises whenever one of them runs, from its eighth token on."""
+    """A forward pass that raises whenever one of them runs, from its eighth token on."""
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), pool=pool)
     right = made.verifier.accept
 
@@ -305,7 +305,7 @@ def test_a_batch_that_raises_where_each_alone_does_not(pool: int, monkeypatch: p
 @pytest.mark.parametrize("drafted", [False, True])
 @pytest.mark.parametrize("pool", [40, 4])
 def test_a_scheduler_that_raises_for_more_than_one(pool: int, drafted: bool) -> None:
-    """It preempts nobody, so who steps alone must find pages all the same."""
+    """It never preempts, yet a text that steps alone must get pages."""
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN) if drafted else "none", pool=pool)
 
     class Wrong:
@@ -346,7 +346,7 @@ def test_a_scheduler_that_raises(guilty: str | None, late: bool) -> None:
     check(reported, go(made, reported), tuple(TEXTS) if guilty is None else (guilty,))
 
 
-# ---- what is no number
+# ---- NaN and infinity
 
 
 def damaged(value: float, backend: str, where: str = "embed") -> Engine:
@@ -410,7 +410,7 @@ def test_an_embedding_that_is_no_number() -> None:
 
 
 class Left(Recorder):
-    """Notes what is called for a text after its fault."""
+    """Notes calls for a text after its fault."""
 
     def __init__(self, method: str) -> None:
         super().__init__(method)

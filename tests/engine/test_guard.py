@@ -1,4 +1,4 @@
-"""A drafter that raises, is silent or proposes the absurd hurts nobody: its request goes on plainly, and the statistics say so."""
+"""If a drafter raises or returns an invalid tree, its request continues without drafts, and the statistics say so."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ABSURD: dict[str, Any] = {
 
 
 class Saboteur(Stateless):
-    """Right for all requests but one, where from its `call`-th proposal on it does what it was reported."""
+    """Right for all requests but one. For that one it does `deed` from its `call`-th proposal on."""
 
     def __init__(self, deed: Any, call: int) -> None:
         self.inner, self.deed, self.call = RandomTrees(plain.VOCAB, seed=4, right=0.8, known=KNOWN), deed, call
@@ -96,16 +96,16 @@ def test_its_request_goes_on_plainly_and_the_statistics_name_it(deed: Any, call:
     assert reported == TEXTS
     assert stats[CULPRIT].fault.startswith("Saboteur: ")
     assert "\n" not in stats[CULPRIT].fault and len(stats[CULPRIT].fault) <= 300
-    again = isinstance(deed, Exception)  # in a batch, each is asked once more, alone: who was it?
-    assert call <= drafter.calls <= call + again, "it was not asked again"
+    again = isinstance(deed, Exception)  # after a failed batch each is called once more, alone
+    assert call <= drafter.calls <= call + again, "it was called again"
     for name in set(TEXTS) - {CULPRIT}:
         assert not stats[name].fault and stats[name].accepted > 0
     assert (stats[CULPRIT].drafted > 0) == (call > 1), "what it drafted before stays counted"
     assert sorted(drafter.began) == sorted(drafter.ended) == sorted(TEXTS)
 
 
-class Lawless(Stateless):
-    """Draws one child, and cannot tell from what, for one request of all."""
+class InvalidDistribution(Stateless):
+    """Draws one child. For one request it gives an invalid distribution."""
 
     kinds = frozenset({Kind.SINGLE})
 
@@ -145,9 +145,9 @@ class Distributions:
     ids=["none", "raises", "narrow", "nan", "zero", "nothing"],
 )
 def test_a_distribution_that_is_none_ends_nobodys_text(distributions: Any) -> None:
-    reported, stats = run(engine(Lawless(distributions), verify="rejection"))
+    reported, stats = run(engine(InvalidDistribution(distributions), verify="rejection"))
     assert all(len(text) == 30 for text in reported.values())
-    assert stats[CULPRIT].fault.startswith("Lawless: ") and stats[CULPRIT].drafted <= 1
+    assert stats[CULPRIT].fault.startswith("InvalidDistribution: ") and stats[CULPRIT].drafted <= 1
     assert all(not stats[name].fault and stats[name].drafted > 5 for name in set(TEXTS) - {CULPRIT})
 
 

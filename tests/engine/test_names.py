@@ -1,4 +1,4 @@
-"""The engine never names a method, and does without any one of them."""
+"""The engine names no method, and works without any one of them."""
 
 from __future__ import annotations
 

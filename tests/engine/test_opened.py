@@ -1,4 +1,4 @@
-"""What requests open is bounded in number and in memory, and nothing that a live text uses is closed."""
+"""Opened methods are bounded in number and in memory. A method that a live text uses is not closed."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_what_is_used_stays_and_is_counted() -> None:
     used = [Part(60)]
     made = opened(used, max_count=1, max_bytes=100)
     assert made.get("a", "a", lambda: used[0], 60) is used[0]
-    with pytest.raises(OutOfMemory, match="those in use hold") as refused:
+    with pytest.raises(OutOfMemory, match="methods in use hold") as refused:
         made.get("b", "b", lambda: Part(50), 50)
     assert "\n" not in str(refused.value) and made.count == 1 and made.bytes == 60
     other = made.get("c", "c", lambda: Part(30), 30)
-    assert made.count == 2, "both are in use or wanted"
-    assert made.get("a", "a", lambda: Part(1)) is used[0] and made.count == 1, "nobody uses the other"
+    assert made.count == 2, "both are in use or requested"
+    assert made.get("a", "a", lambda: Part(1)) is used[0] and made.count == 1, "the other is unused"
     used.clear()
     assert made.get("b", "b", lambda: Part(50), 50).bytes == 50 and made.bytes == 50 and other.bytes == 30
 
@@ -55,8 +55,8 @@ def test_what_never_fits_is_refused_before_it_is_made() -> None:
         calls.append(1)
         return Part(101)
 
-    for needs in (101, 0):  # 0: it does not say
-        with pytest.raises(InvalidInput, match=r"^draft = x: may hold 0 KiB, and all methods that requests choose may hold 0 KiB$"):
+    for needs in (101, 0):  # 0: unknown
+        with pytest.raises(InvalidInput, match=r"^draft = x: may need 0 KiB; the limit for methods that requests choose is 0 KiB$"):
             made.get("draft = x", "x", make, needs)
         assert len(calls) == (needs == 0) and made.count == made.bytes == 0
 
@@ -88,11 +88,11 @@ def test_a_drafter_that_is_too_large_is_refused() -> None:
     made.opened.max_bytes = 100 * 4 * 8 * plain.VOCAB
     large: dict[str, Any] = {"union of unions": "union:parts=" + "+".join(["(union:parts=union+union)"] * 51), "aded": "aded:keys=1000000"}
     for draft in large.values():
-        with pytest.raises(InvalidInput, match=r"^draft = .*: may hold") as refused:
+        with pytest.raises(InvalidInput, match=r"^draft = .*: may need") as refused:
             made.add(ask(0, draft))
         assert "\n" not in str(refused.value) and made.opened.count == 0 and not made.has_work
     made.add(ask(1, "union:parts=" + "+".join(["union"] * 60)))
-    with pytest.raises(OutOfMemory, match="those in use hold"):
+    with pytest.raises(OutOfMemory, match="methods in use hold"):
         made.add(ask(2, "union:parts=" + "+".join(["union"] * 50)))
     while made.has_work:
         assert not any(event.error for event in made.step())

@@ -1,4 +1,4 @@
-"""Begin and end are always paired, and whatever raises where, no page leaks, no token is lost and the engine goes on."""
+"""Begin and end are always paired. Whatever raises, no page leaks, no token is lost and the engine goes on."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def requests(count: int = 4, **changes: Any) -> list[Request]:
 
 
 def go(made: Engine, reported: dict[str, list[int]], error: type[BaseException] = Bang) -> int:
-    """Steps until nothing is left; how often a step raised."""
+    """Steps until nothing is left. Returns how often a step raised."""
     raised = steps = 0
     while made.has_work:
         steps += 1
@@ -174,7 +174,7 @@ def test_an_interrupt_in_mid_step_loses_nothing(place: str, call: int, monkeypat
         def wrong(*args: Any) -> Any:
             nonlocal count
             count += 1
-            out = right(*args)  # the keys are written, and then Ctrl-C
+            out = right(*args)  # Ctrl-C after the keys were written
             if count == call:
                 raise KeyboardInterrupt
             return out
@@ -206,7 +206,7 @@ def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
 
 
 def test_a_begin_that_raises_behind_a_newcomer_at_its_sync_point_stalls_nobody() -> None:
-    """A prompt of one token with n > 1 starts at its sync point; the next admission raises before it can fork."""
+    """A prompt of one token with n > 1 starts at its sync point. The next admission raises before it can fork."""
     drafter = counting(KeyboardInterrupt, begin=2)
     made = engine(drafter)
     made.add(Request("one", PROMPT[:1], SAMPLED.but(n=2)))

@@ -1,4 +1,4 @@
-"""Who is admitted first and preempted last: the more urgent, then the earlier. No text depends on it."""
+"""More urgent requests, then earlier ones, are admitted first and preempted last. No text depends on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def watched(made: Engine) -> tuple[list[str], list[str]]:
     def enact(plan: Any) -> None:
         for victim in plan.preempt:
             others = [seq for seq in made.running if seq not in plan.preempt]
-            assert all(_rank(seq) <= _rank(victim) for seq in others), "one that is more urgent, or came earlier, went"
+            assert all(_rank(seq) <= _rank(victim) for seq in others), "a more urgent or an earlier one was preempted"
         preempted.extend(seq.request.id for seq in plan.preempt)
         admitted.extend(seq.request.id for seq, _ in plan.admit)
         right(plan)

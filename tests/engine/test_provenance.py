@@ -1,4 +1,4 @@
-"""Statistics and provenance against the trees that a drafter of this file made, and against the path that is in the text."""
+"""Statistics and provenance, compared with the trees that a drafter of this file made and with the accepted path."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_of_a_union() -> None:
 @pytest.mark.parametrize("place", range(4, 12))
 @pytest.mark.parametrize("end", ["token", "length", "string"])
 def test_a_path_that_is_cut(end: str, place: int) -> None:
-    """What lies behind the cut is not kept, so it counts as drafted only."""
+    """Nodes after the cut are not kept, so they count as drafted only."""
     if end == "string":
         text = decode(TEXT[: place + 1])
         changes: dict[str, Any] = {"stop": text[-1:]}
@@ -117,7 +117,7 @@ def test_a_path_that_is_cut(end: str, place: int) -> None:
     assert tokens == TEXT[: len(tokens)] and (end == "string" or len(tokens) <= place + 1)
     if any(event.stats.accepted for event in events):
         check(events, ("Noted",))
-    assert not events[-1].drafted[-1], "the last token is never one that is stored"
+    assert not events[-1].drafted[-1], "the last token of a text is not stored"
 
 
 def test_no_draft_has_none() -> None:
@@ -135,7 +135,7 @@ def test_a_copy_stays_as_it_is() -> None:
 
 
 class Strange(RandomTrees):
-    """Says that its nodes are of parts that it does not name."""
+    """Gives its nodes origins that it does not name."""
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         from dataclasses import replace

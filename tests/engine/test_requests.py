@@ -46,7 +46,7 @@ def test_siblings_share_the_prompts_full_pages() -> None:
     wide.add(Request("r", PROMPT * 4, SAMPLED.but(n=4, max_tokens=8)))
     while any(not seq.generated for seq in wide.running) or wide.waiting:
         wide.step()
-    assert len(wide.running) == 4 and wide.memory.used() == 3 + 4  # 108 tokens: three full pages, and one page each
+    assert len(wide.running) == 4 and wide.memory.used() == 3 + 4  # 108 tokens: three full pages, and one more page each
     wide.abort("r")
     assert wide.memory.used() == 0
 
@@ -73,7 +73,7 @@ def test_logprobs_are_those_of_the_raw_logits(drafted: bool, chunk: int, pool: i
     prompts = [PROMPT, PROMPT[::-1], PROMPT + PROMPT[:9]]
     texts = [truth(params, prompt, new=40) for prompt in prompts]
     several = made({(str(i), 0): text for i, text in enumerate(texts)}, drafted, pool=pool, chunk=chunk, max_seqs=3)
-    for repeat in range(2):  # the second time the prompts lie in the prefix cache
+    for repeat in range(2):  # the second time the prompts are in the prefix cache
         requests = [Request(str(i), list(prompt), params) for i, prompt in enumerate(prompts)]
         reported = finish(several, *requests)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):

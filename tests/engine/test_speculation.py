@@ -1,4 +1,4 @@
-"""Requests of one engine choose their own drafter, verifier and budget: each text is the one that it is alone."""
+"""Requests of one engine choose their own drafter, verifier and budget. Each text is the same as without the others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS = {(str(i), 0): truth(SAMPLED.but(seed=50 + i), prompts()[i % 6], new=NEW)
 
 
 class Tossed(Stateless):
-    """Draws one child, or several, of a distribution that is a function of the last tokens: for verifiers that toss coins."""
+    """Draws one or several children from a distribution that depends on the last tokens: for verifiers that draw at random."""
 
     def __init__(self, sampler: Any, kind: Kind) -> None:
         self.sampler, self.kinds, self.kind = sampler, frozenset({kind}), kind
@@ -110,7 +110,7 @@ def own() -> dict[str, Registered]:
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Registered]:
-    """Drafters of this file by name, beside the registered ones."""
+    """Registers the drafters of this file, too."""
     drafters, right = own(), registry.create
 
     def create(seam: str, text: str, **options: Any) -> Any:
@@ -186,8 +186,8 @@ TOSSING: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(("pool", "chunk"), [(40, 512), (40, 60), (6, 512)])
 def test_coins_fall_as_they_do_alone(pool: int, chunk: int) -> None:
-    """Coins and drafts belong to the position: who shares the batch changes nothing. (A prompt that is cut behind all but its last
-    token may: then the first token has a draft.)"""
+    """Draws and drafts depend on the position only, so the other requests of a batch change nothing. (Except for a prompt that is cut
+    before its last token: then the first token has a draft.)"""
     mixed = [*TOSSING, {}, {"draft": "oracle"}]
     expected = [drive(engine(backend="reference"), [request(i, **one)], [0]).texts[str(i)] for i, one in enumerate(mixed)]
     made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), backend="reference", pool=pool, chunk=chunk)
@@ -196,14 +196,14 @@ def test_coins_fall_as_they_do_alone(pool: int, chunk: int) -> None:
     found = [seen.texts[str(i)] for i in range(len(mixed))]
     if pool == 40:
         assert found == expected
-    else:  # budgets shrink where pages lack, and a distribution of other drafts is drawn from by other coins
+    else:  # if pages are missing, budgets shrink; with fewer drafts other tokens are drawn from the same distribution
         assert found[4:] == expected[4:]
     assert found[5] == TEXTS["5", 0] and found[6] == TEXTS["6", 0]
-    assert found[0] != TEXTS["0", 0] and found[1] != TEXTS["1", 0], "no coin was tossed"
-    assert found[4] == TEXTS["4", 0], "fixed children need no coin"
+    assert found[0] != TEXTS["0", 0] and found[1] != TEXTS["1", 0], "nothing was drawn"
+    assert found[4] == TEXTS["4", 0], "fixed children need no draw"
 
 
-# ---- who drafts
+# ---- which requests draft
 
 
 class Watcher:
@@ -239,8 +239,8 @@ def test_the_budget_is_shared_among_those_that_draft() -> None:
         for work, budget in zip(watcher.plans[-1].work, watcher.plans[-1].budgets, strict=True):
             if step > 3 and len(watcher.plans[-1].work) == len(chosen):
                 shares[work.seq.request.id].add(budget.rows)
-    assert shares["0"] == shares["1"] == shares["3"] == {0}, "quiet ones take none"
-    assert shares["4"] == {0}, "nor who drafts no more"
+    assert shares["0"] == shares["1"] == shares["3"] == {0}, "requests that never draft take none"
+    assert shares["4"] == {0}, "nor do requests that stopped drafting"
     assert shares["2"] == {6} and shares["5"] == {2}
 
 
@@ -272,7 +272,7 @@ def test_the_fault_of_one_drafter_is_no_other_drafters(culprit: str) -> None:
     assert faults.pop("1").startswith(f"{culprit}: ValueError: cannot") and not any(faults.values())
 
 
-# ---- what is opened
+# ---- opened methods
 
 
 def test_what_a_drafter_learned_stays(made_up: dict[str, Registered]) -> None:
@@ -285,7 +285,7 @@ def test_what_a_drafter_learned_stays(made_up: dict[str, Registered]) -> None:
     again = drive(made, [request(0, draft="token-recycling")], [0])
     assert made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter.drafter is learned  # type: ignore[union-attr]
     first = drive(engine(backend="reference"), [request(0, draft="token-recycling")], [0])
-    assert again.texts == first.texts and again.accepted > first.accepted, "the second time it knew the text"
+    assert again.texts == first.texts and again.accepted > first.accepted, "it learned the text the first time"
 
 
 def test_the_one_unused_longest_goes_and_none_in_use() -> None:
@@ -312,7 +312,7 @@ def test_the_one_unused_longest_goes_and_none_in_use() -> None:
     assert made.opened.count == 4
     for text in texts[1:5]:
         opened(text)
-    assert opened(texts[0]) is not first[texts[0]], "nobody uses it any more"
+    assert opened(texts[0]) is not first[texts[0]], "it is unused"
 
 
 def test_two_spellings_of_a_choice_are_one(made_up: dict[str, Registered]) -> None:
@@ -320,7 +320,7 @@ def test_two_spellings_of_a_choice_are_one(made_up: dict[str, Registered]) -> No
     spelled = ["token-recycling:k=4", " token-recycling : k = 4", "(token-recycling:k=04)"]
     guards = {made.drafter.check(SAMPLED.but(draft=text)).drafter for text in spelled}  # type: ignore[union-attr]
     assert len(guards) == made.opened.count == 1
-    assert made.drafter.check(SAMPLED.but(draft="token-recycling:k=8")) == speculation.Choice(None, None), "the engine's own"
+    assert made.drafter.check(SAMPLED.but(draft="token-recycling:k=8")) == speculation.Speculation(None, None), "the engine's own"
 
 
 def test_finished_texts_hold_no_drafter() -> None:
@@ -346,17 +346,17 @@ def test_the_engines_own_serves_who_names_it() -> None:
     made = engine(backend="reference")
     spec = made.runner.spec
     named = Engine(made.runner, made.scheduler, NoDraft(), made.verifier.own, made.sampler, max_model_len=64, draft="none")
-    assert named.drafter.check(SAMPLED.but(draft="none", verify="coupled")) == speculation.Choice(None, None)
+    assert named.drafter.check(SAMPLED.but(draft="none", verify="coupled")) == speculation.Speculation(None, None)
     assert not named.opened.count and spec.vocab == plain.VOCAB
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize(
     ("params", "error", "words"),
     [
-        ({"draft": "iid", "verify": "rejection"}, Unsupported, ("verifier rejection", "WITHOUT_REPLACEMENT", "as iid makes them")),
+        ({"draft": "iid", "verify": "rejection"}, Unsupported, ("verifier rejection", "WITHOUT_REPLACEMENT", "which iid makes")),
         ({"draft": "draft-model"}, InvalidInput, ("draft-model",)),
         ({"draft": "token-recyclin"}, UnknownMethod, ("token-recycling",)),
         ({"verify": "couple"}, UnknownMethod, ("coupled",)),
@@ -375,7 +375,7 @@ def test_refusals_name_both_parts(params: dict[str, str], error: type[Exception]
 
 def test_a_drafter_made_by_hand_draws_with_one_noise() -> None:
     made = engine(lambda runner, sampler: Tossed(sampler, Kind.SINGLE), backend="reference")
-    with pytest.raises(Unsupported, match="rejection wants other noise than Tossed draws with"):
+    with pytest.raises(Unsupported, match="rejection needs another kind of noise than drafter Tossed draws with"):
         made.add(request(0, verify="rejection"))
     fixed = engine(RandomTrees(plain.VOCAB), backend="reference")
     fixed.add(request(0, verify="rejection"))

@@ -1,4 +1,4 @@
-"""Deltas joined are the text; characters are never split, whatever tokens their bytes come in."""
+"""The joined deltas are the text. Characters are never split, however their bytes are spread over tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
-from redraft.engine.text import Reader, Text, find_stop, held_back
+from redraft.engine.text import PartialText, Reader, find_stop, held_back
 from redraft.models.tokenizer import Decoder, Tokenizer
 from tests.engine.spelling import PIECES, PROMPT, decode, finish, oracle, telling, truth
 from tests.models.kinds import KINDS, TEXTS
@@ -38,9 +38,9 @@ ids = st.lists(st.integers(0, len(PIECES) - 1), max_size=30)
 
 @given(ids, ids, st.lists(st.integers(1, 4), min_size=30, max_size=30))
 def test_any_grouping_gives_the_same_text(prompt: list[int], new: list[int], sizes: list[int]) -> None:
-    # a prompt that ends within a character leaves bytes that belong to no text
+    # if a prompt ends within a character, its bytes belong to no text
     prompt = [*prompt, 0]
-    text, at = Text.start(prompt, PLAIN), 0
+    text, at = PartialText.start(prompt, PLAIN), 0
     for size in sizes:
         at = min(len(new), at + size)
         before = text.done
@@ -56,8 +56,8 @@ def test_any_grouping_gives_the_same_text(prompt: list[int], new: list[int], siz
 def test_find_stop() -> None:
     assert find_stop("abcabc", ["bc"], 0) == (1, 3)
     assert find_stop("abcabc", ["bc"], 3) == (4, 6)
-    assert find_stop("abcabc", ["bc"], 2) == (1, 3)  # it ends behind the first two characters
-    assert find_stop("abcabc", ["c", "cab", "zz"], 0) == (2, 5)  # of two at one place the longer
+    assert find_stop("abcabc", ["bc"], 2) == (1, 3)  # it ends after the first two characters
+    assert find_stop("abcabc", ["c", "cab", "zz"], 0) == (2, 5)  # the longer of two at one place
     assert find_stop("abc", ["x"], 0) is None
 
 
@@ -75,7 +75,7 @@ LENGTH = 22
 
 
 def streams(tokenizer: Tokenizer) -> list[list[int]]:
-    """Random ids, half of the streams mostly texts; ids that the tokenizer lacks, and special tokens, among them."""
+    """Random ids, some of which the tokenizer lacks, and special tokens. Half of the streams are mostly text."""
     rng, found = np.random.default_rng(3), []
     size = len(tokenizer.hf)
     known = [tokenizer.encode(text, special=False) for text in ("🎉🎉", "\n\n", *TEXTS)]
@@ -97,12 +97,12 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, skip: bool) -> None:
-    """For every prompt and every length of the output, against the tokenizer's own `decode` of it all."""
+    """For every prompt and every length of the output, compared with the tokenizer's own `decode` of the whole."""
     decode = tokenizer.decoder if skip else tokenizer.decoder_all
     for ids in streams(tokenizer):
         whole = [tokenizer.hf.decode(ids[:end], skip_special_tokens=skip) for end in range(len(ids) + 1)]
         for first in range(len(ids)):
-            reader, reported = Text.start(ids[:first], decode), ""
+            reader, reported = PartialText.start(ids[:first], decode), ""
             for end in range(first + 1, len(ids) + 1):
                 expected = continued(whole[first], whole[end])
                 assert reader.extend(ids[:end], decode, last=True).done == expected, (ids, first, end)
@@ -112,7 +112,7 @@ def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, skip: bool) -> 
 
 
 def continued(before: str, whole: str) -> str:
-    """What a text adds to its beginning; a character that was not complete there belongs to what is added."""
+    """The text after its beginning. A character that was incomplete at the end of the beginning belongs to it."""
     while before.endswith(MARK) and not whole.startswith(before):
         before = before[:-1]
     return whole[len(before) :]
@@ -125,8 +125,8 @@ def test_the_context_decides_what_a_space_is(tmp_path: Path) -> None:
     said, cat = tokenizer.encode("the cat", special=False), tokenizer.encode("cat", special=False)
     special = [tokenizer.hf.eos_token_id] * 80
     for prompt in (said + special, said + special[:1]):
-        assert Text.start(prompt, decode).extend(prompt + cat, decode, last=True).done == " cat"
-    reader = Text.start(said, decode)
+        assert PartialText.start(prompt, decode).extend(prompt + cat, decode, last=True).done == " cat"
+    reader = PartialText.start(said, decode)
     for end in range(len(said) + 1, len(said + special + cat) + 1):
         reader = reader.extend((said + special + cat)[:end], decode, last=end == len(said + special + cat))
     assert reader.done == " cat"
@@ -136,7 +136,7 @@ def test_the_context_decides_what_a_space_is(tmp_path: Path) -> None:
 
 
 def stopped(tokenizer: Tokenizer, ids: Seq[int], prompt: int, sizes: Seq[int], **params: object) -> tuple[str, int | None]:
-    """The text, and the number of tokens where a stop string ended it; sizes: tokens of each step."""
+    """The text, and the number of tokens at which a stop string ended it; sizes: tokens of each step."""
     reader = Reader(ids[:prompt], SamplingParams(**params), tokenizer.decoder, tokenizer.decoder_all)  # type: ignore[arg-type]
     at, text = prompt, ""
     for size in sizes:
@@ -155,7 +155,7 @@ def stopped(tokenizer: Tokenizer, ids: Seq[int], prompt: int, sizes: Seq[int], *
 
 @pytest.mark.parametrize("size", [1, 2, 3, 40])
 def test_a_stop_string_in_byte_tokens(tmp_path: Path, size: int) -> None:
-    """It is found with its last byte, though the run of byte tokens goes on."""
+    """A stop string is found with its last byte, although the run of byte tokens goes on."""
     tokenizer = KINDS["SentencePiece BPE with byte fallback"](tmp_path)
     ids = tokenizer.encode("the cat🎉\n🎉 sat", special=False)
     first = len(tokenizer.encode("the cat", special=False))
@@ -186,7 +186,7 @@ def test_a_stop_string_with_a_special_token(tmp_path: Path, kind: str, size: int
     around = full[full.index("</s>") - 2 : full.index("</s>") + 6]
     assert found(around) == shown[: shown.index("at")], "text before and after the token belongs to the stop string"
     assert found(around, skip_special_tokens=False) == shown[: shown.index("at")]
-    assert found("</s></s>") is None and found("/s") is None, "a part of a special token is no text"
+    assert found("</s></s>") is None and found("/s") is None, "a part of a special token is not text"
     assert found("</s>", skip_special_tokens=False) == shown[:sat].rstrip()
 
 

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind, made here."""
+"""Builds tiny tokenizers of every kind."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def byte_level(folder: Path) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(CORPUS, trainer)
-    made.add_tokens(["<tool>", "naïve"])  # which are not spelled in letters that stand for bytes
+    made.add_tokens(["<tool>", "naïve"])  # special tokens are in plain text, not in letters that stand for bytes
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return save(folder, made)
 
 
 def sentencepiece(folder: Path) -> Tokenizer:
-    """As Llama 2 has it: spaces are a letter, what is unknown is spelled in bytes, a space is put before the text."""
+    """As in Llama 2: a letter stands for a space, unknown letters become bytes, and the text gets a leading space."""
     trained = Fast(models.BPE(unk_token="<unk>", byte_fallback=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     head = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -56,7 +56,7 @@ def sentencepiece(folder: Path) -> Tokenizer:
 
 
 def unigram(folder: Path, fallback: bool = False) -> Tokenizer:
-    """As T5 has it; `fallback`: with byte tokens, as XGLM and some Japanese models have it."""
+    """As in T5. `fallback`: with byte tokens, as in XGLM and some Japanese models."""
     letters = sorted({letter for text in CORPUS for letter in text.replace(" ", "▁")})
     head = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256 * fallback))]
     pieces = [(piece, -9.0) for piece in [*head, "▁the", "▁cat", "at", *letters]]
@@ -69,7 +69,7 @@ def unigram(folder: Path, fallback: bool = False) -> Tokenizer:
 
 
 def characters(folder: Path) -> Tokenizer:
-    """A letter a token."""
+    """Each letter is a token."""
     letters = sorted({letter for text in CORPUS for letter in text})
     vocabulary = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", *letters])}
     made = Fast(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -80,7 +80,7 @@ def characters(folder: Path) -> Tokenizer:
 
 
 def word_pieces(folder: Path) -> Tokenizer:
-    """As BERT has it: spaces are put between words, none before `##`."""
+    """As in BERT: the decoder puts spaces between words, but not before `##`."""
     words = ["<unk>", "<s>", "</s>", "the", "cat", "##s", "##ing", "sat", ".", ",", "é", "##🎉"]
     made = Fast(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
@@ -90,7 +90,7 @@ def word_pieces(folder: Path) -> Tokenizer:
 
 
 def word_ends(folder: Path) -> Tokenizer:
-    """As the first GPT has it: `</w>` ends a word."""
+    """As in the first GPT: `</w>` ends a word."""
     pieces = ["<unk>", "<s>", "</s>", "the</w>", "c", "at</w>", "s", "a", "t</w>", "é</w>", "🎉</w>"]
     made = Fast(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", end_of_word_suffix="</w>"))
     made.add_special_tokens(["<unk>", "<s>", "</s>"])

@@ -1,4 +1,4 @@
-"""A second model beside the first: found, checked and loaded once; whatever is wrong with it is one clear line."""
+"""The draft model is found, checked and loaded once. Errors are one clear line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_embedded_target_has_a_sibling_and_loads_it_once() -> None:
     runner = target()
     found = load_draft_model(runner, None)
     assert found is load_draft_model(runner, None) is load_draft_model(runner, "embedded-draft")
-    assert found.weights.embed.is_meta, "beside a model that is only looked at nothing is read"
+    assert found.weights.embed.is_meta, "a target on the meta device reads no draft weights"
     assert found.spec.hidden < runner.spec.hidden
 
 

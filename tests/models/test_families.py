@@ -1,4 +1,4 @@
-"""What each family's file makes of a config: fields, places of weights, rope, refusals."""
+"""The specs that each family's file makes from a config: fields, names of weights, rope, refusals."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_context_is_scaled_as_the_frequencies_are(given: int, rope: dict[str
 
 
 class Old:
-    """A config as transformers 4 has it."""
+    """A config in the form of transformers 4."""
 
     def __init__(self, **fields: Any) -> None:
         vars(self).update(max_position_embeddings=64, **fields)

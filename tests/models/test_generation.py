@@ -1,4 +1,4 @@
-"""generation_config.json: every field of transformers' GenerationConfig is heeded, refused by name, or known to change no text."""
+"""generation_config.json: every field of transformers' GenerationConfig is applied, refused by name, or known to change no text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def defaults(folder: Path, **fields: Any) -> dict[str, Any]:
     return read_defaults(folder, (2,), VOCAB)
 
 
-HEEDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+APPLIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sampling": (
         {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.1},
         {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "typical_p": 0.8, "repetition_penalty": 1.1},
@@ -36,14 +36,14 @@ HEEDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stop string": ({"stop_strings": "END"}, {"stop": "END"}),
     "stop strings": ({"stop_strings": ["a", "b"]}, {"stop": ["a", "b"]}),
     "suppressed tokens": ({"suppress_tokens": [3, 7]}, {"logit_bias": {3: -math.inf, 7: -math.inf}}),
-    "bad tokens": ({"bad_words_ids": [[3], [2], [9]]}, {"logit_bias": {3: -math.inf, 9: -math.inf}}),  # transformers lets [eos] pass
+    "bad tokens": ({"bad_words_ids": [[3], [2], [9]]}, {"logit_bias": {3: -math.inf, 9: -math.inf}}),  # transformers does not ban [eos]
     "biased tokens": ({"sequence_bias": [[[4], 1.5]], "suppress_tokens": [5]}, {"logit_bias": {4: 1.5, 5: -math.inf}}),
 }
 
 
-@pytest.mark.parametrize("case", HEEDED)
+@pytest.mark.parametrize("case", APPLIED)
 def test_heeded(case: str, tmp_path: Path) -> None:
-    fields, expected = HEEDED[case]
+    fields, expected = APPLIED[case]
     assert defaults(tmp_path, **fields) == expected
 
 
@@ -85,7 +85,7 @@ def test_filters_of_sampling_change_no_greedy_text(tmp_path: Path) -> None:
     assert defaults(tmp_path, do_sample=True, epsilon_cutoff=None, top_h=None, penalty_alpha=0.6) == {}
 
 
-# Fields that change no text, or that belong to the caller: limits, what is returned, how the cache is held, how drafts are made.
+# Fields that change no text, or that belong to the caller: limits, what is returned, the kind of cache, drafting.
 LEFT_OUT = {
     "max_length", "max_new_tokens", "max_time", "early_stopping", "length_penalty", "diversity_penalty", "do_sample", "use_mtp",
     "use_cache", "prefill_chunk_size", "cache_implementation", "cache_config", "max_cache_len", "renormalize_logits",
@@ -98,9 +98,9 @@ LEFT_OUT = {
 
 
 def test_no_field_of_transformers_is_forgotten() -> None:
-    """A field that a later version adds fails here until it has its place."""
+    """A field that a later version adds fails here until it is sorted in."""
     fields = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
-    known = LEFT_OUT | set(REFUSED) | {name for given, _ in HEEDED.values() for name in given}
+    known = LEFT_OUT | set(REFUSED) | {name for given, _ in APPLIED.values() for name in given}
     assert fields - known == set()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that load, number by number, and checkpoints that are refused, each with the name of what is wrong."""
+"""Checkpoints that load, compared number by number, and checkpoints that are refused, with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    """A good checkpoint to be spoilt."""
+    """A good checkpoint, for tests that damage it."""
     return Path(shutil.copytree(made, tmp_path / "model"))
 
 
@@ -51,7 +51,7 @@ def same(one: Weights, other: Weights) -> bool:
     return all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
 
 
-# ---- what loads
+# ---- accepted
 
 
 def test_every_number_arrives(made: Path) -> None:
@@ -91,7 +91,7 @@ def test_tied_and_untied(tmp_path: Path) -> None:
     tensors = load_file(tied / WEIGHTS)
     copy = tensors["model.embed_tokens.weight"].clone()
     save_file({**tensors, "lm_head.weight": copy}, tied / WEIGHTS)
-    assert same(tiny.load(tied)[1], weights)  # some save the tied head too
+    assert same(tiny.load(tied)[1], weights)  # some checkpoints also hold the tied head
     save_file({**tensors, "lm_head.weight": copy + 1}, tied / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs from the embedding"):
         tiny.load(tied)
@@ -109,7 +109,7 @@ def test_dtypes(tmp_path: Path) -> None:
     assert weights.embed.dtype == torch.float64
     assert torch.equal(weights.embed, exact.model.embed_tokens.weight)
     tiny.edit(stored, dtype=None)
-    assert loader.inspect(stored).dtype == torch.bfloat16  # reported by the tensors
+    assert loader.inspect(stored).dtype == torch.bfloat16  # taken from the tensors
     tiny.edit(stored, dtype="float16")
     assert loader.inspect(stored).dtype == torch.float32
     assert loader.inspect(stored, device="cuda").dtype == loader.inspect(stored, "float16").dtype == torch.float16
@@ -136,7 +136,7 @@ def test_mixtral_as_on_the_hub_and_fused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smollm", "mistral", "qwen2", "qwen3", "mixtral", "mixtral fused", "gpt2"])
 def test_tensors_without_the_prefix(name: str, tmp_path: Path) -> None:
-    """As the class without a head saves them."""
+    """Names as a class without a head saves them."""
     folder = tiny.save(name.split()[0], tmp_path / "model")
     if name.endswith("fused"):
         shutil.rmtree(folder)
@@ -160,7 +160,7 @@ def test_what_is_left_over_without_the_prefix_is_named(folder: Path) -> None:
     tensors(folder, lambda t: [t.update({key.removeprefix("model."): t.pop(key)}) for key in list(t)])
     tiny.load(folder)
     tensors(folder, lambda t: t.update({"layers.0.extra": torch.zeros(1)}))
-    with pytest.raises(CheckpointError, match=r"1 tensors that a llama model lacks, the first is layers\.0\.extra"):
+    with pytest.raises(CheckpointError, match=r"1 tensors unknown to a llama model, the first is layers\.0\.extra"):
         loader.inspect(folder)
 
 
@@ -168,11 +168,11 @@ def test_generation_config(folder: Path) -> None:
     tiny.edit(folder, "generation_config.json", eos_token_id=[2, 5, 999], temperature=0.6, no_repeat_ngram_size=3)
     found = loader.inspect(folder)
     assert found.eos_ids == (2, 5)
-    with pytest.raises(Unsupported, match="no_repeat_ngram_size"):  # only when its defaults are wanted: a draft model has no use for them
+    with pytest.raises(Unsupported, match="no_repeat_ngram_size"):  # only if the defaults are read; a draft model does not need them
         print(found.defaults)
 
 
-# ---- what does not
+# ---- refused
 
 
 def tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -267,7 +267,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
         CheckpointError,
         rf"{DOWN} has shape \[24, 41\], expected \[24, 40\]",
     ),
-    "wrong shares of qkv": (  # the sum is right
+    "wrong shares of qkv": (  # their sum is right
         lambda f: tensors(f, lambda t: t.update({Q: torch.zeros(12, 24), Q.replace("q_proj", "k_proj"): torch.zeros(24, 24)})),
         CheckpointError,
         rf"{Q} has shape \[12, 24\], expected \[24, 24\]",
@@ -276,7 +276,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "extra tensors": (
         lambda f: tensors(f, lambda t: t.update({"model.layers.0.b": torch.zeros(1), "model.layers.0.a": torch.zeros(1)})),
         CheckpointError,
-        "2 tensors that a llama model lacks, the first is model.layers.0.a",
+        "2 tensors unknown to a llama model, the first is model.layers.0.a",
     ),
     "a layer too many": (lambda f: tiny.edit(f, num_hidden_layers=2), CheckpointError, "9 tensors .* model.layers.2.input_layernorm"),
     "missing shard": (
@@ -285,7 +285,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
         "missing shard model-00001-of-.*named in model.safetensors.index.json",
     ),
     "corrupt index": (lambda f: index(f, ["a"]), CheckpointError, "index.json: no weight_map"),
-    "index that leaves": (lambda f: index(f, {"a": "../other.safetensors"}), CheckpointError, "outside of the folder"),
+    "index that leaves": (lambda f: index(f, {"a": "../other.safetensors"}), CheckpointError, "outside the folder"),
     "index without a shard": (lambda f: shard(f, forget), CheckpointError, "index.json: missing tensor"),
     "bad eos": (lambda f: tiny.edit(f, "generation_config.json", eos_token_id=["</s>"]), CheckpointError, "eos_token_id"),
 }
@@ -334,7 +334,7 @@ def test_resolve(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resolve_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cached model needs no network; another one is refused in one line. The client reads both settings at import."""
+    """A cached model needs no network. One that is not cached is refused in one line. The client reads both settings at import."""
     cache = tmp_path / "hub"
     snapshot = cache / "models--org--name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -343,7 +343,7 @@ def test_resolve_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert loader.resolve("org/name") == snapshot
-    with pytest.raises(CheckpointError, match=r"^org/other: no such folder, and not to be had from the hub: ") as caught:
+    with pytest.raises(CheckpointError, match=r"^org/other: no such folder, and the hub does not provide it: ") as caught:
         loader.resolve("org/other")
     assert "\n" not in str(caught.value)
 
@@ -373,7 +373,7 @@ def test_progress_only_on_a_slow_load_on_a_terminal(
     clock = iter(range(10_000))
     monkeypatch.setattr("redraft.models.loader.time.monotonic", lambda: next(clock))
     tiny.load(made)
-    assert capsys.readouterr() == ("", "")  # slow, but no terminal
+    assert capsys.readouterr() == ("", "")  # slow, but without a terminal
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     tiny.load(made)

@@ -1,4 +1,4 @@
-"""What is free, and whether weights and pool fit in it."""
+"""How much memory is free, and whether weights and pool fit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_pool_is_no_larger_than_can_be_used() -> None:
 
 def test_explicit_pool() -> None:
     assert blocks(6 * GIB, memory=40 * MIB + 5) == 40
-    assert blocks(6 * GIB, seqs=1, memory=400 * MIB) == 400  # what was asked for, for the prefixes
+    assert blocks(6 * GIB, seqs=1, memory=400 * MIB) == 400  # the requested size; more than the sequences need, for prefixes
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_groups_v2(tmp_path: Path) -> None:
 
 def test_groups_v1(tmp_path: Path) -> None:
     (tmp_path / "self").write_text("4:cpu:/x\n3:memory:/docker/abc\n1:name=systemd:/x\n")
-    group(tmp_path / "root" / "memory", "900", 300, 0, v1=True)  # inside a container the outer path is not there
+    group(tmp_path / "root" / "memory", "900", 300, 0, v1=True)  # inside a container the outer path does not exist
     assert list(memory._cgroups(tmp_path / "root", tmp_path / "self")) == [600]
 
 

@@ -1,4 +1,4 @@
-"""What the engine cannot serve is refused by name, before anything large is read; segments of layers end where attention does."""
+"""Unsupported layers are refused by name before weights are read. Segments of layers end where attention ends."""
 
 from __future__ import annotations
 

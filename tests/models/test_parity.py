@@ -1,4 +1,4 @@
-"""Logits of every family equal transformers', however the prompt is cut into steps."""
+"""The logits of every family equal those of transformers, however the prompt is cut into steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(runner: Runner, rows: int) -> torch.Tensor:
-    """[len(PROMPT), V], `rows` tokens a step."""
+    """Logits [len(PROMPT), V], with `rows` tokens a step."""
     seq = sequence(PROMPT, prompt_logprobs=0)
     runner.memory.open(seq)
     out = []
@@ -58,7 +58,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     bound = SHARE * want.abs().max().item()
     assert got.shape == want.shape
     assert (got - want).abs().max().item() < bound
-    best = want.gather(-1, got.argmax(-1, keepdim=True))[:, 0]  # what transformers gives the token we would choose
+    best = want.gather(-1, got.argmax(-1, keepdim=True))[:, 0]  # transformers' logit of the token that we would choose
     assert (want.max(-1).values - best).max().item() < bound
 
 
@@ -75,7 +75,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
 
 
 def test_the_bound_sees_a_wrong_window(folder: Path) -> None:
-    """The must-fail control: one key too many in the window is far outside of the bound."""
+    """The must-fail control: one key too many in the window is far outside the bound."""
     path = tiny.save("mistral", folder / "wrong", sliding_window=12)
     spec, weights = tiny.load(path, dtype="float32")
     runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), blocks=4)
@@ -89,7 +89,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
-WRITTEN = {  # how a config.json may say it: fields at the top, from the kind's name and parameters
+WRITTEN = {  # forms in a config.json: (kind, parameters) -> fields of the config
     "rope_parameters, all within": lambda kind, rope: {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **rope, **SHORT}},
     "rope_parameters, length beside": lambda kind, rope: {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **rope}, **SHORT},
     "rope_parameters, both lengths": lambda kind, rope: {

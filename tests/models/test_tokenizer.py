@@ -1,4 +1,4 @@
-"""Bytes of tokens, chat templates and the token that begins a text, with tokenizers built here and the embedded one."""
+"""Bytes of tokens, chat templates and the token that begins a text, with tiny tokenizers and the embedded one."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_bytes_of_a_byte_level_text(tmp_path: Path, text: str) -> None:
     assert joined(tokenizer, "<tool>naïve</s>" + text) == ("<tool>naïve</s>" + text).encode()
 
 
-@pytest.mark.parametrize("text", [text for text in TEXTS if "▁" not in text])  # which spells a space there
+@pytest.mark.parametrize("text", [text for text in TEXTS if "▁" not in text])  # the letter that stands for a space
 def test_bytes_of_a_sentencepiece_text(tmp_path: Path, text: str) -> None:
     tokenizer = sentencepiece(tmp_path)
-    assert joined(tokenizer, text) == b" " + text.encode(), "with the space that is put before it"
+    assert joined(tokenizer, text) == b" " + text.encode(), "with the leading space"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.bytes_of(3 + 0x0A) == b"\n" and tokenizer.bytes_of(2) == b"</s>"
 
@@ -40,7 +40,7 @@ def test_bytes_of_the_embedded_model() -> None:
     for text in TEXTS:
         ids = tokenizer.encode(text, special=False)
         decoded = tokenizer.decode_all(ids)
-        assert joined(tokenizer, text).decode() in (decoded, " " + decoded), "a decoder may strip the space that was put before"
+        assert joined(tokenizer, text).decode() in (decoded, " " + decoded), "a decoder may strip the leading space"
 
 
 def test_an_id_that_the_tokenizer_lacks_is_nothing(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_tool_calls_and_results_reach_a_template_that_knows_them(chat: Tokenizer
 
 
 def test_a_template_that_does_not_know_tools(chat: Tokenizer) -> None:
-    """Its own writes any role as it is, and no calls: a model would be reported nonsense."""
+    """A template that would render unknown roles or calls wrongly: the messages are refused."""
     said = [{"role": "user", "content": "warm?"}, {"role": "tool", "content": "21"}]
     with pytest.raises(InvalidInput, match=r"messages\[1\].role = 'tool': the chat template does not know tool results"):
         chat.render(said)
@@ -130,7 +130,7 @@ def test_neutral_fields_of_a_message_count_as_not_given(chat: Tokenizer) -> None
     said = [{"role": "assistant", "content": "hi", "tool_calls": [], "annotations": [], "refusal": None, "name": ""}]
     assert chat.render(said, template=TOOLS) == "[assistant]hi"
     assert chat.encode_chat(said) == chat.encode_chat([{"role": "assistant", "content": "hi"}])
-    assert said[0]["tool_calls"] == [], "the caller's message is left alone"
+    assert said[0]["tool_calls"] == [], "the caller's message is not changed"
 
 
 def test_the_developer_role(chat: Tokenizer) -> None:

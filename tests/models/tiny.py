@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, made and saved by transformers: the oracle of these tests."""
+"""Tiny random checkpoints of every family, made and saved by transformers, which is the oracle of these tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redraft.core.spec import ModelSpec
 from redraft.models import loader
 from redraft.ops.backend import Weights
 
-transformers.utils.logging.disable_progress_bar()  # saving shows one, into what tests of the command line compare
+transformers.utils.logging.disable_progress_bar()  # saving would show a progress bar in output that tests compare
 
 V, CONTEXT = 61, 96
 _BASE = {
@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def model(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A float32 model with no weight at a value that could be left out unseen: no zero bias, no norm of ones."""
+    """A float32 model without zero biases and norms of ones, so that a test sees if a weight is left out."""
     prefix, fields = FAMILIES[name]
     config = getattr(transformers, f"{prefix}Config")(**{**fields, **changes})
     made = getattr(transformers, f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}")(config).eval()
@@ -70,7 +70,7 @@ def load(folder: Path, dtype: str = "auto") -> tuple[ModelSpec, Weights]:
 
 
 def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:
-    """Rewrites fields of a JSON file; a value of None takes the field out."""
+    """Rewrites fields of a JSON file. None removes a field."""
     path = folder / file
     raw = {**(json.loads(path.read_text()) if path.exists() else {}), **changes}
     path.write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))

@@ -1,4 +1,4 @@
-"""How a layer mixes rows: one file per kind of mixer. Attention is the only kind here; a backend names the kinds that it computes."""
+"""How a layer mixes rows: one file for each kind of mixer. So far there is only attention. A backend names the kinds that it computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIXERS: dict[type, Mix] = {Attention: attention}
 
 
 def check(spec: ModelSpec, backend: Backend) -> None:
-    """Unsupported, in one line, where the engine cannot serve this model on this backend."""
+    """Raises Unsupported, in one line, if the engine cannot serve this model on this backend."""
     for i, layer in enumerate(spec.layers):
         kind = type(layer.mixer)
         if kind not in backend.mixers or kind not in MIXERS:

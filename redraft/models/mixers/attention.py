@@ -11,9 +11,9 @@ from redraft.ops.backend import Backend, LayerWeights
 
 
 def attention(x: Tensor, index: int, mixer: Attention, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
-    """See Mix. Writes the rows' keys and values, then reads."""
+    """See Mix. Writes the rows' keys and values, then attends."""
     qkv = backend.linear(x, weights.qkv).view(x.shape[0], mixer.heads + 2 * mixer.kv_heads, mixer.head_dim)
-    if mixer.qk_norm is None:  # queries and keys turn in one call
+    if mixer.qk_norm is None:  # rotates queries and keys in one call
         turned = backend.rope(qkv.narrow(1, 0, mixer.heads + mixer.kv_heads), mixer, plan)
         q, k = turned.split([mixer.heads, mixer.kv_heads], 1)
     else:
