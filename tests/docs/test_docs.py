@@ -1,4 +1,4 @@
-"""The pages are correct: what they print is printed again, what they show runs."""
+"""The pages are correct: their output is reproduced, their commands parse, their code runs, their lists are complete."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def test_one_step_is_what_the_engine_does() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "one_step.py"))["page"]()
-    assert made == (ROOT / "docs" / "one-step.md").read_text(encoding="utf-8"), "run: python docs/one_step.py"
+    made = runpy.run_path(str(ROOT / "scripts" / "one_step.py"))["page"]()
+    assert made == (ROOT / "docs" / "one-step.md").read_text(encoding="utf-8"), "run: python scripts/one_step.py"
 
 
 DRAFTERS = """
@@ -135,5 +135,5 @@ def test_the_folders_of_the_readme_are_those_of_the_package() -> None:
 
 def test_the_diffs_are_those_of_the_files() -> None:
     """docs/adding.md shows what adding a method took, as the files have it now."""
-    made = runpy.run_path(str(ROOT / "docs" / "adding_diffs.py"))
-    assert made["page"]() == (ROOT / "docs" / "adding.md").read_text(encoding="utf-8"), "run: python docs/adding_diffs.py"
+    made = runpy.run_path(str(ROOT / "scripts" / "adding_diffs.py"))
+    assert made["page"]() == (ROOT / "docs" / "adding.md").read_text(encoding="utf-8"), "run: python scripts/adding_diffs.py"
