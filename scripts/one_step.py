@@ -58,7 +58,8 @@ def page() -> str:
     lines = [
         "# One step, with real tensors",
         "",
-        "`python scripts/one_step.py` writes this page, and the suite checks it. The embedded model runs in float64 with `token-recycling` and 8 nodes.",
+        "`python scripts/one_step.py` writes this page, and the suite checks it. The embedded model runs in float64",
+        "with the drafter `token-recycling` and 8 nodes.",
         "Each line of `Engine.step` is shown with its result. The prompt:",
         "",
         "```python",

@@ -123,7 +123,21 @@ def test_the_list_of_files_is_whole() -> None:
     named = set(re.findall(r"[\w-]+\.py\b", tree))
     here = {path.name for path in (ROOT / "redraft").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")}
     assert here - named == set()
-    assert named - here - {path.name for path in (ROOT / "train").glob("*.py")} == set()
+    others = {path.name for folder in ("train", "scripts") for path in (ROOT / folder).glob("*.py")}
+    assert named - here - others == set()
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w-]+\.md", tree))
+
+
+def test_the_glossary_has_each_term_once() -> None:
+    terms = re.findall(r"^\| (?!term|option|---)(.+?) \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(terms) > 50
+    assert sorted(set(terms)) == sorted(terms)
+
+
+def test_the_folders_of_the_glossary_exist() -> None:
+    folders = re.findall(r"^\| `\w+` \| [\w -]+ \| `([\w/]+/)` \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(folders) == len(registry.METHODS) - 1  # all seams but the scheduler's
+    assert [folder for folder in folders if not (ROOT / "redraft" / folder).is_dir()] == []
 
 
 def test_the_folders_of_the_readme_are_those_of_the_package() -> None:
