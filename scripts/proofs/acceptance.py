@@ -1,9 +1,9 @@
-"""Accepted tokens per step of drawn trees at an equal node budget: chain, i.i.d., RSD-C, RSD-S, DySpec, and more.
+"""Accepted tokens per step of drawn trees with an equal number of nodes: chain, i.i.d., RSD-C, RSD-S, DySpec and others.
 
-Every way of drawing gets the same number of nodes, in its best of a few shapes (all are printed), verified by the rule
-made for it and by `coupled`, at temperature 1, on a pair of a target and a draft model. Prompts are the suite's, and the
-spread is a bootstrap over prompts (95 %). Orders are judged on paired differences over the same prompts: of two ways one
-is called better where the interval of their difference leaves out zero.
+Each way of drawing is measured in a few shapes, and all are printed. The best shape counts. A tree is verified by the rule that was
+made for it and by `coupled`, at temperature 1, on a pair of a target and a draft model. The prompts are those of the suite. Intervals
+are bootstraps over prompts (95 %). Two ways are compared by paired differences over the same prompts: one is better if the interval of
+the difference excludes zero.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ RULES = {
     "RSD-S": ["recursive"],
     "DySpec": ["recursive"],
 }
-ORDER = ["chain", "i.i.d.", "RSD-C", "RSD-S"]  # of the RSD paper; DySpec's claims to beat all fixed trees
+ORDER = ["chain", "i.i.d.", "RSD-C", "RSD-S"]  # as the RSD paper ranks them; the DySpec paper claims to beat all fixed trees
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way, shape and rule: accepted tokens and steps of each prompt."""
+    """Accepted tokens and steps of each prompt, for one way of drawing, one shape and one rule."""
 
     way: str
     shape: str
@@ -76,10 +76,10 @@ class Cell:
         return float(self.accepted.sum() / self.steps.sum())
 
 
-def measure(llm: LLM, way: str, shape: str, rule: str, budget: int, asked: Seq[list[int]], params: Seq[SamplingParams]) -> Cell:
+def measure(llm: LLM, way: str, shape: str, rule: str, budget: int, chosen: Seq[list[int]], params: Seq[SamplingParams]) -> Cell:
     sibling = llm.sibling(draft=shape, verify=rule, draft_rows=budget, draft_total=budget * 64)
     start = time.perf_counter()
-    outputs = sibling.generate([{"prompt_token_ids": ids} for ids in asked], params)
+    outputs = sibling.generate([{"prompt_token_ids": ids} for ids in chosen], params)
     stats = [[one.stats for one in output.outputs] for output in outputs]
     faults = {one.fault for many in stats for one in many if one.fault}
     if faults:
@@ -90,7 +90,7 @@ def measure(llm: LLM, way: str, shape: str, rule: str, budget: int, asked: Seq[l
 
 
 def resampled(cells: Seq[Cell], rng: np.random.Generator, draws: int = 2000) -> list[np.ndarray]:
-    """Accepted per step of each cell over the same resampled prompts."""
+    """Accepted tokens per step of each cell, over the same resampled prompts."""
     n = len(cells[0].steps)
     chosen = rng.integers(0, n, (draws, n))
     return [cell.accepted[chosen].sum(1) / cell.steps[chosen].sum(1) for cell in cells]
@@ -112,12 +112,12 @@ def judge(better: Cell, worse: Cell, rng: np.random.Generator) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="prove acceptance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, action="append", help="all unless given")
-    parser.add_argument("--budget", type=int, choices=SHAPES, action="append", help="nodes a step; all unless given")
-    parser.add_argument("--limit", type=int, default=None, help="at most so many prompts, evenly from all categories")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")
+    parser.add_argument("--budget", type=int, choices=SHAPES, action="append", help="nodes per step; all unless given")
+    parser.add_argument("--limit", type=int, default=None, help="the largest number of prompts, evenly from all categories")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--seeds", type=int, default=1, help="texts of each prompt")
     parser.add_argument("--shapes", nargs="+", default=None, help="only shapes that begin like one of these, such as rsd-s:width=4")
-    parser.add_argument("--coins", action="store_true", help="only the rules that toss coins, not coupled")
+    parser.add_argument("--coins", action="store_true", help="only the rules that reject at random, not coupled")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
@@ -125,17 +125,17 @@ def main() -> None:
     for name in options.pair or PAIRS:
         target, draft = PAIRS[name]
         if name != "embedded" and not Path(target).exists():
-            console.print(f"{name}: {target} is not here, left out")
+            console.print(f"{name}: {target} is not here and is left out")
             continue
         llm = LLM(target, draft_model=draft, dtype=options.dtype, draft="none", max_seqs=64, token_budget=4096)
         prompts = suite.load(None, None, options.limit)
         ids = [Dialogue(one, llm.tokenizer).ids() for one in prompts]
         room = min(llm.max_model_len, 1024) - options.tokens
-        asked = [one for one in ids if len(one) < room]
+        chosen = [one for one in ids if len(one) < room]
         common = SamplingParams(temperature=options.temperature, top_k=0, top_p=1.0, max_tokens=options.tokens, n=options.seeds)
-        params = [common.but(seed=sample_seed(0, i)) for i in range(len(asked))]
+        params = [common.but(seed=sample_seed(0, i)) for i in range(len(chosen))]
         for budget in options.budget or SHAPES:
-            report(console, llm, name, budget, jobs(budget, options.shapes, options.coins), asked, params, options.temperature)
+            report(console, llm, name, budget, jobs(budget, options.shapes, options.coins), chosen, params, options.temperature)
 
 
 def jobs(budget: int, wanted: Seq[str] | None, coins: bool) -> list[tuple[str, str, str]]:
@@ -151,7 +151,7 @@ def report(
     name: str,
     budget: int,
     wanted: Seq[tuple[str, str, str]],
-    asked: Seq[list[int]],
+    chosen: Seq[list[int]],
     params: Seq[SamplingParams],
     temperature: float,
 ) -> None:
@@ -159,9 +159,9 @@ def report(
     cells = []
     for i, (way, shape, rule) in enumerate(wanted):
         print(f"\r{name} {budget} nodes: {i + 1}/{len(wanted)} {shape} {rule}\033[K", end="", file=sys.stderr, flush=True)
-        cells.append(measure(llm, way, shape, rule, budget, asked, params))
+        cells.append(measure(llm, way, shape, rule, budget, chosen, params))
     print("\r\033[K", end="", file=sys.stderr)
-    table = Table(title=f"{name}: accepted tokens per step, {budget} nodes, temperature {temperature:g}, {len(asked)} prompts", box=None)
+    table = Table(title=f"{name}: accepted tokens per step, {budget} nodes, temperature {temperature:g}, {len(chosen)} prompts", box=None)
     for heading in ("way", "shape", "rule", "accepted/step", "95 %", "nodes/step", "steps", "s"):
         table.add_column(heading, justify="left" if heading in ("way", "shape", "rule") else "right")
     best: dict[tuple[str, bool], Cell] = {}
@@ -175,12 +175,12 @@ def report(
             f"{cell.seconds:.1f}",
         )  # fmt: skip
     console.print(table)
-    console.print("of the best shapes, by the rules that toss coins:")
+    console.print("the best shapes, by the rules that reject at random:")
     orders = [*((better, worse) for worse, better in pairwise(ORDER)), *(("DySpec", way) for way in ORDER), ("top + one", "RSD-C")]
     for better, worse in orders:
         if (better, False) in best and (worse, False) in best:
             console.print(" ", judge(best[better, False], best[worse, False], rng))
-    console.print("of the best shapes, the rule against coupled:")
+    console.print("the best shapes, each rule against coupled:")
     for way in SHAPES[budget]:
         if (way, True) in best:
             console.print(" ", judge(best[way, False], best[way, True], rng))

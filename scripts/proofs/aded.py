@@ -1,17 +1,18 @@
 """What ADED gains on a real model: over a session, by adapting its weights, by searching.
 
-A session is a file of the standard library, cut into consecutive pieces; each request continues one piece. The texts are
-made once, by the plain loop in float64. Under `coupled` no drafter changes a token, so each variant is replayed over these
-texts, request after request: the tree it proposes at every position, followed as far as the text goes. The first requests
-also run in the engine, which must give the same texts in as many forwards.
+A session is a file of the standard library, cut into consecutive pieces. Each request continues one piece. The plain loop makes the
+texts once, in float64. Under `coupled` no drafter changes a token, so each variant is replayed over these texts, request after
+request: its tree at every position is followed as far as the text goes. The first requests also run in the engine, which must give the
+same texts in the same number of forward passes.
 
-1. A request does better late in a session than early in it. Every request of the outer thirds stands at both ends, once in
-   the order of the file and once in the reverse, so each is compared with itself.
-2. Adaptive weights beat the same table left as it is (increment 0); it is counted on other files of the library.
-3. The search beats the 24 likeliest paths by product of weights, on at least one file. Also against products of shares, that
-   is weights divided by the sum of their pair's.
-Intervals are bootstraps over requests, in claim 3 corrected for the number of files. A claim is confirmed where its interval
-lies above 0, refuted where it lies below.
+1. A request gains more late in a session than early in it. Each request of the outer thirds is measured at both ends, once in the
+   order of the file and once in the reverse order, so it is compared with itself.
+2. Adaptive weights are better than the same table unchanged (increment 0), which was counted on other files of the library.
+3. The search is better than the 24 likeliest paths by product of weights, on at least one file. The same is tested for products of
+   shares, which are weights divided by the sum of their pair's weights.
+
+Intervals are bootstraps over requests, in claim 3 corrected for the number of files. A claim is confirmed if its interval lies above
+0, and refuted if it lies below.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ Sequences = tuple[list[int], list[int]]
 
 
 class LikeliestPaths(TriGrams):
-    """Instead of the search: every path, ranked by the product of its weights; its prefixes come with it."""
+    """Replaces the search: all paths, ranked by the product of their weights. The prefixes of a path are included."""
 
     def factor(self, weight: float, total: float) -> float:
         return weight
 
     def search(self, root: Pair, noise: Iterator[float]) -> tuple[list[int], list[int], list[int]]:
         pairs, parents, products, lengths = [root], [0], [1.0], [1]
-        for node, (u, v) in enumerate(pairs):  # it grows on the way
+        for node, (u, v) in enumerate(pairs):  # the list grows during the loop
             row = self.table.get((u, v), {}) if lengths[node] < self.method.length else {}
             total = sum(row.values())
             for w, weight in row.items():
@@ -61,7 +62,7 @@ class LikeliestPaths(TriGrams):
                 lengths.append(lengths[node] + 1)
         for node in range(len(pairs) - 1, 0, -1):
             products[parents[node]] = max(products[parents[node]], products[node])
-        ranks: list[Any] = products  # ordered as visits are
+        ranks: list[Any] = products  # in the order of visits
         return [v for _, v in pairs], parents, ranks
 
 
@@ -71,7 +72,7 @@ class LikeliestShares(LikeliestPaths):
 
 
 class CutByLengths(TriGrams):
-    """The release's cut, with `rows` for its 64: the longest sequences are dropped until the sum of lengths fits."""
+    """The rule of the authors' release, with `rows` in place of its 64: drops the longest sequences until the sum of lengths fits."""
 
     rows = 64
 
@@ -92,7 +93,7 @@ class CutByLengths(TriGrams):
 
 @dataclass(frozen=True)
 class Variant:
-    """filled: starts with the corpus's table; backwards: the last request first; fresh: each request finds the start's table."""
+    """filled: starts with the table of the corpus; backwards: the last request first; fresh: each request starts with the first table."""
 
     kind: type[TriGrams] = TriGrams
     filled: bool = False
@@ -119,8 +120,8 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request and the model's text."""
+class Continuation:
+    """A request and the text of the model."""
 
     prompt: list[int]
     params: SamplingParams
@@ -136,10 +137,10 @@ class Run:
     seconds: float = 0.0
     nodes: int = 0
 
-    def replay(self, drafter: TriGrams, asked: Asked, rows: int) -> int:
-        """Forwards that drew a token, the prompt's included, as Stats.steps counts them."""
-        whole = asked.prompt + asked.text
-        seq = sequence(whole[: len(asked.prompt) + 1], seed=asked.params.seed)
+    def replay(self, drafter: TriGrams, one: Continuation, rows: int) -> int:
+        """Forward passes that drew a token, including the prompt's, as Stats.steps counts them."""
+        whole = one.prompt + one.text
+        seq = sequence(whole[: len(one.prompt) + 1], seed=one.params.seed)
         forwards = 1
         while (at := len(seq.tokens)) < len(whole):
             began = time.process_time()
@@ -164,7 +165,7 @@ def read(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def write(llm: LLM, options: argparse.Namespace, temperature: float) -> list[list[Asked]]:
+def write(llm: LLM, options: argparse.Namespace, temperature: float) -> list[list[Continuation]]:
     """The sessions: a list of requests for each file."""
     sessions = []
     for number, name in enumerate(options.files):
@@ -177,12 +178,12 @@ def write(llm: LLM, options: argparse.Namespace, temperature: float) -> list[lis
         params = [SamplingParams(**fixed, seed=seed) for seed in seeds]
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
         texts = [output.outputs[0].token_ids for output in outputs]
-        sessions.append([Asked(*one) for one in zip(prompts, params, texts, strict=True)])
+        sessions.append([Continuation(*one) for one in zip(prompts, params, texts, strict=True)])
         say(f"temperature {temperature:g}: {name} has its {options.requests} texts")
     return sessions
 
 
-def run(variant: Variant, sessions: list[list[Asked]], corpus: list[list[int]], vocab: int, rows: int) -> Run:
+def run(variant: Variant, sessions: list[list[Continuation]], corpus: list[list[int]], vocab: int, rows: int) -> Run:
     drafter = variant.kind(ADED(increment=variant.increment), vocab)
     if isinstance(drafter, CutByLengths):
         drafter.rows = rows
@@ -199,12 +200,12 @@ def run(variant: Variant, sessions: list[list[Asked]], corpus: list[list[int]], 
     return found
 
 
-def engine_differs(llm: LLM, requests: list[Asked], forwards: list[int], rows: int) -> int:
-    """How many of the requests the engine answers with another text or in other forwards than the replay."""
+def engine_differs(llm: LLM, requests: list[Continuation], forwards: list[int], rows: int) -> int:
+    """The number of requests for which the engine needs other forward passes or produces another text than the replay."""
     engine, differ = llm.sibling(draft="aded", draft_rows=rows, draft_total=rows), 0
-    for i, (asked, expected) in enumerate(zip(requests, forwards, strict=False)):
-        out = engine.generate({"prompt_token_ids": asked.prompt}, asked.params)[0].outputs[0]
-        if (out.token_ids, out.stats.steps, out.stats.fault) != (asked.text, expected, ""):
+    for i, (one, expected) in enumerate(zip(requests, forwards, strict=False)):
+        out = engine.generate({"prompt_token_ids": one.prompt}, one.params)[0].outputs[0]
+        if (out.token_ids, out.stats.steps, out.stats.fault) != (one.text, expected, ""):
             say(f"request {i}: {out.stats.steps} forwards in the engine, {expected} replayed, fault {out.stats.fault!r}")
             differ += 1
     return differ
@@ -217,7 +218,7 @@ def interval(values: Any, level: float = LEVEL) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Tokens a forward, with draws of the same requests for all variants."""
+    """Tokens per forward pass. All variants use the same resampled requests."""
 
     tokens: int
     picks: Any  # i64[draws, requests]
@@ -227,12 +228,12 @@ class Statistics:
         return cls(tokens, np.random.default_rng(0).integers(requests, size=(DRAWS, requests)))
 
     def rate(self, forwards: Any) -> tuple[float, Any]:
-        """What was found, and what the draws found."""
+        """The measured rate, and the rates of the resamples."""
         flat = forwards.ravel()
         return self.tokens * flat.size / flat.sum(), self.tokens * flat.size / flat[self.picks].sum(axis=1)
 
     def difference(self, better: Any, worse: Any, level: float = LEVEL) -> tuple[float, float, float]:
-        """Of two rates of the same requests: found, low, high."""
+        """The difference of two rates of the same requests: measured, lower bound, upper bound."""
         (a, many_a), (b, many_b) = self.rate(better), self.rate(worse)
         return (a - b, *interval(many_a - many_b, level))
 
@@ -245,7 +246,7 @@ def show(runs: dict[str, Run], tokens: int) -> None:
     shape = runs["empty"].forwards.shape
     third = max(1, shape[1] // 3)
     parts = {"all": slice(None), "first third": slice(third), "last third": slice(-third, None)}
-    print(f"{'tokens a forward (95 % interval)':32}" + "".join(f"{part:>24}" for part in parts) + "   nodes  CPU ms a proposal")
+    print(f"{'tokens per forward (95 % interval)':32}" + "".join(f"{part:>24}" for part in parts) + "   nodes  CPU ms a proposal")
     for name, found in runs.items():
         cells = ""
         for part in parts.values():
@@ -288,15 +289,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(PILOT) if PILOT.exists() else "embedded")
     parser.add_argument("--files", nargs="+", default=FILES, help="modules of the standard library, or paths")
-    parser.add_argument("--requests", type=int, default=30, help="of each file")
+    parser.add_argument("--requests", type=int, default=30, help="requests per file")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=96, help="of a text")
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens per text")
     parser.add_argument("--rows", type=int, default=16, help="nodes of a draft")
-    parser.add_argument("--corpus", type=int, default=300_000, help="tokens of other files that the filled table is counted on")
+    parser.add_argument("--corpus", type=int, default=300_000, help="tokens of other files from which the filled table is made")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--engine", type=int, default=10, help="requests that also run in the engine, at each temperature")
+    parser.add_argument("--engine", type=int, default=10, help="requests that also run in the engine, per temperature")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; its default where not given")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; its default if not given")
     options = parser.parse_args()
 
     llm = LLM(options.model, dtype="float64", threads=options.threads, max_seqs=8)

@@ -1,9 +1,9 @@
-"""Native kernels: same seed, same text, without any tolerance. Every lossless drafter, batch 1 to 16, chunks of 1 to 512 rows,
-greedy and sampled, float32, bfloat16 and quantized weights, one and two threads; each text is compared token by token with what the
-same engine writes without a drafter, alone, its prompt in one chunk, on one thread.
+"""Native kernels: same seed, same text, without any tolerance. Every lossless drafter, batches of 1 to 16, chunks of 1 to 512 rows,
+greedy and sampled, float32, bfloat16 and quantized weights, one and two threads. Each text is compared, token by token, with the text
+of the same engine without a drafter: alone, its prompt in one chunk, on one thread.
 
-A condition is drawn at random (--seed) from all combinations, until --tokens were compared. Whoever differs is printed, with the
-condition and the place, and fails the proof; so does a drafter that never had a token accepted or one rejected.
+Conditions are drawn at random (--seed) from all combinations until --tokens tokens were compared. The proof fails if a text differs,
+and prints the condition and the place. It also fails if a drafter never had a token accepted or never had one rejected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Result:
 
 
 def run(model: str, numbers: str, tokens: int, seed: int, prompts: int, new: int) -> Result:
-    """One process's work: conditions of one model in one form of numbers, until so many tokens were compared."""
+    """The work of one process: conditions of one model and one number format, until `tokens` tokens were compared."""
     import numpy as np
 
     from redraft import LLM, SamplingParams
@@ -90,19 +90,19 @@ def run(model: str, numbers: str, tokens: int, seed: int, prompts: int, new: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/prove bit-exact", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="to compare, over all models and numbers")
-    parser.add_argument("--model", action="append", choices=sorted(MODELS), help="else embedded and pilot-16m")
-    parser.add_argument("--numbers", action="append", choices=sorted(NUMBERS), help="else all")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to compare, over all models and number formats")
+    parser.add_argument("--model", action="append", choices=sorted(MODELS), help="default: embedded and pilot-16m")
+    parser.add_argument("--numbers", action="append", choices=sorted(NUMBERS), help="default: all")
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--new", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--new", type=int, default=64, help="new tokens per text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args()
-    jobs = [(model, numbers) for model in asked.model or ("embedded", "pilot-16m") for numbers in asked.numbers or NUMBERS]
-    each = -(-asked.tokens // len(jobs))
+    options = parser.parse_args()
+    jobs = [(model, numbers) for model in options.model or ("embedded", "pilot-16m") for numbers in options.numbers or NUMBERS]
+    each = -(-options.tokens // len(jobs))
     began, total, faults = time.perf_counter(), Result(), []
-    with multiprocessing.get_context("spawn").Pool(asked.processes, maxtasksperchild=1) as pool:
-        waiting = [(job, pool.apply_async(run, (*job, each, asked.seed, asked.prompts, asked.new))) for job in jobs]
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        waiting = [(job, pool.apply_async(run, (*job, each, options.seed, options.prompts, options.new))) for job in jobs]
         for (model, numbers), handle in waiting:
             one = handle.get()
             seen = f"{one.tokens:>9,} tokens, {one.conditions:>4} conditions"

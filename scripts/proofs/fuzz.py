@@ -1,14 +1,14 @@
-"""The server against clients that send what they should not. `redraft serve` is started as a process of its own; schemathesis
-tries it by its own OpenAPI document, at length; then come malformed bodies: truncated JSON, huge numbers, NaN, invalid UTF-8, halves
-of surrogate pairs, a wrong type at every field of the document, 100,000 levels of nesting, 10 MB strings, wrong content types, broken
-chunks, wrong lengths.
+"""The server against malformed requests. `redraft serve` runs as a process of its own. First schemathesis tests it against its own
+OpenAPI document. Then malformed bodies follow: truncated JSON, huge numbers, NaN, invalid UTF-8, halves of surrogate pairs, a wrong
+type at every field of the document, 100,000 levels of nesting, 10 MB strings, wrong content types, broken chunks, wrong lengths.
 
-Each must be answered by 4xx in the form of the document, telling nothing of the inside (no path, trace or key). After each hundred a
-good request must be answered with the text that the engine writes without a server. At the end no request runs, no page is held, and
-the process is not much larger than after the first fifth.
+Each must be answered by 4xx in the form of the document, without internal details (no path, trace or key). After each hundred, a good
+request must be answered with the text that the engine writes without a server. At the end no request runs, no page is held, and the
+process is not much larger than after the first fifth.
 
-schemathesis' check positive_data_acceptance is left out: that token ids lie within the vocabulary, or that a prompt fits into the
-context, no schema can say. Of duplicate keys the last counts, as for every JSON parser in use, so there it is the last that is wrong.
+The check positive_data_acceptance of schemathesis is left out, because no schema can express that token ids lie within the vocabulary
+or that a prompt fits into the context. Of duplicate keys the last counts, as in every JSON parser in use, so there the last one is
+wrong.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ DEPTH, LARGE = 100_000, 10_000_000
 
 
 class Malformed(NamedTuple):
-    """What is sent to `path`. chunks: sizes are reported chunk by chunk; raw: head and body as they are, where they are themselves
-    wrong."""
+    """A request to `path`. chunks: the body is sent in chunks, each with its size; raw: head and body as they are, if the framing itself
+    is wrong."""
 
     kind: str
     path: str
@@ -73,7 +73,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
 
 
 def slots(document: dict[str, Any]) -> list[Slot]:
-    """Every field of every body, those of nested objects and the items of lists too."""
+    """Every field of every body, including those of nested objects and the items of lists."""
     parts, found = document["components"]["schemas"], []
 
     def alternatives(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,7 +111,7 @@ def _types(schema: dict[str, Any]) -> list[str]:
 
 
 def _fits(value: Any, types: frozenset[str]) -> bool:
-    """Whether a value may be what is allowed; one that may is not sent."""
+    """Whether a value may be valid for these types. Such a value is not sent."""
     match value:
         case None:
             return "null" in types
@@ -129,7 +129,7 @@ def _fits(value: Any, types: frozenset[str]) -> bool:
 
 
 def _put(path: str, place: tuple[str | int, ...], value: str) -> str:
-    """The path's sample with raw JSON at a place, which is made where it is not there."""
+    """The sample of the path with raw JSON at a place, which is created if it does not exist."""
     mark = "@@@"
     whole = json.loads(json.dumps(SAMPLES[path]))
     if path == "/tokenize" and place[0] == "messages":
@@ -161,13 +161,13 @@ def _head(path: str, *lines: str) -> bytes:
 
 
 def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = LARGE, key: str = "") -> Iterator[Malformed]:
-    """`count` bodies; each kind comes in turn, the costly ones seldom."""
+    """`count` bodies. The kinds take turns; costly ones are rare."""
     rng, places = random.Random(seed), slots(document)
     keys = (f"Authorization: Bearer {key}",) if key else ()
     rng.shuffle(places)
     wrong = ((slot, value) for _ in iter(int, 1) for slot in places for value in WRONG if not _fits(value, slot.types))
     texts = [slot for slot in places if "string" in slot.types]
-    free = {("chat_template_kwargs",), ("metadata",), ("logit_bias",)}  # whose keys are not named
+    free = {("chat_template_kwargs",), ("metadata",), ("logit_bias",)}  # objects with free keys
 
     def costly(turn: int) -> Malformed:
         path = rng.choice(list(SAMPLES))
@@ -197,7 +197,7 @@ def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = L
                 return Malformed("truncated", path, _cut(rng, path), chunks=rng.random() < 0.2)
             case 1:
                 number = rng.choice(NUMBERS)
-                while slot.types & {"number", "enum"} and number in ("1e-5000", "1" * 400):  # 0, or an honest number
+                while slot.types & {"number", "enum"} and number in ("1e-5000", "1" * 400):  # 0, or a valid number
                     slot = rng.choice(places)
                 return Malformed("number", slot.path, _put(slot.path, slot.place, number).encode())
             case 2:
@@ -247,7 +247,7 @@ def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = L
 
 @dataclass
 class Client:
-    """Keeps its connection while it lasts. key: sent where one is given."""
+    """A client that keeps its connection. key: sent if it is given."""
 
     host: str
     port: int
@@ -265,7 +265,7 @@ class Client:
             try:
                 return self._ask(method, path, body, headers, chunks)
             except (OSError, http.client.HTTPException):
-                self.close()  # it was idle for too long: once more
+                self.close()  # the connection was idle for too long: try again
         self._kept = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         return self._ask(method, path, body, headers, chunks)
 
@@ -280,7 +280,7 @@ class Client:
         return found
 
     def raw(self, data: bytes) -> tuple[int, bytes]:
-        """The first answer to bytes that may be no request at all."""
+        """The first answer to bytes that may not be a request."""
         with socket.create_connection((self.host, self.port), timeout=self.timeout) as one:
             with contextlib.suppress(ConnectionError):
                 one.sendall(data)
@@ -307,12 +307,12 @@ class Client:
 
 
 def wrong(one: Malformed, status: int, answer: bytes, secret: str) -> str:
-    """What is wrong with an answer to a malformed body; nothing, where nothing is."""
+    """The error in an answer to a malformed body; empty if there is none."""
     text = answer.decode("utf-8", "replace")
     if not 400 <= status < 500:
         return f"{status} {text[:200]}"
     if status not in (400, 408, 413, 431):
-        return f"{status} is not for this: {text[:200]}"
+        return f"unexpected status {status}: {text[:200]}"
     try:
         error = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):
@@ -320,14 +320,14 @@ def wrong(one: Malformed, status: int, answer: bytes, secret: str) -> str:
     if set(error) != {"message", "type", "param", "code"} or not error["message"]:
         return f"not in the form of errors: {text[:200]!r}"
     if LEAKS.search(text) or (secret and secret in text):
-        return f"tells of the inside: {text[:400]!r}"
+        return f"shows internal details: {text[:400]!r}"
     return ""
 
 
 def attack(
     client: Client, bodies: Iterator[Malformed], known: str, every: int, watch: Any = None
 ) -> tuple[Counter[str], Counter[int], list[str]]:
-    """Kinds sent, statuses, and faults. watch: called with the count behind each good request."""
+    """Kinds sent, statuses, and faults. watch: called with the count after each good request."""
     kinds: Counter[str] = Counter()
     statuses: Counter[int] = Counter()
     faults: list[str] = []
@@ -393,7 +393,7 @@ def serving(*options: str, key: str = "") -> Iterator[tuple[subprocess.Popen[byt
 
 
 def resident(process: subprocess.Popen[bytes]) -> float:
-    """MiB."""
+    """Resident memory in MiB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
     assert found
     return int(found[1]) / 1024
@@ -412,17 +412,17 @@ def schemathesis(port: int, key: str, examples: int, seed: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/prove fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bodies", type=int, default=10_000, help="malformed ones")
-    parser.add_argument("--examples", type=int, default=300, help="of schemathesis, for each operation and phase; 0: none")
+    parser.add_argument("--bodies", type=int, default=10_000, help="number of malformed bodies")
+    parser.add_argument("--examples", type=int, default=300, help="examples of schemathesis per operation and phase; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--growth", type=float, default=64.0, help="MiB that the process may grow by after the first fifth")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     from redraft import LLM, SamplingParams
 
     known = LLM(max_model_len=128).generate(PROMPT, SamplingParams(temperature=0, max_tokens=NEW))[0].outputs[0].text
     key, faults = secrets.token_hex(16), []
     with serving("--max-model-len", "128", "--idle-timeout", "2", key=key) as (process, port, log):
-        if asked.examples and (code := schemathesis(port, key, asked.examples, asked.seed)):
+        if options.examples and (code := schemathesis(port, key, options.examples, options.seed)):
             faults.append(f"schemathesis: exit code {code}")
         client = Client("127.0.0.1", port, key)
         status, _ = Client("127.0.0.1", port, "wrong").send("POST", "/v1/completions", json.dumps(GOOD).encode())
@@ -432,28 +432,28 @@ def main() -> None:
 
         def watch(count: int) -> None:
             sizes[count] = resident(process)
-            if count % max(1, asked.bodies // 10) == 0:
+            if count % max(1, options.bodies // 10) == 0:
                 print(f"{count:>7,} bodies, {sizes[count]:.0f} MiB", flush=True)
 
         print(f"{len(slots(document))} fields; {sizes[0]:.0f} MiB before", flush=True)
         began = time.perf_counter()
-        kinds, statuses, found = attack(client, malformed(document, asked.bodies, asked.seed, key=key), known, 100, watch)
+        kinds, statuses, found = attack(client, malformed(document, options.bodies, options.seed, key=key), known, 100, watch)
         faults += found
         running, usage = client.gauge("num_requests_running"), client.gauge("kv_cache_usage_perc")
-        early, late = max(size for count, size in sizes.items() if count <= asked.bodies // 5), sizes[max(sizes)]
+        early, late = max(size for count, size in sizes.items() if count <= options.bodies // 5), sizes[max(sizes)]
         print(f"{sum(kinds.values()):,} bodies in {time.perf_counter() - began:.0f} s: {dict(kinds.most_common())}")
         print(f"statuses: {dict(sorted(statuses.items()))}; {running:.0f} requests run, {usage:.0%} of the cache is held")
         print(f"resident memory: {sizes[0]:.0f} MiB before, {early:.0f} after the first fifth, {late:.0f} at the end")
         if running or usage:
             faults.append("something is still held")
-        if late - early > asked.growth:
+        if late - early > options.growth:
             faults.append(f"the process grew by {late - early:.0f} MiB")
         process.send_signal(signal.SIGTERM)
         if code := process.wait(60):
             faults.append(f"exit code {code}")
-        reported = log.read_text()
-        if "Traceback" in reported or "ERROR" in reported:
-            faults.append(f"the log tells of errors:\n{reported[-3000:]}")
+        logged = log.read_text()
+        if "Traceback" in logged or "ERROR" in logged:
+            faults.append(f"the log has errors:\n{logged[-3000:]}")
     print(f"{len(faults)} faults")
     for fault in faults[:20]:
         print(f"  {fault}")

@@ -1,9 +1,9 @@
-"""Same seed, same text on trained models: every drafter, alone, in a batch, in chunks and under preemption.
+"""Same seed, same text on trained models: every drafter, alone, in a batch, in chunks and with preemption.
 
-float64: equal to `none` alone, token by token, and five prompts also to a dense recompute (one forward over the whole
-text by tests/contracts/plain.py: each token must be what is drawn from the row before it). float32: every first
-divergence from `none` alone is printed with its margin (see plain.draw) and must lie under 1e-4. A condition that saw no
-acceptance, no rejection or, in the small pool, no preemption fails.
+float64: each text equals that of `none` alone, token by token. Five prompts are also compared with a dense recompute, one forward pass
+over the whole text by tests/contracts/plain.py: each token must be the one drawn from the row before it. float32: the first divergence
+of each text from `none` alone is printed with its margin (see plain.draw), which must be under 1e-4. A condition fails if it had no
+acceptance, no rejection or, in the small pool, no preemption.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DENSE = 5  # prompts that are also compared with the dense recompute
 
 @dataclass(frozen=True)
 class Task:
-    """All conditions of one model, dtype and way of sampling: one process's work."""
+    """All conditions of one model, dtype and way of sampling: the work of one process."""
 
     model: str
     dtype: str
@@ -63,7 +63,7 @@ class Task:
 
 @dataclass
 class Row:
-    """One condition: what it saw and what is wrong with it."""
+    """One condition: its counts and its failures."""
 
     task: Task
     drafter: str
@@ -78,7 +78,7 @@ class Row:
 
 
 def texts(story: bool) -> Iterator[str]:
-    """Stories, or the standard library from a line in the middle of each file on."""
+    """Stories, or files of the standard library, each from a line in its middle."""
     if story:
         import zstandard
 
@@ -120,7 +120,7 @@ class Bench:
 
         torch.set_num_threads(1)
         self.task = task
-        # the checkpoint's own numbers, for the dense recompute and for margins; read now: a training run may replace the file
+        # the checkpoint's weights, for the dense recompute and for margins; read now, because a training run may replace the file
         self.weights = loader.read(loader.inspect(MODELS[task.model], "float64"))
         self.draft_models: dict[Path, Any] = {}
         self.llm = LLM(str(MODELS[task.model]), dtype=task.dtype, threads=1, max_model_len=256, cache_fraction=0.1)
@@ -171,12 +171,12 @@ class Bench:
         return row, found
 
     def small_pool(self) -> int:
-        """The blocks with which about a fifth of the requests is preempted, found by running the engine around a model
+        """The number of blocks with which about a fifth of the requests is preempted. It is found by running the engine with a model
         that computes nothing."""
         wanted, found = len(self.prompts) / 5, {}
         longest = -(-(max(map(len, self.prompts)) + self.task.new) // 32) + 1
         low, high = longest, BATCH * longest
-        while low <= high:  # fewer blocks, more preemptions; not quite monotonous, so the nearest seen is taken
+        while low <= high:  # fewer blocks, more preemptions; not quite monotonous, so the nearest result is used
             middle = (low + high) // 2
             engine = self.engine("none", middle, 512, BATCH, {}, runner=Blank(self.llm.runner, middle))
             found[middle] = len(drive(engine, self.prompts, self.params.but(temperature=0.0, repetition_penalty=1.0, top_p=1.0))[2])
@@ -184,7 +184,7 @@ class Bench:
         return min(found, key=lambda blocks: (abs(found[blocks] - wanted), blocks))
 
     def dense(self, found: Seq[list[int]]) -> list[str]:
-        """Where the texts differ from the dense recompute."""
+        """The places where the texts differ from the dense recompute."""
         faults = []
         for i, (prompt, text) in enumerate(zip(self.prompts[:DENSE], found, strict=False)):
             rows = self.dense_logits([*prompt, *text])
@@ -254,7 +254,7 @@ def seed(index: int) -> int:
 
 
 def drive(engine: Any, prompts: Seq[list[int]], params: Any, *, alone: bool = False) -> tuple[list[list[int]], list[Any], set[str]]:
-    """Texts, statistics, and which requests were preempted. `alone`: one request after the other."""
+    """Texts, statistics and the preempted requests. `alone`: one request after the other."""
     from redraft.core.sequence import Request
     from redraft.engine.output import checked
 
@@ -294,7 +294,7 @@ def work(task: Task) -> list[Row]:
 
 
 def tasks(options: argparse.Namespace) -> tuple[list[Task], list[str]]:
-    """The tasks, longest first, and the models that are asked for and absent."""
+    """The tasks, longest first, and the requested models that are absent."""
     there = [name for name in options.models if (MODELS[name] / "model.safetensors").exists()]
     made = [
         Task(name, dtype, sampling, options.prompts, options.new, tuple(options.drafts))
@@ -309,7 +309,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=["float64", "float32"], default=["float64", "float32"])
-    parser.add_argument("--drafts", nargs="+", default=list(DRAFTERS), help="registered ones as on the command line, or 'random trees'")
+    parser.add_argument("--drafts", nargs="+", default=list(DRAFTERS), help="registered drafters as on the command line, or 'random trees'")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--new", type=int, default=100, help="tokens of each text")
     parser.add_argument("--quick", action="store_true", help="8 prompts of 40 new tokens")

@@ -1,13 +1,14 @@
-"""Many clients at once, some of them rude: the server owes each that stays the text it would get alone, and nobody a page afterwards.
+"""Many clients at once, some of which misbehave. Each client that stays receives the text that its request would get alone, and no
+page is held afterwards.
 
-A server of this process (a thread with uvicorn, as `redraft serve` has it) answers the streams of another process for a while: streams
-and whole replies, greedy and sampled, drafters, budgets, predictions and cache policies of their own, several texts, shared prefixes;
-some clients leave after a few chunks, some before the first, some ask for more than the context holds. The pool is so small that texts
-are preempted. Then, on the idle server, every request that was answered is asked alone, and the texts are compared. Requests are of a
-fixed set of bodies, each with a seed, so that each has one right answer.
+A server in this process (a thread with uvicorn, as in `redraft serve`) answers the clients of another process for a while: streams and
+whole replies, greedy and sampled, with their own drafters, budgets, predictions and cache policies, several texts, shared prefixes.
+Some clients disconnect after a few chunks, some before the first, and some request more than the context holds. The pool is so small
+that texts are preempted. Then the idle server runs every answered request alone, and the texts are compared. Requests come from a
+fixed set of bodies, each with a seed, so each has one right answer.
 
-Not compared: requests whose verifier tosses coins. Theirs is the distribution, not the text: it depends on how many nodes a step had room
-for.
+Requests with a verifier that rejects at random are not compared. It keeps the distribution, not the text, which depends on the number
+of nodes that a step had room for.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ KINDS = ("stay", "stay", "stay", "stay", "whole", "leave", "leave", "cancel", "l
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A body and what may be said of its answer."""
+class Sent:
+    """A body, and whether its answers are compared."""
 
     body: dict[str, Any]
     compared: bool
 
 
-def bodies(count: int, seed: int, context: int) -> list[Asked]:
+def bodies(count: int, seed: int, context: int) -> list[Sent]:
     """The requests, drawn from our own suite's prompts."""
     from redraft.bench.prompts import load
 
@@ -77,15 +78,15 @@ def bodies(count: int, seed: int, context: int) -> list[Asked]:
             body["speculation"] = speculation
         if cache is not None:
             body["cache"] = cache
-        made.append(Asked(body, not (isinstance(speculation, dict) and "verifier" in speculation)))
+        made.append(Sent(body, not (isinstance(speculation, dict) and "verifier" in speculation)))
     return made
 
 
 # ---- the other process
 
 
-async def client(port: int, seconds: float, streams: int, seed: int, asked: list[Asked], context: int) -> dict[str, Any]:
-    """What was answered: (place of the body, texts) of those who stayed, and counts of all that happened."""
+async def client(port: int, seconds: float, streams: int, seed: int, sent: list[Sent], context: int) -> dict[str, Any]:
+    """The answers, as (index of the body, texts), of clients that stayed; and counts of all events."""
     import aiohttp
 
     found: list[tuple[int, list[str]]] = []
@@ -95,11 +96,11 @@ async def client(port: int, seconds: float, streams: int, seed: int, asked: list
     url = f"http://127.0.0.1:{port}/v1/completions"
 
     async def one(session: aiohttp.ClientSession, rng: random.Random) -> None:
-        kind, place = rng.choice(KINDS), rng.randrange(len(asked))
-        body = dict(asked[place].body, stream=kind != "whole")
+        kind, place = rng.choice(KINDS), rng.randrange(len(sent))
+        body = dict(sent[place].body, stream=kind != "whole")
         if kind == "long":
             body["prompt"] = "word " * (2 * context)
-            body.pop("cache", None)  # some policies know no end of the context
+            body.pop("cache", None)  # some policies have no end of the context
         if kind == "cancel":
             try:
                 async with asyncio.timeout(rng.random() * 0.3), session.post(url, json=body) as reply:
@@ -116,7 +117,7 @@ async def client(port: int, seconds: float, streams: int, seed: int, asked: list
                     wrong.append(f"over-long: {reply.status}: {(await reply.text())[:200]}")
                 return
             if reply.status == 429:
-                counts["reported to come back"] += 1
+                counts["refused for now (429)"] += 1
                 await asyncio.sleep(rng.random())
                 return
             if reply.status != 200:
@@ -166,18 +167,18 @@ async def client(port: int, seconds: float, streams: int, seed: int, asked: list
     return {"found": found, "counts": counts, "wrong": wrong}
 
 
-async def alone(port: int, asked: list[Asked], places: list[int], reported: Any) -> dict[int, list[str]]:
+async def alone(port: int, sent: list[Sent], places: list[int], report: Any) -> dict[int, list[str]]:
     """The same requests, one at a time."""
     import aiohttp
 
     answers = {}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         for done, place in enumerate(places):
-            async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=asked[place].body) as reply:
+            async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=sent[place].body) as reply:
                 choices = (await reply.json())["choices"]
             answers[place] = [choice["text"] for choice in sorted(choices, key=lambda one: one["index"])]
             if done % 50 == 49:
-                reported(f"{done + 1} of {len(places)} asked alone")
+                report(f"{done + 1} of {len(places)} run alone")
     return answers
 
 
@@ -189,7 +190,7 @@ def prove(options: argparse.Namespace) -> int:
     from redraft.serve.config import ServeConfig
     from redraft.serve.run import server as made
 
-    def reported(text: str) -> None:
+    def report(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     pool = None if options.pool is None else options.pool
@@ -215,8 +216,8 @@ def prove(options: argparse.Namespace) -> int:
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    asked = bodies(options.bodies, options.seed, options.context)
-    reported(
+    sent = bodies(options.bodies, options.seed, options.context)
+    report(
         f"{options.streams} clients for {options.seconds:g} s; {llm.engine.memory.blocks} pages, {options.seqs} texts at once,"
         f" backend {llm.runner.backend.name}"
     )
@@ -239,16 +240,16 @@ def prove(options: argparse.Namespace) -> int:
     if not preempted:
         problems.append("nothing was preempted: the pool is too large for this proof")
     places = sorted({place for place, _ in seen["found"]})
-    right = asyncio.run(alone(port, asked, places, reported))
-    different = Counter(place for place, texts in seen["found"] if asked[place].compared and texts != right[place])
-    compared = sum(asked[place].compared for place, _ in seen["found"])
+    right = asyncio.run(alone(port, sent, places, report))
+    different = Counter(place for place, texts in seen["found"] if sent[place].compared and texts != right[place])
+    compared = sum(sent[place].compared for place, _ in seen["found"])
     for place in list(different)[:5]:
         texts = next(texts for at, texts in seen["found"] if at == place and texts != right[place])
-        problems.append(f"another text alone, {different[place]} times: {json.dumps(asked[place].body)}: {texts} alone {right[place]}")
+        problems.append(f"another text alone, {different[place]} times: {json.dumps(sent[place].body)}: {texts} alone {right[place]}")
     server.should_exit = True
     thread.join()
-    reported(f"answers: {dict(seen['counts'])}")
-    reported(f"{compared} answers compared with the same request alone, {sum(different.values())} differ; {preempted} preemptions")
+    report(f"answers: {dict(seen['counts'])}")
+    report(f"{compared} answers compared with the same request alone, {sum(different.values())} differ; {preempted} preemptions")
     for problem in problems:
         print(f"PROBLEM {problem}")
     print(f"{'FAILED' if problems else 'proved'}: {len(seen['found'])} answers of {len(places)} bodies, {compared} compared")
@@ -260,10 +261,10 @@ def main() -> int:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--draft", default="token-recycling", help="the server's own drafter")
+    parser.add_argument("--draft", default="token-recycling", help="the default drafter of the server")
     parser.add_argument("--context", type=int, default=512, help="max_model_len")
-    parser.add_argument("--seqs", type=int, default=16, help="texts at once")
-    parser.add_argument("--pool", type=int, help="pages of the pool; else two texts of full length")
+    parser.add_argument("--seqs", type=int, default=16, help="sequences that run at once")
+    parser.add_argument("--pool", type=int, help="pages of the pool; default: two texts of full length")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--bodies", type=int, default=240, help="different requests")
@@ -273,8 +274,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.client is None:
         return prove(options)
-    asked = bodies(options.bodies, options.seed, options.context)
-    found = asyncio.run(client(options.client, options.seconds, options.streams, options.seed, asked, options.context))
+    sent = bodies(options.bodies, options.seed, options.context)
+    found = asyncio.run(client(options.client, options.seconds, options.streams, options.seed, sent, options.context))
     options.out.write_text(json.dumps(found))
     return 0
 

@@ -1,8 +1,8 @@
-"""How much of a step is not the model: share of wall time outside Runner.forward, streaming text.
+"""The share of a step that is not the model: wall time outside Runner.forward while text is streamed.
 
-Random weights, 12 layers of 768 (12 heads, mlp 2,048), vocabulary 32k, float32, batch 8, 256 cached tokens each. The
-bound of 10 % holds for greedy plain decoding; 16-row trees, and temperature 0.8 with top-p 0.95, are shown beside it.
-Rounds are interleaved, and the middle one of each counts, so that a noisy machine hits all alike.
+Random weights, 12 layers of 768 (12 heads, mlp 2,048), vocabulary 32k, float32, batch 8, 256 cached tokens each. The bound of 10 %
+applies to greedy plain decoding. Trees of 16 rows, and temperature 0.8 with top-p 0.95, are shown beside it. Rounds are interleaved
+and the median counts, so a noisy machine affects all alike.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def model(backend: Any) -> tuple[ModelSpec, Weights]:
 
 
 def tokenizer() -> Any:
-    """A byte-level BPE tokenizer of 32,000 entries made on the spot, so that every token has a text to stream."""
+    """A new byte-level BPE tokenizer of 32,000 entries, so that every token has a text to stream."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -65,7 +65,7 @@ def tokenizer() -> Any:
 
 
 class Clock:
-    """Runner.forward with a stopwatch."""
+    """Measures the time in Runner.forward."""
 
     def __init__(self, runner: Runner) -> None:
         self.inside = 0.0
@@ -81,21 +81,21 @@ class Clock:
 
 
 def measure(engine: Engine, clock: Clock, params: SamplingParams, steps: int) -> tuple[float, float, float]:
-    """(share outside forward, milliseconds a step, rows drafted a step) over `steps` steps of a full batch."""
+    """(share outside forward, milliseconds per step, drafted rows per step) over `steps` steps of a full batch."""
     generator = torch.Generator().manual_seed(1)
     for i in range(BATCH):
         prompt = torch.randint(0, VOCAB, (CACHED - steps // 2,), generator=generator).tolist()
         engine.add(Request(str(i), prompt, params.but(seed=i)))
     while any(not seq.generated for seq in engine.running) or engine.waiting:
         checked(engine.step())
-    clock.inside, reported = 0.0, []
+    clock.inside, texts = 0.0, []
     before = sum(output.stats.drafted for output in engine.outputs)
     began = time.perf_counter()
     for _ in range(steps):
-        reported += [event.text for event in checked(engine.step())]
+        texts += [event.text for event in checked(engine.step())]
     spent = time.perf_counter() - began
     drafted = sum(output.stats.drafted for output in engine.outputs) - before
-    assert len(engine.running) == BATCH and any(reported), "the batch shrank, or no text was streamed"
+    assert len(engine.running) == BATCH and any(texts), "the batch shrank, or no text was streamed"
     for i in range(BATCH):
         engine.abort(str(i))
     engine.memory.check()
@@ -106,13 +106,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; its default where not given")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch; its default if not given")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     backend = registry.load(registry.BACKENDS["torch"])(torch.float32, "cpu")
     spec, weights = model(backend)
-    runner = Runner(spec, weights, backend, blocks=BATCH * 34)  # prompts are the same in each round: computed once
+    runner = Runner(spec, weights, backend, blocks=BATCH * 34)  # prompts are the same in each round, so they are computed once
     clock, text = Clock(runner), tokenizer()
     endless = {"max_tokens": 700, "ignore_eos": True}
     greedy = SamplingParams(temperature=0, **endless)
@@ -137,7 +137,7 @@ def main() -> int:
     for name, rounds in found.items():
         shares, steps, rows = zip(*rounds[1:], strict=True)
         spread = f"outside forward {statistics.median(shares):6.1%} ({min(shares):.1%} to {max(shares):.1%})"
-        print(f"{name:40} {spread}, step {statistics.median(steps):.1f} ms, drafted {rows[-1]:.0f} a step")
+        print(f"{name:40} {spread}, step {statistics.median(steps):.1f} ms, drafted {rows[-1]:.0f} per step")
     first = statistics.median(share for share, _, _ in found["greedy, none"][1:])
     print(f"greedy, none: {first:.1%} of wall time outside Runner.forward, bound {BOUND:.0%}: {'held' if first < BOUND else 'EXCEEDED'}")
     return 0 if first < BOUND else 1

@@ -1,10 +1,10 @@
-"""What PIE saves and costs: ten kinds of edits of a long text, against computing the edited text anew.
+"""What PIE saves and costs: ten kinds of edits of a long text, compared with computing the edited text anew.
 
-The text is in the cache; it is edited; the first new token is wanted. Reported of each kind of edit: tokens computed by PIE, by
-the prefix cache alone, and by nothing at all; the time to the first token as a ratio of the prefix cache's and of nothing's;
-the Kullback-Leibler divergence of the next token's distribution from the exact one, beside that of the same keys at their old places
-("no turn"); and how many of the next tokens, greedy, are the same. Each number is the mean over texts, with its spread.
-The paper claims more than 85 % less time than a full recomputation.
+A text is in the cache, it is edited, and the first new token is measured. For each kind of edit the proof reports the tokens computed
+by PIE, by the prefix cache alone and without either; the time to the first token as a ratio to the latter two; the Kullback-Leibler
+divergence of the next token's distribution from the exact one, with keys turned to their new places and at their old places ("no
+turn"); and how many of the next greedy tokens are the same. Each number is a mean over texts, with its spread. The paper claims more
+than 85 % less time than a full recomputation.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def replace(share: float, gone: int, count: int) -> Edit:
 
 
 def several(ids: Ids, pool: list[int], dice: Random) -> Ids:
-    """Three edits: something is inserted, deleted and replaced."""
+    """Three edits: an insertion, a deletion and a replacement."""
     return insert(0.2, 12)(delete(0.5, 12)(replace(0.8, 8, 12)(ids, pool, dice), pool, dice), pool, dice)
 
 
@@ -71,7 +71,7 @@ KINDS: dict[str, Edit] = {
 
 
 def distribution(llm: LLM, request: Request) -> tuple[np.ndarray, Ids, float, Request]:
-    """log distribution of the first new token over all tokens, the greedy text, seconds to the first token."""
+    """Log-probabilities of the first new token over all tokens, the greedy text, and the seconds to the first token."""
     engine = llm.engine
     engine.add(request)
     began, first, rows, text = time.perf_counter(), 0.0, [], []
@@ -93,8 +93,8 @@ def divergence(exact: np.ndarray, other: np.ndarray) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="prove pie", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(PILOT) if PILOT.exists() else "embedded")
-    parser.add_argument("--length", type=int, default=1900, help="tokens of a text; what the context holds at most")
-    parser.add_argument("--tokens", type=int, default=16, help="greedy tokens that are compared")
+    parser.add_argument("--length", type=int, default=1900, help="tokens of a text, at most those of the context")
+    parser.add_argument("--tokens", type=int, default=16, help="greedy tokens to compare")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--files", nargs="+", default=FILES, help="modules of the standard library")
@@ -107,7 +107,7 @@ def main() -> int:
     texts = [kept.tokenizer.encode((library / f"{name}.py").read_text(encoding="utf-8")) for name in options.files]
     texts = [ids for ids in texts if len(ids) > 2 * length]
     vocab = kept.runner.spec.vocab
-    # top-1024 carries all but a rest of the mass: what is missing counts as exp(-30)
+    # the top 1024 have nearly all of the mass; each missing token counts as exp(-30)
     params = SamplingParams(temperature=0, max_tokens=options.tokens, logprobs=min(vocab, 1024), ignore_eos=True, seed=0)
     reuse = "pie:shortest=8"
 
@@ -124,13 +124,13 @@ def main() -> int:
             new = edit(old, pool, Random(1000 * number + i))[: kept.max_model_len - options.tokens]
 
             def once(name: str, before: Ids, old: Ids = old, new: Ids = new) -> tuple[np.ndarray, Ids, float, Request]:
-                """The old text is in the cache of a tenant who has nothing else there; then the new one."""
+                """Caches the old text for a tenant of its own, then runs the new text."""
                 tenant = str(next(numbers))
                 distribution(kept, Request("old", list(old), params.but(max_tokens=1), tenant))
                 return distribution(kept, Request(name, list(new), params, tenant, before=list(before), reuse=reuse if before else ""))
 
             exact, text, alone, _ = distribution(fresh, Request("exact", list(new), params))
-            rounds = [(once("pie", old), once("prefix", [])) for _ in range(3)]  # taking turns
+            rounds = [(once("pie", old), once("prefix", [])) for _ in range(3)]  # interleaved
             pie, prefix = rounds[0]
             Store.move = lambda store, moves: move(store, [one._replace(delta=0) for one in moves])  # type: ignore[method-assign]
             unturned = once("no turn", old)

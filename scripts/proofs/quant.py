@@ -1,13 +1,12 @@
-"""What quantized weights cost in quality: perplexity, the distribution's divergence and greedy agreement, beside bytes.
+"""What quantized weights cost in quality: perplexity, divergence of the distribution, greedy agreement, and bytes.
 
-Each form of the weights scores the same texts as the model in float32, token by token behind the first 32 of a text: perplexity,
-the change of the mean log-probability, the mean divergence KL(float32 || form) of the next token's distribution, and how often the
-likeliest
-token is the same. Intervals are bootstraps over texts (95 %); of differences, on the same texts. Bytes are those of the weights as the
-backend holds them, embeddings and norms included.
+Each form of the weights scores the same texts as the float32 model, token by token after the first 32 of a text: perplexity, the
+change of the mean log-probability, the mean divergence KL(float32 || form) of the next token's distribution, and how often the
+likeliest token is the same. Intervals are bootstraps over texts (95 %), those of differences over the same texts. Bytes are those of
+the weights as the backend holds them, including embeddings and norms.
 
-Texts: wikitext-2 and word problems are not in the pilots' training; parts of the standard library were held out of the embedded
-model's. Any others by --text.
+Texts: wikitext-2 and word problems are not in the training data of the pilots; parts of the standard library were held out of that of
+the embedded model. --text names others.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ FORMS = (
     "int8", "int8:outliers=4", "int4:group=32", "int4:group=64", "int4:group=128", "int4:group=adaptive", "int4:group=64,head=int4",
     "int4:group=64,head=none",
 )  # fmt: skip
-GIVEN = 32  # tokens at a text's start that are not scored
+GIVEN = 32  # tokens at the start of a text that are not scored
 PROBLEMS = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 
 F64 = NDArray[np.float64]
@@ -47,7 +46,7 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Form:
-    """A model as it is held: dtype and quant, both as LLM takes them."""
+    """How the weights are stored: dtype and quant, as LLM accepts them."""
 
     dtype: str
     quant: str | None = None
@@ -59,7 +58,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Scored:
-    """f64[texts]: means over each text's scored tokens."""
+    """f64[texts]: means over the scored tokens of each text."""
 
     form: Form
     bytes: int
@@ -70,8 +69,8 @@ class Scored:
 
 
 def distributions(llm: LLM, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities, f32[tokens - GIVEN, V], of every scored token's place."""
-    runner, seq = llm.runner, sequence(ids, prompt_logprobs=0)  # which asks for the logits of every row
+    """Log-probabilities f32[tokens - GIVEN, V] at the place of every scored token."""
+    runner, seq = llm.runner, sequence(ids, prompt_logprobs=0)  # so the logits of every row are computed
     runner.memory.open(seq)
     try:
         work = [Work(seq, len(ids))]
@@ -87,15 +86,15 @@ def distributions(llm: LLM, ids: list[int]) -> torch.Tensor:
 def score(
     model: str, form: Form, texts: Seq[list[int]], base: Seq[torch.Tensor], backend: str = "auto"
 ) -> tuple[Scored, list[torch.Tensor]]:
-    """base: what `distributions` found in float32; none: this is that run."""
+    """base: the result of `distributions` in float32; empty: this is that run."""
     llm = LLM(model, dtype=form.dtype, quant=form.quant, backend=backend, draft="none", prefix_sharing=False)
     began, found, rows = time.perf_counter(), [], []
     for i, ids in enumerate(texts):
         distribution = distributions(llm, ids)
-        reported = base[i] if base else distribution
+        exact = base[i] if base else distribution
         right = distribution.gather(1, torch.tensor(ids[GIVEN:])[:, None])
-        same = distribution.argmax(-1) == reported.argmax(-1)
-        rows.append((right.double().mean(), (reported.exp() * (reported - distribution)).double().sum(-1).mean(), same.double().mean()))
+        same = distribution.argmax(-1) == exact.argmax(-1)
+        rows.append((right.double().mean(), (exact.exp() * (exact - distribution)).double().sum(-1).mean(), same.double().mean()))
         found.append(distribution)
     logprob, divergence, agreement = np.array(rows, np.float64).T
     return Scored(form, llm.runner.weights.bytes, logprob, divergence, agreement, time.perf_counter() - began), found
@@ -136,11 +135,13 @@ def table(title: str, every: Seq[Scored]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="prove quant", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", help="a folder or 'embedded', repeated for more; embedded unless given")
-    parser.add_argument("--quant", action="append", help=f"a form beside float32 and bfloat16; else {', '.join(FORMS)}")
-    parser.add_argument("--dtype", default="float32", help="of what is not quantized")
+    parser.add_argument("--model", action="append", help="a folder or 'embedded', may be repeated; default: embedded")
+    parser.add_argument(
+        "--quant", action="append", help=f"a form besides float32 and bfloat16, may be repeated; default: {', '.join(FORMS)}"
+    )
+    parser.add_argument("--dtype", default="float32", help="dtype of weights that are not quantized")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--text", type=Path, action="append", default=[], help="a text file (.gz too), repeated for more")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="a text file, also .gz, may be repeated")
     parser.add_argument("--length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--limit", type=int, default=32, help="texts of each source")
     options = parser.parse_args()

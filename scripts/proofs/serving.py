@@ -1,10 +1,10 @@
-"""Throughput and latency of `redraft serve`, speculation off and on, beside llama.cpp's servers.
+"""Throughput and latency of `redraft serve`, without and with speculation, beside llama.cpp's servers.
 
-The same prompts (our suite's completions), greedy, a fixed number of tokens, streamed, so many requests in flight at once. Every
-measurement has a server of its own, started for it and ended behind it: no other one runs meanwhile, and no cache and no drafter
-has seen what is asked. The servers take turns, and ratios are those of one round. All have the same threads; the client shares the
-machine with them. LLM.generate runs the same requests as one batch, without HTTP and without a client. Ctrl-C shows what was
-measured so far.
+The prompts (the completions of our suite) are the same, greedy, with a fixed number of tokens, streamed, with a fixed number of
+requests in flight. Each measurement starts a server and ends it afterwards: no other server runs meanwhile, and no cache and no
+drafter has seen the prompts. The servers take turns, and ratios are those of one round. All servers have the same number of threads,
+and the client shares the machine with them. LLM.generate runs the same requests as one batch, without HTTP and without a client. After
+Ctrl-C the results so far are shown.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ CONVERT = (
 
 @dataclass(frozen=True)
 class Side:
-    """A server. command: with {port} in it; ready: asked until it answers; extra: fields of the body that others do not know; ids:
-    where it tells the ids of a text, the field that holds the text, and other fields. counts: whether its streams tell usage."""
+    """A server. command: contains {port}; ready: a path that is requested until it answers; extra: fields of the body that other
+    servers do not know; ids: the endpoint that returns the ids of a text, the field of the text, and other fields; counts: whether
+    streams have usage."""
 
     name: str
     command: list[str]
@@ -70,28 +71,28 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """One measurement. figures: those of `redraft bench serve`; texts: by request, None where there is no text to compare."""
+    """One measurement. figures: those of `redraft bench serve`; texts: by request, None if there is no text to compare."""
 
     figures: dict[str, Any]
     texts: list[str] | None = None
 
 
-Found = dict[tuple[int, str], list[Measured]]  # by requests in flight and name: one a round
+Found = dict[tuple[int, str], list[Measured]]  # by requests in flight and name: one per round
 
 
 def sides(options: argparse.Namespace, file: Path | None, longest: int) -> list[Side]:
     own = [sys.executable, "-m", "redraft", "serve", options.model, "--port", "{port}", "--threads", str(options.threads)]
     own += ["--dtype", options.dtype]
-    asked = ("/tokenize", "prompt", {})
+    ids = ("/tokenize", "prompt", {})
     found = [
-        Side(OFF, [*own, "--draft", "none"], "/ready", asked),
-        Side(f"redraft, {options.draft}", [*own, "--draft", options.draft], "/ready", asked),
+        Side(OFF, [*own, "--draft", "none"], "/ready", ids),
+        Side(f"redraft, {options.draft}", [*own, "--draft", options.draft], "/ready", ids),
     ]
     threads = str(options.threads)
     if file is not None and options.peer_python is not None:
         command = [str(options.peer_python), "-m", "llama_cpp.server", "--model", str(file), "--port", "{port}", "--n_ctx", str(longest)]
         command += ["--n_threads", threads, "--n_threads_batch", threads, "--verbose", "False"]
-        command += ["--logits_all", "False", "--interrupt_requests", "False"]  # as a server would run: both cost it dearly
+        command += ["--logits_all", "False", "--interrupt_requests", "False"]  # both defaults slow it down
         only = {"repeat_penalty": 1.0, "min_tokens": options.tokens}
         found.append(Side("llama-cpp-python", command, "/v1/models", ("/extras/tokenize", "input", {}), only, counts=False))
     if file is not None and options.llama_server is not None:
@@ -105,7 +106,7 @@ def sides(options: argparse.Namespace, file: Path | None, longest: int) -> list[
 
 @contextlib.contextmanager
 def running(side: Side, threads: int) -> Iterator[str]:
-    """Its address, while it runs."""
+    """The address of the running server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -146,15 +147,15 @@ def measure(side: Side, url: str, asks: Path, count: int, warmups: int, concurre
     if failures:
         raise RedraftError(f"{side.name}: {len(failures)} requests failed, the first: {failures[0]}")
     for record in found.run.records:
-        if not side.counts:  # no end of text was allowed before all tokens
+        if not side.counts:  # the end of the text was not allowed before all tokens
             record.output_tokens, record.counted = tokens, "max_tokens"
         elif record.output_tokens != tokens:
-            raise RedraftError(f"{side.name} wrote {record.output_tokens} tokens where {tokens} were asked for")
+            raise RedraftError(f"{side.name} wrote {record.output_tokens} tokens, {tokens} were requested")
     return found.run
 
 
 def differing(side: Side, url: str, texts: list[str], wanted: list[list[int]]) -> list[int]:
-    """Prompts that it reads as other ids."""
+    """The prompts that the server reads as other ids."""
     path, name, more = side.ids
     found = []
     for i, (text, ids) in enumerate(zip(texts, wanted, strict=True)):
@@ -167,7 +168,7 @@ def differing(side: Side, url: str, texts: list[str], wanted: list[list[int]]) -
 
 
 def direct(options: argparse.Namespace) -> int:
-    """The child that runs the batch: what it took, and its texts."""
+    """The child process that runs the batch: throughput and texts."""
     from redraft import LLM, SamplingParams
 
     texts, others = chosen(options.requests)
@@ -196,7 +197,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def chosen(requests: int) -> tuple[list[str], list[str]]:
-    """(texts to continue, evenly of all kinds; those that are left, for warming up)"""
+    """(texts to continue, evenly of all kinds; the other texts, for the warm-up)"""
     kinds = list(dict.fromkeys(one.category for one in prompts.load() if one.prompt is not None))
     taken = prompts.load(None, kinds, requests)
     names = {one.id for one in taken}
@@ -207,7 +208,7 @@ def chosen(requests: int) -> tuple[list[str], list[str]]:
 
 
 def gguf(options: argparse.Namespace) -> Path:
-    """The file for llama.cpp, written where the package is: here or there."""
+    """The file for llama.cpp, written by the interpreter that has the package."""
     folder = Path(loader.resolve(options.model)).resolve()
     if options.peer_python is None:
         return converted(folder, options.dtype, tokenizer=True)
@@ -222,13 +223,13 @@ def gguf(options: argparse.Namespace) -> Path:
 
 
 def ratios(found: Found, at: int, name: str, figure: str, base: str = OFF) -> list[float]:
-    """Of each round, to `base` of the same round; empty where one of them has no such figure."""
+    """Ratios to `base` in each round; empty if one of them has no such figure."""
     both = zip(found.get((at, name), ()), found.get((at, base), ()), strict=False)
     return [one.figures[figure] / other.figures[figure] for one, other in both if one.figures.get(figure) and other.figures.get(figure)]
 
 
 def spread(values: list[float]) -> str:
-    """The middle and, of several, the ends."""
+    """The median and, of several values, the range."""
     if not values:
         return ""
     ends = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
@@ -236,7 +237,7 @@ def spread(values: list[float]) -> str:
 
 
 def tables(found: Found) -> Iterator[str]:
-    """In Markdown: medians over the rounds, then ratios."""
+    """Markdown tables: medians over the rounds, then ratios."""
     yield "| in flight | server | tokens/s | TTFT, ms | TPOT, ms | ITL, ms | E2EL, ms |"
     yield "|---|---|---|---|---|---|---|"
     for (at, name), rounds in found.items():
@@ -254,7 +255,7 @@ def tables(found: Found) -> Iterator[str]:
 
 
 def texts_equal(found: Found, name: str) -> tuple[int, int]:
-    """(texts of all measurements equal to the first of `redraft, off`, compared ones)"""
+    """(number of texts equal to the first of `redraft, off`, number of compared texts)"""
     base = next(rounds[0].texts for (_, of), rounds in found.items() if of == OFF)
     pairs = [
         (text, right)
@@ -271,12 +272,12 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="embedded")
     parser.add_argument("--peer-python", type=Path, help="interpreter with llama-cpp-python[server], gguf and what Redraft imports")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's own server")
-    parser.add_argument("--draft", default="token-recycling", help="what `on` is")
+    parser.add_argument("--draft", default="token-recycling", help="the drafter of the server with speculation")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=2, help="of each server")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each server")
     parser.add_argument("--concurrency", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=32, help="of each measurement")
-    parser.add_argument("--tokens", type=int, default=64, help="of each request")
+    parser.add_argument("--requests", type=int, default=32, help="requests per measurement")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--direct", action="store_true", help=argparse.SUPPRESS)
@@ -299,8 +300,8 @@ def compare(options: argparse.Namespace) -> int:
             print(f"without llama.cpp: {error}", file=sys.stderr)
     every = sides(options, file, longest)
     most, found = max(options.concurrency), dict[tuple[int, str], list[Measured]]()
-    checked: set[str] = set()  # those whose ids were compared
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):  # what was measured is shown
+    checked: set[str] = set()  # servers with compared ids
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):  # the results so far are shown
         asks = Path(folder) / "asks.jsonl"
         asks.write_text("".join(json.dumps({"prompt": text, "max_tokens": options.tokens}) + "\n" for text in [*texts, *others]))
         for number in range(options.rounds):

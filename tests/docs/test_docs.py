@@ -1,4 +1,4 @@
-"""The pages are correct: what they print is printed again, what they show runs."""
+"""The pages are correct: their output is reproduced, their commands parse, their code runs, their lists are complete."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def test_one_step_is_what_the_engine_does() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "one_step.py"))["page"]()
-    assert made == (ROOT / "docs" / "one-step.md").read_text(encoding="utf-8"), "run: python docs/one_step.py"
+    made = runpy.run_path(str(ROOT / "scripts" / "one_step.py"))["page"]()
+    assert made == (ROOT / "docs" / "one-step.md").read_text(encoding="utf-8"), "run: python scripts/one_step.py"
 
 
 DRAFTERS = """
@@ -123,7 +123,21 @@ def test_the_list_of_files_is_whole() -> None:
     named = set(re.findall(r"[\w-]+\.py\b", tree))
     here = {path.name for path in (ROOT / "redraft").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")}
     assert here - named == set()
-    assert named - here - {path.name for path in (ROOT / "train").glob("*.py")} == set()
+    others = {path.name for folder in ("train", "scripts") for path in (ROOT / folder).glob("*.py")}
+    assert named - here - others == set()
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w-]+\.md", tree))
+
+
+def test_the_glossary_has_each_term_once() -> None:
+    terms = re.findall(r"^\| (?!term|option|---)(.+?) \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(terms) > 50
+    assert sorted(set(terms)) == sorted(terms)
+
+
+def test_the_folders_of_the_glossary_exist() -> None:
+    folders = re.findall(r"^\| `\w+` \| [\w -]+ \| `([\w/]+/)` \|", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(folders) == len(registry.METHODS) - 1  # all seams but the scheduler's
+    assert [folder for folder in folders if not (ROOT / "redraft" / folder).is_dir()] == []
 
 
 def test_the_folders_of_the_readme_are_those_of_the_package() -> None:
@@ -135,5 +149,5 @@ def test_the_folders_of_the_readme_are_those_of_the_package() -> None:
 
 def test_the_diffs_are_those_of_the_files() -> None:
     """docs/adding.md shows what adding a method took, as the files have it now."""
-    made = runpy.run_path(str(ROOT / "docs" / "adding_diffs.py"))
-    assert made["page"]() == (ROOT / "docs" / "adding.md").read_text(encoding="utf-8"), "run: python docs/adding_diffs.py"
+    made = runpy.run_path(str(ROOT / "scripts" / "adding_diffs.py"))
+    assert made["page"]() == (ROOT / "docs" / "adding.md").read_text(encoding="utf-8"), "run: python scripts/adding_diffs.py"

@@ -1,6 +1,6 @@
-"""Writes docs/one-step.md: one real step of the engine, watched from outside. Run: python docs/one_step.py
+"""Writes docs/one-step.md: one real step of the engine, recorded from outside. Run: python scripts/one_step.py
 
-The suite runs it and compares, so the page cannot rot. Float64 (`reference`), so every machine prints the same.
+The suite runs it and compares the result with the page. The `reference` backend computes in float64, so every machine prints the same.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from redraft import LLM, SamplingParams
 from redraft.core.sequence import Request
 
-PAGE = Path(__file__).with_name("one-step.md")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "one-step.md"
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        self.items"
-STEPS = 40  # before the one that is shown, so that the drafter has learned something
+STEPS = 40  # steps before the one that is shown: the drafter learns in them
 
 
 class Watched:
-    """Hands every call on to a part of the engine and notes what came back."""
+    """Forwards every call to a part of the engine and records the result."""
 
     def __init__(self, part: Any, seen: dict[str, Any]) -> None:
         self._part, self._seen = part, seen
@@ -36,7 +36,7 @@ class Watched:
 
 
 def page() -> str:
-    """The page, from a step that accepted drafts and moved keys."""
+    """The page. It shows a step that accepted drafts and moved keys."""
     llm = LLM("embedded", backend="reference", draft="token-recycling", draft_rows=8, cache_memory=1 << 28)
     engine, decode = llm.engine, llm.tokenizer.decode
     seq = None
@@ -58,15 +58,16 @@ def page() -> str:
     lines = [
         "# One step, with real tensors",
         "",
-        "Written by `python docs/one_step.py`; the suite compares. The embedded model in float64, `token-recycling`, 8 nodes.",
-        "Each line of `Engine.step` is shown with what it returned. The prompt:",
+        "`python scripts/one_step.py` writes this page, and the suite checks it. The embedded model runs in float64",
+        "with the drafter `token-recycling` and 8 nodes.",
+        "Each line of `Engine.step` is shown with its result. The prompt:",
         "",
         "```python",
         PROMPT,
         "```",
         "",
-        f"This is step {number}. The text now ends in `{decode(seq.tokens[before - 8 : before])!r}`;",
-        "its last token is the only *pending* one: its keys are not stored yet.",
+        f"This is step {number}. The text now ends in `{decode(seq.tokens[before - 8 : before])!r}`.",
+        "Only its last token is *pending*: its keys are not stored yet.",
         "",
         "```",
         "plan = scheduler.plan(waiting, running, memory)",
@@ -94,14 +95,14 @@ def page() -> str:
     lines.append(f"    tokens     {[seq.tokens[root], *tree.tokens.tolist()]}")
     lines.append(f"    positions  {positions}      by depth, not by row")
     bits = [format(int(row[0]), f"0{len(tree)}b")[::-1] for row in tree.ancestors()]
-    lines.append("    ancestors  . " + " ".join(bits) + "      bit j: node j is on my path")
+    lines.append("    ancestors  . " + " ".join(bits) + "      bit j: node j is on the row's path")
     lines += [
         "",
         "out = runner.forward(batch, taps)",
-        f"    argmax     {out.argmax.tolist()}      what the model wants after the pending token and after each node",
+        f"    argmax     {out.argmax.tolist()}      the model's likeliest token after the pending token and after each node",
         "",
         "accepted = finish(verifier.accept(trees, distribution))",
-        f"    path       {list(accepted.path)}      nodes that carry what the model wanted",
+        f"    path       {list(accepted.path)}      the nodes whose token is the model's",
         f"    tokens     {list(accepted.tokens)}  {decode(list(accepted.tokens))!r}      the path's and the bonus",
         "",
         "memory.move(memory.commit(plan.work, accepted))",

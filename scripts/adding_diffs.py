@@ -1,6 +1,6 @@
-"""Writes the diffs of docs/adding.md from the files themselves: what it took to add one method at each seam of the cache.
+"""Writes the diffs of docs/adding.md from the source files: one method of each kind of cache policy.
 
-python docs/adding_diffs.py
+python scripts/adding_diffs.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "adding.md"
-START, END = "<!-- diffs: written by docs/adding_diffs.py -->", "<!-- end of diffs -->"
+START, END = "<!-- diffs: written by scripts/adding_diffs.py -->", "<!-- end of diffs -->"
 SHOWN = {  # seam -> method, its file, what of it is shown
     "keep": ("streaming-llm", "redraft/kv/eviction/streaming_llm.py", ("Streaming", "StreamingLLM")),
     "codec": ("int8", "redraft/kv/quantization/int8.py", ("Int8", "Int8Units", "_encode")),
@@ -28,13 +28,13 @@ def added(path: str, names: tuple[str, ...]) -> list[str]:
     for node in ast.parse(source).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in names:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            reported = {
+            docstrings = {
                 line
                 for part in ast.walk(node)
                 if isinstance(part, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(part)
                 for line in range(part.body[0].lineno, (part.body[0].end_lineno or 0) + 1 + isinstance(part, ast.ClassDef))
             }
-            found += ["", *(lines[i - 1] for i in range(first, (node.end_lineno or 0) + 1) if i not in reported)]
+            found += ["", *(lines[i - 1] for i in range(first, (node.end_lineno or 0) + 1) if i not in docstrings)]
     return found[1:]
 
 
