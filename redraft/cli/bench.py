@@ -74,7 +74,7 @@ def cache(
         curves.check_plot(plot)
     llm = LLM(config=engine_config(model, {**engine, "draft": "none", "prefix_sharing": False}))
     every = tasks.build(llm.tokenizer, found, wanted, llm.max_model_len - 1)
-    plan = measurement.Plan.of(llm, options, every)
+    plan = measurement.RunPlan.of(llm, options, every)
     progress = Console(stderr=True)
     with report.bar(progress, plan.ticks) as tick:
         measured = measurement.measure(llm, plan, tick)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from redraft.engine.text import Text
+from redraft.engine.text import PartialText
 from redraft.models.tokenizer import Decoder
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Colours:
 
     def __init__(self, prompt: list[int], decode: Decoder) -> None:
         self.decode = decode
-        self._tokens, self._text = list(prompt), Text.start(prompt, decode)
+        self._tokens, self._text = list(prompt), PartialText.start(prompt, decode)
         self._ends: list[tuple[int, bool]] = []  # (end of the token's text, drafted) of tokens not wholly shown
         self._shown = 0
 

@@ -38,9 +38,7 @@ class ServeConfig(Settings):
     served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
     chat_template: str | None = Field(None, description="a Jinja file, or the template itself; None: the checkpoint's")
     response_role: str = Field("assistant", min_length=1, description="role of the replies of a chat")
-    keep: str | None = Field(
-        None, description="name:option=value,... of a method that evicts tokens from the cache, if a request names none"
-    )
+    keep: str | None = Field(None, description="name:option=value,... of a method that evicts from the cache, if a request names none")
     codec: str | None = Field(None, description="name:option=value,... of a method that quantizes the cache, likewise")
     read: str | None = Field(None, description="name:option=value,... of a sparse attention method, likewise")
     depth: str | None = Field(None, description="name:option=value,... of a method that skips layers after the prompt, likewise")
