@@ -195,9 +195,7 @@ def notes(found: Found, figures: Mapping[str, Any]) -> list[str]:
 
 
 def _lengths(exact: bool, run: Run, figures: Mapping[str, Any]) -> str:
-    how = (
-        "exact, by the server's /tokenize" if exact else "in words, as the server has no /tokenize that finds words of one token each"
-    )
+    how = "exact, by the server's /tokenize" if exact else "in words, as the server has no /tokenize that finds words of one token each"
     right, done = figures["input_tokens_as_wanted"], len(run.done)
     if right == done:
         return f"input lengths: {how}; the server counted the same"
