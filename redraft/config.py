@@ -196,11 +196,9 @@ class SchedulerConfig(Settings):
     scheduler: str = Field("sarathi", description="name:option=value,... of a scheduler")
     token_budget: int = Field(512, ge=1, description="maximum of rows in a step, prompts and drafts together")
     max_seqs: int = Field(64, ge=1, description="maximum of sequences that run at once")
-    draft_rows: int = Field(
-        16, ge=0, description="maximum of drafted nodes of a sequence in a step; with draft=auto the drafter's own number"
-    )
+    draft_rows: int = Field(16, ge=0, description="maximum of drafted nodes of a sequence in a step; draft=auto: the drafter's own number")
     draft_total: int | None = Field(
-        None, ge=0, description="maximum of drafted nodes in a step, shared evenly; None: 32 on CPU, 128 on CUDA"
+        None, ge=0, description="maximum of drafted nodes in a step, shared evenly; None: 32 (CPU) or 128 (CUDA)"
     )
 
 

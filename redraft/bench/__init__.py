@@ -1,1 +1,1 @@
-"""Is it true, is it fast?"""
+"""Benchmarks: speed, memory, and whether texts are right."""

@@ -1,9 +1,8 @@
-"""What cache policies cost in quality and save in memory, on texts scored token by token.
+"""Quality and memory of cache policies, on texts scored token by token.
 
-A policy is scored on the same texts as the whole cache, by the log-probabilities that it leaves to the right tokens. Rows of a
-text's context count as given, rows behind it as generated, so one pass scores a text as if it had been written token by token.
-A budget is a part of the longest text of a task, in tokens. Spreads are bootstraps over texts (95 %), of differences on the
-same texts.
+A policy is compared with the full cache on the same texts, by the log-probabilities of the right tokens. Rows of a text's context count
+as given and later rows as generated, so one pass scores a text as if it were generated token by token. A budget is a part of the
+longest text of a task, in tokens. Spreads are bootstraps over texts (95 %) of differences on the same texts.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from redraft.models.runner import Runner
 from redraft.ops.format import PAGE, plain
 
 F64 = NDArray[np.float64]
-Tick = Callable[[str], None]  # reported after each group of texts
-Refused = dict[str, dict[float | None, str]]  # policy -> budget -> why it could not be had, in some task at least
+Tick = Callable[[str], None]  # called after each group of texts
+Refused = dict[str, dict[float | None, str]]  # policy -> budget -> why it was refused in at least one task
 
 POLICIES = (
     "keep=streaming-llm:sinks=4,recent={recent}",
@@ -49,16 +48,16 @@ NUMBERS = ("tokens", "recent", "paged", "speedup")
 BUDGETS = (100.0, 50.0, 25.0, 10.0)
 FOOTPRINT_BUDGET = 25.0  # percent, of policies that have one
 DRAWS = 2000
-LAST = 96  # tokens that a text still writes when its neighbour comes
+LAST = 96  # tokens that a text still has to write when the neighbour arrives
 REPLY = 16  # tokens that the neighbour writes
 CHECKED = 32  # steps between two checks of the table
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured and how. policies: "seam=name:option=value,...", joined by + where a request chooses several, with
-    one of NUMBERS in braces where a budget goes; none: all of POLICIES that this model can have. budgets: percent; batch:
-    texts scored at once; memory: tokens that are generated to measure cache bytes, 0 for none."""
+    """What is measured and how. policies: "seam=name:option=value,...", joined by + if a request chooses several; one of NUMBERS in
+    braces stands for the budget; empty: all of POLICIES that this model supports. budgets: percent; batch: texts scored at once;
+    memory: tokens to generate to measure cache bytes, 0 for none."""
 
     policies: tuple[str, ...] = ()
     budgets: tuple[float, ...] = BUDGETS
@@ -66,7 +65,7 @@ class Options:
     memory: int = 4000
 
     def __post_init__(self) -> None:
-        """InvalidInput (UnknownMethod) before anything is loaded."""
+        """Raises InvalidInput (UnknownMethod) before anything is loaded."""
         for budget in self.budgets:
             if not 0 < budget <= 100:
                 raise InvalidInput(f"budget = {budget:g}: percent above 0 and up to 100 are allowed")
@@ -85,21 +84,21 @@ class Options:
 
 
 def known(text: str) -> bool:
-    """Whether a policy of the standing list is registered."""
+    """Whether a policy of POLICIES is registered."""
     seam, _, method = text.partition("=")
     return registry.parse(method)[0] in registry.METHODS[seam]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """text: as given; parts: seam -> method, with the places where numbers go."""
+    """text: as given; parts: (seam, method) with placeholders for numbers."""
 
     text: str
     parts: tuple[tuple[str, str], ...]
 
     @classmethod
     def of(cls, text: str) -> Policy:
-        """InvalidInput where it is no policy; UnknownMethod where there is no such method."""
+        """InvalidInput if the text is not a policy; UnknownMethod if there is no such method."""
         parts = []
         for part in registry.split(text, "+"):
             seam, equals, method = part.partition("=")
@@ -120,15 +119,15 @@ class Policy:
 
     @property
     def places(self) -> set[str]:
-        """Which numbers it takes from a budget."""
+        """The names of its placeholders."""
         try:
             return {name for _, method in self.parts for _, name, _, _ in string.Formatter().parse(method) if name is not None}
         except ValueError:
             raise InvalidInput(f"policy = {self.text!r}: braces do not match") from None
 
     def at(self, budget: float, tokens: int) -> dict[str, str]:
-        """Fields of SamplingParams for `budget` percent of a text of `tokens` tokens. {paged}: up to whole pages; {speedup}: how
-        many times less is left."""
+        """Fields of SamplingParams for `budget` percent of a text of `tokens` tokens. {paged}: rounded up to whole pages; {speedup}: the
+        inverse of the budget."""
         held = budgeted(budget, tokens)
         numbers = (held, max(1, held - SINKS), -(-held // PAGE) * PAGE, f"{100 / budget:g}")
         return {seam: method.format(**dict(zip(NUMBERS, numbers, strict=True))) for seam, method in self.parts}
@@ -138,9 +137,9 @@ def budgeted(budget: float, tokens: int) -> int:
     return math.ceil(budget / 100 * tokens)
 
 
-class Choice(NamedTuple):
-    """What requests choose. budget: percent, None where a policy takes none; share: of the full cache's bytes a token, where its
-    codec says so."""
+class PolicyAtBudget(NamedTuple):
+    """A policy at a budget. budget: percent, None if the policy takes none; params: fields of SamplingParams; share: bytes of a token
+    relative to the full cache, if it has a codec."""
 
     policy: str
     budget: float | None
@@ -153,18 +152,18 @@ class Choice(NamedTuple):
         return self.policy if self.budget is None else f"{self.policy} at {self.budget:g} %"
 
 
-FULL = Choice("full", None, None, {})
+FULL = PolicyAtBudget("full", None, None, {})
 
 
 class Scores(NamedTuple):
-    """f64[items, places]: mean log-probability of an answer's tokens, and 1 where the greedy text is the answer."""
+    """f64[items, places]: mean log-probability of an answer's tokens, and 1 if greedy decoding writes the answer, else 0."""
 
     logprobs: F64
     right: F64
 
 
 class Interval(NamedTuple):
-    """A mean over texts and the 95 % of its bootstrap."""
+    """A mean over texts and its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -177,29 +176,30 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One task: the whole cache, also where contexts say otherwise (None for running text), and each choice."""
+    """The scores of one task: with the full cache, with the full cache on the control contexts (None for running text), and of each
+    policy."""
 
     task: Task
     full: Scores
     control: Scores | None
-    runs: list[tuple[Choice, Scores]]
+    runs: list[tuple[PolicyAtBudget, Scores]]
 
     def difference(self, scores: Scores) -> Interval:
-        """Mean log-probability less the whole cache's."""
+        """Mean log-probability minus that of the full cache."""
         return bootstrap((scores.logprobs - self.full.logprobs).mean(1))
 
     @property
     def retrieves(self) -> Interval | None:
-        """By how much an answer is likelier, under the whole cache, for being reported in the context; None for running text."""
+        """How much likelier an answer is, with the full cache, because the context states it. None for running text."""
         return None if self.control is None else bootstrap((self.full.logprobs - self.control.logprobs).mean(1))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Cache of one text. peak, steady: bytes at most and over the last quarter of its tokens; beside: tokens of another request
-    that ran while it was still written, in pages that it had left of a pool for one whole text."""
+    """Cache of one text. peak: most bytes; steady: mean bytes over the last quarter of its tokens; beside: tokens of another request
+    that ran at the same time in the remaining pages."""
 
-    choice: Choice
+    choice: PolicyAtBudget
     tokens: int
     peak: int
     steady: int
@@ -214,18 +214,18 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that will run. tokens: of the texts whose cache is measured under `footprints`."""
+class RunPlan:
+    """All that will run. tokens: length of the texts whose cache `footprints` measures."""
 
-    runs: list[tuple[Task, list[Choice]]]
-    footprints: list[Choice]
+    runs: list[tuple[Task, list[PolicyAtBudget]]]
+    footprints: list[PolicyAtBudget]
     tokens: int
     batch: int
     refused: Refused
 
     @classmethod
-    def of(cls, llm: LLM, options: Options, tasks: Seq[Task]) -> Plan:
-        """Raises what a policy that was asked for by name is refused with, before anything is measured."""
+    def of(cls, llm: LLM, options: Options, tasks: Seq[Task]) -> RunPlan:
+        """Raises the error of a refused policy that the user named, before anything is measured."""
         refused: Refused = {}
         runs = [(task, choices(llm, options, task.longest, refused)) for task in tasks]
         tokens = room(llm, options.memory)
@@ -234,13 +234,13 @@ class Plan:
 
     @property
     def ticks(self) -> int:
-        """How often `measure` tells that something ran."""
+        """How often `measure` calls `tick`."""
         scored = [len(task.probes) for task, chosen in self.runs for _ in range(1 + len(chosen))]
         scored += [len(task.controls) for task, _ in self.runs]
         return sum(-(-probes // self.batch) for probes in scored) + len(self.footprints)
 
 
-def measure(llm: LLM, plan: Plan, tick: Tick = lambda what: None) -> Measured:
+def measure(llm: LLM, plan: RunPlan, tick: Tick = lambda what: None) -> Measured:
     """Runs it. `llm` is loaded with prefix_sharing=False and without a drafter."""
     results = []
     for task, chosen in plan.runs:
@@ -252,10 +252,10 @@ def measure(llm: LLM, plan: Plan, tick: Tick = lambda what: None) -> Measured:
     return Measured(results, footprints, plan.refused)
 
 
-def choices(llm: LLM, options: Options, tokens: int, refused: Refused, budgets: Seq[float] = ()) -> list[Choice]:
-    """All policies at all budgets (else those of `options`) of a text of `tokens` tokens. What this model cannot have, or not with
-    so little, goes to `refused`; a policy that was asked for by name and has nothing left raises."""
-    found: list[Choice] = []
+def choices(llm: LLM, options: Options, tokens: int, refused: Refused, budgets: Seq[float] = ()) -> list[PolicyAtBudget]:
+    """All policies at all budgets (else those of `options`) of a text of `tokens` tokens. Policies and budgets that this model refuses
+    go to `refused`. If all budgets of a policy that the user named are refused, the error is raised."""
+    found: list[PolicyAtBudget] = []
     for policy in options.chosen:
         before, error = len(found), None
         for budget in (budgets or options.budgets) if policy.places else (None,):
@@ -267,14 +267,14 @@ def choices(llm: LLM, options: Options, tokens: int, refused: Refused, budgets: 
                 refused.setdefault(policy.name, {}).setdefault(budget, str(raised))
                 continue
             held = None if budget is None else budgeted(budget, tokens)
-            found.append(Choice(policy.name, budget, held, params, stored(llm, params)))
+            found.append(PolicyAtBudget(policy.name, budget, held, params, stored(llm, params)))
         if options.policies and error is not None and len(found) == before:
             raise error
     return found
 
 
 def stored(llm: LLM, params: dict[str, str]) -> float | None:
-    """Bytes that a codec takes for a token, as a part of the exact ones. A codec of blocks: of what it has encoded."""
+    """Bytes that a codec takes for an encoded token, relative to the exact ones."""
     if params.get("codec") is None:
         return None
     codec = registry.create("codec", params["codec"]).open(llm.runner)
@@ -286,9 +286,9 @@ def stored(llm: LLM, params: dict[str, str]) -> float | None:
 # ---- quality
 
 
-def score(llm: LLM, task: Task, probes: Seq[Probe], choice: Choice, batch: int, tick: Tick) -> Scores:
-    """Every answer of every probe. An answer is right where each of its tokens is the likeliest one behind those before it,
-    which is when greedy decoding writes it."""
+def score(llm: LLM, task: Task, probes: Seq[Probe], choice: PolicyAtBudget, batch: int, tick: Tick) -> Scores:
+    """Scores every answer of every probe. An answer is right if each of its tokens is the likeliest after the tokens before it, which
+    means that greedy decoding writes it."""
     logprobs, right = (np.full((task.items, len(task.places)), np.nan) for _ in range(2))
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, **choice.params)
     for at in range(0, len(probes), batch):
@@ -298,17 +298,17 @@ def score(llm: LLM, task: Task, probes: Seq[Probe], choice: Choice, batch: int, 
             if output.error is not None or output.prompt_logprobs is None:
                 raise InvalidInput(f"{task.name}, {choice.label}: {output.error}")
             for place, first, last in probe.answers:
-                reported = [one for one in output.prompt_logprobs[first:last] if one is not None]
-                assert len(reported) == last - first
-                logprobs[probe.item, place] = np.mean([one.logprob for one in reported])
-                right[probe.item, place] = all(one.rank == 1 for one in reported)
+                entries = [one for one in output.prompt_logprobs[first:last] if one is not None]
+                assert len(entries) == last - first
+                logprobs[probe.item, place] = np.mean([one.logprob for one in entries])
+                right[probe.item, place] = all(one.rank == 1 for one in entries)
         tick(f"{task.name}: {choice.label}")
     assert not np.isnan(logprobs).any(), f"{task.name}: an item lacks an answer at some place"
     return Scores(logprobs, right)
 
 
 def bootstrap(values: F64) -> Interval:
-    """Over values[items], with the same draws at each call."""
+    """The bootstrap interval of values[items], with the same draws at each call."""
     drawn = np.random.default_rng(0).integers(0, len(values), (DRAWS, len(values)))
     low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
@@ -318,17 +318,17 @@ def bootstrap(values: F64) -> Interval:
 
 
 def room(llm: LLM, tokens: int) -> int:
-    """Tokens that a text may have, 0 where they are too few to measure: positions that are turned have no end, learned ones do.
-    Behind the trained context a text means little, but takes as much memory."""
+    """Tokens that a text may have, 0 if they are too few to measure. Only learned positions limit it: after the trained context a text
+    makes little sense, but takes as much memory."""
     learned = llm.runner.spec.learned_positions
-    most = tokens if learned is None else min(tokens, learned - 1)
-    return most if most > 2 * LAST else 0
+    length = tokens if learned is None else min(tokens, learned - 1)
+    return length if length > 2 * LAST else 0
 
 
-def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
-    """Generates a text of `tokens` tokens in a pool of its own, which holds one and a half with the whole cache. Shortly before its
-    end another request, with the whole cache, comes for half of the pages that are free then. AssertionError where the table
-    does not add up."""
+def footprint(llm: LLM, choice: PolicyAtBudget, tokens: int, tick: Tick) -> Footprint:
+    """Generates a text of `tokens` tokens in its own pool, which has room for one and a half such texts with the full cache. Shortly
+    before its end, another request with the full cache arrives, which needs half of the free pages. AssertionError if the page
+    table is inconsistent."""
     prompt = llm.tokenizer.encode("def")[:8]
     params = SamplingParams(temperature=1, seed=0, max_tokens=tokens - len(prompt), ignore_eos=True, **choice.params)
     text, blocks = Request("text", prompt, params), 3 * -(-tokens // llm.runner.memory.paged.table.page) // 2 + 1
@@ -349,8 +349,8 @@ def footprint(llm: LLM, choice: Choice, tokens: int, tick: Tick) -> Footprint:
 
 
 def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
-    """Runs what is under way to its end, beside a request of `count` tokens that writes REPLY more. Returns its tokens where it was
-    through before the other text, 0 where it had to wait for pages."""
+    """Runs all to the end, with another request of `count` tokens that writes REPLY more. Returns the tokens of that request if it
+    finished before the other text, 0 if it had to wait for pages."""
     if count > 0:
         params = SamplingParams(temperature=0, max_tokens=REPLY, ignore_eos=True)
         engine.add(Request("neighbour", (prompt * count)[:count], params))
@@ -364,7 +364,7 @@ def neighbour(engine: Engine, prompt: list[int], count: int) -> int:
 
 
 def pool(llm: LLM, tokens: int, blocks: int) -> Engine:
-    """An engine over the same weights that goes on for `tokens` tokens, with a cache of its own."""
+    """An engine over the same weights, for texts of `tokens` tokens, with its own cache."""
     own, engine = llm.runner, llm.engine
     runner = Runner(own.spec, own.weights, own.backend, blocks, sharing=False, source=own.source)
     drafter: Any = registry.create("draft", "none").open(runner, engine.sampler)

@@ -1,9 +1,8 @@
 """The plain loop and every method on the same prompts, in one process, interleaved and repeated.
 
-What is timed is `llm.generate` of a group of prompts, from admission to the last token, so reading the prompt counts on
-both sides. What a drafter learned from traffic is restored before every measurement: `cold` is the state it opens with,
-`hot` what it learned on other prompts. The suite is cut in two halves within each category; the state that one half
-meets was learned on the other half only.
+`llm.generate` of a group of prompts is timed, from admission to the last token, so reading the prompt counts for all methods. The
+learned state of a drafter is restored before every measurement: `cold` is the state it opens with, `hot` what it learned on other
+prompts. Each category of the suite is split into two halves. The state for one half was learned on the other half only.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from redraft.models.tokenizer import Tokenizer
 BASELINE = "none"
 WARM_UP = 8  # tokens that each method generates before it is measured
 
-Tick = Callable[[str], None]  # called after each group that ran, timed or not
+Tick = Callable[[str], None]  # called after each group, timed or not
 
 
 class Mode(StrEnum):
@@ -45,9 +44,9 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared and how. drafts: methods as "name:option=value,..." or "auto"; batch: prompts that run at once; lenient:
-    methods that do not fit this model or verifier are left out and named, instead of refused; bound: also measure, in an untimed
-    pass, which share of the acceptance that the best rule could reach was reached."""
+    """What is compared and how. drafts: methods as "name:option=value,..." or "auto"; batch: prompts that run at once; lenient: methods
+    that do not fit this model or verifier are left out and named, instead of refused; bound: also measure, in an untimed pass, the
+    acceptance relative to that of the best possible rule."""
 
     drafts: tuple[str, ...]
     params: SamplingParams
@@ -57,7 +56,7 @@ class Options:
     bound: bool = False
 
     def __post_init__(self) -> None:
-        """InvalidInput (UnknownMethod) before anything is loaded."""
+        """Raises InvalidInput (UnknownMethod) before anything is loaded."""
         for name in ("rounds", "batch"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} = {getattr(self, name)}: must be 1 or more")
@@ -69,12 +68,12 @@ class Options:
             if draft != AUTO:
                 registry.create("draft", draft)
         if BASELINE in self.drafts:
-            raise InvalidInput(f"draft = {BASELINE!r} is the plain loop, which every method is measured against anyway")
+            raise InvalidInput(f"draft = {BASELINE!r} is the plain loop, which is always measured as the baseline")
 
 
 @dataclass(frozen=True)
-class Group:
-    """Prompts of one category and one half that run at the same time; a measurement is of one group."""
+class PromptGroup:
+    """Prompts of one category and one half that run at the same time. Each measurement runs one group."""
 
     category: str
     half: int
@@ -84,7 +83,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A method and the state it starts with, one for each half of the suite."""
+    """A method and the state it starts with, which is given for each half of the suite."""
 
     method: str
     mode: Mode
@@ -94,7 +93,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the model read and what it wrote."""
+    """The tokens that the model read and wrote."""
 
     prompt: list[int]
     tokens: list[int]
@@ -102,8 +101,8 @@ class Turn:
 
 @dataclass
 class Run:
-    """One measurement: a group's conversations by one entry. peak: bytes of cache in use at most, a second model's too;
-    fault: the error of the first drafter that failed."""
+    """One measurement: a group's conversations with one entry. peak: most bytes of cache in use, including a draft model's; fault: the
+    error of the first drafter that failed."""
 
     conversations: list[list[Turn]]
     seconds: float = 0.0
@@ -127,12 +126,12 @@ class Comparison:
     """All measurements: runs[entry][round][group]; entry 0 is the plain loop."""
 
     entries: list[Entry]
-    groups: list[Group]
+    groups: list[PromptGroup]
     runs: list[list[list[Run]]]
     left_out: list[str]  # ids of prompts that do not fit the context
-    cut_short: list[str]  # ids of conversations that outgrew it after the first turn
+    cut_short: list[str]  # ids of conversations that exceeded the context after the first turn
     refused: list[str] = field(default_factory=list)  # methods left out, each with the reason
-    bounds: dict[int, Share] = field(default_factory=dict)  # entry -> acceptance over its bound, where there is one
+    bounds: dict[int, Share] = field(default_factory=dict)  # entry -> acceptance over its bound, if there is a bound
     stopped: bool = False  # by Ctrl-C, before the last round or the bounds
 
     @property
@@ -145,8 +144,8 @@ class Comparison:
 
 
 class Dialogue:
-    """The input of the model: text to continue, or a chat by the checkpoint's template. A checkpoint without a
-    template gets the contents of the messages, one a line."""
+    """The input of the model: text to continue, or a chat by the checkpoint's template. Without a template, the contents of the
+    messages, one on each line."""
 
     def __init__(self, prompt: Prompt, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -188,13 +187,13 @@ def compare(
 ) -> Comparison:
     """Runs everything. `llm` is the plain loop, loaded with prefix_sharing=False; the methods are its siblings.
 
-    announce: receives the estimated duration in seconds before anything is measured. Ctrl-C ends the measurements: what was measured
-    is returned; KeyboardInterrupt where nothing was.
+    announce: receives the estimated duration in seconds before anything is measured. Ctrl-C ends the measurements, and the results so
+    far are returned. Raises KeyboardInterrupt if there are none.
     """
     fits = [prompt for prompt in prompts if len(Dialogue(prompt, llm.tokenizer).ids()) < llm.max_model_len]
     if not fits:
         raise PromptTooLong(f"none of the {len(prompts)} prompts fits the context: max_model_len = {llm.max_model_len}")
-    llm.engine.policies.check(llm.params(options.params))  # what the engine would refuse for each prompt, once
+    llm.engine.policies.check(llm.params(options.params))  # raises once what the engine would refuse for every prompt
     groups = split(fits, options.batch, llm.params(options.params))
     siblings, refused = opened(llm, options)
     announce(estimate([llm, *siblings.values()], groups, options))
@@ -211,7 +210,7 @@ def compare(
 
 
 def opened(llm: LLM, options: Options) -> tuple[dict[str, LLM], list[str]]:
-    """Draft -> an engine with it; and the methods that were refused, each with the reason."""
+    """(draft -> an engine with it, refused draft -> the reason)."""
     siblings, refused = {}, []
     for draft in options.drafts:
         try:
@@ -223,22 +222,22 @@ def opened(llm: LLM, options: Options) -> tuple[dict[str, LLM], list[str]]:
     return siblings, refused
 
 
-def estimate(llms: Seq[LLM], groups: Seq[Group], options: Options) -> float:
+def estimate(llms: Seq[LLM], groups: Seq[PromptGroup], options: Options) -> float:
     """Seconds that the measurements will take: the time of a short run of each engine, scaled to the tokens of all groups."""
     work = sum((expected(llms[0], group) for group in groups), Work(0, 0))
     return sum(passes(llm, groups, options, own=i > 0) * pace(llm, groups[0]).seconds(work) for i, llm in enumerate(llms))
 
 
-def passes(llm: LLM, groups: Seq[Group], options: Options, own: bool) -> int:
-    """How often an engine runs all groups. own: it has a drafter to learn and to be bounded."""
+def passes(llm: LLM, groups: Seq[PromptGroup], options: Options, own: bool) -> int:
+    """How often an engine runs all groups. own: it has a drafter, which may learn and have a bound."""
     learns = own and llm.engine.drafter.snapshot() is not None and len({group.half for group in groups}) > 1
     modes = 2 if learns else 1
     bounded = own and options.bound and not groups[0].params[0].greedy
     return modes * (options.rounds + bounded) + learns
 
 
-def expected(llm: LLM, group: Group) -> Work:
-    """The tokens of a group if every text gets as long as it may."""
+def expected(llm: LLM, group: PromptGroup) -> Work:
+    """The tokens of a group if every text has its maximum length."""
     read, written = 0, 0
     for prompt, params in zip(group.prompts, group.params, strict=True):
         length, total = len(Dialogue(prompt, llm.tokenizer).ids()), 0
@@ -250,8 +249,8 @@ def expected(llm: LLM, group: Group) -> Work:
     return Work(read, written)
 
 
-def pace(llm: LLM, group: Group) -> Pace:
-    """From two short runs of a group, after a first one that is not timed. Nothing that a drafter learns is kept."""
+def pace(llm: LLM, group: PromptGroup) -> Pace:
+    """Measured by two short runs of a group, after a first one that is not timed. What a drafter learns is dropped."""
     state = llm.engine.drafter.snapshot()
     generate(llm, shortened(group, WARM_UP, 1))
     restore(llm, state)
@@ -262,21 +261,21 @@ def pace(llm: LLM, group: Group) -> Pace:
     return Pace.of(short.work, short.seconds, long.work, long.seconds)
 
 
-def shortened(group: Group, tokens: int, prompts: int | None = None) -> Group:
-    """The group's first prompts with so many new tokens."""
+def shortened(group: PromptGroup, tokens: int, prompts: int | None = None) -> PromptGroup:
+    """The group's first `prompts` prompts with at most `tokens` new tokens."""
     params = tuple(params.but(max_tokens=tokens, min_tokens=0) for params in group.params)
-    return Group(group.category, group.half, group.prompts[:prompts], params[:prompts])
+    return PromptGroup(group.category, group.half, group.prompts[:prompts], params[:prompts])
 
 
-def measure_all(entries: Seq[Entry], groups: Seq[Group], rounds: int, tick: Tick) -> tuple[list[list[list[Run]]], bool]:
+def measure_all(entries: Seq[Entry], groups: Seq[PromptGroup], rounds: int, tick: Tick) -> tuple[list[list[list[Run]]], bool]:
     """runs[entry][round][group], and whether Ctrl-C ended them early.
 
-    Every round runs every group by every entry before the next group, in an order that turns by one place from group
-    to group and from round to round and is reversed in every other round: what slows the machine down hits all alike.
+    Every round runs all entries on a group before the next group. The order of the entries rotates by one place from group to group
+    and from round to round, and is reversed in every other round, so that changes of the machine's speed affect all entries alike.
     """
     runs: list[list[list[Run]]] = [[[] for _ in range(rounds)] for _ in entries]
     gc.collect()
-    gc.freeze()  # what lives already need not be looked through again before each measurement
+    gc.freeze()  # the garbage collector then skips objects that exist already
     try:
         for turn in range(rounds):
             for g, group in enumerate(groups):
@@ -293,14 +292,14 @@ def measure_all(entries: Seq[Entry], groups: Seq[Group], rounds: int, tick: Tick
 
 
 def comparable(runs: list[list[list[Run]]], groups: int) -> list[list[list[Run]]]:
-    """The rounds that all entries have finished; none: the groups of the first round that all have."""
+    """The rounds that all entries have finished. If there is none, the groups of the first round that all have finished."""
     common = [min(map(len, parts)) for parts in zip(*runs, strict=True)]
     rounds = max(1, common.count(groups))
     return [[part[: common[0]] for part in one[:rounds]] for one in runs]
 
 
-def gauge_all(entries: Seq[Entry], groups: Seq[Group], runs: Seq[Seq[Seq[Run]]]) -> tuple[dict[int, Share], bool]:
-    """Entry -> acceptance over its bound, by one more pass over all groups; and whether Ctrl-C ended it early."""
+def gauge_all(entries: Seq[Entry], groups: Seq[PromptGroup], runs: Seq[Seq[Seq[Run]]]) -> tuple[dict[int, Share], bool]:
+    """(entry -> acceptance over its bound, by one more pass over all groups; whether Ctrl-C ended it early)."""
     found: dict[int, Share] = {}
     for e, entry in enumerate(entries):
         if entry.mode is Mode.BASELINE or groups[0].params[0].greedy:
@@ -315,7 +314,7 @@ def gauge_all(entries: Seq[Entry], groups: Seq[Group], runs: Seq[Seq[Seq[Run]]])
     return found, False
 
 
-def run_all(entry: Entry, groups: Seq[Group]) -> list[Run]:
+def run_all(entry: Entry, groups: Seq[PromptGroup]) -> list[Run]:
     return [measure(entry.llm, group, entry.states[group.half]) for group in groups]
 
 
@@ -325,8 +324,8 @@ def ticks(prompts: int, options: Options) -> int:
     return groups * (options.rounds * (1 + 2 * len(options.drafts)) + len(options.drafts))
 
 
-def split(prompts: Seq[Prompt], batch: int, params: SamplingParams) -> list[Group]:
-    """Halves by turns within each category, then groups of at most `batch`. Each prompt gets a seed of its own."""
+def split(prompts: Seq[Prompt], batch: int, params: SamplingParams) -> list[PromptGroup]:
+    """Assigns prompts of each category to the halves in turn, then makes groups of at most `batch`. Each prompt has its own seed."""
     by_category: dict[str, list[tuple[Prompt, SamplingParams]]] = {}
     for i, prompt in enumerate(prompts):
         seed = sample_seed(params.seed or 0, i)
@@ -337,8 +336,8 @@ def split(prompts: Seq[Prompt], batch: int, params: SamplingParams) -> list[Grou
             mine = members[(half - start) % 2 :: 2]
             for at in range(0, len(mine), batch):
                 chosen, own = zip(*mine[at : at + batch], strict=True)
-                groups.append(Group(category, half, chosen, own))
-        start += len(members)  # after an odd category the halves swap, so that neither stays empty
+                groups.append(PromptGroup(category, half, chosen, own))
+        start += len(members)  # the halves swap after an odd category, so that neither stays empty
     return groups
 
 
@@ -348,8 +347,8 @@ def order(entries: int, turn: int, group: int) -> list[int]:
     return turned[::-1] if turn % 2 else turned
 
 
-def enter(draft: str, llm: LLM, groups: Seq[Group], tick: Tick) -> list[Entry]:
-    """A method's entries: cold and hot where it learns from traffic, else one. Learning is not timed."""
+def enter(draft: str, llm: LLM, groups: Seq[PromptGroup], tick: Tick) -> list[Entry]:
+    """A method's entries: cold and hot if it learns from traffic, else one. Learning is not timed."""
     drafter = llm.engine.drafter
     empty = drafter.snapshot()
     if empty is None:
@@ -368,7 +367,7 @@ def enter(draft: str, llm: LLM, groups: Seq[Group], tick: Tick) -> list[Entry]:
     return [cold, Entry(draft, Mode.HOT, llm, (learned[0], learned[1]))]
 
 
-def measure(llm: LLM, group: Group, state: Any) -> Run:
+def measure(llm: LLM, group: PromptGroup, state: Any) -> Run:
     """One group from a known state, without pauses of the garbage collector."""
     restore(llm, state)
     gc.collect()
@@ -380,12 +379,12 @@ def measure(llm: LLM, group: Group, state: Any) -> Run:
 
 
 def restore(llm: LLM, state: Any) -> None:
-    """state: None of a drafter that learns nothing."""
+    """state: None for a drafter that learns nothing."""
     if state is not None:
         llm.engine.drafter.restore(state)
 
 
-def generate(llm: LLM, group: Group) -> Run:
+def generate(llm: LLM, group: PromptGroup) -> Run:
     """The conversations of a group, all that are still open at once, turn after turn. Only generation is timed, not the
     preparation of the next turn."""
     dialogues = [Dialogue(prompt, llm.tokenizer) for prompt in group.prompts]
@@ -400,7 +399,7 @@ def generate(llm: LLM, group: Group) -> Run:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
         run.seconds += time.perf_counter() - start
         for i, ids, output in zip(active, prompts, outputs, strict=True):
-            if output.error is not None:  # it outgrew the context
+            if output.error is not None:  # it no longer fits the context
                 dialogues[i].open = False
                 continue
             found = output.outputs[0]
@@ -413,7 +412,7 @@ def generate(llm: LLM, group: Group) -> Run:
     return run
 
 
-def cut_short(groups: Seq[Group], runs: Seq[Run]) -> list[str]:
+def cut_short(groups: Seq[PromptGroup], runs: Seq[Run]) -> list[str]:
     """Ids of the prompts whose plain run has fewer turns than the prompt."""
     return [
         prompt.id

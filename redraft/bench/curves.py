@@ -1,4 +1,4 @@
-"""How measurements of cache policies are shown: tables and findings for people, a JSON document and a figure of curves."""
+"""The report of cache policies: tables and findings for people, a JSON document and a figure with curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,19 @@ from rich.text import Text
 
 from redraft import registry
 from redraft.bench import report
-from redraft.bench.cache import F64, FOOTPRINT_BUDGET, FULL, Choice, Footprint, Interval, Measured, Options, Result, Scores, bootstrap
+from redraft.bench.cache import (
+    F64,
+    FOOTPRINT_BUDGET,
+    FULL,
+    Footprint,
+    Interval,
+    Measured,
+    Options,
+    PolicyAtBudget,
+    Result,
+    Scores,
+    bootstrap,
+)
 from redraft.engine.policies import SEAMS
 from redraft.errors import InvalidInput, Unsupported
 from redraft.llm import LLM
@@ -25,11 +37,11 @@ from redraft.models.memory import size
 
 WHOLE = "whole cache"
 ENOUGH = 8  # texts
-BEYOND = 1.4  # times the whole cache's perplexity: what is above is not drawn
+BEYOND = 1.4  # times the full cache's perplexity; larger values are not drawn
 DASHED = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 5}
 
 
-def lines_of(result: Result) -> list[tuple[Choice, Scores]]:
+def lines_of(result: Result) -> list[tuple[PolicyAtBudget, Scores]]:
     return [(FULL, result.full), *result.runs]
 
 
@@ -41,14 +53,14 @@ def perplexity(logprob: float) -> float:
 
 
 def findings(measured: Measured, options: Options) -> list[str]:
-    """What the figures show and, above all, what they cannot show."""
+    """What the results show and, above all, what they do not show."""
     reported = [*neutral(measured.results)]
     if (fewest := min(result.task.items for result in measured.results)) < ENOUGH:
-        reported.append(f"{fewest} texts a task: with fewer than {ENOUGH} the spreads are too narrow to be trusted")
+        reported.append(f"{fewest} texts in a task: with fewer than {ENOUGH} the spreads are too narrow to be trusted")
     for result in measured.results:
         reported += _finding(result)
     for policy, reasons in measured.refused.items():
-        reported.append(f"left out where refused, {labels((policy, budget) for budget in reasons)}: {next(iter(reasons.values()))}")
+        reported.append(f"refused and left out: {labels((policy, budget) for budget in reasons)}: {next(iter(reasons.values()))}")
     if others := unmeasured(options):
         reported.append(f"not measured: {', '.join(others)}")
     return reported
@@ -58,11 +70,11 @@ def _finding(result: Result) -> Iterator[str]:
     name, retrieves = result.task.name, result.retrieves
     if retrieves is not None:
         hits = f"accuracy {result.full.right.mean():.1%}, {result.task.chance:.1%} by chance"
-        gap = f"an answer gains {retrieves.mean:+.2f} nats a token by being reported in the context ({span(retrieves)}); {hits}"
+        gap = f"an answer gains {retrieves.mean:+.2f} nats a token because the context states it ({span(retrieves)}); {hits}"
         if retrieves.low <= 0:
-            yield f"{name}: says nothing of retrieval, for with its {WHOLE} too the model cannot tell which answer is right: {gap}"
+            yield f"{name}: shows nothing about retrieval, because even with its {WHOLE} the model does not know the right answer: {gap}"
         else:
-            yield f"{name}: what the context says counts with its {WHOLE}: {gap}"
+            yield f"{name}: with its {WHOLE} the model uses the context: {gap}"
     tight = [(choice, result.difference(scores)) for choice, scores in result.runs if choice.budget != 100]
     hidden = [(choice.policy, choice.budget) for choice, difference in tight if not difference.visible]
     better = [(choice.policy, choice.budget) for choice, difference in tight if difference.low > 0]
@@ -81,7 +93,7 @@ def labels(chosen: Iterable[tuple[str, float | None]]) -> str:
 
 
 def neutral(results: Seq[Result]) -> Iterator[str]:
-    """A budget of the whole text should change nothing: the largest change of a text's score under each policy."""
+    """The largest change of a text's score under each policy with a budget of 100 %, which should change nothing."""
     gaps: dict[str, float] = {}
     for result in results:
         for choice, scores in result.runs:
@@ -89,9 +101,9 @@ def neutral(results: Seq[Result]) -> Iterator[str]:
                 gap = float(np.abs(scores.logprobs - result.full.logprobs).max())
                 gaps[choice.policy] = max(gap, gaps.get(choice.policy, 0.0))
     if same := [policy for policy, gap in gaps.items() if not gap]:
-        yield f"at 100 % the very scores of the {WHOLE}: {', '.join(same)}"
+        yield f"at 100 % the same scores as the {WHOLE}: {', '.join(same)}"
     if other := [f"{policy} (by {gap:.1e} nats a token at most)" for policy, gap in gaps.items() if gap]:
-        yield f"at 100 % not the scores of the {WHOLE}: {', '.join(other)}"
+        yield f"at 100 % other scores than the {WHOLE}: {', '.join(other)}"
 
 
 def unmeasured(options: Options) -> list[str]:
@@ -175,7 +187,7 @@ def _memory(footprints: Seq[Footprint]) -> tuple[str, Table]:
 
 
 def document(llm: LLM, options: Options, measured: Measured, settings: dict[str, Any]) -> dict[str, Any]:
-    """The JSON document; `settings`: what the texts were made from."""
+    """The JSON document. `settings`: how the texts were made."""
     return {
         "model": llm.name,
         "dtype": str(llm.runner.backend.dtype).removeprefix("torch."),
@@ -197,7 +209,7 @@ def document(llm: LLM, options: Options, measured: Measured, settings: dict[str,
     }
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
+def _choice(choice: PolicyAtBudget) -> dict[str, Any]:
     return {"policy": choice.policy, "budget": choice.budget, "tokens": choice.tokens, "params": choice.params, "share": choice.share}
 
 
@@ -207,7 +219,7 @@ def _task(result: Result) -> dict[str, Any]:
         "task": task.name,
         "texts": task.items,
         "longest": task.longest,
-        "gain_of_being_reported": None if retrieves is None else retrieves._asdict(),
+        "gain_of_context": None if retrieves is None else retrieves._asdict(),
         "chance": task.chance if task.retrieval else None,
         "rows": [
             {
@@ -230,7 +242,7 @@ def _task(result: Result) -> dict[str, Any]:
 
 
 def check_plot(path: Path) -> None:
-    """InvalidInput or Unsupported where `plot` could not write."""
+    """Raises InvalidInput or Unsupported if `plot` could not write its file."""
     if importlib.util.find_spec("matplotlib") is None:
         raise Unsupported("plot needs matplotlib: pip install 'redraft[plot]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -240,8 +252,8 @@ def check_plot(path: Path) -> None:
 
 
 def plot(path: Path, title: str, measured: Measured) -> None:
-    """A row of panels for each task: its measure by budget; accuracy, or the last quarter of running text, by budget; the measure
-    by turn, depth or quarter at one budget. The last row: cache bytes."""
+    """A row of panels for each task: its measure by budget; accuracy, or the last quarter of running text, by budget; the measure by
+    turn, depth or quarter at one budget. The last row shows cache bytes."""
     from matplotlib.figure import Figure
 
     results, rows = measured.results, len(measured.results) + bool(measured.footprints)
@@ -288,20 +300,20 @@ class _Measure:
         return mean if self.accuracy or self.result.task.retrieval else perplexity(mean)
 
     def bar(self, scores: Scores) -> list[float]:
-        """The mean and the ends of its bar: the whole cache's mean plus the ends of the difference's spread."""
+        """The mean and the ends of its bar. The bar is the full cache's mean plus the spread of the difference."""
         whole, own = self.values(self.result.full), self.values(scores)
         change = bootstrap(own - whole)
         return [self.shown(float(own.mean())), *sorted(self.shown(float(whole.mean()) + end) for end in (change.low, change.high))]
 
 
 def _by_budget(axis: Any, result: Result, measure: _Measure, styles: dict[str, Any]) -> None:
-    """A curve for each policy over its budget, a point for a codec at its part of the bytes."""
+    """A curve over budgets for each policy. A codec is a point at its share of the bytes."""
     curves: dict[str, list[list[float]]] = {}
     for choice, scores in result.runs:
         curves.setdefault(choice.policy, []).append([choice.budget or 100 * (choice.share or 1), *measure.bar(scores)])
     for policy, points in curves.items():
         x, y, low, high = np.array(sorted(points)).T
-        ends = np.maximum(0, (y - low, high - y))  # a mean equal to an end may lie a rounding beyond it
+        ends = np.maximum(0, (y - low, high - y))  # by rounding, a mean may lie slightly outside its interval
         axis.errorbar(x, y, ends, label=policy, capsize=2, linewidth=1.4, markersize=5, **styles[policy])
     whole = measure.shown(float(measure.values(result.full).mean()))
     axis.axhline(whole, label=WHOLE, **DASHED)
@@ -318,8 +330,8 @@ def _by_budget(axis: Any, result: Result, measure: _Measure, styles: dict[str, A
 
 
 def _by_place(axis: Any, result: Result, styles: dict[str, Any]) -> None:
-    """A curve for each policy over turns, depths or quarters, at the budget in the middle of those below 100 %, against the whole
-    cache: places differ by more than policies do."""
+    """A curve over turns, depths or quarters for each policy, at the middle budget below 100 %. It shows differences from the full
+    cache, because places differ by more than policies do."""
     budgets = sorted({choice.budget for choice, _ in result.runs if choice.budget is not None and choice.budget < 100})
     middle = budgets[len(budgets) // 2] if budgets else None
     for choice, scores in lines_of(result):
@@ -337,7 +349,7 @@ def _by_place(axis: Any, result: Result, styles: dict[str, Any]) -> None:
 
 
 def _cut(axis: Any, whole: float) -> None:
-    """A policy that ruins the text leaves the panel, so that the others can be reported apart."""
+    """Limits the panel, so that the other curves stay distinguishable if one policy ruins the text."""
     axis.set_ylim(top=min(axis.get_ylim()[1], BEYOND * whole))
 
 

@@ -1,8 +1,8 @@
-"""How fast engines run one model: the same weights, the same threads, each engine in its own process, taking turns.
+"""How fast engines run one model. They have the same weights and threads, each engine has its own process, and they take turns.
 
-Every round gives each engine one turn for each measurement, in an order that turns from round to round; who waits is stopped with all
-its threads (SIGSTOP), so that nothing spins beside what is measured. What the machine allows at most is measured in turns of its own.
-Ratios are taken within a round: what slows the machine down for a while slows both down.
+In every round each engine has one turn for each measurement, in an order that rotates from round to round. Waiting engines are stopped
+with all their threads (SIGSTOP), so that no thread spins during a measurement. The machine's limits are measured in turns as well.
+Ratios are taken within a round, because a slower machine then slows both engines down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.text import Text
 from redraft import registry
 from redraft.bench import report, shapes
 from redraft.bench.divergence import first_difference
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Lost, Worker
 from redraft.config import EngineConfig, ModelConfig
 from redraft.core.spec import Experts, ModelSpec
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 Tick = Callable[[str], None]
 
 MEASURES = ("decode", "prefill", "steps")
-LIMIT_OF = {"decode": "bandwidth", "prefill": "peak"}  # which limit takes its turn among the engines
+LIMIT_OF = {"decode": "bandwidth", "prefill": "peak"}  # measurement -> the limit that is measured with it
 LIMITS = "redraft.bench.peers.limits:Limits"
 
 
 class Package(NamedTuple):
-    """Where a peer's class lies, the module that it needs, what to install for it; beyond: what of it `--isa` does not reach."""
+    """target: the peer's class; module: what it needs; pip: packages to install; beyond: the part of it that `--isa` does not limit."""
 
     target: str
     module: str
@@ -58,7 +58,7 @@ PEERS: dict[str, Package] = {
 }
 OWN = "redraft.bench.peers.redraft:Redraft"
 
-# What each library reads to use no newer instructions than these. Who does not read it is marked, see Package.beyond.
+# Settings that limit the instructions of each library. Libraries that ignore them are marked, see Package.beyond.
 ISAS: dict[str, dict[str, str]] = {
     "avx2": {
         "REDRAFT_ISA": "avx2",
@@ -83,7 +83,7 @@ ISAS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """context, tokens, prefill, rows, repeats: see Asked. redraft: options of each redraft engine; against: names of peers."""
+    """context, tokens, prefill, rows, repeats: see Job. redraft: options of each redraft engine; against: names of peers."""
 
     redraft: tuple[Mapping[str, Any], ...] = ({},)
     against: tuple[str, ...] = ("transformers",)
@@ -106,7 +106,7 @@ class Options:
             if getattr(self, name) < low:
                 raise InvalidInput(f"{name} = {getattr(self, name)}: must be {low} or more")
         if not self.rows or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
-            raise InvalidInput(f"rows = {','.join(map(str, self.rows))}: ascending numbers from 1 on are needed")
+            raise InvalidInput(f"rows = {','.join(map(str, self.rows))}: ascending numbers, 1 or more, are needed")
         for name in self.against:
             if name not in PEERS:
                 raise UnknownMethod(f"no engine {name!r} to run against: {did_you_mean(name, PEERS)}")
@@ -131,8 +131,8 @@ class Options:
 
 
 def own_engines(common: Mapping[str, Any], several: Seq[str]) -> tuple[Mapping[str, Any], ...]:
-    """Options of the redraft engines: one for each "name=value,name=value", over what is common to all; without any, the default
-    backend, and PyTorch's beside it where that is another one."""
+    """Options of the redraft engines: one for each "name=value,name=value", in addition to common ones. Without any: the default
+    backend, and the torch backend if that is another one."""
     if several:
         return tuple({**common, **_named(text)} for text in several)
     default = ModelConfig.model_fields["backend"].default
@@ -154,8 +154,8 @@ def _named(text: str) -> dict[str, str]:
 
 @dataclass
 class Engine:
-    """One engine of a run. found: measurement -> what it answered, one entry a round, None where it did not run; lost: why it left;
-    beyond: what of it runs with more instructions than the run's `isa`."""
+    """One engine of a run. found: measurement -> its answers, one for each round, None if it did not run; lost: why it left the run;
+    beyond: the part of it that uses more instructions than the run's `isa`."""
 
     name: str
     target: str
@@ -181,34 +181,35 @@ class Comparison:
     options: Options
     engines: list[Engine]
     limits: Engine
-    missing: dict[str, str]  # peer -> what would bring it
-    stopped: bool = False  # by Ctrl-C, before its last round
+    missing: dict[str, str]  # peer -> packages to install
+    stopped: bool = False  # by Ctrl-C, before the last round
 
     @property
     def base(self) -> Engine:
-        """The first redraft engine: ratios are against it."""
+        """The first redraft engine. Ratios compare with it."""
         return self.engines[0]
 
 
 def check(model: str, options: Options) -> ModelSpec:
-    """The network of a model that such a run fits; InvalidInput, or what is wrong with the model, else. Writes nothing."""
+    """The network of the model. InvalidInput if its context is too short for the run; other errors if the model is invalid. Writes
+    nothing."""
     spec = shapes.spec_of(model)
-    if (longest := _asked(spec, Path(), options).longest) > spec.context:
-        raise InvalidInput(f"context, tokens, rows or prefill: {longest} places are needed, the model's context is {spec.context}")
+    if (longest := _job(spec, Path(), options).longest) > spec.context:
+        raise InvalidInput(f"context, tokens, rows or prefill: {longest} positions are needed, but the model's context is {spec.context}")
     return spec
 
 
 def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Comparison:
-    """Runs everything; ends every process whatever happens. Ctrl-C in a round ends the run and keeps what was measured."""
+    """Runs everything. Always ends all processes. Ctrl-C in a round ends the run and keeps its results."""
     spec = check(model, options)
     folder = shapes.checkpoint(model, tick)
     found = Comparison(model, folder, spec, options, *_engines(options))
-    asked = _asked(spec, folder, options)
+    job = _job(spec, folder, options)
     everyone = [*found.engines, found.limits]
     try:
         for engine in everyone:
             tick(f"loading {engine.name}")
-            _start(engine, asked, options)
+            _start(engine, job, options)
         if all(engine.lost for engine in found.engines):
             raise RedraftError(f"no engine runs: {'; '.join(f'{engine.name}: {engine.lost}' for engine in found.engines)}")
         try:
@@ -221,7 +222,7 @@ def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Com
             if not any(found.base.found.values()):
                 raise
             found.stopped = True
-        _explain(found, asked)
+        _explain(found, job)
     finally:
         for engine in everyone:
             if engine.worker is not None:
@@ -253,15 +254,15 @@ def _own_name(own: Mapping[str, Any]) -> str:
     return " ".join(["redraft", *(f"{name}={value}" for name, value in own.items())])
 
 
-def _asked(spec: ModelSpec, folder: Path, o: Options) -> Asked:
-    return Asked(str(folder), o.dtype, o.workers, spec.vocab, o.context, o.tokens, o.prefill, o.rows, o.repeats, o.seed)
+def _job(spec: ModelSpec, folder: Path, o: Options) -> Job:
+    return Job(str(folder), o.dtype, o.workers, spec.vocab, o.context, o.tokens, o.prefill, o.rows, o.repeats, o.seed)
 
 
-def _start(engine: Engine, asked: Asked, options: Options) -> None:
-    threads = str(asked.threads)
+def _start(engine: Engine, job: Job, options: Options) -> None:
+    threads = str(job.threads)
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(ISAS[options.isa] if options.isa else {})}
     try:
-        engine.worker = Worker(engine.target, dataclasses.replace(asked, options=engine.options), environment, options.timeout)
+        engine.worker = Worker(engine.target, dataclasses.replace(job, options=engine.options), environment, options.timeout)
         engine.facts = engine.worker.facts
     except Lost as error:
         engine.lost = f"not loaded: {error}"
@@ -273,7 +274,7 @@ def _order(engines: list[Engine], turn: int) -> list[Engine]:
 
 
 def _measure(engine: Engine, measure: str) -> None:
-    """One turn. An engine that fails is left out from here on, and its process is ended."""
+    """One turn. An engine that fails leaves the run, and its process is ended."""
     found = None
     if engine.worker is not None and measure in engine.worker.does:
         try:
@@ -286,18 +287,18 @@ def _measure(engine: Engine, measure: str) -> None:
         engine.found.setdefault(measure, []).append(found)
 
 
-def _explain(found: Comparison, asked: Asked) -> None:
-    """Where a text first leaves the base's, and how near the two tokens are there in the base's own logits."""
+def _explain(found: Comparison, job: Job) -> None:
+    """The first token where a text differs from the base's, and the difference of the two tokens in the base's logits."""
     for engine in found.engines[1:]:
         mine, its = found.base.tokens, engine.tokens
         if not mine or not its or (at := first_difference(mine, its)) is None:
             continue
         engine.differs = {"token": at, "expected": mine[at], "found": its[at], "margin": None, "near": None}
-        if found.base.worker is not None and not found.stopped:  # else it may be in the middle of a measurement
-            prompt = asked.prompt(asked.context) + mine[:at]
+        if found.base.worker is not None and not found.stopped:  # after Ctrl-C it may be in the middle of a measurement
+            prompt = job.prompt(job.context) + mine[:at]
             try:
-                reported = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
-                engine.differs |= reported
+                margin = found.base.worker.ask({"do": "margin", "with": {"prompt": prompt, "expected": mine[at], "found": its[at]}})
+                engine.differs |= margin
             except Lost as error:
                 found.base.lost = f"margin: {error}"
 
@@ -319,7 +320,7 @@ class Spread(NamedTuple):
 
 
 def seconds(engine: Engine, measure: str, rows: int | None = None) -> list[float | None]:
-    """Seconds of a token, of the prompt or of a step of `rows`, one entry a round."""
+    """Seconds of a token, of the prompt or of a step of `rows`, one entry for each round."""
     return [None if one is None else _seconds(one, measure, rows) for one in engine.found.get(measure, [])]
 
 
@@ -330,7 +331,7 @@ def _seconds(one: dict[str, Any], measure: str, rows: int | None) -> float:
 
 
 def outside(engine: Engine) -> Spread | None:
-    """Share of a decode step that is spent outside the kernels, where the engine counts what is spent in them."""
+    """Share of a decode step that is spent outside the kernels, if the engine counts kernel time."""
     return Spread.of(
         [1 - median(one["inside"][2:]) / median(one["seconds"][2:]) for one in engine.found.get("decode", []) if one and "inside" in one]
     )
@@ -342,12 +343,12 @@ def over(values: Seq[float | None], by: Seq[float | None]) -> Spread | None:
 
 
 def speed_of_base(found: Comparison, engine: Engine, measure: str, rows: int | None = None) -> Spread | None:
-    """How fast the engine is beside the base: 0.5 is half as fast."""
+    """Speed relative to the base: 0.5 is half as fast."""
     return over(seconds(found.base, measure, rows), seconds(engine, measure, rows))
 
 
 def share(found: Comparison, engine: Engine, measure: str) -> Spread | None:
-    """Of the read bandwidth for decode, of the peak of its number format for prefill."""
+    """Share of the read bandwidth for decode, of the number format's peak for prefill."""
     if not engine.facts:
         return None
     work, limit = amount(found, engine, measure), _limit(found, engine, measure)
@@ -355,7 +356,7 @@ def share(found: Comparison, engine: Engine, measure: str) -> Spread | None:
 
 
 def amount(found: Comparison, engine: Engine, measure: str) -> float:
-    """Bytes that one token must read, or operations that the prompt takes."""
+    """Bytes that one token must read, or operations that the prompt needs."""
     if measure == "decode":
         cached = found.options.context + found.options.tokens / 2
         dtype = str(engine.facts["dtype"])
@@ -377,7 +378,7 @@ def _limit(found: Comparison, engine: Engine, measure: str) -> list[float | None
 
 
 def linears(spec: ModelSpec) -> Iterator[tuple[tuple[int, ...], float]]:
-    """The shape of every matrix of the layers, and the part of it that one row meets: of a mixture, its chosen experts."""
+    """The shape of every matrix of the layers, and the part of it that one row uses: in a mixture, the chosen experts."""
     every = spec.shapes()
     for i, layer in enumerate(spec.layers):
         part = layer.mlp.top_k / layer.mlp.count if isinstance(layer.mlp, Experts) else 1.0
@@ -416,13 +417,13 @@ def show(console: Console, found: Comparison) -> None:
     o, machine = found.options, report.hardware()
     head = (
         f"{found.model}: {o.rounds} rounds in turns, {o.workers} threads each{f', {o.isa} only' if o.isa else ''}; "
-        f"medians, in brackets least and most\n{machine['cpu']}, {machine['cores']} cores; limits: {_limits(found)}"
+        f"medians, in brackets minimum and maximum\n{machine['cpu']}, {machine['cores']} cores; limits: {_limits(found)}"
     )
-    reported = Table.grid(padding=(0, 1, 0, 0))
+    remarks = Table.grid(padding=(0, 1, 0, 0))
     for note in notes(found):
-        reported.add_row("-", note)
+        remarks.add_row("-", note)
     console.print(Group(Text(head, style="bold"), *(part for title, table in _tables(found) for part in (Text(), Text(title), table))))
-    console.print(Group(Text(), reported))
+    console.print(Group(Text(), remarks))
 
 
 def _limits(found: Comparison) -> str:
@@ -444,14 +445,14 @@ def _limits(found: Comparison) -> str:
 def _tables(found: Comparison) -> Iterator[tuple[str, Table]]:
     o = found.options
     columns = "engine", "tokens/s", "speed of base", "GB/s", "of bandwidth"
-    yield f"plain decode behind {o.context} tokens, {o.tokens} tokens", _rows(found, "decode", columns, 1.0, 1e-9)
+    yield f"plain decode after {o.context} tokens, {o.tokens} tokens", _rows(found, "decode", columns, 1.0, 1e-9)
     columns = "engine", "tokens/s", "speed of base", "TFLOP/s", "of peak"
     yield f"prefill of {o.prefill} tokens", _rows(found, "prefill", columns, float(o.prefill), 1e-12)
     table = _table(["engine", *(f"{rows} row{'s' * (rows > 1)}" for rows in o.rows)])
     for engine in found.engines:
         if any(engine.found.get("steps", [])):
             _steps(found, engine, table)
-    yield f"one step behind {o.context} tokens: milliseconds, times the first column, speed of base", table
+    yield f"one step after {o.context} tokens: milliseconds, times the first column, speed of base", table
 
 
 def _rows(found: Comparison, measure: str, columns: Seq[str], tokens: float, unit: float) -> Table:
@@ -497,14 +498,14 @@ def _table(columns: Seq[str]) -> Table:
 
 
 def notes(found: Comparison) -> Iterator[str]:
-    """What the tables cannot say: who is missing, who left, whose text differs."""
+    """Notes below the tables: engines that are missing or left, and texts that differ."""
     for name, pip in found.missing.items():
         yield f"{name} is not installed: pip install {pip}"
     for engine in [*found.engines, found.limits]:
         if engine.lost:
             yield f"{engine.name} left: {engine.lost}"
         if engine.beyond:
-            yield f"{engine.name}: --isa does not reach {engine.beyond}: there every instruction set of this machine is used"
+            yield f"{engine.name}: --isa does not limit {engine.beyond}, which uses every instruction set of this machine"
         if note := engine.facts.get("note"):
             yield f"{engine.name}: {note}"
     for engine in found.engines[1:]:
@@ -523,7 +524,7 @@ def _text(engine: Engine, base: Engine) -> str:
     if differs["margin"] is None:
         return at
     kind = "a near-tie" if abs(differs["margin"]) <= differs["near"] else "NO near-tie"
-    return f"{at}: {kind}, {differs['margin']:.3g} apart in {base.name}'s logits (near: up to {differs['near']:.2g})"
+    return f"{at}: {kind}, {differs['margin']:.3g} apart in the logits of {base.name} (near: up to {differs['near']:.2g})"
 
 
 # ---- JSON
@@ -550,22 +551,22 @@ def document(found: Comparison) -> dict[str, Any]:
 
 
 def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
-    def reported(spread: Spread | None) -> dict[str, float] | None:
+    def as_dict(spread: Spread | None) -> dict[str, float] | None:
         return None if spread is None else spread._asdict()
 
     summary: dict[str, Any] = {}
     for measure in ("decode", "prefill"):
         summary[measure] = {
-            "seconds": reported(Spread.of(seconds(engine, measure))),
-            "speed_of_base": reported(speed_of_base(found, engine, measure)),
-            "share_of_limit": reported(share(found, engine, measure)),
+            "seconds": as_dict(Spread.of(seconds(engine, measure))),
+            "speed_of_base": as_dict(speed_of_base(found, engine, measure)),
+            "share_of_limit": as_dict(share(found, engine, measure)),
         }
-    summary["outside_kernels"] = reported(outside(engine))
+    summary["outside_kernels"] = as_dict(outside(engine))
     summary["steps"] = {
         rows: {
-            "seconds": reported(Spread.of(seconds(engine, "steps", rows))),
-            "of_one_row": reported(over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))),
-            "speed_of_base": reported(speed_of_base(found, engine, "steps", rows)),
+            "seconds": as_dict(Spread.of(seconds(engine, "steps", rows))),
+            "of_one_row": as_dict(over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))),
+            "speed_of_base": as_dict(speed_of_base(found, engine, "steps", rows)),
         }
         for rows in found.options.rows
     }

@@ -1,9 +1,9 @@
-"""Where two texts differ that should be the same: a near-tie of the numbers, or a fault?
+"""Whether two texts that should be equal differ by a near-tie of the numbers or by a fault.
 
-A text that differs from the plain loop's is fed to the plain model again, teacher-forced: its own tokens as a causal
-chain, no tree and no draft, with the processors, the seed and the positions of the request. It is excused where each of
-its tokens is the one the plain model draws there, or within `tolerance` of it: the difference to the best token (after
-processors and noise), or, for a token that a filter dropped, what its logit would have to gain to come back and win.
+A text that differs from the plain loop's is fed to the plain model again, teacher-forced: its own tokens as a causal chain, without
+tree and draft, with the processors, seed and positions of the request. It is a near-tie if each of its tokens is what the plain model
+draws there, or within `tolerance` of it. The gap is the difference to the best token after processors and noise. For a token that a
+filter dropped, it is the increase of its logit that would make it win.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHUNK = 64
 
 
 def tolerance(dtype: torch.dtype, logits: F64) -> float:
-    """How far from the plain model's choice a token may lie. float64: not at all."""
+    """The largest gap to the plain model's choice that counts as a near-tie. float64: 0."""
     if dtype is torch.float64:
         return 0.0
     if dtype is torch.float32:
@@ -51,9 +51,9 @@ def tolerance_label(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where a text left the plain loop's. `expected`, `found`: token ids, None where that text had
-    ended. `margin`: between the two after processors and noise, None where a filter dropped one or a text had ended.
-    `worst`: of all tokens of the text, the largest gap to the plain model's choice. near_tie: all within tolerance."""
+    """The first token where a text differs from the plain loop's. `expected`, `found`: token ids, None if that text had ended.
+    `margin`: the difference of the two after processors and noise, None if a filter dropped one or a text had ended. `worst`: the
+    largest gap of all tokens of the text. near_tie: all gaps are within tolerance."""
 
     prompt: str
     turn: int
@@ -66,7 +66,7 @@ class Divergence:
 
 
 def first_difference(plain: Seq[int], text: Seq[int]) -> int | None:
-    """The first place at which two texts differ, None when they are equal."""
+    """The first position at which two texts differ; None if they are equal."""
     for i, (a, b) in enumerate(zip(plain, text)):
         if a != b:
             return i
@@ -74,7 +74,7 @@ def first_difference(plain: Seq[int], text: Seq[int]) -> int | None:
 
 
 def examine(llm: LLM, name: str, turn: int, prompt: list[int], plain: list[int], text: list[int], params: SamplingParams) -> Divergence:
-    """Why `text` is not `plain`, both written after the tokens `prompt`; `llm` is the plain loop and must be idle."""
+    """Why `text` differs from `plain`. Both follow the tokens `prompt`. `llm` is the plain loop and must be idle."""
     at = first_difference(plain, text)
     assert at is not None
     if at >= min(len(plain), len(text)):
@@ -83,14 +83,14 @@ def examine(llm: LLM, name: str, turn: int, prompt: list[int], plain: list[int],
     replay = _Replay(llm, prompt, text, params)
     worst, margin, near = 0.0, None, True
     for i, logits in enumerate(replay.rows()):
-        most = tolerance(llm.runner.backend.dtype, logits)
+        allowed = tolerance(llm.runner.backend.dtype, logits)
         row = replay.weigh(logits, i)
-        gap = replay.gap(row, logits, i, text[i], most)
-        worst, near = max(worst, gap), near and gap <= most
+        gap = replay.gap(row, logits, i, text[i], allowed)
+        worst, near = max(worst, gap), near and gap <= allowed
         if i == at:
             a, b = replay.value(row, plain[i]), replay.value(row, text[i])
             margin = abs(a - b) if a is not None and b is not None else None
-            near = near and replay.gap(row, logits, i, plain[i], most) <= most and most > 0
+            near = near and replay.gap(row, logits, i, plain[i], allowed) <= allowed and allowed > 0
     return Divergence(name, turn, at, plain[at], text[at], margin, worst, near)
 
 
@@ -137,18 +137,18 @@ class _Replay:
         return row
 
     def value(self, row: Row, token: int) -> float | None:
-        """The token's processed value, None where a filter dropped it."""
+        """The token's processed value; None if a filter dropped it."""
         place = np.flatnonzero(row.ids == token)
         return float(row.values[place[0]]) if len(place) else None
 
-    def gap(self, row: Row, logits: F64, i: int, token: int, most: float) -> float:
-        """How far the value of `token` is below the best at place i. For a token that a filter dropped: `most` where a logit larger by
-        `most` brings it back to the top, else infinite."""
+    def gap(self, row: Row, logits: F64, i: int, token: int, allowed: float) -> float:
+        """How far the value of `token` is below the best at position i. For a token that a filter dropped: `allowed` if adding `allowed`
+        to its logit makes it the best, else infinite."""
         own = self.value(row, token)
         if own is not None:
             return float(row.values.max()) - own
         raised = logits.copy()
-        raised[token] += most
+        raised[token] += allowed
         row = self.weigh(raised, i)
         own = self.value(row, token)
-        return most if own is not None and own >= row.values.max() else float("inf")
+        return allowed if own is not None and own >= row.values.max() else float("inf")

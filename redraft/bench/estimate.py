@@ -1,4 +1,4 @@
-"""How long a comparison will take, from short runs of each method."""
+"""The duration of a comparison, estimated from short runs of each method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """read: tokens of prompts; written: tokens one after the other, counted once for conversations that run at once."""
+    """read: tokens of prompts; written: tokens one after the other. Conversations that run at once count once."""
 
     read: int
     written: int
@@ -18,15 +18,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds for a token read and for a token written."""
+    """Seconds for each token that is read and for each that is written."""
 
     read: float
     written: float
 
     @classmethod
     def of(cls, short: Work, short_seconds: float, long: Work, long_seconds: float) -> Pace:
-        """From two runs over the same prompts, the second with more new tokens. Where that one was not slower, or wrote no more,
-        all of its time counts as writing, so that the estimate is rather too long."""
+        """From two runs over the same prompts, the second with more new tokens. If the second run was not slower, or
+        wrote no more, all of its time counts as writing, so that the estimate is rather too long."""
         more = long.written - short.written
         if more <= 0 or long_seconds <= short_seconds:
             return cls(0.0, long_seconds / max(1, long.written))
@@ -38,7 +38,7 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """In words, for people: "40 seconds", "6 minutes", "1.5 hours"."""
+    """A duration in words: "40 seconds", "6 minutes", "1.5 hours"."""
     if seconds < 90:
         return _count(max(1, round(seconds)), "second")
     if seconds < 90 * 60:

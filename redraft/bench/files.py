@@ -1,4 +1,4 @@
-"""Files of results: refused before anything is measured, then written whole or not at all."""
+"""Result files. Paths are checked before anything is measured; files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redraft.errors import InvalidInput
 
 
 def check_writable(path: Path, option: str = "json") -> None:
-    """InvalidInput where `write` could not put its file."""
+    """Raises InvalidInput if `write` could not write its file."""
     if path.is_dir():
         raise InvalidInput(f"{option} = {path}: is a folder; a file's name is needed")
     if not path.parent.is_dir():
@@ -27,7 +27,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Whole or not at all: written beside its place, then moved there."""
+    """Writes the file whole or not at all: to a temporary name in the same folder, then renamed."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False, encoding="utf-8") as file:
         try:
             file.write(content)

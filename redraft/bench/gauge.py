@@ -1,4 +1,4 @@
-"""The share of the best possible acceptance that was reached: an untimed pass of `compare`.
+"""Acceptance relative to the best possible acceptance: an untimed pass of `compare`.
 
 Only for verifiers that test sampled drafts: the bound holds for drafts that are independent of the target's noise.
 """
@@ -22,7 +22,7 @@ from redraft.verify.verifier import Rejecting
 if TYPE_CHECKING:
     from redraft.llm import LLM
 
-MAX_NODES = 200  # nodes that are examined: the bound of many draws over a large vocabulary takes tens of milliseconds
+MAX_NODES = 200  # nodes that are examined, because one bound over a large vocabulary takes tens of milliseconds
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Share:
 
 @dataclass
 class Gauged:
-    """A verifier, and at every `every`-th node that it visits and whose children were sampled (acceptance, bound)."""
+    """A verifier that also records (acceptance, bound) at every `every`-th visited node with sampled children."""
 
     inner: Rejecting
     every: int = 1
@@ -54,13 +54,13 @@ class Gauged:
                     try:
                         (p,), (q,) = distribution.probs([root + 1 + node]), tree.distributions.probs([node + 1])
                     except NoDistribution:
-                        continue  # a drafter that fails is named in the statistics, and must not end the comparison
+                        continue  # the statistics name a drafter that fails; it must not end the comparison
                     self.found.append(gauge(self.inner, p, q, tree.tokens[drawn].tolist(), kind))
         return accepted
 
     @property
     def share(self) -> Share | None:
-        """None where nothing was sampled."""
+        """None if nothing was sampled."""
         if len(self.found) < 2:
             return None
         own, bound = np.array(self.found).T
@@ -69,8 +69,8 @@ class Gauged:
 
 
 def measured(llm: LLM, visits: int, run: Callable[[], object]) -> Share | None:
-    """The share of the bound that `llm`'s verifier reaches in `run`, which generates and visits about `visits` nodes; None
-    where it tests no sampled drafts."""
+    """The acceptance of `llm`'s verifier over its bound in `run`, which generates and visits about `visits` nodes. None if it tests no
+    sampled drafts."""
     verifier: Any = llm.engine.verifier.own
     if verifier.drafts is not Stream.DRAFT:
         return None

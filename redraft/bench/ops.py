@@ -1,7 +1,7 @@
-"""Single operations of each backend: linear layers by number of rows, attention over the cache, beside what the machine allows.
+"""Single operations of each backend, compared with the machine's limits: linear layers by number of rows, attention over the cache.
 
-Backends take turns within one process, and only the one that is measured has more than one thread. A weight is read from memory and not
-from a cache: several copies of it are used in turn.
+Backends take turns within one process, and only the measured backend has more than one thread. Several copies of a weight are used in
+turn, so that it is read from memory and not from a CPU cache.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from redraft.kv.store import Store
 from redraft.kv.table import PageTable
 from redraft.ops.backend import Backend, Linear
 
-COLD = 512 << 20  # bytes of copies of one weight: more than caches hold
-COPIES = 1024  # at most: of a tiny weight no number of them is worth the wait
+COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
+COPIES = 1024  # at most, because many copies of a tiny weight take too long
 SAMPLE = 0.03  # seconds that one measurement takes at least
 PAGE = 32
 
 
 @dataclass(frozen=True)
 class Options:
-    """backends: names, () for all that compute on this machine; quants: forms of the weights beside plain ones; cached: tokens that
+    """backends: names, () for all that run on this machine; quants: quantizations in addition to plain weights; cached: tokens that
     attention reads; shared: tokens of a prefix that 8 sequences share, 0 for none; cold: bytes, see COLD."""
 
     backends: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Options:
             raise InvalidInput(f"dtype = {self.dtype!r}: allowed are {', '.join(limits.KINDS)}")
         for name, values, low in (("rows", self.rows, 1), ("cached", self.cached, 1)):
             if any(value < low for value in values) or not values:
-                raise InvalidInput(f"{name} = {','.join(map(str, values))}: numbers from {low} on are needed")
+                raise InvalidInput(f"{name} = {','.join(map(str, values))}: numbers of {low} or more are needed")
         for name, value in (("rounds", self.rounds), ("threads", self.threads)):
             if value < 1:
                 raise InvalidInput(f"{name} = {value}: must be 1 or more")
@@ -78,8 +78,8 @@ class Options:
 
 @dataclass
 class Line:
-    """One operation of one backend: what it takes and what it was measured at, one entry a round. bytes: that must be read; flops:
-    operations; kind: of the numbers that are multiplied; floor: limits measured beside it."""
+    """One operation of one backend and its times, one for each round. bytes: that must be read; flops: operations; kind: number format of
+    the multiplication; floor: limits of the machine."""
 
     operation: str
     backend: str
@@ -116,7 +116,7 @@ class Measured:
 
 
 def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Measured:
-    """Everything, one operation after another; `tick` is reported each of its rounds."""
+    """Measures one operation after another. `tick` is called for each round of an operation."""
     spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
     limits.use_threads(options.threads)
     backends, refused = _backends(options, dtype)
@@ -128,14 +128,14 @@ def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Mea
         lines = make(floor)
         _take_turns(lines, options, lambda turn, name=name: tick(f"{name}: round {turn} of {options.rounds}"))  # type: ignore[misc]
         for line in lines:
-            line.run = _nothing  # its weights go before the next operation's are made
+            line.run = _nothing  # frees its weights before those of the next operation are made
         found.lines += lines
     limits.use_threads(options.threads)
     return found
 
 
 def ticks(options: Options) -> int:
-    """How often `tick` is called."""
+    """How often `measure` calls `tick`."""
     return (5 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
 
 
@@ -178,7 +178,7 @@ def _operations(spec: ModelSpec, options: Options, backends: dict[str, Backend])
 
 
 def _take_turns(lines: list[Line], options: Options, tick: Callable[[int], None]) -> None:
-    """Round by round, backends next to each other; in an order that turns."""
+    """Measures all backends in each round, in an order that rotates."""
     for turn in range(options.rounds + 1):
         if turn:
             tick(turn)
@@ -220,11 +220,11 @@ def _linears(title: str, outs: int, ins: int, options: Options, backends: dict[s
                 label = f"{name} {quant}".strip()
                 kind = "int8" if quant else options.dtype
                 lines.append(Line(title, label, f"{rows} row{'s' * (rows > 1)}", size, 2.0 * rows * outs * ins, kind, floor, run))
-    return sorted(lines, key=lambda line: int(line.size.split()[0]))  # what is compared stands side by side
+    return sorted(lines, key=lambda line: int(line.size.split()[0]))  # lines to compare are next to each other
 
 
 def _copy(weights: Any) -> Any:
-    """Its own memory, so that copies are not one in a cache."""
+    """A copy with its own memory, so that copies do not share cache lines."""
     if isinstance(weights, Linear):
         return Linear(weights.weight.clone())
     return dataclasses.replace(
@@ -237,22 +237,23 @@ def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[],
 
 
 def _attention(
-    title: str, cached: int, most: int, spec: ModelSpec, options: Options, backends: dict[str, Backend], floor: dict[str, Any]
+    title: str, cached: int, most_seqs: int, spec: ModelSpec, options: Options, backends: dict[str, Backend], floor: dict[str, Any]
 ) -> list[Line]:
-    """Layers in turn, so that keys come from memory. With `most` > 1: one and so many sequences of one row; else 1 and 16 rows."""
-    cases = [(1, 1), (most, 1)] if most > 1 else [(1, 1), (1, 16)]
+    """Uses the layers in turn, so that keys come from memory. With `most_seqs` > 1: 1 and `most_seqs` sequences of one row; else one
+    sequence of 1 and 16 rows."""
+    cases = [(1, 1), (most_seqs, 1)] if most_seqs > 1 else [(1, 1), (1, 16)]
     lines, layer, width = [], spec.attention[0], limits.KINDS[options.dtype].itemsize
     for count, rows in cases:
         for name, backend in backends.items():
             size = 2.0 * cached * spec.kv_heads * spec.head_dim * width
             flops = 4.0 * count * rows * cached * layer.heads * spec.head_dim
-            reported = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
-            lines.append(Line(title, name, reported, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
+            case = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
+            lines.append(Line(title, name, case, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
     return lines
 
 
 def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int) -> Callable[[], object]:
-    """One layer of `count` sequences that share `cached` tokens. Keys are zeros: how long it takes does not depend on them."""
+    """One layer of `count` sequences that share `cached` tokens. Keys are zeros, because the time does not depend on them."""
     blocks = -(-cached // PAGE) + count * (2 + rows // PAGE)
     table = PageTable(blocks, len(spec.attention), spec.kv_heads)
     store = Store(backend, spec, blocks)

@@ -1,7 +1,7 @@
 """Which parts of a checkpoint, and which policies, run in compiled kernels.
 
-Nothing here is a list of what the kernels can do. A small copy of the network with random weights generates a few tokens, once for each
-kind of layer, form of the weights and policy, and every operation that the native backend hands on to PyTorch's is noted.
+This is found by trial, not from a list. A small copy of the network with random weights generates a few tokens, once for each kind of
+layer, quantization and policy. Every operation that the native backend passes on to the torch backend is noted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from redraft.ops.torch_ops import TorchOps
 from redraft.sample.sampler import Sampler
 
 WIDTH = 256  # hidden size, MLP size and vocabulary of the copy
-PROMPT, NEW = 1500, 4  # tokens: more than the budgets of policies by default
+PROMPT, NEW = 1500, 4  # tokens; more than the default budgets of policies
 PAGES = 4 * (PROMPT // 32)
-LAYERS, EXPERTS = 4, 4  # at least, at most: some policies leave the first two layers alone
-OPERATIONS = {  # of the backend -> what the table calls them
+LAYERS, EXPERTS = 4, 4  # layers, at least and at most; some policies do not change the first two layers
+OPERATIONS = {  # operation of the backend -> its name in the table
     "embed": "embedding",
     "norm": "norms",
     "linear": "linear layers",
@@ -47,11 +47,11 @@ OPERATIONS = {  # of the backend -> what the table calls them
     "experts": "experts",
     "head": "head",
 }
-ONCE = "embedding", "head"  # of a model, not of each layer
+ONCE = "embedding", "head"  # once for each model, not for each layer
 
 
 class Part(NamedTuple):
-    """backend: native, torch or not tried; why: the operations that PyTorch does, or the reason."""
+    """backend: native, torch or not tried; why: the operations that PyTorch runs, or the reason."""
 
     name: str
     backend: str
@@ -59,7 +59,7 @@ class Part(NamedTuple):
 
 
 class Handed(TorchOps):
-    """Notes each operation that reaches PyTorch's backend. It stands between NativeOps and TorchOps, see `Trial`."""
+    """Notes each operation that reaches the torch backend. In `Trial` it is between NativeOps and TorchOps."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.handed: set[str] = set()
@@ -79,7 +79,7 @@ for _name in OPERATIONS:
 
 
 class Trial(NativeOps, Handed):
-    """Native operations; what they pass to `super()` is noted on the way to TorchOps."""
+    """Native operations. What they pass to `super()` is noted before it reaches TorchOps."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Copy:
         return self.handed()
 
     def handed(self, quant: Any = None, seam: str = "", name: str = "") -> set[str]:
-        """The operations that PyTorch did for the tokens after a prompt, under a policy if one is named. RedraftError if it cannot run."""
+        """The operations that PyTorch ran for the tokens after a prompt, with a policy if one is named. RedraftError if it cannot run."""
         backend, prompt = Trial(self.dtype), [i % WIDTH for i in range(PROMPT)]
         runner = Runner(self.spec, loader.read(self.checkpoint(quant), "cpu", backend.pack), backend, PAGES, sharing=False, quant=quant)
         policy = {seam: self._policy(runner, seam, name, prompt)} if seam else {}
@@ -121,7 +121,7 @@ class Copy:
 
 
 def parts(checkpoint: Checkpoint) -> Iterator[Part]:
-    """All parts, as they are found. A policy is tried with its default options."""
+    """Yields all parts. A policy is tried with its default options."""
     served, why = library.serves(checkpoint.dtype, "cpu", checkpoint.spec)
     if served != "native":
         yield Part("all of it", served, why)
@@ -141,7 +141,7 @@ def parts(checkpoint: Checkpoint) -> Iterator[Part]:
 
 
 def _of_layer(copy: Copy, layer: LayerSpec, which: str) -> Iterator[Part]:
-    """One part for each operation that such a layer has."""
+    """One part for each operation of such a layer."""
     handed = copy.plain
     absent = {
         "activate" if isinstance(layer.mlp, Experts) else "experts",

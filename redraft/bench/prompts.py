@@ -1,4 +1,4 @@
-"""Reads files of prompts, one JSON object a line; our own suite ships with the package."""
+"""Reads files of prompts, one JSON object on each line. A suite ships with the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant")
 @dataclass(frozen=True)
 class Prompt:
     """One prompt in exactly one of three forms. prompt: raw text to continue; messages: a chat so far, each message
-    {"role", "content"}; turns: what the user says, one after the other, each time the model has answered."""
+    {"role", "content"}; turns: the user's messages, each sent after the model's answer."""
 
     id: str
     category: str
@@ -34,9 +34,9 @@ def load(path: str | Path | None = None, categories: Seq[str] | None = None, lim
     """The prompts of a file in its order; None: our suite. Lines without an id get their line number, lines without a
     category "all".
 
-    categories: only these. limit: at most so many, taken evenly from the categories, the first of each.
-    InvalidInput, one line naming file and line: a file that cannot be read, bad JSON, an unknown key, none or several
-    of the three forms, an empty text, an id used twice, an unknown category.
+    categories: only these. limit: at most this many, taken evenly from the categories, the first of each. InvalidInput names file and
+    line: a file that cannot be read, bad JSON, an unknown key, none or several of the three forms, an empty text, an id used twice, an
+    unknown category.
     """
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit = {limit}: must be 1 or more")
@@ -47,7 +47,7 @@ def load(path: str | Path | None = None, categories: Seq[str] | None = None, lim
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise InvalidInput(f"{source}: cannot be read ({reason})") from None
     prompts: dict[str, Prompt] = {}
-    # Not splitlines: U+2028 and its like may stand inside a JSON string.
+    # not splitlines, because U+2028 and similar may be inside a JSON string
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             prompt = _parse(line, number, f"{source}:{number}")
@@ -69,7 +69,7 @@ def _choose(prompts: list[Prompt], categories: Seq[str] | None, limit: int | Non
     if limit is None:
         return prompts
     seen: dict[str, int] = defaultdict(int)
-    turn: dict[str, int] = {}  # id -> how many of its category come before it
+    turn: dict[str, int] = {}  # id -> how many prompts of its category come before it
     for prompt in prompts:
         turn[prompt.id] = seen[prompt.category]
         seen[prompt.category] += 1

@@ -1,4 +1,4 @@
-"""The results of a comparison: a table for people, a JSON document for programs."""
+"""The results of a comparison as a table and as a JSON document."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def _cpu() -> str:
 
 
 def commit() -> str | None:
-    """The commit that this code was checked out from, with "-dirty" where files differ; None outside a checkout."""
+    """The commit of this checkout, with "-dirty" if files differ; None outside a checkout."""
 
     def git(*words: str) -> str:
         run = subprocess.run(["git", *words], cwd=DISTRIBUTION, capture_output=True, text=True, timeout=10, check=True)
         return run.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # else another repository that this one is installed in
+        git("ls-files", "--error-unmatch", "__init__.py")  # else it is another repository, into which this package is installed
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def document(comparison: Comparison, options: Options, rows: list[Row], source: str) -> dict[str, Any]:
-    """The JSON document; `source`: where the prompts came from."""
+    """The JSON document. `source`: where the prompts are from."""
     llm = comparison.entries[0].llm
     settings = {
         "prompts": source,
@@ -103,7 +103,7 @@ def document(comparison: Comparison, options: Options, rows: list[Row], source: 
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: a gap that no tolerance could excuse is null."""
+    """The gap; None if it is infinite, because JSON has no infinity."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -111,8 +111,8 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def bar(console: Console, total: int) -> Iterator[Tick]:
-    """A progress bar that disappears afterwards; without a terminal, a line every few seconds. Each tick moves it by one and names what
-    ran. Prints "stopped" after Ctrl-C."""
+    """A progress bar that disappears at the end. Without a terminal, a line every few seconds. Each tick advances it by one and names
+    what ran. Prints "stopped" after Ctrl-C."""
     try:
         with _bar(console, total) if console.is_terminal else _lines(console, total) as tick:
             yield tick
@@ -151,7 +151,7 @@ def dtype_name(comparison: Comparison) -> str:
 
 
 def show(console: Console, comparison: Comparison, options: Options, rows: list[Row]) -> None:
-    """Fits 80 columns unless a method's name does not: each method has a block of its own."""
+    """Fits 80 columns, unless the name of a method does not fit. Each method has its own group of lines."""
     for text in heading(comparison, options):
         _print(console, text, "bold")
     console.print()
@@ -168,7 +168,7 @@ def _print(console: Console, text: str, style: str = "") -> None:
 
 
 def heading(comparison: Comparison, options: Options) -> list[str]:
-    """What was run, where, and under which policies."""
+    """What was run, where, and with which policies."""
     llm = comparison.entries[0].llm
     machine, params, backend = hardware(), llm.params(options.params), llm.runner.backend
     rounds, threads = comparison.rounds, backend.threads
@@ -185,7 +185,7 @@ def heading(comparison: Comparison, options: Options) -> list[str]:
 
 
 def _table(rows: list[Row]) -> Iterator[Text]:
-    """All prompts first, then a part for each category: a line with the method's name, then one for each state."""
+    """All prompts first, then each category. For each method: a line with its name, then one for each state."""
     yield Text(_cells(HEAD), style="bold")
     for category, part in groupby(rows, key=lambda row: row.category):
         if category is not None:
@@ -198,7 +198,7 @@ def _table(rows: list[Row]) -> Iterator[Text]:
 
 
 HEAD = ("state", "tokens/s", "speed-up", "min-max", "accept", "equal", "repeat", "peak MiB")
-WIDTHS = (-8, 8, 12, 11, 6, 12, 6, 8)  # columns, to the left where negative; 80 with the indent and the gaps
+WIDTHS = (-8, 8, 12, 11, 6, 12, 6, 8)  # widths of columns, negative: aligned left; 80 in total with indent and gaps
 
 
 def _cells(values: Iterable[str]) -> str:
@@ -242,12 +242,12 @@ def _equal(row: Row) -> Text:
         return Text("yes", style="green")
     if row.near_ties == row.divergences:
         return Text(f"near {row.near_ties}/{row.outputs}", style="yellow")
-    style = "red" if row.withheld is not None else "yellow"  # yellow: it never promised the same text
+    style = "red" if row.withheld is not None else "yellow"  # yellow: its guarantee does not promise the same text
     return Text(f"no {row.divergences - row.near_ties}/{row.outputs}", style=style)
 
 
 def notes(comparison: Comparison, options: Options, rows: list[Row]) -> list[str]:
-    """What a reader has to know beside the figures, a line each."""
+    """Notes below the table, one on each line."""
     llm = comparison.entries[0].llm
     overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
     lines = [
@@ -275,10 +275,10 @@ def notes(comparison: Comparison, options: Options, rows: list[Row]) -> list[str
     if options.bound and not comparison.bounds:
         lines.append("bound: only for verifiers that test sampled drafts, such as --verify recursive, and not greedy")
     if free := sorted({row.guarantee for row in overall if not promised(row)}):
-        lines.append(f"{', '.join(free)}: the guarantee does not promise equal texts, so other texts are no fault")
+        lines.append(f"{', '.join(free)}: the guarantee does not promise equal texts, so different texts are not a fault")
     if any(row.near_ties for row in overall):
         where, within = dtype_name(comparison), tolerance_label(llm.runner.backend.dtype)
-        lines.append(f"near: near-ties, each token is what the plain model ({where}) draws after the same text, or has {within}")
+        lines.append(f"near: near-ties; each token is what the plain model ({where}) draws after the same text, or has {within}")
     lines += _low_repeat(overall)
     if comparison.left_out:
         lines.append(f"left out, longer than the context of {llm.max_model_len}: {', '.join(comparison.left_out)}")
@@ -287,12 +287,12 @@ def notes(comparison: Comparison, options: Options, rows: list[Row]) -> list[str
     lines += [f"left out, {one}" for one in comparison.refused]
     chats = any(prompt.prompt is None for group in comparison.groups for prompt in group.prompts)
     if chats and not has_template(llm.tokenizer):
-        lines.append("this checkpoint has no chat template: chats are read as plain text, their messages on lines of their own")
+        lines.append("this checkpoint has no chat template: chats are read as plain text, each message on its own line")
     return lines
 
 
 def promised(row: Row) -> bool:
-    """Whether the row's guarantee is one of equal texts, at some temperature at least."""
+    """Whether the row's guarantee promises equal texts at some temperature."""
     return Guarantee[row.guarantee.upper().replace("-", "_")] <= Guarantee.SAME_TEXT_GREEDY
 
 
@@ -304,7 +304,7 @@ def _describe(row: Row, one: Divergence) -> str:
 
 
 def _low_repeat(overall: list[Row]) -> list[str]:
-    """Speed-ups where the text does not repeat itself; the plain text decides which prompts these are, for all methods."""
+    """Speed-ups on texts with little repetition. The plain text decides which prompts count, for all methods."""
     row = overall[0]
     what = f"over outputs with an 8-gram share under {LOW_REPEAT}: {row.low_repeat_outputs} of {row.outputs} prompts"
     if row.low_repeat_outputs < ENOUGH:

@@ -1,4 +1,4 @@
-"""From measurements to rows: speeds, ratios, equality of texts, repetition. One row an entry and category, and one over all."""
+"""From measurements to rows: speeds, ratios, equality of texts, repetition. One row for each entry and category, and one over all."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from redraft.card import Guarantee
 
 GRAM = 8
 LOW_REPEAT = 0.3
-ENOUGH = 5  # outputs; with fewer of little repetition no speed-up is claimed for them
+ENOUGH = 5  # outputs with little repetition that are needed to claim a speed-up for them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. tokens_per_second and speedup are medians over the rounds, speedup_low and speedup_high the
-    least and the largest; None where no speed-up may be claimed (`withheld` says why) or for the baseline itself.
+    """One line of the table. tokens_per_second and speedup are medians over the rounds, speedup_low and speedup_high the minimum and
+    maximum. They are None for the baseline and if no speed-up may be claimed (`withheld` says why).
 
-    tokens_equal: all texts of the plain loop in all rounds; first_divergence: else the first text that is not, a fault
-    before a near-tie; near_ties: texts that differ within the tolerance. repeated_8gram_share: of this entry's tokens.
-    low_repeat_outputs: prompts whose plain text has a share under 0.3, in a batch only where all of them have;
-    low_repeat_speedup: over those, None with fewer than five. fault: why some text continued without drafts.
-    acceptance_over_bound: of all prompts, where it was requested and the verifier tests sampled drafts.
+    tokens_equal: all texts equal those of the plain loop in all rounds; first_divergence: else the first text that differs, faults
+    before near-ties; near_ties: texts that differ within the tolerance. repeated_8gram_share: of this entry's tokens.
+    low_repeat_outputs: prompts whose plain text has a share under 0.3, in a batch only if all of them do; low_repeat_speedup: over
+    those, None with fewer than five. fault: why some text continued without drafts. acceptance_over_bound: over all prompts, if it was
+    requested and the verifier tests sampled drafts.
     """
 
     method: str
@@ -53,7 +53,7 @@ class Row:
 
 
 def repeated(tokens: Seq[int], n: int = GRAM) -> int:
-    """How many tokens lie in an n-gram that occurs more than once in the text, all its occurrences counted."""
+    """How many tokens are part of an n-gram that occurs more than once in the text. All its occurrences count."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     counts = Counter(grams)
     covered = {i + k for i, gram in enumerate(grams) if counts[gram] > 1 for k in range(n)}
@@ -66,7 +66,7 @@ def output(run: Run, i: int) -> list[int]:
 
 
 def rows(comparison: Comparison) -> list[Row]:
-    """All entries over all prompts, then by category where there are several."""
+    """All entries over all prompts, then by category if there are several."""
     categories = list(dict.fromkeys(group.category for group in comparison.groups))
     found = [divergences(comparison, e) for e in range(len(comparison.entries))]
     lies = {
@@ -79,16 +79,15 @@ def rows(comparison: Comparison) -> list[Row]:
 
 
 def promises(comparison: Comparison, entry: Entry) -> bool:
-    """Whether the entry's guarantee says that the tokens are those of the plain loop."""
+    """Whether the entry's guarantee promises the tokens of the plain loop."""
     greedy = comparison.groups[0].params[0].greedy
     return entry.llm.guarantee <= (Guarantee.SAME_TEXT_GREEDY if greedy else Guarantee.SAME_TEXT)
 
 
 def divergences(comparison: Comparison, e: int) -> dict[tuple[int, int], Divergence]:
-    """(group, prompt in it) -> the worst first divergence over the rounds. Later turns have another prompt and are not
-    compared."""
+    """(group, prompt in it) -> the worst first divergence over the rounds. Later turns are not compared, because their prompts differ."""
     found: dict[tuple[int, int], Divergence] = {}
-    seen: dict[tuple[int, int, tuple[int, ...]], Divergence] = {}  # the rounds mostly repeat each other
+    seen: dict[tuple[int, int, tuple[int, ...]], Divergence] = {}  # most rounds give the same texts
     plain_llm = comparison.entries[0].llm
     for plain_round, own_round in zip(comparison.runs[0], comparison.runs[e], strict=True):
         for g, (plain, own) in enumerate(zip(plain_round, own_round, strict=True)):
@@ -149,7 +148,7 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
 
 
 def share(run: Run, i: int) -> float:
-    """The part of conversation i's output that lies in repeated 8-grams."""
+    """The part of conversation i's output that is in repeated 8-grams."""
     tokens = output(run, i)
     return repeated(tokens) / max(1, len(tokens))
 
@@ -160,6 +159,6 @@ def _speed(runs: Seq[Run], wanted: Seq[int]) -> float:
 
 
 def _ratios(comparison: Comparison, e: int, wanted: Seq[int]) -> list[float]:
-    """Speed over the plain loop's, of each round."""
+    """The speed-up over the plain loop in each round."""
     pairs = zip(comparison.runs[e], comparison.runs[0], strict=True)
     return [_speed(own, wanted) / _speed(plain, wanted) for own, plain in pairs]

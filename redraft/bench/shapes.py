@@ -1,7 +1,7 @@
 """Shapes of models without a checkpoint: random weights for a config.json, written once into the cache folder.
 
-How fast an engine is depends on the shape of a model and not on what its weights say, so every engine of a benchmark reads
-the same random weights from the same files. They are drawn from a fixed seed: the same everywhere, and greedy texts can be compared.
+The speed of an engine depends on the shape of a model and not on its weights, so the engines of a benchmark read the same random
+weights from the same files. They are drawn from a fixed seed, so that they are the same everywhere and greedy texts can be compared.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from redraft.models.memory import size
 
 Tick = Callable[[str], None]
 
-SHARD = 512 << 20  # bytes of a file, and about what is held in memory while weights are written
+SHARD = 512 << 20  # bytes of a file; writing weights needs about as much memory
 SPREAD = 0.02  # standard deviation of embeddings, head, biases and of norms around 1
-GAIN = 1.2  # of matrices: sqrt(inputs) times their deviation. From 1 down greedy texts repeat one token; far above, rounding grows
-VERSION = 1  # of how weights are drawn: another one makes another folder
+GAIN = 1.2  # of matrices: sqrt(inputs) times their deviation. At 1 or less greedy texts repeat one token; far above, rounding errors grow
+VERSION = 1  # version of the drawing; each version has its own folder
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 _LLAMA: dict[str, Any] = {
@@ -102,7 +102,7 @@ def cache_folder() -> Path:
 
 
 def config_of(model: str) -> dict[str, Any] | None:
-    """The config.json of a shape: of a name in SHAPES, of a folder without weights or of a JSON file; None for what has weights."""
+    """The config.json of a shape: a name in SHAPES, a folder without weights or a JSON file. None for a model with weights."""
     if model in SHAPES:
         return SHAPES[model]
     path = Path(model).expanduser()
@@ -115,7 +115,7 @@ def config_of(model: str) -> dict[str, Any] | None:
             raise CheckpointError(f"{file}: not a JSON object")
         return raw
     if path.exists() or "/" in model or model.startswith("embedded"):
-        return None  # the loader says what is wrong with it
+        return None  # the loader raises the error
     raise InvalidInput(f"no shape and no folder {model!r}: {did_you_mean(model, [*SHAPES, 'embedded'])}")
 
 
@@ -130,7 +130,7 @@ def spec_of(model: str) -> ModelSpec:
 
 
 def checkpoint(model: str, tick: Tick = lambda what: None) -> Path:
-    """The folder with the weights of a model or shape; a shape's are written on first use. `tick` is reported what is written."""
+    """The folder with the weights of a model or shape. A shape's weights are written on first use; `tick` receives the progress."""
     config = config_of(model)
     if config is None:
         return loader.resolve(model)
@@ -145,7 +145,7 @@ def checkpoint(model: str, tick: Tick = lambda what: None) -> Path:
         try:
             part.rename(made)
         except OSError:
-            if not (made / "config.json").exists():  # else another run was faster, with the same weights
+            if not (made / "config.json").exists():  # else another run has written the same weights
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -153,11 +153,11 @@ def checkpoint(model: str, tick: Tick = lambda what: None) -> Path:
 
 
 def folder_name(model: str, config: dict[str, Any]) -> str:
-    """Another config or another way of drawing gets another folder."""
+    """The folder's name, which depends on the config and on how weights are drawn."""
     path = Path(model)
     name = model if model in SHAPES else path.stem if path.suffix == ".json" else path.resolve().name
-    reported = json.dumps([VERSION, SPREAD, GAIN, config], sort_keys=True).encode()
-    return f"{name}-{hashlib.sha256(reported).hexdigest()[:10]}"
+    key = json.dumps([VERSION, SPREAD, GAIN, config], sort_keys=True).encode()
+    return f"{name}-{hashlib.sha256(key).hexdigest()[:10]}"
 
 
 def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = SHARD, tick: Tick = lambda what: None) -> None:
@@ -195,7 +195,7 @@ def _spec(folder: Path) -> ModelSpec:
 def _check(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
     words = json.loads((loader.resolve("embedded") / TOKENIZER[0]).read_text(encoding="utf-8"))["model"]["vocab"]
     if spec.vocab < len(words):
-        raise InvalidInput(f"vocab_size = {spec.vocab}: the tokenizer that random weights get has {len(words)} tokens")
+        raise InvalidInput(f"vocab_size = {spec.vocab}: the tokenizer for random weights has {len(words)} tokens")
     needed = sum(math.prod(shape) for shape in spec.shapes().values()) * dtype.itemsize
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -205,7 +205,7 @@ def _check(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
 
 
 def _stored(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[float, float]]]:
-    """Every tensor that a checkpoint of this network has: name, shape as stored, mean and deviation of its numbers."""
+    """Every tensor of a checkpoint of this network: name, shape as stored, mean and deviation of its numbers."""
     for name, shape in spec.shapes().items():
         source = spec.source(name)
         matrix = name.startswith("layers.") and len(shape) == 2

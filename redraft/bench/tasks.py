@@ -1,14 +1,14 @@
-"""What is scored under a cache policy: running text, a needle in filler, key-value pairs asked for turn by turn.
+"""The texts that are scored under a cache policy: running text, a needle in filler, and questions about key-value pairs.
 
 The two retrieval tasks follow SCBench (Yucheng Li et al., SCBench: A KV Cache-Centric Analysis of Long-Context Methods, 2024,
 arXiv 2412.10319): one long context, up to five questions, and two modes over the same data. Multi-turn: each question follows
-the earlier ones and their right answers. Multi-request: each question follows the context alone. The border of the context
-stands before the first question, so policies do not know what will be asked.
+the earlier ones and their right answers. Multi-request: each question follows the context alone. The context ends before the first
+question, so policies do not know the questions.
 
-All turns of a multi-turn text are scored in one pass over the right answers: what a policy does depends on committed tokens
-only, so a turn is scored as if the text ended there, and nothing that the model would have said enters the cache.
-Differs: questions are the beginnings of sentences and pairs, since the models at hand continue texts and answer nothing;
-pieces are put together as tokens, so an answer is spelled in the context as it is in the turn.
+All turns of a multi-turn text are scored in one pass over the right answers. Policies depend on committed tokens only, so each turn is
+scored as if the text ended there. The model's own answers do not enter the cache.
+Differs from SCBench: questions are the beginnings of sentences and pairs, because base models continue texts and do not answer
+questions; texts are joined as tokens, so an answer has the same tokens in the context and in the turn.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Spell = Callable[[str], list[int]]  # text to ids, without special tokens
 LIBRARY = ("ntpath", "os", "re/__init__", "asyncio/subprocess")  # of Python 3.11, held out when the embedded model was trained
 QUARTERS = 4
 TURNS = 5  # that SCBench scores
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # parts of the filler that stand before the needle
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # parts of the filler before the needle
 KEY, VALUE, WORD = 3, 4, 5  # letters
 
 
 class Answer(NamedTuple):
-    """What is scored of a probe: its tokens first to last - 1. place: the turn, depth or quarter, a number in Task.places."""
+    """The part of a probe that is scored: tokens first to last - 1. place: index in Task.places of its turn, depth or quarter."""
 
     place: int
     first: int
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """One text. item: which draw of the task it belongs to; context: leading tokens that count as given."""
+    """One text. item: the draw of the task that it belongs to; context: leading tokens that count as given."""
 
     item: int
     ids: list[int]
@@ -57,8 +57,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Task:
-    """Every item has one answer at every place. controls: the same questions and answers behind contexts that say otherwise, none
-    for running text; chance: how often a guess among the answers of the context is right."""
+    """Every item has one answer at every place. controls: the same questions and answers after contexts with other facts, empty for
+    running text; chance: how often a guess among the answers in the context is right."""
 
     name: str
     places: tuple[str, ...]
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest probe, of which budgets are parts."""
+        """Tokens of the longest probe. Budgets are parts of it."""
         return max(len(probe.ids) for probe in self.probes)
 
 
@@ -92,7 +92,7 @@ class Wanted:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """InvalidInput before anything is loaded."""
+        """Raises InvalidInput before anything is loaded."""
         if self.length is not None and self.length < 1:
             raise InvalidInput(f"length = {self.length}: must be 1 or more")
         if self.count < 2:
@@ -103,11 +103,11 @@ class Wanted:
             raise InvalidInput(f"given = {self.given}: must be 1 or more")
 
 
-def build(tokenizer: Tokenizer, found: Mapping[str, Seq[str]], wanted: Wanted, most: int) -> list[Task]:
-    """All tasks for texts by source (see `sources`). most: tokens of the longest text that can be scored."""
-    length = most if wanted.length is None else wanted.length
-    if length > most:
-        raise InvalidInput(f"length = {length}: the context leaves {most} tokens for a text that is scored")
+def build(tokenizer: Tokenizer, found: Mapping[str, Seq[str]], wanted: Wanted, longest: int) -> list[Task]:
+    """All tasks for texts by source (see `sources`). longest: tokens of the longest text that can be scored."""
+    length = longest if wanted.length is None else wanted.length
+    if length > longest:
+        raise InvalidInput(f"length = {length}: the context leaves {longest} tokens for a text that is scored")
     spell, start = partial(tokenizer.encode, special=False), tokenizer.encode("")
     spelled = {name: [spell(text) for text in texts] for name, texts in found.items()}
     tasks = [running(name, texts, start, length, wanted.given, wanted.count) for name, texts in spelled.items()]
@@ -123,17 +123,17 @@ def build(tokenizer: Tokenizer, found: Mapping[str, Seq[str]], wanted: Wanted, m
 
 
 def read(path: Path) -> str:
-    """A text file, packed by gzip where its name ends so. InvalidInput where it cannot be read."""
+    """A text file, unpacked by gzip if its name ends in .gz. InvalidInput if it cannot be read."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text, or not gzip where it says so"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8 text, or not gzip as its name says"
         raise InvalidInput(f"texts = {path}: cannot be read ({reason})") from None
 
 
 def sources(paths: Seq[Path]) -> dict[str, list[str]]:
-    """Name -> texts. Files of one folder are one source, by the folder's name; without files, parts of the standard library."""
+    """Name -> texts. Files of one folder are one source with the folder's name. Without files, parts of the standard library are used."""
     if not paths:
         return {"standard library": [read(Path(sysconfig.get_path("stdlib"), f"{name}.py")) for name in LIBRARY]}
     found: dict[Path, list[str]] = {}
@@ -144,7 +144,7 @@ def sources(paths: Seq[Path]) -> dict[str, list[str]]:
 
 
 def pieces(texts: Seq[list[int]], length: int, count: int) -> list[list[int]]:
-    """At most `count` pieces of `length` tokens that do not overlap, from the texts by turns and spread over each."""
+    """At most `count` pieces of `length` tokens that do not overlap, from the texts in turns and spread over each text."""
     cuts = []
     for ids in texts:
         whole = len(ids) // length
@@ -158,7 +158,7 @@ def pieces(texts: Seq[list[int]], length: int, count: int) -> list[list[int]]:
 
 
 def running(name: str, texts: Seq[list[int]], start: list[int], length: int, given: int, count: int) -> Task:
-    """Windows of running text, `start` in front of each, scored in quarters behind the first `given` tokens."""
+    """Windows of running text, with `start` before each, scored in quarters after the first `given` tokens."""
     part = (length - given) // QUARTERS
     if given < 1 or part < 1:
         raise InvalidInput(f"length = {length}: must be {max(1, given) + QUARTERS} or more, {given} of them given")
@@ -169,8 +169,8 @@ def running(name: str, texts: Seq[list[int]], start: list[int], length: int, giv
 
 
 def needle(spell: Spell, texts: Seq[list[int]], start: list[int], length: int, count: int, seed: int) -> Task:
-    """A sentence at several depths of filler, and its beginning again at the end. The filler of an item is the same at all depths;
-    in the controls the sentence tells another word."""
+    """A sentence at several depths of filler, and its beginning again at the end. The filler of an item is the same at all depths. In
+    the controls the sentence has another word."""
     chance = random.Random(f"needle {seed}")
     end = spell(".\n\n")
     drawn = []
@@ -185,15 +185,15 @@ def needle(spell: Spell, texts: Seq[list[int]], start: list[int], length: int, c
     for i, (filler, (asks, word, other)) in enumerate(zip(pieces(texts, room, count), drawn)):
         for place, depth in enumerate(DEPTHS):
             at = round(depth * room)
-            for made, reported in ((probes, word), (controls, other)):
-                context = [*start, *filler[:at], *asks, *reported, *end, *filler[at:]]
-                made.append(_asked(i, context, [(place, asks, word)]))
+            for made, stated in ((probes, word), (controls, other)):
+                context = [*start, *filler[:at], *asks, *stated, *end, *filler[at:]]
+                made.append(_turns(i, context, [(place, asks, word)]))
     return Task("needle", tuple(f"depth {depth:.0%}" for depth in DEPTHS), probes, controls)
 
 
 def key_values(spell: Spell, start: list[int], length: int, turns: int, count: int, seed: int) -> tuple[Task, Task]:
     """Pairs "abc:wxyz;" of random letters, then "?abc:" for some of them: (multi-turn, multi-request) over the same data. In the
-    controls each key that is asked for has changed values with one that is not."""
+    controls each key in a question swaps its value with a key that is in no question."""
     chance = random.Random(f"key-value {seed}")
     end = spell(";")
     multi: list[Probe] = []
@@ -202,9 +202,9 @@ def key_values(spell: Spell, start: list[int], length: int, turns: int, count: i
     single_controls: list[Probe] = []
     fewest = length
     for i in range(count):
-        keys, values = (words(chance, length // 3, letters) for letters in (KEY, VALUE))  # a pair takes three tokens or more
-        asked = [(turn, spell(f"?{key}:"), spell(value)) for turn, (key, value) in enumerate(zip(keys[:turns], values))]
-        room = length - len(start) - sum(len(question) + len(value) + len(end) for _, question, value in asked)
+        keys, values = (words(chance, length // 3, letters) for letters in (KEY, VALUE))  # a pair takes at least three tokens
+        questions = [(turn, spell(f"?{key}:"), spell(value)) for turn, (key, value) in enumerate(zip(keys[:turns], values))]
+        room = length - len(start) - sum(len(question) + len(value) + len(end) for _, question, value in questions)
         pairs: list[tuple[list[int], list[int]]] = []
         for key, value in zip(keys, values):
             pair = spell(f"{key}:"), spell(value)
@@ -218,8 +218,8 @@ def key_values(spell: Spell, start: list[int], length: int, turns: int, count: i
         swapped = [*range(turns, 2 * turns), *range(turns), *range(2 * turns, len(pairs))]
         for of, turn_by_turn, one_by_one in ((range(len(pairs)), multi, single), (swapped, multi_controls, single_controls)):
             context = [*start, *(token for at in places for token in (*pairs[at][0], *pairs[of[at]][1], *end))]
-            turn_by_turn.append(_asked(i, context, asked, end))
-            one_by_one += [_asked(i, context, [one]) for one in asked]
+            turn_by_turn.append(_turns(i, context, questions, end))
+            one_by_one += [_turns(i, context, [one]) for one in questions]
     names = tuple(f"turn {turn + 1}" for turn in range(turns))
     return (
         Task("key-value, multi-turn", names, multi, multi_controls, 1 / fewest),
@@ -228,7 +228,7 @@ def key_values(spell: Spell, start: list[int], length: int, turns: int, count: i
 
 
 def words(chance: random.Random, count: int, letters: int) -> list[str]:
-    """Different random words, at most half of those that there are."""
+    """Different random words, at most half of all possible ones."""
     alphabet = string.ascii_lowercase
     found: dict[str, None] = {}
     while len(found) < min(count, len(alphabet) ** letters // 2):
@@ -236,8 +236,8 @@ def words(chance: random.Random, count: int, letters: int) -> list[str]:
     return list(found)
 
 
-def _asked(item: int, context: list[int], turns: Seq[tuple[int, list[int], list[int]]], end: Seq[int] = ()) -> Probe:
-    """The context and then (place, question, answer) by turns, with `end` between them."""
+def _turns(item: int, context: list[int], turns: Seq[tuple[int, list[int], list[int]]], end: Seq[int] = ()) -> Probe:
+    """A probe: the context, then (place, question, answer) for each turn, with `end` between them."""
     ids, answers = list(context), []
     for i, (place, question, answer) in enumerate(turns):
         ids += [*(end if i else ()), *question, *answer]

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # lines that are submitted together, of which --max-seqs run at once
 FORMS = ("prompt", "messages", "prompt_token_ids")
-ABSENT = ("n", "logprobs", "prompt_logprobs", "provenance")  # of SamplingParams: what a line of results has no place for
+ABSENT = ("n", "logprobs", "prompt_logprobs", "provenance")  # fields of SamplingParams that a line of results has no place for
 FIELDS = tuple(name for name in SamplingParams.model_fields if name not in ABSENT)
 
 
 @dataclass
 class Result:
-    """One line: the number of its input line, and what was generated or what is wrong with it."""
+    """One line of results: the number of its input line, and its text or its error."""
 
     line: int
     id: str | int | None = None
@@ -121,7 +121,7 @@ def _write(target: TextIO, result: Result) -> None:
 
 
 def _results(llm: LLM, prompting: Prompting, source: Iterable[bytes], sampling: Given) -> Iterator[Result]:
-    """In the order of the lines, each as soon as it and all before it are done."""
+    """Yields lines in order, each as soon as it and all before it are done."""
     lines = enumerate(source, 1)
     while block := deque(_read(number, line, prompting, sampling) for number, line in islice(lines, BLOCK)):
         sent = [result for result in block if not result.done]
@@ -155,7 +155,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         given = json.loads(line)
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InvalidInput("half of a surrogate pair, which no text can hold") from None
+        raise InvalidInput("half of a surrogate pair, which UTF-8 cannot encode") from None
     except (ValueError, RecursionError) as error:
         where = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
         raise InvalidInput(f"not JSON{where}") from None

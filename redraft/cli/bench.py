@@ -39,10 +39,10 @@ def cache(
     texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more; a folder is a source.")] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="seam=name:option=value,..., + between several; {tokens}, {recent}, {paged}, {speedup}: a budget's; else all."),
+        typer.Option(help="seam=name:option=value,..., + between several; {tokens}, {recent}, {paged}, {speedup} of a budget; else all."),
     ] = None,
     budget: Annotated[list[float] | None, typer.Option(help="Percent of a text, repeated for more; else 100, 50, 25, 10.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a text; else what the context holds.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text; else as many as the context holds.")] = None,
     limit: Annotated[int, typer.Option(help="Texts of each task, 2 or more.")] = 16,
     turns: Annotated[int, typer.Option(help="Questions about one context, 1 to 5.")] = 5,
     given: Annotated[int, typer.Option(help="Tokens at the start of running text that are not scored.")] = 64,
@@ -74,7 +74,7 @@ def cache(
         curves.check_plot(plot)
     llm = LLM(config=engine_config(model, {**engine, "draft": "none", "prefix_sharing": False}))
     every = tasks.build(llm.tokenizer, found, wanted, llm.max_model_len - 1)
-    plan = measurement.Plan.of(llm, options, every)
+    plan = measurement.RunPlan.of(llm, options, every)
     progress = Console(stderr=True)
     with report.bar(progress, plan.ticks) as tick:
         measured = measurement.measure(llm, plan, tick)
@@ -92,7 +92,7 @@ def cache(
 def decode(
     model: Annotated[str, SHAPE] = "llama-3.2-1b",
     against: Annotated[
-        str, typer.Option(help="Engines to measure beside: transformers, llama.cpp, openvino, with commas; or none.")
+        str, typer.Option(help="Engines to compare with: transformers, llama.cpp, openvino, with commas; or none.")
     ] = "transformers",
     redraft: Annotated[
         list[str] | None, typer.Option(help="option=value,... of one redraft engine, repeated for more; ratios are against the first.")
@@ -102,7 +102,7 @@ def decode(
     dtype: Annotated[str, typer.Option(help="Of all engines; auto: the checkpoint's.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="Of each engine; 0: one for each core that this process may use.")] = 0,
     context: Annotated[int, typer.Option(help="Tokens of the prompt before the decoded ones.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Tokens generated a turn.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate in each turn.")] = 32,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
     rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(help="Turns of each engine and measurement.")] = 5,
@@ -115,7 +115,7 @@ def decode(
 ) -> None:
     """Measure decode, prefill and steps of many rows against other engines: same weights, same threads, own processes, in turns.
 
-    Tables go to stdout, the progress bar to stderr. Speeds stand beside the read bandwidth and the arithmetic peak of the same run.
+    Tables go to stdout, the progress bar to stderr. Speeds are compared with the read bandwidth and the arithmetic peak of the same run.
     """
     from rich.console import Console
 
@@ -155,8 +155,8 @@ def decode(
 @bench.command("ops")
 def ops(
     model: Annotated[str, SHAPE] = "llama-3.2-1b",
-    backend: Annotated[str | None, typer.Option(help="Names with commas; else all that compute fast.")] = None,
-    quant: Annotated[str | None, typer.Option(help="Forms of the weights to measure beside plain ones, with commas.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Names with commas; else all fast ones.")] = None,
+    quant: Annotated[str | None, typer.Option(help="Quantizations to measure in addition to plain weights, with commas.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="0: one for each core that this process may use.")] = 0,
     rows: Annotated[str, typer.Option(help="Rows of a linear layer, with commas.")] = "1,4,16,64,512",
@@ -165,7 +165,7 @@ def ops(
     rounds: Annotated[int, typer.Option(help="Turns of each measurement.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
 ) -> None:
-    """Measure single operations of each backend beside the read bandwidth and the arithmetic peak: linear layers and attention.
+    """Measure linear layers and attention of each backend, compared with the read bandwidth and the arithmetic peak.
 
     Tables go to stdout, the progress bar to stderr. Only the shape of the model matters; no weight is read.
     """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 SHARE = 4  # without --max-tokens a reply takes at most 1 / SHARE of the context, so that more turns fit
-COMMAND = re.compile(r"(/\w*)(?:\s+(.*))?", re.DOTALL)  # a path such as /usr/bin is no command
+COMMAND = re.compile(r"(/\w*)(?:\s+(.*))?", re.DOTALL)  # a path such as /usr/bin is not a command
 COMMANDS = {
     "/help": "this list",
     "/system TEXT": "set the system message; without TEXT, remove it",
@@ -81,7 +81,7 @@ class Conversation:
     turns: list[Message] = field(default_factory=list)
 
     def set_system(self, text: str | None) -> None:
-        """InvalidInput, and the old message stays, where the chat template takes none."""
+        """Sets the system message. If the chat template refuses it, InvalidInput is raised and the old message stays."""
         system = [{"role": "system", "content": text}] if text else []
         self.prompting.messages([*system, {"role": "user", "content": "?"}])
         self.system = system
@@ -102,7 +102,7 @@ class Conversation:
 
 
 def _command(talk: Conversation, line: str) -> bool:
-    """Whether the line was a command. InvalidInput names one that is unknown."""
+    """Whether the line was a command. InvalidInput names an unknown command."""
     found = COMMAND.fullmatch(line)
     if found is None:
         return False

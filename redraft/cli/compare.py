@@ -20,7 +20,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="The prompts' own seeds are made from it.")] = 0,
     batch: Annotated[int, typer.Option(help="Prompts that run at once, all of one category.")] = 1,
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
-    limit: Annotated[int | None, typer.Option(help="At most so many prompts, evenly from all categories.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many prompts, evenly from all categories.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Only this category, repeated for more.")] = None,
     bound: Annotated[bool, typer.Option("--bound", help="Also measure the share of the best possible acceptance.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
@@ -61,11 +61,11 @@ def compare(
             progress.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def announce(seconds: float) -> None:
-        say(f"estimated duration: about {duration(seconds)}, from a short run of each method; shorter where texts end early")
+        say(f"estimated duration: about {duration(seconds)}, from a short run of each method; shorter if texts end early")
 
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
         comparison = bench.compare(LLM(config=config), options, chosen, tick, announce)
-    with InterruptBetween() as interrupt:  # what was measured is not lost to another Ctrl-C
+    with InterruptBetween() as interrupt:  # a second Ctrl-C must not lose the results
         rows = results.rows(comparison)
         report.show(Console(width=width()), comparison, options, rows)
         if json is not None:
@@ -79,7 +79,7 @@ def compare(
 
 
 def complete(name: str) -> bool:
-    """Whether a drafter can be made without options: a wrapper cannot."""
+    """Whether a drafter can be made without options. Wrappers cannot."""
     from redraft import registry
     from redraft.errors import InvalidInput
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from redraft.models.loader import Checkpoint
     from redraft.ops.library import Library
 
-BUFFER = 2 << 30  # bytes: the largest last-level caches hold hundreds of millions
+BUFFER = 2 << 30  # bytes; the largest last-level caches hold hundreds of MiB
 HUGE = 2 << 20
 ROUNDS = 12
 BUSY = 0.9
@@ -95,7 +95,7 @@ def _model(name: str, checkpoint: Checkpoint, progress: Console) -> Facts:
 
 
 def _bytes_per_token(checkpoint: Checkpoint) -> int:
-    """Bytes of weights that a step of one row reads: no tables of embeddings, and of experts only those that are chosen."""
+    """Bytes of weights that a step of one row reads: without embedding tables, and only the chosen experts."""
     from redraft.core.spec import Experts
 
     spec, total = checkpoint.spec, 0

@@ -1,6 +1,6 @@
 """`redraft explain`: the step of a configuration, with the part that does each line.
 
-Reads headers, never weights: the engine is a real one, on a model of shapes without numbers.
+Reads headers, not weights: the engine is real, but its model is on the meta device.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from redraft.models import generation
     from redraft.setup import Setup
 
-CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a part at work, in a line of Engine.step
+CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a call of a part in a line of Engine.step
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the engine as its lines under the step. guarantee: None where the part has none of its own."""
+    """The lines of a part of the engine under the step. guarantee: None if the part has none of its own."""
 
     lines: list[str]
     guarantee: Guarantee | None = None
@@ -72,7 +72,7 @@ def _print(line: str, bold: bool | None = None) -> None:
 
 
 def _engine(config: EngineConfig, setup: Setup) -> Engine:
-    """As LLM makes it, but for the weights and a pool of one sequence."""
+    """The engine as LLM makes it, but without weights and with a pool for one sequence."""
     from redraft.engine.engine import Engine
     from redraft.models import loader
     from redraft.models.runner import Runner
@@ -114,7 +114,7 @@ def _model(config: EngineConfig, setup: Setup, parts: dict[str, Part]) -> list[s
 
 
 def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingParams) -> dict[str, Part]:
-    """Attribute of the engine -> what it is in this configuration."""
+    """Attribute of the engine -> its part in this configuration."""
     from redraft.core.plan import StepPlan
 
     work = _work(engine, params)

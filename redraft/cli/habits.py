@@ -1,4 +1,4 @@
-"""Flags that users of vLLM and llama.cpp type, and what Redraft has in their place."""
+"""Flags of vLLM and llama.cpp, and the options of Redraft to use instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 MODEL = "the argument MODEL"
 
-OURS = {  # their flag -> ours; an answer needs a verb that has it
+OURS = {  # their flag -> ours; suggested only if the verb has it
     "--model": MODEL,
     "-m": MODEL,
     "-hf": MODEL,
@@ -66,7 +66,7 @@ OURS = {  # their flag -> ours; an answer needs a verb that has it
     "--output-file": "--output",
     "--no-chat-template": "--raw",
 }
-WITHOUT = {  # flags of theirs that have no counterpart -> why
+WITHOUT = {  # their flags without a counterpart -> why
     "--tensor-parallel-size": "Redraft runs on one device, chosen by --device",
     "-tp": "Redraft runs on one device, chosen by --device",
     "--pipeline-parallel-size": "Redraft runs on one device, chosen by --device",
@@ -93,7 +93,7 @@ WITHOUT = {  # flags of theirs that have no counterpart -> why
 
 
 def answer(context: typer.Context, unknown: str, typed: Iterable[str]) -> str:
-    """What to write in place of an option that the verb of `context` does not have, or that there is none.
+    """The error about an option that the verb of `context` does not have: what to write instead, if there is anything.
 
     unknown: the option as the parser names it, which of -ngl sees -n only; typed: the words of the command line.
     """
@@ -114,7 +114,7 @@ def answer(context: typer.Context, unknown: str, typed: Iterable[str]) -> str:
 
 
 def _whole(unknown: str, typed: Iterable[str]) -> str:
-    """The word of the command line that an unknown option is from, if it is a flag of others, else the option."""
+    """The word of the command line with the unknown option if it is a flag of vLLM or llama.cpp, else the option."""
     words = (word.partition("=")[0] for word in typed)
     return next((word for word in words if word.startswith(unknown) and (word in OURS or word in WITHOUT)), unknown)
 

@@ -1,4 +1,4 @@
-"""Options of the verbs, made from the fields of config.py, where name, type, limits and help are written once."""
+"""Options of the verbs. They are made from the fields of config.py, which define name, type, limits and help once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Template = Annotated[
 Given = dict[str, Any]  # the options of a group that the user gave, by field name
 
 
-class Group(NamedTuple):
+class OptionGroup(NamedTuple):
     """Fields that become options: --field-name, under one heading of the help.
 
     pairs: a switch that is on by default has --name and --no-name, because a file may set it too; else only --no-name.
@@ -35,17 +35,17 @@ class Group(NamedTuple):
     fields: dict[str, FieldInfo]
     pairs: bool = True
 
-    def without(self, *names: str) -> Group:
+    def without(self, *names: str) -> OptionGroup:
         return self._replace(fields={name: field for name, field in self.fields.items() if name not in names})
 
 
 NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance")  # the engine's own are
-SAMPLING = Group(
+SAMPLING = OptionGroup(
     "Sampling",
     {name: field for name, field in SamplingParams.model_fields.items() if name not in NOT_OFFERED},
     pairs=False,  # the longer column of names would cut some of them in 80 columns
 )
-ENGINE = Group(
+ENGINE = OptionGroup(
     "Engine",
     {name: EngineConfig.model_fields[name] for name in ("draft", "draft_model", "verify")}
     | {name: field for name, field in ModelConfig.model_fields.items() if name != "model"}
@@ -60,7 +60,7 @@ FLAGS = {  # "Class.field", as errors name it -> its option
     for name, field in kind.model_fields.items()
     if id(field) in _OPTIONS
 }
-DEFAULTS: Given = {"draft": "auto"}  # where the command line differs from the Python interface
+DEFAULTS: Given = {"draft": "auto"}  # help texts of the command line that differ from the Python interface
 
 
 def engine_config(model: str, given: Given) -> EngineConfig:
@@ -68,7 +68,7 @@ def engine_config(model: str, given: Given) -> EngineConfig:
 
 
 def chat_template(value: str | None) -> str | None:
-    """The text of --chat-template. InvalidInput where it is no template and no file with one."""
+    """The text of --chat-template. InvalidInput if it is neither a template nor a file with one."""
     try:
         return ServeConfig(chat_template=value).chat_template
     except InvalidInput as error:
@@ -81,7 +81,7 @@ def as_flag(message: str) -> str:
     return f"{FLAGS.get(name, name)}{equals}{rest}"
 
 
-def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(**groups: OptionGroup) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a verb the options of each group. The verb gets, under the group's name, a dict of those that were given."""
 
     def wrap(verb: Callable[..., None]) -> Callable[..., None]:
@@ -96,24 +96,24 @@ def takes(**groups: Group) -> Callable[[Callable[..., None]], Callable[..., None
         run.__signature__ = signature  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (verb.__doc__ or "").split("\n\n"))  # typer keeps line ends
-        del run.__dict__["__wrapped__"]  # or typing would read the verb's own annotations
+        del run.__dict__["__wrapped__"]  # else typing would read the verb's own annotations
         return run
 
     return wrap
 
 
-def _given(group: Group, values: Given) -> Given:
+def _given(group: OptionGroup, values: Given) -> Given:
     """The values of a group's options that the user gave."""
     found = {name: values[name] for name in group.fields if values[name] not in (None, [])}
     return {name: not value if _negated(group.fields[name], group) else value for name, value in found.items()}
 
 
-def _negated(field: FieldInfo, group: Group) -> bool:
+def _negated(field: FieldInfo, group: OptionGroup) -> bool:
     """Whether the only option of a field is --no-name."""
     return field.default is True and not group.pairs
 
 
-def _parameter(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, group: OptionGroup) -> inspect.Parameter:
     default = DEFAULTS.get(name, field.default)
     text, flag = field.description or "", f"--{name.replace('_', '-')}"
     if _negated(field, group):
@@ -128,7 +128,7 @@ def _parameter(name: str, field: FieldInfo, group: Group) -> inspect.Parameter:
 
 
 def _type(annotation: Any) -> Any:
-    """The type that typer parses. Ranges, choices and units are checked by the field itself, so that all errors read alike."""
+    """The type that typer parses. The field itself checks ranges, choices and units, so that all errors have the same form."""
     origin, parts = typing.get_origin(annotation), [part for part in typing.get_args(annotation) if part is not type(None)]
     if origin in (Union, types.UnionType):
         return _type(parts[0])

@@ -16,7 +16,7 @@ CONTINUES = ("embedded", "embedded-draft")  # models that continue text, though 
 
 @dataclass(frozen=True)
 class Prompting:
-    """chat: a plain prompt is the message of a user; template: in place of the checkpoint's."""
+    """chat: a plain prompt is a user's message; template: used instead of the checkpoint's."""
 
     tokenizer: Tokenizer
     chat: bool
@@ -33,5 +33,5 @@ class Prompting:
         return self.tokenizer.encode(prompt) if prompt else []
 
     def messages(self, messages: Seq[Mapping[str, Any]]) -> list[int]:
-        """InvalidInput where there is no template, or it refuses them."""
+        """InvalidInput if there is no template or it refuses the messages."""
         return self.tokenizer.encode_chat(messages, template=self.template)

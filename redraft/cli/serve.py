@@ -13,15 +13,15 @@ import typer
 from pydantic.fields import FieldInfo
 
 from redraft import __version__, registry
-from redraft.cli.options import ENGINE, MODEL, Given, Group, engine_config, takes
+from redraft.cli.options import ENGINE, MODEL, Given, OptionGroup, engine_config, takes
 from redraft.config import EngineConfig, ModelConfig
 from redraft.errors import InvalidInput, did_you_mean
 from redraft.serve.config import ServeConfig
 from redraft.serve.listen import listen
 
-SERVER = Group("Server", dict(ServeConfig.model_fields))
+SERVER = OptionGroup("Server", dict(ServeConfig.model_fields))
 ALIASES = {"max_num_seqs": "max_seqs", "max_num_batched_tokens": "token_budget"}
-ALSO = Group(
+ALSO = OptionGroup(
     "Engine", {name: FieldInfo(annotation=int, default=None, description=f"the same as {field}") for name, field in ALIASES.items()}
 )
 FIELDS = {"model": ModelConfig.model_fields["model"], **ENGINE.fields, **SERVER.fields}
@@ -56,8 +56,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's interface.
 
-    An option may also stand in a file (--config) and in the environment, as REDRAFT_PORT for --port, commas between several values.
-    The command line goes over the environment, the environment over the file.
+    Options may also be in a file (--config) and in the environment, such as REDRAFT_PORT for --port, with commas between several
+    values. The command line overrides the environment, which overrides the file.
     """
     given = {"model": model, CONFIG: config, **also, **engine, **server}
     layers = read({name: value for name, value in given.items() if value is not None}, os.environ)
@@ -79,7 +79,7 @@ def read(given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[Laye
         if variable in VARIABLES:
             variables[VARIABLES[variable]] = text
         else:
-            typer.echo(f"warning: {variable} in the environment is no setting: {did_you_mean(variable, VARIABLES)}", err=True)
+            typer.echo(f"warning: {variable} in the environment is not a setting: {did_you_mean(variable, VARIABLES)}", err=True)
     exported = layer("environment", variables, _variable)
     typed = layer("command line", given, _flag)
     named = typed.pop(CONFIG, exported.get(CONFIG))
@@ -102,7 +102,7 @@ def load(path: Path, source: str) -> Layer:
         pairs = [(str(key.value), loader.construct_object(value, deep=True)) for key, value in top.value] if top and whole else []
     except OSError as error:
         raise InvalidInput(f"{source}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # their own texts quote the line, which may hold a key
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # their own texts quote the line, which may contain a key
         mark = getattr(error, "problem_mark", None)
         raise InvalidInput(f"{source}: not YAML in UTF-8{f', line {mark.line + 1}' if mark else ''}") from None
     if not whole:
@@ -117,7 +117,7 @@ def load(path: Path, source: str) -> Layer:
         if isinstance(value, dict) or (isinstance(value, list) and not _repeats(name)):
             raise InvalidInput(f"{source}: {key} takes one value, not a {'list' if isinstance(value, list) else 'mapping'}")
         if isinstance(value, bool) and _field(name).annotation is not bool:
-            raise InvalidInput(f"{source}: {key} = {value}: so YAML reads words such as on and no; put them in quotes")
+            raise InvalidInput(f"{source}: {key} = {value}: YAML reads words such as on and no like this; put them in quotes")
         found[name] = value
     return layer("file", found, lambda name: f"{source}: {_key(name)}")
 
@@ -134,7 +134,7 @@ def layer(called: str, values: Mapping[str, Any], spell: Callable[[str], str]) -
 
 
 def merge(*layers: Layer) -> Layer:
-    """The later over the earlier."""
+    """Settings merged; later ones override earlier ones."""
     return {field: setting for one in layers for field, setting in one.items()}
 
 
@@ -156,7 +156,7 @@ def build(settings: Layer) -> tuple[EngineConfig, ServeConfig]:
 
 
 def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:
-    """The configuration, a line a field, to stderr."""
+    """Writes the configuration to stderr, one field on each line."""
     typer.echo(f"redraft {__version__} serves with", err=True)
     homes = EngineConfig._homes()
     for name in FIELDS:
@@ -166,7 +166,7 @@ def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:
         if name == "api_key":
             value = f"({len(value)} key{'' if len(value) == 1 else 's'})"
         elif name == "chat_template" and value is not None:
-            value = settings[name].value  # rather the file than its text
+            value = settings[name].value  # the name of the file instead of its text
         text = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
         text = text or "none" if text.isprintable() else f"({len(text)} characters)"
         typer.echo(f"  {_key(name):18} {text:24} {settings[name].layer if name in settings else 'default'}", err=True)

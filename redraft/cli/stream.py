@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from redraft.engine.text import Text
+from redraft.engine.text import PartialText
 from redraft.models.tokenizer import Decoder
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 
 
 class Colours:
-    """Marks the characters of one text that came from accepted drafts. A character of several tokens counts as its last one."""
+    """Marks the characters of one text that came from accepted drafts. A character of several tokens counts as its last token."""
 
     def __init__(self, prompt: list[int], decode: Decoder) -> None:
         self.decode = decode
-        self._tokens, self._text = list(prompt), Text.start(prompt, decode)
+        self._tokens, self._text = list(prompt), PartialText.start(prompt, decode)
         self._ends: list[tuple[int, bool]] = []  # (end of the token's text, drafted) of tokens not wholly shown
         self._shown = 0
 
@@ -106,12 +106,12 @@ class Shown:
 
 
 def folded(lines: Iterable[str]) -> str:
-    """Lines cut at spaces to COLUMNS characters; a longer word stays whole, so that it can be copied."""
+    """Lines broken at spaces to COLUMNS characters. A longer word is not broken, so that it can be copied."""
     return "\n".join(textwrap.fill(line, COLUMNS, break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
-    """Generates the texts of one prompt and writes them one after the other, the first as it comes. Ctrl-C stops between
+    """Generates the texts of one prompt and writes them one after the other, the first one as it is generated. Ctrl-C stops between
     two steps and sets `interrupted`."""
     screen, shown, n = Screen(), Shown(), params.n
     decode = llm.tokenizer.decoder if params.skip_special_tokens else llm.tokenizer.decoder_all

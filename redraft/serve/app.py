@@ -60,9 +60,9 @@ def _answer_errors(made: FastAPI) -> None:
 
 
 def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
-    """Message and field of the first thing that is wrong with a body; where it could be one of several forms, of the nearest."""
+    """(message, field) of the first error in a body. If a body has several allowed forms, the error of the nearest form."""
     if isinstance(body, bytes):
-        return "the body is not read: its content type is not that of JSON", None
+        return "the body is not read: its content type is not JSON", None
     same = (one for one in errors if one["loc"][:2] == errors[0]["loc"][:2])
     first = max(same, key=lambda one: (len(one["loc"]), not str(one["type"]).endswith("_type")))
     parts = []
@@ -77,7 +77,7 @@ def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     if kind == "extra_forbidden":
         return f"unknown field {place!r}", place
     if kind == "json_invalid":
-        return f"the body is no JSON: {first.get('ctx', {}).get('error', text)}", None
+        return f"the body is not JSON: {first.get('ctx', {}).get('error', text)}", None
     if kind == "value_error" and not place:
         return text, text.partition(":")[0] or None
     given = clean(repr(first.get("input")))[:80]

@@ -1,4 +1,4 @@
-"""Which methods a request may choose: they open no file, and their parts and numbers are bounded."""
+"""The methods that a request may choose. They open no file, and their parts and numbers are bounded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FIELDS = {
     "codec": "cache.codec",
     "read": "cache.read",
 }
-PARTS = 8  # drafters in one choice, those inside of others included
-LARGEST_DRAFT = 64  # of a number in a drafter's options: its tables grow with it
+PARTS = 8  # drafters in one choice, including nested ones
+LARGEST_DRAFT = 64  # of a number in a drafter's options, because its tables grow with it
 LARGEST = 1 << 20  # of a number in the options of other methods, which count tokens
 PLAIN = {int, float, bool, type(None)}  # types of options that a request may give
 METHODS = ("parts", "draft")  # options that name methods
@@ -27,8 +27,8 @@ SHAPES = ("branching",)  # options that are numbers in a text
 
 
 def checked(seam: str, text: str, own: str | None) -> str:
-    """`text`, where a request may choose it; `own` is the server's choice, which is always allowed. Refused (400) names the field,
-    the value and what is allowed."""
+    """Returns `text` if a request may choose it. `own`, the server's choice, is always allowed. Refused (400) names the field, the
+    value and what is allowed."""
     if text in (own, "none"):
         return text
     field = FIELDS[seam]
@@ -44,7 +44,7 @@ def checked(seam: str, text: str, own: str | None) -> str:
 
 
 def public(seam: str, text: str) -> str:
-    """A choice of the server as clients see it: the name alone where an option of it, or of its parts, is a path on this machine."""
+    """A choice of the server as clients see it: only the name if one of its options, or of its parts' options, is a path."""
     name, given = registry.parse(text)
     parts = [part for option in METHODS if option in given for part in registry.split(given[option], "+")]
     hides = any(_may_name_a_file(seam, name, option) for option in given) or any(public(seam, part) != part for part in parts)
@@ -63,7 +63,7 @@ def _count(seam: str, text: str, field: str) -> int:
 
 
 def _parts(seam: str, name: str, given: dict[str, str]) -> Iterator[str]:
-    """The methods inside of a method, those of its defaults too."""
+    """The methods inside a method, including those of its defaults."""
     for option, field in registry.options(registry.method(seam, name)).items():
         if option in METHODS:
             yield from registry.split(given.get(option, str(field.default)), "+")
@@ -84,7 +84,7 @@ def _may_name_a_file(seam: str, name: str, option: str) -> bool:
 
 
 def _number(text: str) -> float:
-    """The value of an option, 0 where it is not a number."""
+    """The value of an option, 0 if it is not a number."""
     try:
         return float(text)
     except ValueError:

@@ -38,26 +38,24 @@ class ServeConfig(Settings):
     served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
     chat_template: str | None = Field(None, description="a Jinja file, or the template itself; None: the checkpoint's")
     response_role: str = Field("assistant", min_length=1, description="role of the replies of a chat")
-    keep: str | None = Field(
-        None, description="name:option=value,... of a method that evicts tokens from the cache, if a request names none"
-    )
+    keep: str | None = Field(None, description="name:option=value,... of a method that evicts from the cache, if a request names none")
     codec: str | None = Field(None, description="name:option=value,... of a method that quantizes the cache, likewise")
     read: str | None = Field(None, description="name:option=value,... of a sparse attention method, likewise")
     depth: str | None = Field(None, description="name:option=value,... of a method that skips layers after the prompt, likewise")
-    max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that wait; further ones are refused (429)")
+    max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that may wait; further ones are refused (429)")
     request_timeout: float = Field(600.0, ge=0, le=WEEK, description="seconds from a request's arrival to its end; 0: no limit")
     idle_timeout: float = Field(60.0, gt=0, le=WEEK, description="seconds for which a client may neither read nor send")
-    keep_alive: float = Field(10.0, gt=0, le=3600, description="seconds between comments in a stream without news")
+    keep_alive: float = Field(10.0, gt=0, le=3600, description="seconds between comments in a stream without new text")
     step_timeout: float = Field(300.0, ge=0, le=WEEK, description="seconds that a step may take before /health fails; 0: no limit")
     shutdown_timeout: float = Field(30.0, ge=0, le=WEEK, description="seconds in which requests may end after SIGTERM")
     max_body: int = Field(4 << 20, ge=1024, le=1 << 30, description="bytes of a request's body")
     max_n: int = Field(16, ge=1, le=1024, description="texts of one request")
-    max_logprobs: int = Field(20, ge=0, le=1024, description="likeliest tokens that a request may get at each place")
+    max_logprobs: int = Field(20, ge=0, le=1024, description="likeliest tokens that a request may get at each position")
     max_stop: int = Field(16, ge=0, le=1024, description="stop strings of one request")
     metrics_prefix: str = Field(
         "redraft:",
         pattern=r"^([a-zA-Z_:][a-zA-Z0-9_:]*)?$",
-        description="in front of the names of the metrics, for dashboards made for others",
+        description="prefix of the names of the metrics, for dashboards of other servers",
     )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="critical, error, warning, info, debug")
     access_log: bool = Field(True, description="a line for each request")
@@ -74,7 +72,7 @@ class ServeConfig(Settings):
             if not text.strip():
                 raise ValueError("an empty string is not allowed")
             if info.field_name == "api_key" and not re.fullmatch(r"[!-~]+", text):
-                raise ValueError("a key is of visible ASCII characters, without spaces")
+                raise ValueError("a key has visible ASCII characters only, without spaces")
             if info.field_name == "allow_origins" and not ORIGIN.fullmatch(text):
                 raise ValueError(f"{text!r} is neither * nor scheme://host[:port]")
         return value
@@ -117,7 +115,7 @@ class ServeConfig(Settings):
             except (OSError, ValueError) as error:
                 raise ValueError(f"neither a template nor a file that can be read: {_reason(error)}") from None
             if not MARK.search(text):
-                raise ValueError("the file is no template: it has neither {{ nor {%")
+                raise ValueError("the file is not a template: it has neither {{ nor {%")
         from jinja2 import TemplateError, TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -131,7 +129,7 @@ class ServeConfig(Settings):
     @model_validator(mode="after")
     def _pair(self) -> Self:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
-            raise ValueError("ssl_keyfile and ssl_certfile are given together or not at all")
+            raise ValueError("ssl_keyfile and ssl_certfile must be given together or not at all")
         return self
 
 

@@ -1,4 +1,4 @@
-"""The connections below the requests: clients that send no whole request, read nothing, or close their side."""
+"""Connections of clients that do not send a whole request, do not read, or close their side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from redraft.serve.errors import Refused
 from redraft.serve.limits import ABORT
 
 BEGINNING = b"HTTP/1.1 "  # of every answer
-LOOK = 0.1  # seconds between looks whether a client that sends nothing more is still there
+LOOK = 0.1  # seconds between checks whether a client that has closed its sending side is still there
 
 
 class Rest:
@@ -33,8 +33,8 @@ class Rest:
 
 
 class Protocol(H11Protocol):
-    """A connection. The head of a request must arrive within idle_timeout, the client must read, and errors have the form of all
-    others. A client may close its sending side after its request and still reads the answer."""
+    """A connection. The head of a request must arrive within idle_timeout, the client must read, and errors have the same form as all
+    others. A client may close its sending side after its request and still read the answer."""
 
     idle_timeout: float  # set by `patient`
 
@@ -42,7 +42,7 @@ class Protocol(H11Protocol):
         super().__init__(*given, **named)
         self.app_state = {**self.app_state, ABORT: self._abort}
         self._late: asyncio.TimerHandle | None = None  # runs while a head is awaited
-        self._unread = 0  # bytes that the client had not taken at the last look
+        self._unread = 0  # bytes that the client had not read at the last check
         self._half_closed = False  # the client sends nothing more
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,7 +74,7 @@ class Protocol(H11Protocol):
         return True
 
     def _look(self) -> None:
-        """Ends the connection if the client has closed it, and looks again later."""
+        """Ends the connection if the client has closed it, and checks again later."""
         if self.transport.is_closing() or self.cycle.response_complete:
             return
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -122,7 +122,7 @@ class Protocol(H11Protocol):
     def _too_late(self) -> None:
         self._late = None
         if self.conn.trailing_data[0]:
-            self._refuse(Refused(408, "the head of the request did not come in time"))
+            self._refuse(Refused(408, "the head of the request did not arrive in time"))
         else:
             self.transport.close()
 

@@ -19,21 +19,21 @@ STATUSES = {
     401: "no valid key",
     403: "a web page or host that this server does not serve",
     404: "no such model",
-    408: "the request did not come in time",
+    408: "the request did not arrive in time",
     413: "the body is too large",
-    429: "too many requests wait: Retry-After says for how long to stay away",
+    429: "too many requests wait: Retry-After says how long to wait",
     431: "the headers are too large",
     500: "the server's fault",
     503: "shutting down, or out of memory for this request",
     504: "it took too long",
 }
-ALWAYS = (400, 401, 403, 408, 413, 431, 500)  # of any operation; 401 only where there are keys and the operation wants one
+ALWAYS = (400, 401, 403, 408, 413, 431, 500)  # of any operation; 401 only if keys are set and the operation needs one
 WORKING = (404, 429, 503, 504)  # runs in the engine
 KEY = "key"
 
 
 class Form(BaseModel):
-    """A part of a reply: no field beyond these is sent. One without a default is always there."""
+    """A part of a reply. No other fields are sent. Fields without a default are always present."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -111,7 +111,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class Piece(Form):
-    """What whole texts and pieces of streams have in common."""
+    """Fields that whole texts and pieces of streams have in common."""
 
     index: int
     finish_reason: Literal["stop", "length"] | None

@@ -1,6 +1,6 @@
-"""Errors as OpenAI's clients know them: a status and {"error": {message, type, param, code}}.
+"""Errors in the form of OpenAI's API: a status and {"error": {message, type, param, code}}.
 
-No reply names a path of this machine: of an error's text, a word with a slash is replied only where the client sent it.
+Replies name no path of this machine. A word with a slash in an error's text is hidden unless the client sent it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger("redraft.serve")
 
 
 class ErrorBody(BaseModel):
-    """What went wrong; param: the field at fault."""
+    """The error. param: the field at fault."""
 
     message: str
     type: str
@@ -52,7 +52,7 @@ class ErrorReply(BaseModel):
 
 @dataclass
 class Refused(Exception):
-    """An answer other than the one asked for."""
+    """A request is refused with this answer."""
 
     status: int
     message: str
@@ -67,8 +67,8 @@ class Refused(Exception):
 
 
 def refused(error: Exception, *known: str) -> Refused:
-    """The reply to an exception: the text of those made for users, a fixed text for others. known: texts whose words a reply may
-    hold, such as the client's own."""
+    """The reply to an exception: its text if it is meant for users, else a fixed text. known: texts whose words a reply may contain,
+    such as the client's own."""
     match error:
         case Refused():
             return error
@@ -94,7 +94,7 @@ def without_paths(text: str, *known: str) -> str:
 
 
 def _field(message: str) -> str | None:
-    """The field that a message of pydantic's or the engine's names at its start."""
+    """The field that a message of pydantic or of the engine names at its start."""
     found = re.match(r"(?:SamplingParams(?:\.|: ))?([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?: =|:)", message)
     return found[1].replace("[", ".").replace("]", "") if found else None
 

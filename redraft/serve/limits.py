@@ -1,5 +1,5 @@
-"""Checks of every request before a route sees it: its host and origin, its key, the size of its body, and how long its client may
-neither send nor read. Connections are in connection.py."""
+"""Checks of every request before a route sees it: host and origin, key, size of the body, and time-outs of clients that neither send
+nor read. Connections are in connection.py."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ class Limits:
 
     async def _admit(self, scope: Scope, receive: Receive) -> None:
         headers = dict(scope["headers"])
-        if b"content-length" in headers and b"transfer-encoding" in headers:  # which of them counts is how requests are smuggled
+        if b"content-length" in headers and b"transfer-encoding" in headers:  # else servers may disagree on the length (smuggling)
             await _drain(receive)
             raise Refused(400, "Content-Length and Transfer-Encoding exclude each other", headers={"Connection": "close"})
         self.origins.check(scope, headers)
         scope["redraft.key"] = ""
         if self.keys and scope["method"] != "OPTIONS" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]  # all keys, for equal times
+            matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]  # compares all keys, so that times are equal
             if scheme.lower() != b"bearer" or not any(matches):
                 raise Refused(401, "a key of this server is needed: Authorization: Bearer KEY", code="invalid_api_key")
             scope["redraft.key"] = given.strip().decode("latin-1")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self.config.max_body:
-            if b"expect" not in headers:  # else it waits for leave and sends nothing
+            if b"expect" not in headers:  # else the client waits for permission and sends nothing
                 await _drain(receive)
             raise self._large()
 
@@ -103,7 +103,7 @@ class Limits:
                 patience = min(self.config.idle_timeout, max(0.0, until - monotonic()))
                 message = await (receive() if whole else asyncio.wait_for(receive(), patience))
             except TimeoutError:
-                raise Refused(408, "the body did not come in time", headers={"Connection": "close"}) from None
+                raise Refused(408, "the body did not arrive in time", headers={"Connection": "close"}) from None
             if message["type"] == "http.disconnect" and not whole:
                 raise ClientGone
             if message["type"] == "http.request":
@@ -148,7 +148,7 @@ async def gone(receive: Receive) -> None:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[Any], then: Callable[[], None] = lambda: None) -> Any:
-    """What `work` returns. If the client leaves first, `work` is cancelled and ClientGone raised. `then` is called in any case."""
+    """What `work` returns. If the client leaves first, `work` is cancelled and ClientGone is raised. `then` is always called."""
     watch, task = asyncio.ensure_future(gone(receive)), asyncio.ensure_future(work)
     try:
         await asyncio.wait({watch, task}, return_when=asyncio.FIRST_COMPLETED)

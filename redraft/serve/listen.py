@@ -39,7 +39,7 @@ def listen(serve: ServeConfig) -> list[socket.socket]:
 
 
 def _listen_at(family: int, protocol: int, address: Any) -> socket.socket:
-    one = socket.socket(family, socket.SOCK_STREAM, protocol)  # asyncio switches Nagle's delays off only where the protocol is given
+    one = socket.socket(family, socket.SOCK_STREAM, protocol)  # asyncio disables Nagle's algorithm only if the protocol is given
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -55,7 +55,7 @@ def _listen_at(family: int, protocol: int, address: Any) -> socket.socket:
 def _listen_unix(path: Path) -> socket.socket:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.is_socket() and one.connect_ex(str(path)):  # left over: nothing answers there
+        if path.is_socket() and one.connect_ex(str(path)):  # left over from a dead process: nothing answers there
             path.unlink()
             one.close()
             one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -20,7 +20,7 @@ SHARE = 0.1  # of the latest request in the running mean of how long they take
 
 
 class Metrics:
-    """One registry a server. prefix: in front of every name; model: its label. For the event loop only."""
+    """The registry of a server. prefix: of every name; model: its label. For the event loop only."""
 
     def __init__(self, prefix: str, model: str) -> None:
         self.registry = CollectorRegistry()
@@ -44,8 +44,8 @@ class Metrics:
             return Gauge(name(text), what, [*self._labels], registry=self.registry).labels(**self._labels)
 
         self.running = gauge("num_requests_running", "Texts that run.")
-        self.waiting = gauge("num_requests_waiting", "Texts that wait, preempted ones too.")
-        self.usage = gauge("kv_cache_usage_perc", "Share of the cache in use, 1 being all.")
+        self.waiting = gauge("num_requests_waiting", "Texts that wait, including preempted ones.")
+        self.usage = gauge("kv_cache_usage_perc", "Share of the cache in use, 0 to 1.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that started.").labels(**self._labels)
         self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**self._labels)
         self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.").labels(**self._labels)
@@ -112,7 +112,7 @@ class Metrics:
         self._gaps.pop(ticket.request.id, None)
 
     def exposition(self) -> bytes:
-        """The text that Prometheus reads."""
+        """The exposition in the format of Prometheus."""
         if self._engine is not None:
             self.preempted.inc(self._engine.preemptions - self._preempted)
             self._preempted = self._engine.preemptions

@@ -1,4 +1,4 @@
-"""The endpoints of OpenAI's interface, and the two for tokens that other servers have beside them."""
+"""The endpoints of OpenAI's interface, and the two for tokens that other servers have as well."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ async def chat(http: Request, body: schema.ChatRequest) -> Response:
         raise Refused(400, "max_tokens and max_completion_tokens differ: give one of them", "max_completion_tokens")
     requested = (body.top_logprobs or 0) if body.logprobs else None
     likeliest = max(requested or 0, ALTERNATIVES + 1) if body.provenance else requested
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = here.params(body, max_tokens=most, logprobs=likeliest, provenance=body.provenance)
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = here.params(body, max_tokens=max_tokens, logprobs=likeliest, provenance=body.provenance)
     prompt = await here.prompts.conversation(body, deadline)
     wanted = here.wanted(body, params, id=f"chatcmpl-{secrets.token_hex(12)}", chat=True, logprobs=requested)
     return await here.reply(http, body, [prompt], params, wanted, deadline)
@@ -82,7 +82,7 @@ async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
     deadline, model = here.deadline, here.known(body.model)
     size = here.llm.runner.spec.hidden
     if body.dimensions not in (None, size):
-        raise Refused(400, f"dimensions = {body.dimensions}: this model has {size}, no fewer are offered", "dimensions")
+        raise Refused(400, f"dimensions = {body.dimensions}: this model has {size}, and fewer are not supported", "dimensions")
     pool = Pooling(body.pooling or "last")
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0)
     prompts = await here.prompts.read(body.input, deadline, field="input")
@@ -146,7 +146,7 @@ async def detokenize(http: Request, body: schema.DetokenizeRequest) -> dict[str,
 
 def _check_stream(body: schema.Sampled) -> None:
     if body.stream and body.prompt_logprobs is not None:
-        raise Refused(400, "prompt_logprobs is not offered with stream", "prompt_logprobs")
+        raise Refused(400, "prompt_logprobs is not supported with stream", "prompt_logprobs")
     if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise Refused(400, "stream_options needs stream", "stream_options")
 

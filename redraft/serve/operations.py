@@ -1,4 +1,4 @@
-"""The endpoints for those who run a server: what it is, whether it is well, and its figures."""
+"""The endpoints for operators of a server: information, health and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def index(http: Request) -> dict[str, Any]:
 
 @router.get("/health", **answers(documents.Healthy, 503))
 async def health(http: Request) -> dict[str, str]:
-    """Whether the engine works: 503 where it stopped, or where its step takes longer than step_timeout."""
+    """Whether the engine works: 503 if it stopped or if a step takes longer than step_timeout."""
     here = service(http)
     if not here.shell.alive:
         raise Refused(503, "the engine stopped")

@@ -1,4 +1,4 @@
-"""Which host names and web pages a server answers, so that no page in somebody's browser can use a server on that machine."""
+"""The host names and web pages that a server answers, so that a foreign web page cannot use a server on the user's machine."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ READING = ("GET", "HEAD", "OPTIONS")
 
 
 class Origins:
-    """Of a server on loopback, Host must be a loopback name, the server's own or that of an allowed origin: a foreign name that
-    resolves to this machine is an attack (DNS rebinding). Browsers send a body that is not declared as JSON without asking the
-    server first, so such a request needs an Origin of the server or an allowed one, or none."""
+    """For a server on loopback, Host must be a loopback name, the server's own name or that of an allowed origin, because a foreign name
+    that resolves to this machine is an attack (DNS rebinding). Browsers send a body that is not declared as JSON without a preflight
+    request, so such a request must have no Origin, the server's own or an allowed one."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.allowed = frozenset(origin.lower() for origin in config.allow_origins)
@@ -35,13 +35,13 @@ class Origins:
             return
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and not {origin, "*"} & self.allowed and (not host or origin.partition("://")[2] != host):
-            raise Refused(403, f"Origin {origin!r}: its pages may not use this server; --allow-origins names those that may")
+            raise Refused(403, f"Origin {origin!r}: its pages may not use this server; --allow-origins names allowed ones")
         if b"content-type" not in headers:
             scope["headers"] = [*scope["headers"], (b"content-type", JSON)]
 
 
 def _name(host: str) -> str:
-    """Without the port, "" where it cannot be read."""
+    """The host without the port; "" if it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

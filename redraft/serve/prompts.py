@@ -1,4 +1,4 @@
-"""Prompts and conversations of requests as tokens. A thread of its own reads them, so that long texts do not stop the server."""
+"""Prompts and conversations of requests as tokens. They are tokenized in a thread, so that long texts do not block the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LATE = "the request took longer than this server allows"
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: as it was given, or as the template rendered it."""
+    """text: as given, or as rendered by the template."""
 
     tokens: list[int]
     text: str
@@ -59,13 +59,13 @@ class Prompts:
             many = list(given)
         if not many:
             raise Refused(400, "no prompt was given", field)
-        most = INPUTS if field == "input" else self.config.max_queue
-        if len(many) > most:
-            raise Refused(400, f"{field} has {len(many)} texts: at most {most} are allowed", field)
+        limit = INPUTS if field == "input" else self.config.max_queue
+        if len(many) > limit:
+            raise Refused(400, f"{field} has {len(many)} texts: at most {limit} are allowed", field)
         return [await self._run(partial(self._prompt, one, special, texts, field), deadline) for one in many]
 
     async def prediction(self, text: str, deadline: float) -> list[int]:
-        """Tokens of the text that a reply may be close to."""
+        """Tokens of the text that a reply may resemble."""
         encode = partial(self.tokenizer.encode, self._fitting(text, "prediction"), special=False)
         return cast(list[int], await self._run(encode, deadline))
 
@@ -74,7 +74,7 @@ class Prompts:
         assert body.messages is not None
         variables = dict(body.chat_template_kwargs or {})
         if taken := next((name for name in variables if name in self._arguments or not name.isidentifier()), None):
-            raise Refused(400, f"chat_template_kwargs: {taken!r} is no variable that a request can set", "chat_template_kwargs")
+            raise Refused(400, f"chat_template_kwargs: {taken!r} is not a variable that a request can set", "chat_template_kwargs")
         continued = bool(body.continue_final_message)
         prompting = not continued if body.add_generation_prompt is None else body.add_generation_prompt
         if continued and prompting:
@@ -86,7 +86,7 @@ class Prompts:
         return cast(Prompt, await self._run(partial(self._render, messages, options), deadline))
 
     async def _run(self, task: Any, deadline: float) -> Any:
-        """Runs it in the thread. After the deadline a task that waits is dropped, and the result of one that runs."""
+        """Runs it in the thread. After the deadline, a waiting task is dropped, and so is the result of a running one."""
         try:
             async with asyncio.timeout(max(0.0, deadline - monotonic()) if deadline < float("inf") else None):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, task)
@@ -110,14 +110,14 @@ class Prompts:
         return Prompt(self.tokenizer.encode(self._fitting(text, "messages"), special=False), text)
 
     def _fitting(self, text: str, field: str) -> str:
-        """Refuses a text that cannot fit before it is read: megabytes take seconds, for which other requests would wait."""
-        most = SLACK * self.context * self._longest
-        if len(text) > most:
+        """Refuses a text that cannot fit before it is tokenized, because megabytes take seconds and other requests would wait."""
+        limit = SLACK * self.context * self._longest
+        if len(text) > limit:
             message = f"the text has {len(text)} characters: max_model_len = {self.context} tokens cannot hold them"
             raise Refused(400, message, field, "context_length_exceeded")
         return text
 
 
 def _arguments(function: Any) -> frozenset[str]:
-    """The names of its parameters, `self` too."""
+    """The names of its parameters, including `self`."""
     return frozenset(inspect.signature(function.__func__).parameters)

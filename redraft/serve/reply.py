@@ -22,7 +22,7 @@ ALTERNATIVES = 4  # for each token, where provenance is requested
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reply holds, and in which form."""
+    """The contents and form of a reply."""
 
     id: str
     model: str
@@ -33,7 +33,7 @@ class Wanted:
     token_ids: bool = False
     provenance: bool = False
     echo: bool = False
-    drop: bool = False  # the reply has no generated token: only the prompt was asked about
+    drop: bool = False  # the reply has no generated token: the request was only about the prompt
     usage: bool = False  # in a last chunk of a stream
     created: int = field(default_factory=lambda: int(time.time()))
     predicted: str = ""  # the name of the prediction's drafter in the statistics
@@ -62,7 +62,7 @@ class Choice:
 
 @dataclass
 class Place:
-    """Where the next token begins in a text, in characters; a character of several tokens counts after the last of them."""
+    """Where the next token begins in a text, in characters. A character of several tokens counts after the last one."""
 
     at: int
     decoder: codecs.IncrementalDecoder = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "replace"))
@@ -74,7 +74,7 @@ class Place:
 
 
 class Writer:
-    """Of one HTTP request, whose prompts are `tickets`; choice i * n + j is text j of prompt i."""
+    """The reply to one HTTP request with the prompts `tickets`. Choice i * n + j is text j of prompt i."""
 
     def __init__(self, wanted: Wanted, tokenizer: Tokenizer, tickets: list[Ticket], prompts: list[str]) -> None:
         self.wanted, self.tokenizer, self.tickets, self.prompts = wanted, tokenizer, tickets, prompts
@@ -84,7 +84,7 @@ class Writer:
         self._begun: set[int] = set()
 
     def add(self, place: int, event: Event) -> Choice:
-        """Adds an event of the request at this place; returns what is new of its text."""
+        """Adds an event of the request at this place. Returns the new part of its text."""
         index = place * self.n + event.index
         if self.wanted.drop:
             new = Choice(index, reason="length" if event.reason else None, stats=event.stats)
@@ -131,7 +131,7 @@ class Writer:
     # ---- streams
 
     def chunk(self, new: Choice) -> dict[str, Any] | None:
-        """One piece, None where nothing can be sent yet."""
+        """One piece, None if nothing can be sent yet."""
         first = new.index not in self._begun
         place = new.index // self.n
         ids = self.wanted.token_ids and new.tokens
@@ -284,7 +284,7 @@ class Writer:
         return frozenset(self.tokenizer.hf.all_special_ids)
 
     def _top(self, one: TopLogprobs) -> dict[str, float]:
-        """The likeliest tokens and the chosen one; of tokens with the same text, the likeliest."""
+        """The likeliest tokens and the chosen one. Of tokens with the same text, only the likeliest."""
         top = dict(one.top[: self.wanted.logprobs]) | {one.token: one.logprob}
         ranked = sorted(top.items(), key=lambda pair: pair[1])
         return dict(reversed({self._text(token): _finite(logprob) for token, logprob in ranked}.items()))
@@ -306,7 +306,7 @@ class Writer:
 
 
 def _finite(logprob: float) -> float:
-    """JSON knows no -inf."""
+    """JSON has no -inf."""
     return max(logprob, -9999.0)
 
 

@@ -1,4 +1,4 @@
-"""The process of a server: load, serve, and end in an orderly way."""
+"""The process of a server: load, serve, shut down."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def server(llm: LLM, serve: ServeConfig) -> Server:
 
 
 def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) -> int:
-    """Serves on `sockets`, which listen already, until a signal; then they are closed. 0, or 1 where the engine died."""
+    """Serves on `sockets`, which listen already, until a signal. Then closes them. Returns 0, or 1 if the engine died."""
     try:
         llm = LLM(config=engine)
         policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}

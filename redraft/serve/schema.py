@@ -1,4 +1,4 @@
-"""What clients may send. An unknown field is an error that names it; so is a field of OpenAI's that this server does not offer."""
+"""The bodies that clients may send. An unknown field is an error that names it, and so is an OpenAI field that is not supported."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MOST = 1 << 31  # of numbers that count something
+MAX_NUMBER = 1 << 31  # of numbers that count something
 MESSAGES = 4096  # of a conversation
 CONTENT_PARTS = 1024  # of a message or a prediction
 TOOL_CALLS = 128  # of a message
 VARIABLES = 64  # of a chat template
-Text = Annotated[str, Field(max_length=64 << 20)]
+LongText = Annotated[str, Field(max_length=64 << 20)]
 Short = Annotated[str, Field(max_length=1000)]
-Token = Annotated[int, Field(ge=0, lt=MOST)]
+Token = Annotated[int, Field(ge=0, lt=MAX_NUMBER)]
 Id = Annotated[str, Field(pattern=r"^\d{1,10}$")]
 Method = Annotated[str, Field(max_length=200)]
 
@@ -43,13 +43,13 @@ class Body(BaseModel):
 
     @classmethod
     def _neutral(cls, name: str, value: Any) -> bool:
-        """Whether the field asks for nothing."""
+        """Whether the field requests nothing."""
         if value is None:
             return True
         if name not in LACKING:
             return False
         if not _empty(value) and not (value == NEUTRAL.get(name) and type(value) is type(NEUTRAL.get(name))):
-            raise ValueError(f"{name}: this server does not offer {LACKING[name]}")
+            raise ValueError(f"{name}: this server does not support {LACKING[name]}")
         return True
 
 
@@ -63,15 +63,15 @@ class StreamOptions(Body):
 
 
 class ContentPart(Body):
-    type: Literal["text"] = Field(description="only text is read")
-    text: Text
+    type: Literal["text"] = Field(description="only text is supported")
+    text: LongText
 
 
 class Prediction(Body):
-    """A text that the reply is expected to be close to. Its tokens are drafted; they do not change the reply."""
+    """A text that the reply is expected to resemble. Its tokens are drafted. They do not change the reply."""
 
     type: Literal["content"] | None = None
-    content: Text | Annotated[list[ContentPart], Field(max_length=CONTENT_PARTS)]
+    content: LongText | Annotated[list[ContentPart], Field(max_length=CONTENT_PARTS)]
 
     @property
     def text(self) -> str:
@@ -82,24 +82,24 @@ class SpeculationChoice(Body):
     """How this request is drafted and verified. A field that is not given is the server's choice."""
 
     method: Method | None = Field(None, description="name:option=value,... of a drafter, see `redraft methods`")
-    budget: int | None = Field(None, ge=0, le=1024, description="drafted tokens a step at most")
+    budget: int | None = Field(None, ge=0, le=1024, description="maximum of drafted tokens in a step")
     verifier: Method | None = Field(None, description="name:option=value,... of a verifier")
 
 
 class CacheChoice(Body):
     """Policies of this request's cache. A field that is not given is the server's choice."""
 
-    keep: Method | None = Field(None, description="name:option=value,... of what is kept, or none")
-    codec: Method | None = Field(None, description="name:option=value,... of a method that quantizes it, or none")
-    read: Method | None = Field(None, description="name:option=value,... of how it is read, or none")
+    keep: Method | None = Field(None, description="name:option=value,... of an eviction method, or none")
+    codec: Method | None = Field(None, description="name:option=value,... of a quantization of the cache, or none")
+    read: Method | None = Field(None, description="name:option=value,... of a sparse attention method, or none")
 
 
 class ResponseFormat(Body):
-    type: Literal["text"] = Field(description="only plain text is offered")
+    type: Literal["text"] = Field(description="only plain text is supported")
 
 
 class Sampled(Body):
-    """What completions and chats have in common."""
+    """Fields that completions and chats have in common."""
 
     model: str | None = Field(None, max_length=400, description="a name of /v1/models; without it, the one that is served")
     n: int | None = Field(None, ge=1, le=1024)
@@ -120,11 +120,11 @@ class Sampled(Body):
     service_tier: Literal["auto", "default"] | None = Field(None, description="accepted, and without effect")
     prediction: Prediction | None = None
     # the field's extensions
-    top_k: int | None = Field(None, ge=-1, lt=MOST)
+    top_k: int | None = Field(None, ge=-1, lt=MAX_NUMBER)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False)
-    min_tokens: int | None = Field(None, ge=0, lt=MOST)
+    min_tokens: int | None = Field(None, ge=0, lt=MAX_NUMBER)
     ignore_eos: bool | None = None
     stop_token_ids: list[Token] | None = Field(None, max_length=1024)
     bad_words: list[Annotated[str, Field(max_length=100)]] | None = Field(None, max_length=64)
@@ -132,7 +132,7 @@ class Sampled(Body):
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
     cache_salt: str | None = Field(None, max_length=1000, description="requests share cached prefixes only with the same salt")
-    priority: int | None = Field(None, ge=-MOST, lt=MOST, description="a lower number runs sooner")
+    priority: int | None = Field(None, ge=-MAX_NUMBER, lt=MAX_NUMBER, description="lower numbers run first")
     return_token_ids: bool | None = None
     # ours
     speculation: Literal["off"] | SpeculationChoice | None = Field(None, description='"off", or how to draft and verify')
@@ -143,11 +143,11 @@ class Sampled(Body):
 class CompletionRequest(Sampled):
     best_of: Literal[1] | None = None
     use_beam_search: Literal[False] | None = None
-    prompt: Text | list[Text] | list[Token] | list[list[Token]]
-    max_tokens: int | None = Field(None, ge=0, lt=MOST, description="16 where it is not given; 0 only with echo")
+    prompt: LongText | list[LongText] | list[Token] | list[list[Token]]
+    max_tokens: int | None = Field(None, ge=0, lt=MAX_NUMBER, description="16 if it is not given; 0 only with echo")
     logprobs: int | None = Field(None, ge=0, le=1024)
     echo: bool | None = None
-    add_special_tokens: bool | None = Field(None, description="put <s> and the like around the prompt, as the checkpoint does")
+    add_special_tokens: bool | None = Field(None, description="add tokens such as <s> around the prompt, as the checkpoint does")
 
 
 class Replied(Body):
@@ -160,7 +160,7 @@ class Replied(Body):
 
 class FunctionCall(Replied):
     name: Annotated[str, Field(min_length=1, max_length=1000)]
-    arguments: Text | dict[str, Any] | None = Field(None, description="a JSON object, or its text")
+    arguments: LongText | dict[str, Any] | None = Field(None, description="a JSON object, or its text")
 
 
 class ToolCall(Replied):
@@ -168,7 +168,7 @@ class ToolCall(Replied):
 
     id: str | None = Field(None, max_length=1000)
     type: Literal["function"] | None = None
-    index: int | None = Field(None, ge=0, lt=MOST, description="accepted, and without effect")
+    index: int | None = Field(None, ge=0, lt=MAX_NUMBER, description="accepted, and without effect")
     function: FunctionCall
 
     def plain(self) -> dict[str, Any]:
@@ -179,9 +179,9 @@ class ToolCall(Replied):
 
 class Message(Replied):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=CONTENT_PARTS)] | None = None
+    content: LongText | Annotated[list[ContentPart], Field(max_length=CONTENT_PARTS)] | None = None
     name: str | None = Field(None, max_length=1000)
-    refusal: Text | None = None
+    refusal: LongText | None = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=TOOL_CALLS, description="of role assistant: calls of an earlier turn")
     tool_call_id: str | None = Field(None, max_length=1000, description="of role tool: the call whose result this is")
 
@@ -208,11 +208,11 @@ class ChatRequest(Sampled):
     use_beam_search: Literal[False] | None = None
     tools: list[Any] | None = Field(None, max_length=0, description="none are offered")
     tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="accepted, and without effect: no tools are offered")
+    parallel_tool_calls: bool | None = Field(None, description="accepted, and without effect: tools are not supported")
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
     messages: list[Message] = Field(min_length=1, max_length=MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, lt=MOST)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=MOST)
+    max_tokens: int | None = Field(None, ge=1, lt=MAX_NUMBER)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=MAX_NUMBER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=1024)
     response_format: ResponseFormat | None = None
@@ -225,13 +225,13 @@ class ChatRequest(Sampled):
 
 class EmbeddingRequest(Body):
     model: str | None = Field(None, max_length=400)
-    input: Text | list[Text] | list[Token] | list[list[Token]]
+    input: LongText | list[LongText] | list[Token] | list[list[Token]]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1, lt=MOST, description="as many as the model has; no fewer are offered")
+    dimensions: int | None = Field(None, ge=1, lt=MAX_NUMBER, description="as many as the model has; fewer are not supported")
     user: str | None = Field(None, max_length=1000)
     pooling: Literal["last", "mean"] | None = Field(None, description="of the hidden states after the final norm; last by default")
     normalize: bool | None = Field(None, description="to length 1, which is the default")
-    priority: int | None = Field(None, ge=-MOST, lt=MOST)
+    priority: int | None = Field(None, ge=-MAX_NUMBER, lt=MAX_NUMBER)
     cache_salt: str | None = Field(None, max_length=1000)
 
 
@@ -239,7 +239,7 @@ class TokenizeRequest(Body):
     """`prompt` or `messages`."""
 
     model: str | None = Field(None, max_length=400)
-    prompt: Text | None = None
+    prompt: LongText | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=MESSAGES)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None

@@ -1,4 +1,4 @@
-"""What the routes share: a loaded model, what its server allows, and the way from a request's body to the engine and back."""
+"""The service behind the routes: a loaded model, the limits of its server, and the way from a request's body to the engine and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger("redraft.serve")
 
 
 class Service:
-    """Its methods raise Refused, or RedraftError, for what cannot be answered."""
+    """Its methods raise Refused or RedraftError for requests that cannot be answered."""
 
     def __init__(self, llm: LLM, config: ServeConfig) -> None:
         self.llm, self.config = llm, config
@@ -62,7 +62,7 @@ class Service:
         """Of a request that arrives now, a time of time.monotonic."""
         return monotonic() + (self.config.request_timeout or float("inf"))
 
-    # ---- what a body asks for
+    # ---- what a body requests
 
     def known(self, model: str | None) -> str:
         if model is None or model in self.names:
@@ -70,7 +70,7 @@ class Service:
         raise Refused(404, f"no model {model!r} here; there is {', '.join(self.names)}", "model", "model_not_found")
 
     def params(self, body: schema.Sampled, **more: Any) -> SamplingParams:
-        """Those of the request over the checkpoint's own."""
+        """The request's sampling parameters, then the checkpoint's defaults."""
         config, given = self.config, {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
         within("n", body.n, config.max_n)
         within("prompt_logprobs", body.prompt_logprobs, config.max_logprobs)
@@ -84,7 +84,7 @@ class Service:
         return self.llm.params(SamplingParams(**given | {name: value for name, value in more.items() if value is not None}))
 
     def _policies(self, body: schema.Sampled) -> dict[str, str]:
-        """Of the cache and the depth: the request's choice, or the server's."""
+        """Methods of the cache and of layer skipping: the request's choice, else the server's."""
         found = {}
         for seam in ("keep", "codec", "read", "depth"):
             own, chosen = getattr(self.config, seam), getattr(body.cache, seam, None)
@@ -129,7 +129,7 @@ class Service:
     async def submit(
         self, prompts: list[Prompt], params: SamplingParams, key: str, body: Any, deadline: float, pool: Pooling = Pooling.NONE
     ) -> list[Ticket]:
-        """Queues all prompts, or none."""
+        """Queues all prompts or none."""
         if isinstance(params.prediction, str):
             params = params.but(prediction=tuple(await self.prompts.prediction(params.prediction, deadline)))
         salt = hashlib.sha256(key.encode()).hexdigest()[:SALTED] if key else ""
@@ -158,7 +158,7 @@ class Service:
 
     @staticmethod
     def _unopened(error: Exception, body: Any) -> Exception:
-        """The reply where the engine cannot open what a request chose; `error` itself where it chose nothing."""
+        """The reply if the engine cannot open what a request chose; `error` itself if the request chose nothing."""
         chosen = [name for name in ("speculation", "cache") if isinstance(getattr(body, name, None), schema.Body)]
         if not chosen:
             return error
@@ -183,10 +183,10 @@ def service(http: Request) -> Service:
     return cast(Service, http.app.state.service)
 
 
-def within(name: str, value: int | None, most: int) -> None:
-    """Refused (400) where the value is above `most`."""
-    if value is not None and value > most:
-        raise Refused(400, f"{name} = {value}: at most {most} is allowed", name)
+def within(name: str, value: int | None, limit: int) -> None:
+    """Raises Refused (400) if the value is above `limit`."""
+    if value is not None and value > limit:
+        raise Refused(400, f"{name} = {value}: at most {limit} is allowed", name)
 
 
 def _predicting(draft: str, verify: str) -> str:

@@ -1,6 +1,6 @@
 """The asynchronous shell around the synchronous engine: one thread steps it, the event loop receives its events.
 
-Only that thread touches the engine. Other code gives it tasks, which it does between two steps, so that a cancelled request holds no
+Only that thread touches the engine. Other code gives it tasks, which it runs between two steps, so that a cancelled request holds no
 page after the current step.
 """
 
@@ -42,7 +42,7 @@ class Ticket:
     gaps: list[float] = field(default_factory=list)  # seconds between tokens; those of one step came at once
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """Events, those of a step at a time, until all texts are finished. Raises the error that ended the request early."""
+        """The events of one step at a time, until all texts are finished. Raises the error that ended the request early."""
         unread = self.request.params.n  # not `left`, which counts what is still in the queue
         while unread:
             received = await self.queue.get()
@@ -92,7 +92,7 @@ class Shell:
 
     @property
     def stalled(self) -> float:
-        """Seconds for which the thread has been at its current step or task, 0 where it waits."""
+        """Seconds since the thread began its current step or task, 0 if it waits."""
         since = self._busy_since
         return 0.0 if since is None else monotonic() - since
 
@@ -112,7 +112,7 @@ class Shell:
         return self.max_queue + max(0, self.engine.scheduler.max_seqs - len(self.engine.running)) - self.queued
 
     async def submit(self, *requests: Request) -> list[Ticket]:
-        """Queues requests, all or none. Refused (429, 503) where there is no room, RedraftError where the engine does not take one."""
+        """Queues requests, all or none. Refused (429, 503) if there is no room, RedraftError if the engine refuses one."""
         if self.draining or not self.alive:
             raise Refused(503, "the server is shutting down", headers={"Retry-After": "5"})
         if self.room < len(requests):
@@ -125,7 +125,7 @@ class Shell:
             for request in requests:
                 self._tickets.pop(request.id, None)
             raise
-        except BaseException:  # also where the client left before its requests were added
+        except BaseException:  # also if the client left before its requests were added
             self.forget(*tickets)
             raise
         return tickets
@@ -147,7 +147,7 @@ class Shell:
                 self._abort(ticket)
 
     async def call(self, task: Callable[[], Any]) -> Any:
-        """The result of `task`, or its error; the engine's thread does it between two steps."""
+        """The result of `task`, or its error. The engine's thread runs it between two steps."""
         if not self.alive:
             raise Refused(503, "the engine stopped")
         done: asyncio.Future[Any] = self._loop.create_future()
@@ -193,7 +193,7 @@ class Shell:
         def abort() -> None:
             try:
                 self.engine.abort(ticket.request.id)
-            except Exception:  # a part that raises at its end: the others continue
+            except Exception:  # if ending one request raises, the others continue
                 log.exception("request %s did not end well", ticket.request.id)
 
         self._do(abort)
@@ -258,5 +258,5 @@ class Shell:
             self._post(self._dead, error)
 
     def _step(self) -> None:
-        if events := self.engine.step():  # copies, because this thread goes on changing the statistics
+        if events := self.engine.step():  # copies, because this thread continues to change the statistics
             self._post(self._deliver, [replace(event, stats=event.stats.copy()) for event in events])

@@ -1,4 +1,4 @@
-"""Server-sent events: a reply piece by piece, comments while there is no piece, and an event for an error."""
+"""Server-sent events: the pieces of a reply, comments while there is none, and an event for an error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> As
 
 
 async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
-    """Yields (place of the ticket, events of a step) of all of them, as they arrive."""
+    """Yields (index of the ticket, events of a step) of all tickets, as they arrive."""
     if len(tickets) == 1:
         async for events in tickets[0].events():
             yield 0, events
@@ -121,7 +121,7 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """The response, which ends with its requests as soon as the client has left."""
+    """The response. It and its requests end as soon as the client has left."""
 
     media_type = "text/event-stream"
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import cache, curves
-from redraft.bench.cache import FULL, Choice, Footprint, Measured, Options, Policy, Result, Scores, bootstrap, score
+from redraft.bench.cache import FULL, Footprint, Measured, Options, Policy, PolicyAtBudget, Result, Scores, bootstrap, score
 from redraft.bench.tasks import Answer, Probe, Task, Wanted, build
 from redraft.card import Card, Guarantee
 from redraft.core.sequence import Request, Sequence
@@ -110,7 +110,7 @@ def test_one_pass_scores_every_turn_as_if_the_text_ended_there(llm: LLM, tasks: 
     """Turn by turn over the right answers, as SCBench asks, against the one pass that is measured."""
     task = next(task for task in tasks if task.name == "key-value, multi-turn")
     policy = Policy.of(text)
-    choice = Choice(policy.name, 70.0, None, policy.at(70, task.longest))
+    choice = PolicyAtBudget(policy.name, 70.0, None, policy.at(70, task.longest))
     together = score(llm, task, task.probes, choice, 8, quiet)
     apart = [Probe(probe.item, probe.ids[: answer.last], probe.context, (answer,)) for probe in task.probes for answer in probe.answers]
     alone = score(llm, task, apart, choice, 3, quiet)
@@ -126,7 +126,7 @@ def test_policies_act_behind_the_context_only(llm: LLM, monkeypatch: pytest.Monk
     ids = llm.tokenizer.encode(TEXT[:100])
     answers = (Answer(0, 30, 60), Answer(1, 61, 90))
     task = Task("t", ("before", "behind"), [Probe(0, ids, 60, answers), Probe(1, ids, 60, answers)], [])
-    own, full = (score(llm, task, task.probes, choice, 2, quiet) for choice in (Choice("top", None, None, {"depth": "top"}), FULL))
+    own, full = (score(llm, task, task.probes, choice, 2, quiet) for choice in (PolicyAtBudget("top", None, None, {"depth": "top"}), FULL))
     assert own.logprobs[:, 0] == pytest.approx(full.logprobs[:, 0], abs=1e-12)
     assert np.abs(own.logprobs[:, 1] - full.logprobs[:, 1]).min() > 1e-3
 
@@ -201,7 +201,7 @@ def test_a_codec_is_placed_by_its_bytes(llm: LLM) -> None:
 
 
 def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
-    plan = cache.Plan.of(llm, Options(("keep=newest:budget={tokens}",), (100.0, 40.0), 3, memory=200), tasks)
+    plan = cache.RunPlan.of(llm, Options(("keep=newest:budget={tokens}",), (100.0, 40.0), 3, memory=200), tasks)
     ticked: list[str] = []
     measured = cache.measure(llm, plan, ticked.append)
     assert len(ticked) == plan.ticks and {line.partition(":")[0] for line in ticked} == {task.name for task in tasks} | {"memory"}
@@ -220,7 +220,7 @@ def test_the_whole_cache_grows_and_a_budget_does_not(llm: LLM) -> None:
     full = cache.footprint(llm, FULL, tokens, quiet)
     assert full.peak == -(-(tokens - cache.LAST) // 32) * block, "all but the last tokens, in pages of 32"
     assert full.steady < full.peak and full.beside == 5 * 32, "half of the 10 pages that are left"
-    short = cache.footprint(llm, Choice("newest", 25.0, 64, {"keep": "newest:budget=64"}), tokens, quiet)
+    short = cache.footprint(llm, PolicyAtBudget("newest", 25.0, 64, {"keep": "newest:budget=64"}), tokens, quiet)
     assert short.peak == 4 * block and 2 * block < short.steady < 4 * block, "64 to 128 tokens; fewer when the neighbour comes"
     assert short.beside > full.beside, "another request runs in what was freed"
 
@@ -276,7 +276,7 @@ def result(full: Any, control: Any = None, retrieval: bool = True, **runs: Any) 
     chosen = []
     for name, logprobs in runs.items():
         policy, _, budget = name.partition("_")
-        chosen.append((Choice(policy, float(budget) if budget else None, 5, {"keep": policy}), scores(logprobs)))
+        chosen.append((PolicyAtBudget(policy, float(budget) if budget else None, 5, {"keep": policy}), scores(logprobs)))
     return Result(task, scores(full), None if control is None else scores(control), chosen)
 
 
@@ -290,9 +290,9 @@ def findings(one: Result) -> str:
 
 def test_a_model_that_does_not_retrieve_is_called_that() -> None:
     blind = findings(result(FLAT, np.array(FLAT) + NOISE, newest_50=np.array(FLAT) - 1))
-    assert "says nothing of retrieval" in blind and "accuracy 0.0%, 25.0% by chance" in blind
+    assert "shows nothing about retrieval" in blind and "accuracy 0.0%, 25.0% by chance" in blind
     seeing = findings(result(FLAT, np.array(FLAT) - 1 + NOISE, newest_50=np.array(FLAT) - 1))
-    assert "says nothing" not in seeing and "what the context says counts with its whole cache: an answer gains +1.00" in seeing
+    assert "shows nothing" not in seeing and "with its whole cache the model uses the context: an answer gains +1.00" in seeing
 
 
 def test_differences_within_the_spread_are_named_and_others_are_not() -> None:
@@ -312,8 +312,8 @@ def test_differences_within_the_spread_are_named_and_others_are_not() -> None:
 
 def test_a_budget_of_everything_must_change_nothing() -> None:
     reported = findings(result(FLAT, retrieval=False, same_100=FLAT, other_100=np.array(FLAT) + 1e-6))
-    assert "at 100 % the very scores of the whole cache: same\n" in reported
-    assert "at 100 % not the scores of the whole cache: other (by 1.0e-06 nats a token at most)" in reported
+    assert "at 100 % the same scores as the whole cache: same\n" in reported
+    assert "at 100 % other scores than the whole cache: other (by 1.0e-06 nats a token at most)" in reported
     assert "beyond the spread" not in reported
 
 
@@ -342,7 +342,7 @@ def test_spreads() -> None:
 def measured() -> Measured:
     retrieval = result(FLAT, np.array(FLAT) - 1, newest_100=FLAT, newest_50=np.array(FLAT) - 0.5, newest_25=np.array(FLAT) - 1)
     running = result(FLAT, retrieval=False, newest_50=np.array(FLAT) - 0.1, ruin_50=np.array(FLAT) - 3)
-    prints = [Footprint(FULL, 400, 1 << 20, 1 << 19, 64), Footprint(Choice("newest", 25.0, 100, {}), 400, 1 << 18, 1 << 18, 128)]
+    prints = [Footprint(FULL, 400, 1 << 20, 1 << 19, 64), Footprint(PolicyAtBudget("newest", 25.0, 100, {}), 400, 1 << 18, 1 << 18, 128)]
     return Measured([retrieval, running], prints, {"newest": {10.0: "newest:budget=5: must be 32 or more"}})
 
 
@@ -354,14 +354,14 @@ def test_tables(llm: LLM, measured: Measured) -> None:
     assert "newest 50 %, 5 8.166 8.166 +10.5% (+10.5% to +10.5%)" in lines
     assert "full 7.389 7.389" in lines
     assert "newest 256 KiB 25% 256 KiB 50% 128" in lines
-    assert any("left out where refused, newest at 10 %: newest:budget=5" in line for line in lines)
+    assert any("refused and left out: newest at 10 %: newest:budget=5" in line for line in lines)
 
 
 def test_json_holds_every_curve(llm: LLM, measured: Measured) -> None:
     found = json.loads(json.dumps(curves.document(llm, Options(("keep=newest",)), measured, {"seed": 0}), allow_nan=False))
     first, second = found["tasks"]
     assert [(row["policy"], row["budget"]) for row in first["rows"]] == [("full", None), ("newest", 100), ("newest", 50), ("newest", 25)]
-    assert first["gain_of_being_reported"]["mean"] == pytest.approx(1) and second["gain_of_being_reported"] is None
+    assert first["gain_of_context"]["mean"] == pytest.approx(1) and second["gain_of_context"] is None
     row = first["rows"][2]
     assert row["difference"]["mean"] == pytest.approx(-0.5) and row["places"]["turn 1"]["logprob"] == pytest.approx(-2.5)
     assert row["perplexity"] is None and second["rows"][0]["perplexity"] == pytest.approx(np.exp(2))

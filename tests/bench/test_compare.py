@@ -21,7 +21,7 @@ from rich.console import Console
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import compare as bench
 from redraft.bench import divergence, files, report, results
-from redraft.bench.compare import Comparison, Entry, Group, Mode, Options, Run, Turn, order, split
+from redraft.bench.compare import Comparison, Entry, Mode, Options, PromptGroup, Run, Turn, order, split
 from redraft.bench.divergence import Divergence, examine, first_difference
 from redraft.bench.estimate import Pace, Work, duration
 from redraft.bench.prompts import Prompt
@@ -79,7 +79,7 @@ def test_runs_are_interleaved_group_by_group(plain: LLM, monkeypatch: pytest.Mon
     ran: list[tuple[str, str]] = []
     measure = bench.measure
 
-    def spied(llm: LLM, group: bench.Group, state: Any) -> Run:
+    def spied(llm: LLM, group: bench.PromptGroup, state: Any) -> Run:
         ran.append((llm.config.draft, group.prompts[0].id))
         return measure(llm, group, state)
 
@@ -111,7 +111,7 @@ def test_nothing_is_measured_on_prompts_already_seen(plain: LLM, monkeypatch: py
     starts: list[frozenset[tuple[int, ...]]] = []  # what was known when a measurement of the spy began
     generate = bench.generate
 
-    def spied(llm: LLM, group: bench.Group) -> Run:
+    def spied(llm: LLM, group: bench.PromptGroup) -> Run:
         if timed and llm.config.draft == "spy":
             starts.append(opened[0].known)
         return generate(llm, group)
@@ -423,7 +423,7 @@ def made(seconds: dict[int, list[float]], outputs: list[list[int]], category: st
     mine = {p.id: outputs[int(p.id)] for g in groups for p in g.prompts}
     entries = [Entry("none", Mode.BASELINE, llm, (None, None)), Entry("some", Mode.SAME, llm, (None, None))]
 
-    def run(group: Group, e: int, one: float) -> Run:
+    def run(group: PromptGroup, e: int, one: float) -> Run:
         return Run([[Turn([1], mine[group.prompts[0].id])]], one, steps=10, accepted=5 * e, peak=1000 * (2 + e))
 
     runs = [[[run(group, e, one) for group in groups] for one in seconds[e]] for e in range(2)]

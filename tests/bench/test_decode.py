@@ -18,7 +18,7 @@ import torch
 from redraft import registry
 from redraft.bench import decode, shapes
 from redraft.bench.decode import Comparison, Engine, Options, Package, Spread
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Lost, Worker
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod
 from redraft.models import loader
@@ -45,9 +45,9 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(decode.PEERS, name.lower(), Package(f"{HERE}:{name}", "json", "nothing"))
 
 
-def asked(model: str, **changes: Any) -> Asked:
+def job(model: str, **changes: Any) -> Job:
     given = {"dtype": "auto", "threads": 1, "vocab": 4096, "context": 24, "tokens": 6, "prefill": 40, "rows": (1, 5)}
-    return Asked(model, **{**given, **changes})
+    return Job(model, **{**given, **changes})
 
 
 def lives(pid: int) -> bool:
@@ -157,7 +157,7 @@ def test_whom_isa_does_not_bind_is_marked(model: str, monkeypatch: pytest.Monkey
         monkeypatch.setitem(decode.PEERS, name, Package(f"{HERE}:Fake", "json", "nothing", beyond))
     found = decode.compare(model, Options(against=("llama.cpp", "transformers"), isa="avx2", **REPORTED))
     assert [engine.name for engine in found.engines] == ["redraft", "llama.cpp (beyond avx2)", "transformers"]
-    assert "llama.cpp (beyond avx2): --isa does not reach its heart: there every" in "\n".join(decode.notes(found))
+    assert "llama.cpp (beyond avx2): --isa does not limit its heart, which uses every" in "\n".join(decode.notes(found))
     assert [engine["beyond_isa"] for engine in decode.document(found)["engines"]] == [None, "its heart", None]
     assert [engine.facts["onednn"] for engine in found.engines] == ["AVX2"] * 3
     free = decode.compare(model, Options(against=("llama.cpp",), **REPORTED))
@@ -206,7 +206,7 @@ def state(thread: Path) -> str:
 
 
 def test_an_idle_worker_stands_still_with_all_its_threads(model: str) -> None:
-    worker = Worker(f"{HERE}:Spins", asked(model), {"OMP_NUM_THREADS": "1"}, 30)
+    worker = Worker(f"{HERE}:Spins", job(model), {"OMP_NUM_THREADS": "1"}, 30)
     try:
         worker.ask({"do": "decode"})
         threads, deadline = Path(f"/proc/{worker.process.pid}/task"), time.monotonic() + 60
@@ -222,9 +222,9 @@ def test_an_idle_worker_stands_still_with_all_its_threads(model: str) -> None:
 def test_a_worker_dies_with_its_parent() -> None:
     code = f"""
 import os, sys
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Worker
-worker = Worker("{HERE}:Fake", Asked("", "auto", 1, 9, 1, 4, 1, (1,)), {{"OMP_NUM_THREADS": "1"}}, 30)
+worker = Worker("{HERE}:Fake", Job("", "auto", 1, 9, 1, 4, 1, (1,)), {{"OMP_NUM_THREADS": "1"}}, 30)
 print(worker.process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -236,7 +236,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_an_unknown_measurement_is_an_error_and_not_the_end(model: str) -> None:
-    worker = Worker(f"{HERE}:Fake", asked(model), {"OMP_NUM_THREADS": "1"}, 30)
+    worker = Worker(f"{HERE}:Fake", job(model), {"OMP_NUM_THREADS": "1"}, 30)
     try:
         with pytest.raises(Lost, match="AttributeError"):
             worker.ask({"do": "nothing"})
@@ -250,10 +250,10 @@ def test_the_margin_is_of_the_logits_behind_the_prompt(model: str) -> None:
 
     threads = torch.get_num_threads()
     try:
-        peer = Redraft(asked(model))
+        peer = Redraft(job(model))
     finally:
         torch.set_num_threads(threads)
-    prompt = asked(model).prompt(24)
+    prompt = job(model).prompt(24)
     tokens = peer.decode()["tokens"]
     for i, token in enumerate(tokens[:3]):
         assert peer.margin(prompt + tokens[:i], token, (token + 1) % 4096)["margin"] > 0
@@ -292,19 +292,19 @@ def test_what_a_token_must_read_and_a_prompt_computes() -> None:
 
 
 def test_decode_is_the_median_of_the_steady_part() -> None:
-    engine = Engine("e", "", {}, {}, {"decode": [Fake(asked_nothing()).decode(), None]})
+    engine = Engine("e", "", {}, {}, {"decode": [Fake(empty_job()).decode(), None]})
     assert decode.seconds(engine, "decode") == [0.5, None]
 
 
-def asked_nothing() -> Asked:
+def empty_job() -> Job:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return Asked("", "auto", 1, 9, 1, 4, 1, (1,))
+    return Job("", "auto", 1, 9, 1, 4, 1, (1,))
 
 
 def test_all_engines_get_the_same_prompt() -> None:
-    one, two = asked("a"), asked("b", options={"backend": "torch"})
-    assert one.prompt(30) == two.prompt(30) and one.prompt(9) == one.prompt(30)[:9] and asked("a", seed=1).prompt(9) != one.prompt(9)
-    assert one.longest == 41 and asked("a", context=90, rows=(1, 64)).longest == 155
+    one, two = job("a"), job("b", options={"backend": "torch"})
+    assert one.prompt(30) == two.prompt(30) and one.prompt(9) == one.prompt(30)[:9] and job("a", seed=1).prompt(9) != one.prompt(9)
+    assert one.longest == 41 and job("a", context=90, rows=(1, 64)).longest == 155
 
 
 def test_own_engines() -> None:
@@ -332,7 +332,7 @@ def test_what_is_asked_wrongly_is_reported_before_anything_runs(options: dict[st
 
 
 def test_a_run_that_outgrows_the_context_is_refused(model: str) -> None:
-    with pytest.raises(InvalidInput, match="601 places are needed, the model's context is 512"):
+    with pytest.raises(InvalidInput, match="601 positions are needed, but the model's context is 512"):
         decode.compare(model, Options(prefill=600))
 
 

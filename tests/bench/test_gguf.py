@@ -66,14 +66,14 @@ def test_merges_of_both_forms_and_the_words_of_others(folder: Path) -> None:
         (cut(split(LLAMA), BYTES), "ignore_merges = False"),
         (cut(split(LLAMA), BYTES | {"use_regex": True}), "words cut by"),
         (cut({"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}), "words cut by"),
-        (cut({"type": "Whitespace"}), "not of bytes"),
+        (cut({"type": "Whitespace"}), "not byte-level"),
         (lambda whole: whole.update(normalizer={"type": "Lowercase"}), "a normalizer"),
         (lambda whole: whole["pre_tokenizer"].update(add_prefix_space=True), "a space before"),
         (lambda whole: whole["post_processor"]["single"].append({"SpecialToken": {"id": "<s>", "type_id": 0}}), "tokens around"),
     ],
 )
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused_by_name(folder: Path, change: Callable[[Any], None], named: str) -> None:
-    with pytest.raises(Unsupported, match=f"GGUF files are written with tokenizers that llama.cpp has too, .*{named}"):
+    with pytest.raises(Unsupported, match=f"GGUF files need a tokenizer that llama.cpp supports, .*{named}"):
         gguf.read_vocabulary(changed(folder, change))
 
 

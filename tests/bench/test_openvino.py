@@ -12,7 +12,7 @@ import torch
 
 from redraft.bench.peers import ir
 from redraft.bench.peers.openvino import OpenVino
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.errors import Unsupported
 from tests.models import tiny
 
@@ -24,15 +24,15 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDRAFT_CACHE", str(tmp_path / "cache"))
 
 
-def asked(folder: Path, **changes: Any) -> Asked:
+def job(folder: Path, **changes: Any) -> Job:
     given = {"dtype": "auto", "threads": 1, "vocab": tiny.V, "context": 20, "tokens": 12, "prefill": 30, "rows": (1, 5, 9), "repeats": 1}
-    return Asked(str(folder), **{**given, **changes})
+    return Job(str(folder), **{**given, **changes})
 
 
 @installed
 @pytest.mark.parametrize("family", ["llama3", "llama-yarn", "llama-biases", "smollm", "qwen2", "qwen3-biases", "mistral-full"])
 def test_it_computes_what_transformers_computes(family: str, tmp_path: Path) -> None:
-    peer, model = OpenVino(asked(tiny.save(family, tmp_path / "model"))), tiny.model(family)
+    peer, model = OpenVino(job(tiny.save(family, tmp_path / "model"))), tiny.model(family)
     layers = len(peer.request.query_state()) // 2
     fused = {"FullyConnected": 7 * layers + 1, "ScaledDotProductAttention": layers, "Concatenation": 1}  # no cache is concatenated
     assert fused.items() <= peer.facts["fused"].items() and peer.facts["fused"]["RMS"] >= 2 * layers + 1
@@ -50,9 +50,9 @@ def test_it_computes_what_transformers_computes(family: str, tmp_path: Path) -> 
 
 @installed
 def test_what_is_measured_is_what_is_asked(tmp_path: Path) -> None:
-    peer, model = OpenVino(asked(tiny.save("llama3", tmp_path / "model"))), tiny.model("llama3")
+    peer, model = OpenVino(job(tiny.save("llama3", tmp_path / "model"))), tiny.model("llama3")
     said = peer.decode()
-    tokens = peer.asked.prompt(20)
+    tokens = peer.job.prompt(20)
     with torch.inference_mode():
         for _ in range(13):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
@@ -65,8 +65,8 @@ def test_what_is_measured_is_what_is_asked(tmp_path: Path) -> None:
 @installed
 @pytest.mark.parametrize("context", [1, 20])
 def test_a_step_stands_behind_the_context_alone(context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peer, model = OpenVino(asked(tiny.save("llama3", tmp_path / "model"), context=context)), tiny.model("llama3")
-    tokens, answers, run = peer.asked.prompt(context + 9), [], peer._run
+    peer, model = OpenVino(job(tiny.save("llama3", tmp_path / "model"), context=context)), tiny.model("llama3")
+    tokens, answers, run = peer.job.prompt(context + 9), [], peer._run
 
     def noted(*given: Any) -> list[int]:
         answers.append(run(*given))
@@ -93,5 +93,5 @@ def test_it_is_converted_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral", "gpt2"])
 def test_what_is_not_converted_is_refused(family: str, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match=f"no OpenVINO graph is written for {family} like this"):
+    with pytest.raises(Unsupported, match=f"no OpenVINO graph for this {family}"):
         ir.converted(tiny.save(family, tmp_path / "model"), "auto")

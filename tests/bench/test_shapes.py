@@ -90,5 +90,5 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_unknown_names_and_small_vocabularies_are_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"no shape and no folder 'llama-3.2-1': did you mean 'llama-3.2-1b'"):
         shapes.checkpoint("llama-3.2-1")
-    with pytest.raises(InvalidInput, match="vocab_size = 61: the tokenizer that random weights get has 4096 tokens"):
+    with pytest.raises(InvalidInput, match="vocab_size = 61: the tokenizer for random weights has 4096 tokens"):
         shapes.checkpoint(str(written(tmp_path / "mine", {**CONFIG, "vocab_size": 61})))

@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any
 
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.errors import RedraftError
 
 
@@ -19,8 +19,8 @@ class Fake:
     does = ("decode", "prefill", "steps")
     tokens = (1, 2, 3, 4, 5, 6, 7)
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.facts: dict[str, Any] = {"dtype": "float32", "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
         self.facts["isa"], self.facts["onednn"] = os.environ.get("REDRAFT_ISA"), os.environ.get("ONEDNN_MAX_CPU_ISA")
         print("libraries print")  # must not be taken for an answer
@@ -35,7 +35,7 @@ class Fake:
         return {"margin": 0.5 + len(prompt), "near": 0.25}
 
     def steps(self) -> dict[str, Any]:
-        return {"seconds": {rows: 0.1 * rows for rows in self.asked.rows}}
+        return {"seconds": {rows: 0.1 * rows for rows in self.job.rows}}
 
 
 class Raises(Fake):
@@ -51,7 +51,7 @@ class Dies(Fake):
 
 
 class Refuses(Fake):
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, job: Job) -> None:
         raise RedraftError("cannot load this")
 
 
@@ -64,8 +64,8 @@ class Sleeps(Fake):
 class Spins(Fake):
     """Has another thread at work."""
 
-    def __init__(self, asked: Asked) -> None:
-        super().__init__(asked)
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
         threading.Thread(target=self._spin, daemon=True).start()
 
     def _spin(self) -> None:
@@ -80,8 +80,8 @@ class Other(Fake):
 class Bounds(Fake):
     does = ("bandwidth", "peak")
 
-    def __init__(self, asked: Asked) -> None:
-        super().__init__(asked)
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
         self.facts["how"] = "nobody"
 
     def bandwidth(self) -> dict[str, Any]:

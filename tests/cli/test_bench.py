@@ -40,7 +40,7 @@ def test_all_of_it(redraft: Callable[..., Ran], tiny: str, texts: str, tmp_path:
     policy = ["--policy", "keep=newest:budget={tokens}", "--budget", "100", "--budget", "32"]
     code, out, err = redraft("bench", "cache", tiny, "--texts", texts, *small, *policy, "--json", str(found), "--plot", str(drawn))
     assert code == 0, err
-    assert "books: perplexity; 2 texts of up to 200 tokens" in out and "at 100 % the very scores of the whole cache: newest" in out
+    assert "books: perplexity; 2 texts of up to 200 tokens" in out and "at 100 % the same scores as the whole cache: newest" in out
     assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and len(drawn.read_bytes()) > 20_000
     document = json.loads(found.read_text())
     assert [task["task"] for task in document["tasks"]] == ["books", "needle", "key-value, multi-turn", "key-value, multi-request"]

@@ -185,8 +185,8 @@ def test_what_is_on_in_the_file_is_off_by_flag(redraft: Serve, ran: Configs, fil
         ([], {}, "api-key: 2024-13-45", "serve.yaml: not YAML in UTF-8"),
         ([], {}, "[" * 600, "serve.yaml: not YAML"),
         ([], {}, "api-key: \x00", "serve.yaml: not YAML"),
-        ([], {}, "draft: off", "serve.yaml: draft = False: so YAML reads words"),
-        ([], {}, "max-n: yes", "serve.yaml: max-n = True: so YAML reads words"),
+        ([], {}, "draft: off", "serve.yaml: draft = False: YAML reads words"),
+        ([], {}, "max-n: yes", "serve.yaml: max-n = True: YAML reads words"),
         ([], {}, "port: 1\nport: 2", "serve.yaml: port is given twice"),
         ([], {}, "max-n: 1\nmax_n: 2", "serve.yaml: max_n is given twice"),
         ([], {}, "max-seqs: 1\nmax-num-seqs: 2", "are one option: give one"),
@@ -229,7 +229,7 @@ def test_a_variable_that_is_no_setting_is_a_warning(redraft: Serve, ran: Configs
     assert code == 0
     warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2
-    assert "REDRAFT_PROT in the environment is no setting: did you mean 'REDRAFT_PORT'" in err
+    assert "REDRAFT_PROT in the environment is not a setting: did you mean 'REDRAFT_PORT'" in err
     assert ran[0][1].port == 8000
 
 

@@ -200,7 +200,7 @@ def test_a_verifier_that_cannot_undo_the_drafters_children_is_refused() -> None:
             raise AssertionError
 
     made = engine()
-    with pytest.raises(Unsupported, match=r"Narrow cannot undo.*FIXED") as refused:
+    with pytest.raises(Unsupported, match=r"Narrow does not support.*FIXED") as refused:
         Engine(made.runner, made.scheduler, made.drafter.own.drafter, Narrow(), made.sampler, max_model_len=64)
     assert "\n" not in str(refused.value)
 

@@ -23,15 +23,16 @@ def watched(made: Engine) -> tuple[list[str], list[str]]:
     preempted: list[str] = []
     right = made.enact
 
-    def enact(plan: Any) -> None:
+    def enact(plan: Any) -> Any:
         for victim in plan.preempt:
             others = [seq for seq in made.running if seq not in plan.preempt]
             assert all(_rank(seq) <= _rank(victim) for seq in others), "a more urgent or an earlier one was preempted"
         preempted.extend(seq.request.id for seq in plan.preempt)
         admitted.extend(seq.request.id for seq, _ in plan.admit)
-        right(plan)
+        ran = right(plan)
         for seqs in (list(made.waiting), made.running):
             assert [_rank(seq) for seq in seqs] == sorted(_rank(seq) for seq in seqs)
+        return ran
 
     made.enact = enact  # type: ignore[method-assign]
     return admitted, preempted

@@ -1,1 +1,1 @@
-"""How does a server hold under load? A client of the OpenAI protocol that needs nothing else of Redraft, and no PyTorch."""
+"""Load tests of a server: a client of the OpenAI protocol that needs no PyTorch and nothing else of Redraft."""

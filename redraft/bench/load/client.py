@@ -1,4 +1,4 @@
-"""One request to an OpenAI-compatible server, from its body to what was seen of its stream."""
+"""One request to an OpenAI-compatible server, from its body to the record of its stream."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from redraft.errors import InvalidInput, RedraftError
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 BUSY = 8  # requests at once that are not measured
-KEPT = 2.0  # seconds that an idle connection is used again: less than servers keep theirs, or a request meets its end
+KEPT = 2.0  # seconds that an idle connection may be reused; less than servers keep theirs, else a request may meet a closed one
 SHOWN = 200  # characters of an error
 
 
 @dataclass(frozen=True)
 class Target:
-    """The server, and what all requests to it say alike. extra: more fields of the body, over all others. ignore_eos: tokens are
-    wanted until max_tokens, a field that most servers know and OpenAI's own does not."""
+    """The server, and what all requests to it have in common. extra: further fields of the body, which override others. ignore_eos:
+    generate until max_tokens; most servers know this field, but OpenAI's own does not."""
 
     base_url: str
     endpoint: str = "completions"
@@ -70,18 +70,18 @@ class Target:
 
 
 class Refused(Exception):
-    """kind, and what the server said."""
+    """A failed request: its kind, and the server's text."""
 
 
 class Events:
-    """Server-sent events out of pieces of bytes that are cut anywhere, also in a character."""
+    """Server-sent events from pieces of bytes, which may be cut anywhere, even within a character."""
 
     def __init__(self) -> None:
         self._line = b""
         self._data: list[bytes] = []
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """The data of each event that ends within the piece; comments and other fields say nothing here."""
+        """The data of each event that ends within the piece. Comments and other fields are ignored."""
         *lines, self._line = (self._line + piece).split(b"\n")
         for line in lines:
             line = line.removesuffix(b"\r")
@@ -92,12 +92,12 @@ class Events:
                 self._data = []
 
     def end(self) -> Iterator[bytes]:
-        """An event that lacks its empty line."""
+        """The last event, if it lacks its empty line."""
         yield from self.feed(b"\n\n")
 
 
 def take(record: Record, data: bytes, at: float) -> bool:
-    """What one event says; whether the text has ended with it. Refused where the event is an error or makes no sense."""
+    """Records one event. Returns whether the text ends with it. Raises Refused if the event is an error or malformed."""
     if data == b"[DONE]":
         return True
     try:
@@ -121,7 +121,7 @@ def _take(record: Record, event: Any, at: float) -> bool:
     delta = choice.get("delta") or choice
     text = "".join(delta.get(name) or "" for name in ("text", "content", "reasoning_content", "reasoning"))
     finished = choice.get("finish_reason") is not None
-    # A token may have no text yet, being half a character; who speaks, and that all is said, is no token.
+    # A token may have no text yet, if it is part of a character. A role or a finish reason is not a token.
     if text or delta.get("tool_calls") or not (finished or "role" in delta):
         record.chunks.append(at)
     if text or finished or "role" not in delta:
@@ -131,7 +131,7 @@ def _take(record: Record, event: Any, at: float) -> bool:
 
 
 def said(reply: Any) -> str:
-    """The words of an error reply, in OpenAI's form or another."""
+    """The message of an error reply, in OpenAI's form or another."""
     for name in ("error", "message", "detail"):
         if isinstance(reply, dict) and reply.get(name):
             reply = reply[name]
@@ -140,7 +140,7 @@ def said(reply: Any) -> str:
 
 
 class Client:
-    """Requests to one server. `zero`: the moment that times are counted from."""
+    """Requests to one server. `zero`: times count from this moment."""
 
     def __init__(self, target: Target, session: aiohttp.ClientSession) -> None:
         self.target = target
@@ -150,7 +150,7 @@ class Client:
 
     @classmethod
     def session(cls, target: Target) -> aiohttp.ClientSession:
-        """Without a limit of connections: how many there are is the load's affair."""
+        """Opens a session without a limit of connections, because the load decides how many there are."""
         timeout = aiohttp.ClientTimeout(total=target.timeout)
         return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT), timeout=timeout)
 
@@ -161,7 +161,7 @@ class Client:
         return time.perf_counter() - self.zero
 
     async def send(self, body: bytes, record: Record) -> None:
-        """Fills the record; whatever goes wrong is its failure."""
+        """Fills the record. An error becomes its failure."""
         record.sent = self.now()
         begun = False
         try:
@@ -180,7 +180,7 @@ class Client:
             if math.isnan(record.ended):
                 raise Refused("no token", "the stream said nothing of a text")
             if not record.chunks:
-                record.chunks.append(record.ended)  # a text of no more than its end
+                record.chunks.append(record.ended)  # a text that ends without a token
             record.done = True
         except Refused as refused:
             kind, words = refused.args
@@ -190,10 +190,10 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:
             record.failure = "cut short" if begun else "connection", said(str(error) or type(error).__name__)
 
-    # ---- what is asked beside the measurement
+    # ---- requests outside the measurement
 
     async def model(self) -> str:
-        """The name to ask for: the first that the server tells."""
+        """The model to request: the first name in the server's /v1/models."""
         if self.target.model is not None:
             return self.target.model
         reply = await self._json("GET", "/v1/models", None)
@@ -213,7 +213,7 @@ class Client:
         return found
 
     async def words(self, model: str) -> Words:
-        """Words of one token each by the server's own tokenizer; where it cannot be asked, or has no such words, inexact ones."""
+        """Words of one token each, found with the server's own tokenizer. Inexact words if it has no /tokenize or no such words."""
         busy = asyncio.Semaphore(BUSY)
 
         async def tokens(text: str) -> int:
@@ -235,7 +235,7 @@ class Client:
         return Words()
 
     async def recount(self, model: str, records: list[Record], tokenizer: bool) -> None:
-        """Output tokens of a server that sends no usage: by its tokenizer; where that fails, or may not be asked, one a chunk."""
+        """Output tokens, if the server sends no usage: counted by its tokenizer; if that fails or is not allowed, one for each chunk."""
         for record in records:
             if record.done and not record.counted:
                 record.output_tokens, record.counted = len(record.chunks), "chunks"

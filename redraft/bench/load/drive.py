@@ -1,4 +1,4 @@
-"""A run: requests are sent when their time has come, whatever became of those before, and Ctrl-C keeps what was measured."""
+"""A run: requests are sent at their times, whether or not earlier ones have ended. Ctrl-C keeps what was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[int], AbstractContextManager[Tick]]  # of so many requests
 
 @dataclass(frozen=True)
 class Found:
-    """A run and what was not known before it. words: None where no prompt was made of words; warmups: those that failed."""
+    """A run and what it found out. words: None if no prompt was made of words; warmups: failed warm-ups."""
 
     model: str
     words: Words | None
@@ -27,7 +27,7 @@ class Found:
 
 
 async def measure(target: Target, load: Load, progress: Progress) -> Found:
-    """RedraftError where the server cannot be asked for its model; failures of requests are in their records."""
+    """Raises RedraftError if the server does not report its model. Failures of requests are in their records."""
     warmups, asks = load.asks()
     target.check(asks)
     async with Client.session(target) as session:
@@ -48,8 +48,8 @@ async def measure(target: Target, load: Load, progress: Progress) -> Found:
 
 
 async def drive(client: Client, asks: list[Ask], encode: Callable[[Ask], bytes], concurrency: int | None, tick: Tick) -> Run:
-    """Sends all, at most `concurrency` at once. A request without a time of its own waits until another has ended; one that has
-    one and finds no slot waits as well, and that shows as its lag."""
+    """Sends all, at most `concurrency` at once. A request without a time waits until another has ended. A request with a time that
+    finds no slot waits as well, which shows as its lag."""
     slots = asyncio.Semaphore(concurrency or max(len(asks), 1))
     records = [Record(due=ask.due, wanted_input=ask.input_len) for ask in asks]
     client.restart()
@@ -69,7 +69,7 @@ async def drive(client: Client, asks: list[Ask], encode: Callable[[Ask], bytes],
             for ask, record in zip(asks, records):
                 if ask.due is None:
                     await slots.acquire()
-                body = encode(ask)  # before its time has come, so that it costs none of it
+                body = encode(ask)  # prepared before its time, so that preparation does not delay it
                 if ask.due is not None and (wait := ask.due - client.now()) > 0:
                     await asyncio.sleep(wait)
                 group.create_task(one(ask, body, record))

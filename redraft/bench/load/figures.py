@@ -1,10 +1,10 @@
-"""From what was seen of each request to the figures of a run, under the names and definitions of `vllm bench serve`.
+"""From the records of requests to the figures of a run, with the names and definitions of `vllm bench serve`.
 
     sent        first chunk with a token         last one
       |---- ttft ----|-- itl --|-- itl --|-- itl --|        e2el = all of it; tpot = (e2el - ttft) / (output tokens - 1)
 
-An inter-token latency is the time between two chunks, so it is that of several tokens where a chunk brings several; tpot is not
-concerned, and `mean_tokens_per_chunk` says how many. Output tokens are those that the server's `usage` counts.
+An inter-token latency is the time between two chunks. If chunks have several tokens, it covers several tokens;
+`mean_tokens_per_chunk` says how many. tpot is not affected. The server's `usage` gives the number of output tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LIMITED = ("ttft", "tpot", "e2el")  # what goodput can be limited by: one value 
 
 @dataclass
 class Record:
-    """One request as it went. Times are seconds from the start of the run; times of chunks: of those that brought a token.
+    """The record of one request. Times are seconds from the start of the run. Times of chunks: of chunks with a token.
 
-    due: when it was to be sent, None in a closed loop. ended: of the last chunk that said anything about the text. failure:
-    (kind, what was said); done: it ran to its end. counted: where the number of output tokens is from. wanted_input: tokens that
-    were asked for of the prompt. metrics: Redraft's own, where the server sends them.
+    due: planned time, None in a closed loop. ended: time of the last chunk about the text. failure: (kind, text); done: it ran to its
+    end. counted: the source of the number of output tokens. wanted_input: planned tokens of the prompt. metrics: Redraft's own, if the
+    server sends them.
     """
 
     due: float | None = None
@@ -76,7 +76,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Run:
-    """All of a run. duration: seconds from its start until its last request ended, or Ctrl-C."""
+    """A whole run. duration: seconds from its start until the last request ended or Ctrl-C."""
 
     records: list[Record]
     duration: float
@@ -88,7 +88,7 @@ class Run:
 
 
 def latencies(done: Iterable[Record]) -> dict[str, list[float]]:
-    """The values of each metric in ms; of inter-token latencies those of all requests together."""
+    """The values of each metric in ms. Inter-token latencies are those of all requests together."""
     found: dict[str, list[float]] = {name: [] for name in METRICS}
     for record in done:
         found["ttft"].append(record.ttft * 1000)
@@ -100,7 +100,7 @@ def latencies(done: Iterable[Record]) -> dict[str, list[float]]:
 
 
 def figures(run: Run, limits: Mapping[str, float]) -> dict[str, Any]:
-    """The keys of vLLM, then our own; null where there is nothing to take a mean of."""
+    """The keys of vLLM, then our own. null if there are no values."""
     done, duration = run.done, run.duration
     read, written = sum(record.input_tokens for record in done), sum(record.output_tokens for record in done)
     chunks = sum(len(record.chunks) for record in done)
@@ -147,7 +147,7 @@ def figures(run: Run, limits: Mapping[str, float]) -> dict[str, Any]:
 
 
 def percentile(values: Seq[float], percent: float) -> float | None:
-    """Linear between the two nearest values."""
+    """The percentile, linear between the two nearest values."""
     return float(np.percentile(values, percent)) if values else None
 
 
@@ -172,7 +172,7 @@ def parse_limits(texts: Iterable[str]) -> dict[str, float]:
 
 
 def speculation(replies: Seq[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What the server says that drafting did, over all requests that have it."""
+    """Drafting statistics from the server, over all requests that have them."""
     found: dict[str, Any] = {"requests": len(replies)}
     for name in ("steps", "drafted", "accepted"):
         counts = [reply[name] for reply in replies if isinstance(reply.get(name), int)]
@@ -197,6 +197,6 @@ def throughput(done: Iterable[Record], width: float) -> np.ndarray[Any, np.dtype
 
 
 def in_flight(done: Iterable[Record]) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """(times, requests in flight from each on); one that ends when another begins is not beside it."""
+    """(times, requests in flight from each time on). A request that ends when another begins does not overlap it."""
     changes = sorted([(record.begun, 1) for record in done] + [(record.ended, -1) for record in done])
     return np.asarray([at for at, _ in changes], np.float64), np.cumsum([change for _, change in changes], dtype=np.int64)

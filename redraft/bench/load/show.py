@@ -1,4 +1,4 @@
-"""How a run under load is shown: progress, a table for people, a JSON document with vLLM's keys, a page with plots."""
+"""The report of a load test: progress, a table, a JSON document with vLLM's keys, a page with plots."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DPI = 110
 
 
 def document(target: Target, load: Load, found: Found, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's keys first, as far as they mean something here; the API key is nowhere."""
+    """The JSON document: vLLM's keys first, as far as they apply. It does not contain the API key."""
     rate: float | str | None = None if load.trace is not None else load.requests_a_second
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
@@ -59,12 +59,12 @@ def document(target: Target, load: Load, found: Found, figures: Mapping[str, Any
 
 
 def _arrivals(load: Load) -> str:
-    most = "" if load.concurrency is None else f", at most {load.concurrency} in flight"
+    bound = "" if load.concurrency is None else f", at most {load.concurrency} in flight"
     if load.trace is not None:
-        return f"as in {load.trace.name}{'' if load.scale == 1 else f', {load.scale:g} times as fast'}{most}"
+        return f"as in {load.trace.name}{'' if load.scale == 1 else f', {load.scale:g} times as fast'}{bound}"
     if load.closed:
         return f"{load.concurrency} in flight, a new one when one has ended"
-    return f"all at once{most}" if load.requests_a_second == math.inf else f"Poisson, {load.requests_a_second:g} a second{most}"
+    return f"all at once{bound}" if load.requests_a_second == math.inf else f"Poisson, {load.requests_a_second:g} a second{bound}"
 
 
 def _workload(load: Load, found: Found) -> str:
@@ -84,7 +84,7 @@ def _workload(load: Load, found: Found) -> str:
 
 @contextmanager
 def progress(console: Console, total: int) -> Iterator[Tick]:
-    """A bar that is gone afterwards; a line now and then where no terminal shows one."""
+    """A progress bar that disappears at the end. Without a terminal, a line every few seconds."""
     begun, reported, done, failed, tokens = time.monotonic(), time.monotonic(), 0, 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -113,11 +113,11 @@ def show(console: Console, target: Target, load: Load, found: Found, figures: Ma
     console.print(_lines(figures))
     console.print()
     console.print(_latencies(figures))
-    reported = Table.grid(padding=(0, 1, 0, 0))
+    remarks = Table.grid(padding=(0, 1, 0, 0))
     for note in notes(found, figures):
-        reported.add_row("-", Text(note))
+        remarks.add_row("-", Text(note))
     console.print()
-    console.print(reported)
+    console.print(remarks)
 
 
 def facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -173,7 +173,7 @@ def _latencies(figures: Mapping[str, Any]) -> Table:
 
 
 def notes(found: Found, figures: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know beside the figures."""
+    """Notes below the table."""
     lines = []
     for kind, count in figures["failures"].items():
         first = next(record.failure[1] for record in found.run.records if record.failure is not None and record.failure[0] == kind)
@@ -187,15 +187,15 @@ def notes(found: Found, figures: Mapping[str, Any]) -> list[str]:
         lines.append(f"an inter-token latency is the time between two chunks, here of {per:.2f} tokens on average; tpot is by tokens")
     for source, count in figures["output_tokens_from"].items():
         if source != "usage":
-            how = "counted by its /tokenize" if source == "tokenize" else "taken to be one a chunk, which may be too few"
+            how = "counted by its /tokenize" if source == "tokenize" else "assumed to be one for each chunk, which may be too few"
             lines.append(f"the server sent no usage in {count} streams: their output tokens are {how}")
     if (lag := figures["p99_lag_ms"]) is not None and lag > 100:
-        lines.append("latencies count from the moment of sending; this client sent late, for want of a slot or of time")
+        lines.append("latencies count from the moment of sending; this client sent late, because it lacked a slot or time")
     return lines
 
 
 def _lengths(exact: bool, run: Run, figures: Mapping[str, Any]) -> str:
-    how = "exact, by the server's /tokenize" if exact else "in words, for the server has no /tokenize that tells words of one token each"
+    how = "exact, by the server's /tokenize" if exact else "in words, as the server has no /tokenize that finds words of one token each"
     right, done = figures["input_tokens_as_wanted"], len(run.done)
     if right == done:
         return f"input lengths: {how}; the server counted the same"
@@ -223,7 +223,7 @@ img { width: 100%; height: auto } p, li { color: #444 }
 
 
 def page(target: Target, load: Load, found: Found, figures: Mapping[str, Any]) -> str:
-    """One HTML file that needs no other: tables, and plots as pictures within it."""
+    """One self-contained HTML file: tables, and plots as embedded pictures."""
     title, server = f"{found.model} under load", f"{target.root}, {target.endpoint}, {datetime.now():%d %B %Y %H:%M}"
     parts = [
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{_text(title)}</title><style>{STYLE}</style>",

@@ -1,4 +1,5 @@
-"""What is asked of a server and when: arrivals by Poisson or from a trace; random words, perhaps with shared prefixes, or a file."""
+"""The requests to a server and their times: arrivals by Poisson or from a trace; prompts of random words, with or without shared
+prefixes, or from a file."""
 
 from __future__ import annotations
 
@@ -17,15 +18,15 @@ from redraft.errors import InvalidInput
 T = TypeVar("T")
 
 INPUT, OUTPUT, REQUESTS = 128, 64, 100  # tokens, tokens and requests where nothing says how many
-COLUMNS = (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("arrival", "input", "output"))  # the first: Azure's traces
+COLUMNS = (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("arrival", "input", "output"))  # the first are those of Azure's traces
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. due: seconds after the start at which it is to be sent; None: as soon as another has ended.
+    """One request. due: seconds after the start at which to send it; None: as soon as another has ended.
 
     Either the text is given, as `prompt` or `messages`, or `input_len` random tokens are made for it, of which the first `shared`
-    are those of its `group`. output_len: tokens asked for.
+    are those of its `group`. output_len: tokens to generate.
     """
 
     index: int
@@ -40,11 +41,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Load:
-    """What the user asked for. rate: requests a second, Poisson; inf: all at once, or with `concurrency` a closed loop.
+    """The load that the user requested. rate: requests a second, Poisson; inf: all at once, or with `concurrency` a closed loop.
 
     concurrency: most requests in flight. trace, scale: a CSV file with arrivals and lengths, and how many times faster it is
-    played. prompts: a JSONL file. count: requests; else the whole trace or file, or 100. shared, groups: so many tokens at the
-    start of each prompt are those of one of so many groups. warmups: requests before the measurement. seed: of all draws.
+    played. prompts: a JSONL file. count: requests; else the whole trace or file, or 100. shared, groups: each prompt starts with
+    `shared` tokens of one of `groups` groups. warmups: requests before the measurement. seed: of all draws.
     """
 
     rate: float | None = None
@@ -77,7 +78,7 @@ class Load:
         if not 0 < self.scale < math.inf:
             raise InvalidInput(f"trace-scale = {self.scale:g}: a number above 0 is needed")
         if self.groups is not None and not self.shared:
-            raise InvalidInput(f"groups = {self.groups}: of what, without shared-prefix?")
+            raise InvalidInput(f"groups = {self.groups}: only with shared-prefix")
         given = {
             "rate": self.rate,
             "prompts": self.prompts,
@@ -88,13 +89,13 @@ class Load:
         for option, source, others in (("trace", self.trace, tuple(given)), ("prompts", self.prompts, ("input-len", "shared-prefix"))):
             for other in others:
                 if source is not None and given[other] is not None:
-                    raise InvalidInput(f"{other} = {given[other]}: not together with {option}, which says that already")
+                    raise InvalidInput(f"{other} = {given[other]}: not together with {option}, which sets it already")
         if self.trace is None and self.scale != 1:
-            raise InvalidInput(f"trace-scale = {self.scale:g}: of what, without trace?")
+            raise InvalidInput(f"trace-scale = {self.scale:g}: only with trace")
 
     @property
     def closed(self) -> bool:
-        """Whether a request is sent when another ends, and not at a time of its own."""
+        """Whether requests are sent when another ends, and not at planned times."""
         return self.trace is None and self.concurrency is not None and self.requests_a_second == math.inf
 
     @property
@@ -102,8 +103,8 @@ class Load:
         return math.inf if self.rate is None else self.rate
 
     def asks(self) -> tuple[list[Ask], list[Ask]]:
-        """(warm-ups, requests). Warm-ups are what would come behind the last request, so that no cache knows what is measured;
-        a file that ends is begun again."""
+        """(warm-ups, requests). Warm-ups are the requests that would follow the last one, so that caches do not know the measured ones.
+        A file that is too short is repeated."""
         if self.trace is not None:
             rows = read_trace(self.trace, self.count)
             all_ = [Ask(i, at / self.scale, output, input_len=read) for i, (at, read, output) in enumerate(rows)]
@@ -135,7 +136,7 @@ def _cycle(items: list[T], count: int) -> list[T]:
 
 def poisson(count: int, rate: float, seed: int) -> list[float]:
     """Times at which requests arrive independently of each other, `rate` a second; inf: all at 0. As in vLLM they are stretched so
-    that the last one comes at count / rate, for a short run's rate would else differ by much from the one asked for."""
+    that the last request comes at count / rate, because the rate of a short run may otherwise differ much from `rate`."""
     if math.isinf(rate):
         return [0.0] * count
     draw = random.Random(f"arrivals {seed}")
@@ -185,7 +186,7 @@ def _seconds(text: str) -> float:
 
 
 def read_prompts(path: Path) -> list[tuple[dict[str, Any], int | None]]:
-    """For each line what it gives of an Ask, "prompt" or "messages", and the tokens to ask for where the line says so."""
+    """For each line the "prompt" or "messages" of an Ask, and the tokens to generate if the line has them."""
     found = []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -209,7 +210,7 @@ def _prompt(line: Any) -> tuple[dict[str, Any], int | None]:
         raise ValueError('"prompt" must be a text, "messages" a list')
     output = line.get("max_tokens", line.get("output_len"))
     if output is not None and (type(output) is not int or output < 1):
-        raise ValueError('"max_tokens" or "output_len" must be a whole number from 1 on')
+        raise ValueError('"max_tokens" or "output_len" must be a whole number of 1 or more')
     return {name: line[name] for name in ("prompt", "messages") if name in line}, output
 
 
@@ -224,15 +225,15 @@ same say see set she small so some state still such take than that the their the
 up us use very was water way we well were what when where which while who will with word work world would year you your
 """
 WORDS = tuple(" " + word for word in COMMON.split())
-LETTERS = tuple("etaoinshrdlucmfwypvbgkqjxz")  # where words are several tokens, as in a vocabulary of letters
+LETTERS = tuple("etaoinshrdlucmfwypvbgkqjxz")  # for vocabularies in which words are several tokens, such as letters
 ENOUGH = 12  # different units that a random text needs
-REPEATS, MIXED = 8, 64  # units of the texts by which they are reported to be of one token each
+REPEATS, MIXED = 8, 64  # words in the test texts, which show whether each is one token
 
 
 @dataclass(frozen=True)
 class Words:
-    """Random text of a wanted length. units: what it is made of, each of one token; overhead: tokens of a prompt besides them.
-    exact: whether the server counted them; else each word is taken for a token."""
+    """Random text of a given length. units: its words, each of one token; overhead: further tokens of a prompt. exact: whether the
+    server counted them; else each word is assumed to be one token."""
 
     units: tuple[str, ...] = WORDS
     overhead: int = 1

@@ -1,1 +1,1 @@
-"""Engines that `redraft bench decode` lets take turns, each in a process of its own."""
+"""The engines that `redraft bench decode` measures in turns, each in its own process."""

@@ -1,6 +1,6 @@
-"""A checkpoint as one GGUF file, for the engines that read nothing else. Numbers are copied as they are, matrices in the run's dtype.
+"""A checkpoint as one GGUF file, for engines that read only GGUF. Numbers are copied unchanged, matrices in the run's dtype.
 
-A benchmark that speaks in token ids needs no tokenizer in the file; a server's does.
+A benchmark that uses token ids needs no tokenizer in the file. A server needs one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _PARTS = {
     "attn_norm": ("attn_norm",), "qkv": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",),
     "mlp_norm": ("ffn_norm",), "up": ("ffn_gate", "ffn_up"), "down": ("ffn_down",),
 }  # fmt: skip
-_CUTS = {  # into words, before bytes are merged: llama.cpp knows expressions by the name of who had them first
-    "": "gpt-2",  # what tokenizer.json leaves to its own ByteLevel
+_CUTS = {  # how text is cut into words before bytes are merged; llama.cpp names each expression after its first model
+    "": "gpt-2",  # the expression of ByteLevel in tokenizer.json
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
 
 
 def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
-    """The file, from the cache folder or written into it. tokenizer: with the checkpoint's, which has to be byte-level BPE."""
+    """The file, from the cache folder or written into it. tokenizer: include the checkpoint's, which must be byte-level BPE."""
     found = loader.inspect(folder, dtype)
     kind = str(found.dtype).removeprefix("torch.")
     if found.spec.family not in FAMILIES or kind not in ("bfloat16", "float16", "float32"):
@@ -61,8 +61,8 @@ def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Of byte-level BPE. cut: what llama.cpp calls the way in which it cuts a text into words; special: ids of tokens that are no
-    text; added: ids of texts that are one token wherever they stand; begins: whether every text begins with `bos`."""
+    """A byte-level BPE tokenizer. cut: llama.cpp's name for the cutting into words; special: ids of tokens without text; added: ids of
+    texts that are always one token; begins: whether every text begins with `bos`."""
 
     tokens: dict[int, str]
     merges: list[str]
@@ -75,12 +75,12 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """Unsupported names what llama.cpp would do otherwise."""
+    """Unsupported names what llama.cpp would do differently."""
     tokenizer = Tokenizer(folder)
     try:
         whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except OSError:
-        raise Unsupported(f"{folder}: GGUF files are written with the tokenizer of a tokenizer.json, which is not there") from None
+        raise Unsupported(f"{folder}: GGUF files need a tokenizer.json, and there is none") from None
     model, bos = whole["model"], tokenizer.hf.bos_token_id
     parts = _parts(whole["pre_tokenizer"], "pretokenizers")
     cuts = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split" and part["behavior"] == "Isolated"]
@@ -89,7 +89,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     bare, wrapped = tokenizer.encode("a", special=False), tokenizer.encode("a")
     around = wrapped[: len(wrapped) - len(bare)]
     for wrong, what in (
-        (model["type"] != "BPE" or model.get("byte_fallback") or not level, f"{model['type']} that is not of bytes"),
+        (model["type"] != "BPE" or model.get("byte_fallback") or not level, f"{model['type']} that is not byte-level"),
         (any(part["type"] != "NFC" for part in _parts(whole.get("normalizer"), "normalizers")), "a normalizer"),
         (level.get("add_prefix_space"), "a space before every text"),
         (len(parts) != len(cuts) + 1 or cut not in _CUTS, f"words cut by {cuts or [part['type'] for part in parts]}"),
@@ -97,7 +97,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         (wrapped != [*around, *bare] or around not in ([], [bos]), "tokens around a text"),
     ):
         if wrong:
-            raise Unsupported(f"{folder}: GGUF files are written with tokenizers that llama.cpp has too, not one with {what}")
+            raise Unsupported(f"{folder}: GGUF files need a tokenizer that llama.cpp supports, not one with {what}")
     added = whole.get("added_tokens") or []
     return Vocabulary(
         tokens={id: token for token, id in model["vocab"].items()} | {token["id"]: token["content"] for token in added},
@@ -112,7 +112,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def _parts(step: Any, inside: str) -> list[Any]:
-    """Of a Sequence its steps, of none nothing."""
+    """The steps of a Sequence; [] for None, else the step itself."""
     return [] if step is None else step[inside] if step["type"] == "Sequence" else [step]
 
 
@@ -150,7 +150,7 @@ def _write(path: Path, found: loader.Checkpoint, vocabulary: Vocabulary | None) 
         writer.add_tokenizer_model("none")
     else:
         _tokenizer(writer, vocabulary, found.spec.vocab)
-    for write in (False, True):  # what there is, then the numbers one by one
+    for write in (False, True):  # first the headers, then the numbers one by one
         for name, tensor in _tensors(found):
             data = (tensor.to(found.dtype) if tensor.ndim > 1 else tensor.float()).contiguous().view(torch.uint8).numpy()
             if write:
@@ -200,6 +200,6 @@ def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Tensor]]:
         for target, stored in zip(names, source.names, strict=True):
             tensor = found.tensors.read(stored)
             heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(target.split(".")[-2], 0)
-            if heads and spec.family == "llama":  # llama.cpp turns neighbours, checkpoints hold the halves of a head one after another
+            if heads and spec.family == "llama":  # llama.cpp pairs neighbours, checkpoints pair the halves of a head
                 tensor = tensor.unflatten(0, (heads, 2, layer.head_dim // 2)).transpose(1, 2).flatten(0, 2)
             yield target, tensor

@@ -1,8 +1,8 @@
-"""A checkpoint as an OpenVINO model: IR files beside each other in a folder of the cache, in the operations that OpenVINO's own exports
-consist of, so that its CPU plugin finds what it fuses: norms, rotary positions, attention over a cache that it keeps itself.
+"""A checkpoint as an OpenVINO model: IR files in a folder of the cache. The graph has the operations of OpenVINO's own exports, so that
+its CPU plugin recognizes what it can fuse: norms, rotary positions, attention over a cache that the model keeps.
 
-Numbers are copied as they are, matrices in the run's dtype. Inputs: `ids` [1, rows], `positions` [rows], `beam_idx` [1] (zero), `wanted`
-(how many of the last rows have an answer); output: `best` [wanted], the likeliest token behind each of them.
+Numbers are copied unchanged, matrices in the run's dtype. Inputs: `ids` [1, rows], `positions` [rows], `beam_idx` [1] (zero), `wanted`
+(how many of the last rows have an answer). Output: `best` [wanted], the likeliest next token of each of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from redraft.core.spec import Attention, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
 
-VERSION = 1  # of the graph: another one makes another folder
+VERSION = 1  # version of the graph; each version has its own folder
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
-ov: Any = None  # an optional package, and its operations
+ov: Any = None  # an optional package
 op: Any = None
 
 
@@ -46,7 +46,7 @@ def converted(folder: Path, dtype: str) -> Path:
             try:
                 part.rename(made)
             except OSError:
-                if not made.exists():  # else another run was faster, with the same numbers
+                if not made.exists():  # else another run has written the same numbers
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -59,10 +59,10 @@ def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
         turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim
         if not plain or not turned or layer.norm.kind != "rms" or mixer.window is not None:
             raise Unsupported(
-                f"no OpenVINO graph is written for {spec.family} like this: only RMS norms, rotary heads, a gated SiLU, no windows"
+                f"no OpenVINO graph for this {spec.family}: only RMS norms, rotary heads, a gated SiLU and no windows are supported"
             )
     if dtype not in KINDS:
-        raise Unsupported(f"no OpenVINO graph is written in {str(dtype).removeprefix('torch.')}")
+        raise Unsupported(f"no OpenVINO graph in {str(dtype).removeprefix('torch.')}")
 
 
 class _Graph:
@@ -72,7 +72,7 @@ class _Graph:
         op = importlib.import_module("openvino.opset15")
         self.found, self.spec = found, found.spec
         self.sinks: list[Any] = []
-        self.held: list[Any] = []  # memory that constants point into
+        self.held: list[Any] = []  # keeps the memory of constants alive
 
     def model(self) -> Any:
         spec = self.spec
@@ -123,7 +123,7 @@ class _Graph:
         return self.linear(op.multiply(op.swish(self.linear(x, f"{at}.up", 0)), self.linear(x, f"{at}.up", 1)), f"{at}.down")
 
     def cached(self, name: str, new: Any, layer: Attention) -> Any:
-        """What the state held, with the new rows behind it; they stay."""
+        """The state with the new rows appended. They stay."""
         shape = ov.PartialShape([-1, layer.kv_heads, -1, layer.head_dim])
         info = ov.op.util.VariableInfo()
         info.data_shape, info.data_type, info.variable_id = shape, ov.Type.f32, name
@@ -135,14 +135,14 @@ class _Graph:
         return every
 
     def grouped(self, x: Any, layer: Attention) -> Any:
-        """Each kv head once for each query head that reads it."""
+        """Repeats each kv head for every query head that reads it."""
         if (times := layer.heads // layer.kv_heads) == 1:
             return x
         wide = op.broadcast(op.unsqueeze(x, number(2)), numbers(1, 1, times, 1, 1), broadcast_spec="BIDIRECTIONAL")
         return op.reshape(wide, numbers(0, layer.heads, -1, layer.head_dim), special_zero=True)
 
     def seen(self, keys: Any) -> Any:
-        """Nothing added where a row may look, and what softmax makes zero elsewhere: [1, 1, rows, keys]."""
+        """The additive mask [1, 1, rows, keys]: 0 for visible keys, elsewhere a value that softmax turns into 0."""
         length = op.squeeze(op.gather(op.shape_of(keys), numbers(2), number(0)), number(0))
         slots = op.range(number(0), length, number(1), "i64")
         allowed = op.less_equal(op.unsqueeze(slots, number(0)), op.unsqueeze(self.positions, number(1)))
@@ -150,7 +150,7 @@ class _Graph:
         return op.unsqueeze(mask, numbers(0, 1))
 
     def turns(self, layer: Attention) -> tuple[Any, Any]:
-        """Cosine and sine of every row's angles, [1, 1, rows, head size]."""
+        """Cosine and sine of every row's angles: [1, 1, rows, head size]."""
         rotary = layer.rotary
         assert rotary is not None
         frequencies = op.constant(np.array(rotary.frequencies, dtype=np.float32)[None])
@@ -179,7 +179,7 @@ class _Graph:
         return op.matmul(x, weight, False, True)
 
     def weight(self, name: str, part: int = 0) -> Any:
-        """One stored tensor: matrices in the run's dtype, vectors in float32."""
+        """One stored tensor. Matrices are in the run's dtype, vectors in float32."""
         stored = self.found.sources[name].names[part]
         tensor = self.found.tensors.read(stored)
         kind = self.found.dtype if tensor.ndim > 1 else torch.float32

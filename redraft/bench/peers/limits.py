@@ -1,4 +1,4 @@
-"""What the machine allows at most: bytes read a second from memory, floating-point operations a second."""
+"""The limits of the machine: bytes read from memory a second, floating-point operations a second."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.models import memory
 from redraft.ops import library
 
-BUFFER = 2 << 30  # bytes: the last level of cache of some machines holds hundreds of MiB
-SIDE = 2048  # of the square matrices whose product measures the peak
+BUFFER = 2 << 30  # bytes; the last-level cache of some machines holds hundreds of MiB
+SIDE = 2048  # rows of the square matrices that are multiplied to measure the peak
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Limits:
-    """Takes its turns among the engines. Options, for tests: `bytes` of the buffer, `side` of the matrices."""
+    """Measured in turns with the engines. Options, for tests: `bytes` of the buffer, `side` of the matrices."""
 
     does = ("bandwidth", "peak")
 
-    def __init__(self, asked: Asked) -> None:
-        use_threads(asked.threads)
-        self.buffer = buffer(asked.options.get("bytes"))
-        self.side = int(asked.options.get("side", SIDE))
+    def __init__(self, job: Job) -> None:
+        use_threads(job.threads)
+        self.buffer = buffer(job.options.get("bytes"))
+        self.side = int(job.options.get("side", SIDE))
         self.facts: dict[str, Any] = {"buffer_bytes": self.buffer.nbytes, **how()}
 
     def bandwidth(self) -> dict[str, Any]:
@@ -37,12 +37,12 @@ class Limits:
 
 
 def limits(size: int | None = None, side: int = SIDE) -> dict[str, Any]:
-    """Both limits of this machine, within seconds."""
+    """Both limits of this machine. Takes seconds."""
     return {"bytes_per_second": bandwidth(buffer(size)), "flops_per_second": peaks(side), **how()}
 
 
 def how() -> dict[str, str]:
-    """What measures: the native kernels where they are compiled, else PyTorch."""
+    """Measures with the native kernels if they are compiled, else with PyTorch."""
     native = library.load()
     return {
         "how": "PyTorch" if native is None else "the native kernels",
@@ -57,7 +57,7 @@ def use_threads(count: int) -> None:
 
 
 def buffer(size: int | None = None) -> Tensor:
-    """Memory that is all there: 2 GiB, or a quarter of what is free where that is less."""
+    """A buffer of 2 GiB, or of a quarter of the free memory if that is less. All its pages are resident."""
     held = torch.empty((size or min(BUFFER, memory.limits() // 4)) // 8, dtype=torch.int64)
     if (native := library.load()) is not None:
         native.fill(held.data_ptr(), held.nbytes)
@@ -67,15 +67,15 @@ def buffer(size: int | None = None) -> Tensor:
 
 
 def bandwidth(held: Tensor, repeats: int = 4) -> float:
-    """Bytes a second at which all threads together read the buffer; the best of some passes."""
+    """Bytes a second that all threads together read from the buffer; the best of several passes."""
     if (native := library.load()) is not None:
         return native.read_bandwidth(held.data_ptr(), held.nbytes, repeats)
     return held.nbytes / _best(lambda: held.sum(), repeats)
 
 
 def peaks(side: int = SIDE) -> dict[str, float]:
-    """Operations a second by kind of number: the native kernels' in registers, or else the best of some large matrix products.
-    What the machine has no instruction for is left out."""
+    """Operations a second by number format: of native kernels in registers, else the best of several large matrix products. Formats
+    without an instruction on this machine are left out."""
     if (native := library.load()) is not None:
         found = {kind: native.peak(kind) for kind in (*KINDS, "int8")}
         return {kind: flops for kind, flops in found.items() if flops}

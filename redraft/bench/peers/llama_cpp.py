@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's plain C functions. It runs with the instructions that it was compiled for."""
+"""llama.cpp through the plain C functions of llama-cpp-python. It uses the instructions that it was compiled for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from redraft.bench.peers.gguf import converted
-from redraft.bench.peers.peer import Asked, timed
+from redraft.bench.peers.peer import Job, timed
 from redraft.errors import Unsupported
 from redraft.models import loader
 
@@ -21,72 +21,72 @@ llama_cpp: Any = None  # an optional package, imported by the first engine
 class LlamaCpp:
     does = ("decode", "prefill", "steps")
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, job: Job) -> None:
         global llama_cpp
         llama_cpp = importlib.import_module("llama_cpp")
-        self.asked = asked
-        folder = loader.resolve(asked.folder)
-        file = converted(Path(folder), asked.dtype)
+        self.job = job
+        folder = loader.resolve(job.folder)
+        file = converted(Path(folder), job.dtype)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
-            raise Unsupported(f"llama.cpp does not load {file}")
+            raise Unsupported(f"llama.cpp cannot load {file}")
         params = llama_cpp.llama_context_default_params()
-        most = max(asked.context, asked.prefill, *asked.rows)
-        params.n_ctx, params.n_batch, params.n_ubatch = asked.longest, most, most
-        params.n_threads = params.n_threads_batch = asked.threads
+        max_rows = max(job.context, job.prefill, *job.rows)
+        params.n_ctx, params.n_batch, params.n_ubatch = job.longest, max_rows, max_rows
+        params.n_threads = params.n_threads_batch = job.threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
-            raise Unsupported(f"llama.cpp makes no context of {asked.longest} tokens")
+            raise Unsupported(f"llama.cpp cannot make a context of {job.longest} tokens")
         self.memory: Any = llama_cpp.llama_get_memory(self.context)
-        self.batch = llama_cpp.llama_batch_init(most, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(max_rows, 0, 1)
         self.facts: dict[str, Any] = {
             "version": llama_cpp.__version__,
-            "dtype": str(loader.inspect(folder, asked.dtype).dtype).removeprefix("torch."),
+            "dtype": str(loader.inspect(folder, job.dtype).dtype).removeprefix("torch."),
             "file": str(file),
             "system": llama_cpp.llama_print_system_info().decode().strip(),
         }
 
     def decode(self) -> dict[str, Any]:
         llama_cpp.llama_memory_clear(self.memory, True)
-        prompt = self.asked.prompt(self.asked.context)
+        prompt = self.job.prompt(self.job.context)
         token = self._run(prompt, 0, 1)[0]
         tokens, stamps = [token], [time.perf_counter()]
-        for i in range(self.asked.tokens):
+        for i in range(self.job.tokens):
             token = self._run([token], len(prompt) + i, 1)[0]
             stamps.append(time.perf_counter())
             tokens.append(token)
         return {"seconds": [z - a for a, z in pairwise(stamps)], "tokens": tokens}
 
     def prefill(self) -> dict[str, Any]:
-        return {"seconds": timed(self._prefill, self.asked.repeats)}
+        return {"seconds": timed(self._prefill, self.job.repeats)}
 
     def steps(self) -> dict[str, Any]:
-        most, context = max(self.asked.rows), self.asked.context
-        tokens = self.asked.prompt(context + most)
+        context = self.job.context
+        tokens = self.job.prompt(context + max(self.job.rows))
         llama_cpp.llama_memory_clear(self.memory, True)
         self._run(tokens[:context], 0, 1)
-        self._step(tokens[context:])  # first calls are nobody's time
-        found = {n: timed(lambda n=n: self._step(tokens[context:][:n]), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
+        self._step(tokens[context:])  # warm-up
+        found = {n: timed(lambda n=n: self._step(tokens[context:][:n]), self.job.repeats) for n in self.job.rows}  # type: ignore[misc]
         return {"seconds": found}
 
     def _prefill(self) -> float:
         llama_cpp.llama_memory_clear(self.memory, True)
-        prompt = self.asked.prompt(self.asked.prefill)
+        prompt = self.job.prompt(self.job.prefill)
         begun = time.perf_counter()
         self._run(prompt, 0, 1)
         return time.perf_counter() - begun
 
     def _step(self, tokens: list[int]) -> float:
         begun = time.perf_counter()
-        self._run(tokens, self.asked.context, len(tokens))
+        self._run(tokens, self.job.context, len(tokens))
         took = time.perf_counter() - begun
-        if not llama_cpp.llama_memory_seq_rm(self.memory, 0, self.asked.context, -1):
+        if not llama_cpp.llama_memory_seq_rm(self.memory, 0, self.job.context, -1):
             raise Unsupported("llama.cpp cannot drop the last tokens of this model's cache")
         return took
 
     def _run(self, tokens: list[int], first: int, wanted: int) -> list[int]:
-        """One forward; the likeliest token behind each of the last `wanted` rows."""
+        """One forward pass. The likeliest next token of each of the last `wanted` rows."""
         batch, count = self.batch, len(tokens)
         batch.n_tokens = count
         for i, token in enumerate(tokens):
@@ -95,4 +95,4 @@ class LlamaCpp:
         if code := llama_cpp.llama_decode(self.context, batch):
             raise Unsupported(f"llama_decode of {count} rows returned {code}")
         rows = (llama_cpp.llama_get_logits_ith(self.context, i) for i in range(count - wanted, count))
-        return [int(np.ctypeslib.as_array(row, (self.asked.vocab,)).argmax()) for row in rows]
+        return [int(np.ctypeslib.as_array(row, (self.job.vocab,)).argmax()) for row in rows]

@@ -1,5 +1,5 @@
-"""OpenVINO's runtime and CPU plugin on a model that keeps its cache itself (see ir.py), called in a plain loop, which is less work than
-OpenVINO GenAI's pipelines. Its cache holds the run's dtype; the plugin's own choice would be 8 bits."""
+"""OpenVINO's runtime and CPU plugin, with a model that keeps its own cache (see ir.py). It is called in a plain loop, which costs less
+than the pipelines of OpenVINO GenAI. The cache has the run's dtype; the plugin's default is 8 bits."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from typing import Any
 import numpy as np
 
 from redraft.bench.peers.ir import KINDS, converted
-from redraft.bench.peers.peer import Asked, timed
+from redraft.bench.peers.peer import Job, timed
 from redraft.models import loader
 
-FUSED = ("FullyConnected", "RMS", "RoPE", "ScaledDotProductAttention", "Concatenation")  # one of the last is left: of the angles
+FUSED = ("FullyConnected", "RMS", "RoPE", "ScaledDotProductAttention", "Concatenation")  # of the angles; one of the last stays
 
 
 class OpenVino:
     does = ("decode", "prefill", "steps")
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
+    def __init__(self, job: Job) -> None:
+        self.job = job
         ov = self.ov = importlib.import_module("openvino")
-        folder = Path(loader.resolve(asked.folder))
-        dtype = loader.inspect(folder, asked.dtype).dtype
-        file = converted(folder, asked.dtype)
-        bound = "BF16" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "BF16")  # the plugin asks the processor, and oneDNN then refuses
+        folder = Path(loader.resolve(job.folder))
+        dtype = loader.inspect(folder, job.dtype).dtype
+        file = converted(folder, job.dtype)
+        # the plugin chooses by the processor and oneDNN by this setting, so BF16 may be refused
+        bound = "BF16" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "BF16")
         asks = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": asked.threads,
-            "ENABLE_HYPER_THREADING": True,  # or it counts cores and not what this process may use
+            "INFERENCE_NUM_THREADS": job.threads,
+            "ENABLE_HYPER_THREADING": True,  # else it counts all cores, not those that this process may use
             "INFERENCE_PRECISION_HINT": "f32" if bound else KINDS[dtype],
             "KV_CACHE_PRECISION": KINDS[dtype],
         }
@@ -51,36 +52,36 @@ class OpenVino:
 
     def decode(self) -> dict[str, Any]:
         self.request.reset_state()
-        prompt = self.asked.prompt(self.asked.context)
+        prompt = self.job.prompt(self.job.context)
         token = self._run(prompt, 0, 1)[0]
         tokens, stamps = [token], [time.perf_counter()]
-        for i in range(self.asked.tokens):
+        for i in range(self.job.tokens):
             token = self._run([token], len(prompt) + i, 1)[0]
             stamps.append(time.perf_counter())
             tokens.append(token)
         return {"seconds": [z - a for a, z in pairwise(stamps)], "tokens": tokens}
 
     def prefill(self) -> dict[str, Any]:
-        return {"seconds": timed(self._prefill, self.asked.repeats)}
+        return {"seconds": timed(self._prefill, self.job.repeats)}
 
     def steps(self) -> dict[str, Any]:
-        tokens = self.asked.prompt(self.asked.context + max(self.asked.rows))
-        held = self._cache(tokens[: self.asked.context - 1])
+        tokens = self.job.prompt(self.job.context + max(self.job.rows))
+        held = self._cache(tokens[: self.job.context - 1])
         found = {}
-        for n in self.asked.rows:
-            self._step(held, tokens, n)  # the first call of each shape compiles its kernels: nobody's time
-            found[n] = timed(lambda n=n: self._step(held, tokens, n), self.asked.repeats)  # type: ignore[misc]
+        for n in self.job.rows:
+            self._step(held, tokens, n)  # the first call of each shape compiles kernels: warm-up
+            found[n] = timed(lambda n=n: self._step(held, tokens, n), self.job.repeats)  # type: ignore[misc]
         return {"seconds": found}
 
     def _prefill(self) -> float:
         self.request.reset_state()
-        prompt = self.asked.prompt(self.asked.prefill)
+        prompt = self.job.prompt(self.job.prefill)
         begun = time.perf_counter()
         self._run(prompt, 0, 1)
         return time.perf_counter() - begun
 
     def _cache(self, tokens: list[int]) -> dict[str, Any]:
-        """A copy of the cache that holds these tokens, by the names of its parts."""
+        """A copy of the cache after these tokens, by the names of its parts."""
         self.request.reset_state()
         if not tokens:
             return {}
@@ -88,8 +89,8 @@ class OpenVino:
         return {state.name: self.ov.Tensor(np.array(state.state.data)) for state in self.request.query_state()}
 
     def _step(self, held: dict[str, Any], tokens: list[int], rows: int) -> float:
-        """The cache can be set and not shortened; there is no room behind what is set, so the context's last token, untimed, makes it."""
-        context = self.asked.context
+        """Sets the cache, because it cannot be shortened. A set cache has no spare room, so the context's last token runs untimed first."""
+        context = self.job.context
         self.request.reset_state()
         for state in self.request.query_state() if held else ():
             state.state = held[state.name]
@@ -99,7 +100,7 @@ class OpenVino:
         return time.perf_counter() - begun
 
     def _run(self, tokens: list[int], first: int, wanted: int) -> list[int]:
-        """One forward; the likeliest token behind each of the last `wanted` rows."""
+        """One forward pass. The likeliest next token of each of the last `wanted` rows."""
         given = {
             "ids": np.array([tokens]),
             "positions": np.arange(first, first + len(tokens)),

@@ -1,4 +1,4 @@
-"""What a measured engine is asked, and what it answers. Imports nothing heavy: whoever starts the engines reads it too."""
+"""The job of a measured engine, and its interface. Imports nothing heavy, because the parent process imports it too."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
-SPENT = 2.0  # seconds after which nothing is measured once more in the same turn
+SPENT = 2.0  # seconds of one turn after which no repeat begins
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The same for all engines of a run but for `options`. context: tokens of the prompt that is decoded behind, and that steps of
-    many rows stand behind; tokens: generated ones; prefill: tokens of the prompt that is read in one go; repeats: of a turn, at most."""
+class Job:
+    """What an engine measures; the same for all engines of a run except `options`. context: prompt tokens before the decoded tokens and
+    before steps of many rows; tokens: tokens to generate; prefill: prompt tokens that are read at once; repeats: most repeats in a
+    turn."""
 
     folder: str
     dtype: str
@@ -31,26 +32,26 @@ class Asked:
 
     @property
     def longest(self) -> int:
-        """Places that a text of this run takes at most."""
+        """The most positions that a text of this run needs."""
         return max(self.context + max(self.tokens, *self.rows), self.prefill) + 1
 
     def prompt(self, length: int) -> list[int]:
-        """Random ids, the same for all engines; a shorter one is the start of a longer one."""
+        """Random ids, the same for all engines. A shorter prompt is the start of a longer one."""
         draw = random.Random(self.seed)
         return [draw.randrange(self.vocab) for _ in range(length)]
 
 
 class Peer(Protocol):
-    """One loaded engine, made from Asked. facts: what it is, for the report (version, dtype ...); does: which of the measurements
-    below it has. Each returns JSON."""
+    """One loaded engine. facts: for the report (version, dtype ...); does: names of the measurements below that it supports. Each
+    measurement returns JSON."""
 
     facts: dict[str, Any]
     does: tuple[str, ...]
 
-    def __init__(self, asked: Asked) -> None: ...
+    def __init__(self, job: Job) -> None: ...
 
     def decode(self) -> dict[str, Any]:
-        """{"seconds": of each generated token behind the first, "tokens": all generated ids}, greedy, no end of text."""
+        """{"seconds": of each generated token after the first, "tokens": all generated ids}. Greedy, without an end of text."""
         ...
 
     def prefill(self) -> dict[str, Any]:
@@ -58,12 +59,12 @@ class Peer(Protocol):
         ...
 
     def steps(self) -> dict[str, Any]:
-        """{"seconds": {rows: of one forward over so many rows behind the context, with the likeliest token behind every row}}"""
+        """{"seconds": {rows: of one forward pass over this many rows after the context, with the likeliest next token of every row}}"""
         ...
 
 
 def timed(run: Callable[[], float], repeats: int) -> float:
-    """The median of what `run` returns, seconds, over up to `repeats` runs; fewer where they take long."""
+    """The median of the seconds that `run` returns, over up to `repeats` runs; fewer if they take long."""
     begun, found = time.perf_counter(), [run()]
     while len(found) < repeats and time.perf_counter() - begun < SPENT:
         found.append(run())

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, which runs only while it is asked."""
+"""An engine in its own process. The process runs only during a call."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-from redraft.bench.peers.peer import Asked
+from redraft.bench.peers.peer import Job
 from redraft.errors import RedraftError
 
 
 class Lost(RedraftError):
-    """An engine that raised, died or did not answer in time: why."""
+    """An engine raised, died or did not answer in time. The text says why."""
 
 
 class Worker:
-    """One process. It is stopped whenever nothing is asked."""
+    """One process. It is stopped (SIGSTOP) between calls."""
 
-    def __init__(self, target: str, asked: Asked, environment: Mapping[str, str], timeout: float) -> None:
+    def __init__(self, target: str, job: Job, environment: Mapping[str, str], timeout: float) -> None:
         self.timeout, self._rest = timeout, b""
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
         self.process = subprocess.Popen(
@@ -35,10 +35,10 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env={**os.environ, **environment},
-            start_new_session=True,  # a group to stop as one; Ctrl-C is for us, who end it
+            start_new_session=True,  # its own process group, to stop all threads together; Ctrl-C reaches only the parent, which ends it
         )
         try:
-            loaded = self.ask({"target": target, "asked": dataclasses.asdict(asked)})
+            loaded = self.ask({"target": target, "job": dataclasses.asdict(job)})
         except BaseException:
             self.end()
             raise
@@ -46,7 +46,7 @@ class Worker:
         self.does: list[str] = loaded["does"]
 
     def ask(self, message: Mapping[str, Any]) -> Any:
-        """What it answers; it runs meanwhile, and only then. Lost where it does not."""
+        """Sends a message and returns the answer. The process runs only meanwhile. Raises Lost without an answer."""
         assert self.process.stdin is not None
         try:
             self._signal(signal.SIGCONT)
@@ -62,11 +62,11 @@ class Worker:
         return answer["ok"]
 
     def end(self) -> None:
-        self._signal(signal.SIGKILL)  # a stopped process too
+        self._signal(signal.SIGKILL)  # works on a stopped process, too
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self._stderr):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # what was not written yet has no reader any more
+            with contextlib.suppress(OSError):  # unwritten data has no reader any more
                 pipe.close()
 
     def _line(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Redraft itself: decode and prefill through `LLM`, a step of many rows as the forward that verifies a draft."""
+"""Redraft itself. decode and prefill use `LLM`; a step of many rows is a forward pass that verifies a draft."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from redraft import __version__
 from redraft.bench.divergence import tolerance
-from redraft.bench.peers.peer import Asked, timed
+from redraft.bench.peers.peer import Job, timed
 from redraft.config import EngineConfig, SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
@@ -24,10 +24,10 @@ from redraft.ops.backend import Outputs
 class Redraft:
     does = ("decode", "prefill", "steps")
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
-        given = {"threads": asked.threads, "dtype": asked.dtype, "token_budget": max(512, asked.prefill), **asked.options}
-        config = EngineConfig.of(model=asked.folder, max_model_len=asked.longest, max_seqs=1, prefix_sharing=False, draft="none", **given)
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        given = {"threads": job.threads, "dtype": job.dtype, "token_budget": max(512, job.prefill), **job.options}
+        config = EngineConfig.of(model=job.folder, max_model_len=job.longest, max_seqs=1, prefix_sharing=False, draft="none", **given)
         self.llm = LLM(config=config)
         self.runner = self.llm.runner
         backend = self.runner.backend
@@ -44,10 +44,10 @@ class Redraft:
     # ---- measurements
 
     def decode(self) -> dict[str, Any]:
-        params = SamplingParams(temperature=0, max_tokens=self.asked.tokens + 1, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=self.job.tokens + 1, ignore_eos=True)
         stamps, tokens = [], []
         inside: list[Any] = []
-        for delta in self.llm.stream({"prompt_token_ids": self.asked.prompt(self.asked.context)}, params):
+        for delta in self.llm.stream({"prompt_token_ids": self.job.prompt(self.job.context)}, params):
             if delta.token_ids:
                 stamps.append(time.perf_counter())
                 inside.append(getattr(self.runner.backend, "inside", None))
@@ -58,22 +58,22 @@ class Redraft:
         return found
 
     def prefill(self) -> dict[str, Any]:
-        return {"seconds": timed(self._prefill, self.asked.repeats)}
+        return {"seconds": timed(self._prefill, self.job.repeats)}
 
     def steps(self) -> dict[str, Any]:
-        most, context = max(self.asked.rows), self.asked.context
-        tokens = self.asked.prompt(context + most)
+        context, max_rows = self.job.context, max(self.job.rows)
+        tokens = self.job.prompt(context + max_rows)
         seq = self._open(tokens[: context + 1])
         try:
             self._read(seq, context)
-            self._step(seq, tokens[context + 1 :][: most - 1])  # first calls are nobody's time
-            found = {n: timed(lambda n=n: self._step(seq, tokens[context + 1 :][: n - 1]), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
+            self._step(seq, tokens[context + 1 :][: max_rows - 1])  # warm-up
+            found = {n: timed(lambda n=n: self._step(seq, tokens[context + 1 :][: n - 1]), self.job.repeats) for n in self.job.rows}  # type: ignore[misc]
         finally:
             self.runner.memory.free(seq)
         return {"seconds": found}
 
     def margin(self, prompt: list[int], expected: int, found: int) -> dict[str, Any]:
-        """By how much `expected` is likelier than `found` behind `prompt`, in logits, and what counts as a near-tie there."""
+        """The difference in logits of `expected` and `found` after `prompt`, and which difference counts as a near-tie there."""
         seq = self._open(prompt)
         try:
             self._read(seq, len(prompt) - 1)
@@ -89,7 +89,7 @@ class Redraft:
     def _prefill(self) -> float:
         params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
         begun = time.perf_counter()
-        self.llm.generate({"prompt_token_ids": self.asked.prompt(self.asked.prefill)}, params)
+        self.llm.generate({"prompt_token_ids": self.job.prompt(self.job.prefill)}, params)
         return time.perf_counter() - begun
 
     def _open(self, tokens: list[int]) -> Sequence:
@@ -98,14 +98,14 @@ class Redraft:
         return seq
 
     def _read(self, seq: Sequence, length: int) -> None:
-        """The first `length` tokens into the cache."""
+        """Computes the first `length` tokens into the cache."""
         while seq.stored < length:
             work = Work(seq, min(512, length - seq.stored))
             self._forward(work, EMPTY)
             self.runner.memory.move(self.runner.memory.commit([work], [Accepted()]))
 
     def _step(self, seq: Sequence, draft: list[int]) -> float:
-        """The last token and a drafted chain behind it, as a step runs them; nothing of it stays."""
+        """Runs the last token and a drafted chain after it, as a step does. Nothing is committed."""
         tree = TokenTree.chain(draft)
         begun = time.perf_counter()
         out = self._forward(Work(seq, 1), tree)

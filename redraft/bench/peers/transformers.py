@@ -1,4 +1,4 @@
-"""Hugging Face transformers: its model called in a plain loop, which is less work than its `generate`."""
+"""Hugging Face transformers. The model is called in a plain loop, which costs less than `generate`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from redraft.bench.peers.peer import Asked, timed
+from redraft.bench.peers.peer import Job, timed
 from redraft.models import loader
 
 
 class Transformers:
     does = ("decode", "prefill", "steps")
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked = asked
-        torch.set_num_threads(asked.threads)
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        torch.set_num_threads(job.threads)
         transformers.utils.logging.set_verbosity_error()
-        dtype = loader.inspect(loader.resolve(asked.folder), asked.dtype).dtype
+        dtype = loader.inspect(loader.resolve(job.folder), job.dtype).dtype
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            asked.folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            job.folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         ).eval()
         self.facts: dict[str, Any] = {
             "version": transformers.__version__,
@@ -37,30 +37,30 @@ class Transformers:
     @torch.inference_mode()
     def decode(self) -> dict[str, Any]:
         cache = transformers.DynamicCache()
-        token = self._likeliest(self.asked.prompt(self.asked.context), cache)
+        token = self._likeliest(self.job.prompt(self.job.context), cache)
         tokens, stamps = [token], [time.perf_counter()]
-        for _ in range(self.asked.tokens):
+        for _ in range(self.job.tokens):
             token = self._likeliest([token], cache)
             stamps.append(time.perf_counter())
             tokens.append(token)
         return {"seconds": [z - a for a, z in pairwise(stamps)], "tokens": tokens}
 
     def prefill(self) -> dict[str, Any]:
-        return {"seconds": timed(self._prefill, self.asked.repeats)}
+        return {"seconds": timed(self._prefill, self.job.repeats)}
 
     @torch.inference_mode()
     def steps(self) -> dict[str, Any]:
-        most, context = max(self.asked.rows), self.asked.context
-        tokens = self.asked.prompt(context + most)
+        context = self.job.context
+        tokens = self.job.prompt(context + max(self.job.rows))
         cache = transformers.DynamicCache()
         self._likeliest(tokens[:context], cache)
-        self._step(tokens[context:], cache)  # first calls are nobody's time
-        found = {n: timed(lambda n=n: self._step(tokens[context:][:n], cache), self.asked.repeats) for n in self.asked.rows}  # type: ignore[misc]
+        self._step(tokens[context:], cache)  # warm-up
+        found = {n: timed(lambda n=n: self._step(tokens[context:][:n], cache), self.job.repeats) for n in self.job.rows}  # type: ignore[misc]
         return {"seconds": found}
 
     @torch.inference_mode()
     def _prefill(self) -> float:
-        prompt = self.asked.prompt(self.asked.prefill)
+        prompt = self.job.prompt(self.job.prefill)
         begun = time.perf_counter()
         self._likeliest(prompt, transformers.DynamicCache())
         return time.perf_counter() - begun
@@ -74,7 +74,7 @@ class Transformers:
         return took
 
     def _likeliest(self, tokens: list[int], cache: Any) -> int:
-        """The token behind the last one; the head runs on that row only."""
+        """The next token. The head runs on the last row only."""
         return int(self._logits(tokens, cache, 1)[0].argmax())
 
     def _logits(self, tokens: list[int], cache: Any, rows: int) -> Tensor:

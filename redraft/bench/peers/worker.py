@@ -1,7 +1,7 @@
 """The process of one engine: `python -m redraft.bench.peers.worker`, JSON lines in, JSON lines out.
 
-The first line says which engine and what is Asked; it is answered when the engine is loaded. Then each line names a measurement.
-An answer holds "ok", or "error" with what was raised. What libraries print goes to stderr.
+The first line names the engine and its Job. The answer comes when the engine is loaded. Then each line names a measurement. An answer
+has "ok", or "error" with the error's text. Output of libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import traceback
 from typing import Any
 
 from redraft import registry
-from redraft.bench.peers.peer import Asked, Peer
+from redraft.bench.peers.peer import Job, Peer
 
 _PR_SET_PDEATHSIG = 1
 
@@ -27,14 +27,14 @@ def main() -> None:
     os.dup2(2, 1)
     peer: Peer | None = None
     for line in sys.stdin:
-        reported = json.loads(line)
+        message = json.loads(line)
         try:
             if peer is None:
-                asked = reported["asked"]
-                peer = registry.load(reported["target"])(Asked(**{**asked, "rows": tuple(asked["rows"])}))
+                job = message["job"]
+                peer = registry.load(message["target"])(Job(**{**job, "rows": tuple(job["rows"])}))
                 found: Any = {"facts": peer.facts, "does": peer.does}
             else:
-                found = _quietly(peer, reported)
+                found = _measured(peer, message)
             answer = {"ok": found}
         except Exception as error:
             traceback.print_exc()
@@ -43,18 +43,18 @@ def main() -> None:
         answers.flush()
 
 
-def _quietly(peer: Peer, reported: dict[str, Any]) -> Any:
+def _measured(peer: Peer, message: dict[str, Any]) -> Any:
     """One measurement without pauses of the garbage collector."""
     gc.collect()
     gc.disable()
     try:
-        return getattr(peer, reported["do"])(**reported.get("with", {}))
+        return getattr(peer, message["do"])(**message.get("with", {}))
     finally:
         gc.enable()
 
 
 def _die_with_parent() -> None:
-    """A stopped process would outlive a parent that was killed. Linux only; elsewhere it waits for good."""
+    """Ends this process with its parent, because a stopped process would outlive a killed parent. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
