@@ -22,7 +22,6 @@ from redraft.config import EngineConfig, SamplingParams
 if TYPE_CHECKING:
     from redraft.core.taps import Taps
     from redraft.engine.engine import Engine
-    from redraft.models import generation
     from redraft.setup import Setup
 
 CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a call of a part in a line of Engine.step
