@@ -277,7 +277,7 @@ def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     threads(2)
     mine = test_views.program(NativeOps(dtype), case, dtype)
     near(mine, torchs)
-    for form, pages in ((case.format, mine.main.pages), (case.block, mine.main.coded)):
+    for form, pages in ((case.format, mine.main.pages), (case.coded, mine.main.coded)):
         left, right, units = mine.pool.shelves[form], torchs.pool.shelves[form], torch.tensor(pages, dtype=torch.long).flatten()
         for array, held in left.take(left.arrays, units).items():
             assert torch.equal(held, right.take([array], units)[array]), array
@@ -438,7 +438,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
             return replace(made, up=ups[0], down=downs[0])
         return replace(made, router=linear(shape.experts, shape.hidden, False, 3.0), experts_up=ups, experts_down=downs)
 
-    made = [layer_of(layer) for layer in layers]
+    made = [layer_of(mixer) for mixer in spec.attention]
     positions = rand(CONTEXT, shape.hidden) * 3 if shape.learned else None
     head = linear(VOCAB, shape.hidden, False, 3.0)
     return spec, Weights(rand(VOCAB, shape.hidden) * 5, head, weigh(shape.hidden, shape.norm), tuple(made), positions)

@@ -596,7 +596,7 @@ struct World {
         return Memory(random, 1500, 2, kv_heads, size, kind);
     }
     static Memory block_for(Random& random, Setting& setting, const Pool& exact) {
-        Memory made(random, random.chance(0.4) ? 500 : 0, exact.layers, exact.kv_heads, exact.size, I4, random.of({F32, BF16}));
+        Memory made(random, random.chance(0.5) ? 500 : 0, exact.layers, exact.kv_heads, exact.size, I4, random.of({F32, BF16}));
         if (made.blocks.empty()) made.pool.data = nullptr;
         setting.block = made.pool;
         return made;
@@ -605,7 +605,7 @@ struct World {
     explicit World(uint64_t number) : random{std::mt19937_64(number)}, memory(memory_for(random, setting, number)), block(block_for(random, setting, memory.pool)), seed(number) {
         const int64_t count = 1 + random.below(3);
         for (int64_t i = 0; i < count; i++) {
-            texts.push_back(text(random.of({0, 0, 1, 2})));
+            texts.push_back(text(setting.block.data ? random.of({0, 1, 2, 2}) : random.of({0, 0, 1, 2})));
             if (texts.back().lanes == 0 && random.chance(0.6)) share_prefix();
         }
         for (const Text& t : texts) words = std::max(words, int32_t((t.nodes.size() + 63) / 64));
@@ -622,12 +622,12 @@ struct World {
         t.sees = random.of({PATH, PATH, PATH, SOME, NONE, ALL});
         int32_t longest = *std::max_element(t.lengths.begin(), t.lengths.end());
         t.next = longest;
-        if (random.chance(0.4)) t.sinks = random.of({0, 1, 4, 33, 200}), t.recent = int32_t(1 + random.below(random.of({30, 600})));
+        if (random.chance(0.4)) t.sinks = random.of({0, 1, 4, 33, 200, 600}), t.recent = int32_t(1 + random.below(random.of({30, 600})));
         if (random.chance(0.4)) t.apart = random.chance(0.5) ? setting.heads / memory.pool.kv_heads : 1, t.density = random.of({0.005, 0.1, 0.5, 0.97});
         const bool evicted = t.lanes != 0 || !random.chance(0.7);
         if (evicted) t.next += int32_t(random.below(100));
-        if (evicted && random.chance(0.3))
-            for (int64_t row = 0; row < t.rows(); row++) t.odd.push_back(int32_t(random.below(t.next + 100)));
+        if (evicted && random.chance(0.5))
+            for (int64_t row = 0; row < t.rows(); row++) t.odd.push_back(int32_t(random.below(random.chance(0.5) ? 40 : t.next + 100)));
         if (!evicted) return;
         for (int32_t length : t.lengths) {
             t.positions.emplace_back();
@@ -639,10 +639,11 @@ struct World {
 
     Text text(int32_t kind) {
         Text t(memory, block, kind);
-        const int32_t one = length();
-        for (int32_t& l : t.lengths) l = random.chance(0.5) ? one : length();
+        const bool coded = setting.block.data && kind && random.chance(0.8);
+        const int32_t least = coded ? int32_t(random.below(4 * PAGE)) : 0, one = length();
+        for (int32_t& l : t.lengths) l = least + (random.chance(0.5) ? one : length());
         tail_of(t);
-        if (setting.block.data && kind && random.chance(0.8))
+        if (coded)
             t.coded_per_lane = std::min<int32_t>(20, *std::min_element(t.lengths.begin(), t.lengths.end()) / PAGE - int32_t(random.below(2)));
         t.coded_per_lane = std::max(0, t.coded_per_lane);
         t.room(t.last_slot(std::max_element(t.lengths.begin(), t.lengths.end()) - t.lengths.begin()));

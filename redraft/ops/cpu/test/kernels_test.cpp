@@ -356,11 +356,11 @@ bool close(double found, double expected, double allowed) {
     return std::fabs(found - expected) <= allowed;
 }
 
-// Norm, layer and order in one call as one after another; rows in any order, some of them twice.
+// Norm, layer and order in one call as one after another; sums are not rounded; rows in any order, some of them twice.
 void test_head(const Weights& w, const Matrix& x, const std::string& what) {
     const int64_t rows = x.rows.rows, ins = x.rows.cols, outs = w.c.outs, count = dice.between(1, rows + 2), keep = std::min<int64_t>(outs, dice.between(1, 9));
     const Kind kind = x.rows.kind;
-    Matrix gain(1, ins, kind, false), shift(1, ins, kind, false), normed(rows, ins, kind, false), chosen(count, ins, kind, false), y(count, outs, kind, false);
+    Matrix gain(1, ins, kind, false), shift(1, ins, kind, false), normed(rows, ins, kind, false), chosen(count, ins, kind, false), y(count, outs, F32, false);
     gain.fill(kind), shift.fill(kind);
     NormJob job{x.rows, normed.rows, gain.rows.data, dice.chance(0.5) ? shift.rows.data : nullptr, 1e-5f, dice.chance(0.5), kind};
     norm(job, 0, rows);
