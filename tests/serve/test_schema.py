@@ -66,7 +66,7 @@ def test_no_answer_differs_from_the_document(server: Live, document: Any, path: 
         case.call_and_validate(excluded_checks=excluded, timeout=60)
 
     good()
-    if method == "POST" and path != "/reset_prefix_cache":  # the others take nothing that could be wrong
+    if method == "POST" and path != "/reset_prefix_cache":  # the others have no input that could be wrong
         bad()
 
 
