@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from redraft.cli.stream import Colours
 from redraft.engine.output import Stats
-from redraft.engine.text import Text
+from redraft.engine.text import PartialText
 from redraft.models.tokenizer import Decoder
 from redraft.outputs import Delta
 
@@ -27,7 +27,7 @@ def test_each_byte_a_token(text: str, data: st.DataObject) -> None:
     ids = list(text.encode())
     drafted = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
     colours, found, first, sent = Colours([65] * 9, Decoder(utf8)), [], 0, 0
-    reader, tokens = Text.start([65] * 9, Decoder(utf8)), [65] * 9
+    reader, tokens = PartialText.start([65] * 9, Decoder(utf8)), [65] * 9
     while first < len(ids):
         size = data.draw(st.integers(1, 5))
         tokens += ids[first : first + size]
