@@ -86,7 +86,7 @@ class Conversation:
         self.prompting.messages([*system, {"role": "user", "content": "?"}])
         self.system = system
 
-    def asked(self, text: str) -> list[int]:
+    def prompt_with(self, text: str) -> list[int]:
         """The token ids of the conversation with one more message of the user."""
         return self.prompting.messages([*self.system, *self.turns, {"role": "user", "content": text}])
 
@@ -124,7 +124,7 @@ def _command(talk: Conversation, line: str) -> bool:
 
 
 def _reply(llm: LLM, talk: Conversation, text: str, params: SamplingParams) -> None:
-    prompt = talk.asked(text)
+    prompt = talk.prompt_with(text)
     cached = llm.runner.memory.match(prompt, "")
     shown = show(llm, prompt, params)
     _note(shown.summary(llm, params, f"{cached} of {len(prompt)} prompt tokens cached"))

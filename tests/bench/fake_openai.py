@@ -1,9 +1,9 @@
-"""A server of the OpenAI protocol that says nothing of sense but behaves as asked: each request's body may hold "fake", an object.
+"""A fake server of the OpenAI protocol. The object "fake" in a request's body sets its behaviour:
 
-pieces: texts of the chunks; usage: false for none; tokens: what the usage counts, else one a word; metrics: sent with the usage;
+pieces: texts of the chunks; usage: false for none; tokens: the count in the usage, else one for each word; metrics: sent with the usage;
 role: false for no chunk that only names the role; status, retry: a refusal; error: an event in the stream; cut: the connection is
-closed after so many chunks; ended: false where the stream stops without a reason; hang: nothing comes until the client goes away;
-gate: pieces beyond the first wait until the test opens it; bytes: each is a write of its own; tail: written at the end.
+closed after this many chunks; ended: false if the stream stops without a reason; hang: sends nothing until the client leaves;
+gate: pieces after the first wait until the test opens it; bytes: each is a separate write; tail: written at the end.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from aiohttp import web
 
 
 class FakeOpenAI:
-    """In a thread of its own. tokenizer: words, letters, joined (words, fewer where different ones meet), none. `bodies`: what was
-    asked, in the order of arrival; `most`: requests that were in flight at once."""
+    """Runs in its own thread. tokenizer: words, letters, joined (words, fewer if different ones meet), none. `bodies`: of requests, in the
+    order of arrival; `most`: the most requests that were in flight at once."""
 
     def __init__(self, tokenizer: str = "words", **defaults: Any) -> None:
         self.tokenizer, self.defaults = tokenizer, defaults
@@ -64,7 +64,7 @@ class FakeOpenAI:
         return web.json_response({"object": "list", "data": [{"id": "fake-1"}, {"id": "fake-2"}]})
 
     def count(self, body: dict[str, Any]) -> int:
-        """One token before the text, and a template of three in a chat."""
+        """One token before the text, and three of the template in a chat."""
         chat = "messages" in body
         text = "".join(message["content"] for message in body["messages"]) if chat else body["prompt"]
         words = text.split()

@@ -1,4 +1,4 @@
-"""Methods that lie, spy or guess badly, and a tiny checkpoint with a tokenizer, for the tests of `compare`."""
+"""Methods that break their guarantee, record or guess badly, and a tiny checkpoint with a tokenizer, for the tests of `compare`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Guess(Stateless):
 
 @dataclass(frozen=True)
 class Gullible:
-    """Takes every draft for true, whatever the target says; without drafts it is right."""
+    """Accepts every draft, whatever the target says. Right without drafts."""
 
     card: ClassVar[Card] = card("Gullible")
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)

@@ -1,4 +1,4 @@
-"""Scores are the model's own, budgets are obeyed, and what cannot be seen is said."""
+"""Scores are those of generation, budgets are kept, and the report says what it cannot show."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = "".join(chr(97 + i * i % 23) for i in range(3000))
 
 @dataclass(frozen=True)
 class Newest(Stateless):
-    """Whenever twice `budget` tokens are stored, all but the newest `budget` go. budget: a multiple of 32."""
+    """When 2 * `budget` tokens are stored, evicts all but the newest `budget`. budget: a multiple of 32."""
 
     budget: int = 64
     card: ClassVar[Card] = Card("Newest", "nobody, nothing, 2025", Guarantee.LOSSY)
@@ -88,7 +88,7 @@ def quiet(what: str) -> None:
 
 
 def test_scores_are_the_models_own_log_probabilities(llm: LLM) -> None:
-    """Against the log-probabilities that generation itself reports, of a text that greedy decoding writes and of one it does not."""
+    """Compared with log-probabilities from generation, for a text that greedy decoding writes and for another one."""
     prompt = llm.tokenizer.encode(TEXT[:40])
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
     (written,) = llm.generate([{"prompt_token_ids": prompt}], params)[0].outputs
@@ -107,7 +107,7 @@ STANDING = [text for text in cache.POLICIES if cache.known(text) and "double-spa
 
 @pytest.mark.parametrize("text", ["keep=newest:budget=32", *STANDING])
 def test_one_pass_scores_every_turn_as_if_the_text_ended_there(llm: LLM, tasks: list[Task], text: str) -> None:
-    """Turn by turn over the right answers, as SCBench asks, against the one pass that is measured."""
+    """Turn by turn over the right answers, as in SCBench, compared with the one pass that is measured."""
     task = next(task for task in tasks if task.name == "key-value, multi-turn")
     policy = Policy.of(text)
     choice = PolicyAtBudget(policy.name, 70.0, None, policy.at(70, task.longest))
@@ -121,7 +121,7 @@ def test_one_pass_scores_every_turn_as_if_the_text_ended_there(llm: LLM, tasks: 
 
 
 def test_policies_act_behind_the_context_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read or a depth counts what stands before `context` as given: its scores there are those of the whole cache."""
+    """read and depth count tokens before `context` as given, so scores there are those of the full cache."""
     monkeypatch.setitem(registry.METHODS["depth"], "top", f"{__name__}:Top")
     ids = llm.tokenizer.encode(TEXT[:100])
     answers = (Answer(0, 30, 60), Answer(1, 61, 90))
@@ -262,7 +262,7 @@ def test_a_text_with_learned_positions_ends_where_they_do(llm: LLM, monkeypatch:
     assert cache.room(llm, 500) == 0
 
 
-# ---- words and figures
+# ---- the report
 
 
 def result(full: Any, control: Any = None, retrieval: bool = True, **runs: Any) -> Result:

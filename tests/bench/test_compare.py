@@ -1,4 +1,4 @@
-"""Comparisons that can be believed: nothing learned from what is measured, no speed-up for a text that is not the same."""
+"""Fair comparisons: drafters learn nothing from measured prompts, and a different text gets no speed-up."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def shown(comparison: Comparison, options: Options, found: list[results.Row], wi
     return out.getvalue()
 
 
-# ---- what is measured, and in which order
+# ---- measurements and their order
 
 
 def test_every_entry_takes_every_place_and_both_directions() -> None:
@@ -227,7 +227,7 @@ def test_the_plain_models_own_text_has_no_gap(plain: LLM, sampling: dict[str, An
     found = examine(plain, "p", 0, prompt, wrong, text, params)
     assert found.worst is not None and found.worst < 1e-4
     assert (found.position, found.expected, found.found) == (2, wrong[2], text[2])
-    assert not found.near_tie  # the plain loop is not what it says it is
+    assert not found.near_tie  # the plain loop breaks its own guarantee
     found = examine(plain, "p", 0, prompt, text, wrong, params)
     assert found.worst is None or found.worst > 1e-4
     assert not found.near_tie
@@ -274,11 +274,11 @@ def test_tolerances() -> None:
     assert divergence.tolerance(torch.bfloat16, logits) == pytest.approx(8 * 2**-6)
 
 
-# ---- how long it takes
+# ---- estimated duration
 
 
 class Clock:
-    """A clock that generation moves on: `read` seconds for each token of a prompt, `written` for each step of a group."""
+    """A clock that generation advances: by `read` seconds for each token of a prompt, by `written` for each step of a group."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, read: float, written: float) -> None:
         self.now, self.read, self.written, inner = 0.0, read, written, LLM.generate
@@ -298,7 +298,7 @@ class Clock:
 def test_the_estimated_duration_is_that_of_the_measurements(
     plain: LLM, monkeypatch: pytest.MonkeyPatch, batch: int, read: float, written: float
 ) -> None:
-    """Cold, hot, learning, turns and groups included, where every text gets as long as it may."""
+    """Including cold, hot, learning, turns and groups, if every text has its maximum length."""
     clock, found = Clock(monkeypatch, read, written), []
     params = SamplingParams(temperature=0, max_tokens=9, seed=3, ignore_eos=True)
     prompts = [*PROMPTS, Prompt("t", "b", turns=["w5 w6", "w7 w8 w9"])]
@@ -330,7 +330,7 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """A real signal in the measurement that follows so many."""
+    """Sends a real signal in the measurement after this many."""
     measure, calls = bench.measure, itertools.count()
 
     def spied(*given: Any) -> Run:
@@ -417,7 +417,7 @@ def test_repeated_8_grams(tokens: list[int], covered: int) -> None:
 
 
 def made(seconds: dict[int, list[float]], outputs: list[list[int]], category: str = "ab") -> Comparison:
-    """One prompt a group; seconds[entry][round] for every group."""
+    """One prompt in each group; seconds[entry][round] for every group."""
     llm = cast(Any, SimpleNamespace(guarantee=Guarantee.SAME_TEXT))
     groups = split([Prompt(str(i), category[i % len(category)], prompt="x") for i in range(len(outputs))], 1, PARAMS)
     mine = {p.id: outputs[int(p.id)] for g in groups for p in g.prompts}
@@ -447,7 +447,7 @@ def test_low_repeat_speed_up_needs_five_outputs() -> None:
     assert (row.low_repeat_outputs, row.low_repeat_speedup) == (5, 2.0)
 
 
-# ---- what is shown and written
+# ---- output
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`redraft bench decode`: engines in processes of their own, taking turns. Nothing here asserts how long anything takes."""
+"""`redraft bench decode`: engines in their own processes, in turns. No test asserts durations."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_redraft_and_transformers_say_the_same(
         assert set(engine["rounds"]["steps"][0]["seconds"]) == {"1", "5"}
         assert engine["summary"]["decode"]["share_of_limit"]["median"] > 0
     assert own["rounds"]["decode"][0]["tokens"] == own["rounds"]["decode"][1]["tokens"]
-    assert len(set(own["rounds"]["decode"][0]["tokens"])) > 1  # one token again and again would hide differences
+    assert len(set(own["rounds"]["decode"][0]["tokens"])) > 1  # a repeated token would hide differences
     assert own["summary"]["decode"]["speed_of_base"] == {"median": 1, "low": 1, "high": 1}
 
 
@@ -95,7 +95,7 @@ def small_limits(make: Callable[[Options], Any]) -> Callable[[Options], Any]:
 
 
 def impatient(measure: Callable[[Any, str], None]) -> Callable[[Any, str], None]:
-    """A short time-out only for the worker that sleeps; a busy machine may need long for the others."""
+    """A short time-out only for the worker that sleeps, because a busy machine may need long for the others."""
 
     def measured(engine: Any, what: str) -> None:
         if engine.worker and (engine.name, what) == ("sleeps", "decode"):

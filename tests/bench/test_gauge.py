@@ -1,4 +1,4 @@
-"""Acceptance beside its bound: only where coins are tossed, and what is measured does not change."""
+"""Acceptance and its bound: measured only for sampled drafts, and without effect on the text."""
 
 from __future__ import annotations
 

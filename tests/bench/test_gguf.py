@@ -1,4 +1,4 @@
-"""GGUF files with a tokenizer: what is in them, and which tokenizers llama.cpp would read otherwise."""
+"""GGUF files with a tokenizer: their contents, and tokenizers that llama.cpp would read differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of `bench serve` on given times, its schedule on a clock of its own, what it reads out of streams and files."""
+"""`bench serve`: figures from given times, the schedule on a fake clock, reading of streams and files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def record(sent: float, chunks: list[float], tokens: int, read: int = 10, ended:
 
 
 def test_figures_are_those_of_the_times() -> None:
-    """Two requests of several tokens a chunk, one of a single token, a failure and one that Ctrl-C left open."""
+    """Two requests with several tokens in a chunk, one with a single token, a failure, and one that Ctrl-C left open."""
     run = Run(
         [
             record(0.0, [0.5, 1.0, 2.0], 7, due=0.0),  # ttft 500, itl 500 and 1000, e2el 2000, tpot 1500 / 6
@@ -51,19 +51,19 @@ def test_figures_are_those_of_the_times() -> None:
     assert found["p99_ttft_ms"] == pytest.approx(500 + 0.98 * 500), "linear between the two nearest"
     assert found["std_ttft_ms"] == pytest.approx(math.sqrt(sum((x - 1750 / 3) ** 2 for x in (500, 250, 1000)) / 3))
     assert (found["mean_tpot_ms"], found["std_tpot_ms"]) == (375, 125), "by tokens, and none for a single one"
-    assert found["mean_itl_ms"] == pytest.approx((500 + 1000 + 250) / 3), "between chunks, whatever they bring"
+    assert found["mean_itl_ms"] == pytest.approx((500 + 1000 + 250) / 3), "between chunks, however many tokens they have"
     assert (found["mean_e2el_ms"], found["median_e2el_ms"]) == (pytest.approx(4250 / 3), 1250)
     assert found["mean_tokens_per_chunk"] == 11 / 6
     assert (found["good"], found["request_goodput"]) == (1, 0.25), "the second is over its tpot, the third over its ttft"
-    assert figures(run, {"tpot": 250})["good"] == 2, "a single token keeps any limit a token"
+    assert figures(run, {"tpot": 250})["good"] == 2, "a single token keeps any limit per token"
     assert (found["max_lag_ms"], found["p99_lag_ms"]) == (500, pytest.approx(250 + 0.97 * 250)), "of all that were sent"
     assert found["failures"] == {"HTTP 429": 1} and found["input_tokens_as_wanted"] == 1 and "redraft" not in found
-    assert found["max_concurrent_requests"] == 2, "the third begins when the first ends, and that is not beside it"
+    assert found["max_concurrent_requests"] == 2, "the third begins when the first ends, so they do not overlap"
     assert found["max_output_tokens_per_s"] == pytest.approx(7 / 3 * 1 + 3), "seconds [1, 2): a chunk of the first and both of the second"
 
 
 def test_the_keys_are_vllms() -> None:
-    """Those that `vllm bench serve --save-result` writes and its readers ask for."""
+    """The keys that `vllm bench serve --save-result` writes."""
     names = "duration completed failed total_input_tokens total_output_tokens request_throughput request_goodput output_throughput"
     names += " total_token_throughput max_output_tokens_per_s max_concurrent_requests"
     keys = [*names.split(), *(f"{which}_{of}_ms" for of in ("ttft", "tpot", "itl", "e2el") for which in ("mean", "median", "std", "p99"))]
@@ -141,7 +141,7 @@ def test_a_chunk_counts_where_it_brings_a_token() -> None:
     assert (said.chunks, said.ended, said.text) == ([1, 2, 3], 4, "a b cd"), "also one that has no text yet"
     assert (said.input_tokens, said.output_tokens, said.counted) == (5, 9, "usage")
     said = taken(chat({"role": "assistant", "content": ""}), chat({"content": "a"}), chat({"content": "b"}, "stop"), USAGE)
-    assert (said.chunks, said.ended) == ([2, 3], 3), "who speaks is no token; the last token and the end may come together"
+    assert (said.chunks, said.ended) == ([2, 3], 3), "a role is no token; the last token and the end may come together"
     said = taken(chat({"role": "assistant", "content": "a"}), chat({"reasoning_content": "b", "content": None}), chat({}, "stop"))
     assert (said.chunks, said.ended, said.text) == ([1, 2], 3, "ab")
     assert taken(chat({"tool_calls": [{}]})).chunks == [1]
@@ -246,7 +246,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     warmups, asks = Load(prompts=path, output_len=9, concurrency=2).asks()
     assert asks == [Ask(0, None, 3, prompt="a"), Ask(1, None, 5, messages=hello), Ask(2, None, 9, prompt="c")]
-    assert warmups == [Ask(3, None, 3, prompt="a")], "the file is begun again"
+    assert warmups == [Ask(3, None, 3, prompt="a")], "the file is repeated"
     assert [ask.prompt for ask in Load(prompts=path, count=5).asks()[1]] == ["a", None, "c", "a", None]
     for line in ('{"prompt": 1}', '{"text": "a"}', '{"prompt": "a", "messages": []}', '{"prompt": "a", "max_tokens": 0}', "{", "3"):
         path.write_text('{"prompt": "a"}\n' + line)
@@ -258,7 +258,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 
 
 class VirtualTime(asyncio.SelectorEventLoop):
-    """A loop whose clock jumps to what is due next."""
+    """An event loop with a clock that jumps to the next timer."""
 
     at = 0.0
 
@@ -272,7 +272,7 @@ class VirtualTime(asyncio.SelectorEventLoop):
 
 
 def driven(dues: list[float | None], takes: list[float], concurrency: int | None, stop: float | None = None) -> Run:
-    """Requests that take so many seconds each; Ctrl-C comes at `stop`."""
+    """Requests that take this many seconds each. Ctrl-C comes at `stop`."""
 
     class Sent:
         def restart(self) -> None:

@@ -1,4 +1,4 @@
-"""The OpenVINO peer beside transformers on tiny models. Runs where openvino is installed; what it refuses is tested everywhere."""
+"""The OpenVINO peer compared with transformers on tiny models. Needs openvino, except for the tests of refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_measured_is_what_is_asked(tmp_path: Path) -> None:
         for _ in range(13):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert said["tokens"] == tokens[20:] and len(said["seconds"]) == 12 and len(set(said["tokens"])) > 1
-    assert peer.decode()["tokens"] == said["tokens"]  # nothing is left of the turn before
+    assert peer.decode()["tokens"] == said["tokens"]  # nothing is left of the previous turn
     assert set(peer.steps()["seconds"]) == {1, 5, 9} and peer.prefill()["seconds"] > 0
     assert (peer.facts["dtype"], peer.facts["inference_num_threads"]) == ("float32", "1")
 

@@ -1,4 +1,4 @@
-"""`redraft bench ops`: every operation of every backend has its line. Nothing here asserts how long anything takes."""
+"""`redraft bench ops`: every operation of every backend has its line. No test asserts durations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {"dtype": "float32", "rows": (1, 3), "cached": (40,), "sh
 
 
 class Noted(TorchOps):
-    """Notes with how many threads it computes, on what, and which memory it read."""
+    """Records its number of threads, its shapes and the memory that it read."""
 
     name = "noted"
     log: list[tuple[Any, ...]] = []  # noqa: RUF012

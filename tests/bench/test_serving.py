@@ -1,4 +1,4 @@
-"""What scripts/prove serving says of its measurements."""
+"""The report of scripts/prove serving."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_a_folder_with_a_config_only_is_written_once(tmp_path: Path) -> None:
     assert {file.name: file.stat().st_mtime_ns for file in made.iterdir()} == before
     (source / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 1}))
     assert shapes.checkpoint(str(source)) != made
-    assert shapes.checkpoint(str(made)) == made  # what has weights is left alone
+    assert shapes.checkpoint(str(made)) == made  # a model with weights is not changed
 
 
 def test_small_files_hold_the_same_numbers_as_one(tmp_path: Path) -> None:

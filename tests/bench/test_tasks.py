@@ -1,4 +1,4 @@
-"""The tasks say what they claim to say: answers lie where the scores are taken, controls differ in the answer alone."""
+"""The tasks are right: answers are where scores are taken, and controls differ only in the answer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_running_text_is_scored_in_four_equal_parts_behind_what_is_given() -> No
     assert task.items == 5 and task.places == ("quarter 1", "quarter 2", "quarter 3", "quarter 4") and not task.retrieval
     for probe in task.probes:
         assert probe.ids[0] == START[0] and probe.ids[1:] == [*range(probe.ids[1], probe.ids[1] + 47)]
-        assert probe.context == 8 and len(probe.ids) == 48 == task.longest  # 42 tokens behind those given are no multiple of 4
+        assert probe.context == 8 and len(probe.ids) == 48 == task.longest  # the 42 tokens after the given ones are not a multiple of 4
         assert [(a.place, a.first, a.last) for a in probe.answers] == [(0, 8, 18), (1, 18, 28), (2, 28, 38), (3, 38, 48)]
     with pytest.raises(InvalidInput, match="length = 11: must be 12 or more, 8 of them given"):
         running("books", [[1] * 99], START, 11, 8, 5)
@@ -133,7 +133,7 @@ def test_controls_give_the_asked_keys_values_of_others(both: tuple[tasks.Task, t
 
 
 def test_answers_are_spelled_as_in_the_context() -> None:
-    """Also where a tokenizer would merge a value with what stands before it: whole pieces are single tokens here."""
+    """Also if a tokenizer could merge a value with the text before it: here whole pieces are single tokens."""
     vocabulary: dict[str, int] = {}
     multi, _ = key_values(lambda text: [vocabulary.setdefault(text, len(vocabulary) + 10)], START, 60, 2, 2, seed=1)
     for probe in multi.probes:

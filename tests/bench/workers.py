@@ -1,4 +1,4 @@
-"""Engines that fail in every way that a process can. Imports little: each test starts some processes that read this."""
+"""Engines that fail in every way that a process can. Imports little, because each test starts processes that import it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redraft.errors import RedraftError
 
 
 class Fake:
-    """Answers without computing; its text is its own unless `tokens` are given."""
+    """Answers without computing. Its text differs from that of others unless `tokens` are given."""
 
     does = ("decode", "prefill", "steps")
     tokens = (1, 2, 3, 4, 5, 6, 7)
@@ -23,7 +23,7 @@ class Fake:
         self.job = job
         self.facts: dict[str, Any] = {"dtype": "float32", "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
         self.facts["isa"], self.facts["onednn"] = os.environ.get("REDRAFT_ISA"), os.environ.get("ONEDNN_MAX_CPU_ISA")
-        print("libraries print")  # must not be taken for an answer
+        print("libraries print")  # must not be read as an answer
 
     def decode(self) -> dict[str, Any]:
         return {"seconds": [9.0, 9.0, 0.5, 0.25, 0.5, 1.0], "tokens": list(self.tokens)}

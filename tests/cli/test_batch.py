@@ -1,4 +1,4 @@
-"""`redraft generate --prompts`: one line of results for each line, in order, whatever is wrong with some of them."""
+"""`redraft generate --prompts`: one line of results for each line, in order, even if some lines are wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`redraft bench serve`, from the command line, against a server that behaves and misbehaves as it is reported."""
+"""`redraft bench serve`, from the command line, against a server that misbehaves as each test needs."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_no_server_is_one_line(redraft: Redraft, fake: Fake, tmp_path: Path) -> 
 
 
 def test_output_tokens_without_usage(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
-    """By the server's tokenizer, without the token before a text; else a chunk is taken for a token, and either is reported."""
+    """Counted by the server's tokenizer, without the token before a text; else one for each chunk. The report says which."""
     given = ["--num-prompts", "2", "--extra", '{"fake": {"usage": false, "pieces": [" a b c", " d"]}}']
     _, out, _, found = serve(redraft, fake(), tmp_path / "a.json", *given)
     assert (found["total_output_tokens"], found["output_tokens_from"]) == (8, {"tokenize": 2}) and "counted by its /tokenize" in out
@@ -165,7 +165,7 @@ def test_closed_loop_keeps_its_number_in_flight(redraft: Redraft, fake: Fake, tm
 
 
 def test_no_answer_holds_up_the_next_request(redraft: Redraft, fake: Fake, tmp_path: Path) -> None:
-    """No stream goes on before all requests are there: a client that waits for an answer would time out."""
+    """No stream continues before all requests have arrived, so a client that waits for an answer would time out."""
     server = fake(gate=True)
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival,input,output\n" + "".join(f"{i},{20 + i},3\n" for i in range(20)))
@@ -185,7 +185,7 @@ def test_no_answer_holds_up_the_next_request(redraft: Redraft, fake: Fake, tmp_p
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_prints_and_exits_130(fake: Fake, tmp_path: Path) -> None:
-    """Two of three requests hang: what was measured is written, what was not is counted, and the server sees them leave."""
+    """Two of three requests hang. Results are written, unfinished requests are counted, and the server sees them leave."""
 
     class First(FakeOpenAI):
         async def _stream(self, request: Any, body: dict[str, Any], how: dict[str, Any]) -> Any:
@@ -213,7 +213,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def test_it_needs_no_pytorch(fake: Fake) -> None:
-    """The machine's memory and time are for the server that may run on it."""
+    """The client imports nothing heavy, because the server may run on the same machine."""
     given = ["bench", "serve", "--base-url", fake().url, "--num-prompts", "1"]
     done = subprocess.run([sys.executable, "-c", LIGHT, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1 completed" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""`redraft doctor` with the library, without it, and on a busy machine. No figure is checked, only that it is there."""
+"""`redraft doctor` with the library, without it, and on a busy machine. Figures are not checked, only that they are present."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_smaller_buffer_is_reported(redraft: Callable[..., Ran], monkeypatch: 
 
 @native
 def test_a_busy_machine_is_reported(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if half of the time had gone to others: the process's clock runs at half the speed of the wall's."""
+    """As if other processes had half of the time: the process's clock runs at half the speed of the wall clock."""
     clock = iter(range(1000))
     monkeypatch.setattr(doctor.time, "process_time", lambda: 0.5 * library.load().threads * next(clock))  # type: ignore[union-attr]
     wall = iter(range(1000))

@@ -17,7 +17,7 @@ from tests.cli.conftest import Ran
 
 @dataclass(frozen=True)
 class Spy(NoDraft):
-    """Opened, it looks into layers of the model that it was opened with."""
+    """When opened, it inspects layers of the model."""
 
     card: ClassVar[Card] = Card("Spy", "Nobody, 2026", Guarantee.LOSSY)
 

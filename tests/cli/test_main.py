@@ -1,4 +1,4 @@
-"""What holds for all verbs: nothing heavy for help, errors on one line, exit codes."""
+"""Common to all verbs: help imports nothing heavy, errors are one line, exit codes."""
 
 from __future__ import annotations
 

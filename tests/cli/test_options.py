@@ -1,4 +1,4 @@
-"""Options are the fields of config.py: none is forgotten, and what was given arrives as it was meant."""
+"""Options are the fields of config.py. None is missing, and given values arrive unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a setting of the server comes from: command line over environment over file over default, each named in its errors."""
+"""The source of a setting: command line before environment before file before default. Errors name it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Serve = Callable[..., Ran]
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Configs:
-    """What the server was started with; it ends with 3 where it serves port 3."""
+    """Records the arguments of the server. It ends with 3 if the port is 3."""
     started: Configs = []
 
     def run(engine: EngineConfig, serve: ServeConfig, sockets: list[Any]) -> int:
@@ -234,7 +234,7 @@ def test_a_variable_that_is_no_setting_is_a_warning(redraft: Serve, ran: Configs
 
 
 def test_variables_read_elsewhere_are_known() -> None:
-    """Else a user who sets one is warned of it."""
+    """Else users who set one would get a warning."""
     package = Path(__file__).parents[2] / "redraft"
     sources = [path.read_text(encoding="utf-8") for kind in ("*.py", "*.cpp", "*.h") for path in package.rglob(kind)]
     read = {name for text in sources for name in re.findall(r'(?:environ(?:\.get\(|\[)|getenv\()\s*"(REDRAFT_\w+)"', text)}

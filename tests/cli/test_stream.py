@@ -23,7 +23,7 @@ def delta(text: str, ids: list[int], drafted: list[bool]) -> Delta:
 @settings(max_examples=200, deadline=None)
 @given(st.text(min_size=1, max_size=12), st.data())
 def test_each_byte_a_token(text: str, data: st.DataObject) -> None:
-    """Steps of any sizes; the text lags behind by any amount, as it does where a stop string is held back."""
+    """Steps of any size. The text lags by any amount, as it does if a stop string is held back."""
     ids = list(text.encode())
     drafted = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
     colours, found, first, sent = Colours([65] * 9, Decoder(utf8)), [], 0, 0

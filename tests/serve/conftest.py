@@ -11,7 +11,7 @@ from tests.serve.live import Live
 
 @pytest.fixture(scope="session")
 def llm() -> LLM:
-    """The model itself, to compare with; its own engine never runs while a server's does."""
+    """The model, for comparisons. Its own engine does not run while a server's engine runs."""
     return LLM("embedded", dtype="float32", max_model_len=512, cache_memory=16 << 20, draft="token-recycling")
 
 
@@ -23,7 +23,7 @@ def _live(llm: LLM) -> Iterator[Live]:
 
 @pytest.fixture
 def live(_live: Live) -> Iterator[Live]:
-    """A server with nothing set; after each test it must be idle and empty."""
+    """A server with default settings. After each test it must be idle and empty."""
     yield _live
     _live.settle()
 

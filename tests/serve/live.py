@@ -1,4 +1,4 @@
-"""A server as users run it, uvicorn and all, in a thread of the test process."""
+"""A server as users run it, with uvicorn, in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redraft.llm import LLM
 from redraft.serve.config import ServeConfig
 from redraft.serve.run import server
 
-PATIENCE = 30.0  # seconds for what takes none on an idle machine
+PATIENCE = 30.0  # seconds; on an idle machine almost none are needed
 
 
 def soon(what: Any, seconds: float = PATIENCE) -> None:
@@ -26,7 +26,7 @@ def soon(what: Any, seconds: float = PATIENCE) -> None:
 
 
 class Live:
-    """Serves `llm` on a free port until it is left. Servers over siblings of one model may be up together, not busy together."""
+    """Serves `llm` on a free port within the block. Servers over siblings of one model may run together, but not be busy together."""
 
     def __init__(self, llm: LLM, **settings: Any) -> None:
         self.llm = llm
@@ -58,7 +58,7 @@ class Live:
         asyncio.run_coroutine_threadsafe(self.service.shell.call(lambda: until.wait(PATIENCE)), loop).result(PATIENCE)
 
     def settle(self) -> None:
-        """After any traffic: nothing runs, nothing waits, no page is held by anyone."""
+        """After any traffic: nothing runs, nothing waits, no page is in use."""
         engine = self.llm.engine
         soon(lambda: not self.service.shell.busy and not engine.has_work, 5)
         assert self.service.shell.alive

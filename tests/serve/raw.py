@@ -1,4 +1,4 @@
-"""A server in this process, on a socket of its own, and clients that misbehave."""
+"""A server in this process, on its own socket, and clients that misbehave."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redraft import LLM
 from redraft.serve.config import ServeConfig
 from redraft.serve.run import Server, server
 
-PATIENCE = 60.0  # seconds: nothing here takes one
+PATIENCE = 60.0  # seconds; each test takes less
 
 
 @cache
@@ -72,7 +72,7 @@ class Live:
         return self.ask("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], **more})
 
     def alone(self, prompt: str, **more: Any) -> str:
-        """What the server writes for a request that has it for itself."""
+        """The server's bytes for a request on its own connection."""
         return str(self.complete(prompt, **more).json["choices"][0]["text"])
 
     def raw(self, data: bytes, **options: int) -> socket.socket:
@@ -108,11 +108,11 @@ def post(path: str, body: Any, *lines: str) -> bytes:
 
 @contextmanager
 def live(llm: LLM | None = None, **settings: Any) -> Iterator[Live]:
-    """Runs until the block ends; then it is shut down as by SIGTERM, unless it has ended itself."""
+    """Runs until the block ends. Then it is shut down as by SIGTERM, unless it has ended."""
     llm = llm or embedded()
     served = server(llm, ServeConfig(access_log=False, log_level="critical", **settings))
-    listening = socket.socket(proto=socket.IPPROTO_TCP)  # without the number asyncio does not switch Nagle's delays off
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # those that it accepts inherit it
+    listening = socket.socket(proto=socket.IPPROTO_TCP)  # without the protocol asyncio does not disable Nagle's algorithm
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted sockets inherit it
     listening.bind(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     thread = threading.Thread(target=served.run, kwargs={"sockets": [listening]}, daemon=True)

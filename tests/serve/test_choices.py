@@ -1,4 +1,4 @@
-"""What a request may not choose, and what a reader of the server found in its first hour."""
+"""Methods that a request may not choose."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_what_the_engine_cannot_open_is_refused(server: Live, monkeypatch: pytes
     answer = server.complete("a", cache={"keep": "streaming-llm"})
     error = answer.json["error"]
     assert (answer.status, error["param"]) == (400, "cache") and "secret" not in error["message"]
-    assert server.complete("a").status == 500  # it chose nothing: the fault is the server's
+    assert server.complete("a").status == 500  # the request chose nothing, so the server is at fault
 
 
 def test_a_profile_that_is_missing_is_refused_without_its_path(server: Live) -> None:

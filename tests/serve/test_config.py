@@ -96,7 +96,7 @@ def test_a_template_is_a_file_or_itself(tmp_path: Path) -> None:
     path.unlink()
     assert config.but(port=1).chat_template == text + "ä"
     path.write_text("no marks")
-    with pytest.raises(InvalidInput, match="the file is no template"):
+    with pytest.raises(InvalidInput, match="the file is not a template"):
         ServeConfig(chat_template=str(path))
     path.write_bytes(b"{{ \xff }}")
     with pytest.raises(InvalidInput, match="it is not UTF-8"):

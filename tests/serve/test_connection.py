@@ -1,4 +1,4 @@
-"""Clients that close their sending side, and requests that could be read in two ways."""
+"""Clients that close their sending side, and ambiguous requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/serving.md: its examples run, its lists of fields are those of the server."""
+"""docs/serving.md: its examples run, and its lists of fields match the server."""
 
 from __future__ import annotations
 

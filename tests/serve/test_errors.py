@@ -1,4 +1,4 @@
-"""No reply names a path of the machine, whatever the error says."""
+"""No reply names a path of the machine, whatever the text of the error."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ from redraft.serve.listen import listen
 def test_a_port_in_use_is_named() -> None:
     (one,) = listen(ServeConfig(port=0))
     with one:
-        assert one.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's delays on
+        assert one.proto == socket.IPPROTO_TCP  # else asyncio does not disable Nagle's algorithm
         port = one.getsockname()[1]
         with pytest.raises(InvalidInput, match=f"port = {port}: in use"):
             listen(ServeConfig(port=port))
         socket.create_connection(("127.0.0.1", port)).close()
-    for again in listen(ServeConfig(port=port)):  # at once, though a connection was open
+    for again in listen(ServeConfig(port=port)):  # at once, although a connection was open
         again.close()
 
 

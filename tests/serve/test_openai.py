@@ -1,4 +1,4 @@
-"""The official client against a real server: what it asks is answered as OpenAI answers, and texts are those of the engine alone."""
+"""The official client against a real server. Replies have OpenAI's form, and texts equal those of the engine alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def text(client: openai.OpenAI, prompt: Any = CODE, **options: Any) -> str:
 
 
 def alone(llm: LLM, prompt: Any = CODE, **params: Any) -> Any:
-    """The same from the engine itself, undrafted."""
+    """The same text from the engine, without drafts."""
     given = {"temperature": 0, "max_tokens": 24, "draft": "none", **params}
     return llm.generate(prompt, SamplingParams(**given))[0]
 
@@ -260,7 +260,7 @@ def test_seeds_of_every_size(client: openai.OpenAI) -> None:
 
 
 def test_many_at_once_give_what_each_gives_alone(live: Live, client: openai.OpenAI) -> None:
-    """By the asynchronous client, streams and whole replies, methods mixed in one batch."""
+    """With the asynchronous client: streams and whole replies, with several methods in one batch."""
     choices: list[Any] = ["off", {"method": "copyspec"}, {"method": "draft-model"}, None]
     asked = [
         {"prompt": (CODE, ADD)[i % 2], "seed": i, "temperature": 0.8, "max_tokens": 16, "extra_body": {"speculation": choices[i % 4]}}
@@ -304,7 +304,7 @@ def test_logprobs_of_a_chat_without_others(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_of_a_completion(client: openai.OpenAI, llm: LLM) -> None:
-    """The chosen token is among the likeliest of its place, or comes on top of them."""
+    """The chosen token is among the likeliest ones, or is added to them."""
     options = {"logprobs": 2, "temperature": 1.0, "seed": 3}
     (choice,) = complete(client, **options).choices
     direct = alone(llm, **options).outputs[0]
@@ -324,7 +324,7 @@ def test_logprobs_of_a_completion(client: openai.OpenAI, llm: LLM) -> None:
 
 
 def test_echo_has_the_prompt_alone(client: openai.OpenAI, llm: LLM) -> None:
-    """As those who measure models ask: nothing generated, all of the prompt scored."""
+    """As evaluation tools request it: nothing is generated, the whole prompt is scored."""
     reply = complete(client, ADD, echo=True, logprobs=1, max_tokens=0)
     (choice,) = reply.choices
     direct = alone(llm, ADD, prompt_logprobs=1, max_tokens=1)
@@ -340,7 +340,7 @@ def test_echo_has_the_prompt_alone(client: openai.OpenAI, llm: LLM) -> None:
 
 
 def test_echo_before_what_is_generated(client: openai.OpenAI, llm: LLM) -> None:
-    """Also of prompts given as tokens, whose special ones are part of the text then."""
+    """Also for prompts given as tokens, whose special tokens are then part of the text."""
     for prompt, before in ((ADD, ADD), (llm.tokenizer.encode(ADD), "<s>" + ADD)):
         (choice,) = complete(client, prompt, echo=True, logprobs=0, max_tokens=5).choices
         assert choice.text == before + alone(llm, ADD, max_tokens=5).outputs[0].text
@@ -400,7 +400,7 @@ def test_letters_are_never_split(client: openai.OpenAI, llm: LLM, speculation: A
 
 
 def test_bytes_that_are_no_letters(client: openai.OpenAI, llm: LLM) -> None:
-    """The first of three bytes again and again: each is sent as a replacement character, none is lost."""
+    """The first of three bytes, repeated: each is sent as a replacement character, none is lost."""
     byte = llm.tokenizer.encode("世", special=False)[-3]
     options: Any = {"logit_bias": {str(byte): 100}, "max_tokens": 6, "logprobs": 0}
     (choice,) = complete(client, ADD, **options).choices
@@ -514,7 +514,7 @@ def test_the_checkpoint_s_own_settings_hold_where_nothing_is_given(client: opena
     assert reply.choices[0].text == alone(llm, temperature=0.5, seed=3, max_tokens=16).outputs[0].text
 
 
-# ---- what is expected of the text
+# ---- predictions
 
 
 def test_a_perfect_prediction_is_accepted(client: openai.OpenAI) -> None:
@@ -547,7 +547,7 @@ def test_a_prediction_of_a_completion_and_in_a_stream(client: openai.OpenAI) -> 
     assert (off.choices[0].text, off.model_extra["metrics"]["drafted"]) == (answer, 0)
 
 
-# ---- where tokens are from
+# ---- provenance
 
 
 @pytest.mark.parametrize("method", ["token-recycling", "draft-model"])
@@ -658,7 +658,7 @@ def test_embeddings(client: openai.OpenAI, llm: LLM, pooling: str) -> None:
 
 @pytest.fixture(scope="module")
 def hidden(llm: LLM) -> list[np.ndarray]:
-    """Of Hugging Face's own implementation, behind the final norm."""
+    """From Hugging Face's implementation, after the final norm."""
     import torch
     from transformers import AutoModel
 
@@ -846,7 +846,7 @@ def test_a_model_that_is_not_here(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_step_that_fails_ends_its_request(live: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
-    """The client hears of it, of the inside nothing; the next request is answered."""
+    """The client gets an error without internals. The next request is answered."""
     expected, runner = text(client), live.llm.runner
     forward, calls = runner.forward, 0
 
@@ -918,7 +918,7 @@ def test_keys(narrow: Live, keyed: openai.OpenAI) -> None:
         assert (error.value.code, error.value.type) == ("invalid_api_key", "authentication_error")
         assert error.value.response.headers["www-authenticate"] == "Bearer"
         assert "key-" not in str(error.value)
-    assert call(narrow, "/health") == {"status": "ok"}  # asked by machines that have none
+    assert call(narrow, "/health") == {"status": "ok"}  # for monitoring without a key
     with pytest.raises(openai.AuthenticationError):
         call(narrow, "/server_info")
 
@@ -958,7 +958,7 @@ def test_a_body_that_is_too_large(keyed: openai.OpenAI) -> None:
 
 
 def test_too_many_wait(narrow: Live, keyed: openai.OpenAI) -> None:
-    """One runs, two wait, the fourth is refused; all are gone with their clients."""
+    """One runs, two wait, the fourth is refused. All end when their clients leave."""
     asked: Any = {"model": "one", "prompt": CODE, "max_tokens": 450, "n": 2}
     asked["extra_body"] = {"ignore_eos": True, "speculation": "off"}
 
@@ -988,7 +988,7 @@ def test_too_many_wait(narrow: Live, keyed: openai.OpenAI) -> None:
 
 
 def test_the_urgent_go_first(narrow: Live) -> None:
-    """Two that come while the engine rests, one place to run in."""
+    """Two requests arrive while the engine is idle, and one can run."""
     shell, go = narrow.service.shell, threading.Event()
 
     async def race() -> list[int]:
@@ -1024,7 +1024,7 @@ def test_a_request_that_takes_too_long(llm: LLM) -> None:
 
 
 def test_a_stream_with_nothing_to_tell_says_that_it_lives(llm: LLM) -> None:
-    """Comments, which clients skip."""
+    """Comments are sent, which clients skip."""
     with Live(llm.sibling(), keep_alive=0.001) as live, live.client() as client:
         with client.completions.with_streaming_response.create(model="embedded", prompt=CODE * 15, max_tokens=3, stream=True) as response:
             lines = list(response.iter_lines())

@@ -1,4 +1,4 @@
-"""The endpoints for those who run a server."""
+"""The endpoints for operators of a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No web page drives a server on loopback; programs need no content type."""
+"""No foreign web page can use a server on loopback. Programs need no content type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pieces of a stream as they come, with signs of life between and an end in time."""
+"""Pieces of a stream are passed on as they arrive, with comments in between, until a deadline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAR = 3600.0
 
 
 class Source:
-    """Yields pieces, sleeps where a number stands among them, raises exceptions. ended: nobody holds it any more."""
+    """Yields pieces, sleeps for numbers among them, raises exceptions. ended: it was closed."""
 
     def __init__(self, *pieces: Any) -> None:
         self.pieces, self.ended = pieces, False

@@ -1,4 +1,4 @@
-"""Conversations of every role as the template gets them, and texts that take too long to read."""
+"""Conversations with every role as the template receives them, and texts that take too long to tokenize."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The server is held against its own OpenAPI document: by schemathesis, and where that cannot look by hand.
+"""The server is checked against its own OpenAPI document: by schemathesis, and by hand where that cannot check.
 
-Its check positive_data_acceptance is left out: that token ids lie within the vocabulary, or that a prompt fits into the context, no
-schema can say. `scripts/prove fuzz` is the long form.
+Its check positive_data_acceptance is left out, because a schema cannot say that token ids are in the vocabulary or that a prompt fits
+the context. `scripts/prove fuzz` is the long form.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_no_answer_differs_from_the_document(server: Live, document: Any, path: 
         case.call_and_validate(excluded_checks=excluded, timeout=60)
 
     good()
-    if method == "POST" and path != "/reset_prefix_cache":  # the others take nothing that could be wrong
+    if method == "POST" and path != "/reset_prefix_cache":  # the others have no input that could be wrong
         bad()
 
 

@@ -10,7 +10,7 @@ from redraft.serve.shell import Ticket
 
 
 def test_nothing_is_lost_that_was_received_before_it_was_taken() -> None:
-    """The engine may be done while the first of its news is still on its way to a slow client."""
+    """The engine may have finished while its first event is still on its way to a slow client."""
 
     async def taken() -> list[Any]:
         request = Request("r", [1], SamplingParams(max_tokens=3))

@@ -1,4 +1,4 @@
-"""What a server must survive: impatient, slow, silent and rude clients, requests whose parts raise, a dead engine, and signals."""
+"""A server survives impatient, slow, silent and misbehaving clients, requests with failing methods, a dead engine, and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = ("def add(", "The cat sat on", "import numpy as", "Once upon a time")
 
 
 class Brake:
-    """While it is on, steps do nothing: what happens in the middle of a request needs one that does not end meanwhile."""
+    """While it is on, steps do nothing. Tests of running requests need one that does not end."""
 
     def __init__(self, engine: Any) -> None:
         self.held, self.steps, self.inner = False, 0, engine.step
@@ -53,11 +53,11 @@ def server() -> Iterator[Live]:
         yield made
 
 
-# ---- who may ask, and how much
+# ---- access and limits
 
 
 def test_the_queue_is_bounded_and_says_when_to_come_back(server: Live, brake: Brake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three may wait beside the one that could run."""
+    """Three may wait in addition to the one that can run."""
     monkeypatch.setattr(server.llm.engine, "scheduler", replace(server.llm.engine.scheduler, max_seqs=1))
     brake.on()
     waiting = [server.raw(post("/v1/completions", {"prompt": prompt, "max_tokens": 2})) for prompt in (*PROMPTS[:3], "one")]
@@ -245,11 +245,11 @@ def test_the_clock_may_jump(server: Live, brake: Brake, monkeypatch: pytest.Monk
     assert rest[-1] == "data: [DONE]" and not any("error" in line for line in rest)
 
 
-# ---- requests whose parts raise
+# ---- requests with failing methods
 
 
 def together(server: Live, spoiled: Any, neighbours: list[str]) -> tuple[Any, list[str]]:
-    """A request that fails, beside others: its answer and their texts."""
+    """A request that fails among others: its answer and their texts."""
     found: dict[str, Any] = {}
 
     def ask(name: str, task: Any) -> None:
@@ -294,7 +294,7 @@ def test_logits_that_are_no_numbers_end_their_own_request(server: Live, monkeypa
 
 
 def failed(answer: Any) -> Any:
-    """The error of an answer: 500, or the event of a stream, behind which comes the end."""
+    """The error of an answer: 500, or the event of a stream, followed by its end."""
     if answer.status != 200:
         assert answer.status == 500
         return answer.json
