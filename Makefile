@@ -1,4 +1,4 @@
-# make demo: install, generate with the embedded model, compare the default drafter with the plain loop. make test: install, lint, types, arrows, tests.
+# make demo: install, generate with the embedded model, compare the default drafter with the plain loop. make test: install, lint, types, import rules, tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

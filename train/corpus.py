@@ -12,13 +12,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
-"""A line of its own that parts the documents of a text file."""
+"""The line between two documents of a text file."""
 
 SKIPPED_FOLDERS = {"__pycache__", "_bundled", "encodings", "idle_test", "pydoc_data", "site-packages", "test", "tests"}
-"""Not the library's own prose: tests, bundled wheels, installed packages, and generated tables."""
+"""Left out: tests, bundled wheels, installed packages and generated tables."""
 
 LONGEST_FILE = 160_000
-"""Bytes. A longer file of the standard library would be too large a share of one small corpus."""
+"""Bytes. A longer file of the standard library would be too large a part of a small corpus."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def standard_library(folder: Path | None = None) -> list[Document]:
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder)
         if SKIPPED_FOLDERS.isdisjoint(name.parts) and 0 < path.stat().st_size <= LONGEST_FILE:
-            with tokenize.open(path) as file:  # decodes as the file's own coding line says
+            with tokenize.open(path) as file:  # decodes by the coding line of the file
                 documents.append(Document("stdlib", name.as_posix(), file.read()))
     if not documents:
         raise ValueError(f"no Python source in {folder}")
@@ -47,7 +47,7 @@ def standard_library(folder: Path | None = None) -> list[Document]:
 
 
 def separated_file(path: Path, source: str) -> list[Document]:
-    """The documents of a text file (`.txt`, or `.zst` of one), parted by lines `<|endoftext|>`."""
+    """The documents of a text file (`.txt`, or `.zst` of one), separated by lines `<|endoftext|>`."""
     if not path.is_file():
         raise FileNotFoundError(f"no corpus file at {path}")
     data = path.read_bytes()
@@ -63,7 +63,7 @@ def separated_file(path: Path, source: str) -> list[Document]:
 
 
 def split(documents: list[Document], held_out: float = 0.02) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents. A text's own hash decides, so equal texts are never on both sides."""
+    """(training, held-out) documents. The hash of a text decides, so equal texts are never on both sides."""
     training, held = [], []
     for document in documents:
         digest = hashlib.sha256(document.text.encode()).digest()
@@ -72,7 +72,7 @@ def split(documents: list[Document], held_out: float = 0.02) -> tuple[list[Docum
 
 
 def encode(documents: list[Document], tokenizer: Tokenizer) -> dict[str, list[np.ndarray]]:
-    """Source -> its documents as uint16 ids, each `<s> text </s>` (the tokenizer itself puts `<s>` in front)."""
+    """Source -> its documents as uint16 ids, each `<s> text </s>` (the tokenizer adds `<s>`)."""
     end = tokenizer.token_to_id("</s>")
     encodings = tokenizer.encode_batch([document.text for document in documents])
     encoded: dict[str, list[np.ndarray]] = {}

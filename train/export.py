@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from train import tokenizer as bpe
 
-TEMPERATURE = 0.5  # of the generation_config.json: what `redraft generate` samples with unless reported otherwise
+TEMPERATURE = 0.5  # of the generation_config.json: what `redraft generate` samples with unless another is given
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Result:
 
 
 def write(model: LlamaForCausalLM, tokenizer: Tokenizer, result: Result, folder: Path) -> None:
-    """Write the checkpoint in bfloat16, each file complete before it takes its name in `folder`."""
+    """Write the checkpoint in bfloat16. Each file is complete before it gets its name in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:

@@ -80,7 +80,7 @@ def build(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
 
 
 class Trainer:
-    """Trains one model; its `folder` holds `checkpoint.pt`, which a new trainer takes up, and `log.jsonl`."""
+    """Trains one model; its `folder` holds `checkpoint.pt`, from which a new trainer continues, and `log.jsonl`."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Trainer:
             file.write(json.dumps(entry) + "\n")
 
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then rename it: a reader never sees half a file."""
+        """Write the checkpoint beside the old one, then rename it, so that a reader never sees half a file."""
         state = {
             "step": self.step,
             "tokens": self.step * self.plan.batch,
@@ -187,7 +187,7 @@ class Trainer:
         os.replace(partial, self.checkpoint)
 
     def load(self) -> None:
-        """Take up the checkpoint in `folder`."""
+        """Continue from the checkpoint in `folder`."""
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

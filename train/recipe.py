@@ -30,8 +30,8 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-"""Keep freed activations in the process, on huge pages: a third more tokens per second on Linux. And let a thread that
-waits for the other sleep, or a training run that shares its cores with anything else comes to a halt."""
+"""Keep freed activations in the process, on huge pages: a third more tokens per second on Linux. And let a waiting thread sleep:
+otherwise a training run that shares its cores nearly stops."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_tokenizer(work: Path, training: Documents) -> Tokenizer:
 
 
 class Run:
-    """One model of the pair with its data, in `work / name`; a checkpoint found there is taken up."""
+    """One model of the pair with its data, in `work / name`; it continues from a checkpoint found there."""
 
     def __init__(self, member: Member, work: Path, training: Documents, held: Documents) -> None:
         self.member, self.plan = member, pretrain.Plan(tokens=member.tokens)
@@ -116,16 +116,16 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.recipe", description=__doc__)
-    parser.add_argument("--peps", type=Path, required=True, help="PEPs parted by <|endoftext|> lines, .txt or .zst")
+    parser.add_argument("--peps", type=Path, required=True, help="PEPs separated by <|endoftext|> lines, .txt or .zst")
     parser.add_argument("--stdlib", type=Path, help="standard library (default: the running interpreter's)")
     parser.add_argument("--work", type=Path, default=Path(".train/embedded"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("redraft/embedded"), help="where to export (%(default)s)")
-    parser.add_argument("--only", choices=[member.name for member in PAIR], help="one of the pair")
+    parser.add_argument("--only", choices=[member.name for member in PAIR], help="train only this model of the pair")
     parser.add_argument("--tokens", type=int, help="training tokens (default: each model's own)")
     parser.add_argument("--export", action="store_true", help="train nothing: export the checkpoints as they stand")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     arguments = parser.parse_args()
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # read by a process only as it starts
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # a process reads it only at its start
         os.execve(sys.executable, [sys.executable, "-m", "train.recipe", *sys.argv[1:]], os.environ | ENVIRONMENT)
     torch.set_num_threads(arguments.threads)
     try:

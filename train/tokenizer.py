@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 BOS, EOS = "<s>", "</s>"
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-"""Chat markers. Training text never contains them; they exist so that a fine-tuned pair needs no new vocabulary."""
+"""Chat markers. Training text never contains them; with them a fine-tuned pair needs no new vocabulary."""
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\n]*|\s*[\n]+|\s+(?!\S)|\s+"
 """Words and punctuation keep one leading space, each digit stands alone, and an indentation is one piece."""
@@ -33,7 +33,7 @@ Answer: {{ message['content'] | trim }}
 Answer:
 {%- endif -%}
 """
-"""Plain prose: the pair saw no chats, but it has seen PEPs that ask and answer."""
+"""Plain prose: the pair was trained on no chats, but on PEPs with questions and answers."""
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
