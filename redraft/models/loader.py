@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from redraft import registry
-from redraft.core.spec import Experts, Mlp, ModelSpec, Source
+from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
 from redraft.models.generation import read_defaults, read_eos
@@ -54,7 +54,7 @@ class Checkpoint:
     dtype: torch.dtype
     weight_bytes: int
     eos_ids: tuple[int, ...]
-    sources: dict[str, Source] = field(repr=False)
+    sources: dict[str, WeightSource] = field(repr=False)
     tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
 
@@ -160,7 +160,7 @@ def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
     return replace(spec, source=lambda name: _bare(spec, spec.source(name)))
 
 
-def _bare(spec: ModelSpec, source: Source) -> Source:
+def _bare(spec: ModelSpec, source: WeightSource) -> WeightSource:
     names = tuple(name.removeprefix(spec.prefix) for name in source.names)
     return replace(source, names=names, otherwise=source.otherwise and _bare(spec, source.otherwise))
 
@@ -285,13 +285,13 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
     )
 
 
-def _parts(source: Source, out: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _parts(source: WeightSource, out: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Each stored tensor of a weight, and the view of the weight that it fills."""
     rows = source.rows or [len(out) // len(source.names)] * len(source.names)
     yield from zip(source.names, out.split(list(rows)), strict=True)
 
 
-def _check(path: Path, tensors: TensorSource, name: str, source: Source, shape: tuple[int, ...]) -> Source:
+def _check(path: Path, tensors: TensorSource, name: str, source: WeightSource, shape: tuple[int, ...]) -> WeightSource:
     """The source, or its alternative, with every part in the files, of the right shape and a dtype that is read."""
     found = tensors.tensors
     while source.names[0] not in found and source.otherwise and source.otherwise.names[0] in found:
@@ -312,7 +312,7 @@ def _check(path: Path, tensors: TensorSource, name: str, source: Source, shape: 
     return source
 
 
-def _check_nothing_left(spec: ModelSpec, sources: dict[str, Source], tensors: TensorSource) -> None:
+def _check_nothing_left(spec: ModelSpec, sources: dict[str, WeightSource], tensors: TensorSource) -> None:
     left = set(tensors.tensors).difference(*(source.names for source in sources.values()))
     left = {name for name in left if not _HARMLESS.search(name) and not (spec.tied and name == "lm_head.weight")}
     if left:

@@ -13,7 +13,7 @@ import torch
 
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -44,7 +44,7 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
     inner = Experts(4, 2, Mlp(24)) if experts else mlp
     kind = Norm(norm)  # type: ignore[arg-type]
     layers = tuple(LayerSpec(Attention(4, 2, SIZE, rotary, window if i else None, True, True), inner, kind) for i in range(2))
-    spec = ModelSpec(VOCAB, HIDDEN, 512, layers, kind, False, lambda name: Source((name,)))
+    spec = ModelSpec(VOCAB, HIDDEN, 512, layers, kind, False, lambda name: WeightSource((name,)))
     made = []
     for mixer in spec.attention:
         some: dict[str, object] = {}

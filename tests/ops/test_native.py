@@ -29,7 +29,7 @@ from redraft.core.batch import Batch, PageView
 from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import PLAIN, CachePlan, Lanes, Request, Sequence, Space
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
@@ -148,7 +148,7 @@ def test_rope(heads: int, size: int, dtype: torch.dtype) -> None:
     """Far positions too: angles are in float64."""
     turn = Rotary(tuple(500.0 ** (-2 * i / size) for i in range(size // 2)), 1.2)
     layer = Attention(heads, heads, size, turn)
-    spec = ModelSpec(9, 8, 512, (LayerSpec(layer, Mlp(8)),), Norm(), True, lambda name: Source((name,)))
+    spec = ModelSpec(9, 8, 512, (LayerSpec(layer, Mlp(8)),), Norm(), True, lambda name: WeightSource((name,)))
     positions = np.array([0, 1, 31, 77_777, 1_000_003], np.int32)
     works = [work([1]) for _ in positions]
     plan = NativeOps(dtype).plan(replace(Batch.pack(works, [EMPTY] * 5, view(works)), positions=positions), spec)
@@ -296,7 +296,7 @@ def test_codecs_that_no_kernel_reads_are_refused_by_name() -> None:
         with pytest.raises(Unsupported, match=f"codec '{name}': backend 'native' has no kernel.*use backend 'torch'"):
             ops.define(pool, toys[name])
     ops.define(pool, shipped["int8"])
-    with pytest.raises(Unsupported, match="format 'int8' is of two layouts"):
+    with pytest.raises(Unsupported, match="format 'int8' has two layouts"):
         ops.define(pool, replace(shipped["blocks"], name="int8"))
 
 
@@ -313,7 +313,7 @@ def test_picks_may_lie_in_memory_in_any_order(dtype: torch.dtype, monkeypatch: p
 def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None:
     """Those without a usable scale too."""
     layer = LayerSpec(Attention(2, 1, 20), Mlp(8))
-    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: Source((name,)))
+    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: WeightSource((name,)))
     x = randn(1, 2, 64, 1, 20) * 10 ** torch.linspace(-30, 30, 64)[:, None, None]
     for row, odd in enumerate((0.0, 1e-40, 3e-38, 3.4028234e38, math.inf, -math.inf, math.nan)):
         x[:, row] = odd if abs(odd) < 1e-30 else x[:, row]
@@ -424,7 +424,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         for i in range(LAYERS)
     )  # fmt: skip
     spec = ModelSpec(
-        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: Source((name,)), CONTEXT if shape.learned else None
+        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: WeightSource((name,)), CONTEXT if shape.learned else None
     )
 
     def layer_of(layer: Attention) -> LayerWeights:

@@ -17,7 +17,7 @@ from torch import Tensor
 from redraft.core.batch import Batch, PageView
 from redraft.core.plan import Work
 from redraft.core.sequence import Lanes, Space
-from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -44,7 +44,7 @@ def model(window: int | None = None, *, size: int = SIZE, scale: float = 1.0) ->
         )
         for theta, w in ((50.0, None), (200.0, window))
     )
-    return ModelSpec(9, 8, 512, layers, Norm(), True, lambda name: Source((name,)))
+    return ModelSpec(9, 8, 512, layers, Norm(), True, lambda name: WeightSource((name,)))
 
 
 # ---- toys
@@ -446,7 +446,7 @@ def test_few_slots_are_gathered_and_many_are_not(name: str, monkeypatch: pytest.
 
 
 def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | None, taps: Taps = NOTHING) -> list[Tensor]:
-    """A chunk, a chunk longer than ALONE, a tree and a decode of one sequence; 64 wide, so that kernels work in blocks."""
+    """A chunk, a chunk longer than MAX_GROUPED_ROWS, a tree and a decode of one sequence; 64 wide, so that kernels work in blocks."""
     ops, lanes = TorchOps(dtype), 1 if kind is Lanes.SHARED else LAYERS * HEADS
     pool, dice = ops.allocate(spec, 8), torch.Generator().manual_seed(1)
     pool.data.fill_(math.nan)
