@@ -1,4 +1,4 @@
-"""A model names the forms of its memory."""
+"""ModelSpec.memories: the layers grouped by the form of their memory."""
 
 from __future__ import annotations
 

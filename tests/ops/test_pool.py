@@ -1,4 +1,4 @@
-"""Zero and move of the plain pages, backend against reference, and each lane kind's pages against the definition of a place."""
+"""Zero and move of plain pages, backends against the reference, and the pages of each lane kind against the definition of a place."""
 
 from __future__ import annotations
 
