@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, WeightSource
 from redraft.engine.engine import Engine
 from redraft.engine.policies import SEAMS
 from redraft.errors import RedraftError
@@ -91,7 +91,7 @@ class Copy:
     file: Path
 
     def checkpoint(self, quant: Any = None) -> Checkpoint:
-        sources = {name: Source((name,)) for name in self.spec.shapes()}
+        sources = {name: WeightSource((name,)) for name in self.spec.shapes()}
         return Checkpoint(self.file.parent, self.spec, self.dtype, 0, (), sources, Safetensors(self.file.parent), quant)
 
     @cached_property

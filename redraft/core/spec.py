@@ -120,7 +120,7 @@ class MemoryGroup(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where the checkpoint stores a canonical weight. names: tensors to concatenate along the output dimension; rows: the number of
     rows of each, equal parts if empty; place: (i, n) if the tensor holds n such weights and this is weight i; transposed: stored as
     [in, out]; otherwise: the source to use if the checkpoint lacks the first name."""
@@ -129,7 +129,7 @@ class Source:
     rows: tuple[int, ...] = ()
     place: tuple[int, int] | None = None
     transposed: bool = False
-    otherwise: Source | None = None
+    otherwise: WeightSource | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     final_norm: Norm
     tied: bool
-    source: Callable[[str], Source] = field(repr=False, compare=False)
+    source: Callable[[str], WeightSource] = field(repr=False, compare=False)
     learned_positions: int | None = None  # rows of the learned position table
     family: str = ""
     prefix: str = ""  # prefix of tensor names that a checkpoint saved without its head leaves out

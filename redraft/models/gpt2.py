@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.llama import activation, refuse
 
@@ -49,11 +49,11 @@ def spec(config: PretrainedConfig) -> ModelSpec:
     )
 
 
-def _source(name: str) -> Source:
+def _source(name: str) -> WeightSource:
     if name == "head":
-        return Source(("lm_head.weight",))
+        return WeightSource(("lm_head.weight",))
     if name in _TOP:
-        return Source((f"transformer.{_TOP[name]}",))
+        return WeightSource((f"transformer.{_TOP[name]}",))
     _, layer, part, kind = name.split(".")
     dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D stores [in, out]
     return Source((f"transformer.h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)

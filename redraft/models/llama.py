@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.rotary import context, rotary
 
@@ -61,7 +61,7 @@ def decoder(
     qk_norm: bool = False,
     windows: list[int | None] | None = None,
     experts: Callable[[Mlp], Experts] | None = None,
-    source: Callable[[str], Source | None] = lambda name: None,
+    source: Callable[[str], WeightSource | None] = lambda name: None,
 ) -> ModelSpec:
     """A model with Llama's layers. `windows`: one for each layer; `experts`: makes the mixture from the mlp of one expert; `source`: the
     tensors of a weight, None for weights that are named as in Llama."""
@@ -75,14 +75,14 @@ def decoder(
     turn = rotary(config, head_dim)
     rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
 
-    def place(name: str) -> Source:
+    def place(name: str) -> WeightSource:
         if found := source(name):
             return found
         if name in _TOP:
-            return Source((_TOP[name],))
+            return WeightSource((_TOP[name],))
         _, layer, part, kind = name.split(".")
         names = tuple(f"model.layers.{layer}.{p}.{kind}" for p in _PARTS[part])
-        return Source(names, rows if part == "qkv" else ())
+        return WeightSource(names, rows if part == "qkv" else ())
 
     return ModelSpec(
         vocab=config.vocab_size,

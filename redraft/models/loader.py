@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from redraft import registry
-from redraft.core.spec import Experts, Mlp, ModelSpec, Source
+from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
 from redraft.models.generation import read_defaults, read_eos
@@ -54,7 +54,7 @@ class Checkpoint:
     dtype: torch.dtype
     weight_bytes: int
     eos_ids: tuple[int, ...]
-    sources: dict[str, Source] = field(repr=False)
+    sources: dict[str, WeightSource] = field(repr=False)
     tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
 
@@ -160,7 +160,7 @@ def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
     return replace(spec, source=lambda name: _bare(spec, spec.source(name)))
 
 
-def _bare(spec: ModelSpec, source: Source) -> Source:
+def _bare(spec: ModelSpec, source: WeightSource) -> WeightSource:
     names = tuple(name.removeprefix(spec.prefix) for name in source.names)
     return replace(source, names=names, otherwise=source.otherwise and _bare(spec, source.otherwise))
 
@@ -313,7 +313,7 @@ def _check(path: Path, tensors: TensorSource, name: str, source: Source, shape: 
     return source
 
 
-def _check_nothing_left(spec: ModelSpec, sources: dict[str, Source], tensors: TensorSource) -> None:
+def _check_nothing_left(spec: ModelSpec, sources: dict[str, WeightSource], tensors: TensorSource) -> None:
     left = set(tensors.tensors).difference(*(source.names for source in sources.values()))
     left = {name for name in left if not _HARMLESS.search(name) and not (spec.tied and name == "lm_head.weight")}
     if left:

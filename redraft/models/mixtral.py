@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from redraft.core.spec import Experts, ModelSpec, Source
+from redraft.core.spec import Experts, ModelSpec, WeightSource
 from redraft.models.llama import decoder, refuse
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ def spec(config: PretrainedConfig) -> ModelSpec:
             return None
         layer = f"model.layers.{name.split('.')[1]}"
         if name.endswith("router.weight"):
-            fused = Source((f"{layer}.mlp.gate.weight",))
-            return Source((f"{layer}.block_sparse_moe.gate.weight",), otherwise=fused)
+            fused = WeightSource((f"{layer}.mlp.gate.weight",))
+            return WeightSource((f"{layer}.block_sparse_moe.gate.weight",), otherwise=fused)
         expert, part = int(name.split(".")[3]), name.split(".")[4]
-        fused = Source((f"{layer}.mlp.experts.{'gate_up' if part == 'up' else 'down'}_proj",), place=(expert, count))
+        fused = WeightSource((f"{layer}.mlp.experts.{'gate_up' if part == 'up' else 'down'}_proj",), place=(expert, count))
         parts = ("w1", "w3") if part == "up" else ("w2",)
-        return Source(tuple(f"{layer}.block_sparse_moe.experts.{expert}.{p}.weight" for p in parts), otherwise=fused)
+        return WeightSource(tuple(f"{layer}.block_sparse_moe.experts.{expert}.{p}.weight" for p in parts), otherwise=fused)
 
     return decoder(
         config,

@@ -1,1 +1,1 @@
-"""How is it computed? The Backend interface, its float64 definition, and the fast ones."""
+"""The Backend interface, its float64 definition, and the fast backends."""

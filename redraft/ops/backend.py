@@ -1,4 +1,4 @@
-"""The whole hardware seam. The layout inside a page is the backend's own affair."""
+"""The complete hardware interface. Each backend decides the layout inside a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the cards of methods are read without loading it
 
 
 class Feature(StrEnum):
-    """What a backend can do beyond the base; asked for by name and refused by name."""
+    """Optional capabilities of a backend. Errors use these names."""
 
     PER_LAYER = "per-layer lanes"
     PER_HEAD = "per-head lanes"
@@ -42,17 +42,17 @@ class Linear(NamedTuple):
 
     @property
     def meta(self) -> bool:
-        """Shapes without numbers."""
+        """Whether the weight has a shape only, without numbers."""
         return self.weight.is_meta
 
     def rows(self, keep: NDArray[Any]) -> Linear:
-        """Only these outputs, unpacked."""
-        dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight  # a backend's own layout, see Backend.pack
+        """The layer with these outputs only, unpacked."""
+        dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight  # a layout of a backend, see Backend.pack
         return Linear(dense[keep], None if self.bias is None else self.bias[keep])
 
 
 class Stored(Protocol):
-    """A linear layer in a form that only its backend reads; see Backend.pack."""
+    """A linear layer in a form that only its backend can read; see Backend.pack."""
 
     @property
     def outs(self) -> int: ...
@@ -88,9 +88,9 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All of a model's numbers, on one device, in one dtype but for quantized ones."""
+    """All weights of a model, on one device and in one dtype, except quantized weights."""
 
-    embed: Tensor | Stored  # Stored: the head, which it is tied to, in its backend's form
+    embed: Tensor | Stored  # Stored if tied: the head, in the form of its backend
     head: LinearWeights  # over `embed` itself when tied
     final_norm: NormWeights
     layers: tuple[LayerWeights, ...]
@@ -105,7 +105,7 @@ class Weights:
         def walk(value: Any) -> None:
             if isinstance(value, Tensor):
                 seen[id(value)] = value.numel() * value.element_size()
-            elif is_dataclass(value):  # a layer, or a linear layer as a backend holds it
+            elif is_dataclass(value):  # a layer, or a linear layer in the form of a backend
                 walk(tuple(vars(value).values()))
             elif isinstance(value, tuple | dict):
                 for item in value.values() if isinstance(value, dict) else value:
@@ -116,10 +116,10 @@ class Weights:
 
 
 class Seen(NamedTuple):
-    """Statistics of one sequence's attention weights in float32 or better, w watches in the order of Taps.attention. Slot j
-    of a lane with n committed slots: committed where j < n, else row j - n of the sequence's tail; lanes are padded to the
-    longest. chain: [w, L, K, slots], summed over the chain rows at positions >= since; nodes: [w, N, L, K, slots], of each
-    tree row by itself."""
+    """Statistics of the attention weights of one sequence, in float32 or better, for w watches in the order of Taps.attention. In a
+    lane with n committed slots, slot j < n is committed, and slot j >= n is row j - n of the tail. Lanes are padded to the longest.
+    chain: [w, L, K, slots], summed over the chain rows at positions >= since; nodes: [w, N, L, K, slots], one entry for each tree
+    row."""
 
     chain: Tensor
     nodes: Tensor
@@ -127,9 +127,9 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a forward pass returns, one row a logit row. argmax: i32[R], lowest id wins ties, -1 where a row holds NaN or +inf; top_k:
-    i32[R, k], best first, ties by id; logits: [R, V] in the backend's dtype or float32; hidden: layer -> [T, hidden] after that layer;
-    attention: place of a sequence in the batch -> Seen."""
+    """The results of a forward pass, one row for each logit row. argmax: i32[R], the lowest id of equal logits, -1 where a row holds NaN
+    or +inf; top_k: i32[R, k], best first, lower ids first among equal logits; logits: [R, V] in the backend's dtype or float32; hidden:
+    layer -> [T, hidden] after that layer; attention: index of a sequence in the batch -> Seen."""
 
     argmax: I32
     top_k: I32 | None = None
@@ -139,7 +139,7 @@ class Outputs:
 
 
 def argmax(logits: Tensor) -> I32:
-    """Outputs.argmax of rows of logits."""
+    """Outputs.argmax for rows of logits."""
     best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
     number = logits.gather(-1, best) < float("inf")
     found: I32 = best.masked_fill(~number, -1).squeeze(-1).int().cpu().numpy()
@@ -147,8 +147,8 @@ def argmax(logits: Tensor) -> I32:
 
 
 def best_first(logits: Tensor, k: int) -> I32:
-    """i32[R, k]: ids of the k largest logits of each row, by value descending, then id ascending; which of several
-    equal ones at the cut are among them is PyTorch's choice."""
+    """i32[R, k]: the ids of the k largest logits of each row, by descending value, then by ascending id. Of equal logits at the cut,
+    PyTorch chooses which ones are among the k."""
     values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
     ids, order = ids.sort(dim=-1)
     order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
@@ -159,13 +159,13 @@ Products = Callable[["Tensor", "Tensor"], "Tensor"]  # Backend.products
 
 
 class Select(Protocol):
-    """An opened method that reads sparsely, as attention meets it. Its side data are arrays of the unit, filled on write (one
-    entry a slot) or when a page is full and committed (whole arrays). K kv heads, G query heads of each, R rows, n slots."""
+    """An opened sparse attention method, as used by backends. Its side data are arrays of the unit. Per-slot arrays are filled on
+    write, whole arrays when a page is full and committed. K kv heads, G query heads of each, R rows, n slots."""
 
     def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]: ...
 
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
-        """Entries [T, K, ...] of the per-slot arrays for keys [T, K, D] of layer `index`, as attention reads them."""
+        """The entries [T, K, ...] of the per-slot arrays for keys [T, K, D] of layer `index`, in the form that attention reads."""
         ...
 
     def fold(self, keys: Tensor) -> dict[str, Tensor]:
@@ -173,10 +173,10 @@ class Select(Protocol):
         ...
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
-        """Which of the visible keys are read. q [K, G, R, D]; held: its side data of the lane's units [K, n / 32, *shape]; seen:
-        bool [K, R, n]; where: i64 [K, n], positions of the slots; at: i64 [R], positions of the rows -> bool [K, G, R, n] or
-        [K, 1, R, n], a subset of seen. A row's choice must not depend on the other rows: sums over channels are made by `products`,
-        never by a matrix product of PyTorch's, whose rounding depends on their number."""
+        """Selects the visible keys to read: bool [K, G, R, n] or [K, 1, R, n], a subset of `seen`. q: [K, G, R, D]; held: the side data of
+        the units of the lane [K, n / 32, *shape]; seen: bool [K, R, n]; where: i64 [K, n], positions of the slots; at: i64 [R],
+        positions of the rows. The choice of a row must not depend on other rows. Sums over channels therefore use `products`, not a
+        matrix product of PyTorch, because its rounding depends on the number of rows."""
         ...
 
 
@@ -187,23 +187,23 @@ class Backend(Protocol):
     dtype: torch.dtype
     device: torch.device
     features: frozenset[Feature]
-    mixers: frozenset[type]  # the kinds of layers that it computes, see core/spec.py
+    mixers: frozenset[type]  # the mixers that it computes, see core/spec.py
 
     def allocate(self, spec: ModelSpec, blocks: int) -> Any:
-        """The pool of pages: `blocks` times 32 tokens of all layers with attention and their kv heads."""
+        """The pool of pages: `blocks` blocks of 32 tokens, for all layers with attention and their kv heads."""
         ...
 
     def block_bytes(self, spec: ModelSpec) -> int: ...
 
     def define(self, pool: Any, fmt: Format) -> int:
-        """Pages of this format may follow; returns how many units of it one block holds. Unsupported where it holds none."""
+        """Registers a page format; returns how many of its units one block holds. Raises Unsupported if that is none."""
         ...
 
     def zero(self, pool: Any, pages: list[tuple[Space, int]]) -> None: ...
 
     def move(self, pool: Any, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
-        """Copies slots with all their per-slot arrays, all gathered and then scattered. A place is page * 32 + offset in pages of
-        `space`. delta: keys are turned by so many positions on the way, angles in float64 (plain pages only)."""
+        """Copies slots with all their per-slot arrays; all are read before any is written. A place is page * 32 + offset in pages of
+        `space`. delta: the number of positions by which keys are rotated, with angles in float64 (plain pages only)."""
         ...
 
     def read(self, pool: Any, space: Space, pages: I32) -> Arrays:
@@ -214,33 +214,34 @@ class Backend(Protocol):
     def write(self, pool: Any, space: Space, pages: I32, arrays: Arrays) -> None: ...
 
     def encode(self, pool: Any, source: Space, target: Space, src: I32, dst: I32) -> None:
-        """Whole pages src[i] of one space into dst[i] of another, by the target format's codec; side data go with them."""
+        """Encodes whole pages src[i] of one space into pages dst[i] of another with the codec of the target format, and copies their
+        side data."""
         ...
 
     def fold(self, pool: Any, space: Space, pages: I32, read: Select) -> None:
-        """Fills the whole arrays of `read` in these pages, which are full, from their keys as attention reads them."""
+        """Fills the whole arrays of `read` in these full pages, from their keys in the form that attention reads."""
         ...
 
     def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Any:
-        """Device tensors of one step: rows, positions, places, masks. Unsupported by name where a feature lacks."""
+        """The device tensors of one step: rows, positions, places, masks. Raises Unsupported, with its name, for a missing feature."""
         ...
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
-        """The form of a weight that `linear` likes best; called once at load, on one weight at a time. gated: its first half of the
-        outputs are gates of the other half."""
+        """The form of a weight that is fastest for `linear`. Called once at load, for one weight at a time. gated: the first half of the
+        outputs are gates of the second half."""
         ...
 
     @property
     def threads(self) -> int:
-        """How many of the CPU work for it."""
+        """The number of CPU threads in use."""
         ...
 
     def use_threads(self, count: int) -> None:
-        """How many of the CPU work for it from now on."""
+        """Sets the number of CPU threads."""
         ...
 
     def gumbel(self, key: int, ids: I64) -> F64:
-        """core/noise.py's, bit for bit; for a whole vocabulary."""
+        """The same bits as gumbel() of core/noise.py, fast for a whole vocabulary."""
         ...
 
     def embed(self, weights: Weights, plan: Any) -> Tensor: ...
@@ -248,39 +249,39 @@ class Backend(Protocol):
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor: ...
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
-        """x [T, ins] -> [T, outs]. With quantized weights bit for bit as ops/quantized.py defines it."""
+        """x [T, ins] -> [T, outs]. Quantized weights give the bits that ops/quantized.py defines."""
         ...
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor: ...
 
     def rope(self, x: Tensor, layer: Attention, plan: Any) -> Tensor:
-        """x [T, heads, D] turned by each row's position."""
+        """x [T, heads, D], rotated by the position of each row."""
         ...
 
     def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
-        """Writes this step's keys and values of layer `index` of the pool, then reads: q [T, H, D] -> [T, H * D]. The batch's pages
-        and views say what each row sees; statistics that `plan` was asked for are added up in it."""
+        """Writes the keys and values of this step to layer `index` of the pool, then attends: q [T, H, D] -> [T, H * D]. The pages and
+        views of the batch define what each row sees. The statistics requested from plan() are added up in `plan`."""
         ...
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [K, R, D] times b [K, n, D] -> [K, R, n] in float32 or better. With Feature.BIT_EXACT an element depends on its own two
-        vectors only."""
+        """a [K, R, D] times b [K, n, D] -> [K, R, n] in float32 or better. With Feature.BIT_EXACT an element depends only on its two
+        vectors."""
         ...
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Any, plan: Any) -> Tensor | None:
-        """Feature.RUN: what models/layers.py does for layers first..last (exclusive), all with attention, in one call, bit for
-        bit; None where this batch needs one operation at a time. The first segment may write over h, the embeddings; what others
-        start from was handed out."""
+        """Feature.RUN: runs layers first..last (exclusive), all with attention, in one call, with the same bits as models/layers.py.
+        Returns None if this batch needs one operation at a time. The first segment may overwrite h, the embeddings; later segments
+        must not, because their h was returned as a hidden state."""
         ...
 
     def watched(self, plan: Any) -> Mapping[int, Seen]:
-        """The statistics that the taps of `plan` asked for, after all layers."""
+        """The statistics requested by the taps of `plan`, after all layers."""
         ...
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        """The chosen experts' outputs times their shares, rounded and then added by ascending expert."""
+        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts."""
         ...
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Any, taps: Taps) -> Outputs:
-        """Final norm and vocabulary projection of the logit rows only."""
+        """The final norm and the vocabulary projection, for the logit rows only."""
         ...

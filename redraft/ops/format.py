@@ -1,7 +1,8 @@
-"""How 32 tokens of one layer and kv head lie in memory: a format says which arrays a unit is made of.
+"""Page formats. A format lists the arrays of a unit. A unit is the memory of 32 tokens of one layer and kv head.
 
-A codec's format holds codes and scales; a method that reads sparsely adds its side data, so that what belongs to a page
-moves, is copied and is freed with it.
+A page has one unit for each layer and kv head of its lane: one for a PER_HEAD page, all of them for a SHARED page. The format of a
+codec has arrays of codes and scales. A sparse attention method adds its side data to the format, so they are moved, copied and freed
+with their page.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ if TYPE_CHECKING:  # the cards of methods are read without loading it
 PAGE = 32
 ALIGN = 16  # bytes
 
-Arrays = Mapping[str, "Tensor"]  # of some units: name -> [..., *shape]
+Arrays = Mapping[str, "Tensor"]  # the arrays of units: name -> [..., *shape]
 
 
 class Array(NamedTuple):
-    """One array of a unit. shape[0] is PAGE, one entry a slot, unless `whole`: then it belongs to the page."""
+    """One array of a unit. shape[0] is PAGE, one entry for each slot, unless `whole`: then the array belongs to the whole page."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,21 +39,20 @@ INT8_VECTORS, INT4_BLOCKS = "int8 vectors", "int4 blocks"  # see Codec
 
 
 class Codec(Protocol):
-    """How keys and values become what a unit holds, and attention over it. Units are stacked as [K, n], K kv heads; rows of
-    queries as [K, R, D].
+    """Converts keys and values to the arrays of a unit, and computes attention over them. Units are stacked as [K, n], K kv heads;
+    rows of queries as [K, R, D].
 
-    A codec may say in `layout` that compiled kernels can do all this for it. INT8_VECTORS: the arrays are `keys` and `values`, codes
-    int8 [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/quantization/int8.py makes them of single tokens. INT4_BLOCKS:
-    the
-    arrays are those that kv/quantization/int4.py makes of whole pages. A backend that promises bits refuses a codec of no known layout."""
+    The attribute `layout` tells compiled kernels that they can read the codes. INT8_VECTORS: the arrays are `keys` and `values`, int8
+    [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/quantization/int8.py makes them for single tokens. INT4_BLOCKS:
+    the arrays are those of kv/quantization/int4.py for whole pages. A bit-exact backend refuses a codec with an unknown layout."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """Entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. What a row reads, also in
-        the same step, is what was stored."""
+        """The entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. Every read, also in the
+        same step, uses the stored entries."""
         ...
 
     def pack(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """All arrays [m, *shape] of m units, for their keys and values [m, 32, D]."""
+        """All arrays [m, *shape] of m units, from their keys and values [m, 32, D]."""
         ...
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ class Codec(Protocol):
         ...
 
     def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., 32, D] of units [...], in the dtype that they had."""
+        """The keys and values [..., 32, D] of units [...], in their original dtype."""
         ...
 
 
 @dataclass(frozen=True)
 class Format:
-    """name: what it is asked for by; arrays: of a unit, in their order in memory; codec: None where `keys` and `values` (32, D)
-    are stored as they are; sides: opened methods that fill the other arrays (kv/sparse_attention/sparse_attention.py)."""
+    """name: the name by which it is requested; arrays: the arrays of a unit, in their order in memory; codec: None if `keys` and
+    `values` (32, D) are stored unencoded; sides: opened methods that fill the other arrays (kv/sparse_attention/sparse_attention.py)."""
 
     name: str
     arrays: Mapping[str, Array]
@@ -83,7 +83,7 @@ class Format:
         return sum(array.bytes for array in self.arrays.values())
 
     def offsets(self) -> dict[str, int]:
-        """Bytes from the start of a unit."""
+        """The offset of each array in bytes from the start of a unit."""
         found, at = {}, 0
         for name, array in self.arrays.items():
             found[name] = at
@@ -92,5 +92,5 @@ class Format:
 
 
 def plain(dtype: torch.dtype, head_dim: int) -> dict[str, Array]:
-    """Keys and values as they are."""
+    """The arrays of unencoded keys and values."""
     return {name: Array((PAGE, head_dim), dtype) for name in ("keys", "values")}

@@ -1,8 +1,8 @@
-"""The native kernels, if they are there: finds the shared library beside `redraft/ops/cpu` and gives its functions types.
+"""Loads the shared library of the native kernels from `redraft/ops/cpu`, if it exists, and declares the types of its functions.
 
-Importing this module loads nothing; `load` does, once. Where it gives None, `why_not` says what is missing and PyTorch serves.
+Importing this module loads nothing; `load` loads the library once. If `load` returns None, `why_not` says why, and PyTorch is used.
 
-Environment: REDRAFT_ISA (avx2, avx512, avx512_bf16, amx) lowers the instruction set, for testing; OMP_NUM_THREADS caps the threads.
+Environment: REDRAFT_ISA (avx2, avx512, avx512_bf16, amx) selects a lower instruction set, for tests; OMP_NUM_THREADS limits the threads.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["PATH", "Library", "default_threads", "load", "serves", "why_not"]
 
 PATH = Path(__file__).parent / "cpu" / "_kernels.so"
-PEAKS = ("float32", "bfloat16", "int8")  # in the order of their numbers in peak.h
+PEAKS = ("float32", "bfloat16", "int8")  # in the order of peak.h
 NATIVE_DTYPES = ("float32", "bfloat16")
 
 TEXT, NUMBER, REAL, POINTER, SIZE = ctypes.c_char_p, ctypes.c_int, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
-SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it takes
+SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those of the arguments
     "rd_isa": (TEXT,),
     "rd_isa_compiled": (TEXT,),
     "rd_isa_detected": (TEXT,),
@@ -45,10 +45,10 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it take
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded library. A call lets other Python threads run; only one call is at work at a time."""
+    """The loaded library. A call releases the GIL, so other Python threads run; only one call runs at a time."""
 
     path: Path
-    c: ctypes.CDLL  # the functions themselves, for those whose arguments are structures
+    c: ctypes.CDLL  # the functions themselves, for functions with structures as arguments
 
     @property
     def isa(self) -> str:
@@ -57,40 +57,40 @@ class Library:
 
     @property
     def isa_detected(self) -> str:
-        """The best instruction set of this machine that Redraft knows of."""
+        """The best instruction set of this machine that Redraft supports."""
         return self._text("rd_isa_detected")
 
     @property
     def isas_compiled(self) -> tuple[str, ...]:
-        """The instruction sets that the compiler knew, in rising order."""
+        """The instruction sets that the compiler supported, in ascending order."""
         return tuple(filter(None, self._text("rd_isa_compiled").split(",")))
 
     @property
     def threads(self) -> int:
-        """Workers, the calling thread included."""
+        """The number of workers, including the calling thread."""
         return int(self.c.rd_threads())
 
     def set_threads(self, count: int) -> None:
-        """Between calls only."""
+        """Sets the number of workers. Call it only between other calls. Raises InvalidInput if `count` is not possible."""
         if count < 1:
-            raise InvalidInput(f"threads = {count}: at least 1 is needed")
+            raise InvalidInput(f"threads = {count}: must be 1 or more")
         if self.c.rd_set_threads(count) != 0:
-            raise InvalidInput(f"threads = {count}: the system does not start that many")
+            raise InvalidInput(f"threads = {count}: the system cannot start that many")
 
     def fill(self, address: int, size: int) -> None:
-        """Writes to every page of a buffer, each worker to the part that it will read."""
+        """Writes to every memory page of a buffer. Each worker writes to the part that it will read."""
         _checked(self.c.rd_fill(address, size), "the buffer could not be filled")
 
     def read_bandwidth(self, address: int, size: int, rounds: int = 1) -> float:
-        """Bytes a second of the fastest pass over a buffer, all threads reading. It must be far larger than the caches."""
+        """Bytes per second of the fastest pass over a buffer with all threads. The buffer must be far larger than the caches."""
         return _checked(float(self.c.rd_read_bandwidth(address, size, rounds)), "the bandwidth could not be measured")
 
     def peak(self, kind: str) -> float:
-        """Operations a second in registers, all threads: 'float32', 'bfloat16' or 'int8'; 0 without an instruction for them."""
+        """Operations per second in registers with all threads. kind: 'float32', 'bfloat16' or 'int8'; 0 without an instruction for it."""
         return _checked(float(self.c.rd_peak(PEAKS.index(kind))), "the peak could not be measured")
 
     def peak_instruction(self, kind: str) -> str:
-        """What `peak` runs; empty without an instruction for such numbers."""
+        """The instruction that `peak` runs, empty if there is none for `kind`."""
         return self._text("rd_peak_instruction", PEAKS.index(kind))
 
     def _text(self, name: str, *arguments: int) -> str:
@@ -98,30 +98,30 @@ class Library:
 
 
 def load() -> Library | None:
-    """The library, or None (see `why_not`). InvalidInput where REDRAFT_ISA asks for what this machine or library lacks."""
+    """The library, or None (see `why_not`). Raises InvalidInput if this machine or library lacks the REDRAFT_ISA requested."""
     found, _ = _load()
     return found
 
 
 def why_not() -> str:
-    """Why `load` gives None, in words that end no sentence; empty where it gives the library."""
+    """The reason why `load` returns None, without a full stop; empty if it returns the library."""
     _, reason = _load()
     return reason
 
 
 def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec | None = None) -> tuple[str, str]:
-    """Which backend serves a model of this dtype on this device, 'native' or 'torch', and why. spec: the model, where it is known."""
+    """The backend for a model with this dtype on this device, 'native' or 'torch', and the reason. spec: the model, if known."""
     name, place = str(dtype).removeprefix("torch."), str(device)
     if place.partition(":")[0] != "cpu":
         return "torch", f"native kernels run on the cpu, not on {place}"
     if name not in NATIVE_DTYPES:
-        return "torch", f"native kernels know {' and '.join(NATIVE_DTYPES)}, not {name}"
+        return "torch", f"native kernels support {' and '.join(NATIVE_DTYPES)}, not {name}"
     if spec is not None and any(layer.rotary is not None and layer.rotary.dim != layer.head_dim for layer in spec.attention):
-        return "torch", "native kernels turn whole heads only"
+        return "torch", "native kernels rotate whole heads only"
     if spec is not None and spec.head_dim % 2:
-        return "torch", f"native kernels know even head sizes, not {spec.head_dim}"
+        return "torch", f"native kernels support even head sizes only, not {spec.head_dim}"
     if spec is not None and len({layer.heads for layer in spec.attention}) > 1:
-        return "torch", "native kernels run no layers of different numbers of heads"
+        return "torch", "native kernels need the same number of heads in all layers"
     library = load()
     if library is None:
         return "torch", why_not()
@@ -129,9 +129,9 @@ def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec
 
 
 def default_threads() -> int:
-    """As many as this process may use processors, no more than OMP_NUM_THREADS."""
+    """The number of processors that this process may use, limited by OMP_NUM_THREADS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is one number a nesting level
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number for each nesting level
     return min(cores, int(first)) if first.isdecimal() and int(first) > 0 else cores
 
 
@@ -141,11 +141,11 @@ def _load() -> tuple[Library | None, str]:
 
 
 def open_library(path: Path) -> tuple[Library | None, str]:
-    """A library and no reason, or None and why."""
+    """The library and an empty reason, or None and the reason."""
     if not path.exists():
         return None, (
-            f"there is no {path}: it is compiled when Redraft is installed, which takes an x86-64 processor and gcc or clang; "
-            "install again where they are present"
+            f"there is no {path}: it is compiled when Redraft is installed, which needs an x86-64 processor and gcc or clang; "
+            "install again with them"
         )
     try:
         c = ctypes.CDLL(os.fspath(path))
@@ -157,11 +157,11 @@ def open_library(path: Path) -> tuple[Library | None, str]:
             return None, f"{path} is older than this code, it has no {name}: install again"
         function.restype, function.argtypes = returned, taken  # type: ignore[attr-defined]
     library = Library(path, c)
-    if (refused := library._text("rd_isa_refused")) and os.environ.get("REDRAFT_ISA"):  # doctor takes it away, the library read it once
+    if (refused := library._text("rd_isa_refused")) and os.environ.get("REDRAFT_ISA"):  # doctor unsets it after the library read it
         raise InvalidInput(refused)
     if library.isa == "none":
-        needed = (*library.isas_compiled, "a compiler that knows AVX2")[0]
-        return None, f"{path} needs {needed}, and the best that this processor has is {library.isa_detected}"
+        needed = (*library.isas_compiled, "a compiler that supports AVX2")[0]
+        return None, f"{path} needs {needed}, but the best of this processor is {library.isa_detected}"
     library.set_threads(default_threads())
     return library, ""
 

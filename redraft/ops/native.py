@@ -1,8 +1,8 @@
-"""Compiled kernels on the CPU (ops/cpu): bit-exact, and a step of layers is one call.
+"""Compiled kernels on the CPU (ops/cpu). They are bit-exact, and one call runs all layers of a step.
 
-Native and PyTorch share the page layout, so page operations between steps are written once. Every view of a sequence is attended
-natively: windows, codes of 8 and 4 bits, sparse reads. A row's result depends on neither its neighbours nor the grouping into steps.
-What a sparse read chooses is computed by the method, from products that the kernels make.
+Native and PyTorch share the page layout, so page operations between steps are written once. The kernels attend every view: windows,
+codes of 8 and 4 bits, sparse reads. The result of a row does not depend on other rows or on the grouping into steps. A sparse attention
+method selects slots in Python, from products that the kernels compute.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from redraft.ops.cpu import abi
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_ops import Lone, TorchOps, Writer, lend_threads
-from redraft.ops.torch_pool import Pool, Shelf
+from redraft.ops.torch_pool import Shelf, TorchPool
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
 STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
-PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # of a unit, behind its keys
-HUGE = 1 << 21  # bytes of a page
-LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # of codes that the kernels read; None: keys and values as they are
+PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # the arrays of a unit after its keys
+HUGE = 1 << 21  # bytes of a huge memory page
+LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # layouts that the kernels read; None: unencoded keys and values
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A linear layer in panels, `panels` u8 [panels, steps, 64, 4]; extra: the other arrays that `c` points to, by its fields."""
+    """A linear layer in panels. panels: u8 [panels, steps, 64, 4]; extra: the other arrays that `c` points to, by field name."""
 
     c: abi.Linear
     panels: Tensor
@@ -61,8 +61,8 @@ class Packed:
         return False
 
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized:
-        """Only these outputs, unpacked."""
-        assert not self.c.gated, "rows of gates lie between others"
+        """The layer with these outputs only, unpacked."""
+        assert not self.c.gated, "gates and other outputs alternate, so rows cannot be selected"
         own = torch.as_tensor(keep)
         bias = self.extra["bias"][own] if "bias" in self.extra else None
         if self.c.kind == abi.I4:
@@ -80,60 +80,60 @@ class Packed:
 
 
 @dataclass
-class Group:
-    """Sequences that are attended in one call: their pages are of one format, and their coded pages of another. rows: theirs in the
-    batch, None
-    where they are all; readers: how PyTorch sees those that read sparsely; writers: where rows go whose format has side data."""
+class NativeGroup:
+    """Sequences that are attended in one call. All their pages have one format, all their coded pages another. rows: their rows in the
+    batch, None for all; readers: the sequences with a sparse read, as PyTorch plans them; writers: where to write the rows of formats
+    with side data."""
 
     format: str
     coded: str
     rows: Tensor | None
     step: abi.Step
     attention: Attention | None
-    kept: list[Any]  # what `step` points to
-    seen: dict[int, Seen]  # statistics, by place in the group
+    kept: list[Any]  # memory that `step` points to
+    seen: dict[int, Seen]  # statistics, by index in the group
     readers: list[Lone]
     writers: list[Writer]
 
 
 class Attention:
-    """The kernels' plan of attention."""
+    """The attention plan of the kernels."""
 
     def __init__(self, c: ctypes.CDLL, step: abi.Step, heads: int) -> None:
         self.c, self._as_parameter_ = c, c.rd_plan(step, heads)
         if not self._as_parameter_:
-            raise MemoryError("attention's plan")
+            raise MemoryError("attention plan: out of memory")
 
     def __del__(self) -> None:
         self.c.rd_plan_free(self._as_parameter_)
 
 
 @dataclass
-class Model:
-    """What all plans of a model have in common. turns: the place of each layer's Rotary among the different ones, by its id: to hash
-    one takes its time; rotaries, plain_rotaries: with and without their scales; pool: without its memory."""
+class NativeModel:
+    """Data shared by all plans of a model. turns: id of a layer's Rotary -> its index among the distinct ones (hashing a Rotary is slow);
+    rotaries, plain_rotaries: with and without their scales; pool: a pool without memory."""
 
     spec: ModelSpec
     turns: dict[int, int]
     rotaries: abi.Rotaries
     plain_rotaries: abi.Rotaries
     pool: abi.Pool
-    kept: list[Any]  # what the rotaries point to
+    kept: list[Any]  # memory that the rotaries point to
 
 
 @dataclass
 class NativePlan:
-    """turns: [rotaries, cos and sin, T, head_dim / 2]; seen: statistics of the sequences by their place in the batch."""
+    """turns: f32[rotaries, 2 (cos, sin), T, head_dim / 2]; seen: statistics of the sequences, by index in the batch."""
 
     batch: Batch
-    model: Model
+    model: NativeModel
     turns: NDArray[np.float32]
-    groups: list[Group] = field(default_factory=list)
+    groups: list[NativeGroup] = field(default_factory=list)
     seen: dict[int, Seen] = field(default_factory=dict)
 
 
 class NativeOps(TorchOps):
-    """Unsupported, with the reason, where no kernel serves this dtype, device or machine."""
+    """The native backend. Raises Unsupported, with the reason, if the kernels do not support this dtype, device or machine."""
 
     name = "native"
     features: frozenset[Feature] = TorchOps.features | {Feature.RUN, Feature.BIT_EXACT}
@@ -146,13 +146,13 @@ class NativeOps(TorchOps):
         super().__init__(dtype, device)
         self.library, self.c = loaded, abi.bind(loaded.c)
         self.kind = KINDS[dtype]
-        self.inside = 0.0  # seconds in kernels so far
-        self._layouts: dict[str, str] = {"": ""}  # of formats
+        self.inside = 0.0  # seconds spent in kernels so far
+        self._layouts: dict[str, str] = {"": ""}  # name of a format -> its layout
         self._sided: set[str] = set()  # formats with side data
         self._segments: dict[int, Any] = {}
-        self._models: dict[int, Model] = {}
+        self._models: dict[int, NativeModel] = {}
         self._pools: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
-        lend_threads()  # two pools of spinning threads cost a factor of 40
+        lend_threads()  # two pools of spinning threads are 40 times slower
 
     @property
     def threads(self) -> int:
@@ -167,12 +167,12 @@ class NativeOps(TorchOps):
             raise Unsupported(f"backend 'native': {why}")
         return super().block_bytes(spec)
 
-    def define(self, pool: Pool, fmt: Format) -> int:
+    def define(self, pool: TorchPool, fmt: Format) -> int:
         layout = "" if fmt.codec is None else getattr(fmt.codec, "layout", "of its own")
         if layout not in LAYOUTS:
-            raise Unsupported(f"codec {fmt.name!r}: backend 'native' has no kernel that attends its codes; use backend 'torch'")
+            raise Unsupported(f"codec {fmt.name!r}: backend 'native' has no attention kernel for its codes; use backend 'torch'")
         if self._layouts.setdefault(fmt.name, layout) != layout:
-            raise Unsupported(f"format {fmt.name!r} is of two layouts")
+            raise Unsupported(f"format {fmt.name!r} has two layouts")
         if fmt.sides:
             self._sided.add(fmt.name)
         return super().define(pool, fmt)
@@ -192,7 +192,7 @@ class NativeOps(TorchOps):
 
     def _pack_codes(self, weights: Quantized, gated: bool) -> LinearWeights:
         if weights.group % 16:
-            return weights.halved()  # odd groups are PyTorch's
+            return weights.halved()  # PyTorch computes groups that are no multiple of 16
         outs, ins = weights.shape
         c = abi.Linear(outs=outs, ins=ins, kind=abi.I4 if weights.grouped else abi.I8, group=weights.group, gated=gated)
         codes, panels = weights.whole().contiguous(), self._panels(c)
@@ -214,7 +214,7 @@ class NativeOps(TorchOps):
         return Packed(c, panels, extra)
 
     def _panels(self, c: abi.Linear) -> Tensor:
-        """Room for the panels, on huge pages where they fill some."""
+        """Memory for the panels, on huge pages if it fills at least one."""
         size = self.c.rd_panel_bytes(c)
         grain = HUGE if size >= HUGE else abi.LINE
         memory = torch.empty(size + grain, dtype=torch.uint8)
@@ -226,7 +226,7 @@ class NativeOps(TorchOps):
         return panels.view(-(-c.outs // abi.PANEL), -1, abi.PANEL, 4)
 
     def _floats(self, c: abi.Linear, **given: Tensor | None) -> dict[str, Tensor]:
-        """Numbers of outputs in the panels' order."""
+        """Copies numbers of outputs to the order of the panels."""
         made = {}
         for name, values in given.items():
             if values is not None:
@@ -254,13 +254,13 @@ class NativeOps(TorchOps):
             if sparse:
                 tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
                 group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
-            if name in self._sided:  # also before a read is in force: later rows choose by it
+            if name in self._sided:  # also before the read starts, because later rows select by these side data
                 group.writers = self._writers(some, list(range(len(members))), len(spec.attention), spec.kv_heads)
             plan.groups.append(group)
             plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
         return plan
 
-    def _model(self, spec: ModelSpec) -> Model:
+    def _model(self, spec: ModelSpec) -> NativeModel:
         if id(spec) not in self._models:
             every, first = [layer.rotary for layer in spec.attention if layer.rotary is not None], spec.attention[0]
             different = list(dict.fromkeys(every))
@@ -270,7 +270,7 @@ class NativeOps(TorchOps):
             rotaries, bare = (abi.Rotaries(frequencies.ctypes.data, x.ctypes.data, *frequencies.shape) for x in (scales, ones))
             pool = abi.Pool(layers=len(spec.attention), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
             turns = {id(rotary): different.index(rotary) for rotary in every}
-            self._models[id(spec)] = Model(spec, turns, rotaries, bare, pool, [frequencies, scales, ones])
+            self._models[id(spec)] = NativeModel(spec, turns, rotaries, bare, pool, [frequencies, scales, ones])
         return self._models[id(spec)]
 
     def _group(
@@ -282,7 +282,7 @@ class NativeOps(TorchOps):
         spec: ModelSpec,
         plan: NativePlan,
         watches: Mapping[int, tuple[Watch, ...]],
-    ) -> Group:
+    ) -> NativeGroup:
         view, count = batch.pages, len(batch.tree_starts)
         starts, tree_starts = batch.starts.tolist(), batch.tree_starts.tolist()
         visible, at = np.ascontiguousarray(batch.visible), np.ascontiguousarray(batch.positions)
@@ -313,16 +313,17 @@ class NativeOps(TorchOps):
         )
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
         attention = Attention(self.c, step, spec.attention[0].heads) if starts[-1] else None
-        return Group(name, coded, rows, step, attention, kept, seen, [], [])
+        return NativeGroup(name, coded, rows, step, attention, kept, seen, [], [])
 
-    def _kind_of(self, name: str, model: Model) -> abi.Pool:
-        """A pool of this format, without its memory."""
+    def _kind_of(self, name: str, model: NativeModel) -> abi.Pool:
+        """A pool of this format, without memory."""
         found, kind = abi.Pool.from_buffer_copy(model.pool), LAYOUTS[self._layouts[name]]
         found.kind = self.kind if kind is None else kind
         return found
 
-    def _far(self, batch: Batch, model: Model, kept: list[Any]) -> int | None:
-        """Cosines and sines by which rows turn back for keys before their window: as many positions as are out of sight."""
+    def _far(self, batch: Batch, model: NativeModel, kept: list[Any]) -> int | None:
+        """The address of cosines and sines that rotate queries back by the number of hidden positions, to score sinks; None if there is
+        no window."""
         if all(view is None or view.window is None for view in batch.views) or not model.rotaries.count:
             return None
         gone = np.zeros(len(batch.tokens), np.int32)
@@ -338,7 +339,7 @@ class NativeOps(TorchOps):
 
     @staticmethod
     def _watch(step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]) -> dict[int, Seen]:
-        """Room for statistics, by place in the group."""
+        """Memory for statistics, by index in the group."""
         found, lines = {}, b""
         for s, wanted in watches.items():
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
@@ -348,7 +349,7 @@ class NativeOps(TorchOps):
             seen = found[s] = Seen(chain, nodes)
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
-                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: {', '.join(STATISTICS)}")
+                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use {' or '.join(STATISTICS)}")
                 low = STATISTICS.index(watch.statistic)
                 lines += abi.WATCHED.pack(seen.chain[i].data_ptr(), seen.nodes[i].data_ptr(), slots, s, watch.since, low, 0)
         watched = np.frombuffer(lines, np.uint8)
@@ -369,7 +370,7 @@ class NativeOps(TorchOps):
             x = torch.empty(len(batch.tokens), embed.c.ins, dtype=self.dtype)
             self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), x.data_ptr())
         else:
-            assert isinstance(embed, Tensor), "an embedding in another backend's form"
+            assert isinstance(embed, Tensor), "an embedding in the form of another backend"
             x = embed.index_select(0, torch.from_numpy(batch.tokens))
         return x if weights.positions is None else x + weights.positions.index_select(0, torch.from_numpy(batch.positions))
 
@@ -386,7 +387,7 @@ class NativeOps(TorchOps):
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
         if not isinstance(weights, Packed):
             return super().linear(x, weights)
-        x, out = x.contiguous(), x.new_empty(len(x), weights.c.outs)  # Rows hold an address only: x must live until the call is over
+        x, out = x.contiguous(), x.new_empty(len(x), weights.c.outs)  # Rows holds only an address, so x must live until the call returns
         if len(x):
             self._call("rd_linear", weights.c, self._rows(x), self._rows(out), abi.ACTIVATIONS["none"], 0)
         return out
@@ -408,7 +409,7 @@ class NativeOps(TorchOps):
             self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
-    def attend(self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def attend(self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if len(plan.groups) == 1:
             return self._attend_group(index, layer, q, k, v, pool, plan.groups[0], plan)
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -418,12 +419,12 @@ class NativeOps(TorchOps):
         return out
 
     def _attend_group(
-        self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: Pool, group: Group, plan: NativePlan
+        self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, group: NativeGroup, plan: NativePlan
     ) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
         if not len(q):
             return out
-        for writer in group.writers:  # keys and side data, before anything is chosen by them
+        for writer in group.writers:  # keys and side data must be written before a read selects by them
             self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
         picked, kept = self._picks(index, layer, q, pool, group) if group.readers else (None, None)
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
@@ -434,14 +435,14 @@ class NativeOps(TorchOps):
         del kept
         return out
 
-    def _picks(self, index: int, layer: AttentionSpec, q: Tensor, pool: Pool, group: Group) -> tuple[bytes, list[Any]]:
-        """What the rows read, as the kernels take it, and what that points to."""
+    def _picks(self, index: int, layer: AttentionSpec, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
+        """The slots that rows read, in the form of the kernels, and the memory that it points to."""
         heads, share = layer.kv_heads, layer.heads // layer.kv_heads
         lines, kept = b"", []
         for it in group.readers:
             rows = q[it.rows].view(-1, heads, share, layer.head_dim).permute(1, 2, 0, 3)
             picked = self._picked(index, rows, self._seen(index, layer, it), pool, it).permute(2, 0, 1, 3)
-            bits = np.ascontiguousarray(np.packbits(picked.numpy(), axis=-1, bitorder="little"))  # it keeps Fortran order
+            bits = np.ascontiguousarray(np.packbits(picked.numpy(), axis=-1, bitorder="little"))  # packbits keeps Fortran order
             lines += abi.PICKED.pack(bits.ctypes.data, bits.shape[-1] // 4, picked.shape[2])
             kept.append(bits)
         return lines, kept
@@ -453,13 +454,13 @@ class NativeOps(TorchOps):
             self._call("rd_products", a.data_ptr(), b.data_ptr(), *a.shape[:2], *b.shape[1:], out.data_ptr())
         return out
 
-    def _place(self, group: Group, pool: Pool) -> None:
-        """Where the units of the group's formats lie."""
+    def _place(self, group: NativeGroup, pool: TorchPool) -> None:
+        """Sets the addresses of the units of the group's formats."""
         group.step.pool = self._pool_of(pool, group.format, group.step.pool)
         if group.coded:
             group.step.coded = self._pool_of(pool, group.coded, group.step.pool)
 
-    def _pool_of(self, pool: Pool, name: str, like: abi.Pool) -> abi.Pool:
+    def _pool_of(self, pool: TorchPool, name: str, like: abi.Pool) -> abi.Pool:
         shelf = pool.shelves[name]
         found = self._pools.get(shelf)
         if found is None:
@@ -475,8 +476,8 @@ class NativeOps(TorchOps):
     def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
         return plan.seen
 
-    def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: Pool, plan: NativePlan) -> Tensor | None:
-        """Layers first..last (exclusive) in one call, None where one of them or a sequence needs them operation by operation."""
+    def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: TorchPool, plan: NativePlan) -> Tensor | None:
+        """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
         if len(plan.groups) != 1 or plan.groups[0].readers or plan.groups[0].writers or not h.shape[0]:
             return None
         segment = self._segment(spec, weights, plan)
@@ -489,7 +490,7 @@ class NativeOps(TorchOps):
         return out
 
     def _segment(self, spec: ModelSpec, weights: Weights, plan: NativePlan) -> Any:
-        """All layers as the kernels read them, made once for a model; None where one is not all packed."""
+        """All layers in the form of the kernels, made once for each model; None if a weight of a layer is not packed."""
         if id(weights) not in self._segments:
             layers = [self._layer(layer, own, plan) for layer, own in zip(spec.layers, weights.layers, strict=True)]
             found = [layer for layer in layers if layer is not None]
@@ -530,7 +531,7 @@ class NativeOps(TorchOps):
         return Outputs(likeliest, best if taps.top_k else None)
 
     def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:
-        """float32 [T, V]: sums as they are, so that no two logits tie by rounding."""
+        """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""
         if not isinstance(head, Packed):
             return self.linear(x, head)
         x, out = x.contiguous(), x.new_empty(len(x), head.c.outs, dtype=torch.float32)
@@ -546,7 +547,7 @@ class NativeOps(TorchOps):
         failed = getattr(self.c, name)(*arguments)
         self.inside += perf_counter() - began
         if failed:
-            raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: refused its arguments")
+            raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: invalid arguments")
 
 
 def _of_outputs(arranged: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
-"""Weights of a linear layer as small whole numbers, and the exact product of a row with them.
+"""Weights of a linear layer as small integers, and the exact product of a row with them.
 
-The product of a row x [ins], a function of this row alone. Every operation is in float32 and rounded to nearest, ties to even,
-unless it says otherwise; sums of codes are whole numbers and exact.
+The product of a row x [ins] depends on this row only. Unless stated otherwise, every operation is in float32 and rounds to nearest,
+ties to even. Sums of codes are integers and exact.
 
-1. v = x in float32, 0 in the outlier columns. m = max |v|, s = m / 127, r = 127 / m (one division), or 0 where that is not finite.
-2. The row's codes: rint(v * r), ties to even; they lie in -127..127. Where m is NaN or infinite, all outputs are NaN.
+1. v = x in float32, with 0 in the outlier columns. m = max |v|, s = m / 127, r = 127 / m (one division), or 0 if that is not finite.
+2. The codes of the row are rint(v * r), ties to even, in -127..127. If m is NaN or infinite, all outputs are NaN.
 3. scale [outs]: y = float(sum of code * weight code) * (s * scale[o]). float() rounds the int32.
    scale [outs, groups]: total = 0, then for each group in order total = fma(float(sum in the group), float(scale[o, g]), total);
    y = total * s.
-4. For each outlier column c in ascending order: y = y + x[c] * side[o, c], product and sum rounded one after the other.
+4. For each outlier column c in ascending order: y = y + x[c] * side[o, c], with the product and then the sum rounded.
 5. y = y + bias (in float32), rounded to the dtype of x.
 
-A fused multiply-add may replace the two of step 4 only where the product is exact, as with bfloat16 numbers; never those of 3 and 5.
-Step 3 fuses in float64: every term is a multiple of 2^-24, and so is the total, so the sum is exact below 2^29 (see LARGEST).
+A fused multiply-add may replace product and sum in step 4 only if the product is exact, as with bfloat16 numbers; never in steps 3 and
+5. The fma of step 3 may be computed in float64: every term and the total are multiples of 2^-24, so the sum is exact below 2^29 (see
+LARGEST_TOTAL).
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ if TYPE_CHECKING:  # the cards of methods are read without loading it
     from numpy.typing import NDArray
     from torch import Tensor
 
-MOST = 127  # codes of rows, and of weights with one scale an output
-LOW, HIGH = -8, 7  # codes of weights with a scale a group
-LARGEST = 2.0**29  # of a total in step 3
-LEAST = 32  # columns that PyTorch's product is asked for; with a single one its result is wrong
-EXACT = 1024  # columns whose sum of products of 8-bit codes is below 2^24, exact in float32 in any order
+LARGEST_CODE = 127  # of rows, and of weights with one scale for each output
+LOW, HIGH = -8, 7  # the range of weight codes with one scale for each group
+LARGEST_TOTAL = 2.0**29  # of step 3
+MIN_COLUMNS = 32  # for the integer product of PyTorch; with a single column its result is wrong
+EXACT_COLUMNS = 1024  # a sum of this many products of 8-bit codes is below 2^24, so float32 is exact in any order
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """weight[o, i] = code[o, i] * scale[o] or scale[o, i // group], and side[o, j] in column columns[j], where the code is 0.
+    """weight[o, i] = code[o, i] * scale[o] or code[o, i] * scale[o, i // group]. In column columns[j] it is side[o, j], and the code is 0.
 
-    codes: int8 [outs, ins], or uint8 [outs, (ins + 1) / 2] where halved: column 2 i is the low half, 2 i + 1 the high half, each
-    stored as code + 8. scale: float32 [outs], or float16 [outs, groups]; group: columns that share a scale, the last group may be
-    shorter. columns: i64 [n] ascending, side: [outs, n] in the model's dtype.
+    codes: int8 [outs, ins], or uint8 [outs, (ins + 1) / 2] if halved: the low half of a byte is column 2 i, the high half 2 i + 1, each
+    stored as code + 8; scale: float32 [outs], or float16 [outs, groups]; group: the number of columns that share a scale (the last
+    group may be shorter); columns: i64 [n], ascending; side: [outs, n] in the dtype of the model.
     """
 
     codes: Tensor
@@ -61,7 +62,7 @@ class Quantized:
 
     @property
     def grouped(self) -> bool:
-        """One scale a group, codes of 4 bits; else one an output, codes of 8."""
+        """Whether each group has a scale, with 4-bit codes. Otherwise each output has one, with 8-bit codes."""
         return self.scale.ndim == 2
 
     @property
@@ -82,12 +83,12 @@ class Quantized:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     def rows(self, keep: NDArray[Any]) -> Quantized:
-        """Only these outputs."""
+        """The layer with these outputs only."""
         bias, side = (None if part is None else part[keep] for part in (self.bias, self.side))
         return replace(self, codes=self.codes[keep], scale=self.scale[keep], bias=bias, side=side)
 
     def halved(self) -> Quantized:
-        """Two codes a byte, where they have 4 bits."""
+        """The layer with two codes in a byte, if codes have 4 bits."""
         import torch
         import torch.nn.functional as F
 
@@ -97,7 +98,7 @@ class Quantized:
         return replace(self, codes=codes[:, ::2] | codes[:, 1::2] << 4)
 
     def whole(self) -> Tensor:
-        """int8 [outs, ins], whatever the form."""
+        """The codes as int8 [outs, ins], halved or not."""
         import torch
 
         if not self.is_halved:
@@ -106,7 +107,7 @@ class Quantized:
         return both.to(torch.int8) + LOW
 
     def dense(self) -> Tensor:
-        """float32 [outs, ins]: the matrix that the codes stand for."""
+        """The decoded matrix, float32 [outs, ins]."""
         scale = self.scale.float()
         scale = scale.repeat_interleave(self.group, 1)[:, : self.ins] if self.grouped else scale[:, None]
         found = self.whole().float() * scale
@@ -116,21 +117,21 @@ class Quantized:
 
 
 def row_codes(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Steps 1 and 2: int8 [T, ins] and s, float32 [T, 1]."""
+    """Steps 1 and 2: the codes int8 [T, ins] and s, float32 [T, 1]."""
     import torch
 
     v = x.float()
     if columns is not None:
         v = v.index_fill(1, columns, 0)
     m = v.abs().amax(1, keepdim=True)
-    most = torch.full_like(m, MOST)  # by a number PyTorch may multiply with its inverse instead
-    r = most / m
+    largest = torch.full_like(m, LARGEST_CODE)  # a tensor, because PyTorch may turn division by a number into a multiplication
+    r = largest / m
     r = torch.where(r.isfinite(), r, 0)
-    return (v * r).round_().nan_to_num_(0).to(torch.int8), m / most
+    return (v * r).round_().nan_to_num_(0).to(torch.int8), m / largest
 
 
 def product(x: Tensor, weights: Quantized) -> Tensor:
-    """x [T, ins] -> [T, outs], as this module defines it."""
+    """x [T, ins] -> [T, outs]: the product that this module defines."""
     if not len(x):
         return x.new_empty(0, weights.shape[0])
     codes, s = row_codes(x, weights.columns)
@@ -151,7 +152,7 @@ def _by_group(codes: Tensor, weights: Quantized) -> Tensor:
     total = torch.zeros(len(codes), weights.shape[0], device=codes.device)
     scales = weights.scale.T.double()
     parts = [(codes, weights.codes)]
-    if weights.is_halved:  # the halves' codes are 8 too large, which the row's sums make good
+    if weights.is_halved:  # stored codes are 8 too large; the sums of the row correct that below
         codes = F.pad(codes, (0, weights.ins % 2))
         parts = [
             (codes[:, ::2].contiguous(), (weights.codes & 15).view(torch.int8)),
@@ -168,25 +169,25 @@ def _by_group(codes: Tensor, weights: Quantized) -> Tensor:
 
 
 def _sums(x: Tensor, w: Tensor) -> Tensor:
-    """Exact: int8 [T, n] times int8 [outs, n] -> int32 [T, outs]."""
+    """The exact product of int8 [T, n] and int8 [outs, n]: int32 [T, outs]."""
     import torch
 
-    if x.device.type == "cpu" and x.shape[1] >= LEAST and _whole_numbers():
+    if x.device.type == "cpu" and x.shape[1] >= MIN_COLUMNS and _integer_product_is_exact():
         return torch._int_mm(x, w.T)
     found = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
-    for some, others in zip(x.split(EXACT, 1), w.split(EXACT, 1), strict=True):
+    for some, others in zip(x.split(EXACT_COLUMNS, 1), w.split(EXACT_COLUMNS, 1), strict=True):
         found += (some.float() @ others.float().T).to(torch.int32)
     return found
 
 
 @cache
-def _whole_numbers() -> bool:
-    """Whether PyTorch multiplies int8 exactly here: instructions of some machines add pairs in 16 bits, and saturate."""
+def _integer_product_is_exact() -> bool:
+    """Whether PyTorch multiplies int8 exactly on this machine. Instructions of some machines add pairs in 16 bits and saturate."""
     import torch
 
     def right(rows: int, columns: int, sign: int) -> bool:
-        x, w = (torch.full((n, columns), value, dtype=torch.int8) for n, value in ((rows, MOST), (48, sign * MOST)))
-        return bool((torch._int_mm(x, w.T) == sign * MOST * MOST * columns).all())
+        x, w = (torch.full((n, columns), value, dtype=torch.int8) for n, value in ((rows, LARGEST_CODE), (48, sign * LARGEST_CODE)))
+        return bool((torch._int_mm(x, w.T) == sign * LARGEST_CODE * LARGEST_CODE * columns).all())
 
     try:
         return all(right(rows, columns, sign) for rows in (1, 2, 17, 64) for columns in (32, 100, 2048) for sign in (1, -1))

@@ -1,4 +1,4 @@
-"""The definition: float64 PyTorch on the CPU, one loop a sequence, head and row, written to be obviously right."""
+"""The definition of all operations: float64 PyTorch on the CPU with loops over sequences, heads and rows, written to be simple."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from redraft.ops.quantized import Quantized
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReferencePlan:
     batch: Batch
     tokens: Tensor
     positions: Tensor
@@ -45,21 +45,21 @@ class Plan:
 
 
 class Shelf:
-    """All units of one format: name of an array -> [units, *shape]. Each format has memory of its own here."""
+    """All units of one format: name of an array -> [units, *shape]. In this backend each format has its own memory."""
 
     def __init__(self, fmt: Format, arrays: dict[str, Tensor], sides: set[str]) -> None:
         self.format, self.arrays = fmt, arrays
         self.codes = [name for name in arrays if name not in sides]
 
     def keys_values(self, unit: int) -> tuple[Tensor, Tensor]:
-        """[32, D], as attention reads them."""
+        """The keys and values [32, D] of a unit, in the form that attention reads."""
         held = {name: self.arrays[name][unit] for name in self.codes}
         if self.format.codec is None:
             return held["keys"], held["values"]
         return self.format.codec.decode(held)
 
     def write(self, unit: int, offset: int, key: Tensor, value: Tensor) -> None:
-        """One slot's entries of the codec's arrays."""
+        """Writes one slot to the arrays of the codec."""
         entries: Arrays = {"keys": key[None], "values": value[None]}
         if self.format.codec is not None:
             entries = self.format.codec.store(key[None], value[None])
@@ -68,7 +68,7 @@ class Shelf:
 
 
 @dataclass
-class Pool:
+class ReferencePool:
     """data: float64 [blocks, layers, kv heads, 2 (key, value), 32, D], the units of the plain format."""
 
     data: Tensor
@@ -94,31 +94,31 @@ class Reference:
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> Pool:
+    def allocate(self, spec: ModelSpec, blocks: int) -> ReferencePool:
         data = torch.zeros(blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
         units = data.view(-1, 2, PAGE, spec.head_dim)
         exact = Shelf(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())
-        return Pool(data, spec, {"": exact})
+        return ReferencePool(data, spec, {"": exact})
 
-    def define(self, pool: Pool, fmt: Format) -> int:
+    def define(self, pool: ReferencePool, fmt: Format) -> int:
         count = self.block_bytes(pool.spec) // fmt.bytes
         if not count:
             raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than a block")
-        if fmt.name in pool.shelves:  # another combination of methods with the same format
+        if fmt.name in pool.shelves:  # another combination of methods has the same format
             return count
         arrays = {name: torch.zeros(len(pool.data) * count, *a.shape, dtype=a.dtype) for name, a in fmt.arrays.items()}
         sides = {name for side in fmt.sides for name in side.arrays(pool.spec.head_dim, self.dtype)}
         pool.shelves[fmt.name] = Shelf(fmt, arrays, sides)
         return count
 
-    def zero(self, pool: Pool, pages: list[tuple[Space, int]]) -> None:
+    def zero(self, pool: ReferencePool, pages: list[tuple[Space, int]]) -> None:
         for space, page in pages:
             for array in pool.shelves[space.format].arrays.values():
                 for unit in pool.units(space, page):
                     array[unit] = 0
 
-    def move(self, pool: Pool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
-        assert not delta or space == Space(), f"{space}: keys are turned in plain shared pages only"
+    def move(self, pool: ReferencePool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
+        assert not delta or space == Space(), f"{space}: keys are rotated in plain shared pages only"
         shelf = pool.shelves[space.format]
         for name, array in shelf.arrays.items():
             if shelf.format.arrays[name].whole:
@@ -126,20 +126,20 @@ class Reference:
             got = [[array[u, s % PAGE].clone() for u in pool.units(space, s // PAGE)] for s in src.tolist()]
             for d, values in zip(dst.tolist(), got, strict=True):
                 for u, value in zip(pool.units(space, d // PAGE), values, strict=True):
-                    if delta and name == "keys":  # the units of a page go layer by layer
+                    if delta and name == "keys":  # the units of a page are ordered by layer
                         value = turned(value, pool.spec.attention[u // pool.spec.kv_heads % len(pool.spec.attention)].rotary, delta)
                     array[u, d % PAGE] = value
 
-    def read(self, pool: Pool, space: Space, pages: I32) -> Arrays:
+    def read(self, pool: ReferencePool, space: Space, pages: I32) -> Arrays:
         units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
         return {name: array[units] for name, array in pool.shelves[space.format].arrays.items()}
 
-    def write(self, pool: Pool, space: Space, pages: I32, arrays: Arrays) -> None:
+    def write(self, pool: ReferencePool, space: Space, pages: I32, arrays: Arrays) -> None:
         units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
         for name, array in arrays.items():
             pool.shelves[space.format].arrays[name][units] = array
 
-    def encode(self, pool: Pool, source: Space, target: Space, src: I32, dst: I32) -> None:
+    def encode(self, pool: ReferencePool, source: Space, target: Space, src: I32, dst: I32) -> None:
         old, new = pool.shelves[source.format], pool.shelves[target.format]
         for s, d in zip(src.tolist(), dst.tolist(), strict=True):
             for here, there in zip(pool.units(source, s), pool.units(target, d), strict=True):
@@ -153,14 +153,14 @@ class Reference:
                     elif name in old.arrays:
                         new.arrays[name][there] = old.arrays[name][here]
 
-    def fold(self, pool: Pool, space: Space, pages: I32, read: Select) -> None:
+    def fold(self, pool: ReferencePool, space: Space, pages: I32, read: Select) -> None:
         shelf = pool.shelves[space.format]
         for page in pages.tolist():
             for unit in pool.units(space, page):
                 for name, value in read.fold(shelf.keys_values(unit)[0][None]).items():
                     shelf.arrays[name][unit] = value[0]
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Plan:
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> ReferencePlan:
         tokens, positions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).double()
         seen = {}
         for s, watches in taps.attention.items():
@@ -169,7 +169,7 @@ class Reference:
             shape = len(spec.attention), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
             n = len(watches)
             seen[s] = Seen(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
-        return Plan(batch, tokens, positions, taps.attention, seen)
+        return ReferencePlan(batch, tokens, positions, taps.attention, seen)
 
     @property
     def threads(self) -> int:
@@ -184,8 +184,8 @@ class Reference:
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         return weights.halved() if isinstance(weights, Quantized) else weights
 
-    def embed(self, weights: Weights, plan: Plan) -> Tensor:
-        assert isinstance(weights.embed, Tensor), "an embedding in another backend's form"
+    def embed(self, weights: Weights, plan: ReferencePlan) -> Tensor:
+        assert isinstance(weights.embed, Tensor), "an embedding in the form of another backend"
         x = weights.embed[plan.tokens]
         return x if weights.positions is None else x + weights.positions[plan.positions.long()]
 
@@ -198,7 +198,7 @@ class Reference:
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
         if isinstance(weights, Quantized):
             return torch.stack([quantized_row(row, weights) for row in x]) if len(x) else x.new_empty(0, weights.shape[0])
-        assert isinstance(weights, Linear), "a weight in another backend's form"
+        assert isinstance(weights, Linear), "a weight in the form of another backend"
         y = x @ weights.weight.T
         return y if weights.bias is None else y + weights.bias
 
@@ -215,17 +215,17 @@ class Reference:
                 return gate.clamp(min=0) * up
         raise Unsupported(f"activation {activation!r}")
 
-    def rope(self, x: Tensor, layer: Attention, plan: Plan) -> Tensor:
+    def rope(self, x: Tensor, layer: Attention, plan: ReferencePlan) -> Tensor:
         if layer.rotary is None:
             return x
         return turned(x, layer.rotary, plan.positions[:, None, None]) * _scales(x, layer.rotary)
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: ReferencePool, plan: ReferencePlan) -> Tensor:
         out = torch.zeros(q.shape[0], layer.heads, layer.head_dim, dtype=self.dtype)
         for s in range(len(plan.batch.tree_starts)):
             own = slice(int(plan.batch.starts[s]), int(plan.batch.starts[s + 1]))
-            text = Text(pool, plan.batch, s, index, layer)
-            text.write(k[own], v[own])  # every row is written before any is read
+            text = SequenceAttention(pool, plan.batch, s, index, layer)
+            text.write(k[own], v[own])  # all rows are written before any is read
             text.hold()
             for r in range(own.start, own.stop):
                 out[r] = text.attend(r, q[r], plan)
@@ -234,7 +234,7 @@ class Reference:
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         return products(a, b)
 
-    def watched(self, plan: Plan) -> Mapping[int, Seen]:
+    def watched(self, plan: ReferencePlan) -> Mapping[int, Seen]:
         return plan.seen
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
@@ -249,7 +249,7 @@ class Reference:
                 out[t] += p * self.linear(inner, weights.experts_down[e])[0]
         return out
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: Plan, taps: Taps) -> Outputs:
+    def head(self, x: Tensor, weights: Weights, final: Norm, plan: ReferencePlan, taps: Taps) -> Outputs:
         rows = self.norm(x[torch.from_numpy(plan.batch.logit_rows).long()], weights.final_norm, final)
         logits = self.linear(rows, weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
@@ -257,13 +257,13 @@ class Reference:
 
 
 def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
-    """x [ins] -> [outs], step by step as ops/quantized.py defines it, in its float32: bits, not only values, are defined there."""
+    """x [ins] -> [outs], by the steps of ops/quantized.py and in float32, because that module defines every bit."""
     codes, v = weights.whole().long(), x.float().clone()
     if weights.columns is not None:
         v[weights.columns] = 0
-    most = torch.tensor(127.0)
+    largest = torch.tensor(127.0)
     m = v.abs().max()
-    s, r = m / most, most / m
+    s, r = m / largest, largest / m
     if not m.isfinite():
         return torch.full((len(codes),), math.nan, dtype=x.dtype)
     code = torch.round(v * (r if r.isfinite() else 0)).long()
@@ -271,7 +271,7 @@ def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
         total = torch.zeros(len(codes))
         for g, scale in enumerate(weights.scale.T.double()):
             own = slice(g * weights.group, (g + 1) * weights.group)
-            total = ((codes[:, own] @ code[own]) * scale + total).float()  # the sum is exact in float64, then rounded once
+            total = ((codes[:, own] @ code[own]) * scale + total).float()  # exact in float64, then rounded once
         y = total * s
     else:
         y = (codes @ code).float() * (s * weights.scale)
@@ -289,7 +289,7 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, rotary: Rotary | None, by: Tensor | float) -> Tensor:
-    """x [..., D] turned by so many positions."""
+    """x [..., D], rotated by `by` positions."""
     if rotary is None:
         return x
     angles = by * torch.tensor(rotary.frequencies, dtype=torch.float64)
@@ -298,14 +298,14 @@ def turned(x: Tensor, rotary: Rotary | None, by: Tensor | float) -> Tensor:
 
 
 def _scales(x: Tensor, rotary: Rotary) -> Tensor:
-    """YaRN's factor for the dimensions that turn, 1 for the rest."""
+    """The factor of YaRN for the rotated dimensions, 1 for the rest."""
     return torch.tensor([rotary.scale] * rotary.dim + [1.0] * (x.shape[-1] - rotary.dim), dtype=torch.float64)
 
 
-class Text:
-    """One sequence in one layer: its slots, and which of them a row sees."""
+class SequenceAttention:
+    """Attention of one sequence in one layer: its slots, and the slots that each row sees."""
 
-    def __init__(self, pool: Pool, batch: Batch, s: int, index: int, layer: Attention) -> None:
+    def __init__(self, pool: ReferencePool, batch: Batch, s: int, index: int, layer: Attention) -> None:
         self.pool, self.batch, self.s, self.index, self.layer = pool, batch, s, index, layer
         self.view = batch.views[s] or View()
         self.heads, self.share = layer.kv_heads, layer.heads // layer.kv_heads
@@ -321,7 +321,7 @@ class Text:
         self.slots = PAGE * max(map(len, self.units))
 
     def _units(self, head: int, count: int) -> list[tuple[Shelf, int]]:
-        """Where each page of a head's lane lies, the coded ones first."""
+        """The unit of each page of the lane of a head, coded pages first."""
         pages, lane, found = self.batch.pages, self.lanes[head], []
         coded = pages.coded[self.s][lane].tolist()
         for i, page in enumerate([*coded, *pages.pages[self.s][lane].tolist()][:count]):
@@ -331,13 +331,13 @@ class Text:
         return found
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """k, v [rows, K, D]"""
+        """Writes k and v [rows, K, D] and their side data."""
         for head in range(self.heads):
             for r in range(len(k)):
                 slot = self.lengths[head] + self.tail + r
                 shelf, unit = self.units[head][slot // PAGE]
                 shelf.write(unit, slot % PAGE, k[r, head], v[r, head])
-        for r in range(len(k)):  # side data are of keys as they are read
+        for r in range(len(k)):  # side data are computed from keys in the form that attention reads
             at = [(*self.units[head][(n + self.tail + r) // PAGE], (n + self.tail + r) % PAGE) for head, n in enumerate(self.lengths)]
             keys = torch.stack([shelf.keys_values(unit)[0][offset] for shelf, unit, offset in at])
             for side in at[0][0].format.sides:
@@ -346,18 +346,18 @@ class Text:
                         shelf.arrays[name][unit, offset] = entry[0, head]
 
     def hold(self) -> None:
-        """Keys and values [slots, D] of each head as they are read."""
+        """Loads the keys and values [slots, D] of each head in the form that attention reads."""
         units = [[shelf.keys_values(unit) for shelf, unit in units] for units in self.units]
         self.held = [(torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in units]
 
     def visible(self, r: int, head: int) -> dict[int, int]:
-        """Slot -> position of all keys that row r sees."""
+        """The slots that row r sees, with their positions."""
         length, mine = self.lengths[head], int(self.batch.positions[r])
         held, tail = self.batch.pages.positions[self.s], self.batch.tails[self.s].tolist()
         where = dict(enumerate(range(length) if held is None else held[self.lanes[head]].tolist()))
         if r < self.tree_start:  # a chain row sees the chain up to itself
             seen = list(range(self.tail + r - self.start + 1))
-        else:  # a node sees the whole chain and what its bits say
+        else:  # a node sees the whole chain and the nodes of its bits
             bits = self.batch.visible[self.first_bits + r - self.tree_start]
             nodes = [j for j in range(64 * len(bits)) if int(bits[j // 64]) >> (j % 64) & 1]
             seen = [*range(self.chain), *(self.chain + j for j in nodes)]
@@ -368,8 +368,8 @@ class Text:
             where = {slot: p for slot, p in where.items() if p < window.sinks or mine - p < window.recent}
         return where
 
-    def attend(self, r: int, q: Tensor, plan: Plan) -> Tensor:
-        """q [H, D] -> [H, D]"""
+    def attend(self, r: int, q: Tensor, plan: ReferencePlan) -> Tensor:
+        """The output of row r: q [H, D] -> [H, D]. Adds its statistics to the plan."""
         mine, size = int(self.batch.positions[r]), self.layer.head_dim
         seen = [self.visible(r, head) for head in range(self.heads)]
         read = self._read(r, q, seen)
@@ -393,7 +393,7 @@ class Text:
         return out
 
     def _read(self, r: int, q: Tensor, seen: list[dict[int, int]]) -> list[list[list[int]]]:
-        """For each kv head and query head of it the slots that row r reads."""
+        """The slots that row r reads, for each kv head and each of its query heads."""
         if self.view.read is None:
             return [[sorted(slots)] * self.share for slots in seen]
         mask = torch.zeros(self.heads, 1, self.slots, dtype=torch.bool)
@@ -409,12 +409,12 @@ class Text:
         return [[row.nonzero().flatten().tolist() for row in head] for head in picked]
 
     def _note(self, watch: Watch, r: int, weights: Tensor, seen: list[dict[int, int]], to: Seen) -> None:
-        """weights [K, slots] of row r; to: chain [L, K, slots], nodes [N, L, K, slots]."""
+        """Adds a statistic of weights [K, slots] of row r to chain [L, K, slots] or nodes [N, L, K, slots] of `to`."""
         for head, slots in enumerate(seen):
             for slot in slots:
                 a = float(weights[head, slot])
                 if watch.statistic not in ("mass", "low"):
-                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: mass, low")
+                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use mass or low")
                 value = a if watch.statistic == "mass" else float(a < 1 / len(slots))
                 if r < self.tree_start:
                     to.chain[self.index, head, slot] += value

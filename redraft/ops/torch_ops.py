@@ -1,8 +1,8 @@
-"""PyTorch on CPU or CUDA: all index and mask tensors are made once a step, then a layer is a handful of large operations.
+"""PyTorch on CPU or CUDA. All index and mask tensors are made once per step; a layer is then a few large operations.
 
-Attention gathers each sequence's pages into a padded [S, K, slots, D] block and calls scaled_dot_product_attention;
-sequences with many rows (prompt chunks) go alone, so that padding never costs more than it saves. A sequence whose lanes,
-pages or view are not the plain ones, or whose weights are watched, is attended by itself, layer by layer.
+Attention gathers the pages of several sequences into a padded [S, K, slots, D] tensor and calls scaled_dot_product_attention.
+Sequences with many rows (prompt chunks) form their own group, so padding never costs more than it saves. A sequence with other lanes,
+page formats or views than the plain ones, or with watched attention weights, is attended separately ("alone").
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from redraft.ops.backend import (
 )
 from redraft.ops.format import PAGE, Arrays, Codec, Format, plain
 from redraft.ops.quantized import Quantized, product
-from redraft.ops.torch_pool import Pool, Shelf, by_head, units_of
+from redraft.ops.torch_pool import Shelf, TorchPool, by_head, units_of
 
-PACKED_FOR = 16  # rows; the layout serves every number of rows, one made for a single row serves only that
-ALONE = 48  # a sequence with more rows than this is attended by itself
+PACKED_FOR = 16  # rows; this layout works for any number of rows, a layout for a single row works for that only
+MAX_GROUPED_ROWS = 48  # a sequence with more rows forms a group of its own
 
 
 @dataclass
-class Group:
-    """Sequences attended together. rows: i64[S, R] padded row numbers, or None where the group's rows are simply all
-    rows in order; kept: positions in the padded block that are real rows; pages: i64[2 S K n] rows of the pool's pages;
-    masks: window -> [S, 1, G R, slots] additive."""
+class TorchGroup:
+    """Sequences that are attended together. count: S; width: R; pages: i64[2 S K n], rows of the pool's pages; masks: window ->
+    additive mask [S, 1, G R, slots]; rows: i64[S, R], padded row numbers, None if the rows of the group are all rows in order; kept:
+    the places in [S, R] that are not padding; real: their row numbers."""
 
     count: int
     width: int
@@ -65,7 +65,7 @@ class Group:
 
 @dataclass
 class Writer:
-    """Where the rows of sequences that are attended by themselves go, of one format: units, offsets i64[L, rows, K]."""
+    """Where to write the rows of sequences that are attended alone, for one format: units, offsets i64[L, rows, K]."""
 
     format: str
     rows: Tensor
@@ -75,13 +75,13 @@ class Writer:
 
 @dataclass
 class Lone:
-    """A sequence attended by itself. Where all lanes are alike, lengths and where are [1, 1, ...] instead of [L, K, ...].
+    """A sequence that is attended alone. If all lanes are equal, lengths and where are [1, 1, ...] instead of [L, K, ...].
 
-    coded, units: i64[L, K, m], i64[L, K, n], so that there are 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R]
-    positions of the rows; where: i64[L, K, slots] positions of the slots, where anything asks for them; tail: bool[R, 2 + tail],
-    what rows see of the tail, behind a column for the committed slots (all seen) and in front of one for the rest (none);
-    window: where it is in force; near: how many leading slots hold all sinks that are scored by turned queries; first: the
-    first row that is watched; chain: chain rows of this step; masks, turns: made once where layers share them.
+    coded, units: i64[L, K, m] and i64[L, K, n], the units of 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R],
+    positions of the rows; where: i64[L, K, slots], positions of the slots, None if not needed; tail: bool[R, 2 + tail], the slots of
+    the tail that rows see, after a column for committed slots (True) and before a column for padding (False); window: None if it
+    hides nothing in this step; near: the number of leading slots that contain all sinks to score with rotated queries; deepest: the
+    largest position of a row; chain: chain rows of this step; first: the first watched row; masks, turns: caches shared by layers.
     """
 
     place: int
@@ -108,25 +108,25 @@ class Lone:
         return PAGE * (self.coded.shape[2] + self.units.shape[2])
 
 
-Source = tuple[Codec, Arrays, int]  # the arrays [K, units, ...] of pages of one format, and how many units
+PageSource = tuple[Codec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
 
 
 @dataclass
-class Plan:
+class TorchPlan:
     tokens: Tensor
     positions: Tensor
     logit_rows: Tensor
-    writes: Tensor  # i64[T * K]: row of the pool's slots for the key of (row, head) in layer 0; the value lies 32 on
-    groups: list[Group]
+    writes: Tensor  # i64[T * K]: the slot of the pool for the key of (row, head) in layer 0; the value is 32 slots later
+    groups: list[TorchGroup]
     kv_heads: int
-    plain: Tensor | None  # the rows that `writes` is about, None: all
+    plain: Tensor | None  # the rows of `writes`, None for all
     writers: list[Writer]
     lone: list[Lone]
     turns: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class TorchOps:
-    """See Pool for the layout of memory."""
+    """The PyTorch backend; see TorchPool for the memory layout."""
 
     name = "torch"
     features: frozenset[Feature] = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
@@ -139,18 +139,18 @@ class TorchOps:
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> Pool:
-        # not zeroed: a page is, when it is handed out, and untouched memory costs nothing
+    def allocate(self, spec: ModelSpec, blocks: int) -> TorchPool:
+        # not zeroed, because each page is zeroed when it is allocated, and untouched memory costs nothing
         shape = blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
-        pool = Pool(torch.empty(shape, dtype=self.dtype, device=self.device), spec)
+        pool = TorchPool(torch.empty(shape, dtype=self.dtype, device=self.device), spec)
         self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
         return pool
 
-    def define(self, pool: Pool, fmt: Format) -> int:
+    def define(self, pool: TorchPool, fmt: Format) -> int:
         pool.shelves[fmt.name] = Shelf(pool.data, fmt)
         return pool.shelves[fmt.name].per_block
 
-    def zero(self, pool: Pool, pages: list[tuple[Space, int]]) -> None:
+    def zero(self, pool: TorchPool, pages: list[tuple[Space, int]]) -> None:
         of: dict[Space, list[int]] = {}
         for space, page in pages:
             if space == Space():
@@ -161,15 +161,15 @@ class TorchOps:
             shelf = pool.shelves[space.format]
             shelf.bytes[shelf.at(self._upload(pool.units(space, np.array(some))))] = 0
 
-    def move(self, pool: Pool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
+    def move(self, pool: TorchPool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
         if space == Space():
             places = self._upload(np.stack([src // PAGE, src % PAGE, dst // PAGE, dst % PAGE]))
-            got = pool.data[places[0], :, :, :, places[1]]  # [moves, L, K, 2, D]: all gathered, then scattered
+            got = pool.data[places[0], :, :, :, places[1]]  # [moves, L, K, 2, D]: all are read before any is written
             if delta:
                 self._turn_keys(got, pool.spec, delta)
             pool.data[places[2], :, :, :, places[3]] = got
             return
-        assert not delta, f"{space}: keys are turned in plain shared pages only"
+        assert not delta, f"{space}: keys are rotated in plain shared pages only"
         shelf = pool.shelves[space.format]
         (here, there), (of, to) = (
             self._upload(np.stack([pool.units(space, src // PAGE), pool.units(space, dst // PAGE)])),
@@ -180,27 +180,27 @@ class TorchOps:
                 array[*shelf.at(there), to] = array[*shelf.at(here), of]
 
     def _turn_keys(self, got: Tensor, spec: ModelSpec, delta: int) -> None:
-        """got [moves, L, K, 2, D]"""
+        """Rotates the keys of got [moves, L, K, 2, D] by `delta` positions."""
         by, wide = torch.tensor([delta], device=self.device), self._wide()
         for rotary in {layer.rotary for layer in spec.attention} - {None}:
             assert rotary is not None
             layers = [i for i, layer in enumerate(spec.attention) if layer.rotary == rotary]
             got[:, layers, :, 0] = _turn(got[:, layers, :, 0].to(wide), *self._turns(rotary, by, 1.0, wide)).to(self.dtype)
 
-    def read(self, pool: Pool, space: Space, pages: I32) -> Arrays:
+    def read(self, pool: TorchPool, space: Space, pages: I32) -> Arrays:
         shelf = pool.shelves[space.format]
         return shelf.take(shelf.arrays, self._upload(pool.units(space, pages)))
 
-    def write(self, pool: Pool, space: Space, pages: I32, arrays: Arrays) -> None:
+    def write(self, pool: TorchPool, space: Space, pages: I32, arrays: Arrays) -> None:
         pool.shelves[space.format].put(arrays, self._upload(pool.units(space, pages)))
 
-    def encode(self, pool: Pool, source: Space, target: Space, src: I32, dst: I32) -> None:
+    def encode(self, pool: TorchPool, source: Space, target: Space, src: I32, dst: I32) -> None:
         old, new = pool.shelves[source.format], pool.shelves[target.format]
         here, there = self._upload(pool.units(source, src)).flatten(), self._upload(pool.units(target, dst)).flatten()
         new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here))), there)
         new.put(old.take([name for name in new.arrays if name not in new.codes and name in old.arrays], here), there)
 
-    def fold(self, pool: Pool, space: Space, pages: I32, read: Select) -> None:
+    def fold(self, pool: TorchPool, space: Space, pages: I32, read: Select) -> None:
         shelf, units = pool.shelves[space.format], self._upload(pool.units(space, pages)).flatten()
         shelf.put(read.fold(shelf.codec.decode(shelf.take(shelf.codes, units))[0]), units)
 
@@ -213,15 +213,15 @@ class TorchOps:
 
     # ---- the plan: integers of one step, uploaded in one buffer
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Plan:
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> TorchPlan:
         layers, heads = len(spec.attention), spec.kv_heads
         rows = np.diff(batch.starts).tolist()
         lone = [
             s for s, kind in enumerate(batch.pages.kinds) if kind is not Lanes.SHARED or batch.views[s] is not None or taps.attention.get(s)
         ]
         together = [s for s in range(len(rows)) if s not in lone]
-        small = [s for s in together if rows[s] <= ALONE]
-        members = ([small] if small else []) + [[s] for s in together if rows[s] > ALONE]
+        small = [s for s in together if rows[s] <= MAX_GROUPED_ROWS]
+        members = ([small] if small else []) + [[s] for s in together if rows[s] > MAX_GROUPED_ROWS]
         windows = {layer.window for layer in spec.attention}
         parts: list[NDArray[np.generic]] = [batch.tokens, batch.positions, batch.logit_rows, self._writes(batch, together, layers, heads)]
         shapes: list[tuple[int, int, int]] = []
@@ -236,26 +236,26 @@ class TorchOps:
         up = iter(self._upload(np.concatenate([p.ravel() for p in parts])).split([p.size for p in parts]))
         tokens, positions, logit_rows, writes = next(up), next(up), next(up), next(up)
         groups = []
-        deepest = np.maximum.reduceat(batch.positions, batch.starts[:-1])  # a tree's last row need not be its deepest
+        deepest = np.maximum.reduceat(batch.positions, batch.starts[:-1])  # the last row of a tree need not be the deepest
         tree_rows = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
         share = spec.attention[0].heads // heads
         for group, (count, width, slots) in zip(members, shapes, strict=True):
             masks: dict[int | None, Tensor] = {}
             for window in windows:
-                # a window that no row can reach past is no window: most steps share one mask
+                # a window that hides nothing from any row counts as None, so most steps need one mask only
                 reach = None if window is None or int(deepest[group].max()) < window else window
                 if reach not in masks:
                     masks[reach] = self._mask(batch, group, width, slots, reach, tree_rows, share)
                 masks[window] = masks[reach]
             pages_t, rows_t, kept, real = next(up), next(up), next(up), next(up)
             padded = (rows_t.view(count, width), kept, real) if rows_t.numel() else (None, None, None)
-            groups.append(Group(count, width, slots, pages_t, masks, *padded))
+            groups.append(TorchGroup(count, width, slots, pages_t, masks, *padded))
         writers = self._writers(batch, lone, layers, heads)
         alone = [self._alone(batch, s, spec, taps.attention.get(s, ()), int(tree_rows[s])) for s in lone]
-        return Plan(tokens, positions, logit_rows, writes, groups, heads, next(up) if lone else None, writers, alone)
+        return TorchPlan(tokens, positions, logit_rows, writes, groups, heads, next(up) if lone else None, writers, alone)
 
     def _uploads(self, arrays: Seq[NDArray[np.generic]]) -> list[Tensor]:
-        """All in one buffer."""
+        """Uploads all arrays in one buffer."""
         flat = self._upload(np.concatenate([array.ravel() for array in arrays]))
         return [part.view(array.shape) for part, array in zip(flat.split([a.size for a in arrays]), arrays, strict=True)]
 
@@ -275,12 +275,12 @@ class TorchOps:
         table = np.zeros((len(group), max(held)), np.int64)
         for i, (s, n) in enumerate(zip(group, held, strict=True)):
             table[i, :n] = view.pages[s][0, :n]
-            table[i, n:] = view.pages[s][0, 0]  # padding must point at zeroed memory that someone owns
+            table[i, n:] = view.pages[s][0, 0]  # padding must point at zeroed memory of the sequence
         unit = np.arange(heads)[None, None, :, None] * 2 + np.arange(2)[:, None, None, None]
         return table[None, :, None, :] * (layers * heads * 2) + unit, max(held) * PAGE
 
     def _padding(self, batch: Batch, group: list[int], rows: list[int], width: int) -> list[NDArray[np.int64]]:
-        """Padded row numbers, real places and real rows; empty when the group is all rows in order without padding."""
+        """Padded row numbers, places that are not padding, and their rows; empty if the group is all rows in order without padding."""
         if len(group) == len(rows) and all(rows[s] == width for s in group):
             return [np.zeros(0, np.int64)] * 3
         table = np.zeros((len(group), width), np.int64)
@@ -295,7 +295,7 @@ class TorchOps:
     ) -> Tensor:
         view = batch.pages
         see = np.zeros((len(group), width, slots), bool)
-        see[:, :, 0] = True  # padding rows see something, so that no softmax is empty
+        see[:, :, 0] = True  # padding rows see one slot, because an empty softmax is NaN
         for i, s in enumerate(group):
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             length, chain = int(view.lengths[s][0]), view.chain[s]
@@ -316,7 +316,7 @@ class TorchOps:
         mask = torch.zeros(see.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask[:, None].expand(-1, share, -1, -1).reshape(len(group), 1, share * width, slots)
 
-    # ---- the plan of sequences that are attended by themselves
+    # ---- the plan of sequences that are attended alone
 
     def _writers(self, batch: Batch, lone: list[int], layers: int, heads: int) -> list[Writer]:
         view = batch.pages
@@ -348,17 +348,17 @@ class TorchOps:
         deepest = int(at.max())
         window = chosen.window if chosen.window and deepest + 1 > sum(chosen.window) else None  # in force
         windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.attention)
-        spoken = windows or chosen.read is not None  # positions matter
-        positions = pages.positions[s] if spoken else None
-        # lanes are reported apart only where they differ in what is asked of them
+        located = windows or chosen.read is not None  # positions are needed
+        positions = pages.positions[s] if located else None
+        # lanes need separate entries only if their lengths or needed positions differ
         apart = len(set(lengths.tolist())) > 1 or (positions is not None and kind != Lanes.SHARED)
         held = -(-(lengths + tail) // PAGE) - pages.coded[s].shape[1]
         inside = np.arange(held.max()) < held[:, None]
         # padding must point at memory that this sequence owns
         table = np.where(inside, pages.pages[s][:, : held.max()], pages.pages[s][:, :1])
         slots = PAGE * (pages.coded[s].shape[1] + table.shape[1])
-        where, near = np.zeros((len(lengths) if apart else 1, slots if spoken else 0), np.int64), 0
-        if spoken:
+        where, near = np.zeros((len(lengths) if apart else 1, slots if located else 0), np.int64), 0
+        if located:
             for lane, (line, n) in enumerate(zip(where, lengths.tolist(), strict=False)):
                 line[:n] = np.arange(n) if positions is None else positions[lane]
                 line[n : n + tail] = batch.tails[s]
@@ -378,15 +378,15 @@ class TorchOps:
         shape = layers, heads, int(lengths.max()) + tail
         seen = [torch.zeros(len(watches), *n, *shape, dtype=self._wide(), device=self.device) for n in ((), (z - t,))]
         return Lone(
-            place=s, rows=slice(a, z), view=chosen, coded=up[0], units=up[1], lengths=up[2], at=up[3], where=up[4] if spoken else None,
+            place=s, rows=slice(a, z), view=chosen, coded=up[0], units=up[1], lengths=up[2], at=up[3], where=up[4] if located else None,
             tail=torch.from_numpy(see).to(self.device), window=window, near=near, deepest=deepest, chain=rows, watches=watches,
             first=min(max(0, since - int(at[0])), rows), seen=Seen(*seen),
         )  # fmt: skip
 
     # ---- the operations
 
-    def embed(self, weights: Weights, plan: Plan) -> Tensor:
-        assert isinstance(weights.embed, Tensor), "an embedding in another backend's form"
+    def embed(self, weights: Weights, plan: TorchPlan) -> Tensor:
+        assert isinstance(weights.embed, Tensor), "an embedding in the form of another backend"
         x = weights.embed.index_select(0, plan.tokens)
         return x if weights.positions is None else x + weights.positions.index_select(0, plan.positions)
 
@@ -406,7 +406,7 @@ class TorchOps:
         return gumbel(key, ids)
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
-        """On the CPU, oneDNN's blocked layout: 17 rows then cost 1.7 times one row instead of 2.3 (docs/log.md)."""
+        """On the CPU, the blocked layout of oneDNN. 17 rows then cost 1.7 times as much as one row, instead of 2.3 (docs/log.md)."""
         if isinstance(weights, Quantized):
             return weights.halved()
         assert isinstance(weights, Linear)
@@ -417,7 +417,7 @@ class TorchOps:
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
         if isinstance(weights, Quantized):
             return product(x, weights)
-        assert isinstance(weights, Linear), "a weight in another backend's form"
+        assert isinstance(weights, Linear), "a weight in the form of another backend"
         if not weights.weight.is_mkldnn:
             return F.linear(x, weights.weight, weights.bias)
         if not len(x):
@@ -439,7 +439,7 @@ class TorchOps:
                 raise Unsupported(f"activation {activation!r}")
         return out.mul_(x.narrow(-1, gate.shape[-1], gate.shape[-1])) if gated else out
 
-    def rope(self, x: Tensor, layer: Attention, plan: Plan) -> Tensor:
+    def rope(self, x: Tensor, layer: Attention, plan: TorchPlan) -> Tensor:
         rotary = layer.rotary
         if rotary is None:
             return x
@@ -449,12 +449,12 @@ class TorchOps:
         return _turn(x, *plan.turns[rotary])
 
     def _turns(self, rotary: Rotary, positions: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [T, dim] such that x * cos + roll(x, dim / 2) * sin turns x; angles in float64."""
+        """cos and signed sin [T, dim] such that x * cos + roll(x, dim / 2) * sin rotates x; angles in float64."""
         angles = positions.double()[:, None] * torch.tensor(rotary.frequencies, dtype=torch.float64, device=self.device)
         cos, sin = angles.cos() * scale, angles.sin() * scale
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Pool, plan: Plan) -> Tensor:
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: TorchPlan) -> Tensor:
         heads, size = layer.kv_heads, layer.head_dim
         share = layer.heads // heads
         for writer in plan.writers:
@@ -492,24 +492,24 @@ class TorchOps:
         wide = torch.promote_types(a.dtype, torch.float32)
         return a.to(wide) @ b.to(wide).mT
 
-    def watched(self, plan: Plan) -> Mapping[int, Seen]:
+    def watched(self, plan: TorchPlan) -> Mapping[int, Seen]:
         return {it.place: it.seen for it in plan.lone if it.watches}
 
-    # ---- attention of a sequence by itself
+    # ---- attention of a sequence alone
 
     def _write(self, index: int, k: Tensor, v: Tensor, shelf: Shelf, writer: Writer) -> None:
-        """k, v [rows, K, D]"""
+        """Writes k and v [rows, K, D] of layer `index`, with their side data."""
         at = *shelf.at(writer.units[index]), writer.offsets[index]
         made = shelf.codec.store(k.flatten(0, 1), v.flatten(0, 1))
         entries = {name: entry.view(*k.shape[:2], *entry.shape[1:]) for name, entry in made.items()}
-        if shelf.format.sides and not shelf.exact:  # side data are of keys as they are read
+        if shelf.format.sides and not shelf.exact:  # side data are computed from keys in the form that attention reads
             k = _keys(shelf.codec, made).view(k.shape)
         for side in shelf.format.sides:
             entries |= side.fill(index, k)
         for name, entry in entries.items():
             shelf.arrays[name][at] = entry
 
-    def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: Pool, it: Lone) -> Tensor:
+    def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, it: Lone) -> Tensor:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
@@ -540,7 +540,7 @@ class TorchOps:
         return out.reshape(q.shape).to(q.dtype)
 
     def _visible(self, index: int, layer: Attention, share: int, it: Lone) -> tuple[Tensor, Tensor]:
-        """What rows see, and the same as an additive mask [1, K or 1, G R, slots]."""
+        """The slots that rows see, as bool [K or 1, R, slots] and as an additive mask [1, K or 1, G R, slots]."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         if reach not in it.masks or it.lengths.shape[0] > 1:
             seen = self._seen(index, layer, it)
@@ -548,18 +548,18 @@ class TorchOps:
         return it.masks[reach]
 
     def _seen(self, index: int, layer: Attention, it: Lone) -> Tensor:
-        """bool [K or 1, R, slots]"""
+        """bool [K or 1, R, slots]: the slots that rows see."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         lane = index if it.lengths.shape[0] > 1 else 0
         column = (torch.arange(it.slots, device=self.device) - it.lengths[lane] + 1).clamp_(0, it.tail.shape[1] - 1)
         seen = it.tail[:, column].transpose(0, 1)
         if it.where is not None:
             where = it.where[lane][:, None]
-            behind = it.at[:, None] - where
+            distance = it.at[:, None] - where
             if reach is not None:
-                seen = seen & (behind < reach)
+                seen = seen & (distance < reach)
             if it.window is not None:
-                seen = seen & ((where < it.window.sinks) | (behind < it.window.recent))
+                seen = seen & ((where < it.window.sinks) | (distance < it.window.recent))
         return seen
 
     def _additive(self, seen: Tensor, share: int) -> Tensor:
@@ -567,8 +567,8 @@ class TorchOps:
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask.expand(-1, share, -1, -1).flatten(1, 2)[None]
 
-    def _picked(self, index: int, q: Tensor, seen: Tensor, pool: Pool, it: Lone) -> Tensor:
-        """bool [K, G or 1, R, slots]: what `read` chooses."""
+    def _picked(self, index: int, q: Tensor, seen: Tensor, pool: TorchPool, it: Lone) -> Tensor:
+        """bool [K, G or 1, R, slots]: the slots that `read` selects."""
         read: Select = cast(Select, it.view.read)
         shelf, heads = pool.shelves[it.view.format], len(q)
         names = list(read.arrays(q.shape[-1], self.dtype))
@@ -581,18 +581,18 @@ class TorchOps:
         return read.select(index, q, held, seen.expand(heads, -1, -1), where, it.at, self.products)
 
     def _few(self, picked: Tensor, slots: int) -> int:
-        """How many slots a row reads at most, in whole pages, where gathering these alone is less work than all; else 0.
-        On a GPU never: the number would have to come back to the CPU in every layer."""
+        """The most slots that a row reads, in whole pages, if gathering only these is less work than reading all; else 0. Always 0 on
+        a GPU, because the number would have to be copied to the CPU in every layer."""
         if self.device.type != "cpu":
             return 0
-        most = -(-int(picked.sum(-1).max()) // PAGE) * PAGE
-        return most if picked.shape[1] * picked.shape[2] * most < slots else 0
+        count = -(-int(picked.sum(-1).max()) // PAGE) * PAGE
+        return count if picked.shape[1] * picked.shape[2] * count < slots else 0
 
     def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, shelf: Shelf, it: Lone) -> Tensor:
-        """Attention over the picked slots, gathered for every row (and query head, where these differ)."""
+        """Attention over the picked slots, gathered for every row, and for every query head if their slots differ."""
         heads, share, rows, size = q.shape
         picked, apart = picked.expand(heads, -1, -1, -1), picked.shape[1]
-        order = picked * torch.arange(it.slots, 0, -1, device=self.device)  # slot order stays, so that sums do
+        order = picked * torch.arange(it.slots, 0, -1, device=self.device)  # keeps slot order, so sums have the same order
         chosen = order.topk(count, -1)
         slot = chosen.indices.view(heads, -1)
         units = it.units[index].gather(1, slot // PAGE)
@@ -605,13 +605,13 @@ class TorchOps:
         mixed = shelf.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
         return mixed.transpose(2, 3).reshape(q.shape)
 
-    def _sources(self, index: int, pool: Pool, it: Lone) -> list[Source]:
+    def _sources(self, index: int, pool: TorchPool, it: Lone) -> list[PageSource]:
         found = [(it.view.coded, it.coded[index])] if it.coded.numel() else []
         shelves = [(pool.shelves[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
         return [(shelf.codec, shelf.take(shelf.codes, units), units.shape[1]) for shelf, units in shelves]
 
-    def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[Source], it: Lone) -> Tensor:
-        """Attention weights [K, G, R, slots] of the last R rows in float32 or better."""
+    def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[PageSource], it: Lone) -> Tensor:
+        """Attention weights [K, G, R, slots] of the last R rows, in float32 or better."""
         _, share, rows, size = q.shape
         q, picked = q.to(self._wide()), picked[:, :, -rows:]
         scores = _scores(sources, q.flatten(1, 2), it.slots // PAGE)
@@ -619,7 +619,7 @@ class TorchOps:
             assert it.window is not None and it.where is not None
             if layer.rotary not in it.turns:
                 gone = (it.at + 1 - sum(it.window)).clamp(min=0)
-                it.turns[layer.rotary] = self._turns(layer.rotary, -gone, 1.0, self._wide())  # q has the scale of its rotary already
+                it.turns[layer.rotary] = self._turns(layer.rotary, -gone, 1.0, self._wide())  # q already has the scale of its rotary
             cos, sin = it.turns[layer.rotary]
             turned = _scores(sources, _turn(q, cos[-rows:], sin[-rows:]).flatten(1, 2), -(-it.near // PAGE))
             front = scores[..., : turned.shape[-1]]
@@ -629,7 +629,7 @@ class TorchOps:
         return scores.masked_fill_(~picked, float("-inf")).softmax(-1)
 
     def _note(self, index: int, weights: Tensor, seen: Tensor, it: Lone) -> None:
-        """Adds up what is watched: weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
+        """Adds up the watched statistics of weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
         at, chain, width = it.at[it.first :], it.chain - it.first, it.seen.chain.shape[-1]
         weights, seen = weights[..., :width], seen[..., :width]
         for i, watch in enumerate(it.watches):
@@ -639,7 +639,7 @@ class TorchOps:
                 case "low":
                     found = (seen & (weights < 1 / seen.sum(-1, keepdim=True).to(weights.dtype))).to(weights.dtype)
                 case _:
-                    raise Unsupported(f"statistic {watch.statistic!r} of attention; known: mass, low")
+                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use mass or low")
             found = found * (at >= watch.since)[:, None]
             it.seen.chain[i, index] = found[:, :chain].sum(1)
             it.seen.nodes[i, :, index] = found[:, chain:].transpose(0, 1)
@@ -649,7 +649,7 @@ class TorchOps:
         chances = self.linear(x, weights.router).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
         share, chosen = chances.topk(experts.top_k, dim=-1)
         if experts.renormalise:
-            share = share / sum(share.split(1, -1))  # one after the other, however many rows there are
+            share = share / sum(share.split(1, -1))  # in a fixed order, for any number of rows
         share = share.to(x.dtype)
         out = torch.zeros_like(x)
         for e in chosen.unique().tolist():
@@ -658,7 +658,7 @@ class TorchOps:
             out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
         return out
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: Plan, taps: Taps) -> Outputs:
+    def head(self, x: Tensor, weights: Weights, final: Norm, plan: TorchPlan, taps: Taps) -> Outputs:
         rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
         logits = self.linear(self.norm(rows, weights.final_norm, final), weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
@@ -666,17 +666,17 @@ class TorchOps:
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:
-    """bfloat16 needs AVX-512 there."""
+    """Whether oneDNN can pack weights of this dtype. bfloat16 needs AVX-512."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-_lent: list[int] = []  # PyTorch's threads, while another backend uses the processors
+_lent: list[int] = []  # the number of PyTorch threads, while another backend uses the processors
 
 
 def lend_threads() -> None:
-    """PyTorch runs with one thread from now on."""
+    """Limits PyTorch to one thread until take_threads_back()."""
     if not _lent:
         _lent.append(torch.get_num_threads())
     torch.set_num_threads(1)
@@ -694,7 +694,7 @@ def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The leading dimensions of x, as many as cos and sin have, turned."""
+    """x with its leading dimensions rotated, as many as cos and sin have."""
     dim = cos.shape[-1]
     if dim == x.shape[-1]:
         return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
@@ -703,12 +703,12 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _keys(codec: Codec, entries: Arrays) -> Tensor:
-    """Entries [m, ...] of per-slot arrays -> keys [m, D] as they are read: a codec decodes units."""
+    """Entries [m, ...] of per-slot arrays -> keys [m, D] in the form that attention reads. Pads to units, because codecs decode units."""
     held = {name: F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % PAGE)).unflatten(0, (-1, PAGE)) for name, x in entries.items()}
     return codec.decode(held)[0].flatten(0, 1)[: len(next(iter(entries.values())))]
 
 
-def _scores(sources: list[Source], q: Tensor, units: int) -> Tensor:
+def _scores(sources: list[PageSource], q: Tensor, units: int) -> Tensor:
     """q [K, R, D] -> [K, R, 32 units], for the leading units of all sources."""
     found = []
     for codec, held, count in sources:
@@ -719,7 +719,7 @@ def _scores(sources: list[Source], q: Tensor, units: int) -> Tensor:
     return torch.cat(found, -1) if len(found) > 1 else found[0]
 
 
-def _mix(sources: list[Source], weights: Tensor) -> Tensor:
+def _mix(sources: list[PageSource], weights: Tensor) -> Tensor:
     """weights [K, R, slots] -> [K, R, D]"""
     parts = weights.split([count * PAGE for _, _, count in sources], -1)
     return torch.stack([codec.mix(held, part) for (codec, held, _), part in zip(sources, parts, strict=True)]).sum(0)

@@ -1,4 +1,4 @@
-"""The pool as PyTorch holds it: one tensor, and views of it for every format of pages that is cut from its blocks."""
+"""The pool of the PyTorch backend: one tensor, and views of it for every page format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redraft.ops.format import Arrays, Codec, Format
 
 
 class Exact:
-    """Keys and values as they are, with the verbs of a codec."""
+    """Unencoded keys and values, with the methods of a codec."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return {"keys": keys, "values": values}
@@ -38,9 +38,9 @@ class Exact:
 
 
 class Shelf:
-    """The units of one format as views of the pool's memory: unit u is the (u % per_block)th of block u // per_block.
+    """The units of one format, as views of the memory of the pool. Unit u has index u % per_block in block u // per_block.
 
-    arrays: name -> [blocks, per_block, *shape]; codes: the names of the codec's arrays, the others are side data; bytes: u8[blocks,
+    arrays: name -> [blocks, per_block, *shape]; codes: the names of the codec's arrays, all others are side data; bytes: u8[blocks,
     per_block, bytes of a unit].
     """
 
@@ -56,8 +56,8 @@ class Shelf:
         self.codes = [name for name in fmt.arrays if name not in sides]
         self.bytes = memory.view(torch.uint8).as_strided((len(data), self.per_block, fmt.bytes), (block_bytes, fmt.bytes, 1))
         self.arrays: dict[str, Tensor] = {}
-        # index_select of rows is several times faster than indexing by (block, place), and rows may start at any multiple of
-        # what divides both sizes
+        # index_select of rows is several times faster than indexing by (block, place); rows may start at any multiple of the
+        # greatest common divisor of both sizes
         grain = gcd(block_bytes, fmt.bytes)
         self._steps = block_bytes // grain, fmt.bytes // grain
         self._units: dict[str, Tensor] = {}
@@ -79,13 +79,13 @@ class Shelf:
         return units // self.per_block, units % self.per_block
 
     def take(self, names: Iterable[str], units: Tensor) -> dict[str, Tensor]:
-        """Arrays [*units.shape, *shape]."""
+        """The arrays [*units.shape, *shape] of these units."""
         block, place = self.at(units.flatten())
         rows = block * self._steps[0] + place * self._steps[1]
         return {name: self._units[name].index_select(0, rows).view(*units.shape, *self.format.arrays[name].shape) for name in names}
 
     def pick(self, names: Iterable[str], units: Tensor, offsets: Tensor) -> dict[str, Tensor]:
-        """Entries [*units.shape, *shape[1:]] of per-slot arrays."""
+        """The entries [*units.shape, *shape[1:]] of per-slot arrays at these units and offsets."""
         block, place = self.at(units.flatten())
         rows, found = block * self._steps[0] + place * self._steps[1], {}
         for name in names:
@@ -100,28 +100,28 @@ class Shelf:
 
 
 def _rows(memory: Tensor, start: int, size: int, step: int) -> Tensor:
-    """[n, size]: what begins at start, start + step, ... of flat memory; rows may overlap."""
+    """[n, size]: rows of flat memory that begin at start, start + step, ...; rows may overlap."""
     return memory.as_strided(((len(memory) - start - size) // step + 1, size), (step, 1), start)
 
 
 @dataclass
-class Pool:
-    """data: [blocks, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: format name -> its units in the
-    same memory."""
+class TorchPool:
+    """data: [blocks, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: name of a format -> its units in the same
+    memory."""
 
     data: Tensor
     spec: ModelSpec
     shelves: dict[str, Shelf] = field(default_factory=dict)
 
     def units(self, space: Space, pages: I32) -> NDArray[np.int64]:
-        """[pages, units of a page]"""
+        """i64[pages, units of a page]: the units of these pages."""
         layers, heads = self.data.shape[1:3]
         count = {Lanes.SHARED: layers * heads, Lanes.PER_LAYER: heads, Lanes.PER_HEAD: 1}[space.lanes]
         return pages.astype(np.int64)[:, None] * count + np.arange(count)
 
 
 def units_of(pages: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.int64]:
-    """Unit ids i64[L, K, n] of pages [lanes, n]."""
+    """The units i64[L, K, n] of pages [lanes, n]."""
     own = np.arange(layers * heads).reshape(layers, heads, 1)
     match kind:
         case Lanes.SHARED:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput, Unsupported
-from redraft.ops.quantized import HIGH, LARGEST, LOW, MOST, Quantized
+from redraft.ops.quantized import HIGH, LARGEST_CODE, LARGEST_TOTAL, LOW, Quantized
 from redraft.weights.quant import Role, by_output, by_output_bytes, check_head, parts, rounded
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from redraft.card import Card
 from redraft.errors import InvalidInput, Unsupported
-from redraft.ops.quantized import MOST, Quantized
+from redraft.ops.quantized import LARGEST_CODE, Quantized
 
 if TYPE_CHECKING:  # reading the cards of methods does not import torch
     import torch
@@ -49,8 +49,8 @@ def by_output(weights: Linear, columns: Tensor | None = None) -> Quantized:
         if columns is not None:
             w[:, columns] = 0
         m = w.abs().amax(1)
-        scale[rows] = m / torch.full_like(m, MOST)
-        codes[rows] = rounded(w / scale[rows, None], -MOST, MOST)
+        scale[rows] = m / torch.full_like(m, LARGEST_CODE)
+        codes[rows] = rounded(w / scale[rows, None], -LARGEST_CODE, LARGEST_CODE)
     side = None if columns is None else weight[:, columns].clone()
     return Quantized(codes, scale, ins, weight.dtype, bias=bias, columns=columns, side=side)
 

@@ -17,7 +17,7 @@ import torch
 
 from redraft import SamplingParams, registry
 from redraft.core.sequence import Request
-from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.engine.engine import Engine
 from redraft.engine.output import checked
 from redraft.models.runner import Runner
@@ -43,7 +43,7 @@ def model(backend: Any) -> tuple[ModelSpec, Weights]:
     size = HIDDEN // HEADS
     rotary = Rotary(tuple(10_000.0 ** (-2 * i / size) for i in range(size // 2)))
     mixer = Attention(HEADS, HEADS, size, rotary)
-    spec = ModelSpec(VOCAB, HIDDEN, 1024, (LayerSpec(mixer, Mlp(MLP)),) * LAYERS, Norm(), False, lambda name: Source((name,)))
+    spec = ModelSpec(VOCAB, HIDDEN, 1024, (LayerSpec(mixer, Mlp(MLP)),) * LAYERS, Norm(), False, lambda name: WeightSource((name,)))
     made = tuple(
         LayerWeights(
             norm(), linear(mixer.qkv_rows, HIDDEN), linear(HIDDEN, HIDDEN), norm(), up=linear(2 * MLP, HIDDEN), down=linear(HIDDEN, MLP)

@@ -17,7 +17,7 @@ from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
 from redraft.ops.torch_ops import TorchOps
-from redraft.ops.torch_pool import Pool
+from redraft.ops.torch_pool import TorchPool
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -90,7 +90,7 @@ def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
     """New pages keep their old contents, here NaN."""
     allocate = TorchOps.allocate
 
-    def filled(ops: TorchOps, spec: ModelSpec, blocks: int) -> Pool:
+    def filled(ops: TorchOps, spec: ModelSpec, blocks: int) -> TorchPool:
         pool = allocate(ops, spec, blocks)
         pool.data.fill_(torch.nan)
         return pool

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redraft.config import SamplingParams
 from redraft.core.noise import Stream, gumbel, key
-from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 
 VOCAB = 24
@@ -37,7 +37,7 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
     rotary = Rotary(tuple(float(100.0 ** (-i / (size // 2))) for i in range(size // 2)))
     mixer = Attention(heads, kv_heads, size, rotary, window)
     layer = LayerSpec(mixer, Mlp(inner))
-    spec = ModelSpec(VOCAB, hidden, 256, (layer,) * layers, Norm(), False, lambda name: Source((name,)))
+    spec = ModelSpec(VOCAB, hidden, 256, (layer,) * layers, Norm(), False, lambda name: WeightSource((name,)))
     made = []
     for _ in range(layers):
         qkv = rand(mixer.qkv_rows, hidden, scale=1 / math.sqrt(hidden))

@@ -83,7 +83,7 @@ def test_gumbel_argmax_is_a_sample():
 
 
 def test_never_infinite():
-    """The key whose hash at id 0 has all bits set, found by undoing the hash."""
+    """The key for which the hash at id 0 has all bits set, found by inverting the hash."""
 
     def unshift(x, by):
         out = x

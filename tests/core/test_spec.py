@@ -1,16 +1,16 @@
-"""A model names the forms of its memory."""
+"""ModelSpec.memories: the layers grouped by the form of their memory."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from redraft.core.spec import Attention, CrossAttention, LayerSpec, MemoryGroup, Mixer, Mlp, ModelSpec, Norm, Recurrent, Source
+from redraft.core.spec import Attention, CrossAttention, LayerSpec, MemoryGroup, Mixer, Mlp, ModelSpec, Norm, Recurrent, WeightSource
 
 WIDE, NARROW = Attention(8, 4, 16), Attention(8, 2, 16)
 
 
 def spec(*mixers: Mixer) -> ModelSpec:
-    return ModelSpec(9, 8, 64, tuple(LayerSpec(mixer, Mlp(8)) for mixer in mixers), Norm(), True, lambda name: Source((name,)))
+    return ModelSpec(9, 8, 64, tuple(LayerSpec(mixer, Mlp(8)) for mixer in mixers), Norm(), True, lambda name: WeightSource((name,)))
 
 
 def test_layers_are_grouped_by_kind_shape_and_window() -> None:

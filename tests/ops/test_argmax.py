@@ -1,4 +1,4 @@
-"""Outputs.argmax is -1 where a row of logits holds NaN or +inf, in every backend and dtype, and the lowest id of equal ones elsewhere."""
+"""Outputs.argmax in every backend and dtype: -1 if a row of logits holds NaN or +inf, else the lowest id of the largest logits."""
 
 from __future__ import annotations
 

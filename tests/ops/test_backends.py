@@ -13,7 +13,7 @@ import torch
 
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -27,7 +27,7 @@ VOCAB, HIDDEN, SIZE = 37, 32, 8
 
 
 def model(*, window: int | None = None, experts: bool = False, norm: str = "rms", seed: int = 0) -> tuple[ModelSpec, Weights]:
-    """Two layers, the second windowed; 4 query heads on 2 kv heads; biases; optionally a mixture of experts."""
+    """Two layers, the second with a window; 4 query heads on 2 kv heads; biases; optionally a mixture of experts."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -44,7 +44,7 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
     inner = Experts(4, 2, Mlp(24)) if experts else mlp
     kind = Norm(norm)  # type: ignore[arg-type]
     layers = tuple(LayerSpec(Attention(4, 2, SIZE, rotary, window if i else None, True, True), inner, kind) for i in range(2))
-    spec = ModelSpec(VOCAB, HIDDEN, 512, layers, kind, False, lambda name: Source((name,)))
+    spec = ModelSpec(VOCAB, HIDDEN, 512, layers, kind, False, lambda name: WeightSource((name,)))
     made = []
     for mixer in spec.attention:
         some: dict[str, object] = {}
@@ -61,7 +61,7 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
 
 
 def cast(weights: Weights, backend: TorchOps) -> Weights:
-    """The weights in the backend's dtype and layout."""
+    """The weights in the dtype and layout of the backend."""
 
     def walk(value: object) -> object:
         if isinstance(value, torch.Tensor):
@@ -84,7 +84,7 @@ def random_tree(rng: random.Random, most: int) -> TokenTree:
 
 
 def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Runs the same steps on both; the logits of each forward. Sequences of very different numbers of rows mixed."""
+    """Runs the same steps on both runners; returns the logits of each forward. The numbers of rows of the sequences differ much."""
     rng = random.Random(seed)
     seqs = [sequence([rng.randrange(VOCAB) for _ in range(n)]) for n in (90, 3, 40, 1)]
     siblings = [sequence(list(seq.tokens)) for seq in seqs]
@@ -157,7 +157,7 @@ def test_experts_and_layer_norm(experts: bool, norm: str) -> None:
 
 
 def test_more_than_64_nodes() -> None:
-    """Ancestors of more than one word."""
+    """Ancestors that need more than one word."""
     spec, weights = model()
     fast = TorchOps(torch.float64)
     pairs = program(Runner(spec, weights, Reference(), 60), Runner(spec, cast(weights, fast), fast, 60), seed=5, most=100)
@@ -168,7 +168,7 @@ def test_more_than_64_nodes() -> None:
 
 @pytest.mark.parametrize("fault", ["window", "tail", "ancestors"])
 def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mask that is a little wrong is seen."""
+    """The comparison notices a mask that is slightly wrong."""
     spec, weights = model(window=6)
     fast = TorchOps(torch.float64)
     honest = TorchOps._mask
@@ -196,7 +196,7 @@ def test_reference_is_float64_on_the_cpu() -> None:
 
 
 def test_bfloat16_where_onednn_cannot_pack_it() -> None:
-    """On a processor with AVX2 alone, here by oneDNN's own limit: the weights stay as they are."""
+    """On a processor with AVX2 only, simulated by the limit of oneDNN, the weights are not packed."""
     code = (
         "import torch; from redraft.ops.backend import Linear; from redraft.ops.torch_ops import TorchOps\n"
         "ops, weight = TorchOps(torch.bfloat16), torch.eye(40, dtype=torch.bfloat16)\n"

@@ -1,5 +1,5 @@
-"""The kernels as programs of their own, under the sanitizers of addresses and undefined behaviour, once for each instruction set, and of
-threads, once: what threads share does not hang on it."""
+"""The kernels as separate programs under sanitizers: addresses and undefined behaviour once for each instruction set, threads once,
+because shared state does not depend on the instruction set."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def has(words: str) -> bool:
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ here")
 def test_tiles_emulated(tmp_path: Path) -> None:
-    """The AMX unit's own code on emulated tiles, on a machine that has AVX-512 BF16 and no AMX; planted mistakes must be noticed."""
+    """The AMX code on emulated tiles, on a machine with AVX-512 BF16 and without AMX. The program must notice planted mistakes."""
     bits, flags = SETS["avx512_bf16"]
     if not has(bits):
         pytest.skip("this machine has no avx512_bf16")

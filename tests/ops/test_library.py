@@ -1,4 +1,4 @@
-"""The shared library: found or not with a reason, typed, lowered by REDRAFT_ISA, and silent until asked for."""
+"""The shared library: it loads or reports a reason, has typed functions, obeys REDRAFT_ISA, and loads only on request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ loaded = library.load() if library.PATH.exists() else None
 
 @pytest.mark.skipif(shutil.which("c++") is None or platform.machine() != "x86_64", reason="no compiler, or no kernels for this processor")
 def test_where_there_is_a_compiler_there_is_the_library() -> None:
-    """Else every test of the native backend would be skipped, and nobody would know."""
+    """Otherwise every test of the native backend would be skipped without notice."""
     assert library.PATH.exists(), "make install compiles it"
 
 
@@ -42,7 +42,7 @@ def lib() -> Library:
 
 
 def ran(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh process: the library reads its environment once."""
+    """Runs code in a fresh process, because the library reads its environment once."""
     environment = {**os.environ, "REDRAFT_ISA": "", **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 

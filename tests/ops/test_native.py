@@ -1,4 +1,4 @@
-"""native against reference, the definition, and against itself: no bit depends on what a row is computed beside, or how."""
+"""native against reference, the definition, and against itself: no bit of a row depends on other rows or on the grouping into steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from redraft.core.batch import Batch, PageView
 from redraft.core.noise import gumbel
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import PLAIN, CachePlan, Lanes, Request, Sequence, Space
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.taps import Taps
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
@@ -65,7 +65,7 @@ def few(examples: int) -> settings:
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets their number, and gives back what was."""
+    """Sets the number of threads, and restores it afterwards."""
     loaded = library.load()
     assert loaded is not None
     before, torchs = loaded.threads, torch.get_num_threads()
@@ -82,7 +82,7 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 def within(found: Tensor, expected: Tensor, dtype: torch.dtype, terms: Tensor | float = 0.0) -> None:
-    """expected in float64, rounded once to the dtype; terms: the sum of absolute terms that float32 arithmetic went over."""
+    """expected: float64, rounded once to the dtype; terms: the sum of the absolute terms of the float32 arithmetic."""
     assert found.dtype == dtype and found.shape == expected.shape
     allowed = HALF[dtype] * expected.abs() + KERNELS * terms + 1e-30
     assert ((found.double() - expected).abs() <= allowed).all(), float(((found.double() - expected).abs() - allowed).max())
@@ -145,10 +145,10 @@ def test_an_unknown_activation_is_refused_by_name() -> None:
 @DTYPES
 @pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 8), (5, 12), (2, 64), (1, 100)])
 def test_rope(heads: int, size: int, dtype: torch.dtype) -> None:
-    """Far positions too: angles are in float64."""
+    """Also at large positions, because angles are in float64."""
     turn = Rotary(tuple(500.0 ** (-2 * i / size) for i in range(size // 2)), 1.2)
     layer = Attention(heads, heads, size, turn)
-    spec = ModelSpec(9, 8, 512, (LayerSpec(layer, Mlp(8)),), Norm(), True, lambda name: Source((name,)))
+    spec = ModelSpec(9, 8, 512, (LayerSpec(layer, Mlp(8)),), Norm(), True, lambda name: WeightSource((name,)))
     positions = np.array([0, 1, 31, 77_777, 1_000_003], np.int32)
     works = [work([1]) for _ in positions]
     plan = NativeOps(dtype).plan(replace(Batch.pack(works, [EMPTY] * 5, view(works)), positions=positions), spec)
@@ -163,7 +163,7 @@ def test_rope(heads: int, size: int, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("workers", [1, 3])
 def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
-    """argmax, top_k and logits of some rows; of equal logits the lowest id, also over panels and threads; rows of no numbers."""
+    """argmax, top_k and logits of some rows: the lowest id of equal logits, also across panels and threads; rows with NaN."""
     threads(workers)
     ops, ref, vocab, hidden = NativeOps(dtype), Reference(), 300, 40
     weight = randn(1, vocab, hidden, dtype=dtype)
@@ -207,7 +207,7 @@ def test_head(workers: int, dtype: torch.dtype, threads: Callable[[int], None]) 
 def test_the_head_in_one_call_is_its_parts(
     group: int | None, dtype: torch.dtype, rows: int, count: int, outs: int, ins: int, biased: bool, seed: int
 ) -> None:
-    """Norm, linear and order, bit for bit; rows in any order, some of them twice."""
+    """Norm, linear and order bit for bit; rows in any order, some twice."""
     ops, dice = NativeOps(dtype), random.Random(seed)
     x, wanted = randn(seed, rows, ins, dtype=dtype), [dice.randrange(rows) for _ in range(count)]
     weight = Linear(randn(seed + 1, outs, ins), randn(seed + 2, outs) if biased else None)
@@ -228,7 +228,7 @@ def test_the_head_in_one_call_is_its_parts(
 
 @DTYPES
 def test_one_logit_that_is_no_number_is_reported(dtype: torch.dtype) -> None:
-    """Rows of nothing but minus infinity give the lowest id."""
+    """Rows of only minus infinity give the lowest id."""
     ops, weight = NativeOps(dtype), randn(1, 200, 8, dtype=dtype)
     plan: Any = SimpleNamespace(batch=SimpleNamespace(logit_rows=np.arange(3, dtype=np.int32)))
     for bias in (math.nan, math.inf):
@@ -259,7 +259,7 @@ DEFINED += ["read, window", "read of coded pages", "read behind the chunk, int8"
 
 
 def near(found: test_views.World, expected: test_views.World) -> None:
-    """Attention and statistics of all steps."""
+    """The attention outputs and statistics of all steps."""
     for mine, other in zip(found.found, expected.found, strict=True):
         assert mine.shape == other.shape
         limit = 0.01 if mine.dtype == BF16 else 1e-5  # statistics are of float32 or better
@@ -269,8 +269,8 @@ def near(found: test_views.World, expected: test_views.World) -> None:
 @pytest.mark.parametrize("name", VIEWS)
 @DTYPES
 def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]) -> None:
-    """Beside a sequence without a view, in memory that was full of NaN, with a tail that grows. PyTorch attends to nothing, and pages
-    hold what its backend writes, bit for bit. Weights near 1 / t may fall on either side in bfloat16."""
+    """Next to a sequence without a view, in memory full of NaN, with a growing tail. PyTorch attends nothing, and pages hold the bits
+    that its backend writes. In bfloat16, weights near 1 / t may fall on either side."""
     case = replace(VIEWS[name], watch=WATCHES if dtype == F32 else WATCHES[:2])
     torchs = test_views.program(TorchOps(dtype), case, dtype)
     monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
@@ -296,7 +296,7 @@ def test_codecs_that_no_kernel_reads_are_refused_by_name() -> None:
         with pytest.raises(Unsupported, match=f"codec '{name}': backend 'native' has no kernel.*use backend 'torch'"):
             ops.define(pool, toys[name])
     ops.define(pool, shipped["int8"])
-    with pytest.raises(Unsupported, match="format 'int8' is of two layouts"):
+    with pytest.raises(Unsupported, match="format 'int8' has two layouts"):
         ops.define(pool, replace(shipped["blocks"], name="int8"))
 
 
@@ -311,9 +311,9 @@ def test_picks_may_lie_in_memory_in_any_order(dtype: torch.dtype, monkeypatch: p
 
 @DTYPES
 def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None:
-    """Those without a usable scale too."""
+    """Also pages without a usable scale."""
     layer = LayerSpec(Attention(2, 1, 20), Mlp(8))
-    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: Source((name,)))
+    spec = ModelSpec(9, 8, 512, (layer,), Norm(), True, lambda name: WeightSource((name,)))
     x = randn(1, 2, 64, 1, 20) * 10 ** torch.linspace(-30, 30, 64)[:, None, None]
     for row, odd in enumerate((0.0, 1e-40, 3e-38, 3.4028234e38, math.inf, -math.inf, math.nan)):
         x[:, row] = odd if abs(odd) < 1e-30 else x[:, row]
@@ -353,7 +353,7 @@ def test_an_unknown_statistic_is_refused_by_name() -> None:
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("dtype", "most"), [(F32, 1e-5), (BF16, 0.12)])
 def test_whole_models(dtype: torch.dtype, most: float, window: int | None) -> None:
-    """Chunks, trees whose tails grow and decodes through two layers, every step by both."""
+    """Chunks, trees with growing tails and decodes through two layers; both backends run every step."""
     spec, weights = test_backends.model(window=window)
     ops = NativeOps(dtype)
     left, right = Runner(spec, weights, Reference(), 40), Runner(spec, cast(weights, ops), ops, 40)
@@ -366,7 +366,7 @@ def test_whole_models(dtype: torch.dtype, most: float, window: int | None) -> No
 
 
 class Shape(NamedTuple):
-    """What differs between the families that the kernels run."""
+    """The differences between the families that the kernels run."""
 
     heads: int
     kv_heads: int
@@ -424,7 +424,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         for i in range(LAYERS)
     )  # fmt: skip
     spec = ModelSpec(
-        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: Source((name,)), CONTEXT if shape.learned else None
+        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: WeightSource((name,)), CONTEXT if shape.learned else None
     )
 
     def layer_of(layer: Attention) -> LayerWeights:
@@ -451,7 +451,7 @@ def quantized(weights: Linear, quant: str) -> LinearWeights:
 
 
 def cast(weights: Weights, ops: NativeOps, quant: str = "") -> Weights:
-    """The weights in the backend's dtype, quantized if wanted, in panels."""
+    """The weights in the dtype of the backend, quantized if requested, in panels."""
 
     def typed(part: Any) -> Any:
         return None if part is None else type(part)(*(None if one is None else one.to(ops.dtype) for one in part))
@@ -474,7 +474,7 @@ def cast(weights: Weights, ops: NativeOps, quant: str = "") -> Weights:
 
 
 class Switched(NativeOps):
-    """Counts segments; refuses them where `whole` says so."""
+    """Counts segments; refuses them if `whole` is set."""
 
     whole, segments = True, 0
 
@@ -493,8 +493,8 @@ def bits(x: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Text:
-    """One text in a runner. kept: what survives of each lane where `cut` tokens are stored, if something is evicted there; full pages
-    of a text with a block format are encoded there; its context ends there or nowhere."""
+    """A text in a runner. kept: the slots that each lane keeps once `cut` tokens are stored, None without an eviction. With a format of
+    coded pages, full pages are encoded there. The context of a text ends there or never."""
 
     seq: Sequence
     cut: int = 0
@@ -506,7 +506,7 @@ class Text:
 
 
 def text_of(number: int, tokens: list[int], cache: CachePlan = PLAIN, context: int = 0) -> Sequence:
-    """All its rows give logits, as those of a prompt do. A read of `cache` is in force after the context."""
+    """A sequence of which all rows give logits, like those of a prompt. A read of `cache` applies after the context."""
     request = Request("test", tokens, SamplingParams(prompt_logprobs=0), context=context)
     seq = Sequence(number, request, 0, list(tokens), 1 << 20, seed=0, sync_point=1 << 30)
     seq.cache = cache
@@ -514,7 +514,7 @@ def text_of(number: int, tokens: list[int], cache: CachePlan = PLAIN, context: i
 
 
 class Bench:
-    """A runner, what it said of every prefix of every text, and what it says of the same prefix alone."""
+    """A runner with its results for every prefix of every text, and a second runner for the same prefix alone."""
 
     def __init__(self, family: str, dtype: torch.dtype, quant: str = "", *, sharing: bool = True, blocks: int = 60) -> None:
         self.spec, weights = model(family)
@@ -545,7 +545,7 @@ class Bench:
                 self.said.append((text, tuple(prefix), None if out.logits is None else out.logits[i], int(out.argmax[i])))
 
     def alone(self, text: Text, tokens: list[int], chunks: Callable[[], int]) -> dict[int, Tensor]:
-        """Length of a prefix -> logits, of a text that runs with nobody beside it, without trees."""
+        """Length of a prefix -> logits, of a text that runs alone and without trees."""
         sibling, table, found = text.sibling(tokens), self.lonely.memory.paged.table, {}
         table.open(sibling.seq)
         while sibling.seq.pending:
@@ -564,7 +564,7 @@ class Bench:
         return found
 
     def check(self, dice: random.Random) -> int:
-        """All that was said is what is said alone, bit for bit. How many rows."""
+        """Compares all results with those of the text alone, bit for bit. Returns the number of rows."""
         self.ops.whole = True
         ways = [lambda: 1000, lambda: 1, lambda: dice.choice([1, 2, 7, 33])]
         for text in {id(text): text for text, *_ in self.said}.values():
@@ -592,7 +592,7 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
 
 
 def border(text: Text) -> int:
-    """No chunk crosses the place where something is evicted or encoded, or where the context ends."""
+    """The number of rows up to the place where slots are evicted, pages are encoded or the context ends; no chunk crosses it."""
     left = text.cut - text.seq.stored
     return left if (text.kept is not None or text.seq.cache.coded or text.seq.context) and left > 0 else 1000
 
@@ -634,7 +634,7 @@ LABELS, UNLABELLED = Reading(), Reading(8, labels=False)
 
 
 def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
-    """With stems in common; of every kind of lanes, some of them evicted from; with views of every kind; one may skip a layer."""
+    """Texts with common prefixes, all kinds of lanes, some evictions and all kinds of views; one may skip a layer."""
     stem = [dice.randrange(VOCAB) for _ in range(100)]
     lanes = [Lanes.SHARED, Lanes.SHARED, dice.choice(list(Lanes)), dice.choice([Lanes.PER_LAYER, Lanes.PER_HEAD]), Lanes.PER_HEAD]
     texts = []
@@ -663,7 +663,7 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
 
 
 def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: int = 7) -> None:
-    """Texts come one by one and run in random company, chunks and trees, with random threads, taps and ways through the layers."""
+    """Texts start one by one and run in random batches, with chunks and trees, random threads, taps and segments of layers."""
     dice = random.Random(seed)
     texts, table = random_texts(bench, dice), bench.runner.memory.paged.table
     waiting, running = list(texts), []
@@ -778,7 +778,7 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
 @DTYPES
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_stay_as_they_were_reported(family: str, dtype: torch.dtype) -> None:
-    """Those of a layer, although the layers behind it run too; the same from segments as from single operations."""
+    """Hidden states of a layer, although later layers run too; segments and single operations give the same."""
     bench, reported = Bench(family, dtype), []
     tokens = [random.Random(5).randrange(VOCAB) for _ in range(9)]
     for whole in (True, False):
@@ -800,7 +800,7 @@ def test_hidden_states_stay_as_they_were_reported(family: str, dtype: torch.dtyp
 
 @DTYPES
 def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
-    """Bit for bit the same with other threads, company and watches, and where layers run operation by operation."""
+    """The same bits with other threads, batches and watches, and if layers run operation by operation."""
     bench, dice = Bench("mistral", dtype, blocks=90), random.Random(2)
     table, watch = bench.runner.memory.paged.table, Watch("mass", 40)
     texts = [Text(text_of(i, [dice.randrange(VOCAB) for _ in range(n)], kind)) for i, (n, kind) in enumerate(SEVERAL)]
@@ -871,7 +871,7 @@ def test_models_compute_what_the_reference_defines(family: str) -> None:
 @few(8)
 @given(st.integers(1, 70), st.integers(1, 9), st.booleans(), st.sampled_from(["", "int8"]), st.integers(0, 99))
 def test_experts(dtype: torch.dtype, rows: int, top_k: int, renormalise: bool, quant: str, seed: int) -> None:
-    """The bits of a row are those that it has alone, whoever else chose its experts: each by itself, added by ascending number."""
+    """The bits of a row are those that it has alone, whichever rows chose its experts: experts are added in ascending order."""
     ops, mixture = NativeOps(dtype), Experts(9, top_k, Mlp(20), renormalise)
     ups, downs = ([Linear(part) for part in randn(seed + i, *shape, dtype=dtype) / 5] for i, shape in ((1, (9, 40, 33)), (2, (9, 33, 20))))
     router, x = Linear(randn(seed + 3, 9, 33, dtype=dtype)), randn(seed, rows, 33, dtype=dtype)
@@ -897,7 +897,7 @@ def test_experts(dtype: torch.dtype, rows: int, top_k: int, renormalise: bool, q
 
 @pytest.mark.parametrize("quant", [None, "int8:outliers=3"])
 def test_a_mixture_from_its_files(quant: str | None, tmp_path: Path) -> None:
-    """The same greedy texts by every backend, alone and in a batch."""
+    """Every backend gives the same greedy texts, alone and in a batch."""
     folder = str(tiny_llama(tmp_path / "mixtral", family="mixtral"))
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts, texts = ["def f(x):", "a", "one two three " * 3, "class A:"], {}
@@ -948,7 +948,7 @@ def codes(outs: int, ins: int, group: int, biased: bool, seed: int, outliers: in
 def test_codes_are_multiplied_as_defined(
     dtype: torch.dtype, group: int, rows: int, outs: int, ins: int, biased: bool, outliers: int, seed: int
 ) -> None:
-    """Outlier columns are larger by far than the others, of which there may be none."""
+    """Outlier columns, if any, are much larger than the others."""
     ops, weights = NativeOps(dtype), codes(outs, ins, group, biased, seed, outliers)
     x = (randn(seed + 2, rows, ins) * 10 ** (seed % 5 - 2)).to(dtype)
     if weights.columns is not None:
@@ -966,7 +966,7 @@ def test_codes_are_multiplied_as_defined(
 @pytest.mark.parametrize("group", [0, 32], ids=["int8", "int4"])
 @pytest.mark.parametrize("odd", [0.0, 1e-40, 1e38, math.nan, math.inf, -math.inf])
 def test_rows_that_have_no_codes(odd: float, group: int, dtype: torch.dtype) -> None:
-    """Of zeros, so small that no inverse is finite, of no numbers: as ops/quantized.py says."""
+    """Rows of zeros, of numbers with an infinite inverse, and of NaN follow ops/quantized.py."""
     ops, weights, x = NativeOps(dtype), codes(70, 50, group, True, 0), randn(1, 3, 50, dtype=dtype)
     x[1] = odd if abs(odd) < 1 else x[1]
     x[1, 20] = odd
@@ -978,7 +978,7 @@ def test_rows_that_have_no_codes(odd: float, group: int, dtype: torch.dtype) -> 
 @DTYPES
 @pytest.mark.parametrize("odd", [1e38, math.nan, math.inf, -math.inf])
 def test_an_outlier_that_has_no_code_is_multiplied(odd: float, dtype: torch.dtype) -> None:
-    """What stands in an outlier column is not asked for the row's scale, be it what it may."""
+    """Numbers in an outlier column do not affect the scale of the row."""
     ops, weights, x = NativeOps(dtype), codes(70, 50, 0, True, 0, 4), randn(1, 3, 50, dtype=dtype)
     assert weights.columns is not None
     x[1, weights.columns[2]] = odd
@@ -988,7 +988,7 @@ def test_an_outlier_that_has_no_code_is_multiplied(odd: float, dtype: torch.dtyp
 
 
 def test_codes_of_odd_groups_are_pytorchs() -> None:
-    """No panel holds groups that end within 16 columns, and the product is the same."""
+    """If groups do not end at multiples of 16 columns there are no panels, and the product is the same."""
     ops, weights, x = NativeOps(), codes(70, 50, 8, True, 0), randn(1, 5, 50)
     packed = ops.pack(weights)
     assert isinstance(packed, Quantized)
@@ -1042,7 +1042,7 @@ def test_other_dtypes_and_devices_are_refused_by_name(dtype: torch.dtype, device
 
 
 def test_heads_that_no_kernel_attends_are_refused_by_name() -> None:
-    """Of odd sizes, or of numbers that differ by layer: before the kernels see them."""
+    """Odd head sizes, or sizes that differ by layer, are refused before the kernels run."""
     spec, _ = model("gpt2")
     odd = replace(
         spec,
@@ -1057,7 +1057,7 @@ def test_heads_that_no_kernel_attends_are_refused_by_name() -> None:
 
 
 def test_gates_packed_as_plain_outputs_take_no_segment() -> None:
-    """Who packs without saying that a weight is gated gets the same numbers."""
+    """Packing without `gated` gives the same numbers."""
     spec, weights = test_backends.model()
     ops = Switched(F32)
     right = Runner(spec, test_backends.cast(weights, ops), ops, 40)  # knows of no gates
@@ -1115,7 +1115,7 @@ def test_other_instruction_sets(isa: str) -> None:
 
 
 def test_calls_of_two_threads_wait_for_each_other_and_for_workers_that_come_and_go() -> None:
-    """Buffers belong to the process: a call that grows them must not meet one that reads them, nor another number of workers."""
+    """Buffers belong to the process: a call that grows them must not run during one that reads them, nor during a change of workers."""
     ops, loaded = NativeOps(torch.float32), library.load()
     assert loaded is not None
     before = loaded.threads

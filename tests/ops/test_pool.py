@@ -1,4 +1,4 @@
-"""Zero and move of the plain pages, backend against reference, and each lane kind's pages against the definition of a place."""
+"""Zero and move of plain pages, backends against the reference, and the pages of each lane kind against the definition of a place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.contracts import plain
 BLOCKS = 5
 
 
-def filled(ops: Reference | TorchOps) -> torch_ops.Pool | reference.Pool:
+def filled(ops: Reference | TorchOps) -> torch_ops.TorchPool | reference.ReferencePool:
     pool = ops.allocate(plain.tiny()[0], BLOCKS)
     pool.data.copy_(torch.randn(pool.data.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     return pool

@@ -1,4 +1,4 @@
-"""A sliding window over trees whose deepest node is not the last one."""
+"""A sliding window over trees in which the deepest node is not the last one."""
 
 from __future__ import annotations
 

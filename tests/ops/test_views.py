@@ -1,4 +1,4 @@
-"""What rows see through views: torch_ops against reference, and both against what the words say."""
+"""The slots that rows see through views: torch_ops against reference, and both against the definitions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from redraft.core.batch import Batch, PageView
 from redraft.core.plan import Work
 from redraft.core.sequence import Lanes, Space
-from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, Source
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.taps import NOTHING, Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
@@ -37,14 +37,14 @@ Ops = Reference | TorchOps
 
 
 def model(window: int | None = None, *, size: int = SIZE, scale: float = 1.0) -> ModelSpec:
-    """Two layers that turn at different speeds, the second windowed."""
+    """Two layers with different rotary speeds, the second with a window."""
     layers = tuple(
         LayerSpec(
             Attention(HEADS * SHARE, HEADS, size, Rotary(tuple(theta ** (-2 * i / size) for i in range(size // 2)), scale), w), Mlp(8)
         )
         for theta, w in ((50.0, None), (200.0, window))
     )
-    return ModelSpec(9, 8, 512, layers, Norm(), True, lambda name: Source((name,)))
+    return ModelSpec(9, 8, 512, layers, Norm(), True, lambda name: WeightSource((name,)))
 
 
 # ---- toys
@@ -52,7 +52,7 @@ def model(window: int | None = None, *, size: int = SIZE, scale: float = 1.0) ->
 
 @dataclass(frozen=True)
 class Int8:
-    """A scale for each slot, for keys and values alike."""
+    """A toy codec with a scale for each slot, for keys and values."""
 
     dtype: torch.dtype
 
@@ -83,7 +83,7 @@ class Int8:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole pages only: keys have a scale for each channel of a page."""
+    """A toy codec of whole pages: keys have a scale for each channel of a page."""
 
     dtype: torch.dtype
 
@@ -111,7 +111,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Even:
-    """Every `every`th position, the newest, and by side data: slots with a large first channel, pages with a large key."""
+    """Reads every `every`th position, the newest, and, by side data, slots with a large first channel and pages with a large key."""
 
     every: int = 2
     by_head: bool = False
@@ -139,7 +139,7 @@ class Even:
 
 
 def formats(dtype: torch.dtype, read: Even | None, shipped: bool = False, size: int = SIZE) -> dict[str, Format]:
-    """Of the toys, or of the shipped codecs, whose layouts compiled kernels know."""
+    """The formats of the toy codecs, or of the shipped codecs, which compiled kernels can read."""
     side = read.arrays(size, dtype) if read else {}
     sides = (read,) if side else ()
     made = {"labelled": Format("labelled", plain(dtype, size) | side, None, sides)}
@@ -175,7 +175,7 @@ class Case:
 
 @dataclass
 class Text:
-    """The lanes of one sequence in one backend's pool."""
+    """The lanes of one sequence in the pool of one backend."""
 
     case: Case
     pages: list[list[int]]
@@ -186,7 +186,7 @@ class Text:
     edited: bool = False
 
     def view(self, tail: int, chain: int, rows: int) -> tuple[Any, ...]:
-        """kind, pages, lengths, tail, chain, positions, coded of a PageView."""
+        """The kind, pages, lengths, tail, chain, positions and coded pages of a PageView."""
         positions = [np.array(p, np.int32) for p in self.positions] if self.edited else None
         held = [-(-(n + tail + rows) // PAGE) - len(c) for n, c in zip(self.lengths, self.coded, strict=True)]
         width = max(held)
@@ -217,7 +217,7 @@ class World:
         self.found: list[Tensor] = []
 
     def take(self, space: Space, lanes: int, count: int) -> list[list[int]]:
-        """`count` zeroed pages for each lane, mixed."""
+        """`count` zeroed pages for each lane, in mixed order."""
         per = self.per_block[space]
         blocks = -(-lanes * count // per)
         pages = list(range(self.block * per, (self.block + blocks) * per))
@@ -228,12 +228,12 @@ class World:
         return [pages[i * count : (i + 1) * count] for i in range(lanes)]
 
     def rand(self, *shape: int) -> Tensor:
-        """The same numbers in every dtype."""
+        """The same random numbers in every dtype."""
         made = torch.randn(*shape, generator=self.dice, dtype=torch.float64)
         return made.to(self.rounded).to(self.ops.dtype)
 
     def forward(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: int = 0) -> list[Tensor]:
-        """Attention of all layers for random queries, keys and values: [T, H D] each; statistics are noted."""
+        """The attention outputs [T, H D] of all layers for random queries, keys and values; statistics are recorded."""
         work, views = [], []
         for text, n, tree in zip(texts, rows, trees, strict=True):
             seq = sequence([0] * (text.stored + n), stored=text.stored)
@@ -257,7 +257,7 @@ class World:
         return outs
 
     def commit(self, text: Text, rows: int, path: list[int]) -> None:
-        """Chain rows and the nodes of `path` become committed slots."""
+        """Commits the chain rows and the nodes of `path`."""
         src, dst = [], []
         for lane, n in enumerate(text.lengths):
             for k, node in enumerate(path):
@@ -273,7 +273,7 @@ class World:
             self.ops.move(self.pool, Space(text.case.kind, text.case.format), np.array(src, np.int32), np.array(dst, np.int32))
 
     def evict(self, text: Text, seed: int) -> None:
-        """Lanes keep different slots, and different numbers of them; those of a window keep what it sees."""
+        """Lanes keep different slots, and different numbers of them. With a window they keep the slots that it shows."""
         dice, src, dst = Random(seed), [], []
         window = text.case.window
         for lane, n in enumerate(text.lengths):
@@ -288,7 +288,7 @@ class World:
         self.move(text, src, dst)
 
     def encode(self, text: Text, count: int) -> None:
-        """The first `count` full pages of every lane go over to the block format."""
+        """Moves the first `count` full pages of every lane to the format of coded pages."""
         target = Space(text.case.kind, text.case.coded)
         fresh = self.take(target, len(text.pages), count)
         src = [page for lane in text.pages for page in lane[:count]]
@@ -298,7 +298,7 @@ class World:
         text.pages = [lane[count:] for lane in text.pages]
 
     def fold(self, text: Text) -> None:
-        """Full pages of every lane."""
+        """Folds the full pages of every lane."""
         pages = [page for lane, n in zip(text.pages, text.lengths, strict=True) for page in lane[: n // PAGE]]
         assert text.case.read is not None
         self.ops.fold(self.pool, Space(text.case.kind, text.case.format), np.array(pages, np.int32), text.case.read)
@@ -392,7 +392,7 @@ def test_torch_computes_what_the_reference_defines(name: str) -> None:
 @pytest.mark.parametrize("name", ["per head, window, evicted, watched", "int8, evicted, window", "coded pages, window", "read by position"])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_other_dtypes(name: str, dtype: torch.dtype, most: float) -> None:
-    """The same keys and values, rounded to the dtype, in both. Weights near 1 / t may fall on either side of it."""
+    """Both get the same keys and values, rounded to the dtype. Weights near 1 / t may fall on either side of it."""
     case = CASES[name]
     compare(replace(case, watch=tuple(w for w in case.watch if w.statistic == "mass")), TorchOps(dtype), most)
 
@@ -424,7 +424,7 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["per head, evicted", "int8, evicted, window", "read", "read of int8", "read of coded pages"])
 def test_pages_hold_what_the_reference_says(name: str) -> None:
-    """Codes, scales, side data of keys as they are read, whole arrays: equal after writes, moves, encoding and folding."""
+    """Codes, scales, side data and whole arrays are equal after writes, moves, encoding and folding."""
     fast, slow = program(TorchOps(torch.float64), CASES[name]), defined(CASES[name], torch.float64)
     for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.coded, fast.main.coded)):
         units = torch.tensor(pages, dtype=torch.long).flatten()
@@ -446,7 +446,7 @@ def test_few_slots_are_gathered_and_many_are_not(name: str, monkeypatch: pytest.
 
 
 def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | None, taps: Taps = NOTHING) -> list[Tensor]:
-    """A chunk, a chunk longer than ALONE, a tree and a decode of one sequence; 64 wide, so that kernels work in blocks."""
+    """A chunk, a chunk longer than MAX_GROUPED_ROWS, a tree and a decode of one sequence; 64 channels, so kernels work in blocks."""
     ops, lanes = TorchOps(dtype), 1 if kind is Lanes.SHARED else LAYERS * HEADS
     pool, dice = ops.allocate(spec, 8), torch.Generator().manual_seed(1)
     pool.data.fill_(math.nan)
@@ -503,8 +503,8 @@ def turn(x: Tensor, rotary: Rotary, by: float) -> Tensor:
 @pytest.mark.parametrize("ops", [TorchOps(torch.float64), Reference()], ids=["torch", "reference"])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float) -> None:
-    """Form 5 of StreamingLLM against form 3: keys stored unturned, at every step the i-th key of the cache turned to i, the
-    query to the last one's. A chunk, then a decode after the slots that nobody sees any more were given back."""
+    """Form 5 of StreamingLLM against form 3: keys stored unrotated; at every step the i-th key of the cache is rotated to i, the query to
+    the position of the last one. A chunk, then a decode after the hidden slots were freed."""
     spec, sinks, recent, total = model(scale=scale), 4, 12, 41
     layer, pool = spec.attention[0], ops.allocate(spec, 2)
     rotary = layer.rotary
@@ -539,7 +539,7 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
 @pytest.mark.parametrize(("backend", "dtype"), [(Reference, torch.float64), (TorchOps, torch.float64), (TorchOps, torch.float32)])
 @pytest.mark.parametrize("delta", [3, -5, 100_003])
 def test_keys_that_move_by_delta_are_keys_of_that_position(backend: type[Ops], dtype: torch.dtype, delta: int) -> None:
-    """YaRN's factor is in a key once, angles are exact also far away, values and layers without rotary stay."""
+    """A key has the factor of YaRN once, angles are exact at large positions, and values and layers without rotary do not change."""
     spec = model(scale=1.25)
     spec = replace(spec, layers=(*spec.layers, replace(spec.layers[0], mixer=replace(spec.attention[0], rotary=None))))
     ops = backend(dtype)
@@ -591,7 +591,7 @@ def test_a_codec_is_attention_over_what_it_gives_back(ops: Ops) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_units_of_a_format_do_not_overlap(dtype: torch.dtype) -> None:
-    """Every slot of every unit holds its own number in all arrays, all are read back, and zeroing a unit touches no other."""
+    """Every slot of every unit holds its own number in all arrays; all read back, and zeroing a unit affects no other."""
     ops = TorchOps(dtype)
     pool = ops.allocate(model(), 3)
     for name, fmt in formats(dtype, Even()).items():
@@ -643,7 +643,7 @@ def test_an_unknown_statistic_is_refused_by_name() -> None:
 
 
 def test_mass_adds_up_to_the_rows() -> None:
-    """A chunk of 88 rows gives 88 in all to the slots of each head, a row of the tree 1."""
+    """A chunk of 88 rows gives a sum of 88 to the slots of each head, a row of the tree 1."""
     world = program(TorchOps(torch.float64), Case(PER_HEAD, watch=(MASS,)))
     seen = [Seen(*pair) for pair in zip(world.found[2::4], world.found[3::4], strict=True)]
     assert [s.nodes.shape[1] for s in seen] == [0, 4, 3, 0]

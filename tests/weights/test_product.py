@@ -170,13 +170,13 @@ def test_sums_are_exact_where_the_machine_multiplies_inexactly(monkeypatch: pyte
     full = Quantized(torch.full((3, 5000), 127, dtype=torch.int8), torch.ones(3), 5000, torch.float32)
     x = torch.cat([torch.ones(1, 5000), rows(6, 5000)])
     here, four = product(x, full), [product(x[:, :130], w := random(9, 130, 64).halved()), w]
-    monkeypatch.setattr(quantized, "_whole_numbers", lambda: False)
+    monkeypatch.setattr(quantized, "_integer_product_is_exact", lambda: False)
     assert torch.equal(product(x, full), here) and torch.equal(product(x[:, :130], four[1]), four[0])
     assert here[0, 0] == torch.tensor(127.0 * 127 * 5000) * (torch.tensor(1.0) / 127)
     monkeypatch.undo()
-    assert quantized._whole_numbers.__wrapped__()
+    assert quantized._integer_product_is_exact.__wrapped__()
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: (x.float() @ w.float()).clamp(-32768, 32767).int())
-    assert not quantized._whole_numbers.__wrapped__()
+    assert not quantized._integer_product_is_exact.__wrapped__()
 
 
 @pytest.mark.parametrize("w", [random(9, 31, columns=2), random(9, 31, 32), random(9, 130, 64)], ids=str)

@@ -1,4 +1,4 @@
-"""The native kernels: C++ that is compiled at install into the shared library `_kernels`, beside this file.
+"""The native kernels: C++ that is compiled at installation into the shared library `_kernels` in this folder.
 
-`redraft.ops.library` finds and loads the library; `abi.py` has the structures that it takes.
+`redraft.ops.library` finds and loads the library; `abi.py` has the structures of its arguments.
 """

@@ -1,4 +1,4 @@
-"""The structures of kernels.h and layers.h, and the functions of api.cpp, as ctypes and numpy see them."""
+"""The structures of kernels.h and layers.h and the functions of api.cpp, for ctypes and numpy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rows(ctypes.Structure):
 
     @classmethod
     def of(cls, x: Tensor, kind: int) -> Rows:
-        """x [T, cols], its last dimension contiguous."""
+        """x [T, cols]; its last dimension must be contiguous."""
         return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0) * x.element_size(), kind)
 
 
@@ -61,14 +61,14 @@ class Rotaries(ctypes.Structure):
     _fields_ = [("frequencies", POINTER), ("scales", POINTER), ("count", SIZE), ("half", SIZE)]
 
 
-# A Seq of kernels.h: twelve numbers and seven addresses, in its order; a Watched: two addresses, a size and four numbers; a Picked: an
-# address and two numbers.
+# In the order of kernels.h. Seq: twelve numbers and seven addresses; Watched: two addresses, a size and four numbers; Picked: an address
+# and two numbers.
 SEQ = struct.Struct("12i7P")
 WATCHED = struct.Struct("2Pq4i")
 PICKED = struct.Struct("P2i")
 
 _ROWS, _LINEAR, _STEP = (ctypes.POINTER(kind) for kind in (Rows, Linear, Step))
-SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it takes
+SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those of the arguments
     "rd_huge": (None, POINTER, SIZE),
     "rd_panel_bytes": (SIZE, _LINEAR),
     "rd_pack": (NUMBER, _LINEAR, POINTER, POINTER),
@@ -92,7 +92,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # what it returns, then what it take
 
 
 def bind(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Gives the functions their types."""
+    """Declares the types of the functions."""
     for name, (returned, *taken) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = returned, taken

@@ -1,4 +1,4 @@
-// Kernels for AMX (TILE, BF16, INT8), and what AVX-512 with BF16 and VNNI does better or as well.
+// Kernels for AMX (TILE, BF16, INT8), and those of AVX-512 with BF16 and VNNI that are as good or better.
 // REDRAFT_EMULATE_TILES (test/amx_test.cpp only): tile instructions in plain C++, for machines without them.
 #include <immintrin.h>
 

@@ -1,12 +1,12 @@
-// Linear layers by tiles. Included inside an anonymous namespace behind linear_impl.h.
+// Linear layers on tiles. Included inside an anonymous namespace after linear_impl.h.
 //
-// An output element is one chain of tile products over whole lines of its inputs (32 bf16 or 64 codes) in order. A tile's rows do not
-// meet each other, so that neither the number of rows nor the block that a row falls into changes a bit; between chunks of lines the
-// sums rest in memory, which changes none either. One row goes through tiles too.
+// An output element is one chain of tile products over whole lines of its inputs (32 bf16 or 64 codes) in order. The rows of a tile are
+// independent, so neither the number of rows nor the block of a row changes a bit. Between chunks of lines the sums are stored in
+// memory, which changes no bit either. A single row uses tiles too.
 
 // ---- instructions
 
-// How large each tile is, as the processor reads it.
+// The size of each tile, in the layout of the processor.
 struct alignas(64) Shapes {
     uint8_t palette, start, reserved[14];
     uint16_t line[16];
@@ -15,7 +15,7 @@ struct alignas(64) Shapes {
 static_assert(sizeof(Shapes) == 64);
 
 #ifndef REDRAFT_EMULATE_TILES
-// By hand: compilers' intrinsics do not say that these read memory, so that stores to what they read may be dropped or come late.
+// In assembly: the intrinsics of compilers do not declare that these read memory, so stores before them may be dropped or delayed.
 inline void load_shapes(const Shapes& shapes) { __asm__ volatile("ldtilecfg %0" ::"m"(shapes) : "memory"); }
 inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
 template <int T>
@@ -71,14 +71,14 @@ struct CodeProduct {
 };
 #endif
 
-// Tiles 0 to 3 hold sums, 4 and 5 lines of rows, 6 and 7 weights. With two blocks of rows, 0, 1 and 4 belong to the first one
-// and 2, 3 and 5 to the second; with one block all of them to that. Shapes are loaded only where they change.
+// Tiles 0 to 3 hold sums, 4 and 5 lines of rows, 6 and 7 weights. With two blocks of rows, 0, 1 and 4 belong to the first block and 2, 3
+// and 5 to the second; with one block all belong to it. Shapes are loaded only when they change.
 class Tiles {
 public:
     explicit Tiles(int64_t line = LINE) : line_(line) {}
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
-    ~Tiles() { release_tiles(); }  // the system saves tiles in use at every switch of threads
+    ~Tiles() { release_tiles(); }  // the system saves tiles in use at every thread switch
 
     void hold(int64_t first, int64_t second) {
         if (first == first_ && second == second_) return;
@@ -100,9 +100,9 @@ private:
     int64_t line_, first_ = 0, second_ = 0;
 };
 
-// ---- weights on their way from memory
+// ---- prefetching weights
 
-// Cache lines fetched a few at a time while something else is computed.
+// Cache lines fetched a few at a time during other computations.
 struct Fetch {
     const uint8_t *at, *end;
     int64_t each;
@@ -112,12 +112,12 @@ struct Fetch {
         for (; at < to; at += 64) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     }
 };
-constexpr int64_t AHEAD = 4 * LINE * PANEL;  // where weights go by once: four lines, some microseconds at the speed of memory
-constexpr int64_t CHUNK = 8;                 // lines of weights that stay in the first cache while rows go by: 32 KiB
+constexpr int64_t AHEAD = 4 * LINE * PANEL;  // for weights that are read once: four lines, some microseconds at the speed of memory
+constexpr int64_t CHUNK = 8;                 // lines of weights that stay in the first cache while rows pass: 32 KiB
 
 // ---- bf16 and int8
 
-// Where the sums of a block of rows begin: rows of PANEL numbers of 4 bytes, or one row for all.
+// Where the sums of a block of rows start: rows of PANEL numbers of 4 bytes, or one row for all.
 struct Start {
     const uint8_t* row;
     int64_t stride;
@@ -151,7 +151,7 @@ void one_block(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, 
     tile_store<3>(sums + 192, STEP);
 }
 
-// Lines of a panel for two blocks of rows, the first of TALL, and half of the outputs. Half as many loads a product as above.
+// Lines of a panel for two blocks of rows, the first of TALL, and half of the outputs. Half as many loads for each product as above.
 template <class Product>
 void two_blocks(const uint8_t* w, const uint8_t* x, const uint8_t* x2, int64_t tall2, int64_t lines, Start start, uint8_t* sums,
                 Fetch& fetch) {
@@ -179,8 +179,8 @@ void two_blocks(const uint8_t* w, const uint8_t* x, const uint8_t* x2, int64_t t
     tile_store<3>(sums + TALL * STEP + 64, STEP);
 }
 
-// Lines first..last of a panel for all rows of x; sums [rows][PANEL] go on, or from `fresh` where that is not null. back: the last rows
-// first, which have their tiles' shapes from the chunk before.
+// Lines first..last of a panel for all rows of x; sums [rows][PANEL] continue, or start from `fresh` if not null. back: the last rows
+// first, because their tiles still have the shapes of the chunk before.
 template <class Product>
 void tile_chunk(Tiles& tiles, const uint8_t* w, const Rows& x, int64_t first, int64_t last, const uint8_t* fresh, uint8_t* sums, bool back,
                 Fetch& fetch) {
@@ -203,7 +203,7 @@ void tile_chunk(Tiles& tiles, const uint8_t* w, const Rows& x, int64_t first, in
     }
 }
 
-// `count` rows of a job's, from `first` on, a multiple of TALL.
+// `count` rows of the job, from `first` on, a multiple of TALL.
 inline Rows some_of(const Rows& x, int64_t first, int64_t count) {
     Rows some = x;
     some.data = x.data ? x.at(first, 0) : nullptr;
@@ -221,13 +221,13 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     return some;
 }
 
-// Sums that the first chunk begins with. The epilogue shared with vpdpbusd takes SHIFT times the codes' sums away.
+// The initial sums of the first chunk. The epilogue shared with vpdpbusd subtracts SHIFT times the sums of the codes.
 inline void begin_sums(const Linear& w, int64_t p, int32_t* row) {
     for (int64_t i = 0; i < PANEL; i++) row[i] = w.kind == I8 ? SHIFT * w.sums[p * PANEL + i] : 0;
 }
 
-// Panels together for some rows at a time, so that weights as well as rows stay in the second cache; what one of both would read more
-// often, the other reads less. Sums of all the panels of a group are held: as many as scratch has room for.
+// Several panels for some rows at a time, so both weights and rows stay in the second cache; fewer reads of one mean more reads of the
+// other. The sums of all panels of a group are held, as many as scratch has room for.
 struct Blocking {
     static constexpr int64_t ROWS = 8 * TALL, PANELS = 4;
     int64_t panels, rows, chunks;
@@ -238,7 +238,7 @@ struct Blocking {
           chunks(all_rows <= TALL ? 1 : (lines + CHUNK - 1) / CHUNK) {}
 };
 
-// Panels p..end for all rows of j; scratch holds their sums one behind the other. after: the weights read next, or null.
+// Panels p..end for all rows of j; scratch holds their sums one after another. after: the weights read next, or null.
 template <class Product>
 void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64_t chunks, const uint8_t* after, float* scratch) {
     const int64_t lines = j.w.steps() / STEPS, size = j.w.panel_bytes(), blocks = (j.x.rows + TALL - 1) / TALL, each = j.x.rows * PANEL;
@@ -251,7 +251,7 @@ void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64
         for (int64_t i = p; i < end; i++, turn++) {
             const uint8_t* w = j.w.panels + i * size;
             Fetch fetch{w + first * STEPS * STEP + AHEAD, w + size + AHEAD, LINE / 4};
-            if (blocks > 1) {  // what comes next, spread evenly over the time that this chunk takes
+            if (blocks > 1) {  // the next weights, spread evenly over the time of this chunk
                 const uint8_t* next = c + 1 < chunks ? w - (i - p) * size + last * STEPS * STEP : after;
                 if (i + 1 < end) next = w + size + first * STEPS * STEP;
                 fetch = {next, next ? next + bytes : next, apart};
@@ -281,9 +281,9 @@ void tile_layer(const LinearJob& j, int64_t first, int64_t last, float* scratch)
 
 // ---- int4
 
-constexpr int64_t UNPACKED = 4;  // lines of codes that are unpacked at a time, for all rows: 16 KiB
+constexpr int64_t UNPACKED = 4;  // lines of codes that are unpacked at a time for all rows: 16 KiB
 
-// Lines first..last of a panel as signed codes, laid out as int8's are.
+// Lines first..last of a panel as signed codes, in the layout of int8.
 inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes) {
     const __m512i low = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(8);
     for (int64_t s = first * STEPS; s < last * STEPS; s += 2, codes += 2 * STEP) {
@@ -296,7 +296,7 @@ inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes
     }
 }
 
-// A group's whole sums become floats and are added with their scales: the same instructions as int4_chains.
+// The integer sums of a group become floats and are added with their scales: the same instructions as int4_chains.
 inline void add_group(const int32_t* whole, const uint16_t* scales, int64_t rows, bool fresh, float* sums) {
     Vec scale[PANEL / Vec::N];
     for (int64_t v = 0; v < PANEL / Vec::N; v++) scale[v] = from_f16(scales + v * Vec::N);
@@ -307,7 +307,7 @@ inline void add_group(const int32_t* whole, const uint16_t* scales, int64_t rows
         }
 }
 
-// One group of one block of rows: `count` tiles of `line` bytes a row.
+// One group of one block of rows: `count` tiles with `line` bytes in a row.
 inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t first, int64_t count, int64_t line, int32_t* whole,
                        Fetch& fetch) {
     tile_zero<0>();
@@ -333,7 +333,7 @@ inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t
     tile_store<3>(whole + 48, STEP);
 }
 
-// Bytes of a row in a tile such that tiles end where groups do, or 0 where none do or a group's codes are too many to unpack.
+// Bytes of a row in a tile such that tiles end where groups end; 0 if impossible or if a group has too many codes to unpack.
 inline int64_t line_of(const Linear& w) {
     if (w.group > UNPACKED * LINE) return 0;
     return w.group % LINE == 0 ? LINE : w.group % (LINE / 2) == 0 ? LINE / 2 : 0;
@@ -350,7 +350,7 @@ void tile_int4_panel(Tiles& tiles, const LinearJob& j, int64_t p, int64_t line, 
         unpack(w, begin, end, codes);
         const uint8_t* next = w + end * STEPS / 2 * STEP;
         Fetch fetch{next, next + UNPACKED * STEPS / 2 * STEP, (LINE / 4 * line / LINE + blocks - 1) / blocks};
-        const bool back = (p * chunks + g0 / per_chunk) % 2;  // there and back, so that shapes change once a chunk at most
+        const bool back = (p * chunks + g0 / per_chunk) % 2;  // back and forth, so shapes change at most once per chunk
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t r = (back ? blocks - 1 - b : b) * TALL, tall = j.x.tall(r);
             tiles.hold(tall, tall);

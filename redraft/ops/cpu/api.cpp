@@ -1,4 +1,4 @@
-// The C border: what redraft/ops/library.py calls. Structures are those of kernels.h and layers.h; 0 is success, else a
+// The C interface of redraft/ops/native.py. Structures are those of kernels.h and layers.h. The result is 0 for success, else a
 // Failure.
 #include <cmath>
 #include <new>
@@ -45,7 +45,7 @@ const Kernels& kernels() {
 
 enum Failure { NO_MEMORY = 1, NOT_POSSIBLE = 2 };
 
-// One call at a time: buffers belong to the process, and Python lets other threads run meanwhile.
+// One call at a time, because buffers belong to the process and Python runs other threads meanwhile.
 template <class Work>
 int guarded(Work work) {
     try {
@@ -67,7 +67,7 @@ NormJob norm_of(const Rows& x, const void* weight, const void* bias, float eps, 
 
 BORDER const char* rd_kernels() { return kernels_of(chosen_isa()) ? kernels().name : ""; }
 
-// Asks for pages of 2 MiB, before the memory is first written; where the system gives none it works as well, more slowly.
+// Requests pages of 2 MiB before the memory is first written. Without them everything works too, but more slowly.
 BORDER void rd_huge(void* memory, int64_t bytes) {
 #ifdef __linux__
     madvise(memory, bytes, MADV_HUGEPAGE);
@@ -130,7 +130,7 @@ BORDER int rd_turns(const Rotaries* rotaries, const int32_t* positions, int64_t 
     return guarded([&] { find_turns(*rotaries, positions, rows, turns); });
 }
 
-// The plan of attention of one forward pass; freed by rd_plan_free.
+// The attention plan of one forward pass; freed by rd_plan_free.
 BORDER void* rd_plan(const Step* step, int heads) {
     void* made = nullptr;
     guarded([&] {
@@ -144,7 +144,7 @@ BORDER void* rd_plan(const Step* step, int heads) {
 }
 BORDER void rd_plan_free(void* plan) { delete static_cast<AttendPlan*>(plan); }
 
-// Writes k and v, then attends: q [T, heads * size] -> out. picked: of every sequence, or null.
+// Writes k and v, then attends: q [T, heads * size] -> out. picked: an entry for every sequence, or null.
 BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int window, int rotary, const Picked* picked, const Rows* q, const Rows* k,
                      const Rows* v, const Rows* out) {
     return guarded([&] {
@@ -159,7 +159,7 @@ BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int win
         });
     });
 }
-// out [heads][rows][count] = a [heads][rows][size] times b [heads][count][size]: no element depends on the others.
+// out [heads][rows][count] = a [heads][rows][size] times b [heads][count][size]; no element depends on the others.
 BORDER int rd_products(const float* a, const float* b, int64_t heads, int64_t rows, int64_t count, int64_t size, float* out) {
     return guarded([&] {
         std::vector<float> scratch(size_t(threads() * size * PAGE));

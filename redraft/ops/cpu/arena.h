@@ -1,4 +1,4 @@
-// Memory that jobs work in: grown between jobs, never shrunk, aligned to lines.
+// Memory of jobs: it grows between jobs, never shrinks, and is aligned to lines.
 #pragma once
 #include <cstdint>
 #include <cstdlib>

@@ -12,8 +12,8 @@ namespace redraft {
 namespace {
 
 constexpr int64_t SPAN = PAGE * GROUP;  // path indices of a group
-constexpr int64_t MOST_WAITING = 64 << 20;  // bytes of results that wait for their merge; what would be more is not split
-constexpr int64_t EACH = 4;             // items a worker should find at least, so that none waits long for the last one
+constexpr int64_t MOST_WAITING = 64 << 20;  // bytes of partial results; more rows than fit are not split
+constexpr int64_t EACH = 4;             // items that each worker should get at least, so that no worker waits long for the last one
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -64,7 +64,7 @@ private:
         if (s.rows > s.chain_rows) plan_.shape.tail = std::max(plan_.shape.tail, ceil_div(PAGE - 1 + nodes, PAGE) * PAGE);
     }
 
-    // Few rows, or fewer blocks than keep the workers busy: groups go to different workers.
+    // With few rows, or fewer blocks than keep the workers busy, groups go to different workers.
     bool splits(size_t i) {
         if (groups_[i] == 1) return false;
         if (seqs_[i].rows > choices_.few && ceil_div(seqs_[i].rows, 16) * pool_.kv_heads >= EACH * choices_.workers) return false;
@@ -80,7 +80,7 @@ private:
         for (int64_t row = 0; row < seqs_[i].rows; row += block) {
             const int64_t end = std::min<int64_t>(row + block, seqs_[i].rows), first = int64_t(plan_.rows.size());
             for (int64_t r = row; r < end; r++) plan_.rows.push_back({int32_t(i), int32_t(r), -1});
-            const int64_t keys = seqs_[i].lengths[0] + end;  // a chain sees fewer in its first rows
+            const int64_t keys = seqs_[i].lengths[0] + end;  // the first rows of a chain see fewer
             add(first, end - row, -1, (end - row) * keys);
         }
     }
@@ -97,7 +97,7 @@ private:
 
     const int32_t* pages(int32_t i, int64_t group) const { return seqs_[i].pages + group * GROUP; }
 
-    // Tasks of one group: sequences that list the same full pages for it go together.
+    // Tasks of one group: sequences that list the same full pages for it form one task.
     void cluster(int64_t group, bool any_full) {
         std::vector<int32_t> together;
         for (int32_t i : split_) {
@@ -124,7 +124,7 @@ private:
         const int64_t end = int64_t(plan_.rows.size());
         for (int64_t at = first; at < end; at += most_rows_) {
             const int64_t rows = std::min(most_rows_, end - at);
-            add(at, rows, group, std::max<int64_t>(rows, 4) * keys);  // below some rows the memory decides, not the arithmetic
+            add(at, rows, group, std::max<int64_t>(rows, 4) * keys);  // with few rows, memory sets the time, not arithmetic
         }
     }
 
@@ -191,13 +191,13 @@ void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan
     const auto claim = [&] { return memory.next_.fetch_add(1, std::memory_order_relaxed); };
     for (int64_t item = claim(), next; item < items; item = next) {
         const AttendTask& task = plan.tasks[item / kv_heads];
-        const bool brief = task.group >= 0;  // such a task's beginning is worth knowing; a long one claimed early would be missed by others
+        const bool brief = task.group >= 0;  // claim early, to prefetch; not in a long task, as others could take it
         next = brief ? claim() : -1;
         const uint8_t* then = next >= 0 && next < items ? first_page(job, plan, plan.tasks[next / kv_heads], next % kv_heads) : nullptr;
         kernels.task(job, plan.shape, plan.rows.data() + task.first, task, item % kv_heads, then, memory.partials_, scratch);
         if (!brief) next = claim();
     }
-    if (memory.left_.fetch_add(1, std::memory_order_acq_rel) == workers - 1) {  // all have found the end
+    if (memory.left_.fetch_add(1, std::memory_order_acq_rel) == workers - 1) {  // all workers have reached the end
         memory.next_.store(0, std::memory_order_relaxed);
         memory.left_.store(0, std::memory_order_relaxed);
     }

@@ -1,22 +1,22 @@
-// Attention over pages. Included inside an anonymous namespace, behind vec_*.h and vec_math.h; attend.h before it, outside.
+// Attention over pages. Included inside an anonymous namespace after vec_*.h and vec_math.h; attend.h is included before it, outside.
 //
 // An element of a score or of a mix is one chain of fused multiply-adds in a fixed order: over the head for a score, over path
-// indices for a mix. So blocks of queries and of columns may be cut as registers allow, and a score may be computed at any place.
+// indices for a mix. Blocks of queries and columns may therefore be cut to fit the registers, and a score may be computed anywhere.
 //
-// Where a window is in force, keys at positions below its sinks are scored with another vector, the query turned back; which of its two
-// scores a slot gets depends on the row's position alone. Slots that a row does not read leave no trace in its sums.
+// With a window, keys at positions below its sinks are scored with another vector, the query rotated back. Which of the two scores a
+// slot gets depends only on the position of the row. Slots that a row does not read do not affect its sums.
 //
-// Where queries, pages and results are bf16 and the processor multiplies pairs of bf16 (DOT_BF16), links of these chains are pairs: of
-// neighbours in the head, and of path indices 2 i and 2 i + 1, what is not seen being zero. A weight is then rounded to bf16, and the sum is
-// that of the rounded ones: the result is a mean of values still, and moves by less than its own rounding does.
+// If queries, pages and results are bf16 and the processor multiplies pairs of bf16 (DOT_BF16), the links of these chains are pairs: of
+// neighbours in the head, and of path indices 2 i and 2 i + 1, with zero for hidden slots. A weight is then rounded to bf16, and the sum
+// is that of the rounded weights. The result is still a mean of values, and changes by less than its own rounding.
 
-constexpr int64_t SLOTS = PAGE / Vec::N;  // registers of a page's scores
-constexpr int WIDE = Vec::N == 16 ? 8 : 6;  // queries of a block whose sums fill the registers, two registers each
-constexpr int64_t BATCH = 32;             // queries that are scored, weighed and mixed before the next ones
+constexpr int64_t SLOTS = PAGE / Vec::N;  // registers of the scores of a page
+constexpr int WIDE = Vec::N == 16 ? 8 : 6;  // queries of a block with sums that fill the registers, two registers each
+constexpr int64_t BATCH = 32;             // queries that are scored, weighted and mixed together
 constexpr int64_t MOST_ROWS = 256;        // of a task
 
 #if defined(__AVX512F__)
-// 16 x 16 numbers turned.
+// Transposes 16 x 16 numbers.
 inline void turn(Vec* x) {
     __m512 t[16], u[16];
     for (int i = 0; i < 16; i += 2) {
@@ -38,7 +38,7 @@ inline void turn(Vec* x) {
         x[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
     }
 }
-// The numbers of bf16 pairs that lie first and second.
+// The first and the second numbers of bf16 pairs.
 inline Vec first_of(Vec pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
 inline Vec second_of(Vec pairs) {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v), _mm512_set1_epi32(int(0xffff0000))))};
@@ -51,7 +51,7 @@ inline float peak(Vec x) {
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 #elif defined(__AVX2__)
-// 8 x 8 numbers turned.
+// Transposes 8 x 8 numbers.
 inline void turn(Vec* x) {
     __m256 t[8], u[8];
     for (int i = 0; i < 8; i += 2) {
@@ -68,7 +68,7 @@ inline void turn(Vec* x) {
         x[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
 }
-// The numbers of bf16 pairs that lie first and second.
+// The first and the second numbers of bf16 pairs.
 inline Vec first_of(Vec pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.v), 16))}; }
 inline Vec second_of(Vec pairs) {
     return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs.v), _mm256_set1_epi32(int(0xffff0000))))};
@@ -97,15 +97,15 @@ inline uint32_t low_bits(int64_t count) { return count <= 0 ? 0 : count >= 32 ? 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline float exponential_of(float x) { return first_number(exponential(set1(x))); }
 
-// A row of a task: what it sees by path index.
+// A row of a task: the slots that it sees, by path index.
 struct Line {
     const Seq* seq;
     const int32_t* positions;  // of committed slots, or null
     const uint64_t* path;      // of a node row, else null
-    int64_t length, base;      // committed slots; path indices below the first node
-    int64_t seen, straight;    // path indices; of them those that are slots too
+    int64_t length, base;      // committed slots; the path index of the first node
+    int64_t seen, straight;    // path indices; the number of leading ones that equal their slots
     int64_t at, row;           // position; row of the batch
-    bool turned;               // a window is in force: keys before its sinks' end are scored with the turned query
+    bool turned;               // with a window: keys before the end of its sinks are scored with the rotated query
 };
 
 inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head) {
@@ -138,7 +138,7 @@ inline int64_t position_of(const Line& line, int64_t slot) {
     return slot >= line.length ? line.seq->tail_at[slot - line.length] : line.positions ? line.positions[slot] : slot;
 }
 
-// What the row's windows leave in sight: the layer's, positions > own - window, and the sequence's.
+// The positions that the windows of the row show: that of the layer, positions > own - window, and that of the sequence.
 struct Sight {
     int64_t low, sinks, near;  // seen: positions > low, and < sinks or > near
     bool all;
@@ -153,10 +153,10 @@ struct Sight {
     bool sees(int64_t position) const { return position > low && (position < sinks || position > near); }
 };
 
-// Whether path indices first .. first + 31 are other slots than first .. first + 31.
+// Whether path indices first .. first + 31 differ from slots first .. first + 31.
 inline bool scattered(const Line& line, int64_t first) { return at_most(line.seen, first + PAGE) > line.straight && line.straight < line.seen; }
 
-// The slots of the path indices first .. first + 31, as far as the row sees them.
+// The slots of path indices first .. first + 31 that the row sees.
 inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
     const int64_t last = at_most(line.seen, first + PAGE);
     for (int64_t i = first; i < last && i < line.base; i++) slots[i - first] = int32_t(i);
@@ -200,7 +200,7 @@ inline uint32_t seen_slots(const Line& line, int64_t first, int64_t window) {
     return bits;
 }
 
-// Which of the slots first .. first + 31, of those in `bits`, are scored with the turned query.
+// Those of the slots first .. first + 31 in `bits` that are scored with the rotated query.
 inline uint32_t sink_slots(const Line& line, int64_t first, uint32_t bits) {
     if (!line.turned || (!line.positions && first >= line.seq->sinks && first + PAGE <= line.length)) return 0;
     uint32_t found = 0;
@@ -216,7 +216,7 @@ inline int64_t slots_seen(const Line& line, int64_t window) {
     return count;
 }
 
-// Vec::N slots' keys, `words` words of 4 bytes of each, turned.
+// The keys of Vec::N slots, `words` words of 4 bytes of each, transposed.
 template <Kind KIND, bool WHOLE>
 inline void load_block(const uint8_t* from, int64_t row_bytes, int64_t words, float* to) {
     constexpr int64_t PER = KIND == F32 ? 1 : 2;  // numbers of a word
@@ -258,7 +258,7 @@ inline void load_keys(const uint8_t* unit, Kind kind, int64_t size, float* keys)
     else load_keys<BF16>(unit, size, keys);
 }
 
-// One slot's codes as numbers, zeros behind them.
+// The codes of one slot as numbers, followed by zeros.
 inline Vec read_codes(const int8_t* codes, int64_t count) {
     if (count >= Vec::N) return from_i8(codes);
     alignas(64) int8_t t[Vec::N] = {};
@@ -281,7 +281,7 @@ inline void load_keys(const int8_t* codes, const float* scales, int64_t size, fl
         }
 }
 
-// A register of codes of 4 bits, of `size`: the first half of them lies in low halves of bytes, the second in high ones.
+// A register of `size` 4-bit codes: the first half is in the low halves of bytes, the second in the high halves.
 inline Vec read_nibbles(const uint8_t* codes, int64_t c, int64_t size) {
     const int64_t half = size / 2;
     if (half % Vec::N == 0) return from_u4(codes + c % half, c >= half);
@@ -290,7 +290,7 @@ inline Vec read_nibbles(const uint8_t* codes, int64_t c, int64_t size) {
     return load(t);
 }
 
-// Keys of a unit of 4-bit codes as float32 [size][32]: code times its channel's scale, plus the channel's zero.
+// Keys of a unit of 4-bit codes as float32 [size][32]: code times the scale of its channel, plus the zero of the channel.
 inline void load_keys(const Unit& unit, int64_t size, float* keys) {
     const Pool& pool = *unit.pool;
     const int64_t bytes = bytes_of(pool.numbers);
@@ -326,7 +326,7 @@ inline void encode(const uint8_t* from, Kind kind, int64_t size, int8_t* codes, 
     }
     const float step = numbers ? largest(most) / MOST : __builtin_nanf("");
     *scale = step > LARGEST && step < __builtin_inff() ? LARGEST : step;
-    const bool none = !(step > 0 && step < __builtin_inff());  // codes of 0, whose product with the scale says which
+    const bool none = !(step > 0 && step < __builtin_inff());  // codes of 0, which times the scale give 0 or NaN
     for (int64_t c = 0; c < size; c += Vec::N) {
         alignas(64) int8_t t[Vec::N] = {};
         if (!none) to_i8(t, maximum(minimum(part(c) / set1(*scale), set1(MOST)), set1(-MOST)));
@@ -334,7 +334,7 @@ inline void encode(const uint8_t* from, Kind kind, int64_t size, int8_t* codes, 
     }
 }
 
-// One slot's values as float32, zeros behind them.
+// The values of one slot as float32, followed by zeros.
 inline void load_value(const uint8_t* from, Kind kind, int64_t size, int64_t padded, float* to) {
     for (int64_t c = 0; c < padded; c += Vec::N)
         store(to + c, size - c >= Vec::N ? read(from + c * bytes_of(kind), kind) : size > c ? read_some(from + c * bytes_of(kind), kind, size - c) : zero());
@@ -349,7 +349,7 @@ struct Bfloat16 {
     static constexpr int64_t bytes = 2;
 };
 
-// What a word of 4 bytes of a query and of a key holds.
+// The content of a word of 4 bytes of a query and of a key.
 struct Singles {
     static Vec add(Vec sums, Vec a, Vec b) { return fma(a, b, sums); }
 };
@@ -364,8 +364,8 @@ struct Pairs {  // of bf16
 constexpr bool PAIRS = false;
 #endif
 
-// Memory that is wanted soon, fetched while words are multiplied, so many bytes a word: spread thus, and in order, the fetches do not
-// stand in the way of loads. Into the second level: the first one's queue is too short.
+// Memory that is needed soon, fetched while words are multiplied, some bytes for each word. Spread like this, and in order, the fetches
+// do not delay loads. They go to the second cache, because the queue of the first is too short.
 struct Ahead {
     const uint8_t* at;  // or null
     int64_t step;
@@ -420,7 +420,7 @@ inline void dots(const float* q, int64_t stride, int64_t count, const float* key
     }
 }
 
-// The seen slots of a page in path order, and where their values lie behind the first slot's.
+// The visible slots of a page in path order, and the offset of their values from those of the first slot.
 struct Taken {
     uint32_t bits;
     int64_t step, count;
@@ -440,7 +440,7 @@ inline void take(uint32_t bits, int64_t step, Taken* taken) {
     }
 }
 
-// mix[q][C registers] = mix * shrink[q] + sum over the taken slots of p[q][place] * values
+// mix[q][C registers] = mix * shrink[q] + sum over the selected slots of p[q][place] * values
 template <int Q, int C, class Source>
 inline void mix_block(const float* p, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix, int64_t stride) {
     Vec sums[Q][C];
@@ -497,8 +497,8 @@ inline void mixes(const float* p, int64_t count, const Taken& taken, const uint8
 }
 
 #ifdef DOT_BF16
-// The same of pairs of slots: weights are bf16, a pair in a word of p; values lie `step` bytes behind each other as stored. What a register of
-// two rows' 32 columns is torn into stays so until the end of the group: even and odd fours of columns.
+// The same for pairs of slots: weights are bf16, a pair in each word of p; values are stored `step` bytes apart. Unpacking splits a
+// register of 32 columns of two rows into even and odd fours of columns, and they stay split until the end of the group.
 template <int Q, int C, bool WHOLE>
 inline void mix_pairs(const float* p, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
                       int64_t stride, int64_t columns) {
@@ -562,7 +562,7 @@ inline void mix_pairs(const float* p, int64_t count, uint32_t bits, const uint8_
     }
 }
 
-// Columns in order again.
+// Restores the order of columns.
 inline void mend(float* mix, int64_t padded) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -573,7 +573,7 @@ inline void mend(float* mix, int64_t padded) {
     }
 }
 
-// A page's weights in bf16 to p, their sums added to those so far.
+// Writes the weights of a page in bf16 to p and adds them to the sums so far.
 inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
     const Vec ones = {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))};
     const Vec weights = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v))};
@@ -582,11 +582,11 @@ inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
 }
 #endif
 
-// A worker's memory. Of queries: q, mix [padded], sums and exact [16] by slot modulo a register, most; whole_*: over the groups so far.
+// A worker's memory. Of queries: q, mix [padded], sums and exact [16] by slot modulo a register, most; whole_*: over all groups so far.
 struct Scratch {
     float *keys, *values, *q, *mix, *sums, *exact, *most, *whole_mix, *whole_most, *p, *tail;
-    float *far, *far_p, *far_tail;  // turned queries and their scores
-    uint32_t* picks;                // of a query: what it reads of a page, in path order
+    float *far, *far_p, *far_tail;  // rotated queries and their scores
+    uint32_t* picks;                // of a query: the slots of a page that it reads, in path order
     Sums* whole_sum;
 };
 
@@ -621,7 +621,7 @@ inline int64_t attend_scratch(const AttendShape& shape) {
     return carve(shape, nullptr, &scratch);
 }
 
-// Merges one more group into what groups before it gave. A group without a key leaves no trace.
+// Merges one more group into the result of the groups before it. A group without a key has no effect.
 inline void merge_group(float* most, Sums* sum, float* mix, float group_most, Sums group_sum, const float* group_mix, int64_t size) {
     if (group_most == minus_infinity()) return;
     const float top = *most < group_most ? group_most : *most;
@@ -632,7 +632,7 @@ inline void merge_group(float* most, Sums* sum, float* mix, float group_most, Su
     for (int64_t c = 0; c < size; c += Vec::N) store(mix + c, fma(load(mix + c), set1(old), load(group_mix + c) * set1(fresh)));
 }
 
-// `count` numbers to (r, c) and behind it; in tiles they may cross lines.
+// Writes `count` numbers to (r, c) and after it; in tiles they may cross lines.
 inline void put(const Rows& out, int64_t r, int64_t c, Vec x, int64_t count) {
     alignas(64) uint8_t t[4 * Vec::N];
     write(t, out.kind, x);
@@ -703,7 +703,7 @@ public:
                          s_.whole_mix + q * padded, partials_);
     }
 
-    // Adds what the rows give to a group's slots.
+    // Adds the statistics of the rows to the slots of a group.
     void watch(const Watched& watched, int64_t group) {
         float limits[MOST_ROWS];
         for (int64_t i = 0; i < count_; i++) limits[i] = watched.low ? 1.0f / float(slots_seen(lines_[i], job_.window)) : 0.0f;
@@ -712,7 +712,7 @@ public:
     }
 
 private:
-    // The slots of the lane, tentative ones too, are 0 .. most_slots() - 1.
+    // The slots of the lane, tentative ones included, are 0 .. most_slots() - 1.
     int64_t most_slots() const {
         const Seq& seq = *lines_[0].seq;
         return lines_[0].length + seq.tail + seq.rows;
@@ -777,7 +777,7 @@ private:
         }
     }
 
-    // Queries of a row turned back by as many positions as are out of sight, half-split pairs; what does not turn stays.
+    // Queries of a row rotated back by the number of hidden positions, in half-split pairs; other dimensions do not change.
     void turn_queries(int64_t i) {
         const int64_t half = job_.half, row = lines_[i].row;
         const float *cos = job_.far + row * half, *sin = cos + job_.q.rows * half;
@@ -822,7 +822,7 @@ private:
 #endif
     }
 
-    // Keys of a unit turned, words of 4 bytes by slots; pairs of bf16 turn as float32 does.
+    // Keys of a unit transposed, words of 4 bytes by slots; pairs of bf16 are transposed like float32.
     void turn_keys(const Unit& unit) {
         switch (unit.pool->kind) {
             case I4: return load_keys(unit, words_, s_.keys);
@@ -831,7 +831,7 @@ private:
         }
     }
 
-    // A slot's values of a unit to the scratch, as the place-th ones.
+    // Writes the values of a slot of a unit to the scratch, at place `place`.
     void take_value(const Unit& unit, int64_t slot, int64_t place) {
         const uint8_t* from = unit.at + unit.pool->values + slot * row_bytes();
         float* to = s_.values + place * shape_.padded;
@@ -844,7 +844,7 @@ private:
         }
     }
 
-    // Dot products of `count` queries, from `from` on, with the page whose keys were turned.
+    // Dot products of `count` queries, from `from` on, with the page of transposed keys.
     void score(const float* from, int64_t count, const uint8_t* next, float* out, int64_t stride) {
         const Ahead ahead{next, pool_.values / words_};
 #ifdef DOT_BF16
@@ -853,7 +853,7 @@ private:
         dots<Singles>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
     }
 
-    // Those of queries q .. q + count, to p; where slots are sinks (sinks_), those of the turned queries.
+    // The products of queries q .. q + count, written to p; for sinks (sinks_) those of the rotated queries.
     void score_page(int64_t q, int64_t count, const uint8_t* next) {
         score(s_.q + q * shape_.padded, count, next, s_.p, PAGE);
         uint32_t any = 0;
@@ -867,7 +867,7 @@ private:
             }
     }
 
-    // Runs of rows that see the page where it lies share one reading of it; rows that see it scattered come one by one.
+    // Runs of rows that see the page in place share one reading of it; rows that see it scattered are processed one by one.
     void attend_page(int64_t page, bool more) {
         int64_t in_place = 0, any = -1;
         bool gather = false;
@@ -889,7 +889,7 @@ private:
             if (scattered_[i]) attend_scattered(i, page * PAGE);
     }
 
-    // What the queries of a row read of what it sees of a page in place; the row sees no more than that.
+    // The slots that the queries of a row read of those that the row sees in place; never more than the row sees.
     void pick(int64_t i, int64_t page) {
         uint32_t any = 0;
         for (int64_t g = 0; g < shape_.share; g++) any |= s_.picks[i * shape_.share + g] = bits_[i] & picked(i, g, page);
@@ -900,7 +900,7 @@ private:
         const Unit here = unit(seq, page);
         const uint8_t* next = more ? unit(seq, page + 1).at : then_;
         turn_keys(here);
-        const bool raw = here.pool->kind != I4 && (paired_ || (direct_ && queries <= WIDE));  // else values are turned into float32 once, for all
+        const bool raw = here.pool->kind != I4 && (paired_ || (direct_ && queries <= WIDE));  // else converts values to float32 once
         if (!raw)
             for (int64_t slot = 0; slot < PAGE; slot++) take_value(here, slot, slot);
         for (int64_t i = 0; i < count_;) {
@@ -918,8 +918,8 @@ private:
 
     int64_t row_bytes() const { return pool_.size * bytes_of(pool_.kind); }
 
-    // Queries first..last of rows that see the page in place. raw: its values as stored, or null: they lie in the scratch. next: the page
-    // that is wanted after this one, or null.
+    // Queries first..last of rows that see the page in place. raw: its values as stored, or null if they are in the scratch. next: the page
+    // needed after this one, or null.
     void attend_run(int64_t first, int64_t last, const uint8_t* raw, const uint8_t* next) {
         for (int64_t q = first; q < last; q += BATCH, next = nullptr) {
             const int64_t count = at_most(last - q, BATCH);
@@ -935,7 +935,7 @@ private:
         }
     }
 
-    // Adds the values that `bits` takes to the mixes of queries q + first .. q + last, whose weights are those of the batch.
+    // Adds the values selected by `bits` to the mixes of queries q + first .. q + last, with the weights of the batch.
     void mix(int64_t q, int64_t first, int64_t last, uint32_t bits, const uint8_t* raw, int64_t ahead) {
         float* to = s_.mix + (q + first) * shape_.padded;
         const float* p = s_.p + first * PAGE;
@@ -948,7 +948,7 @@ private:
         else mixes<Float32>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
     }
 
-    // Dot products of queries q .. q + count become weights; shrink_ is what their sums and mixes so far are worth beside them.
+    // Turns the dot products of queries q .. q + count into weights; shrink_ scales their sums and mixes so far.
     void weigh(int64_t q, int64_t count) {
         uint32_t raised = 0;
         for (int64_t i = 0; i < count; i++) raised |= uint32_t(bound(s_.p + i * PAGE, s_.picks[q + i], s_.most + q + i, shrink_ + i)) << i;
@@ -958,11 +958,11 @@ private:
             for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, set1(1.0f));
         for (int64_t i = 0; i < count; i++) {
             if (s_.picks[q + i]) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], (q + i) * 16);
-            else clear(s_.p + i * PAGE, PAGE);  // of other heads of its row: nothing is added to its sums
+            else clear(s_.p + i * PAGE, PAGE);  // of other heads of its row: their sums do not change
         }
     }
 
-    // Scales and masks a query's dot products; whether they raise its largest score, and by how much it was less.
+    // Scales and masks the dot products of a query; returns whether they raise its largest score, and by how much it was lower.
     bool bound(float* p, uint32_t bits, float* most, float* below) const {
         *below = 0.0f;
         if (!bits) return false;
@@ -994,7 +994,7 @@ private:
         store(sums, fma(load(sums), set1(shrink), x[0]));
     }
 
-    // Scores of all node rows with all slots of the pages that hold nodes: tail[query][slot - tail_first_].
+    // Scores of all node rows with all slots of the pages with nodes: tail[query][slot - tail_first_].
     void score_tail() {
         tail_scored_ = true;
         int64_t row = 0;
@@ -1013,7 +1013,7 @@ private:
         }
     }
 
-    // One row whose path indices first .. first + 31 lie among other nodes: scores and values are gathered in path order.
+    // A row with path indices first .. first + 31 among other nodes: scores and values are gathered in path order.
     void attend_scattered(int64_t row, int64_t first) {
         const Line& line = lines_[row];
         int32_t slots[PAGE];
@@ -1056,7 +1056,7 @@ private:
     const AttendRow* rows_;
     const uint8_t* then_;
     int64_t count_, kv_head_, words_, most_seen_ = 0, tail_first_ = 0;
-    bool paired_;  // queries and pages of bf16, whose products are added in pairs
+    bool paired_;  // queries and pages of bf16, with products added in pairs
     bool direct_, tail_scored_ = false;
     Scratch s_;
     Taken taken_{};
@@ -1100,7 +1100,7 @@ inline void attend_watch(const AttendJob& job, const AttendShape& shape, const W
     }
 }
 
-// Rows of a times rows of b, 32 of them turned at once.
+// Rows of a times rows of b, 32 of them transposed at once.
 inline void products(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch) {
     alignas(64) float some[WIDE * PAGE];
     for (int64_t first = 0; first < count; first += PAGE) {

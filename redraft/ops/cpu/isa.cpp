@@ -18,13 +18,13 @@ constexpr Isa ALL[] = {Isa::AVX2, Isa::AVX512, Isa::AVX512_BF16, Isa::AMX};
 
 struct Leaf {
     uint32_t a = 0, b = 0, c = 0, d = 0;
-    Leaf(uint32_t leaf, uint32_t sub) { __get_cpuid_count(leaf, sub, &a, &b, &c, &d); }  // zeros where there is no such leaf
+    Leaf(uint32_t leaf, uint32_t sub) { __get_cpuid_count(leaf, sub, &a, &b, &c, &d); }  // zeros if there is no such leaf
 };
 
 constexpr bool all(uint64_t word, uint64_t bits) { return (word & bits) == bits; }
 constexpr uint64_t bit(int n) { return uint64_t(1) << n; }
 
-// The register states that the operating system saves for a thread; a processor's instruction is of no use without.
+// The register states that the operating system saves for a thread. Without them an instruction of the processor cannot be used.
 uint64_t saved_states() {
     constexpr int OSXSAVE = 27;
     if (!all(Leaf(1, 0).c, bit(OSXSAVE))) return 0;
@@ -49,7 +49,7 @@ bool has_avx512_bf16(const Leaf& seven) { return all(seven.c, bit(11)) && all(Le
 
 bool has_amx(const Leaf& seven) { return all(seven.d, bit(22) | bit(24) | bit(25)); }  // BF16, TILE, INT8
 
-// Tiles are large, so the kernel saves them only for processes that asked; whoever uses them without dies of an illegal instruction.
+// Tiles are large, so the kernel saves them only for processes that requested it; others die of an illegal instruction.
 bool tiles_granted() {
 #ifdef __linux__
     constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;

@@ -1,17 +1,17 @@
-// What the kernels of one instruction set offer, and how numbers lie in memory. No PyTorch here: pointers come in.
+// The kernels of one instruction set, and their data layouts. No PyTorch here: arguments are pointers.
 //
-// Bit-exactness: an output element is computed by one instruction sequence, fixed when the library is loaded, that depends
-// on neither the number of rows nor the threads nor what stands beside it.
+// Bit-exactness: each output element is computed by one sequence of instructions, chosen when the library is loaded. The sequence
+// does not depend on the number of rows, on the threads or on other elements.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
-// Always inlined: of a copy that the linker kept, it could pick the one compiled for a larger instruction set.
+// Always inlined: otherwise the linker might keep a copy that was compiled for a larger instruction set.
 #define INLINE inline __attribute__((always_inline))
 
 namespace redraft {
 
-constexpr int64_t PANEL = 64;  // outputs of a linear layer that are packed side by side
+constexpr int64_t PANEL = 64;  // outputs of a linear layer that are packed together
 constexpr int64_t LINE = 64;   // bytes of a row in a tile
 constexpr int64_t TALL = 16;   // rows of a tile
 constexpr int64_t PAGE = 32;   // slots of a page
@@ -22,9 +22,9 @@ enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 
 
 INLINE constexpr int64_t bytes_of(Kind kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
 
-// A matrix of activations. stride > 0: (r, c) lies at data + r * stride + c * size. stride == 0: tiles, so that no two rows of a
-// tile share a cache set: columns are cut into lines of 64 bytes, the last one filled with zeros, rows into blocks of 16; block b is
-// [lines][h][64 bytes] with h = min(16, rows - 16 b), and begins at data + 16 b * lines * 64.
+// A matrix of activations. stride > 0: element (r, c) is at data + r * stride + c * size. stride == 0: tiles, in which no two rows share
+// a cache set. Columns are cut into lines of 64 bytes, the last one padded with zeros, and rows into blocks of 16. Block b is
+// [lines][h][64 bytes] with h = min(16, rows - 16 b), and starts at data + 16 b * lines * 64.
 struct Rows {
     uint8_t* data;
     int64_t rows, cols, stride;
@@ -40,17 +40,17 @@ struct Rows {
     INLINE int64_t size() const { return stride ? rows * stride : rows * lines() * LINE; }
 };
 
-// A linear layer. A panel is 64 outputs: [steps][64][4 bytes], a step holding 4 bytes of each output's weights: 1 float32, 2 bf16 or
-// 4 int8; what lacks at the end of ins and outs is zero, and ins are filled up to whole lines (16 steps). int4: two steps' nibbles in
-// one byte, [steps / 2][64][4 bytes], step 2 i in the low half and 2 i + 1 in the high one, stored as code + 8.
-// gated: a panel is 32 gate outputs and the 32 up outputs that belong to them; else outputs in order.
+// A linear layer. A panel is 64 outputs: [steps][64][4 bytes]. A step holds 4 bytes of weights of each output: 1 float32, 2 bf16 or
+// 4 int8. Missing ins and outs are zero; ins are padded to whole lines (16 steps). int4: the nibbles of two steps share a byte,
+// [steps / 2][64][4 bytes], step 2 i in the low half and 2 i + 1 in the high half, stored as code + 8.
+// gated: a panel holds 32 gate outputs and their 32 up outputs; otherwise outputs are in order.
 struct Linear {
     const uint8_t* panels;
-    const float* bias;      // [panels * 64] in the panels' order, or null
+    const float* bias;      // [panels * 64] in the order of the panels, or null
     const float* scale;     // int8: [panels * 64]
-    const int32_t* sums;    // int8: [panels * 64], the sum of an output's codes
+    const int32_t* sums;    // int8: [panels * 64], the sum of the codes of an output
     const uint16_t* scales; // int4: float16 [panels][groups][64]
-    const int32_t* columns; // codes: [outliers], the columns beside them in ascending order
+    const int32_t* columns; // codes: [outliers], the outlier columns in ascending order
     const float* side;      // [panels][outliers][64], the weights in these columns
     int64_t outs, ins;
     Kind kind;
@@ -67,10 +67,10 @@ struct Linear {
     INLINE int64_t groups() const { return kind == I4 ? (ins + group - 1) / group : 0; }
 };
 
-// y = x W^T + bias. x: tiles of the kind that Kernels::takes says. The sum of an element runs over its inputs in order, is rounded to y's
-// kind with its bias, and then, where `add`, added to what y holds (rounded again); where w is gated and an activation given, y
-// has outs / 2 columns and is activation(gate) * up of the rounded halves. best: where not null, no y is written; the `keep` largest outputs of each
-// row (rounded first) go into what is there, best first, the lowest index of equal ones in front.
+// y = x W^T + bias. x: tiles of the kind that Kernels::takes returns. The sum of an element runs over its inputs in order. It is rounded
+// with its bias to the kind of y and then, if `add`, added to y (rounded again). If w is gated and an activation is given, y has
+// outs / 2 columns and is activation(gate) * up of the rounded halves. best: if not null, y is not written; the `keep` largest (rounded)
+// outputs of each row are merged into it, best first, of equal ones the lowest index first.
 struct Best {
     float value;
     int32_t index;
@@ -78,33 +78,33 @@ struct Best {
 struct LinearJob {
     Linear w;
     Rows x;
-    const float* x_scale;   // int8 tiles: [rows], what a code of the row stands for
-    const int32_t* x_sums;  // int4: [rows][groups], sums of the row's codes
+    const float* x_scale;   // int8 tiles: [rows], the scale of the codes of a row
+    const int32_t* x_sums;  // int4: [rows][groups], sums of the codes of a row
     Rows y;
-    Kind rounded;           // what numbers are rounded to: y may be float32 tiles of bf16 numbers
+    Kind rounded;           // the kind to round to: y may be float32 tiles of bf16 numbers
     Activation activation;
     int32_t add;
     Best* best;             // [rows][keep]
     int32_t keep;
-    const float* x_outliers;  // [rows][outliers], the row's numbers in w's outlier columns
+    const float* x_outliers;  // [rows][outliers], the numbers of a row in the outlier columns of w
 };
 
 struct NormJob {
-    Rows x, y;              // any layouts; y may be of another kind (float32 tiles of bf16 numbers)
-    const uint8_t *weight, *bias;  // of x's kind; bias may be null
+    Rows x, y;              // any layouts; y may have another kind (float32 tiles of bf16 numbers)
+    const uint8_t *weight, *bias;  // of the kind of x; bias may be null
     float eps;
-    int32_t rms;            // else LayerNorm
-    Kind rounded;           // what y's numbers are rounded to
+    int32_t rms;            // 1: RMS norm, 0: LayerNorm
+    Kind rounded;           // the kind to which numbers of y are rounded
 };
 
-// Attention of some rows of sequences over their pages; everything that does not depend on the layer.
+// The rows of one sequence and its pages; everything that does not depend on the layer.
 struct Seq {
-    int32_t first, rows, chain_rows;  // rows of the batch; the first chain_rows of them are chain rows, the others nodes
+    int32_t first, rows, chain_rows;  // rows of the batch; the first chain_rows are chain rows, the others nodes
     int32_t tail, chain;              // tentative rows written before; chain rows of the whole tail
-    int32_t lanes;                    // 0 shared, 1 one a layer, 2 one a layer and kv head
+    int32_t lanes;                    // 0 shared, 1 one for each layer, 2 one for each layer and kv head
     int32_t pages_per_lane, words;    // page ids of a lane; words of visibility of a node row
-    int32_t coded_per_lane;           // pages of codes, in front of `pages`
-    int32_t sinks, recent;            // a row sees keys at positions < sinks or > own - recent; recent 0: no such window
+    int32_t coded_per_lane;           // pages of codes, before `pages`
+    int32_t sinks, recent;            // a row sees keys at positions < sinks or > its own - recent; recent 0: no such window
     int32_t none;
     const int32_t* pages;             // [lanes][pages_per_lane]
     const int32_t* coded;             // [lanes][coded_per_lane]
@@ -115,20 +115,20 @@ struct Seq {
     const int32_t* tail_at;           // [tail + rows] positions of the tentative slots
 };
 
-// Where units lie: unit u is at data + u / per_block * block_bytes + u % per_block * unit_bytes, and holds keys [32][size], then values.
-// I8: codes of whole vectors, as redraft/kv/quantization/int8.py defines them, with scales float32 [32]. I4: codes [32][size / 2] of keys by
-// channel and of values by slot, as redraft/kv/quantization/int4.py defines them, with scales and zeros of kind `numbers`.
+// Where units are stored: unit u is at data + u / per_block * block_bytes + u % per_block * unit_bytes, and holds keys [32][size], then
+// values. I8: codes of vectors (redraft/kv/quantization/int8.py) with scales float32 [32]. I4: codes [32][size / 2], of keys by channel
+// and of values by slot (redraft/kv/quantization/int4.py), with scales and zeros of kind `numbers`.
 struct Pool {
     uint8_t* data;
-    int64_t block_bytes, unit_bytes, per_block, values;  // values: bytes from the unit's start
+    int64_t block_bytes, unit_bytes, per_block, values;  // values: bytes from the start of the unit
     int32_t layers, kv_heads, size;                    // size: of a head
     Kind kind;
-    int64_t key_scales, value_scales;                  // I8, I4: bytes from the unit's start
+    int64_t key_scales, value_scales;                  // I8, I4: bytes from the start of the unit
     int64_t key_zeros, value_zeros;                    // I4
     Kind numbers;                                      // I4: of scales and zeros
 };
 
-// The unit of page `page` (an index in pages of a lane) for a layer and kv head.
+// The unit of page `page` (an id of the lane kind) for a layer and kv head.
 INLINE int64_t unit_of(const Seq& s, const Pool& p, int64_t layer, int64_t head, int64_t page, const int32_t* pages, int64_t per_lane) {
     const int64_t lane = s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head;
     const int64_t id = pages[lane * per_lane + page];
@@ -139,29 +139,29 @@ INLINE int64_t length_of(const Seq& s, const Pool& p, int64_t layer, int64_t hea
     return s.lengths[s.lanes == 0 ? 0 : s.lanes == 1 ? layer : layer * p.kv_heads + head];
 }
 
-// A unit and the pool that says how it is stored.
+// A unit and the pool that defines its format.
 struct Unit {
     uint8_t* at;
     const Pool* pool;
 };
-// The unit of the page that holds slots 32 page .. 32 page + 31 of a lane: the first coded_per_lane pages are of `coded`.
+// The unit of the page with slots 32 page .. 32 page + 31 of a lane. The first coded_per_lane pages belong to `coded`.
 INLINE Unit find_unit(const Seq& s, const Pool& exact, const Pool& coded, int64_t layer, int64_t head, int64_t page) {
     if (page < s.coded_per_lane) return {at_unit(coded, unit_of(s, coded, layer, head, page, s.coded, s.coded_per_lane)), &coded};
     return {at_unit(exact, unit_of(s, exact, layer, head, page - s.coded_per_lane, s.pages, s.pages_per_lane)), &exact};
 }
 
-// What the rows of a sequence read of the slots that they see: bits [rows][kv_heads * apart][words], bit j of word i: slot 32 i + j.
-// apart: 1, or the number of query heads of a kv head where these differ. No bits: all.
+// The slots that the rows of a sequence read, of those they see: bits [rows][kv_heads * apart][words], bit j of word i is slot 32 i + j.
+// apart: 1, or the number of query heads of a kv head if they read different slots. No bits: all.
 struct Picked {
     const uint32_t* bits;
     int32_t words, apart;
 };
 
-// Statistics wanted of a sequence's attention weights: of a slot's weight, averaged over the query heads of a kv head, the weight itself, or
-// where `low`, 1 where it is below 1 / the number of slots that the row sees. slots: of the longest lane, tentative ones too. Weights are
-// counted in steps of 2^-32, so that sums in double are exact: how rows are grouped into steps changes no bit.
+// A statistic of the attention weights of a sequence: the weight of a slot, averaged over the query heads of a kv head, or, if `low`, 1
+// where it is below 1 / the number of slots that the row sees. slots: of the longest lane, with tentative ones. Weights are counted in
+// steps of 2^-32, so sums in double are exact and do not depend on how rows are grouped into steps.
 struct Watched {
-    double *chain, *nodes;  // [layers][kv_heads][slots], summed over chain rows from position `since` on; one such block of each node row
+    double *chain, *nodes;  // [layers][kv_heads][slots]: chain is summed over chain rows at positions >= `since`; nodes has one for each node row
     int64_t slots;
     int32_t seq, since, low, none;
 };
@@ -169,33 +169,33 @@ struct Watched {
 struct AttendJob {
     const Seq* seqs;
     int64_t count;
-    Pool pool, coded;              // coded: of coded pages; without data where there are none
-    int32_t layer, heads, window;  // heads: of queries; window: keys at positions > own - window are seen, 0: all
+    Pool pool, coded;              // coded: the pool of coded pages; no data if there are none
+    int32_t layer, heads, window;  // heads: query heads; window: keys at positions > own - window are seen, 0: all
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]
     float scale;
     const Watched* watched = nullptr;
     int64_t watches = 0;
-    const float* far = nullptr;       // cos, then sin, [T][half]: queries turn by them for keys at positions < sinks
+    const float* far = nullptr;       // cos, then sin, [T][half]: rotate queries for keys at positions < sinks
     int64_t half = 0;
-    const Picked* picked = nullptr;   // [count], or null: every row reads all that it sees
+    const Picked* picked = nullptr;   // [count], or null: every row reads all slots that it sees
 };
 
 struct AttendKernels;  // attend.h
 
 struct Kernels {
     const char* name;
-    Kind (*takes)(Kind weights);                                             // kind of the tiles that linear wants for such weights
+    Kind (*takes)(Kind weights);                                             // the kind of tiles that linear needs for such weights
     void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // panels; scratch: [rows of x][64]
     void (*norm)(const NormJob&, int64_t first, int64_t last);               // rows
-    void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; a tile's padding is zeroed
-    // codes of x for w; outliers [rows][w.outliers]: what stands in the columns whose codes are 0
+    void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; tile padding is zeroed
+    // codes of x for w; outliers [rows][w.outliers]: the numbers in the columns with code 0
     void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last);
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
-    // x [T, heads * size] strided, in place: head h of row r turned by cos, sin [T][size / 2] (half-split pairs)
+    // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
-    void (*uniform)(uint64_t key, const int64_t* ids, int64_t count, double* to);  // core/noise.py's, bit for bit
-    // out [rows][count] = a [rows][size] times b [count][size], each element one chain over size; scratch: [size][32]
+    void (*uniform)(uint64_t key, const int64_t* ids, int64_t count, double* to);  // the same bits as core/noise.py
+    // out [rows][count] = a [rows][size] times b [count][size]; each element is one chain over size; scratch: [size][32]
     void (*products)(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch);
     const AttendKernels* attend;
 };

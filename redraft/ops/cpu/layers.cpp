@@ -14,7 +14,7 @@
 namespace redraft {
 namespace {
 
-// Tiles of the rows that go into a linear layer, in the form that it takes.
+// Tiles of the input rows of a linear layer, in the form that it needs.
 struct Feed {
     Rows tiles{};
     float* scale = nullptr;
@@ -24,7 +24,7 @@ struct Feed {
     bool codes() const { return tiles.kind == I8; }
 };
 
-class Feeds {  // one buffer for each linear layer of a decoder layer that may be filled while another is read
+class Feeds {  // a buffer for each linear layer of a decoder layer that may be filled while another is read
 public:
     Feed of(const Kernels& kernels, const Linear& w, int64_t rows) {
         const Kind kind = kernels.takes(w.kind);
@@ -67,8 +67,8 @@ Scratch scratch;
 Feeds feeds[4];
 Buffer buffers[4];
 
-// Of each job that comes again: a segment or head (by its address) and the number of rows, up to the next power of two.
-constexpr int64_t FEW = 32;  // rows; more of them are work for all
+// For each repeated job: a segment or head (by its address) and the number of rows, rounded up to a power of two.
+constexpr int64_t FEW = 32;  // rows; jobs with more rows always use all workers
 Pace& pace_of(const void* what, int64_t first, int64_t last, int64_t rows) {
     static auto* paces = new std::map<std::array<int64_t, 4>, Pace>();
     if (paces->size() > 1024) paces->clear();
@@ -172,13 +172,13 @@ void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32
         }
         if (feed.codes()) fill(kernels, w, norms, feed, rows);
         barrier();
-        LinearJob job = job_of(w, feed, Rows{}, F32);  // as they are summed: rounded ones tie
+        LinearJob job = job_of(w, feed, Rows{}, F32);  // unrounded sums, because rounding would create ties
         job.best = found.data() + worker * own_size;
         job.keep = keep;
         const Share own(w.count(), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, count));
     });
-    const auto above = [](const Best& a, const Best& b) {  // those of the first worker have the lower indices
+    const auto above = [](const Best& a, const Best& b) {  // the entries of the first worker have the lower indices
         return a.value > b.value || (a.value != a.value && b.value == b.value);
     };
     std::vector<Best> merged;
@@ -198,7 +198,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
     const Kind kind = h.kind;
     const Pool& pool = step.pool;
     scratch.grow(threads(), rows);
-    for (int64_t i = first; i < last; i++) {  // all buffers have their size before workers meet them
+    for (int64_t i = first; i < last; i++) {  // all buffers get their size before workers run
         const Layer& l = layers[i];
         feeds[0].of(kernels, l.qkv, rows), feeds[1].of(kernels, l.out, rows);
         feeds[2].of(kernels, l.up, rows), feeds[3].of(kernels, l.down, rows);
@@ -210,7 +210,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
     run_paced(layers, first, last, rows, [&](int worker, int workers) {
         const Share own(rows, worker, workers);
         float* sums = scratch.at(worker, rows);
-        // The norm of h, as the input of w: straight into tiles, or by way of rows where codes are made of them.
+        // The norm of h as the input of w: written as tiles directly, or as rows first if codes are made of them.
         const auto normed = [&](const Layer& layer, const uint8_t* weight, const uint8_t* bias, const Linear& w, const Feed& feed, const Rows& rows_of) {
             NormJob job{h, feed.codes() ? rows_of : feed.tiles, weight, bias, layer.eps, layer.rms, kind};
             kernels.norm(job, own.first, own.last);

@@ -1,4 +1,4 @@
-// A segment of decoder layers in one job: what redraft/models/layers.py says, with the same roundings.
+// A segment of decoder layers in one job: the computation of redraft/models/layers.py with the same roundings.
 #pragma once
 #include "attend.h"
 #include "kernels.h"
@@ -9,12 +9,12 @@ struct Layer {
     Linear qkv, out, up, down;
     const uint8_t *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;  // biases and q_norm, k_norm may be null
     float eps, qk_eps;
-    int32_t rms, heads, window, rotary;  // window: 0 none; rotary: which of the step's turns, -1 none
+    int32_t rms, heads, window, rotary;  // window: 0 none; rotary: index of its rotary in the step, -1 none
     Activation activation;
 };
 
-// One forward pass: its sequences, and of every rotary cos and then sin, [rows][half]; far: null, or by how much queries turn for keys
-// before a window, laid out alike.
+// One forward pass: its sequences, and cos and then sin of every rotary, [rows][half]. far: null, or the rotations of queries for keys
+// before a window, in the same layout.
 struct Step {
     int64_t rows, count;
     const Seq* seqs;
@@ -25,25 +25,25 @@ struct Step {
     int64_t watches;
 };
 
-// Attention in layer `layer`, whose rotary is number `rotary`, -1: none.
+// Attention in layer `layer`; rotary: the index of its rotary, -1: none.
 AttendJob attend_job(const Step&, int layer, int heads, int window, int rotary, const Rows& q, const Rows& out);
 
-// Angles in double, times the rotary's scale.
+// Angles in double; cos and sin times the scale of the rotary.
 struct Rotaries {
     const double *frequencies, *scales;  // [count][half], [count]
     int64_t count, half;
 };
 void find_turns(const Rotaries&, const int32_t* positions, int64_t rows, float* turns);
 
-// What all calls work in; one job runs at a time.
+// Buffers shared by all calls; one job runs at a time.
 Attention& attention();
 
 void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last, const Step&, const AttendPlan&, Rows h);
 
-// y = x W^T + bias, x and y rows of the model's kind; h: where a sum goes to (`add`).
+// y = x W^T + bias, x and y rows of the model's kind; h: the target of a sum (`add`).
 void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Activation, bool add);
 
-// What follows the layers: the indices of the `keep` largest outputs of the rows of norm.x that `wanted` lists, [count][keep].
+// The head: the indices of the `keep` largest outputs of the rows of norm.x that `wanted` lists, [count][keep].
 void run_head(const Kernels&, NormJob norm, const Linear&, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax);
 
 void write_keys(const AttendKernels&, const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);

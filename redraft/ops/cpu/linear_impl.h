@@ -1,8 +1,8 @@
-// Linear layers over packed panels. Included inside an anonymous namespace behind vec_math.h; the unit defines before:
-// DOT_BF16 (vdpbf16ps), DOT_INT8 (vpdpbusd) where it has them.
+// Linear layers over packed panels. Included inside an anonymous namespace after vec_math.h. The including file first defines
+// DOT_BF16 (vdpbf16ps) and DOT_INT8 (vpdpbusd) if it has them.
 //
-// An output element is one chain of multiply-adds over its inputs in order, in one lane of one register: blocks of rows and of
-// outputs only choose which chains run side by side. Between chunks of inputs the sums rest in memory, which changes no bit.
+// An output element is one chain of multiply-adds over its inputs in order, in one lane of one register. Blocks of rows and outputs only
+// decide which chains run side by side. Between chunks of inputs the sums are stored in memory, which changes no bit.
 
 constexpr int64_t STEP = PANEL * 4;   // bytes of a step of a panel
 constexpr int64_t STEPS = LINE / 4;   // steps of a line
@@ -12,7 +12,7 @@ inline const uint8_t* ahead(const uint8_t* p, int64_t by) {
     return p;
 }
 
-// Lines of weights that stay near while rows go by: in the first cache for a tile, in the second for more (docs/log.md).
+// Lines of weights that stay in cache while rows pass: the first cache for one tile, the second for more (docs/log.md).
 inline int64_t chunk_of(int64_t rows) { return rows <= TALL || Vec::N == 8 ? 2 : 16; }
 
 inline float number(const uint8_t* p) {
@@ -26,9 +26,9 @@ inline int32_t word(const uint8_t* p) {
     return x;
 }
 
-// One step of V registers of outputs for R rows. x: the step's bytes of the first row, rows LINE apart.
+// One step of V registers of outputs for R rows. x: the bytes of the step of the first row, rows LINE apart.
 struct FloatStep {
-    static constexpr int64_t LINES = 1;  // lines of x to one line of weights
+    static constexpr int64_t LINES = 1;  // lines of x for one line of weights
     template <int R, int V>
     static void run(const uint8_t* w, const uint8_t* x, int64_t, int64_t s, Vec (&sums)[R][V]) {
         for (int v = 0; v < V; v++) {
@@ -50,7 +50,7 @@ struct HalfStep {
     }
 };
 #else
-struct HalfStep {  // x in float32: a line of weights goes with two lines of x
+struct HalfStep {  // x in float32: two lines of x for one line of weights
     static constexpr int64_t LINES = 2;
     template <int R, int V>
     static void run(const uint8_t* w, const uint8_t* x, int64_t far, int64_t s, Vec (&sums)[R][V]) {
@@ -65,7 +65,7 @@ struct HalfStep {  // x in float32: a line of weights goes with two lines of x
 };
 #endif
 
-// Lines of one panel for R rows; sums [R][64] go on from what they are, or from zero.
+// Lines of one panel for R rows; sums [R][64] continue from their values or from zero.
 template <class Step, int R, int V>
 void chains(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, float* sums, bool fresh, int64_t fetch) {
     for (int64_t part = 0; part < PANEL; part += V * Vec::N) {
@@ -84,7 +84,7 @@ void chains(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, flo
     }
 }
 
-// Rows of one tile that fit in registers.
+// Rows of one tile that fit in the registers.
 template <class Step>
 void some_rows(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, float* sums, bool fresh, int64_t fetch) {
     constexpr int WIDE = PANEL / Vec::N, HALF = Vec::N == 16 ? WIDE : WIDE / 2, NARROW = Vec::N == 16 ? WIDE : WIDE / 4;
@@ -131,7 +131,7 @@ inline Int high_half(Int b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4)
 inline Int dot_unsigned(Int sum, Int natural, Int whole) { return {_mm512_dpbusd_epi32(sum.v, natural.v, whole.v)}; }
 inline void put(int32_t* p, Int x) { _mm512_storeu_si512(p, x.v); }
 inline Int get(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-// x shifted by 128 into what vpdpbusd takes; the epilogue takes 128 times the sum of w away
+// x shifted by 128 for vpdpbusd; the epilogue subtracts 128 times the sum of w
 constexpr int32_t SHIFT = 128;
 inline Int dot_signed(Int sum, Int x, Int w) { return {_mm512_dpbusd_epi32(sum.v, _mm512_xor_si512(x.v, _mm512_set1_epi8(-128)), w.v)}; }
 #else
@@ -144,7 +144,7 @@ inline Int bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast
 inline Int spread(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline Int low_half(Int b) { return {_mm256_and_si256(b.v, _mm256_set1_epi8(15))}; }
 inline Int high_half(Int b) { return {_mm256_and_si256(_mm256_srli_epi16(b.v, 4), _mm256_set1_epi8(15))}; }
-inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // pairs in 16 bits: natural <= 15 or |whole| <= 127 keeps them from saturating
+inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // pairs in 16 bits: natural <= 15 or |whole| <= 127 prevents saturation
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(natural.v, whole.v), _mm256_set1_epi16(1)))};
 }
 inline void put(int32_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
@@ -176,7 +176,7 @@ void int8_chains(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines
     }
 }
 
-// Groups first..last of a panel of int4: each group's whole sum becomes a float and is added with its scale, group after group.
+// Groups first..last of a panel of int4: the integer sum of each group becomes a float and is added with its scale, in order of groups.
 template <int R, int V>
 void int4_chains(const Linear& l, const uint8_t* w, const uint16_t* scales, const Rows& x, const int32_t* x_sums, int64_t r0, float* sums,
                  int64_t fetch) {
@@ -257,9 +257,9 @@ void int4_panel(const LinearJob& j, const uint8_t* w, const uint16_t* scales, fl
     });
 }
 
-// ---- what becomes of the sums
+// ---- epilogue of the sums
 
-// The numbers of N outputs from `at` on: scaled where they are of codes, with their bias.
+// The numbers of N outputs from `at` on: scaled if they are sums of codes, with their bias.
 inline Vec finished(const LinearJob& j, int64_t p, int64_t r, int64_t at, const float* sums) {
     const int64_t out = p * PANEL + at;
     Vec y;
@@ -273,7 +273,7 @@ inline Vec finished(const LinearJob& j, int64_t p, int64_t r, int64_t at, const 
         if (j.w.kind == I4) y = y * set1(j.x_scale[r]);
     }
     const int64_t beside = j.w.outliers;
-    for (int64_t i = 0; i < beside; i++)  // not fused: product and sum are rounded one after the other
+    for (int64_t i = 0; i < beside; i++)  // not fused: the product and then the sum are rounded
         y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
     return j.w.bias ? y + load(j.w.bias + out) : y;
 }
@@ -297,7 +297,7 @@ inline Vec activated(Vec x, Activation activation) {
     }
 }
 
-// Into the largest so far, best first; of equal ones the earlier stays in front. A number that is none is above all, as in PyTorch.
+// Inserts into the largest so far, best first; of equal ones the earlier stays first. NaN is above all numbers, as in PyTorch.
 inline bool above(float a, float b) { return a > b || (a != a && b == b); }
 inline bool goes_before(Best one, Best other) { return other.index < 0 || above(one.value, other.value); }
 inline void insert(Best* best, int64_t keep, Best one) {
@@ -327,7 +327,7 @@ void settle(const LinearJob& j, int64_t p, const float* sums) {
     const Kind kind = j.y.kind;
     const bool fused = j.w.gated && j.activation != NONE, halves = j.w.gated && !fused;
     const int64_t wide = j.w.gated ? PANEL / 2 : PANEL, per_line = LINE / bytes_of(kind), up = j.w.outs / 2;
-    // a tile's filling is written too: those sums are zero
+    // the padding of a tile is written too: those sums are zero
     const int64_t end = halves ? up : j.y.stride ? j.y.cols : j.y.lines() * per_line;
     for (int64_t r = 0; r < j.x.rows; r++) {
         for (int64_t at = 0; at < wide && p * wide + at < end; at += Vec::N) {

@@ -1,6 +1,6 @@
-// What this machine can do at most, measured: reads from memory and arithmetic. And the workers, for C.
+// Measures the peak of this machine: reads from memory and arithmetic. Also the workers, for C.
 //
-// Nothing is thrown across the border: what fails is reported by the returned number.
+// No exception crosses the C interface; the returned number reports failures.
 #include "isa.h"
 #include "peak.h"
 #include "threads.h"
@@ -24,7 +24,7 @@ __m128i sum_line(const uint8_t* p, __m128i sum) {
     return sum;
 }
 
-// Reads whole lines, from STREAMS places at once, and gives their sum, so that the compiler leaves no load out.
+// Reads whole lines from STREAMS places at once and returns their sum, so the compiler drops no load.
 template <int STREAMS>
 uint64_t read_all(const uint8_t* p, int64_t bytes) {
     const int64_t stream = bytes / STREAMS / LINE * LINE;
@@ -52,7 +52,7 @@ double read_once(const uint8_t* buffer, int64_t bytes) {
     return now() - begun;
 }
 
-// Which of both is faster depends on the processor's prefetchers, by a factor of two and more.
+// Which of both is faster depends on the prefetchers of the processor, by a factor of two and more.
 double read_fastest(const uint8_t* buffer, int64_t bytes) {
     const double one = read_once<1>(buffer, bytes), four = read_once<4>(buffer, bytes);
     return one < four ? one : four;
@@ -82,8 +82,8 @@ double peak_once(const Peak& peak, int64_t rounds) {
     return now() - begun;
 }
 
-// The best of many short runs: long beside what starting the workers costs, short beside the time that the system gives to other
-// processes in turn, so that on a busy machine too some of them have all cores.
+// The best of many short runs: long compared with starting the workers, short compared with the time slices of other processes, so
+// on a busy machine too some runs have all cores.
 double measure_peak(const Peak& peak) {
     constexpr double SECONDS = 0.002;
     constexpr int RUNS = 80;
@@ -126,9 +126,9 @@ EXPORT const char* rd_isa_compiled() {
 
 EXPORT const char* rd_isa() { return name_of(chosen_isa()); }
 
-EXPORT const char* rd_isa_refused() { return refused_isa(); }  // why REDRAFT_ISA cannot be followed, or null
+EXPORT const char* rd_isa_refused() { return refused_isa(); }  // the reason why REDRAFT_ISA was refused, or null
 
-// 0, or -1 where the threads cannot be started.
+// 0, or -1 if the threads cannot be started.
 EXPORT int rd_set_threads(int count) {
     try {
         if (count < 1) return -1;
@@ -147,8 +147,8 @@ EXPORT int rd_threads() {
     }
 }
 
-// Writes to every page, each worker to the pages that it reads in rd_read_bandwidth: so each lies near its reader, and none is the
-// one page of zeros that stands for all that was never written. 0, or -1.
+// Writes to every page, each worker to the pages that it reads in rd_read_bandwidth. Pages are then near their reader, and none is the
+// shared zero page of unwritten memory. 0, or -1.
 EXPORT int rd_fill(void* buffer, int64_t bytes) {
     try {
         if (!buffer || bytes < 0) return -1;
@@ -162,7 +162,7 @@ EXPORT int rd_fill(void* buffer, int64_t bytes) {
     }
 }
 
-// Bytes a second of the fastest pass over the buffer, all workers reading; `rounds` times, in two ways each; negative where it cannot be measured.
+// Bytes per second of the fastest pass over the buffer on all workers; `rounds` times, in two ways each; negative if it fails.
 EXPORT double rd_read_bandwidth(const void* buffer, int64_t bytes, int rounds) {
     try {
         if (!buffer || bytes < LINE || rounds < 1) return -1;
@@ -177,8 +177,8 @@ EXPORT double rd_read_bandwidth(const void* buffer, int64_t bytes, int rounds) {
     }
 }
 
-// Operations a second of all workers, a multiplication and an addition counting as two. kind: 0 float32, 1 bf16, 2 int8. 0 where
-// the instruction set in use has no instruction for such numbers, negative where it cannot be measured.
+// Operations per second of all workers; a multiplication and an addition count as two. kind: 0 float32, 1 bf16, 2 int8. 0 if the
+// instruction set has no instruction for such numbers, negative if it cannot be measured.
 EXPORT double rd_peak(int kind) {
     try {
         if (kind < PEAK_F32 || kind > PEAK_I8) return -1;

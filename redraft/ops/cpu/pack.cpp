@@ -1,4 +1,4 @@
-// Weights into panels, once at load.
+// Packs weights into panels, once at load.
 #include "pack.h"
 
 #include <cstring>
@@ -8,14 +8,14 @@
 namespace redraft {
 namespace {
 
-// The output that lies at place i of panel p, or -1 where none does.
+// The output at place i of panel p, or -1 if there is none.
 int64_t output(const Linear& w, int64_t p, int64_t i) {
     if (!w.gated) return p * PANEL + i < w.outs ? p * PANEL + i : -1;
     const int64_t half = PANEL / 2, own = p * half + i % half;
     return own < w.outs / 2 ? own + (i < half ? 0 : w.outs / 2) : -1;
 }
 
-// Rows [outs, ins] of `size` bytes an element into steps of 4 bytes.
+// Rows [outs, ins] with elements of `size` bytes -> steps of 4 bytes.
 void interleave(const Linear& w, const uint8_t* from, int64_t size, uint8_t* to) {
     const int64_t steps = w.steps(), bytes = w.ins * size, panel = steps * PANEL * 4;
     run([&](int worker, int workers) {

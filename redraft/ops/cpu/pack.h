@@ -3,10 +3,10 @@
 
 namespace redraft {
 
-// Of each, `w` tells the shape and kind; `to` has w.count() * w.panel_bytes() bytes.
+// `w` gives the shape and kind; `to` has w.count() * w.panel_bytes() bytes.
 void pack_plain(const Linear& w, const void* from, void* to);      // [outs, ins] of w.kind
 void rows_of(const Linear& w, const int32_t* rows, int64_t count, void* to);  // unpacked, [count, ins]; w is plain and not gated
-void pack_floats(const Linear& w, const float* from, float* to);   // [outs], in the panels' order: a bias, scales
+void pack_floats(const Linear& w, const float* from, float* to);   // [outs], in the order of the panels: a bias, scales
 void pack_int8(const Linear& w, const int8_t* codes, void* to, int32_t* sums);
 void pack_int4(const Linear& w, const int8_t* codes, const uint16_t* scales, void* to, uint16_t* arranged);
 

@@ -1,11 +1,11 @@
-// The most arithmetic that one core can do: loops over registers alone, one file for each instruction set.
+// The peak arithmetic of one core: loops over registers only, one file for each instruction set.
 #pragma once
 #include <cstdint>
 
 namespace redraft {
 
-// What each unit offers for numbers of one kind. `run` does `rounds` rounds of `operations` additions and multiplications each;
-// null where the instruction set has no instruction of its own for such numbers.
+// The peak loop for numbers of one kind. `run` does `rounds` rounds of `operations` additions and multiplications each; null if the
+// instruction set has no instruction for such numbers.
 struct Peak {
     void (*run)(int64_t rounds);
     double operations;

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int ROWS = 16, LINE = 64;
 
-// How large each of the eight tiles is: all of them 16 rows of 64 bytes.
+// The size of each of the eight tiles: 16 rows of 64 bytes.
 struct alignas(64) Layout {
     uint8_t palette = 1, start = 0, unused[14] = {};
     uint16_t line[16] = {LINE, LINE, LINE, LINE, LINE, LINE, LINE, LINE};
@@ -15,15 +15,15 @@ struct alignas(64) Layout {
 };
 static_assert(sizeof(Layout) == 64);
 
-// By hand: the compiler's intrinsic does not say that it reads the layout, so that stores to it may be dropped.
+// In assembly: the intrinsic of the compiler does not declare that it reads the layout, so stores to it may be dropped.
 void configure(const Layout& layout) { __asm__ volatile("ldtilecfg %0" ::"m"(layout)); }
 
-// Sums in the tiles 0 to 3, factors of rows in 4 and 5, of columns in 6 and 7.
+// Sums in tiles 0 to 3, factors of rows in 4 and 5, factors of columns in 6 and 7.
 void prepare(uint32_t ones) {
     configure(Layout());
     alignas(64) uint32_t factors[ROWS * LINE / 4];
     for (auto& factor : factors) factor = ones;
-    __asm__ volatile("" ::"m"(factors));  // the loads below read what was stored
+    __asm__ volatile("" ::"m"(factors));  // the loads below must read the stored values
     _tile_loadd(4, factors, LINE);
     _tile_loadd(5, factors, LINE);
     _tile_loadd(6, factors, LINE);

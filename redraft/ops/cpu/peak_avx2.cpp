@@ -5,10 +5,10 @@
 namespace redraft {
 namespace {
 
-constexpr int CHAINS = 12;  // sums that do not wait for one another; with the two factors they fit the 16 registers
+constexpr int CHAINS = 12;  // independent sums; with the two factors they fit in the 16 registers
 
 void multiply_add_f32(int64_t rounds) {
-    volatile float one = 1.0f;  // or the compiler would do the sums itself
+    volatile float one = 1.0f;  // volatile, or the compiler would compute the sums itself
     const __m256 factor = _mm256_set1_ps(one), other = _mm256_set1_ps(one);
     __m256 sums[CHAINS];
     for (auto& sum : sums) sum = _mm256_setzero_ps();

@@ -5,10 +5,10 @@
 namespace redraft {
 namespace {
 
-constexpr int CHAINS = 16;  // sums that do not wait for one another
+constexpr int CHAINS = 16;  // independent sums
 
 void multiply_add_f32(int64_t rounds) {
-    volatile float one = 1.0f;  // or the compiler would do the sums itself
+    volatile float one = 1.0f;  // volatile, or the compiler would compute the sums itself
     const __m512 factor = _mm512_set1_ps(one), other = _mm512_set1_ps(one);
     __m512 sums[CHAINS];
     for (auto& sum : sums) sum = _mm512_setzero_ps();

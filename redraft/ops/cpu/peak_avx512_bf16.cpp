@@ -5,10 +5,10 @@
 namespace redraft {
 namespace {
 
-constexpr int CHAINS = 16;  // sums that do not wait for one another
+constexpr int CHAINS = 16;  // independent sums
 
 void dot_bf16(int64_t rounds) {
-    volatile int ones = 0x3f803f80;  // two bf16 ones; volatile, or the compiler would do the sums itself
+    volatile int ones = 0x3f803f80;  // two bf16 ones; volatile, or the compiler would compute the sums itself
     const __m512i bits = _mm512_set1_epi32(ones);
     const __m512bh factor = (__m512bh)bits, other = (__m512bh)bits;
     __m512 sums[CHAINS];

@@ -1,7 +1,7 @@
-// What is done to rows one by one: norms, layouts, codes, activations, positions. Included inside an anonymous namespace, behind
-// linear_impl.h. Every function does rows first..last.
+// Operations on single rows: norms, layouts, codes, activations, positions. Included inside an anonymous namespace after
+// linear_impl.h. Every function processes rows first..last.
 
-// Walks a row of x and y register by register; behind x's columns y is filled with zeros up to its own (a tile's filling).
+// Walks a row of x and y register by register. After the columns of x, y is filled with zeros to its end (the padding of a tile).
 template <class Value>
 void row_of(const Rows& x, const Rows& y, int64_t r, Value value) {
     const int64_t per_line = LINE / bytes_of(y.kind), end = y.stride ? y.cols : y.lines() * per_line;
@@ -30,7 +30,7 @@ void norm(const NormJob& j, int64_t first, int64_t last) {
             squares = fma(v, v, squares);
         }
         float mean = 0, variance = sum(squares) / float(j.x.cols);
-        if (!j.rms) {  // in two passes: the difference of large sums would lose digits
+        if (!j.rms) {  // in two passes, because the difference of large sums would lose digits
             mean = sum(total) / float(j.x.cols);
             squares = zero();
             for (int64_t c = 0; c < j.x.cols; c += Vec::N) {
@@ -50,7 +50,7 @@ void norm(const NormJob& j, int64_t first, int64_t last) {
     }
 }
 
-// Puts zeros into some columns, reported in ascending order, of a row that goes by register by register.
+// Puts zeros into columns, given in ascending order, of a row that is processed register by register.
 struct Blank {
     const int32_t *at, *end;
 
@@ -61,7 +61,7 @@ struct Blank {
     }
 };
 
-// codes: int8 tiles; scale [rows]: what a code stands for; sums [rows][groups]: of the codes in each group of columns, or null.
+// codes: int8 tiles; scale [rows]: the scale of the codes; sums [rows][groups]: of the codes in each group of columns, or null.
 void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last) {
     const int64_t group = w.group, groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
     for (int64_t r = first; r < last; r++) {
@@ -71,7 +71,7 @@ void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, i
             outliers[r * w.outliers + i] = t[0];
         }
         Blank blank{w.columns, w.columns + w.outliers}, again = blank;
-        Vec most = zero(), odd = zero();  // odd: 0, or no number where one of x is infinite or none; then all outputs are none
+        Vec most = zero(), odd = zero();  // odd: 0, or NaN if an x is infinite or NaN; then all outputs are NaN
         for (int64_t c = 0; c < x.cols; c += Vec::N) {
             const Vec v = blank(read_some(x.at(r, c), x.kind, x.cols - c), c);
             most = maximum(absolute(v), most);
@@ -119,7 +119,7 @@ void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const fl
             }
 }
 
-// No function of the C library: integers, and steps that are exact in double.
+// Uses no function of the C library: only integers, and steps that are exact in double.
 void uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) {
     for (int64_t i = 0; i < count; i++) {
         uint64_t x = key + uint64_t(ids[i]) * 0x9E3779B97F4A7C15u;
@@ -128,7 +128,7 @@ void uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) {
             x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
             x ^= x >> 31;
         }
-        x = x >> 12 | 0x3FF0000000000000u;  // 1 and 52 bits behind the point
+        x = x >> 12 | 0x3FF0000000000000u;  // 1 and 52 bits after the point
         double one_and;
         __builtin_memcpy(&one_and, &x, sizeof x);
         to[i] = (one_and - 1.0) + 0x1p-53;

@@ -17,7 +17,7 @@
 namespace redraft {
 namespace {
 
-constexpr int SPINS = 4000;  // pauses before a worker sleeps: some 50 microseconds, more than lies between two calls of a step
+constexpr int SPINS = 4000;  // pauses before a worker sleeps: about 50 microseconds, more than the time between two calls of a step
 
 inline void pause_once() {
 #if defined(__x86_64__)
@@ -25,13 +25,13 @@ inline void pause_once() {
 #endif
 }
 
-// A number that is waited for: first by looking, then asleep in the kernel. Nobody is woken who does not sleep.
+// A number to wait for: first by polling, then asleep in the kernel. Only sleeping threads are woken.
 struct Gate {
     std::atomic<uint32_t> at{0};
     std::atomic<int> asleep{0};
 
     void open() {
-        at.fetch_add(1);  // in one order with `asleep`: who goes to sleep behind it sees the new number
+        at.fetch_add(1);  // in one order with `asleep`: a thread that goes to sleep after it sees the new number
         if (asleep.load()) wake();
     }
 
@@ -57,12 +57,12 @@ private:
 
 struct Workers {
     std::vector<std::thread> threads;
-    Gate ticket, finished, crossed;  // a new job or the end; jobs that all have done; barriers
+    Gate ticket, finished, crossed;  // a new job or the end; jobs that all workers finished; barriers
     std::atomic<int> left{0};        // workers still in the job
     std::atomic<int> arrived{0};     // at the barrier
     const std::function<void(int, int)>* job = nullptr;
     bool ending = false;
-    int count = 1, active = 1;  // active: at work in this job, all of them or the caller alone
+    int count = 1, active = 1;  // active: workers of this job, all of them or the caller alone
 
     void work(int worker, uint32_t seen) {
         for (;;) {
@@ -83,7 +83,7 @@ struct Workers {
         }
         count = 1;
         const uint32_t seen = ticket.at.load();
-        for (int i = 1; i < wanted; i++) {  // a thread that cannot be started leaves those that could
+        for (int i = 1; i < wanted; i++) {  // if a thread cannot be started, the earlier ones stay
             threads.emplace_back(&Workers::work, this, i, seen);
             count = i + 1;
         }
@@ -116,13 +116,13 @@ struct Workers {
     }
 };
 
-std::recursive_mutex entrance;  // one job at a time, whichever thread brings it
+std::recursive_mutex entrance;  // one job at a time, from any thread
 Workers* pool = nullptr;  // never destroyed: workers may sleep in it when the process ends
 
 Workers& workers() {
     if (!pool) {
         pool = new Workers();
-        // a forked child has no workers: it starts with its own thread alone, until it asks for more
+        // a forked child has no workers: it uses its own thread until more are requested
         pthread_atfork([] { entrance.lock(); }, [] { entrance.unlock(); }, [] {
             pool = new Workers();
             new (&entrance) std::recursive_mutex();

@@ -1,4 +1,4 @@
-// Functions of registers, the same for every width. Included inside an anonymous namespace, behind vec_*.h.
+// Functions on registers, the same for every width. Included inside an anonymous namespace after vec_*.h.
 
 // e^x to within 2 units in the last place for x in -87..88; 0 far below and for -infinity.
 inline Vec exponential(Vec x) {
@@ -25,14 +25,14 @@ inline void write(uint8_t* p, Kind kind, Vec x) {
     if (kind == F32) store(reinterpret_cast<float*>(p), x);
     else to_bf16(reinterpret_cast<uint16_t*>(p), x);
 }
-// x as it reads after it was stored as `kind`.
+// x as it reads after being stored as `kind`.
 inline Vec rounded(Vec x, Kind kind) {
     if (kind == F32) return x;
     alignas(32) uint16_t t[Vec::N];
     to_bf16(t, x);
     return from_bf16(t);
 }
-// The first `count` of a register's numbers from memory that may end behind them, else zeros.
+// The first `count` numbers of a register from memory that may end after them; the rest are zeros.
 inline Vec read_some(const uint8_t* p, Kind kind, int64_t count) {
     if (count >= Vec::N) return read(p, kind);
     alignas(64) uint8_t t[4 * Vec::N] = {};
