@@ -77,13 +77,13 @@ def cast(weights: Weights, backend: TorchOps) -> Weights:
     return Weights(**{name: walk(part) for name, part in vars(weights).items()})  # type: ignore[arg-type]
 
 
-def random_tree(rng: random.Random, most: int) -> TokenTree:
-    n = rng.randint(0, most)
+def random_tree(rng: random.Random, largest: int) -> TokenTree:
+    n = rng.randint(0, largest)
     tokens, parents = [rng.randrange(VOCAB) for _ in range(n)], [rng.randint(-1, i - 1) for i in range(n)]
-    return TokenTree.build(tokens, parents, vocab=VOCAB, rows=most, depth=most)
+    return TokenTree.build(tokens, parents, vocab=VOCAB, rows=largest, depth=largest)
 
 
-def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def program(left: Runner, right: Runner, seed: int, *, largest: int = 9) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Runs the same steps on both runners; returns the logits of each forward. The numbers of rows of the sequences differ much."""
     rng = random.Random(seed)
     seqs = [sequence([rng.randrange(VOCAB) for _ in range(n)]) for n in (90, 3, 40, 1)]
@@ -95,7 +95,7 @@ def program(left: Runner, right: Runner, seed: int, *, most: int = 9) -> list[tu
     found = []
     for _ in range(9):
         rows = [min(seq.pending, rng.choice([1, 7, 33, 64])) for seq in seqs]
-        trees = [random_tree(rng, most) if n == seq.pending else EMPTY for n, seq in zip(rows, seqs, strict=True)]
+        trees = [random_tree(rng, largest) if n == seq.pending else EMPTY for n, seq in zip(rows, seqs, strict=True)]
         cuts = [rng.randint(1, len(tree)) if len(tree) and rng.random() < 0.5 else len(tree) for tree in trees]
         paths, bonus = [], rng.randrange(VOCAB)
         for tree in trees:
@@ -137,15 +137,15 @@ def forward(runner: Runner, work: list[Work], trees: list[TokenTree]) -> torch.T
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.12)])
-def test_torch_computes_what_the_reference_defines(dtype: torch.dtype, most: float, window: int | None) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.12)])
+def test_torch_computes_what_the_reference_defines(dtype: torch.dtype, tolerance: float, window: int | None) -> None:
     spec, weights = model(window=window)
     fast = TorchOps(dtype)
     left = Runner(spec, weights, Reference(), 40)
     right = Runner(spec, cast(weights, fast), fast, 40)
     for one, other in program(left, right, seed=1):
         assert one.shape == other.shape
-        assert (one - other.double()).abs().max() <= most * one.abs().max()
+        assert (one - other.double()).abs().max() <= tolerance * one.abs().max()
 
 
 @pytest.mark.parametrize(("experts", "norm"), [(True, "rms"), (False, "layer")])
@@ -160,7 +160,7 @@ def test_more_than_64_nodes() -> None:
     """Ancestors that need more than one word."""
     spec, weights = model()
     fast = TorchOps(torch.float64)
-    pairs = program(Runner(spec, weights, Reference(), 60), Runner(spec, cast(weights, fast), fast, 60), seed=5, most=100)
+    pairs = program(Runner(spec, weights, Reference(), 60), Runner(spec, cast(weights, fast), fast, 60), seed=5, largest=100)
     assert max(len(one) for one, _ in pairs) > 80
     for one, other in pairs:
         assert (one - other).abs().max() <= 1e-12 * one.abs().max()

@@ -273,7 +273,7 @@ def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     that its backend writes. In bfloat16, weights near 1 / t may fall on either side."""
     case = replace(VIEWS[name], watch=WATCHES if dtype == F32 else WATCHES[:2])
     torchs = test_views.program(TorchOps(dtype), case, dtype)
-    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch was asked"))
+    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch attended"))
     threads(2)
     mine = test_views.program(NativeOps(dtype), case, dtype)
     near(mine, torchs)
@@ -351,15 +351,15 @@ def test_an_unknown_statistic_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize(("dtype", "most"), [(F32, 1e-5), (BF16, 0.12)])
-def test_whole_models(dtype: torch.dtype, most: float, window: int | None) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 1e-5), (BF16, 0.12)])
+def test_whole_models(dtype: torch.dtype, tolerance: float, window: int | None) -> None:
     """Chunks, trees with growing tails and decodes through two layers; both backends run every step."""
     spec, weights = test_backends.model(window=window)
     ops = NativeOps(dtype)
     left, right = Runner(spec, weights, Reference(), 40), Runner(spec, cast(weights, ops), ops, 40)
     for one, other in test_backends.program(left, right, seed=1):
         assert one.shape == other.shape
-        assert (one - other.double()).abs().max() <= most * one.abs().max()
+        assert (one - other.double()).abs().max() <= tolerance * one.abs().max()
 
 
 # ---- models of all shapes
@@ -438,7 +438,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
             return replace(made, up=ups[0], down=downs[0])
         return replace(made, router=linear(shape.experts, shape.hidden, False, 3.0), experts_up=ups, experts_down=downs)
 
-    made = [layer_of(mixer) for mixer in spec.attention]
+    made = [layer_of(layer) for layer in spec.attention]
     positions = rand(CONTEXT, shape.hidden) * 3 if shape.learned else None
     head = linear(VOCAB, shape.hidden, False, 3.0)
     return spec, Weights(rand(VOCAB, shape.hidden) * 5, head, weigh(shape.hidden, shape.norm), tuple(made), positions)
@@ -521,45 +521,45 @@ class Bench:
         self.ops = Switched(dtype)
         self.weights = cast(weights, self.ops, quant)
         self.runner = Runner(self.spec, self.weights, self.ops, blocks, sharing=sharing)
-        self.lonely = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
-        for runner in (self.runner, self.lonely):
+        self.single = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
+        for runner in (self.runner, self.single):
             for form in test_views.formats(dtype, LABELS, shipped=True, size=self.spec.head_dim).values():
                 runner.memory.paged.define(form)
-        self.said: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
+        self.results: list[tuple[Text, tuple[int, ...], Tensor | None, int]] = []  # the prefix, its logits, its argmax
 
     def step(self, texts: list[Text], rows: list[int], trees: list[TokenTree], first: list[int], taps: Taps) -> None:
         work = [Work(text.seq, n, cut) for text, n, cut in zip(texts, rows, first, strict=True)]
         view = self.runner.memory.reserve(work, trees)
         batch = Batch.pack(work, trees, view)
         out = self.runner.forward(batch, taps)
-        asked = {row: i for i, row in enumerate(batch.logit_rows.tolist())}
+        logit_of = {row: i for i, row in enumerate(batch.logit_rows.tolist())}
         for s, (text, n, tree, cut) in enumerate(zip(texts, rows, trees, first, strict=True)):
             start, nodes, end = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             for row in range(start, end):
-                if row not in asked:
+                if row not in logit_of:
                     continue
                 prefix = text.seq.tokens[: text.seq.stored + (row - start + 1 if row < nodes else n)]
                 if row >= nodes:
                     prefix = prefix + [int(tree.tokens[node]) for node in path_to(tree, cut + row - nodes)]
-                i = asked[row]
-                self.said.append((text, tuple(prefix), None if out.logits is None else out.logits[i], int(out.argmax[i])))
+                i = logit_of[row]
+                self.results.append((text, tuple(prefix), None if out.logits is None else out.logits[i], int(out.argmax[i])))
 
     def alone(self, text: Text, tokens: list[int], chunks: Callable[[], int]) -> dict[int, Tensor]:
         """Length of a prefix -> logits, of a text that runs alone and without trees."""
-        sibling, table, found = text.sibling(tokens), self.lonely.memory.paged.table, {}
+        sibling, table, found = text.sibling(tokens), self.single.memory.paged.table, {}
         table.open(sibling.seq)
         while sibling.seq.pending:
-            n = min(sibling.seq.pending, chunks(), border(sibling))
+            n = min(sibling.seq.pending, chunks(), rows_to_cut(sibling))
             work = [Work(sibling.seq, n)]
             view = table.reserve(work, [EMPTY])
-            self.lonely.memory.paged.store.zero(view.fresh)
+            self.single.memory.paged.store.zero(view.fresh)
             batch = Batch.pack(work, [EMPTY], view)
-            out = self.lonely.forward(batch, Taps(logits=True))
+            out = self.single.forward(batch, Taps(logits=True))
             assert out.logits is not None
             for i, row in enumerate(batch.logit_rows.tolist()):
                 found[sibling.seq.stored + row + 1] = out.logits[i]
-            self.lonely.memory.paged.store.move(table.commit(work, [Accepted()]))
-            evict(self.lonely, sibling)
+            self.single.memory.paged.store.move(table.commit(work, [Accepted()]))
+            evict(self.single, sibling)
         table.free(sibling.seq)
         return found
 
@@ -567,12 +567,12 @@ class Bench:
         """Compares all results with those of the text alone, bit for bit. Returns the number of rows."""
         self.ops.whole = True
         ways = [lambda: 1000, lambda: 1, lambda: dice.choice([1, 2, 7, 33])]
-        for text in {id(text): text for text, *_ in self.said}.values():
+        for text in {id(text): text for text, *_ in self.results}.values():
             line = self.alone(text, text.seq.tokens, ways[1])  # decoded one by one
             for chunks in (ways[0], ways[2]):
                 for length, logits in self.alone(text, text.seq.tokens, chunks).items():
                     assert torch.equal(bits(logits), bits(line[length])), f"{length} tokens, another chunking"
-            for own, prefix, logits, best in self.said:
+            for own, prefix, logits, best in self.results:
                 if own is not text:
                     continue
                 if prefix == tuple(text.seq.tokens[: len(prefix)]) and len(prefix) in line:
@@ -581,7 +581,7 @@ class Bench:
                     expected = self.alone(text, list(prefix), dice.choice(ways[::2]))[len(prefix)]
                 assert best == int(expected.argmax())
                 assert logits is None or torch.equal(bits(logits), bits(expected)), f"{len(prefix)} tokens of {len(text.seq.tokens)}"
-        return len(self.said)
+        return len(self.results)
 
 
 def path_to(tree: TokenTree, node: int) -> list[int]:
@@ -591,7 +591,7 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
     return path[::-1]
 
 
-def border(text: Text) -> int:
+def rows_to_cut(text: Text) -> int:
     """The number of rows up to the place where slots are evicted, pages are encoded or the context ends; no chunk crosses it."""
     left = text.cut - text.seq.stored
     return left if (text.kept is not None or text.seq.cache.coded or text.seq.context) and left > 0 else 1000
@@ -606,11 +606,11 @@ def evict(runner: Runner, text: Text) -> None:
         runner.memory.paged.encode(text.seq)
 
 
-def random_tree(dice: random.Random, most: int) -> TokenTree:
-    n = dice.randint(0, most)
+def random_tree(dice: random.Random, largest: int) -> TokenTree:
+    n = dice.randint(0, largest)
     deep = dice.random() < 0.4  # long paths among siblings
     parents = [dice.randint(max(-1, i - 3), i - 1) if deep else dice.randint(-1, i - 1) for i in range(n)]
-    return TokenTree.build([dice.randrange(VOCAB) for _ in range(n)], parents, vocab=VOCAB, rows=most, depth=most)
+    return TokenTree.build([dice.randrange(VOCAB) for _ in range(n)], parents, vocab=VOCAB, rows=largest, depth=largest)
 
 
 def random_path(dice: random.Random, tree: TokenTree) -> list[int]:
@@ -676,10 +676,10 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
             running.append(text)
         some = [text for text in running if dice.random() < 0.8] or running[:1]
         dice.shuffle(some)
-        rows = [min(text.seq.pending, border(text), dice.choice([1, 2, 7, 33, 64])) for text in some]
+        rows = [min(text.seq.pending, rows_to_cut(text), dice.choice([1, 2, 7, 33, 64])) for text in some]
         done = [n == text.seq.pending for text, n in zip(some, rows, strict=True)]
         trees = [
-            random_tree(dice, 70 if dice.random() < 0.1 else 9) if end and border(t) == 1000 else EMPTY
+            random_tree(dice, 70 if dice.random() < 0.1 else 9) if end and rows_to_cut(t) == 1000 else EMPTY
             for t, end in zip(some, done, strict=True)
         ]
         cuts = [dice.randint(1, len(tree)) if len(tree) and dice.random() < 0.4 else len(tree) for tree in trees]

@@ -338,14 +338,14 @@ def defined(case: Case, dtype: torch.dtype) -> World:
     return program(Reference(), case, dtype)
 
 
-def compare(case: Case, fast: TorchOps, most: float) -> None:
+def compare(case: Case, fast: TorchOps, tolerance: float) -> None:
     right = program(fast, case, fast.dtype).found
     left = defined(case, fast.dtype).found
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert one.shape == other.shape
         if one.numel():  # statistics are of float32 or better
-            limit = most if other.dtype == fast.dtype else 1e-5
+            limit = tolerance if other.dtype == fast.dtype else 1e-5
             assert (one - other.double()).abs().max() <= limit * max(1.0, float(one.abs().max()))
 
 
@@ -390,11 +390,11 @@ def test_torch_computes_what_the_reference_defines(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["per head, window, evicted, watched", "int8, evicted, window", "coded pages, window", "read by position"])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_other_dtypes(name: str, dtype: torch.dtype, most: float) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Both get the same keys and values, rounded to the dtype. Weights near 1 / t may fall on either side of it."""
     case = CASES[name]
-    compare(replace(case, watch=tuple(w for w in case.watch if w.statistic == "mass")), TorchOps(dtype), most)
+    compare(replace(case, watch=tuple(w for w in case.watch if w.statistic == "mass")), TorchOps(dtype), tolerance)
 
 
 FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
@@ -557,8 +557,8 @@ def test_keys_that_move_by_delta_are_keys_of_that_position(backend: type[Ops], d
     pool.data[0, :, :, :, 4:7] = turned(at).to(dtype)
     ops.move(pool, Space(), np.array([4, 5, 6], np.int32), np.array([5, 6, 32], np.int32), delta)
     found = torch.cat([pool.data[0, :, :, :, 5:7], pool.data[1, :, :, :, :1]], -2)
-    most = 1e-10 if dtype == torch.float64 else 1e-6  # an angle of 1e5 has an error of 1e-11 itself
-    assert (found.double() - turned(at + delta)).abs().max() < most
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6  # an angle of 1e5 has an error of 1e-11 itself
+    assert (found.double() - turned(at + delta)).abs().max() < tolerance
     assert torch.equal(found[:, :, 1], raw[:, :, 1].to(dtype)) and torch.equal(found[2], raw[2].to(dtype))
 
 

@@ -156,9 +156,9 @@ def test_attention_over_codes_is_attention_over_the_decoded_cache(dtype: torch.d
     assert [x.dtype for x in codec.decode(units)] == [dtype, dtype]
     q, weights = draw(2, 2, 6, 16, dtype=F32), draw(3, 2, 6, 4 * PAGE, dtype=F32).softmax(-1)
     scores, out = dense(codec, units, q, weights)
-    most = q.abs().sum(-1, keepdim=True) * codec.decode(units)[0].abs().max()
+    largest = q.abs().sum(-1, keepdim=True) * codec.decode(units)[0].abs().max()
     assert codec.scores(units, q).dtype == codec.mix(units, weights).dtype == F32
-    assert ((codec.scores(units, q) - scores).abs() <= tolerance * most).all()
+    assert ((codec.scores(units, q) - scores).abs() <= tolerance * largest).all()
     assert ((codec.mix(units, weights) - out).abs() <= tolerance * codec.decode(units)[1].abs().max()).all()
 
 
@@ -202,10 +202,10 @@ def test_groups_of_equal_elements_are_exact(value: float, dtype: torch.dtype) ->
     assert torch.equal(back[1][:, others], values[:, others])
 
 
-@pytest.mark.parametrize(("most", "scale"), [(22, 1), (7, 0)])
-def test_ranges_too_small_for_a_scale(most: int, scale: int) -> None:
+@pytest.mark.parametrize(("largest", "scale"), [(22, 1), (7, 0)])
+def test_ranges_too_small_for_a_scale(largest: int, scale: int) -> None:
     """In multiples of the least float32, the scale is rounded down by a third, or to zero. With zero, all codes are zero."""
-    x = torch.arange(PAGE, dtype=F32)[:, None].clamp(max=most).expand(1, PAGE, PAGE) * 2.0**-149
+    x = torch.arange(PAGE, dtype=F32)[:, None].clamp(max=largest).expand(1, PAGE, PAGE) * 2.0**-149
     codec = opened(F32, PAGE)
     units = codec.pack(x, x.mT)
     least = torch.arange(PAGE).clamp(max=15 * scale) * 2.0**-149
@@ -245,12 +245,12 @@ def test_codes_depend_on_their_unit_alone(dtype: torch.dtype) -> None:
         assert torch.equal(torch.cat([one[name] for one in alone]), array)
 
 
-@pytest.mark.parametrize(("dtype", "most", "full"), [(F32, 88, 512), (BF16, 76, 256)])
-def test_bytes(dtype: torch.dtype, most: int, full: int) -> None:
+@pytest.mark.parametrize(("dtype", "taken", "full"), [(F32, 88, 512), (BF16, 76, 256)])
+def test_bytes(dtype: torch.dtype, taken: int, full: int) -> None:
     """Bytes of a token and head at D = 64. The arrays are those of pack()."""
     codec = opened(dtype, 64)
-    assert Format(codec.name, codec.arrays, codec).bytes == PAGE * most
-    assert 2 * 64 * dtype.itemsize == full and most == 64 + (2 * 64 + 64) * dtype.itemsize / 32
+    assert Format(codec.name, codec.arrays, codec).bytes == PAGE * taken
+    assert 2 * 64 * dtype.itemsize == full and taken == 64 + (2 * 64 + 64) * dtype.itemsize / 32
     made = codec.pack(draw(0, 3, PAGE, 64, dtype=dtype), draw(1, 3, PAGE, 64, dtype=dtype))
     assert list(made) == list(codec.arrays)
     for name, array in codec.arrays.items():

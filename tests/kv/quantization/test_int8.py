@@ -140,9 +140,9 @@ def test_attention_over_codes_is_attention_over_the_decoded_cache(dtype: torch.d
     assert [x.dtype for x in codec.decode(units)] == [dtype, dtype]
     q, weights = draw(2, 2, 6, 16, dtype=F32), draw(3, 2, 6, 4 * PAGE, dtype=F32).softmax(-1)
     scores, out = dense(codec, units, q, weights)
-    most = q.abs().sum(-1, keepdim=True) * codec.decode(units)[0].abs().amax((1, 2, 3))[:, None, None]
+    largest = q.abs().sum(-1, keepdim=True) * codec.decode(units)[0].abs().amax((1, 2, 3))[:, None, None]
     assert codec.scores(units, q).dtype == codec.mix(units, weights).dtype == F32
-    assert ((codec.scores(units, q) - scores).abs() <= tolerance * most).all()
+    assert ((codec.scores(units, q) - scores).abs() <= tolerance * largest).all()
     assert ((codec.mix(units, weights) - out).abs() <= tolerance * codec.decode(units)[1].abs().max()).all()
 
 
@@ -190,13 +190,13 @@ def test_round_trip_of_any_numbers(vector: list[float], dtype: torch.dtype) -> N
     x = torch.tensor([vector], dtype=dtype)
     codec = opened(dtype, 4)
     back = codec.decode(codec.store(x, -x))
-    most = float(x.double().abs().max())
-    if not most / 127 < torch.finfo(F32).max or not math.isfinite(most):
+    largest = float(x.double().abs().max())
+    if not largest / 127 < torch.finfo(F32).max or not math.isfinite(largest):
         assert back[0].isnan().all() and back[1].isnan().all()
         return
-    rounding = {F64: 1e-6, F32: 1e-4, BF16: 1.01}[dtype]  # bfloat16 rounds by most / 256 what it gives back
-    beyond = max(0.0, most - torch.finfo(F32).max)  # what is given back is float32
-    allowed = most / 254 * (1 + rounding) + 64 * 2.0**-149 + beyond
+    rounding = {F64: 1e-6, F32: 1e-4, BF16: 1.01}[dtype]  # bfloat16 rounds by largest / 256 what it gives back
+    beyond = max(0.0, largest - torch.finfo(F32).max)  # what is given back is float32
+    allowed = largest / 254 * (1 + rounding) + 64 * 2.0**-149 + beyond
     assert ((back[0].double() - x.double()).abs() <= allowed).all()
     assert torch.equal(back[1], -back[0])  # negative values are as good as positive ones
 
