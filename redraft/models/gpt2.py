@@ -56,4 +56,4 @@ def _source(name: str) -> WeightSource:
         return WeightSource((f"transformer.{_TOP[name]}",))
     _, layer, part, kind = name.split(".")
     dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D stores [in, out]
-    return Source((f"transformer.h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)
+    return WeightSource((f"transformer.h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)

@@ -285,13 +285,13 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
     )
 
 
-def _parts(source: Source, out: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _parts(source: WeightSource, out: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(name of a stored tensor, the view of the weight that it fills), for each tensor of a weight."""
     rows = source.rows or [len(out) // len(source.names)] * len(source.names)
     yield from zip(source.names, out.split(list(rows)), strict=True)
 
 
-def _check(path: Path, tensors: TensorSource, name: str, source: Source, shape: tuple[int, ...]) -> Source:
+def _check(path: Path, tensors: TensorSource, name: str, source: WeightSource, shape: tuple[int, ...]) -> WeightSource:
     """The source or its alternative, whichever is in the files. Checks that every tensor exists, with the right shape and a supported
     dtype."""
     found = tensors.tensors

@@ -15,7 +15,7 @@ def spec(config: PretrainedConfig) -> ModelSpec:
     refuse(config, ("layer_types",))
     count = config.num_local_experts
 
-    def source(name: str) -> Source | None:
+    def source(name: str) -> WeightSource | None:
         # Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused tensors, under `mlp`.
         if ".router." not in name and ".experts." not in name:
             return None

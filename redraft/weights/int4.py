@@ -96,8 +96,8 @@ def by_group(weights: Linear, group: int) -> Quantized:
         largest = cut.gather(2, cut.abs().argmax(2, keepdim=True))
         scale[rows] = (largest / torch.full_like(largest, LOW)).squeeze(2).half()  # 1.
         codes[rows] = rounded(cut / scale[rows, :, None].float(), LOW, HIGH).view(len(w), -1)[:, :ins]  # 2.
-    widest = float(scale.double().abs().sum(1).max()) * min(group, ins) * MOST * -LOW
-    if not widest < LARGEST:
+    widest = float(scale.double().abs().sum(1).max()) * min(group, ins) * LARGEST_CODE * -LOW
+    if not widest < LARGEST_TOTAL:
         raise Unsupported("the weights are too large: a group's scale, or a row's product with them, leaves the range of 4-bit codes")
     return Quantized(codes, scale, ins, weight.dtype, group, bias)
 
