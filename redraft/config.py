@@ -91,12 +91,12 @@ class SamplingParams(Settings):
     prediction: str | tuple[int, ...] | None = Field(
         None, description="a text that the output may resemble, such as a text to edit: a hint for drafters that copy, not a constraint"
     )
-    keep: str | None = Field(None, description="name:option=value,... of a method that evicts tokens from the cache")
-    codec: str | None = Field(None, description="name:option=value,... of a method that quantizes the cache")
-    read: str | None = Field(None, description="name:option=value,... of a sparse attention method")
-    depth: str | None = Field(None, description="name:option=value,... of a method that skips layers after the prompt")
-    draft: str | None = Field(None, description="name:option=value,... of this request's drafter; None: the engine's")
-    verify: str | None = Field(None, description="name:option=value,... of this request's verifier; None: the engine's")
+    keep: str | None = Field(None, description="name:option=value of a method that evicts tokens from the cache")
+    codec: str | None = Field(None, description="name:option=value of a method that quantizes the cache")
+    read: str | None = Field(None, description="name:option=value of a sparse attention method")
+    depth: str | None = Field(None, description="name:option=value of a method that skips layers after the prompt")
+    draft: str | None = Field(None, description="name:option=value of this request's drafter; None: the engine's")
+    verify: str | None = Field(None, description="name:option=value of this request's verifier; None: the engine's")
     draft_rows: int | None = Field(None, ge=0, description="maximum of drafted nodes in a step; None: the engine's")
     provenance: bool = Field(False, description="return the drafter that proposed each token and the tree of each step")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
@@ -142,14 +142,14 @@ class ModelConfig(Settings):
     model: str = Field("embedded", description="a folder, a hub id (repo@revision), or 'embedded'")
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    quant: str | None = Field(None, description="name:option=value,... of a method that quantizes linear weights")
+    quant: str | None = Field(None, description="name:option=value of a method that quantizes linear weights")
     backend: str = Field(
         "auto",
         description="native (compiled, CPU), torch or reference (float64, the definition); auto: native if supported, else torch",
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
     generation_config: Literal["auto", "none"] = Field(
-        "auto", description="auto: the checkpoint's generation_config.json sets defaults of sampling; none: it only says where a text ends"
+        "auto", description="auto: the checkpoint's own defaults of sampling; none: it says only where a text ends"
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of all engines of the process; None: as many as the process may use"
@@ -193,7 +193,7 @@ class CacheConfig(Settings):
 class SchedulerConfig(Settings):
     """Which sequences run and with how many rows: a registered scheduler and its budgets."""
 
-    scheduler: str = Field("sarathi", description="name:option=value,... of a scheduler")
+    scheduler: str = Field("sarathi", description="name:option=value of a scheduler")
     token_budget: int = Field(512, ge=1, description="maximum of rows in a step, prompts and drafts together")
     max_seqs: int = Field(64, ge=1, description="maximum of sequences that run at once")
     draft_rows: int = Field(16, ge=0, description="maximum of drafted nodes of a sequence in a step; draft=auto: the drafter's own number")
@@ -208,11 +208,11 @@ class EngineConfig(Settings):
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
     schedule: SchedulerConfig = SchedulerConfig()
-    draft: str = Field("none", description="name:option=value,... of a drafter; auto: one that speeds up this machine")
+    draft: str = Field("none", description="name:option=value of a drafter; auto: one that speeds up this machine")
     draft_model: str | None = Field(
         None, description="the checkpoint of drafters with a draft model; with the embedded model its small sibling"
     )
-    verify: str = Field("coupled", description="name:option=value,... of a verifier")
+    verify: str = Field("coupled", description="name:option=value of a verifier")
 
     @classmethod
     def of(cls, **flat: Any) -> EngineConfig:

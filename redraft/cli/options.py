@@ -28,12 +28,14 @@ Given = dict[str, Any]  # the options of a group that the user gave, by field na
 class OptionGroup(NamedTuple):
     """Fields that become options: --field-name, under one heading of the help.
 
-    pairs: a switch that is on by default has --name and --no-name, because a file may set it too; else only --no-name.
+    pairs: a switch that is on by default has --name and --no-name, because a file may set it too; else only --no-name. hidden: other
+    spellings, which the help leaves out.
     """
 
     heading: str
     fields: dict[str, FieldInfo]
     pairs: bool = True
+    hidden: bool = False
 
     def without(self, *names: str) -> OptionGroup:
         return self._replace(fields={name: field for name, field in self.fields.items() if name not in names})
@@ -122,7 +124,7 @@ def _parameter(name: str, field: FieldInfo, group: OptionGroup) -> inspect.Param
         flag = f"{flag}/--no-{flag[2:]}"
     elif default not in (None, (), "", False):
         text = f"{text} (default: {default})".strip()
-    option = typer.Option(flag, help=text, rich_help_panel=group.heading, show_default=False)
+    option = typer.Option(flag, help=text, rich_help_panel=group.heading, show_default=False, hidden=group.hidden)
     kind: Any = _type(field.annotation)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 

@@ -22,7 +22,9 @@ from redraft.serve.listen import listen
 SERVER = OptionGroup("Server", dict(ServeConfig.model_fields))
 ALIASES = {"max_num_seqs": "max_seqs", "max_num_batched_tokens": "token_budget"}
 ALSO = OptionGroup(
-    "Engine", {name: FieldInfo(annotation=int, default=None, description=f"the same as {field}") for name, field in ALIASES.items()}
+    "Engine",
+    {name: FieldInfo(annotation=int, default=None, description=f"the same as {field}") for name, field in ALIASES.items()},
+    hidden=True,
 )
 FIELDS = {"model": ModelConfig.model_fields["model"], **ENGINE.fields, **SERVER.fields}
 NAMES = (*FIELDS, *ALIASES)  # of every setting, on the command line, in the environment and in a file

@@ -158,11 +158,16 @@ class Tokenizer:
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
 
 
+def _neutral(value: Any) -> bool:
+    """Whether a field counts as not given."""
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
 def _message(i: int, message: Message, template: str) -> dict[str, Any]:
     """A message as the template needs it. Templates do not declare what they support, so their source is searched."""
     if not isinstance(message, Mapping):
         raise InvalidInput(f"messages[{i}] is a {type(message).__name__}: an object with role and content is needed")
-    found = {name: value for name, value in message.items() if name == "content" or value not in (None, [], {}, "")}
+    found = {name: value for name, value in message.items() if name == "content" or not _neutral(value)}
     calls = found.get("tool_calls")
     if calls and found.get("content") is None:
         found["content"] = ""

@@ -81,17 +81,17 @@ class Prediction(Body):
 class SpeculationChoice(Body):
     """How this request is drafted and verified. A field that is not given is the server's choice."""
 
-    method: Method | None = Field(None, description="name:option=value,... of a drafter, see `redraft methods`")
+    method: Method | None = Field(None, description="name:option=value of a drafter, see `redraft methods`")
     budget: int | None = Field(None, ge=0, le=1024, description="maximum of drafted tokens in a step")
-    verifier: Method | None = Field(None, description="name:option=value,... of a verifier")
+    verifier: Method | None = Field(None, description="name:option=value of a verifier")
 
 
 class CacheChoice(Body):
     """Policies of this request's cache. A field that is not given is the server's choice."""
 
-    keep: Method | None = Field(None, description="name:option=value,... of an eviction method, or none")
-    codec: Method | None = Field(None, description="name:option=value,... of a quantization of the cache, or none")
-    read: Method | None = Field(None, description="name:option=value,... of a sparse attention method, or none")
+    keep: Method | None = Field(None, description="name:option=value of an eviction method, or none")
+    codec: Method | None = Field(None, description="name:option=value of a quantization of the cache, or none")
+    read: Method | None = Field(None, description="name:option=value of a sparse attention method, or none")
 
 
 class ResponseFormat(Body):
