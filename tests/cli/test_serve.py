@@ -165,7 +165,7 @@ def test_what_is_on_in_the_file_is_off_by_flag(redraft: Serve, ran: Configs, fil
         ([], {"PORT": "tcp://10.0.0.1:8000"}, None, "REDRAFT_PORT = 'tcp://10.0.0.1:8000': "),
         ([], {"ACCESS_LOG": "maybe"}, None, "REDRAFT_ACCESS_LOG = 'maybe': "),
         ([], {"API_KEY": ""}, None, "REDRAFT_API_KEY = (hidden): an empty string"),
-        ([], {"API_KEY": "secret one"}, None, "REDRAFT_API_KEY = (hidden): a key is of"),
+        ([], {"API_KEY": "secret one"}, None, "REDRAFT_API_KEY = (hidden): a key has visible"),
         ([], {"CHAT_TEMPLATE": "/none"}, None, "REDRAFT_CHAT_TEMPLATE = '/none': neither"),
         ([], {"TOKEN_BUDGET": "0"}, None, "REDRAFT_TOKEN_BUDGET = '0': "),
         ([], {"MAX_NUM_BATCHED_TOKENS": "9", "TOKEN_BUDGET": "9"}, None, "are one option: give one of them"),
@@ -194,7 +194,7 @@ def test_what_is_on_in_the_file_is_off_by_flag(redraft: Serve, ran: Configs, fil
         ([], {}, "- port", "serve.yaml: not a mapping"),
         ([], {}, "port", "serve.yaml: not a mapping"),
         ([], {}, "port:", "serve.yaml: port = None: "),
-        ([], {}, f"ssl-keyfile: {__file__}", "ssl_keyfile and ssl_certfile are given together"),
+        ([], {}, f"ssl-keyfile: {__file__}", "ssl_keyfile and ssl_certfile must be given together"),
     ],
     ids=lambda value: str(value)[:40],
 )
