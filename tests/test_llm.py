@@ -162,7 +162,7 @@ def test_in_a_list_the_bad_ones_tell_their_error_and_the_rest_finish(llm: LLM) -
     [
         ({"temperature": -0.1}, "SamplingParams.temperature = -0.1"),
         ({"temperature": float("nan")}, "SamplingParams.temperature"),
-        ({"top_p": 0}, "SamplingParams.top_p = 0"),
+        ({"top_p": -0.1}, "SamplingParams.top_p = -0.1"),
         ({"max_tokens": 0}, "SamplingParams.max_tokens = 0"),
         ({"temprature": 1}, "unknown option 'temprature' of SamplingParams: did you mean 'temperature'"),
         ({"stop": ("",)}, "empty string"),
@@ -255,7 +255,7 @@ def test_an_error_in_mid_step_leaves_a_usable_engine(
     def wrong(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 3 or (calls > 3 and error is Bang):  # an Exception that passes ends no request
             raise error
         return right(*args)
 

@@ -745,7 +745,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias.x"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
-    ({"stop_token_ids": [4096]}, "stop_token_ids"),
+    ({"stop_token_ids": [4096]}, "stop_token_ids.0"),
     ({"min_tokens": 99}, "min_tokens"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
