@@ -72,7 +72,8 @@ class Policies:
                 f"{spec.family} has {spec.learned_positions} learned positions, so keys cannot be renumbered by their place in the cache"
             )
         form, coded = self._stored(codec, read)
-        exact = Feature.BIT_EXACT in self.runner.backend.features  # else pages of a plain request may have other bits
+        policies = keep or codec or read or depth
+        plain_bits = not policies or Feature.BIT_EXACT in self.runner.backend.features  # as a plain request computes them
         count = len(spec.layers)
         window = None if keep is None else keep.window
         return CachePlan(
@@ -85,7 +86,7 @@ class Policies:
             encoded=codec.block if codec is not None and codec.block else NEVER,
             window=window,
             max_slots=NEVER if keep is None else keep.max_slots,
-            shareable_tokens=0 if not exact else NEVER if keep is None else keep.shareable_tokens,
+            shareable_tokens=0 if not plain_bits else NEVER if keep is None else keep.shareable_tokens,
             endless=keep is not None and keep.endless and window is not None and sum(window) <= spec.context,
             layers=None if depth is None or len(kept := depth.layers(count)) == count else kept,
         )
