@@ -25,7 +25,7 @@ from redraft.engine.engine import Engine
 from redraft.engine.policies import SEAMS
 from redraft.errors import RedraftError
 from redraft.models import loader
-from redraft.models.checkpoint import Safetensors
+from redraft.models.checkpoint import SINGLE, Safetensors
 from redraft.models.loader import Checkpoint
 from redraft.models.runner import Runner
 from redraft.ops import library
@@ -88,11 +88,11 @@ class Copy:
 
     spec: ModelSpec
     dtype: torch.dtype
-    file: Path
+    folder: Path
 
     def checkpoint(self, quant: Any = None) -> Checkpoint:
         sources = {name: WeightSource((name,)) for name in self.spec.shapes()}
-        return Checkpoint(self.file.parent, self.spec, self.dtype, 0, (), sources, Safetensors(self.file.parent), quant)
+        return Checkpoint(self.folder, self.spec, self.dtype, 0, (), sources, Safetensors(self.folder), quant)
 
     @cached_property
     def plain(self) -> set[str]:
@@ -117,7 +117,7 @@ class Copy:
         method: Any = registry.method(seam, name)
         if not hasattr(method, "calibrate"):
             return name
-        return f"{name}:profile={method.calibrate(runner, [prompt]).save(self.file.with_name(name))}"
+        return f"{name}:profile={method.calibrate(runner, [prompt]).save(self.folder / name)}"
 
 
 def parts(checkpoint: Checkpoint) -> Iterator[Part]:
@@ -129,10 +129,10 @@ def parts(checkpoint: Checkpoint) -> Iterator[Part]:
     with tempfile.TemporaryDirectory() as folder:
         kinds = list(dict.fromkeys(checkpoint.spec.layers))
         for i, layer in enumerate(kinds):
-            copy = _copy(checkpoint, (layer,), Path(folder) / f"{i}.safetensors")
+            copy = _copy(checkpoint, (layer,), Path(folder) / str(i))
             found = _of_layer(copy, layer, "" if len(kinds) == 1 else f" ({_layers(checkpoint.spec, layer)})")
             yield from (part for part in found if not i or not part.name.startswith(ONCE))
-        copy = _copy(checkpoint, tuple(islice(cycle(kinds), max(LAYERS, len(kinds)))), Path(folder) / "all.safetensors")
+        copy = _copy(checkpoint, tuple(islice(cycle(kinds), max(LAYERS, len(kinds)))), Path(folder) / "all")
         for name in registry.METHODS["quant"]:
             yield _tried(copy, f"weights: {name}", quant=registry.create("quant", name))
         for seam in SEAMS:
@@ -160,13 +160,14 @@ def _tried(copy: Copy, what: str, **options: Any) -> Part:
     return Part(what, "torch" if handed else "native", ", ".join(OPERATIONS[one] for one in OPERATIONS if one in handed))
 
 
-def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], file: Path) -> Copy:
+def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], folder: Path) -> Copy:
     spec = checkpoint.spec
     learned = None if spec.learned_positions is None else PROMPT + 64
     small = replace(spec, vocab=WIDTH, hidden=WIDTH, context=PROMPT + 64, layers=tuple(map(_small, layers)), learned_positions=learned)
     generator = torch.Generator().manual_seed(0)
-    save_file({name: torch.randn(shape, generator=generator) / 16 for name, shape in small.shapes().items()}, file)
-    return Copy(small, checkpoint.dtype, file)
+    folder.mkdir()
+    save_file({name: torch.randn(shape, generator=generator) / 16 for name, shape in small.shapes().items()}, folder / SINGLE)
+    return Copy(small, checkpoint.dtype, folder)
 
 
 def _small(layer: LayerSpec) -> LayerSpec:

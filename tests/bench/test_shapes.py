@@ -50,7 +50,7 @@ def test_every_family_loads_here_and_in_transformers(family: str, tmp_path: Path
     other = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     assert torch.equal(other.get_input_embeddings().weight, weights.embed)
     assert weights.final_norm.weight.mean() == pytest.approx(1, abs=0.02)
-    assert weights.layers[0].out.weight.std() == pytest.approx(shapes.GAIN / (spec.layers[0].heads * spec.head_dim) ** 0.5, rel=0.1)
+    assert weights.layers[0].out.weight.std() == pytest.approx(shapes.GAIN / (spec.attention[0].heads * spec.head_dim) ** 0.5, rel=0.1)
 
 
 def test_a_folder_with_a_config_only_is_written_once(tmp_path: Path) -> None:
