@@ -21,6 +21,7 @@ from redraft.engine.opened import Opened
 from redraft.engine.output import Event, Outputs
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters, Verifiers
+from redraft.kv.table import PageTable
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Decoder
 from redraft.sample.sampler import NotNumbers, Sampler
@@ -69,6 +70,11 @@ class Engine:
         self.running: list[Sequence] = []
         self.events: list[Event] = []  # not returned yet; an interrupt loses none
         self.preemptions = 0
+
+    @property
+    def table(self) -> PageTable:
+        """The page table of the layers that own pages, to inspect."""
+        return self.runner.table
 
     # ---- the step
 
@@ -130,7 +136,7 @@ class Engine:
             seq.request.admitted = monotonic()
         if seq.request.cached_tokens is None:
             seq.request.cached_tokens = matched
-            seq.request.miss = self.memory.paged.table.prefix.miss(seq.request.prompt, seq.request.salt)
+            seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
 
     def taps(self, plan: StepPlan) -> Taps:
         requested = self.sampler.needs(plan.work) | self.drafter.taps(plan.seqs) | self.outputs.taps(plan.seqs)

@@ -17,6 +17,7 @@ from redraft.core.taps import NOTHING, Taps
 from redraft.core.tree import F64
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
+from redraft.kv.table import PageTable
 from redraft.models import mixers
 from redraft.models.layers import decoder_layer
 from redraft.ops.backend import Backend, Feature, Outputs, Seen, Weights
@@ -54,6 +55,11 @@ class Runner:
         self.memory = Paged(backend, spec, blocks, sharing=sharing) if memory is None else memory
         self._cuts = {i for i, (a, b) in enumerate(pairwise((*spec.layers, None))) if not (_attends(a) and _attends(b))}
         self._places = {layer: (part, i) for part in self.memory.members for i, layer in enumerate(part.layers)}
+
+    @property
+    def table(self) -> PageTable:
+        """The page table of the layers that own pages, to inspect."""
+        return self.memory.paged.table
 
     @torch.inference_mode()
     def forward(self, batch: Batch, taps: Taps = NOTHING) -> Outputs:

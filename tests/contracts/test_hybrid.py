@@ -119,7 +119,7 @@ def test_a_prefix_is_reused_where_pages_and_states_agree() -> None:
 def test_reuse_of_moved_text_is_refused() -> None:
     made = engine(partial(DRAFTERS["none"], {}))
     request = Request("r", [1, 2, 3], SAMPLING["greedy"], reuse="pie", before=[2, 3])
-    with pytest.raises(Unsupported, match=r"^reuse pie takes over keys and values only, but this model has layers with another kind of memory"):
+    with pytest.raises(Unsupported, match=r"^reuse pie takes over keys and values only, but"):
         made.add(request)
     assert not made.has_work
 
