@@ -173,6 +173,8 @@ def _message(i: int, message: Message, template: str) -> dict[str, Any]:
         found["content"] = ""
     if not {"role", "content"} <= set(found):
         raise InvalidInput(f"messages[{i}] has {', '.join(found) or 'nothing'}: role and content are needed")
+    if not isinstance(found["role"], str):
+        raise InvalidInput(f"messages[{i}].role is a {type(found['role']).__name__}: a string is needed")
     if found["content"] is None:
         raise InvalidInput(f"messages[{i}].content = None: only an assistant message with tool_calls has no content")
     if found["role"] == "developer" and not _knows(template, "developer"):
