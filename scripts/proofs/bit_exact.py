@@ -1,9 +1,11 @@
-"""Native kernels: same seed, same text, without any tolerance. Every lossless drafter, batches of 1 to 16, chunks of 1 to 512 rows,
-greedy and sampled, float32, bfloat16 and quantized weights, one and two threads. Each text is compared, token by token, with the text
-of the same engine without a drafter: alone, its prompt in one chunk, on one thread.
+"""Native kernels: same seed, same text, without any tolerance: under every cache policy, with every lossless drafter, in batches of 1 to
+16 of one policy or of several, in chunks of 1 to 512 rows, greedy and sampled, in float32, bfloat16 and quantized weights, on one and
+two threads, over prefixes that other requests of any policy left in the cache.
 
-Conditions are drawn at random (--seed) from all combinations until --tokens tokens were compared. The proof fails if a text differs,
-and prints the condition and the place. It also fails if a drafter never had a token accepted or never had one rejected.
+Each text is compared token by token with what an engine that shares no prefixes writes without a drafter, alone, its prompt in one
+chunk, on one thread. A condition is drawn at random (--seed) until --tokens were compared. The proof fails where a text differs, where
+a drafter never had a token accepted or one rejected, where a lossy policy changed no text, and where no prefix was reused after
+a policy.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,6 +33,26 @@ SAMPLING: dict[str, dict[str, float]] = {
     "sampled": {"temperature": 0.8},
     "top-p": {"temperature": 1.0, "top_p": 0.9},
 }
+STREAM, SMALL = "streaming-llm:sinks=4,recent=44", "budget=64,recent=8,sinks=1,history=32"
+TOP, LABELS = "page-top-k:tokens=96", "double-sparsity:tokens=32,profile={profile}"
+POLICIES: dict[str, dict[str, str]] = {
+    "plain": {},
+    "streaming-llm": {"keep": STREAM},
+    "scissorhands": {"keep": f"scissorhands:{SMALL}"},
+    "ada-kv": {"keep": f"ada-kv:{SMALL}"},
+    "int8": {"codec": "int8"},
+    "int4": {"codec": "int4:block=32"},
+    "page-top-k": {"read": TOP},
+    "double-sparsity": {"read": LABELS},
+    "layer-skip": {"depth": "layer-skip:speedup=1.5"},
+    "streaming-llm, int8": {"keep": STREAM, "codec": "int8"},
+    "streaming-llm, page-top-k": {"keep": STREAM, "read": TOP},
+    "ada-kv, int8, page-top-k": {"keep": "ada-kv:budget=128,recent=8,sinks=1,history=32", "codec": "int8", "read": TOP},
+    "int4, double-sparsity": {"codec": "int4:block=64", "read": LABELS},
+    "layer-skip, int4": {"depth": "layer-skip:speedup=1.5", "codec": "int4:block=32"},
+}
+NEAR = "int8"  # the only policy that may change nothing
+SHARED = "plain", "streaming-llm", "page-top-k", "layer-skip"  # whose requests find prefixes in the cache
 ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
 BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
@@ -37,88 +60,138 @@ BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
 
 @dataclass
 class Result:
-    tokens: int = 0
+    """tokens: compared, by policy; reused: prompt tokens found in the cache, by policy."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
     conditions: int = 0
     accepted: Counter[str] = field(default_factory=Counter)
     drafted: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+
+    def add(self, other: Result) -> None:
+        for name in ("tokens", "accepted", "drafted", "reused", "changed"):
+            getattr(self, name).update(getattr(other, name))
+        self.conditions += other.conditions
+        self.faults += other.faults
+
+
+class Proof:
+    """One model in one form of numbers. Expected texts are made when they are first needed, by an engine of their own."""
+
+    def __init__(self, model: str, numbers: str, prompts: int, new: int, profile: Path) -> None:
+        from redraft import LLM, SamplingParams
+
+        self.model, self.numbers, self.new, self.params = model, numbers, new, SamplingParams
+        where = str(MODELS.get(model, model))
+        options = {"backend": "native", "threads": 1, "max_model_len": 256, "cache_fraction": 0.05, **NUMBERS[numbers]}
+        self.llm = LLM(where, draft_model=DRAFT_MODELS.get(model), **options)
+        self.alone = LLM(where, draft="none", prefix_sharing=False, **options)
+        story = model.startswith(("babyllama", "stories"))
+        self.prompts = cut_prompts(self.llm.tokenizer, story, prompts)
+        self.profile = self._calibrate(profile)
+        self.drafters = [*ALONE, *(WITH_A_SECOND_MODEL if model in DRAFT_MODELS else ())]
+        self.expected: dict[tuple[str, str, int], list[int]] = {}
+
+    def _calibrate(self, path: Path) -> Path:
+        from redraft.kv.sparse_attention.double_sparsity import DoubleSparsity
+
+        return DoubleSparsity.calibrate(self.llm.runner, self.prompts).save(path)
+
+    def of(self, policy: str, sampling: str, i: int) -> Any:
+        options = {seam: text.format(profile=self.profile) for seam, text in POLICIES[policy].items()}
+        return self.params(**SAMPLING[sampling], max_tokens=self.new, ignore_eos=True, seed=i, **options)
+
+    def text(self, policy: str, sampling: str, i: int) -> list[int]:
+        key = policy, sampling, i
+        if key not in self.expected:
+            self.alone.runner.backend.use_threads(1)
+            (made,) = self.alone.generate([{"prompt_token_ids": self.prompts[i]}], [self.of(*key)])
+            self.expected[key] = made.outputs[0].token_ids
+        return self.expected[key]
+
+    def run(self, rng: Any, result: Result) -> None:
+        """One condition."""
+        drafter, sampling = str(rng.choice(self.drafters)), str(rng.choice(list(SAMPLING)))
+        batch, chunk, threads = int(rng.choice(BATCHES)), int(rng.choice(CHUNKS)), int(rng.integers(1, 3))
+        rows, names = int(rng.choice([4, 8, 16])), list(POLICIES)
+        order = [int(i) for i in rng.integers(0, len(self.prompts), max(batch, 4))]
+        mixed, one = bool(rng.integers(2)), str(rng.choice(names))
+        policies = [str(rng.choice(names)) if mixed else one for _ in order]
+        wanted = [self.text(policy, sampling, i) for policy, i in zip(policies, order, strict=True)]
+        self.llm.runner.backend.use_threads(threads)
+        engine = self.llm.sibling(draft=drafter, token_budget=max(chunk, batch), max_seqs=batch, draft_rows=rows)
+        found = engine.generate(
+            [{"prompt_token_ids": self.prompts[i]} for i in order],
+            [self.of(policy, sampling, i) for policy, i in zip(policies, order, strict=True)],
+        )
+        said = f"{self.model} {self.numbers} {sampling} {drafter} batch={batch} chunk={chunk} rows={rows} threads={threads}"
+        for i, policy, expected, output in zip(order, policies, wanted, found, strict=True):
+            own, stats = output.outputs[0].token_ids, output.outputs[0].stats
+            result.tokens[policy] += len(own)
+            result.reused[policy] += output.cached_tokens
+            result.changed[policy] += own != self.expected.get(("plain", sampling, i), own)
+            result.accepted[drafter] += stats.accepted
+            result.drafted[drafter] += stats.drafted
+            if own != expected:
+                place = next((at for at, (a, b) in enumerate(zip(own, expected, strict=False)) if a != b), min(len(own), len(expected)))
+                result.faults.append(f"{said} {policy}: prompt {i} differs at token {place}, {output.cached_tokens} cached")
+        result.conditions += 1
 
 
 def run(model: str, numbers: str, tokens: int, seed: int, prompts: int, new: int) -> Result:
-    """The work of one process: conditions of one model and one number format, until `tokens` tokens were compared."""
+    """One process's work, until so many tokens were compared."""
     import numpy as np
 
-    from redraft import LLM, SamplingParams
-
-    rng = np.random.default_rng([seed, *model.encode(), *numbers.encode()])
-    llm = LLM(
-        str(MODELS[model]), backend="native", threads=1, max_model_len=256, cache_fraction=0.1, draft_model=DRAFT_MODELS.get(model),
-        **NUMBERS[numbers],
-    )  # fmt: skip
-    story = model.startswith(("babyllama", "stories"))
-    texts: list[Any] = [{"prompt_token_ids": ids} for ids in cut_prompts(llm.tokenizer, story, prompts)]
-    params = {
-        name: [SamplingParams(**SAMPLING[name], max_tokens=new, ignore_eos=True, seed=i) for i in range(prompts)] for name in SAMPLING
-    }
-    plain = {
-        name: [llm.generate([text], [own])[0].outputs[0].token_ids for text, own in zip(texts, of, strict=True)]
-        for name, of in params.items()
-    }
-    result = Result()
-    drafters = [*ALONE, *(WITH_A_SECOND_MODEL if model in DRAFT_MODELS else ())]
-    while result.tokens < tokens:
-        drafter, sampling = str(rng.choice(drafters)), str(rng.choice(list(SAMPLING)))
-        batch, chunk, threads = int(rng.choice(BATCHES)), int(rng.choice(CHUNKS)), int(rng.integers(1, 3))
-        rows = int(rng.choice([4, 8, 16]))
-        llm.runner.backend.use_threads(threads)
-        engine = llm.sibling(draft=drafter, token_budget=max(chunk, batch), max_seqs=batch, draft_rows=rows)
-        order = rng.permutation(prompts)[: max(batch, 4)].tolist()
-        found = engine.generate([texts[i] for i in order], [params[sampling][i] for i in order])
-        said = f"{model} {numbers} {sampling} {drafter} batch={batch} chunk={chunk} rows={rows} threads={threads}"
-        for i, output in zip(order, found, strict=True):
-            own, expected = output.outputs[0].token_ids, plain[sampling][i]
-            result.tokens += len(own)
-            if own != expected:
-                place = next((at for at, (a, b) in enumerate(zip(own, expected, strict=False)) if a != b), min(len(own), len(expected)))
-                result.faults.append(f"{said}: prompt {i} differs at token {place}")
-            stats = output.outputs[0].stats
-            result.accepted[drafter] += stats.accepted
-            result.drafted[drafter] += stats.drafted
-        result.conditions += 1
+    rng, result = np.random.default_rng([seed, *model.encode(), *numbers.encode()]), Result()
+    with tempfile.TemporaryDirectory() as folder:
+        proof = Proof(model, numbers, prompts, new, Path(folder) / "profile.safetensors")
+        while result.tokens.total() < tokens:
+            proof.run(rng, result)
     return result
+
+
+def judged(total: Result) -> list[str]:
+    """What was not proved."""
+    faults = list(total.faults)
+    for drafter, drafted in sorted(total.drafted.items()):
+        if drafter != "none" and not 0 < total.accepted[drafter] < drafted:
+            faults.append(f"{drafter}: {total.accepted[drafter]} of {drafted} accepted: nothing was proved")
+    for policy, tokens in total.tokens.items():
+        if policy not in ("plain", NEAR) and tokens and not total.changed[policy]:
+            faults.append(f"{policy}: no text differs from the plain one: nothing was proved")
+        if policy in SHARED and not total.reused[policy]:
+            faults.append(f"{policy}: no prefix was found in the cache: nothing was proved")
+    return faults
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/prove bit-exact", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to compare, over all models and number formats")
-    parser.add_argument("--model", action="append", choices=sorted(MODELS), help="default: embedded and pilot-16m")
-    parser.add_argument("--numbers", action="append", choices=sorted(NUMBERS), help="default: all")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="to compare, over all models and numbers")
+    parser.add_argument("--model", action="append", help=f"a folder, or of {', '.join(sorted(MODELS))}; else embedded and pilot-16m")
+    parser.add_argument("--numbers", action="append", choices=sorted(NUMBERS), help="else all")
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--new", type=int, default=64, help="new tokens per text")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    jobs = [(model, numbers) for model in options.model or ("embedded", "pilot-16m") for numbers in options.numbers or NUMBERS]
-    each = -(-options.tokens // len(jobs))
-    began, total, faults = time.perf_counter(), Result(), []
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        waiting = [(job, pool.apply_async(run, (*job, each, options.seed, options.prompts, options.new))) for job in jobs]
+    chosen = parser.parse_args()
+    jobs = [(model, numbers) for model in chosen.model or ("embedded", "pilot-16m") for numbers in chosen.numbers or NUMBERS]
+    each = -(-chosen.tokens // len(jobs))
+    began, total = time.perf_counter(), Result()
+    with multiprocessing.get_context("spawn").Pool(chosen.processes, maxtasksperchild=1) as pool:
+        waiting = [(job, pool.apply_async(run, (*job, each, chosen.seed, chosen.prompts, chosen.new))) for job in jobs]
         for (model, numbers), handle in waiting:
             one = handle.get()
-            seen = f"{one.tokens:>9,} tokens, {one.conditions:>4} conditions"
-            print(f"{model:12} {numbers:9} {seen}, {len(one.faults)} texts differ", flush=True)
-            total.tokens += one.tokens
-            total.conditions += one.conditions
-            total.accepted.update(one.accepted)
-            total.drafted.update(one.drafted)
-            faults += one.faults
+            seen = f"{one.tokens.total():>9,} tokens, {one.conditions:>4} conditions"
+            print(f"{Path(model).name:12} {numbers:9} {seen}, {len(one.faults)} texts differ", flush=True)
+            total.add(one)
     for drafter, drafted in sorted(total.drafted.items()):
-        accepted = total.accepted[drafter]
-        print(f"{drafter:42} {drafted:>9,} drafted, {accepted:>8,} accepted")
-        if drafter != "none" and not 0 < accepted < drafted:
-            faults.append(f"{drafter}: {accepted} of {drafted} accepted: nothing was proved")
-    minutes = (time.perf_counter() - began) / 60
-    print(f"{total.tokens:,} tokens, {total.conditions} conditions, {minutes:.1f} minutes: {len(faults)} faults")
+        print(f"{drafter:42} {drafted:>9,} drafted, {total.accepted[drafter]:>8,} accepted")
+    for policy, tokens in sorted(total.tokens.items()):
+        print(f"{policy:28} {tokens:>9,} tokens, {total.reused[policy]:>8,} from the cache")
+    faults, minutes = judged(total), (time.perf_counter() - began) / 60
+    print(f"{total.tokens.total():,} tokens, {total.conditions} conditions, {minutes:.1f} minutes: {len(faults)} faults")
     for fault in faults[:20]:
         print(f"  {fault}")
     sys.exit(bool(faults))
