@@ -120,6 +120,7 @@ def test_overwrite_replaces_a_file(redraft: Callable[..., Ran], tiny: str, promp
     assert len(read(old)) == 1
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_whole_lines(tmp_path: Path, prompts: Callable[..., Path]) -> None:
     model, out = str(tiny_llama(tmp_path / "long", max_position_embeddings=65_536)), tmp_path / "out.jsonl"
     file = prompts({"prompt": "a", "max_tokens": 2}, {"prompt": "b", "max_tokens": 60_000}, {"prompt": "c", "max_tokens": 2})
