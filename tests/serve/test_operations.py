@@ -39,7 +39,8 @@ def test_health_fails_while_a_step_does_not_end(server: Live) -> None:
 
 
 def test_opened_methods_are_counted_with_their_memory() -> None:
-    metrics, engine = Metrics("x:", "m"), SimpleNamespace(opened=SimpleNamespace(count=3, bytes=4096), running=[], waiting=[], preemptions=0)
+    metrics, opened = Metrics("x:", "m"), SimpleNamespace(count=3, bytes=4096)
+    engine = SimpleNamespace(opened=opened, running=[], waiting=[], preemptions=0)
     engine.memory = SimpleNamespace(used=lambda: 0, blocks=1)
     metrics.watch(engine)  # type: ignore[arg-type]
     text = "".join(line for line in metrics.exposition().decode().splitlines(True) if "opened_methods" in line)
