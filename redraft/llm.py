@@ -6,7 +6,6 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self, cast
 from weakref import WeakSet
@@ -104,7 +103,7 @@ class LLM:
         made.__dict__.update(self.__dict__)
         made.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
         drafter = registry.create("draft", made.config.draft)
-        with self._turn():
+        with InterruptBetween(), self._turns:
             made.engine = made._engine(scheduler_of(made.config, self.runner.backend.device), drafter)
             self._engines.add(made.engine)
         return made
@@ -276,7 +275,7 @@ class LLM:
         output.prompt_token_ids = self._tokens(fields)
         options = {name: fields[name] for name in inputs.OPTIONS if name in fields}
         request = Request(output.request_id, output.prompt_token_ids, chosen, **options)
-        with self._turn():
+        with InterruptBetween(), self._turns:
             if any(other.has_work for other in self._engines if other is not self.engine):
                 raise Unsupported("a sibling of this LLM has requests under way: siblings share pages and run one at a time")
             self.engine.add(request)
@@ -308,21 +307,13 @@ class LLM:
         prompt = self.tokenizer.decode(text.prompt_token_ids) if text.prompt is None else text.prompt
         return prompt + text.outputs[0].text, text.before or text.prompt_token_ids + text.outputs[0].token_ids
 
-    # ---- the engine, shared by threads
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The engine is this thread's alone. Ctrl-C waits for the end of the turn."""
-        with InterruptBetween() as interrupt:
-            with self._turns:
-                yield
-            interrupt.check()
+    # ---- the engine, shared by threads: each holds it for a turn, and Ctrl-C waits for the end of the turn
 
     def _run(self, outputs: Iterable[RequestOutput]) -> Iterator[Event]:
         """Steps the engine until all are finished. A step may find events of other callers; they go to their inboxes."""
         mine = {output.request_id: output for output in outputs if output.error is None}
         while not all(output.finished for output in mine.values()):
-            with self._turn():
+            with InterruptBetween(), self._turns:
                 news = self._news(mine)
                 aborted = not news and not self.engine.has_work
             if aborted:

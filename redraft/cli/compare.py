@@ -65,14 +65,13 @@ def compare(
 
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
         comparison = bench.compare(LLM(config=config), options, chosen, tick, announce)
-    with InterruptBetween() as interrupt:  # a second Ctrl-C must not lose the results
+    with InterruptBetween():  # a second Ctrl-C must not lose the results
         rows = results.rows(comparison)
         report.show(Console(width=width()), comparison, options, rows)
         if json is not None:
             source = "the suite of redraft" if prompts is None else str(prompts)
             files.write(json, report.document(comparison, options, rows, source))
             say(f"written to {json}")
-        interrupt.check()
     if comparison.stopped:
         say("stopped: the table holds what was measured before")
         raise typer.Exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -124,7 +125,6 @@ class Batch:
         logit_rows: list[int] = []
         roots: list[int] = []
         bits: list[U64] = []
-        tails: list[I32] = []
         words = max((t.ancestors().shape[1] for t in trees if len(t)), default=0)
         for w, tree, tail in zip(work, trees, pages.tail, strict=True):
             seq, at = w.seq, len(tokens)
@@ -132,12 +132,10 @@ class Batch:
             tokens += seq.tokens[seq.stored : seq.stored + rows]
             positions += range(seq.stored, seq.stored + rows)
             root = seq.stored + w.rows - 1
-            nodes = tree.depths() + root if len(tree) else np.zeros(0, np.int32)
-            tails.append(np.concatenate([np.arange(seq.stored, root + 1), nodes]).astype(np.int32))
             tree_starts.append(len(tokens))
             if len(tree) > w.first:
                 tokens += tree.tokens[w.first :].tolist()
-                positions += nodes[w.first :].tolist()
+                positions += (tree.depths()[w.first :] + root).tolist()
                 own = tree.ancestors()[w.first :]
                 bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
             starts.append(len(tokens))
@@ -151,17 +149,18 @@ class Batch:
                 roots.append(-1)
                 if seq.wants_prompt_logits and last + 1 > at:
                     logit_rows.append(last)
+        where, spans = np.asarray(positions, np.int32), list(pairwise(starts))
         return cls(
             np.asarray(tokens, np.int32),
-            np.asarray(positions, np.int32),
+            where,
             np.asarray(starts, np.int32),
             np.asarray(tree_starts, np.int32),
             np.concatenate(bits) if bits else np.zeros((0, max(words, 1)), np.uint64),
-            tails,
+            [_tail(w, tree) if tail else where[a:z] for w, tree, tail, (a, z) in zip(work, trees, pages.tail, spans, strict=True)],
             pages,
             np.asarray(logit_rows, np.int32),
             np.asarray(roots, np.int32),
-            [_view(w.seq, max(positions[a:z], default=0)) for w, a, z in zip(work, starts[:-1], starts[1:], strict=True)],
+            [_view(w.seq, max(positions[a:z], default=0)) for w, (a, z) in zip(work, spans, strict=True)],
             [w.seq.cache.layers if w.seq.stored >= w.seq.context else None for w in work],
         )
 
@@ -191,6 +190,12 @@ class Batch:
             ),
             rows,
         )
+
+
+def _tail(w: Work, tree: TokenTree) -> I32:
+    """Positions of all tentative slots, in slots of earlier forwards too."""
+    root = w.seq.stored + w.rows - 1
+    return np.concatenate([np.arange(w.seq.stored, root + 1), tree.depths() + root]).astype(np.int32)
 
 
 def _view(seq: Sequence, deepest: int) -> View | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from redraft.core.batch import Batch
 from redraft.core.plan import StepPlan, StepResult
-from redraft.core.sequence import FinishReason, Lanes, Request, Sequence
+from redraft.core.sequence import PLAIN, FinishReason, Lanes, Request, Sequence
 from redraft.core.taps import Taps
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.admission import Admission
@@ -140,7 +140,8 @@ class Engine:
 
     def taps(self, plan: StepPlan) -> Taps:
         requested = self.sampler.needs(plan.work) | self.drafter.taps(plan.seqs) | self.outputs.taps(plan.seqs)
-        return requested | Taps(attention=self.policies.watch(plan.seqs))
+        watched = self.policies.watch(plan.seqs)
+        return requested | Taps(attention=watched) if watched else requested
 
     def sync(self, seqs: Iterable[Sequence]) -> None:
         """Publishes full pages and lets policies decide. A request for n texts forks once all but the last prompt token is stored. If
@@ -150,9 +151,10 @@ class Engine:
 
     def _sync(self, seq: Sequence) -> None:
         self.memory.publish(seq)
-        self.policies.sync(seq)
-        if seq.cache.reuse is not None:
-            self.policies.take_over(seq, self._spare())
+        if seq.cache is not PLAIN:
+            self.policies.sync(seq)
+            if seq.cache.reuse is not None:
+                self.policies.take_over(seq, self._spare())
         if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
             self._branch(seq)
         seq.sync_point = self.admission.sync_point(seq)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InterruptBetween:
-    """A context in which SIGINT is only remembered. `check` then raises KeyboardInterrupt.
+    """A context in which SIGINT is only remembered. Its end then raises KeyboardInterrupt.
 
     Does nothing outside the main thread, because Python delivers signals to the main thread only. Does nothing if SIGINT is ignored,
     as in background jobs.
@@ -19,26 +19,27 @@ class InterruptBetween:
         self._hit = False
         self._before: Any = None
 
-    def __enter__(self) -> InterruptBetween:
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._remember)
-        return self
+            if self._before is signal.SIG_IGN:
+                self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._hit and callable(self._before):  # a second Ctrl-C takes effect at once
             self._before(number, frame)
         self._hit = True
 
-    def check(self) -> None:
-        if self._hit:
-            self._hit = False
-            if callable(self._before):
-                self._before(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt; a server's starts the shutdown
-            else:
-                raise KeyboardInterrupt
+    def _restore(self) -> None:
+        """Sets the handler of before."""
+        signal.signal(signal.SIGINT, self._before)
+        self._before = None
 
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if (before := self._before) is None:
+            return
+        self._restore()
+        if self._hit and kind is None:
+            if not callable(before):
+                raise KeyboardInterrupt
+            before(signal.SIGINT, None)  # Python's own handler raises KeyboardInterrupt; a server's starts the shutdown

@@ -154,7 +154,7 @@ class Outputs:
         return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
 
     def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
-        params, output = seq.params, self._of[seq.id]
+        params, output, limit = seq.params, self._of[seq.id], self.limit(seq)
         stops = output.reader.search(seq.tokens, found.tokens) if params.stop and output.reader else repeat(None)
         output.stop = None
         for i, (token, stop) in enumerate(zip(found.tokens, stops, strict=False)):
@@ -166,7 +166,7 @@ class Outputs:
                 reason = FinishReason.STOP
             if new >= params.min_tokens and self.finished(seq, found.tokens[: i + 1]):
                 reason = FinishReason.STOP
-            if reason is None and (new == params.max_tokens or seq.prompt_len + new == self.limit(seq)):
+            if reason is None and (new == params.max_tokens or seq.prompt_len + new == limit):
                 reason = FinishReason.LENGTH
             if reason is not None:
                 return Accepted(found.path[:i], found.tokens[: i + 1], reason)

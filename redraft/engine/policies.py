@@ -176,6 +176,8 @@ class Policies:
     def sync_point(self, seq: Sequence) -> int:
         """The next value of seq.stored at which a policy must be called."""
         stored, plan = seq.stored, seq.cache
+        if plan is PLAIN and not seq.spans:
+            return NEVER
         if plan.reuse is not None and not seq.reuse_searched:
             return stored
         found: list[int] = [NEVER, *(span.at for span in seq.spans[:1])]
@@ -194,7 +196,7 @@ class Policies:
     def watch(self, seqs: Iterable[Sequence]) -> dict[int, tuple[Watch, ...]]:
         found = {}
         for s, seq in enumerate(seqs):
-            if (keep := seq.cache.keep) is not None and (watch := keep.watch(seq)):
+            if seq.cache is not PLAIN and (keep := seq.cache.keep) is not None and (watch := keep.watch(seq)):
                 found[s] = watch
         return found
 

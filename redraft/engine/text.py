@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from redraft.config import SamplingParams
@@ -76,7 +77,8 @@ class Stop(NamedTuple):
     string: str
 
 
-class Reading(NamedTuple):
+@dataclass(slots=True)
+class Reading:
     """One way to decode the tokens of an output, and the stop strings to search in it. left_out: matches text that this decoding has
     and the output's text does not have."""
 
@@ -101,41 +103,42 @@ class Reader:
         if with_special and decode_all is not None:
             left_out = re.compile("|".join(map(re.escape, sorted(chosen.special, key=len, reverse=True))))
             self.readings.append(Reading(PartialText.start(prompt, decode_all), decode_all, with_special, left_out))
-        self._tokens, self._reported = len(prompt), 0
+        self._tokens, self._reported, self._stops = len(prompt), 0, bool(params.stop)
 
     def search(self, tokens: Seq[int], new: Seq[int]) -> Iterator[Stop | None]:
         """For each of the `new` tokens, the first stop string that ends with it. Only complete characters count. Changes no state,
         because the tokens may still be dropped."""
-        start = min(reading.text.first for reading in self.readings)
-        tail, readings = [*tokens[start:], *new], self.readings
+        start, readings = self._start(), self.readings
+        tail, texts = [*tokens[start:], *new], [reading.text for reading in readings]
         old = len(tail) - len(new)
-        before = [reading.text.complete(tail[:old], reading.decode, start=start) for reading in readings]
+        before = [text.complete(tail[:old], one.decode, start=start) for text, one in zip(texts, readings, strict=True)]
         for end in range(old + 1, len(tail) + 1):
-            readings = [_extended(reading, tail[:end], start) for reading in readings]
-            now = [reading.text.complete(tail[:end], reading.decode, start=start) for reading in readings]
+            texts = [text.extend(tail[:end], one.decode, start=start) for text, one in zip(texts, readings, strict=True)]
+            now = [text.complete(tail[:end], one.decode, start=start) for text, one in zip(texts, readings, strict=True)]
             yield _first(readings, before, now)
             before = now
 
     def take(self, tokens: Seq[int], *, ended: bool, stop: Stop | None = None, include: bool = False) -> str:
         """The text since the last call. `ended`: no more tokens follow; `stop`: the stop string that ended the text; `include`: the
         text keeps the stop string."""
-        start = min(reading.text.first for reading in self.readings)
+        start = self._start()
         tail = tokens[start:]
         for end in range(self._tokens + 1 - start, len(tail) + 1):  # token by token, so that the number of tokens a step changes nothing
             last = ended and end == len(tail)
-            self.readings = [_extended(reading, tail[:end], start, last=last) for reading in self.readings]
+            for reading in self.readings:
+                reading.text = reading.text.extend(tail[:end], reading.decode, start=start, last=last)
         self._tokens = len(tokens)
         done = self.readings[0].text.done
         if stop is not None:
             done = done[: stop.keep] + (stop.string if include else "")
-        elif not ended:
+        elif not ended and self._stops:
             done = done[: len(done) - max(_held_back(reading) for reading in self.readings)]
         text, self._reported = done[self._reported :], max(self._reported, len(done))
         return text
 
-
-def _extended(reading: Reading, tokens: Seq[int], start: int, *, last: bool = False) -> Reading:
-    return reading._replace(text=reading.text.extend(tokens, reading.decode, start=start, last=last))
+    def _start(self) -> int:
+        """The first token that any reading still decodes."""
+        return min([reading.text.first for reading in self.readings])
 
 
 def _first(readings: Seq[Reading], before: Seq[str], now: Seq[str]) -> Stop | None:

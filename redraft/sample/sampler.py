@@ -82,7 +82,8 @@ class Sampler:
 
     def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
         """Whether a processor of the request declares the text complete after seq.tokens and `tokens`."""
-        return any(processor.finished(seq, tokens) for processor in seq.state[self] if isinstance(processor, Ending))
+        chosen = seq.state[self]
+        return bool(chosen) and any(one.finished(seq, tokens) for one in chosen if isinstance(one, Ending))
 
     def needs(self, work: Seq[Work]) -> Taps:
         """The outputs that this step needs. If every row is greedy, without processors and without logprobs, only the argmax."""

@@ -15,7 +15,7 @@ BODY = {"prompt": "def add(", "max_tokens": 8, "temperature": 0, "ignore_eos": T
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    with live(keep_alive=0.03) as made:
+    with live(keep_alive=0.03, idle_timeout=1) as made:
         yield made
 
 
