@@ -52,7 +52,7 @@ POLICIES: dict[str, dict[str, str]] = {
     "layer-skip, int4": {"depth": "layer-skip:speedup=1.5", "codec": "int4:block=32"},
 }
 NEAR = "int8"  # the only policy that may change nothing
-SHARED = "plain", "streaming-llm", "page-top-k", "layer-skip"  # whose requests find prefixes in the cache
+SHARED = "plain", "streaming-llm", "layer-skip"  # whose requests find prefixes in the cache; those of others have page formats
 ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
 BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)

@@ -1013,7 +1013,7 @@ def test_the_urgent_go_first(narrow: Live) -> None:
 
 
 def test_a_request_that_takes_too_long(llm: LLM) -> None:
-    with Live(llm.sibling(), request_timeout=0.1) as slow, slow.client() as client:
+    with Live(llm.sibling(), request_timeout=1) as slow, slow.client() as client:
         with pytest.raises(openai.InternalServerError) as error:
             complete(client, **LONG)
         assert (error.value.status_code, error.value.type) == (504, "timeout_error")

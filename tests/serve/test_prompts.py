@@ -27,7 +27,7 @@ def tools() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    with live(request_timeout=0.3) as made:
+    with live(request_timeout=1) as made:
         yield made
 
 

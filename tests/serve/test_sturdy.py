@@ -214,7 +214,7 @@ def test_whoever_leaves_holds_nothing_behind_the_step_under_way(server: Live, br
 
 
 def test_a_request_that_takes_too_long(brake: Brake) -> None:
-    with live(request_timeout=0.3, keep_alive=0.03) as made:
+    with live(request_timeout=1, keep_alive=0.03) as made:
         brake.on()
         whole = made.complete("def add(", **LONG)
         assert whole.status == 504 and whole.json["error"]["type"] == "timeout_error"
