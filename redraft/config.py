@@ -71,7 +71,7 @@ class SamplingParams(Settings):
     min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this fraction of the likeliest one's probability")
     typical_p: float = Field(1.0, gt=0, le=1, description="keep the tokens nearest to the entropy that hold this probability")
     repetition_penalty: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="divides (multiplies) positive (negative) logits of tokens seen in prompt and output"
+        1.0, ge=0.01, le=100, description="divides (multiplies) positive (negative) logits of tokens seen in prompt and output"
     )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted once from tokens seen in the output")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted per occurrence in the output")

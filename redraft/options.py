@@ -7,7 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from redraft import registry
-from redraft.errors import InvalidInput
+from redraft.errors import InvalidInput, shown
 
 
 class Range(NamedTuple):
@@ -60,4 +60,4 @@ class Options:
         for option in dataclasses.fields(self):  # type: ignore[arg-type]
             allowed, value = option.metadata.get("range"), getattr(self, option.name)
             if allowed is not None and value not in allowed and (value is not None or option.default is not None):
-                raise InvalidInput(f"{registry.name_of(type(self))}:{option.name}={value}: must be {allowed}")
+                raise InvalidInput(f"{registry.name_of(type(self))}:{option.name}={shown(value)}: must be {allowed}")

@@ -118,7 +118,7 @@ def _command(talk: Conversation, line: str) -> bool:
         talk.save(Path(text))
         _note(f"saved to {text}")
     else:
-        missing = "a FILE is needed" if name == "/save" else "unknown command; /help lists them, a space in front sends it as text"
+        missing = "a FILE is needed" if name == "/save" else "unknown command; /help lists them"
         raise InvalidInput(f"{name}: {missing}")
     return True
 

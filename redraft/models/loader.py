@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
-from redraft.errors import CheckpointError, InvalidInput, Unsupported
+from redraft.errors import LONGEST, CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
 from redraft.models.generation import read_defaults, read_eos
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
@@ -34,6 +34,15 @@ _SHIPPED = "the model 'embedded' ships with Redraft"
 
 Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)  # fields of config.json, in the names of transformers
 _DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(bias|masked_bias)$")  # buffers that old versions saved
@@ -73,16 +82,21 @@ def resolve(model: str) -> Path:
     downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. CheckpointError if it is none of these."""
     if model in _EMBEDDED:
         return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
+    name = model if model.isprintable() and len(model) <= LONGEST else shown(model)
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except OSError as error:  # the name is too long, or a folder on the way cannot be read
+        raise CheckpointError(f"{name}: {error.strerror}") from None
     if path.suffix == ".gguf":
-        raise Unsupported(f"{model}: GGUF files are not read; use a folder with safetensors weights")
-    if path.exists():
-        raise CheckpointError(f"{model}: is a file; a model is the folder with config.json and safetensors weights")
+        raise Unsupported(f"{name}: GGUF files are not read; use a folder with safetensors weights")
+    if is_file:
+        raise CheckpointError(f"{name}: is a file; a model is the folder with config.json and safetensors weights")
     hub = _HUB_ID.fullmatch(model)
     if hub is None:
-        raise CheckpointError(f"{model}: no such folder, and not a hub id (org/name or org/name@revision); {_SHIPPED}")
+        raise CheckpointError(f"{name}: no such folder, and not a hub id (org/name or org/name@revision); {_SHIPPED}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -130,8 +144,10 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one line each.
     """
     config = read_config(path)
-    if config.num_hidden_layers < 1:
-        raise CheckpointError(f"{path / 'config.json'}: {config.num_hidden_layers} layers")
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if size is not None and not (isinstance(size, int) and 0 < size < 1 << 31):
+            raise CheckpointError(f"{path / 'config.json'}: {name} = {shown(size)}: must be a number from 1 to {(1 << 31) - 1}")
     try:
         spec: ModelSpec = registry.load(registry.FAMILIES[_architecture(config.architectures)])(config)
     except (CheckpointError, Unsupported) as error:

@@ -58,7 +58,7 @@ class Tokenizer:
         second <s>."""
         try:
             ids: list[int] = list(self.hf(text, add_special_tokens=special)["input_ids"])
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # the second from tokenizers in Rust
             raise InvalidInput("the text has half of a surrogate pair, which UTF-8 cannot encode") from None
         return ids[1:] if special and self._first and ids[:2] == self._first * 2 else ids
 
@@ -154,7 +154,8 @@ class Tokenizer:
 
     def spellings(self, word: str) -> list[list[int]]:
         """The ids of a word at the start of a text and after a space, to ban both."""
-        found = [self.encode(text, special=False) for text in (word, " " + word.lstrip())]
+        texts = (word, " " + word.lstrip()) if word.strip() else (word,)
+        found = [self.encode(text, special=False) for text in texts]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
 
 

@@ -62,7 +62,15 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = Field(None, description="accepted, and without effect")
 
 
-class ContentPart(Body):
+class Replied(Body):
+    """A part of a conversation. A client sends replies back as it got them, so unknown fields that hold nothing are allowed."""
+
+    @classmethod
+    def _neutral(cls, name: str, value: Any) -> bool:
+        return (name not in cls.model_fields and _empty(value)) or super()._neutral(name, value)
+
+
+class ContentPart(Replied):
     type: Literal["text"] = Field(description="only text is supported")
     text: LongText
 
@@ -148,14 +156,6 @@ class CompletionRequest(Sampled):
     logprobs: int | None = Field(None, ge=0, le=1024)
     echo: bool | None = None
     add_special_tokens: bool | None = Field(None, description="add tokens such as <s> around the prompt, as the checkpoint does")
-
-
-class Replied(Body):
-    """A part of a conversation. A client sends replies back as it got them, so unknown fields that hold nothing are allowed."""
-
-    @classmethod
-    def _neutral(cls, name: str, value: Any) -> bool:
-        return (name not in cls.model_fields and _empty(value)) or super()._neutral(name, value)
 
 
 class FunctionCall(Replied):

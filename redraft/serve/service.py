@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 import secrets
 import time
@@ -151,7 +152,7 @@ class Service:
     @staticmethod
     def _refused(error: RedraftError, params: SamplingParams, body: schema.Body) -> Refused:
         """The reply to an error of the engine, with the field of the method that it is about."""
-        found = refused(error, body.model_dump_json(exclude_none=True))
+        found = refused(error, json.dumps(body.model_dump(exclude_none=True), ensure_ascii=False, default=str))
         chosen = {field: text for seam, field in FIELDS.items() if (text := getattr(params, seam)) is not None}
         about = (field for field, text in chosen.items() if str(error).startswith(registry.parse(text)[0]))
         return found if found.param is not None else replace(found, param=next(about, None))

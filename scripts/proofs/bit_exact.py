@@ -56,6 +56,7 @@ SHARED = "plain", "streaming-llm", "layer-skip"  # whose requests find prefixes 
 ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
 BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
+THREADS = (1, 1, 1, 2)
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Proof:
     def run(self, rng: Any, result: Result) -> None:
         """One condition."""
         drafter, sampling = str(rng.choice(self.drafters)), str(rng.choice(list(SAMPLING)))
-        batch, chunk, threads = int(rng.choice(BATCHES)), int(rng.choice(CHUNKS)), int(rng.integers(1, 3))
+        batch, chunk, threads = (int(rng.choice(values)) for values in (BATCHES, CHUNKS, THREADS))
         rows, names = int(rng.choice([4, 8, 16])), list(POLICIES)
         order = [int(i) for i in rng.integers(0, len(self.prompts), max(batch, 4))]
         mixed, one = bool(rng.integers(2)), str(rng.choice(names))

@@ -46,6 +46,13 @@ def test_commands(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.Mo
     assert redraft("chat", tiny, *OPTIONS)[1] == once * 2
 
 
+def test_bytes_that_are_no_text_are_refused_in_one_line(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python reads such a byte as half of a surrogate pair."""
+    piped("/system \udcff\n", monkeypatch)
+    for code, _, err in (redraft("chat", tiny, *OPTIONS), redraft("generate", tiny, "-p", "\udcff", *OPTIONS)):
+        assert code == 2 and "half of a surrogate pair" in err and "Traceback" not in err
+
+
 def test_the_system_message_can_be_set_and_removed(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     piped("hello\n", monkeypatch)
     plain = redraft("chat", tiny, *OPTIONS)[1]

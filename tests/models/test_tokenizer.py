@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ def test_bytes_of_a_sentencepiece_text(tmp_path: Path, text: str) -> None:
     assert joined(tokenizer, text) == b" " + text.encode(), "with the leading space"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.bytes_of(3 + 0x0A) == b"\n" and tokenizer.bytes_of(2) == b"</s>"
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
+    with pytest.raises(InvalidInput, match="half of a surrogate pair"):
+        make(tmp_path).encode("a\ud800")
+
+
+def test_a_word_of_white_space_has_one_spelling() -> None:
+    """Without its white space nothing is left to follow a space, and the space itself must not be banned."""
+    tokenizer = Tokenizer(loader.resolve("embedded"))
+    assert tokenizer.spellings("\n\n") == [tokenizer.encode("\n\n", special=False)]
+    assert len(tokenizer.spellings("return")) == 2
 
 
 def test_bytes_of_the_embedded_model() -> None:

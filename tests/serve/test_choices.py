@@ -140,6 +140,24 @@ def test_a_reply_may_come_back_with_all_that_is_empty_in_it(server: Live) -> Non
         assert server.chat(messages=[{**reply, name: value}], max_tokens=2).status == 400, name
 
 
+def test_a_part_of_a_message_may_hold_empty_fields(server: Live) -> None:
+    part = {"type": "text", "text": "hi", "annotations": [], "cache_control": None}
+    assert server.chat(messages=[{"role": "user", "content": [part]}], max_tokens=2).status == 200
+    assert server.chat(messages=[{"role": "user", "content": [{**part, "annotations": [1]}]}], max_tokens=2).status == 400
+
+
+def test_half_of_a_surrogate_pair_beside_what_the_engine_refuses(server: Live) -> None:
+    for more in ({"logit_bias": {"999999": 1}}, {"stop_token_ids": [99_999_999]}, {"cache": {"codec": "nothing"}}):
+        answer = server.chat(max_tokens=2, chat_template_kwargs={"x": "\ud800"}, **more)
+        assert answer.status == 400 and "surrogate" not in answer.json["error"]["message"], more
+
+
+def test_half_of_a_surrogate_pair_that_a_template_prints() -> None:
+    with live(chat_template="{{ note }}{{ messages[0].content }}") as made:
+        answer = made.chat(max_tokens=2, chat_template_kwargs={"note": "\ud800"})
+        assert answer.status == 400 and "half of a surrogate pair" in answer.json["error"]["message"]
+
+
 def test_what_asks_for_nothing_counts_as_not_given(server: Live) -> None:
     nothing = {
         "stream_options": None,

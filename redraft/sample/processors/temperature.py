@@ -22,6 +22,6 @@ class Temperature:
     def apply(self, row: Row) -> None:
         top = row.values.max()
         if top > -np.inf:
-            row.values -= top  # prevents an overflow at a tiny temperature
             with np.errstate(over="ignore"):
+                row.values -= top  # prevents an overflow at a tiny temperature
                 row.values /= self.temperature
