@@ -149,7 +149,7 @@ class ModelConfig(Settings):
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
     generation_config: Literal["auto", "none"] = Field(
-        "auto", description="auto: the checkpoint's own defaults of sampling; none: it says only where a text ends"
+        "auto", description="auto: the checkpoint's own defaults of sampling; none: only its eos_token_id is used"
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of all engines of the process; None: as many as the process may use"
@@ -210,7 +210,7 @@ class EngineConfig(Settings):
     schedule: SchedulerConfig = SchedulerConfig()
     draft: str = Field("none", description="name:option=value of a drafter; auto: one that speeds up this machine")
     draft_model: str | None = Field(
-        None, description="the checkpoint of drafters with a draft model; with the embedded model its small sibling"
+        None, description="the checkpoint of drafters with a draft model; with the embedded model the embedded draft model"
     )
     verify: str = Field("coupled", description="name:option=value of a verifier")
 

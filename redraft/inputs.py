@@ -137,7 +137,7 @@ def elements(given: Any, name: str, needed: str) -> list[Any]:
 
 
 def integer(value: Any) -> int | None:
-    """An integer of Python, numpy or torch; None for anything else. Booleans and arrays are no integers."""
+    """An integer of Python, numpy or torch; None for anything else. Booleans and arrays are not accepted as integers."""
     if isinstance(value, (bool, np.bool_)) or getattr(value, "ndim", 0) != 0:
         return None
     try:

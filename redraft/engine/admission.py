@@ -22,7 +22,7 @@ class Admission:
     ) -> None:
         memory = runner.memory
         if memory.blocks * memory.paged.table.page < max_model_len:
-            raise OutOfMemory(f"a pool of {memory.blocks} pages cannot hold one sequence of max_model_len = {max_model_len} tokens")
+            raise OutOfMemory(f"a pool of {memory.blocks} blocks cannot hold one sequence of max_model_len = {max_model_len} tokens")
         self.memory, self.vocab = memory, runner.spec.vocab
         self.sampler, self.drafter, self.policies = sampler, drafter, policies
         self.max_model_len, self.spells = max_model_len, spells

@@ -104,7 +104,7 @@ class Guard:
     def _distributions(self, distributions: Probs, rows: Seq[int]) -> F64:
         found = np.asarray(distributions.probs(rows), np.float64)
         if found.shape != (len(rows), self.vocab) or not (found >= 0).all() or (np.abs(found.sum(1) - 1) > TOLERANCE).any():
-            raise ValueError(f"its draft probabilities are no distribution over {self.vocab} tokens")
+            raise ValueError(f"its draft probabilities are not a probability distribution over {self.vocab} tokens")
         return found
 
     def _drop(self, seq: Sequence, error: Exception) -> None:

@@ -113,7 +113,7 @@ class Memory(Protocol[View]):
         ...
 
     def check(self) -> None:
-        """AssertionError where an invariant broke."""
+        """Raises AssertionError if an invariant is broken."""
         ...
 
 

@@ -103,7 +103,7 @@ def refuse_adapter(folder: Path) -> None:
         return
     raw = read_json(file)
     kind, base = raw.get("peft_type") or "LoRA/PEFT", raw.get("base_model_name_or_path")
-    of = f" of {base}" if base else ""
+    of = f" of {' '.join(str(base).split())}" if base else ""
     how = "merge it into the weights, or remove adapter_config.json to run the weights without the adapter"
     raise Unsupported(f"{folder}: holds a {kind} adapter{of} (adapter_config.json), which is not applied; {how}")
 
@@ -119,7 +119,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. CheckpointError names the file."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last for deep nesting
         raise CheckpointError(f"{file}: not readable as JSON: {first_line(error)}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: a JSON {type(raw).__name__}, not an object")

@@ -1,1 +1,1 @@
-"""Who is asking?"""
+"""The HTTP server with OpenAI's API."""

@@ -220,6 +220,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "no config.json"),
     "corrupt config": (lambda f: (f / "config.json").write_text('{"a": '), CheckpointError, "config.json: not readable as JSON"),
     "binary config": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), CheckpointError, "config.json: not readable"),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), CheckpointError, "config.json: not readable as JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), CheckpointError, "config.json: a JSON list"),
     "config of wrong types": (lambda f: tiny.edit(f, hidden_size="wide"), CheckpointError, "config.json: .*hidden_size"),
     "no layers": (lambda f: tiny.edit(f, num_hidden_layers=0), CheckpointError, "config.json: num_hidden_layers = 0: must be"),

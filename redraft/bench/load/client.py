@@ -209,7 +209,7 @@ class Client:
         reply = await self._json("POST", "/tokenize", fields)
         found = reply.get("count") if isinstance(reply, dict) else None
         if not isinstance(found, int):
-            raise RedraftError(f"{self.target.root}/tokenize: tells no count")
+            raise RedraftError(f"{self.target.root}/tokenize: returned no token count")
         return found
 
     async def words(self, model: str) -> Words:
@@ -258,7 +258,7 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:
             raise RedraftError(f"{url}: {said(str(error) or type(error).__name__)}") from None
         except ValueError:
-            raise RedraftError(f"{url}: the answer is no JSON") from None
+            raise RedraftError(f"{url}: the answer is not JSON") from None
 
 
 async def _words(response: aiohttp.ClientResponse) -> str:
