@@ -219,3 +219,9 @@ def test_no_option_raises_anything_but_one_line(llm: LLM, field: str) -> None:
     for index in range(COUNT):
         survives(lambda value: EngineConfig.of(**{field: value}), index)
         survives(lambda value: llm.sibling(**{field: value}), index)
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e308, 0])
+def test_a_repetition_penalty_that_would_overflow_is_refused(penalty: float) -> None:
+    with pytest.raises(InvalidInput, match=r"^SamplingParams.repetition_penalty = .*at least 0.01 and at most 100"):
+        SamplingParams(repetition_penalty=penalty)

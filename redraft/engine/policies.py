@@ -196,7 +196,7 @@ class Policies:
     def watch(self, seqs: Iterable[Sequence]) -> dict[int, tuple[Watch, ...]]:
         found = {}
         for s, seq in enumerate(seqs):
-            if seq.cache is not PLAIN and (keep := seq.cache.keep) is not None and (watch := keep.watch(seq)):
+            if (keep := seq.cache.keep) is not None and (watch := keep.watch(seq)):
                 found[s] = watch
         return found
 

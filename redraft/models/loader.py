@@ -147,7 +147,7 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     for name in _SIZES:
         size = getattr(config, name, None)
         if size is not None and not (isinstance(size, int) and 0 < size < 1 << 31):
-            raise CheckpointError(f"{path / 'config.json'}: {name} = {shown(size)}: must be a number from 1 to {(1 << 31) - 1}")
+            raise CheckpointError(f"{path / 'config.json'}: {name} = {shown(size)}: must be an integer from 1 to {(1 << 31) - 1}")
     try:
         spec: ModelSpec = registry.load(registry.FAMILIES[_architecture(config.architectures)])(config)
     except (CheckpointError, Unsupported) as error:

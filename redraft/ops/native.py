@@ -291,13 +291,11 @@ class NativeOps(TorchOps):
         kept: list[Any] = [visible, at, plan.turns]
         seqs = b""
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
-            pages, codes, lengths = (np.ascontiguousarray(x, np.int32) for x in (view.pages[s], view.coded[s], view.lengths[s]))
-            held, pointers, tail = view.positions[s], 0, where + 4 * a  # the rows of a first forward are the tentative slots
+            own = view.pages[s], view.coded[s], view.lengths[s], batch.tails[s]
+            pages, codes, lengths, tail = (np.ascontiguousarray(x, np.int32) for x in own)
+            held, pointers = view.positions[s], 0
             window = (chosen.window if (chosen := batch.views[s]) else None) or (0, 0)
-            kept += [pages, codes, lengths]
-            if view.tail[s]:
-                kept.append(np.ascontiguousarray(batch.tails[s], np.int32))
-                tail = kept[-1].ctypes.data
+            kept += [pages, codes, lengths, tail]
             if held is not None:
                 lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
@@ -305,7 +303,7 @@ class NativeOps(TorchOps):
                 pointers = lines.ctypes.data
             seqs += abi.SEQ.pack(
                 a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], *window, 0,
-                pages.ctypes.data, codes.ctypes.data if codes.size else 0, lengths.ctypes.data, pointers, bits, where + 4 * a, tail,
+                pages.ctypes.data, codes.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a, tail.ctypes.data,
             )  # fmt: skip
             bits += 8 * words * (z - t)
         pool = self._kind_of(name, plan.model)

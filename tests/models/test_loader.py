@@ -227,10 +227,10 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "negative heads": (
         lambda f: tiny.edit(f, num_attention_heads=-1),
         CheckpointError,
-        "num_attention_heads = -1: must be a number from 1",
+        "num_attention_heads = -1: must be an integer from 1",
     ),
     "negative kv heads": (lambda f: tiny.edit(f, num_key_value_heads=-1), CheckpointError, "num_key_value_heads = -1: must be"),
-    "huge": (lambda f: tiny.edit(f, hidden_size=10**30), CheckpointError, "hidden_size = 1000.*: must be a number from 1"),
+    "huge": (lambda f: tiny.edit(f, hidden_size=10**30), CheckpointError, "hidden_size = 1000.*: must be an integer from 1"),
     "no heads": (lambda f: tiny.edit(f, num_attention_heads=0), CheckpointError, "config.json: "),
     "unknown architecture": (lambda f: tiny.edit(f, architectures=["BertModel"]), Unsupported, "'BertModel'.*LlamaForCausalLM"),
     "no architecture": (lambda f: tiny.edit(f, architectures=None), Unsupported, "unknown architecture None"),
