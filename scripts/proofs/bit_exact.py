@@ -56,7 +56,7 @@ SHARED = "plain", "streaming-llm", "layer-skip"  # whose requests find prefixes 
 ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
 BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
-THREADS = (1, 1, 1, 2)
+THREADS = (1, 1, 1, 1, 1, 1, 1, 2)  # two threads of two processes wait for each other on two cores
 
 
 @dataclass
@@ -142,14 +142,19 @@ class Proof:
 
 
 def run(model: str, numbers: str, tokens: int, seed: int, prompts: int, new: int) -> Result:
-    """One process's work, until so many tokens were compared."""
+    """One process's work, until so many tokens were compared. Prints how far it is once a minute."""
     import numpy as np
 
     rng, result = np.random.default_rng([seed, *model.encode(), *numbers.encode()]), Result()
     with tempfile.TemporaryDirectory() as folder:
         proof = Proof(model, numbers, prompts, new, Path(folder) / "profile.safetensors")
-        while result.tokens.total() < tokens:
+        began = printed = time.perf_counter()
+        while (seen := result.tokens.total()) < tokens:
             proof.run(rng, result)
+            if (now := time.perf_counter()) - printed > 60:
+                printed = now
+                at = f"{seen:,} of {tokens:,} tokens, {len(result.faults)} texts differ, {(now - began) / 60:.0f} minutes"
+                print(f"  {Path(model).name} {numbers}: {at}", file=sys.stderr, flush=True)
     return result
 
 
