@@ -27,7 +27,7 @@ __all__ = [
     "shown",
 ]
 
-LONGEST = 200  # characters of a value in an error, at most
+MAX_VALUE = 200  # characters of a value in an error, at most
 
 
 class RedraftError(Exception):
@@ -71,4 +71,4 @@ def shown(value: Any) -> str:
         text = " ".join((str if isinstance(value, Exception) else repr)(value).split())
     except Exception:
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."

@@ -154,8 +154,12 @@ class LLM:
         return SamplingParams(**generation.over(self.defaults, given))
 
     def generate(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
-        """One RequestOutput for each prompt. If a single prompt is bad, this raises. If a prompt of a list is bad, its
-        RequestOutput.error says why and the rest finish. fields: of SamplingParams."""
+        """One RequestOutput for each prompt. fields: of SamplingParams.
+
+        A single prompt that is refused raises InvalidInput (PromptTooLong), or Unsupported if this model or backend cannot
+        serve what it chose. In a list, RequestOutput.error says why a prompt was refused, and the rest finish. A bad type
+        of `prompts` or of a field raises InvalidInput at once.
+        """
         many, single = inputs.prompts_of(prompts)
         return self._whole(many, inputs.params_of(len(many), sampling_params, fields), single)
 
@@ -167,7 +171,8 @@ class LLM:
         return self._whole(prompts, inputs.params_of(len(many), sampling_params, fields), single)
 
     def stream(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> Generator[Delta]:
-        """The same as `generate`, piece by piece. Closing the iterator aborts what is not finished."""
+        """The same as `generate`, piece by piece, with the same errors. A Delta with finish_reason "error" reports a refused
+        prompt of a list. Closing the iterator aborts what is not finished."""
         many, single = inputs.prompts_of(prompts)
         outputs = self._submit(many, inputs.params_of(len(many), sampling_params, fields), single)
         deltas = self._deltas(outputs)

@@ -21,7 +21,7 @@ from redraft.sched.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of an engine and the size of its pool. config: with draft=auto resolved; blocks: pages of the pool."""
+    """The parts of an engine and the size of its pool. config: with draft=auto resolved; blocks: the number of blocks of the pool."""
 
     config: EngineConfig
     drafter: Drafter

@@ -54,7 +54,7 @@ CHECKED = 32  # steps between two checks of the table
 
 
 @dataclass(frozen=True)
-class Options:
+class CacheOptions:
     """What is measured and how. policies: "seam=name:option=value,...", joined by + if a request chooses several; one of NUMBERS in
     braces stands for the budget; empty: all of POLICIES that this model supports. budgets: percent; batch: texts scored at once;
     memory: tokens to generate to measure cache bytes, 0 for none."""
@@ -224,7 +224,7 @@ class RunPlan:
     refused: Refused
 
     @classmethod
-    def of(cls, llm: LLM, options: Options, tasks: Seq[Task]) -> RunPlan:
+    def of(cls, llm: LLM, options: CacheOptions, tasks: Seq[Task]) -> RunPlan:
         """Raises the error of a refused policy that the user named, before anything is measured."""
         refused: Refused = {}
         runs = [(task, choices(llm, options, task.longest, refused)) for task in tasks]
@@ -252,7 +252,7 @@ def measure(llm: LLM, plan: RunPlan, tick: Tick = lambda what: None) -> Measured
     return Measured(results, footprints, plan.refused)
 
 
-def choices(llm: LLM, options: Options, tokens: int, refused: Refused, budgets: Seq[float] = ()) -> list[PolicyAtBudget]:
+def choices(llm: LLM, options: CacheOptions, tokens: int, refused: Refused, budgets: Seq[float] = ()) -> list[PolicyAtBudget]:
     """All policies at all budgets (else those of `options`) of a text of `tokens` tokens. Policies and budgets that this model refuses
     go to `refused`. If all budgets of a policy that the user named are refused, the error is raised."""
     found: list[PolicyAtBudget] = []

@@ -43,7 +43,7 @@ class Mode(StrEnum):
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """What is compared and how. drafts: methods as "name:option=value,..." or "auto"; batch: prompts that run at once; lenient: methods
     that do not fit this model or verifier are left out and named, instead of refused; bound: also measure, in an untimed pass, the
     acceptance relative to that of the best possible rule."""
@@ -180,7 +180,7 @@ def has_template(tokenizer: Tokenizer) -> bool:
 
 def compare(
     llm: LLM,
-    options: Options,
+    options: CompareOptions,
     prompts: Seq[Prompt],
     tick: Tick = lambda what: None,
     announce: Callable[[float], None] = lambda seconds: None,
@@ -209,7 +209,7 @@ def compare(
     return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]), refused, bounds, stopped)
 
 
-def opened(llm: LLM, options: Options) -> tuple[dict[str, LLM], list[str]]:
+def opened(llm: LLM, options: CompareOptions) -> tuple[dict[str, LLM], list[str]]:
     """(draft -> an engine with it, refused draft -> the reason)."""
     siblings, refused = {}, []
     for draft in options.drafts:
@@ -222,13 +222,13 @@ def opened(llm: LLM, options: Options) -> tuple[dict[str, LLM], list[str]]:
     return siblings, refused
 
 
-def estimate(llms: Seq[LLM], groups: Seq[PromptGroup], options: Options) -> float:
+def estimate(llms: Seq[LLM], groups: Seq[PromptGroup], options: CompareOptions) -> float:
     """Seconds that the measurements will take: the time of a short run of each engine, scaled to the tokens of all groups."""
     work = sum((expected(llms[0], group) for group in groups), Work(0, 0))
     return sum(passes(llm, groups, options, own=i > 0) * pace(llm, groups[0]).seconds(work) for i, llm in enumerate(llms))
 
 
-def passes(llm: LLM, groups: Seq[PromptGroup], options: Options, own: bool) -> int:
+def passes(llm: LLM, groups: Seq[PromptGroup], options: CompareOptions, own: bool) -> int:
     """How often an engine runs all groups. own: it has a drafter, which may learn and have a bound."""
     learns = own and llm.engine.drafter.snapshot() is not None and len({group.half for group in groups}) > 1
     modes = 2 if learns else 1
@@ -318,7 +318,7 @@ def run_all(entry: Entry, groups: Seq[PromptGroup]) -> list[Run]:
     return [measure(entry.llm, group, entry.states[group.half]) for group in groups]
 
 
-def ticks(prompts: int, options: Options) -> int:
+def ticks(prompts: int, options: CompareOptions) -> int:
     """About how often `tick` is called, for a progress bar."""
     groups = -(-prompts // options.batch)
     return groups * (options.rounds * (1 + 2 * len(options.drafts)) + len(options.drafts))

@@ -21,10 +21,10 @@ from redraft.bench.cache import (
     F64,
     FOOTPRINT_BUDGET,
     FULL,
+    CacheOptions,
     Footprint,
     Interval,
     Measured,
-    Options,
     PolicyAtBudget,
     Result,
     Scores,
@@ -52,7 +52,7 @@ def perplexity(logprob: float) -> float:
 # ---- words
 
 
-def findings(measured: Measured, options: Options) -> list[str]:
+def findings(measured: Measured, options: CacheOptions) -> list[str]:
     """What the results show and, above all, what they do not show."""
     reported = [*neutral(measured.results)]
     if (fewest := min(result.task.items for result in measured.results)) < ENOUGH:
@@ -106,7 +106,7 @@ def neutral(results: Seq[Result]) -> Iterator[str]:
         yield f"at 100 % other scores than the {WHOLE}: {', '.join(other)}"
 
 
-def unmeasured(options: Options) -> list[str]:
+def unmeasured(options: CacheOptions) -> list[str]:
     """Methods of these seams that are not among the policies, with what they need."""
     chosen = {(seam, registry.parse(method)[0]) for policy in options.chosen for seam, method in policy.parts}
     others = [(seam, name) for seam in SEAMS for name in registry.METHODS[seam] if (seam, name) not in chosen]
@@ -120,7 +120,7 @@ def span(one: Interval) -> str:
 # ---- tables
 
 
-def show(console: Console, llm: LLM, options: Options, measured: Measured) -> None:
+def show(console: Console, llm: LLM, options: CacheOptions, measured: Measured) -> None:
     machine = report.hardware()
     dtype = str(llm.runner.backend.dtype).removeprefix("torch.")
     console.print(Text(f"{llm.name}, {dtype}; {machine['cpu']}, PyTorch {machine['torch']}", style="bold"))
@@ -186,7 +186,7 @@ def _memory(footprints: Seq[Footprint]) -> tuple[str, Table]:
 # ---- JSON
 
 
-def document(llm: LLM, options: Options, measured: Measured, settings: dict[str, Any]) -> dict[str, Any]:
+def document(llm: LLM, options: CacheOptions, measured: Measured, settings: dict[str, Any]) -> dict[str, Any]:
     """The JSON document. `settings`: how the texts were made."""
     return {
         "model": llm.name,

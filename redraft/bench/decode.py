@@ -82,7 +82,7 @@ ISAS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Options:
+class DecodeOptions:
     """context, tokens, prefill, rows, repeats: see Job. redraft: options of each redraft engine; against: names of peers."""
 
     redraft: tuple[Mapping[str, Any], ...] = ({},)
@@ -178,7 +178,7 @@ class Comparison:
     model: str
     folder: Path
     spec: ModelSpec
-    options: Options
+    options: DecodeOptions
     engines: list[Engine]
     limits: Engine
     missing: dict[str, str]  # peer -> packages to install
@@ -190,7 +190,7 @@ class Comparison:
         return self.engines[0]
 
 
-def check(model: str, options: Options) -> ModelSpec:
+def check(model: str, options: DecodeOptions) -> ModelSpec:
     """The network of the model. InvalidInput if its context is too short for the run; other errors if the model is invalid. Writes
     nothing."""
     spec = shapes.spec_of(model)
@@ -199,7 +199,7 @@ def check(model: str, options: Options) -> ModelSpec:
     return spec
 
 
-def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Comparison:
+def compare(model: str, options: DecodeOptions, tick: Tick = lambda what: None) -> Comparison:
     """Runs everything. Always ends all processes. Ctrl-C in a round ends the run and keeps its results."""
     spec = check(model, options)
     folder = shapes.checkpoint(model, tick)
@@ -230,12 +230,12 @@ def compare(model: str, options: Options, tick: Tick = lambda what: None) -> Com
     return found
 
 
-def ticks(options: Options) -> int:
+def ticks(options: DecodeOptions) -> int:
     """About how often `tick` is called."""
     return (len(options.redraft) + len(options.against) + 1) * (1 + options.rounds * len(MEASURES))
 
 
-def _engines(options: Options) -> tuple[list[Engine], Engine, dict[str, str]]:
+def _engines(options: DecodeOptions) -> tuple[list[Engine], Engine, dict[str, str]]:
     engines = [Engine(_own_name(own), OWN, own) for own in options.redraft]
     missing = {}
     for name in options.against:
@@ -254,11 +254,11 @@ def _own_name(own: Mapping[str, Any]) -> str:
     return " ".join(["redraft", *(f"{name}={value}" for name, value in own.items())])
 
 
-def _job(spec: ModelSpec, folder: Path, o: Options) -> Job:
+def _job(spec: ModelSpec, folder: Path, o: DecodeOptions) -> Job:
     return Job(str(folder), o.dtype, o.workers, spec.vocab, o.context, o.tokens, o.prefill, o.rows, o.repeats, o.seed)
 
 
-def _start(engine: Engine, job: Job, options: Options) -> None:
+def _start(engine: Engine, job: Job, options: DecodeOptions) -> None:
     threads = str(job.threads)
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(ISAS[options.isa] if options.isa else {})}
     try:

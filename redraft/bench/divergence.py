@@ -25,7 +25,7 @@ from redraft.core.tree import EMPTY
 from redraft.llm import LLM
 from redraft.sample.processors.processor import F64, Row
 
-NEAR_TIE = 1e-4  # float32: architecture, section 6.6
+NEAR_TIE = 1e-4  # float32: the largest difference of two logits that rounding may put in another order
 # bfloat16 and float16, in spacings of numbers as large as the row's largest logit: two logits, rounded in two runs, each by up
 # to half a spacing. Measured on pilot-16m, 960 tokens in bfloat16: the largest gap was an eighth of that.
 SPACINGS = 2.0

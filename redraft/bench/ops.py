@@ -27,7 +27,7 @@ from redraft.bench.peers import limits
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.spec import ModelSpec
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import InvalidInput
@@ -42,7 +42,7 @@ PAGE = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class OpsOptions:
     """backends: names, () for all that run on this machine; quants: quantizations in addition to plain weights; cached: tokens that
     attention reads; shared: tokens of a prefix that 8 sequences share, 0 for none; cold: bytes, see COLD."""
 
@@ -110,12 +110,12 @@ class Line:
 @dataclass
 class Measured:
     model: str
-    options: Options
+    options: OpsOptions
     lines: list[Line]
     refused: dict[str, str]  # backend -> why it does not run here
 
 
-def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Measured:
+def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> Measured:
     """Measures one operation after another. `tick` is called for each round of an operation."""
     spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
     limits.use_threads(options.threads)
@@ -134,7 +134,7 @@ def measure(model: str, options: Options, tick: Tick = lambda what: None) -> Mea
     return found
 
 
-def ticks(options: Options) -> int:
+def ticks(options: OpsOptions) -> int:
     """How often `measure` calls `tick`."""
     return (5 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
 
@@ -143,7 +143,7 @@ def _nothing() -> None:
     pass
 
 
-def _backends(options: Options, dtype: torch.dtype) -> tuple[dict[str, Backend], dict[str, str]]:
+def _backends(options: OpsOptions, dtype: torch.dtype) -> tuple[dict[str, Backend], dict[str, str]]:
     from redraft.errors import Unsupported
 
     found, refused = {}, {}
@@ -160,7 +160,7 @@ def _backends(options: Options, dtype: torch.dtype) -> tuple[dict[str, Backend],
 Make = Callable[[dict[str, Any]], list[Line]]
 
 
-def _operations(spec: ModelSpec, options: Options, backends: dict[str, Backend]) -> Iterator[tuple[str, Make]]:
+def _operations(spec: ModelSpec, options: OpsOptions, backends: dict[str, Backend]) -> Iterator[tuple[str, Make]]:
     every = spec.shapes()
     wanted = {name.split(".")[2]: shape for name, shape in every.items() if name.startswith("layers.0.") and len(shape) == 2}
     for name, (outs, ins) in {**wanted, "head": (spec.vocab, spec.hidden)}.items():
@@ -177,7 +177,7 @@ def _operations(spec: ModelSpec, options: Options, backends: dict[str, Backend])
 # ---- turns
 
 
-def _take_turns(lines: list[Line], options: Options, tick: Callable[[int], None]) -> None:
+def _take_turns(lines: list[Line], options: OpsOptions, tick: Callable[[int], None]) -> None:
     """Measures all backends in each round, in an order that rotates."""
     for turn in range(options.rounds + 1):
         if turn:
@@ -202,7 +202,7 @@ def _sample(run: Callable[[], object]) -> float:
 # ---- operations
 
 
-def _linears(title: str, outs: int, ins: int, options: Options, backends: dict[str, Backend], floor: dict[str, Any]) -> list[Line]:
+def _linears(title: str, outs: int, ins: int, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]) -> list[Line]:
     lines = []
     dtype = limits.KINDS[options.dtype]
     copies = min(COPIES, max(1, -(-options.cold // (outs * ins * dtype.itemsize))))
@@ -237,7 +237,7 @@ def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[],
 
 
 def _attention(
-    title: str, cached: int, most_seqs: int, spec: ModelSpec, options: Options, backends: dict[str, Backend], floor: dict[str, Any]
+    title: str, cached: int, most_seqs: int, spec: ModelSpec, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]
 ) -> list[Line]:
     """Uses the layers in turn, so that keys come from memory. With `most_seqs` > 1: 1 and `most_seqs` sequences of one row; else one
     sequence of 1 and 16 rows."""
@@ -261,7 +261,7 @@ def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: in
     works = []
     for i in range(count):
         tokens = [0] * cached + [1 + i]
-        seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=NEVER)
+        seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=UNLIMITED)
         table.open(seq)
         table.attach(seq, table.match(tokens, ""))
         if seq.stored < cached:

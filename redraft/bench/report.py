@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from redraft.bench.compare import BASELINE, Comparison, Mode, Options, Tick, has_template
+from redraft.bench.compare import BASELINE, CompareOptions, Comparison, Mode, Tick, has_template
 from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
 from redraft.card import Guarantee
@@ -71,7 +71,7 @@ def commit() -> str | None:
         return None
 
 
-def document(comparison: Comparison, options: Options, rows: list[Row], source: str) -> dict[str, Any]:
+def document(comparison: Comparison, options: CompareOptions, rows: list[Row], source: str) -> dict[str, Any]:
     """The JSON document. `source`: where the prompts are from."""
     llm = comparison.entries[0].llm
     settings = {
@@ -150,7 +150,7 @@ def dtype_name(comparison: Comparison) -> str:
 # ---- the table
 
 
-def show(console: Console, comparison: Comparison, options: Options, rows: list[Row]) -> None:
+def show(console: Console, comparison: Comparison, options: CompareOptions, rows: list[Row]) -> None:
     """Fits 80 columns, unless the name of a method does not fit. Each method has its own group of lines."""
     for text in heading(comparison, options):
         _print(console, text, "bold")
@@ -167,7 +167,7 @@ def _print(console: Console, text: str, style: str = "") -> None:
         console.print(Text(line, style=style), soft_wrap=True)
 
 
-def heading(comparison: Comparison, options: Options) -> list[str]:
+def heading(comparison: Comparison, options: CompareOptions) -> list[str]:
     """What was run, where, and with which policies."""
     llm = comparison.entries[0].llm
     machine, params, backend = hardware(), llm.params(options.params), llm.runner.backend
@@ -246,7 +246,7 @@ def _equal(row: Row) -> Text:
     return Text(f"no {row.divergences - row.near_ties}/{row.outputs}", style=style)
 
 
-def notes(comparison: Comparison, options: Options, rows: list[Row]) -> list[str]:
+def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> list[str]:
     """Notes below the table, one on each line."""
     llm = comparison.entries[0].llm
     overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]

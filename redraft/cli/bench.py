@@ -64,7 +64,7 @@ def cache(
     from redraft.bench import curves, files, report, tasks
     from redraft.llm import LLM
 
-    options = measurement.Options(tuple(policy or ()), tuple(budget or measurement.BUDGETS), batch, memory)
+    options = measurement.CacheOptions(tuple(policy or ()), tuple(budget or measurement.BUDGETS), batch, memory)
     texts = texts or []
     found = tasks.sources(texts)
     wanted = tasks.Wanted(length, limit, turns, given, seed)
@@ -123,7 +123,7 @@ def decode(
     from redraft.bench import files, report
 
     common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None}
-    options = measurement.Options(
+    options = measurement.DecodeOptions(
         redraft=measurement.own_engines(common, redraft or []),
         against=_names(against),
         dtype=dtype,
@@ -175,7 +175,7 @@ def ops(
     from redraft.bench import ops as measurement
     from redraft.ops.library import default_threads
 
-    options = measurement.Options(
+    options = measurement.OpsOptions(
         backends=_names(backend),
         quants=_names(quant),
         dtype=dtype,

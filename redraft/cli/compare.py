@@ -48,7 +48,7 @@ def compare(
 
     every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
     params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
-    options = bench.Options(tuple(draft or every), params, rounds, batch, lenient=not draft, bound=bound)
+    options = bench.CompareOptions(tuple(draft or every), params, rounds, batch, lenient=not draft, bound=bound)
     chosen = suite.load(prompts, category or None, limit)
     if json is not None:
         files.check_writable(json)

@@ -106,7 +106,7 @@ def _model(config: EngineConfig, setup: Setup, parts: dict[str, Part]) -> list[s
     weakest = max(part.guarantee for part in parts.values() if part.guarantee is not None)
     return [
         f"{config.model.model}: {spec.family}, {len(spec.layers)} layers of {spec.hidden}, vocabulary {spec.vocab}, {dtype}",
-        f"  weights {size(checkpoint.weight_bytes)}; cache pool {pool}: {setup.blocks} pages of 32 tokens;"
+        f"  weights {size(checkpoint.weight_bytes)}; cache pool {pool}: {setup.blocks} blocks of 32 tokens;"
         f" texts of up to {setup.max_model_len} tokens",
         f"  guarantee: {weakest.label}, the weakest of the parts",
     ]
@@ -133,7 +133,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
     return {
         "scheduler": _registered("scheduler", "sched", schedule.scheduler, budgets),
         "drafter": _registered("drafter", "draft", config.draft, setup.drafter),
-        "memory": Part([f"cache: {setup.blocks} pages of 32 tokens, prefixes {sharing}"]),
+        "memory": Part([f"cache: {setup.blocks} blocks of 32 tokens, prefixes {sharing}"]),
         "runner": Part([*runner, *(stored.lines if stored else ())], stored.guarantee if stored else None),
         "sampler": Part([sampler]),
         "policies": _policies(engine, params),

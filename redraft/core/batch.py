@@ -33,8 +33,8 @@ class PageView:
     kinds[s]: the lane kind; pages[s]: i32[lanes, n], page ids in slot order (numbered within the sequence's space; see PageTable);
     lengths[s]: i32[lanes], committed slots; tail[s]: tentative rows that an earlier forward of the same tail wrote; chain[s]: chain
     rows of the whole tail, so node j has slot lengths + chain + j; fresh: pages that this reserve allocated and that must be zeroed;
-    positions[s]: None while slot i holds position i, else one i32[length] for each lane; coded[s]: i32[lanes, m], pages that hold the
-    first 32 m slots of a lane in the sequence's format of coded pages, before pages[s]; states: one entry for each memory of fixed size.
+    positions[s]: None while slot i holds position i, else one i32[length] for each lane; encoded[s]: i32[lanes, m], pages that hold the
+    first 32 m slots of a lane in the sequence's format of encoded pages, before pages[s]; states: one entry for each memory of fixed size.
     """
 
     kinds: list[Lanes]
@@ -44,7 +44,7 @@ class PageView:
     chain: list[int]
     fresh: list[tuple[Space, int]]
     positions: list[list[I32] | None]
-    coded: list[I32]
+    encoded: list[I32]
     states: tuple[StateView, ...] = ()
 
     def only(self, chosen: Seq[int]) -> PageView:
@@ -57,7 +57,7 @@ class PageView:
             [self.chain[s] for s in chosen],
             [],
             [self.positions[s] for s in chosen],
-            [self.coded[s] for s in chosen],
+            [self.encoded[s] for s in chosen],
             tuple(state.only(chosen) for state in self.states),
         )
 
@@ -204,4 +204,4 @@ def _view(seq: Sequence, deepest: int) -> View | None:
     chosen = seq.cache
     read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.least else None
     window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
-    return View(chosen.format, chosen.coded, window, read) if (chosen.format or chosen.coded or window or read) else None
+    return View(chosen.format, chosen.encoded, window, read) if (chosen.format or chosen.encoded or window or read) else None

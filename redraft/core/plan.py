@@ -49,9 +49,9 @@ class StepPlan:
     def seqs(self) -> list[Sequence]:
         return [w.seq for w in self.work]
 
-    def without(self, seqs: Seq[Sequence]) -> StepPlan:
-        """The plan without the work of `seqs`."""
-        left = [i for i, w in enumerate(self.work) if w.seq not in seqs]
+    def only(self, seqs: Seq[Sequence]) -> StepPlan:
+        """The plan with the work of `seqs` alone."""
+        left = [i for i, w in enumerate(self.work) if w.seq in seqs]
         return StepPlan([self.work[i] for i in left], [self.budgets[i] for i in left], self.admit, self.preempt)
 
 
@@ -65,7 +65,7 @@ class Accepted(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """All results of a step, for drafters and policies that learn from them. `out` is the Outputs of the backend."""
+    """All results of a step, for drafters and policies that learn from them. `out` is the ForwardResult of the backend."""
 
     work: list[Work]
     trees: list[TokenTree]

@@ -14,11 +14,11 @@ from redraft.core.tree import F64
 from redraft.core.view import Window
 
 if TYPE_CHECKING:
-    from redraft.kv.eviction.eviction import OpenKeep
+    from redraft.kv.eviction.eviction import OpenEviction
     from redraft.kv.reuse.reuse import OpenReuse, Span
-    from redraft.kv.sparse_attention.sparse_attention import OpenRead
+    from redraft.kv.sparse_attention.sparse_attention import OpenSparseAttention
 
-NEVER = 1 << 30  # more tokens than any text has
+UNLIMITED = 1 << 30  # more tokens than any text has
 
 
 class Lanes(StrEnum):
@@ -41,23 +41,23 @@ class CachePlan:
     """How the cache of a text is stored, evicted and read: the opened methods that the request chose, and what follows from them.
 
     keep: the eviction policy; read: the sparse attention; reuse: the reuse of the cache of an edited text; each is None if the request
-    chose none. lanes: the lane kind of the sequence. format, coded: names of page formats, empty for plain keys and values (see View).
-    encoded: after every `encoded` tokens, full pages change from `format` to `coded`. window: what rows see, None for all. max_slots:
-    the largest number of committed slots of a lane. shareable_tokens: the number of leading tokens with pages that depend on these
-    tokens only; the sequence may lower it. endless: positions may exceed the trained context, because distances within the cache do
-    not. layers: the layers that rows after the context run, None for all.
+    chose none. lanes: the lane kind of the sequence. format, encoded: names of page formats, empty for plain keys and values (see View).
+    encode_every: the number of tokens after which full pages change from `format` to `encoded`. window: what rows see, None for all.
+    max_slots: the largest number of committed slots of a lane. shareable_tokens: the number of leading tokens with pages that depend
+    on these tokens only; the sequence may lower it. endless: positions may exceed the trained context, because distances within the
+    cache do not. layers: the layers that rows after the context run, None for all.
     """
 
-    keep: OpenKeep | None = None
-    read: OpenRead | None = None
+    keep: OpenEviction | None = None
+    read: OpenSparseAttention | None = None
     reuse: OpenReuse | None = None
     lanes: Lanes = Lanes.SHARED
     format: str = ""
-    coded: str = ""
-    encoded: int = NEVER
+    encoded: str = ""
+    encode_every: int = UNLIMITED
     window: Window | None = None
-    max_slots: int = NEVER
-    shareable_tokens: int = NEVER
+    max_slots: int = UNLIMITED
+    shareable_tokens: int = UNLIMITED
     endless: bool = False
     layers: frozenset[int] | None = None
 
@@ -96,7 +96,7 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
-NOTHING = Wants()
+NO_WANTS = Wants()
 
 
 @dataclass(eq=False)
@@ -108,7 +108,7 @@ class Request:
     params: SamplingParams
     salt: str = ""
     priority: int = 0  # lower values are admitted sooner and preempted later; equal values in order of arrival
-    wants: Wants = NOTHING  # the prompt log-probabilities of `params` are added
+    wants: Wants = NO_WANTS  # the prompt log-probabilities of `params` are added
     pooled: tuple[F64, int] | None = None  # (sum or last row, rows so far) of wants.pooling
     admitted: float | None = None  # time of the first run, in seconds of time.monotonic
     reuse: str = ""  # the method that reuses the cache of `before`; empty for none
@@ -137,11 +137,11 @@ class Sequence:
     """One text that is being generated. tokens[stored:] are pending: their keys are not in the cache yet.
 
     sync_point: a value of `stored` that no step may cross; the engine sets it (the end of max_tokens or of the context, the fork of
-    n > 1, the next decision of a policy). state: what `begin` of each opened plugin returned. fault: why the text continues without
-    drafts, empty if it does not. speculation: the opened drafter and verifier. drafts: the largest number of nodes that a step may
-    draft. shareable_tokens: the number of leading tokens with pages that depend on these tokens only. spans: text to reuse from
-    `source`, a sequence that holds it in the cache, once `stored` reaches it. reuse_searched: whether spans were searched since
-    the text was admitted.
+    n > 1, the next decision of a policy). synced: `stored` when the engine last published pages and set sync_point. state: what
+    `begin` of each opened plugin returned. fault: why the text continues without drafts, empty if it does not. speculation: the
+    opened drafter and verifier. drafts: the largest number of nodes that a step may draft. shareable_tokens: the number of leading
+    tokens with pages that depend on these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
+    once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted.
     """
 
     id: int
@@ -152,13 +152,14 @@ class Sequence:
     seed: int
     sync_point: int
     stored: int = 0
+    synced: int = -1
     cache: CachePlan = PLAIN
-    shareable_tokens: int = NEVER
+    shareable_tokens: int = UNLIMITED
     reason: FinishReason | None = None
     state: dict[Any, Any] = field(default_factory=dict)
     fault: str = ""
     speculation: Any = None
-    drafts: int = NEVER
+    drafts: int = UNLIMITED
     spans: list[Span] = field(default_factory=list)
     source: Sequence | None = None
     reuse_searched: bool = False

@@ -24,10 +24,10 @@ class Taps:
     attention: Mapping[int, tuple[Watch, ...]] = field(default_factory=dict)
 
     def __or__(self, other: Taps) -> Taps:
-        if other is NOTHING or self is NOTHING:
-            return self if other is NOTHING else other
+        if other is NO_TAPS or self is NO_TAPS:
+            return self if other is NO_TAPS else other
         both = {s: self.attention.get(s, ()) + other.attention.get(s, ()) for s in {*self.attention, *other.attention}}
         return Taps(self.hidden | other.hidden, max(self.top_k, other.top_k), self.logits or other.logits, both)
 
 
-NOTHING = Taps()
+NO_TAPS = Taps()

@@ -28,11 +28,11 @@ class Watch(NamedTuple):
 
 
 class View(NamedTuple):
-    """format, coded: names of the formats of written pages and of encoded pages (ops/format.py), empty for plain keys and values;
+    """format, encoded: names of the formats of written pages and of encoded pages (ops/format.py), empty for plain keys and values;
     window: see Window; read: an opened method that selects among the visible keys (Select in ops/backend.py), None where this step
     reads all of them."""
 
     format: str = ""
-    coded: str = ""
+    encoded: str = ""
     window: Window | None = None
     read: Any | None = None

@@ -28,7 +28,7 @@ from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.options import Options, number
 
-LONGEST = 3  # tokens of an n-gram
+MAX_NGRAM = 3  # tokens of an n-gram
 SEVERAL = -1
 
 
@@ -38,14 +38,14 @@ class CopySource:
     def __init__(self, tokens: Seq[int]) -> None:
         self.tokens = tuple(tokens)
         self.ends: dict[tuple[int, ...], int] = {}
-        for n in range(1, LONGEST + 1):
+        for n in range(1, MAX_NGRAM + 1):
             for end in range(n, len(self.tokens) + 1):
                 gram = self.tokens[end - n : end]
                 self.ends[gram] = SEVERAL if gram in self.ends else end
 
     def meet(self, output: Seq[int]) -> int | None:
         """The place in the source after the last tokens of `output`, or None."""
-        for n in range(1, min(LONGEST, len(output)) + 1):
+        for n in range(1, min(MAX_NGRAM, len(output)) + 1):
             end = self.ends.get(tuple(output[-n:]))
             if end != SEVERAL:
                 return end
@@ -68,7 +68,7 @@ class Pointer:
                 self.at += 1
                 self.agreed += 1
             else:
-                self.at = self.source.meet(tokens[max(prompt_len, place + 1 - LONGEST) : place + 1])  # 4.
+                self.at = self.source.meet(tokens[max(prompt_len, place + 1 - MAX_NGRAM) : place + 1])  # 4.
                 self.agreed = 0
         self.seen = len(tokens)
 

@@ -16,7 +16,7 @@ from redraft.card import Card
 from redraft.core.noise import Stream
 from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64, Kind, TokenTree
 
 
@@ -107,7 +107,7 @@ class Wrapper:
 
     def __init__(self, parts: Seq[OpenDrafter]) -> None:
         self.parts = tuple(parts)
-        self.taps = NOTHING
+        self.taps = NO_TAPS
         for part in self.parts:
             self.taps |= part.taps
         self.kinds = frozenset[Kind]().union(*(part.kinds for part in self.parts))
@@ -155,7 +155,7 @@ class Wrapper:
 class Stateless:
     """Default members of opened drafters that keep no state per request and learn nothing."""
 
-    taps: Taps = NOTHING
+    taps: Taps = NO_TAPS
     kinds: frozenset[Kind] = frozenset({Kind.FIXED})
     never_drafts: ClassVar[bool] = False
     names: Seq[str] = ()

@@ -18,7 +18,7 @@ import numpy as np
 from redraft.core.batch import Batch, PageView
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.sequence import Sequence, Wants
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
 from redraft.draft.sketch import Sketch, TreeDrafter
@@ -118,7 +118,7 @@ class TreeGrower(Stateless):
         infinity for tokens that are no candidates, and the log-sum-exp of all logits. The latter is None if the candidates alone
         normalise the distribution."""
         pages = self.memory.reserve(works, trees)
-        out = self.runner.forward(self._pack(works, trees, pages), Taps(logits=True) if wanted else NOTHING)
+        out = self.runner.forward(self._pack(works, trees, pages), Taps(logits=True) if wanted else NO_TAPS)
         if not wanted:
             return None
         assert out.logits is not None

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence as Seq
 
 from redraft.core.noise import sample_seed
-from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
 from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
@@ -56,7 +56,7 @@ class Admission:
 
     def limit(self, seq: Sequence) -> int:
         """Tokens of prompt and output, at most. With an endless context, only max_tokens limits the text."""
-        return NEVER if seq.cache.endless and seq.params.max_tokens is not None else self.max_model_len
+        return UNLIMITED if seq.cache.endless and seq.params.max_tokens is not None else self.max_model_len
 
     def sync_point(self, seq: Sequence) -> int:
         """The next value of `stored` that no step may cross."""

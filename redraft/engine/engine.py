@@ -88,7 +88,7 @@ class Engine:
             return self.emit()  # an interrupt came after the last commit: report its results first
         try:
             self.sync(running)  # for new sequences that start at a sync point, and after an interrupt
-            plan = self.scheduler.plan(self._sound(waiting), self._sound(running), self.memory)  # changes nothing yet
+            plan = self.scheduler.plan(self.faults.without(waiting), self.faults.without(running), self.memory)  # changes nothing yet
             plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
             if not plan.work:
                 return self.emit()
@@ -126,7 +126,7 @@ class Engine:
             self._preempt(seq)
         for seq, matched in plan.admit:
             self.faults.call(seq, self._admit, seq, matched)
-        return plan.without([seq for seq in plan.seqs if seq in self.faults]) if self.faults else plan
+        return plan.only(self.faults.without(plan.seqs)) if self.faults.found else plan
 
     def _admit(self, seq: Sequence, matched: int) -> None:
         self._start(seq, matched)
@@ -146,8 +146,9 @@ class Engine:
     def sync(self, seqs: Iterable[Sequence]) -> None:
         """Publishes full pages and lets policies decide. A request for n texts forks once all but the last prompt token is stored. If
         pages for a fork are missing, the sibling waits and later finds its prompt in the prefix cache."""
-        for seq in self._sound(list(seqs)):
-            self.faults.call(seq, self._sync, seq)
+        for seq in self.faults.without(list(seqs)):
+            if seq.synced != seq.stored or seq.cache is not PLAIN:  # policies may still have to decide
+                self.faults.call(seq, self._sync, seq)
 
     def _sync(self, seq: Sequence) -> None:
         self.memory.publish(seq)
@@ -157,7 +158,7 @@ class Engine:
                 self.policies.take_over(seq, self._spare())
         if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
             self._branch(seq)
-        seq.sync_point = self.admission.sync_point(seq)
+        seq.sync_point, seq.synced = self.admission.sync_point(seq), seq.stored
 
     def _branch(self, seq: Sequence) -> None:
         children = []
@@ -175,12 +176,12 @@ class Engine:
 
     def emit(self) -> list[Event]:
         """Returns the new events of every text. Frees finished sequences and ends failed requests."""
-        for seq in self._sound(self.running):
+        for seq in self.faults.without(self.running):
             if (event := self.faults.call(seq, self.outputs.event, seq)) is not None:
                 self.events.append(event)
-        for seq in [seq for seq in self._sound(self.running) if seq.reason]:
+        for seq in [seq for seq in self.faults.without(self.running) if seq.reason]:
             self._leave(seq)
-        for request, error in self.faults.all():
+        for request, error in list(self.faults.found.values()):
             self.abort(request.id)
             self.events.append(Event.failed(request, error))
         events, self.events = self.events, []
@@ -218,10 +219,6 @@ class Engine:
             return self.waiting, list(self.running)
         return ([only], []) if only in self.waiting else ([], [only])
 
-    def _sound(self, seqs: Seq[Sequence]) -> Seq[Sequence]:
-        """The sequences of requests that are not at fault."""
-        return [seq for seq in seqs if seq not in self.faults] if self.faults else seqs
-
     # ---- requests come and go
 
     def add(self, request: Request) -> None:
@@ -238,12 +235,12 @@ class Engine:
             found = True
             self._leave(seq)
             seq.reason = FinishReason.ABORT
-        self.faults.forget(request_id)
+        self.faults.found.pop(request_id, None)
         return found
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self.faults or self.events)
+        return bool(self.waiting or self.running or self.faults.found or self.events)
 
     def _wait(self, seq: Sequence) -> None:
         """Queues it after all of the same or higher priority."""
@@ -294,7 +291,7 @@ class Engine:
     def _stop(self, seq: Sequence) -> None:
         """Ends plugin states and frees pages. The tokens stay."""
         self.memory.free(seq)
-        seq.stored = 0
+        seq.stored, seq.synced = 0, -1
         with ExitStack() as ends:  # all run, even if one raises
             ends.callback(seq.state.clear)
             if self.sampler in seq.state:

@@ -1,4 +1,4 @@
-"""How plugins fail: a plugin is called for a sequence through a `Door`, which turns an exception into a fault of that sequence.
+"""How plugins fail: a plugin is called for a sequence through a `SafeCalls`, which turns an exception into a fault of that sequence.
 
 The owner of the door decides what a fault means. A fault of a drafter ends its drafts (guard.py). A fault of any other plugin ends the
 request. BaseExceptions such as Ctrl-C pass through.
@@ -16,7 +16,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Door:
+class SafeCalls:
     """failed: called with each fault."""
 
     def __init__(self, failed: Callable[[Sequence, Exception], None]) -> None:
@@ -52,24 +52,16 @@ class Door:
         return [None if found is None else found[0] for found in alone]
 
 
-class Faults(Door):
-    """Faults that end requests, collected until the end of the step. The first fault of a request counts."""
+class Faults(SafeCalls):
+    """Faults that end requests, collected until the end of the step. The first fault of a request counts. found: by request id."""
 
     def __init__(self) -> None:
         super().__init__(self.add)
-        self._found: dict[str, tuple[Request, Exception]] = {}
+        self.found: dict[str, tuple[Request, Exception]] = {}
 
     def add(self, seq: Sequence, error: Exception) -> None:
-        self._found.setdefault(seq.request.id, (seq.request, error))
+        self.found.setdefault(seq.request.id, (seq.request, error))
 
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __contains__(self, seq: Sequence) -> bool:
-        return seq.request.id in self._found
-
-    def forget(self, request_id: str) -> None:
-        self._found.pop(request_id, None)
-
-    def all(self) -> list[tuple[Request, Exception]]:
-        return list(self._found.values())
+    def without(self, seqs: Seq[Sequence]) -> Seq[Sequence]:
+        """The sequences of requests that are not at fault."""
+        return [seq for seq in seqs if seq.request.id not in self.found] if self.found else seqs

@@ -16,10 +16,10 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, F64, Kind, NoDistribution, Probs, TokenTree
 from redraft.draft.drafter import OpenDrafter
-from redraft.engine.faults import Door
+from redraft.engine.faults import SafeCalls
 
 TOLERANCE = 1e-6  # of the sum of a distribution, around 1
-LONGEST = 300  # characters of a fault; the description of an invalid tree may be very long
+MAX_FAULT = 300  # characters of a fault; the description of an invalid tree may be very long
 
 
 class Guard:
@@ -29,7 +29,7 @@ class Guard:
         self.drafter, self.vocab, self.name = drafter, vocab, name or type(drafter).__name__
         self.never_drafts: bool = getattr(drafter, "never_drafts", False)
         self.names: Seq[str] = getattr(drafter, "names", ()) or (self.name,)
-        self.door = Door(self._drop)
+        self.door = SafeCalls(self._drop)
 
     @property
     def taps(self) -> Taps:
@@ -109,7 +109,7 @@ class Guard:
 
     def _drop(self, seq: Sequence, error: Exception) -> None:
         lines = f"{self.name}: {type(error).__name__}: {error}".splitlines()
-        seq.fault = seq.fault or lines[0][:LONGEST]
+        seq.fault = seq.fault or lines[0][:MAX_FAULT]
         self.end(seq)
 
 

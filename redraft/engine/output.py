@@ -12,9 +12,9 @@ import numpy as np
 from redraft.core.distribution import TopLogprobs
 from redraft.core.plan import Accepted, StepResult, Work
 from redraft.core.sequence import FinishReason, Pooling, Request, Sequence
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import TokenTree
-from redraft.engine.faults import Door
+from redraft.engine.faults import SafeCalls
 from redraft.engine.text import Reader, Stop
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Decoder
@@ -121,7 +121,7 @@ class Outputs:
     def __init__(
         self,
         runner: Runner,
-        door: Door,
+        door: SafeCalls,
         *,
         eos: frozenset[int],
         decode: Decoder | None,
@@ -176,7 +176,7 @@ class Outputs:
 
     def taps(self, seqs: Seq[Sequence]) -> Taps:
         """What `record` needs from a forward pass."""
-        return Taps(frozenset({self._last_layer})) if any(seq.request.wants.pooling for seq in seqs) else NOTHING
+        return Taps(frozenset({self._last_layer})) if any(seq.request.wants.pooling for seq in seqs) else NO_TAPS
 
     @property
     def _last_layer(self) -> int:

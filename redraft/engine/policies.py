@@ -11,15 +11,15 @@ from typing import Any
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
-from redraft.core.sequence import NEVER, PLAIN, CachePlan, Lanes, Sequence
+from redraft.core.sequence import PLAIN, UNLIMITED, CachePlan, Lanes, Sequence
 from redraft.core.view import Watch
-from redraft.engine.faults import Door
+from redraft.engine.faults import SafeCalls
 from redraft.engine.opened import Opened
 from redraft.errors import Unsupported
-from redraft.kv.eviction.eviction import OpenKeep
+from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.quantization.quantization import OpenCodec
 from redraft.kv.reuse.reuse import OpenReuse
-from redraft.kv.sparse_attention.sparse_attention import OpenRead
+from redraft.kv.sparse_attention.sparse_attention import OpenSparseAttention
 from redraft.layer_skipping.layer_skipping import OpenLayerSkipping
 from redraft.models.runner import Runner
 from redraft.ops.backend import Feature
@@ -58,9 +58,9 @@ class Policies:
 
     def _plan(
         self,
-        keep: OpenKeep | None = None,
+        keep: OpenEviction | None = None,
         codec: OpenCodec | None = None,
-        read: OpenRead | None = None,
+        read: OpenSparseAttention | None = None,
         depth: OpenLayerSkipping | None = None,
         reuse: OpenReuse | None = None,
     ) -> CachePlan:
@@ -71,7 +71,7 @@ class Policies:
             raise Unsupported(
                 f"{spec.family} has {spec.learned_positions} learned positions, so keys cannot be renumbered by their place in the cache"
             )
-        form, coded = self._stored(codec, read)
+        form, encoded = self._stored(codec, read)
         policies = keep or codec or read or depth
         plain_bits = not policies or Feature.BIT_EXACT in self.runner.backend.features  # as a plain request computes them
         count = len(spec.layers)
@@ -80,18 +80,18 @@ class Policies:
             keep,
             read,
             reuse,
-            lanes=Lanes.PER_HEAD if form or coded else Lanes.SHARED if keep is None else keep.lanes,
+            lanes=Lanes.PER_HEAD if form or encoded else Lanes.SHARED if keep is None else keep.lanes,
             format=form,
-            coded=coded,
-            encoded=codec.block if codec is not None and codec.block else NEVER,
+            encoded=encoded,
+            encode_every=codec.block if codec is not None and codec.block else UNLIMITED,
             window=window,
-            max_slots=NEVER if keep is None else keep.max_slots,
-            shareable_tokens=0 if not plain_bits else NEVER if keep is None else keep.shareable_tokens,
+            max_slots=UNLIMITED if keep is None else keep.max_slots,
+            shareable_tokens=0 if not plain_bits else UNLIMITED if keep is None else keep.shareable_tokens,
             endless=keep is not None and keep.endless and window is not None and sum(window) <= spec.context,
             layers=None if depth is None or len(kept := depth.layers(count)) == count else kept,
         )
 
-    def _stored(self, codec: OpenCodec | None, read: OpenRead | None) -> tuple[str, str]:
+    def _stored(self, codec: OpenCodec | None, read: OpenSparseAttention | None) -> tuple[str, str]:
         """The format in which pages are written, and the format to which full pages are converted. Empty: none of its own."""
         spec, backend = self.runner.spec, self.runner.backend
         exact, sides = plain(backend.dtype, spec.head_dim), {}
@@ -177,18 +177,18 @@ class Policies:
         """The next value of seq.stored at which a policy must be called."""
         stored, plan = seq.stored, seq.cache
         if plan is PLAIN and not seq.spans:
-            return NEVER
+            return UNLIMITED
         if plan.reuse is not None and not seq.reuse_searched:
             return stored
-        found: list[int] = [NEVER, *(span.at for span in seq.spans[:1])]
+        found: list[int] = [UNLIMITED, *(span.at for span in seq.spans[:1])]
         if plan.keep is not None:
             found.append(plan.keep.sync_point(seq))
-        if plan.coded:
-            found.append((stored // plan.encoded + 1) * plan.encoded)
+        if plan.encoded:
+            found.append((stored // plan.encode_every + 1) * plan.encode_every)
         if (plan.read is not None or plan.layers is not None) and stored < seq.context:
             found.append(seq.context)
-        if plan.read is not None and plan.read.grid and stored >= seq.context:
-            found.append((stored // plan.read.grid + 1) * plan.read.grid)
+        if plan.read is not None and plan.read.sync_every and stored >= seq.context:
+            found.append((stored // plan.read.sync_every + 1) * plan.read.sync_every)
         return min(found)
 
     # ---- one step
@@ -200,7 +200,7 @@ class Policies:
                 found[s] = watch
         return found
 
-    def observe(self, result: StepResult, door: Door) -> None:
+    def observe(self, result: StepResult, door: SafeCalls) -> None:
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
             if (keep := work.seq.cache.keep) is not None:
                 door.call(work.seq, keep.observe, work.seq, result.out.attention.get(s), work.rows, accepted.path)
@@ -210,7 +210,7 @@ class Policies:
         plan, paged = seq.cache, self.runner.memory.paged
         if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: paged.table.positions(seq))) is not None:
             paged.keep(seq, kept)
-        if plan.read is not None and plan.read.grid:
-            paged.fold(seq, plan.read)
-        if plan.coded and seq.stored and seq.stored % plan.encoded == 0:
+        if plan.read is not None and plan.read.sync_every:
+            paged.summarize(seq, plan.read)
+        if plan.encoded and seq.stored and seq.stored % plan.encode_every == 0:
             paged.encode(seq)

@@ -14,7 +14,7 @@ from redraft.config import SamplingParams
 from redraft.core.distribution import Distribution
 from redraft.core.plan import Accepted, Budget, StepResult, Work
 from redraft.core.sequence import Sequence
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import OpenDrafter, max_bytes
 from redraft.engine.guard import Guard
@@ -113,7 +113,7 @@ class Drafters:
     # ---- what the engine calls
 
     def taps(self, seqs: Iterable[Sequence]) -> Taps:
-        found = NOTHING
+        found = NO_TAPS
         for drafter in {self.of(seq) for seq in seqs}:
             found |= drafter.taps
         return found

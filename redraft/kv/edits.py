@@ -23,13 +23,13 @@ class Encoding(NamedTuple):
     dst: I32
 
 
-class Stored(NamedTuple):
-    """The committed state of a sequence, without the pages. lanes: for each lane its length, its number of coded pages, its number of
+class StoredText(NamedTuple):
+    """The committed state of a sequence, without the pages. lanes: for each lane its length, its number of encoded pages, its number of
     summarised full pages, and the positions of its slots, None while slot i holds position i."""
 
     tokens: tuple[int, ...]
     space: Space
-    coded: str
+    encoded: str
     shareable_tokens: int
     lanes: list[tuple[int, int, int, I32 | None]]
 
@@ -57,7 +57,7 @@ class EditableTable(PageTable):
         assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
             f"sequence {seq.id}: slots to keep must be ascending and in 0..{it.length - 1}"
         )
-        assert held.coded is None, f"sequence {seq.id}: a sequence with coded pages cannot evict"
+        assert held.encoded is None, f"sequence {seq.id}: a sequence with encoded pages cannot evict"
         if n == it.length:
             return Moves(pool.space, _NONE, _NONE)
         first = np.arange(0, n, size)  # index in `keep` of the first slot of each page after the eviction
@@ -96,28 +96,28 @@ class EditableTable(PageTable):
         held, found = self._held[seq.id], []
         for lane in held.lanes:
             full = lane.length // self.page
-            found += lane.pages[max(0, lane.folded - len(lane.coded)) : full - len(lane.coded)]
+            found += lane.pages[max(0, lane.folded - len(lane.encoded)) : full - len(lane.encoded)]
             lane.folded = full
         return np.array(found, np.int32)
 
     def encode(self, seq: Sequence) -> Encoding:
-        """Moves the full pages of every lane to the sequence's format of coded pages. The tail must be empty."""
+        """Moves the full pages of every lane to the sequence's format of encoded pages. The tail must be empty."""
         held = self._held[seq.id]
-        assert held.coded is not None and not held.chain, f"sequence {seq.id}: no format of coded pages, or a tail is open"
-        full = [lane.length // self.page - len(lane.coded) for lane in held.lanes]
-        self._ensure({held.coded.space: sum(full)})
+        assert held.encoded is not None and not held.chain, f"sequence {seq.id}: no format of encoded pages, or a tail is open"
+        full = [lane.length // self.page - len(lane.encoded) for lane in held.lanes]
+        self._ensure({held.encoded.space: sum(full)})
         src: list[int] = []
         dst: list[int] = []
         for lane, count in zip(held.lanes, full, strict=True):
             gone, lane.pages = lane.pages[:count], lane.pages[count:]
-            coded = [self._take(held.coded) for _ in gone]
-            lane.coded += coded
+            encoded = [self._take(held.encoded) for _ in gone]
+            lane.encoded += encoded
             src += gone
-            dst += coded
+            dst += encoded
         self._mark()
         self._drop(held.pool, reversed(src))
         held.view = None
-        return Encoding(held.pool.space, held.coded.space, np.array(src, np.int32), np.array(dst, np.int32))
+        return Encoding(held.pool.space, held.encoded.space, np.array(src, np.int32), np.array(dst, np.int32))
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> Moves:
         """Appends private copies of slots first..first + count of the open sequence `source` as the next slots of `seq`. Keys are
@@ -141,31 +141,31 @@ class EditableTable(PageTable):
         held.view = None
         return Moves(pool.space, self._places(theirs.pages, at), self._places(mine.pages, to), start - first)
 
-    def export(self, seq: Sequence) -> tuple[Stored, I32, I32]:
-        """The committed state of an open sequence, its pages i32[n] and its coded pages i32[m], lane after lane. The tail must be
+    def export(self, seq: Sequence) -> tuple[StoredText, I32, I32]:
+        """The committed state of an open sequence, its pages i32[n] and its encoded pages i32[m], lane after lane. The tail must be
         empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: export while a tail is open"
-        pages, coded = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.coded]
+        pages, encoded = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.encoded]
         lanes = [
-            (lane.length, len(lane.coded), lane.folded, None if lane.positions is None else lane.positions[: lane.length].copy())
+            (lane.length, len(lane.encoded), lane.folded, None if lane.positions is None else lane.positions[: lane.length].copy())
             for lane in held.lanes
         ]
-        stored = Stored(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.cache.coded, seq.shareable_tokens, lanes)
-        return stored, np.array(pages, np.int32), np.array(coded, np.int32)
+        stored = StoredText(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.cache.encoded, seq.shareable_tokens, lanes)
+        return stored, np.array(pages, np.int32), np.array(encoded, np.int32)
 
-    def import_(self, seq: Sequence, stored: Stored) -> tuple[I32, I32]:
+    def import_(self, seq: Sequence, stored: StoredText) -> tuple[I32, I32]:
         """Opens `seq` with fresh pages for the export of another table, and returns the pages like export(). They must be written
         before the next step. Raises OutOfPages, and does not open `seq`, if memory is short."""
         held = self._fresh(seq)
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
         assert tuple(seq.tokens[: len(stored.tokens)]) == stored.tokens, f"sequence {seq.id}: different text"
-        assert (held.pool.space, seq.cache.coded) == (stored.space, stored.coded), f"sequence {seq.id}: different space"
-        exact = [-(-length // self.page) - coded for length, coded, *_ in stored.lanes]
-        self._ensure({held.pool.space: sum(exact)} | ({held.coded.space: sum(lane[1] for lane in stored.lanes)} if held.coded else {}))
-        for lane, count, (length, coded, folded, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
+        assert (held.pool.space, seq.cache.encoded) == (stored.space, stored.encoded), f"sequence {seq.id}: different space"
+        exact = [-(-length // self.page) - encoded for length, encoded, *_ in stored.lanes]
+        self._ensure({held.pool.space: sum(exact)} | ({held.encoded.space: sum(lane[1] for lane in stored.lanes)} if held.encoded else {}))
+        for lane, count, (length, encoded, folded, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
             lane.pages = [self._take(held.pool) for _ in range(count)]
-            lane.coded = [self._take(held.coded) for _ in range(coded)] if held.coded else []
+            lane.encoded = [self._take(held.encoded) for _ in range(encoded)] if held.encoded else []
             lane.length, lane.folded, lane.positions = length, folded, None if positions is None else positions.copy()
         self._held[seq.id] = held
         seq.stored, seq.shareable_tokens = len(stored.tokens), min(seq.shareable_tokens, stored.shareable_tokens)

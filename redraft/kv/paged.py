@@ -13,7 +13,7 @@ from redraft.core.sequence import Lanes, Sequence, Space
 from redraft.core.spec import ModelSpec
 from redraft.core.tree import TokenTree
 from redraft.errors import Unsupported
-from redraft.kv.edits import EditableTable, Stored
+from redraft.kv.edits import EditableTable, StoredText
 from redraft.kv.memory import Memory
 from redraft.kv.store import Store
 from redraft.kv.table import Moves
@@ -22,13 +22,13 @@ from redraft.ops.format import Arrays, Format
 
 
 class Parcel(NamedTuple):
-    """The exported pages of one sequence. form: layers, kv heads, head size and dtype of the model; arrays, coded: the contents of
-    its pages and of its coded pages, lane after lane."""
+    """The exported pages of one sequence. form: layers, kv heads, head size and dtype of the model; arrays, encoded: the contents of
+    its pages and of its encoded pages, lane after lane."""
 
     form: str
-    stored: Stored
+    stored: StoredText
     arrays: Arrays
-    coded: Arrays
+    encoded: Arrays
 
 
 class Paged:
@@ -126,13 +126,13 @@ class Paged:
         self.store.move([self.table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
 
     def encode(self, seq: Sequence) -> None:
-        """Moves full pages to the sequence's format of coded pages."""
+        """Moves full pages to the sequence's format of encoded pages."""
         self.store.encode([self.table.encode(seq)])
 
-    def fold(self, seq: Sequence, read: Select) -> None:
+    def summarize(self, seq: Sequence, read: Select) -> None:
         """Fills the per-page arrays of a sparse read for pages that became full."""
         if len(pages := self.table.unfolded(seq)):
-            self.store.fold(Space(seq.cache.lanes, seq.cache.format), pages, read)
+            self.store.summarize(Space(seq.cache.lanes, seq.cache.format), pages, read)
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> None:
         """Appends copies of slots of another sequence; see EditableTable.splice."""
@@ -141,19 +141,19 @@ class Paged:
     # ---- between engines
 
     def export(self, seq: Sequence) -> Parcel:
-        stored, pages, coded = self.table.export(seq)
-        space, codes = Space(seq.cache.lanes, seq.cache.format), Space(seq.cache.lanes, seq.cache.coded)
-        return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(codes, coded) if seq.cache.coded else {})
+        stored, pages, encoded = self.table.export(seq)
+        space, codes = Space(seq.cache.lanes, seq.cache.format), Space(seq.cache.lanes, seq.cache.encoded)
+        return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(codes, encoded) if seq.cache.encoded else {})
 
     def import_(self, seq: Sequence, parcel: Parcel) -> None:
         """Raises Unsupported if the parcel comes from a model of another form."""
         if parcel.form != self.form:
             raise Unsupported(f"cannot import the cache of a model with {parcel.form} into a model with {self.form}")
-        pages, coded = self.table.import_(seq, parcel.stored)
+        pages, encoded = self.table.import_(seq, parcel.stored)
         try:
             self.store.write(Space(seq.cache.lanes, seq.cache.format), pages, parcel.arrays)
-            if seq.cache.coded:
-                self.store.write(Space(seq.cache.lanes, seq.cache.coded), coded, parcel.coded)
+            if seq.cache.encoded:
+                self.store.write(Space(seq.cache.lanes, seq.cache.encoded), encoded, parcel.encoded)
         except BaseException:
             self.free(seq)
             raise

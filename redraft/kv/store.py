@@ -43,9 +43,9 @@ class Store:
             if len(src):
                 self.backend.move(self.pool, space, src, dst, delta)
 
-    def fold(self, space: Space, pages: I32, read: Select) -> None:
+    def summarize(self, space: Space, pages: I32, read: Select) -> None:
         """Fills the per-page arrays of a sparse read in full pages."""
-        self.backend.fold(self.pool, space, pages, read)
+        self.backend.summarize(self.pool, space, pages, read)
 
     def encode(self, encodings: list[Encoding]) -> None:
         for source, target, src, dst in encodings:

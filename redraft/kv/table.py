@@ -24,7 +24,7 @@ import numpy as np
 
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import NEVER, Lanes, Sequence, Space
+from redraft.core.sequence import UNLIMITED, Lanes, Sequence, Space
 from redraft.core.tree import I32, I64, TokenTree
 from redraft.kv.prefix import Node, PrefixTree
 
@@ -47,7 +47,7 @@ class Moves(NamedTuple):
 class _Lane:
     pages: list[int]
     length: int = 0  # committed slots
-    coded: list[int] = field(default_factory=list)  # pages in the format of coded pages, before `pages`
+    encoded: list[int] = field(default_factory=list)  # pages in the format of encoded pages, before `pages`
     folded: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
 
@@ -81,7 +81,7 @@ class _Held:
 
     seq: Sequence
     pool: _Pool
-    coded: _Pool | None  # the pool of the coded pages
+    encoded: _Pool | None  # the pool of the encoded pages
     lanes: list[_Lane]
     cursor: Node  # the last published page of the lane
     published: int = 0  # the number of published pages
@@ -97,19 +97,19 @@ class _Held:
     def missing(self, rows: int, page: int) -> int:
         """The number of pages that the lanes lack for `rows` rows after the tail."""
         more = self.chain + self.nodes + rows
-        return sum(-(-(lane.length + more) // page) - len(lane.pages) - len(lane.coded) for lane in self.lanes)
+        return sum(-(-(lane.length + more) // page) - len(lane.pages) - len(lane.encoded) for lane in self.lanes)
 
     def listed(self) -> list[tuple[_Pool, list[int]]]:
         """All pages by pool, the last page of a lane first."""
         found = [(self.pool, [page for lane in self.lanes for page in reversed(lane.pages)])]
-        if self.coded is not None:
-            found.append((self.coded, [page for lane in self.lanes for page in reversed(lane.coded)]))
+        if self.encoded is not None:
+            found.append((self.encoded, [page for lane in self.lanes for page in reversed(lane.encoded)]))
         return found
 
     def arrays(self) -> tuple[I32, I32]:
-        """`pages` and `coded` of all lanes: i32[lanes, n] and i32[lanes, m], shorter lanes padded with 0 on the right."""
+        """`pages` and `encoded` of all lanes: i32[lanes, n] and i32[lanes, m], shorter lanes padded with 0 on the right."""
         if self.view is None:
-            self.view = _padded([lane.pages for lane in self.lanes]), _padded([lane.coded for lane in self.lanes])
+            self.view = _padded([lane.pages for lane in self.lanes]), _padded([lane.encoded for lane in self.lanes])
         return self.view
 
 
@@ -164,17 +164,17 @@ class PageTable:
         held = self._held.get(seq.id) or self._fresh(seq)
         size, tail = self.page, held.chain + held.nodes + rows
         drafted = max(0, tail - seq.pending) if seq.id in self._held else 0
-        evicts = seq.cache.max_slots < NEVER and seq.stored + tail >= seq.shareable_tokens  # it copies kept slots of shared pages
-        exact = coded = 0
+        evicts = seq.cache.max_slots < UNLIMITED and seq.stored + tail >= seq.shareable_tokens  # it copies kept slots of shared pages
+        exact = encoded = 0
         for lane in held.lanes:
             own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
             end = max(lane.length, min(lane.length + tail - drafted, seq.cache.max_slots)) + drafted
-            if held.coded is not None:
-                coded += max(0, end // seq.cache.encoded * seq.cache.encoded // size - len(lane.coded))
-                end = min(end, size * len(lane.coded) + seq.cache.encoded + drafted)
-            exact += max(0, -(-end // size) - len(lane.coded) - own)
+            if held.encoded is not None:
+                encoded += max(0, end // seq.cache.encode_every * seq.cache.encode_every // size - len(lane.encoded))
+                end = min(end, size * len(lane.encoded) + seq.cache.encode_every + drafted)
+            exact += max(0, -(-end // size) - len(lane.encoded) - own)
         blocks = -(-exact // held.pool.per_block) - (0 if evicts else matched // size)
-        return blocks + (-(-coded // held.coded.per_block) if held.coded is not None else 0)
+        return blocks + (-(-encoded // held.encoded.per_block) if held.encoded is not None else 0)
 
     def gain(self, seq: Sequence) -> int:
         """Blocks that freeing `seq` would add to available(): those with pages that no other sequence lists."""
@@ -247,7 +247,7 @@ class PageTable:
     def _fresh(self, seq: Sequence) -> _Held:
         plan = seq.cache
         pool = self._pools[Space(plan.lanes, plan.format)]
-        block = self._pools[Space(plan.lanes, plan.coded)] if plan.coded else None
+        block = self._pools[Space(plan.lanes, plan.encoded)] if plan.encoded else None
         return _Held(seq, pool, block, [_Lane([]) for _ in range(pool.lanes)], self.prefix.root)
 
     def free(self, seq: Sequence) -> None:
@@ -285,9 +285,9 @@ class PageTable:
             if missing:
                 self._grow(held, view.fresh)
             view.kinds.append(held.pool.space.lanes)
-            pages, coded = held.arrays()
+            pages, encoded = held.arrays()
             view.pages.append(pages)
-            view.coded.append(coded)
+            view.encoded.append(encoded)
             view.lengths.append(np.array([lane.length for lane in held.lanes], np.int32))
             view.tail.append(tail)
             view.chain.append(held.chain)
@@ -324,7 +324,7 @@ class PageTable:
             if path and path[-1] != kept - 1:
                 src, dst = moved.setdefault(held.pool.space, ([], []))
                 for lane in held.lanes:
-                    base, pages = lane.length + held.chain - size * len(lane.coded), lane.pages
+                    base, pages = lane.length + held.chain - size * len(lane.encoded), lane.pages
                     for k, node in enumerate(path):
                         if node != k:
                             src.append(pages[(base + node) // size] * size + (base + node) % size)
@@ -346,17 +346,17 @@ class PageTable:
         remains in the new page. The tail must be empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: fork while a tail is open"
-        same = (child.cache.lanes, child.cache.format, child.cache.coded) == (seq.cache.lanes, seq.cache.format, seq.cache.coded)
+        same = (child.cache.lanes, child.cache.format, child.cache.encoded) == (seq.cache.lanes, seq.cache.format, seq.cache.encoded)
         assert child.id not in self._held and same, f"sequence {child.id}: already open, or in another space"
         pool, size = held.pool, self.page
         self._ensure({pool.space: sum(lane.length % size > 0 for lane in held.lanes)})
         lanes, src, dst = [], [], []
         for lane in held.lanes:
-            full = lane.length // size - len(lane.coded)
+            full = lane.length // size - len(lane.encoded)
             pages = lane.pages[:full]
-            for page in lane.coded:
-                assert held.coded is not None
-                self._list(held.coded, page)
+            for page in lane.encoded:
+                assert held.encoded is not None
+                self._list(held.encoded, page)
             for page in pages:
                 self._list(pool, page)
             if full < len(lane.pages):
@@ -364,8 +364,8 @@ class PageTable:
                 src.append(lane.pages[full])
                 dst.append(pages[full])
             positions = None if lane.positions is None else lane.positions[: lane.length].copy()
-            lanes.append(_Lane(pages, lane.length, list(lane.coded), lane.folded, positions))
-        self._held[child.id] = _Held(child, pool, held.coded, lanes, held.cursor, held.published)
+            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.folded, positions))
+        self._held[child.id] = _Held(child, pool, held.encoded, lanes, held.cursor, held.published)
         child.stored, child.shareable_tokens = seq.stored, min(child.shareable_tokens, seq.shareable_tokens)
         self._mark()
         places = np.arange(len(src) * size)
@@ -373,7 +373,7 @@ class PageTable:
 
     def check(self) -> None:
         """Raises AssertionError if an invariant is broken: references equal listings; pages in use, free pages and free blocks add up
-        to the pool; no lane is longer than its pages; coded pages are full; published pages are full and never at the writable end of
+        to the pool; no lane is longer than its pages; encoded pages are full; published pages are full and never at the writable end of
         a lane."""
         size = self.page
         listed: dict[Space, Counter[int]] = {space: Counter() for space in self._pools}
@@ -384,9 +384,9 @@ class PageTable:
                 listed[pool.space].update(pages)
             for index, lane in enumerate(held.lanes):
                 end = lane.length + held.chain + held.nodes
-                count, skipped = len(lane.pages) + len(lane.coded), len(lane.coded)
+                count, skipped = len(lane.pages) + len(lane.encoded), len(lane.encoded)
                 assert count == -(-end // size), f"{name} lane {index}: {count} pages for {end} slots"
-                assert skipped * size <= lane.length, f"{name} lane {index}: {skipped} coded pages for {lane.length} slots"
+                assert skipped * size <= lane.length, f"{name} lane {index}: {skipped} encoded pages for {lane.length} slots"
                 assert held.edited or lane.length == held.seq.stored, f"{name} lane {index}: {lane.length} slots, {held.seq.stored} stored"
                 assert held.edited == (lane.positions is not None), f"{name} lane {index}: only some lanes have positions"
                 where = np.arange(lane.length) if lane.positions is None else lane.positions
@@ -434,7 +434,7 @@ class PageTable:
         """Allocates the pages that the lanes lack for their tail."""
         tail = held.chain + held.nodes
         for lane in held.lanes:
-            for _ in range(-(-(lane.length + tail) // self.page) - len(lane.pages) - len(lane.coded)):
+            for _ in range(-(-(lane.length + tail) // self.page) - len(lane.pages) - len(lane.encoded)):
                 page = self._take(held.pool)
                 lane.pages.append(page)
                 fresh.append((held.pool.space, page))
@@ -444,7 +444,7 @@ class PageTable:
         """Drops the tail and releases the pages after the committed slots."""
         held.chain = held.nodes = 0
         for lane in held.lanes:
-            count = -(-lane.length // self.page) - len(lane.coded)
+            count = -(-lane.length // self.page) - len(lane.encoded)
             if count < len(lane.pages):
                 self._drop(held.pool, reversed(lane.pages[count:]))
                 del lane.pages[count:]

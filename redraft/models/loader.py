@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
-from redraft.errors import LONGEST, CheckpointError, InvalidInput, Unsupported, shown
+from redraft.errors import MAX_VALUE, CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
 from redraft.models.generation import read_defaults, read_eos
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
@@ -82,7 +82,7 @@ def resolve(model: str) -> Path:
     downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. CheckpointError if it is none of these."""
     if model in _EMBEDDED:
         return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
-    name = model if model.isprintable() and len(model) <= LONGEST else shown(model)
+    name = model if model.isprintable() and len(model) <= MAX_VALUE else shown(model)
     path = Path(model).expanduser()
     try:
         if path.is_dir():

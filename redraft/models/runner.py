@@ -13,14 +13,14 @@ from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.spec import Attention, LayerSpec, ModelSpec
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.table import PageTable
 from redraft.models import mixers
 from redraft.models.layers import decoder_layer
-from redraft.ops.backend import Backend, Feature, Outputs, Seen, Weights
+from redraft.ops.backend import Backend, Feature, ForwardResult, Weights, WeightSums
 
 if TYPE_CHECKING:
     from redraft.weights.quant import Quantizer
@@ -62,7 +62,7 @@ class Runner:
         return self.memory.paged.table
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, taps: Taps = NOTHING) -> Outputs:
+    def forward(self, batch: Batch, taps: Taps = NO_TAPS) -> ForwardResult:
         """Embedding, segments of layers, and the head on the wanted rows. Writes keys and values of the rows that run.
 
         If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
@@ -143,12 +143,12 @@ class _Parts:
             self.made[places] = _Part(places, torch.from_numpy(rows).long().to(self.runner.backend.device), plan)
         return self.made[places]
 
-    def watched(self, plan: Any) -> dict[int, Seen]:
+    def watched(self, plan: Any) -> dict[int, WeightSums]:
         """Statistics of all layers. Each layer ran under one of the plans."""
         backend = self.runner.backend
         found = dict(backend.watched(plan))
         for part in self.made.values():
             for i, seen in backend.watched(part.plan).items() if part.places else ():
                 before = found[part.places[i]]
-                found[part.places[i]] = Seen(before.chain + seen.chain, before.nodes + seen.nodes)
+                found[part.places[i]] = WeightSums(before.chain + seen.chain, before.nodes + seen.nodes)
         return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from redraft.core.batch import Batch
 from redraft.core.sequence import Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.ops.format import Array, Arrays, Format
 from redraft.ops.quantized import Quantized
@@ -51,7 +51,7 @@ class Linear(NamedTuple):
         return Linear(dense[keep], None if self.bias is None else self.bias[keep])
 
 
-class Stored(Protocol):
+class PackedWeights(Protocol):
     """A linear layer in a form that only its backend can read; see Backend.pack."""
 
     @property
@@ -63,7 +63,7 @@ class Stored(Protocol):
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized: ...
 
 
-LinearWeights = Linear | Quantized | Stored
+LinearWeights = Linear | Quantized | PackedWeights
 
 
 class NormWeights(NamedTuple):
@@ -90,7 +90,7 @@ class LayerWeights:
 class Weights:
     """All weights of a model, on one device and in one dtype, except quantized weights."""
 
-    embed: Tensor | Stored  # Stored if tied: the head, in the form of its backend
+    embed: Tensor | PackedWeights  # PackedWeights if tied: the head, in the form of its backend
     head: LinearWeights  # over `embed` itself when tied
     final_norm: NormWeights
     layers: tuple[LayerWeights, ...]
@@ -115,7 +115,7 @@ class Weights:
         return sum(seen.values())
 
 
-class Seen(NamedTuple):
+class WeightSums(NamedTuple):
     """Statistics of the attention weights of one sequence, in float32 or better, for w watches in the order of Taps.attention. In a
     lane with n committed slots, slot j < n is committed, and slot j >= n is row j - n of the tail. Lanes are padded to the longest.
     chain: [w, L, K, slots], summed over the chain rows at positions >= since; nodes: [w, N, L, K, slots], one entry for each tree
@@ -126,20 +126,20 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ForwardResult:
     """The results of a forward pass, one row for each logit row. argmax: i32[R], the lowest id of equal logits, -1 where a row holds NaN
     or +inf; top_k: i32[R, k], best first, lower ids first among equal logits; logits: [R, V] in the backend's dtype or float32; hidden:
-    layer -> [T, hidden] after that layer; attention: index of a sequence in the batch -> Seen."""
+    layer -> [T, hidden] after that layer; attention: index of a sequence in the batch -> WeightSums."""
 
     argmax: I32
     top_k: I32 | None = None
     logits: Tensor | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
-    attention: Mapping[int, Seen] = field(default_factory=dict)
+    attention: Mapping[int, WeightSums] = field(default_factory=dict)
 
 
 def argmax(logits: Tensor) -> I32:
-    """Outputs.argmax for rows of logits."""
+    """ForwardResult.argmax for rows of logits."""
     best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
     number = logits.gather(-1, best) < float("inf")
     found: I32 = best.masked_fill(~number, -1).squeeze(-1).int().cpu().numpy()
@@ -168,7 +168,7 @@ class Select(Protocol):
         """The entries [T, K, ...] of the per-slot arrays for keys [T, K, D] of layer `index`, in the form that attention reads."""
         ...
 
-    def fold(self, keys: Tensor) -> dict[str, Tensor]:
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
         """The whole arrays [m, *shape] of m units from their keys [m, 32, D]."""
         ...
 
@@ -193,13 +193,17 @@ class Backend(Protocol):
         """The pool of pages: `blocks` blocks of 32 tokens, for all layers with attention and their kv heads."""
         ...
 
-    def block_bytes(self, spec: ModelSpec) -> int: ...
+    def block_bytes(self, spec: ModelSpec) -> int:
+        """The bytes of one block of the pool."""
+        ...
 
     def define(self, pool: Any, fmt: Format) -> int:
         """Registers a page format; returns how many of its units one block holds. Raises Unsupported if that is none."""
         ...
 
-    def zero(self, pool: Any, pages: list[tuple[Space, int]]) -> None: ...
+    def zero(self, pool: Any, pages: list[tuple[Space, int]]) -> None:
+        """Fills all arrays of these pages with 0. A page is given by its space and its number in that space."""
+        ...
 
     def move(self, pool: Any, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
         """Copies slots with all their per-slot arrays; all are read before any is written. A place is page * 32 + offset in pages of
@@ -211,18 +215,20 @@ class Backend(Protocol):
         and formats."""
         ...
 
-    def write(self, pool: Any, space: Space, pages: I32, arrays: Arrays) -> None: ...
+    def write(self, pool: Any, space: Space, pages: I32, arrays: Arrays) -> None:
+        """Writes what read() returned, name -> [pages, *shape], into pages i32[n] of `space`."""
+        ...
 
     def encode(self, pool: Any, source: Space, target: Space, src: I32, dst: I32) -> None:
         """Encodes whole pages src[i] of one space into pages dst[i] of another with the codec of the target format, and copies their
         side data."""
         ...
 
-    def fold(self, pool: Any, space: Space, pages: I32, read: Select) -> None:
+    def summarize(self, pool: Any, space: Space, pages: I32, read: Select) -> None:
         """Fills the whole arrays of `read` in these full pages, from their keys in the form that attention reads."""
         ...
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Any:
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> Any:
         """The device tensors of one step: rows, positions, places, masks. Raises Unsupported, with its name, for a missing feature."""
         ...
 
@@ -244,15 +250,21 @@ class Backend(Protocol):
         """The same bits as gumbel() of core/noise.py, fast for a whole vocabulary."""
         ...
 
-    def embed(self, weights: Weights, plan: Any) -> Tensor: ...
+    def embed(self, weights: Weights, plan: Any) -> Tensor:
+        """The embeddings [T, hidden] of the rows' tokens."""
+        ...
 
-    def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor: ...
+    def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
+        """x [..., D] -> the same shape, each vector normed alone."""
+        ...
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
         """x [T, ins] -> [T, outs]. Quantized weights give the bits that ops/quantized.py defines."""
         ...
 
-    def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor: ...
+    def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
+        """x [T, n] -> [T, n], or [T, n / 2] if gated: the activation of the first half times the second half."""
+        ...
 
     def rope(self, x: Tensor, layer: Attention, plan: Any) -> Tensor:
         """x [T, heads, D], rotated by the position of each row."""
@@ -274,7 +286,7 @@ class Backend(Protocol):
         must not, because their h was returned as a hidden state."""
         ...
 
-    def watched(self, plan: Any) -> Mapping[int, Seen]:
+    def watched(self, plan: Any) -> Mapping[int, WeightSums]:
         """The statistics requested by the taps of `plan`, after all layers."""
         ...
 
@@ -282,6 +294,6 @@ class Backend(Protocol):
         """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts."""
         ...
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: Any, taps: Taps) -> Outputs:
+    def head(self, x: Tensor, weights: Weights, final: Norm, plan: Any, taps: Taps) -> ForwardResult:
         """The final norm and the vocabulary projection, for the logit rows only."""
         ...

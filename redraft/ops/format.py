@@ -35,10 +35,10 @@ class Array(NamedTuple):
         return -(-size // ALIGN) * ALIGN
 
 
-INT8_VECTORS, INT4_BLOCKS = "int8 vectors", "int4 blocks"  # see Codec
+INT8_VECTORS, INT4_BLOCKS = "int8 vectors", "int4 blocks"  # see PageCodec
 
 
-class Codec(Protocol):
+class PageCodec(Protocol):
     """Converts keys and values to the arrays of a unit, and computes attention over them. Units are stacked as [K, n], K kv heads;
     rows of queries as [K, R, D].
 
@@ -75,7 +75,7 @@ class Format:
 
     name: str
     arrays: Mapping[str, Array]
-    codec: Codec | None = None
+    codec: PageCodec | None = None
     sides: tuple[Any, ...] = ()
 
     @property

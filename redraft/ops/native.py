@@ -24,17 +24,28 @@ from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
 from redraft.core.spec import Attention as AttentionSpec
 from redraft.core.spec import Experts, LayerSpec, ModelSpec, Norm
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64
 from redraft.core.view import Watch
 from redraft.errors import Unsupported
 from redraft.ops import library
-from redraft.ops.backend import Feature, LayerWeights, Linear, LinearWeights, NormWeights, Outputs, Seen, Weights, argmax, best_first
+from redraft.ops.backend import (
+    Feature,
+    ForwardResult,
+    LayerWeights,
+    Linear,
+    LinearWeights,
+    NormWeights,
+    Weights,
+    WeightSums,
+    argmax,
+    best_first,
+)
 from redraft.ops.cpu import abi
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
-from redraft.ops.torch_ops import Lone, TorchOps, Writer, lend_threads
-from redraft.ops.torch_pool import Shelf, TorchPool
+from redraft.ops.torch_ops import LoneSequence, TorchOps, Writer, lend_threads
+from redraft.ops.torch_pool import FormatStore, TorchPool
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
 STATISTICS = "mass", "low"  # of attention weights; see Watch
@@ -81,18 +92,18 @@ class Packed:
 
 @dataclass
 class NativeGroup:
-    """Sequences that are attended in one call. All their pages have one format, all their coded pages another. rows: their rows in the
+    """Sequences that are attended in one call. All their pages have one format, all their encoded pages another. rows: their rows in the
     batch, None for all; readers: the sequences with a sparse read, as PyTorch plans them; writers: where to write the rows of formats
     with side data."""
 
     format: str
-    coded: str
+    encoded: str
     rows: Tensor | None
     step: abi.Step
     attention: Attention | None
     kept: list[Any]  # memory that `step` points to
-    seen: dict[int, Seen]  # statistics, by index in the group
-    readers: list[Lone]
+    seen: dict[int, WeightSums]  # statistics, by index in the group
+    readers: list[LoneSequence]
     writers: list[Writer]
 
 
@@ -129,7 +140,7 @@ class NativePlan:
     model: NativeModel
     turns: NDArray[np.float32]
     groups: list[NativeGroup] = field(default_factory=list)
-    seen: dict[int, Seen] = field(default_factory=dict)
+    seen: dict[int, WeightSums] = field(default_factory=dict)
 
 
 class NativeOps(TorchOps):
@@ -151,7 +162,7 @@ class NativeOps(TorchOps):
         self._sided: set[str] = set()  # formats with side data
         self._segments: dict[int, Any] = {}
         self._models: dict[int, NativeModel] = {}
-        self._pools: weakref.WeakKeyDictionary[Shelf, abi.Pool] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakKeyDictionary[FormatStore, abi.Pool] = weakref.WeakKeyDictionary()
         lend_threads()  # two pools of spinning threads are 40 times slower
 
     @property
@@ -238,7 +249,7 @@ class NativeOps(TorchOps):
 
     # ---- the plan
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> NativePlan:  # type: ignore[override]
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> NativePlan:  # type: ignore[override]
         count, model = len(batch.tree_starts), self._model(spec)
         turns = np.empty((model.rotaries.count, 2, len(batch.tokens), model.rotaries.half), np.float32)
         if turns.size:
@@ -246,11 +257,11 @@ class NativeOps(TorchOps):
         plan = NativePlan(batch, model, turns)
         groups: dict[tuple[str, str, bool], list[int]] = {}
         for s, view in enumerate(batch.views):
-            groups.setdefault(("", "", False) if view is None else (view.format, view.coded, view.read is not None), []).append(s)
-        for (name, coded, sparse), members in groups.items():
+            groups.setdefault(("", "", False) if view is None else (view.format, view.encoded, view.read is not None), []).append(s)
+        for (name, encoded, sparse), members in groups.items():
             some, mine = (batch, None) if len(members) == count else batch.only(members)
             watches = {i: taps.attention[s] for i, s in enumerate(members) if taps.attention.get(s)}
-            group = self._group(name, coded, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            group = self._group(name, encoded, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
             if sparse:
                 tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
                 group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
@@ -276,7 +287,7 @@ class NativeOps(TorchOps):
     def _group(
         self,
         name: str,
-        coded: str,
+        encoded: str,
         batch: Batch,
         rows: Tensor | None,
         spec: ModelSpec,
@@ -287,15 +298,18 @@ class NativeOps(TorchOps):
         starts, tree_starts = batch.starts.tolist(), batch.tree_starts.tolist()
         visible, at = np.ascontiguousarray(batch.visible), np.ascontiguousarray(batch.positions)
         words = visible.shape[1]
-        bits, where = visible.ctypes.data, at.ctypes.data
-        kept: list[Any] = [visible, at, plan.turns]
+        parts = [x.ravel() for own in zip(view.pages, view.encoded, view.lengths, batch.tails, strict=True) for x in own]
+        ints = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)  # one array, because each address takes long
+        bits, where, pages_at = visible.ctypes.data, at.ctypes.data, ints.ctypes.data
+        kept: list[Any] = [visible, at, plan.turns, ints]
         seqs = b""
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
-            own = view.pages[s], view.coded[s], view.lengths[s], batch.tails[s]
-            pages, codes, lengths, tail = (np.ascontiguousarray(x, np.int32) for x in own)
+            pages, codes = view.pages[s], view.encoded[s]
+            codes_at = pages_at + 4 * pages.size
+            lengths_at = codes_at + 4 * codes.size
+            tail_at = lengths_at + 4 * view.lengths[s].size
             held, pointers = view.positions[s], 0
             window = (chosen.window if (chosen := batch.views[s]) else None) or (0, 0)
-            kept += [pages, codes, lengths, tail]
             if held is not None:
                 lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
@@ -303,9 +317,10 @@ class NativeOps(TorchOps):
                 pointers = lines.ctypes.data
             seqs += abi.SEQ.pack(
                 a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], *window, 0,
-                pages.ctypes.data, codes.ctypes.data, lengths.ctypes.data, pointers, bits, where + 4 * a, tail.ctypes.data,
+                pages_at, codes_at, lengths_at, pointers, bits, where + 4 * a, tail_at,
             )  # fmt: skip
             bits += 8 * words * (z - t)
+            pages_at = tail_at + 4 * batch.tails[s].size
         pool = self._kind_of(name, plan.model)
         half = plan.model.rotaries.half
         step = abi.Step(
@@ -313,7 +328,7 @@ class NativeOps(TorchOps):
         )
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
         attention = Attention(self.c, step, spec.attention[0].heads) if starts[-1] else None
-        return NativeGroup(name, coded, rows, step, attention, kept, seen, [], [])
+        return NativeGroup(name, encoded, rows, step, attention, kept, seen, [], [])
 
     def _kind_of(self, name: str, model: NativeModel) -> abi.Pool:
         """A pool of this format, without memory."""
@@ -338,7 +353,9 @@ class NativeOps(TorchOps):
         return int(far.ctypes.data)
 
     @staticmethod
-    def _watch(step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]) -> dict[int, Seen]:
+    def _watch(
+        step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]
+    ) -> dict[int, WeightSums]:
         """Memory for statistics, by index in the group."""
         found, lines = {}, b""
         for s, wanted in watches.items():
@@ -346,7 +363,7 @@ class NativeOps(TorchOps):
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
             shape = len(spec.attention), spec.kv_heads, slots
             chain, nodes = (torch.zeros(len(wanted), *own, *shape, dtype=torch.float64) for own in ((), (z - t,)))
-            seen = found[s] = Seen(chain, nodes)
+            seen = found[s] = WeightSums(chain, nodes)
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
                     raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use {' or '.join(STATISTICS)}")
@@ -457,8 +474,8 @@ class NativeOps(TorchOps):
     def _place(self, group: NativeGroup, pool: TorchPool) -> None:
         """Sets the addresses of the units of the group's formats."""
         group.step.pool = self._pool_of(pool, group.format, group.step.pool)
-        if group.coded:
-            group.step.coded = self._pool_of(pool, group.coded, group.step.pool)
+        if group.encoded:
+            group.step.encoded = self._pool_of(pool, group.encoded, group.step.pool)
 
     def _pool_of(self, pool: TorchPool, name: str, like: abi.Pool) -> abi.Pool:
         shelf = pool.shelves[name]
@@ -473,7 +490,7 @@ class NativeOps(TorchOps):
             )  # fmt: skip
         return found
 
-    def watched(self, plan: NativePlan) -> Mapping[int, Seen]:  # type: ignore[override]
+    def watched(self, plan: NativePlan) -> Mapping[int, WeightSums]:  # type: ignore[override]
         return plan.seen
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: TorchPool, plan: NativePlan) -> Tensor | None:
@@ -516,19 +533,19 @@ class NativeOps(TorchOps):
             -1 if mixer.rotary is None else plan.model.turns[id(mixer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> Outputs:  # type: ignore[override]
+    def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
         head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, x.contiguous()
         if not isinstance(head, Packed) or taps.logits:
             rows = x if len(wanted) == x.shape[0] else x.index_select(0, torch.from_numpy(wanted))
             logits = self._logits(self.norm(rows, norm, final), head)
             top_k = best_first(logits, taps.top_k) if taps.top_k else None
-            return Outputs(argmax(logits), top_k, logits if taps.logits else None)
+            return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
         best, likeliest = np.empty((len(wanted), min(max(1, taps.top_k), head.outs)), np.int32), np.empty(len(wanted), np.int32)
         if best.size:
             how = norm.weight.data_ptr(), None if norm.bias is None else norm.bias.data_ptr(), final.eps, int(final.kind == "rms")
             out = best.ctypes.data, likeliest.ctypes.data
             self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), *best.shape, *out)
-        return Outputs(likeliest, best if taps.top_k else None)
+        return ForwardResult(likeliest, best if taps.top_k else None)
 
     def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:
         """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""

@@ -14,20 +14,20 @@ from redraft.core.batch import Batch
 from redraft.core.noise import gumbel
 from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.ops.backend import (
     Feature,
+    ForwardResult,
     LayerWeights,
     Linear,
     LinearWeights,
     NormWeights,
-    Outputs,
-    Seen,
     Select,
     Weights,
+    WeightSums,
     argmax,
     best_first,
 )
@@ -37,14 +37,16 @@ from redraft.ops.quantized import Quantized
 
 @dataclass(frozen=True)
 class ReferencePlan:
+    """tokens: i64[T]; positions: f64[T]; watches, seen: by index of a sequence in the batch."""
+
     batch: Batch
     tokens: Tensor
     positions: Tensor
     watches: Mapping[int, tuple[Watch, ...]]
-    seen: dict[int, Seen]
+    seen: dict[int, WeightSums]
 
 
-class Shelf:
+class FormatStore:
     """All units of one format: name of an array -> [units, *shape]. In this backend each format has its own memory."""
 
     def __init__(self, fmt: Format, arrays: dict[str, Tensor], sides: set[str]) -> None:
@@ -73,7 +75,7 @@ class ReferencePool:
 
     data: Tensor
     spec: ModelSpec
-    shelves: dict[str, Shelf] = field(default_factory=dict)
+    shelves: dict[str, FormatStore] = field(default_factory=dict)
 
     def units(self, space: Space, page: int) -> range:
         layers, heads = self.data.shape[1:3]
@@ -97,7 +99,7 @@ class Reference:
     def allocate(self, spec: ModelSpec, blocks: int) -> ReferencePool:
         data = torch.zeros(blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
         units = data.view(-1, 2, PAGE, spec.head_dim)
-        exact = Shelf(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())
+        exact = FormatStore(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())
         return ReferencePool(data, spec, {"": exact})
 
     def define(self, pool: ReferencePool, fmt: Format) -> int:
@@ -108,7 +110,7 @@ class Reference:
             return count
         arrays = {name: torch.zeros(len(pool.data) * count, *a.shape, dtype=a.dtype) for name, a in fmt.arrays.items()}
         sides = {name for side in fmt.sides for name in side.arrays(pool.spec.head_dim, self.dtype)}
-        pool.shelves[fmt.name] = Shelf(fmt, arrays, sides)
+        pool.shelves[fmt.name] = FormatStore(fmt, arrays, sides)
         return count
 
     def zero(self, pool: ReferencePool, pages: list[tuple[Space, int]]) -> None:
@@ -153,14 +155,14 @@ class Reference:
                     elif name in old.arrays:
                         new.arrays[name][there] = old.arrays[name][here]
 
-    def fold(self, pool: ReferencePool, space: Space, pages: I32, read: Select) -> None:
+    def summarize(self, pool: ReferencePool, space: Space, pages: I32, read: Select) -> None:
         shelf = pool.shelves[space.format]
         for page in pages.tolist():
             for unit in pool.units(space, page):
-                for name, value in read.fold(shelf.keys_values(unit)[0][None]).items():
+                for name, value in read.summarize(shelf.keys_values(unit)[0][None]).items():
                     shelf.arrays[name][unit] = value[0]
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> ReferencePlan:
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> ReferencePlan:
         tokens, positions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).double()
         seen = {}
         for s, watches in taps.attention.items():
@@ -168,7 +170,7 @@ class Reference:
             rows = batch.pages.tail[s] + int(batch.starts[s + 1] - batch.starts[s])
             shape = len(spec.attention), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
             n = len(watches)
-            seen[s] = Seen(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
+            seen[s] = WeightSums(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
         return ReferencePlan(batch, tokens, positions, taps.attention, seen)
 
     @property
@@ -234,7 +236,7 @@ class Reference:
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         return products(a, b)
 
-    def watched(self, plan: ReferencePlan) -> Mapping[int, Seen]:
+    def watched(self, plan: ReferencePlan) -> Mapping[int, WeightSums]:
         return plan.seen
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
@@ -249,11 +251,11 @@ class Reference:
                 out[t] += p * self.linear(inner, weights.experts_down[e])[0]
         return out
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: ReferencePlan, taps: Taps) -> Outputs:
+    def head(self, x: Tensor, weights: Weights, final: Norm, plan: ReferencePlan, taps: Taps) -> ForwardResult:
         rows = self.norm(x[torch.from_numpy(plan.batch.logit_rows).long()], weights.final_norm, final)
         logits = self.linear(rows, weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
-        return Outputs(argmax(logits), top_k, logits if taps.logits else None)
+        return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
 
 
 def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
@@ -320,12 +322,12 @@ class SequenceAttention:
         self.units = [self._units(head, -(-(self.lengths[head] + rows) // PAGE)) for head in range(self.heads)]
         self.slots = PAGE * max(map(len, self.units))
 
-    def _units(self, head: int, count: int) -> list[tuple[Shelf, int]]:
-        """The unit of each page of the lane of a head, coded pages first."""
+    def _units(self, head: int, count: int) -> list[tuple[FormatStore, int]]:
+        """The unit of each page of the lane of a head, encoded pages first."""
         pages, lane, found = self.batch.pages, self.lanes[head], []
-        coded = pages.coded[self.s][lane].tolist()
-        for i, page in enumerate([*coded, *pages.pages[self.s][lane].tolist()][:count]):
-            name = self.view.coded if i < len(coded) else self.view.format
+        encoded = pages.encoded[self.s][lane].tolist()
+        for i, page in enumerate([*encoded, *pages.pages[self.s][lane].tolist()][:count]):
+            name = self.view.encoded if i < len(encoded) else self.view.format
             space = Space(pages.kinds[self.s], name)
             found.append((self.pool.shelves[name], self.pool.units(space, page)[self.inside[head]]))
         return found
@@ -389,7 +391,7 @@ class SequenceAttention:
                 out[h] = scores.softmax(0) @ values[slots]
         for i, watch in enumerate(plan.watches.get(self.s, ())):
             if mine >= watch.since:
-                self._note(watch, r, weights.mean(1), seen, Seen(*(part[i] for part in plan.seen[self.s])))
+                self._note(watch, r, weights.mean(1), seen, WeightSums(*(part[i] for part in plan.seen[self.s])))
         return out
 
     def _read(self, r: int, q: Tensor, seen: list[dict[int, int]]) -> list[list[list[int]]]:
@@ -408,7 +410,7 @@ class SequenceAttention:
         picked = self.view.read.select(self.index, rows, held, mask, where, at, products)[:, :, 0].expand(-1, self.share, -1)
         return [[row.nonzero().flatten().tolist() for row in head] for head in picked]
 
-    def _note(self, watch: Watch, r: int, weights: Tensor, seen: list[dict[int, int]], to: Seen) -> None:
+    def _note(self, watch: Watch, r: int, weights: Tensor, seen: list[dict[int, int]], to: WeightSums) -> None:
         """Adds a statistic of weights [K, slots] of row r to chain [L, K, slots] or nodes [N, L, K, slots] of `to`."""
         for head, slots in enumerate(seen):
             for slot in slots:

@@ -22,26 +22,26 @@ from redraft.core.batch import Batch
 from redraft.core.noise import gumbel
 from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.ops.backend import (
     Feature,
+    ForwardResult,
     LayerWeights,
     Linear,
     LinearWeights,
     NormWeights,
-    Outputs,
-    Seen,
     Select,
     Weights,
+    WeightSums,
     argmax,
     best_first,
 )
-from redraft.ops.format import PAGE, Arrays, Codec, Format, plain
+from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
 from redraft.ops.quantized import Quantized, product
-from redraft.ops.torch_pool import Shelf, TorchPool, by_head, units_of
+from redraft.ops.torch_pool import FormatStore, TorchPool, by_head, units_of
 
 PACKED_FOR = 16  # rows; this layout works for any number of rows, a layout for a single row works for that only
 MAX_GROUPED_ROWS = 48  # a sequence with more rows forms a group of its own
@@ -74,10 +74,10 @@ class Writer:
 
 
 @dataclass
-class Lone:
+class LoneSequence:
     """A sequence that is attended alone. If all lanes are equal, lengths and where are [1, 1, ...] instead of [L, K, ...].
 
-    coded, units: i64[L, K, m] and i64[L, K, n], the units of 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R],
+    encoded, units: i64[L, K, m] and i64[L, K, n], the units of 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R],
     positions of the rows; where: i64[L, K, slots], positions of the slots, None if not needed; tail: bool[R, 2 + tail], the slots of
     the tail that rows see, after a column for committed slots (True) and before a column for padding (False); window: None if it
     hides nothing in this step; near: the number of leading slots that contain all sinks to score with rotated queries; deepest: the
@@ -87,7 +87,7 @@ class Lone:
     place: int
     rows: slice
     view: View
-    coded: Tensor
+    encoded: Tensor
     units: Tensor
     lengths: Tensor
     at: Tensor
@@ -99,29 +99,34 @@ class Lone:
     chain: int
     watches: tuple[Watch, ...]
     first: int
-    seen: Seen
+    seen: WeightSums
     masks: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
     turns: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
-        return PAGE * (self.coded.shape[2] + self.units.shape[2])
+        return PAGE * (self.encoded.shape[2] + self.units.shape[2])
 
 
-PageSource = tuple[Codec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
+PageSource = tuple[PageCodec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
 
 
 @dataclass
 class TorchPlan:
+    """A step of T rows and K kv heads. tokens, positions: i64[T]; logit_rows: i64[R], the rows with logits; writes: i64[T * K], the slot
+    of the pool for the key of (row, head) in layer 0, its value is 32 slots later; groups: sequences attended together; plain: the
+    rows of `writes`, None for all; writers: where the other rows are written; lone: sequences attended alone; turns: cos and sin of
+    each rotary, for all rows."""
+
     tokens: Tensor
     positions: Tensor
     logit_rows: Tensor
-    writes: Tensor  # i64[T * K]: the slot of the pool for the key of (row, head) in layer 0; the value is 32 slots later
+    writes: Tensor
     groups: list[TorchGroup]
     kv_heads: int
-    plain: Tensor | None  # the rows of `writes`, None for all
+    plain: Tensor | None
     writers: list[Writer]
-    lone: list[Lone]
+    lone: list[LoneSequence]
     turns: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -147,7 +152,7 @@ class TorchOps:
         return pool
 
     def define(self, pool: TorchPool, fmt: Format) -> int:
-        pool.shelves[fmt.name] = Shelf(pool.data, fmt)
+        pool.shelves[fmt.name] = FormatStore(pool.data, fmt)
         return pool.shelves[fmt.name].per_block
 
     def zero(self, pool: TorchPool, pages: list[tuple[Space, int]]) -> None:
@@ -200,9 +205,9 @@ class TorchOps:
         new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here))), there)
         new.put(old.take([name for name in new.arrays if name not in new.codes and name in old.arrays], here), there)
 
-    def fold(self, pool: TorchPool, space: Space, pages: I32, read: Select) -> None:
+    def summarize(self, pool: TorchPool, space: Space, pages: I32, read: Select) -> None:
         shelf, units = pool.shelves[space.format], self._upload(pool.units(space, pages)).flatten()
-        shelf.put(read.fold(shelf.codec.decode(shelf.take(shelf.codes, units))[0]), units)
+        shelf.put(read.summarize(shelf.codec.decode(shelf.take(shelf.codes, units))[0]), units)
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
@@ -213,7 +218,7 @@ class TorchOps:
 
     # ---- the plan: integers of one step, uploaded in one buffer
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> TorchPlan:
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> TorchPlan:
         layers, heads = len(spec.attention), spec.kv_heads
         rows = np.diff(batch.starts).tolist()
         lone = [
@@ -324,7 +329,7 @@ class TorchOps:
         for s in lone:
             a, z = int(batch.starts[s]), int(batch.starts[s + 1])
             slot = view.lengths[s][:, None] + view.tail[s] + np.arange(z - a)
-            pages = np.take_along_axis(view.pages[s], slot // PAGE - view.coded[s].shape[1], 1)
+            pages = np.take_along_axis(view.pages[s], slot // PAGE - view.encoded[s].shape[1], 1)
             parts = units_of(pages, view.kinds[s], layers, heads), by_head(slot % PAGE, view.kinds[s], layers, heads)
             name = "" if (chosen := batch.views[s]) is None else chosen.format
             of.setdefault(name, []).append((np.arange(a, z), *(part.swapaxes(1, 2) for part in parts)))
@@ -334,7 +339,7 @@ class TorchOps:
             made.append(Writer(name, *self._uploads([np.concatenate(rows), np.concatenate(units, 1), np.concatenate(offsets, 1)])))
         return made
 
-    def _alone(self, batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], first: int) -> Lone:
+    def _alone(self, batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], first: int) -> LoneSequence:
         layers, heads, pages, chosen = len(spec.attention), spec.kv_heads, batch.pages, batch.views[s] or View()
         a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
         kind, lengths, chain, rows = pages.kinds[s], pages.lengths[s].astype(np.int64), pages.chain[s], t - a
@@ -352,11 +357,11 @@ class TorchOps:
         positions = pages.positions[s] if located else None
         # lanes need separate entries only if their lengths or needed positions differ
         apart = len(set(lengths.tolist())) > 1 or (positions is not None and kind != Lanes.SHARED)
-        held = -(-(lengths + tail) // PAGE) - pages.coded[s].shape[1]
+        held = -(-(lengths + tail) // PAGE) - pages.encoded[s].shape[1]
         inside = np.arange(held.max()) < held[:, None]
         # padding must point at memory that this sequence owns
         table = np.where(inside, pages.pages[s][:, : held.max()], pages.pages[s][:, :1])
-        slots = PAGE * (pages.coded[s].shape[1] + table.shape[1])
+        slots = PAGE * (pages.encoded[s].shape[1] + table.shape[1])
         where, near = np.zeros((len(lengths) if apart else 1, slots if located else 0), np.int64), 0
         if located:
             for lane, (line, n) in enumerate(zip(where, lengths.tolist(), strict=False)):
@@ -367,7 +372,7 @@ class TorchOps:
         head = (layers, heads) if apart else (1, 1)
         up = self._uploads(
             [
-                units_of(pages.coded[s], kind, layers, heads),
+                units_of(pages.encoded[s], kind, layers, heads),
                 units_of(table, kind, layers, heads),
                 by_head(lengths[:, None] if apart else lengths[:1, None], kind if apart else Lanes.SHARED, *head),
                 at,
@@ -377,10 +382,10 @@ class TorchOps:
         since = min((watch.since for watch in watches), default=0)
         shape = layers, heads, int(lengths.max()) + tail
         seen = [torch.zeros(len(watches), *n, *shape, dtype=self._wide(), device=self.device) for n in ((), (z - t,))]
-        return Lone(
-            place=s, rows=slice(a, z), view=chosen, coded=up[0], units=up[1], lengths=up[2], at=up[3], where=up[4] if located else None,
+        return LoneSequence(
+            place=s, rows=slice(a, z), view=chosen, encoded=up[0], units=up[1], lengths=up[2], at=up[3], where=up[4] if located else None,
             tail=torch.from_numpy(see).to(self.device), window=window, near=near, deepest=deepest, chain=rows, watches=watches,
-            first=min(max(0, since - int(at[0])), rows), seen=Seen(*seen),
+            first=min(max(0, since - int(at[0])), rows), seen=WeightSums(*seen),
         )  # fmt: skip
 
     # ---- the operations
@@ -492,12 +497,12 @@ class TorchOps:
         wide = torch.promote_types(a.dtype, torch.float32)
         return a.to(wide) @ b.to(wide).mT
 
-    def watched(self, plan: TorchPlan) -> Mapping[int, Seen]:
+    def watched(self, plan: TorchPlan) -> Mapping[int, WeightSums]:
         return {it.place: it.seen for it in plan.lone if it.watches}
 
     # ---- attention of a sequence alone
 
-    def _write(self, index: int, k: Tensor, v: Tensor, shelf: Shelf, writer: Writer) -> None:
+    def _write(self, index: int, k: Tensor, v: Tensor, shelf: FormatStore, writer: Writer) -> None:
         """Writes k and v [rows, K, D] of layer `index`, with their side data."""
         at = *shelf.at(writer.units[index]), writer.offsets[index]
         made = shelf.codec.store(k.flatten(0, 1), v.flatten(0, 1))
@@ -509,7 +514,7 @@ class TorchOps:
         for name, entry in entries.items():
             shelf.arrays[name][at] = entry
 
-    def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, it: Lone) -> Tensor:
+    def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, it: LoneSequence) -> Tensor:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
@@ -517,11 +522,11 @@ class TorchOps:
         picked = seen[:, None]
         if it.view.read is not None:
             picked = self._picked(index, q, seen, pool, it)
-        small = it.view.read is not None and not turned and not it.coded.numel() and self._few(picked, it.slots)
+        small = it.view.read is not None and not turned and not it.encoded.numel() and self._few(picked, it.slots)
         weights = None
         if small and not any(shelf.format.arrays[name].whole for name in shelf.codes):
             out = self._gathered(index, q, picked, small, shelf, it)
-        elif shelf.exact and not turned and not it.coded.numel():
+        elif shelf.exact and not turned and not it.encoded.numel():
             if it.view.read is not None:
                 mask = self._additive(picked, share)
             held = shelf.take(shelf.codes, it.units[index])
@@ -539,7 +544,7 @@ class TorchOps:
             self._note(index, watched.mean(1), seen[:, it.first :], it)
         return out.reshape(q.shape).to(q.dtype)
 
-    def _visible(self, index: int, layer: Attention, share: int, it: Lone) -> tuple[Tensor, Tensor]:
+    def _visible(self, index: int, layer: Attention, share: int, it: LoneSequence) -> tuple[Tensor, Tensor]:
         """The slots that rows see, as bool [K or 1, R, slots] and as an additive mask [1, K or 1, G R, slots]."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         if reach not in it.masks or it.lengths.shape[0] > 1:
@@ -547,7 +552,7 @@ class TorchOps:
             it.masks[reach] = seen, self._additive(seen[:, None], share)
         return it.masks[reach]
 
-    def _seen(self, index: int, layer: Attention, it: Lone) -> Tensor:
+    def _seen(self, index: int, layer: Attention, it: LoneSequence) -> Tensor:
         """bool [K or 1, R, slots]: the slots that rows see."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         lane = index if it.lengths.shape[0] > 1 else 0
@@ -567,14 +572,14 @@ class TorchOps:
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
         return mask.expand(-1, share, -1, -1).flatten(1, 2)[None]
 
-    def _picked(self, index: int, q: Tensor, seen: Tensor, pool: TorchPool, it: Lone) -> Tensor:
+    def _picked(self, index: int, q: Tensor, seen: Tensor, pool: TorchPool, it: LoneSequence) -> Tensor:
         """bool [K, G or 1, R, slots]: the slots that `read` selects."""
         read: Select = cast(Select, it.view.read)
         shelf, heads = pool.shelves[it.view.format], len(q)
         names = list(read.arrays(q.shape[-1], self.dtype))
         held = shelf.take(names, it.units[index])
-        if it.coded.numel():
-            front = pool.shelves[it.view.coded].take(names, it.coded[index])
+        if it.encoded.numel():
+            front = pool.shelves[it.view.encoded].take(names, it.encoded[index])
             held = {name: torch.cat([front[name], held[name]], 1) for name in names}
         assert it.where is not None
         where = it.where[index if len(it.where) > 1 else 0].expand(heads, -1)
@@ -588,7 +593,7 @@ class TorchOps:
         count = -(-int(picked.sum(-1).max()) // PAGE) * PAGE
         return count if picked.shape[1] * picked.shape[2] * count < slots else 0
 
-    def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, shelf: Shelf, it: Lone) -> Tensor:
+    def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, shelf: FormatStore, it: LoneSequence) -> Tensor:
         """Attention over the picked slots, gathered for every row, and for every query head if their slots differ."""
         heads, share, rows, size = q.shape
         picked, apart = picked.expand(heads, -1, -1, -1), picked.shape[1]
@@ -605,12 +610,12 @@ class TorchOps:
         mixed = shelf.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
         return mixed.transpose(2, 3).reshape(q.shape)
 
-    def _sources(self, index: int, pool: TorchPool, it: Lone) -> list[PageSource]:
-        found = [(it.view.coded, it.coded[index])] if it.coded.numel() else []
+    def _sources(self, index: int, pool: TorchPool, it: LoneSequence) -> list[PageSource]:
+        found = [(it.view.encoded, it.encoded[index])] if it.encoded.numel() else []
         shelves = [(pool.shelves[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
         return [(shelf.codec, shelf.take(shelf.codes, units), units.shape[1]) for shelf, units in shelves]
 
-    def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[PageSource], it: Lone) -> Tensor:
+    def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[PageSource], it: LoneSequence) -> Tensor:
         """Attention weights [K, G, R, slots] of the last R rows, in float32 or better."""
         _, share, rows, size = q.shape
         q, picked = q.to(self._wide()), picked[:, :, -rows:]
@@ -628,7 +633,7 @@ class TorchOps:
         scores = scores.reshape(-1, share, rows, scores.shape[-1]).mul_(size**-0.5)
         return scores.masked_fill_(~picked, float("-inf")).softmax(-1)
 
-    def _note(self, index: int, weights: Tensor, seen: Tensor, it: Lone) -> None:
+    def _note(self, index: int, weights: Tensor, seen: Tensor, it: LoneSequence) -> None:
         """Adds up the watched statistics of weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
         at, chain, width = it.at[it.first :], it.chain - it.first, it.seen.chain.shape[-1]
         weights, seen = weights[..., :width], seen[..., :width]
@@ -658,11 +663,11 @@ class TorchOps:
             out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
         return out
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: TorchPlan, taps: Taps) -> Outputs:
+    def head(self, x: Tensor, weights: Weights, final: Norm, plan: TorchPlan, taps: Taps) -> ForwardResult:
         rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
         logits = self.linear(self.norm(rows, weights.final_norm, final), weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
-        return Outputs(argmax(logits), top_k, logits if taps.logits else None)
+        return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
 
 
 def _onednn_packs(dtype: torch.dtype) -> bool:
@@ -702,7 +707,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin), rest], -1)
 
 
-def _keys(codec: Codec, entries: Arrays) -> Tensor:
+def _keys(codec: PageCodec, entries: Arrays) -> Tensor:
     """Entries [m, ...] of per-slot arrays -> keys [m, D] in the form that attention reads. Pads to units, because codecs decode units."""
     held = {name: F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % PAGE)).unflatten(0, (-1, PAGE)) for name, x in entries.items()}
     return codec.decode(held)[0].flatten(0, 1)[: len(next(iter(entries.values())))]

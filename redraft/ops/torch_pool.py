@@ -16,7 +16,7 @@ from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import ModelSpec
 from redraft.core.tree import I32
 from redraft.errors import Unsupported
-from redraft.ops.format import Arrays, Codec, Format
+from redraft.ops.format import Arrays, Format, PageCodec
 
 
 class Exact:
@@ -37,7 +37,7 @@ class Exact:
         return held["keys"], held["values"]
 
 
-class Shelf:
+class FormatStore:
     """The units of one format, as views of the memory of the pool. Unit u has index u % per_block in block u // per_block.
 
     arrays: name -> [blocks, per_block, *shape]; codes: the names of the codec's arrays, all others are side data; bytes: u8[blocks,
@@ -47,7 +47,7 @@ class Shelf:
     def __init__(self, data: Tensor, fmt: Format) -> None:
         memory = data.view(-1)
         block_bytes = memory.numel() * memory.itemsize // len(data)
-        self.format, self.codec, self.exact = fmt, fmt.codec or cast(Codec, Exact()), fmt.codec is None
+        self.format, self.codec, self.exact = fmt, fmt.codec or cast(PageCodec, Exact()), fmt.codec is None
         self.per_block = block_bytes // fmt.bytes
         if not self.per_block:
             raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than the {block_bytes} of a block")
@@ -111,7 +111,7 @@ class TorchPool:
 
     data: Tensor
     spec: ModelSpec
-    shelves: dict[str, Shelf] = field(default_factory=dict)
+    shelves: dict[str, FormatStore] = field(default_factory=dict)
 
     def units(self, space: Space, pages: I32) -> NDArray[np.int64]:
         """i64[pages, units of a page]: the units of these pages."""

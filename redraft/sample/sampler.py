@@ -21,10 +21,10 @@ from redraft.core.noise import Stream, gumbel, key, uniform
 from redraft.core.plan import Work
 from redraft.core.ranking import top
 from redraft.core.sequence import Sequence
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import I32, TokenTree
 from redraft.errors import RedraftError
-from redraft.ops.backend import Outputs
+from redraft.ops.backend import ForwardResult
 from redraft.sample.processors.processor import F64, I64, Ending, Processor, Row, Vocabulary, weigh
 
 Chosen = tuple[Processor, ...]  # a request's processors in the registry's order; kept in seq.state[sampler]
@@ -87,7 +87,7 @@ class Sampler:
 
     def needs(self, work: Seq[Work]) -> Taps:
         """The outputs that this step needs. If every row is greedy, without processors and without logprobs, only the argmax."""
-        return Taps(logits=True) if any(map(self._reads_logits, work)) else NOTHING
+        return Taps(logits=True) if any(map(self._reads_logits, work)) else NO_TAPS
 
     def _reads_logits(self, work: Work) -> bool:
         seq, params = work.seq, work.seq.params
@@ -102,7 +102,7 @@ class Sampler:
             processor.apply(row)
         return row
 
-    def distribution(self, out: Outputs, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetDistribution:
+    def distribution(self, out: ForwardResult, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetDistribution:
         """The distribution of the next token at each logit row of one step. Rows are computed on request."""
         return TargetDistribution(self, out, batch, work, trees, batch.roots)
 
@@ -127,7 +127,7 @@ class TargetDistribution:
     """redraft.core.distribution.Distribution of one step."""
 
     sampler: Sampler
-    out: Outputs
+    out: ForwardResult
     batch: Batch
     work: Seq[Work]
     trees: Seq[TokenTree]

@@ -68,7 +68,8 @@ class Scheduler:
         room = max(0, self.token_budget - drawing)  # rows left after one for each decoding text
         if waiting or drawing < len(run):
             room //= 2  # drafts never take all rows from prompts
-        drafts, drafting = min(self.draft_total, room), sum(_depth(seq) > 0 for seq in run)
+        depths = {seq.id: _depth(seq) for seq in run}
+        drafts, drafting = min(self.draft_total, room), sum(depth > 0 for depth in depths.values())
         left = self.token_budget - drafts
         work: list[Work] = []
         budgets: list[Budget] = []
@@ -77,7 +78,7 @@ class Scheduler:
             if rows <= 0:
                 continue
             left -= rows
-            draft, depth = 0, _depth(seq)
+            draft, depth = 0, depths[seq.id]
             if depth:
                 draft = min(self.draft_rows, seq.drafts, drafts // drafting)
                 while draft and table.need(seq, rows + draft) - needs[seq.id] > spare:
@@ -116,4 +117,4 @@ class Scheduler:
 
 def _depth(seq: Sequence) -> int:
     """The largest depth of a draft: 0 for a prompt in progress, without a drafter, and if only one more token fits."""
-    return max(0, seq.sync_point - len(seq.tokens)) if seq.pending == 1 and seq.drafts and not seq.fault else 0
+    return max(0, seq.sync_point - len(seq.tokens)) if seq.drafts and seq.pending == 1 and not seq.fault else 0

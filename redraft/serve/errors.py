@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from redraft.errors import CheckpointError, OutOfMemory, PromptTooLong, RedraftError
 from redraft.sample.sampler import NotNumbers
 
-LONGEST = 400  # characters of a message, which may quote what the client sent
+MAX_MESSAGE = 400  # characters of a message, which may quote what the client sent
 HIDDEN = "(path)"  # replaces a path of this machine
 PATH = re.compile(r"""[^\s'"([{<=]*[/\\][^\s'"]*(?<![])}>,:;.])""")  # a word with a separator of paths, its punctuation aside
 TYPES = {
@@ -103,4 +103,4 @@ def clean(text: str) -> str:
     """One line of text that every encoder takes, not too long."""
     text = text.removeprefix("SamplingParams.").removeprefix("SamplingParams: ")
     text = " ".join(text.encode("utf-8", "replace").decode().split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 4] + " ..."

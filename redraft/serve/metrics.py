@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 if TYPE_CHECKING:
     from redraft.engine.engine import Engine
     from redraft.engine.output import Event
-    from redraft.serve.shell import Ticket
+    from redraft.serve.shell import Submission
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -76,8 +76,8 @@ class Metrics:
         self.opened.set_function(lambda: engine.opened.count)
         self.opened_bytes.set_function(lambda: engine.opened.bytes)
 
-    def observe(self, ticket: Ticket, events: list[Event]) -> None:
-        """Counts events of one request, after Ticket.add."""
+    def observe(self, ticket: Submission, events: list[Event]) -> None:
+        """Counts events of one request, after Submission.add."""
         request = ticket.request
         if request.id not in self._seen:
             self._seen[request.id] = {}
@@ -102,7 +102,7 @@ class Metrics:
                 if count > old:
                     self.by_depth.labels(**self._labels, position=str(depth)).inc(count - old)
 
-    def ended(self, ticket: Ticket, reason: str) -> None:
+    def ended(self, ticket: Submission, reason: str) -> None:
         took = monotonic() - ticket.arrived
         self.success.labels(**self._labels, finished_reason=reason).inc()
         self.whole.observe(took)

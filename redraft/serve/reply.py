@@ -14,7 +14,7 @@ from redraft.core.distribution import TopLogprobs
 from redraft.core.sequence import Request
 from redraft.engine.output import Event, Provenance, Stats
 from redraft.models.tokenizer import Tokenizer
-from redraft.serve.shell import Ticket
+from redraft.serve.shell import Submission
 
 FINGERPRINT = f"redraft-{__version__}"
 ALTERNATIVES = 4  # for each token, where provenance is requested
@@ -76,7 +76,7 @@ class Place:
 class Writer:
     """The reply to one HTTP request with the prompts `tickets`. Choice i * n + j is text j of prompt i."""
 
-    def __init__(self, wanted: Wanted, tokenizer: Tokenizer, tickets: list[Ticket], prompts: list[str]) -> None:
+    def __init__(self, wanted: Wanted, tokenizer: Tokenizer, tickets: list[Submission], prompts: list[str]) -> None:
         self.wanted, self.tokenizer, self.tickets, self.prompts = wanted, tokenizer, tickets, prompts
         self.n = tickets[0].request.params.n
         self.choices = [Choice(i) for i in range(len(tickets) * self.n)]

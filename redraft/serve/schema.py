@@ -25,14 +25,14 @@ LACKING = {
     "reasoning_effort": "reasoning effort", "length_penalty": "beam search", "chat_template": "templates from clients",
 }  # fmt: skip
 NEUTRAL: dict[str, Any] = {"best_of": 1, "tool_choice": "none", "function_call": "none", "suffix": "", "modalities": ["text"]}
-NOTHING: dict[str, Any] = {"additionalProperties": {"type": "null"}}  # fields that are not described may be null
+NO_FIELDS: dict[str, Any] = {"additionalProperties": {"type": "null"}}  # fields that are not described may be null
 
 
 class Body(BaseModel):
     """A JSON object of a request. A field that is null counts as not given; an unknown field with a value is refused by name. Of
     LACKING also [], false and the NEUTRAL value count as not given."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), json_schema_extra=NOTHING)
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), json_schema_extra=NO_FIELDS)
 
     @model_validator(mode="before")
     @classmethod

@@ -31,7 +31,7 @@ from redraft.serve.limits import unless_gone
 from redraft.serve.metrics import Metrics
 from redraft.serve.prompts import Prompt, Prompts
 from redraft.serve.reply import Wanted, Writer
-from redraft.serve.shell import Shell, Ticket
+from redraft.serve.shell import Shell, Submission
 from redraft.serve.stream import EventStream, lines, whole
 
 PREDICTED = "aggressive"  # the drafter of a request's prediction
@@ -129,7 +129,7 @@ class Service:
 
     async def submit(
         self, prompts: list[Prompt], params: SamplingParams, key: str, body: Any, deadline: float, pool: Pooling = Pooling.NONE
-    ) -> list[Ticket]:
+    ) -> list[Submission]:
         """Queues all prompts or none."""
         if isinstance(params.prediction, str):
             params = params.but(prediction=tuple(await self.prompts.prediction(params.prediction, deadline)))

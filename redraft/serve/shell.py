@@ -29,7 +29,7 @@ LONGEST_STEP = 10.0  # seconds to wait for it at the end; a thread that hangs mu
 
 
 @dataclass(eq=False)
-class Ticket:
+class Submission:
     """A running request, as the event loop sees it. Times are those of time.monotonic."""
 
     request: Request
@@ -72,7 +72,7 @@ class Shell:
         self.engine, self.metrics, self.max_queue, self.stopped = engine, metrics, max_queue, stopped
         self.draining = False
         self.died: BaseException | None = None
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: dict[str, Submission] = {}
         self._tasks: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._end = False
@@ -111,13 +111,13 @@ class Shell:
         """How many requests may still be queued: those that can run at once do not wait."""
         return self.max_queue + max(0, self.engine.scheduler.max_seqs - len(self.engine.running)) - self.queued
 
-    async def submit(self, *requests: Request) -> list[Ticket]:
+    async def submit(self, *requests: Request) -> list[Submission]:
         """Queues requests, all or none. Refused (429, 503) if there is no room, RedraftError if the engine refuses one."""
         if self.draining or not self.alive:
             raise Refused(503, "the server is shutting down", headers={"Retry-After": "5"})
         if self.room < len(requests):
             raise Refused(429, f"{self.max_queue} requests wait already: try again later", headers={"Retry-After": str(self._patience())})
-        tickets = [Ticket(request, left=request.params.n) for request in requests]
+        tickets = [Submission(request, left=request.params.n) for request in requests]
         self._tickets |= {ticket.request.id: ticket for ticket in tickets}
         try:
             await self.call(lambda: self._add(requests))
@@ -139,7 +139,7 @@ class Shell:
                 self.engine.abort(request.id)
             raise
 
-    def forget(self, *tickets: Ticket) -> None:
+    def forget(self, *tickets: Submission) -> None:
         """Drops requests that ended or lost their client."""
         for ticket in tickets:
             if self._tickets.pop(ticket.request.id, None) is not None:
@@ -183,13 +183,13 @@ class Shell:
         """Seconds until there may be room, estimated from the latest requests."""
         return max(1, min(60, round(self.metrics.recent * self.queued / max(1, self.engine.scheduler.max_seqs))))
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Submission, error: Exception) -> None:
         self.metrics.ended(ticket, "error")
         ticket.queue.put_nowait(error)
         if self._tickets.pop(ticket.request.id, None) is not None:
             self._abort(ticket)
 
-    def _abort(self, ticket: Ticket) -> None:
+    def _abort(self, ticket: Submission) -> None:
         def abort() -> None:
             try:
                 self.engine.abort(ticket.request.id)

@@ -16,7 +16,7 @@ from redraft.serve.errors import Refused, refused
 from redraft.serve.limits import unless_gone
 from redraft.serve.prompts import LATE
 from redraft.serve.reply import Writer
-from redraft.serve.shell import Shell, Ticket
+from redraft.serve.shell import Shell, Submission
 
 ALIVE = b": still at work\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -55,7 +55,7 @@ async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> As
         await asyncio.gather(pumping, return_exceptions=True)
 
 
-async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
+async def together(tickets: list[Submission]) -> AsyncIterator[tuple[int, Any]]:
     """Yields (index of the ticket, events of a step) of all tickets, as they arrive."""
     if len(tickets) == 1:
         async for events in tickets[0].events():
@@ -63,7 +63,7 @@ async def together(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Any]]:
         return
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
-    async def pump(place: int, ticket: Ticket) -> None:
+    async def pump(place: int, ticket: Submission) -> None:
         try:
             async for events in ticket.events():
                 queue.put_nowait((place, events))
@@ -125,7 +125,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, shell: Shell, tickets: list[Ticket], content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, shell: Shell, tickets: list[Submission], content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
         super().__init__(headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.shell, self.tickets, self.content = shell, tickets, content

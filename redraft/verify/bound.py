@@ -20,7 +20,7 @@ from redraft.core.tree import F64, I64, Kind
 from redraft.verify.verifier import Rejecting, residual
 
 STEP = 0.2  # step of the trapezoid rule in log time; the error falls exponentially with 1 / STEP
-NEVER = 1e-250  # draft probabilities up to this count as 0
+NEGLIGIBLE = 1e-250  # draft probabilities up to this count as 0
 SURE = 40.0  # exp(-SURE) is negligible compared with 1
 
 
@@ -81,7 +81,7 @@ def top_plus_one(p: F64, q: F64, tops: Seq[int]) -> float:
 
 def _by_ratio(p: F64, q: F64) -> I64:
     """The tokens that can be drawn, by p / q ascending. The other tokens only add to p(H)."""
-    some = np.flatnonzero(q > NEVER)
+    some = np.flatnonzero(q > NEGLIGIBLE)
     return some[np.argsort(p[some] / q[some], kind="stable")]
 
 

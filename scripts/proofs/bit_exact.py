@@ -55,7 +55,7 @@ NEAR = "int8"  # the only policy that may change nothing
 SHARED = "plain", "streaming-llm", "layer-skip"  # whose requests find prefixes in the cache; those of others have page formats
 ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
-BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
+BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16, 16, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
 THREADS = (1, 1, 1, 1, 1, 1, 1, 2)  # two threads of two processes wait for each other on two cores
 
 
@@ -141,19 +141,19 @@ class Proof:
         result.conditions += 1
 
 
-def run(model: str, numbers: str, tokens: int, seed: int, prompts: int, new: int) -> Result:
-    """One process's work, until so many tokens were compared. Prints how far it is once a minute."""
+def run(model: str, numbers: str, tokens: int, minutes: float, seed: int, prompts: int, new: int) -> Result:
+    """One process's work, until so many tokens were compared or so many minutes are over. Prints how far it is once a minute."""
     import numpy as np
 
     rng, result = np.random.default_rng([seed, *model.encode(), *numbers.encode()]), Result()
     with tempfile.TemporaryDirectory() as folder:
         proof = Proof(model, numbers, prompts, new, Path(folder) / "profile.safetensors")
         began = printed = time.perf_counter()
-        while (seen := result.tokens.total()) < tokens:
+        while result.tokens.total() < tokens and (now := time.perf_counter()) - began < 60 * minutes:
             proof.run(rng, result)
-            if (now := time.perf_counter()) - printed > 60:
+            if now - printed > 60:
                 printed = now
-                at = f"{seen:,} of {tokens:,} tokens, {len(result.faults)} texts differ, {(now - began) / 60:.0f} minutes"
+                at = f"{result.tokens.total():,} of {tokens:,} tokens, {len(result.faults)} texts differ, {(now - began) / 60:.0f} minutes"
                 print(f"  {Path(model).name} {numbers}: {at}", file=sys.stderr, flush=True)
     return result
 
@@ -175,6 +175,7 @@ def judged(total: Result) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/prove bit-exact", description=__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="to compare, over all models and numbers")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="the longest that one model in one form of numbers may take")
     parser.add_argument("--model", action="append", help=f"a folder, or of {', '.join(sorted(MODELS))}; else embedded and pilot-16m")
     parser.add_argument("--numbers", action="append", choices=sorted(NUMBERS), help="else all")
     parser.add_argument("--prompts", type=int, default=24)
@@ -186,7 +187,7 @@ def main() -> None:
     each = -(-chosen.tokens // len(jobs))
     began, total = time.perf_counter(), Result()
     with multiprocessing.get_context("spawn").Pool(chosen.processes, maxtasksperchild=1) as pool:
-        waiting = [(job, pool.apply_async(run, (*job, each, chosen.seed, chosen.prompts, chosen.new))) for job in jobs]
+        waiting = [(job, pool.apply_async(run, (*job, each, chosen.minutes, chosen.seed, chosen.prompts, chosen.new))) for job in jobs]
         for (model, numbers), handle in waiting:
             one = handle.get()
             seen = f"{one.tokens.total():>9,} tokens, {one.conditions:>4} conditions"

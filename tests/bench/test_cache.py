@@ -16,13 +16,13 @@ from rich.console import Console
 
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import cache, curves
-from redraft.bench.cache import FULL, Footprint, Measured, Options, Policy, PolicyAtBudget, Result, Scores, bootstrap, score
+from redraft.bench.cache import FULL, CacheOptions, Footprint, Measured, Policy, PolicyAtBudget, Result, Scores, bootstrap, score
 from redraft.bench.tasks import Answer, Probe, Task, Wanted, build
 from redraft.card import Card, Guarantee
 from redraft.core.sequence import Request, Sequence
 from redraft.core.tree import I32
 from redraft.errors import InvalidInput, UnknownMethod
-from redraft.kv.eviction.eviction import OpenKeep, Stateless
+from redraft.kv.eviction.eviction import OpenEviction, StatelessEviction
 from redraft.kv.table import PageTable
 from tests.checkpoints import tiny_llama
 
@@ -30,7 +30,7 @@ TEXT = "".join(chr(97 + i * i % 23) for i in range(3000))
 
 
 @dataclass(frozen=True)
-class Newest(Stateless):
+class Newest(StatelessEviction):
     """When 2 * `budget` tokens are stored, evicts all but the newest `budget`. budget: a multiple of 32."""
 
     budget: int = 64
@@ -40,7 +40,7 @@ class Newest(Stateless):
         if self.budget < 32:
             raise InvalidInput(f"newest:budget={self.budget}: must be 32 or more")
 
-    def open(self, runner: Any) -> OpenKeep:
+    def open(self, runner: Any) -> OpenEviction:
         return self
 
     @property
@@ -173,24 +173,24 @@ def test_a_budget_fills_the_numbers_of_a_policy() -> None:
 )
 def test_bad_options_are_one_line(given: dict[str, Any], reported: str) -> None:
     with pytest.raises(InvalidInput, match=reported) as caught:
-        Options(**given)
+        CacheOptions(**given)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_methods_are_named() -> None:
     with pytest.raises(UnknownMethod, match="did you mean 'newest'"):
-        Options(("keep=newes:budget=3",))
+        CacheOptions(("keep=newes:budget=3",))
 
 
 def test_what_a_model_cannot_have_is_left_out_and_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "POLICIES", ("keep=newest:budget={tokens}", "keep=unheard-of:budget={tokens}", "depth=top"))
     monkeypatch.setitem(registry.METHODS["depth"], "top", f"{__name__}:Top")
     refused: cache.Refused = {}
-    found = cache.choices(llm, Options(), 100, refused)
+    found = cache.choices(llm, CacheOptions(), 100, refused)
     assert [(one.label, one.tokens) for one in found] == [("newest at 100 %", 100), ("newest at 50 %", 50), ("top", None)]
     assert refused == {"newest": {25.0: "newest:budget=25: must be 32 or more", 10.0: "newest:budget=10: must be 32 or more"}}
     with pytest.raises(InvalidInput, match="newest:budget=25: must be 32"):
-        cache.choices(llm, Options(("keep=newest:budget={tokens}",)), 100, {}, (25.0,))
+        cache.choices(llm, CacheOptions(("keep=newest:budget={tokens}",)), 100, {}, (25.0,))
 
 
 def test_a_codec_is_placed_by_its_bytes(llm: LLM) -> None:
@@ -201,7 +201,7 @@ def test_a_codec_is_placed_by_its_bytes(llm: LLM) -> None:
 
 
 def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
-    plan = cache.RunPlan.of(llm, Options(("keep=newest:budget={tokens}",), (100.0, 40.0), 3, memory=200), tasks)
+    plan = cache.RunPlan.of(llm, CacheOptions(("keep=newest:budget={tokens}",), (100.0, 40.0), 3, memory=200), tasks)
     ticked: list[str] = []
     measured = cache.measure(llm, plan, ticked.append)
     assert len(ticked) == plan.ticks and {line.partition(":")[0] for line in ticked} == {task.name for task in tasks} | {"memory"}
@@ -285,7 +285,7 @@ NOISE = np.array([0.3, -0.3, 0.2, -0.2] * 3)
 
 
 def findings(one: Result) -> str:
-    return "\n".join(curves.findings(Measured([one], []), Options(("keep=newest",))))
+    return "\n".join(curves.findings(Measured([one], []), CacheOptions(("keep=newest",))))
 
 
 def test_a_model_that_does_not_retrieve_is_called_that() -> None:
@@ -348,7 +348,7 @@ def measured() -> Measured:
 
 def test_tables(llm: LLM, measured: Measured) -> None:
     out = StringIO()
-    curves.show(Console(file=out, width=160), llm, Options(("keep=newest",)), measured)
+    curves.show(Console(file=out, width=160), llm, CacheOptions(("keep=newest",)), measured)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
     assert "newest 50 %, 5 0.0% -2.50 -2.50 -0.50 (-0.50 to -0.50)" in lines
     assert "newest 50 %, 5 8.166 8.166 +10.5% (+10.5% to +10.5%)" in lines
@@ -358,7 +358,7 @@ def test_tables(llm: LLM, measured: Measured) -> None:
 
 
 def test_json_holds_every_curve(llm: LLM, measured: Measured) -> None:
-    found = json.loads(json.dumps(curves.document(llm, Options(("keep=newest",)), measured, {"seed": 0}), allow_nan=False))
+    found = json.loads(json.dumps(curves.document(llm, CacheOptions(("keep=newest",)), measured, {"seed": 0}), allow_nan=False))
     first, second = found["tasks"]
     assert [(row["policy"], row["budget"]) for row in first["rows"]] == [("full", None), ("newest", 100), ("newest", 50), ("newest", 25)]
     assert first["gain_of_context"]["mean"] == pytest.approx(1) and second["gain_of_context"] is None

@@ -21,7 +21,7 @@ from rich.console import Console
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import compare as bench
 from redraft.bench import divergence, files, report, results
-from redraft.bench.compare import Comparison, Entry, Mode, Options, PromptGroup, Run, Turn, order, split
+from redraft.bench.compare import CompareOptions, Comparison, Entry, Mode, PromptGroup, Run, Turn, order, split
 from redraft.bench.divergence import Divergence, examine, first_difference
 from redraft.bench.estimate import Pace, Work, duration
 from redraft.bench.prompts import Prompt
@@ -57,7 +57,7 @@ def load(folder: Path, **options: Any) -> LLM:
     return LLM(str(folder), dtype="float32", prefix_sharing=False, cache_memory=1 << 20, **options)
 
 
-def shown(comparison: Comparison, options: Options, found: list[results.Row], width: int = 160) -> str:
+def shown(comparison: Comparison, options: CompareOptions, found: list[results.Row], width: int = 160) -> str:
     out = StringIO()
     report.show(Console(file=out, width=width), comparison, options, found)
     return out.getvalue()
@@ -84,7 +84,7 @@ def test_runs_are_interleaved_group_by_group(plain: LLM, monkeypatch: pytest.Mon
         return measure(llm, group, state)
 
     monkeypatch.setattr(bench, "measure", spied)
-    bench.compare(plain, Options(("guess", "copyspec"), PARAMS, rounds=2), PROMPTS[:3])
+    bench.compare(plain, CompareOptions(("guess", "copyspec"), PARAMS, rounds=2), PROMPTS[:3])
     blocks = [ran[at : at + 3] for at in range(0, len(ran), 3)]
     assert len(blocks) == 2 * 3
     assert all({name for name, _ in block} == {"none", "guess", "copyspec"} and len({group for _, group in block}) == 1 for block in blocks)
@@ -128,7 +128,7 @@ def test_nothing_is_measured_on_prompts_already_seen(plain: LLM, monkeypatch: py
 
     monkeypatch.setattr(bench, "generate", spied)
     monkeypatch.setattr(bench, "measure", measured)
-    comparison = bench.compare(plain, Options(("spy",), PARAMS, rounds=2, batch=batch), PROMPTS)
+    comparison = bench.compare(plain, CompareOptions(("spy",), PARAMS, rounds=2, batch=batch), PROMPTS)
     assert [entry.mode for entry in comparison.entries] == [Mode.BASELINE, Mode.COLD, Mode.HOT]
     assert len(starts) == 2 * 2 * len(comparison.groups)
     (spy,) = opened
@@ -141,14 +141,16 @@ def test_nothing_is_measured_on_prompts_already_seen(plain: LLM, monkeypatch: py
 
 
 def test_one_prompt_has_no_hot_state(plain: LLM) -> None:
-    comparison = bench.compare(plain, Options(("spy",), PARAMS, rounds=1), PROMPTS[:1])
+    comparison = bench.compare(plain, CompareOptions(("spy",), PARAMS, rounds=1), PROMPTS[:1])
     assert [entry.mode for entry in comparison.entries] == [Mode.BASELINE, Mode.COLD]
 
 
 def test_turns_are_answered_one_after_the_other(plain: LLM) -> None:
     turns = Prompt("t", "chat", turns=["w5 w6", "w7"])
     chat = Prompt("m", "chat", messages=[{"role": "user", "content": "w8 w9"}, {"role": "assistant", "content": "w10"}])
-    comparison = bench.compare(plain, Options(("copyspec",), PARAMS, rounds=1, batch=2), [turns, chat, dataclasses.replace(turns, id="u")])
+    comparison = bench.compare(
+        plain, CompareOptions(("copyspec",), PARAMS, rounds=1, batch=2), [turns, chat, dataclasses.replace(turns, id="u")]
+    )
     found = {
         prompt.id: said
         for group, run in zip(comparison.groups, comparison.runs[1][0])
@@ -166,7 +168,7 @@ def test_turns_are_answered_one_after_the_other(plain: LLM) -> None:
 def test_prompts_that_do_not_fit_are_named(plain: LLM) -> None:
     long = Prompt("long", "a", prompt=" ".join(["w5"] * plain.max_model_len))
     grows = Prompt("grows", "a", turns=["w5", " ".join(["w6"] * (plain.max_model_len - 4))])
-    options = Options(("guess",), PARAMS, rounds=1)
+    options = CompareOptions(("guess",), PARAMS, rounds=1)
     comparison = bench.compare(plain, options, [*PROMPTS[:2], long, grows])
     assert comparison.left_out == ["long"] and comparison.cut_short == ["grows"]
     text = " ".join(shown(comparison, options, results.rows(comparison)).split())
@@ -179,7 +181,7 @@ def test_prompts_that_do_not_fit_are_named(plain: LLM) -> None:
 
 
 def test_a_method_that_lies_gets_no_speed_up(folder: Path) -> None:
-    options = Options(("guess",), PARAMS, rounds=2)
+    options = CompareOptions(("guess",), PARAMS, rounds=2)
     comparison = bench.compare(load(folder, verify="gullible"), options, PROMPTS)
     baseline, row, *_ = found = results.rows(comparison)
     assert baseline.tokens_equal and baseline.divergences == 0 and row.guarantee == "same-text"
@@ -196,13 +198,13 @@ def test_a_method_that_lies_gets_no_speed_up(folder: Path) -> None:
 
 def test_a_method_that_promises_less_keeps_its_speed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fakes.Gullible, "card", dataclasses.replace(fakes.Gullible.card, guarantee=Guarantee.LOSSY))
-    row = results.rows(bench.compare(load(folder, verify="gullible"), Options(("guess",), PARAMS, rounds=1), PROMPTS))[1]
+    row = results.rows(bench.compare(load(folder, verify="gullible"), CompareOptions(("guess",), PARAMS, rounds=1), PROMPTS))[1]
     assert row.guarantee == "lossy" and not row.tokens_equal and row.speedup is not None and row.withheld is None
 
 
 def test_near_ties_are_excused_and_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergence, "NEAR_TIE", 1e6)
-    options = Options(("guess",), PARAMS, rounds=1)
+    options = CompareOptions(("guess",), PARAMS, rounds=1)
     comparison = bench.compare(load(folder, verify="gullible"), options, PROMPTS)
     row = (found := results.rows(comparison))[1]
     assert not row.tokens_equal and row.near_ties == row.divergences == len(PROMPTS)
@@ -306,7 +308,7 @@ def test_the_estimated_duration_is_that_of_the_measurements(
     def announce(seconds: float) -> None:
         found.append((seconds, clock.now))
 
-    bench.compare(plain, Options(("spy", "copyspec"), params, rounds=2, batch=batch), prompts, announce=announce)
+    bench.compare(plain, CompareOptions(("spy", "copyspec"), params, rounds=2, batch=batch), prompts, announce=announce)
     ((seconds, start),) = found
     assert start > 0 and seconds == pytest.approx(clock.now - start, rel=0.02)  # a reply is not read back token for token
 
@@ -347,7 +349,7 @@ def test_ctrl_c_keeps_what_all_entries_have_measured(
     plain: LLM, monkeypatch: pytest.MonkeyPatch, after: int, rounds: int, groups: int
 ) -> None:
     interrupt(monkeypatch, after)
-    comparison = bench.compare(plain, Options(("guess",), PARAMS, rounds=3), PROMPTS[:3])
+    comparison = bench.compare(plain, CompareOptions(("guess",), PARAMS, rounds=3), PROMPTS[:3])
     assert comparison.stopped and (comparison.rounds, len(comparison.groups), comparison.outputs) == (rounds, groups, groups)
     assert all(len(one) == rounds and all(len(part) == groups for part in one) for one in comparison.runs)
     assert all(row.tokens_equal for row in results.rows(comparison))
@@ -358,7 +360,7 @@ def test_ctrl_c_keeps_what_all_entries_have_measured(
 def test_ctrl_c_before_anything_can_be_compared(plain: LLM, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     interrupt(monkeypatch, after)
     with pytest.raises(KeyboardInterrupt):
-        bench.compare(plain, Options(("guess",), PARAMS, rounds=3), PROMPTS[:3])
+        bench.compare(plain, CompareOptions(("guess",), PARAMS, rounds=3), PROMPTS[:3])
     plain.runner.memory.check()
 
 
@@ -390,7 +392,7 @@ def test_a_job_in_the_background_is_not_interrupted(plain: LLM, monkeypatch: pyt
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         interrupt(monkeypatch, 3)
-        comparison = bench.compare(plain, Options(("guess",), PARAMS, rounds=1), PROMPTS[:3])
+        comparison = bench.compare(plain, CompareOptions(("guess",), PARAMS, rounds=1), PROMPTS[:3])
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -486,7 +488,7 @@ def test_the_table_fits_80_columns_with_every_name_whole(
 ) -> None:
     monkeypatch.setattr(plain, "name", "HuggingFaceTB/SmolLM2-135M-Instruct")
     large = {"tokens_per_second": 12345.6, "speedup": 0.94, "speedup_low": 10.25, "speedup_high": 12.75, "peak_kv_bytes": 20_000 << 20}
-    options = Options(("guess",), PARAMS, rounds=1, bound=True)
+    options = CompareOptions(("guess",), PARAMS, rounds=1, bound=True)
     comparison = bench.compare(plain, options, PROMPTS)
     entries = [entry if i == 0 else dataclasses.replace(entry, method=draft) for i, entry in enumerate(comparison.entries)]
     comparison = dataclasses.replace(comparison, entries=entries, stopped=True, refused=[f"{draft}: needs a model"])
@@ -550,6 +552,6 @@ def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, reported:
 
 def test_options_are_checked() -> None:
     with pytest.raises(UnknownMethod):
-        Options(("nothing-like-it",), PARAMS)
+        CompareOptions(("nothing-like-it",), PARAMS)
     with pytest.raises(InvalidInput, match="at least one method"):
-        Options((), PARAMS)
+        CompareOptions((), PARAMS)

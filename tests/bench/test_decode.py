@@ -17,7 +17,7 @@ import torch
 
 from redraft import registry
 from redraft.bench import decode, shapes
-from redraft.bench.decode import Comparison, Engine, Options, Package, Spread
+from redraft.bench.decode import Comparison, DecodeOptions, Engine, Package, Spread
 from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Lost, Worker
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod
@@ -85,8 +85,8 @@ def test_redraft_and_transformers_say_the_same(
     assert own["summary"]["decode"]["speed_of_base"] == {"median": 1, "low": 1, "high": 1}
 
 
-def small_limits(make: Callable[[Options], Any]) -> Callable[[Options], Any]:
-    def made(options: Options) -> Any:
+def small_limits(make: Callable[[DecodeOptions], Any]) -> Callable[[DecodeOptions], Any]:
+    def made(options: DecodeOptions) -> Any:
         engines, limits, missing = make(options)
         limits.options = {"bytes": 1 << 16, "side": 64}
         return engines, limits, missing
@@ -109,7 +109,9 @@ def test_who_fails_is_named_and_the_others_go_on(model: str, peers: None, monkey
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
     monkeypatch.setattr(decode, "_measure", impatient(decode._measure))
-    options = Options(against=("raises", "dies", "refuses", "sleeps", "other"), timeout=60, redraft=({"backend": "torch"},), **REPORTED)
+    options = DecodeOptions(
+        against=("raises", "dies", "refuses", "sleeps", "other"), timeout=60, redraft=({"backend": "torch"},), **REPORTED
+    )
     found = decode.compare(model, options)
     lost = {engine.name: engine.lost for engine in found.engines}
     assert lost == {
@@ -137,14 +139,14 @@ def test_without_any_engine_there_is_an_error(model: str, peers: None, monkeypat
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Refuses")
     with pytest.raises(RedraftError, match="no engine runs: redraft: not loaded: RedraftError: cannot load this"):
-        decode.compare(model, Options(against=(), **REPORTED))
+        decode.compare(model, DecodeOptions(against=(), **REPORTED))
 
 
 def test_a_peer_that_is_not_installed_is_named_with_its_package(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LIMITS", f"{HERE}:Bounds")
     monkeypatch.setitem(decode.PEERS, "llama.cpp", Package("none:None", "no_such_module", "llama-cpp-python gguf"))
     monkeypatch.setattr(decode, "OWN", f"{HERE}:Fake")
-    found = decode.compare(model, Options(against=("llama.cpp",), **REPORTED))
+    found = decode.compare(model, DecodeOptions(against=("llama.cpp",), **REPORTED))
     assert list(decode.notes(found)) == ["llama.cpp is not installed: pip install llama-cpp-python gguf"]
     assert found.base.facts["threads"] == "1" and found.base.facts["isa"] is None
 
@@ -155,12 +157,12 @@ def test_whom_isa_does_not_bind_is_marked(model: str, monkeypatch: pytest.Monkey
     assert decode.PEERS["llama.cpp"].beyond and decode.PEERS["openvino"].beyond and not decode.PEERS["transformers"].beyond
     for name, beyond in (("llama.cpp", "its heart"), ("transformers", "")):
         monkeypatch.setitem(decode.PEERS, name, Package(f"{HERE}:Fake", "json", "nothing", beyond))
-    found = decode.compare(model, Options(against=("llama.cpp", "transformers"), isa="avx2", **REPORTED))
+    found = decode.compare(model, DecodeOptions(against=("llama.cpp", "transformers"), isa="avx2", **REPORTED))
     assert [engine.name for engine in found.engines] == ["redraft", "llama.cpp (beyond avx2)", "transformers"]
     assert "llama.cpp (beyond avx2): --isa does not limit its heart, which uses every" in "\n".join(decode.notes(found))
     assert [engine["beyond_isa"] for engine in decode.document(found)["engines"]] == [None, "its heart", None]
     assert [engine.facts["onednn"] for engine in found.engines] == ["AVX2"] * 3
-    free = decode.compare(model, Options(against=("llama.cpp",), **REPORTED))
+    free = decode.compare(model, DecodeOptions(against=("llama.cpp",), **REPORTED))
     assert free.engines[1].name == "llama.cpp" and not any("--isa" in note for note in decode.notes(free))
 
 
@@ -272,7 +274,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     spec = shapes.spec_of("100m")
     limits = Engine("limits", "", {}, {}, {"peak": [{"flops_per_second": {"bfloat16": peak}} for peak in (1e12, 2e12, 4e12)]})
     base, peer = engine("base", 1.0, 2.0, 4.0), engine("peer", 2.0, None, 2.0)
-    found = Comparison("m", Path(), spec, Options(), [base, peer], limits, {})
+    found = Comparison("m", Path(), spec, DecodeOptions(), [base, peer], limits, {})
     assert decode.speed_of_base(found, peer, "prefill") == Spread(1.25, 0.5, 2.0)
     work = decode.linear_flops(spec, 512)
     assert decode.share(found, base, "prefill") == pytest.approx(
@@ -327,13 +329,13 @@ def test_own_engines() -> None:
 )
 def test_what_is_asked_wrongly_is_reported_before_anything_runs(options: dict[str, Any], reported: str) -> None:
     with pytest.raises((InvalidInput, UnknownMethod)) as error:
-        Options(**options)
+        DecodeOptions(**options)
     assert reported in str(error.value)
 
 
 def test_a_run_that_outgrows_the_context_is_refused(model: str) -> None:
     with pytest.raises(InvalidInput, match="601 positions are needed, but the model's context is 512"):
-        decode.compare(model, Options(prefill=600))
+        decode.compare(model, DecodeOptions(prefill=600))
 
 
 def test_errors_of_the_command_line_are_one_line(redraft: Callable[..., Ran]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import gauge
-from redraft.bench.compare import Options, compare
+from redraft.bench.compare import CompareOptions, compare
 from redraft.bench.gauge import Gauged
 from redraft.bench.prompts import Prompt
 from redraft.core.noise import Stream
@@ -77,7 +77,7 @@ def test_compare_gives_it_where_coins_are_tossed(tmp_path: Path) -> None:
     params = SamplingParams(temperature=1, max_tokens=6, seed=1)
     for verify, given in ((rule, {1}), ("coupled", set())):
         llm = LLM(folder, draft_model=folder, dtype="float32", verify=verify, prefix_sharing=False, max_model_len=64)
-        found = compare(llm, Options((drafter,), params, rounds=1, bound=True), PROMPTS)
+        found = compare(llm, CompareOptions((drafter,), params, rounds=1, bound=True), PROMPTS)
         assert set(found.bounds) == given
         assert llm.sibling(draft=drafter).engine.verifier.own.drafts is registry.create("verify", verify).drafts
         for share in found.bounds.values():

@@ -13,7 +13,7 @@ import torch
 
 from redraft import registry
 from redraft.bench import ops, report, shapes
-from redraft.bench.ops import Options
+from redraft.bench.ops import OpsOptions
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
 from redraft.ops.torch_ops import TorchOps
 from tests.bench.test_shapes import CONFIG
@@ -70,7 +70,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> None:
     reported: list[str] = []
-    found = ops.measure(model, Options(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), reported.append)
+    found = ops.measure(model, OpsOptions(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), reported.append)
     names = [name.split(",")[0] for name in reported]
     assert names[:15:3] == ["qkv", "out", "up", "down", "head"] and len(reported) == 21 == ops.ticks(found.options)
     assert [name.rpartition(": ")[2] for name in reported[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
@@ -86,7 +86,7 @@ def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> Non
 
 
 def test_attention_reads_what_it_says_in_all_layers(model: str) -> None:
-    ops.measure(model, Options(backends=("noted",), **TINY))
+    ops.measure(model, OpsOptions(backends=("noted",), **TINY))
     seen = [entry for entry in Noted.log if len(entry) == 4]
     assert {index for _, index, _, _ in seen} == {0, 1}
     # 40 cached and 1 or 16 rows are two pages; 64 shared and a row three
@@ -94,7 +94,7 @@ def test_attention_reads_what_it_says_in_all_layers(model: str) -> None:
 
 
 def test_weights_are_read_from_several_copies_and_others_threads_rest(model: str) -> None:
-    ops.measure(model, Options(backends=("noted", "native-like"), threads=2, **TINY))
+    ops.measure(model, OpsOptions(backends=("noted", "native-like"), threads=2, **TINY))
     linear = [entry for entry in Noted.log if len(entry) == 3]
     assert {threads for threads, _, _ in linear} == {1, 2}
     copies = {place for _, shape, place in linear if shape == (1, 16)}
@@ -142,5 +142,5 @@ def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(
 )
 def test_what_is_asked_wrongly_is_reported(options: dict[str, Any], reported: str) -> None:
     with pytest.raises((InvalidInput, UnknownMethod)) as error:
-        Options(**options)
+        OpsOptions(**options)
     assert reported in str(error.value)

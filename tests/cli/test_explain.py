@@ -55,7 +55,7 @@ def test_every_part_stands_under_its_line(redraft: Callable[..., Ran], tiny: str
     assert "Orca" in below(out, "self.scheduler.plan(")
     assert "k=5" in below(out, "self.drafter.propose(")
     assert "arXiv 2408.08696" in below(out, "self.drafter.propose(")
-    assert re.match(r"cache: \d+ pages of 32 tokens, prefixes shared across requests", below(out, "self.memory.reserve("))
+    assert re.match(r"cache: \d+ blocks of 32 tokens, prefixes shared across requests", below(out, "self.memory.reserve("))
     runner = below(out, "self.runner.forward(")
     assert "segments of layers: 0..2\n" in runner
     assert "sampler requests nothing beyond the argmax" in runner

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.spec import ModelSpec, Recurrent
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.models.mixers import MIXERS
@@ -41,7 +41,7 @@ class _Scans:
 
     mixers = frozenset({*TorchOps.mixers, Gated})
 
-    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NOTHING) -> Any:
+    def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> Any:
         made = super().plan(batch, spec, taps)  # type: ignore[misc]
         (view,) = batch.pages.states
         vars(made)["states"] = [[slot for own in part for slot in own.tolist()] for part in view]  # also in a frozen plan

@@ -8,7 +8,7 @@ import pytest
 from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.testing import sequence
-from redraft.draft.aggressive import LONGEST, Aggressive, Pointer
+from redraft.draft.aggressive import MAX_NGRAM, Aggressive, Pointer
 from redraft.errors import InvalidInput
 from tests.contracts.identity import SAMPLING, Condition, check, drive, engine, expected, prompts
 
@@ -40,7 +40,7 @@ def followed(source: Seq[int], output: Seq[int], at: int | None) -> int | None:
             at += 1
             continue
         at = None
-        for n in range(1, min(LONGEST, i + 1) + 1):
+        for n in range(1, min(MAX_NGRAM, i + 1) + 1):
             found = places(source, output[i + 1 - n : i + 1])
             if len(found) < 2:
                 at = found[0] if found else None

@@ -33,7 +33,7 @@ CULPRIT = "2"
 Ended = dict[str, Exception]
 
 
-class Recorder(seam.Stateless):
+class Recorder(seam.StatelessEviction):
     """A keep policy that evicts nothing and counts calls. It raises in the named method, for one request, at the given call."""
 
     lanes = Lanes.SHARED
@@ -112,7 +112,7 @@ def go(made: Engine, reported: dict[str, list[int]], drain: int = 2000) -> Ended
         hear(made.step())
         made.memory.check()
     assert not made.has_work, "it does not end"
-    assert made.memory.used() == 0 and not made.outputs and not made.faults and not made.events
+    assert made.memory.used() == 0 and not made.outputs and not made.faults.found and not made.events
     assert all(reasons.get(name) for name in reported if name not in ended)
     return ended
 

@@ -16,7 +16,7 @@ from redraft.config import SamplingParams
 from redraft.core.noise import Stream, mix
 from redraft.core.plan import Budget, StepPlan
 from redraft.core.sequence import Request, Sequence
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.draft.none import NoDraft
@@ -253,8 +253,8 @@ def test_taps_are_those_of_the_texts_in_the_step() -> None:
         made.step()
         names = {work.seq.request.id for work in watcher.plans[-1].work}
         assert (watcher.taps[-1].top_k == 3) == ("1" in names)
-        assert "1" in names or watcher.taps[-1] == NOTHING
-    assert any(taps == NOTHING for taps in watcher.taps) and any(taps.top_k for taps in watcher.taps)
+        assert "1" in names or watcher.taps[-1] == NO_TAPS
+    assert any(taps == NO_TAPS for taps in watcher.taps) and any(taps.top_k for taps in watcher.taps)
 
 
 @pytest.mark.parametrize("culprit", ["deaf", "mute"])

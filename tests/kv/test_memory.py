@@ -216,17 +216,17 @@ def test_coded_pages_travel_too(backend: Any) -> None:
     seqs = []
     for _ in runners:
         seqs.append(made(1, tokens))
-        seqs[-1].cache = CachePlan(lanes=Lanes.PER_HEAD, coded="toy", encoded=32)
+        seqs[-1].cache = CachePlan(lanes=Lanes.PER_HEAD, encoded="toy", encode_every=32)
     run(here, made_open(here, seqs[0]), 64)
     here.memory.paged.encode(seqs[0])
     there.memory.import_(seqs[1], here.memory.export(seqs[0]))
     for one, seq in zip(runners, seqs, strict=True):
         one.memory.check()
         held = one.memory.paged.table._held[seq.id]
-        assert [len(lane.coded) for lane in held.lanes] == [2] * 4
+        assert [len(lane.encoded) for lane in held.lanes] == [2] * 4
     parcels = [one.memory.export(seq) for one, seq in zip(runners, seqs, strict=True)]
-    for name in parcels[0].coded:
-        assert torch.equal(parcels[0].coded[name], parcels[1].coded[name]) and parcels[0].coded[name].any()
+    for name in parcels[0].encoded:
+        assert torch.equal(parcels[0].encoded[name], parcels[1].encoded[name]) and parcels[0].encoded[name].any()
 
 
 def test_a_hybrid_takes_its_state_along() -> None:

@@ -1,4 +1,4 @@
-"""Pages of several spaces in one pool, coded pages, spliced text, and the promises of need() under a scheduler."""
+"""Pages of several spaces in one pool, encoded pages, spliced text, and the promises of need() under a scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import NEVER, CachePlan, Lanes, Sequence, Space
+from redraft.core.sequence import UNLIMITED, CachePlan, Lanes, Sequence, Space
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv import edits, table
 from redraft.kv.edits import EditableTable
@@ -37,10 +37,10 @@ def pool(blocks: int, module: Any = real) -> EditableTable:
     return table
 
 
-def stored(table: EditableTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", coded: str = "") -> Sequence:
+def stored(table: EditableTable, ident: int, tokens: int, lanes: Lanes = Lanes.SHARED, form: str = "", encoded: str = "") -> Sequence:
     """An open sequence with `tokens` stored tokens and one pending token."""
     seq = make(ident, range(100 * ident, 100 * ident + tokens + 1), lanes)
-    seq.cache = CachePlan(lanes=lanes, format=form, coded=coded)
+    seq.cache = CachePlan(lanes=lanes, format=form, encoded=encoded)
     table.open(seq)
     run(table, seq, tokens)
     return seq
@@ -63,20 +63,20 @@ def test_a_block_goes_from_one_space_to_another() -> None:
 
 def test_encode_moves_full_pages_and_frees_them() -> None:
     table = pool(8)
-    seq = stored(table, 1, 10, Lanes.PER_HEAD, coded="int4")
+    seq = stored(table, 1, 10, Lanes.PER_HEAD, encoded="int4")
     exact = table._held[1].arrays()[0].copy()
     found = table.encode(seq)
     table.check()
     assert (found.source, found.target) == (Space(Lanes.PER_HEAD), Space(Lanes.PER_HEAD, "int4"))
     assert found.src.tolist() == exact[:, :2].ravel().tolist() and len({*found.dst.tolist()}) == 12
     view = table.reserve([Work(seq, 1)], [TokenTree.chain(range(3))])
-    assert view.coded[0].tolist() == found.dst.reshape(6, 2).tolist() and view.lengths[0].tolist() == [10] * 6
+    assert view.encoded[0].tolist() == found.dst.reshape(6, 2).tolist() and view.lengths[0].tolist() == [10] * 6
     assert view.pages[0][:, 0].tolist() == exact[:, 2].tolist() and view.pages[0].shape == (6, 2)
-    moves = table.commit([Work(seq, 1)], [Accepted((2,), (2, 9))])[0]  # slot 13 to slot 11: the coded pages come before
+    moves = table.commit([Work(seq, 1)], [Accepted((2,), (2, 9))])[0]  # slot 13 to slot 11: the encoded pages come before
     assert pairs(moves) == [(new * PAGE + 1, old * PAGE + 3) for old, new in view.pages[0].tolist()]
     table.check()
     assert len(table.encode(seq).src) == 6 and len(table.encode(seq).src) == 0
-    with pytest.raises(AssertionError, match="a sequence with coded pages cannot evict"):
+    with pytest.raises(AssertionError, match="a sequence with encoded pages cannot evict"):
         table.keep(seq, 0, [])
 
 
@@ -116,12 +116,12 @@ def test_a_fork_of_spliced_text_publishes_no_more_than_its_parent() -> None:
 
 def test_need_counts_what_sync_points_take() -> None:
     table = pool(BLOCKS)
-    blocks = stored(table, 1, 4, Lanes.PER_HEAD, coded="int4")
-    blocks.cache = replace(blocks.cache, encoded=8)
+    blocks = stored(table, 1, 4, Lanes.PER_HEAD, encoded="int4")
+    blocks.cache = replace(blocks.cache, encode_every=8)
     blocks.tokens += range(99)  # 100 pending
     assert table.need(blocks, 100) == 1 + -(-6 * 26 // 15)  # one more exact page a lane; all 104 slots but the last in codes
     blocks.tokens = blocks.tokens[:5]
-    assert table.need(blocks, 1 + 10) == 3 + -(-6 * 2 // 15)  # drafts come after the sync point, not in coded pages
+    assert table.need(blocks, 1 + 10) == 3 + -(-6 * 2 // 15)  # drafts come after the sync point, not in encoded pages
     evicted = stored(table, 2, 9, Lanes.PER_HEAD)
     evicted.cache, evicted.shareable_tokens = replace(evicted.cache, max_slots=12), 12
     evicted.tokens += range(99)
@@ -154,19 +154,19 @@ class Spaces(Program):
         if lanes is Lanes.SHARED:
             seq.shareable_tokens = self.random.choice([seq.shareable_tokens, self.random.randrange(20)])
         else:
-            form, coded = self.random.choice(forms if lanes is Lanes.PER_HEAD else forms[:2])
-            seq.cache = CachePlan(lanes=lanes, format=form, coded=coded)
+            form, encoded = self.random.choice(forms if lanes is Lanes.PER_HEAD else forms[:2])
+            seq.cache = CachePlan(lanes=lanes, format=form, encoded=encoded)
         return seq
 
     def encode(self) -> None:
-        blocks = [seq for seq in self.seqs.values() if seq.cache.coded]
+        blocks = [seq for seq in self.seqs.values() if seq.cache.encoded]
         if not blocks:
             return
         seq = self.random.choice(blocks)
         held, before = self.table._held[seq.id], snapshot(self.table)
-        assert held.coded is not None
-        full = sum(lane.length // PAGE - len(lane.coded) for lane in held.lanes)
-        fits = -(-max(0, full - held.coded.spares) // held.coded.per_block) <= self.table.available()
+        assert held.encoded is not None
+        full = sum(lane.length // PAGE - len(lane.encoded) for lane in held.lanes)
+        fits = -(-max(0, full - held.encoded.spares) // held.encoded.per_block) <= self.table.available()
         try:
             source, target, src, dst = self.table.encode(seq)
         except self.module.OutOfPages:
@@ -174,7 +174,7 @@ class Spaces(Program):
             return
         assert len(src) == full
         for page, values in zip(dst.tolist(), [self.memory[self.cells(source, page)][0].tolist() for page in src], strict=True):
-            self.memory[self.cells(target, page)] = [self.coded(value) for value in values]
+            self.memory[self.cells(target, page)] = [self.encoded(value) for value in values]
 
     def splice(self) -> None:
         r, table = self.random, self.table
@@ -200,13 +200,13 @@ class Spaces(Program):
         self.positions[seq.id][0] += range(start, start + count)
         table.publish(seq)
 
-    def fold(self) -> None:
+    def summarize(self) -> None:
         seq = self.pick()
         held = self.table._held[seq.id]
         for page in self.table.unfolded(seq).tolist():
             self.summaries[held.pool.space, page] = self.memory[self.cells(held.pool.space, page)][0].tolist()
         for lane in held.lanes:
-            for page in lane.pages[: lane.length // PAGE - len(lane.coded)]:
+            for page in lane.pages[: lane.length // PAGE - len(lane.encoded)]:
                 now = self.memory[self.cells(held.pool.space, page)][0].tolist()
                 assert self.summaries.get((held.pool.space, page)) == now, f"page {page} has a stale summary"
         assert not len(self.table.unfolded(seq))
@@ -219,7 +219,7 @@ def drive(program: type[Spaces], seeds: int, operations: int = 50) -> None:
         it.start(seed)
         for _ in range(operations):
             name = it.random.choice(
-                ["admit"] * 2 + ["run"] * 3 + ["fork", "keep", "encode", "splice", "fold"] + ["preempt", "finish"] * (len(it.seqs) > 4)
+                ["admit"] * 2 + ["run"] * 3 + ["fork", "keep", "encode", "splice", "summarize"] + ["preempt", "finish"] * (len(it.seqs) > 4)
             )
             if name == "admit" and len(it.seqs) < 6:
                 it.admit(it.random.choice(["", "", "tenant"]))
@@ -240,15 +240,16 @@ def test_random_programs() -> None:
 
 class Kind(NamedTuple):
     """A kind of cache that a request may choose. budget, drop: `drop` slots are evicted whenever `budget` are in use; uneven: the most
-    slots by which a lane may differ from the others then; encoded: see CachePlan; spliced: text is copied from another sequence."""
+    slots by which a lane may differ from the others then; encoded, encode_every: see CachePlan; spliced: text is copied from another
+    sequence."""
 
     lanes: Lanes = Lanes.SHARED
     format: str = ""
-    coded: str = ""
+    encoded: str = ""
     budget: int = 0
     drop: int = 0
     uneven: int = 0
-    encoded: int = 0
+    encode_every: int = 0
     spliced: bool = False
 
 
@@ -260,8 +261,8 @@ KINDS = [
     Kind(Lanes.PER_HEAD, budget=16, drop=8, uneven=4),
     Kind(Lanes.PER_HEAD, "int8", budget=9, drop=3),
     Kind(Lanes.PER_HEAD, "wide"),
-    Kind(Lanes.PER_HEAD, coded="int4", encoded=4),
-    Kind(Lanes.PER_HEAD, "wide", "int4-wide", encoded=8),
+    Kind(Lanes.PER_HEAD, encoded="int4", encode_every=4),
+    Kind(Lanes.PER_HEAD, "wide", "int4-wide", encode_every=8),
 ]
 
 
@@ -292,11 +293,11 @@ class Service:
         seq.cache = CachePlan(
             lanes=kind.lanes,
             format=kind.format,
-            coded=kind.coded,
-            max_slots=kind.budget + kind.uneven if kind.budget else NEVER,
-            encoded=kind.encoded or NEVER,
+            encoded=kind.encoded,
+            max_slots=kind.budget + kind.uneven if kind.budget else UNLIMITED,
+            encode_every=kind.encode_every or UNLIMITED,
         )
-        seq.shareable_tokens = kind.budget or NEVER
+        seq.shareable_tokens = kind.budget or UNLIMITED
         self.spans(seq)
         seq.sync_point = self.sync_point(seq)
         return seq
@@ -316,8 +317,8 @@ class Service:
             found.append(seq.prompt_len - 1)
         if kind.budget:
             found.append(kind.budget + max(0, (seq.stored - kind.budget) // kind.drop + 1) * kind.drop)
-        if kind.encoded:
-            found.append((seq.stored // kind.encoded + 1) * kind.encoded)
+        if kind.encode_every:
+            found.append((seq.stored // kind.encode_every + 1) * kind.encode_every)
         return min(found)
 
     def cross(self, seqs: list[Sequence]) -> None:
@@ -332,7 +333,7 @@ class Service:
                     share = min(len(old), kind.budget - kind.drop + r.randint(-kind.uneven, kind.uneven))
                     table.keep(seq, lane, sorted(r.sample(range(len(old)), share)))
                 self.done["keep"] += 1
-            if kind.encoded and seq.stored and seq.stored % kind.encoded == 0:
+            if kind.encode_every and seq.stored and seq.stored % kind.encode_every == 0:
                 self.done["encode"] += len(table.encode(seq).src) > 0
             while seq.spans and seq.spans[0][0] == seq.stored:
                 table.splice(seq, self.source, *seq.spans.pop(0)[1:])
@@ -456,11 +457,14 @@ PROGRAM = {
         "full = lane.length // self.page",
     ),
     "a fork forgets what is shareable": ("min(child.shareable_tokens, seq.shareable_tokens)", "child.shareable_tokens"),
-    "a fork does not count coded pages": ("                self._list(held.coded, page)\n", "                pass\n"),
+    "a fork does not count encoded pages": ("                self._list(held.encoded, page)\n", "                pass\n"),
     "encode keeps the exact pages": ("        self._drop(held.pool, reversed(src))\n", ""),
-    "coded pages are counted twice": (" - len(lane.pages) - len(lane.coded) for lane", " - len(lane.pages) - 2 * len(lane.coded) for lane"),
-    "accepted nodes are searched after coded pages": (" - size * len(lane.coded), lane.pages", ", lane.pages"),
-    "gain overlooks coded pages": (
+    "encoded pages are counted twice": (
+        " - len(lane.pages) - len(lane.encoded) for lane",
+        " - len(lane.pages) - 2 * len(lane.encoded) for lane",
+    ),
+    "accepted nodes are searched after encoded pages": (" - size * len(lane.encoded), lane.pages", ", lane.pages"),
+    "gain overlooks encoded pages": (
         "in held.listed():\n            mine",
         "in held.listed()[:1]:\n            mine",
     ),
@@ -468,8 +472,8 @@ PROGRAM = {
 
 SERVICE = {
     "drafts are cut with the pending rows": ("tail - drafted, seq.cache.max_slots)) + drafted", "tail, seq.cache.max_slots))"),
-    "drafts lie in codes": ("+ seq.cache.encoded + drafted)", "+ seq.cache.encoded)"),
-    "codes take no memory": ("coded += max(0, ", "coded += 0 * max(0, "),
+    "drafts lie in codes": ("+ seq.cache.encode_every + drafted)", "+ seq.cache.encode_every)"),
+    "codes take no memory": ("encoded += max(0, ", "encoded += 0 * max(0, "),
     "shared pages can be written": ("if evicts else len(lane.pages)", "if False else len(lane.pages)"),
 }
 

@@ -365,7 +365,7 @@ ZERO = 0
 
 def state(lane: Any) -> object:
     positions = None if lane.positions is None else lane.positions[: lane.length].tolist()
-    return list(lane.pages), list(lane.coded), lane.length, lane.folded, positions
+    return list(lane.pages), list(lane.encoded), lane.length, lane.folded, positions
 
 
 def snapshot(table: EditableTable) -> object:
@@ -426,8 +426,8 @@ class Program(RuleBasedStateMachine):
     def turned(self, value: int, delta: int) -> int:
         return self.value("turned", value, delta) if delta and value > 0 else value
 
-    def coded(self, value: int) -> int:
-        return self.value("coded", value)
+    def encoded(self, value: int) -> int:
+        return self.value("encoded", value)
 
     def forget(self) -> None:
         """Poisons the cells that no sequence and no published page owns."""
@@ -522,7 +522,7 @@ class Program(RuleBasedStateMachine):
                 assert [p.tolist() for p in positions] == self.positions[seq.id]
             for lane, length in enumerate(view.lengths[s].tolist()):
                 for r, value in enumerate(values):
-                    slot = length + view.tail[s] + r - view.coded[s].shape[1] * PAGE
+                    slot = length + view.tail[s] + r - view.encoded[s].shape[1] * PAGE
                     self.memory[self.cells(Space(seq.cache.lanes, seq.cache.format), view.pages[s][lane, slot // PAGE]), slot % PAGE] = (
                         value
                     )
@@ -612,7 +612,7 @@ class Program(RuleBasedStateMachine):
         lane = r.randrange(LANES[seq.cache.lanes])
         values, positions, held = self.expected[seq.id][lane], self.positions[seq.id][lane], self.table._held[seq.id]
         n, old = len(values), list(held.lanes[lane].pages)
-        if seq.cache.coded:
+        if seq.cache.encoded:
             return
         whole = r.random() < 0.3  # pages, and the end of the lane
         if whole:
@@ -667,14 +667,14 @@ class Program(RuleBasedStateMachine):
             held = table._held[seq.id]
             assert [p.tolist() for p in table.positions(seq)] == self.positions[seq.id]
             for lane, values in zip(held.lanes, self.expected[seq.id], strict=True):
-                for i, page in enumerate([*lane.coded, *lane.pages]):
-                    coded = i < len(lane.coded)
-                    pool = held.coded if coded else held.pool
+                for i, page in enumerate([*lane.encoded, *lane.pages]):
+                    encoded = i < len(lane.encoded)
+                    pool = held.encoded if encoded else held.pool
                     assert pool is not None
                     block = self.memory[self.cells(pool.space, page)]
                     assert not np.any(block == POISON), f"page {page} still holds data of its former owner"
                     want = values[i * PAGE : (i + 1) * PAGE]
-                    want = [self.coded(v) for v in want] if coded else want
+                    want = [self.encoded(v) for v in want] if encoded else want
                     assert np.all(block[:, : len(want)] == want), f"sequence {seq.id}, page {i}"
         below = [(node, node.key[1]) for node in table.prefix.root.children.values()]
         while below:

@@ -1,4 +1,4 @@
-"""Outputs.argmax in every backend and dtype: -1 if a row of logits holds NaN or +inf, else the lowest id of the largest logits."""
+"""ForwardResult.argmax in every backend and dtype: -1 if a row of logits holds NaN or +inf, else the lowest id of the largest logits."""
 
 from __future__ import annotations
 

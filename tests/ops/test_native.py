@@ -37,7 +37,7 @@ from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.ops import library
-from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Seen, Weights
+from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights, WeightSums
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
@@ -255,9 +255,9 @@ DEFINED = [
     "per head, window, evicted, watched",
     "shared, both windows",
     "int8, narrow layer",
-    "coded pages, window",
+    "encoded pages, window",
 ]
-DEFINED += ["read, window", "read of coded pages", "read behind the chunk, int8"]
+DEFINED += ["read, window", "read of encoded pages", "read behind the chunk, int8"]
 
 
 def near(found: test_views.World, expected: test_views.World) -> None:
@@ -279,7 +279,7 @@ def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     threads(2)
     mine = test_views.program(NativeOps(dtype), case, dtype)
     near(mine, torchs)
-    for form, pages in ((case.format, mine.main.pages), (case.coded, mine.main.coded)):
+    for form, pages in ((case.format, mine.main.pages), (case.encoded, mine.main.encoded)):
         left, right, units = mine.pool.shelves[form], torchs.pool.shelves[form], torch.tensor(pages, dtype=torch.long).flatten()
         for array, held in left.take(left.arrays, units).items():
             assert torch.equal(held, right.take([array], units)[array]), array
@@ -496,7 +496,7 @@ def bits(x: Tensor) -> Tensor:
 @dataclass(eq=False)
 class Text:
     """A text in a runner. kept: the slots that each lane keeps once `cut` tokens are stored, None without an eviction. With a format of
-    coded pages, full pages are encoded there. The context of a text ends there or never."""
+    encoded pages, full pages are encoded there. The context of a text ends there or never."""
 
     seq: Sequence
     cut: int = 0
@@ -596,7 +596,7 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
 def rows_to_cut(text: Text) -> int:
     """The number of rows up to the place where slots are evicted, pages are encoded or the context ends; no chunk crosses it."""
     left = text.cut - text.seq.stored
-    return left if (text.kept is not None or text.seq.cache.coded or text.seq.context) and left > 0 else 1000
+    return left if (text.kept is not None or text.seq.cache.encoded or text.seq.context) and left > 0 else 1000
 
 
 def evict(runner: Runner, text: Text) -> None:
@@ -604,7 +604,7 @@ def evict(runner: Runner, text: Text) -> None:
         return
     if text.kept is not None:
         runner.memory.paged.keep(text.seq, text.kept)
-    if text.seq.cache.coded:
+    if text.seq.cache.encoded:
         runner.memory.paged.encode(text.seq)
 
 
@@ -642,17 +642,17 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
     texts = []
     for i, kind in enumerate(lanes):
         tokens = stem[: dice.choice([0, 40, 70, 100])] + [dice.randrange(VOCAB) for _ in range(dice.choice([1, 5, 30]))]
-        form, coded = "", ""
+        form, encoded = "", ""
         if kind is Lanes.PER_HEAD:
-            form, coded = dice.choice(["", "int8", "labelled"]), dice.choice(["", "blocks"])
+            form, encoded = dice.choice(["", "int8", "labelled"]), dice.choice(["", "blocks"])
         window = dice.choice([None, Window(3, 20), Window(0, 9), Window(40, 30)]) if i else None
         read = dice.choice([None, UNLABELLED, replace(UNLABELLED, by_head=True)]) if i else None
         if form == "labelled" or (form and dice.random() < 0.5):
             read = dice.choice([LABELS, replace(LABELS, by_head=True)])
         context = dice.choice([0, 0, len(tokens)])
-        cache = CachePlan(lanes=kind, format=form, coded=coded, window=window, read=read)
+        cache = CachePlan(lanes=kind, format=form, encoded=encoded, window=window, read=read)
         text = Text(text_of(i, tokens, cache, context), len(tokens))
-        if kind is not Lanes.SHARED and not coded and dice.random() < 0.7 and len(tokens) > 3:
+        if kind is not Lanes.SHARED and not encoded and dice.random() < 0.7 and len(tokens) > 3:
             count = LAYERS * (bench.spec.kv_heads if kind is Lanes.PER_HEAD else 1)
             text.kept = [sorted(dice.sample(range(len(tokens)), dice.randint(1, len(tokens)))) for _ in range(count)]
         texts.append(text)
@@ -809,7 +809,7 @@ def test_statistics_depend_on_nothing_beside_them(dtype: torch.dtype, threads: C
     for text in texts:
         table.open(text.seq)
 
-    def step(some: list[Text], rows: int, tree: TokenTree, watches: tuple[Watch, ...]) -> Seen:
+    def step(some: list[Text], rows: int, tree: TokenTree, watches: tuple[Watch, ...]) -> WeightSums:
         works, trees = [Work(text.seq, rows) for text in some], [tree] * len(some)
         pages = table.reserve(works, trees)
         bench.runner.memory.paged.store.zero(pages.fresh)

@@ -18,14 +18,14 @@ from redraft.core.batch import Batch, PageView
 from redraft.core.plan import Work
 from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.kv.quantization.int4 import Int4Units
 from redraft.kv.quantization.int8 import Int8Units
-from redraft.ops.backend import Products, Seen
+from redraft.ops.backend import Products, WeightSums
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
@@ -92,7 +92,7 @@ class Blocks:
         return {"k": codes, "channel": Array((SIZE,), torch.float32, whole=True), "v": Array((PAGE, SIZE), self.dtype)}
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        raise AssertionError("rows are never written into coded pages")
+        raise AssertionError("rows are never written into encoded pages")
 
     def pack(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         channel = keys.float().abs().amax(-2).clamp(min=1e-6) / 7
@@ -123,7 +123,7 @@ class Even:
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
         return {"label": keys[..., 0] * (1 + index)}
 
-    def fold(self, keys: Tensor) -> dict[str, Tensor]:
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
         return {"peak": keys.flatten(1).amax(1, keepdim=True)}
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
@@ -158,7 +158,7 @@ def formats(dtype: torch.dtype, read: Even | None, shipped: bool = False, size: 
 class Case:
     kind: Lanes = Lanes.SHARED
     format: str = ""
-    coded: str = ""
+    encoded: str = ""
     window: Window | None = None
     layer: int | None = None  # the second layer's window
     read: Even | None = None
@@ -169,7 +169,7 @@ class Case:
     late: bool = False  # the chunk reads all
 
     def view(self, stored: int) -> View | None:
-        view = View(self.format, self.coded, self.window, self.read if stored or not self.late else None)
+        view = View(self.format, self.encoded, self.window, self.read if stored or not self.late else None)
         return None if view == View() else view
 
 
@@ -181,19 +181,19 @@ class Text:
     pages: list[list[int]]
     lengths: list[int]
     positions: list[list[int]]
-    coded: list[list[int]] = field(default_factory=list)
+    encoded: list[list[int]] = field(default_factory=list)
     stored: int = 0
     edited: bool = False
 
     def view(self, tail: int, chain: int, rows: int) -> tuple[Any, ...]:
-        """The kind, pages, lengths, tail, chain, positions and coded pages of a PageView."""
+        """The kind, pages, lengths, tail, chain, positions and encoded pages of a PageView."""
         positions = [np.array(p, np.int32) for p in self.positions] if self.edited else None
-        held = [-(-(n + tail + rows) // PAGE) - len(c) for n, c in zip(self.lengths, self.coded, strict=True)]
+        held = [-(-(n + tail + rows) // PAGE) - len(c) for n, c in zip(self.lengths, self.encoded, strict=True)]
         width = max(held)
         pages = [own[:n] + [10**6] * (width - n) for own, n in zip(self.pages, held, strict=True)]  # what lies behind is not ours
         return (
             self.case.kind, np.array(pages, np.int32), np.array(self.lengths, np.int32), tail, chain, positions,
-            np.array(self.coded, np.int32).reshape(len(self.pages), -1),
+            np.array(self.encoded, np.int32).reshape(len(self.pages), -1),
         )  # fmt: skip
 
 
@@ -212,7 +212,7 @@ class World:
         self.block = 0
         lanes = {Lanes.SHARED: 1, Lanes.PER_LAYER: LAYERS, Lanes.PER_HEAD: LAYERS * HEADS}[case.kind]
         self.main = Text(case, self.take(Space(case.kind, case.format), lanes, 6), [0] * lanes, [[] for _ in range(lanes)])
-        self.main.coded = [[] for _ in range(lanes)]
+        self.main.encoded = [[] for _ in range(lanes)]
         self.other = Text(Case(), self.take(Space(), 1, 5), [0], [[]], [[]])
         self.found: list[Tensor] = []
 
@@ -240,8 +240,8 @@ class World:
             work.append(Work(seq, n, first))
             tail = n + first if first else 0
             views.append(text.view(tail, n, len(tree) - first if first else n + len(tree)))
-        kinds, pages, lengths, tails, chains, positions, coded = map(list, zip(*views, strict=True))
-        batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, coded))
+        kinds, pages, lengths, tails, chains, positions, encoded = map(list, zip(*views, strict=True))
+        batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, encoded))
         batch = replace(batch, views=[text.case.view(text.stored) for text in texts])
         watches = {s: text.case.watch for s, text in enumerate(texts) if text.case.watch}
         plan = self.ops.plan(batch, self.spec, Taps(attention=watches))
@@ -288,24 +288,24 @@ class World:
         self.move(text, src, dst)
 
     def encode(self, text: Text, count: int) -> None:
-        """Moves the first `count` full pages of every lane to the format of coded pages."""
-        target = Space(text.case.kind, text.case.coded)
+        """Moves the first `count` full pages of every lane to the format of encoded pages."""
+        target = Space(text.case.kind, text.case.encoded)
         fresh = self.take(target, len(text.pages), count)
         src = [page for lane in text.pages for page in lane[:count]]
         made = np.array([page for lane in fresh for page in lane], np.int32)
         self.ops.encode(self.pool, Space(text.case.kind, text.case.format), target, np.array(src, np.int32), made)
-        text.coded = [old + new for old, new in zip(text.coded, fresh, strict=True)]
+        text.encoded = [old + new for old, new in zip(text.encoded, fresh, strict=True)]
         text.pages = [lane[count:] for lane in text.pages]
 
-    def fold(self, text: Text) -> None:
+    def summarize(self, text: Text) -> None:
         """Folds the full pages of every lane."""
         pages = [page for lane, n in zip(text.pages, text.lengths, strict=True) for page in lane[: n // PAGE]]
         assert text.case.read is not None
-        self.ops.fold(self.pool, Space(text.case.kind, text.case.format), np.array(pages, np.int32), text.case.read)
+        self.ops.summarize(self.pool, Space(text.case.kind, text.case.format), np.array(pages, np.int32), text.case.read)
 
 
 def place(text: Text, lane: int, slot: int) -> int:
-    return text.pages[lane][slot // PAGE - len(text.coded[lane])] * PAGE + slot % PAGE
+    return text.pages[lane][slot // PAGE - len(text.encoded[lane])] * PAGE + slot % PAGE
 
 
 TREE = TokenTree.build([1, 2, 3, 4, 5, 6, 7], [-1, 0, -1, 0, 3, 2, 4], vocab=9, rows=7, depth=7)  # node 6 is 4 deep
@@ -318,8 +318,8 @@ def program(ops: Ops, case: Case, rounded: torch.dtype = torch.float64) -> World
     for text, rows in zip(both, (CHUNK, 50), strict=True):
         world.commit(text, rows, [])
     if case.read is not None and case.read.labels:
-        world.fold(world.main)
-    if case.coded:
+        world.summarize(world.main)
+    if case.encoded:
         world.encode(world.main, 1)
     if case.evict:
         world.evict(world.main, seed=5)
@@ -327,7 +327,7 @@ def program(ops: Ops, case: Case, rounded: torch.dtype = torch.float64) -> World
     world.forward([world.main], [3], [TREE], first=4)
     world.commit(world.main, 3, [0, 3, 4, 6])
     world.commit(world.other, 1, [])
-    if case.coded:
+    if case.encoded:
         world.encode(world.main, 1)
     world.forward(both, [1, 1], [EMPTY, EMPTY])
     return world
@@ -366,9 +366,9 @@ CASES = {
     "a layer's window that it reaches past": Case(PER_HEAD, layer=CHUNK - 1),
     "int8": Case(PER_HEAD, "int8", watch=(MASS, LOW)),
     "int8, evicted, window": Case(PER_HEAD, "int8", window=Window(4, 20), evict=True),
-    "coded pages": Case(PER_HEAD, "", "blocks", watch=(MASS, LOW)),
-    "coded pages, window": Case(PER_HEAD, "", "blocks", window=Window(4, 40), layer=30),
-    "int8, coded pages": Case(PER_HEAD, "int8", "blocks"),
+    "encoded pages": Case(PER_HEAD, "", "blocks", watch=(MASS, LOW)),
+    "encoded pages, window": Case(PER_HEAD, "", "blocks", window=Window(4, 40), layer=30),
+    "int8, encoded pages": Case(PER_HEAD, "int8", "blocks"),
     "read by position": Case(read=Even(8, labels=False), watch=(MASS, LOW)),
     "read": Case(PER_HEAD, "labelled", read=Even(), evict=True),
     "read behind the chunk": Case(PER_HEAD, "labelled", read=Even(), late=True),
@@ -377,8 +377,8 @@ CASES = {
     "read, window": Case(PER_HEAD, "labelled", read=Even(by_head=True), window=Window(4, 30), evict=True, watch=(MASS, LOW)),
     "read of int8": Case(PER_HEAD, "int8", read=Even(by_head=True), evict=True),
     "read of int8, few": Case(PER_HEAD, "int8", read=Even(16, labels=False)),
-    "read of coded pages": Case(PER_HEAD, "labelled", "blocks", read=Even()),
-    "read of int8 and coded pages, both windows": Case(
+    "read of encoded pages": Case(PER_HEAD, "labelled", "blocks", read=Even()),
+    "read of int8 and encoded pages, both windows": Case(
         PER_HEAD, "int8", "blocks", window=Window(4, 40), layer=60, read=Even(by_head=True), watch=(MASS,)
     ),
 }
@@ -389,7 +389,9 @@ def test_torch_computes_what_the_reference_defines(name: str) -> None:
     compare(CASES[name], TorchOps(torch.float64), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["per head, window, evicted, watched", "int8, evicted, window", "coded pages, window", "read by position"])
+@pytest.mark.parametrize(
+    "name", ["per head, window, evicted, watched", "int8, evicted, window", "encoded pages, window", "read by position"]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Both get the same keys and values, rounded to the dtype. Weights near 1 / t may fall on either side of it."""
@@ -407,7 +409,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     ),
     "lengths of the first head": ("per head, evicted", lambda it: {"lengths": it.lengths[:, :1].expand(it.lengths.shape)}),
     "pages of the other layer": ("per head", lambda it: {"units": it.units.flip(0)}),
-    "coded pages swapped": ("coded pages", lambda it: {"coded": it.coded.flip(1)}),
+    "encoded pages swapped": ("encoded pages", lambda it: {"encoded": it.encoded.flip(1)}),
     "a sibling is seen": ("per head", lambda it: {"tail": torch.cat([it.tail[:, :-1].cummax(0).values, it.tail[:, -1:]], 1)}),
     "watched one too late": ("int8", lambda it: {"watches": tuple(Watch(w.statistic, w.since + 1) for w in it.watches)}),
 }
@@ -422,11 +424,11 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
         compare(CASES[name], TorchOps(torch.float64), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["per head, evicted", "int8, evicted, window", "read", "read of int8", "read of coded pages"])
+@pytest.mark.parametrize("name", ["per head, evicted", "int8, evicted, window", "read", "read of int8", "read of encoded pages"])
 def test_pages_hold_what_the_reference_says(name: str) -> None:
     """Codes, scales, side data and whole arrays are equal after writes, moves, encoding and folding."""
     fast, slow = program(TorchOps(torch.float64), CASES[name]), defined(CASES[name], torch.float64)
-    for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.coded, fast.main.coded)):
+    for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.encoded, fast.main.encoded)):
         units = torch.tensor(pages, dtype=torch.long).flatten()
         left, right = fast.pool.shelves[fmt], slow.pool.shelves[fmt]
         for array, held in left.take(left.arrays, units).items():
@@ -445,7 +447,7 @@ def test_few_slots_are_gathered_and_many_are_not(name: str, monkeypatch: pytest.
 # ---- the same bits
 
 
-def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | None, taps: Taps = NOTHING) -> list[Tensor]:
+def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | None, taps: Taps = NO_TAPS) -> list[Tensor]:
     """A chunk, a chunk longer than MAX_GROUPED_ROWS, a tree and a decode of one sequence; 64 channels, so kernels work in blocks."""
     ops, lanes = TorchOps(dtype), 1 if kind is Lanes.SHARED else LAYERS * HEADS
     pool, dice = ops.allocate(spec, 8), torch.Generator().manual_seed(1)
@@ -645,7 +647,7 @@ def test_an_unknown_statistic_is_refused_by_name() -> None:
 def test_mass_adds_up_to_the_rows() -> None:
     """A chunk of 88 rows gives a sum of 88 to the slots of each head, a row of the tree 1."""
     world = program(TorchOps(torch.float64), Case(PER_HEAD, watch=(MASS,)))
-    seen = [Seen(*pair) for pair in zip(world.found[2::4], world.found[3::4], strict=True)]
+    seen = [WeightSums(*pair) for pair in zip(world.found[2::4], world.found[3::4], strict=True)]
     assert [s.nodes.shape[1] for s in seen] == [0, 4, 3, 0]
     for noted, rows in zip(seen, (CHUNK, 3, 0, 1), strict=True):
         assert torch.allclose(noted.chain.sum(-1), torch.tensor(float(rows), dtype=torch.float64))

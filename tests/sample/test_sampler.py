@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from redraft.core.batch import Batch
 from redraft.core.plan import Work
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.testing import view
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.ops.backend import Outputs
+from redraft.ops.backend import ForwardResult
 from redraft.sample.sampler import Sampler
 from redraft.verify.coupled import Coupled
 from tests.contracts.algebra import LEAST_P, chi_square_p
@@ -145,7 +145,7 @@ def test_a_growing_tail_draws_as_the_whole_tree():
         batch = Batch.pack(works, [EMPTY, tree], view(works))
         assert whole.out.logits is not None
         distribution = own.distribution(
-            Outputs(whole.out.argmax[[0, 4, 5]], logits=whole.out.logits[[0, 4, 5]]), batch, works, [EMPTY, tree]
+            ForwardResult(whole.out.argmax[[0, 4, 5]], logits=whole.out.logits[[0, 4, 5]]), batch, works, [EMPTY, tree]
         )
         assert distribution.draw([0, 1, 2]) == whole.draw([0, 4, 5])
 
@@ -157,14 +157,14 @@ def test_needs():
         seq = begun(own, [1, 2, 3], **params)
         return own.needs([Work(seq, seq.pending)])
 
-    assert own.needs([]) == NOTHING
-    assert needs(temperature=0) == needs(temperature=0, top_p=0.5) == NOTHING
+    assert own.needs([]) == NO_TAPS
+    assert needs(temperature=0) == needs(temperature=0, top_p=0.5) == NO_TAPS
     assert needs() == needs(temperature=0, logit_bias={1: 1.0}) == needs(temperature=0, logprobs=0) == Taps(logits=True)
     chunk = begun(own, [1, 2, 3])
     chunk.stored = 0
-    assert own.needs([Work(chunk, 2)]) == NOTHING, "an unfinished chunk draws nothing"
+    assert own.needs([Work(chunk, 2)]) == NO_TAPS, "an unfinished chunk draws nothing"
     asks = begun(own, [1, 2, 3], temperature=0, prompt_logprobs=0)
-    assert own.needs([Work(asks, 1)]) == NOTHING, "the prompt is behind it"
+    assert own.needs([Work(asks, 1)]) == NO_TAPS, "the prompt is behind it"
     asks.stored = 0
     assert own.needs([Work(asks, 2)]) == own.needs([Work(chunk, 2), Work(asks, 2)]) == Taps(logits=True)
 
@@ -172,7 +172,7 @@ def test_needs():
 def test_greedy_rows_need_no_logits():
     own = sampler()
     distribution = step(own, [begun(own, [1, 2], temperature=0), begun(own, [4], temperature=0, top_p=0.3)])
-    bare = own.distribution(Outputs(np.asarray([7, 3], np.int32)), distribution.batch, distribution.work, distribution.trees)
+    bare = own.distribution(ForwardResult(np.asarray([7, 3], np.int32)), distribution.batch, distribution.work, distribution.trees)
     assert bare.draw([1, 0]) == [3, 7]
 
 

@@ -10,7 +10,7 @@ from redraft.core.noise import mix
 from redraft.core.plan import Work
 from redraft.core.testing import sequence, view
 from redraft.core.tree import EMPTY
-from redraft.ops.backend import Outputs
+from redraft.ops.backend import ForwardResult
 
 
 def toy_logits(context, vocab):
@@ -39,6 +39,6 @@ def step(sampler, seqs, trees=None, logits=toy_logits, dtype=torch.float64):
         context = seen if node < 0 else seqs[s].tokens + trees[s].tokens[trees[s].path_to(node)].tolist()
         rows.append(logits(context, sampler.vocabulary.size))
     table = np.asarray(rows)
-    # numpy's argmax: the lowest id wins ties, as Outputs promises
-    out = Outputs(table.argmax(-1).astype(np.int32), logits=torch.tensor(table, dtype=dtype))
+    # numpy's argmax: the lowest id wins ties, as ForwardResult promises
+    out = ForwardResult(table.argmax(-1).astype(np.int32), logits=torch.tensor(table, dtype=dtype))
     return sampler.distribution(out, batch, works, trees)

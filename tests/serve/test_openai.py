@@ -641,10 +641,10 @@ TEXTS = ["def add(a, b):", "a list of strings, and what can be done with it", "Ã
 def test_embeddings(client: openai.OpenAI, llm: LLM, pooling: str) -> None:
     extra = {"pooling": pooling}
     floats = client.embeddings.create(model="embedded", input=TEXTS, encoding_format="float", extra_body=extra)
-    coded = client.embeddings.create(model="embedded", input=TEXTS, extra_body=extra)  # the client asks for base64 and decodes it
+    encoded = client.embeddings.create(model="embedded", input=TEXTS, extra_body=extra)  # the client asks for base64 and decodes it
     direct = llm.embed(TEXTS, pooling)
     assert [one.index for one in floats.data] == [0, 1, 2]
-    for one, other, expected in zip(floats.data, coded.data, direct, strict=True):
+    for one, other, expected in zip(floats.data, encoded.data, direct, strict=True):
         assert one.embedding == other.embedding == expected.astype(np.float32).tolist()
     tokens = sum(len(llm.tokenizer.encode(one)) for one in TEXTS)
     assert (floats.usage.prompt_tokens, floats.usage.total_tokens, floats.object) == (tokens, tokens, "list")

@@ -6,7 +6,7 @@ from typing import Any
 from redraft.config import SamplingParams
 from redraft.core.sequence import FinishReason, Request
 from redraft.engine.output import Event, Stats
-from redraft.serve.shell import Ticket
+from redraft.serve.shell import Submission
 
 
 def test_nothing_is_lost_that_was_received_before_it_was_taken() -> None:
@@ -14,7 +14,7 @@ def test_nothing_is_lost_that_was_received_before_it_was_taken() -> None:
 
     async def taken() -> list[Any]:
         request = Request("r", [1], SamplingParams(max_tokens=3))
-        ticket = Ticket(request, left=1)
+        ticket = Submission(request, left=1)
         found = []
         for token, reason in ((5, None), (6, None), (7, FinishReason.LENGTH)):
             ticket.add([Event(request, 0, [token], "x", [False], [], reason, Stats())])

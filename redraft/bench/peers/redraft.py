@@ -14,11 +14,11 @@ from redraft.bench.peers.peer import Job, timed
 from redraft.config import EngineConfig, SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import NEVER, Request, Sequence
-from redraft.core.taps import NOTHING, Taps
+from redraft.core.sequence import UNLIMITED, Request, Sequence
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.llm import LLM
-from redraft.ops.backend import Outputs
+from redraft.ops.backend import ForwardResult
 
 
 class Redraft:
@@ -93,7 +93,7 @@ class Redraft:
         return time.perf_counter() - begun
 
     def _open(self, tokens: list[int]) -> Sequence:
-        seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=NEVER)
+        seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=UNLIMITED)
         self.runner.memory.open(seq)
         return seq
 
@@ -114,6 +114,6 @@ class Redraft:
         self.runner.memory.discard(seq)
         return took
 
-    def _forward(self, work: Work, tree: TokenTree, taps: Taps = NOTHING) -> Outputs:
+    def _forward(self, work: Work, tree: TokenTree, taps: Taps = NO_TAPS) -> ForwardResult:
         pages = self.runner.memory.reserve([work], [tree])
         return self.runner.forward(Batch.pack([work], [tree], pages), taps)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.kv.eviction.eviction import OpenKeep
+from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.eviction.parts import Across, Budgeted, Evicting, Mass
 from redraft.options import number
 
@@ -44,7 +44,7 @@ class AdaKV(Budgeted):
     )
     name: ClassVar[str] = "ada-kv"
 
-    def open(self, runner: Any) -> OpenKeep:
+    def open(self, runner: Any) -> OpenEviction:
         heads, trigger = runner.spec.kv_heads, self.trigger
         allocator = Across(heads, max(self.sinks + self.recent, int(self.floor * trigger.kept)))  # 3. and 4.
         return Evicting(

@@ -15,13 +15,13 @@ from collections.abc import Sequence as Seq
 from typing import Any, ClassVar, Protocol
 
 from redraft.card import Card
-from redraft.core.sequence import NEVER, Lanes, Sequence
+from redraft.core.sequence import UNLIMITED, Lanes, Sequence
 from redraft.core.tree import I32
 from redraft.core.view import Watch, Window
-from redraft.ops.backend import Seen
+from redraft.ops.backend import WeightSums
 
 
-class OpenKeep(Protocol):
+class OpenEviction(Protocol):
     """An opened policy. lanes: SHARED if all heads keep the same slots; endless: positions may exceed the trained context; window: the
     mask of rows, for policies that use one; max_slots: the largest number of committed slots of a lane at any time; shareable_tokens:
     the number of leading tokens with the same keys as without the policy."""
@@ -41,14 +41,14 @@ class OpenKeep(Protocol):
     def end(self, state: Any) -> None: ...
 
     def sync_point(self, seq: Sequence) -> int:
-        """The next value of seq.stored, above the current one, that no step may cross; NEVER for none."""
+        """The next value of seq.stored, above the current one, that no step may cross; UNLIMITED for none."""
         ...
 
     def watch(self, seq: Sequence) -> tuple[Watch, ...]:
         """The requested statistics of attention in this step; always the same number of them."""
         ...
 
-    def observe(self, seq: Sequence, seen: Seen | None, rows: int, path: Seq[int]) -> None:
+    def observe(self, seq: Sequence, seen: WeightSums | None, rows: int, path: Seq[int]) -> None:
         """Adds the statistics of a commit of `rows` chain rows and the nodes `path` (indices of tree rows, in order). seen: None if
         nothing was watched. seq.stored has already advanced."""
         ...
@@ -65,17 +65,17 @@ class Keep(Protocol):
 
     card: ClassVar[Card]
 
-    def open(self, runner: Any) -> OpenKeep: ...
+    def open(self, runner: Any) -> OpenEviction: ...
 
 
-class Stateless:
+class StatelessEviction:
     """Defaults for policies without state per request and without statistics."""
 
     lanes: Lanes = Lanes.SHARED
     endless: bool = False
     window: Window | None = None
-    max_slots: int = NEVER
-    shareable_tokens: int = NEVER
+    max_slots: int = UNLIMITED
+    shareable_tokens: int = UNLIMITED
 
     def begin(self, seq: Sequence) -> Any:
         return None
@@ -87,10 +87,10 @@ class Stateless:
         pass
 
     def sync_point(self, seq: Sequence) -> int:
-        return NEVER
+        return UNLIMITED
 
     def watch(self, seq: Sequence) -> tuple[Watch, ...]:
         return ()
 
-    def observe(self, seq: Sequence, seen: Seen | None, rows: int, path: Seq[int]) -> None:
+    def observe(self, seq: Sequence, seen: WeightSums | None, rows: int, path: Seq[int]) -> None:
         pass

@@ -23,8 +23,8 @@ from redraft.core.sequence import Lanes, Sequence
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import Watch
 from redraft.errors import InvalidInput
-from redraft.kv.eviction.eviction import Stateless
-from redraft.ops.backend import Seen
+from redraft.kv.eviction.eviction import StatelessEviction
+from redraft.ops.backend import WeightSums
 from redraft.options import Options, number
 
 
@@ -61,7 +61,7 @@ class Tally:
         """i64[lanes]: lengths at `stored` committed tokens; every lane grows by one slot a token."""
         return self.lengths + (stored - self.stored)
 
-    def add(self, seen: Seen, ends: I64, path: Seq[int], skip: int) -> None:
+    def add(self, seen: WeightSums, ends: I64, path: Seq[int], skip: int) -> None:
         """Counts the chain rows, which end at slots `ends` i64[lanes], and then the nodes `path` without the first `skip`.
 
         The step wrote node i to slot ends + i; the commit moved it to ends + its index on the path, and its column moves likewise.
@@ -172,7 +172,7 @@ class Across:
         return np.stack([(best == head).sum(-1) for head in range(self.heads)], -1).ravel()
 
 
-class Evicting(Stateless):
+class Evicting(StatelessEviction):
     """The opened policy for `count` lanes, one for each layer and kv head. Lanes hold different slots; positions do not change. Its
     state is a Tally.
 
@@ -198,7 +198,7 @@ class Evicting(Stateless):
         since = max(0, self.sync_point(seq) - self.scorer.history)
         return tuple(Watch(statistic, since) for statistic in self.scorer.statistics)
 
-    def observe(self, seq: Sequence, seen: Seen | None, rows: int, path: Seq[int]) -> None:
+    def observe(self, seq: Sequence, seen: WeightSums | None, rows: int, path: Seq[int]) -> None:
         tally: Tally = seq.state[self]
         since = self.trigger.after(tally.stored) - self.scorer.history
         if seen is None or seq.stored <= since:

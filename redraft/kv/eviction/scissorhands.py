@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
-from redraft.kv.eviction.eviction import OpenKeep
+from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.eviction.parts import Budgeted, Even, Evicting, SeldomLow
 
 
@@ -40,7 +40,7 @@ class Scissorhands(Budgeted):
     )
     name: ClassVar[str] = "scissorhands"
 
-    def open(self, runner: Any) -> OpenKeep:
+    def open(self, runner: Any) -> OpenEviction:
         return Evicting(
             len(runner.spec.attention) * runner.spec.kv_heads,
             self.budget,

@@ -25,14 +25,14 @@ from redraft.card import Card, Guarantee
 from redraft.core.sequence import Sequence
 from redraft.core.tree import I32
 from redraft.core.view import Window
-from redraft.kv.eviction.eviction import OpenKeep, Stateless
+from redraft.kv.eviction.eviction import OpenEviction, StatelessEviction
 from redraft.options import Options, number
 
 GRID = 128  # rows between two sync points, about: large enough to run long prompts fast, small compared with a window
 
 
-class Streaming(Stateless):
-    """The opened policy, for pages of `page` slots. first: the slots of the pages that hold sinks; grid: rows between sync points."""
+class Streaming(StatelessEviction):
+    """The opened policy, for pages of `page` slots. first: the slots of the pages that hold sinks; sync_every: rows between sync points."""
 
     endless = True
 
@@ -41,13 +41,13 @@ class Streaming(Stateless):
         self.shareable_tokens = sinks + recent
         self.recent, self.page = recent, page
         self.first = -(-sinks // page) * page
-        self.grid = max(1, min(recent, GRID) // page) * page
+        self.sync_every = max(1, min(recent, GRID) // page) * page
         # a step ends at most one grid after a sync point, at which the pages of the newest recent - 1 slots were kept
-        self.max_slots = self.first + -(-(recent - 1) // page) * page + self.grid
+        self.max_slots = self.first + -(-(recent - 1) // page) * page + self.sync_every
 
     def sync_point(self, seq: Sequence) -> int:
         """The next multiple of the grid, starting with the largest one that fits in max_slots."""
-        return max(self.max_slots // self.grid, seq.stored // self.grid + 1) * self.grid
+        return max(self.max_slots // self.sync_every, seq.stored // self.sync_every + 1) * self.sync_every
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
         """Evicts whole pages only. Slots keep their place within a page, so nothing is copied."""
@@ -72,5 +72,5 @@ class StreamingLLM(Options):
         summary="Keeps the first and newest tokens; endless chats",
     )
 
-    def open(self, runner: Any) -> OpenKeep:
+    def open(self, runner: Any) -> OpenEviction:
         return Streaming(self.sinks, self.recent, runner.memory.paged.table.page)

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from redraft.card import Card
-from redraft.ops.format import Array
-from redraft.ops.format import Codec as Codes
+from redraft.ops.format import Array, PageCodec
 
 
-class OpenCodec(Codes, Protocol):
+class OpenCodec(PageCodec, Protocol):
     """An opened codec. name: the name of its format, different for different arrays; arrays: the arrays of a unit (see ops/format.py);
     block: the number of tokens, a multiple of 32, after which full pages are encoded, 0 for a codec of single tokens."""
 

@@ -31,7 +31,7 @@ from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Work
-from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.spec import Attention
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
@@ -114,7 +114,7 @@ class DoubleSparsity(Options):
         own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-size // PAGE))
         for i, tokens in enumerate(chosen):  # 1.
             request = Request(METHOD, tokens, SamplingParams())
-            seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, sync_point=NEVER)
+            seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, sync_point=UNLIMITED)
             own.memory.open(seq)
             work = [Work(seq, len(tokens))]
             own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
@@ -176,7 +176,7 @@ class Labels:
     dense: int
     sinks: int
 
-    grid: ClassVar[int] = 0
+    sync_every: ClassVar[int] = 0
 
     @cached_property
     def name(self) -> str:
@@ -192,7 +192,7 @@ class Labels:
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
         return {"labels": keys.gather(2, self.channels[index].expand(len(keys), -1, -1))}  # 3.
 
-    def fold(self, keys: Tensor) -> dict[str, Tensor]:
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
         """Nothing, because labels are stored with each key."""
         return {}
 

@@ -55,7 +55,7 @@ class PageTopK(Options):
         deviates="no streaming heads; pages of 32 tokens; a choice for every row, never reused; the first page is always read",
         summary="Reads the pages that fit best; long contexts, no set-up",
     )
-    grid: ClassVar[int] = PAGE
+    sync_every: ClassVar[int] = PAGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +87,7 @@ class PageTopK(Options):
         """Nothing, because the bounds of a part are known only when its page is full."""
         return {}
 
-    def fold(self, keys: Tensor) -> dict[str, Tensor]:
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
         parts = keys.unflatten(1, (-1, self.logical))  # 1.
         return {"low": parts.amin(2), "high": parts.amax(2)}
 

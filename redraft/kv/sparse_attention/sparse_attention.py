@@ -13,14 +13,14 @@ from redraft.card import Card
 from redraft.ops.backend import Select
 
 
-class OpenRead(Select, Protocol):
+class OpenSparseAttention(Select, Protocol):
     """name: the name of its side data, different for different side data; least: a row that sees at most this many slots reads all of
-    them; grid: the number of committed tokens, a multiple of 32, between sync points at which the per-page arrays of full pages are
+    them; sync_every: the number of committed tokens, a multiple of 32, between sync points at which the per-page arrays of full pages are
     filled, 0 for a method without them."""
 
     name: str
     least: int
-    grid: int
+    sync_every: int
 
 
 class Read(Protocol):
@@ -28,4 +28,4 @@ class Read(Protocol):
 
     card: ClassVar[Card]
 
-    def open(self, runner: Any) -> OpenRead: ...
+    def open(self, runner: Any) -> OpenSparseAttention: ...

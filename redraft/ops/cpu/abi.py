@@ -52,7 +52,7 @@ class Layer(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_ = [
-        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("coded", Pool), ("turns", POINTER), ("far", POINTER),
+        ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("encoded", Pool), ("turns", POINTER), ("far", POINTER),
         ("half", SIZE), ("watched", POINTER), ("watches", SIZE),
     ]  # fmt: skip
 

@@ -181,7 +181,7 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
 namespace {
 const uint8_t* first_page(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head) {
     const AttendRow& row = plan.rows[task.first];
-    return find_unit(job.seqs[row.seq], job.pool, job.coded, job.layer, kv_head, std::max(task.group, 0) * GROUP).at;
+    return find_unit(job.seqs[row.seq], job.pool, job.encoded, job.layer, kv_head, std::max(task.group, 0) * GROUP).at;
 }
 }  // namespace
 

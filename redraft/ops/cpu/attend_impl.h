@@ -665,7 +665,7 @@ public:
         : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
         carve(shape, memory, &s_);
         direct_ = pool_.size % Vec::N == 0 && pool_.kind != I8;
-        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.coded.data;
+        paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.encoded.data;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
             lines_[i] = line_of(job, rows[i], kv_head);
@@ -805,7 +805,7 @@ private:
         return one.bits[(rows_[i].row * int64_t(pool_.kv_heads) * one.apart + head) * one.words + page];
     }
 
-    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.coded, job_.layer, kv_head_, page); }
+    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.encoded, job_.layer, kv_head_, page); }
 
     int64_t most_pages() const { return (most_seen_ + PAGE - 1) / PAGE; }
 

@@ -103,11 +103,11 @@ struct Seq {
     int32_t tail, chain;              // tentative rows written before; chain rows of the whole tail
     int32_t lanes;                    // 0 shared, 1 one for each layer, 2 one for each layer and kv head
     int32_t pages_per_lane, words;    // page ids of a lane; words of visibility of a node row
-    int32_t coded_per_lane;           // pages of codes, before `pages`
+    int32_t encoded_per_lane;         // pages of codes, before `pages`
     int32_t sinks, recent;            // a row sees keys at positions < sinks or > its own - recent; recent 0: no such window
     int32_t none;
     const int32_t* pages;             // [lanes][pages_per_lane]
-    const int32_t* coded;             // [lanes][coded_per_lane]
+    const int32_t* encoded;           // [lanes][encoded_per_lane]
     const int32_t* lengths;           // [lanes] committed slots
     const int32_t* const* positions;  // [lanes] -> position of every committed slot, or null: slot i holds position i
     const uint64_t* visible;          // [node rows][words]: tentative nodes that the row sees
@@ -144,10 +144,10 @@ struct Unit {
     uint8_t* at;
     const Pool* pool;
 };
-// The unit of the page with slots 32 page .. 32 page + 31 of a lane. The first coded_per_lane pages belong to `coded`.
-INLINE Unit find_unit(const Seq& s, const Pool& exact, const Pool& coded, int64_t layer, int64_t head, int64_t page) {
-    if (page < s.coded_per_lane) return {at_unit(coded, unit_of(s, coded, layer, head, page, s.coded, s.coded_per_lane)), &coded};
-    return {at_unit(exact, unit_of(s, exact, layer, head, page - s.coded_per_lane, s.pages, s.pages_per_lane)), &exact};
+// The unit of the page with slots 32 page .. 32 page + 31 of a lane. The first encoded_per_lane pages belong to `encoded`.
+INLINE Unit find_unit(const Seq& s, const Pool& exact, const Pool& encoded, int64_t layer, int64_t head, int64_t page) {
+    if (page < s.encoded_per_lane) return {at_unit(encoded, unit_of(s, encoded, layer, head, page, s.encoded, s.encoded_per_lane)), &encoded};
+    return {at_unit(exact, unit_of(s, exact, layer, head, page - s.encoded_per_lane, s.pages, s.pages_per_lane)), &exact};
 }
 
 // The slots that the rows of a sequence read, of those they see: bits [rows][kv_heads * apart][words], bit j of word i is slot 32 i + j.
@@ -169,7 +169,7 @@ struct Watched {
 struct AttendJob {
     const Seq* seqs;
     int64_t count;
-    Pool pool, coded;              // coded: the pool of coded pages; no data if there are none
+    Pool pool, encoded;              // encoded: the pool of encoded pages; no data if there are none
     int32_t layer, heads, window;  // heads: query heads; window: keys at positions > own - window are seen, 0: all
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]

@@ -111,7 +111,7 @@ void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows
 }
 
 AttendJob attend_job(const Step& step, int layer, int heads, int window, int rotary, const Rows& q, const Rows& out) {
-    AttendJob job{step.seqs, step.count, step.pool, step.coded, layer, heads, window, q, out, 1.0f / std::sqrt(float(step.pool.size))};
+    AttendJob job{step.seqs, step.count, step.pool, step.encoded, layer, heads, window, q, out, 1.0f / std::sqrt(float(step.pool.size))};
     job.watched = step.watched, job.watches = step.watches, job.half = step.half;
     if (step.far && rotary >= 0) job.far = step.far + 2 * rotary * step.rows * step.half;
     return job;
@@ -127,7 +127,7 @@ void write_keys(const AttendKernels& kernels, const Step& step, int64_t layer, c
             const int64_t start = length_of(seq, pool, layer, head) + seq.tail;
             for (int64_t r = own.first; r < own.last; r++) {
                 const int64_t slot = start + r;
-                uint8_t* unit = find_unit(seq, pool, step.coded, layer, head, slot / PAGE).at;
+                uint8_t* unit = find_unit(seq, pool, step.encoded, layer, head, slot / PAGE).at;
                 const auto put = [&](const Rows& x, int64_t offset, int64_t scales) {
                     const uint8_t* from = x.at(seq.first + r, head * pool.size);
                     uint8_t* to = unit + offset + slot % PAGE * bytes;

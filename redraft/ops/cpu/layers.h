@@ -18,7 +18,7 @@ struct Layer {
 struct Step {
     int64_t rows, count;
     const Seq* seqs;
-    Pool pool, coded;  // coded: see AttendJob
+    Pool pool, encoded;  // encoded: see AttendJob
     const float *turns, *far;
     int64_t half;
     const Watched* watched;

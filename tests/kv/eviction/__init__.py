@@ -17,7 +17,7 @@ from redraft.core.sequence import CachePlan, Sequence
 from redraft.core.testing import sequence
 from redraft.core.tree import TokenTree
 from redraft.kv.edits import EditableTable
-from redraft.ops.backend import Seen
+from redraft.ops.backend import WeightSums
 
 LAYERS, HEADS = 2, 3
 LANES = LAYERS * HEADS
@@ -104,9 +104,9 @@ class Drive:
         return kept is not None
 
 
-def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt: int = 0) -> Seen:
-    """The Seen of rows and nodes after lanes with the positions `before`. Slots that no row sees, rejected rows and padding hold wrong
-    numbers. Columns of nodes in chain rows hold 0, because they are summed and a chain row gives a node no attention."""
+def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt: int = 0) -> WeightSums:
+    """The WeightSums of rows and nodes after lanes with the positions `before`. Slots that no row sees, rejected rows and padding hold
+    wrong numbers. Columns of nodes in chain rows hold 0, because they are summed and a chain row gives a node no attention."""
     rows, nodes, longest = step.rows, len(step.parents), max(map(len, before))
     width = longest + rows + nodes
     depth: list[int] = []
@@ -132,7 +132,7 @@ def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt
                     tree[w, k, lane, end + j] = given(statistic, lane, row, stored + rows + depth[j] + salt)
     shape = (len(watches), LAYERS, HEADS, width) if len(before) == LANES else (len(watches), 1, len(before), width)
     folded = (len(watches), nodes, *shape[1:])
-    return Seen(torch.from_numpy(chain).reshape(shape), torch.from_numpy(tree).reshape(folded))
+    return WeightSums(torch.from_numpy(chain).reshape(shape), torch.from_numpy(tree).reshape(folded))
 
 
 def one_by_one(length: int) -> Iterator[Step]:

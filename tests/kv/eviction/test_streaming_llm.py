@@ -53,7 +53,7 @@ def test_most_is_reached_and_never_passed(shape: tuple[int, int, int]) -> None:
     policy = opened(*shape)
     drive = Drive(policy, page=shape[2])
     drive.step(Step(policy.sync_point(drive.seq)))  # a lane grows until a step could pass the bound ...
-    assert policy.max_slots - policy.grid < drive.longest <= policy.max_slots
+    assert policy.max_slots - policy.sync_every < drive.longest <= policy.max_slots
     drive.longest = 0
     while drive.seq.stored < 4 * policy.max_slots:  # ... and from there on by steps of the grid
         drive.step(Step(policy.sync_point(drive.seq) - drive.seq.stored))
@@ -63,7 +63,7 @@ def test_most_is_reached_and_never_passed(shape: tuple[int, int, int]) -> None:
 def test_the_defaults() -> None:
     policy = opened(4, 1020, page=32)
     assert (policy.window, policy.shareable_tokens, policy.lanes, policy.endless) == ((4, 1020), 1024, Lanes.SHARED, True)
-    assert policy.grid == 128 and policy.max_slots == 32 + 1024 + 128
+    assert policy.sync_every == 128 and policy.max_slots == 32 + 1024 + 128
     drive = Drive(policy).run([Step(1152), Step(128), Step(1)])
     assert list(drive.kept) == [1152, 1280]
     assert drive.kept[1280] == [[*range(32), *range(256, 1280)]]  # row 1280 sees 261 and on

@@ -17,7 +17,7 @@ from redraft.cli.calibrate import calibrate
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Work
-from redraft.core.sequence import NEVER, Request, Sequence
+from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.kv.sparse_attention.double_sparsity import DoubleSparsity, Labels, Profile, model_hash, place
@@ -150,7 +150,7 @@ def test_scores_are_weighed_in_float32() -> None:
     low = at._replace(q=torch.ones_like(at.q).bfloat16(), keys=keys.bfloat16())
     assert chosen(labels, low)[0, 0, 0].nonzero().flatten().tolist() == [70, 120]
     assert labels.arrays(8, torch.bfloat16)["labels"] == ((PAGE, 8), torch.bfloat16, False)
-    assert labels.fold(torch.zeros(2, PAGE, 8)) == {} and labels.grid == 0 and labels.least == 2
+    assert labels.summarize(torch.zeros(2, PAGE, 8)) == {} and labels.sync_every == 0 and labels.least == 2
 
 
 # ---- calibration
@@ -364,7 +364,7 @@ def test_on_the_embedded_model_calibrated_channels_recall_more_than_random_ones(
     profile = DoubleSparsity.calibrate(llm.runner, [ids[0][:1024]])
     tape = Tape(llm.runner.backend)
     one = Runner(llm.runner.spec, llm.runner.weights, tape, 20, sharing=False)  # type: ignore[arg-type]
-    seq = Sequence(0, Request("", ids[1][:512], SamplingParams()), 0, ids[1][:512], 512, seed=0, sync_point=NEVER)
+    seq = Sequence(0, Request("", ids[1][:512], SamplingParams()), 0, ids[1][:512], 512, seed=0, sync_point=UNLIMITED)
     one.memory.open(seq)
     one.forward(Batch.pack([Work(seq, 512)], [EMPTY], one.memory.reserve([Work(seq, 512)], [EMPTY])))
     random = replace(profile, scores=torch.rand(profile.scores.shape, generator=torch.Generator().manual_seed(0)))

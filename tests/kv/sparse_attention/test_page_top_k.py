@@ -31,7 +31,7 @@ METHODS = [PageTopK(tokens=96), PageTopK(tokens=160, logical=32, sinks=2), PageT
 def side(method: PageTopK, at: Scene) -> dict[str, Tensor]:
     """The side data as in the engine: only pages full of committed tokens are folded."""
     heads, _, size = at.keys.shape
-    made = method.fold(at.keys.reshape(-1, PAGE, size))
+    made = method.summarize(at.keys.reshape(-1, PAGE, size))
     held = {name: one.unflatten(0, (heads, -1)) for name, one in made.items()}
     for head, length in enumerate(at.committed):
         for one in held.values():
@@ -82,7 +82,7 @@ def test_no_key_exceeds_the_bound_of_its_part() -> None:
     for logical in (1, 2, 4, 8, 16, 32):
         method = PageTopK(logical=logical)
         keys = at.keys[:, :288]
-        held = {name: one.unflatten(0, (2, -1)) for name, one in method.fold(keys.reshape(-1, PAGE, 8)).items()}
+        held = {name: one.unflatten(0, (2, -1)) for name, one in method.summarize(keys.reshape(-1, PAGE, 8)).items()}
         bounds = method.bounds(at.q, held, products)
         true = torch.einsum("kgrd,knd->kgrn", at.q, keys)
         assert (true <= bounds.repeat_interleave(logical, -1) + 1e-12).all()
@@ -137,7 +137,7 @@ def test_of_equal_pages_the_lower_ones() -> None:
 def test_bounds_lie_in_the_dtype_of_the_cache_and_are_weighed_in_float32(dtype: torch.dtype) -> None:
     method = PageTopK(logical=8)
     arrays = method.arrays(64, dtype)
-    made = method.fold(torch.randn(5, PAGE, 64).to(dtype))
+    made = method.summarize(torch.randn(5, PAGE, 64).to(dtype))
     assert {name: (*one.shape[1:],) for name, one in made.items()} == {name: array.shape for name, array in arrays.items()}
     assert all(array.whole and array.dtype == made[name].dtype == dtype for name, array in arrays.items())
     held = {name: one[None] for name, one in made.items()}

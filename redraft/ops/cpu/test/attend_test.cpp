@@ -147,10 +147,10 @@ struct Slot {
 
 // A text in the pool: committed slots, a chain, and a tree, all keys and values written.
 struct Text {
-    Memory *memory, *block;  // block: of the first coded_per_lane pages of every lane
-    int32_t lanes = 0, count = 1, per_lane = 0, coded_per_lane = 0, chain = 0, sinks = 0, recent = 0, apart = 0;  // apart: 0 reads all
+    Memory *memory, *block;  // block: of the first encoded_per_lane pages of every lane
+    int32_t lanes = 0, count = 1, per_lane = 0, encoded_per_lane = 0, chain = 0, sinks = 0, recent = 0, apart = 0;  // apart: 0 reads all
     double density = 1;
-    vector<int32_t> pages, coded, lengths;
+    vector<int32_t> pages, encoded, lengths;
     vector<vector<int32_t>> positions;  // of committed slots by lane; empty: none kept
     vector<Node> nodes;
     Sees sees = PATH;
@@ -166,9 +166,9 @@ struct Text {
 
     // Pages for `slots` slots of every lane; the first `shared` of them are those of another text.
     void room(int64_t slots, const Text* from = nullptr, int64_t shared = 0) {
-        per_lane = int32_t((slots + PAGE - 1) / PAGE) - coded_per_lane;
+        per_lane = int32_t((slots + PAGE - 1) / PAGE) - encoded_per_lane;
         take(*memory, pages, per_lane, from, shared);
-        take(*block, coded, coded_per_lane, nullptr, 0);
+        take(*block, encoded, encoded_per_lane, nullptr, 0);
     }
     void take(Memory& of, vector<int32_t>& list, int64_t each, const Text* from, int64_t shared) const {
         const int32_t pages_a_block = lanes == 0 ? 1 : lanes == 1 ? of.pool.layers : int32_t(of.pool.per_block);
@@ -182,7 +182,7 @@ struct Text {
             list.push_back(block * pages_a_block + --left);
         }
     }
-    bool in_block(int64_t slot) const { return slot < PAGE * coded_per_lane; }
+    bool in_block(int64_t slot) const { return slot < PAGE * encoded_per_lane; }
     const Pool& pool_of(int64_t slot) const { return in_block(slot) ? block->pool : memory->pool; }
     uint8_t* place(int64_t layer, int64_t head, int64_t slot, bool value) const {
         const Pool& p = pool_of(slot);
@@ -208,7 +208,7 @@ struct Text {
     uint8_t* unit(int64_t layer, int64_t head, int64_t slot) const {
         const Pool& p = pool_of(slot);
         const size_t own = size_t(lane(layer, head)), page = size_t(slot / PAGE);
-        const int64_t id = in_block(slot) ? coded[own * size_t(coded_per_lane) + page] : pages[own * size_t(per_lane) + page - size_t(coded_per_lane)];
+        const int64_t id = in_block(slot) ? encoded[own * size_t(encoded_per_lane) + page] : pages[own * size_t(per_lane) + page - size_t(encoded_per_lane)];
         const int64_t unit = lanes == 0 ? (id * p.layers + layer) * p.kv_heads + head : lanes == 1 ? id * p.kv_heads + head : id;
         return p.data + unit / p.per_block * p.block_bytes + unit % p.per_block * p.unit_bytes;
     }
@@ -266,7 +266,7 @@ void fill_codes(Text& text, Random& random, float spread) {
     };
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.kv_heads; head++)
-            for (int64_t page = 0; page < text.coded_per_lane; page++) {
+            for (int64_t page = 0; page < text.encoded_per_lane; page++) {
                 uint8_t* unit = text.unit(layer, head, page * PAGE);
                 for (int64_t i = 0; i < p.key_scales; i++) unit[i] = uint8_t(random.below(256));
                 put(unit, p.key_scales, p.size, 0.2f * spread, 0.05f * spread), put(unit, p.key_zeros, p.size, -1.5f * spread, 0.3f * spread);
@@ -279,7 +279,7 @@ void fill(Text& text, Random& random, float spread, int64_t from = 0) {
     fill_codes(text, random, spread);
     for (int64_t layer = 0; layer < p.layers; layer++)
         for (int64_t head = 0; head < p.kv_heads; head++)
-            for (int64_t slot = std::max<int64_t>(from, PAGE * text.coded_per_lane); slot < text.last_slot(text.lane(layer, head)); slot++)
+            for (int64_t slot = std::max<int64_t>(from, PAGE * text.encoded_per_lane); slot < text.last_slot(text.lane(layer, head)); slot++)
                 for (bool value : {false, true}) {
                     vector<float> numbers;
                     for (int64_t d = 0; d < p.size; d++) numbers.push_back(random.normal() * (value ? 1.0f : spread));
@@ -328,14 +328,14 @@ struct Part {
         seq.first = place, seq.lanes = text->lanes, seq.pages_per_lane = text->per_lane, seq.pages = text->pages.data();
         seq.lengths = lengths.data(), seq.at = at.data(), seq.visible = visible.data(), seq.tail_at = tail_at.data();
         seq.positions = tables.empty() ? nullptr : tables.data();
-        seq.coded_per_lane = text->coded_per_lane, seq.coded = text->coded.data(), seq.sinks = text->sinks, seq.recent = text->recent;
+        seq.encoded_per_lane = text->encoded_per_lane, seq.encoded = text->encoded.data(), seq.sinks = text->sinks, seq.recent = text->recent;
         return seq;
     }
     // Bits of what the rows read in a layer.
     Picked picked(int64_t layer, int64_t heads, const std::function<bool(const Text*, int64_t, int64_t, int64_t)>& reads) {
         if (!text->apart) return {};
         const int64_t kv_heads = text->memory->pool.kv_heads, share = heads / kv_heads, apart = text->apart;
-        Picked made{nullptr, text->per_lane + text->coded_per_lane, int32_t(apart)};
+        Picked made{nullptr, text->per_lane + text->encoded_per_lane, int32_t(apart)};
         picks.assign(size_t((last - first) * kv_heads * apart * made.words), 0);
         for (int64_t row = first; row < last; row++)
             for (int64_t head = 0; head < kv_heads; head++)
@@ -353,7 +353,7 @@ struct Setting {
     Kind q_kind, out_kind;
     bool tiles;
     float scale;
-    Pool block{};                  // without data where nothing is coded
+    Pool block{};                  // without data where nothing is encoded
     vector<double> frequencies{};  // by which queries turn back for sinks; none: they do not turn
 };
 
@@ -540,12 +540,12 @@ bool same_bits(const vector<T>& a, const vector<T>& b) {
 }
 
 // The same row decoded as the last of a plain text: every slot of its path is copied in order into fresh pages and committed, but for
-// the coded pages, which are the same.
+// the encoded pages, which are the same.
 Text flattened(const Text& text, int64_t row) {
     Text flat(*text.memory, *text.block, text.lanes);
     const Pool& p = text.memory->pool;
-    flat.room(*std::max_element(text.lengths.begin(), text.lengths.end()) - PAGE * text.coded_per_lane + text.rows() + 2);
-    flat.coded = text.coded, flat.coded_per_lane = text.coded_per_lane, flat.sinks = text.sinks, flat.recent = text.recent;
+    flat.room(*std::max_element(text.lengths.begin(), text.lengths.end()) - PAGE * text.encoded_per_lane + text.rows() + 2);
+    flat.encoded = text.encoded, flat.encoded_per_lane = text.encoded_per_lane, flat.sinks = text.sinks, flat.recent = text.recent;
     flat.apart = text.apart, flat.density = text.density, flat.chain = 1;
     flat.odd = {text.position(row)};
     const bool positions = !text.positions.empty() || !text.odd.empty() || text.sees != PATH;
@@ -639,13 +639,13 @@ struct World {
 
     Text text(int32_t kind) {
         Text t(memory, block, kind);
-        const bool coded = setting.block.data && kind && random.chance(0.8);
-        const int32_t least = coded ? int32_t(random.below(4 * PAGE)) : 0, one = length();
+        const bool encoded = setting.block.data && kind && random.chance(0.8);
+        const int32_t least = encoded ? int32_t(random.below(4 * PAGE)) : 0, one = length();
         for (int32_t& l : t.lengths) l = least + (random.chance(0.5) ? one : length());
         tail_of(t);
-        if (coded)
-            t.coded_per_lane = std::min<int32_t>(20, *std::min_element(t.lengths.begin(), t.lengths.end()) / PAGE - int32_t(random.below(2)));
-        t.coded_per_lane = std::max(0, t.coded_per_lane);
+        if (encoded)
+            t.encoded_per_lane = std::min<int32_t>(20, *std::min_element(t.lengths.begin(), t.lengths.end()) / PAGE - int32_t(random.below(2)));
+        t.encoded_per_lane = std::max(0, t.encoded_per_lane);
         t.room(t.last_slot(std::max_element(t.lengths.begin(), t.lengths.end()) - t.lengths.begin()));
         fill(t, random, random.of({1.0f, 3.0f}));
         return t;
