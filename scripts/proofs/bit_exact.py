@@ -55,8 +55,10 @@ NEAR = "int8"  # the only policy that may change nothing
 SHARED = "plain", "streaming-llm", "layer-skip"  # whose requests find prefixes in the cache; those of others have page formats
 ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
-BATCHES, CHUNKS = (1, 2, 3, 5, 8, 16, 16, 16), (1, 2, 7, 16, 31, 33, 64, 128, 512)
-THREADS = (1, 1, 1, 1, 1, 1, 1, 2)  # two threads of two processes wait for each other on two cores
+# Most conditions are wide batches in large chunks on one thread, because these cost least for each token.
+BATCHES = 1, 2, 3, 5, 8, *[16] * 7
+CHUNKS = 1, 2, 7, 16, 31, 33, *[64, 128, 512] * 3
+THREADS = *[1] * 7, 2
 
 
 @dataclass
