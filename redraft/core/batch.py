@@ -202,6 +202,6 @@ def _view(seq: Sequence, deepest: int) -> View | None:
     """The view of the rows of one step, None where they see all slots. A sparse read starts after the context, and no step mixes rows
     before and after it. A window or a sparse read that hides nothing from the deepest row is left out."""
     chosen = seq.cache
-    read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.least else None
+    read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.dense_up_to else None
     window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
     return View(chosen.format, chosen.encoded, window, read) if (chosen.format or chosen.encoded or window or read) else None

@@ -22,8 +22,7 @@ from torch import Tensor
 from redraft.core.batch import Batch
 from redraft.core.noise import gumbel_of
 from redraft.core.sequence import Lanes
-from redraft.core.spec import Attention as AttentionSpec
-from redraft.core.spec import Experts, LayerSpec, ModelSpec, Norm
+from redraft.core.spec import Attention, Experts, LayerSpec, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64
 from redraft.core.view import Watch
@@ -100,14 +99,14 @@ class NativeGroup:
     encoded: str
     rows: Tensor | None
     step: abi.Step
-    attention: Attention | None
+    attention: AttentionPlan | None
     kept: list[Any]  # memory that `step` points to
     seen: dict[int, WeightSums]  # statistics, by index in the group
     readers: list[LoneSequence]
     writers: list[Writer]
 
 
-class Attention:
+class AttentionPlan:
     """The attention plan of the kernels."""
 
     def __init__(self, c: ctypes.CDLL, step: abi.Step, heads: int) -> None:
@@ -327,7 +326,7 @@ class NativeOps(TorchOps):
             starts[-1], count, seqs, pool, abi.Pool(), plan.turns.ctypes.data, self._far(batch, plan.model, kept), half, None, 0
         )
         seen = self._watch(step, kept, batch, spec, watches) if watches else {}
-        attention = Attention(self.c, step, spec.attention[0].heads) if starts[-1] else None
+        attention = AttentionPlan(self.c, step, spec.attention[0].heads) if starts[-1] else None
         return NativeGroup(name, encoded, rows, step, attention, kept, seen, [], [])
 
     def _kind_of(self, name: str, model: NativeModel) -> abi.Pool:
@@ -417,7 +416,7 @@ class NativeOps(TorchOps):
             self._call("rd_activate", self._rows(x), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
         return out
 
-    def rope(self, x: Tensor, layer: AttentionSpec, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def rope(self, x: Tensor, layer: Attention, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if layer.rotary is None:
             return x
         out = x.contiguous() if not x.is_contiguous() else x.clone()
@@ -426,7 +425,7 @@ class NativeOps(TorchOps):
             self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
-    def attend(self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if len(plan.groups) == 1:
             return self._attend_group(index, layer, q, k, v, pool, plan.groups[0], plan)
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
@@ -436,7 +435,7 @@ class NativeOps(TorchOps):
         return out
 
     def _attend_group(
-        self, index: int, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, group: NativeGroup, plan: NativePlan
+        self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, group: NativeGroup, plan: NativePlan
     ) -> Tensor:
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
         if not len(q):
@@ -452,7 +451,7 @@ class NativeOps(TorchOps):
         del kept
         return out
 
-    def _picks(self, index: int, layer: AttentionSpec, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
+    def _picks(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
         """The slots that rows read, in the form of the kernels, and the memory that it points to."""
         heads, share = layer.kv_heads, layer.heads // layer.kv_heads
         lines, kept = b"", []
@@ -520,7 +519,7 @@ class NativeOps(TorchOps):
         mixer = layer.mixer
         if isinstance(layer.mlp, Experts) or len(parts) < 4 or bool(parts[2].gated) != layer.mlp.gated:
             return None
-        assert isinstance(mixer, AttentionSpec)
+        assert isinstance(mixer, Attention)
 
         def at(x: Tensor | None) -> int | None:
             return None if x is None else x.data_ptr()

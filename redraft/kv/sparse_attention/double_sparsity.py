@@ -183,7 +183,7 @@ class Labels:
         return f"{METHOD}-{sha256(str(self.channels.tolist()).encode()).hexdigest()[:16]}"
 
     @property
-    def least(self) -> int:
+    def dense_up_to(self) -> int:
         return self.tokens
 
     def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]:

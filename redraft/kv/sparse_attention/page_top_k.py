@@ -76,7 +76,7 @@ class PageTopK(Options):
         return f"page-top-k-{self.logical}"
 
     @property
-    def least(self) -> int:
+    def dense_up_to(self) -> int:
         return self.tokens
 
     def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]:

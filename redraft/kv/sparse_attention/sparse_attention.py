@@ -14,12 +14,12 @@ from redraft.ops.backend import Select
 
 
 class OpenSparseAttention(Select, Protocol):
-    """name: the name of its side data, different for different side data; least: a row that sees at most this many slots reads all of
+    """name: the name of its side data, different for different side data; dense_up_to: a row that sees at most this many slots reads all of
     them; sync_every: the number of committed tokens, a multiple of 32, between sync points at which the per-page arrays of full pages are
     filled, 0 for a method without them."""
 
     name: str
-    least: int
+    dense_up_to: int
     sync_every: int
 
 

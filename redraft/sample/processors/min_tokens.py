@@ -13,7 +13,7 @@ from redraft.sample.processors.processor import I64, Row, Vocabulary
 
 @dataclass(frozen=True)
 class MinTokens:
-    least: int
+    minimum: int
     ends: I64
 
     @classmethod
@@ -24,5 +24,5 @@ class MinTokens:
         return cls(params.min_tokens, np.asarray(known, np.int64)) if params.min_tokens and known else None
 
     def apply(self, row: Row) -> None:
-        if row.generated < self.least:
+        if row.generated < self.minimum:
             row.values[self.ends] = -np.inf

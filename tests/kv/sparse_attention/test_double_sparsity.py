@@ -150,7 +150,7 @@ def test_scores_are_weighed_in_float32() -> None:
     low = at._replace(q=torch.ones_like(at.q).bfloat16(), keys=keys.bfloat16())
     assert chosen(labels, low)[0, 0, 0].nonzero().flatten().tolist() == [70, 120]
     assert labels.arrays(8, torch.bfloat16)["labels"] == ((PAGE, 8), torch.bfloat16, False)
-    assert labels.summarize(torch.zeros(2, PAGE, 8)) == {} and labels.sync_every == 0 and labels.least == 2
+    assert labels.summarize(torch.zeros(2, PAGE, 8)) == {} and labels.sync_every == 0 and labels.dense_up_to == 2
 
 
 # ---- calibration

@@ -114,7 +114,7 @@ def test_a_budget_of_all_that_is_seen_reads_all() -> None:
             assert torch.equal(chosen(PageTopK(tokens=tokens), at)[:, 0], at.seen)
     few = SCENES["window"]  # 190 slots in sight, cut anywhere
     assert torch.equal(chosen(PageTopK(tokens=192), few)[:, 0], few.seen)
-    assert PageTopK(tokens=192).least == 192
+    assert PageTopK(tokens=192).dense_up_to == 192
 
 
 @pytest.mark.parametrize("stored", range(288, 321))
