@@ -80,7 +80,7 @@ class EditableTable(PageTable):
                 other.positions = np.arange(other.length, dtype=np.int32)
         assert it.positions is not None
         it.positions = it.positions[keep]
-        it.pages, it.length, it.folded, held.view = pages, n, 0, None
+        it.pages, it.length, it.summarized, held.view = pages, n, 0, None
         used = set(pages)
         self._drop(pool, [page for page in reversed(gone) if page not in used])
         moved = src != dst
@@ -96,8 +96,8 @@ class EditableTable(PageTable):
         held, found = self._held[seq.id], []
         for lane in held.lanes:
             full = lane.length // self.page
-            found += lane.pages[max(0, lane.folded - len(lane.encoded)) : full - len(lane.encoded)]
-            lane.folded = full
+            found += lane.pages[max(0, lane.summarized - len(lane.encoded)) : full - len(lane.encoded)]
+            lane.summarized = full
         return np.array(found, np.int32)
 
     def encode(self, seq: Sequence) -> Encoding:
@@ -148,7 +148,7 @@ class EditableTable(PageTable):
         assert not held.chain, f"sequence {seq.id}: export while a tail is open"
         pages, encoded = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.encoded]
         lanes = [
-            (lane.length, len(lane.encoded), lane.folded, None if lane.positions is None else lane.positions[: lane.length].copy())
+            (lane.length, len(lane.encoded), lane.summarized, None if lane.positions is None else lane.positions[: lane.length].copy())
             for lane in held.lanes
         ]
         stored = StoredText(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.cache.encoded, seq.shareable_tokens, lanes)
@@ -163,10 +163,10 @@ class EditableTable(PageTable):
         assert (held.pool.space, seq.cache.encoded) == (stored.space, stored.encoded), f"sequence {seq.id}: different space"
         exact = [-(-length // self.page) - encoded for length, encoded, *_ in stored.lanes]
         self._ensure({held.pool.space: sum(exact)} | ({held.encoded.space: sum(lane[1] for lane in stored.lanes)} if held.encoded else {}))
-        for lane, count, (length, encoded, folded, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
+        for lane, count, (length, encoded, summarized, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
             lane.pages = [self._take(held.pool) for _ in range(count)]
             lane.encoded = [self._take(held.encoded) for _ in range(encoded)] if held.encoded else []
-            lane.length, lane.folded, lane.positions = length, folded, None if positions is None else positions.copy()
+            lane.length, lane.summarized, lane.positions = length, summarized, None if positions is None else positions.copy()
         self._held[seq.id] = held
         seq.stored, seq.shareable_tokens = len(stored.tokens), min(seq.shareable_tokens, stored.shareable_tokens)
         self._mark()

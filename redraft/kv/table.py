@@ -48,7 +48,7 @@ class _Lane:
     pages: list[int]
     length: int = 0  # committed slots
     encoded: list[int] = field(default_factory=list)  # pages in the format of encoded pages, before `pages`
-    folded: int = 0  # leading full pages that were summarised
+    summarized: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
 
     def append(self, start: int, count: int) -> None:
@@ -364,7 +364,7 @@ class PageTable:
                 src.append(lane.pages[full])
                 dst.append(pages[full])
             positions = None if lane.positions is None else lane.positions[: lane.length].copy()
-            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.folded, positions))
+            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.summarized, positions))
         self._held[child.id] = _Held(child, pool, held.encoded, lanes, held.cursor, held.published)
         child.stored, child.shareable_tokens = seq.stored, min(child.shareable_tokens, seq.shareable_tokens)
         self._mark()

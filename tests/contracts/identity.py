@@ -63,7 +63,7 @@ class Condition:
 
 
 @dataclass
-class WeightSums:
+class Run:
     """Events of a run. A condition that never reaches the case that it is about proves nothing."""
 
     texts: dict[str, list[int]] = field(default_factory=dict)
@@ -148,12 +148,12 @@ def drafter(name: str, known: dict[tuple[str, int], Seq[int]]) -> OpenDrafter | 
     return name
 
 
-def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> WeightSums:
+def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: bool = True) -> Run:
     """Steps until all requests are finished. Each request is added before its step in `arrivals`."""
     memories = [engine.memory]
     if isinstance(engine.drafter.own.drafter, SecondModelDrafter):
         memories.append(engine.drafter.own.drafter.memory)
-    seen, waiting = WeightSums(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
+    seen, waiting = Run(), sorted(zip(arrivals, range(len(requests)), requests, strict=True))
     while waiting or engine.has_work:
         while waiting and (waiting[0][0] <= seen.steps or not engine.has_work):
             engine.add(waiting.pop(0)[2])
@@ -175,7 +175,7 @@ def drive(engine: Engine, requests: Seq[Request], arrivals: Seq[int], *, check: 
     return seen
 
 
-def _note(seen: WeightSums, event: Event) -> None:
+def _note(seen: Run, event: Event) -> None:
     name = event.request.id if event.request.params.n == 1 else f"{event.request.id}/{event.index}"
     seen.texts.setdefault(name, []).extend(event.tokens)
     assert not event.stats.fault, f"{name}: {event.stats.fault}"
@@ -184,7 +184,7 @@ def _note(seen: WeightSums, event: Event) -> None:
         seen.rejected += event.stats.drafted - event.stats.accepted
 
 
-def check(condition: Condition, *, strict: bool = True) -> WeightSums:
+def check(condition: Condition, *, strict: bool = True) -> Run:
     """Runs a condition. Raises Different if a token differs from the definition. strict: check the table after each step."""
     chosen = [prompts()[i % len(prompts())] for i in range(len(condition.arrivals))]
     layers = DEEPER.get(condition.drafter, 2)

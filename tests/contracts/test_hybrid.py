@@ -22,7 +22,7 @@ from redraft.ops.backend import Linear
 from redraft.sample.sampler import Sampler
 from tests.contracts import hybrid, plain
 from tests.contracts.drafters import FullFanOut, RandomTrees
-from tests.contracts.identity import SAMPLING, Different, WeightSums, drive, prompts
+from tests.contracts.identity import SAMPLING, Different, Run, drive, prompts
 from tests.kv.state import State
 
 CROWD = (0, 1, 0, 1, 0, 0)
@@ -74,7 +74,7 @@ def engine(open_drafter: Callable[..., Any], *, backend: str = "torch", chunk: i
     return Engine(runner, made, open_drafter(runner, sampler), verifier, sampler, max_model_len=128)
 
 
-def check(drafter: str, sampling: str, *, arrivals: tuple[int, ...] = (0,), n: int = 1, strict: bool = True, **options: Any) -> WeightSums:
+def check(drafter: str, sampling: str, *, arrivals: tuple[int, ...] = (0,), n: int = 1, strict: bool = True, **options: Any) -> Run:
     """Runs requests. Raises Different if a token differs from the definition."""
     chosen = [prompts()[i % len(prompts())] for i in range(len(arrivals))]
     truth = {

@@ -16,7 +16,7 @@ from redraft.errors import Unsupported
 from redraft.guarantee import weakest
 from redraft.llm import LLM
 from tests.contracts import identity, plain
-from tests.contracts.identity import WeightSums, drafter, drive, prompts
+from tests.contracts.identity import Run, drafter, drive, prompts
 
 engine = partial(identity.engine, layers=4)
 SEAMS = ("keep", "codec", "read", "depth")
@@ -78,7 +78,7 @@ def alone(policies: tuple[tuple[str, str], ...], i: int) -> tuple[int, ...]:
     return tuple(drive(engine(backend="reference", chunk=1, sharing=False), [request], [0]).texts[request.id])
 
 
-def same(seen: WeightSums, policies: list[tuple[tuple[str, str], ...]], count: int) -> None:
+def same(seen: Run, policies: list[tuple[tuple[str, str], ...]], count: int) -> None:
     for i in range(count):
         assert tuple(seen.texts[str(i)]) == alone(policies[i % len(policies)], i), f"request {i} under {policies[i % len(policies)]}"
 

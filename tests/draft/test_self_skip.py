@@ -23,7 +23,7 @@ from redraft.engine.output import checked
 from redraft.errors import InvalidInput
 from tests.contracts import plain
 from tests.contracts.algebra import LEAST_P, chi_square_p
-from tests.contracts.identity import SAMPLING, WeightSums, drive, prompts
+from tests.contracts.identity import SAMPLING, Run, drive, prompts
 from tests.layer_skipping.deep import ALL, deep, engine, logits, requests
 
 
@@ -32,7 +32,7 @@ def expected(number: int, sampling: str, power: float = 0.3) -> list[int]:
     return plain.generate(*deep(power), prompts()[number], SAMPLING[sampling], seed=100 + number)
 
 
-def check_texts(seen: WeightSums, sampling: str, power: float = 0.3) -> None:
+def check_texts(seen: Run, sampling: str, power: float = 0.3) -> None:
     for name, text in seen.texts.items():
         assert text == expected(int(name), sampling, power)
 

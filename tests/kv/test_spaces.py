@@ -445,7 +445,7 @@ PROGRAM = {
         "]\n        alone",
     ),
     "keep leaves old data in a fresh page": ("        if len(loose) == len(writing):\n", "        if True:\n"),
-    "keep forgets that summaries are stale": ("pages, n, 0, None", "pages, n, it.folded, None"),
+    "keep forgets that summaries are stale": ("pages, n, 0, None", "pages, n, it.summarized, None"),
     "splice leaves old data in a fresh page": ("len(mine.pages) * self.page if lacking else start + count", "start + count"),
     "splice turns keys the wrong way": ("self._places(mine.pages, to), start - first", "self._places(mine.pages, to), first - start"),
     "spliced text is published": (

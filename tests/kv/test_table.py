@@ -365,7 +365,7 @@ ZERO = 0
 
 def state(lane: Any) -> object:
     positions = None if lane.positions is None else lane.positions[: lane.length].tolist()
-    return list(lane.pages), list(lane.encoded), lane.length, lane.folded, positions
+    return list(lane.pages), list(lane.encoded), lane.length, lane.summarized, positions
 
 
 def snapshot(table: EditableTable) -> object:

@@ -426,7 +426,7 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["per head, evicted", "int8, evicted, window", "read", "read of int8", "read of encoded pages"])
 def test_pages_hold_what_the_reference_says(name: str) -> None:
-    """Codes, scales, side data and whole arrays are equal after writes, moves, encoding and folding."""
+    """Codes, scales, side data and whole arrays are equal after writes, moves, encoding and summaries."""
     fast, slow = program(TorchOps(torch.float64), CASES[name]), defined(CASES[name], torch.float64)
     for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.encoded, fast.main.encoded)):
         units = torch.tensor(pages, dtype=torch.long).flatten()

@@ -15,7 +15,7 @@ from redraft.core.sequence import Request
 from redraft.ops.format import PAGE
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
-from tests.contracts.identity import WeightSums, drive, engine
+from tests.contracts.identity import Run, drive, engine
 
 METHODS = {
     "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
@@ -82,7 +82,7 @@ def alone(from_: Scene, row: int) -> Scene:
     return Scene(from_.q[:, :, row : row + 1], keys, seen, where, from_.at[row : row + 1], from_.committed)
 
 
-def texts(read: str, *, drafts: bool = False, chunk: int = 512, many: int = 1, backend: str = "torch", pool: int = 80) -> WeightSums:
+def texts(read: str, *, drafts: bool = False, chunk: int = 512, many: int = 1, backend: str = "torch", pool: int = 80) -> Run:
     """The greedy texts of an engine with the tiny model for `many` prompts, the first always the same, in float64."""
     dice = Random(7)
     prompts = [[dice.randrange(plain.VOCAB) for _ in range(100 - 9 * i)] for i in range(many)]

@@ -29,7 +29,7 @@ METHODS = [PageTopK(tokens=96), PageTopK(tokens=160, logical=32, sinks=2), PageT
 
 
 def side(method: PageTopK, at: Scene) -> dict[str, Tensor]:
-    """The side data as in the engine: only pages full of committed tokens are folded."""
+    """The side data as in the engine: only pages full of committed tokens are summarized."""
     heads, _, size = at.keys.shape
     made = method.summarize(at.keys.reshape(-1, PAGE, size))
     held = {name: one.unflatten(0, (heads, -1)) for name, one in made.items()}
