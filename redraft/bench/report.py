@@ -230,9 +230,9 @@ def _speedup(row: Row) -> Text:
         return Text("1")
     if row.speedup is None:
         return Text("-", style="red")
-    if row.speedup < 1:
+    if row.speedup_high is not None and row.speedup_high < 1:
         return Text(f"{row.speedup:.2f}x slower", style="yellow")
-    return Text(f"{row.speedup:.2f}x", style="green")
+    return Text(f"{row.speedup:.2f}x", style="green" if row.speedup_low is not None and row.speedup_low > 1 else "")
 
 
 def _equal(row: Row) -> Text:
@@ -251,7 +251,8 @@ def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> l
     llm = comparison.entries[0].llm
     overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
     lines = [
-        "speed-up: median of the rounds' ratios, each over the plain loop of the same round; reading the prompt is timed too",
+        "speed-up: median of the rounds' ratios, each over the plain loop of the same round; reading the prompt is timed too; slower: in "
+        "every round",
         "accept: tokens a step; equal: texts that are the plain loop's; repeat: tokens in 8-grams that repeat; peak: of the cache",
     ]
     if comparison.stopped:

@@ -519,6 +519,11 @@ def test_a_slower_method_is_called_slower() -> None:
     assert str(report._speedup(rows[1])) == "0.50x slower"
 
 
+def test_a_difference_within_the_rounds_is_not_called_slower() -> None:
+    rows = results.rows(made({0: [1.0, 1.0, 1.0], 1: [1.01, 1.02, 0.9]}, [list(range(20))]))
+    assert str(report._speedup(rows[1])) == "0.99x" and rows[1].speedup_low < 1 < rows[1].speedup_high
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     path.write_text("old")
