@@ -262,6 +262,8 @@ def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> l
             lines.append(f"{entry.method}: {entry.llm.config.draft} with {entry.llm.config.schedule.draft_rows} rows")
     if any(row.mode in (Mode.COLD, Mode.HOT) for row in overall):
         lines.append("cold: nothing learned before each prompt group; hot: learned on the other half of the prompts, never on these")
+    if any(row.mode == Mode.SAME for row in overall):
+        lines.append("cold=hot: a method that learns nothing from other prompts; baseline: the plain loop")
     for row in overall:
         if row.first_divergence is not None and (row.withheld is not None or promised(row)):
             lines.append(f"{row.method} {row.mode}: {_describe(row, row.first_divergence)}")

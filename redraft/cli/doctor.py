@@ -329,7 +329,7 @@ def _text_of_limits(facts: Facts) -> Iterator[tuple[str, str]]:
 
 def _text_of_peak(peak: Facts) -> str:
     if not peak["flops"]:
-        return "none: this instruction set has no such instruction"
+        return "none: the kernels in use have no such instruction"
     return f"{_rate(peak['flops'])} ({peak['instruction']})"
 
 

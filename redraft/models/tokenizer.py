@@ -181,7 +181,9 @@ def _message(i: int, message: Message, template: str) -> dict[str, Any]:
     if found["role"] == "developer" and not _knows(template, "developer"):
         found["role"] = "system"
     if found["role"] == "tool" and not _knows(template, "tool"):
-        raise InvalidInput(f"messages[{i}].role = 'tool': the chat template does not know tool results")
+        raise InvalidInput(
+            f"messages[{i}].role = 'tool': the chat template does not know tool results; system, user and assistant are allowed"
+        )
     if calls:
         if "tool_calls" not in _without_comments(template):
             raise InvalidInput(f"messages[{i}].tool_calls: the chat template does not know tool calls")

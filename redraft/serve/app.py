@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from redraft.serve import documents, openai, operations
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, clean
 from redraft.serve.limits import Limits, answer
+from redraft.serve.schema import field_names
 from redraft.serve.service import Service
 
 
@@ -75,7 +77,8 @@ def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     place = ".".join(parts)
     kind, text = first["type"], str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"unknown field {place!r}", place
+        near = difflib.get_close_matches(parts[-1], field_names(), n=1, cutoff=0.7) if parts else []
+        return f"unknown field {place!r}" + (f"; did you mean {near[0]!r}?" if near else ""), place
     if kind == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', text)}", None
     if kind == "value_error" and not place:

@@ -14,8 +14,11 @@ from typing import Any
 import typer
 import uvicorn
 
+from redraft.columns import fold, width
 from redraft.config import EngineConfig, SamplingParams
 from redraft.llm import LLM
+from redraft.models.memory import size
+from redraft.ops.format import PAGE
 from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
 from redraft.serve.connection import patient
@@ -92,6 +95,14 @@ def server(llm: LLM, serve: ServeConfig) -> Server:
     return Server(config, application.state.service)
 
 
+def described(llm: LLM, names: str) -> list[str]:
+    """What runs, and the size of its cache."""
+    backend, blocks = llm.runner.backend, llm.runner.memory.blocks
+    drafts = f"draft {llm.config.draft} with {llm.config.schedule.draft_rows} rows"
+    cache = f"cache of {size(blocks * backend.block_bytes(llm.runner.spec))}, {blocks * PAGE} tokens"
+    return [f"{names}: backend {backend.name}, {drafts}, {llm.guarantee.label}", f"{cache}; texts of up to {llm.max_model_len} tokens"]
+
+
 def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) -> int:
     """Serves on `sockets`, which listen already, until a signal. Then closes them. Returns 0, or 1 if the engine died."""
     try:
@@ -100,9 +111,9 @@ def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) 
         llm.engine.policies.check(SamplingParams(**policies))  # a conflict is an error now, not for the first client
         made = server(llm, serve)
         names = ", ".join(made.service.names)
-        drafts = f"draft {llm.config.draft}, {llm.config.schedule.draft_rows} rows"
-        limit = f"texts of up to {llm.max_model_len} tokens"
-        typer.echo(f"{names}: backend {llm.runner.backend.name}, {drafts}, {limit}, {llm.guarantee.label}", err=True)
+        typer.echo("\n".join(line for one in described(llm, names) for line in fold(one, width())), err=True)
+        if made.ignores_sigint:
+            typer.echo("SIGINT is ignored, as in background jobs of a script: stop the server with SIGTERM", err=True)
         with contextlib.suppress(KeyboardInterrupt):
             made.run(sockets)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -51,6 +52,16 @@ class Body(BaseModel):
         if not _empty(value) and not (value == NEUTRAL.get(name) and type(value) is type(NEUTRAL.get(name))):
             raise ValueError(f"{name}: this server does not support {LACKING[name]}")
         return True
+
+
+@cache
+def field_names() -> frozenset[str]:
+    """The fields of all bodies."""
+    found, kinds = set[str](), [Body]
+    for kind in kinds:
+        found |= kind.model_fields.keys()
+        kinds += kind.__subclasses__()
+    return frozenset(found)
 
 
 def _empty(value: Any) -> bool:

@@ -34,7 +34,7 @@ def test_its_examples_run_one_after_the_other(live: Live, capsys: pytest.Capture
         exec(compile(block.replace("http://localhost:8000", live.url), "serving.md", "exec"), names)
     names["client"].close()  # type: ignore[attr-defined]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == "top_q unknown field 'top_q'"
+    assert printed[-1] == "top_q unknown field 'top_q'; did you mean 'top_p'?"
     assert "24" in printed
     assert "320" in printed
 

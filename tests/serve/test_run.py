@@ -9,7 +9,9 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
-from redraft.serve.run import Server
+from redraft.llm import LLM
+from redraft.models.memory import size
+from redraft.serve.run import Server, described
 
 
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])
@@ -23,3 +25,12 @@ def test_sigint_ends_a_server_unless_it_was_ignored_at_the_start(before: Any) ->
     assert served.should_exit == served.service.shell.draining == (before is not signal.SIG_IGN)
     served.handle_exit(signal.SIGTERM, None)
     assert served.should_exit and served.service.shell.draining
+
+
+def test_a_server_says_what_runs_and_how_large_its_cache_is() -> None:
+    llm = LLM("embedded", backend="torch", draft="copyspec", draft_rows=4, cache_memory="16MB", max_model_len=512)
+    first, second = described(llm, "toy")
+    assert first == f"toy: backend torch, draft copyspec with 4 rows, {llm.guarantee.label}"
+    blocks = llm.runner.memory.blocks
+    bytes_held = size(blocks * llm.runner.backend.block_bytes(llm.runner.spec))
+    assert second == f"cache of {bytes_held}, {32 * blocks} tokens; texts of up to 512 tokens" and bytes_held.endswith("MiB")
