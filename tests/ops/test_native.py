@@ -629,7 +629,7 @@ class Reading(test_views.Even):
     """Every third key, and others by their labels."""
 
     every: int = 3
-    least: int = field(default=0)
+    dense_up_to: int = field(default=0)
 
 
 LABELS, UNLABELLED = Reading(), Reading(8, labels=False)

@@ -5,7 +5,7 @@ Asymmetric 2bit Quantization for KV Cache, 2024, arXiv 2402.02750.
 
 1. A group is a channel of the keys over the 32 tokens of a page, or the value of one token.
 2. Its grid has 16 even steps from its least to its largest element: zero = least, scale = (largest - least) / 15.
-3. PageCodec are rounded half to even and packed two in a byte: the first half of the channels in the low bits, the second in the high.
+3. Codes are rounded half to even and packed two in a byte: the first half of the channels in the low bits, the second in the high.
 4. Score: (query times the channels' scales) times codes, plus query times the channels' zeros.
 5. Output: (weights times the tokens' scales) times codes, plus weights times the tokens' zeros.
 
