@@ -313,5 +313,5 @@ def _low_repeat(overall: list[Row]) -> list[str]:
     if row.low_repeat_outputs < ENOUGH:
         return [f"{what}, fewer than {ENOUGH}, so no speed-up is claimed for them"]
     claims = [(row, row.low_repeat_speedup) for row in overall if row.low_repeat_speedup is not None]
-    found = [f"{row.method} {row.mode} {ratio:.2f}x{' slower' if ratio < 1 else ''}" for row, ratio in claims]
+    found = [f"{row.method} {row.mode} {ratio:.2f}x" for row, ratio in claims]
     return [f"{what}, speed-up: {', '.join(found)}"] if found else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import AsyncIterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import asynccontextmanager
@@ -20,7 +19,7 @@ from redraft.serve import documents, openai, operations
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, clean
 from redraft.serve.limits import Limits, answer
-from redraft.serve.schema import field_names
+from redraft.serve.schema import near_field
 from redraft.serve.service import Service
 
 
@@ -67,18 +66,18 @@ def _wrong(errors: Seq[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
         return "the body is not read: its content type is not JSON", None
     same = (one for one in errors if one["loc"][:2] == errors[0]["loc"][:2])
     first = max(same, key=lambda one: (len(one["loc"]), not str(one["type"]).endswith("_type")))
-    parts = []
+    parts, around = [], body
     for part in first["loc"][1:]:  # among them are names of types
         if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
             parts.append(str(part))
-            body = body[part]
+            around, body = body, body[part]
     if first["type"] == "missing":
         parts.append(str(first["loc"][-1]))
     place = ".".join(parts)
     kind, text = first["type"], str(first["msg"]).removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(parts[-1], field_names(), n=1, cutoff=0.7) if parts else []
-        return f"unknown field {place!r}" + (f"; did you mean {near[0]!r}?" if near else ""), place
+        near = near_field(parts[-1], around) if parts else None
+        return f"unknown field {place!r}" + (f"; did you mean {near!r}?" if near else ""), place
     if kind == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', text)}", None
     if kind == "value_error" and not place:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -54,14 +55,15 @@ class Body(BaseModel):
         return True
 
 
-@cache
-def field_names() -> frozenset[str]:
-    """The fields of all bodies."""
-    found, kinds = set[str](), [Body]
+def near_field(name: str, around: Iterable[str]) -> str | None:
+    """The field most like the unknown field `name`, of a body that has all other fields of the object `around`; None if there is none."""
+    known, kinds = set[str](), [Body]
     for kind in kinds:
-        found |= kind.model_fields.keys()
         kinds += kind.__subclasses__()
-    return frozenset(found)
+        if set(around) - {name} <= kind.model_fields.keys():
+            known |= kind.model_fields.keys()
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.7)
+    return near[0] if near else None
 
 
 def _empty(value: Any) -> bool:

@@ -21,6 +21,7 @@ from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import TYPES, ErrorReply
 from redraft.serve.limits import OPEN
+from redraft.serve.schema import near_field
 from tests.serve.raw import Live, embedded, live
 
 KEY = "a-key"
@@ -126,3 +127,17 @@ def test_all_that_can_be_asked_for_has_the_documented_form(server: Live) -> None
         ("/v1/chat/completions", documents.ChatCompletion, chat),
     ):
         form.model_validate(server.ask("POST", path, body, Authorization=f"Bearer {KEY}").json, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "around", "near"),
+    [
+        ("max_token", {"prompt": "a"}, "max_tokens"),
+        ("temprature", {"messages": []}, "temperature"),
+        ("contents", {"role": "user"}, "content"),
+        ("contents", {"messages": []}, None),  # no body with messages has it
+        ("xyz", {}, None),
+    ],
+)
+def test_the_near_field_is_one_of_that_body(name: str, around: dict[str, Any], near: str | None) -> None:
+    assert near_field(name, {**around, name: 1}) == near

@@ -10,7 +10,7 @@ Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis: Efficient Strea
 3. Slots that no later row can see are freed.
 
 Differs: the mask of a row depends on its position, not on the step that runs it, so chunks and drafts change nothing; memory is freed
-by whole pages after a commit, and may exceed sinks + recent by less than a page each plus one grid of rows.
+by whole pages after a commit, and may exceed sinks + recent by less than a page each plus `sync_every` rows.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Streaming(StatelessEviction):
         self.recent, self.page = recent, page
         self.first = -(-sinks // page) * page
         self.sync_every = max(1, min(recent, GRID) // page) * page
-        # a step ends at most one grid after a sync point, at which the pages of the newest recent - 1 slots were kept
+        # a step ends at most sync_every rows after a sync point, at which the pages of the newest recent - 1 slots were kept
         self.max_slots = self.first + -(-(recent - 1) // page) * page + self.sync_every
 
     def sync_point(self, seq: Sequence) -> int:
-        """The next multiple of the grid, starting with the largest one that fits in max_slots."""
+        """The next multiple of sync_every, starting with the largest one that fits in max_slots."""
         return max(self.max_slots // self.sync_every, seq.stored // self.sync_every + 1) * self.sync_every
 
     def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
