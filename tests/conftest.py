@@ -14,6 +14,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["COLUMNS"] = "200"  # wide enough that no line of a table is broken
 
 
+SLOW = "tests/ops/test_kernels.py", "tests/contracts/"  # files that begin first, so that no worker is left with one at the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Makes Ctrl-C work as at a terminal, here and in processes that the test starts. Background jobs start with SIGINT ignored, and

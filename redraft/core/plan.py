@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from redraft.core.distribution import Distribution
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """`rows` pending tokens of `seq` run in this step. An earlier forward of the same tail packed the nodes before `first`, and the
     pending tokens too if the tail is not empty."""
 
@@ -63,8 +62,7 @@ class Accepted(NamedTuple):
     reason: FinishReason | None = None
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """All results of a step, for drafters and policies that learn from them. `out` is the ForwardResult of the backend."""
 
     work: list[Work]

@@ -1,7 +1,7 @@
 """How plugins fail: a plugin is called for a sequence through a `SafeCalls`, which turns an exception into a fault of that sequence.
 
-The owner of the door decides what a fault means. A fault of a drafter ends its drafts (guard.py). A fault of any other plugin ends the
-request. BaseExceptions such as Ctrl-C pass through.
+The owner of the `SafeCalls` decides what a fault means. A fault of a drafter ends its drafts (guard.py). A fault of any other plugin
+ends the request. BaseExceptions such as Ctrl-C pass through.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Guard:
         self.drafter, self.vocab, self.name = drafter, vocab, name or type(drafter).__name__
         self.never_drafts: bool = getattr(drafter, "never_drafts", False)
         self.names: Seq[str] = getattr(drafter, "names", ()) or (self.name,)
-        self.door = SafeCalls(self._drop)
+        self.safe = SafeCalls(self._drop)
 
     @property
     def taps(self) -> Taps:
@@ -41,7 +41,7 @@ class Guard:
 
     def begin(self, seq: Sequence) -> None:
         if not seq.fault:
-            self.door.call(seq, self._begin, seq)
+            self.safe.call(seq, self._begin, seq)
 
     def _begin(self, seq: Sequence) -> None:
         seq.state[self.drafter] = self.drafter.begin(seq)
@@ -49,19 +49,21 @@ class Guard:
     def fork(self, seq: Sequence, child: Sequence) -> None:
         child.fault = seq.fault
         if not seq.fault:
-            self.door.call(child, self._fork, seq, child)
+            self.safe.call(child, self._fork, seq, child)
 
     def _fork(self, seq: Sequence, child: Sequence) -> None:
         child.state[self.drafter] = self.drafter.fork(seq.state[self.drafter], child)
 
     def end(self, seq: Sequence) -> None:
         if self.drafter in seq.state:
-            self.door.call(seq, self.drafter.end, seq.state.pop(self.drafter))
+            self.safe.call(seq, self.drafter.end, seq.state.pop(self.drafter))
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A tree for each sequence, within its budget."""
         trees = [EMPTY] * len(seqs)
-        sound = [i for i, seq in enumerate(seqs) if not seq.fault and not self.never_drafts]
+        if self.never_drafts:
+            return trees
+        sound = [i for i, seq in enumerate(seqs) if not seq.fault]
 
         def ask(places: list[int]) -> list[TokenTree]:
             found = self.drafter.propose([seqs[sound[p]] for p in places], [budgets[sound[p]] for p in places])
@@ -69,15 +71,17 @@ class Guard:
                 raise ValueError(f"{len(found)} trees for {len(places)} sequences")
             return found
 
-        for i, tree in zip(sound, self.door.call_each([seqs[i] for i in sound], ask) if sound else (), strict=True):
+        for i, tree in zip(sound, self.safe.call_each([seqs[i] for i in sound], ask) if sound else (), strict=True):
             if tree is not EMPTY and not seqs[i].fault:
-                checked = self.door.call(seqs[i], self._checked, tree, seqs[i], budgets[i])
+                checked = self.safe.call(seqs[i], self._checked, tree, seqs[i], budgets[i])
                 trees[i] = EMPTY if checked is None else checked
         return trees
 
     def observe(self, result: StepResult) -> None:
+        if self.never_drafts:
+            return
         drafting = (work.seq for work in result.work if self.drafter in work.seq.state)
-        self.door.call_for_all(drafting, self.drafter.observe, result)
+        self.safe.call_for_all(drafting, self.drafter.observe, result)
 
     def snapshot(self) -> Any:
         return self.drafter.snapshot()
@@ -97,7 +101,7 @@ class Guard:
 
     def distributions(self, seq: Sequence, distributions: Probs, rows: Seq[int]) -> F64:
         """f64[rows, vocab]. Raises NoDistribution if they are invalid; the sequence then continues without drafts."""
-        if (found := self.door.call(seq, self._distributions, distributions, rows)) is None:
+        if (found := self.safe.call(seq, self._distributions, distributions, rows)) is None:
             raise NoDistribution
         return found
 

@@ -121,7 +121,7 @@ class Outputs:
     def __init__(
         self,
         runner: Runner,
-        door: SafeCalls,
+        safe: SafeCalls,
         *,
         eos: frozenset[int],
         decode: Decoder | None,
@@ -130,7 +130,7 @@ class Outputs:
         finished: Callable[[Sequence, Seq[int]], bool],
         names: Callable[[Sequence], Seq[str]],
     ) -> None:
-        self.runner, self.door, self.eos = runner, door, eos
+        self.runner, self.safe, self.eos = runner, safe, eos
         self.decode, self.decode_all = decode, decode_all
         self.limit, self.finished, self.names = limit, finished, names
         self._of: dict[int, Output] = {}
@@ -186,7 +186,7 @@ class Outputs:
         """Records statistics, reasons and log-probabilities of a committed step."""
         for s, (w, tree, found) in enumerate(zip(result.work, result.trees, result.accepted, strict=True)):
             w.seq.reason = found.reason
-            self.door.call(w.seq, self._record, w, s, tree, found, result)
+            self.safe.call(w.seq, self._record, w, s, tree, found, result)
 
     def _record(self, w: Work, s: int, tree: TokenTree, found: Accepted, result: StepResult) -> None:
         params, wants = w.seq.params, w.seq.request.wants

@@ -200,10 +200,10 @@ class Policies:
                 found[s] = watch
         return found
 
-    def observe(self, result: StepResult, door: SafeCalls) -> None:
+    def observe(self, result: StepResult, safe: SafeCalls) -> None:
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
             if (keep := work.seq.cache.keep) is not None:
-                door.call(work.seq, keep.observe, work.seq, result.out.attention.get(s), work.rows, accepted.path)
+                safe.call(work.seq, keep.observe, work.seq, result.out.attention.get(s), work.rows, accepted.path)
 
     def sync(self, seq: Sequence) -> None:
         """After a commit: evicts tokens, summarizes pages and encodes pages, as the plan says."""

@@ -138,7 +138,9 @@ class Reader:
 
     def _start(self) -> int:
         """The first token that any reading still decodes."""
-        return min([reading.text.first for reading in self.readings])
+        if len(self.readings) == 1:
+            return self.readings[0].text.first
+        return min(reading.text.first for reading in self.readings)
 
 
 def _first(readings: Seq[Reading], before: Seq[str], now: Seq[str]) -> Stop | None:

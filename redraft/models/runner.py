@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,12 +60,17 @@ class Runner:
         """The page table of the layers that own pages, to inspect."""
         return self.memory.paged.table
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, taps: Taps = NO_TAPS) -> ForwardResult:
         """Embedding, segments of layers, and the head on the wanted rows. Writes keys and values of the rows that run.
 
         If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
         """
+        if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
+            return self._forward(batch, taps)
+        with torch.inference_mode():
+            return self._forward(batch, taps)
+
+    def _forward(self, batch: Batch, taps: Taps) -> ForwardResult:
         backend, spec, weights = self.backend, self.spec, self.weights
         plan = backend.plan(batch, spec, taps)
         parts = _Parts(self, batch, taps)
@@ -89,7 +93,7 @@ class Runner:
         out = backend.head(h, weights, spec.final_norm, plan, taps)
         if not hidden and not taps.attention:
             return out
-        return replace(out, hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
+        return out._replace(hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
 
     def _layer(self, i: int, h: Tensor, plan: Any) -> Tensor:
         memory, index = self._places[i]

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,14 @@ class Decoder:
     byte_tokens: frozenset[int] = frozenset()
     skips: Callable[[int], bool] = lambda token: False
     special: frozenset[str] = frozenset()
+    alone: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # texts of single ids, as they are asked for
 
     def __call__(self, ids: list[int]) -> str:
-        return self.decode(ids)
+        if len(ids) != 1:
+            return self.decode(ids)
+        if (text := self.alone.get(ids[0])) is None:
+            text = self.alone[ids[0]] = self.decode(ids)
+        return text
 
     def ends_in_bytes(self, ids: Seq[int]) -> bool:
         """Whether the last id with a text is a byte token, so that the next id may change the text of these."""

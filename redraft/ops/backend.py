@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from redraft.core.batch import Batch
@@ -125,8 +126,7 @@ class WeightSums(NamedTuple):
     nodes: Tensor
 
 
-@dataclass(frozen=True)
-class ForwardResult:
+class ForwardResult(NamedTuple):
     """The results of a forward pass, one row for each logit row. argmax: i32[R], the lowest id of equal logits, -1 where a row holds NaN
     or +inf; top_k: i32[R, k], best first, lower ids first among equal logits; logits: [R, V] in the backend's dtype or float32; hidden:
     layer -> [T, hidden] after that layer; attention: index of a sequence in the batch -> WeightSums."""
@@ -134,8 +134,8 @@ class ForwardResult:
     argmax: I32
     top_k: I32 | None = None
     logits: Tensor | None = None
-    hidden: Mapping[int, Tensor] = field(default_factory=dict)
-    attention: Mapping[int, WeightSums] = field(default_factory=dict)
+    hidden: Mapping[int, Tensor] = MappingProxyType({})
+    attention: Mapping[int, WeightSums] = MappingProxyType({})
 
 
 def argmax(logits: Tensor) -> I32:

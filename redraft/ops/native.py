@@ -43,7 +43,7 @@ from redraft.ops.backend import (
 from redraft.ops.cpu import abi
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
-from redraft.ops.torch_ops import LoneSequence, TorchOps, Writer, lend_threads
+from redraft.ops.torch_ops import LoneSequence, TorchOps, Writer, lend_threads, tree_rows
 from redraft.ops.torch_pool import FormatStore, TorchPool
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
@@ -91,37 +91,34 @@ class Packed:
 
 @dataclass
 class NativeGroup:
-    """Sequences that are attended in one call. All their pages have one format, all their encoded pages another. rows: their rows in the
-    batch, None for all; readers: the sequences with a sparse read, as PyTorch plans them; writers: where to write the rows of formats
-    with side data."""
+    """Sequences that are attended in one call. All their pages have one format, all their encoded pages another. readers: the sequences
+    with a sparse read, as PyTorch plans them; writers: where to write the rows of formats with side data."""
 
     format: str
     encoded: str
-    rows: Tensor | None
     step: abi.Step
-    attention: AttentionPlan | None
-    kept: list[Any]  # memory that `step` points to
-    seen: dict[int, WeightSums]  # statistics, by index in the group
-    readers: list[LoneSequence]
-    writers: list[Writer]
+    attention: AttentionPlan  # the memory of step.plan
+    readers: list[LoneSequence] = field(default_factory=list)
+    writers: list[Writer] = field(default_factory=list)
 
 
 class AttentionPlan:
-    """The attention plan of the kernels."""
+    """The attention plan of a step, in the memory of the kernels."""
 
     def __init__(self, c: ctypes.CDLL, step: abi.Step, heads: int) -> None:
-        self.c, self._as_parameter_ = c, c.rd_plan(step, heads)
-        if not self._as_parameter_:
+        self.c, self.at = c, c.rd_plan(step, heads)
+        if not self.at:
             raise MemoryError("attention plan: out of memory")
+        step.plan = self.at
 
     def __del__(self) -> None:
-        self.c.rd_plan_free(self._as_parameter_)
+        self.c.rd_plan_free(self.at)
 
 
 @dataclass
 class NativeModel:
     """Data shared by all plans of a model. turns: id of a layer's Rotary -> its index among the distinct ones (hashing a Rotary is slow);
-    rotaries, plain_rotaries: with and without their scales; pool: a pool without memory."""
+    rotaries, plain_rotaries: with and without their scales; pool: a pool without memory; pools: the same in each format."""
 
     spec: ModelSpec
     turns: dict[int, int]
@@ -129,17 +126,20 @@ class NativeModel:
     plain_rotaries: abi.Rotaries
     pool: abi.Pool
     kept: list[Any]  # memory that the rotaries point to
+    pools: dict[str, abi.Pool] = field(default_factory=dict)
 
 
 @dataclass
 class NativePlan:
-    """turns: f32[rotaries, 2 (cos, sin), T, head_dim / 2]; seen: statistics of the sequences, by index in the batch."""
+    """turns: f32[rotaries, 2 (cos, sin), T, head_dim / 2]; seen: statistics of the sequences, by index in the batch; kept: memory that the
+    steps of the groups point to."""
 
     batch: Batch
     model: NativeModel
     turns: NDArray[np.float32]
     groups: list[NativeGroup] = field(default_factory=list)
     seen: dict[int, WeightSums] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
 
 
 class NativeOps(TorchOps):
@@ -249,25 +249,29 @@ class NativeOps(TorchOps):
     # ---- the plan
 
     def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> NativePlan:  # type: ignore[override]
-        count, model = len(batch.tree_starts), self._model(spec)
+        model = self._model(spec)
         turns = np.empty((model.rotaries.count, 2, len(batch.tokens), model.rotaries.half), np.float32)
+        turns_at = turns.ctypes.data  # found once, because it takes long
         if turns.size:
-            self._call("rd_turns", model.rotaries, batch.positions.tobytes(), len(batch.tokens), turns.ctypes.data)
+            self._call("rd_turns", model.rotaries, batch.positions.tobytes(), len(batch.tokens), turns_at)
         plan = NativePlan(batch, model, turns)
+        seqs, far = self._sequences(batch, plan.kept), self._far(batch, model, plan.kept)
         groups: dict[tuple[str, str, bool], list[int]] = {}
         for s, view in enumerate(batch.views):
             groups.setdefault(("", "", False) if view is None else (view.format, view.encoded, view.read is not None), []).append(s)
         for (name, encoded, sparse), members in groups.items():
-            some, mine = (batch, None) if len(members) == count else batch.only(members)
+            own, kind = b"".join([seqs[s] for s in members]), self._kind_of(name, model)
+            step = abi.Step(len(batch.tokens), len(members), own, kind, abi.Pool(), turns_at, far, model.rotaries.half, None, 0, None)
             watches = {i: taps.attention[s] for i, s in enumerate(members) if taps.attention.get(s)}
-            group = self._group(name, encoded, some, None if mine is None else torch.from_numpy(mine).long(), spec, plan, watches)
+            seen = self._watch(step, plan.kept, batch, members, spec, watches) if watches else {}
+            group = NativeGroup(name, encoded, step, AttentionPlan(self.c, step, spec.attention[0].heads))
             if sparse:
-                tree_rows = np.concatenate([[0], np.cumsum(some.starts[1:] - some.tree_starts)]).tolist()
-                group.readers = [self._alone(some, i, spec, (), tree_rows[i]) for i in range(len(members))]
+                rows = tree_rows(batch)
+                group.readers = [self._alone(batch, s, spec, (), rows[s]) for s in members]
             if name in self._sided:  # also before the read starts, because later rows select by these side data
-                group.writers = self._writers(some, list(range(len(members))), len(spec.attention), spec.kv_heads)
+                group.writers = self._writers(batch, members, len(spec.attention), spec.kv_heads)
             plan.groups.append(group)
-            plan.seen |= {members[i]: seen for i, seen in group.seen.items()}
+            plan.seen |= {members[i]: sums for i, sums in seen.items()}
         return plan
 
     def _model(self, spec: ModelSpec) -> NativeModel:
@@ -283,57 +287,48 @@ class NativeOps(TorchOps):
             self._models[id(spec)] = NativeModel(spec, turns, rotaries, bare, pool, [frequencies, scales, ones])
         return self._models[id(spec)]
 
-    def _group(
-        self,
-        name: str,
-        encoded: str,
-        batch: Batch,
-        rows: Tensor | None,
-        spec: ModelSpec,
-        plan: NativePlan,
-        watches: Mapping[int, tuple[Watch, ...]],
-    ) -> NativeGroup:
-        view, count = batch.pages, len(batch.tree_starts)
-        starts, tree_starts = batch.starts.tolist(), batch.tree_starts.tolist()
-        visible, at = np.ascontiguousarray(batch.visible), np.ascontiguousarray(batch.positions)
-        words = visible.shape[1]
-        parts = [x.ravel() for own in zip(view.pages, view.encoded, view.lengths, batch.tails, strict=True) for x in own]
-        ints = np.concatenate(parts, dtype=np.int32) if parts else np.empty(0, np.int32)  # one array, because each address takes long
-        bits, where, pages_at = visible.ctypes.data, at.ctypes.data, ints.ctypes.data
-        kept: list[Any] = [visible, at, plan.turns, ints]
-        seqs = b""
+    @staticmethod
+    def _sequences(batch: Batch, kept: list[Any]) -> list[bytes]:
+        """Each sequence in the form of the kernels. kept: gets the memory that they point to."""
+        view, starts, tree_starts = batch.pages, batch.starts.tolist(), batch.tree_starts.tolist()
+        parts = [batch.visible.tobytes(), batch.positions.tobytes()]  # the first needs addresses that are multiples of 8
+        for pages, codes, lengths, tail in zip(view.pages, view.encoded, view.lengths, batch.tails, strict=True):
+            parts += pages.tobytes(), codes.tobytes(), lengths.tobytes(), tail.tobytes()
+        memory = np.frombuffer(b"".join(parts), np.uint8)  # one array, because each address takes long
+        words = batch.visible.shape[1]
+        bits: int = memory.ctypes.data
+        where = bits + batch.visible.nbytes
+        pages_at = where + batch.positions.nbytes
+        kept.append(memory)
+        seqs = []
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
-            pages, codes = view.pages[s], view.encoded[s]
+            pages, codes, held, pointers = view.pages[s], view.encoded[s], view.positions[s], 0
             codes_at = pages_at + 4 * pages.size
             lengths_at = codes_at + 4 * codes.size
             tail_at = lengths_at + 4 * view.lengths[s].size
-            held, pointers = view.positions[s], 0
             window = (chosen.window if (chosen := batch.views[s]) else None) or (0, 0)
             if held is not None:
                 lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
                 lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
                 kept += [lanes, lines]
                 pointers = lines.ctypes.data
-            seqs += abi.SEQ.pack(
-                a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], *window, 0,
-                pages_at, codes_at, lengths_at, pointers, bits, where + 4 * a, tail_at,
+            seqs.append(
+                abi.SEQ.pack(
+                    a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], *window, 0,
+                    pages_at, codes_at, lengths_at, pointers, bits, where + 4 * a, tail_at,
+                )
             )  # fmt: skip
             bits += 8 * words * (z - t)
             pages_at = tail_at + 4 * batch.tails[s].size
-        pool = self._kind_of(name, plan.model)
-        half = plan.model.rotaries.half
-        step = abi.Step(
-            starts[-1], count, seqs, pool, abi.Pool(), plan.turns.ctypes.data, self._far(batch, plan.model, kept), half, None, 0
-        )
-        seen = self._watch(step, kept, batch, spec, watches) if watches else {}
-        attention = AttentionPlan(self.c, step, spec.attention[0].heads) if starts[-1] else None
-        return NativeGroup(name, encoded, rows, step, attention, kept, seen, [], [])
+        return seqs
 
     def _kind_of(self, name: str, model: NativeModel) -> abi.Pool:
         """A pool of this format, without memory."""
-        found, kind = abi.Pool.from_buffer_copy(model.pool), LAYOUTS[self._layouts[name]]
-        found.kind = self.kind if kind is None else kind
-        return found
+        if name not in model.pools:
+            found, kind = abi.Pool.from_buffer_copy(model.pool), LAYOUTS[self._layouts[name]]
+            found.kind = self.kind if kind is None else kind
+            model.pools[name] = found
+        return model.pools[name]
 
     def _far(self, batch: Batch, model: NativeModel, kept: list[Any]) -> int | None:
         """The address of cosines and sines that rotate queries back by the number of hidden positions, to score sinks; None if there is
@@ -353,21 +348,22 @@ class NativeOps(TorchOps):
 
     @staticmethod
     def _watch(
-        step: abi.Step, kept: list[Any], batch: Batch, spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]
+        step: abi.Step, kept: list[Any], batch: Batch, members: list[int], spec: ModelSpec, watches: Mapping[int, tuple[Watch, ...]]
     ) -> dict[int, WeightSums]:
         """Memory for statistics, by index in the group."""
         found, lines = {}, b""
-        for s, wanted in watches.items():
+        for member, wanted in watches.items():
+            s = members[member]
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
             shape = len(spec.attention), spec.kv_heads, slots
             chain, nodes = (torch.zeros(len(wanted), *own, *shape, dtype=torch.float64) for own in ((), (z - t,)))
-            seen = found[s] = WeightSums(chain, nodes)
+            seen = found[member] = WeightSums(chain, nodes)
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
                     raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use {' or '.join(STATISTICS)}")
                 low = STATISTICS.index(watch.statistic)
-                lines += abi.WATCHED.pack(seen.chain[i].data_ptr(), seen.nodes[i].data_ptr(), slots, s, watch.since, low, 0)
+                lines += abi.WATCHED.pack(seen.chain[i].data_ptr(), seen.nodes[i].data_ptr(), slots, member, watch.since, low, 0)
         watched = np.frombuffer(lines, np.uint8)
         kept.append(watched)
         step.watched, step.watches = watched.ctypes.data, len(lines) // abi.WATCHED.size
@@ -426,30 +422,33 @@ class NativeOps(TorchOps):
         return out
 
     def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: NativePlan) -> Tensor:  # type: ignore[override]
-        if len(plan.groups) == 1:
-            return self._attend_group(index, layer, q, k, v, pool, plan.groups[0], plan)
         out = q.new_empty(len(q), layer.heads * layer.head_dim)
-        for group in plan.groups:
-            if (at := group.rows) is not None and len(at):
-                out[at] = self._attend_group(index, layer, q[at], k[at], v[at], pool, group, plan)
+        for group in plan.groups if len(q) else ():
+            self._attend_group(index, layer, q, k, v, out, pool, group, plan)
         return out
 
     def _attend_group(
-        self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, group: NativeGroup, plan: NativePlan
-    ) -> Tensor:
-        out = q.new_empty(len(q), layer.heads * layer.head_dim)
-        if not len(q):
-            return out
+        self,
+        index: int,
+        layer: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        pool: TorchPool,
+        group: NativeGroup,
+        plan: NativePlan,
+    ) -> None:
+        """Attends the rows of the group's sequences."""
         for writer in group.writers:  # keys and side data must be written before a read selects by them
-            self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
+            self._write(index, k[writer.rows], v[writer.rows], pool.formats[writer.format], writer)
         picked, kept = self._picks(index, layer, q, pool, group) if group.readers else (None, None)
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
         self._place(group, pool)
         rotary = -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)]
         rows = (self._rows(x) for x in (q, k, v, out))
-        self._call("rd_attend", group.step, group.attention, index, layer.heads, layer.window or 0, rotary, picked, *rows)
+        self._call("rd_attend", group.step, index, layer.heads, layer.window or 0, rotary, picked, *rows)
         del kept
-        return out
 
     def _picks(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
         """The slots that rows read, in the form of the kernels, and the memory that it points to."""
@@ -477,13 +476,13 @@ class NativeOps(TorchOps):
             group.step.encoded = self._pool_of(pool, group.encoded, group.step.pool)
 
     def _pool_of(self, pool: TorchPool, name: str, like: abi.Pool) -> abi.Pool:
-        shelf = pool.shelves[name]
-        found = self._pools.get(shelf)
+        stored = pool.formats[name]
+        found = self._pools.get(stored)
         if found is None:
-            offsets, kind = shelf.format.offsets(), LAYOUTS[self._layouts[name]]
-            found = self._pools[shelf] = abi.Pool(
-                data=pool.data.data_ptr() + offsets["keys"], block_bytes=pool.data[0].nbytes, unit_bytes=shelf.format.bytes,
-                per_block=shelf.per_block, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
+            offsets, kind = stored.format.offsets(), LAYOUTS[self._layouts[name]]
+            found = self._pools[stored] = abi.Pool(
+                data=pool.data.data_ptr() + offsets["keys"], block_bytes=pool.data[0].nbytes, unit_bytes=stored.format.bytes,
+                per_block=stored.per_block, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
                 kind=self.kind if kind is None else kind, numbers=self.kind,
                 **{at: offsets[at] - offsets["keys"] for at in PARTS if at in offsets},
             )  # fmt: skip
@@ -494,15 +493,17 @@ class NativeOps(TorchOps):
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: TorchPool, plan: NativePlan) -> Tensor | None:
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
-        if len(plan.groups) != 1 or plan.groups[0].readers or plan.groups[0].writers or not h.shape[0]:
+        if not h.shape[0] or any(group.readers or group.writers for group in plan.groups):
             return None
         segment = self._segment(spec, weights, plan)
         if segment is None:
             return None
         out = h.clone(memory_format=torch.contiguous_format) if first else h
-        (group,) = plan.groups
-        self._place(group, pool)
-        self._call("rd_run", segment, first, last, group.step, group.attention, self._rows(out))
+        for group in plan.groups:
+            self._place(group, pool)
+        steps = [group.step for group in plan.groups]
+        step = steps[0] if len(steps) == 1 else (abi.Step * len(steps))(*steps)
+        self._call("rd_run", segment, first, last, step, len(steps), self._rows(out))
         return out
 
     def _segment(self, spec: ModelSpec, weights: Weights, plan: NativePlan) -> Any:
@@ -539,11 +540,13 @@ class NativeOps(TorchOps):
             logits = self._logits(self.norm(rows, norm, final), head)
             top_k = best_first(logits, taps.top_k) if taps.top_k else None
             return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
-        best, likeliest = np.empty((len(wanted), min(max(1, taps.top_k), head.outs)), np.int32), np.empty(len(wanted), np.int32)
-        if best.size:
+        count, keep = len(wanted), min(max(1, taps.top_k), head.outs)
+        found = np.empty(count * (keep + 1), np.int32)
+        likeliest, best = found[:count], found[count:].reshape(count, keep)
+        if count:
             how = norm.weight.data_ptr(), None if norm.bias is None else norm.bias.data_ptr(), final.eps, int(final.kind == "rms")
-            out = best.ctypes.data, likeliest.ctypes.data
-            self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), *best.shape, *out)
+            at: int = found.ctypes.data
+            self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), count, keep, at + 4 * count, at)
         return ForwardResult(likeliest, best if taps.top_k else None)
 
     def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:

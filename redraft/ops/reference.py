@@ -75,7 +75,7 @@ class ReferencePool:
 
     data: Tensor
     spec: ModelSpec
-    shelves: dict[str, FormatStore] = field(default_factory=dict)
+    formats: dict[str, FormatStore] = field(default_factory=dict)
 
     def units(self, space: Space, page: int) -> range:
         layers, heads = self.data.shape[1:3]
@@ -106,24 +106,24 @@ class Reference:
         count = self.block_bytes(pool.spec) // fmt.bytes
         if not count:
             raise Unsupported(f"format {fmt.name!r}: a unit takes {fmt.bytes} bytes, more than a block")
-        if fmt.name in pool.shelves:  # another combination of methods has the same format
+        if fmt.name in pool.formats:  # another combination of methods has the same format
             return count
         arrays = {name: torch.zeros(len(pool.data) * count, *a.shape, dtype=a.dtype) for name, a in fmt.arrays.items()}
         sides = {name for side in fmt.sides for name in side.arrays(pool.spec.head_dim, self.dtype)}
-        pool.shelves[fmt.name] = FormatStore(fmt, arrays, sides)
+        pool.formats[fmt.name] = FormatStore(fmt, arrays, sides)
         return count
 
     def zero(self, pool: ReferencePool, pages: list[tuple[Space, int]]) -> None:
         for space, page in pages:
-            for array in pool.shelves[space.format].arrays.values():
+            for array in pool.formats[space.format].arrays.values():
                 for unit in pool.units(space, page):
                     array[unit] = 0
 
     def move(self, pool: ReferencePool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
         assert not delta or space == Space(), f"{space}: keys are rotated in plain shared pages only"
-        shelf = pool.shelves[space.format]
-        for name, array in shelf.arrays.items():
-            if shelf.format.arrays[name].whole:
+        stored = pool.formats[space.format]
+        for name, array in stored.arrays.items():
+            if stored.format.arrays[name].whole:
                 continue
             got = [[array[u, s % PAGE].clone() for u in pool.units(space, s // PAGE)] for s in src.tolist()]
             for d, values in zip(dst.tolist(), got, strict=True):
@@ -134,15 +134,15 @@ class Reference:
 
     def read(self, pool: ReferencePool, space: Space, pages: I32) -> Arrays:
         units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
-        return {name: array[units] for name, array in pool.shelves[space.format].arrays.items()}
+        return {name: array[units] for name, array in pool.formats[space.format].arrays.items()}
 
     def write(self, pool: ReferencePool, space: Space, pages: I32, arrays: Arrays) -> None:
         units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
         for name, array in arrays.items():
-            pool.shelves[space.format].arrays[name][units] = array
+            pool.formats[space.format].arrays[name][units] = array
 
     def encode(self, pool: ReferencePool, source: Space, target: Space, src: I32, dst: I32) -> None:
-        old, new = pool.shelves[source.format], pool.shelves[target.format]
+        old, new = pool.formats[source.format], pool.formats[target.format]
         for s, d in zip(src.tolist(), dst.tolist(), strict=True):
             for here, there in zip(pool.units(source, s), pool.units(target, d), strict=True):
                 keys, values = old.keys_values(here)
@@ -156,11 +156,11 @@ class Reference:
                         new.arrays[name][there] = old.arrays[name][here]
 
     def summarize(self, pool: ReferencePool, space: Space, pages: I32, read: Select) -> None:
-        shelf = pool.shelves[space.format]
+        stored = pool.formats[space.format]
         for page in pages.tolist():
             for unit in pool.units(space, page):
-                for name, value in read.summarize(shelf.keys_values(unit)[0][None]).items():
-                    shelf.arrays[name][unit] = value[0]
+                for name, value in read.summarize(stored.keys_values(unit)[0][None]).items():
+                    stored.arrays[name][unit] = value[0]
 
     def plan(self, batch: Batch, spec: ModelSpec, taps: Taps = NO_TAPS) -> ReferencePlan:
         tokens, positions = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.positions).double()
@@ -329,7 +329,7 @@ class SequenceAttention:
         for i, page in enumerate([*encoded, *pages.pages[self.s][lane].tolist()][:count]):
             name = self.view.encoded if i < len(encoded) else self.view.format
             space = Space(pages.kinds[self.s], name)
-            found.append((self.pool.shelves[name], self.pool.units(space, page)[self.inside[head]]))
+            found.append((self.pool.formats[name], self.pool.units(space, page)[self.inside[head]]))
         return found
 
     def write(self, k: Tensor, v: Tensor) -> None:
@@ -337,19 +337,19 @@ class SequenceAttention:
         for head in range(self.heads):
             for r in range(len(k)):
                 slot = self.lengths[head] + self.tail + r
-                shelf, unit = self.units[head][slot // PAGE]
-                shelf.write(unit, slot % PAGE, k[r, head], v[r, head])
+                stored, unit = self.units[head][slot // PAGE]
+                stored.write(unit, slot % PAGE, k[r, head], v[r, head])
         for r in range(len(k)):  # side data are computed from keys in the form that attention reads
             at = [(*self.units[head][(n + self.tail + r) // PAGE], (n + self.tail + r) % PAGE) for head, n in enumerate(self.lengths)]
-            keys = torch.stack([shelf.keys_values(unit)[0][offset] for shelf, unit, offset in at])
+            keys = torch.stack([stored.keys_values(unit)[0][offset] for stored, unit, offset in at])
             for side in at[0][0].format.sides:
                 for name, entry in side.fill(self.index, keys[None]).items():
-                    for head, (shelf, unit, offset) in enumerate(at):
-                        shelf.arrays[name][unit, offset] = entry[0, head]
+                    for head, (stored, unit, offset) in enumerate(at):
+                        stored.arrays[name][unit, offset] = entry[0, head]
 
     def hold(self) -> None:
         """Loads the keys and values [slots, D] of each head in the form that attention reads."""
-        units = [[shelf.keys_values(unit) for shelf, unit in units] for units in self.units]
+        units = [[stored.keys_values(unit) for stored, unit in units] for units in self.units]
         self.held = [(torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) for pairs in units]
 
     def visible(self, r: int, head: int) -> dict[int, int]:

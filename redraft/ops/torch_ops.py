@@ -152,8 +152,8 @@ class TorchOps:
         return pool
 
     def define(self, pool: TorchPool, fmt: Format) -> int:
-        pool.shelves[fmt.name] = FormatStore(pool.data, fmt)
-        return pool.shelves[fmt.name].per_block
+        pool.formats[fmt.name] = FormatStore(pool.data, fmt)
+        return pool.formats[fmt.name].per_block
 
     def zero(self, pool: TorchPool, pages: list[tuple[Space, int]]) -> None:
         of: dict[Space, list[int]] = {}
@@ -163,8 +163,8 @@ class TorchOps:
             else:
                 of.setdefault(space, []).append(page)
         for space, some in of.items():
-            shelf = pool.shelves[space.format]
-            shelf.bytes[shelf.at(self._upload(pool.units(space, np.array(some))))] = 0
+            stored = pool.formats[space.format]
+            stored.bytes[stored.at(self._upload(pool.units(space, np.array(some))))] = 0
 
     def move(self, pool: TorchPool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
         if space == Space():
@@ -175,14 +175,14 @@ class TorchOps:
             pool.data[places[2], :, :, :, places[3]] = got
             return
         assert not delta, f"{space}: keys are rotated in plain shared pages only"
-        shelf = pool.shelves[space.format]
+        stored = pool.formats[space.format]
         (here, there), (of, to) = (
             self._upload(np.stack([pool.units(space, src // PAGE), pool.units(space, dst // PAGE)])),
             self._upload(np.stack([src % PAGE, dst % PAGE]))[..., None],
         )
-        for name, array in shelf.arrays.items():
-            if not shelf.format.arrays[name].whole:
-                array[*shelf.at(there), to] = array[*shelf.at(here), of]
+        for name, array in stored.arrays.items():
+            if not stored.format.arrays[name].whole:
+                array[*stored.at(there), to] = array[*stored.at(here), of]
 
     def _turn_keys(self, got: Tensor, spec: ModelSpec, delta: int) -> None:
         """Rotates the keys of got [moves, L, K, 2, D] by `delta` positions."""
@@ -193,21 +193,21 @@ class TorchOps:
             got[:, layers, :, 0] = _turn(got[:, layers, :, 0].to(wide), *self._turns(rotary, by, 1.0, wide)).to(self.dtype)
 
     def read(self, pool: TorchPool, space: Space, pages: I32) -> Arrays:
-        shelf = pool.shelves[space.format]
-        return shelf.take(shelf.arrays, self._upload(pool.units(space, pages)))
+        stored = pool.formats[space.format]
+        return stored.take(stored.arrays, self._upload(pool.units(space, pages)))
 
     def write(self, pool: TorchPool, space: Space, pages: I32, arrays: Arrays) -> None:
-        pool.shelves[space.format].put(arrays, self._upload(pool.units(space, pages)))
+        pool.formats[space.format].put(arrays, self._upload(pool.units(space, pages)))
 
     def encode(self, pool: TorchPool, source: Space, target: Space, src: I32, dst: I32) -> None:
-        old, new = pool.shelves[source.format], pool.shelves[target.format]
+        old, new = pool.formats[source.format], pool.formats[target.format]
         here, there = self._upload(pool.units(source, src)).flatten(), self._upload(pool.units(target, dst)).flatten()
         new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here))), there)
         new.put(old.take([name for name in new.arrays if name not in new.codes and name in old.arrays], here), there)
 
     def summarize(self, pool: TorchPool, space: Space, pages: I32, read: Select) -> None:
-        shelf, units = pool.shelves[space.format], self._upload(pool.units(space, pages)).flatten()
-        shelf.put(read.summarize(shelf.codec.decode(shelf.take(shelf.codes, units))[0]), units)
+        stored, units = pool.formats[space.format], self._upload(pool.units(space, pages)).flatten()
+        stored.put(read.summarize(stored.codec.decode(stored.take(stored.codes, units))[0]), units)
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
@@ -242,7 +242,7 @@ class TorchOps:
         tokens, positions, logit_rows, writes = next(up), next(up), next(up), next(up)
         groups = []
         deepest = np.maximum.reduceat(batch.positions, batch.starts[:-1])  # the last row of a tree need not be the deepest
-        tree_rows = np.concatenate([[0], np.cumsum(batch.starts[1:] - batch.tree_starts)])
+        visible_from = tree_rows(batch)
         share = spec.attention[0].heads // heads
         for group, (count, width, slots) in zip(members, shapes, strict=True):
             masks: dict[int | None, Tensor] = {}
@@ -250,13 +250,13 @@ class TorchOps:
                 # a window that hides nothing from any row counts as None, so most steps need one mask only
                 reach = None if window is None or int(deepest[group].max()) < window else window
                 if reach not in masks:
-                    masks[reach] = self._mask(batch, group, width, slots, reach, tree_rows, share)
+                    masks[reach] = self._mask(batch, group, width, slots, reach, visible_from, share)
                 masks[window] = masks[reach]
             pages_t, rows_t, kept, real = next(up), next(up), next(up), next(up)
             padded = (rows_t.view(count, width), kept, real) if rows_t.numel() else (None, None, None)
             groups.append(TorchGroup(count, width, slots, pages_t, masks, *padded))
         writers = self._writers(batch, lone, layers, heads)
-        alone = [self._alone(batch, s, spec, taps.attention.get(s, ()), int(tree_rows[s])) for s in lone]
+        alone = [self._alone(batch, s, spec, taps.attention.get(s, ()), visible_from[s]) for s in lone]
         return TorchPlan(tokens, positions, logit_rows, writes, groups, heads, next(up) if lone else None, writers, alone)
 
     def _uploads(self, arrays: Seq[NDArray[np.generic]]) -> list[Tensor]:
@@ -296,7 +296,7 @@ class TorchOps:
         return [table, np.flatnonzero(real), table[real]]
 
     def _mask(
-        self, batch: Batch, group: list[int], width: int, slots: int, window: int | None, tree_rows: NDArray[np.int64], share: int
+        self, batch: Batch, group: list[int], width: int, slots: int, window: int | None, visible_from: list[int], share: int
     ) -> Tensor:
         view = batch.pages
         see = np.zeros((len(group), width, slots), bool)
@@ -310,7 +310,7 @@ class TorchOps:
             mine[:rows, length : length + rows] = np.tri(rows, dtype=bool)
             if z > t:
                 nodes = view.tail[s] + rows + z - t - chain
-                mine[rows : z - a, length + chain : length + chain + nodes] = _bits(batch, int(tree_rows[s]), z - t, nodes)
+                mine[rows : z - a, length + chain : length + chain + nodes] = _bits(batch, visible_from[s], z - t, nodes)
             if window is not None:
                 held, tail = view.positions[s], batch.tails[s]
                 where = np.full(slots, np.iinfo(np.int64).max // 2)
@@ -463,7 +463,7 @@ class TorchOps:
         heads, size = layer.kv_heads, layer.head_dim
         share = layer.heads // heads
         for writer in plan.writers:
-            self._write(index, k[writer.rows], v[writer.rows], pool.shelves[writer.format], writer)
+            self._write(index, k[writer.rows], v[writer.rows], pool.formats[writer.format], writer)
         if plan.plain is not None:
             k, v = k[plan.plain], v[plan.plain]
         slots = pool.data.view(-1, size)
@@ -502,34 +502,34 @@ class TorchOps:
 
     # ---- attention of a sequence alone
 
-    def _write(self, index: int, k: Tensor, v: Tensor, shelf: FormatStore, writer: Writer) -> None:
+    def _write(self, index: int, k: Tensor, v: Tensor, stored: FormatStore, writer: Writer) -> None:
         """Writes k and v [rows, K, D] of layer `index`, with their side data."""
-        at = *shelf.at(writer.units[index]), writer.offsets[index]
-        made = shelf.codec.store(k.flatten(0, 1), v.flatten(0, 1))
+        at = *stored.at(writer.units[index]), writer.offsets[index]
+        made = stored.codec.store(k.flatten(0, 1), v.flatten(0, 1))
         entries = {name: entry.view(*k.shape[:2], *entry.shape[1:]) for name, entry in made.items()}
-        if shelf.format.sides and not shelf.exact:  # side data are computed from keys in the form that attention reads
-            k = _keys(shelf.codec, made).view(k.shape)
-        for side in shelf.format.sides:
+        if stored.format.sides and not stored.exact:  # side data are computed from keys in the form that attention reads
+            k = _keys(stored.codec, made).view(k.shape)
+        for side in stored.format.sides:
             entries |= side.fill(index, k)
         for name, entry in entries.items():
-            shelf.arrays[name][at] = entry
+            stored.arrays[name][at] = entry
 
     def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, it: LoneSequence) -> Tensor:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
-        shelf, turned = pool.shelves[it.view.format], it.near > 0 and layer.rotary is not None
+        stored, turned = pool.formats[it.view.format], it.near > 0 and layer.rotary is not None
         picked = seen[:, None]
         if it.view.read is not None:
             picked = self._picked(index, q, seen, pool, it)
         small = it.view.read is not None and not turned and not it.encoded.numel() and self._few(picked, it.slots)
         weights = None
-        if small and not any(shelf.format.arrays[name].whole for name in shelf.codes):
-            out = self._gathered(index, q, picked, small, shelf, it)
-        elif shelf.exact and not turned and not it.encoded.numel():
+        if small and not any(stored.format.arrays[name].whole for name in stored.codes):
+            out = self._gathered(index, q, picked, small, stored, it)
+        elif stored.exact and not turned and not it.encoded.numel():
             if it.view.read is not None:
                 mask = self._additive(picked, share)
-            held = shelf.take(shelf.codes, it.units[index])
+            held = stored.take(stored.codes, it.units[index])
             keys, values = (held[name].view(1, heads, it.slots, size) for name in ("keys", "values"))
             out = F.scaled_dot_product_attention(q.reshape(1, heads, share * rows, size), keys, values, attn_mask=mask)
         else:
@@ -575,11 +575,11 @@ class TorchOps:
     def _picked(self, index: int, q: Tensor, seen: Tensor, pool: TorchPool, it: LoneSequence) -> Tensor:
         """bool [K, G or 1, R, slots]: the slots that `read` selects."""
         read: Select = cast(Select, it.view.read)
-        shelf, heads = pool.shelves[it.view.format], len(q)
+        stored, heads = pool.formats[it.view.format], len(q)
         names = list(read.arrays(q.shape[-1], self.dtype))
-        held = shelf.take(names, it.units[index])
+        held = stored.take(names, it.units[index])
         if it.encoded.numel():
-            front = pool.shelves[it.view.encoded].take(names, it.encoded[index])
+            front = pool.formats[it.view.encoded].take(names, it.encoded[index])
             held = {name: torch.cat([front[name], held[name]], 1) for name in names}
         assert it.where is not None
         where = it.where[index if len(it.where) > 1 else 0].expand(heads, -1)
@@ -593,7 +593,7 @@ class TorchOps:
         count = -(-int(picked.sum(-1).max()) // PAGE) * PAGE
         return count if picked.shape[1] * picked.shape[2] * count < slots else 0
 
-    def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, shelf: FormatStore, it: LoneSequence) -> Tensor:
+    def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, stored: FormatStore, it: LoneSequence) -> Tensor:
         """Attention over the picked slots, gathered for every row, and for every query head if their slots differ."""
         heads, share, rows, size = q.shape
         picked, apart = picked.expand(heads, -1, -1, -1), picked.shape[1]
@@ -601,19 +601,19 @@ class TorchOps:
         chosen = order.topk(count, -1)
         slot = chosen.indices.view(heads, -1)
         units = it.units[index].gather(1, slot // PAGE)
-        got = shelf.pick(shelf.codes, units, slot % PAGE)
+        got = stored.pick(stored.codes, units, slot % PAGE)
         some = heads * apart * rows
         held = {name: entry.reshape(some, count // PAGE, PAGE, *entry.shape[2:]) for name, entry in got.items()}
         mine = q.view(heads, apart, share // apart, rows, size).transpose(2, 3).reshape(some, share // apart, size).to(self._wide())
-        scores = shelf.codec.scores(held, mine) * size**-0.5
+        scores = stored.codec.scores(held, mine) * size**-0.5
         weights = scores.masked_fill_(~(chosen.values > 0).view(some, 1, count), float("-inf")).softmax(-1)
-        mixed = shelf.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
+        mixed = stored.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
         return mixed.transpose(2, 3).reshape(q.shape)
 
     def _sources(self, index: int, pool: TorchPool, it: LoneSequence) -> list[PageSource]:
         found = [(it.view.encoded, it.encoded[index])] if it.encoded.numel() else []
-        shelves = [(pool.shelves[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
-        return [(shelf.codec, shelf.take(shelf.codes, units), units.shape[1]) for shelf, units in shelves]
+        formats = [(pool.formats[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
+        return [(stored.codec, stored.take(stored.codes, units), units.shape[1]) for stored, units in formats]
 
     def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[PageSource], it: LoneSequence) -> Tensor:
         """Attention weights [K, G, R, slots] of the last R rows, in float32 or better."""
@@ -690,6 +690,12 @@ def lend_threads() -> None:
 def take_threads_back() -> None:
     if _lent:
         torch.set_num_threads(_lent.pop())
+
+
+def tree_rows(batch: Batch) -> list[int]:
+    """The first row of each sequence in `batch.visible`, and the end."""
+    ends: list[int] = np.cumsum(batch.starts[1:] - batch.tree_starts).tolist()
+    return [0, *ends]
 
 
 def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:

@@ -106,12 +106,12 @@ def _rows(memory: Tensor, start: int, size: int, step: int) -> Tensor:
 
 @dataclass
 class TorchPool:
-    """data: [blocks, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; shelves: name of a format -> its units in the same
+    """data: [blocks, layers, kv heads, 2 (key, value), 32, D] in the backend's dtype; formats: name of a format -> its units in the same
     memory."""
 
     data: Tensor
     spec: ModelSpec
-    shelves: dict[str, FormatStore] = field(default_factory=dict)
+    formats: dict[str, FormatStore] = field(default_factory=dict)
 
     def units(self, space: Space, pages: I32) -> NDArray[np.int64]:
         """i64[pages, units of a page]: the units of these pages."""

@@ -76,20 +76,20 @@ class Metrics:
         self.opened.set_function(lambda: engine.opened.count)
         self.opened_bytes.set_function(lambda: engine.opened.bytes)
 
-    def observe(self, ticket: Submission, events: list[Event]) -> None:
+    def observe(self, submission: Submission, events: list[Event]) -> None:
         """Counts events of one request, after Submission.add."""
-        request = ticket.request
+        request = submission.request
         if request.id not in self._seen:
             self._seen[request.id] = {}
             self.prompt_tokens.inc(len(request.prompt))
             self.per_prompt.observe(len(request.prompt))
             self.queries.inc(len(request.prompt))
             self.hits.inc(request.cached_tokens or 0)
-            self.queued.observe(max(0.0, (request.admitted or ticket.arrived) - ticket.arrived))
-            self.first.observe((ticket.first or monotonic()) - ticket.arrived)
-        for gap in ticket.gaps[self._gaps.get(request.id, 0) :]:
+            self.queued.observe(max(0.0, (request.admitted or submission.arrived) - submission.arrived))
+            self.first.observe((submission.first or monotonic()) - submission.arrived)
+        for gap in submission.gaps[self._gaps.get(request.id, 0) :]:
             self.between.observe(gap)
-        self._gaps[request.id] = len(ticket.gaps)
+        self._gaps[request.id] = len(submission.gaps)
         for event in events:
             self.generation_tokens.inc(len(event.tokens))
             before, now = self._seen[request.id].get(event.index), event.stats
@@ -102,14 +102,14 @@ class Metrics:
                 if count > old:
                     self.by_depth.labels(**self._labels, position=str(depth)).inc(count - old)
 
-    def ended(self, ticket: Submission, reason: str) -> None:
-        took = monotonic() - ticket.arrived
+    def ended(self, submission: Submission, reason: str) -> None:
+        took = monotonic() - submission.arrived
         self.success.labels(**self._labels, finished_reason=reason).inc()
         self.whole.observe(took)
-        self.per_text.observe(ticket.tokens)
+        self.per_text.observe(submission.tokens)
         self.recent += SHARE * (took - self.recent)
-        self._seen.pop(ticket.request.id, None)
-        self._gaps.pop(ticket.request.id, None)
+        self._seen.pop(submission.request.id, None)
+        self._gaps.pop(submission.request.id, None)
 
     def exposition(self) -> bytes:
         """The exposition in the format of Prometheus."""

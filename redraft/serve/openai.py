@@ -86,14 +86,14 @@ async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
     pool = Pooling(body.pooling or "last")
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0)
     prompts = await here.prompts.read(body.input, deadline, field="input")
-    tickets, data = [], []
+    submissions, data = [], []
     for at in range(0, len(prompts), here.config.max_queue):  # as many at a time as may wait
         some = await here.submit(prompts[at : at + here.config.max_queue], params, http.scope["redraft.key"], body, deadline, pool)
         writer = Writer(Wanted("", model, False), here.llm.tokenizer, some, [""] * len(some))
         await unless_gone(http.receive, whole(writer, deadline), partial(here.shell.forget, *some))
-        tickets += some
-    for index, ticket in enumerate(tickets):
-        vector = ticket.request.embedding(body.normalize is not False).astype(np.float32)
+        submissions += some
+    for index, submission in enumerate(submissions):
+        vector = submission.request.embedding(body.normalize is not False).astype(np.float32)
         sent: Any = base64.b64encode(vector.astype("<f4").tobytes()).decode() if body.encoding_format == "base64" else vector.tolist()
         data.append({"object": "embedding", "index": index, "embedding": sent})
     count = sum(len(prompt.tokens) for prompt in prompts)

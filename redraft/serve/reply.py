@@ -74,12 +74,12 @@ class Place:
 
 
 class Writer:
-    """The reply to one HTTP request with the prompts `tickets`. Choice i * n + j is text j of prompt i."""
+    """The reply to one HTTP request with the prompts `submissions`. Choice i * n + j is text j of prompt i."""
 
-    def __init__(self, wanted: Wanted, tokenizer: Tokenizer, tickets: list[Submission], prompts: list[str]) -> None:
-        self.wanted, self.tokenizer, self.tickets, self.prompts = wanted, tokenizer, tickets, prompts
-        self.n = tickets[0].request.params.n
-        self.choices = [Choice(i) for i in range(len(tickets) * self.n)]
+    def __init__(self, wanted: Wanted, tokenizer: Tokenizer, submissions: list[Submission], prompts: list[str]) -> None:
+        self.wanted, self.tokenizer, self.submissions, self.prompts = wanted, tokenizer, submissions, prompts
+        self.n = submissions[0].request.params.n
+        self.choices = [Choice(i) for i in range(len(submissions) * self.n)]
         self._places = [Place(len(prompt) if wanted.echo else 0) for prompt in prompts for _ in range(self.n)]
         self._begun: set[int] = set()
 
@@ -105,7 +105,7 @@ class Writer:
         reply = self._frame("chat.completion" if self.wanted.chat else "text_completion")
         reply["choices"] = [self._choice(choice) for choice in self.choices]
         reply |= {"usage": self.usage(), "metrics": self.metrics()}
-        requests = [ticket.request for ticket in self.tickets]
+        requests = [submission.request for submission in self.submissions]
         if self.wanted.chat:
             if self.wanted.prompt_logprobs is not None:
                 reply["prompt_logprobs"] = self._prompt_logprobs(requests[0])
@@ -114,7 +114,7 @@ class Writer:
         return reply
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
-        request = self.tickets[choice.index // self.n].request
+        request = self.submissions[choice.index // self.n].request
         found: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason}
         if self.wanted.chat:
             found["message"] = {"role": self.wanted.role, "content": choice.text, "refusal": None}
@@ -150,7 +150,7 @@ class Writer:
                 "logprobs": self._completion_logprobs(new, echo=echo),
             }
         if first and self.wanted.token_ids:
-            found["prompt_token_ids"] = self.tickets[place].request.prompt
+            found["prompt_token_ids"] = self.submissions[place].request.prompt
         reply["choices"] = [found | self._extra(new)]
         if self.wanted.usage:
             reply["usage"] = None
@@ -170,10 +170,10 @@ class Writer:
         return {"id": wanted.id, "object": kind, "created": wanted.created, "model": wanted.model, "system_fingerprint": FINGERPRINT}
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(len(ticket.request.prompt) for ticket in self.tickets)
+        prompt = sum(len(submission.request.prompt) for submission in self.submissions)
         completion = sum(len(choice.tokens) for choice in self.choices)
         found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        found["prompt_tokens_details"] = {"cached_tokens": sum(ticket.request.cached_tokens or 0 for ticket in self.tickets)}
+        found["prompt_tokens_details"] = {"cached_tokens": sum(submission.request.cached_tokens or 0 for submission in self.submissions)}
         if self.wanted.predicted:
             counts = [choice.stats.by_drafter.get(self.wanted.predicted, (0, 0)) for choice in self.choices]
             drafted, kept = sum(count for count, _ in counts), sum(count for _, count in counts)
@@ -185,10 +185,10 @@ class Writer:
         stats = [choice.stats for choice in self.choices]
         steps, accepted = sum(one.steps for one in stats), sum(one.accepted for one in stats)
         deepest = max((len(one.by_depth) for one in stats), default=0)
-        firsts = [ticket.first - ticket.arrived for ticket in self.tickets if ticket.first is not None]
-        gaps = [gap for ticket in self.tickets for gap in ticket.gaps]
+        firsts = [submission.first - submission.arrived for submission in self.submissions if submission.first is not None]
+        gaps = [gap for submission in self.submissions for gap in submission.gaps]
         more = sum(len(choice.tokens) - 1 for choice in self.choices if choice.tokens)
-        queued = [ticket.request.admitted - ticket.arrived for ticket in self.tickets if ticket.request.admitted is not None]
+        queued = [one.request.admitted - one.arrived for one in self.submissions if one.request.admitted is not None]
         return {
             "time_to_first_token": _rounded(min(firsts, default=None)),
             "queue_time": _rounded(max(0.0, max(queued, default=0.0))),
@@ -201,7 +201,7 @@ class Writer:
                 sum(one.by_depth[depth] for one in stats if depth < len(one.by_depth)) for depth in range(deepest)
             ],
             "faults": sorted({one.fault for one in stats if one.fault}),
-            "seeds": [ticket.request.params.seed for ticket in self.tickets],
+            "seeds": [submission.request.params.seed for submission in self.submissions],
         }  # fmt: skip
 
     def _extra(self, new: Choice) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Writer:
         if self.wanted.logprobs is None:
             return None
         number = new.index // self.n
-        request = self.tickets[number].request
+        request = self.submissions[number].request
         entries: list[TopLogprobs | None] = [*new.logprobs]
         tokens = [one.token for one in new.logprobs]
         place, silent = self._places[new.index], self._special if request.params.skip_special_tokens else frozenset()

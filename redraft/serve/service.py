@@ -170,12 +170,12 @@ class Service:
         self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, wanted: Wanted, deadline: float
     ) -> Response:
         """The whole answer, or a stream of it."""
-        tickets = await self.submit(prompts, params, http.scope["redraft.key"], body, deadline)
-        writer = Writer(wanted, self.llm.tokenizer, tickets, [prompt.text for prompt in prompts])
+        submissions = await self.submit(prompts, params, http.scope["redraft.key"], body, deadline)
+        writer = Writer(wanted, self.llm.tokenizer, submissions, [prompt.text for prompt in prompts])
         headers = {"X-Request-Id": wanted.id}
         if body.stream:
-            return EventStream(self.shell, tickets, lines(writer, deadline, self.config.keep_alive), headers)
-        forget = partial(self.shell.forget, *tickets)
+            return EventStream(self.shell, submissions, lines(writer, deadline, self.config.keep_alive), headers)
+        forget = partial(self.shell.forget, *submissions)
         return JSONResponse(await unless_gone(http.receive, whole(writer, deadline), forget), headers=headers)
 
 

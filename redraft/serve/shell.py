@@ -72,7 +72,7 @@ class Shell:
         self.engine, self.metrics, self.max_queue, self.stopped = engine, metrics, max_queue, stopped
         self.draining = False
         self.died: BaseException | None = None
-        self._tickets: dict[str, Submission] = {}
+        self._submissions: dict[str, Submission] = {}
         self._tasks: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._end = False
@@ -99,12 +99,12 @@ class Shell:
     @property
     def busy(self) -> int:
         """The number of requests that are not finished."""
-        return len(self._tickets)
+        return len(self._submissions)
 
     @property
     def queued(self) -> int:
         """The number of requests that did not run yet."""
-        return sum(ticket.request.admitted is None for ticket in self._tickets.values())
+        return sum(submission.request.admitted is None for submission in self._submissions.values())
 
     @property
     def room(self) -> int:
@@ -117,18 +117,18 @@ class Shell:
             raise Refused(503, "the server is shutting down", headers={"Retry-After": "5"})
         if self.room < len(requests):
             raise Refused(429, f"{self.max_queue} requests wait already: try again later", headers={"Retry-After": str(self._patience())})
-        tickets = [Submission(request, left=request.params.n) for request in requests]
-        self._tickets |= {ticket.request.id: ticket for ticket in tickets}
+        submissions = [Submission(request, left=request.params.n) for request in requests]
+        self._submissions |= {submission.request.id: submission for submission in submissions}
         try:
             await self.call(lambda: self._add(requests))
         except RedraftError:  # they never began, so they are not counted
             for request in requests:
-                self._tickets.pop(request.id, None)
+                self._submissions.pop(request.id, None)
             raise
         except BaseException:  # also if the client left before its requests were added
-            self.forget(*tickets)
+            self.forget(*submissions)
             raise
-        return tickets
+        return submissions
 
     def _add(self, requests: Seq[Request]) -> None:
         try:
@@ -139,12 +139,12 @@ class Shell:
                 self.engine.abort(request.id)
             raise
 
-    def forget(self, *tickets: Submission) -> None:
+    def forget(self, *submissions: Submission) -> None:
         """Drops requests that ended or lost their client."""
-        for ticket in tickets:
-            if self._tickets.pop(ticket.request.id, None) is not None:
-                self.metrics.ended(ticket, "abort")
-                self._abort(ticket)
+        for submission in submissions:
+            if self._submissions.pop(submission.request.id, None) is not None:
+                self.metrics.ended(submission, "abort")
+                self._abort(submission)
 
     async def call(self, task: Callable[[], Any]) -> Any:
         """The result of `task`, or its error. The engine's thread runs it between two steps."""
@@ -170,8 +170,8 @@ class Shell:
 
     def fail(self, error: Exception) -> None:
         """Ends every request with this error."""
-        for ticket in list(self._tickets.values()):
-            self._fail(ticket, error)
+        for submission in list(self._submissions.values()):
+            self._fail(submission, error)
 
     async def stop(self) -> None:
         """Ends the thread after the current step."""
@@ -183,18 +183,18 @@ class Shell:
         """Seconds until there may be room, estimated from the latest requests."""
         return max(1, min(60, round(self.metrics.recent * self.queued / max(1, self.engine.scheduler.max_seqs))))
 
-    def _fail(self, ticket: Submission, error: Exception) -> None:
-        self.metrics.ended(ticket, "error")
-        ticket.queue.put_nowait(error)
-        if self._tickets.pop(ticket.request.id, None) is not None:
-            self._abort(ticket)
+    def _fail(self, submission: Submission, error: Exception) -> None:
+        self.metrics.ended(submission, "error")
+        submission.queue.put_nowait(error)
+        if self._submissions.pop(submission.request.id, None) is not None:
+            self._abort(submission)
 
-    def _abort(self, ticket: Submission) -> None:
+    def _abort(self, submission: Submission) -> None:
         def abort() -> None:
             try:
-                self.engine.abort(ticket.request.id)
+                self.engine.abort(submission.request.id)
             except Exception:  # if ending one request raises, the others continue
-                log.exception("request %s did not end well", ticket.request.id)
+                log.exception("request %s did not end well", submission.request.id)
 
         self._do(abort)
 
@@ -205,17 +205,17 @@ class Shell:
             if event.error is None:
                 by_request.setdefault(event.request.id, []).append(event)
         for name, some in by_request.items():
-            if (ticket := self._tickets.get(name)) is not None:
-                ticket.add(some)
-                self.metrics.observe(ticket, some)
-                if not ticket.left:
-                    del self._tickets[name]
-                    self.metrics.ended(ticket, str(some[-1].reason))
+            if (submission := self._submissions.get(name)) is not None:
+                submission.add(some)
+                self.metrics.observe(submission, some)
+                if not submission.left:
+                    del self._submissions[name]
+                    self.metrics.ended(submission, str(some[-1].reason))
         for request, error in failed:
             if not isinstance(error, RedraftError):
                 log.error("request %s failed", request.id, exc_info=error)
-            if (ticket := self._tickets.get(request.id)) is not None:
-                self._fail(ticket, error)
+            if (submission := self._submissions.get(request.id)) is not None:
+                self._fail(submission, error)
 
     def _dead(self, error: BaseException) -> None:
         stopped = Refused(500, "the engine stopped")

@@ -55,25 +55,25 @@ async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> As
         await asyncio.gather(pumping, return_exceptions=True)
 
 
-async def together(tickets: list[Submission]) -> AsyncIterator[tuple[int, Any]]:
-    """Yields (index of the ticket, events of a step) of all tickets, as they arrive."""
-    if len(tickets) == 1:
-        async for events in tickets[0].events():
+async def together(submissions: list[Submission]) -> AsyncIterator[tuple[int, Any]]:
+    """Yields (index of the submission, events of a step) of all submissions, as they arrive."""
+    if len(submissions) == 1:
+        async for events in submissions[0].events():
             yield 0, events
         return
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
 
-    async def pump(place: int, ticket: Submission) -> None:
+    async def pump(place: int, submission: Submission) -> None:
         try:
-            async for events in ticket.events():
+            async for events in submission.events():
                 queue.put_nowait((place, events))
             queue.put_nowait((place, None))
         except Exception as error:
             queue.put_nowait((place, error))
 
-    pumps = [asyncio.ensure_future(pump(place, ticket)) for place, ticket in enumerate(tickets)]
+    pumps = [asyncio.ensure_future(pump(place, submission)) for place, submission in enumerate(submissions)]
     try:
-        left = len(tickets)
+        left = len(submissions)
         while left:
             place, received = await queue.get()
             if isinstance(received, Exception):
@@ -90,7 +90,7 @@ async def together(tickets: list[Submission]) -> AsyncIterator[tuple[int, Any]]:
 
 async def whole(writer: Writer, deadline: float) -> dict[str, Any]:
     """The reply, when it is complete."""
-    async for received in paced(together(writer.tickets), 3600.0, deadline):
+    async for received in paced(together(writer.submissions), 3600.0, deadline):
         if received is not None:
             place, events = received
             for event in events:
@@ -101,7 +101,7 @@ async def whole(writer: Writer, deadline: float) -> dict[str, Any]:
 async def lines(writer: Writer, deadline: float, every: float) -> AsyncGenerator[bytes]:
     """The events of a stream."""
     try:
-        async for received in paced(together(writer.tickets), every, deadline):
+        async for received in paced(together(writer.submissions), every, deadline):
             if received is None:
                 yield ALIVE
                 continue
@@ -125,13 +125,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, shell: Shell, tickets: list[Submission], content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, shell: Shell, submissions: list[Submission], content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
         super().__init__(headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.shell, self.tickets, self.content = shell, tickets, content
+        self.shell, self.submissions, self.content = shell, submissions, content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_gone(receive, self._send(send), lambda: self.shell.forget(*self.tickets))
+        await unless_gone(receive, self._send(send), lambda: self.shell.forget(*self.submissions))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

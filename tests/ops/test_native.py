@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,7 +281,7 @@ def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     mine = test_views.program(NativeOps(dtype), case, dtype)
     near(mine, torchs)
     for form, pages in ((case.format, mine.main.pages), (case.encoded, mine.main.encoded)):
-        left, right, units = mine.pool.shelves[form], torchs.pool.shelves[form], torch.tensor(pages, dtype=torch.long).flatten()
+        left, right, units = mine.pool.formats[form], torchs.pool.formats[form], torch.tensor(pages, dtype=torch.long).flatten()
         for array, held in left.take(left.arrays, units).items():
             assert torch.equal(held, right.take([array], units)[array]), array
 
@@ -340,7 +341,7 @@ def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None
         batch = replace(Batch.pack([work([1] * 69, stored=5)], [EMPTY], pages), views=[View("int8")])
         keys, values = x.to(dtype)
         ops.attend(0, layer, torch.zeros(64, 2, 20, dtype=dtype), keys, values, pool, ops.plan(batch, spec))
-        taken.append(pool.shelves["int8"].take(fmt.arrays, torch.tensor([1, 4, 2])))
+        taken.append(pool.formats["int8"].take(fmt.arrays, torch.tensor([1, 4, 2])))
     for name, array in taken[1].items():
         assert torch.equal(taken[0][name].nan_to_num(7), array.nan_to_num(7)), name
         assert torch.equal(taken[0][name].isnan(), array.isnan())
@@ -1155,3 +1156,25 @@ def test_pytorch_gets_its_threads_back() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_texts_of_several_page_formats_run_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them has the log-probabilities that it has alone."""
+    llm = LLM("embedded", backend="native", dtype="bfloat16", draft="none", threads=2, cache_memory=64 << 20)
+    window = {"keep": "streaming-llm:sinks=2,recent=14"}
+    policies = [{}, {"codec": "int8"}, {"codec": "int4:block=32"}, window, {"codec": "int8", **window}]
+    params = [SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=2, **policy) for policy in policies]
+    prompt = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n" * 4
+    wanted = []
+    for one in params:
+        wanted += llm.generate(prompt, one)
+        llm.engine.table.forget()
+    names: Counter[str] = Counter()
+    call = NativeOps._call
+    monkeypatch.setattr(NativeOps, "_call", lambda ops, name, *arguments: names.update([name]) or call(ops, name, *arguments))
+    found = llm.generate([prompt] * len(params), params)
+    assert names["rd_run"] > 20 and not names["rd_attend"]
+    assert [(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in found] == [
+        (one.outputs[0].token_ids, one.outputs[0].logprobs) for one in wanted
+    ]
+    assert len({str(one.outputs[0].logprobs) for one in wanted}) == len(policies)

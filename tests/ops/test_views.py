@@ -430,7 +430,7 @@ def test_pages_hold_what_the_reference_says(name: str) -> None:
     fast, slow = program(TorchOps(torch.float64), CASES[name]), defined(CASES[name], torch.float64)
     for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.encoded, fast.main.encoded)):
         units = torch.tensor(pages, dtype=torch.long).flatten()
-        left, right = fast.pool.shelves[fmt], slow.pool.shelves[fmt]
+        left, right = fast.pool.formats[fmt], slow.pool.formats[fmt]
         for array, held in left.take(left.arrays, units).items():
             assert torch.equal(held, right.arrays[array][units]) and (held.any() or array == "peak" or not len(units)), array
 
@@ -598,7 +598,7 @@ def test_units_of_a_format_do_not_overlap(dtype: torch.dtype) -> None:
     pool = ops.allocate(model(), 3)
     for name, fmt in formats(dtype, Even()).items():
         count = ops.define(pool, fmt)
-        shelf, units = pool.shelves[name], torch.arange(3 * count)
+        stored, units = pool.formats[name], torch.arange(3 * count)
         assert count == ops.block_bytes(model()) // fmt.bytes > 1
         assert fmt.bytes * count < ops.block_bytes(model())  # units of different blocks are not evenly spaced
 
@@ -607,16 +607,16 @@ def test_units_of_a_format_do_not_overlap(dtype: torch.dtype) -> None:
             made = (units + 1 + i)[:, None] + slots
             return made.view(*made.shape, *(1,) * (len(array.shape) - 1)).expand(-1, *array.shape).to(array.dtype).clone()
 
-        shelf.put({key: number(array, i) for i, (key, array) in enumerate(fmt.arrays.items())}, units)
+        stored.put({key: number(array, i) for i, (key, array) in enumerate(fmt.arrays.items())}, units)
 
-        def check(zeroed: int, shelf: Any = shelf, fmt: Format = fmt, units: Tensor = units) -> None:
+        def check(zeroed: int, stored: Any = stored, fmt: Format = fmt, units: Tensor = units) -> None:
             for i, (key, array) in enumerate(fmt.arrays.items()):
                 want = number(array, i)
                 want[units == zeroed] = 0
-                assert torch.equal(shelf.take([key], units)[key], want), key
-                assert torch.equal(shelf.arrays[key][shelf.at(units)], want), key
+                assert torch.equal(stored.take([key], units)[key], want), key
+                assert torch.equal(stored.arrays[key][stored.at(units)], want), key
                 for offset in () if array.whole else (0, 13, 31):
-                    assert torch.equal(shelf.pick([key], units, torch.full_like(units, offset))[key], want[:, offset]), key
+                    assert torch.equal(stored.pick([key], units, torch.full_like(units, offset))[key], want[:, offset]), key
 
         check(-1)
         ops.zero(pool, [(Space(PER_HEAD, name), count)])
@@ -627,7 +627,7 @@ def test_plain_units_are_the_pages_of_the_lane_kinds() -> None:
     ops, spec = TorchOps(torch.float32), model()
     pool = ops.allocate(spec, 3)
     pool.data.copy_(torch.randn(pool.data.shape))
-    got = pool.shelves[""].take(["keys", "values"], torch.arange(3 * LAYERS * HEADS))
+    got = pool.formats[""].take(["keys", "values"], torch.arange(3 * LAYERS * HEADS))
     assert torch.equal(torch.stack([got["keys"], got["values"]], 1).view(pool.data.shape), pool.data)
 
 

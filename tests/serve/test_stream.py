@@ -14,11 +14,11 @@ def test_nothing_is_lost_that_was_received_before_it_was_taken() -> None:
 
     async def taken() -> list[Any]:
         request = Request("r", [1], SamplingParams(max_tokens=3))
-        ticket = Submission(request, left=1)
+        submission = Submission(request, left=1)
         found = []
         for token, reason in ((5, None), (6, None), (7, FinishReason.LENGTH)):
-            ticket.add([Event(request, 0, [token], "x", [False], [], reason, Stats())])
-        async for events in ticket.events():
+            submission.add([Event(request, 0, [token], "x", [False], [], reason, Stats())])
+        async for events in submission.events():
             found += [token for event in events for token in event.tokens]
         return found
 

@@ -53,7 +53,7 @@ class Layer(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [
         ("rows", SIZE), ("count", SIZE), ("seqs", ctypes.c_char_p), ("pool", Pool), ("encoded", Pool), ("turns", POINTER), ("far", POINTER),
-        ("half", SIZE), ("watched", POINTER), ("watches", SIZE),
+        ("half", SIZE), ("watched", POINTER), ("watches", SIZE), ("plan", POINTER),
     ]  # fmt: skip
 
 
@@ -85,9 +85,9 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_turns": (NUMBER, ctypes.POINTER(Rotaries), POINTER, SIZE, POINTER),
     "rd_plan": (POINTER, _STEP, NUMBER),
     "rd_plan_free": (None, POINTER),
-    "rd_attend": (NUMBER, _STEP, POINTER, NUMBER, NUMBER, NUMBER, NUMBER, POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
+    "rd_attend": (NUMBER, _STEP, NUMBER, NUMBER, NUMBER, NUMBER, POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
     "rd_products": (NUMBER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
-    "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, POINTER, _ROWS),
+    "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, SIZE, _ROWS),
 }
 
 

@@ -130,7 +130,7 @@ BORDER int rd_turns(const Rotaries* rotaries, const int32_t* positions, int64_t 
     return guarded([&] { find_turns(*rotaries, positions, rows, turns); });
 }
 
-// The attention plan of one forward pass; freed by rd_plan_free.
+// The attention plan of a step; freed by rd_plan_free.
 BORDER void* rd_plan(const Step* step, int heads) {
     void* made = nullptr;
     guarded([&] {
@@ -144,13 +144,14 @@ BORDER void* rd_plan(const Step* step, int heads) {
 }
 BORDER void rd_plan_free(void* plan) { delete static_cast<AttendPlan*>(plan); }
 
-// Writes k and v, then attends: q [T, heads * size] -> out. picked: an entry for every sequence, or null.
-BORDER int rd_attend(const Step* step, void* plan, int layer, int heads, int window, int rotary, const Picked* picked, const Rows* q, const Rows* k,
+// Writes k and v of the sequences of the step, then attends: q [T, heads * size] -> their rows of out. picked: an entry for every
+// sequence, or null.
+BORDER int rd_attend(const Step* step, int layer, int heads, int window, int rotary, const Picked* picked, const Rows* q, const Rows* k,
                      const Rows* v, const Rows* out) {
     return guarded([&] {
         AttendJob job = attend_job(*step, layer, heads, window, rotary, *q, *out);
         job.picked = picked;
-        const AttendPlan& chosen = *static_cast<AttendPlan*>(plan);
+        const AttendPlan& chosen = *step->plan;
         attention().prepare(*kernels().attend, chosen, heads, threads());
         run([&](int worker, int workers) {
             write_keys(*kernels().attend, *step, layer, *k, *v, worker, workers);
@@ -170,6 +171,6 @@ BORDER int rd_products(const float* a, const float* b, int64_t heads, int64_t ro
         });
     });
 }
-BORDER int rd_run(const Layer* layers, int64_t first, int64_t last, const Step* step, void* plan, const Rows* h) {
-    return guarded([&] { run_layers(kernels(), layers, first, last, *step, *static_cast<AttendPlan*>(plan), *h); });
+BORDER int rd_run(const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, const Rows* h) {
+    return guarded([&] { run_layers(kernels(), layers, first, last, steps, count, *h); });
 }

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <map>
 #include <vector>
@@ -88,9 +89,10 @@ Rows columns(const Rows& x, int64_t first, int64_t count) { return {x.data + fir
 
 }  // namespace
 
-Attention& attention() {
-    static Attention* made = new Attention();  // never destroyed: see threads.cpp
-    return *made;
+Attention& attention(int64_t i) {
+    static auto* made = new std::deque<Attention>();  // never destroyed: see threads.cpp
+    while (int64_t(made->size()) <= i) made->emplace_back();
+    return (*made)[i];
 }
 
 void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows, float* turns) {
@@ -193,10 +195,10 @@ void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32
     }
 }
 
-void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step& step, const AttendPlan& plan, Rows h) {
-    const int64_t rows = step.rows;
+void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h) {
+    const int64_t rows = h.rows;
     const Kind kind = h.kind;
-    const Pool& pool = step.pool;
+    const Pool& pool = steps->pool;  // the same heads in all of them
     scratch.grow(threads(), rows);
     for (int64_t i = first; i < last; i++) {  // all buffers get their size before workers run
         const Layer& l = layers[i];
@@ -206,7 +208,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
         int64_t wanted[] = {h.cols, q_size + 2 * k_size, q_size, l.down.ins};
         for (int b = 0; b < 4; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
     }
-    attention().prepare(*kernels.attend, plan, layers[first].heads, threads());
+    for (int64_t s = 0; s < count; s++) attention(s).prepare(*kernels.attend, *steps[s].plan, layers[first].heads, threads());
     run_paced(layers, first, last, rows, [&](int worker, int workers) {
         const Share own(rows, worker, workers);
         float* sums = scratch.at(worker, rows);
@@ -243,14 +245,17 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
                 }
             }
             if (l.rotary >= 0) {
-                const int64_t each = rows * step.half;
-                const float* cos = step.turns + 2 * l.rotary * each;
+                const int64_t each = rows * steps->half;
+                const float* cos = steps->turns + 2 * l.rotary * each;
                 kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, cos, cos + each, own.first, own.last);
             }
             barrier();
-            write_keys(*kernels.attend, step, i, k, v, worker, workers);
+            for (int64_t s = 0; s < count; s++) write_keys(*kernels.attend, steps[s], i, k, v, worker, workers);
             barrier();
-            attend(*kernels.attend, attend_job(step, int(i), l.heads, l.window, l.rotary, q, seen), plan, attention(), worker, workers);
+            for (int64_t s = 0; s < count; s++) {
+                const AttendJob job = attend_job(steps[s], int(i), l.heads, l.window, l.rotary, q, seen);
+                attend(*kernels.attend, job, *steps[s].plan, attention(s), worker, workers);
+            }
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();

@@ -13,8 +13,9 @@ struct Layer {
     Activation activation;
 };
 
-// One forward pass: its sequences, and cos and then sin of every rotary, [rows][half]. far: null, or the rotations of queries for keys
-// before a window, in the same layout.
+// Sequences of a forward pass whose pages have the same formats. rows: those of the pass, whose cos and then sin of every rotary are
+// turns, [rows][half]. far: null, or the rotations of queries for keys before a window, in the same layout. plan: made by
+// plan_attention.
 struct Step {
     int64_t rows, count;
     const Seq* seqs;
@@ -23,6 +24,7 @@ struct Step {
     int64_t half;
     const Watched* watched;
     int64_t watches;
+    const AttendPlan* plan;
 };
 
 // Attention in layer `layer`; rotary: the index of its rotary, -1: none.
@@ -35,10 +37,11 @@ struct Rotaries {
 };
 void find_turns(const Rotaries&, const int32_t* positions, int64_t rows, float* turns);
 
-// Buffers shared by all calls; one job runs at a time.
-Attention& attention();
+// Buffers shared by all calls, one for each step of a pass; one job runs at a time.
+Attention& attention(int64_t i = 0);
 
-void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last, const Step&, const AttendPlan&, Rows h);
+// steps: together they hold all sequences of the pass.
+void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h);
 
 // y = x W^T + bias, x and y rows of the model's kind; h: the target of a sum (`add`).
 void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Activation, bool add);

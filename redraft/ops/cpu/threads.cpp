@@ -57,7 +57,7 @@ private:
 
 struct Workers {
     std::vector<std::thread> threads;
-    Gate ticket, finished, crossed;  // a new job or the end; jobs that all workers finished; barriers
+    Gate start, finished, crossed;  // a new job or the end; jobs that all workers finished; barriers
     std::atomic<int> left{0};        // workers still in the job
     std::atomic<int> arrived{0};     // at the barrier
     const std::function<void(int, int)>* job = nullptr;
@@ -66,7 +66,7 @@ struct Workers {
 
     void work(int worker, uint32_t seen) {
         for (;;) {
-            ticket.wait(seen++);
+            start.wait(seen++);
             if (ending) return;
             (*job)(worker, count);
             if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.open();
@@ -76,13 +76,13 @@ struct Workers {
     void resize(int wanted) {
         if (count > 1) {
             ending = true;
-            ticket.open();
+            start.open();
             for (auto& thread : threads) thread.join();
             threads.clear();
             ending = false;
         }
         count = 1;
-        const uint32_t seen = ticket.at.load();
+        const uint32_t seen = start.at.load();
         for (int i = 1; i < wanted; i++) {  // if a thread cannot be started, the earlier ones stay
             threads.emplace_back(&Workers::work, this, i, seen);
             count = i + 1;
@@ -98,7 +98,7 @@ struct Workers {
         job = &one;
         left.store(count, std::memory_order_relaxed);
         const uint32_t done = finished.at.load(std::memory_order_relaxed);
-        ticket.open();
+        start.open();
         one(0, count);
         if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.open();
         else finished.wait(done);
