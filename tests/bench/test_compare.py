@@ -481,15 +481,27 @@ def test_the_command_prints_a_table_and_writes_json(folder: Path, file: Path, tm
 DRAFTS = [*registry.METHODS["draft"], "union:parts=copyspec+token-recycling", "auto"]
 
 
+@pytest.fixture(scope="module")
+def bounded(plain: LLM) -> tuple[CompareOptions, Comparison]:
+    """A comparison with a bound, of a model with a long name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "name", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        patch.setitem(registry.METHODS["draft"], "guess", "tests.bench.fakes:Guess")
+        options = CompareOptions(("guess",), PARAMS, rounds=1, bound=True)
+        return options, bench.compare(plain, options, PROMPTS)
+
+
 @pytest.mark.parametrize("columns", ["80", None])
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_the_table_fits_80_columns_with_every_name_whole(
-    plain: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], draft: str, columns: str | None
+    bounded: tuple[CompareOptions, Comparison],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    draft: str,
+    columns: str | None,
 ) -> None:
-    monkeypatch.setattr(plain, "name", "HuggingFaceTB/SmolLM2-135M-Instruct")
     large = {"tokens_per_second": 12345.6, "speedup": 0.94, "speedup_low": 10.25, "speedup_high": 12.75, "peak_kv_bytes": 20_000 << 20}
-    options = CompareOptions(("guess",), PARAMS, rounds=1, bound=True)
-    comparison = bench.compare(plain, options, PROMPTS)
+    options, comparison = bounded
     entries = [entry if i == 0 else dataclasses.replace(entry, method=draft) for i, entry in enumerate(comparison.entries)]
     comparison = dataclasses.replace(comparison, entries=entries, stopped=True, refused=[f"{draft}: needs a model"])
     found = [

@@ -14,16 +14,13 @@ from redraft.ops import library
 from redraft.ops.backend import Feature
 from tests.contracts.test_policies import SINGLE, ids
 
-PROMPT = (
-    """def area(width, height):
+PROMPT = """def area(width, height):
     return width * height
 
 class Shape:
     def __init__(self, width, height):
         self.width = width
 """
-    * 4
-)
 NATIVE = library.load() is not None
 BACKENDS = [
     ("native", "float32"),
@@ -49,6 +46,7 @@ def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
     llm = engine(backend, dtype)
     llm.engine.memory.paged.table.forget()
     wanted = ask(llm, new)
+    assert len(wanted.prompt_token_ids) > 64
     return wanted, blocks(llm, wanted.prompt_token_ids)
 
 
@@ -59,7 +57,8 @@ def blocks(llm: LLM, tokens: list[int]) -> list[torch.Tensor]:
 
 
 def ask(llm: LLM, new: int, **policy: Any) -> Any:
-    return llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=2, **policy))[0]
+    repeated = PROMPT * (2 if llm.runner.backend.name == "reference" else 4)  # the reference is slow
+    return llm.generate(repeated, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=2, **policy))[0]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -70,9 +69,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize("policy", POLICIES, ids=[*ids, "streaming-llm, late", "streaming-llm, page-top-k"])
 def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], backend: str, dtype: str) -> None:
     """In every backend and dtype, the cached blocks and the log-probabilities have the bits of a request that runs alone."""
-    new = 8 if backend == "reference" else 24
+    new = 4 if backend == "reference" else 24
     wanted, expected = alone(backend, dtype, new)
-    assert len(expected) > 3
+    assert len(expected) > 1
     shared = engine(backend, dtype)
     shared.engine.memory.paged.table.forget()
     after = ask(shared, new, **dict(policy))
