@@ -37,7 +37,7 @@ def pair(kind: Kind) -> Iterator[tuple[str, Rejecting]]:
 def test_acceptance_lies_under_its_bound_and_is_what_was_accepted(drafter: str) -> None:
     rng = np.random.default_rng(5)
     distributions, draft = random_distributions(rng), random_distributions(rng)
-    trees = forest(DRAWN[drafter], draft, 1500, BUDGET)
+    trees = forest(DRAWN[drafter], draft, 800, BUDGET)
     for name, rule in pair(DRAWN[drafter].kind):
         gauged = Gauged(rule)
         accepted = gauged.accept(trees, ForestDistribution(distributions, trees))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from tests.contracts.algebra import LEAST_P, chi_square_p, random_distributions
 from tests.contracts.drawn import ForestDistribution, forest, texts
 from tests.contracts.identity import complete
 
-SAMPLES = 6000
+SAMPLES = 3000
 BUDGET = Budget(8, 2)
 
 METHODS = {name: registry.create("draft", name) for name in registry.METHODS["draft"] if complete("draft", name)}

@@ -17,7 +17,7 @@ from tests.contracts.algebra import LEAST_P, chi_square_p
 from tests.contracts.identity import engine, prompts, second
 from tests.contracts.test_drawn import DRAWN, PAIRS
 
-TEXTS = 1500
+TEXTS = 900
 LENGTH = 3
 PARAMS = SamplingParams(temperature=1.3, top_k=4, repetition_penalty=1.2, max_tokens=LENGTH)
 PROMPT = prompts()[3]
@@ -75,4 +75,4 @@ def test_the_distribution_is_the_definitions(verifier: str) -> None:
 def test_coins_that_always_accept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TargetDistribution, "uniform", lambda distribution, rows, n: np.full((len(rows), n), 1e-9))
     verifier, drafter = next(iter(CHOSEN.items()))
-    assert p_value(drafter, verifier, 4000, first=2)[0] < LEAST_P
+    assert p_value(drafter, verifier, 2500, first=2)[0] < LEAST_P

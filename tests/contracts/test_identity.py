@@ -43,7 +43,7 @@ REFERENCE = [
     Condition("fan-out", "sampled", "reference", lanes=(Lanes.PER_HEAD,)),
     Condition("random", "filtered", "reference", lanes=(Lanes.PER_LAYER,)),
     Condition("oracle", "sampled", "reference", chunk=24, arrivals=CROWD, pool=SMALL, lanes=ALL_LANES),
-    *(Condition(drafter, "filtered", "reference", arrivals=(0, 0, 3), lanes=ALL_LANES) for drafter in REGISTERED),
+    *(Condition(drafter, "filtered", "reference", arrivals=(0, 3), lanes=ALL_LANES) for drafter in REGISTERED),
     Condition("oracle", "sampled", "reference", arrivals=(0, 0, 3), window=9, lanes=ALL_LANES),
 ]
 

@@ -64,7 +64,7 @@ def allowed(policies: dict[str, str]) -> bool:
 
 
 def params(policies: dict[str, str], i: int, temperature: float = 0.8) -> SamplingParams:
-    return SamplingParams(temperature=temperature, max_tokens=60, seed=100 + i, **policies)
+    return SamplingParams(temperature=temperature, max_tokens=44, seed=100 + i, **policies)
 
 
 def requests(policies: list[dict[str, str]], count: int) -> list[Request]:
