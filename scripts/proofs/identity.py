@@ -234,6 +234,7 @@ class Blank:
         self.memory = Paged(like.backend, like.spec, 1)
         self.memory.blocks, self.memory.table = blocks, EditableTable(blocks, len(like.spec.attention), like.spec.kv_heads)
         self.memory.store = self  # type: ignore[assignment]
+        self.table = self.memory.table
 
     def zero(self, fresh: Any) -> None:
         pass
