@@ -9,6 +9,7 @@ acceptance, no rejection or, in the small pool, no preemption.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -322,6 +323,8 @@ def main() -> int:
     todo, absent = tasks(options)
     for name in absent:
         print(f"SKIPPED {name}: not at {MODELS[name]}")
+    if any(task.model.startswith(("babyllama", "stories")) for task in todo) and importlib.util.find_spec("zstandard") is None:
+        parser.error("the stories of babyllama and stories260k need zstandard: pip install 'zstandard>=0.22', or choose other --models")
     rows: list[Row] = []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for done, found in enumerate(pool.imap_unordered(work, todo), 1):
