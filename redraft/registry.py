@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, str]] = {
         "rsd-s": "redraft.draft.rsd_s:RSDS",
         "self-skip": "redraft.draft.self_skip:SelfSkip",
         "spectr": "redraft.draft.spectr:SpecTr",
+        "suffix": "redraft.draft.suffix:Suffix",
         "token-recycling": "redraft.draft.token_recycling:TokenRecycling",
         "union": "redraft.draft.union:Union",
         "vocabtrim": "redraft.draft.vocabtrim:VocabTrim",
