@@ -21,7 +21,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, nlargest
 from itertools import count
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,17 +37,15 @@ START = 3  # equal tokens from which an earlier output matches
 PLACES = 24  # matches that vote
 LATEST = 64  # the latest places of a token, or of START tokens, that are searched
 BASE = 4.0
+WEIGHTS = [BASE ** (length - LONGEST) for length in range(LONGEST + 1)]  # of a vote, by the length of the match
 SURE = 0.0, 0.35, 0.6, 0.8, 0.95  # by the length of the longest match; the last for all longer ones
 TOKEN_BYTES = 300  # of memory for a token of an earlier output, its index included
 
 OWN = 1 << 62  # the number of the text itself; earlier outputs have the numbers of their sequences
 
 
-class Place(NamedTuple):
-    """text: OWN or the number of an earlier output; next: the index of the token that follows the place."""
-
-    text: int
-    next: int
+Place = tuple[int, int]
+"""OWN or the number of an earlier output, and the index of the token that follows the place."""
 
 
 class History:
@@ -89,7 +87,7 @@ class History:
     def _places(self, number: int) -> list[tuple[tuple[str, int, int, int], Place]]:
         tenant, tokens = self.texts[number]
         grams = zip(tokens, tokens[1:], tokens[2:], strict=False)
-        return [((tenant, *gram), Place(number, i)) for i, gram in enumerate(grams, START) if i < len(tokens)]
+        return [((tenant, *gram), (number, i)) for i, gram in enumerate(grams, START) if i < len(tokens)]
 
 
 @dataclass
@@ -115,12 +113,12 @@ class Matches:
 
     def _read(self, tokens: list[int], i: int, own: list[int]) -> None:  # 1.
         token, found = tokens[i], {}
-        for place, length in self.found.items():
-            text = self.text(place.text)
-            if place.next < len(text) and text[place.next] == token:
-                found[Place(place.text, place.next + 1)] = min(length + 1, LONGEST)
+        for (source, at), length in self.found.items():
+            text = tokens if source == OWN else self.text(source)
+            if at < len(text) and text[at] == token:
+                found[source, at + 1] = length + 1 if length < LONGEST else LONGEST
         for at in own[-LATEST:]:
-            found.setdefault(Place(OWN, at), 1)
+            found.setdefault((OWN, at), 1)
         if i + 1 >= START and self.history.texts:
             for place in self.history.find(self.seq.request.salt, tokens[i + 1 - START : i + 1]):
                 found.setdefault(place, START)
@@ -140,19 +138,20 @@ class Matches:
         parents: list[int] = []
         scores: list[float] = []
         heap: list[tuple[float, int, int, int, int, list[tuple[int, Place]]]] = []
-        order = count()
+        order, own = count(), self.seq.tokens
 
         def vote(parent: int, depth: int, score: float, voters: list[tuple[int, Place]]) -> None:
             groups: dict[int, list[tuple[int, Place]]] = {}
             votes: dict[int, float] = {}
-            for length, place in voters:  # 2.
-                if place.next < len(text := self.text(place.text)):
-                    token = text[place.next]
-                    votes[token] = votes.get(token, 0.0) + BASE ** (length - LONGEST)
-                    groups.setdefault(token, []).append((min(length + 1, LONGEST), Place(place.text, place.next + 1)))
+            for length, (source, at) in voters:  # 2.
+                text = own if source == OWN else self.text(source)
+                if at < len(text):
+                    token = text[at]
+                    votes[token] = votes.get(token, 0.0) + WEIGHTS[length]
+                    groups.setdefault(token, []).append((length + 1 if length < LONGEST else LONGEST, (source, at + 1)))
             if not votes:
                 return
-            score *= SURE[min(max(length for length, _ in voters), len(SURE) - 1)] / sum(votes.values())  # 3.
+            score *= SURE[min(max(voters)[0], len(SURE) - 1)] / sum(votes.values())  # 3.
             for token, weight in votes.items():
                 heappush(heap, (-score * weight, next(order), parent, token, depth, groups[token]))
 

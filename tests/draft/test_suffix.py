@@ -40,7 +40,7 @@ def search(tokens: list[int]) -> dict[Place, int]:
         while length < min(end, LONGEST) and tokens[end - 1 - length] == tokens[-1 - length]:
             length += 1
         if length:
-            found[Place(OWN, end)] = length
+            found[OWN, end] = length
     return found
 
 
@@ -63,7 +63,7 @@ def test_matches_that_are_followed_equal_those_of_a_search(letters: int) -> None
 def test_a_frequent_token_costs_a_bounded_number_of_places() -> None:
     matches = Matches(sequence([7] * 5000), History(0))
     matches.catch_up()
-    assert len(matches.found) <= LATEST + LONGEST and max(matches.found) == Place(OWN, 4999)
+    assert len(matches.found) <= LATEST + LONGEST and max(matches.found) == (OWN, 4999)
 
 
 def test_votes_of_the_longest_matches_make_the_tree() -> None:
