@@ -2,7 +2,8 @@
 
 Importing this module loads nothing; `load` loads the library once. If `load` returns None, `why_not` says why, and PyTorch is used.
 
-Environment: REDRAFT_ISA (avx2, avx512, avx512_bf16, amx) selects a lower instruction set, for tests; OMP_NUM_THREADS limits the threads.
+Environment: REDRAFT_ISA (avx2, avx512, avx512_vnni, avx512_bf16, amx) selects a lower instruction set, for tests;
+OMP_NUM_THREADS limits the threads.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_a_wrong_instruction_set_is_a_finding_here_and_an_error_elsewhere(tiny: 
 
     done = ran("doctor", "--json", str(tmp_path / "facts.json"))
     assert done.returncode == 0, done.stderr
-    assert "REDRAFT_ISA = sse9: allowed: avx2, avx512, avx512_bf16, amx" in done.stdout and "read bandwidth" in done.stdout
+    assert "REDRAFT_ISA = sse9: allowed: avx2, avx512, avx512_vnni, avx512_bf16, amx" in done.stdout and "read bandwidth" in done.stdout
     facts, loaded = json.loads((tmp_path / "facts.json").read_text()), library.load()
     assert loaded is not None and facts["isa_refused"].startswith("REDRAFT_ISA = sse9")
     assert facts["isa"] in loaded.isas_compiled and facts["peaks"]["float32"]["flops"] > 0

@@ -1075,7 +1075,7 @@ def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
-ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+ISAS = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 SMALL = """
 import torch
 from redraft.ops import library

@@ -36,7 +36,13 @@ struct HalfProduct {  // of bf16
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
 };
-struct CodeProduct {  // of signed bytes
+struct CodeProduct {  // of bytes with SHIFT added and signed bytes
+    template <int C, int A, int B>
+    static void run() {
+        __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    }
+};
+struct SignedProduct {  // of signed bytes
     template <int C, int A, int B>
     static void run() {
         __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
@@ -64,6 +70,12 @@ struct HalfProduct {
     }
 };
 struct CodeProduct {
+    template <int C, int A, int B>
+    static void run() {
+        emulated::dot_bytes(C, A, B, false, true);
+    }
+};
+struct SignedProduct {
     template <int C, int A, int B>
     static void run() {
         emulated::dot_bytes(C, A, B, true, true);
@@ -221,11 +233,6 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     return some;
 }
 
-// The initial sums of the first chunk. The epilogue shared with vpdpbusd subtracts SHIFT times the sums of the codes.
-inline void begin_sums(const Linear& w, int64_t p, int32_t* row) {
-    for (int64_t i = 0; i < PANEL; i++) row[i] = w.kind == I8 ? SHIFT * w.sums[p * PANEL + i] : 0;
-}
-
 // Several panels for some rows at a time, so both weights and rows stay in the second cache; fewer reads of one mean more reads of the
 // other. The sums of all panels of a group are held, as many as scratch has room for.
 struct Blocking {
@@ -244,8 +251,7 @@ void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64
     const int64_t lines = j.w.steps() / STEPS, size = j.w.panel_bytes(), blocks = (j.x.rows + TALL - 1) / TALL, each = j.x.rows * PANEL;
     const int64_t bytes = (lines + chunks - 1) / chunks * STEPS * STEP, apart = (LINE / 4 + blocks - 1) / blocks;
     int64_t turn = p * chunks;
-    alignas(64) int32_t fresh[Blocking::PANELS][PANEL];
-    for (int64_t i = p; i < end; i++) begin_sums(j.w, i, fresh[i - p]);
+    alignas(64) static constexpr uint8_t zeros[STEP] = {};
     for (int64_t c = 0; c < chunks; c++) {
         const int64_t first = lines * c / chunks, last = lines * (c + 1) / chunks;
         for (int64_t i = p; i < end; i++, turn++) {
@@ -256,8 +262,8 @@ void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64
                 if (i + 1 < end) next = w + size + first * STEPS * STEP;
                 fetch = {next, next ? next + bytes : next, apart};
             }
-            const uint8_t* begin = c ? nullptr : reinterpret_cast<const uint8_t*>(fresh[i - p]);
-            tile_chunk<Product>(tiles, w, j.x, first, last, begin, reinterpret_cast<uint8_t*>(scratch + (i - p) * each), turn % 2, fetch);
+            uint8_t* sums = reinterpret_cast<uint8_t*>(scratch + (i - p) * each);
+            tile_chunk<Product>(tiles, w, j.x, first, last, c ? nullptr : zeros, sums, turn % 2, fetch);
         }
     }
     for (int64_t i = p; i < end; i++) settle(j, i, scratch + (i - p) * each);
@@ -296,7 +302,7 @@ inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes
     }
 }
 
-// The integer sums of a group become floats and are added with their scales: the same instructions as int4_chains.
+// The integer sums of a group become floats and are added with their scales: the same instructions as in Groups.
 inline void add_group(const int32_t* whole, const uint16_t* scales, int64_t rows, bool fresh, float* sums) {
     Vec scale[PANEL / Vec::N];
     for (int64_t v = 0; v < PANEL / Vec::N; v++) scale[v] = from_f16(scales + v * Vec::N);
@@ -317,14 +323,14 @@ inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t
     for (int64_t t = first; t < first + count; t++, w += line / 4 * STEP) {
         tile_load<4>(x + t * line / LINE * tall * LINE + t * line % LINE, LINE);
         tile_load<6>(w, STEP);
-        CodeProduct::run<0, 4, 6>();
+        SignedProduct::run<0, 4, 6>();
         tile_load<7>(w + 64, STEP);
-        CodeProduct::run<1, 4, 7>();
+        SignedProduct::run<1, 4, 7>();
         fetch.some();
         tile_load<6>(w + 128, STEP);
-        CodeProduct::run<2, 4, 6>();
+        SignedProduct::run<2, 4, 6>();
         tile_load<7>(w + 192, STEP);
-        CodeProduct::run<3, 4, 7>();
+        SignedProduct::run<3, 4, 7>();
         fetch.some();
     }
     tile_store<0>(whole, STEP);

@@ -28,6 +28,9 @@ const Kernels* kernels_of(Isa isa) {
 #ifdef REDRAFT_HAS_AVX512_BF16
         case Isa::AVX512_BF16: return avx512_bf16_kernels();
 #endif
+#ifdef REDRAFT_HAS_AVX512_VNNI
+        case Isa::AVX512_VNNI: return avx512_vnni_kernels();
+#endif
 #ifdef REDRAFT_HAS_AVX512
         case Isa::AVX512: return avx512_kernels();
 #endif

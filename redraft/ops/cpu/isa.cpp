@@ -14,7 +14,7 @@
 namespace redraft {
 namespace {
 
-constexpr Isa ALL[] = {Isa::AVX2, Isa::AVX512, Isa::AVX512_BF16, Isa::AMX};
+constexpr Isa ALL[] = {Isa::AVX2, Isa::AVX512, Isa::AVX512_VNNI, Isa::AVX512_BF16, Isa::AMX};
 
 struct Leaf {
     uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -45,7 +45,9 @@ bool has_avx2(const Leaf& one, const Leaf& seven) {
 
 bool has_avx512(const Leaf& seven) { return all(seven.b, bit(16) | bit(17) | bit(30) | bit(31)); }  // F, DQ, BW, VL
 
-bool has_avx512_bf16(const Leaf& seven) { return all(seven.c, bit(11)) && all(Leaf(7, 1).a, bit(5)); }  // VNNI, BF16
+bool has_avx512_vnni(const Leaf& seven) { return all(seven.c, bit(11)); }
+
+bool has_avx512_bf16() { return all(Leaf(7, 1).a, bit(5)); }
 
 bool has_amx(const Leaf& seven) { return all(seven.d, bit(22) | bit(24) | bit(25)); }  // BF16, TILE, INT8
 
@@ -64,7 +66,8 @@ Isa look() {
     const uint64_t saved = saved_states();
     if (!all(saved, YMM) || !has_avx2(one, seven)) return Isa::NONE;
     if (!all(saved, ZMM) || !has_avx512(seven)) return Isa::AVX2;
-    if (!has_avx512_bf16(seven)) return Isa::AVX512;
+    if (!has_avx512_vnni(seven)) return Isa::AVX512;
+    if (!has_avx512_bf16()) return Isa::AVX512_VNNI;
     if (!all(saved, TILES) || !has_amx(seven) || !tiles_granted()) return Isa::AVX512_BF16;
     return Isa::AMX;
 }
@@ -85,7 +88,7 @@ Choice choose() {
         if (isa > detect()) return {best, reported + ": this machine has " + name_of(detect()) + " at most"};
         return {best, reported + ": this library was compiled for " + name_of(compiled()) + " at most"};
     }
-    return {best, reported + ": allowed: avx2, avx512, avx512_bf16, amx"};
+    return {best, reported + ": allowed: avx2, avx512, avx512_vnni, avx512_bf16, amx"};
 }
 
 const Choice& choice() {
@@ -105,6 +108,8 @@ Isa compiled() {
     return Isa::AMX;
 #elif defined(REDRAFT_HAS_AVX512_BF16)
     return Isa::AVX512_BF16;
+#elif defined(REDRAFT_HAS_AVX512_VNNI)
+    return Isa::AVX512_VNNI;
 #elif defined(REDRAFT_HAS_AVX512)
     return Isa::AVX512;
 #elif defined(REDRAFT_HAS_AVX2)
@@ -122,6 +127,7 @@ const char* name_of(Isa isa) {
     switch (isa) {
         case Isa::AVX2: return "avx2";
         case Isa::AVX512: return "avx512";
+        case Isa::AVX512_VNNI: return "avx512_vnni";
         case Isa::AVX512_BF16: return "avx512_bf16";
         case Isa::AMX: return "amx";
         default: return "none";

@@ -202,7 +202,8 @@ struct Kernels {
 
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();       // F, BW, DQ, VL
-const Kernels* avx512_bf16_kernels();  // and BF16, VNNI
+const Kernels* avx512_vnni_kernels();  // and VNNI
+const Kernels* avx512_bf16_kernels();  // and BF16
 const Kernels* amx_kernels();          // and AMX-TILE, AMX-BF16, AMX-INT8
 
 }  // namespace redraft

@@ -6,14 +6,8 @@
 
 constexpr int64_t STEP = PANEL * 4;   // bytes of a step of a panel
 constexpr int64_t STEPS = LINE / 4;   // steps of a line
-
-inline const uint8_t* ahead(const uint8_t* p, int64_t by) {
-    for (int64_t i = 0; i < STEP; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + by + i), _MM_HINT_T1);
-    return p;
-}
-
-// Lines of weights that stay in cache while rows pass: the first cache for one tile, the second for more (docs/log.md).
-inline int64_t chunk_of(int64_t rows) { return rows <= TALL || Vec::N == 8 ? 2 : 16; }
+constexpr int64_t CACHED = 32768;     // bytes of a panel that stay in the first caches while many rows pass
+constexpr int64_t FEW_ROWS = 6;
 
 inline float number(const uint8_t* p) {
     float x;
@@ -26,235 +20,261 @@ inline int32_t word(const uint8_t* p) {
     return x;
 }
 
-// One step of V registers of outputs for R rows. x: the bytes of the step of the first row, rows LINE apart.
-struct FloatStep {
-    static constexpr int64_t LINES = 1;  // lines of x for one line of weights
-    template <int R, int V>
-    static void run(const uint8_t* w, const uint8_t* x, int64_t, int64_t s, Vec (&sums)[R][V]) {
-        for (int v = 0; v < V; v++) {
-            const Vec weight = load(reinterpret_cast<const float*>(w) + v * Vec::N);
-            for (int r = 0; r < R; r++) sums[r][v] = fma(set1(number(x + r * LINE + s * 4)), weight, sums[r][v]);
-        }
+inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+// Weights that are read soon are fetched into the second cache. Few rows: with every step the weights `near` bytes after it. Many rows:
+// near is 0, and at every quarter of a line `each` bytes of the next weights, so memory is busy during all passes over these.
+struct Soon {
+    int64_t near;
+    const uint8_t* next;
+    int64_t each;
+
+    void step(const uint8_t* w) const {
+        if (near)
+            for (int64_t i = 0; i < STEP; i += 64) fetch(w + near + i);
+    }
+    void quarter() {
+        for (int64_t i = 0; i < each; i += 64) fetch(next + i);
+        next += each;
     }
 };
-#ifdef DOT_BF16
-struct HalfStep {
-    static constexpr int64_t LINES = 1;
-    template <int R, int V>
-    static void run(const uint8_t* w, const uint8_t* x, int64_t, int64_t s, Vec (&sums)[R][V]) {
-        for (int v = 0; v < V; v++) {
-            const __m512bh weight = (__m512bh)_mm512_loadu_si512(w + v * 64);
-            for (int r = 0; r < R; r++)
-                sums[r][v].v = _mm512_dpbf16_ps(sums[r][v].v, (__m512bh)_mm512_set1_epi32(word(x + r * LINE + s * 4)), weight);
-        }
-    }
-};
-#else
-struct HalfStep {  // x in float32: two lines of x for one line of weights
-    static constexpr int64_t LINES = 2;
-    template <int R, int V>
-    static void run(const uint8_t* w, const uint8_t* x, int64_t far, int64_t s, Vec (&sums)[R][V]) {
-        const uint8_t* own = x + s / 8 * far + s % 8 * 8;
-        for (int v = 0; v < V; v++) {
-            Vec even, odd;
-            halves(w + v * Vec::N * 4, even, odd);
-            for (int r = 0; r < R; r++) sums[r][v] = fma(set1(number(own + r * LINE)), even, sums[r][v]);
-            for (int r = 0; r < R; r++) sums[r][v] = fma(set1(number(own + r * LINE + 4)), odd, sums[r][v]);
-        }
-    }
-};
-#endif
-
-// Lines of one panel for R rows; sums [R][64] continue from their values or from zero.
-template <class Step, int R, int V>
-void chains(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, float* sums, bool fresh, int64_t fetch) {
-    for (int64_t part = 0; part < PANEL; part += V * Vec::N) {
-        Vec held[R][V];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) held[r][v] = fresh ? zero() : load(sums + r * PANEL + part + v * Vec::N);
-        const uint8_t *from = w + part * 4, *row = x;
-        for (int64_t line = 0; line < lines; line++, row += Step::LINES * tall * LINE) {
-            for (int64_t s = 0; s < STEPS; s++, from += STEP) {
-                if (fetch) ahead(from, fetch);
-                Step::template run<R, V>(from, row, tall * LINE, s, held);
-            }
-        }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) store(sums + r * PANEL + part + v * Vec::N, held[r][v]);
-    }
-}
-
-// Rows of one tile that fit in the registers.
-template <class Step>
-void some_rows(int64_t rows, const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, float* sums, bool fresh, int64_t fetch) {
-    constexpr int WIDE = PANEL / Vec::N, HALF = Vec::N == 16 ? WIDE : WIDE / 2, NARROW = Vec::N == 16 ? WIDE : WIDE / 4;
-    switch (rows) {
-        case 1: return chains<Step, 1, WIDE>(w, x, tall, lines, sums, fresh, fetch);
-        case 2: return chains<Step, 2, HALF>(w, x, tall, lines, sums, fresh, fetch);
-        case 3: return chains<Step, 3, HALF>(w, x, tall, lines, sums, fresh, fetch);
-        case 4: return chains<Step, 4, NARROW>(w, x, tall, lines, sums, fresh, fetch);
-        case 5: return chains<Step, 5, NARROW>(w, x, tall, lines, sums, fresh, fetch);
-        default: return chains<Step, 6, NARROW>(w, x, tall, lines, sums, fresh, fetch);
-    }
-}
-
-// One panel for all rows of x.
-template <class Step>
-void panel(const uint8_t* w, int64_t lines, const Rows& x, float* sums) {
-    const int64_t chunk = x.rows <= 6 ? lines : chunk_of(x.rows);
-    for (int64_t line = 0; line < lines; line += chunk) {
-        const int64_t count = lines - line < chunk ? lines - line : chunk;
-        for (int64_t block = 0; block < x.rows; block += TALL) {
-            const int64_t tall = x.tall(block), parts = (tall + 5) / 6;
-            const uint8_t* tile = x.data + block * x.lines() * LINE + line * Step::LINES * tall * LINE;
-            for (int64_t part = 0; part < parts; part++) {
-                const int64_t r = tall * part / parts, end = tall * (part + 1) / parts;
-                const int64_t fetch = block || part ? 0 : x.rows <= 6 ? 8 * STEP : count * STEPS * STEP;
-                some_rows<Step>(end - r, w + line * STEPS * STEP, tile + r * LINE, tall, count, sums + (block + r) * PANEL, line == 0, fetch);
-            }
-        }
-    }
-}
 
 // ---- integers: codes of x times codes of w, exact in 32 bits
 
 #ifdef DOT_INT8
-constexpr int64_t INTS = 16;
 struct Int {
+    static constexpr int N = 16;
     __m512i v;
 };
-inline Int no_int() { return {_mm512_setzero_si512()}; }
-inline Int bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+using Scale = __m512;
 inline Int spread(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Int bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void put(float* p, Int x) { _mm512_storeu_si512(p, x.v); }
 inline Int low_half(Int b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 inline Int high_half(Int b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
 inline Int dot_unsigned(Int sum, Int natural, Int whole) { return {_mm512_dpbusd_epi32(sum.v, natural.v, whole.v)}; }
-inline void put(int32_t* p, Int x) { _mm512_storeu_si512(p, x.v); }
-inline Int get(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-// x shifted by 128 for vpdpbusd; the epilogue subtracts 128 times the sum of w
+inline Scale scale_of(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void add_scaled(float* p, Int sum, Scale scale) {
+    _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum.v), scale, _mm512_loadu_ps(p)));
+}
+// codes of x for int8 weights are stored with 128 added, for vpdpbusd; the epilogue subtracts 128 times the sum of w
 constexpr int32_t SHIFT = 128;
-inline Int dot_signed(Int sum, Int x, Int w) { return {_mm512_dpbusd_epi32(sum.v, _mm512_xor_si512(x.v, _mm512_set1_epi8(-128)), w.v)}; }
+inline Int dot_codes(Int sum, Int x, Int w) { return dot_unsigned(sum, x, w); }
+inline Vec total(const float* sums, const int32_t* codes) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_slli_epi32(_mm512_loadu_si512(codes), 7)))};
+}
 #else
-constexpr int64_t INTS = 8;
 struct Int {
+    static constexpr int N = 8;
     __m256i v;
 };
-inline Int no_int() { return {_mm256_setzero_si256()}; }
-inline Int bytes(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+using Scale = __m256;
 inline Int spread(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Int bytes(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline void put(float* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
 inline Int low_half(Int b) { return {_mm256_and_si256(b.v, _mm256_set1_epi8(15))}; }
 inline Int high_half(Int b) { return {_mm256_and_si256(_mm256_srli_epi16(b.v, 4), _mm256_set1_epi8(15))}; }
 inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // pairs in 16 bits: natural <= 15 or |whole| <= 127 prevents saturation
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(natural.v, whole.v), _mm256_set1_epi16(1)))};
 }
-inline void put(int32_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
-inline Int get(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Scale scale_of(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void add_scaled(float* p, Int sum, Scale scale) {
+    _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum.v), scale, _mm256_loadu_ps(p)));
+}
 constexpr int32_t SHIFT = 0;
-inline Int dot_signed(Int sum, Int x, Int w) {  // codes are -127..127, so two products fit in 16 bits
+inline Int dot_codes(Int sum, Int x, Int w) {  // codes are -127..127, so two products fit in 16 bits
     return dot_unsigned(sum, {_mm256_abs_epi8(x.v)}, {_mm256_sign_epi8(w.v, x.v)});
 }
+inline Vec total(const float* sums, const int32_t*) { return from_i32(reinterpret_cast<const int32_t*>(sums)); }
 #endif
 
-template <int R, int V>
-void int8_chains(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t lines, int32_t* sums, bool fresh, int64_t fetch) {
-    for (int64_t part = 0; part < PANEL; part += V * INTS) {
-        Int held[R][V];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) held[r][v] = fresh ? no_int() : get(sums + r * PANEL + part + v * INTS);
-        const uint8_t *from = w + part * 4, *row = x;
-        for (int64_t line = 0; line < lines; line++, row += tall * LINE) {
-            for (int64_t s = 0; s < STEPS; s++, from += STEP) {
-                if (fetch) ahead(from, fetch);
-                for (int v = 0; v < V; v++) {
-                    const Int weight = bytes(from + v * INTS * 4);
-                    for (int r = 0; r < R; r++) held[r][v] = dot_signed(held[r][v], spread(word(row + r * LINE + s * 4)), weight);
-                }
-            }
+inline void put(float* p, Vec x) { store(p, x); }
+inline void get(const float* p, Vec& x) { x = load(p); }
+inline void get(const float* p, Int& x) { x = bytes(p); }
+inline void clear(Vec& x) { x = zero(); }
+inline void clear(Int& x) { x = spread(0); }
+
+// ---- one step of V registers of outputs for R rows. x: the bytes of the step of the first row, rows LINE apart.
+
+struct FloatStep {
+    using Sum = Vec;
+    static constexpr int64_t LINES = 1;  // lines of x for one line of weights
+    template <int R, int V>
+    static void run(const uint8_t* w, const uint8_t* x, int64_t, int64_t s, Vec (&sums)[R][V]) {
+        Vec weight[V];
+        for (int v = 0; v < V; v++) weight[v] = load(reinterpret_cast<const float*>(w) + v * Vec::N);
+        for (int r = 0; r < R; r++) {
+            const Vec one = set1(number(x + r * LINE + s * 4));
+            for (int v = 0; v < V; v++) sums[r][v] = fma(one, weight[v], sums[r][v]);
         }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) put(sums + r * PANEL + part + v * INTS, held[r][v]);
     }
+};
+#ifdef DOT_BF16
+struct HalfStep {
+    using Sum = Vec;
+    static constexpr int64_t LINES = 1;
+    template <int R, int V>
+    static void run(const uint8_t* w, const uint8_t* x, int64_t, int64_t s, Vec (&sums)[R][V]) {
+        __m512bh weight[V];
+        for (int v = 0; v < V; v++) weight[v] = (__m512bh)_mm512_loadu_si512(w + v * 64);
+        for (int r = 0; r < R; r++) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(word(x + r * LINE + s * 4));
+            for (int v = 0; v < V; v++) sums[r][v].v = _mm512_dpbf16_ps(sums[r][v].v, pair, weight[v]);
+        }
+    }
+};
+#else
+struct HalfStep {  // x in float32: two lines of x for one line of weights
+    using Sum = Vec;
+    static constexpr int64_t LINES = 2;
+    template <int R, int V>
+    static void run(const uint8_t* w, const uint8_t* x, int64_t far, int64_t s, Vec (&sums)[R][V]) {
+        const uint8_t* own = x + s / 8 * far + s % 8 * 8;
+        Vec even[V], odd[V];
+        for (int v = 0; v < V; v++) halves(w + v * Vec::N * 4, even[v], odd[v]);
+        for (int r = 0; r < R; r++) {
+            const Vec one = set1(number(own + r * LINE));
+            for (int v = 0; v < V; v++) sums[r][v] = fma(one, even[v], sums[r][v]);
+        }
+        for (int r = 0; r < R; r++) {
+            const Vec one = set1(number(own + r * LINE + 4));
+            for (int v = 0; v < V; v++) sums[r][v] = fma(one, odd[v], sums[r][v]);
+        }
+    }
+};
+#endif
+struct CodeStep {
+    using Sum = Int;
+    static constexpr int64_t LINES = 1;
+    template <int R, int V>
+    static void run(const uint8_t* w, const uint8_t* x, int64_t, int64_t s, Int (&sums)[R][V]) {
+        Int weight[V];
+        for (int v = 0; v < V; v++) weight[v] = bytes(w + v * Int::N * 4);
+        for (int r = 0; r < R; r++) {
+            const Int four = spread(word(x + r * LINE + s * 4));
+            for (int v = 0; v < V; v++) sums[r][v] = dot_codes(sums[r][v], four, weight[v]);
+        }
+    }
+};
+
+// ---- tiles: R rows from r on, lines or groups first..last of panel p. sums: [R][64], continued unless first is 0.
+
+constexpr int registers(int many, int few) { return Vec::N == 16 ? many : few; }
+
+// Registers of outputs for R rows, with at most `sums` sums.
+template <class Sum>
+constexpr int wide(int rows, int sums) {
+    int v = PANEL / Sum::N;
+    while (v * rows > sums) v /= 2;
+    return v;
 }
 
-// Groups first..last of a panel of int4: the integer sum of each group becomes a float and is added with its scale, in order of groups.
-template <int R, int V>
-void int4_chains(const Linear& l, const uint8_t* w, const uint16_t* scales, const Rows& x, const int32_t* x_sums, int64_t r0, float* sums,
-                 int64_t fetch) {
-    const int64_t groups = l.groups(), steps = l.steps(), tall = x.tall(r0);
-    const uint8_t* row = x.at(r0, 0);
-    for (int64_t part = 0; part < PANEL; part += V * INTS) {
-        for (int r = 0; r < R; r++)
-            for (int64_t i = 0; i < V * INTS; i++) sums[r * PANEL + part + i] = 0;
-        for (int64_t g = 0; g < groups; g++) {
-            const int64_t first = g * l.group / 4, last = g + 1 == groups ? steps : first + l.group / 4;
-            Int held[R][V];
-            for (int r = 0; r < R; r++)
-                for (int v = 0; v < V; v++) held[r][v] = no_int();
-            for (int64_t s = first; s < last; s += 2) {
-                const uint8_t *from = w + s / 2 * STEP + part * 4, *own = row + s / STEPS * tall * LINE + s % STEPS * 4;
-                if (fetch) ahead(from, fetch);
-                for (int v = 0; v < V; v++) {
-                    const Int both = bytes(from + v * INTS * 4), low = low_half(both), high = high_half(both);
-                    for (int r = 0; r < R; r++) {
-                        held[r][v] = dot_unsigned(held[r][v], low, spread(word(own + r * LINE)));
-                        held[r][v] = dot_unsigned(held[r][v], high, spread(word(own + r * LINE + 4)));
+template <class Step>
+struct Lines {
+    static constexpr int SUMS = registers(24, 12), HIGH = SUMS / 2;  // registers of sums; rows at most
+    static constexpr int64_t QUARTER = 4 * STEP;  // bytes of weights for a quarter of a line of x
+    static int64_t count(const Linear& w) { return w.steps() / STEPS; }
+    static int64_t size(const Linear&) { return STEPS * STEP; }
+
+    template <int R>
+    static void run(const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
+        using Sum = typename Step::Sum;
+        constexpr int V = wide<Sum>(R, SUMS);
+        const int64_t tall = j.x.tall(r) * LINE;
+        const uint8_t *w = j.w.panels + p * j.w.panel_bytes() + first * STEPS * STEP, *x = j.x.at(r, 0) + first * Step::LINES * tall;
+        for (int64_t part = 0; part < PANEL; part += V * Sum::N) {
+            Sum held[R][V];
+            for (int i = 0; i < R; i++)
+                for (int v = 0; v < V; v++) first ? get(sums + i * PANEL + part + v * Sum::N, held[i][v]) : clear(held[i][v]);
+            const uint8_t *from = w + part * 4, *row = x;
+            for (int64_t line = first; line < last; line++, row += Step::LINES * tall) {
+                for (int64_t s = 0; s < STEPS; s += 4, from += 4 * STEP) {
+                    soon.quarter();
+#pragma GCC unroll 4
+                    for (int64_t i = 0; i < 4; i++) {
+                        soon.step(from + i * STEP);
+                        Step::template run<R, V>(from + i * STEP, row, tall, s + i, held);
                     }
                 }
             }
-            alignas(64) int32_t whole[V * INTS];
-            for (int r = 0; r < R; r++) {
-                for (int v = 0; v < V; v++) put(whole + v * INTS, held[r][v]);
-                const int32_t bias = 8 * x_sums[r * groups + g];  // codes are stored as code + 8
-                for (int64_t i = 0; i < V * INTS; i++) whole[i] -= bias;
-                for (int64_t i = 0; i < V * INTS; i += Vec::N) {
-                    float* sum = sums + r * PANEL + part + i;
-                    store(sum, fma(from_i32(whole + i), from_f16(scales + g * PANEL + part + i), load(sum)));
+            for (int i = 0; i < R; i++)
+                for (int v = 0; v < V; v++) put(sums + i * PANEL + part + v * Sum::N, held[i][v]);
+        }
+    }
+};
+
+// int4: the integer sum of each group becomes a float and is added with its scale, in order of groups.
+struct Groups {
+    static constexpr int SUMS = registers(16, 8), HIGH = SUMS / 2;
+    static constexpr int64_t QUARTER = 2 * STEP;
+    static int64_t count(const Linear& w) { return w.groups(); }
+    static int64_t size(const Linear& w) { return w.group / 8 * STEP; }
+
+    template <int R>
+    static void run(const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
+        constexpr int V = wide<Int>(R, SUMS) < 4 ? wide<Int>(R, SUMS) : 4;  // both halves of the weights need registers too
+        const int64_t groups = j.w.groups(), steps = j.w.steps(), tall = j.x.tall(r) * LINE;
+        const uint8_t *w = j.w.panels + p * j.w.panel_bytes(), *x = j.x.at(r, 0);
+        const int32_t* x_sums = j.x_sums + r * groups;
+        for (int64_t part = 0; part < PANEL; part += V * Int::N) {
+            for (int i = 0; i < R && !first; i++)
+                for (int v = 0; v < V; v++) put(sums + i * PANEL + part + v * Int::N, spread(0));
+            for (int64_t g = first; g < last; g++) {
+                const int64_t begin = g * j.w.group / 4, end = g + 1 == groups ? steps : begin + j.w.group / 4;
+                Int held[R][V];
+                for (int i = 0; i < R; i++)
+                    for (int v = 0; v < V; v++) held[i][v] = spread(-8 * x_sums[i * groups + g]);  // codes are stored as code + 8
+                for (int64_t s = begin; s < end; s += 4) {
+                    const uint8_t *from = w + s / 2 * STEP + part * 4, *own = x + s / STEPS * tall + s % STEPS * 4;
+                    soon.quarter();
+#pragma GCC unroll 2
+                    for (int pair = 0; pair < 2; pair++, from += STEP, own += 8) {
+                        soon.step(from);
+                        for (int v = 0; v < V; v++) {
+                            const Int both = bytes(from + v * Int::N * 4), low = low_half(both), high = high_half(both);
+                            for (int i = 0; i < R; i++) {
+                                held[i][v] = dot_unsigned(held[i][v], low, spread(word(own + i * LINE)));
+                                held[i][v] = dot_unsigned(held[i][v], high, spread(word(own + i * LINE + 4)));
+                            }
+                        }
+                    }
+                }
+                for (int v = 0; v < V; v++) {
+                    const int64_t at = part + v * Int::N;
+                    const Scale scale = scale_of(j.w.scales + (p * groups + g) * PANEL + at);
+                    for (int i = 0; i < R; i++) add_scaled(sums + i * PANEL + at, held[i][v], scale);
                 }
             }
         }
     }
+};
+
+template <class Tile, int R = Tile::HIGH>
+void some_rows(int64_t rows, const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
+    if (rows == R) return Tile::template run<R>(j, p, r, first, last, sums, soon);
+    if constexpr (R > 1) some_rows<Tile, R - 1>(rows, j, p, r, first, last, sums, soon);
 }
 
-template <class Row>
-void each_part(const Rows& x, Row row) {  // parts of a tile of up to 4 rows
-    for (int64_t block = 0; block < x.rows; block += TALL) {
-        const int64_t tall = x.tall(block), parts = (tall + 3) / 4;
-        for (int64_t part = 0; part < parts; part++) row(block + tall * part / parts, tall * (part + 1) / parts - tall * part / parts);
-    }
-}
-
-void int8_panel(const uint8_t* w, int64_t lines, const Rows& x, int32_t* sums) {
-    constexpr int WIDE = PANEL / INTS, NARROW = INTS == 16 ? WIDE : WIDE / 4;
-    const int64_t chunk = x.rows <= 4 ? lines : chunk_of(x.rows);
-    for (int64_t line = 0; line < lines; line += chunk) {
-        const int64_t count = lines - line < chunk ? lines - line : chunk;
-        each_part(x, [&](int64_t r, int64_t rows) {
-            const int64_t tall = x.tall(r), fetch = r ? 0 : x.rows <= 4 ? 8 * STEP : count * STEPS * STEP;
-            const uint8_t *from = w + line * STEPS * STEP, *own = x.at(r, 0) + line * tall * LINE;
-            int32_t* to = sums + r * PANEL;
-            switch (rows) {
-                case 1: return int8_chains<1, WIDE>(from, own, tall, count, to, line == 0, fetch);
-                case 2: return int8_chains<2, NARROW>(from, own, tall, count, to, line == 0, fetch);
-                case 3: return int8_chains<3, NARROW>(from, own, tall, count, to, line == 0, fetch);
-                default: return int8_chains<4, NARROW>(from, own, tall, count, to, line == 0, fetch);
+// One panel for all rows, in chunks that many rows pass over while they are cached.
+template <class Tile>
+void panel(const LinearJob& j, int64_t p, float* sums) {
+    const auto parts_of = [](int64_t rows) { return (rows + Tile::HIGH - 1) / Tile::HIGH; };
+    const Rows& x = j.x;
+    const int64_t all = Tile::count(j.w), size = Tile::size(j.w), most = CACHED / size;
+    const int64_t chunk = x.rows <= Tile::HIGH ? all : most < 1 ? 1 : most;
+    const int64_t passes = x.rows / TALL * parts_of(TALL) + parts_of(x.rows % TALL);
+    for (int64_t first = 0; first < all; first += chunk) {
+        const int64_t last = first + chunk < all ? first + chunk : all;
+        Soon soon{(x.rows + 1) * 4 * STEP, nullptr, 0};  // a time ahead: steps of more rows take longer
+        if (x.rows > FEW_ROWS) soon = {0, j.w.panels + p * j.w.panel_bytes() + last * size, (Tile::QUARTER / 2 + passes - 1) / passes};
+        for (int64_t block = 0; block < x.rows; block += TALL) {
+            const int64_t tall = x.tall(block), parts = parts_of(tall);
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t r = tall * part / parts, end = tall * (part + 1) / parts;
+                some_rows<Tile>(end - r, j, p, block + r, first, last, sums + (block + r) * PANEL, soon);
             }
-        });
-    }
-}
-
-void int4_panel(const LinearJob& j, const uint8_t* w, const uint16_t* scales, float* sums) {
-    constexpr int WIDE = PANEL / INTS, NARROW = INTS == 16 ? WIDE : WIDE / 4;
-    each_part(j.x, [&](int64_t r, int64_t rows) {
-        const int32_t* x_sums = j.x_sums + r * j.w.groups();
-        const int64_t fetch = r ? 0 : 8 * STEP;
-        float* to = sums + r * PANEL;
-        switch (rows) {
-            case 1: return int4_chains<1, WIDE>(j.w, w, scales, j.x, x_sums, r, to, fetch);
-            case 2: return int4_chains<2, NARROW>(j.w, w, scales, j.x, x_sums, r, to, fetch);
-            case 3: return int4_chains<3, NARROW>(j.w, w, scales, j.x, x_sums, r, to, fetch);
-            default: return int4_chains<4, NARROW>(j.w, w, scales, j.x, x_sums, r, to, fetch);
         }
-    });
+    }
 }
 
 // ---- epilogue of the sums
@@ -264,10 +284,7 @@ inline Vec finished(const LinearJob& j, int64_t p, int64_t r, int64_t at, const 
     const int64_t out = p * PANEL + at;
     Vec y;
     if (j.w.kind == I8) {
-        alignas(64) int32_t whole[Vec::N];
-        const int32_t* codes = reinterpret_cast<const int32_t*>(sums) + r * PANEL + at;
-        for (int i = 0; i < Vec::N; i++) whole[i] = codes[i] - SHIFT * j.w.sums[out + i];
-        y = from_i32(whole) * (set1(j.x_scale[r]) * load(j.w.scale + out));
+        y = total(sums + r * PANEL + at, j.w.sums + out) * (set1(j.x_scale[r]) * load(j.w.scale + out));
     } else {
         y = load(sums + r * PANEL + at);
         if (j.w.kind == I4) y = y * set1(j.x_scale[r]);
@@ -344,14 +361,12 @@ void settle(const LinearJob& j, int64_t p, const float* sums) {
 }
 
 void linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
-    const int64_t lines = j.w.steps() / STEPS, size = j.w.panel_bytes();
     for (int64_t p = first; p < last; p++) {
-        const uint8_t* w = j.w.panels + p * size;
         switch (j.w.kind) {
-            case F32: panel<FloatStep>(w, lines, j.x, scratch); break;
-            case BF16: panel<HalfStep>(w, lines, j.x, scratch); break;
-            case I8: int8_panel(w, lines, j.x, reinterpret_cast<int32_t*>(scratch)); break;
-            case I4: int4_panel(j, w, j.w.scales + p * j.w.groups() * PANEL, scratch); break;
+            case F32: panel<Lines<FloatStep>>(j, p, scratch); break;
+            case BF16: panel<Lines<HalfStep>>(j, p, scratch); break;
+            case I8: panel<Lines<CodeStep>>(j, p, scratch); break;
+            case I4: panel<Groups>(j, p, scratch); break;
         }
         settle(j, p, scratch);
     }

@@ -66,6 +66,9 @@ Peak peak_of(int kind) {
 #ifdef REDRAFT_HAS_AVX512_BF16
         case Isa::AVX512_BF16: return peak_avx512_bf16(kind);
 #endif
+#ifdef REDRAFT_HAS_AVX512_VNNI
+        case Isa::AVX512_VNNI: return peak_avx512_vnni(kind);
+#endif
 #ifdef REDRAFT_HAS_AVX512
         case Isa::AVX512: return peak_avx512(kind);
 #endif
@@ -114,6 +117,9 @@ EXPORT const char* rd_isa_compiled() {
 #endif
 #ifdef REDRAFT_HAS_AVX512
         ",avx512"
+#endif
+#ifdef REDRAFT_HAS_AVX512_VNNI
+        ",avx512_vnni"
 #endif
 #ifdef REDRAFT_HAS_AVX512_BF16
         ",avx512_bf16"

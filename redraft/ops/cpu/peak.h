@@ -16,6 +16,7 @@ enum PeakKind : int { PEAK_F32 = 0, PEAK_BF16 = 1, PEAK_I8 = 2 };
 
 Peak peak_avx2(int kind);
 Peak peak_avx512(int kind);
+Peak peak_avx512_vnni(int kind);
 Peak peak_avx512_bf16(int kind);
 Peak peak_amx(int kind);
 

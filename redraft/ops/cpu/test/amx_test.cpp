@@ -244,7 +244,7 @@ float defined(const Case& c, const Layer& l, const Outcome& out, const vector<fl
     const Rows codes{out.codes.data, c.rows, l.w.steps() * 4, 0, I8};
     const auto whole = [&](int64_t first, int64_t last) {
         int64_t sum = 0;
-        for (int64_t i = first; i < last && i < c.ins; i++) sum += int64_t(w[i]) * *reinterpret_cast<const int8_t*>(codes.at(r, i));
+        for (int64_t i = first; i < last && i < c.ins; i++) sum += int64_t(w[i]) * (c.weights == I8 ? *codes.at(r, i) - 128 : int8_t(*codes.at(r, i)));
         return float(sum);
     };
     float y = 0;

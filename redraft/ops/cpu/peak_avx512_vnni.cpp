@@ -1,0 +1,31 @@
+#include "peak.h"
+
+#include <immintrin.h>
+
+namespace redraft {
+namespace {
+
+constexpr int CHAINS = 16;  // independent sums
+
+void dot_i8(int64_t rounds) {
+    volatile int ones = 0x01010101;
+    const __m512i factor = _mm512_set1_epi32(ones), other = _mm512_set1_epi32(ones);
+    __m512i sums[CHAINS];
+    for (auto& sum : sums) sum = _mm512_setzero_si512();
+    for (int64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_dpbusd_epi32(sums[i], factor, other);
+    }
+    volatile int seen;
+    for (auto sum : sums) seen = _mm512_cvtsi512_si32(sum);
+    (void)seen;
+}
+
+}  // namespace
+
+Peak peak_avx512_vnni(int kind) {
+    if (kind == PEAK_I8) return {dot_i8, 2.0 * 64 * CHAINS, "vpdpbusd, 512 bits"};
+    return peak_avx512(kind);
+}
+
+}  // namespace redraft
