@@ -126,8 +126,12 @@ class DecodeOptions:
     @property
     def workers(self) -> int:
         """Threads of each engine."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.threads or cores or 1
+        return self.threads or available()
+
+
+def available() -> int:
+    """The cores that this process may use."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1
 
 
 def own_engines(common: Mapping[str, Any], several: Seq[str]) -> tuple[Mapping[str, Any], ...]:
@@ -209,7 +213,7 @@ def compare(model: str, options: DecodeOptions, tick: Tick = lambda what: None) 
     try:
         for engine in everyone:
             tick(f"loading {engine.name}")
-            _start(engine, job, options)
+            start(engine, job, options.timeout, options.isa)
         if all(engine.lost for engine in found.engines):
             raise RedraftError(f"no engine runs: {'; '.join(f'{engine.name}: {engine.lost}' for engine in found.engines)}")
         try:
@@ -258,11 +262,12 @@ def _job(spec: ModelSpec, folder: Path, o: DecodeOptions) -> Job:
     return Job(str(folder), o.dtype, o.workers, spec.vocab, o.context, o.tokens, o.prefill, o.rows, o.repeats, o.seed)
 
 
-def _start(engine: Engine, job: Job, options: DecodeOptions) -> None:
+def start(engine: Engine, job: Job, timeout: float, isa: str | None = None) -> None:
+    """Loads an engine in a new process."""
     threads = str(job.threads)
-    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(ISAS[options.isa] if options.isa else {})}
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(ISAS[isa] if isa else {})}
     try:
-        engine.worker = Worker(engine.target, dataclasses.replace(job, options=engine.options), environment, options.timeout)
+        engine.worker = Worker(engine.target, dataclasses.replace(job, options=engine.options), environment, timeout)
         engine.facts = engine.worker.facts
     except Lost as error:
         engine.lost = f"not loaded: {error}"

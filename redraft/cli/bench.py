@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redraft.cli.options import ENGINE, Given, Model, engine_config, takes
+from redraft.cli.options import ENGINE, Given, Model, engine_config, names, takes
 from redraft.errors import InvalidInput, RedraftError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def decode(
     common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None}
     options = measurement.DecodeOptions(
         redraft=measurement.own_engines(common, redraft or []),
-        against=_names(against),
+        against=names(against),
         dtype=dtype,
         threads=threads,
         context=context,
@@ -176,8 +176,8 @@ def ops(
     from redraft.ops.library import default_threads
 
     options = measurement.OpsOptions(
-        backends=_names(backend),
-        quants=_names(quant),
+        backends=names(backend),
+        quants=names(quant),
         dtype=dtype,
         threads=threads or default_threads(),
         rows=_numbers("rows", rows),
@@ -305,10 +305,6 @@ def _object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidInput(f"{name} = {text!r}: a JSON object is needed")
     return found
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip() not in ("", "none"))
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

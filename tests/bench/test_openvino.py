@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from redraft.bench.peers import ir
-from redraft.bench.peers.openvino import OpenVino
+from redraft.bench.peers.openvino import OpenVino, OpenVinoGenAi
 from redraft.bench.peers.peer import Job
+from redraft.bench.peers.transformers import Transformers
 from redraft.errors import Unsupported
+from tests.bench import fakes
 from tests.models import tiny
 
 installed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
@@ -80,13 +82,29 @@ def test_a_step_stands_behind_the_context_alone(context: int, tmp_path: Path, mo
     assert steps == [expected[:rows] for rows in (1, 1, 5, 5, 9, 9)]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("openvino_genai") is None, reason="openvino-genai is not installed")
+@pytest.mark.parametrize("mode", ["plain", "prompt lookup", "assistant"])
+def test_its_pipelines_generate_what_transformers_generates(mode: str, tmp_path: Path) -> None:
+    folder = fakes.checkpoint(tmp_path / "model")
+    given = {"options": {"assistant": str(folder)}, "stop": (5,)}
+    expected = Transformers(job(folder, **given)).generate("plain", [7, 8, 9, 7, 8], 12)["tokens"]
+    peer = OpenVinoGenAi(job(folder, **given))
+    for _ in range(2):  # nothing is left of the previous text
+        assert peer.generate(mode, [7, 8, 9, 7, 8], 12)["tokens"] == expected
+    assert len(set(expected)) > 1
+
+
 @installed
 def test_it_is_converted_once(tmp_path: Path) -> None:
     folder = tiny.save("qwen2", tmp_path / "model", dtype=torch.bfloat16)
     file = ir.converted(folder, "auto")
     before = file.stat().st_mtime_ns
     assert ir.converted(folder, "auto") == file and file.stat().st_mtime_ns == before
-    assert ir.converted(folder, "float32") != file and len(list((tmp_path / "cache/openvino").iterdir())) == 2
+    assert (
+        ir.converted(folder, "auto", genai=True).parent != file.parent
+        and ir.converted(folder, "float32") != file
+        and len(list((tmp_path / "cache/openvino").iterdir())) == 3
+    )
     tiny.save("qwen2", folder, seed=1, dtype=torch.bfloat16)
     assert ir.converted(folder, "auto") != file
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from redraft.bench.peers.peer import Job
 from redraft.errors import RedraftError
@@ -89,3 +89,30 @@ class Bounds(Fake):
 
     def peak(self) -> dict[str, Any]:
         return {"flops_per_second": {"float32": 1e11}}
+
+
+class Writes(Fake):
+    """Each text is its prompt reversed; in the mode "odd" a prompt that begins with 9 gets another one. Reports what it was given."""
+
+    does = ("generate",)
+    speed: ClassVar[dict[str, float]] = {"plain": 1.0, "auto": 2.0, "odd": 4.0}
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self.facts["version"] = "7"
+
+    def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        if mode == "broken":
+            raise ValueError("no such mode today")
+        text = [0] if mode == "odd" and prompt[0] == 9 else prompt[::-1][:tokens]
+        return {"seconds": len(text) / self.speed[mode], "tokens": text, "note": f"fake {mode}" if mode == "auto" else ""}
+
+
+class Faints(Writes):
+    """Dies in its mode "odd" with the second text."""
+
+    def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        if mode == "odd" and prompt[0] == 9 and tokens > 8:
+            print("last words", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().generate(mode, prompt, tokens)

@@ -1,8 +1,9 @@
 """A checkpoint as an OpenVINO model: IR files in a folder of the cache. The graph has the operations of OpenVINO's own exports, so that
 its CPU plugin recognizes what it can fuse: norms, rotary positions, attention over a cache that the model keeps.
 
-Numbers are copied unchanged, matrices in the run's dtype. Inputs: `ids` [1, rows], `positions` [rows], `beam_idx` [1] (zero), `wanted`
-(how many of the last rows have an answer). Output: `best` [wanted], the likeliest next token of each of them.
+Numbers are copied unchanged, matrices in the run's dtype. Inputs: `input_ids` [1, rows], `position_ids` [1, rows], `beam_idx` [1] (zero),
+`wanted` (how many of the last rows have an answer). Output: `best` [wanted], the likeliest next token of each of them. A model for OpenVINO
+GenAI has any number of texts, `attention_mask` in place of `wanted`, and the output `logits` [texts, rows, vocabulary].
 """
 
 from __future__ import annotations
@@ -21,28 +22,32 @@ from redraft.bench.shapes import cache_folder
 from redraft.core.spec import Attention, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
+from redraft.models.tokenizer import Tokenizer
 
-VERSION = 1  # version of the graph; each version has its own folder
+VERSION = 2  # version of the graph; each version has its own folder
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 ov: Any = None  # an optional package
 op: Any = None
 
 
-def converted(folder: Path, dtype: str) -> Path:
-    """The .xml file, from the cache folder or written into it."""
+def converted(folder: Path, dtype: str, *, genai: bool = False) -> Path:
+    """The .xml file, from the cache folder or written into it. genai: in a folder that OpenVINO GenAI loads."""
     found = loader.inspect(folder, dtype)
     _check(found.spec, found.dtype)
     kind = str(found.dtype).removeprefix("torch.")
     files = sorted((str(file), file.stat().st_mtime_ns) for file in found.tensors.files)
     name = hashlib.sha256(repr((VERSION, folder.resolve(), files)).encode()).hexdigest()[:10]
-    made = cache_folder() / "openvino" / f"{folder.resolve().name}-{kind}-{name}"
+    made = cache_folder() / "openvino" / f"{folder.resolve().name}-{kind}{'-genai' * genai}-{name}"
+    file = "openvino_model.xml" if genai else "model.xml"
     if not made.exists():
         part = made.with_name(f".{made.name}.{os.getpid()}.part")
         part.mkdir(parents=True)
         try:
-            graph = _Graph(found)
-            ov.save_model(graph.model(), part / "model.xml", compress_to_fp16=False)
+            graph = _Graph(found, genai)
+            ov.save_model(graph.model(), part / file, compress_to_fp16=False)
+            if genai:
+                shutil.copy(folder / "config.json", part)
             try:
                 part.rename(made)
             except OSError:
@@ -50,7 +55,16 @@ def converted(folder: Path, dtype: str) -> Path:
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return made / "model.xml"
+    return made / file
+
+
+def write_tokenizer(made: Path, folder: Path) -> None:
+    """The checkpoint's tokenizer beside its model. OpenVINO GenAI compares the tokenizers of a model and its draft model."""
+    if not (made / "openvino_tokenizer.xml").exists():
+        openvino, package = importlib.import_module("openvino"), importlib.import_module("openvino_tokenizers")
+        both = package.convert_tokenizer(Tokenizer(folder).hf, with_detokenizer=True)
+        for model, name in zip(both, ("tokenizer", "detokenizer"), strict=True):
+            openvino.save_model(model, made / f"openvino_{name}.xml")
 
 
 def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -66,21 +80,21 @@ def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
 
 
 class _Graph:
-    def __init__(self, found: loader.Checkpoint) -> None:
+    def __init__(self, found: loader.Checkpoint, genai: bool) -> None:
         global ov, op
         ov = importlib.import_module("openvino")
         op = importlib.import_module("openvino.opset15")
-        self.found, self.spec = found, found.spec
+        self.found, self.spec, self.genai = found, found.spec, genai
         self.sinks: list[Any] = []
         self.held: list[Any] = []  # keeps the memory of constants alive
 
     def model(self) -> Any:
-        spec = self.spec
-        self.ids = op.parameter([1, -1], ov.Type.i64, name="ids")
-        self.positions = op.parameter([-1], ov.Type.i64, name="positions")
-        self.beam = op.parameter([1], ov.Type.i32, name="beam_idx")
-        self.wanted = op.parameter([1], ov.Type.i64, name="wanted")
-        given = [self.ids, self.positions, self.beam, self.wanted]
+        spec, texts = self.spec, -1 if self.genai else 1
+        self.ids = op.parameter([texts, -1], ov.Type.i64, name="input_ids")
+        self.positions = op.parameter([texts, -1], ov.Type.i64, name="position_ids")
+        self.beam = op.parameter([texts], ov.Type.i32, name="beam_idx")
+        wanted = op.parameter([-1, -1], ov.Type.i64, name="attention_mask") if self.genai else op.parameter([1], ov.Type.i64, name="wanted")
+        given = [self.ids, self.positions, self.beam, wanted]
         for node in given:
             node.output(0).get_tensor().set_names({node.get_friendly_name()})
         embed = self.weight("embed")
@@ -90,13 +104,14 @@ class _Graph:
         for i, (layer, mixer) in enumerate(zip(spec.layers, spec.attention, strict=True)):
             x = op.add(x, self.attention(f"layers.{i}", mixer, self.norm(x, f"layers.{i}.attn_norm", layer.norm)))
             x = op.add(x, self.mlp(f"layers.{i}", self.norm(x, f"layers.{i}.mlp_norm", layer.norm)))
-        first = op.negative(self.wanted)
-        x = op.slice(x, first, numbers(2**31 - 1), numbers(1), numbers(1))
-        logits = self.product(self.norm(x, "final_norm", spec.final_norm), embed if spec.tied else self.weight("head"))
-        best = op.topk(logits, number(1), 2, "max", "value", index_element_type="i64").output(1)
-        best = op.reshape(best, numbers(-1), special_zero=False)
-        result = op.result(best)
-        result.output(0).get_tensor().set_names({"best"})
+        if not self.genai:
+            x = op.slice(x, op.negative(wanted), numbers(2**31 - 1), numbers(1), numbers(1))
+        out = self.product(self.norm(x, "final_norm", spec.final_norm), embed if spec.tied else self.weight("head"))
+        if not self.genai:
+            best = op.topk(out, number(1), 2, "max", "value", index_element_type="i64").output(1)
+            out = op.reshape(best, numbers(-1), special_zero=False)
+        result = op.result(out)
+        result.output(0).get_tensor().set_names({"logits" if self.genai else "best"})
         return ov.Model([result], self.sinks, given, self.found.path.name)
 
     # ---- parts
@@ -142,22 +157,21 @@ class _Graph:
         return op.reshape(wide, numbers(0, layer.heads, -1, layer.head_dim), special_zero=True)
 
     def seen(self, keys: Any) -> Any:
-        """The additive mask [1, 1, rows, keys]: 0 for visible keys, elsewhere a value that softmax turns into 0."""
+        """The additive mask [texts, 1, rows, keys]: 0 for visible keys, elsewhere a value that softmax turns into 0."""
         length = op.squeeze(op.gather(op.shape_of(keys), numbers(2), number(0)), number(0))
         slots = op.range(number(0), length, number(1), "i64")
-        allowed = op.less_equal(op.unsqueeze(slots, number(0)), op.unsqueeze(self.positions, number(1)))
-        mask = op.select(allowed, number(np.float32(0)), number(np.finfo(np.float32).min))
-        return op.unsqueeze(mask, numbers(0, 1))
+        allowed = op.less_equal(op.unsqueeze(slots, numbers(0, 1, 2)), op.unsqueeze(self.positions, numbers(1, 3)))
+        return op.select(allowed, number(np.float32(0)), number(np.finfo(np.float32).min))
 
     def turns(self, layer: Attention) -> tuple[Any, Any]:
-        """Cosine and sine of every row's angles: [1, 1, rows, head size]."""
+        """Cosine and sine of every row's angles: [texts, 1, rows, head size]."""
         rotary = layer.rotary
         assert rotary is not None
-        frequencies = op.constant(np.array(rotary.frequencies, dtype=np.float32)[None])
-        angles = op.multiply(op.unsqueeze(op.convert(self.positions, "f32"), number(1)), frequencies)
+        frequencies = op.constant(np.array(rotary.frequencies, dtype=np.float32)[None, None, None])
+        angles = op.multiply(op.convert(op.unsqueeze(self.positions, numbers(1, 3)), "f32"), frequencies)
         both = op.concat([angles, angles], -1)
         scale = number(np.float32(rotary.scale))
-        cos, sin = (op.unsqueeze(op.multiply(turn(both), scale), numbers(0, 1)) for turn in (op.cos, op.sin))
+        cos, sin = (op.multiply(turn(both), scale) for turn in (op.cos, op.sin))
         return cos, sin
 
     def turned(self, x: Any, size: int) -> Any:

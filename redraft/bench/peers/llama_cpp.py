@@ -1,4 +1,5 @@
-"""llama.cpp through the plain C functions of llama-cpp-python. It uses the instructions that it was compiled for."""
+"""llama.cpp through llama-cpp-python: its plain C functions, or its class `Llama`, which can speculate. It uses the instructions that it
+was compiled for."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from redraft.bench.peers.gguf import converted
-from redraft.bench.peers.peer import Job, timed
+from redraft.bench.peers.peer import LOOKUP, PLAIN, Job, ended, timed
 from redraft.errors import Unsupported
 from redraft.models import loader
+
+PREDICTED = 2  # tokens of one prompt lookup, llama-cpp-python's advice for a CPU; its default is 10
 
 llama_cpp: Any = None  # an optional package, imported by the first engine
 
@@ -96,3 +99,27 @@ class LlamaCpp:
             raise Unsupported(f"llama_decode of {count} rows returned {code}")
         rows = (llama_cpp.llama_get_logits_ith(self.context, i) for i in range(count - wanted, count))
         return [int(np.ctypeslib.as_array(row, (self.job.vocab,)).argmax()) for row in rows]
+
+
+class LlamaCppPython:
+    """The class `Llama` for each mode: with a draft model it computes the logits of all rows, without one of the last row only."""
+
+    does = ("generate",)
+
+    def __init__(self, job: Job) -> None:
+        package = importlib.import_module("llama_cpp")
+        speculative = importlib.import_module("llama_cpp.llama_speculative")
+        self.job = job
+        folder = Path(loader.resolve(job.folder))
+        file = job.options.get("gguf") or converted(folder, job.dtype)
+        common = {"model_path": str(file), "n_ctx": job.longest, "n_threads": job.threads, "n_threads_batch": job.threads, "verbose": False}
+        lookup = speculative.LlamaPromptLookupDecoding(num_pred_tokens=PREDICTED)
+        self.modes: dict[str, Any] = {PLAIN: package.Llama(**common), LOOKUP: package.Llama(**common, draft_model=lookup)}
+        self.facts: dict[str, Any] = {"version": package.__version__, "file": str(file)}
+
+    def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        llama = self.modes[mode]
+        llama.reset()  # else it would keep what the last prompt has in common with this one
+        begun = time.perf_counter()
+        found = ended(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), self.job.stop, tokens)
+        return {"seconds": time.perf_counter() - begun, "tokens": found}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from statistics import median
 from typing import Any, Protocol
 
+PLAIN, LOOKUP, ASSISTANT = "plain", "prompt lookup", "assistant"  # modes of `generate`: without speculation, and two that speculate
 SPENT = 2.0  # seconds of one turn after which no repeat begins
 
 
@@ -16,7 +18,7 @@ SPENT = 2.0  # seconds of one turn after which no repeat begins
 class Job:
     """What an engine measures; the same for all engines of a run except `options`. context: prompt tokens before the decoded tokens and
     before steps of many rows; tokens: tokens to generate; prefill: prompt tokens that are read at once; repeats: most repeats in a
-    turn."""
+    turn; stop: ids that end a text of `generate`."""
 
     folder: str
     dtype: str
@@ -28,6 +30,7 @@ class Job:
     rows: tuple[int, ...]
     repeats: int = 3
     seed: int = 0
+    stop: tuple[int, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,6 +64,20 @@ class Peer(Protocol):
     def steps(self) -> dict[str, Any]:
         """{"seconds": {rows: of one forward pass over this many rows after the context, with the likeliest next token of every row}}"""
         ...
+
+    def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """{"seconds": of the whole call, "tokens": the generated ids}. At most `tokens`, greedy, through the engine's own interface."""
+        ...
+
+
+def ended(tokens: Iterable[int], stop: Sequence[int], limit: int) -> list[int]:
+    """The first `limit` tokens, up to and with the first that is in `stop`."""
+    found: list[int] = []
+    for token in islice(tokens, limit):
+        found.append(token)
+        if token in stop:
+            break
+    return found
 
 
 def timed(run: Callable[[], float], repeats: int) -> float:

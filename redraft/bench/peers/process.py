@@ -23,6 +23,10 @@ class Lost(RedraftError):
     """An engine raised, died or did not answer in time. The text says why."""
 
 
+class Raised(Lost):
+    """An engine raised, and its process goes on."""
+
+
 class Worker:
     """One process. It is stopped (SIGSTOP) between calls."""
 
@@ -46,7 +50,7 @@ class Worker:
         self.does: list[str] = loaded["does"]
 
     def ask(self, message: Mapping[str, Any]) -> Any:
-        """Sends a message and returns the answer. The process runs only meanwhile. Raises Lost without an answer."""
+        """Sends a message and returns the answer. The process runs only meanwhile. Raises Lost without an answer, Raised with an error."""
         assert self.process.stdin is not None
         try:
             self._signal(signal.SIGCONT)
@@ -58,7 +62,7 @@ class Worker:
         finally:
             self._signal(signal.SIGSTOP)
         if "error" in answer:
-            raise Lost(answer["error"])
+            raise Raised(answer["error"])
         return answer["ok"]
 
     def end(self) -> None:

@@ -1,4 +1,5 @@
-"""Redraft itself. decode and prefill use `LLM`; a step of many rows is a forward pass that verifies a draft."""
+"""Redraft itself. decode, prefill and generate use `LLM`; a step of many rows is a forward pass that verifies a draft. A mode of
+`generate` is a drafter."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 from redraft import __version__
 from redraft.bench.divergence import tolerance
-from redraft.bench.peers.peer import Job, timed
+from redraft.bench.peers.peer import PLAIN, Job, timed
 from redraft.config import EngineConfig, SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
@@ -22,13 +23,15 @@ from redraft.ops.backend import ForwardResult
 
 
 class Redraft:
-    does = ("decode", "prefill", "steps")
+    does = ("decode", "prefill", "steps", "generate")
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        given = {"threads": job.threads, "dtype": job.dtype, "token_budget": max(512, job.prefill), **job.options}
-        config = EngineConfig.of(model=job.folder, max_model_len=job.longest, max_seqs=1, prefix_sharing=False, draft="none", **given)
-        self.llm = LLM(config=config)
+        own = {name: value for name, value in job.options.items() if name != "policies"}
+        given = {"threads": job.threads, "dtype": job.dtype, "token_budget": max(512, job.prefill), "max_model_len": job.longest}
+        fixed = {"model": job.folder, "max_seqs": 1, "prefix_sharing": False, "draft": "none"}
+        self.llm = LLM(config=EngineConfig.of(**{**given, **own, **fixed}))
+        self.modes: dict[str, tuple[LLM, Any]] = {}
         self.runner = self.llm.runner
         backend = self.runner.backend
         self.facts: dict[str, Any] = {
@@ -71,6 +74,22 @@ class Redraft:
         finally:
             self.runner.memory.free(seq)
         return {"seconds": found}
+
+    def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """The drafter begins with nothing learned. "note": which one it is, if `mode` does not name it."""
+        if mode not in self.modes:
+            llm = self.llm if mode == PLAIN else self.llm.sibling(draft=mode)
+            self.modes[mode] = llm, llm.engine.drafter.snapshot()
+        llm, state = self.modes[mode]
+        if state is not None:
+            llm.engine.drafter.restore(state)
+        policies, stop = self.job.options.get("policies", {}), self.job.stop
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, stop_token_ids=stop, **policies)
+        begun = time.perf_counter()
+        (output,) = self.llm.generate({"prompt_token_ids": prompt}, params)
+        took = time.perf_counter() - begun
+        drafter = f"{llm.config.draft} with {llm.config.schedule.draft_rows} rows"
+        return {"seconds": took, "tokens": output.outputs[0].token_ids, "note": "" if mode in (PLAIN, llm.config.draft) else drafter}
 
     def margin(self, prompt: list[int], expected: int, found: int) -> dict[str, Any]:
         """The difference in logits of `expected` and `found` after `prompt`, and which difference counts as a near-tie there."""

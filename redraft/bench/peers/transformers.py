@@ -10,21 +10,25 @@ import torch
 import transformers
 from torch import Tensor
 
-from redraft.bench.peers.peer import Job, timed
+from redraft.bench.peers.peer import ASSISTANT, LOOKUP, PLAIN, Job, ended, timed
 from redraft.models import loader
+
+PREDICTED = 10  # tokens of one prompt lookup, the value of transformers' documentation; it has no default
 
 
 class Transformers:
-    does = ("decode", "prefill", "steps")
+    does = ("decode", "prefill", "steps", "generate")
 
     def __init__(self, job: Job) -> None:
         self.job = job
         torch.set_num_threads(job.threads)
         transformers.utils.logging.set_verbosity_error()
         dtype = loader.inspect(loader.resolve(job.folder), job.dtype).dtype
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            job.folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-        ).eval()
+        self.model = self._load(job.folder, dtype)
+        self.model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=list(job.stop) or None, pad_token_id=0)
+        self.modes: dict[str, dict[str, Any]] = {PLAIN: {}, LOOKUP: {"prompt_lookup_num_tokens": PREDICTED}}
+        if assistant := job.options.get("assistant"):
+            self.modes[ASSISTANT] = {"assistant_model": self._load(assistant, dtype)}
         self.facts: dict[str, Any] = {
             "version": transformers.__version__,
             "dtype": str(dtype).removeprefix("torch."),
@@ -57,6 +61,19 @@ class Transformers:
         self._step(tokens[context:], cache)  # warm-up
         found = {n: timed(lambda n=n: self._step(tokens[context:][:n], cache), self.job.repeats) for n in self.job.rows}  # type: ignore[misc]
         return {"seconds": found}
+
+    @torch.inference_mode()
+    def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        ids = torch.tensor([prompt])
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **self.modes[mode])
+        took = time.perf_counter() - begun
+        return {"seconds": took, "tokens": ended(out[0, len(prompt) :].tolist(), self.job.stop, tokens)}
+
+    def _load(self, folder: str, dtype: torch.dtype) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        ).eval()
 
     @torch.inference_mode()
     def _prefill(self) -> float:

@@ -31,7 +31,7 @@ def main() -> None:
         try:
             if peer is None:
                 job = message["job"]
-                peer = registry.load(message["target"])(Job(**{**job, "rows": tuple(job["rows"])}))
+                peer = registry.load(message["target"])(Job(**{**job, "rows": tuple(job["rows"]), "stop": tuple(job["stop"])}))
                 found: Any = {"facts": peer.facts, "does": peer.does}
             else:
                 found = _measured(peer, message)
