@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from redraft import registry
@@ -22,7 +24,6 @@ from redraft.bench.gauge import Share, measured
 from redraft.bench.prompts import Prompt
 from redraft.config import SamplingParams
 from redraft.core.noise import sample_seed
-from redraft.draft.default import AUTO
 from redraft.errors import InvalidInput, PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.models.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What is compared and how. drafts: methods as "name:option=value,..." or "auto"; batch: prompts that run at once; lenient: methods
+    """What is compared and how. drafts: methods as "name:option=value,..."; batch: prompts that run at once; lenient: methods
     that do not fit this model or verifier are left out and named, instead of refused; bound: also measure, in an untimed pass, the
     acceptance relative to that of the best possible rule."""
 
@@ -65,8 +66,7 @@ class CompareOptions:
         for draft in self.drafts:
             if self.drafts.count(draft) > 1:
                 raise InvalidInput(f"draft = {draft!r} is given more than once")
-            if draft != AUTO:
-                registry.create("draft", draft)
+            registry.create("draft", draft)
         if BASELINE in self.drafts:
             raise InvalidInput(f"draft = {BASELINE!r} is the plain loop, which is always measured as the baseline")
 
@@ -110,6 +110,10 @@ class Run:
     accepted: int = 0
     peak: int = 0
     fault: str = ""
+    by_depth: list[int] = field(default_factory=list)  # [i]: passes that kept i + 1 nodes or more
+    by_drafter: Counter[str] = field(default_factory=Counter)  # nodes kept of each drafter
+    drafted: int = 0
+    stopped: Counter[str] = field(default_factory=Counter)  # passes that a drafter did not draft for, because it did not pay
 
     @property
     def tokens(self) -> int:
@@ -253,6 +257,7 @@ def pace(llm: LLM, group: PromptGroup) -> Pace:
     """Measured by two short runs of a group, after a first one that is not timed. What a drafter learns is dropped."""
     state = llm.engine.drafter.snapshot()
     generate(llm, shortened(group, WARM_UP, 1))
+    llm.calibrate()
     restore(llm, state)
     short = generate(llm, shortened(group, 1))
     restore(llm, state)
@@ -405,6 +410,10 @@ def generate(llm: LLM, group: PromptGroup) -> Run:
             found = output.outputs[0]
             run.steps += found.stats.steps
             run.accepted += found.stats.accepted
+            run.by_depth = [a + b for a, b in zip_longest(run.by_depth, found.stats.by_depth, fillvalue=0)]
+            run.drafted += found.stats.drafted
+            run.by_drafter.update({name: kept for name, (_, kept) in found.stats.by_drafter.items()})
+            run.stopped.update(found.stats.stopped)
             run.fault = run.fault or found.stats.fault
             run.conversations[i].append(Turn(ids, found.token_ids))
             dialogues[i].reply(found.token_ids)

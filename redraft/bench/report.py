@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from redraft.bench.compare import BASELINE, CompareOptions, Comparison, Mode, Tick, has_template
+from redraft.bench.compare import BASELINE, CompareOptions, Comparison, Entry, Mode, Run, Tick, has_template
 from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
 from redraft.card import Guarantee
@@ -172,8 +173,9 @@ def heading(comparison: Comparison, options: CompareOptions) -> list[str]:
     llm = comparison.entries[0].llm
     machine, params, backend = hardware(), llm.params(options.params), llm.runner.backend
     rounds, threads = comparison.rounds, backend.threads
+    quant = f", weights {llm.config.model.quant}" if llm.config.model.quant else ""
     lines = [
-        f"{llm.name}, {dtype_name(comparison)}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
+        f"{llm.name}, {dtype_name(comparison)}{quant}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
         f"batch {options.batch}, {comparison.outputs} prompts, {rounds} round{'s' * (rounds > 1)}",
         f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend, "
         f"PyTorch {machine['torch']}",
@@ -246,6 +248,24 @@ def _equal(row: Row) -> Text:
     return Text(f"no {row.divergences - row.near_ties}/{row.outputs}", style=style)
 
 
+def _drafts(entry: Entry, rounds: list[list[Run]]) -> str:
+    """Where the drafts of a method with several drafters came from, and which of these stopped; empty for other methods."""
+    runs = [run for one in rounds for run in one]
+    steps, kept, stopped = sum(run.steps for run in runs), Counter[str](), Counter[str]()
+    for run in runs:
+        kept += run.by_drafter
+        stopped += run.stopped
+    if not steps or (len(kept) < 2 and not stopped):
+        return ""
+    note = f"{entry.method} {entry.mode}: {sum(run.drafted for run in runs) / steps:.1f} nodes drafted a step"
+    if total := kept.total():
+        note += ", kept ones from " + ", ".join(f"{name} {count / total:.0%}" for name, count in kept.most_common())
+    if stopped:
+        named = ", ".join(f"{name} in {count / steps:.0%} of steps" for name, count in stopped.most_common())
+        note += f"; stopped where drafts did not pay: {named}"
+    return note
+
+
 def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> list[str]:
     """Notes below the table, one on each line."""
     llm = comparison.entries[0].llm
@@ -257,13 +277,11 @@ def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> l
     ]
     if comparison.stopped:
         lines.append(f"stopped by Ctrl-C: of {options.rounds} rounds {comparison.rounds} of {comparison.outputs} prompts are shown")
-    for entry in comparison.entries:
-        if entry.mode in (Mode.COLD, Mode.SAME) and entry.llm.config.draft != entry.method:
-            lines.append(f"{entry.method}: {entry.llm.config.draft} with {entry.llm.config.schedule.draft_rows} rows")
     if any(row.mode in (Mode.COLD, Mode.HOT) for row in overall):
         lines.append("cold: nothing learned before each prompt group; hot: learned on the other half of the prompts, never on these")
     if any(row.mode == Mode.SAME for row in overall):
         lines.append("cold=hot: a method that learns nothing from other prompts; baseline: the plain loop")
+    lines += filter(None, (_drafts(entry, runs) for entry, runs in zip(comparison.entries, comparison.runs, strict=True)))
     for row in overall:
         if row.first_divergence is not None and (row.withheld is not None or promised(row)):
             lines.append(f"{row.method} {row.mode}: {_describe(row, row.first_divergence)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import median
 
 from redraft.bench.compare import Comparison, Entry, Mode, Run
@@ -19,14 +20,14 @@ ENOUGH = 5  # outputs with little repetition that are needed to claim a speed-up
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. tokens_per_second and speedup are medians over the rounds, speedup_low and speedup_high the minimum and
-    maximum. They are None for the baseline and if no speed-up may be claimed (`withheld` says why).
+    """One line of the table. tokens_per_second and speedup are medians over the rounds, those that end in _low and _high the minimum and
+    maximum. Speed-ups are None for the baseline and if none may be claimed (`withheld` says why).
 
     tokens_equal: all texts equal those of the plain loop in all rounds; first_divergence: else the first text that differs, faults
     before near-ties; near_ties: texts that differ within the tolerance. repeated_8gram_share: of this entry's tokens.
     low_repeat_outputs: prompts whose plain text has a share under 0.3, in a batch only if all of them do; low_repeat_speedup: over
     those, None with fewer than five. fault: why some text continued without drafts. acceptance_over_bound: over all prompts, if it was
-    requested and the verifier tests sampled drafts.
+    requested and the verifier tests sampled drafts. acceptance_by_depth[i]: the share of passes that kept i + 1 nodes or more.
     """
 
     method: str
@@ -50,6 +51,9 @@ class Row:
     withheld: str | None = None
     fault: str | None = None
     acceptance_over_bound: Share | None = None
+    tokens_per_second_low: float = 0.0
+    tokens_per_second_high: float = 0.0
+    acceptance_by_depth: tuple[float, ...] = ()
 
 
 def repeated(tokens: Seq[int], n: int = GRAM) -> int:
@@ -122,12 +126,14 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
     claims = entry.mode is not Mode.BASELINE and withheld is None
     ratios = _ratios(comparison, e, wanted) if claims else []
     steps = sum(run.steps for run in all_runs)
+    speeds = [_speed(one, wanted) for one in comparison.runs[e]]
+    kept = [sum(counts) for counts in zip_longest(*(run.by_depth for run in all_runs), fillvalue=0)]
     return Row(
         method=entry.method,
         mode=str(entry.mode),
         category=category,
         guarantee=entry.llm.guarantee.label,
-        tokens_per_second=median(_speed(one, wanted) for one in comparison.runs[e]),
+        tokens_per_second=median(speeds),
         speedup=median(ratios) if ratios else None,
         speedup_low=min(ratios, default=None),
         speedup_high=max(ratios, default=None),
@@ -144,6 +150,9 @@ def _row(comparison: Comparison, e: int, category: str | None, found: dict[tuple
         withheld=withheld,
         acceptance_over_bound=comparison.bounds.get(e) if category is None else None,
         fault=fault,
+        tokens_per_second_low=min(speeds),
+        tokens_per_second_high=max(speeds),
+        acceptance_by_depth=tuple(count / max(1, steps) for count in kept),
     )
 
 

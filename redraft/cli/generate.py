@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from redraft.cli import options
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, Template, engine_config, takes
+from redraft.cli.options import ENGINE, MODEL, SAMPLING, Given, Template, engine_config, takes
 from redraft.cli.prompting import Prompting
+from redraft.cli.serve import engine_of
 from redraft.cli.stream import Screen, show
 from redraft.config import SamplingParams
 from redraft.errors import InvalidInput
@@ -33,13 +34,16 @@ QUESTION = "Explain in two sentences what a stack is in programming."  # the exa
 
 @takes(sampling=SAMPLING, engine=ENGINE)
 def generate(
-    model: Model = "embedded",
+    model: Annotated[str | None, MODEL] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; else what is piped in, or an example.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     chat_template: Template = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, JSON lines.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="With --prompts: the file of results; else stdout.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--output may replace a file.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of options, as for serve; of them the engine's are used.", metavar="FILE")
+    ] = None,
     *,
     sampling: Given,
     engine: Given,
@@ -56,16 +60,16 @@ def generate(
     template = options.chat_template(chat_template)
     if raw and template is not None:
         raise InvalidInput("--raw and --chat-template exclude each other")
-    config = engine_config(model, engine)
+    chosen = engine_config(model or "embedded", engine) if config is None else engine_of(config, {"model": model, **engine})
     SamplingParams(**sampling)
     if prompts is not None:
-        raise typer.Exit(_batch(config, prompts, output, prompt, sampling, template, raw=raw, overwrite=overwrite))
+        raise typer.Exit(_batch(chosen, prompts, output, prompt, sampling, template, raw=raw, overwrite=overwrite))
     if output is not None or overwrite:
         raise InvalidInput("--output and --overwrite need --prompts")
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
         prompt = prompt or None
-    _one(config, prompt, sampling, template, raw=raw)
+    _one(chosen, prompt, sampling, template, raw=raw)
 
 
 def _one(config: Any, prompt: str | None, sampling: Given, template: str | None, *, raw: bool) -> None:

@@ -69,6 +69,11 @@ def engine_config(model: str, given: Given) -> EngineConfig:
     return EngineConfig.of(model=model, **{**DEFAULTS, **given})
 
 
+def names(text: str | None) -> tuple[str, ...]:
+    """Names with commas between them; "none" is no name."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip() not in ("", "none"))
+
+
 def chat_template(value: str | None) -> str | None:
     """The text of --chat-template. InvalidInput if it is neither a template nor a file with one."""
     try:

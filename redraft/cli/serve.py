@@ -157,6 +157,12 @@ def build(settings: Layer) -> tuple[EngineConfig, ServeConfig]:
         raise InvalidInput(settings[flat.get(named[1], named[1])].spelled + str(error)[named.end() :]) from None
 
 
+def engine_of(path: Path, given: Mapping[str, Any]) -> EngineConfig:
+    """The engine that a file describes, with what the command line overrides. Options of the server are checked and not used."""
+    named = {name: value for name, value in given.items() if value is not None}
+    return build(merge(load(path, f"--{CONFIG}"), layer("command line", named, _flag)))[0]
+
+
 def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:
     """Writes the configuration to stderr, one field on each line."""
     typer.echo(f"redraft {__version__} serves with", err=True)

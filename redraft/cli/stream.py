@@ -93,6 +93,7 @@ class Shown:
     steps: int = 0
     accepted: int = 0
     fault: str = ""
+    stopped: dict[str, int] = field(default_factory=dict)
 
     def summary(self, llm: LLM, params: SamplingParams, *notes: str) -> str:
         """Lines of at most COLUMNS characters: what was generated, how, and any `notes`."""
@@ -102,6 +103,9 @@ class Shown:
         policies = [text for text in (llm.config.model.quant, params.keep, params.codec, params.read, params.depth) if text]
         how = [llm.runner.backend.name, llm.config.draft, *policies, llm.guarantee_of(params).label, draw, *notes]
         lines = [f"{self.tokens} new tokens{rate}{length}", ", ".join(how)]
+        if self.stopped:
+            named = ", ".join(f"{name} in {count}" for name, count in self.stopped.items())
+            lines.insert(1, f"stopped where drafts did not pay: {named} of {self.steps} steps")
         return folded([*lines, *([f"continued without drafts: {self.fault}"] if self.fault else [])])
 
 
@@ -133,15 +137,18 @@ def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
                 if delta.finish_reason is not None:
                     ended.add(delta.index)
                 screen.write(held.pop(current, []))
+                shown.seconds = time.perf_counter() - start
                 while current in ended and current < n - 1:
                     current += 1
                     screen.end_line()
                     screen.write([(f"[{current + 1}/{n}]\n", False), *held.pop(current, [])])
     except KeyboardInterrupt:
         shown.interrupted = True
-    shown.seconds = time.perf_counter() - start
     screen.end_line()
     shown.steps = sum(one.steps for one in stats.values())
     shown.accepted = sum(one.accepted for one in stats.values())
+    for one in stats.values():
+        for name, count in one.stopped.items():
+            shown.stopped[name] = shown.stopped.get(name, 0) + count
     shown.fault = next((one.fault for one in stats.values() if one.fault), "")
     return shown

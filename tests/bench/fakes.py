@@ -87,6 +87,7 @@ class Gullible:
 
     card: ClassVar[Card] = card("Gullible")
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
+    exact = False
     drafts: ClassVar[Stream] = Stream.TARGET
 
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+from collections import Counter
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -519,11 +520,19 @@ def test_the_table_fits_80_columns_with_every_name_whole(
     assert f"{draft}, same-text" in lines and any(f"{draft}: needs a model" in line for line in lines)
 
 
-def test_the_drafter_behind_auto_is_named(folder: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["compare", str(folder), *f"--prompts {file} --draft auto --max-tokens 5 --rounds 1 --dtype float32".split()]) == 0
-    shown = capsys.readouterr()
-    assert re.search(r"^- auto: (copyspec with 4|token-recycling with 16) rows$", shown.out, re.M)
-    assert shown.err.startswith("estimated duration: about ")
+def test_the_drafters_inside_a_method_are_named(folder: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--draft", "auto", "--draft", "copyspec", "--max-tokens", "12", "--rounds", "1", "--dtype", "float32", "--temperature", "0"]
+    assert command(["compare", str(folder), "--prompts", str(file), *options]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"- auto cold: \d+\.\d nodes drafted a step", out) and "copyspec cold=hot: " not in out
+
+
+def test_where_drafts_came_from_and_what_stopped() -> None:
+    run = bench.Run([], steps=10, drafted=25, by_drafter=Counter({"a": 6, "b": 2}), stopped=Counter({"b": 5}))
+    entry: Any = SimpleNamespace(method="auto", mode=Mode.COLD)
+    note = "auto cold: 2.5 nodes drafted a step, kept ones from a 75%, b 25%; stopped where drafts did not pay: b in 50% of steps"
+    assert report._drafts(entry, [[run]]) == note
+    assert report._drafts(entry, [[bench.Run([], steps=10, by_drafter=Counter({"a": 6}))]]) == "", "one drafter that never stopped"
 
 
 def test_a_slower_method_is_called_slower() -> None:
