@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -15,7 +16,6 @@ from redraft.card import Guarantee
 from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.sequence import Pooling, Request, Wants
 from redraft.core.tree import F64
-from redraft.draft import default
 from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
@@ -30,6 +30,7 @@ from redraft.sample.sampler import Sampler
 from redraft.setup import Setup, scheduler_of
 from redraft.turns import Turns
 
+SPARE = 0.5  # seconds that measurements may take after a reply
 POLICIES = ("keep", "codec", "read", "depth")  # SamplingParams fields that name a method and have no default in the engine
 
 
@@ -98,7 +99,7 @@ class LLM:
         if other := set(options) - {*SchedulerConfig.model_fields, "draft", "verify"}:
             raise InvalidInput(f"sibling: {', '.join(sorted(other))} cannot differ from the loaded model's")
         own = {**self.config.schedule.model_dump(exclude_unset=True), "draft": self.config.draft, "verify": self.config.verify}
-        changed = default.resolved(EngineConfig.of(**{**own, **options}), self.runner.backend.device)
+        changed = EngineConfig.of(**{**own, **options})
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
         made.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
@@ -130,7 +131,9 @@ class LLM:
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)
         tokenizer, spec = self.tokenizer, self.runner.spec
-        sampler = Sampler(spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.gumbel, tokenizer.bytes_of)
+        sampler = Sampler(
+            spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.gumbel, tokenizer.bytes_of, verifier.exact
+        )
         return Engine(
             self.runner,
             scheduler,
@@ -236,7 +239,20 @@ class LLM:
                 pass
         finally:
             self._end(outputs)
+        self.calibrate(SPARE)
         return outputs
+
+    def calibrate(self, seconds: float = 60.0) -> None:
+        """Measures what the drafter still wants to know about this machine, for at most so many seconds and only while no request is under
+        way. `generate`, `chat` and `stream` do it after a reply, for SPARE seconds, until all is measured. InvalidInput for anything but
+        a number from 0 on."""
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+            raise InvalidInput(f"seconds = {shown(seconds)}: a number, 0 or more, is needed")
+        until = time.monotonic() + min(seconds, 1e9)
+        more = True
+        while more and time.monotonic() < until:
+            with InterruptBetween(), self._turns:
+                more = self.engine.idle()
 
     def _deltas(self, outputs: list[RequestOutput]) -> Generator[Delta]:
         place = {output.request_id: i for i, output in enumerate(outputs)}
@@ -251,6 +267,7 @@ class LLM:
                 yield Delta(*where, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats.copy())
         finally:
             self._end(outputs)
+        self.calibrate(SPARE)
 
     def _submit(self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], single: bool) -> list[RequestOutput]:
         """Queues all prompts. In a list, whatever one of them raises becomes its `error`."""

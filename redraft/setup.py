@@ -10,7 +10,6 @@ import torch
 from redraft import registry
 from redraft.config import EngineConfig
 from redraft.core.spec import ModelSpec
-from redraft.draft import default
 from redraft.draft.drafter import Drafter
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models import loader, memory, mixers
@@ -21,7 +20,7 @@ from redraft.sched.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Setup:
-    """The parts of an engine and the size of its pool. config: with draft=auto resolved; blocks: the number of blocks of the pool."""
+    """The parts of an engine and the size of its pool. blocks: the number of blocks of the pool."""
 
     config: EngineConfig
     drafter: Drafter
@@ -36,7 +35,6 @@ class Setup:
         """Checks the names first, then the checkpoint, then the sizes. UnknownMethod, InvalidInput, CheckpointError, OutOfMemory or
         Unsupported, one line each."""
         device = _device(config.model.device)
-        config = default.resolved(config, device)
         drafter = registry.create("draft", config.draft)
         registry.create("verify", config.verify)
         scheduler = scheduler_of(config, device)

@@ -182,6 +182,7 @@ CALLS: dict[str, Callable[[LLM, Any], Any]] = {
     "edit place": lambda llm, x: llm.edit("abc", Patch(x, x, x), **SHORT),
     "edit reuse": lambda llm, x: llm.edit("abc", Patch(0, 0, ""), reuse=x, **SHORT),
     "edit params": lambda llm, x: llm.edit("a", Patch(0, 0, ""), x) if x is not None and not isinstance(x, SamplingParams) else None,
+    "calibrate": lambda llm, x: llm.calibrate(x),
     "embed": lambda llm, x: llm.embed(x),
     "embed [x]": lambda llm, x: llm.embed([x, x]),
     "embed pooling": lambda llm, x: llm.embed("a", x),

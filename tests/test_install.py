@@ -65,7 +65,12 @@ def wheel(tree: Path, out: Path, **environment: str) -> tuple[set[str], str]:
 def expected() -> set[str]:
     """Every Python file, and the data that the code opens."""
     package = TREE / "redraft"
-    data = [package / "py.typed", *(package / "embedded").glob("*/*"), *(package / "bench/suites").glob("*.jsonl")]
+    data = [
+        package / "py.typed",
+        package / "draft/prior.json",
+        *(package / "embedded").glob("*/*"),
+        *(package / "bench/suites").glob("*.jsonl"),
+    ]
     return {path.relative_to(TREE).as_posix() for path in [*package.rglob("*.py"), *data]}
 
 

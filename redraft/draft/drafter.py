@@ -24,7 +24,9 @@ class OpenDrafter(Protocol):
     """An opened drafter. `taps`: the outputs of each forward pass that it reads; `kinds`: how it makes children.
 
     Optional, with the defaults of Stateless: `never_drafts`: it never proposes anything; `names`: the names that TokenTree.origins
-    index; `bytes`: the memory that it holds now, without shared models and without the state of requests."""
+    index; `bytes`: the memory that it holds now, without shared models and without the state of requests; `stopped(seq)`: the names of
+    drafters that do not draft for this text at the moment, because they did not pay; `idle(seconds)`: uses a moment without requests,
+    `seconds(rows, cached)` runs a step of so many rows after so many tokens and times it, and returns whether there is more to do."""
 
     @property
     def taps(self) -> Taps: ...
@@ -34,6 +36,10 @@ class OpenDrafter(Protocol):
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """One tree per sequence, within its budget. The tree is empty if the budget is 0 or there is nothing to propose."""
         ...
+
+    def stopped(self, seq: Sequence) -> Seq[str]: ...
+
+    def idle(self, seconds: Callable[[int, int], float]) -> bool: ...
 
     def observe(self, result: StepResult) -> None:
         """Receives the result of the step. A sequence without a state of this drafter has stopped drafting or never drafted."""
@@ -73,12 +79,15 @@ class DraftVocabulary(Protocol):
 
 
 class DraftSampler(Protocol):
-    """The part of the sampler that drafters may use. drafts: the noise stream to draw with, chosen by the verifier."""
+    """The part of the sampler that drafters may use. drafts: the noise stream to draw with, chosen by the verifier; exact: no tree changes
+    a text, see Verifier."""
 
     @property
     def vocabulary(self) -> DraftVocabulary: ...
     @property
     def drafts(self) -> Stream: ...
+    @property
+    def exact(self) -> bool: ...
 
     def row(self, values: F64, seq: Sequence, drafted: list[int]) -> DraftRow:
         """Applies the request's processors to the logits after seq.tokens and `drafted`. values: f64[V], may be overwritten."""
@@ -119,6 +128,12 @@ class Wrapper:
     def observe(self, result: StepResult) -> None:
         for part in self.parts:
             part.observe(result)
+
+    def stopped(self, seq: Sequence) -> Seq[str]:
+        return [name for part in self.parts for name in part.stopped(seq)]
+
+    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+        return any(part.idle(seconds) for part in self.parts)
 
     def begin(self, seq: Sequence) -> list[Any]:
         return self._each(seq, [part.begin for part in self.parts])
@@ -166,6 +181,12 @@ class Stateless:
 
     def observe(self, result: StepResult) -> None:
         pass
+
+    def stopped(self, seq: Sequence) -> Seq[str]:
+        return ()
+
+    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+        return False
 
     def begin(self, seq: Sequence) -> Any:
         return None

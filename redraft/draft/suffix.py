@@ -16,6 +16,7 @@ of one length; at most `history` tokens of outputs are kept, the oldest are drop
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
+from redraft.draft.source import Offer
 from redraft.options import Options, number
 
 LONGEST = 20  # tokens of a match that count
@@ -38,6 +40,8 @@ PLACES = 24  # matches that vote
 LATEST = 64  # the latest places of a token, or of START tokens, that are searched
 BASE = 4.0
 WEIGHTS = [BASE ** (length - LONGEST) for length in range(LONGEST + 1)]  # of a vote, by the length of the match
+OFFERS = 4  # tokens at one place
+LENGTHS = 1, 2, 3, 4, 6, 9, 15  # the shortest match of each class
 SURE = 0.0, 0.35, 0.6, 0.8, 0.95  # by the length of the longest match; the last for all longer ones
 TOKEN_BYTES = 300  # of memory for a token of an earlier output, its index included
 
@@ -46,6 +50,9 @@ OWN = 1 << 62  # the number of the text itself; earlier outputs have the numbers
 
 Place = tuple[int, int]
 """OWN or the number of an earlier output, and the index of the token that follows the place."""
+
+Voters = list[tuple[int, Place]]
+"""Matches: length and place, the longest first."""
 
 
 class History:
@@ -92,12 +99,13 @@ class History:
 
 @dataclass
 class Matches:
-    """The matches of one text. places: token -> the places after it in the text, oldest first; found: place -> length of the match;
-    seen: the tokens that were read."""
+    """The matches of one text. places, pairs: the places after a token and after two, in the text, oldest first; found: place -> length
+    of the match, of two tokens or more; seen: the tokens that were read."""
 
     seq: Sequence
     history: History
     places: dict[int, list[int]] = field(default_factory=dict)
+    pairs: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     found: dict[Place, int] = field(default_factory=dict)
     seen: int = 0
 
@@ -105,10 +113,12 @@ class Matches:
         """Reads the new tokens of the text."""
         tokens = self.seq.tokens
         for i in range(self.seen, len(tokens)):
-            own = self.places.setdefault(tokens[i], [])
+            pair = (tokens[i - 1], tokens[i]) if i else (-1, tokens[i])
+            own = self.pairs.setdefault(pair, [])
             if i >= len(tokens) - LONGEST:  # earlier ones are too far back to be in a match
                 self._read(tokens, i, own)
             own.append(i + 1)
+            self.places.setdefault(tokens[i], []).append(i + 1)
         self.seen = len(tokens)
 
     def _read(self, tokens: list[int], i: int, own: list[int]) -> None:  # 1.
@@ -118,7 +128,7 @@ class Matches:
             if at < len(text) and text[at] == token:
                 found[source, at + 1] = length + 1 if length < LONGEST else LONGEST
         for at in own[-LATEST:]:
-            found.setdefault((OWN, at), 1)
+            found.setdefault((OWN, at), 2)
         if i + 1 >= START and self.history.texts:
             for place in self.history.find(self.seq.request.salt, tokens[i + 1 - START : i + 1]):
                 found.setdefault(place, START)
@@ -131,31 +141,49 @@ class Matches:
         kept = self.history.texts.get(number)
         return kept[1] if kept else ()
 
+    def voters(self) -> Voters:
+        """The longest matches, the longest first. Matches of one token are not kept in `found`, the latest ones are looked up here."""
+        found = nlargest(PLACES, ((length, place) for place, length in self.found.items()))
+        if len(found) < PLACES:
+            longer, last = self.found, len(self.seq.tokens)
+            for at in reversed(self.places[self.seq.tokens[-1]][-2 * PLACES :]):
+                if at < last and (OWN, at) not in longer and len(found) < PLACES:
+                    found.append((1, (OWN, at)))
+        return found
+
+    def groups(self, voters: Voters) -> dict[int, tuple[float, Voters]]:  # 2.
+        """token -> the sum of its votes, and its voters one token further."""
+        groups: dict[int, tuple[float, Voters]] = {}
+        own = self.seq.tokens
+        for length, (source, at) in voters:
+            text = own if source == OWN else self.text(source)
+            if at < len(text):
+                token, step = text[at], (length + 1 if length < LONGEST else LONGEST, (source, at + 1))
+                if token in groups:
+                    weight, group = groups[token]
+                    group.append(step)
+                    groups[token] = weight + WEIGHTS[length], group
+                else:
+                    groups[token] = WEIGHTS[length], [step]
+        return groups
+
     def tree(self, budget: Budget) -> TokenTree:
         """The likeliest nodes, at most those of the budget."""
-        voters = nlargest(PLACES, ((length, place) for place, length in self.found.items()))
         tokens: list[int] = []
         parents: list[int] = []
         scores: list[float] = []
-        heap: list[tuple[float, int, int, int, int, list[tuple[int, Place]]]] = []
-        order, own = count(), self.seq.tokens
+        heap: list[tuple[float, int, int, int, int, Voters]] = []
+        order = count()
 
-        def vote(parent: int, depth: int, score: float, voters: list[tuple[int, Place]]) -> None:
-            groups: dict[int, list[tuple[int, Place]]] = {}
-            votes: dict[int, float] = {}
-            for length, (source, at) in voters:  # 2.
-                text = own if source == OWN else self.text(source)
-                if at < len(text):
-                    token = text[at]
-                    votes[token] = votes.get(token, 0.0) + WEIGHTS[length]
-                    groups.setdefault(token, []).append((length + 1 if length < LONGEST else LONGEST, (source, at + 1)))
-            if not votes:
+        def vote(parent: int, depth: int, score: float, voters: Voters) -> None:
+            groups = self.groups(voters)
+            if not groups:
                 return
-            score *= SURE[min(max(voters)[0], len(SURE) - 1)] / sum(votes.values())  # 3.
-            for token, weight in votes.items():
-                heappush(heap, (-score * weight, next(order), parent, token, depth, groups[token]))
+            score *= SURE[min(voters[0][0], len(SURE) - 1)] / sum(weight for weight, _ in groups.values())  # 3.
+            for token, (weight, group) in groups.items():
+                heappush(heap, (-score * weight, next(order), parent, token, depth, group))
 
-        vote(-1, 1, 1.0, voters)
+        vote(-1, 1, 1.0, self.voters())
         while heap and len(tokens) < budget.rows:  # 4.
             score, _, parent, token, depth, group = heappop(heap)
             tokens.append(token)
@@ -193,6 +221,8 @@ class Suffix(Options):
 class Voter(Stateless):
     """The opened drafter. All requests of a tenant (`Request.salt`) share its earlier outputs."""
 
+    buckets = len(LENGTHS) * 4 * 2  # length of the longest match, share of the votes, whether the longest match is among the voters
+
     def __init__(self, history: int) -> None:
         self.history = History(history)
 
@@ -214,6 +244,37 @@ class Voter(Stateless):
     def _vote(self, matches: Matches, budget: Budget) -> TokenTree:
         matches.catch_up()
         return matches.tree(budget)
+
+    # ---- offers of single tokens; a place is (matches, voters, their groups)
+
+    def start(self, seq: Sequence) -> Any:
+        matches: Matches = seq.state[self]
+        matches.catch_up()
+        voters = matches.voters()
+        return (matches, voters, matches.groups(voters)) if voters else None
+
+    def follow(self, place: Any, token: int) -> Any:
+        matches, _, groups = place
+        if token not in groups:
+            return None
+        voters = groups[token][1]
+        return matches, voters, matches.groups(voters)
+
+    def offers(self, place: Any) -> list[Offer]:
+        _, voters, groups = place
+        if not groups:
+            return []
+        longest = voters[0][0]
+        base = 8 * bisect_right(LENGTHS, longest) - 8
+        if len(groups) == 1:
+            return [(token, base + 7) for token in groups]
+        total = sum(weight for weight, _ in groups.values())
+        grown = longest + 1 if longest < LONGEST else LONGEST
+        best = sorted(groups.items(), key=lambda item: -item[1][0])[:OFFERS]
+        return [
+            (token, base + 2 * ((weight > 0.2 * total) + (weight > 0.5 * total) + (weight > 0.9 * total)) + (group[0][0] == grown))
+            for token, (weight, group) in best
+        ]
 
     def snapshot(self) -> list[tuple[int, str, list[int]]]:
         return [(number, tenant, list(tokens)) for number, (tenant, tokens) in self.history.texts.items()]

@@ -33,6 +33,7 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, I32, U8, TokenTree
 from redraft.draft.drafter import Stateless
+from redraft.draft.source import Offer
 from redraft.errors import InvalidInput
 from redraft.options import Options, number
 
@@ -45,6 +46,7 @@ TEMPLATE = """
 0000:3 0001:1 0002:1 0010:1 0100:1 1000:1
 00000:2 00010:1
 """
+OFFERS = 3  # successors that are offered as single tokens
 MAX_NODES, MAX_DEPTH, MAX_CHILDREN = 80, 6, 8  # nodes, levels, children of a node
 
 
@@ -55,6 +57,15 @@ def template() -> list[str]:
     while level := [path + str(rank) for path in level for rank in range(int(children.get(path, 0)))]:
         nodes += level
     return nodes
+
+
+@lru_cache(maxsize=4096)
+def deepest_first(parents: bytes) -> tuple[int, ...]:
+    """The nodes of a tree by falling depth, of one depth the last first."""
+    depths: list[int] = []
+    for parent in np.frombuffer(parents, np.int32).tolist():
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return tuple(sorted(range(len(depths)), key=lambda node: (-depths[node], -node)))
 
 
 @dataclass(frozen=True)
@@ -150,20 +161,33 @@ class Recycler(Stateless):
         # TokenTree.build is not needed: the ids of a matrix row differ, so siblings differ.
         return TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.zeros(len(tokens) + 1, np.uint8))
 
+    # ---- offers of single tokens; a place is the token before it, a bucket the rank
+
+    buckets = OFFERS
+
+    def start(self, seq: Sequence) -> int:
+        return seq.tokens[-1]
+
+    def follow(self, place: int, token: int) -> int:
+        return token
+
+    def offers(self, place: int) -> list[Offer]:
+        return [(token, rank) for rank, token in enumerate(self.matrix[place, :OFFERS].tolist()) if token >= 0]
+
     def observe(self, result: StepResult) -> None:
         """Learns the top k at the root and at all nodes of every sequence that drew a token."""
         batch = result.batch
-        tokens = batch.tokens[batch.logit_rows].tolist()
-        source: dict[int, int] = {}  # token -> logit row
+        rows: list[int] = []  # logit rows; of rows with one token, the last one counts
         for root, tree, accepted in zip(batch.roots.tolist(), result.trees, result.accepted, strict=True):
-            if root < 0:
-                continue
-            nodes = np.argsort(tree.depths(), kind="stable")[::-1].tolist()
-            for node in (*nodes, -1, *reversed(accepted.path), -1):
-                row = root + 1 + node
-                source[tokens[row]] = row
-        if source:
-            self.matrix[list(source)] = result.out.top_k[list(source.values()), : self.matrix.shape[1]]  # 4.
+            if root >= 0:
+                first = root + 1
+                if len(tree):
+                    rows += [first + node for node in deepest_first(tree.parents.tobytes())]
+                    rows.append(root)
+                    rows += [first + node for node in reversed(accepted.path)]
+                rows.append(root)
+        if rows:
+            self.matrix[batch.tokens[batch.logit_rows[rows]]] = result.out.top_k[rows, : self.matrix.shape[1]]  # 4.
 
     def snapshot(self) -> I32:
         return self.matrix.copy()

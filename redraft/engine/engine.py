@@ -17,6 +17,7 @@ from redraft.core.taps import Taps
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.admission import Admission
 from redraft.engine.faults import Faults
+from redraft.engine.idle import forward_seconds
 from redraft.engine.opened import Opened
 from redraft.engine.output import Event, Outputs
 from redraft.engine.policies import Policies
@@ -65,6 +66,7 @@ class Engine:
             limit=self.admission.limit,
             finished=sampler.finished,
             names=self.drafter.names,
+            stopped=self.drafter.stopped,
         )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -237,6 +239,11 @@ class Engine:
             seq.reason = FinishReason.ABORT
         self.faults.found.pop(request_id, None)
         return found
+
+    def idle(self) -> bool:
+        """Uses a moment without requests for what the drafter wants to measure, one step of the model at most. Returns whether there is
+        more to do."""
+        return not self.has_work and self.drafter.own.idle(lambda rows, cached: forward_seconds(self, rows, cached))
 
     @property
     def has_work(self) -> bool:

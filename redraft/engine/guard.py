@@ -5,6 +5,8 @@ Drafts do not decide the text, so a fault of a drafter need not end the request.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +20,8 @@ from redraft.core.tree import EMPTY, F64, Kind, NoDistribution, Probs, TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.faults import SafeCalls
 
+log = logging.getLogger(__name__)
+
 TOLERANCE = 1e-6  # of the sum of a distribution, around 1
 MAX_FAULT = 300  # characters of a fault; the description of an invalid tree may be very long
 
@@ -30,6 +34,7 @@ class Guard:
         self.never_drafts: bool = getattr(drafter, "never_drafts", False)
         self.names: Seq[str] = getattr(drafter, "names", ()) or (self.name,)
         self.safe = SafeCalls(self._drop)
+        self._idle = hasattr(drafter, "idle")
 
     @property
     def taps(self) -> Taps:
@@ -82,6 +87,20 @@ class Guard:
             return
         drafting = (work.seq for work in result.work if self.drafter in work.seq.state)
         self.safe.call_for_all(drafting, self.drafter.observe, result)
+
+    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+        """See OpenDrafter. A drafter that raises is not asked again."""
+        if self._idle:
+            try:
+                return self.drafter.idle(seconds)
+            except Exception:
+                log.warning("%s: times cannot be measured", self.name, exc_info=True)
+                self._idle = False
+        return False
+
+    def stopped(self, seq: Sequence) -> Seq[str]:
+        """See OpenDrafter."""
+        return () if self.never_drafts or seq.fault else self.safe.call(seq, self.drafter.stopped, seq) or ()
 
     def snapshot(self) -> Any:
         return self.drafter.snapshot()

@@ -25,7 +25,8 @@ from redraft.sample.sampler import NotNumbers
 class Stats:
     """Drafting statistics of one text. steps: passes that drew a token; drafted: nodes checked; accepted: nodes kept; fault: the
     drafter that failed and its error, if the text continued without drafts; drafts: passes that checked at least one node;
-    by_depth[i]: passes that kept i + 1 nodes or more; by_drafter: (nodes checked, nodes kept) of each drafter."""
+    by_depth[i]: passes that kept i + 1 nodes or more; by_drafter: (nodes checked, nodes kept) of each drafter; stopped: for each drafter
+    that did not pay, the passes that it did not draft for."""
 
     steps: int = 0
     drafted: int = 0
@@ -34,10 +35,13 @@ class Stats:
     drafts: int = 0
     by_depth: list[int] = field(default_factory=list)
     by_drafter: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stopped: dict[str, int] = field(default_factory=dict)
 
-    def count(self, tree: TokenTree, path: Seq[int], names: Seq[str]) -> None:
+    def count(self, tree: TokenTree, path: Seq[int], names: Seq[str], stopped: Seq[str] = ()) -> None:
         """Adds one pass that drew a token."""
         self.steps += 1
+        for name in stopped:
+            self.stopped[name] = self.stopped.get(name, 0) + 1
         if not len(tree):
             return
         self.drafts += 1
@@ -53,7 +57,7 @@ class Stats:
             self.by_drafter[names[origin]] = checked + int(own.sum()), kept + int(own[list(path)].sum())
 
     def copy(self) -> Stats:
-        return replace(self, by_depth=list(self.by_depth), by_drafter=dict(self.by_drafter))
+        return replace(self, by_depth=list(self.by_depth), by_drafter=dict(self.by_drafter), stopped=dict(self.stopped))
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -116,7 +120,8 @@ class Output:
 
 class Outputs:
     """The outputs of all live texts. limit: tokens of prompt and output that a sequence may have; finished: whether a processor ends a
-    text after these new tokens; names: the names of a sequence's drafters; decode, decode_all, eos: see Engine."""
+    text after these new tokens; names: the names of a sequence's drafters; stopped: those that do not
+    draft at the moment; decode, decode_all, eos: see Engine."""
 
     def __init__(
         self,
@@ -129,10 +134,11 @@ class Outputs:
         limit: Callable[[Sequence], int],
         finished: Callable[[Sequence, Seq[int]], bool],
         names: Callable[[Sequence], Seq[str]],
+        stopped: Callable[[Sequence], Seq[str]],
     ) -> None:
         self.runner, self.safe, self.eos = runner, safe, eos
         self.decode, self.decode_all = decode, decode_all
-        self.limit, self.finished, self.names = limit, finished, names
+        self.limit, self.finished, self.names, self.stopped = limit, finished, names, stopped
         self._of: dict[int, Output] = {}
 
     def __len__(self) -> int:
@@ -198,7 +204,7 @@ class Outputs:
             return
         output = self._of[w.seq.id]
         output.stats.fault, names = w.seq.fault, self.names(w.seq)
-        output.stats.count(tree, found.path, names)
+        output.stats.count(tree, found.path, names, self.stopped(w.seq))
         if params.provenance:
             output.provenance += _provenance(output.stats.steps, tree, found, names)
         output.drafted += [True] * len(found.path) + [False]

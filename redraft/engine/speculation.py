@@ -70,7 +70,7 @@ class Drafters:
             return None
         verifier: Verifier = self.verifier if params.verify is None else registry.create("verify", params.verify)
         method = self.method if params.draft is None else registry.create("draft", params.draft)
-        same_noise = verifier.drafts is self.verifier.drafts
+        same_noise = (verifier.drafts, verifier.exact) == (self.verifier.drafts, self.verifier.exact)
         if method is None and not same_noise and self.own.drafter.kinds - {Kind.FIXED}:
             raise Unsupported(
                 f"verifier {registry.name_of(type(verifier))} needs another kind of noise than drafter {self.own.name} draws with"
@@ -83,9 +83,9 @@ class Drafters:
 
     def _open(self, name: str, method: Any, verifier: Verifier) -> Guard:
         def make() -> Guard:
-            return Guard(method.open(self.runner, self.sampler.for_drafts(verifier.drafts)), self.runner.spec.vocab, name)
+            return Guard(method.open(self.runner, self.sampler.for_drafts(verifier.drafts, verifier.exact)), self.runner.spec.vocab, name)
 
-        return self.opened.get(f"draft = {name}", ("draft", method, verifier.drafts), make, max_bytes(method, self.runner))
+        return self.opened.get(f"draft = {name}", ("draft", method, verifier.drafts, verifier.exact), make, max_bytes(method, self.runner))
 
     def fit(self, seq: Sequence) -> None:
         """Gives a new sequence the drafter and verifier that its request chose."""
@@ -109,6 +109,10 @@ class Drafters:
     def names(self, seq: Sequence) -> Seq[str]:
         """Names of the drafters that TokenTree.origins indexes."""
         return self.of(seq).names
+
+    def stopped(self, seq: Sequence) -> Seq[str]:
+        """Names of the drafters that do not draft for this text at the moment, because they did not pay."""
+        return self.of(seq).stopped(seq)
 
     # ---- what the engine calls
 

@@ -8,6 +8,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from redraft.core.batch import Batch
 from redraft.core.sequence import Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm
@@ -18,7 +21,6 @@ from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:  # the cards of methods are read without loading it
     import torch
-    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -147,12 +149,33 @@ def argmax(logits: Tensor) -> I32:
 
 
 def best_first(logits: Tensor, k: int) -> I32:
-    """i32[R, k]: the ids of the k largest logits of each row, by descending value, then by ascending id. Of equal logits at the cut,
-    PyTorch chooses which ones are among the k."""
-    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    """i32[R, k]: the ids of the k largest logits of each row, by descending value, then by ascending id. NaN is above all numbers. On a
+    GPU, PyTorch chooses which of equal logits at the cut are among the k."""
+    k = min(k, logits.shape[-1])
+    if logits.device.type == "cpu" and k * PART <= logits.shape[-1]:
+        return _best_of_parts(logits.float().numpy() if logits.dtype.itemsize < 4 else logits.numpy(), k)
+    values, ids = logits.topk(k, dim=-1)
     ids, order = ids.sort(dim=-1)
     order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
-    return ids.gather(-1, order).int().cpu().numpy()
+    found: I32 = ids.gather(-1, order).int().cpu().numpy()
+    return found
+
+
+PART = 48  # logits of a part
+
+
+def _best_of_parts(rows: NDArray[Any], k: int) -> I32:
+    """best_first without sorting whole rows: no logit below the k-th largest maximum of parts is among the k largest."""
+    whole = rows.shape[1] // PART * PART
+    least = np.partition(rows[:, :whole].reshape(len(rows), PART, -1).max(1), -k)[:, -k] if len(rows) else rows[:, 0]
+    found = np.empty((len(rows), k), np.int32)
+    for r, (row, low) in enumerate(zip(rows, least, strict=True)):
+        (ids,) = np.nonzero(~(row < low))  # NaN is kept
+        values = row[ids]
+        if (odd := np.isnan(values)).any():
+            values = np.where(odd, np.inf, values)
+        found[r] = ids[np.argsort(-values, kind="stable")[:k]]
+    return found
 
 
 Products = Callable[["Tensor", "Tensor"], "Tensor"]  # Backend.products

@@ -44,7 +44,8 @@ NOISE_CHUNK = 1 << 14  # tokens per call of the noise function, so that temporar
 class Sampler:
     """vocab: size of the logits; eos: the model's end-of-text ids; encode: the token id sequences that spell a bad word,
     None without a tokenizer; drafts: the noise stream for drafters that sample, chosen by the verifier (Verifier.drafts);
-    gumbel: the noise function of core/noise.py, or a backend's function with the same bits; bytes_of: the bytes that a
+    exact: no tree changes a text, see Verifier; gumbel:
+    the noise function of core/noise.py, or a backend's function with the same bits; bytes_of: the bytes that a
     token adds to a text, None without a tokenizer."""
 
     def __init__(
@@ -55,16 +56,17 @@ class Sampler:
         drafts: Stream = Stream.TARGET,
         gumbel: Callable[[int, I64], F64] = gumbel,
         bytes_of: Callable[[int], bytes] | None = None,
+        exact: bool = True,
     ) -> None:
         self.processors: tuple[type[Processor], ...] = tuple(map(registry.load, registry.PROCESSORS.values()))
         self.vocabulary = Vocabulary(vocab, eos, encode, bytes_of)
         self.ids: I64 = np.arange(vocab)
-        self.drafts = drafts
+        self.drafts, self.exact = drafts, exact
         self.gumbel = gumbel
 
-    def for_drafts(self, drafts: Stream) -> DraftView:
+    def for_drafts(self, drafts: Stream, exact: bool) -> DraftView:
         """The sampler's interface for a drafter that must draw with this noise stream."""
-        return DraftView(self, drafts)
+        return DraftView(self, drafts, exact)
 
     def check(self, params: SamplingParams) -> Chosen:
         """The processors that a request needs. Raises InvalidInput for parameters that this vocabulary does not allow."""
@@ -113,6 +115,7 @@ class DraftView:
 
     sampler: Sampler
     drafts: Stream
+    exact: bool
 
     @property
     def vocabulary(self) -> Vocabulary:

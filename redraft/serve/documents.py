@@ -69,6 +69,7 @@ class RequestMetrics(Form):
     accepted: int
     mean_acceptance_length: float | None
     acceptance_by_position: list[int]
+    stopped_drafters: list[str] = Field(description="drafters that stopped for a while, because their drafts did not pay")
     faults: list[str] = Field(description="why a text continued without drafts")
     seeds: list[int] = Field(description="of each prompt; repeating the request with it gives the same text")
 

@@ -200,6 +200,7 @@ class Writer:
             "acceptance_by_position": [
                 sum(one.by_depth[depth] for one in stats if depth < len(one.by_depth)) for depth in range(deepest)
             ],
+            "stopped_drafters": sorted({name for one in stats for name in one.stopped}),
             "faults": sorted({one.fault for one in stats if one.fault}),
             "seeds": [submission.request.params.seed for submission in self.submissions],
         }  # fmt: skip

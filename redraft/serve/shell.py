@@ -243,9 +243,11 @@ class Shell:
         try:
             while not self._end:
                 self._busy_since = None
-                with self._wake:
-                    while not self._tasks and not self.engine.has_work:
-                        self._wake.wait()
+                if not self._tasks and not self.engine.has_work:
+                    more = self.engine.idle()
+                    with self._wake:
+                        while not (self._tasks or self.engine.has_work or more):
+                            self._wake.wait()
                 while self._tasks:
                     self._busy_since = monotonic()
                     self._tasks.popleft()()

@@ -36,6 +36,7 @@ class Coupled:
     )
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
+    exact: ClassVar[bool] = True
 
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         roots = distribution.roots.tolist()

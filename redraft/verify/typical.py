@@ -45,6 +45,7 @@ class Typical(Options):
     )
     supports: ClassVar[frozenset[Kind]] = frozenset(Kind)
     drafts: ClassVar[Stream] = Stream.TARGET
+    exact: ClassVar[bool] = False
 
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         roots = distribution.roots.tolist()

@@ -21,11 +21,12 @@ enumerate its outcomes."""
 
 class Verifier(Protocol):
     """A frozen dataclass. supports: the kinds of children that it can verify without bias; drafts: the noise stream for drafters that
-    sample, either the target's own or an independent stream."""
+    sample, either the target's own or an independent stream; exact: no tree changes a text, so trees may depend on anything."""
 
     card: ClassVar[Card]
     supports: ClassVar[frozenset[Kind]]
     drafts: ClassVar[Stream]
+    exact: ClassVar[bool]
 
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         """One Accepted per sequence. It is empty if distribution.roots is -1: an unfinished prompt chunk draws no token."""
@@ -58,6 +59,7 @@ class Rejecting:
 
     supports: ClassVar[frozenset[Kind]]
     drafts: ClassVar[Stream] = Stream.DRAFT
+    exact: ClassVar[bool] = False
 
     def stages(self, p: F64, q: F64, drawn: Seq[int], kind: Kind) -> Stages:
         """The rule at one node. p: f64[V], the target distribution; q: f64[V], the draft distribution; drawn: the tokens of the

@@ -1,4 +1,5 @@
 import random
+from heapq import nlargest
 
 import pytest
 
@@ -6,7 +7,7 @@ from redraft import LLM, SamplingParams
 from redraft.core.plan import Budget
 from redraft.core.sequence import Request, Sequence
 from redraft.core.testing import sequence
-from redraft.draft.suffix import BASE, LATEST, LONGEST, OWN, START, SURE, History, Matches, Place, Suffix, Voter
+from redraft.draft.suffix import BASE, LATEST, LONGEST, OWN, PLACES, START, SURE, History, Matches, Place, Suffix, Voter
 from redraft.errors import InvalidInput
 from tests.contracts.identity import SAMPLING, Condition, check
 
@@ -51,7 +52,9 @@ def test_matches_that_are_followed_equal_those_of_a_search(letters: int) -> None
     matches, longest = Matches(seq, History(0)), 0
     while len(seq.tokens) < LATEST:  # all places are among the latest
         matches.catch_up()
-        assert matches.found == search(seq.tokens)
+        places = search(seq.tokens)
+        assert matches.found == {place: length for place, length in places.items() if length > 1}
+        assert matches.voters() == nlargest(PLACES, ((length, place) for place, length in places.items()))
         longest = max([longest, *matches.found.values()])
         again = Matches(seq, History(0))
         again.catch_up()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from redraft import LLM, SamplingParams
 from redraft.ops import library
-from redraft.ops.backend import argmax
+from redraft.ops.backend import PART, argmax, best_first
 from redraft.sample.sampler import NotNumbers
 from tests.checkpoints import tiny_llama
 
@@ -25,6 +25,24 @@ def test_of_rows(dtype: torch.dtype) -> None:
     rows = [[1, 3, 3, -INF], [NAN, 3, 3, 0], [0, 3, NAN, 5], [INF, 3, 0, 0], [-INF, -INF, -INF, 2], [INF, NAN, 0, 0]]
     assert argmax(torch.tensor(rows, dtype=dtype)).tolist() == [1, -1, -1, -1, 3, -1]
     assert argmax(torch.zeros(0, 4, dtype=dtype)).tolist() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_best_of_rows_are_those_of_a_sort(dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(1)
+    for rows, size, k in ((0, 500, 8), (1, 8 * PART, 8), (3, 1000, 8), (2, 401, 1), (4, 777, 5), (2, 3, 8)):
+        for logits in (torch.randn(rows, size, generator=dice), torch.randint(-3, 3, (rows, size), generator=dice).float()):
+            exact = logits.to(dtype)
+            found = best_first(exact, k)
+            sort = [sorted(range(size), key=lambda i, row=row: (-row[i], i))[:k] for row in exact.tolist()]  # type: ignore[misc]
+            if k * PART <= size:
+                assert found.tolist() == sort
+            assert [[row[i] for i in ids] for row, ids in zip(exact.tolist(), found)] == [
+                [row[i] for i in ids] for row, ids in zip(exact.tolist(), sort, strict=True)
+            ]
+    odd = torch.zeros(1, 500)
+    odd[0, 77] = NAN
+    assert best_first(odd, 2).tolist() == [[77, 0]]
 
 
 def damaged(path: Path, where: str) -> Path:

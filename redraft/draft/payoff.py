@@ -1,0 +1,65 @@
+"""Whether drafts pay for a request: the time that each drafter's kept tokens saved, against the time that its nodes took.
+
+A drafter that lost more than it saved is stopped, tried again after a pause, and the pause doubles whenever it loses again. So a request
+loses the time of a few steps at most, also where the cost model or the probabilities are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from redraft.core.tree import TokenTree
+
+PATIENCE = 0.5  # plain steps' time that a drafter may lose before it is stopped
+PAUSE, LONGEST_PAUSE = 16, 256  # steps
+MEMORY = 0.97  # of the sums, from step to step
+
+
+class Payoff:
+    """drafters: how many there are. Times in seconds."""
+
+    def __init__(self, drafters: int) -> None:
+        self.saved = [0.0] * drafters
+        self.spent = [0.0] * drafters
+        self.pause = [PAUSE] * drafters
+        self.left = [0] * drafters  # steps until a stopped drafter is tried again
+        self._active = tuple(range(drafters))
+
+    @property
+    def stopped(self) -> list[int]:
+        return [i for i, left in enumerate(self.left) if left]
+
+    def active(self) -> tuple[int, ...]:
+        """The drafters that may draft in this step."""
+        return self._active
+
+    def add(self, tree: TokenTree, path: Seq[int], *, token: float, node: float, drafting: float) -> None:
+        """One step. token: the time of a token without drafts; node: what a drafted node added to the step; drafting: the time that
+        the drafters needed for this request."""
+        if self._active:
+            share = drafting / len(self._active)
+            for i in self._active:
+                self.saved[i] *= MEMORY
+                self.spent[i] = self.spent[i] * MEMORY + share
+            if len(tree):
+                origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
+                for origin in origins:
+                    self.spent[origin] += node
+                for kept in path:
+                    self.saved[origins[kept]] += token
+            lost = [i for i in self._active if self.spent[i] - self.saved[i] > PATIENCE * token]
+        else:
+            lost = []
+        if lost or len(self._active) < len(self.left):
+            self._turn(lost)
+
+    def _turn(self, lost: Seq[int]) -> None:
+        """One step less to wait for stopped drafters; stops those that lost."""
+        for i, left in enumerate(self.left):
+            if i in lost:
+                self.left[i] = self.pause[i]
+                self.pause[i] = min(2 * self.pause[i], LONGEST_PAUSE)
+                self.saved[i] = self.spent[i] = 0.0
+            elif left:
+                self.left[i] = left - 1
+        self._active = tuple(i for i, left in enumerate(self.left) if not left)

@@ -1,0 +1,282 @@
+"""Merges the offers of several drafters into trees and chooses how many nodes pay, for all sequences of a step together.
+
+1. The offers at a place are merged: equal tokens are one candidate, with the evidence of all drafters that offer it.
+2. The probability of a candidate comes from `Acceptance`; that of a path is the product along it.
+3. Candidates of all sequences are taken best first. Each number k of drafted nodes gives the expected tokens of the step,
+   texts + sum of the path probabilities, and its time cost(rows + k). The k with the most tokens per second is drafted, also 0. All k
+   are looked at, because costs have steps, until no further node can win.
+4. After the step, every place on the accepted path corrects `Acceptance`, and the time of the step corrects the cost model.
+
+The greedy tree is that of DySpec (Yunfan Xiong, Ruoyu Zhang, Yanzeng Li, Lei Zou: DySpec: Faster Speculative Decoding with Dynamic
+Token Tree Structure, 2024, arXiv 2410.11744). The choice by time follows Sequoia (Zhuoming Chen, Avner May, Ruslan Svirschevski,
+Yuhsun Huang, Max Ryabinin, Zhihao Jia, Beidi Chen: Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding, 2024,
+arXiv 2402.12374).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from heapq import heappop, heappush
+from itertools import count
+from operator import truediv
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from redraft.core.cost import CostModel
+from redraft.core.plan import Budget, StepResult
+from redraft.core.sequence import Sequence
+from redraft.core.tree import EMPTY, Kind, TokenTree
+from redraft.draft.acceptance import Acceptance, Candidate
+from redraft.draft.drafter import OpenDrafter, Wrapper
+from redraft.draft.payoff import Payoff
+from redraft.draft.source import Source, source_of
+
+CACHED = 512
+MEASURED = (*((rows, 0) for rows in (1, 2, 3, 4, 5, 6, 8, 12, 16)), (1, CACHED), (8, CACHED))  # rows and cached tokens of timed steps
+ROUNDS = 7  # how often each is timed
+MOOD_RATE, LARGEST_MOOD = 0.1, 3.0
+MARGIN = 0.02  # of speed that a draft must promise: smaller gains are lost in errors of the estimates
+LIKELIEST = 0.9  # chance of a child, before it is known
+FALL = 0.85  # of the next node's probability from node to node, at least, where the search asks whether a further one can pay
+AHEAD = 48  # further nodes that the search looks ahead
+FURTHER = [(1 - FALL**m) / (1 - FALL) for m in range(AHEAD + 1)]  # the sum of so many further ones, relative to the first
+FIXED_NODES = 4  # drafted nodes a sequence where time must not decide
+
+
+class Node:
+    """A drafted token. score: probability of its path; origin: the first drafter that offered it; index: its place in the tree of its
+    sequence; places: where each drafter continues, None where it knows nothing; offered: the candidates below, None before they were
+    asked for; below: the candidates that became nodes, by token."""
+
+    __slots__ = ("below", "depth", "index", "mood", "offered", "origin", "parent", "places", "score", "sequence", "token")
+
+    def __init__(self, sequence: int, token: int, parent: Node | None, score: float, origin: int) -> None:
+        self.sequence, self.token, self.parent, self.score, self.origin = sequence, token, parent, score, origin
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.mood: float = 0.0 if parent is None else parent.mood
+        self.index = -1
+        self.places: list[Any] = []
+        self.offered: list[Candidate] | None = None
+        self.below: dict[int, Node] = {}
+
+
+Entry = tuple[float, int, Node, Candidate | None]
+"""-score, order, and what can be taken with this score: a candidate below the node, or None: its best child may have this score."""
+
+
+class States(list[Any]):
+    """The states of the drafters for one request, and what each of them has paid so far."""
+
+    payoff: Payoff
+    root: Node | None = None  # of the last draft
+    mood: float = 0.0  # added to the log-odds of every candidate: this text is more or less predictable than others
+
+
+class Planner(Wrapper):
+    """The opened drafter. names, parts: the drafters, those that come first own shared nodes; cost: of a step; timed: whether time may
+    decide. Where the verifier tosses coins, a tree that depends on time would bias them, so the trees have a fixed size."""
+
+    kinds: frozenset[Kind]
+
+    def __init__(
+        self,
+        names: Seq[str],
+        parts: Seq[OpenDrafter],
+        cost: CostModel,
+        *,
+        timed: bool = True,
+        clock: Callable[[], float] = perf_counter,
+        acceptance: Acceptance | None = None,
+    ) -> None:
+        super().__init__(parts)
+        self.names, self.cost, self.timed, self.clock = names, cost, timed, clock
+        self.sources: list[Source] = [source_of(part) for part in parts]
+        self.acceptance = acceptance or Acceptance(names, self.sources)
+        self.kinds = frozenset({Kind.FIXED})
+        self._began = self._spent = 0.0
+        self._order = count()
+        self._measured: dict[tuple[int, int], list[float]] = {size: [] for size in MEASURED}
+
+    # ---- a request
+
+    def begin(self, seq: Sequence) -> States:
+        return self._with_payoff(States(super().begin(seq)))
+
+    def fork(self, state: list[Any], seq: Sequence) -> States:
+        return self._with_payoff(States(super().fork(state, seq)))
+
+    def _with_payoff(self, states: States) -> States:
+        states.payoff = Payoff(len(self.parts))
+        return states
+
+    def stopped(self, seq: Sequence) -> list[str]:
+        """The drafters that do not pay for this request at the moment."""
+        return [self.names[i] for i in seq.state[self].payoff.stopped] if self in seq.state else []
+
+    # ---- a step
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        self._began = self.clock()
+        trees = [EMPTY] * len(seqs)
+        heap: list[Entry] = []
+        rows = cached = limit = 0
+        for s, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
+            states: States = seq.state[self]
+            states.root = None
+            rows += seq.pending
+            cached += seq.stored
+            if min(budget) > 0 and (active := states.payoff.active()):
+                root = states.root = Node(s, -1, None, 1.0, 0)
+                root.mood = states.mood
+                root.places = [self.sources[i].start(seq) if i in active else None for i in range(len(self.sources))]
+                self._expand(root, heap)
+                limit += budget.rows if self.timed else min(budget.rows, FIXED_NODES)
+        if heap:
+            for s, nodes in self._chosen(heap, budgets, rows, cached, limit).items():
+                trees[s] = self._tree(nodes)
+        self._spent = self.clock() - self._began
+        return trees
+
+    def _expand(self, node: Node, heap: list[Entry]) -> None:  # 1. and 2.
+        """Asks the drafters for the candidates below a node."""
+        acceptance, sources = self.acceptance, self.sources
+        if node.parent is not None:
+            token, above = node.token, node.parent.places
+            node.places = [None if place is None else source.follow(place, token) for source, place in zip(sources, above, strict=True)]
+        asked, bit = 0, 1
+        merged: dict[int, list[int]] = {}  # token -> the drafters that offer it, as bits, and their features
+        for source, place, first in zip(sources, node.places, acceptance.first, strict=True):
+            if place is not None and (offers := source.offers(place)):
+                asked |= bit
+                for token, bucket in offers:
+                    if token in merged:
+                        found = merged[token]
+                        found[0] |= bit
+                        found.append(first + bucket)
+                    else:
+                        merged[token] = [bit, first + bucket]
+            bit += bit
+        candidates = node.offered = acceptance.candidates(node.depth + 1, asked, merged, node.mood)
+        total = 0.0
+        for candidate in candidates:
+            total += candidate[1]
+        scale = -node.score if total <= 1 else -node.score / total
+        for candidate in candidates:
+            heappush(heap, (scale * candidate[1], next(self._order), node, candidate))
+
+    def _chosen(self, heap: list[Entry], budgets: Seq[Budget], rows: int, cached: int, limit: int) -> dict[int, list[Node]]:
+        """The nodes to draft of each sequence, parents first."""  # 3.
+        texts = len(budgets)
+        if self.timed:
+            fixed, each = self.cost.line(cached, texts)
+            times = [self.cost.relative(rows + k) + fixed + each * (rows + k) for k in range(limit + 1)]
+        else:
+            times = [1.0] * (limit + 1)
+        taken: list[Node] = []
+        used = [0] * texts
+        most = [budget.rows if self.timed else min(budget.rows, FIXED_NODES) for budget in budgets]
+        expected, best, best_count = float(texts), (1 + MARGIN) * texts / times[0], 0
+        while heap and len(taken) < limit:
+            score, _, parent, candidate = heappop(heap)
+            s, k = parent.sequence, len(taken)
+            if used[s] == most[s]:
+                continue
+            gain = -score  # no later node is likelier
+            for m in range(1, min(limit - k, AHEAD) + 1):
+                if expected + gain * FURTHER[m] > best * times[k + m]:
+                    break
+            else:
+                break
+            if candidate is None:
+                self._expand(parent, heap)
+                continue
+            token, _, _, agreed = candidate
+            node = parent.below[token] = Node(s, token, parent, gain, (agreed & -agreed).bit_length() - 1)
+            taken.append(node)
+            used[s] += 1
+            expected += gain
+            if expected > best * times[k + 1]:
+                best, best_count = expected / times[k + 1], k + 1
+            if node.depth < budgets[s].depth:
+                heappush(heap, (score * LIKELIEST, next(self._order), node, None))
+        chosen: dict[int, list[Node]] = {}
+        for node in taken[:best_count]:
+            nodes = chosen.setdefault(node.sequence, [])
+            node.index = len(nodes)
+            nodes.append(node)
+        return chosen
+
+    def _tree(self, nodes: list[Node]) -> TokenTree:
+        return TokenTree(
+            np.array([node.token for node in nodes], np.int32),
+            np.array([node.parent.index for node in nodes], np.int32),  # type: ignore[union-attr]
+            np.zeros(len(nodes) + 1, np.uint8),
+            origins=np.array([node.origin for node in nodes], np.uint16),
+            scores=np.array([node.score for node in nodes], np.float32),
+        )
+
+    def observe(self, result: StepResult) -> None:  # 4.
+        began = self.clock()
+        super().observe(result)
+        for work, accepted in zip(result.work, result.accepted, strict=True):
+            states: States | None = work.seq.state.get(self)
+            if states is not None and states.root is not None:
+                self._learn(states, accepted.tokens)
+        if self.timed:
+            self._account(result, began)
+
+    def _learn(self, states: States, tokens: Seq[int]) -> None:
+        node, surprise = states.root, 0.0
+        for token in tokens:
+            if node is None or node.offered is None:
+                break
+            surprise += self.acceptance.learn(node.depth + 1, node.offered, token)
+            node = node.below.get(token)
+        states.mood = min(max(states.mood + MOOD_RATE * surprise, -LARGEST_MOOD), LARGEST_MOOD)
+
+    def _account(self, result: StepResult, began: float) -> None:
+        """The time of the step goes to the cost model, and what drafts gained and cost to the payoff of each request."""
+        rows, texts = len(result.batch.tokens), len(result.work)
+        drafted = sum(map(len, result.trees))
+        if rows - drafted != texts:
+            return  # prompts are read too
+        cached = sum(work.seq.stored for work in result.work) - texts
+        forward = began - self._began - self._spent
+        self.cost.observe(rows, cached, texts, forward)
+        plain = self.cost.seconds(texts, cached, texts) or 0.0
+        full = self.cost.seconds(rows, cached, texts) or 0.0
+        own = (self._spent + self.clock() - began) / texts
+        node = (full - plain) / drafted if drafted else 0.0
+        for work, tree, accepted in zip(result.work, result.trees, result.accepted, strict=True):
+            states: States | None = work.seq.state.get(self)
+            if states is not None:
+                states.payoff.add(tree, accepted.path, token=plain / texts, node=node, drafting=own)
+
+    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+        """Times one step, until the cost model is calibrated. Begins only after a first reply."""
+        if self.cost.calibrated or self.cost.unit is None or not self.timed:
+            return super().idle(seconds)
+        size, done = min(((size, len(times)) for size, times in self._measured.items()), key=lambda item: item[1])
+        self._measured[size].append(seconds(*size))
+        if done + 1 == ROUNDS and size == MEASURED[-1]:
+            ones = self._measured[MEASURED[0]]  # ratios within a round: other programs disturb all sizes alike
+            found = {size: median(map(truediv, times, ones)) for size, times in self._measured.items()}
+            self.cost.calibrate({size: ratio * median(ones) for size, ratio in found.items()})
+            self.cost.save()
+            self._measured = {}
+        return True
+
+    # ---- what it learned
+
+    def snapshot(self) -> Any:
+        return super().snapshot(), self.acceptance.snapshot()
+
+    def restore(self, snapshot: Any) -> None:
+        parts, weights = snapshot
+        if parts is not None:
+            super().restore(parts)
+        self.acceptance.restore(weights)

@@ -1,0 +1,92 @@
+"""How a drafter offers single tokens, so that a planner can merge what several drafters know about one place.
+
+A place is what a drafter needs to continue a path of drafted tokens: of one kind per drafter, opaque to others. An offer is a token and a
+bucket: the number of the class of evidence for it, below `buckets`. How often offers of a bucket come true is for the planner to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, Protocol, runtime_checkable
+
+from redraft.core.plan import Budget
+from redraft.core.sequence import Sequence
+from redraft.core.tree import TokenTree
+from redraft.draft.drafter import OpenDrafter
+
+Offer = tuple[int, int]
+"""A token and the bucket of its evidence."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Optional members of an opened drafter."""
+
+    @property
+    def buckets(self) -> int:
+        """Classes of evidence."""
+        ...
+
+    def start(self, seq: Sequence) -> Any:
+        """The place after seq.tokens."""
+        ...
+
+    def offers(self, place: Any) -> Seq[Offer]:
+        """The likeliest next tokens, each once."""
+        ...
+
+    def follow(self, place: Any, token: int) -> Any:
+        """The place after one more token; None if nothing is known there."""
+        ...
+
+
+WIDTHS, DEPTHS = 4, 8  # ranks among siblings, and depths, that trees distinguish
+SCORES = 8  # classes of a score
+
+
+class Trees:
+    """A Source of the trees that a drafter proposes. A bucket is the score of a node given its parent's, or without scores its rank
+    among its siblings and its depth. max_rows: the largest budget."""
+
+    buckets = SCORES + WIDTHS * DEPTHS
+
+    def __init__(self, drafter: OpenDrafter, max_rows: int = 8) -> None:
+        self.drafter, self.budget = drafter, Budget(max_rows, max_rows)
+
+    def start(self, seq: Sequence) -> Any:
+        (tree,) = self.drafter.propose([seq], [self.budget])
+        return (_Children(tree), -1) if len(tree) else None
+
+    def offers(self, place: Any) -> Seq[Offer]:
+        children, node = place
+        found: Seq[Offer] = children.offers.get(node, ())
+        return found
+
+    def follow(self, place: Any, token: int) -> Any:
+        children, node = place
+        found = children.tree.child(node, token)
+        return None if found < 0 else (children, found)
+
+
+class _Children:
+    """The offers at each node of a tree."""
+
+    def __init__(self, tree: TokenTree) -> None:
+        self.tree = tree
+        self.offers: dict[int, list[Offer]] = {}
+        scores = None if tree.scores is None else tree.scores.tolist()
+        for node, (token, parent, depth) in enumerate(
+            zip(tree.tokens.tolist(), tree.parents.tolist(), tree.depths().tolist(), strict=True)
+        ):
+            own = self.offers.setdefault(parent, [])
+            if scores is None:
+                bucket = SCORES + WIDTHS * min(depth - 1, DEPTHS - 1) + min(len(own), WIDTHS - 1)
+            else:
+                above = scores[parent] if parent >= 0 else 1.0
+                bucket = min(SCORES - 1, int(SCORES * scores[node] / max(above, 1e-9)))
+            own.append((token, bucket))
+
+
+def source_of(drafter: OpenDrafter) -> Source:
+    """The drafter itself if it offers single tokens, else its trees."""
+    return drafter if isinstance(drafter, Source) else Trees(drafter)

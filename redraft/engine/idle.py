@@ -1,0 +1,39 @@
+"""Steps that are timed while no request is under way. They leave no trace: no request, no page, no statistics."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from redraft.config import SamplingParams
+from redraft.core.batch import Batch
+from redraft.core.plan import Accepted, Work
+from redraft.core.sequence import Request, Sequence
+from redraft.core.tree import EMPTY, TokenTree
+
+if TYPE_CHECKING:
+    from redraft.engine.engine import Engine
+
+
+def forward_seconds(engine: Engine, rows: int, cached: int = 0) -> float:
+    """The time of one forward pass of `rows` rows after `cached` tokens: the last token of a text and a draft that is a chain. Nothing
+    computed the cached keys and values. Raises OutOfPages if the memory is full."""
+    runner, prompt = engine.runner, [0] * (cached + 1)
+    seq = Sequence(0, Request("", prompt, SamplingParams(temperature=0), salt="\0idle"), 0, list(prompt), len(prompt), 0, cached + rows)
+    tokens = np.arange(1, rows) % runner.spec.vocab
+    work, trees = [Work(seq, 1)], [TokenTree.chain(tokens.tolist())]
+    runner.memory.open(seq)
+    try:
+        if cached:
+            chunk = [Work(seq, cached)]
+            runner.memory.reserve(chunk, [EMPTY])
+            runner.memory.commit(chunk, [Accepted()])
+        batch = Batch.pack(work, trees, runner.memory.reserve(work, trees))
+        began = perf_counter()
+        runner.forward(batch, engine.drafter.own.taps)
+        return perf_counter() - began
+    finally:
+        runner.memory.discard(seq)
+        runner.memory.free(seq)

@@ -1,0 +1,80 @@
+"""auto: its parts, what it leaves out, and the same text as plain decoding with every sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redraft import LLM, registry
+from redraft.draft.auto import Auto
+from redraft.draft.planner import Planner
+from redraft.errors import InvalidInput, UnknownMethod
+from tests.checkpoints import tiny_llama
+from tests.contracts.identity import SAMPLING, Condition, check
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return str(tiny_llama(tmp_path / "llama"))
+
+
+def opened(llm: LLM) -> Planner:
+    found = llm.engine.drafter.own.drafter
+    assert isinstance(found, Planner)
+    return found
+
+
+@pytest.mark.parametrize("sampling", SAMPLING)
+def test_the_text_is_that_of_plain_decoding(sampling: str) -> None:
+    for condition in (
+        Condition("auto", sampling),
+        Condition("auto", sampling, chunk=3, arrivals=(0, 1, 0, 5), pool=12),
+        Condition("auto:parts=copyspec+token-recycling+union", sampling, arrivals=(0, 0, 2)),
+    ):
+        check(condition)
+
+
+def test_a_part_that_does_not_exist_is_left_out_of_the_default_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {name: target for name, target in registry.METHODS["draft"].items() if name != "suffix"}
+    monkeypatch.setitem(registry.METHODS, "draft", left)
+    assert list(Auto().made()) == ["ngram", "token-recycling"]
+    with pytest.raises(UnknownMethod, match="suffix"):
+        Auto("suffix+ngram")
+    with pytest.raises(InvalidInput, match="auto:parts"):
+        Auto("")
+
+
+def test_other_verifiers_get_drafts_of_a_fixed_size(folder: str) -> None:
+    llm = LLM(folder, draft="auto", verify="typical", cache_memory=1 << 20)
+    assert not opened(llm).timed
+    llm.generate("abcabcabcabc", max_tokens=9, temperature=0)
+    assert opened(llm).cost.unit is None, "no time was read"
+    assert opened(llm.sibling(verify="coupled")).timed
+
+
+def test_it_measures_after_a_reply_and_keeps_the_times(folder: str) -> None:
+    llm = LLM(folder, draft="auto", cache_memory=1 << 20)
+    assert not opened(llm).cost.calibrated
+    llm.calibrate()
+    assert not opened(llm).cost.calibrated, "nothing before the first reply"
+    text = llm.generate("abcabcabcabc", max_tokens=9, temperature=0)[0].outputs[0].text
+    llm.calibrate()
+    blocks = llm.engine.memory.available()
+    assert opened(llm).cost.calibrated and not llm.engine.idle()
+    again = LLM(folder, draft="auto", cache_memory=1 << 20)
+    assert opened(again).cost.calibrated and opened(again).cost.shape == opened(llm).cost.shape
+    assert again.generate("abcabcabcabc", max_tokens=9, temperature=0)[0].outputs[0].text == text
+    assert blocks == llm.engine.memory.available() == again.engine.memory.available(), "timed steps leave no page"
+    other = LLM(folder, draft="auto", quant="int8", cache_memory=1 << 20)
+    assert not opened(other).cost.calibrated, "other weights have other times"
+
+
+def test_a_draft_model_joins_the_parts(folder: str) -> None:
+    llm = LLM(folder, draft="auto", draft_model=folder, cache_memory=1 << 20)
+    assert list(opened(llm).names) == ["suffix", "ngram", "token-recycling", "draft-model"]
+    plain = llm.sibling(draft="none")
+    one: Any = {"max_tokens": 12, "temperature": 0}
+    assert llm.generate("hello", **one)[0].outputs[0].token_ids == plain.generate("hello", **one)[0].outputs[0].token_ids
