@@ -275,9 +275,9 @@ def step_times(llm: LLM, rows: int) -> list[Point]:
     for turn in range(TIMES + 1):
         for size in sizes:
             seconds = forward_seconds(llm.engine, size)
-            if turn:  # the first one is not counted
+            if turn and seconds is not None:  # the first one is not counted, nor what does not fit
                 times[size].append(1000 * seconds)
-    return [Point(size, median(found), min(found), max(found)) for size, found in times.items()]
+    return [Point(size, median(found), min(found), max(found)) for size, found in times.items() if found]
 
 
 def winner(rows: Seq[Row], rounds: int) -> Row | None:

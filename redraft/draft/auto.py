@@ -30,6 +30,7 @@ from redraft.draft.planner import Planner
 from redraft.errors import InvalidInput
 from redraft.ops import library
 
+MOST_PARTS = 6  # the weights of agreement grow by a factor of four with each
 DRAFT_MODEL = "draft-model"  # joins the parts if the engine has a draft model
 
 
@@ -50,7 +51,8 @@ class Auto:
     def __post_init__(self) -> None:
         if not registry.split(self.parts, "+"):
             raise InvalidInput(f"auto:parts={self.parts}: drafters joined by + are needed")
-        self.made()
+        if len(self.made()) > MOST_PARTS:
+            raise InvalidInput(f"auto:parts={self.parts}: at most {MOST_PARTS} drafters are allowed")
 
     def made(self) -> dict[str, Drafter]:
         """The parts that this version has."""

@@ -19,14 +19,17 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64, Kind, TokenTree
 
+Seconds = Callable[[int, int], float | None]
+"""Runs a step of so many rows after so many cached tokens and returns its seconds, None if that does not fit into the memory or context."""
+
 
 class OpenDrafter(Protocol):
     """An opened drafter. `taps`: the outputs of each forward pass that it reads; `kinds`: how it makes children.
 
     Optional, with the defaults of Stateless: `never_drafts`: it never proposes anything; `names`: the names that TokenTree.origins
     index; `bytes`: the memory that it holds now, without shared models and without the state of requests; `stopped(seq)`: the names of
-    drafters that do not draft for this text at the moment, because they did not pay; `idle(seconds)`: uses a moment without requests,
-    `seconds(rows, cached)` runs a step of so many rows after so many tokens and times it, and returns whether there is more to do."""
+    drafters that do not draft for this text at the moment, because they did not pay; `idle(seconds)`: uses a moment without requests for
+    one timed step at most, and returns whether there is more to do."""
 
     @property
     def taps(self) -> Taps: ...
@@ -36,10 +39,6 @@ class OpenDrafter(Protocol):
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """One tree per sequence, within its budget. The tree is empty if the budget is 0 or there is nothing to propose."""
         ...
-
-    def stopped(self, seq: Sequence) -> Seq[str]: ...
-
-    def idle(self, seconds: Callable[[int, int], float]) -> bool: ...
 
     def observe(self, result: StepResult) -> None:
         """Receives the result of the step. A sequence without a state of this drafter has stopped drafting or never drafted."""
@@ -130,10 +129,10 @@ class Wrapper:
             part.observe(result)
 
     def stopped(self, seq: Sequence) -> Seq[str]:
-        return [name for part in self.parts for name in part.stopped(seq)]
+        return [name for part in self.parts if hasattr(part, "stopped") for name in part.stopped(seq)]
 
-    def idle(self, seconds: Callable[[int, int], float]) -> bool:
-        return any(part.idle(seconds) for part in self.parts)
+    def idle(self, seconds: Seconds) -> bool:
+        return any(part.idle(seconds) for part in self.parts if hasattr(part, "idle"))
 
     def begin(self, seq: Sequence) -> list[Any]:
         return self._each(seq, [part.begin for part in self.parts])
@@ -185,7 +184,7 @@ class Stateless:
     def stopped(self, seq: Sequence) -> Seq[str]:
         return ()
 
-    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+    def idle(self, seconds: Seconds) -> bool:
         return False
 
     def begin(self, seq: Sequence) -> Any:

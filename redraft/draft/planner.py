@@ -31,7 +31,7 @@ from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.acceptance import Acceptance, Candidate
-from redraft.draft.drafter import OpenDrafter, Wrapper
+from redraft.draft.drafter import OpenDrafter, Seconds, Wrapper
 from redraft.draft.payoff import Payoff
 from redraft.draft.source import Source, source_of
 
@@ -256,16 +256,21 @@ class Planner(Wrapper):
             if states is not None:
                 states.payoff.add(tree, accepted.path, token=plain / texts, node=node, drafting=own)
 
-    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+    def idle(self, seconds: Seconds) -> bool:
         """Times one step, until the cost model is calibrated. Begins only after a first reply."""
         if self.cost.calibrated or self.cost.unit is None or not self.timed:
             return super().idle(seconds)
-        size, done = min(((size, len(times)) for size, times in self._measured.items()), key=lambda item: item[1])
-        self._measured[size].append(seconds(*size))
-        if done + 1 == ROUNDS and size == MEASURED[-1]:
+        size = min(self._measured, key=lambda size: len(self._measured[size]))
+        if (found := seconds(*size)) is None and size != MEASURED[0]:
+            del self._measured[size]
+        elif found is None:
+            return super().idle(seconds)  # not even one row fits now
+        else:
+            self._measured[size].append(found)
+        if min(map(len, self._measured.values())) == ROUNDS:
             ones = self._measured[MEASURED[0]]  # ratios within a round: other programs disturb all sizes alike
-            found = {size: median(map(truediv, times, ones)) for size, times in self._measured.items()}
-            self.cost.calibrate({size: ratio * median(ones) for size, ratio in found.items()})
+            ratios = {size: median(map(truediv, times, ones)) for size, times in self._measured.items()}
+            self.cost.calibrate({size: ratio * median(ones) for size, ratio in ratios.items()})
             self.cost.save()
             self._measured = {}
         return True

@@ -6,7 +6,6 @@ Drafts do not decide the text, so a fault of a drafter need not end the request.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, F64, Kind, NoDistribution, Probs, TokenTree
-from redraft.draft.drafter import OpenDrafter
+from redraft.draft.drafter import OpenDrafter, Seconds
 from redraft.engine.faults import SafeCalls
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,8 @@ class Guard:
         self.never_drafts: bool = getattr(drafter, "never_drafts", False)
         self.names: Seq[str] = getattr(drafter, "names", ()) or (self.name,)
         self.safe = SafeCalls(self._drop)
-        self._idle = hasattr(drafter, "idle")
+        self._idle: Any = getattr(drafter, "idle", None)
+        self._stopped: Any = getattr(drafter, "stopped", None)
 
     @property
     def taps(self) -> Taps:
@@ -88,19 +88,19 @@ class Guard:
         drafting = (work.seq for work in result.work if self.drafter in work.seq.state)
         self.safe.call_for_all(drafting, self.drafter.observe, result)
 
-    def idle(self, seconds: Callable[[int, int], float]) -> bool:
+    def idle(self, seconds: Seconds) -> bool:
         """See OpenDrafter. A drafter that raises is not asked again."""
-        if self._idle:
+        if self._idle is not None:
             try:
-                return self.drafter.idle(seconds)
+                return bool(self._idle(seconds))
             except Exception:
                 log.warning("%s: times cannot be measured", self.name, exc_info=True)
-                self._idle = False
+                self._idle = None
         return False
 
     def stopped(self, seq: Sequence) -> Seq[str]:
         """See OpenDrafter."""
-        return () if self.never_drafts or seq.fault else self.safe.call(seq, self.drafter.stopped, seq) or ()
+        return () if self._stopped is None or seq.fault else self.safe.call(seq, self._stopped, seq) or ()
 
     def snapshot(self) -> Any:
         return self.drafter.snapshot()

@@ -10,6 +10,7 @@ import pytest
 from redraft import LLM, registry
 from redraft.draft.auto import Auto
 from redraft.draft.planner import Planner
+from redraft.engine.idle import forward_seconds
 from redraft.errors import InvalidInput, UnknownMethod
 from tests.checkpoints import tiny_llama
 from tests.contracts.identity import SAMPLING, Condition, check
@@ -78,3 +79,34 @@ def test_a_draft_model_joins_the_parts(folder: str) -> None:
     plain = llm.sibling(draft="none")
     one: Any = {"max_tokens": 12, "temperature": 0}
     assert llm.generate("hello", **one)[0].outputs[0].token_ids == plain.generate("hello", **one)[0].outputs[0].token_ids
+
+
+def test_more_parts_than_weights_are_kept_for_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="at most 6 drafters"):
+        Auto("+".join(f"copyspec:gamma={gamma}" for gamma in range(1, 8)))
+
+
+def test_a_short_context_is_calibrated_with_what_fits(folder: str) -> None:
+    llm = LLM(folder, draft="auto", max_model_len=20, cache_memory=1 << 20)
+    llm.generate("abc", max_tokens=9, temperature=0)
+    llm.calibrate()
+    assert forward_seconds(llm.engine, 21) is None and forward_seconds(llm.engine, 8, 13) is None
+    assert opened(llm).cost.calibrated
+
+
+def test_a_full_memory_puts_the_calibration_off(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(folder, draft="auto", cache_memory=1 << 20)
+    llm.sibling(draft="none").generate("abc", max_tokens=2)
+    opened(llm).cost.unit = 0.01
+    with monkeypatch.context() as full:
+        full.setattr(llm.engine.memory, "available", lambda: 0)
+        llm.calibrate()
+    assert not opened(llm).cost.calibrated
+    llm.calibrate()
+    assert opened(llm).cost.calibrated
+
+
+def test_a_drafter_without_the_optional_members_drafts(folder: str) -> None:
+    llm = LLM(folder, draft="draft-model", draft_model=folder, cache_memory=1 << 20)
+    found = llm.generate("abc", max_tokens=9, temperature=0)[0].outputs[0]
+    assert not found.stats.fault and found.stats.drafted and not found.stats.stopped
