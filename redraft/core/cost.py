@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
@@ -63,7 +64,7 @@ class CostModel:
 
     def _set(self, shape: Seq[float]) -> None:
         self.shape = [value / shape[0] for value in shape]
-        self.times = [0.0] * (ROWS + 1)  # of each number of rows
+        self.times = array("d", [0.0] * (ROWS + 1))  # of each number of rows
         for i in range(len(KNOTS) - 1):
             self._between(i)
         slope = (self.shape[-1] - self.shape[-5]) / (KNOTS[-1] - KNOTS[-5])  # of a row, where arithmetic limits

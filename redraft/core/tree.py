@@ -18,6 +18,7 @@ U16 = NDArray[np.uint16]
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I32_TYPE, U8_TYPE = np.dtype(np.int32), np.dtype(np.uint8)
 
 
 class Kind(IntEnum):
@@ -111,23 +112,28 @@ class TokenTree:
         n = len(self.tokens)
         if n > rows:
             raise ValueError(f"{n} nodes for a budget of {rows}")
-        for name, array, shape in (("tokens", self.tokens, (n,)), ("parents", self.parents, (n,)), ("kinds", self.kinds, (n + 1,))):
-            wanted = np.dtype(np.uint8 if name == "kinds" else np.int32)
+        for name, array, shape, wanted in (
+            ("tokens", self.tokens, (n,), I32_TYPE), ("parents", self.parents, (n,), I32_TYPE), ("kinds", self.kinds, (n + 1,), U8_TYPE)
+        ):  # fmt: skip
             if array.shape != shape or array.dtype != wanted:
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)} instead of {wanted}{list(shape)}")
         if not n:
             return
-        if self.tokens.min() < 0 or self.tokens.max() >= vocab:
-            raise ValueError(f"a token outside 0..{vocab - 1}: {self.tokens.tolist()}")
-        if self.parents.min() < -1 or (self.parents >= np.arange(n)).any():
-            raise ValueError(f"a node does not come after its parent: {self.parents.tolist()}")
-        if len(set(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))) < n:
+        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            raise ValueError(f"a token outside 0..{vocab - 1}: {tokens}")
+        levels: list[int] = []
+        for node, parent in enumerate(parents):
+            if not -1 <= parent < node:
+                raise ValueError(f"a node does not come after its parent: {parents}")
+            levels.append(levels[parent] + 1 if parent >= 0 else 1)
+        if len(set(zip(parents, tokens, strict=True))) < n:
             raise ValueError("two siblings with the same token")
         if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
             raise ValueError(f"draws must contain each of the {n} nodes at least once and nothing else: {self.draws.tolist()}")
-        if self.distributions is None and (self.kinds != Kind.FIXED).any():
+        if self.distributions is None and any(self.kinds.tolist()):
             raise ValueError("sampled children without the distribution that they were drawn from")
-        if (deepest := int(self.depths().max())) > depth:
+        if (deepest := max(levels)) > depth:
             raise ValueError(f"{deepest} levels for a budget of {depth}")
 
     def depths(self) -> I32:

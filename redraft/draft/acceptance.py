@@ -8,6 +8,7 @@ corrected by every place on the accepted path, whether its offers were drafted o
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence as Seq
 from functools import cache
 from importlib import resources
@@ -40,16 +41,17 @@ class Acceptance:
         prior = _prior() if prior is None else prior
         self.names = list(names)
         self.sets = 1 << len(names)
-        self.weights: list[float] = [*prior.get("depth", [0.0] * DEPTHS)]
+        weights: list[float] = [*prior.get("depth", [0.0] * DEPTHS)]
         pairs = prior.get("sets", {})
         words = [" ".join(name for i, name in enumerate(names) if number >> i & 1) for number in range(self.sets)]
-        self.weights += [pairs.get(f"{asked}|{agreed}", 0.0) for asked in words for agreed in words]
+        weights += [pairs.get(f"{asked}|{agreed}", 0.0) for asked in words for agreed in words]
         self.first: list[int] = []  # feature of bucket 0 of each drafter
         for name, source in zip(names, sources, strict=True):
-            self.first.append(len(self.weights))
+            self.first.append(len(weights))
             known = prior.get("buckets", {}).get(name, ())
-            self.weights += known if len(known) == source.buckets else getattr(source, "prior", [0.0] * source.buckets)
-        self.counts = [TRUST if weight else 0 for weight in self.weights]
+            weights += known if len(known) == source.buckets else getattr(source, "prior", [0.0] * source.buckets)
+        self.weights = array("d", weights)
+        self.counts = array("i", [TRUST if weight else 0 for weight in weights])
 
     def candidates(self, depth: int, asked: int, merged: dict[int, list[int]], mood: float = 0.0) -> list[Candidate]:
         """The probabilities of all tokens that were offered at one place. depth: from 1; asked: the drafters that offer anything there, bit
@@ -100,4 +102,4 @@ class Acceptance:
         return list(self.weights), list(self.counts)
 
     def restore(self, snapshot: tuple[list[float], list[int]]) -> None:
-        self.weights, self.counts = list(snapshot[0]), list(snapshot[1])
+        self.weights[:], self.counts[:] = array("d", snapshot[0]), array("i", snapshot[1])

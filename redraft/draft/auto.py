@@ -25,6 +25,7 @@ from redraft.card import Card, Guarantee
 from redraft.core.cost import FLAT, STEEP, CostModel, Sizes
 from redraft.core.spec import Attention
 from redraft.core.tree import Kind
+from redraft.draft.compiled import CompiledPlanner, bind, fits
 from redraft.draft.drafter import Drafter, max_bytes
 from redraft.draft.planner import Planner
 from redraft.errors import InvalidInput
@@ -71,7 +72,12 @@ class Auto:
         opened = {name: part.open(runner, sampler) for name, part in made.items()}
         if not sampler.exact:  # a merged tree has fixed children, which is only right for sampled ones if the noise is the target's
             opened = {name: part for name, part in opened.items() if part.kinds <= {Kind.FIXED}}
-        return Planner(list(opened), list(opened.values()), cost_of(runner), timed=sampler.exact)
+        names, parts, cost = list(opened), list(opened.values()), cost_of(runner)
+        loaded = library.load()
+        compiled = bind(loaded.c) if loaded is not None and all(map(fits, parts)) else None
+        if compiled is not None:
+            return CompiledPlanner(compiled, names, parts, cost, timed=sampler.exact)
+        return Planner(names, parts, cost, timed=sampler.exact)
 
 
 def cost_of(runner: Any) -> CostModel:

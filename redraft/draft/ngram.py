@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from redraft.card import Card, Guarantee
-from redraft.core.plan import Budget, StepResult
+from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
-from redraft.draft.source import Offer
+from redraft.draft.source import Compiled, Offer
 from redraft.options import Options, number
 
 ORDER = 3
@@ -117,19 +117,14 @@ class Counter(Stateless):
 
     def begin(self, seq: Sequence) -> Reader:
         salt = seq.request.salt
-        table = self.tables.pop(salt, None) or Table(self.limit // 2)
-        self.tables[salt] = table
+        table = self.tables.setdefault(salt, Table(self.limit // 2))
+        self.tables.move_to_end(salt)
         while len(self.tables) > 1 and (len(self.tables) > TENANTS or sum(map(len, self.tables.values())) > 2 * self.limit):
             self.tables.popitem(last=False)
         return Reader(seq, table)
 
     def end(self, state: Reader) -> None:
         state.catch_up()
-
-    def observe(self, result: StepResult) -> None:
-        for work in result.work:
-            if work.done and self in work.seq.state:
-                work.seq.state[self].catch_up()
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         return [self._tree(seq, budget) if min(budget) > 0 else EMPTY for seq, budget in zip(seqs, budgets, strict=True)]
@@ -187,6 +182,9 @@ class Counter(Stateless):
         total = sum(counts.values())
         best = sorted(counts.items(), key=lambda item: -item[1])[:WIDTH]
         return [(t, c / total, 16 * order + 4 * (c * 4 > total) + 4 * (c * 2 > total) + min(c, 4) - 1) for t, c in best]
+
+    def compiled(self, library: Any) -> Compiled:
+        return Compiled.new(library, "rd_ngram", self.limit, unit=ENTRY_BYTES)
 
     # ---- what it learned
 

@@ -7,12 +7,22 @@ loses the time of a few steps at most, also where the cost model or the probabil
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 from redraft.core.tree import TokenTree
 
 PATIENCE = 0.5  # plain steps' time that a drafter may lose before it is stopped
 PAUSE, LONGEST_PAUSE = 16, 256  # steps
 MEMORY = 0.97  # of the sums, from step to step
+
+
+class Prices(NamedTuple):
+    """Seconds. token: of a token without drafts; node: what a drafted node added to the step; drafting: what the drafters needed for a
+    request."""
+
+    token: float
+    node: float
+    drafting: float
 
 
 class Payoff:
@@ -33,9 +43,9 @@ class Payoff:
         """The drafters that may draft in this step."""
         return self._active
 
-    def add(self, tree: TokenTree, path: Seq[int], *, token: float, node: float, drafting: float) -> None:
-        """One step. token: the time of a token without drafts; node: what a drafted node added to the step; drafting: the time that
-        the drafters needed for this request."""
+    def add(self, tree: TokenTree, path: Seq[int], prices: Prices) -> None:
+        """One step."""
+        token, node, drafting = prices
         if self._active:
             share = drafting / len(self._active)
             for i in self._active:

@@ -32,7 +32,7 @@ from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.acceptance import Acceptance, Candidate
 from redraft.draft.drafter import OpenDrafter, Seconds, Wrapper
-from redraft.draft.payoff import Payoff
+from redraft.draft.payoff import Payoff, Prices
 from redraft.draft.source import Source, source_of
 
 CACHED = 512
@@ -97,7 +97,7 @@ class Planner(Wrapper):
         self.sources: list[Source] = [source_of(part) for part in parts]
         self.acceptance = acceptance or Acceptance(names, self.sources)
         self.kinds = frozenset({Kind.FIXED})
-        self._began = self._spent = 0.0
+        self._began = self._spent = self._observed = 0.0  # when the step began, and the time that drafting and learning took
         self._order = count()
         self._measured: dict[tuple[int, int], list[float]] = {size: [] for size in MEASURED}
 
@@ -121,6 +121,11 @@ class Planner(Wrapper):
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         self._began = self.clock()
+        trees = self._plan(seqs, budgets)
+        self._spent = self.clock() - self._began
+        return trees
+
+    def _plan(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         trees = [EMPTY] * len(seqs)
         heap: list[Entry] = []
         rows = cached = limit = 0
@@ -138,7 +143,6 @@ class Planner(Wrapper):
         if heap:
             for s, nodes in self._chosen(heap, budgets, rows, cached, limit).items():
                 trees[s] = self._tree(nodes)
-        self._spent = self.clock() - self._began
         return trees
 
     def _expand(self, node: Node, heap: list[Entry]) -> None:  # 1. and 2.
@@ -222,39 +226,36 @@ class Planner(Wrapper):
     def observe(self, result: StepResult) -> None:  # 4.
         began = self.clock()
         super().observe(result)
-        for work, accepted in zip(result.work, result.accepted, strict=True):
-            states: States | None = work.seq.state.get(self)
-            if states is not None and states.root is not None:
-                self._learn(states, accepted.tokens)
-        if self.timed:
-            self._account(result, began)
+        self._learn(result, self._prices(result, began) if self.timed else None)
+        self._observed = self.clock() - began
 
-    def _learn(self, states: States, tokens: Seq[int]) -> None:
-        node, surprise = states.root, 0.0
-        for token in tokens:
-            if node is None or node.offered is None:
-                break
-            surprise += self.acceptance.learn(node.depth + 1, node.offered, token)
-            node = node.below.get(token)
-        states.mood = min(max(states.mood + MOOD_RATE * surprise, -LARGEST_MOOD), LARGEST_MOOD)
-
-    def _account(self, result: StepResult, began: float) -> None:
-        """The time of the step goes to the cost model, and what drafts gained and cost to the payoff of each request."""
+    def _prices(self, result: StepResult, began: float) -> Prices | None:
+        """What the step cost, for the payoff of each request; the cost model learns it. None if prompts were read too."""
         rows, texts = len(result.batch.tokens), len(result.work)
-        drafted = sum(map(len, result.trees))
+        drafted = sum([len(tree) for tree in result.trees])
         if rows - drafted != texts:
-            return  # prompts are read too
-        cached = sum(work.seq.stored for work in result.work) - texts
-        forward = began - self._began - self._spent
-        self.cost.observe(rows, cached, texts, forward)
-        plain = self.cost.seconds(texts, cached, texts) or 0.0
-        full = self.cost.seconds(rows, cached, texts) or 0.0
-        own = (self._spent + self.clock() - began) / texts
-        node = (full - plain) / drafted if drafted else 0.0
+            return None
+        cached = sum([work.seq.stored for work in result.work]) - texts
+        cost = self.cost
+        cost.observe(rows, cached, texts, began - self._began - self._spent)
+        plain = cost.seconds(texts, cached, texts) or 0.0
+        full = cost.seconds(rows, cached, texts) or 0.0
+        return Prices(plain / texts, (full - plain) / drafted if drafted else 0.0, (self._spent + self._observed) / texts)
+
+    def _learn(self, result: StepResult, prices: Prices | None) -> None:
         for work, tree, accepted in zip(result.work, result.trees, result.accepted, strict=True):
             states: States | None = work.seq.state.get(self)
-            if states is not None:
-                states.payoff.add(tree, accepted.path, token=plain / texts, node=node, drafting=own)
+            if states is None:
+                continue
+            node, surprise = states.root, 0.0
+            for token in accepted.tokens:
+                if node is None or node.offered is None:
+                    break
+                surprise += self.acceptance.learn(node.depth + 1, node.offered, token)
+                node = node.below.get(token)
+            states.mood = min(max(states.mood + MOOD_RATE * surprise, -LARGEST_MOOD), LARGEST_MOOD)
+            if prices is not None:
+                states.payoff.add(tree, accepted.path, prices)
 
     def idle(self, seconds: Seconds) -> bool:
         """Times one step, until the cost model is calibrated. Begins only after a first reply."""

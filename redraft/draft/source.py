@@ -6,8 +6,11 @@ bucket: the number of the class of evidence for it, below `buckets`. How often o
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
@@ -40,6 +43,23 @@ class Source(Protocol):
         ...
 
 
+class Compiled(NamedTuple):
+    """What an opened drafter's optional method `compiled(library)` returns: a compiled form that makes the same offers. source: its address
+    (native/source.h); whole: it has a memory of its own and takes the drafter's place, else the drafter goes on to learn and the compiled
+    form reads what it learned; unit: bytes of each unit of its memory."""
+
+    source: int
+    whole: bool = True
+    unit: int = 0
+
+    @classmethod
+    def new(cls, library: Any, name: str, *arguments: int, whole: bool = True, unit: int = 0) -> Compiled:
+        """library: the loaded native library; name: of its function that makes the source, which takes these integers."""
+        function = library[name]
+        function.restype, function.argtypes = ctypes.c_void_p, [ctypes.c_int64] * len(arguments)
+        return cls(function(*arguments), whole, unit)
+
+
 WIDTHS, DEPTHS = 4, 8  # ranks among siblings, and depths, that trees distinguish
 SCORES = 8  # classes of a score
 
@@ -69,11 +89,12 @@ class Trees:
 
 
 class _Children:
-    """The offers at each node of a tree."""
+    """The offers at each node of a tree. buckets: i32[N], of each node."""
 
     def __init__(self, tree: TokenTree) -> None:
         self.tree = tree
         self.offers: dict[int, list[Offer]] = {}
+        self.buckets = np.zeros(len(tree), np.int32)
         scores = None if tree.scores is None else tree.scores.tolist()
         for node, (token, parent, depth) in enumerate(
             zip(tree.tokens.tolist(), tree.parents.tolist(), tree.depths().tolist(), strict=True)
@@ -85,6 +106,7 @@ class _Children:
                 above = scores[parent] if parent >= 0 else 1.0
                 bucket = min(SCORES - 1, int(SCORES * scores[node] / max(above, 1e-9)))
             own.append((token, bucket))
+            self.buckets[node] = bucket
 
 
 def source_of(drafter: OpenDrafter) -> Source:

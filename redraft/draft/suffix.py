@@ -5,7 +5,7 @@ Applications, 2024, arXiv 2411.04975.
 
 1. A match is an earlier place, and the number of tokens before it that equal the last tokens of the text, at most LONGEST. Places
    are in the text itself, from one equal token on, and in earlier outputs of the same tenant, from START equal tokens on.
-   A new token of the text extends the matches that it continues and ends the others.
+   A new token of the text extends the matches that it continues and ends the others; the longest MOST are followed.
 2. The PLACES longest matches vote for their next tokens, each with the weight BASE ** length.
 3. The probability of a node is its parent's, times its share of the votes, times SURE[length of the longest match].
 4. The tree grows from its likeliest node: the matches that agree with a node, one token longer, vote for its children.
@@ -31,12 +31,13 @@ from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import Stateless
-from redraft.draft.source import Offer
+from redraft.draft.source import Compiled, Offer
 from redraft.options import Options, number
 
 LONGEST = 20  # tokens of a match that count
 START = 3  # equal tokens from which an earlier output matches
 PLACES = 24  # matches that vote
+MOST = 128  # matches that are followed
 LATEST = 64  # the latest places of a token, or of START tokens, that are searched
 BASE = 4.0
 WEIGHTS = [BASE ** (length - LONGEST) for length in range(LONGEST + 1)]  # of a vote, by the length of the match
@@ -132,6 +133,8 @@ class Matches:
         if i + 1 >= START and self.history.texts:
             for place in self.history.find(self.seq.request.salt, tokens[i + 1 - START : i + 1]):
                 found.setdefault(place, START)
+        if len(found) > MOST:
+            found = {place: length for length, place in nlargest(MOST, ((length, place) for place, length in found.items()))}
         self.found = found
 
     def text(self, number: int) -> Seq[int]:
@@ -275,6 +278,9 @@ class Voter(Stateless):
             (token, base + 2 * ((weight > 0.2 * total) + (weight > 0.5 * total) + (weight > 0.9 * total)) + (group[0][0] == grown))
             for token, (weight, group) in best
         ]
+
+    def compiled(self, library: Any) -> Compiled:
+        return Compiled.new(library, "rd_suffix", self.history.limit, unit=TOKEN_BYTES)
 
     def snapshot(self) -> list[tuple[int, str, list[int]]]:
         return [(number, tenant, list(tokens)) for number, (tenant, tokens) in self.history.texts.items()]

@@ -33,7 +33,7 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, I32, U8, TokenTree
 from redraft.draft.drafter import Stateless
-from redraft.draft.source import Offer
+from redraft.draft.source import Compiled, Offer
 from redraft.errors import InvalidInput
 from redraft.options import Options, number
 
@@ -173,6 +173,9 @@ class Recycler(Stateless):
 
     def offers(self, place: int) -> list[Offer]:
         return [(token, rank) for rank, token in enumerate(self.matrix[place, :OFFERS].tolist()) if token >= 0]
+
+    def compiled(self, library: Any) -> Compiled:
+        return Compiled.new(library, "rd_successors", self.matrix.ctypes.data, self.matrix.shape[1], OFFERS, whole=False)
 
     def observe(self, result: StepResult) -> None:
         """Learns the top k at the root and at all nodes of every sequence that drew a token."""

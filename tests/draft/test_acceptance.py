@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_it_learns_the_frequency_of_each_kind_of_evidence() -> None:
 def test_features_are_distinct_and_deep_nodes_share_one() -> None:
     model = Acceptance(["a", "b"], sources(3, 2), {})
     assert model.first == [DEPTHS + 16, DEPTHS + 19] and len(model.weights) == DEPTHS + 21
-    model.weights = [float(2**i) / 2**25 for i in range(len(model.weights))]
+    model.weights[:] = array("d", [2.0 ** (i - 25) for i in range(len(model.weights))])
     seen = {chance(model, depth, asked, agreed) for depth in (1, DEPTHS) for asked in range(4) for agreed in range(4)}
     assert len(seen) == 32 and chance(model, DEPTHS, 1, 1) == chance(model, DEPTHS + 9, 1, 1)
 
@@ -52,7 +53,7 @@ def test_a_prior_is_written_read_and_kept_for_other_sets_of_drafters() -> None:
     before = chance(model, 2, 0b01, 0b01, model.first[0] + 1)
     assert before > 0.7 and chance(again, 2, 0b10, 0b10, again.first[1] + 1) == pytest.approx(before, abs=0.01)
     alone = Acceptance(["a", "c"], sources(5, 4), prior)  # another version of a with more buckets: its weights do not fit
-    assert alone.weights[alone.first[0] :] == [0.0] * 9
+    assert alone.weights[alone.first[0] :].tolist() == [0.0] * 9
     state = model.snapshot()
     taught(model, 1, 1, 1, model.first[0], came=True)
     assert model.snapshot() != state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.draft.payoff import LONGEST_PAUSE, PATIENCE, PAUSE, Payoff
+from redraft.draft.payoff import LONGEST_PAUSE, PATIENCE, PAUSE, Payoff, Prices
 
 TOKEN = 1.0  # the time of a plain step
 
@@ -26,12 +26,12 @@ def test_a_drafter_that_loses_is_stopped_and_its_pauses_double() -> None:
             if paused:
                 pauses.append(paused)
                 paused = 0
-            payoff.add(drafted(0, 1), (0,), token=TOKEN, node=0.2, drafting=0.0)
+            payoff.add(drafted(0, 1), (0,), Prices(TOKEN, 0.2, 0.0))
             lost += 0.2
         else:
             paused += 1
             assert payoff.stopped == [1]
-            payoff.add(drafted(0), (0,), token=TOKEN, node=0.2, drafting=0.0)
+            payoff.add(drafted(0), (0,), Prices(TOKEN, 0.2, 0.0))
         assert 0 in payoff.active()
     assert pauses[:5] == [PAUSE, 2 * PAUSE, 4 * PAUSE, 8 * PAUSE, 16 * PAUSE] and max(pauses) == LONGEST_PAUSE
     assert lost < 0.01 * 5000 * TOKEN + 6, "it loses a few steps at first, then a percent"
@@ -41,7 +41,7 @@ def test_drafting_time_counts_even_if_nothing_is_drafted() -> None:
     payoff = Payoff(1)
     steps = 0
     while payoff.active():
-        payoff.add(EMPTY, (), token=TOKEN, node=0.0, drafting=0.05)
+        payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.05))
         steps += 1
     assert PATIENCE / 0.05 < steps < 3 * PATIENCE / 0.05
 
@@ -49,10 +49,10 @@ def test_drafting_time_counts_even_if_nothing_is_drafted() -> None:
 def test_it_comes_back_if_it_pays_again() -> None:
     payoff = Payoff(1)
     while payoff.active():
-        payoff.add(drafted(0), (), token=TOKEN, node=0.3, drafting=0.0)
+        payoff.add(drafted(0), (), Prices(TOKEN, 0.3, 0.0))
     for _ in range(PAUSE):
         assert not payoff.active()
-        payoff.add(EMPTY, (), token=TOKEN, node=0.0, drafting=0.0)
+        payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.0))
     for _ in range(200):
         assert payoff.active() == (0,)
-        payoff.add(drafted(0), (0,), token=TOKEN, node=0.3, drafting=0.0)
+        payoff.add(drafted(0), (0,), Prices(TOKEN, 0.3, 0.0))
