@@ -139,7 +139,7 @@ class Advice:
         text = "From acceptance and cost. Costs are in plain steps. The best few were measured."
         expected = Section("Expected speed", text, "", head, cells)
         sections = [
-            charts.speeds(self.rows),
+            *charts.speeds(self.rows),
             charts.acceptance({draft: profile.by_depth for draft, profile in tuned.profiles.items()}),
             charts.cost({self.model: tuned.curve}, "A forward pass without cache, measured; lines go from the fastest to the slowest."),
             expected,
