@@ -4,7 +4,8 @@ Backends take turns within one process, and only the measured backend has more t
 turn, so that it is read from memory and not from a CPU cache.
 
 The limit of an operation is the time to read its bytes or to compute its products, whichever is longer. The read bandwidth is measured
-beside every measurement, the peak once a round, and ratios are taken within a round, because both change from second to second.
+beside every measurement, the peak once a round, and ratios are taken within a round, because both change from second to second. Each
+layer is a call of its own here, while a step makes one call for all: what a call takes is measured on a small matrix.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
 COPIES = 1024  # at most, because many copies of a tiny weight take too long
 SAMPLE = 0.03  # seconds that one measurement takes at least
 PAGE = 32
+SMALL = 32  # inputs and outputs of a matrix that takes no time, to measure a call
+CALL = f"a call, {SMALL} to {SMALL}"
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,13 @@ class Measured:
                 total.limits = [a + count * b for a, b in zip(total.limits, line.limits, strict=True)]
         return found
 
+    def calls(self, backend: str) -> dict[int, Spread]:
+        """rows -> the share of all linear layers that calls take, which a step does not make."""
+        number = sum({line.operation: line.count for line in self.lines if line.rows}.values())
+        whole, one = self.linear(backend), self.linear(backend, CALL)
+        shares = {rows: over([number * took for took in one[rows].seconds], line.seconds) for rows, line in whole.items()}
+        return {rows: share for rows, share in shares.items() if share is not None}
+
 
 def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> Measured:
     """Measures one operation after another. `tick` is called for each round of an operation."""
@@ -165,7 +175,7 @@ def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> 
 
 def ticks(options: OpsOptions) -> int:
     """How often `measure` calls `tick`."""
-    return (5 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
+    return (6 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
 
 
 def _nothing() -> None:
@@ -196,6 +206,7 @@ def _operations(spec: ModelSpec, options: OpsOptions, backends: dict[str, Backen
         title = f"{name}, {ins} to {outs}"
         count = 1 if name == "head" else len(spec.layers)
         yield title, partial(_linears, title, outs, ins, count, options, backends)
+    yield CALL, partial(_linears, CALL, SMALL, SMALL, 0, replace(options, cold=1), backends)
     for cached in options.cached:
         title = f"attention over {cached} cached tokens"
         yield title, lambda floor, title=title, cached=cached: _attention(title, cached, 1, spec, options, backends, floor)  # type: ignore[misc]
@@ -337,9 +348,9 @@ def show(console: Console, found: Measured) -> None:
                 parts += _by_rows(backend, found.linear(backend, operation))
         else:
             parts.append(_table(own))
-    parts += [Text(), Text("all linear layers of a step, each as often as it occurs", style="bold")]
+    parts += [Text(), Text("all linear layers of a step, each as often as it occurs; calls: the part that calls take", style="bold")]
     for backend in dict.fromkeys(line.backend for line in found.lines if line.rows):
-        parts += _by_rows(backend, found.linear(backend))
+        parts += _by_rows(backend, found.linear(backend), found.calls(backend))
     parts += [Text(f"- {name} does not run here: {why}") for name, why in found.refused.items()]
     console.print(Group(*parts))
 
@@ -349,11 +360,9 @@ def _floor(floor: dict[str, Any]) -> str:
     return f"limits: {floor['bytes_per_second'] * 1e-9:.1f} GB/s, {peaks}"
 
 
-def _by_rows(name: str, lines: dict[int, Line]) -> list[Any]:
-    return [
-        Text(name),
-        beside_limits({rows: line.seconds for rows, line in lines.items()}, {rows: line.limits for rows, line in lines.items()}),
-    ]
+def _by_rows(name: str, lines: dict[int, Line], calls: dict[int, Spread] | None = None) -> list[Any]:
+    took, least = {rows: line.seconds for rows, line in lines.items()}, {rows: line.limits for rows, line in lines.items()}
+    return [Text(name), beside_limits(took, least, {"calls": calls} if calls else None)]
 
 
 def _table(lines: Seq[Line]) -> Table:
@@ -400,11 +409,12 @@ def document(found: Measured) -> dict[str, Any]:
             for line in found.lines
         ],
         "linear_layers": {
-            backend: {rows: _whole(line) for rows, line in found.linear(backend).items()}
+            backend: {rows: _whole(line, found.calls(backend)[rows]) for rows, line in found.linear(backend).items()}
             for backend in dict.fromkeys(line.backend for line in found.lines if line.rows)
         },
     }
 
 
-def _whole(line: Line) -> dict[str, Any]:
-    return {"seconds": line.took._asdict(), "rounds": line.seconds, "limit_seconds": line.limits, "times_limit": line.times_limit._asdict()}
+def _whole(line: Line, calls: Spread) -> dict[str, Any]:
+    measured = {"rounds": line.seconds, "limit_seconds": line.limits}
+    return {"seconds": line.took._asdict(), "times_limit": line.times_limit._asdict(), "calls": calls._asdict(), **measured}

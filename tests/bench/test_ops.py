@@ -75,11 +75,11 @@ def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> Non
     reported: list[str] = []
     found = ops.measure(model, OpsOptions(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), reported.append)
     names = [name.split(",")[0] for name in reported]
-    assert names[:15:3] == ["qkv", "out", "up", "down", "head"] and len(reported) == 21 == ops.ticks(found.options)
+    assert names[:18:3] == ["qkv", "out", "up", "down", "head", "a call"] and len(reported) == 24 == ops.ticks(found.options)
     assert [name.rpartition(": ")[2] for name in reported[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
     assert found.refused == {"absent": "backend 'absent': no compiler"}
     lines = {(line.operation, line.backend, line.size) for line in found.lines}
-    assert len(lines) == len(found.lines) == 5 * 2 * 2 * 2 + 2 * 2 * 2
+    assert len(lines) == len(found.lines) == 6 * 2 * 2 * 2 + 2 * 2 * 2
     assert all(len(line.seconds) == 2 and min(line.seconds) > 0 for line in found.lines)
     spec = shapes.spec_of(model)
     qkv = next(line for line in found.lines if line.operation.startswith("qkv") and line.size == "3 rows" and line.backend == "noted")
@@ -113,7 +113,10 @@ def test_all_linear_layers_of_a_step_are_added_up(model: str) -> None:
     assert list(total) == [1, 3]
     for rows, line in total.items():
         parts = [one for one in found.lines if one.rows == rows]
-        assert len(parts) == 5 and sorted(one.count for one in parts) == [1, 2, 2, 2, 2]
+        assert len(parts) == 6 and sorted(one.count for one in parts) == [0, 1, 2, 2, 2, 2]
+        call = next(one for one in parts if one.operation == ops.CALL)
+        shares = sorted(9 * one / whole for one, whole in zip(call.seconds, line.seconds))
+        assert found.calls("torch")[rows] == (pytest.approx(sum(shares) / 2), pytest.approx(shares[0]), pytest.approx(shares[1]))
         for turn in range(2):
             assert line.seconds[turn] == pytest.approx(sum(one.count * one.seconds[turn] for one in parts))
             assert line.limits[turn] == pytest.approx(sum(one.count * one.limits[turn] for one in parts))
@@ -144,11 +147,11 @@ def test_document_and_table(redraft: Callable[..., Ran], model: str, tmp_path: P
     small = ["--rows", "1,3", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--dtype", "float32"]
     code, out, err = redraft("bench", "ops", model, "--backend", "torch", *small, "--json", str(file))
     assert code == 0 and "attention over 40 cached tokens" in out and "GB/s" in out, err
-    assert "all linear layers of a step" in out and out.count("times limit") == 3 * 6 and "times 1 row" in out
+    assert "all linear layers of a step" in out and out.count("times limit") == 3 * 7 and "times 1 row" in out
     document = json.loads(file.read_text())
     assert set(document["linear_layers"]) == {"torch", "torch int8", "torch int4"}
     assert all(one["times_limit"]["median"] > 0 for one in document["linear_layers"]["torch"].values())
-    assert len(document["lines"]) == 3 * 5 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
+    assert len(document["lines"]) == 3 * 6 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
 
 
 def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(
@@ -160,14 +163,14 @@ def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(
     monkeypatch.setattr(report, "EVERY", 0)
     code, out, err = redraft("bench", "ops", model, *small)
     assert code == 0 and "GB/s" in out
-    assert [line.partition(" ")[0] for line in err.splitlines()] == [f"{i}/12" for i in range(1, 13)]
-    assert err.startswith("1/12 qkv, 16 to 32: making weights\n2/12 qkv, 16 to 32: round 1 of 1\n3/12 out")
+    assert [line.partition(" ")[0] for line in err.splitlines()] == [f"{i}/14" for i in range(1, 15)]
+    assert err.startswith("1/14 qkv, 16 to 32: making weights\n2/14 qkv, 16 to 32: round 1 of 1\n3/14 out")
 
     def stop(run: object) -> float:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ops, "_sample", stop)
-    assert redraft("bench", "ops", model, *small) == (130, "", "1/12 qkv, 16 to 32: making weights\nstopped\n")
+    assert redraft("bench", "ops", model, *small) == (130, "", "1/14 qkv, 16 to 32: making weights\nstopped\n")
 
 
 @pytest.mark.parametrize(
