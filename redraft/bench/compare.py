@@ -226,17 +226,13 @@ def compare(
 
 def warming(llm: LLM, options: CompareOptions, prompts: Seq[Prompt]) -> list[PromptGroup]:
     """The groups of the warm prompts that fit the context. InvalidInput if none does, or if one of them is measured too."""
-    measured = {_content(prompt) for prompt in prompts}
-    if same := [prompt.id for prompt in options.warm if _content(prompt) in measured]:
+    measured = {prompt.content for prompt in prompts}
+    if same := [prompt.id for prompt in options.warm if prompt.content in measured]:
         raise InvalidInput(f"warm: {', '.join(same)} is also measured; a drafter must not learn what it is measured on")
     fits = [prompt for prompt in options.warm if len(Dialogue(prompt, llm.tokenizer).ids()) < llm.max_model_len]
     if options.warm and not fits:
         raise PromptTooLong(f"warm: none of the {len(options.warm)} prompts fits the context: max_model_len = {llm.max_model_len}")
     return split(fits, options.batch, llm.params(options.params))
-
-
-def _content(prompt: Prompt) -> str:
-    return repr((prompt.prompt, prompt.messages, prompt.turns))
 
 
 def opened(llm: LLM, options: CompareOptions) -> tuple[dict[str, LLM], list[str]]:

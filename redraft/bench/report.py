@@ -345,7 +345,7 @@ def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> l
     modes = {row.mode for row in overall}
     if modes & {Mode.COLD, Mode.HOT, Mode.WARM}:
         others = "; hot: learned on the other half of the prompts, never on these" if Mode.HOT in modes else ""
-        others += f"; warm: learned on {len(options.warm)} other prompts" if Mode.WARM in modes else ""
+        others += f"; warm: learned on {len(options.warm)} other prompt{'s' * (len(options.warm) > 1)}" if Mode.WARM in modes else ""
         lines.append(f"cold: nothing learned before each prompt group{others}; restored before each, so no round repeats what one learned")
     if any(row.mode == Mode.SAME for row in overall):
         lines.append("cold=hot: a method that learns nothing from other prompts; baseline: the plain loop")

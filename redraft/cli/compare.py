@@ -25,7 +25,10 @@ def compare(
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
     limit: Annotated[int | None, typer.Option(help="At most this many prompts, evenly from all categories.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Only this category, repeated for more.")] = None,
-    warm: Annotated[Path | None, typer.Option(help="Prompts that drafters learn from before, in place of the other half.")] = None,
+    turns: Annotated[int | None, typer.Option(help="At most this many turns of each prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Raw texts are what a user says, by the chat template.")] = False,
+    warm: Annotated[Path | None, typer.Option(help="Drafters learn from its other prompts before, in place of the other half.")] = None,
+    warm_limit: Annotated[int | None, typer.Option(help="At most this many of them, evenly from all categories.")] = None,
     bound: Annotated[bool, typer.Option("--bound", help="Also measure the share of the best possible acceptance.")] = False,
     against: Annotated[
         str | None, typer.Option(help="Other engines with their own speculation: transformers, llama.cpp, openvino, with commas.")
@@ -65,17 +68,19 @@ def compare(
     every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
     params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     drafts = tuple(draft or (every if against is None else ["auto"]))
-    lessons = () if warm is None else tuple(suite.load(warm))
+    chosen = suite.load(prompts, category or None, limit, turns=turns, chat=chat)
+    lessons = () if warm is None else tuple(suite.load(warm, limit=warm_limit, turns=turns, chat=chat, without=chosen))
     options = bench.CompareOptions(drafts, params, rounds, batch, lenient=not draft, bound=bound, warm=lessons)
     peers = None if against is None else engines.Against(names(against), assistant, gguf, engine)
     if peers is not None:
         peers.check(options)
+    if warm_limit is not None and warm is None:
+        raise InvalidInput(f"warm_limit = {warm_limit}: is for the prompts of warm, and there are none")
     for name, value in (("assistant", assistant), ("gguf", gguf)):
         if value is not None and peers is None:
             raise InvalidInput(f"{name} = {value}: is for the engines of against, and there are none")
     if warm is not None and peers is not None:
         raise InvalidInput(f"warm = {warm}: not with against")
-    chosen = suite.load(prompts, category or None, limit)
     source = "the suite of redraft" if prompts is None else str(prompts)
     if json is not None:
         files.check_writable(json)

@@ -613,6 +613,17 @@ def test_the_command_prints_a_table_and_writes_json(folder: Path, file: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "prompts.jsonl"]
 
 
+def test_one_file_has_the_measured_and_the_warm_prompts(
+    folder: Path, file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    words = f"--prompts {file} --limit 2 --warm {file} --warm-limit 5 --draft ngram --max-tokens 5 --rounds 1 --dtype float32 --json {out}"
+    assert command(["compare", str(folder), *words.split()]) == 0
+    settings = json.loads(out.read_text())["settings"]
+    assert settings["outputs"] == 2 and settings["warm"] == ["p2"]
+    assert "warm: learned on 1 other prompt;" in " ".join(capsys.readouterr().out.split())
+
+
 DRAFTS = [*registry.METHODS["draft"], "union:parts=copyspec+token-recycling", "auto"]
 
 
@@ -715,6 +726,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("--json /", "is a folder"),
         ("--prompts /nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
         ("--warm /nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("--warm-limit 3", "warm_limit = 3: is for the prompts of warm, and there are none"),
+        ("--turns 0", "turns = 0: must be 1 or more"),
         ("--draft none", "is the plain loop"),
     ],
 )
