@@ -103,7 +103,7 @@ class Advice:
             "the expected tokens/s are from one pass of each drafter and the times of steps, relative to the plain loop",
             "tokens/s, speed-up: measured, medians of the rounds; min-max: of the speed-up, for none of tokens/s",
             f"kept at depth: share of steps that kept so many drafts or more; rows of a step: {self.setting}",
-            *notes(self.tuned.comparison, self.options, self.rows)[2:],
+            *notes(self.tuned.comparison, self.options, self.rows),
         ]
 
     @property

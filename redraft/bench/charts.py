@@ -8,7 +8,7 @@ from itertools import groupby
 
 from redraft.bench.compare import CompareOptions, Comparison
 from redraft.bench.page import Section, whole
-from redraft.bench.report import heading, notes
+from redraft.bench.report import heading, legend, notes
 from redraft.bench.results import Row, Speed
 from redraft.bench.svg import Dot, Point, dots, lines, spread
 from redraft.core.cost import KNOTS, CostModel
@@ -23,7 +23,9 @@ def page(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> st
     llms = {entry.method: entry.llm for entry in comparison.entries}
     sections = [*speeds(rows), *beside(rows), acceptance({name(row): row.acceptance_by_depth for row in rows if row.category is None})]
     title = f"Drafters compared: {comparison.entries[0].llm.name}"
-    return whole(title, heading(comparison, options), [*sections, modelled(llms)], notes(comparison, options, rows))
+    return whole(
+        title, heading(comparison, options), [*sections, modelled(llms)], [*legend(options, rows), *notes(comparison, options, rows)]
+    )
 
 
 def name(row: Row) -> str:
@@ -32,7 +34,10 @@ def name(row: Row) -> str:
 
 def speeds(rows: Seq[Row]) -> list[Section]:
     """Tokens a second by method and category: prompts included, and of generation alone if some text has a second token."""
-    text = "Dots are the median of the rounds, lines go from the slowest round to the fastest. Dashed: the plain loop."
+    text = (
+        "Dots are the median of the rounds, lines go from the slowest round to the fastest. Dashed: the plain loop. At least: the "
+        "one-sided 95 % bound of the ratio."
+    )
     found = [_speeds("Tokens a second", text, [(row, row) for row in rows])]
     if alone := [(row, row.generation) for row in rows if row.generation is not None]:
         found.append(_speeds("Generation alone", f"Tokens after the first by the time after it. {text}", alone))

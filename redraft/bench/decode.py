@@ -26,7 +26,7 @@ from rich.text import Text
 from redraft import registry
 from redraft.bench import report, shapes
 from redraft.bench.divergence import first_difference
-from redraft.bench.peers.limits import least_seconds
+from redraft.bench.peers.limits import least_seconds, peak_of
 from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Lost, Worker
 from redraft.config import EngineConfig, ModelConfig
@@ -394,7 +394,7 @@ def _limit(found: Comparison, engine: Engine, measure: str) -> list[float | None
     if measure == "decode":
         return list(engine.reads.get(measure, []))
     kind = _kind(engine)
-    return [one and one["flops_per_second"].get(kind) for one in found.limits.found.get("peak", [])]
+    return [one and peak_of(one["flops_per_second"], kind) for one in found.limits.found.get("peak", [])]
 
 
 def _kind(engine: Engine) -> str:

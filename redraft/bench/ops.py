@@ -118,9 +118,8 @@ class Line:
         return self.bytes / self.took.median / float(self.floor["bytes_per_second"])
 
     @property
-    def of_peak(self) -> float | None:
-        peak = self.floor["flops_per_second"].get(self.kind)
-        return self.flops / self.took.median / peak if peak else None
+    def of_peak(self) -> float:
+        return self.flops / self.took.median / limits.peak_of(self.floor["flops_per_second"], self.kind)
 
 
 @dataclass
@@ -378,8 +377,9 @@ def _table(lines: Seq[Line]) -> Table:
 
 def _cell(line: Line) -> str:
     took, part = line.took.median, line.of_peak
-    peak = "" if part is None else f" {part:.0%}"
-    return f"{took * 1e3:.3g} ms\n{line.bytes / took * 1e-9:.1f} GB/s {line.of_bandwidth:.0%}\n{line.flops / took * 1e-12:.3f} TF{peak}"
+    return (
+        f"{took * 1e3:.3g} ms\n{line.bytes / took * 1e-9:.1f} GB/s {line.of_bandwidth:.0%}\n{line.flops / took * 1e-12:.3f} TF {part:.0%}"
+    )
 
 
 def document(found: Measured) -> dict[str, Any]:

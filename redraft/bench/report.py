@@ -161,7 +161,7 @@ def show(console: Console, comparison: Comparison, options: CompareOptions, rows
     for line in [*_table(rows, HEAD, WIDTHS, _line), *_generation(rows), *_beside(rows)]:
         console.print(line, soft_wrap=True)
     console.print()
-    for note in notes(comparison, options, rows):
+    for note in [*legend(options, rows), *notes(comparison, options, rows)]:
         _print(console, f"- {note}")
 
 
@@ -323,10 +323,8 @@ def _drafts(entry: Entry, rounds: list[list[Run]]) -> str:
     return note
 
 
-def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> list[str]:
-    """Notes below the table, one on each line."""
-    llm = comparison.entries[0].llm
-    overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
+def legend(options: CompareOptions, rows: list[Row]) -> list[str]:
+    """What the columns are, a line each."""
     lines = [
         "speed-up: median of the rounds' ratios, each over the plain loop of the same round; reading the prompt is timed too; slower: in "
         "every round",
@@ -340,6 +338,14 @@ def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> l
             "at least: one-sided 95 % bound of the ratio over all rounds, with generation alone and with the prompt, by bootstrap over the "
             f"{'groups' if several else 'texts'}",
         ]
+    return lines
+
+
+def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> list[str]:
+    """Notes below the table, one on each line."""
+    llm = comparison.entries[0].llm
+    overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
+    lines = []
     if comparison.stopped:
         lines.append(f"stopped by Ctrl-C: of {options.rounds} rounds {comparison.rounds} of {comparison.outputs} prompts are shown")
     modes = {row.mode for row in overall}

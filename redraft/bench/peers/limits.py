@@ -83,9 +83,13 @@ def peaks(side: int = SIDE) -> dict[str, float]:
 
 
 def least_seconds(size: float, flops: float, bandwidth: float, peaks: Mapping[str, float], kind: str) -> float:
-    """What reading `size` bytes and computing `flops` operations in the number format `kind` takes at least: the larger of the two. A
-    format without an instruction on this machine is computed in float32."""
-    return max(size / bandwidth, flops / (peaks.get(kind) or peaks["float32"]))
+    """What reading `size` bytes and computing `flops` operations in the number format `kind` takes at least: the larger of the two."""
+    return max(size / bandwidth, flops / peak_of(peaks, kind))
+
+
+def peak_of(peaks: Mapping[str, float], kind: str) -> float:
+    """Operations a second in this number format, which is computed in float32 if this machine has no instruction for it."""
+    return peaks.get(kind) or peaks["float32"]
 
 
 def _product(dtype: torch.dtype, side: int, repeats: int = 4) -> float:
