@@ -102,9 +102,15 @@ class Advice:
             "rows: drafted for a text in a step on average; tokens: of a text in a step; cost: of such a step, in plain steps; these and "
             "the expected tokens/s are from one pass of each drafter and the times of steps, relative to the plain loop",
             "tokens/s, speed-up: measured, medians of the rounds; min-max: of the speed-up, for none of tokens/s",
-            "kept at depth: share of steps that kept so many drafts or more; rows of a step: without cache",
-            *notes(self.tuned.comparison, self.options, self.rows)[2:],
+            f"kept at depth: share of steps that kept so many drafts or more; rows of a step: {self.setting}",
+            *notes(self.tuned.comparison, self.options, self.rows),
         ]
+
+    @property
+    def setting(self) -> str:
+        """What the times of steps hold for."""
+        texts = max(map(len, self.tuned.plain.batches))
+        return f"{texts} text{'s' * (texts > 1)} with {self.tuned.plain.context} cached tokens{' each' * (texts > 1)}"
 
     def text(self) -> list[str]:
         """Heading, reasons, table and notes as lines."""
@@ -139,9 +145,9 @@ class Advice:
         text = "From acceptance and cost. Costs are in plain steps. The best few were measured."
         expected = Section("Expected speed", text, "", head, cells)
         sections = [
-            charts.speeds(self.rows),
+            *charts.speeds(self.rows),
             charts.acceptance({draft: profile.by_depth for draft, profile in tuned.profiles.items()}),
-            charts.cost({self.model: tuned.curve}, "A forward pass without cache, measured; lines go from the fastest to the slowest."),
+            charts.cost({self.model: tuned.curve}, f"A forward pass, {self.setting}, measured; lines go from the fastest to the slowest."),
             expected,
         ]
         facts = [*heading(tuned.comparison, self.options), *self.why()]

@@ -1,8 +1,12 @@
 """The plain loop and every method on the same prompts, in one process, interleaved and repeated.
 
-`llm.generate` of a group of prompts is timed, from admission to the last token, so reading the prompt counts for all methods. The
-learned state of a drafter is restored before every measurement: `cold` is the state it opens with, `hot` what it learned on other
-prompts. Each category of the suite is split into two halves. The state for one half was learned on the other half only.
+`llm.generate` of a group of prompts is timed, from admission to the last token, so reading the prompt counts for all methods. Generation
+alone is timed too: from the step that draws the last first token of the group to the last step.
+
+What a drafter learned from texts is restored before every measurement, so no round replays what an earlier round taught it. `cold` is the
+state it opens with, `hot` what it learned on other prompts: each category is split into two halves, and the state for one half was learned
+on the other half only. With warm prompts there is `warm` in place of `hot`: what it learned on those, which are not measured. Times of
+steps are not restored, because they are facts of the machine.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -40,6 +45,7 @@ class Mode(StrEnum):
     BASELINE = "baseline"
     COLD = "cold"
     HOT = "hot"
+    WARM = "warm"
     SAME = "cold=hot"  # it learns nothing from traffic
 
 
@@ -47,7 +53,7 @@ class Mode(StrEnum):
 class CompareOptions:
     """What is compared and how. drafts: methods as "name:option=value,..."; batch: prompts that run at once; lenient: methods
     that do not fit this model or verifier are left out and named, instead of refused; bound: also measure, in an untimed pass, the
-    acceptance relative to that of the best possible rule."""
+    acceptance relative to that of the best possible rule; warm: prompts that drafters learn from before, without being timed."""
 
     drafts: tuple[str, ...]
     params: SamplingParams
@@ -55,6 +61,7 @@ class CompareOptions:
     batch: int = 1
     lenient: bool = False
     bound: bool = False
+    warm: tuple[Prompt, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises InvalidInput (UnknownMethod) before anything is loaded."""
@@ -101,11 +108,14 @@ class Turn:
 
 @dataclass
 class Run:
-    """One measurement: a group's conversations with one entry. peak: most bytes of cache in use, including a draft model's; fault: the
-    error of the first drafter that failed."""
+    """One measurement: a group's conversations with one entry. generated, generating: the tokens after the step that drew the last
+    first token, and their seconds; peak: most bytes of cache in use, including a draft model's; fault: the error of the first drafter
+    that failed."""
 
     conversations: list[list[Turn]]
     seconds: float = 0.0
+    generated: int = 0
+    generating: float = 0.0
     steps: int = 0
     accepted: int = 0
     peak: int = 0
@@ -197,13 +207,14 @@ def compare(
     fits = [prompt for prompt in prompts if len(Dialogue(prompt, llm.tokenizer).ids()) < llm.max_model_len]
     if not fits:
         raise PromptTooLong(f"none of the {len(prompts)} prompts fits the context: max_model_len = {llm.max_model_len}")
-    llm.engine.policies.check(llm.params(options.params))  # raises once what the engine would refuse for every prompt
-    groups = split(fits, options.batch, llm.params(options.params))
+    params = llm.params(options.params)
+    llm.engine.policies.check(params)  # raises once what the engine would refuse for every prompt
+    groups, warm = split(fits, options.batch, params), warming(llm, options, prompts)
     siblings, refused = opened(llm, options)
-    announce(estimate([llm, *siblings.values()], groups, options))
+    announce(estimate([llm, *siblings.values()], groups, options, warm))
     entries = [Entry(BASELINE, Mode.BASELINE, llm, (None, None))]
     for draft, sibling in siblings.items():
-        entries += enter(draft, sibling, groups, tick)
+        entries += enter(draft, sibling, groups, tick, warm)
     runs, stopped = measure_all(entries, groups, options.rounds, tick)
     groups = groups[: len(runs[0][0])]
     bounds: dict[int, Share] = {}
@@ -211,6 +222,17 @@ def compare(
         bounds, stopped = gauge_all(entries, groups, runs)
     left_out = [prompt.id for prompt in prompts if prompt not in fits]
     return Comparison(entries, groups, runs, left_out, cut_short(groups, runs[0][0]), refused, bounds, stopped)
+
+
+def warming(llm: LLM, options: CompareOptions, prompts: Seq[Prompt]) -> list[PromptGroup]:
+    """The groups of the warm prompts that fit the context. InvalidInput if none does, or if one of them is measured too."""
+    measured = {prompt.content for prompt in prompts}
+    if same := [prompt.id for prompt in options.warm if prompt.content in measured]:
+        raise InvalidInput(f"warm: {', '.join(same)} is also measured; a drafter must not learn what it is measured on")
+    fits = [prompt for prompt in options.warm if len(Dialogue(prompt, llm.tokenizer).ids()) < llm.max_model_len]
+    if options.warm and not fits:
+        raise PromptTooLong(f"warm: none of the {len(options.warm)} prompts fits the context: max_model_len = {llm.max_model_len}")
+    return split(fits, options.batch, llm.params(options.params))
 
 
 def opened(llm: LLM, options: CompareOptions) -> tuple[dict[str, LLM], list[str]]:
@@ -226,18 +248,17 @@ def opened(llm: LLM, options: CompareOptions) -> tuple[dict[str, LLM], list[str]
     return siblings, refused
 
 
-def estimate(llms: Seq[LLM], groups: Seq[PromptGroup], options: CompareOptions) -> float:
+def estimate(llms: Seq[LLM], groups: Seq[PromptGroup], options: CompareOptions, warm: Seq[PromptGroup] = ()) -> float:
     """Seconds that the measurements will take: the time of a short run of each engine, scaled to the tokens of all groups."""
     work = sum((expected(llms[0], group) for group in groups), Work(0, 0))
-    return sum(passes(llm, groups, options, own=i > 0) * pace(llm, groups[0]).seconds(work) for i, llm in enumerate(llms))
-
-
-def passes(llm: LLM, groups: Seq[PromptGroup], options: CompareOptions, own: bool) -> int:
-    """How often an engine runs all groups. own: it has a drafter, which may learn and have a bound."""
-    learns = own and llm.engine.drafter.snapshot() is not None and len({group.half for group in groups}) > 1
-    modes = 2 if learns else 1
-    bounded = own and options.bound and not groups[0].params[0].greedy
-    return modes * (options.rounds + bounded) + learns
+    lessons = sum((expected(llms[0], group) for group in warm), Work(0, 0)) if warm else work
+    seconds = 0.0
+    for i, llm in enumerate(llms):
+        learns = i > 0 and llm.engine.drafter.snapshot() is not None and (bool(warm) or len({group.half for group in groups}) > 1)
+        bounded = i > 0 and options.bound and not groups[0].params[0].greedy
+        speed = pace(llm, groups[0])
+        seconds += (1 + learns) * (options.rounds + bounded) * speed.seconds(work) + learns * speed.seconds(lessons)
+    return seconds
 
 
 def expected(llm: LLM, group: PromptGroup) -> Work:
@@ -325,8 +346,8 @@ def run_all(entry: Entry, groups: Seq[PromptGroup]) -> list[Run]:
 
 def ticks(prompts: int, options: CompareOptions) -> int:
     """About how often `tick` is called, for a progress bar."""
-    groups = -(-prompts // options.batch)
-    return groups * (options.rounds * (1 + 2 * len(options.drafts)) + len(options.drafts))
+    groups, lessons = -(-prompts // options.batch), -(-(len(options.warm) or prompts) // options.batch)
+    return groups * options.rounds * (1 + 2 * len(options.drafts)) + lessons * len(options.drafts)
 
 
 def split(prompts: Seq[Prompt], batch: int, params: SamplingParams) -> list[PromptGroup]:
@@ -352,24 +373,28 @@ def order(entries: int, turn: int, group: int) -> list[int]:
     return turned[::-1] if turn % 2 else turned
 
 
-def enter(draft: str, llm: LLM, groups: Seq[PromptGroup], tick: Tick) -> list[Entry]:
-    """A method's entries: cold and hot if it learns from traffic, else one. Learning is not timed."""
+def enter(draft: str, llm: LLM, groups: Seq[PromptGroup], tick: Tick, warm: Seq[PromptGroup] = ()) -> list[Entry]:
+    """A method's entries: cold, and hot or warm, if it learns from traffic, else one. Learning is not timed."""
     drafter = llm.engine.drafter
     empty = drafter.snapshot()
     if empty is None:
         return [Entry(draft, Mode.SAME, llm, (None, None))]
     cold = Entry(draft, Mode.COLD, llm, (empty, empty))
+
+    def learned(lessons: Seq[PromptGroup]) -> Any:
+        drafter.restore(empty)
+        for group in lessons:
+            generate(llm, group)
+            tick(f"{draft} learns")
+        return drafter.snapshot()
+
+    if warm:
+        state = learned(warm)
+        return [cold, Entry(draft, Mode.WARM, llm, (state, state))]
     if len({group.half for group in groups}) < 2:
         return [cold]  # no other prompts to learn on
-    learned = []
-    for half in (0, 1):
-        drafter.restore(empty)
-        for group in groups:
-            if group.half != half:
-                generate(llm, group)
-                tick(f"{draft} learns")
-        learned.append(drafter.snapshot())
-    return [cold, Entry(draft, Mode.HOT, llm, (learned[0], learned[1]))]
+    first, second = (learned([group for group in groups if group.half != half]) for half in (0, 1))
+    return [cold, Entry(draft, Mode.HOT, llm, (first, second))]
 
 
 def measure(llm: LLM, group: PromptGroup, state: Any) -> Run:
@@ -400,9 +425,13 @@ def generate(llm: LLM, group: PromptGroup) -> Run:
     while active := [i for i, dialogue in enumerate(dialogues) if dialogue.open]:
         prompts = [dialogues[i].ids() for i in active]
         params = [group.params[i] for i in active]
-        start = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-        run.seconds += time.perf_counter() - start
+        with steps(llm) as times:
+            start = time.perf_counter()
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+            run.seconds += time.perf_counter() - start
+        count, seconds = after_first(times)
+        run.generated += count
+        run.generating += seconds
         for i, ids, output in zip(active, prompts, outputs, strict=True):
             if output.error is not None:  # it no longer fits the context
                 dialogues[i].open = False
@@ -419,6 +448,40 @@ def generate(llm: LLM, group: PromptGroup) -> Run:
             dialogues[i].reply(found.token_ids)
     run.peak = sum(runner.memory.paged.table.peak * runner.memory.paged.store.block_bytes for runner in runners)
     return run
+
+
+Times = list[tuple[float, str, int]]
+"""When a step ended, a text, and how many tokens the step gave it."""
+
+
+@contextmanager
+def steps(llm: LLM) -> Iterator[Times]:
+    """Records the tokens of every step that `llm` makes inside."""
+    found: Times = []
+    engine, step = llm.engine, llm.engine.step
+
+    def timed(*given: Any) -> Any:
+        events = step(*given)
+        if not given:  # else it is a part of a step that failed
+            now = time.perf_counter()
+            found.extend((now, event.request.id, len(event.tokens)) for event in events)
+        return events
+
+    vars(engine)["step"] = timed
+    try:
+        yield found
+    finally:
+        del vars(engine)["step"]
+
+
+def after_first(times: Times) -> tuple[int, float]:
+    """The tokens after the step on which all texts have their first one, and their seconds."""
+    first: dict[str, float] = {}
+    for now, text, _ in times:
+        first.setdefault(text, now)
+    began = max(first.values(), default=0.0)
+    later = [(now, count) for now, _, count in times if now > began]
+    return sum(count for _, count in later), later[-1][0] - began if later else 0.0
 
 
 def cut_short(groups: Seq[PromptGroup], runs: Seq[Run]) -> list[str]:

@@ -1,8 +1,9 @@
 """How fast engines run one model. They have the same weights and threads, each engine has its own process, and they take turns.
 
 In every round each engine has one turn for each measurement, in an order that rotates from round to round. Waiting engines are stopped
-with all their threads (SIGSTOP), so that no thread spins during a measurement. The machine's limits are measured in turns as well.
-Ratios are taken within a round, because a slower machine then slows both engines down.
+with all their threads (SIGSTOP), so that no thread spins during a measurement. The machine's limits are measured in turns as well, its
+read bandwidth before and after every turn that is compared with it. Ratios are taken within a round, because a slower machine then slows
+both engines down.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.text import Text
 from redraft import registry
 from redraft.bench import report, shapes
 from redraft.bench.divergence import first_difference
+from redraft.bench.peers.limits import least_seconds, peak_of
 from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Lost, Worker
 from redraft.config import EngineConfig, ModelConfig
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 Tick = Callable[[str], None]
 
 MEASURES = ("decode", "prefill", "steps")
-LIMIT_OF = {"decode": "bandwidth", "prefill": "peak"}  # measurement -> the limit that is measured with it
+READS = ("decode", "steps")  # measurements with the read bandwidth beside each turn; the peak is measured once a round
 LIMITS = "redraft.bench.peers.limits:Limits"
 
 
@@ -92,7 +94,7 @@ class DecodeOptions:
     context: int = 128
     tokens: int = 32
     prefill: int = 512
-    rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+    rows: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     rounds: int = 5
     repeats: int = 3
     isa: str | None = None
@@ -159,7 +161,8 @@ def _named(text: str) -> dict[str, str]:
 @dataclass
 class Engine:
     """One engine of a run. found: measurement -> its answers, one for each round, None if it did not run; lost: why it left the run;
-    beyond: the part of it that uses more instructions than the run's `isa`."""
+    beyond: the part of it that uses more instructions than the run's `isa`; reads: measurement -> bytes a second that the machine read
+    beside it, the mean of before and after, one for each round."""
 
     name: str
     target: str
@@ -170,6 +173,7 @@ class Engine:
     worker: Worker | None = field(default=None, repr=False)
     differs: dict[str, Any] | None = None
     beyond: str = ""
+    reads: dict[str, list[float | None]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> list[int]:
@@ -218,10 +222,16 @@ def compare(model: str, options: DecodeOptions, tick: Tick = lambda what: None) 
             raise RedraftError(f"no engine runs: {'; '.join(f'{engine.name}: {engine.lost}' for engine in found.engines)}")
         try:
             for turn in range(options.rounds):
+                _measure(found.limits, "peak")
                 for measure in MEASURES:
-                    for engine in _order(everyone, turn):
+                    before = _read(found.limits) if measure in READS else None
+                    for engine in _order(found.engines, turn):
                         tick(f"round {turn + 1}/{options.rounds}, {measure}: {engine.name}")
-                        _measure(engine, LIMIT_OF.get(measure, "") if engine is found.limits else measure)
+                        _measure(engine, measure)
+                        if measure in READS:
+                            after = _read(found.limits)
+                            engine.reads.setdefault(measure, []).append(None if before is None or after is None else (before + after) / 2)
+                            before = after
         except KeyboardInterrupt:
             if not any(found.base.found.values()):
                 raise
@@ -236,7 +246,7 @@ def compare(model: str, options: DecodeOptions, tick: Tick = lambda what: None) 
 
 def ticks(options: DecodeOptions) -> int:
     """About how often `tick` is called."""
-    return (len(options.redraft) + len(options.against) + 1) * (1 + options.rounds * len(MEASURES))
+    return (len(options.redraft) + len(options.against)) * (1 + options.rounds * len(MEASURES)) + 1
 
 
 def _engines(options: DecodeOptions) -> tuple[list[Engine], Engine, dict[str, str]]:
@@ -288,8 +298,14 @@ def _measure(engine: Engine, measure: str) -> None:
             engine.lost = f"{measure}: {error}"
             engine.worker.end()
             engine.worker = None
-    if measure:
-        engine.found.setdefault(measure, []).append(found)
+    engine.found.setdefault(measure, []).append(found)
+
+
+def _read(limits: Engine) -> float | None:
+    """Bytes a second that the machine reads now."""
+    _measure(limits, "bandwidth")
+    found = limits.found["bandwidth"][-1]
+    return found and float(found["bytes_per_second"])
 
 
 def _explain(found: Comparison, job: Job) -> None:
@@ -375,11 +391,25 @@ def _quant(engine: Engine) -> str | None:
 
 
 def _limit(found: Comparison, engine: Engine, measure: str) -> list[float | None]:
-    every = found.limits.found.get(LIMIT_OF[measure], [])
     if measure == "decode":
-        return [one and one["bytes_per_second"] for one in every]
-    kind = "int8" if _quant(engine) else engine.facts["dtype"]
-    return [one and one["flops_per_second"].get(kind) for one in every]
+        return list(engine.reads.get(measure, []))
+    kind = _kind(engine)
+    return [one and peak_of(one["flops_per_second"], kind) for one in found.limits.found.get("peak", [])]
+
+
+def _kind(engine: Engine) -> str:
+    """The number format of its products."""
+    return "int8" if _quant(engine) else str(engine.facts["dtype"])
+
+
+def least(found: Comparison, engine: Engine, rows: int) -> list[float | None]:
+    """The least seconds of a step of `rows` rows, one for each round: to read weights and cache, or to compute the linear layers and the
+    head of all rows."""
+    dtype, spec = str(engine.facts["dtype"]), found.spec
+    size = read_bytes(spec, dtype, _quant(engine)) + cache_bytes(spec, found.options.context, loader.DTYPES[dtype].itemsize)
+    flops = 2 * rows * (_linear_weights(spec) + spec.vocab * spec.hidden)
+    pairs = zip(engine.reads.get("steps", []), found.limits.found.get("peak", []))
+    return [least_seconds(size, flops, reads, peak["flops_per_second"], _kind(engine)) if reads and peak else None for reads, peak in pairs]
 
 
 def linears(spec: ModelSpec) -> Iterator[tuple[tuple[int, ...], float]]:
@@ -453,11 +483,12 @@ def _tables(found: Comparison) -> Iterator[tuple[str, Table]]:
     yield f"plain decode after {o.context} tokens, {o.tokens} tokens", _rows(found, "decode", columns, 1.0, 1e-9)
     columns = "engine", "tokens/s", "speed of base", "TFLOP/s", "of peak"
     yield f"prefill of {o.prefill} tokens", _rows(found, "prefill", columns, float(o.prefill), 1e-12)
-    table = _table(["engine", *(f"{rows} row{'s' * (rows > 1)}" for rows in o.rows)])
     for engine in found.engines:
         if any(engine.found.get("steps", [])):
-            _steps(found, engine, table)
-    yield f"one step after {o.context} tokens: milliseconds, times the first column, speed of base", table
+            took = {rows: seconds(engine, "steps", rows) for rows in o.rows}
+            others = {} if engine is found.base else {"speed of base": {r: speed_of_base(found, engine, "steps", r) for r in o.rows}}
+            limits = {rows: least(found, engine, rows) for rows in o.rows}
+            yield f"one step after {o.context} tokens: {engine.name}", beside_limits(took, limits, others)
 
 
 def _rows(found: Comparison, measure: str, columns: Seq[str], tokens: float, unit: float) -> Table:
@@ -474,15 +505,37 @@ def _rows(found: Comparison, measure: str, columns: Seq[str], tokens: float, uni
     return table
 
 
-def _steps(found: Comparison, engine: Engine, table: Table) -> None:
-    cells = []
-    for rows in found.options.rows:
-        took = Spread.of(seconds(engine, "steps", rows))
-        more = over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))
-        assert took is not None and more is not None
-        ratio = "" if engine is found.base else "\n" + _ratio(found, engine, "steps", rows)
-        cells.append(f"{took.median * 1e3:.1f}\nx {more.median:.2f}{ratio}")
-    table.add_row(engine.name, *cells)
+def beside_limits(
+    took: Mapping[int, Seq[float | None]],
+    limits: Mapping[int, Seq[float | None]],
+    others: Mapping[str, Mapping[int, Spread | None]] | None = None,
+) -> Table:
+    """Seconds by rows, and the least possible ones, one for each round. Medians; the ratio to the limit also with its extremes; others:
+    further lines. Ten numbers of rows fit 80 columns."""
+    first = next(iter(took))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("rows", no_wrap=True)
+    for rows in took:
+        table.add_column(str(rows), justify="right", no_wrap=True, min_width=5)
+    found = {rows: over(took[rows], limits[rows]) for rows in took}
+
+    def line(name: str, cells: Mapping[int, float | None], unit: float = 1.0, form: str = ".2f") -> None:
+        shown = {rows: None if value is None else value * unit for rows, value in cells.items()}
+        table.add_row(name, *("" if one is None else f"{one:.0f}" if one >= 100 else f"{one:{form}}" for one in shown.values()))
+
+    def middle(values: Mapping[int, Spread | None]) -> dict[int, float | None]:
+        return {rows: one and one.median for rows, one in values.items()}
+
+    line("ms", middle({rows: Spread.of(values) for rows, values in took.items()}), 1e3, ".3g")
+    if any(found.values()):
+        line("limit, ms", middle({rows: Spread.of(values) for rows, values in limits.items()}), 1e3, ".3g")
+        line("times limit", middle(found))
+        line("  smallest", {rows: one and one.low for rows, one in found.items()})
+        line("  largest", {rows: one and one.high for rows, one in found.items()})
+    line(f"times {first} row{'s' * (first > 1)}", middle({rows: over(values, took[first]) for rows, values in took.items()}))
+    for name, values in (others or {}).items():
+        line(name, middle(values))
+    return table
 
 
 def _ratio(found: Comparison, engine: Engine, measure: str, rows: int | None = None) -> str:
@@ -572,6 +625,8 @@ def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
             "seconds": as_dict(Spread.of(seconds(engine, "steps", rows))),
             "of_one_row": as_dict(over(seconds(engine, "steps", rows), seconds(engine, "steps", found.options.rows[0]))),
             "speed_of_base": as_dict(speed_of_base(found, engine, "steps", rows)),
+            "limit_seconds": as_dict(Spread.of(least(found, engine, rows))) if engine.facts else None,
+            "times_limit": as_dict(over(seconds(engine, "steps", rows), least(found, engine, rows))) if engine.facts else None,
         }
         for rows in found.options.rows
     }
@@ -583,5 +638,6 @@ def _engine(found: Comparison, engine: Engine) -> dict[str, Any]:
         "lost": engine.lost,
         "text_differs": engine.differs,
         "summary": summary,
+        "bytes_per_second": engine.reads,
         "rounds": engine.found,
     }

@@ -2,6 +2,10 @@
 
 Backends take turns within one process, and only the measured backend has more than one thread. Several copies of a weight are used in
 turn, so that it is read from memory and not from a CPU cache.
+
+The limit of an operation is the time to read its bytes or to compute its products, whichever is longer. The read bandwidth is measured
+beside every measurement, the peak once a round, and ratios are taken within a round, because both change from second to second. Each
+layer is a call of its own here, while a step makes one call for all: what a call takes is measured on a small matrix.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -22,7 +27,7 @@ from torch import Tensor
 
 from redraft import registry
 from redraft.bench import report, shapes
-from redraft.bench.decode import Spread, Tick
+from redraft.bench.decode import Spread, Tick, beside_limits, over
 from redraft.bench.peers import limits
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
@@ -39,6 +44,8 @@ COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
 COPIES = 1024  # at most, because many copies of a tiny weight take too long
 SAMPLE = 0.03  # seconds that one measurement takes at least
 PAGE = 32
+SMALL = 32  # inputs and outputs of a matrix that takes no time, to measure a call
+CALL = f"a call, {SMALL} to {SMALL}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class OpsOptions:
     quants: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     threads: int = 1
-    rows: tuple[int, ...] = (1, 4, 16, 64, 512)
+    rows: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 512)
     cached: tuple[int, ...] = (1024, 8192)
     shared: int = 4096
     rounds: int = 5
@@ -79,7 +86,7 @@ class OpsOptions:
 @dataclass
 class Line:
     """One operation of one backend and its times, one for each round. bytes: that must be read; flops: operations; kind: number format of
-    the multiplication; floor: limits of the machine."""
+    the multiplication; floor: limits of the machine; count: how often a step makes it; limits: the least seconds, one for each round."""
 
     operation: str
     backend: str
@@ -90,6 +97,9 @@ class Line:
     floor: dict[str, Any]
     run: Callable[[], object] = field(repr=False)
     seconds: list[float] = field(default_factory=list)
+    count: int = 1
+    limits: list[float] = field(default_factory=list)
+    rows: int = 0  # of a linear layer
 
     @property
     def took(self) -> Spread:
@@ -98,13 +108,18 @@ class Line:
         return found
 
     @property
+    def times_limit(self) -> Spread:
+        found = over(self.seconds, self.limits)
+        assert found is not None
+        return found
+
+    @property
     def of_bandwidth(self) -> float:
         return self.bytes / self.took.median / float(self.floor["bytes_per_second"])
 
     @property
-    def of_peak(self) -> float | None:
-        peak = self.floor["flops_per_second"].get(self.kind)
-        return self.flops / self.took.median / peak if peak else None
+    def of_peak(self) -> float:
+        return self.flops / self.took.median / limits.peak_of(self.floor["flops_per_second"], self.kind)
 
 
 @dataclass
@@ -114,19 +129,42 @@ class Measured:
     lines: list[Line]
     refused: dict[str, str]  # backend -> why it does not run here
 
+    def linear(self, backend: str, operation: str | None = None) -> dict[int, Line]:
+        """rows -> a linear layer of `backend`; without `operation` all of a step together, each as often as it occurs."""
+        found: dict[int, Line] = {}
+        for line in self.lines:
+            if line.rows and line.backend == backend and operation in (None, line.operation):
+                if line.rows not in found:
+                    found[line.rows] = replace(
+                        line, bytes=0.0, flops=0.0, seconds=[0.0] * len(line.seconds), limits=[0.0] * len(line.limits)
+                    )
+                total, count = found[line.rows], line.count if operation is None else 1
+                total.bytes += count * line.bytes
+                total.flops += count * line.flops
+                total.seconds = [a + count * b for a, b in zip(total.seconds, line.seconds, strict=True)]
+                total.limits = [a + count * b for a, b in zip(total.limits, line.limits, strict=True)]
+        return found
+
+    def calls(self, backend: str) -> dict[int, Spread]:
+        """rows -> the share of all linear layers that calls take, which a step does not make."""
+        number = sum({line.operation: line.count for line in self.lines if line.rows}.values())
+        whole, one = self.linear(backend), self.linear(backend, CALL)
+        shares = {rows: over([number * took for took in one[rows].seconds], line.seconds) for rows, line in whole.items()}
+        return {rows: share for rows, share in shares.items() if share is not None}
+
 
 def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> Measured:
     """Measures one operation after another. `tick` is called for each round of an operation."""
     spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
     limits.use_threads(options.threads)
     backends, refused = _backends(options, dtype)
-    found = Measured(model, options, [], refused)
+    found, held = Measured(model, options, [], refused), limits.buffer(options.cold)
     for name, make in _operations(spec, options, backends):
         tick(f"{name}: making weights")
         limits.use_threads(options.threads)
         floor = limits.limits()
         lines = make(floor)
-        _take_turns(lines, options, lambda turn, name=name: tick(f"{name}: round {turn} of {options.rounds}"))  # type: ignore[misc]
+        _take_turns(lines, options, held, lambda turn, name=name: tick(f"{name}: round {turn} of {options.rounds}"))  # type: ignore[misc]
         for line in lines:
             line.run = _nothing  # frees its weights before those of the next operation are made
         found.lines += lines
@@ -136,7 +174,7 @@ def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> 
 
 def ticks(options: OpsOptions) -> int:
     """How often `measure` calls `tick`."""
-    return (5 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
+    return (6 + len(options.cached) + bool(options.shared)) * (1 + options.rounds)
 
 
 def _nothing() -> None:
@@ -165,7 +203,9 @@ def _operations(spec: ModelSpec, options: OpsOptions, backends: dict[str, Backen
     wanted = {name.split(".")[2]: shape for name, shape in every.items() if name.startswith("layers.0.") and len(shape) == 2}
     for name, (outs, ins) in {**wanted, "head": (spec.vocab, spec.hidden)}.items():
         title = f"{name}, {ins} to {outs}"
-        yield title, lambda floor, title=title, outs=outs, ins=ins: _linears(title, outs, ins, options, backends, floor)  # type: ignore[misc]
+        count = 1 if name == "head" else len(spec.layers)
+        yield title, partial(_linears, title, outs, ins, count, options, backends)
+    yield CALL, partial(_linears, CALL, SMALL, SMALL, 0, replace(options, cold=1), backends)
     for cached in options.cached:
         title = f"attention over {cached} cached tokens"
         yield title, lambda floor, title=title, cached=cached: _attention(title, cached, 1, spec, options, backends, floor)  # type: ignore[misc]
@@ -177,17 +217,22 @@ def _operations(spec: ModelSpec, options: OpsOptions, backends: dict[str, Backen
 # ---- turns
 
 
-def _take_turns(lines: list[Line], options: OpsOptions, tick: Callable[[int], None]) -> None:
-    """Measures all backends in each round, in an order that rotates."""
+def _take_turns(lines: list[Line], options: OpsOptions, held: Tensor, tick: Callable[[int], None]) -> None:
+    """Measures all backends in each round, in an order that rotates. Beside each measurement the buffer `held` is read."""
     for turn in range(options.rounds + 1):
         if turn:
             tick(turn)
+        torch.set_num_threads(options.threads)
+        peaks = limits.peaks()
         first = turn % len(lines)
         for line in lines[first:] + lines[:first]:
             torch.set_num_threads(1 if line.backend.startswith("native") else options.threads)
             took = _sample(line.run)
+            torch.set_num_threads(options.threads)
+            reads = limits.bandwidth(held, 1)
             if turn:  # the first round warms up
                 line.seconds.append(took)
+                line.limits.append(limits.least_seconds(line.bytes, line.flops, reads, peaks, line.kind))
 
 
 @torch.inference_mode()
@@ -202,7 +247,9 @@ def _sample(run: Callable[[], object]) -> float:
 # ---- operations
 
 
-def _linears(title: str, outs: int, ins: int, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]) -> list[Line]:
+def _linears(
+    title: str, outs: int, ins: int, count: int, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]
+) -> list[Line]:
     lines = []
     dtype = limits.KINDS[options.dtype]
     copies = min(COPIES, max(1, -(-options.cold // (outs * ins * dtype.itemsize))))
@@ -219,8 +266,9 @@ def _linears(title: str, outs: int, ins: int, options: OpsOptions, backends: dic
                 run = _linear(backend, torch.randn(rows, ins).to(dtype), cycle(packed))
                 label = f"{name} {quant}".strip()
                 kind = "int8" if quant else options.dtype
-                lines.append(Line(title, label, f"{rows} row{'s' * (rows > 1)}", size, 2.0 * rows * outs * ins, kind, floor, run))
-    return sorted(lines, key=lambda line: int(line.size.split()[0]))  # lines to compare are next to each other
+                named = title, label, f"{rows} row{'s' * (rows > 1)}"
+                lines.append(Line(*named, size, 2.0 * rows * outs * ins, kind, floor, run, count=count, rows=rows))
+    return sorted(lines, key=lambda line: line.rows)  # lines to compare are next to each other
 
 
 def _copy(weights: Any) -> Any:
@@ -287,12 +335,21 @@ def show(console: Console, found: Measured) -> None:
     o, machine = found.options, report.hardware()
     head = (
         f"{found.model}, {o.dtype}: {o.rounds} rounds in turns, {o.threads} thread{'s' * (o.threads > 1)}; medians\n"
-        f"{machine['cpu']}, {machine['cores']} cores; milliseconds, GB/s and share of the read bandwidth, TFLOP/s and share of the peak"
+        f"{machine['cpu']}, {machine['cores']} cores; limit: to read the bytes or to compute the products, in the same round\n"
+        "attention: milliseconds, GB/s and share of the read bandwidth, TFLOP/s and share of the peak"
     )
     parts: list[Any] = [Text(head, style="bold")]
     for operation in dict.fromkeys(line.operation for line in found.lines):
         own = [line for line in found.lines if line.operation == operation]
-        parts += [Text(), Text(f"{operation}; {_floor(own[0].floor)}"), _table(own)]
+        parts += [Text(), Text(f"{operation}; {_floor(own[0].floor)}")]
+        if own[0].rows:
+            for backend in dict.fromkeys(line.backend for line in own):
+                parts += _by_rows(backend, found.linear(backend, operation))
+        else:
+            parts.append(_table(own))
+    parts += [Text(), Text("all linear layers of a step, each as often as it occurs; calls: the part that calls take", style="bold")]
+    for backend in dict.fromkeys(line.backend for line in found.lines if line.rows):
+        parts += _by_rows(backend, found.linear(backend), found.calls(backend))
     parts += [Text(f"- {name} does not run here: {why}") for name, why in found.refused.items()]
     console.print(Group(*parts))
 
@@ -300,6 +357,11 @@ def show(console: Console, found: Measured) -> None:
 def _floor(floor: dict[str, Any]) -> str:
     peaks = ", ".join(f"{kind} {flops * 1e-12:.2f} TFLOP/s" for kind, flops in floor["flops_per_second"].items())
     return f"limits: {floor['bytes_per_second'] * 1e-9:.1f} GB/s, {peaks}"
+
+
+def _by_rows(name: str, lines: dict[int, Line], calls: dict[int, Spread] | None = None) -> list[Any]:
+    took, least = {rows: line.seconds for rows, line in lines.items()}, {rows: line.limits for rows, line in lines.items()}
+    return [Text(name), beside_limits(took, least, {"calls": calls} if calls else None)]
 
 
 def _table(lines: Seq[Line]) -> Table:
@@ -315,8 +377,9 @@ def _table(lines: Seq[Line]) -> Table:
 
 def _cell(line: Line) -> str:
     took, part = line.took.median, line.of_peak
-    peak = "" if part is None else f" {part:.0%}"
-    return f"{took * 1e3:.3g} ms\n{line.bytes / took * 1e-9:.1f} GB/s {line.of_bandwidth:.0%}\n{line.flops / took * 1e-12:.3f} TF{peak}"
+    return (
+        f"{took * 1e3:.3g} ms\n{line.bytes / took * 1e-9:.1f} GB/s {line.of_bandwidth:.0%}\n{line.flops / took * 1e-12:.3f} TF {part:.0%}"
+    )
 
 
 def document(found: Measured) -> dict[str, Any]:
@@ -339,7 +402,19 @@ def document(found: Measured) -> dict[str, Any]:
                 "rounds": line.seconds,
                 "of_bandwidth": line.of_bandwidth,
                 "of_peak": line.of_peak,
+                "count": line.count,
+                "limit_seconds": line.limits,
+                "times_limit": line.times_limit._asdict(),
             }
             for line in found.lines
         ],
+        "linear_layers": {
+            backend: {rows: _whole(line, found.calls(backend)[rows]) for rows, line in found.linear(backend).items()}
+            for backend in dict.fromkeys(line.backend for line in found.lines if line.rows)
+        },
     }
+
+
+def _whole(line: Line, calls: Spread) -> dict[str, Any]:
+    measured = {"rounds": line.seconds, "limit_seconds": line.limits}
+    return {"seconds": line.took._asdict(), "times_limit": line.times_limit._asdict(), "calls": calls._asdict(), **measured}

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 from redraft.errors import InvalidInput, did_you_mean
 
 FORMS = ("prompt", "messages", "turns")
-KEYS = {*FORMS, "id", "question_id", "category", "reference"}  # "reference": answers in Spec-Bench's files, not used
+NAMES = ("id", "question_id", "task_id")
+UNUSED = ("reference", "entry_point", "canonical_solution", "test")  # answers in the files of Spec-Bench and HumanEval
+KEYS = {*FORMS, *NAMES, "category", *UNUSED}
 ROLES = ("system", "user", "assistant")
 
 
@@ -29,17 +31,38 @@ class Prompt:
     messages: list[dict[str, str]] | None = None
     turns: list[str] | None = None
 
+    @property
+    def content(self) -> str:
+        """What the model reads, to compare prompts."""
+        return json.dumps([self.prompt, self.messages, self.turns])
 
-def load(path: str | Path | None = None, categories: Seq[str] | None = None, limit: int | None = None) -> list[Prompt]:
+    def shaped(self, turns: int | None = None, chat: bool = False) -> Prompt:
+        """With at most so many turns; chat: a raw text is what the user says."""
+        if self.prompt is not None and chat:
+            return replace(self, prompt=None, turns=[self.prompt])
+        return self if self.turns is None else replace(self, turns=self.turns[:turns])
+
+
+def load(
+    path: str | Path | None = None,
+    categories: Seq[str] | None = None,
+    limit: int | None = None,
+    *,
+    turns: int | None = None,
+    chat: bool = False,
+    without: Seq[Prompt] = (),
+) -> list[Prompt]:
     """The prompts of a file in its order; None: our suite. Lines without an id get their line number, lines without a
     category "all".
 
-    categories: only these. limit: at most this many, taken evenly from the categories, the first of each. InvalidInput names file and
+    categories: only these. limit: at most this many, taken evenly from the categories, the first of each. turns, chat: see
+    Prompt.shaped. without: prompts that are left out, whatever their ids. InvalidInput names file and
     line: a file that cannot be read, bad JSON, an unknown key, none or several of the three forms, an empty text, an id used twice, an
     unknown category.
     """
-    if limit is not None and limit < 1:
-        raise InvalidInput(f"limit = {limit}: must be 1 or more")
+    for option, value in (("limit", limit), ("turns", turns)):
+        if value is not None and value < 1:
+            raise InvalidInput(f"{option} = {value}: must be 1 or more")
     source = resources.files("redraft.bench") / "suites" / "redraft.jsonl" if path is None else Path(path)
     try:
         text = source.read_text(encoding="utf-8")
@@ -56,7 +79,11 @@ def load(path: str | Path | None = None, categories: Seq[str] | None = None, lim
             prompts[prompt.id] = prompt
     if not prompts:
         raise InvalidInput(f"{source}: holds no prompts")
-    return _choose(list(prompts.values()), categories, limit)
+    taken = {prompt.content for prompt in without}
+    shaped = [prompt.shaped(turns, chat) for prompt in prompts.values()]
+    if not (others := [prompt for prompt in shaped if prompt.content not in taken]):
+        raise InvalidInput(f"{source}: holds no other prompts")
+    return _choose(others, categories, limit)
 
 
 def _choose(prompts: list[Prompt], categories: Seq[str] | None, limit: int | None) -> list[Prompt]:
@@ -93,7 +120,7 @@ def _parse(line: str, number: int, at: str) -> Prompt:
     (form,) = forms
     if not _CHECKS[form](value[form]):
         raise InvalidInput(f"{at}: {form} = {_short(value[form])}: must be {_ALLOWED[form]}")
-    name = value.get("id", value.get("question_id", number))
+    name = next((value[name] for name in NAMES if name in value), number)
     return Prompt(str(name), str(value.get("category", "all")), **{form: value[form]})
 
 

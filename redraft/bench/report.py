@@ -9,7 +9,8 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from redraft.bench.compare import BASELINE, CompareOptions, Comparison, Entry, Mode, Run, Tick, has_template
 from redraft.bench.divergence import Divergence, tolerance_label
-from redraft.bench.results import ENOUGH, LOW_REPEAT, Row
+from redraft.bench.results import ENOUGH, LOW_REPEAT, Row, Speed
 from redraft.card import Guarantee
 from redraft.columns import fold
 from redraft.engine.policies import SEAMS
@@ -84,6 +85,7 @@ def document(comparison: Comparison, options: CompareOptions, rows: list[Row], s
         "chat_template": has_template(llm.tokenizer),
         "drafts": list(options.drafts),
         "rounds": comparison.rounds,
+        "warm": [prompt.id for prompt in options.warm],
         "batch": options.batch,
         "params": llm.params(options.params).model_dump(exclude_defaults=True),
         "dtype": dtype_name(comparison),
@@ -156,10 +158,10 @@ def show(console: Console, comparison: Comparison, options: CompareOptions, rows
     for text in heading(comparison, options):
         _print(console, text, "bold")
     console.print()
-    for line in _table(rows):
+    for line in [*_table(rows, HEAD, WIDTHS, _line), *_generation(rows), *_beside(rows)]:
         console.print(line, soft_wrap=True)
     console.print()
-    for note in notes(comparison, options, rows):
+    for note in [*legend(options, rows), *notes(comparison, options, rows)]:
         _print(console, f"- {note}")
 
 
@@ -186,9 +188,12 @@ def heading(comparison: Comparison, options: CompareOptions) -> list[str]:
     return lines
 
 
-def _table(rows: list[Row]) -> Iterator[Text]:
+Draw = Callable[[Row], Iterable[Text]]  # the lines of a row
+
+
+def _table(rows: Iterable[Row], head: Seq[str], widths: Seq[int], draw: Draw) -> Iterator[Text]:
     """All prompts first, then each category. For each method: a line with its name, then one for each state."""
-    yield Text(_cells(HEAD), style="bold")
+    yield Text(_cells(head, widths), style="bold")
     for category, part in groupby(rows, key=lambda row: row.category):
         if category is not None:
             yield Text()
@@ -196,45 +201,97 @@ def _table(rows: list[Row]) -> Iterator[Text]:
         for method, states in groupby(part, key=lambda row: (row.method, row.guarantee)):
             yield Text(", ".join(method))
             for row in states:
-                yield _line(row)
+                yield from draw(row)
 
 
 HEAD = ("state", "tokens/s", "speed-up", "min-max", "accept", "equal", "repeat", "peak MiB")
 WIDTHS = (-8, 8, 12, 11, 6, 12, 6, 8)  # widths of columns, negative: aligned left; 80 in total with indent and gaps
+ALONE = ("state", "tokens/s", "speed-up", "min-max", "at least", "with prompt at least")
+ALONE_WIDTHS = (-8, 8, 12, 11, 9, 21)
+BESIDE = ("state", "time", "ratio", "min-max", "at least", "fastest other")
+BESIDE_WIDTHS = (-8, -11, 6, 11, 9, -28)
+COLUMNS = 80
 
 
-def _cells(values: Iterable[str]) -> str:
-    return "  " + " ".join(f"{value:{'<' if width < 0 else '>'}{abs(width)}}" for value, width in zip(values, WIDTHS, strict=True))
+def _cells(values: Iterable[str], widths: Seq[int]) -> str:
+    cells = (f"{value:{'<' if width < 0 else '>'}{abs(width)}}" for value, width in zip(values, widths, strict=True))
+    return ("  " + " ".join(cells)).rstrip()
 
 
-def _line(row: Row) -> Text:
+def _line(row: Row) -> Iterator[Text]:
     speedup, equal = _speedup(row), _equal(row)
-    spread = "" if row.speedup_low is None or row.speedup_high is None else f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
     values = (
         row.mode,
         f"{row.tokens_per_second:.1f}",
         speedup.plain,
-        spread,
+        _spread(row),
         f"{row.mean_acceptance_length:.2f}",
         equal.plain,
         f"{row.repeated_8gram_share:.0%}",
         f"{row.peak_kv_bytes / 2**20:.1f}",
     )
-    line = Text(_cells(values))
-    for column, cell in ((2, speedup), (5, equal)):
-        end = 2 + sum(map(abs, WIDTHS[: column + 1])) + column
+    line = Text(_cells(values, WIDTHS))
+    _color(line, WIDTHS, {2: speedup, 5: equal})
+    yield line
+
+
+def _color(line: Text, widths: Seq[int], cells: Mapping[int, Text]) -> None:
+    for column, cell in cells.items():
+        end = 2 + sum(map(abs, widths[: column + 1])) + column
         line.stylize(cell.style, end - len(cell.plain), end)
-    return line
 
 
-def _speedup(row: Row) -> Text:
+def _generation(rows: Seq[Row]) -> Iterator[Text]:
+    """The table of generation alone; nothing if no text has a second token."""
+
+    def line(row: Row) -> Iterator[Text]:
+        if row.generation is not None:
+            speed, speedup = row.generation, _speedup(row, row.generation)
+            values = row.mode, f"{speed.tokens_per_second:.1f}", speedup.plain, _spread(speed), _least(speed), _least(row)
+            drawn = Text(_cells(values, ALONE_WIDTHS))
+            _color(drawn, ALONE_WIDTHS, {2: speedup})
+            yield drawn
+
+    shown = [row for row in rows if row.generation is not None]
+    if shown:
+        yield Text()
+        yield Text("generation alone, after the first token", style="bold")
+        yield from _table(shown, ALONE, ALONE_WIDTHS, line)
+
+
+def _beside(rows: Seq[Row]) -> Iterator[Text]:
+    """The method that chooses beside the fastest of the others; nothing if it was not measured or has no others."""
+
+    def lines(row: Row) -> Iterator[Text]:
+        for what, one in row.besides:
+            least = "" if one.bound is None else f"{one.bound:.2f}"
+            values = row.mode, what, f"{one.ratio:.2f}", f"{one.low:.2f}-{one.high:.2f}", least
+            line = _cells([*values, one.method], BESIDE_WIDTHS)
+            yield from map(Text, [line] if len(line) <= COLUMNS else [_cells([*values, ""], BESIDE_WIDTHS), f"{one.method:>{COLUMNS}}"])
+
+    if shown := [row for row in rows if row.besides]:
+        yield Text()
+        yield Text("beside the fastest other method", style="bold")
+        yield from _table(shown, BESIDE, BESIDE_WIDTHS, lines)
+
+
+def _spread(speed: Row | Speed) -> str:
+    return "" if speed.speedup_low is None or speed.speedup_high is None else f"{speed.speedup_low:.2f}-{speed.speedup_high:.2f}"
+
+
+def _least(speed: Row | Speed) -> str:
+    return "" if speed.speedup_bound is None else f"{speed.speedup_bound:.2f}"
+
+
+def _speedup(row: Row, alone: Speed | None = None) -> Text:
+    speed = alone or row
     if row.mode == Mode.BASELINE:
         return Text("1")
-    if row.speedup is None:
+    if speed.speedup is None:
         return Text("-", style="red")
-    if row.speedup_high is not None and row.speedup_high < 1:
-        return Text(f"{row.speedup:.2f}x slower", style="yellow")
-    return Text(f"{row.speedup:.2f}x", style="green" if row.speedup_low is not None and row.speedup_low > 1 else "")
+    if speed.speedup_high is not None and speed.speedup_high < 1:
+        return Text(f"{speed.speedup:.2f}x slower", style="yellow")
+    return Text(f"{speed.speedup:.2f}x", style="green" if speed.speedup_low is not None and speed.speedup_low > 1 else "")
 
 
 def _equal(row: Row) -> Text:
@@ -266,19 +323,36 @@ def _drafts(entry: Entry, rounds: list[list[Run]]) -> str:
     return note
 
 
-def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> list[str]:
-    """Notes below the table, one on each line."""
-    llm = comparison.entries[0].llm
-    overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
+def legend(options: CompareOptions, rows: list[Row]) -> list[str]:
+    """What the columns are, a line each."""
     lines = [
         "speed-up: median of the rounds' ratios, each over the plain loop of the same round; reading the prompt is timed too; slower: in "
         "every round",
         "accept: tokens a step; equal: texts that are the plain loop's; repeat: tokens in 8-grams that repeat; peak: of the cache",
     ]
+    if any(row.generation for row in rows):
+        several = options.batch > 1
+        since = "after the step that gives the last text of a group its first token" if several else "after the first token"
+        lines += [
+            f"generation alone: tokens and time {since}, so without the reading of prompts",
+            "at least: one-sided 95 % bound of the ratio over all rounds, with generation alone and with the prompt, by bootstrap over the "
+            f"{'groups' if several else 'texts'}",
+        ]
+    return lines
+
+
+def notes(comparison: Comparison, options: CompareOptions, rows: list[Row]) -> list[str]:
+    """Notes below the table, one on each line."""
+    llm = comparison.entries[0].llm
+    overall = [row for row in rows if row.category is None and row.mode != Mode.BASELINE]
+    lines = []
     if comparison.stopped:
         lines.append(f"stopped by Ctrl-C: of {options.rounds} rounds {comparison.rounds} of {comparison.outputs} prompts are shown")
-    if any(row.mode in (Mode.COLD, Mode.HOT) for row in overall):
-        lines.append("cold: nothing learned before each prompt group; hot: learned on the other half of the prompts, never on these")
+    modes = {row.mode for row in overall}
+    if modes & {Mode.COLD, Mode.HOT, Mode.WARM}:
+        others = "; hot: learned on the other half of the prompts, never on these" if Mode.HOT in modes else ""
+        others += f"; warm: learned on {len(options.warm)} other prompt{'s' * (len(options.warm) > 1)}" if Mode.WARM in modes else ""
+        lines.append(f"cold: nothing learned before each prompt group{others}; restored before each, so no round repeats what one learned")
     if any(row.mode == Mode.SAME for row in overall):
         lines.append("cold=hot: a method that learns nothing from other prompts; baseline: the plain loop")
     lines += filter(None, (_drafts(entry, runs) for entry, runs in zip(comparison.entries, comparison.runs, strict=True)))

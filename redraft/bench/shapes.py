@@ -78,6 +78,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 16384,
         "rope_theta": 10000.0,
     },
+    "smollm2-135m": {
+        **_LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+    },
     "qwen2-0.5b": {
         **_LLAMA,
         "architectures": ["Qwen2ForCausalLM"],

@@ -1,9 +1,11 @@
 """Which drafter and how many draft rows are fastest for some prompts and a batch size on this machine, and why.
 
-1. The time of a step is measured for several numbers of rows.
+1. The time of a step is measured for several numbers of rows, with as many texts as the batch has and as many cached tokens as these
+   prompts and their replies have on average.
 2. Each drafter makes one pass over the prompts with the most rows. Of every decoding step its nodes and the accepted path are recorded.
    Drafters put likelier nodes first, so a smaller draft is taken to be the first nodes of the larger one.
-3. That gives tokens a step for each number of rows, and with the time of such a step the expected speed.
+3. That gives tokens a step for each text and number of rows, and with the time of such a step the expected speed. Texts of a batch that
+   keep more drafts end earlier, and the last ones run alone.
 4. The best few and auto are measured beside the plain loop, interleaved, as in compare.py.
 
 Drafters that learn start with what they learned on the other half of the prompts, as a server does after similar requests.
@@ -30,7 +32,8 @@ from redraft.bench.svg import Point
 from redraft.core.cost import KNOTS
 from redraft.core.distribution import Distribution
 from redraft.core.plan import Accepted
-from redraft.core.tree import TokenTree
+from redraft.core.sequence import Sequence
+from redraft.core.tree import F64, TokenTree
 from redraft.engine.idle import forward_seconds
 from redraft.errors import InvalidInput, PromptTooLong
 from redraft.llm import LLM
@@ -58,22 +61,40 @@ class TuneOptions(CompareOptions):
 
 
 @dataclass
+class Record:
+    """The decoding steps of one text. nodes, paths: of each step."""
+
+    nodes: list[int] = field(default_factory=list)
+    paths: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(1 + len(path) for path in self.paths)
+
+    def each(self, rows: int) -> float:
+        """Tokens of a step with at most so many drafted rows."""
+        return 1 + mean(sum(node < rows for node in path) for path in self.paths)
+
+
+@dataclass
 class Profile:
     """The decoding steps of one pass over the prompts. Also the verifier that records them.
 
-    inner: the engine's verifier; nodes, paths: of each text in each step; steps: of the engine; seconds: of these steps; forward, drafting,
-    observing: the part of it for the model, for proposing and for learning; total: of the whole pass, the reading of prompts too.
+    inner: the engine's verifier; batches: the texts that ran together; steps: of the engine; seconds: of these steps; forward, drafting,
+    observing: the part of it for the model, for proposing and for learning; cached: tokens of all texts in all steps; total: of the whole
+    pass, the reading of prompts too.
     """
 
     inner: Any = None
-    nodes: list[int] = field(default_factory=list)
-    paths: list[tuple[int, ...]] = field(default_factory=list)
+    batches: list[dict[int, Record]] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
     forward: float = 0.0
     drafting: float = 0.0
     observing: float = 0.0
+    cached: int = 0
     total: float = 0.0
+    _texts: list[tuple[int, int]] = field(default_factory=list)  # of this step: number and cached tokens
     _last: float | None = None
     _spent: dict[str, float] = field(default_factory=dict)
 
@@ -86,10 +107,22 @@ class Profile:
             self.forward += self._spent.get("forward", 0.0)
             self.drafting += self._spent.get("propose", 0.0)
             self.observing += self._spent.get("observe", 0.0)
-            self.nodes += map(len, trees)
-            self.paths += (one.path for one in accepted)
+            self.cached += sum(cached for _, cached in self._texts)
+            if not (self.batches and any(text in self.batches[-1] for text, _ in self._texts)):
+                self.batches.append({})
+            for (text, _), tree, one in zip(self._texts, trees, accepted, strict=True):
+                record = self.batches[-1].setdefault(text, Record())
+                record.nodes.append(len(tree))
+                record.paths.append(one.path)
         self._last, self._spent = now, {}
         return accepted
+
+    def propose(self, propose: Callable[..., Any]) -> Callable[..., Any]:
+        def run(seqs: Seq[Sequence], budgets: Any) -> Any:
+            self._texts = [(seq.id, seq.stored) for seq in seqs]
+            return propose(seqs, budgets)
+
+        return self.timed("propose", run)
 
     def begin(self) -> None:
         """A text starts: the step is not counted."""
@@ -106,9 +139,21 @@ class Profile:
         return run
 
     @property
-    def width(self) -> float:
-        """Texts of a step."""
-        return len(self.nodes) / max(1, self.steps)
+    def records(self) -> list[Record]:
+        return [record for batch in self.batches for record in batch.values()]
+
+    @property
+    def nodes(self) -> list[int]:
+        return [count for record in self.records for count in record.nodes]
+
+    @property
+    def paths(self) -> list[tuple[int, ...]]:
+        return [path for record in self.records for path in record.paths]
+
+    @property
+    def context(self) -> int:
+        """Cached tokens of a text, on average."""
+        return round(self.cached / max(1, len(self.nodes)))
 
     def kept(self, rows: int) -> float:
         """Drafted tokens that a text keeps in a step with so many rows."""
@@ -120,8 +165,26 @@ class Profile:
     @property
     def by_depth(self) -> list[float]:
         """The share of passes that kept i + 1 nodes or more."""
-        depths = range(1, max(map(len, self.paths), default=0) + 1)
-        return [mean(len(path) >= depth for path in self.paths) for depth in depths]
+        paths = self.paths
+        depths = range(1, max(map(len, paths), default=0) + 1)
+        return [mean(len(path) >= depth for path in paths) for depth in depths]
+
+    def course(self, rows: int, seconds: Callable[[F64, int], float]) -> tuple[float, float]:
+        """The steps and the seconds of all batches if texts draft at most `rows` rows. seconds: the mean time of steps with these numbers
+        of rows and so many texts."""
+        steps = total = 0.0
+        for batch in self.batches:
+            ends = sorted(((record.tokens / record.each(rows), record) for record in batch.values()), key=lambda one: one[0])
+            done = 0.0
+            for i, (end, _) in enumerate(ends):
+                alive = [record for _, record in ends[i:]]
+                if end > done:
+                    length = max(len(record.nodes) for record in alive)
+                    made = sum(1 + np.minimum(np.resize(record.nodes, length), rows) for record in alive)
+                    steps += end - done
+                    total += (end - done) * seconds(np.asarray(made, np.float64), len(alive))
+                done = end
+        return steps, total
 
 
 @contextmanager
@@ -136,7 +199,7 @@ def recorded(llm: LLM) -> Iterator[Profile]:
         found.begin()
         start(*given)
 
-    vars(guard).update(begin=begin, propose=found.timed("propose", guard.propose), observe=found.timed("observe", guard.observe))
+    vars(guard).update(begin=begin, propose=found.propose(guard.propose), observe=found.timed("observe", guard.observe))
     vars(runner).update(forward=found.timed("forward", runner.forward))
     verifiers.own = found
     try:
@@ -167,18 +230,23 @@ class Candidate:
 
 def expected(draft: str, rows: int | None, profile: Profile, plain: Profile, curve: Seq[Point]) -> Candidate:
     """The speed from acceptance and cost. The forward pass takes longer by as much as `curve` says; the drafter's own time is added, which
-    for proposing is in proportion to the nodes."""
+    for proposing is in proportion to the nodes. What a plain step does beside the forward pass is in proportion to its texts."""
     most = rows or ROWS[-1]
     sizes, times = [point.x for point in curve], list(accumulate((point.y for point in curve), max))  # more rows never take less time
-    width, step, forward = plain.width, plain.seconds / plain.steps, plain.forward / plain.steps
-    made = np.interp([width * (1 + min(count, most)) for count in profile.nodes], sizes, times)
-    slower = float(np.mean(made) / np.interp(width, sizes, times))
+
+    def forward(made: F64, texts: int) -> float:
+        return float(np.mean(np.interp(made, sizes, times)))
+
+    unit = plain.forward / plain.course(0, forward)[1]  # the time of the curve in that of these steps
+    outside = (plain.seconds - plain.forward) / len(plain.nodes)
     share = profile.drafted(most) / max(profile.drafted(ROWS[-1]), 1e-9)
-    own = (profile.drafting * share + profile.observing) / profile.steps
-    seconds = step + forward * (slower - 1) + own
-    tokens = 1 + profile.kept(most)
-    total = plain.total - plain.seconds + plain.steps / tokens * seconds
-    return Candidate(draft, rows, tokens, profile.drafted(most), seconds / step, own / step, plain.total / total)
+    own = (profile.drafting * share + profile.observing) / len(profile.nodes)
+    steps, seconds = profile.course(most, lambda made, texts: unit * forward(made, texts) + texts * (outside + own))
+    step, drafting = plain.seconds / plain.steps, own * len(profile.nodes) / profile.steps
+    total = plain.total - plain.seconds + seconds
+    return Candidate(
+        draft, rows, 1 + profile.kept(most), profile.drafted(most), seconds / steps / step, drafting / step, plain.total / total
+    )
 
 
 def chosen(found: Seq[Candidate], best: int) -> list[Candidate]:
@@ -194,8 +262,8 @@ def chosen(found: Seq[Candidate], best: int) -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """curve: ms of a step by rows; plain: the plain loop's pass; profiles: of each drafter; expectations: of all candidates;
-    comparison: the plain loop and `candidates`, in this order."""
+    """curve: ms of a step by rows, with the batch's texts and plain.context cached tokens each; plain: the plain loop's pass; profiles: of
+    each drafter; expectations: of all candidates; comparison: the plain loop and `candidates`, in this order."""
 
     curve: list[Point]
     plain: Profile
@@ -212,11 +280,7 @@ def tune(llm: LLM, options: TuneOptions, prompts: Seq[Prompt], tick: Tick, annou
         raise PromptTooLong(f"none of the {len(prompts)} prompts fits the context: max_model_len = {llm.max_model_len}")
     params = llm.params(options.params)
     llm.engine.policies.check(params)
-    most = min(ROWS[-1], llm.engine.scheduler.draft_total // options.batch)
-    if most < 1:
-        raise InvalidInput(
-            f"batch = {options.batch}: more than draft_total = {llm.engine.scheduler.draft_total}, which leaves no draft row for each text"
-        )
+    most = max(1, min(ROWS[-1], llm.engine.scheduler.draft_total // options.batch))  # with less than one each, some texts have none
     groups = bench.split(fits, options.batch, params)
     bench.generate(llm, bench.shortened(groups[0], WARM_UP))
     plain_entry = Entry(BASELINE, Mode.BASELINE, llm, (None, None))
@@ -225,7 +289,7 @@ def tune(llm: LLM, options: TuneOptions, prompts: Seq[Prompt], tick: Tick, annou
         raise InvalidInput(f"max_tokens = {params.max_tokens}: every text ends after its first token, so there is nothing to draft")
     siblings, refused = bench.opened(llm, options)
     announce(plain.total * (2 * len(siblings) + options.rounds * (2 + options.best)))
-    curve = step_times(llm, llm.engine.scheduler.draft_total + options.batch)
+    curve = step_times(llm, llm.engine.scheduler.draft_total + options.batch, max(map(len, plain.batches)), plain.context)
     entries, profiles = {}, {}
     for draft, sibling in siblings.items():
         entries[draft] = opened(draft, sibling, groups, tick)
@@ -266,15 +330,15 @@ def profiled(entry: Entry, groups: Seq[PromptGroup], tick: Tick) -> Profile:
     return profile
 
 
-def step_times(llm: LLM, rows: int) -> list[Point]:
-    """ms of a forward pass without cache, of 1 to at least `rows` rows where the context and the memory hold them; the median of several
-    turns, their minimum and maximum."""
+def step_times(llm: LLM, rows: int, texts: int, cached: int) -> list[Point]:
+    """ms of a forward pass over `texts` texts with `cached` tokens each, or as many texts as rows; of 1 to at least `rows` rows where the
+    context and the memory hold them; the median of several turns, their minimum and maximum."""
     last = next((knot for knot in KNOTS if knot >= max(rows, STEPS)), KNOTS[-1])
-    sizes = [knot for knot in KNOTS if knot <= min(last, llm.max_model_len)]
+    sizes = [knot for knot in KNOTS if knot <= last]
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for turn in range(TIMES + 1):
         for size in sizes:
-            seconds = forward_seconds(llm.engine, size)
+            seconds = forward_seconds(llm.engine, size, cached, min(size, texts))
             if turn and seconds is not None:  # the first one is not counted, nor what does not fit
                 times[size].append(1000 * seconds)
     return [Point(size, median(found), min(found), max(found)) for size, found in times.items() if found]

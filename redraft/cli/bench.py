@@ -21,7 +21,7 @@ bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure what a pol
 
 
 SHAPE = typer.Argument(
-    help="A folder, a hub id, 'embedded', a config.json, or a shape that gets random weights: llama-3.2-1b, 100m, qwen2-0.5b.",
+    help="A folder, a hub id, 'embedded', a config.json, or a shape with random weights: llama-3.2-1b, 100m, qwen2-0.5b, smollm2-135m.",
     metavar="MODEL",
     show_default=False,
 )
@@ -104,7 +104,7 @@ def decode(
     context: Annotated[int, typer.Option(help="Tokens of the prompt before the decoded ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to generate in each turn.")] = 32,
     prefill: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
-    rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,4,8,16,32,64",
+    rows: Annotated[str, typer.Option(help="Rows of one step, ascending, with commas.")] = "1,2,3,4,6,8,12,16,24,32",
     rounds: Annotated[int, typer.Option(help="Turns of each engine and measurement.")] = 5,
     isa: Annotated[
         str | None, typer.Option(help="For testing: avx2, avx512 or avx512-bf16 at most; an engine that ignores it is marked.")
@@ -115,7 +115,8 @@ def decode(
 ) -> None:
     """Measure decode, prefill and steps of many rows against other engines: same weights, same threads, own processes, in turns.
 
-    Tables go to stdout, the progress bar to stderr. Speeds are compared with the read bandwidth and the arithmetic peak of the same run.
+    Speeds are compared with the read bandwidth and the arithmetic peak of the same run, and a step with its limit: the time to
+    read weights and cache or to compute the products, whichever is longer. Tables go to stdout, the progress bar to stderr.
     """
     from rich.console import Console
 
@@ -156,10 +157,10 @@ def decode(
 def ops(
     model: Annotated[str, SHAPE] = "llama-3.2-1b",
     backend: Annotated[str | None, typer.Option(help="Names with commas; else all fast ones.")] = None,
-    quant: Annotated[str | None, typer.Option(help="Quantizations to measure in addition to plain weights, with commas.")] = None,
+    quant: Annotated[str, typer.Option(help="Quantizations to measure beside plain weights, with commas; or none.")] = "int8,int4",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="0: one for each core that this process may use.")] = 0,
-    rows: Annotated[str, typer.Option(help="Rows of a linear layer, with commas.")] = "1,4,16,64,512",
+    rows: Annotated[str, typer.Option(help="Rows of a linear layer, with commas.")] = "1,2,3,4,6,8,12,16,24,32,512",
     cached: Annotated[str, typer.Option(help="Tokens that attention reads, with commas.")] = "1024,8192",
     shared: Annotated[int, typer.Option(help="Tokens of a prefix that 8 sequences share; 0: not measured.")] = 4096,
     rounds: Annotated[int, typer.Option(help="Turns of each measurement.")] = 5,
@@ -167,7 +168,9 @@ def ops(
 ) -> None:
     """Measure linear layers and attention of each backend, compared with the read bandwidth and the arithmetic peak.
 
-    Tables go to stdout, the progress bar to stderr. Only the shape of the model matters; no weight is read.
+    The limit of a number of rows is the time to read the weights or to compute the products, whichever is longer, at the
+    bandwidth and the peak of the same round. The last tables add up all linear layers of a step. Tables go to stdout, the
+    progress bar to stderr. Only the shape of the model matters; no weight is read.
     """
     from rich.console import Console
 

@@ -25,6 +25,10 @@ def compare(
     rounds: Annotated[int, typer.Option(help="How often everything is measured.")] = 3,
     limit: Annotated[int | None, typer.Option(help="At most this many prompts, evenly from all categories.")] = None,
     category: Annotated[list[str] | None, typer.Option(help="Only this category, repeated for more.")] = None,
+    turns: Annotated[int | None, typer.Option(help="At most this many turns of each prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Raw texts are what a user says, by the chat template.")] = False,
+    warm: Annotated[Path | None, typer.Option(help="Drafters learn from its other prompts before, in place of the other half.")] = None,
+    warm_limit: Annotated[int | None, typer.Option(help="At most this many of them, evenly from all categories.")] = None,
     bound: Annotated[bool, typer.Option("--bound", help="Also measure the share of the best possible acceptance.")] = False,
     against: Annotated[
         str | None, typer.Option(help="Other engines with their own speculation: transformers, llama.cpp, openvino, with commas.")
@@ -40,8 +44,9 @@ def compare(
     """Measure drafters against the plain loop, on the same prompts and in the same process.
 
     Runs are interleaved and repeated. The table has tokens a second, the speed-up with its spread, tokens a step, whether
-    the text is the plain loop's, and how repetitive it is. The table goes to stdout; the estimated duration and the
-    progress go to stderr. After Ctrl-C the table and the file hold what was measured.
+    the text is the plain loop's, and how repetitive it is. The second table has the same without the reading of prompts,
+    and the lower bounds of the speed-ups; the third, auto beside the fastest other method. Tables go to stdout; the estimated
+    duration and the progress go to stderr. After Ctrl-C the tables and the file hold what was measured.
 
     With --against every engine has its own process and they take turns. All get the same weights, ids, threads and lengths.
     The table has tokens a second of each engine and mode, Redraft's best beside it, and how many texts are Redraft's.
@@ -63,14 +68,19 @@ def compare(
     every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
     params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     drafts = tuple(draft or (every if against is None else ["auto"]))
-    options = bench.CompareOptions(drafts, params, rounds, batch, lenient=not draft, bound=bound)
+    chosen = suite.load(prompts, category or None, limit, turns=turns, chat=chat)
+    lessons = () if warm is None else tuple(suite.load(warm, limit=warm_limit, turns=turns, chat=chat, without=chosen))
+    options = bench.CompareOptions(drafts, params, rounds, batch, lenient=not draft, bound=bound, warm=lessons)
     peers = None if against is None else engines.Against(names(against), assistant, gguf, engine)
     if peers is not None:
         peers.check(options)
+    if warm_limit is not None and warm is None:
+        raise InvalidInput(f"warm_limit = {warm_limit}: is for the prompts of warm, and there are none")
     for name, value in (("assistant", assistant), ("gguf", gguf)):
         if value is not None and peers is None:
             raise InvalidInput(f"{name} = {value}: is for the engines of against, and there are none")
-    chosen = suite.load(prompts, category or None, limit)
+    if warm is not None and peers is not None:
+        raise InvalidInput(f"warm = {warm}: not with against")
     source = "the suite of redraft" if prompts is None else str(prompts)
     if json is not None:
         files.check_writable(json)

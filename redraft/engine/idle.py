@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from redraft.engine.engine import Engine
 
 
-def forward_seconds(engine: Engine, rows: int, cached: int = 0) -> float | None:
-    """The time of one forward pass of `rows` rows after `cached` tokens: the last token of a text and a draft that is a chain. Nothing
-    computed the cached keys and values. None if that does not fit into the context or the free memory."""
+def forward_seconds(engine: Engine, rows: int, cached: int = 0, texts: int = 1) -> float | None:
+    """The time of one forward pass of `rows` rows, spread evenly over `texts` texts (as many rows or more) with `cached` tokens each: the
+    last token of a text and a draft that is a chain. Nothing computed the cached keys and values. None if that does not fit into the
+    context or the free memory."""
     runner, prompt = engine.runner, [0] * (cached + 1)
-    seq = Sequence(0, Request("", prompt, SamplingParams(temperature=0), salt="\0idle"), 0, list(prompt), len(prompt), 0, cached + rows)
-    if cached + rows > engine.max_model_len or runner.memory.need(seq, cached + rows) > runner.memory.available():
+    sizes = [rows // texts + (i < rows % texts) for i in range(texts)]
+    seqs = [
+        Sequence(i, Request("", prompt, SamplingParams(temperature=0), salt="\0idle"), 0, list(prompt), len(prompt), 0, cached + size)
+        for i, size in enumerate(sizes)
+    ]
+    needed = sum(runner.memory.need(seq, cached + size) for seq, size in zip(seqs, sizes, strict=True))
+    if cached + sizes[0] > engine.max_model_len or needed > runner.memory.available():
         return None
-    tokens = np.arange(1, rows) % runner.spec.vocab
-    work, trees = [Work(seq, 1)], [TokenTree.chain(tokens.tolist())]
-    runner.memory.open(seq)
+    work = [Work(seq, 1) for seq in seqs]
+    trees = [TokenTree.chain((np.arange(1, size) % runner.spec.vocab).tolist()) for size in sizes]
+    for seq in seqs:
+        runner.memory.open(seq)
     try:
-        if cached:
+        for seq in seqs if cached else ():
             chunk = [Work(seq, cached)]
             runner.memory.reserve(chunk, [EMPTY])
             runner.memory.commit(chunk, [Accepted()])
@@ -37,5 +44,6 @@ def forward_seconds(engine: Engine, rows: int, cached: int = 0) -> float | None:
         runner.forward(batch, engine.drafter.own.taps)
         return perf_counter() - began
     finally:
-        runner.memory.discard(seq)
-        runner.memory.free(seq)
+        for seq in seqs:
+            runner.memory.discard(seq)
+            runner.memory.free(seq)

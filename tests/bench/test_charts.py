@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,7 @@ import pytest
 
 from redraft.bench import charts, files, svg
 from redraft.bench.page import Section, whole
-from redraft.bench.results import Row
+from redraft.bench.results import Beside, Row, Speed
 from redraft.core.cost import FLAT, CostModel
 from tests.bench import fakes, html_page
 
@@ -51,14 +52,37 @@ def check_speeds(page: str) -> None:
 
 
 def test_speeds_are_in_the_plot_and_in_the_table() -> None:
-    page = whole("a", ["b"], [charts.speeds(ROWS)])
+    page = whole("a", ["b"], [*charts.speeds(ROWS)])
     check_speeds(page)
-    assert html_page.tables(page)["Tokens a second"][3][4:6] == ["1.50x", "1.35-1.80"]
+    assert html_page.tables(page)["Tokens a second"][3][4:7] == ["1.50x", "1.35-1.80", ""]
+
+
+def test_generation_alone_has_its_own_plot_and_bounds() -> None:
+    alone = [replace(one, generation=Speed(100.0 + i, 90.0, 120.0, 2.0, 1.5, 2.5, 1.75)) for i, one in enumerate(ROWS)]
+    page = whole("a", ["b"], charts.speeds(alone))
+    check_speeds(page)
+    assert [cells[2:7] for cells in html_page.tables(page)["Generation alone"][1:]] == [
+        [f"{100.0 + i:.1f}", "90.0-120.0", "2.00x", "1.50-2.50", "1.75x"] for i in range(len(ROWS))
+    ]
+    assert html_page.dots(html_page.plots(page)[1])["all prompts, none"] == pytest.approx(100, abs=0.1)
+
+
+def test_the_fastest_other_method_is_named() -> None:
+    beside = Beside("suffix", "hot", 0.98, 0.9, 1.1, None)
+    chooser = replace(
+        ROWS[1], method="auto", beside=beside, generation=Speed(1.0, 1.0, 1.0, beside=replace(beside, ratio=1.02, bound=0.97))
+    )
+    (section,) = charts.beside([*ROWS, chooser])
+    assert section.rows == [
+        ["all prompts", "auto, hot", "generation", "suffix", "1.02", "0.90-1.10", "0.97"],
+        ["all prompts", "auto, hot", "with prompt", "suffix", "0.98", "0.90-1.10", ""],
+    ]
+    assert charts.beside(ROWS) == []
 
 
 @pytest.mark.parametrize("planted", ["table", "plot"])
 def test_a_wrong_figure_is_found(planted: str) -> None:
-    page = whole("a", ["b"], [charts.speeds(ROWS)])
+    page = whole("a", ["b"], [*charts.speeds(ROWS)])
     x = html_page.plots(page)[0].find(f".//{html_page.SVG}circle").get("cx")  # type: ignore[union-attr]
     wrong = page.replace("<td>40.0</td>", "<td>41.0</td>") if planted == "table" else page.replace(f'cx="{x}"', 'cx="300"', 1)
     with pytest.raises(AssertionError):
@@ -90,7 +114,7 @@ def test_the_cost_is_that_of_the_cost_model() -> None:
 
 
 def test_names_are_escaped_and_nothing_is_loaded() -> None:
-    page = whole("<script>", ["<img src=http://a>"], [charts.speeds(ROWS), Section("<x>", "&")], ["</ul>"], code="<pre>")
+    page = whole("<script>", ["<img src=http://a>"], [*charts.speeds(ROWS), Section("<x>", "&")], ["</ul>"], code="<pre>")
     assert html_page.loads(page) == [] and "<b>" not in page
     assert any(name.startswith("all prompts, <b>&\"weird'</b>") for name in html_page.dots(html_page.plots(page)[0]))
     assert html_page.loads(page + '<img src="http://a"><script>') == ["http://a", "script"]
@@ -122,6 +146,8 @@ def test_the_command_writes_a_page(tmp_path: Path, redraft: Any) -> None:
     assert html_page.loads(page) == []
     assert list(html_page.tables(page)) == [
         "Tokens a second",
+        "Generation alone",
+        "Beside the fastest other method",
         "Acceptance by depth",
         "Cost of a step",
         "Notes",

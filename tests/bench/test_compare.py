@@ -146,6 +146,84 @@ def test_one_prompt_has_no_hot_state(plain: LLM) -> None:
     assert [entry.mode for entry in comparison.entries] == [Mode.BASELINE, Mode.COLD]
 
 
+@pytest.mark.parametrize("draft", ["suffix", "ngram", "token-recycling", "union:parts=copyspec+suffix"])
+def test_a_second_round_drafts_what_the_first_one_drafted(plain: LLM, draft: str) -> None:
+    """Nothing that a round teaches reaches the next one, although the texts are the same."""
+    comparison = bench.compare(plain, CompareOptions((draft,), PARAMS.but(max_tokens=20), rounds=3), PROMPTS[:4])
+    for rounds in comparison.runs[1:]:
+        found = [[(run.steps, run.drafted, run.accepted) for run in one] for one in rounds]
+        assert found[0] == found[1] == found[2]
+    llm, group = comparison.entries[1].llm, comparison.groups[0]
+    first, second = bench.measure(llm, group, comparison.entries[1].states[0]), bench.generate(llm, group)
+    assert first.accepted < second.accepted, "without that it would be drafted from memory"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_warm_prompts_are_learned_once_and_not_measured(plain: LLM, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    opened: list[fakes.Spy] = []
+    monkeypatch.setattr(fakes.Spying, "open", lambda self, runner, sampler: opened.append(fakes.Spy()) or opened[-1])
+    warm = tuple(Prompt(f"warm{i}", "c", prompt=f"w{40 + i} w{41 + i}") for i in range(3))
+    options = CompareOptions(("spy", "guess"), PARAMS, rounds=2, batch=batch, warm=warm)
+    reported: list[str] = []
+    comparison = bench.compare(plain, options, PROMPTS, reported.append)
+    assert [entry.mode for entry in comparison.entries] == [Mode.BASELINE, Mode.COLD, Mode.WARM, Mode.SAME]
+    known = frozenset(tuple(plain.tokenizer.encode(prompt.prompt or "")) for prompt in warm)
+    cold, warmed = (entry.states for entry in comparison.entries[1:3])
+    assert cold == (frozenset(), frozenset()) and warmed == (known, known)
+    assert comparison.outputs == len(PROMPTS) and reported.count("spy learns") == (3 if batch == 1 else 2)
+    text = " ".join(shown(comparison, options, results.rows(comparison)).split())
+    assert "warm: learned on 3 other prompts" in text and "; hot:" not in text
+
+
+def test_a_prompt_is_not_both_learned_and_measured(plain: LLM) -> None:
+    warm = (dataclasses.replace(PROMPTS[1], id="other", category="c"),)
+    with pytest.raises(InvalidInput, match="warm: other is also measured"):
+        bench.compare(plain, CompareOptions(("spy",), PARAMS, warm=warm), PROMPTS)
+    long = (Prompt("long", "a", prompt=" ".join(["w5"] * plain.max_model_len)),)
+    with pytest.raises(PromptTooLong, match="warm: none of the 1 prompts fits"):
+        bench.compare(plain, CompareOptions(("spy",), PARAMS, warm=long), PROMPTS)
+
+
+# ---- generation alone
+
+
+@pytest.mark.parametrize(
+    ("times", "found"),
+    [
+        ([], (0, 0.0)),
+        ([(3.0, "a", 1)], (0, 0.0)),
+        ([(3.0, "a", 2), (4.0, "a", 1), (6.0, "a", 3)], (4, 3.0)),  # a first step with two tokens
+        # b begins with the third step; what a got before and in this step does not count
+        ([(1.0, "a", 1), (2.0, "a", 2), (3.0, "b", 1), (3.0, "a", 2), (4.0, "a", 1), (4.0, "b", 2), (5.5, "b", 1)], (4, 2.5)),
+    ],
+)
+def test_tokens_after_the_first_ones(times: bench.Times, found: tuple[int, float]) -> None:
+    assert bench.after_first(times) == found
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_generation_is_timed_by_steps(plain: LLM, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """With a step of two seconds the plain loop needs two seconds a token, and drafts fewer."""
+    now = itertools.count(step=2.0)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now))
+    own, step = plain.engine, plain.engine.step
+    groups = split(PROMPTS[:8:2], batch, PARAMS.but(max_tokens=60))
+    runs = [bench.generate(plain, group) for group in groups]
+    assert own.step == step
+    assert all(run.generating == 2.0 * 59 and run.generated == 59 * len(run.conversations) for run in runs)
+    assert all(run.seconds == 2.0 * 61 for run in runs)  # the clock is read before, after each of 60 steps, and at the end
+    fast = [bench.generate(plain.sibling(draft="suffix"), group) for group in groups]
+    assert sum(run.generating for run in fast) < sum(run.generating for run in runs)
+
+
+def test_a_text_of_one_token_has_no_generation(plain: LLM) -> None:
+    options = CompareOptions(("guess",), PARAMS.but(max_tokens=1), rounds=1)
+    comparison = bench.compare(plain, options, PROMPTS[:2])
+    found = results.rows(comparison)
+    assert all(row.generation is None for row in found) and found[1].speedup is not None
+    assert "generation" not in shown(comparison, options, found)
+
+
 def test_turns_are_answered_one_after_the_other(plain: LLM) -> None:
     turns = Prompt("t", "chat", turns=["w5 w6", "w7"])
     chat = Prompt("m", "chat", messages=[{"role": "user", "content": "w8 w9"}, {"role": "assistant", "content": "w10"}])
@@ -427,7 +505,8 @@ def made(seconds: dict[int, list[float]], outputs: list[list[int]], category: st
     entries = [Entry("none", Mode.BASELINE, llm, (None, None)), Entry("some", Mode.SAME, llm, (None, None))]
 
     def run(group: PromptGroup, e: int, one: float) -> Run:
-        return Run([[Turn([1], mine[group.prompts[0].id])]], one, steps=10, accepted=5 * e, peak=1000 * (2 + e))
+        tokens = mine[group.prompts[0].id]
+        return Run([[Turn([1], tokens)]], one, len(tokens) - 1, one / 2, steps=10, accepted=5 * e, peak=1000 * (2 + e))
 
     runs = [[[run(group, e, one) for group in groups] for one in seconds[e]] for e in range(2)]
     return Comparison(entries, groups, runs, [], [])
@@ -443,6 +522,57 @@ def test_rows_compare_within_each_round() -> None:
     assert row.low_repeat_outputs == 3 and row.low_repeat_speedup is None  # fewer than five
     assert [one.category for one in rest] == ["a", "a", "b", "b"] and sum(one.outputs for one in rest) == 12
     assert [one.category for one in results.rows(made({0: [1.0], 1: [1.0]}, outputs, "a"))] == [None, None]
+
+
+def test_generation_and_bounds_are_those_of_the_pairs() -> None:
+    outputs = [list(range(20)) for _ in range(6)]
+    baseline, row, *_ = results.rows(made({0: [1.0, 2.0, 4.0], 1: [0.5, 2.5, 1.0]}, outputs))
+    assert baseline.generation is not None and baseline.generation.tokens_per_second == 19 and baseline.generation.speedup is None
+    alone = row.generation
+    assert alone is not None and alone.tokens_per_second == 38
+    assert (alone.speedup, alone.speedup_low, alone.speedup_high) == pytest.approx((2.0, 0.8, 4.0))
+    assert row.speedup_bound == pytest.approx(7 / 4) and alone.speedup_bound == pytest.approx(7 / 4)  # all texts are alike
+    assert baseline.speedup_bound is None
+    one = results.rows(made({0: [1.0], 1: [0.5]}, outputs[:1]))[1]
+    assert one.speedup == 2 and one.speedup_bound is None, "one text has no spread"
+
+
+def test_the_bound_is_that_of_the_bootstrap() -> None:
+    """Half of the texts gain a factor of 3, the others lose: the bound lies where a normal approximation has it."""
+    comparison = made({0: [1.0], 1: [1.0]}, [list(range(20)) for _ in range(100)], "a")
+    for g, run in enumerate(comparison.runs[1][0]):
+        run.seconds = 1 / 3 if g % 2 else 1.25
+    row = results.rows(comparison)[1]
+    mean, spread = (1 / 3 + 1.25) / 2, (1.25 - 1 / 3) / 2
+    assert row.speedup == pytest.approx(1 / mean)
+    assert row.speedup_bound == pytest.approx(1 / (mean + 1.645 * spread / 10), rel=0.01)
+    assert results.rows(comparison)[1].speedup_bound == row.speedup_bound
+
+
+def test_the_chooser_stands_beside_the_fastest_other_method_of_each_category() -> None:
+    comparison = made({0: [4.0, 4.0], 1: [1.0, 2.0]}, [list(range(20)) for _ in range(8)])  # categories a and b
+    llm, groups = comparison.entries[0].llm, comparison.groups
+    modes = [Mode.BASELINE, Mode.COLD, Mode.HOT, Mode.COLD, Mode.HOT, Mode.SAME]
+    names = ["none", "auto", "auto", "suffix", "suffix", "copyspec"]
+    entries = [Entry(name, mode, llm, (None, None)) for name, mode in zip(names, modes, strict=True)]
+    seconds = {"auto": {"a": 1.0, "b": 1.0}, "suffix": {"a": 0.5, "b": 4.0}, "copyspec": {"a": 1.0, "b": 2.0}}
+
+    def timed(runs: list[Run], name: str, mode: Mode) -> list[Run]:
+        slower = 2 if mode is Mode.COLD else 1
+        times = [seconds[name][group.category] * slower for group in groups]
+        return [dataclasses.replace(run, seconds=time, generating=time / 4) for run, time in zip(runs, times, strict=True)]
+
+    runs = [comparison.runs[0]] + [[timed(one, e.method, e.mode) for one in comparison.runs[1]] for e in entries[1:]]
+    comparison = dataclasses.replace(comparison, entries=entries, runs=runs)
+    found = results.rows(comparison)
+    beside = {(row.category, row.mode): row.beside for row in found if row.method == "auto"}
+    assert beside["a", "cold"] == results.Beside("suffix", "cold", 0.5, 0.5, 0.5, pytest.approx(0.5))
+    assert beside["b", "hot"] == results.Beside("copyspec", "cold=hot", 2.0, 2.0, 2.0, pytest.approx(2.0))
+    assert beside["b", "cold"] is not None and beside["b", "cold"].ratio == 1
+    assert beside[None, "hot"] is not None and beside[None, "hot"].method == "copyspec"  # 3 a pair of texts, suffix 4.5
+    assert all(row.beside is None for row in found if row.method != "auto")
+    assert all(row.generation is not None and row.generation.beside == row.beside for row in found if row.method == "auto")
+    assert results.rows(made({0: [1.0], 1: [1.0]}, [[1, 2]]))[1].besides == []
 
 
 def test_low_repeat_speed_up_needs_five_outputs() -> None:
@@ -472,11 +602,26 @@ def test_the_command_prints_a_table_and_writes_json(folder: Path, file: Path, tm
     assert {"cpu", "cores", "threads", "torch"} <= set(found["hardware"])
     wanted = "method mode category guarantee tokens_per_second speedup speedup_low speedup_high mean_acceptance_length tokens_equal"
     wanted += " first_divergence near_ties repeated_8gram_share peak_kv_bytes low_repeat_outputs low_repeat_speedup"
+    wanted += " speedup_bound generation beside"
     assert all(set(wanted.split()) <= set(row) for row in found["rows"])
+    assert all(row["generation"]["tokens_per_second"] > 0 for row in found["rows"]) and found["settings"]["warm"] == []
+    assert all((row["generation"]["speedup"] is None) == (row["method"] == "none") for row in found["rows"])
+    assert "generation alone, after the first token" in shown.out and "beside the fastest" not in shown.out
     overall = [(row["method"], row["mode"]) for row in found["rows"] if row["category"] is None]
     assert overall == [("none", "baseline"), ("guess", "cold=hot"), ("token-recycling", "cold"), ("token-recycling", "hot")]
     assert all(row["tokens_equal"] and row["first_divergence"] is None for row in found["rows"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "prompts.jsonl"]
+
+
+def test_one_file_has_the_measured_and_the_warm_prompts(
+    folder: Path, file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    words = f"--prompts {file} --limit 2 --warm {file} --warm-limit 5 --draft ngram --max-tokens 5 --rounds 1 --dtype float32 --json {out}"
+    assert command(["compare", str(folder), *words.split()]) == 0
+    settings = json.loads(out.read_text())["settings"]
+    assert settings["outputs"] == 2 and settings["warm"] == ["p2"]
+    assert "warm: learned on 1 other prompt;" in " ".join(capsys.readouterr().out.split())
 
 
 DRAFTS = [*registry.METHODS["draft"], "union:parts=copyspec+token-recycling", "auto"]
@@ -502,11 +647,23 @@ def test_the_table_fits_80_columns_with_every_name_whole(
     columns: str | None,
 ) -> None:
     large = {"tokens_per_second": 12345.6, "speedup": 0.94, "speedup_low": 10.25, "speedup_high": 12.75, "peak_kv_bytes": 20_000 << 20}
+    alone = results.Speed(12345.6, 12000.0, 13000.0, 0.94, 10.25, 12.75, 10.11, results.Beside(draft, "cold=hot", 10.25, 9.75, 12.5, 9.5))
     options, comparison = bounded
     entries = [entry if i == 0 else dataclasses.replace(entry, method=draft) for i, entry in enumerate(comparison.entries)]
     comparison = dataclasses.replace(comparison, entries=entries, stopped=True, refused=[f"{draft}: needs a model"])
     found = [
-        dataclasses.replace(row, **large, outputs=100, tokens_equal=False, divergences=100, near_ties=ties, fault=f"{draft} failed")
+        dataclasses.replace(
+            row,
+            **large,
+            generation=alone,
+            beside=alone.beside,
+            speedup_bound=10.1,
+            outputs=100,
+            tokens_equal=False,
+            divergences=100,
+            near_ties=ties,
+            fault=f"{draft} failed",
+        )
         for row in results.rows(comparison)
         for ties in (0, 100)
     ]
@@ -517,6 +674,7 @@ def test_the_table_fits_80_columns_with_every_name_whole(
     report.show(Console(width=width()), comparison, options, found)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80] == []
+    assert "beside the fastest other method" in lines and any(line.split()[:2] == ["baseline", "generation"] for line in lines)
     assert f"{draft}, same-text" in lines and any(f"{draft}: needs a model" in line for line in lines)
 
 
@@ -567,6 +725,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("--json /nowhere/at/all.json", "there is no folder /nowhere/at"),
         ("--json /", "is a folder"),
         ("--prompts /nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("--warm /nowhere.jsonl", "/nowhere.jsonl: cannot be read"),
+        ("--warm-limit 3", "warm_limit = 3: is for the prompts of warm, and there are none"),
+        ("--turns 0", "turns = 0: must be 1 or more"),
         ("--draft none", "is the plain loop"),
     ],
 )

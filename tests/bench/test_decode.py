@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from redraft import registry
 from redraft.bench import decode, shapes
@@ -80,6 +82,8 @@ def test_redraft_and_transformers_say_the_same(
         assert all(len(one["seconds"]) == 6 for one in engine["rounds"]["decode"])
         assert set(engine["rounds"]["steps"][0]["seconds"]) == {"1", "5"}
         assert engine["summary"]["decode"]["share_of_limit"]["median"] > 0
+        assert [len(engine["bytes_per_second"][measure]) for measure in ("decode", "steps")] == [2, 2]
+        assert all(engine["summary"]["steps"][rows]["times_limit"]["median"] > 0 for rows in ("1", "5"))
     assert own["rounds"]["decode"][0]["tokens"] == own["rounds"]["decode"][1]["tokens"]
     assert len(set(own["rounds"]["decode"][0]["tokens"])) > 1  # a repeated token would hide differences
     assert own["summary"]["decode"]["speed_of_base"] == {"median": 1, "low": 1, "high": 1}
@@ -282,6 +286,45 @@ def test_ratios_are_taken_within_a_round() -> None:
     )
 
 
+def test_a_step_is_compared_with_the_limit_of_its_round() -> None:
+    """Bandwidth before and after the turn, and the peak of the round; more rows are limited by arithmetic."""
+    spec = shapes.spec_of("100m")
+    took = [{"seconds": {"1": 0.02, "32": 0.5}}, {"seconds": {"1": 0.03, "32": 0.75}}, None]
+    reads: dict[str, list[float | None]] = {"steps": [1e10, 2e10, 2e10]}
+    one = Engine("one", "", {"quant": "int8"}, {"dtype": "bfloat16"}, {"steps": took}, reads=reads)
+    peaks = [{"flops_per_second": {"float32": 1e11, "int8": peak}} for peak in (2e11, 4e11, 4e11)]
+    options = DecodeOptions(rows=(1, 32), context=100)
+    found = Comparison("m", Path(), spec, options, [one], Engine("limits", "", {}, {}, {"peak": peaks}), {})
+    size = decode.read_bytes(spec, "bfloat16", "int8") + decode.cache_bytes(spec, 100, 2)
+    flops = 2 * 32 * (12 * (768 * (768 + 2 * 256) + 768 * 768 + 3 * 768 * 2048) + 32000 * 768)
+    assert decode.least(found, one, 1)[:2] == pytest.approx([size / 1e10, size / 2e10])
+    assert decode.least(found, one, 32)[:2] == pytest.approx([flops / 2e11, flops / 4e11])
+    times = decode.document(found)["engines"][0]["summary"]["steps"]
+    assert times[1]["times_limit"]["high"] == pytest.approx(0.03 / (size / 2e10))
+    plain = Engine("plain", "", {}, {"dtype": "bfloat16"}, {}, reads=reads)
+    assert decode.least(found, plain, 32)[0] == pytest.approx(flops / 1e11), "without its instruction: in float32"
+    lines = printed(
+        decode.beside_limits({r: decode.seconds(one, "steps", r) for r in (1, 32)}, {r: decode.least(found, one, r) for r in (1, 32)})
+    )
+    assert lines[0].split() == ["rows", "1", "32"] and lines[1].split()[0] == "ms" and lines[1].split()[-1] == "625"
+    assert lines[-1].split() == ["times", "1", "row", "1.00", "25.00"]
+
+
+def printed(table: Any) -> list[str]:
+    out = StringIO()
+    Console(file=out, width=80).print(table)
+    return out.getvalue().splitlines()
+
+
+def test_ten_numbers_of_rows_fit_80_columns() -> None:
+    rows = DecodeOptions().rows
+    took = {r: [0.01234 * r] * 5 for r in rows}
+    lines = printed(
+        decode.beside_limits(took, {r: [0.0123] * 5 for r in rows}, {"speed of base": dict.fromkeys(rows, Spread(0.5, 0.4, 0.6))})
+    )
+    assert len(lines) == 8 and all(len(line.split()) >= 11 and "…" not in line for line in lines[1:])
+
+
 def test_what_a_token_must_read_and_a_prompt_computes() -> None:
     spec = shapes.spec_of("llama-3.2-1b")
     layer = 2048 * (2048 + 2 * 512) + 2048 * 2048 + 3 * 2048 * 8192
@@ -340,7 +383,7 @@ def test_a_run_that_outgrows_the_context_is_refused(model: str) -> None:
 
 def test_errors_of_the_command_line_are_one_line(redraft: Callable[..., Ran]) -> None:
     for arguments, reported in (
-        (["llama-3.2-1"], "did you mean 'llama-3.2-1b'?"),
+        (["llama-3.2-1"], "did you mean 'llama-3.2-1b'"),
         (["100m", "--against", "lama.cpp"], "did you mean 'llama.cpp'?"),
         (["100m", "--rows", "1,x"], "rows = '1,x': whole numbers with commas are needed"),
         (["100m", "--redraft", "torch"], "'torch' is not option=value"),

@@ -52,6 +52,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ops, "SAMPLE", 0.0)
     floor = {"bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}}
     monkeypatch.setattr(ops.limits, "limits", lambda *given: floor)
+    monkeypatch.setattr(ops.limits, "peaks", lambda: {"float32": 1e11})
+    buffer = ops.limits.buffer
+    monkeypatch.setattr(ops.limits, "buffer", lambda size: buffer(1 << 14))
     monkeypatch.setitem(registry.BACKENDS, "noted", "tests.bench.test_ops:Noted")
     monkeypatch.setitem(registry.BACKENDS, "native-like", "tests.bench.test_ops:Noted")
     monkeypatch.setitem(registry.BACKENDS, "absent", "tests.bench.test_ops:Absent")
@@ -72,17 +75,54 @@ def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> Non
     reported: list[str] = []
     found = ops.measure(model, OpsOptions(backends=("torch", "noted", "absent"), quants=("int8",), **TINY), reported.append)
     names = [name.split(",")[0] for name in reported]
-    assert names[:15:3] == ["qkv", "out", "up", "down", "head"] and len(reported) == 21 == ops.ticks(found.options)
+    assert names[:18:3] == ["qkv", "out", "up", "down", "head", "a call"] and len(reported) == 24 == ops.ticks(found.options)
     assert [name.rpartition(": ")[2] for name in reported[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
     assert found.refused == {"absent": "backend 'absent': no compiler"}
     lines = {(line.operation, line.backend, line.size) for line in found.lines}
-    assert len(lines) == len(found.lines) == 5 * 2 * 2 * 2 + 2 * 2 * 2
+    assert len(lines) == len(found.lines) == 6 * 2 * 2 * 2 + 2 * 2 * 2
     assert all(len(line.seconds) == 2 and min(line.seconds) > 0 for line in found.lines)
     spec = shapes.spec_of(model)
     qkv = next(line for line in found.lines if line.operation.startswith("qkv") and line.size == "3 rows" and line.backend == "noted")
     assert qkv.bytes == 4 * 32 * 16 and qkv.flops == 2 * 3 * 32 * 16 and qkv.kind == "float32"
     int8 = next(line for line in found.lines if line.operation.startswith("head") and line.backend == "torch int8")
     assert spec.vocab * 16 < int8.bytes < spec.vocab * 16 * 1.5 and int8.kind == "int8"
+
+
+def test_the_limit_is_the_longer_of_reading_and_computing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = iter(range(1, 1_000_000))
+    peaks = iter(range(1, 1_000_000))
+    monkeypatch.setattr(ops.limits, "bandwidth", lambda held, repeats: 1e6 * next(reads))
+    monkeypatch.setattr(ops.limits, "peaks", lambda: {"float32": 1e6 * next(peaks), "int8": 4e6})
+    found = ops.measure(model, OpsOptions(backends=("torch",), quants=("int8",), **{**TINY, "rows": (1, 64), "shared": 0}))
+    first = [line for line in found.lines if line.operation.startswith("qkv")]
+    assert [(line.backend, line.rows, line.count) for line in first] == [
+        ("torch", 1, 2), ("torch int8", 1, 2), ("torch", 64, 2), ("torch int8", 64, 2)
+    ]  # fmt: skip
+    # the first round, which is not counted, read four times; the second begins with the second line, the third with the third
+    one, int8, many, _ = first
+    assert one.limits == [max(one.bytes / 8e6, one.flops / 2e6), max(one.bytes / 11e6, one.flops / 3e6)]
+    assert many.limits == [many.flops / 2e6, many.flops / 3e6], "computed in float32"
+    assert int8.limits == [max(int8.bytes / 5e6, int8.flops / 4e6), max(int8.bytes / 12e6, int8.flops / 4e6)]
+    ratios = sorted(took / least for took, least in zip(one.seconds, one.limits))
+    assert one.times_limit == (pytest.approx(sum(ratios) / 2), *ratios)
+
+
+def test_all_linear_layers_of_a_step_are_added_up(model: str) -> None:
+    found = ops.measure(model, OpsOptions(backends=("torch",), **TINY))
+    total = found.linear("torch")
+    assert list(total) == [1, 3]
+    for rows, line in total.items():
+        parts = [one for one in found.lines if one.rows == rows]
+        assert len(parts) == 6 and sorted(one.count for one in parts) == [0, 1, 2, 2, 2, 2]
+        call = next(one for one in parts if one.operation == ops.CALL)
+        shares = sorted(9 * one / whole for one, whole in zip(call.seconds, line.seconds))
+        assert found.calls("torch")[rows] == (pytest.approx(sum(shares) / 2), pytest.approx(shares[0]), pytest.approx(shares[1]))
+        for turn in range(2):
+            assert line.seconds[turn] == pytest.approx(sum(one.count * one.seconds[turn] for one in parts))
+            assert line.limits[turn] == pytest.approx(sum(one.count * one.limits[turn] for one in parts))
+        assert line.bytes == sum(one.count * one.bytes for one in parts)
+    own = next(line for line in found.lines if line.rows == 3 and line.operation.startswith("up"))
+    assert found.linear("torch", own.operation)[3].seconds == own.seconds, "one layer alone"
 
 
 def test_attention_reads_what_it_says_in_all_layers(model: str) -> None:
@@ -107,27 +147,30 @@ def test_document_and_table(redraft: Callable[..., Ran], model: str, tmp_path: P
     small = ["--rows", "1,3", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--dtype", "float32"]
     code, out, err = redraft("bench", "ops", model, "--backend", "torch", *small, "--json", str(file))
     assert code == 0 and "attention over 40 cached tokens" in out and "GB/s" in out, err
+    assert "all linear layers of a step" in out and out.count("times limit") == 3 * 7 and "times 1 row" in out
     document = json.loads(file.read_text())
-    assert len(document["lines"]) == 5 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
+    assert set(document["linear_layers"]) == {"torch", "torch int8", "torch int4"}
+    assert all(one["times_limit"]["median"] > 0 for one in document["linear_layers"]["torch"].values())
+    assert len(document["lines"]) == 3 * 6 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
 
 
 def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(
     redraft: Callable[..., Ran], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "COPIES", 2)
-    small = ["--rows", "1", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--backend", "torch"]
+    small = ["--rows", "1", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--backend", "torch", "--quant", "none"]
     assert redraft("bench", "ops", model, *small)[2] == ""  # it took less than report.EVERY
     monkeypatch.setattr(report, "EVERY", 0)
     code, out, err = redraft("bench", "ops", model, *small)
     assert code == 0 and "GB/s" in out
-    assert [line.partition(" ")[0] for line in err.splitlines()] == [f"{i}/12" for i in range(1, 13)]
-    assert err.startswith("1/12 qkv, 16 to 32: making weights\n2/12 qkv, 16 to 32: round 1 of 1\n3/12 out")
+    assert [line.partition(" ")[0] for line in err.splitlines()] == [f"{i}/14" for i in range(1, 15)]
+    assert err.startswith("1/14 qkv, 16 to 32: making weights\n2/14 qkv, 16 to 32: round 1 of 1\n3/14 out")
 
     def stop(run: object) -> float:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ops, "_sample", stop)
-    assert redraft("bench", "ops", model, *small) == (130, "", "1/12 qkv, 16 to 32: making weights\nstopped\n")
+    assert redraft("bench", "ops", model, *small) == (130, "", "1/14 qkv, 16 to 32: making weights\nstopped\n")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,33 @@ def test_line_separators_inside_a_text(tmp_path: Path) -> None:
     assert [p.prompt for p in load(path)] == ["a\u2028b\x85c"]
 
 
+def test_the_files_of_humaneval_are_read_as_they_are(tmp_path: Path) -> None:
+    line = {"task_id": "HumanEval/0", "prompt": "def f():", "entry_point": "f", "canonical_solution": "    pass", "test": "f()"}
+    assert load(written(tmp_path, line)) == [Prompt("HumanEval/0", "all", prompt="def f():")]
+
+
 # choosing
+
+
+def test_turns_and_chat(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    path = written(tmp_path, {"prompt": "Once"}, {"messages": messages}, {"turns": ["One", "Two", "Three"]})
+    assert [p.turns for p in load(path, turns=2)] == [None, None, ["One", "Two"]]
+    assert [(p.prompt, p.turns) for p in load(path, turns=1, chat=True)] == [(None, ["Once"]), (None, None), (None, ["One"])]
+    assert load(path, chat=True)[1].messages == messages
+    with pytest.raises(InvalidInput, match="turns = 0: must be 1 or more"):
+        load(path, turns=0)
+
+
+def test_other_prompts_are_those_with_another_text(tmp_path: Path) -> None:
+    lines = [{"id": f"{c}{i}", "category": c, "turns": [f"{c} {i}", "more"]} for c in "ab" for i in range(4)]
+    path = written(tmp_path, *lines)
+    measured = load(path, limit=3, turns=1)
+    others = load(path, limit=4, turns=1, without=measured)
+    assert [p.id for p in measured] == ["a0", "a1", "b0"] and [p.id for p in others] == ["a2", "a3", "b1", "b2"]
+    renamed = [Prompt("other", "c", turns=p.turns) for p in load(path)]
+    with pytest.raises(InvalidInput, match="holds no other prompts"):
+        load(path, without=renamed)
 
 
 @pytest.fixture

@@ -16,16 +16,23 @@ from redraft.bench.advice import Advice
 from redraft.bench.compare import Comparison, Entry, Mode, Run, Turn, split
 from redraft.bench.prompts import Prompt
 from redraft.bench.svg import Point
-from redraft.bench.tune import Candidate, Profile, Tuned, TuneOptions, chosen, expected, recorded
+from redraft.bench.tune import Candidate, Profile, Record, Tuned, TuneOptions, chosen, expected, recorded
 from redraft.cli.serve import build, engine_of, load
 from redraft.cli.tune import training_free
-from redraft.errors import InvalidInput
+from redraft.engine.idle import forward_seconds
 from tests.bench import fakes, html_page
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [Prompt(f"p{i}", "ab"[i % 2], prompt=f"w{10 + i} w{20 + i} w{10 + i}") for i in range(4)]
 CURVE = [Point(1, 10, 10, 10), Point(2, 10, 10, 10), Point(4, 20, 20, 20)]
-PLAIN = Profile(nodes=[0] * 60, paths=[()] * 60, steps=60, seconds=0.9, forward=0.6, total=1.0)
+
+
+def recordings(*texts: tuple[list[int], list[tuple[int, ...]]], **given: Any) -> Profile:
+    """Texts that ran together: nodes and paths of each."""
+    return Profile(batches=[{i: Record(*one) for i, one in enumerate(texts)}], **given)
+
+
+PLAIN = recordings(([0] * 70, [()] * 70), steps=70, seconds=1.05, forward=0.7, cached=70 * 20, total=1.15)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +49,8 @@ def plain(folder: Path) -> LLM:
 
 
 def profile(drafting: float = 0.0) -> Profile:
-    """Two thirds of the texts keep nodes 0 and 2 of three, the others nothing of none."""
-    return Profile(nodes=[3, 3, 0] * 10, paths=[(0, 2), (0, 2), ()] * 10, steps=30, seconds=1.0, drafting=drafting)
+    """Two thirds of the steps keep nodes 0 and 2 of three, the others nothing of none."""
+    return recordings(([3, 3, 0] * 10, [(0, 2), (0, 2), ()] * 10), steps=30, seconds=1.0, drafting=drafting)
 
 
 @pytest.mark.parametrize(("rows", "kept", "drafted"), [(1, 2 / 3, 2 / 3), (2, 2 / 3, 4 / 3), (3, 4 / 3, 2), (16, 4 / 3, 2)])
@@ -55,7 +62,7 @@ def test_a_smaller_draft_is_the_first_nodes(rows: int, kept: float, drafted: flo
 def test_the_expected_speed() -> None:
     free = expected("some", 1, profile(), PLAIN, CURVE)  # two rows take as long as one
     assert (free.tokens, free.cost, free.drafting) == (pytest.approx(5 / 3), pytest.approx(1), 0)
-    assert free.speedup == pytest.approx(1.0 / (0.1 + 0.9 * 3 / 5))
+    assert free.speedup == pytest.approx(1.15 / (0.1 + 1.05 * 3 / 5))
     dear = expected("some", 3, profile(), PLAIN, CURVE)  # a step of 15 ms, 10 of them forward, which doubles in two of three steps
     assert dear.cost == pytest.approx((15 + 10 * 2 / 3) / 15) and dear.tokens == pytest.approx(7 / 3)
     slow = expected("some", 3, profile(drafting=0.45), PLAIN, CURVE)  # 15 ms a step to draft 2 nodes
@@ -64,9 +71,28 @@ def test_the_expected_speed() -> None:
 
 
 def test_a_batch_pays_for_the_rows_of_all_texts() -> None:
-    two = Profile(nodes=[0] * 60, paths=[()] * 60, steps=30, seconds=0.9, forward=0.9, total=0.9)
-    assert two.width == 2
-    assert expected("some", 1, Profile(nodes=[1] * 60, paths=[(0,)] * 60, steps=30), two, CURVE).cost == pytest.approx(2)  # 4 rows after 2
+    one = [0] * 30, [()] * 30
+    two = recordings(one, one, steps=30, seconds=0.9, forward=0.9, total=0.9)
+    drafted = [1] * 15, [(0,)] * 15
+    found = expected("some", 1, recordings(drafted, drafted, steps=15), two, CURVE)
+    assert found.cost == pytest.approx(2) and found.speedup == pytest.approx(1)  # 4 rows after 2
+
+
+def test_a_batch_ends_with_its_slowest_text() -> None:
+    """Both draft a node a step; one keeps all and ends after 15 steps, the other keeps none and runs alone for 15 more."""
+    one = [0] * 30, [()] * 30
+    plain = recordings(one, one, steps=30, seconds=0.6, forward=0.3, total=0.8)  # 20 ms a step, 5 of them for each text beside the pass
+    found = expected("some", 1, recordings(([1] * 15, [(0,)] * 15), ([1] * 30, [()] * 30), steps=30), plain, CURVE)
+    seconds = 15 * (0.020 + 2 * 0.005) + 15 * (0.010 + 0.005)
+    assert found.tokens == pytest.approx(1 + 15 / 45) and found.speedup == pytest.approx(0.8 / (0.2 + seconds))
+    assert found.cost == pytest.approx(seconds / 0.6)
+
+
+def test_batches_do_not_run_together() -> None:
+    record = Record([0] * 10, [()] * 10)
+    plain = Profile(batches=[{0: record}, {1: record}], steps=20, seconds=0.2, forward=0.2, total=0.2)
+    kept = Profile(batches=[{0: Record([1] * 5, [(0,)] * 5)}, {1: Record([1] * 10, [()] * 10)}], steps=15)
+    assert expected("some", 1, kept, plain, CURVE).speedup == pytest.approx(20 / 15)
 
 
 def candidate(draft: str, rows: int | None, speedup: float, drafted: float) -> Candidate:
@@ -89,6 +115,9 @@ def test_steps_are_recorded_as_the_engine_counts_them(plain: LLM) -> None:
     assert run.accepted > 0 and sum(map(len, found.paths)) == run.accepted
     assert len(found.nodes) == run.steps - len(PROMPTS)  # without the steps that read prompts
     assert found.by_depth == pytest.approx([count / len(found.paths) for count in run.by_depth])
+    assert len(found.batches) == 1 and len(found.batches[0]) == len(PROMPTS) and found.course(99, lambda rows, texts: 1.0)[0] <= found.steps
+    lengths = [len(turn.prompt) for one in run.conversations for turn in one]
+    assert min(lengths) < found.context < max(lengths) + 12
     assert 0 < found.forward + found.drafting + found.observing < found.seconds
     assert not {"begin", "propose", "observe"} & vars(guard).keys() and llm.runner.forward == forward
     assert llm.engine.verifier.own is found.inner
@@ -98,14 +127,28 @@ def test_steps_are_recorded_as_the_engine_counts_them(plain: LLM) -> None:
 
 
 def test_times_of_steps(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(tune, "forward_seconds", lambda engine, rows: calls.append(rows) or rows * len(calls) / 1e3)
-    found = tune.step_times(plain, 9)
+    calls: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(tune, "forward_seconds", lambda engine, *given: calls.append(given) or given[0] * len(calls) / 1e3)
+    found = tune.step_times(plain, 9, 4, 30)
     assert [point.x for point in found] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32]
-    assert len(calls) == len(found) * (tune.TIMES + 1)
+    assert len(calls) == len(found) * (tune.TIMES + 1) and {cached for _, cached, _ in calls} == {30}
+    assert all(texts == min(rows, 4) for rows, _, texts in calls)
     for point in found:
-        times = [point.x * (at + 1) for at, rows in enumerate(calls) if rows == point.x][1:]
+        times = [point.x * (at + 1) for at, (rows, _, _) in enumerate(calls) if rows == point.x][1:]
         assert (point.low, point.y, point.high) == pytest.approx((times[0], times[len(times) // 2], times[-1]))
+
+
+def test_a_timed_step_has_these_rows_texts_and_cached_tokens(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    forward = plain.runner.forward
+    monkeypatch.setattr(plain.runner, "forward", lambda batch, taps: seen.append(batch) or forward(batch, taps))
+    assert (forward_seconds(plain.engine, 7, 20, 3) or 0) > 0
+    (batch,) = seen
+    assert len(batch.tokens) == 7 and [int(root) for root in batch.roots] == [0, 3, 5]
+    assert sorted(batch.positions.tolist()) == [20, 20, 20, 21, 21, 21, 22]
+    assert forward_seconds(plain.engine, 8, plain.max_model_len, 4) is None
+    plain.runner.memory.check()
+    assert not plain.runner.memory.paged.table._held
 
 
 # ---- advice
@@ -243,10 +286,14 @@ def test_groups_that_do_not_fill_the_batch_are_counted(plain: LLM, batch: int, s
     assert len(named) == bool(small) and all(note.startswith(f"{small} of {small} prompt groups") for note in named)
 
 
-def test_a_batch_without_draft_rows_is_refused(plain: LLM) -> None:
-    options = TuneOptions(("ngram",), PARAMS, batch=64)
-    with pytest.raises(InvalidInput, match="batch = 64: more than draft_total = 32"):
-        tune.tune(plain, options, PROMPTS, lambda what: None, lambda seconds: None)
+def test_a_batch_of_more_texts_than_draft_rows_is_tuned(plain: LLM) -> None:
+    """32 draft rows for 64 texts: some have one, the others none."""
+    options = TuneOptions(("ngram",), PARAMS, rounds=2, batch=64)
+    prompts = [Prompt(f"p{i}", "a", prompt=f"w{3 + i % 50} w{20 + i // 50} w{3 + i % 50}") for i in range(80)]
+    found = tune.tune(plain, options, prompts, lambda what: None, lambda seconds: None)
+    assert [one.rows for one in found.expectations] == [1] and len(found.plain.batches) == 2
+    assert max(found.profiles["ngram"].nodes) == 1 and min(found.profiles["ngram"].nodes) == 0
+    assert found.curve[-1].x >= 64 + 32
 
 
 def test_the_candidates_need_no_training() -> None:

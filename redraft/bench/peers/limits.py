@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,6 +80,16 @@ def peaks(side: int = SIDE) -> dict[str, float]:
         found = {kind: native.peak(kind) for kind in (*KINDS, "int8")}
         return {kind: flops for kind, flops in found.items() if flops}
     return {kind: _product(dtype, side) for kind, dtype in KINDS.items()}
+
+
+def least_seconds(size: float, flops: float, bandwidth: float, peaks: Mapping[str, float], kind: str) -> float:
+    """What reading `size` bytes and computing `flops` operations in the number format `kind` takes at least: the larger of the two."""
+    return max(size / bandwidth, flops / peak_of(peaks, kind))
+
+
+def peak_of(peaks: Mapping[str, float], kind: str) -> float:
+    """Operations a second in this number format, which is computed in float32 if this machine has no instruction for it."""
+    return peaks.get(kind) or peaks["float32"]
 
 
 def _product(dtype: torch.dtype, side: int, repeats: int = 4) -> float:
