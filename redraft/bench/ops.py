@@ -39,6 +39,9 @@ COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
 COPIES = 1024  # at most, because many copies of a tiny weight take too long
 SAMPLE = 0.03  # seconds that one measurement takes at least
 PAGE = 32
+ATTENDED = (1, 2, 4, 8, 16, 32, 512)  # rows of one sequence that attention is measured for
+TEXTS = 16  # sequences of one row with pages of their own, where `cached` is at most
+TEXTS_CACHED = 2048
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,25 @@ class Line:
     floor: dict[str, Any]
     run: Callable[[], object] = field(repr=False)
     seconds: list[float] = field(default_factory=list)
+    # attention: the same call over one token, whose time is subtracted; measures the limits beside each round; seconds of the limit
+    empty: Callable[[], object] | None = field(default=None, repr=False)
+    beside: Callable[[], dict[str, Any]] | None = field(default=None, repr=False)
+    least: list[float] = field(default_factory=list)
 
     @property
     def took(self) -> Spread:
         found = Spread.of(self.seconds)
         assert found is not None
         return found
+
+    @property
+    def times_limit(self) -> Spread | None:
+        """Seconds over the limit of the same round: all bytes read once, or all operations at the peak, whichever takes longer."""
+        return Spread.of([took / least for took, least in zip(self.seconds, self.least)])
+
+    def limit(self, floor: dict[str, Any]) -> float:
+        peaks = floor["flops_per_second"]
+        return max(self.bytes / float(floor["bytes_per_second"]), self.flops / float(peaks.get(self.kind) or peaks["float32"]))
 
     @property
     def of_bandwidth(self) -> float:
@@ -128,7 +144,7 @@ def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> 
         lines = make(floor)
         _take_turns(lines, options, lambda turn, name=name: tick(f"{name}: round {turn} of {options.rounds}"))  # type: ignore[misc]
         for line in lines:
-            line.run = _nothing  # frees its weights before those of the next operation are made
+            line.run, line.empty, line.beside = _nothing, None, None  # frees its weights before those of the next operation are made
         found.lines += lines
     limits.use_threads(options.threads)
     return found
@@ -185,9 +201,11 @@ def _take_turns(lines: list[Line], options: OpsOptions, tick: Callable[[int], No
         first = turn % len(lines)
         for line in lines[first:] + lines[:first]:
             torch.set_num_threads(1 if line.backend.startswith("native") else options.threads)
-            took = _sample(line.run)
+            least = line.limit(line.beside()) if line.beside else None
+            took = _sample(line.run) - (_sample(line.empty) if line.empty else 0)
             if turn:  # the first round warms up
                 line.seconds.append(took)
+                line.least += [least] if least else []
 
 
 @torch.inference_mode()
@@ -239,28 +257,38 @@ def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[],
 def _attention(
     title: str, cached: int, most_seqs: int, spec: ModelSpec, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]
 ) -> list[Line]:
-    """Uses the layers in turn, so that keys come from memory. With `most_seqs` > 1: 1 and `most_seqs` sequences of one row; else one
-    sequence of 1 and 16 rows."""
-    cases = [(1, 1), (most_seqs, 1)] if most_seqs > 1 else [(1, 1), (1, 16)]
+    """Uses the layers in turn, so that keys come from memory. With `most_seqs` > 1: 1 and `most_seqs` sequences of one row that share
+    their tokens; else one sequence of some rows, and several of one row with tokens of their own. Every layer is a call, where an engine
+    makes one call of all layers: the time of the same call over one token is subtracted."""
+    shared = most_seqs > 1
+    several = [(TEXTS, 1)] if cached <= TEXTS_CACHED else []
+    cases = [(1, 1), (most_seqs, 1)] if shared else [*((1, rows) for rows in ATTENDED), *several]
     lines, layer, width = [], spec.attention[0], limits.KINDS[options.dtype].itemsize
+    held = limits.buffer()
+
+    def beside() -> dict[str, Any]:
+        return {"bytes_per_second": limits.bandwidth(held, 1), "flops_per_second": limits.peaks()}
+
     for count, rows in cases:
         for name, backend in backends.items():
-            size = 2.0 * cached * spec.kv_heads * spec.head_dim * width
-            flops = 4.0 * count * rows * cached * layer.heads * spec.head_dim
+            texts = 1 if shared else count
+            size = 2.0 * texts * (cached + rows) * spec.kv_heads * spec.head_dim * width
+            flops = 4.0 * count * rows * (cached + (rows + 1) / 2) * layer.heads * spec.head_dim
             case = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
-            lines.append(Line(title, name, case, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
+            run, empty = (_attend(backend, spec, some, count, rows, shared) for some in (cached, 1))
+            lines.append(Line(title, name, case, size, flops, options.dtype, floor, run, empty=empty, beside=beside))
     return lines
 
 
-def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int) -> Callable[[], object]:
-    """One layer of `count` sequences that share `cached` tokens. Keys are zeros, because the time does not depend on them."""
-    blocks = -(-cached // PAGE) + count * (2 + rows // PAGE)
+def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int, shared: bool) -> Callable[[], object]:
+    """One layer of `count` sequences of `cached` tokens, shared or their own. Keys are zeros, because the time does not depend on them."""
+    blocks = (-(-cached // PAGE) + 1) * (1 if shared else count) + count * (2 + rows // PAGE)
     table = PageTable(blocks, len(spec.attention), spec.kv_heads)
     store = Store(backend, spec, blocks)
-    cached -= cached % PAGE if count > 1 else 0  # whole pages are shared
+    cached -= cached % PAGE if count > 1 and shared else 0  # whole pages are shared
     works = []
     for i in range(count):
-        tokens = [0] * cached + [1 + i]
+        tokens = [0 if shared else i] * cached + [1 + i]
         seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=UNLIMITED)
         table.open(seq)
         table.attach(seq, table.match(tokens, ""))
@@ -292,7 +320,7 @@ def show(console: Console, found: Measured) -> None:
     parts: list[Any] = [Text(head, style="bold")]
     for operation in dict.fromkeys(line.operation for line in found.lines):
         own = [line for line in found.lines if line.operation == operation]
-        parts += [Text(), Text(f"{operation}; {_floor(own[0].floor)}"), _table(own)]
+        parts += [Text(), Text(f"{operation}; {_floor(own[0].floor)}"), _beside(own) if own[0].least else _table(own)]
     parts += [Text(f"- {name} does not run here: {why}") for name, why in found.refused.items()]
     console.print(Group(*parts))
 
@@ -310,6 +338,19 @@ def _table(lines: Seq[Line]) -> Table:
     for backend in dict.fromkeys(line.backend for line in lines):
         cells = {line.size: _cell(line) for line in lines if line.backend == backend}
         table.add_row(backend, *(cells.get(size, "") for size in sizes))
+    return table
+
+
+def _beside(lines: Seq[Line]) -> Table:
+    """Attention beside its limit, which was measured in the same rounds."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(["backend", "", "ms", "limit", "times the limit"]):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for line in lines:
+        took, least, times = line.took, Spread.of(line.least), line.times_limit
+        assert least is not None and times is not None
+        spread = f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})"
+        table.add_row(line.backend, line.size, f"{took.median * 1e3:.3g}", f"{least.median * 1e3:.3g}", spread)
     return table
 
 
@@ -337,6 +378,8 @@ def document(found: Measured) -> dict[str, Any]:
                 "limits": line.floor,
                 "seconds": line.took._asdict(),
                 "rounds": line.seconds,
+                "limit_seconds": line.least,
+                "times_limit": line.times_limit and line.times_limit._asdict(),
                 "of_bandwidth": line.of_bandwidth,
                 "of_peak": line.of_peak,
             }
