@@ -46,6 +46,9 @@ SAMPLE = 0.03  # seconds that one measurement takes at least
 PAGE = 32
 SMALL = 32  # inputs and outputs of a matrix that takes no time, to measure a call
 CALL = f"a call, {SMALL} to {SMALL}"
+ATTENDED = (1, 2, 4, 8, 16, 32, 512)  # rows of one sequence that attention is measured for
+TEXTS = 16  # sequences of one row with pages of their own, where `cached` is at most
+TEXTS_CACHED = 2048
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Line:
     count: int = 1
     limits: list[float] = field(default_factory=list)
     rows: int = 0  # of a linear layer
+    empty: Callable[[], object] | None = field(default=None, repr=False)  # attention: the same call over one token; its time is subtracted
 
     @property
     def took(self) -> Spread:
@@ -109,6 +113,7 @@ class Line:
 
     @property
     def times_limit(self) -> Spread:
+        """Seconds over the limit of the same round: all bytes read once, or all operations at the peak, whichever takes longer."""
         found = over(self.seconds, self.limits)
         assert found is not None
         return found
@@ -166,7 +171,7 @@ def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> 
         lines = make(floor)
         _take_turns(lines, options, held, lambda turn, name=name: tick(f"{name}: round {turn} of {options.rounds}"))  # type: ignore[misc]
         for line in lines:
-            line.run = _nothing  # frees its weights before those of the next operation are made
+            line.run, line.empty = _nothing, None  # frees its weights before those of the next operation are made
         found.lines += lines
     limits.use_threads(options.threads)
     return found
@@ -227,7 +232,7 @@ def _take_turns(lines: list[Line], options: OpsOptions, held: Tensor, tick: Call
         first = turn % len(lines)
         for line in lines[first:] + lines[:first]:
             torch.set_num_threads(1 if line.backend.startswith("native") else options.threads)
-            took = _sample(line.run)
+            took = _sample(line.run) - (_sample(line.empty) if line.empty else 0)
             torch.set_num_threads(options.threads)
             reads = limits.bandwidth(held, 1)
             if turn:  # the first round warms up
@@ -287,28 +292,34 @@ def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[],
 def _attention(
     title: str, cached: int, most_seqs: int, spec: ModelSpec, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]
 ) -> list[Line]:
-    """Uses the layers in turn, so that keys come from memory. With `most_seqs` > 1: 1 and `most_seqs` sequences of one row; else one
-    sequence of 1 and 16 rows."""
-    cases = [(1, 1), (most_seqs, 1)] if most_seqs > 1 else [(1, 1), (1, 16)]
+    """Uses the layers in turn, so that keys come from memory. With `most_seqs` > 1: 1 and `most_seqs` sequences of one row that share
+    their tokens; else one sequence of some rows, and several of one row with tokens of their own. Every layer is a call, where an engine
+    makes one call of all layers: the time of the same call over one token is subtracted."""
+    shared = most_seqs > 1
+    several = [(TEXTS, 1)] if cached <= TEXTS_CACHED else []
+    cases = [(1, 1), (most_seqs, 1)] if shared else [*((1, rows) for rows in ATTENDED), *several]
     lines, layer, width = [], spec.attention[0], limits.KINDS[options.dtype].itemsize
+
     for count, rows in cases:
         for name, backend in backends.items():
-            size = 2.0 * cached * spec.kv_heads * spec.head_dim * width
-            flops = 4.0 * count * rows * cached * layer.heads * spec.head_dim
+            texts = 1 if shared else count
+            size = 2.0 * texts * (cached + rows) * spec.kv_heads * spec.head_dim * width
+            flops = 4.0 * count * rows * (cached + (rows + 1) / 2) * layer.heads * spec.head_dim
             case = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
-            lines.append(Line(title, name, case, size, flops, options.dtype, floor, _attend(backend, spec, cached, count, rows)))
+            run, empty = (_attend(backend, spec, some, count, rows, shared) for some in (cached, 1))
+            lines.append(Line(title, name, case, size, flops, options.dtype, floor, run, empty=empty))
     return lines
 
 
-def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int) -> Callable[[], object]:
-    """One layer of `count` sequences that share `cached` tokens. Keys are zeros, because the time does not depend on them."""
-    blocks = -(-cached // PAGE) + count * (2 + rows // PAGE)
+def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: int, shared: bool) -> Callable[[], object]:
+    """One layer of `count` sequences of `cached` tokens, shared or their own. Keys are zeros, because the time does not depend on them."""
+    blocks = (-(-cached // PAGE) + 1) * (1 if shared else count) + count * (2 + rows // PAGE)
     table = PageTable(blocks, len(spec.attention), spec.kv_heads)
     store = Store(backend, spec, blocks)
-    cached -= cached % PAGE if count > 1 else 0  # whole pages are shared
+    cached -= cached % PAGE if count > 1 and shared else 0  # whole pages are shared
     works = []
     for i in range(count):
-        tokens = [0] * cached + [1 + i]
+        tokens = [0 if shared else i] * cached + [1 + i]
         seq = Sequence(i, Request(str(i), tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=UNLIMITED)
         table.open(seq)
         table.attach(seq, table.match(tokens, ""))
@@ -335,8 +346,7 @@ def show(console: Console, found: Measured) -> None:
     o, machine = found.options, report.hardware()
     head = (
         f"{found.model}, {o.dtype}: {o.rounds} rounds in turns, {o.threads} thread{'s' * (o.threads > 1)}; medians\n"
-        f"{machine['cpu']}, {machine['cores']} cores; limit: to read the bytes or to compute the products, in the same round\n"
-        "attention: milliseconds, GB/s and share of the read bandwidth, TFLOP/s and share of the peak"
+        f"{machine['cpu']}, {machine['cores']} cores; limit: to read the bytes or to compute the products, in the same round"
     )
     parts: list[Any] = [Text(head, style="bold")]
     for operation in dict.fromkeys(line.operation for line in found.lines):
@@ -346,7 +356,7 @@ def show(console: Console, found: Measured) -> None:
             for backend in dict.fromkeys(line.backend for line in own):
                 parts += _by_rows(backend, found.linear(backend, operation))
         else:
-            parts.append(_table(own))
+            parts.append(_attended(own))
     parts += [Text(), Text("all linear layers of a step, each as often as it occurs; calls: the part that calls take", style="bold")]
     for backend in dict.fromkeys(line.backend for line in found.lines if line.rows):
         parts += _by_rows(backend, found.linear(backend), found.calls(backend))
@@ -364,22 +374,17 @@ def _by_rows(name: str, lines: dict[int, Line], calls: dict[int, Spread] | None 
     return [Text(name), beside_limits(took, least, {"calls": calls} if calls else None)]
 
 
-def _table(lines: Seq[Line]) -> Table:
-    sizes = list(dict.fromkeys(line.size for line in lines))
+def _attended(lines: Seq[Line]) -> Table:
+    """Attention beside its limit, which was measured in the same rounds."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for i, column in enumerate(["backend", *sizes]):
-        table.add_column(column, justify="right" if i else "left")
-    for backend in dict.fromkeys(line.backend for line in lines):
-        cells = {line.size: _cell(line) for line in lines if line.backend == backend}
-        table.add_row(backend, *(cells.get(size, "") for size in sizes))
+    for i, column in enumerate(["backend", "", "ms", "limit", "times the limit"]):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for line in lines:
+        took, least, times = line.took, Spread.of(line.limits), line.times_limit
+        assert least is not None
+        spread = f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})"
+        table.add_row(line.backend, line.size, f"{took.median * 1e3:.3g}", f"{least.median * 1e3:.3g}", spread)
     return table
-
-
-def _cell(line: Line) -> str:
-    took, part = line.took.median, line.of_peak
-    return (
-        f"{took * 1e3:.3g} ms\n{line.bytes / took * 1e-9:.1f} GB/s {line.of_bandwidth:.0%}\n{line.flops / took * 1e-12:.3f} TF {part:.0%}"
-    )
 
 
 def document(found: Measured) -> dict[str, Any]:

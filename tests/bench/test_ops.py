@@ -55,6 +55,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ops.limits, "peaks", lambda: {"float32": 1e11})
     buffer = ops.limits.buffer
     monkeypatch.setattr(ops.limits, "buffer", lambda size: buffer(1 << 14))
+    monkeypatch.setattr(ops.limits, "bandwidth", lambda *given: floor["bytes_per_second"])
+    monkeypatch.setattr(ops, "ATTENDED", (1, 16))
+    monkeypatch.setattr(ops, "TEXTS", 3)
     monkeypatch.setitem(registry.BACKENDS, "noted", "tests.bench.test_ops:Noted")
     monkeypatch.setitem(registry.BACKENDS, "native-like", "tests.bench.test_ops:Noted")
     monkeypatch.setitem(registry.BACKENDS, "absent", "tests.bench.test_ops:Absent")
@@ -79,8 +82,9 @@ def test_every_operation_has_a_line_for_each_backend_and_size(model: str) -> Non
     assert [name.rpartition(": ")[2] for name in reported[:3]] == ["making weights", "round 1 of 2", "round 2 of 2"]
     assert found.refused == {"absent": "backend 'absent': no compiler"}
     lines = {(line.operation, line.backend, line.size) for line in found.lines}
-    assert len(lines) == len(found.lines) == 6 * 2 * 2 * 2 + 2 * 2 * 2
-    assert all(len(line.seconds) == 2 and min(line.seconds) > 0 for line in found.lines)
+    assert len(lines) == len(found.lines) == 6 * 2 * 2 * 2 + (3 + 2) * 2
+    assert all(len(line.seconds) == 2 for line in found.lines)
+    assert all(min(line.seconds) > 0 for line in found.lines if not line.operation.startswith("attention"))
     spec = shapes.spec_of(model)
     qkv = next(line for line in found.lines if line.operation.startswith("qkv") and line.size == "3 rows" and line.backend == "noted")
     assert qkv.bytes == 4 * 32 * 16 and qkv.flops == 2 * 3 * 32 * 16 and qkv.kind == "float32"
@@ -129,8 +133,21 @@ def test_attention_reads_what_it_says_in_all_layers(model: str) -> None:
     ops.measure(model, OpsOptions(backends=("noted",), **TINY))
     seen = [entry for entry in Noted.log if len(entry) == 4]
     assert {index for _, index, _, _ in seen} == {0, 1}
-    # 40 cached and 1 or 16 rows are two pages; 64 shared and a row three
-    assert {(shape[0], slots) for _, _, shape, slots in seen} == {(1, 64), (16, 64), (1, 96), (8, 96)}
+    # 40 cached and 1 or 16 rows are two pages, for each of 3 texts; 64 shared and a row three; and 1 token, whose time is subtracted
+    slots = {(shape[0], slots) for _, _, shape, slots in seen}
+    assert slots >= {(1, 64), (16, 64), (3, 64), (1, 96), (8, 96), (1, 32), (16, 32), (3, 32), (8, 32)}
+
+
+def test_attention_stands_beside_the_limit_of_its_round(model: str) -> None:
+    found = ops.measure(model, OpsOptions(backends=("noted",), **TINY))
+    lines = {(line.operation, line.size): line for line in found.lines if line.operation.startswith("attention")}
+    one, texts = (lines["attention over 40 cached tokens", size] for size in ("1 sequence, 16 rows", "3 sequences, 1 row"))
+    spec = shapes.spec_of(model)
+    each = 2 * 4 * spec.kv_heads * spec.head_dim
+    assert one.bytes == 56 * each and texts.bytes == 3 * 41 * each
+    assert one.flops == 4 * 16 * (40 + 8.5) * spec.attention[0].heads * spec.head_dim
+    assert one.limits == [max(one.bytes / 1e10, one.flops / 1e11)] * 2
+    assert one.times_limit is not None and one.times_limit.median == pytest.approx(sum(s / one.limits[0] for s in one.seconds) / 2)
 
 
 def test_weights_are_read_from_several_copies_and_others_threads_rest(model: str) -> None:
@@ -146,12 +163,12 @@ def test_document_and_table(redraft: Callable[..., Ran], model: str, tmp_path: P
     file = tmp_path / "found.json"
     small = ["--rows", "1,3", "--cached", "40", "--shared", "0", "--rounds", "1", "--threads", "1", "--dtype", "float32"]
     code, out, err = redraft("bench", "ops", model, "--backend", "torch", *small, "--json", str(file))
-    assert code == 0 and "attention over 40 cached tokens" in out and "GB/s" in out, err
+    assert code == 0 and "attention over 40 cached tokens" in out and "times the limit" in out, err
     assert "all linear layers of a step" in out and out.count("times limit") == 3 * 7 and "times 1 row" in out
     document = json.loads(file.read_text())
     assert set(document["linear_layers"]) == {"torch", "torch int8", "torch int4"}
     assert all(one["times_limit"]["median"] > 0 for one in document["linear_layers"]["torch"].values())
-    assert len(document["lines"]) == 3 * 6 * 2 + 2 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
+    assert len(document["lines"]) == 3 * 6 * 2 + 3 and all(math.isfinite(line["of_bandwidth"]) for line in document["lines"])
 
 
 def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(

@@ -172,16 +172,18 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
         if (!memory_) throw std::bad_alloc();
         room_ = wanted;
     }
-    partials_.most = memory_ + per_worker_ * workers;
-    partials_.sum = reinterpret_cast<Sums*>(partials_.most + numbers);
-    partials_.mix = partials_.most + 3 * numbers;
-    partials_.ends = plan.ends ? reinterpret_cast<Partials::End*>(partials_.mix + mixes) : nullptr;
+    float* at = memory_ + per_worker_ * workers;
+    partials_.groups = {at, at + numbers, at + 2 * numbers, at + 3 * numbers};
+    partials_.ends = plan.ends ? reinterpret_cast<Partials::End*>(at + 3 * numbers + mixes) : nullptr;
 }
 
 namespace {
-const uint8_t* first_page(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head) {
-    const AttendRow& row = plan.rows[task.first];
-    return find_unit(job.seqs[row.seq], job.pool, job.encoded, job.layer, kv_head, std::max(task.group, 0) * GROUP).at;
+// The pages of a task's group, and null beyond them.
+void pages_of(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head, const uint8_t** pages) {
+    const Seq& seq = job.seqs[plan.rows[task.first].seq];
+    const int64_t first = std::max(task.group, 0) * GROUP, slots = length_of(seq, job.pool, job.layer, kv_head) + seq.tail + seq.rows;
+    for (int64_t i = 0; i < GROUP; i++)
+        pages[i] = (first + i) * PAGE < slots ? find_unit(seq, job.pool, job.encoded, job.layer, kv_head, first + i).at : nullptr;
 }
 }  // namespace
 
@@ -193,7 +195,8 @@ void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan
         const AttendTask& task = plan.tasks[item / kv_heads];
         const bool brief = task.group >= 0;  // claim early, to prefetch; not in a long task, as others could take it
         next = brief ? claim() : -1;
-        const uint8_t* then = next >= 0 && next < items ? first_page(job, plan, plan.tasks[next / kv_heads], next % kv_heads) : nullptr;
+        const uint8_t* then[GROUP] = {};
+        if (next >= 0 && next < items) pages_of(job, plan, plan.tasks[next / kv_heads], next % kv_heads, then);
         kernels.task(job, plan.shape, plan.rows.data() + task.first, task, item % kv_heads, then, memory.partials_, scratch);
         if (!brief) next = claim();
     }
@@ -202,11 +205,9 @@ void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan
         memory.left_.store(0, std::memory_order_relaxed);
     }
     if (!plan.waiting.empty()) barrier();
-    const Share share(int64_t(plan.waiting.size()) * job.heads, worker, workers);
-    for (int64_t i = share.first; i < share.last; i++) {
-        const int64_t row = i / job.heads;
-        kernels.merge(job, plan.shape, plan.waiting[row], plan.groups[row], i % job.heads, memory.partials_, scratch);
-    }
+    const Share share(int64_t(plan.waiting.size()), worker, workers);
+    for (int64_t i = share.first; i < share.last; i++)
+        kernels.merge(job, plan.shape, plan.waiting[i], plan.groups[i], memory.partials_, scratch);
     if (!job.watches) return;
     barrier();
     for (int64_t i = 0; i < job.watches; i++) {

@@ -28,29 +28,29 @@ struct AttendShape {
     int64_t turned;          // 1 if a sequence has a window, with rotated queries for the keys before it, else 0
 };
 
-// Sums of weights as multiplied, and before they were rounded for that; the second are summed only for watched sequences.
-struct Sums {
-    float rounded, exact;
+// Results of queries: the largest score in powers of two, sums of weights as multiplied and before they were rounded for that, and mixes
+// [padded]. Reading any of the arrays may go on for a register beyond its end.
+struct Mixed {
+    float *most, *rounded, *exact, *mix;
+
+    INLINE Mixed from(int64_t query, int64_t padded) const { return {most + query, rounded + query, exact + query, mix + query * padded}; }
 };
 
-// Results of groups, [partial][query heads]: largest score, sums, mix [padded]. ends, [rows][query heads]: final results, or null.
 struct Partials {
-    float* most;
-    Sums* sum;
-    float* mix;
+    Mixed groups;  // [partial][query heads]
     struct End {
         float most, sum;
-    }* ends;
+    }* ends;       // [rows][query heads]: of the final results, or null
 };
 
 // The part of attention that depends on the instruction set; defined by attend_impl.h.
 struct AttendKernels {
     int64_t (*scratch)(const AttendShape&);  // floats that a worker needs
-    // rows: those of the task. then: the page that the worker reads next, or null
-    void (*task)(const AttendJob&, const AttendShape&, const AttendRow* rows, const AttendTask&, int64_t kv_head, const uint8_t* then, const Partials&,
-                 float* scratch);
+    // rows: those of the task. then: the pages, GROUP or null ones, that the worker reads next
+    void (*task)(const AttendJob&, const AttendShape&, const AttendRow* rows, const AttendTask&, int64_t kv_head,
+                 const uint8_t* const* then, const Partials&, float* scratch);
     // Merges the groups of a row from left to right into the final result.
-    void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, int64_t groups, int64_t head, const Partials&, float* scratch);
+    void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, int64_t groups, const Partials&, float* scratch);
     // Converts a vector of numbers to codes and their scale.
     void (*encode)(const uint8_t* from, Kind, int64_t size, int8_t* codes, float* scale);
     // Adds the statistics of the slots of a group, after all rows are done.
@@ -60,7 +60,7 @@ struct AttendKernels {
 struct AttendChoices {  // none of them changes a result
     int32_t workers = 1;
     int32_t few = 16;       // sequences with at most this many rows are split by groups
-    int32_t block = 256;    // queries of a task
+    int32_t block = 192;    // queries of a task
     int32_t shared = 1;     // pages that sequences share are read once
 };
 

@@ -3,99 +3,105 @@
 // An element of a score or of a mix is one chain of fused multiply-adds in a fixed order: over the head for a score, over path
 // indices for a mix. Blocks of queries and columns may therefore be cut to fit the registers, and a score may be computed anywhere.
 //
+// A group of pages is attended in three passes: all scores; weights, relative to the largest score of the group; the mix. Keys and values
+// of a page are converted once for all queries. Both products are the same tile: queries times turned keys, weights times values.
+//
 // With a window, keys at positions below its sinks are scored with another vector, the query rotated back. Which of the two scores a
-// slot gets depends only on the position of the row. Slots that a row does not read do not affect its sums.
+// slot gets depends only on the position of the row. A slot that a row does not read has weight 0, and its value counts as 0.
 //
 // If queries, pages and results are bf16 and the processor multiplies pairs of bf16 (DOT_BF16), the links of these chains are pairs: of
-// neighbours in the head, and of path indices 2 i and 2 i + 1, with zero for hidden slots. A weight is then rounded to bf16, and the sum
-// is that of the rounded weights. The result is still a mean of values, and changes by less than its own rounding.
+// neighbours in the head, and of path indices 2 i and 2 i + 1. A weight is then rounded to bf16, and the sum is that of the rounded
+// weights. The result is still a mean of values, and changes by less than its own rounding.
 
-constexpr int64_t SLOTS = PAGE / Vec::N;  // registers of the scores of a page
-constexpr int WIDE = Vec::N == 16 ? 8 : 6;  // queries of a block with sums that fill the registers, two registers each
-constexpr int64_t BATCH = 32;             // queries that are scored, weighted and mixed together
-constexpr int64_t MOST_ROWS = 256;        // of a task
+constexpr int64_t SPAN = PAGE * GROUP;            // path indices of a group
+constexpr int64_t STRIDE = SPAN + 16;             // floats between rows of queries and of weights; constant: one register addresses a tile
+constexpr int64_t WIDE = 2 * Vec::N;              // columns of a tile
+constexpr int HIGH = Vec::N == 16 ? 12 : 6;       // rows of a tile whose sums fill the registers
+constexpr int64_t MOST_ROWS = 256;                // of a task
+constexpr float LOWEST = -3e38f;                  // the largest score of a query that reads nothing
 
 #if defined(__AVX512F__)
-// Transposes 16 x 16 numbers.
-inline void turn(Vec* x) {
-    __m512 t[16], u[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
-        t[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-            u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-            u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-        }
-    for (int i = 0; i < 4; i++) {  // u[4 b + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 b .. 4 b + 3
-        const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88), b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
-        const __m512 c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88), d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
-        x[i].v = _mm512_shuffle_f32x4(a, c, 0x88);
-        x[i + 8].v = _mm512_shuffle_f32x4(a, c, 0xdd);
-        x[i + 4].v = _mm512_shuffle_f32x4(b, d, 0x88);
-        x[i + 12].v = _mm512_shuffle_f32x4(b, d, 0xdd);
-    }
+inline Vec low_pairs(Vec a, Vec b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
+inline Vec high_pairs(Vec a, Vec b) { return {_mm512_unpackhi_ps(a.v, b.v)}; }
+inline Vec low_twos(Vec a, Vec b) { return {_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))}; }
+inline Vec high_twos(Vec a, Vec b) { return {_mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v)))}; }
+// 16 bytes of each of some rows, `step` bytes apart.
+inline Vec quarters(const uint8_t* p, int64_t step) {
+    const auto quarter = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(p + i * step)); };
+    const __m512 a = _mm512_insertf32x4(_mm512_castps128_ps512(quarter(0)), quarter(1), 1);
+    return {_mm512_insertf32x4(_mm512_insertf32x4(a, quarter(2), 2), quarter(3), 3)};
 }
-// The first and the second numbers of bf16 pairs.
-inline Vec first_of(Vec pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))}; }
-inline Vec second_of(Vec pairs) {
-    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v), _mm512_set1_epi32(int(0xffff0000))))};
+// Of words of 32 bits: the bf16 numbers in their low and high halves, the signed byte i, the 4-bit number i.
+inline Vec shifted(Vec x, int left) { return {_mm512_castsi512_ps(_mm512_sllv_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(left)))}; }
+inline Vec low_half(Vec x) { return shifted(x, 16); }
+inline Vec high_half(Vec x) { return {_mm512_and_ps(x.v, _mm512_castsi512_ps(_mm512_set1_epi32(int(0xffff0000))))}; }
+inline Vec byte_of(Vec x, int i) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_castps_si512(shifted(x, 24 - 8 * i).v), 24))}; }
+inline Vec nibble_of(Vec x, int i) {
+    const __m512i low = _mm512_srlv_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(4 * i));
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(15)))};
 }
 inline float first_number(Vec x) { return _mm512_cvtss_f32(x.v); }
-inline float peak(Vec x) {
-    const __m256 a = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
-    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+template <class Both>
+inline float folded(Vec x, Both both) {  // both: of two registers
+    const __m512 a = both(x, Vec{_mm512_shuffle_f32x4(x.v, x.v, 0x4e)}).v, b = both(Vec{a}, Vec{_mm512_shuffle_f32x4(a, a, 0xb1)}).v;
+    const __m512 c = both(Vec{b}, Vec{_mm512_permute_ps(b, 0x4e)}).v;
+    return first_number(both(Vec{c}, Vec{_mm512_permute_ps(c, 0xb1)}));
 }
 #elif defined(__AVX2__)
-// Transposes 8 x 8 numbers.
-inline void turn(Vec* x) {
-    __m256 t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
-        t[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-            u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
-        }
-    for (int i = 0; i < 4; i++) {
-        x[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-        x[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-    }
+inline Vec low_pairs(Vec a, Vec b) { return {_mm256_unpacklo_ps(a.v, b.v)}; }
+inline Vec high_pairs(Vec a, Vec b) { return {_mm256_unpackhi_ps(a.v, b.v)}; }
+inline Vec low_twos(Vec a, Vec b) { return {_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a.v), _mm256_castps_pd(b.v)))}; }
+inline Vec high_twos(Vec a, Vec b) { return {_mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a.v), _mm256_castps_pd(b.v)))}; }
+// 16 bytes of each of some rows, `step` bytes apart.
+inline Vec quarters(const uint8_t* p, int64_t step) {
+    const auto quarter = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(p + i * step)); };
+    return {_mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1)};
 }
-// The first and the second numbers of bf16 pairs.
-inline Vec first_of(Vec pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.v), 16))}; }
-inline Vec second_of(Vec pairs) {
-    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs.v), _mm256_set1_epi32(int(0xffff0000))))};
+// Of words of 32 bits: the bf16 numbers in their low and high halves, the signed byte i, the 4-bit number i.
+inline Vec shifted(Vec x, int left) { return {_mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(left)))}; }
+inline Vec low_half(Vec x) { return shifted(x, 16); }
+inline Vec high_half(Vec x) { return {_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000))))}; }
+inline Vec byte_of(Vec x, int i) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_castps_si256(shifted(x, 24 - 8 * i).v), 24))}; }
+inline Vec nibble_of(Vec x, int i) {
+    const __m256i low = _mm256_srlv_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(4 * i));
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(15)))};
 }
 inline float first_number(Vec x) { return _mm256_cvtss_f32(x.v); }
-inline float peak(Vec x) {
-    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
-    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+template <class Both>
+inline float folded(Vec x, Both both) {  // both: of two registers
+    const __m256 a = both(x, Vec{_mm256_permute2f128_ps(x.v, x.v, 0x01)}).v, b = both(Vec{a}, Vec{_mm256_permute_ps(a, 0x4e)}).v;
+    return first_number(both(Vec{b}, Vec{_mm256_permute_ps(b, 0xb1)}));
 }
 #endif
-
-// Low or high halves of Vec::N bytes as numbers.
-inline Vec from_u4(const uint8_t* p, bool high) {
-#if defined(__AVX512F__)
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm512_cvtepi32_ps(_mm512_and_si512(high ? _mm512_srli_epi32(bytes, 4) : bytes, _mm512_set1_epi32(15)))};
-#else
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_cvtepi32_ps(_mm256_and_si256(high ? _mm256_srli_epi32(bytes, 4) : bytes, _mm256_set1_epi32(15)))};
-#endif
+// Transposes: a register of each of Vec::N words from rows `step` bytes apart.
+inline void turn(const uint8_t* rows, int64_t step, Vec* to) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Vec::N; i += 4) {
+        Vec x[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) x[j] = quarters(rows + 4 * i + j * step, 4 * step);
+        const Vec a = low_pairs(x[0], x[1]), b = high_pairs(x[0], x[1]), c = low_pairs(x[2], x[3]), d = high_pairs(x[2], x[3]);
+        to[i] = low_twos(a, c), to[i + 1] = high_twos(a, c), to[i + 2] = low_twos(b, d), to[i + 3] = high_twos(b, d);
+    }
+}
+inline float peak(Vec x) { return folded(x, maximum); }
+inline float total(Vec x) {
+    return folded(x, [](Vec a, Vec b) { return a + b; });
 }
 
-inline float minus_infinity() { return -__builtin_inff(); }
+// 2^x for x <= 0 to within 3 units in the last place, 2^-100 below that; NaN of NaN.
+inline Vec power(Vec x) {
+    const Vec middle = set1(0x1.8p23f + 127.0f);                  // its last bits: the exponent of 1
+    const Vec bounded = maximum(set1(-100.0f), x), n = bounded + middle, r = bounded - (n - middle);
+    Vec p = fma(set1(1.326472731e-3f), r, set1(9.671512991e-3f));  // minimax polynomial on |r| <= 1/2, 1 at 0
+    p = fma(p, r, set1(5.550733581e-2f));
+    p = fma(p, r, set1(2.402224243e-1f));
+    p = fma(p, r, set1(6.931470037e-1f));
+    return fma(p, r, set1(1.0f)) * shifted(n, 23);
+}
+
 inline uint32_t low_bits(int64_t count) { return count <= 0 ? 0 : count >= 32 ? ~0u : (1u << count) - 1; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline float exponential_of(float x) { return first_number(exponential(set1(x))); }
 
 // A row of a task: the slots that it sees, by path index.
 struct Line {
@@ -105,10 +111,15 @@ struct Line {
     int64_t length, base;      // committed slots; the path index of the first node
     int64_t seen, straight;    // path indices; the number of leading ones that equal their slots
     int64_t at, row;           // position; row of the batch
+    int64_t low, near;         // the windows of the layer and the sequence show positions > low, and < sinks or > near
+    bool all;                  // they hide nothing
     bool turned;               // with a window: keys before the end of its sinks are scored with the rotated query
+
+    bool sees(int64_t position) const { return position > low && (position < seq->sinks || position > near); }
 };
 
 inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head) {
+    constexpr int64_t NONE = -(int64_t(1) << 40);
     const Seq& s = job.seqs[row.seq];
     const int64_t lane = s.lanes == 0 ? 0 : s.lanes == 1 ? job.layer : int64_t(job.layer) * job.pool.kv_heads + kv_head;
     Line line{};
@@ -117,6 +128,9 @@ inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head)
     line.length = s.lengths[lane];
     line.at = s.at[row.row];
     line.row = s.first + row.row;
+    line.low = job.window ? line.at - job.window : NONE;
+    line.near = s.recent ? line.at - s.recent : NONE;
+    line.all = line.low < 0 && line.near < s.sinks;
     line.turned = job.far && s.recent && line.at + 1 > int64_t(s.sinks) + s.recent;
     if (row.row < s.chain_rows) {
         line.base = line.seen = line.straight = line.length + s.tail + row.row + 1;
@@ -138,23 +152,10 @@ inline int64_t position_of(const Line& line, int64_t slot) {
     return slot >= line.length ? line.seq->tail_at[slot - line.length] : line.positions ? line.positions[slot] : slot;
 }
 
-// The positions that the windows of the row show: that of the layer, positions > own - window, and that of the sequence.
-struct Sight {
-    int64_t low, sinks, near;  // seen: positions > low, and < sinks or > near
-    bool all;
-
-    Sight(const Line& line, int64_t window) {
-        const int64_t none = -(int64_t(1) << 40);
-        low = window ? line.at - window : none;
-        sinks = line.seq->sinks;
-        near = line.seq->recent ? line.at - line.seq->recent : none;
-        all = low < 0 && near < sinks;
-    }
-    bool sees(int64_t position) const { return position > low && (position < sinks || position > near); }
-};
-
 // Whether path indices first .. first + 31 differ from slots first .. first + 31.
-inline bool scattered(const Line& line, int64_t first) { return at_most(line.seen, first + PAGE) > line.straight && line.straight < line.seen; }
+inline bool scattered(const Line& line, int64_t first) {
+    return at_most(line.seen, first + PAGE) > line.straight && line.straight < line.seen;
+}
 
 // The slots of path indices first .. first + 31 that the row sees.
 inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
@@ -168,34 +169,32 @@ inline void slots_of(const Line& line, int64_t first, int32_t* slots) {
 }
 
 // Which of the path indices first .. first + 31 the row sees.
-inline uint32_t visible(const Line& line, int64_t first, int64_t window) {
+inline uint32_t visible(const Line& line, int64_t first) {
     const int64_t count = at_most(line.seen - first, PAGE);
     uint32_t bits = low_bits(count);
-    const Sight sight(line, window);
-    if (sight.all || !bits) return bits;
+    if (line.all || !bits) return bits;
     if (!line.positions && first + count <= line.length) {  // slots are positions
-        if (first > sight.low && first > sight.near) return bits;
-        if (first + count - 1 <= sight.low || (first >= sight.sinks && first + count - 1 <= sight.near)) return 0;
+        if (first > line.low && first > line.near) return bits;
+        if (first + count - 1 <= line.low || (first >= line.seq->sinks && first + count - 1 <= line.near)) return 0;
     }
     int32_t slots[PAGE];
     slots_of(line, first, slots);
     for (int64_t i = 0; i < count; i++)
-        if (!sight.sees(position_of(line, slots[i]))) bits &= ~(1u << i);
+        if (!line.sees(position_of(line, slots[i]))) bits &= ~(1u << i);
     return bits;
 }
 
 // Which of the slots first .. first + 31 the row sees.
-inline uint32_t seen_slots(const Line& line, int64_t first, int64_t window) {
+inline uint32_t seen_slots(const Line& line, int64_t first) {
     uint32_t bits = low_bits(line.base - first);
     for (int64_t w = 0; line.path && w < line.seq->words; w++)
         for (uint64_t own = line.path[w]; own; own &= own - 1) {
             const int64_t slot = line.base + 64 * w + __builtin_ctzll(own);
             if (slot >= first && slot < first + PAGE) bits |= 1u << (slot - first);
         }
-    const Sight sight(line, window);
-    for (uint32_t left = sight.all ? 0 : bits; left; left &= left - 1) {
+    for (uint32_t left = line.all ? 0 : bits; left; left &= left - 1) {
         const int i = __builtin_ctz(left);
-        if (!sight.sees(position_of(line, first + i))) bits &= ~(1u << i);
+        if (!line.sees(position_of(line, first + i))) bits &= ~(1u << i);
     }
     return bits;
 }
@@ -209,109 +208,131 @@ inline uint32_t sink_slots(const Line& line, int64_t first, uint32_t bits) {
     return found;
 }
 
-inline int64_t slots_seen(const Line& line, int64_t window) {
-    if (Sight(line, window).all) return line.seen;
+inline int64_t slots_seen(const Line& line) {
+    if (line.all) return line.seen;
     int64_t count = 0;
-    for (int64_t first = 0; first < line.seen; first += PAGE) count += __builtin_popcount(visible(line, first, window));
+    for (int64_t first = 0; first < line.seen; first += PAGE) count += __builtin_popcount(visible(line, first));
     return count;
 }
 
-// The keys of Vec::N slots, `words` words of 4 bytes of each, transposed.
-template <Kind KIND, bool WHOLE>
-inline void load_block(const uint8_t* from, int64_t row_bytes, int64_t words, float* to) {
-    constexpr int64_t PER = KIND == F32 ? 1 : 2;  // numbers of a word
-    Vec x[Vec::N];
-#pragma GCC unroll 16
-    for (int i = 0; i < Vec::N; i++) {
-        const uint8_t* row = from + i * row_bytes;
-        x[i] = WHOLE ? load(reinterpret_cast<const float*>(row)) : read_some(row, F32, words);
-    }
-    turn(x);
-#pragma GCC unroll 16
-    for (int i = 0; i < Vec::N; i++) {
-        if (!WHOLE && i >= words) return;
-        float* row = to + i * PER * PAGE;
-        if (KIND == F32) {
-            store(row, x[i]);
-        } else {
-            store(row, first_of(x[i]));
-            store(row + PAGE, second_of(x[i]));
-        }
-    }
+// ---- pages as numbers
+
+inline int64_t row_bytes(const Pool& pool) { return pool.kind == I4 ? pool.size / 2 : pool.size * bytes_of(pool.kind); }
+
+// A scale or a zero of a unit of 4-bit codes.
+inline Vec number_of(const Unit& unit, int64_t offset, int64_t i) {
+    const uint8_t* at = unit.at + offset + i * bytes_of(unit.pool->numbers);
+    uint32_t bits = 0;
+    float x;
+    __builtin_memcpy(&bits, at, size_t(bytes_of(unit.pool->numbers)));
+    if (unit.pool->numbers == BF16) bits <<= 16;
+    __builtin_memcpy(&x, &bits, 4);
+    return set1(x);
 }
 
-// Keys of a unit as float32 [size][32].
-template <Kind KIND>
-inline void load_keys(const uint8_t* unit, int64_t size, float* keys) {
-    constexpr int64_t PER = KIND == F32 ? 1 : 2;
-    const int64_t words = size / PER, row_bytes = words * 4;
-    for (int64_t slot = 0; slot < PAGE; slot += Vec::N)
-        for (int64_t word = 0; word < words; word += Vec::N) {
-            const uint8_t* from = unit + slot * row_bytes + word * 4;
-            float* to = keys + word * PER * PAGE + slot;
-            if (word + Vec::N <= words) load_block<KIND, true>(from, row_bytes, words - word, to);
-            else load_block<KIND, false>(from, row_bytes, words - word, to);
+// Rows of a page, `bytes` long, as words of 4 bytes, transposed. Gives `put` one word of Vec::N slots at a time.
+template <class Put>
+inline void turn_rows(const uint8_t* rows, int64_t bytes, Put put) {
+    for (int64_t done = 0; done < bytes; done += 4 * Vec::N)
+        for (int64_t slot = 0; slot < PAGE; slot += Vec::N) {
+            const uint8_t* from = rows + slot * bytes + done;
+            const int64_t left = bytes - done;
+            Vec x[Vec::N];
+            if (left >= 4 * Vec::N) {
+                turn(from, bytes, x);
+#pragma GCC unroll 16
+                for (int i = 0; i < Vec::N; i++) put(done / 4 + i, slot, x[i]);
+            } else {
+                alignas(64) float some[Vec::N][Vec::N] = {};
+                for (int i = 0; i < Vec::N; i++) __builtin_memcpy(some[i], from + i * bytes, size_t(left));
+                turn(reinterpret_cast<const uint8_t*>(some), sizeof some[0], x);
+                for (int i = 0; 4 * i < left; i++) put(done / 4 + i, slot, x[i]);
+            }
         }
 }
-inline void load_keys(const uint8_t* unit, Kind kind, int64_t size, float* keys) {
-    if (kind == F32) load_keys<F32>(unit, size, keys);
-    else load_keys<BF16>(unit, size, keys);
+
+// Keys of a unit, transposed: float32 [size][32], or, if paired, words of two bf16 numbers [size / 2][32].
+inline void turn_keys(const Unit& unit, bool paired, float* keys) {
+    const Pool& pool = *unit.pool;
+    const int64_t size = pool.size, half = size / 2, bytes = row_bytes(pool);
+    const auto put = [&](int64_t row, int64_t slot, Vec x) { store(keys + row * PAGE + slot, x); };
+    if (pool.kind == F32 || paired) return turn_rows(unit.at, bytes, put);
+    if (pool.kind == BF16)
+        return turn_rows(unit.at, bytes, [&](int64_t word, int64_t slot, Vec x) {
+            put(2 * word, slot, low_half(x));
+            put(2 * word + 1, slot, high_half(x));
+        });
+    if (pool.kind == I8)  // times the scale of the slot
+        return turn_rows(unit.at, bytes, [&](int64_t word, int64_t slot, Vec x) {
+            const Vec scale = load(reinterpret_cast<const float*>(unit.at + pool.key_scales) + slot);
+            for (int i = 0; i < 4 && 4 * word + i < size; i++) put(4 * word + i, slot, byte_of(x, i) * scale);
+        });
+    turn_rows(unit.at, bytes, [&](int64_t word, int64_t slot, Vec x) {  // times the scale of the channel, plus its zero
+        for (int i = 0; i < 8 && 4 * word + i / 2 < half; i++) {
+            const int64_t channel = 4 * word + i / 2 + i % 2 * half;  // the second half is in the high halves of bytes
+            put(channel, slot, fma(nibble_of(x, i), number_of(unit, pool.key_scales, channel), number_of(unit, pool.key_zeros, channel)));
+        }
+    });
 }
 
-// The codes of one slot as numbers, followed by zeros.
+// Low or high halves of Vec::N bytes as numbers.
+inline Vec from_u4(const uint8_t* p, bool high) {
+#if defined(__AVX512F__)
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(high ? _mm512_srli_epi32(bytes, 4) : bytes, _mm512_set1_epi32(15)))};
+#else
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(high ? _mm256_srli_epi32(bytes, 4) : bytes, _mm256_set1_epi32(15)))};
+#endif
+}
+
+// Vec::N codes, followed by zeros.
 inline Vec read_codes(const int8_t* codes, int64_t count) {
     if (count >= Vec::N) return from_i8(codes);
     alignas(64) int8_t t[Vec::N] = {};
     for (int64_t i = 0; i < count; i++) t[i] = codes[i];
     return from_i8(t);
 }
-inline void load_value(const int8_t* codes, float scale, int64_t size, int64_t padded, float* to) {
-    for (int64_t c = 0; c < padded; c += Vec::N) store(to + c, read_codes(codes + c, size - c) * set1(scale));
-}
 
-// Keys of a unit of codes as float32 [size][32].
-inline void load_keys(const int8_t* codes, const float* scales, int64_t size, float* keys) {
-    for (int64_t slot = 0; slot < PAGE; slot += Vec::N)
-        for (int64_t c = 0; c < size; c += Vec::N) {
-            Vec x[Vec::N];
-#pragma GCC unroll 16
-            for (int i = 0; i < Vec::N; i++) x[i] = read_codes(codes + (slot + i) * size + c, size - c) * set1(scales[slot + i]);
-            turn(x);
-            for (int64_t i = 0; i < Vec::N && c + i < size; i++) store(keys + (c + i) * PAGE + slot, x[i]);
-        }
-}
-
-// A register of `size` 4-bit codes: the first half is in the low halves of bytes, the second in the high halves.
+// Numbers c .. of `size` 4-bit codes: the first half is in the low halves of bytes, the second in the high halves.
 inline Vec read_nibbles(const uint8_t* codes, int64_t c, int64_t size) {
     const int64_t half = size / 2;
     if (half % Vec::N == 0) return from_u4(codes + c % half, c >= half);
-    alignas(64) float t[Vec::N] = {};
-    for (int64_t i = 0; i < Vec::N && c + i < size; i++) t[i] = float(c + i < half ? codes[c + i] & 15 : codes[c + i - half] >> 4);
-    return load(t);
+    alignas(64) int8_t t[Vec::N] = {};
+    for (int64_t i = 0; i < Vec::N && c + i < size; i++) t[i] = int8_t(c + i < half ? codes[c + i] & 15 : codes[c + i - half] >> 4);
+    return from_i8(t);
 }
 
-// Keys of a unit of 4-bit codes as float32 [size][32]: code times the scale of its channel, plus the zero of the channel.
-inline void load_keys(const Unit& unit, int64_t size, float* keys) {
-    const Pool& pool = *unit.pool;
-    const int64_t bytes = bytes_of(pool.numbers);
-    for (int64_t c = 0; c < size; c += Vec::N) {
-        const Vec scale = read_some(unit.at + pool.key_scales + c * bytes, pool.numbers, size - c);
-        const Vec zeros = read_some(unit.at + pool.key_zeros + c * bytes, pool.numbers, size - c);
-        for (int64_t slot = 0; slot < PAGE; slot += Vec::N) {
-            Vec x[Vec::N];
-#pragma GCC unroll 16
-            for (int i = 0; i < Vec::N; i++) x[i] = fma(read_nibbles(unit.at + (slot + i) * (size / 2), c, size), scale, zeros);
-            turn(x);
-            for (int64_t i = 0; i < Vec::N && c + i < size; i++) store(keys + (c + i) * PAGE + slot, x[i]);
-        }
-    }
+// `size` numbers as float32, followed by zeros up to `padded`. part: gives those from a column on.
+template <class Part>
+inline void unpack(int64_t size, int64_t padded, float* to, Part part) {
+    for (int64_t c = 0; c < size; c += Vec::N) store(to + c, part(c));
+    for (int64_t c = (size + Vec::N - 1) / Vec::N * Vec::N; c < padded; c += Vec::N) store(to + c, zero());
 }
-inline void load_value(const Unit& unit, int64_t slot, int64_t size, int64_t padded, float* to) {
+template <Kind KIND>
+inline void load_numbers(const uint8_t* from, int64_t size, int64_t padded, float* to) {
+    if (size % Vec::N == 0) unpack(size, padded, to, [&](int64_t c) { return read(from + c * bytes_of(KIND), KIND); });
+    else unpack(size, padded, to, [&](int64_t c) { return read_some(from + c * bytes_of(KIND), KIND, size - c); });
+}
+inline void load_numbers(const uint8_t* from, Kind kind, int64_t size, int64_t padded, float* to) {
+    if (kind == F32) load_numbers<F32>(from, size, padded, to);
+    else load_numbers<BF16>(from, size, padded, to);
+}
+
+// The value of a slot of a unit in the same form.
+inline void load_value(const Unit& unit, int64_t slot, int64_t padded, float* to) {
     const Pool& pool = *unit.pool;
-    const auto number = [&](int64_t offset) { return set1(first_number(read_some(unit.at + offset + slot * bytes_of(pool.numbers), pool.numbers, 1))); };
-    const Vec scale = number(pool.value_scales), zeros = number(pool.value_zeros);
-    const uint8_t* codes = unit.at + pool.values + slot * (size / 2);
-    for (int64_t c = 0; c < padded; c += Vec::N) store(to + c, c < size ? fma(read_nibbles(codes, c, size), scale, zeros) : zero());
+    const int64_t size = pool.size;
+    const uint8_t* from = unit.at + pool.values + slot * row_bytes(pool);
+    if (pool.kind == I8) {
+        const Vec scale = set1(reinterpret_cast<const float*>(unit.at + pool.value_scales)[slot]);
+        unpack(size, padded, to, [&](int64_t c) { return read_codes(reinterpret_cast<const int8_t*>(from) + c, size - c) * scale; });
+    } else if (pool.kind == I4) {
+        const Vec scale = number_of(unit, pool.value_scales, slot), zeros = number_of(unit, pool.value_zeros, slot);
+        unpack(size, padded, to, [&](int64_t c) { return fma(read_nibbles(from, c, size), scale, zeros); });
+    } else {
+        load_numbers(from, pool.kind, size, padded, to);
+    }
 }
 
 // Steps 1 and 2 of redraft/kv/quantization/int8.py, bit for bit.
@@ -334,22 +355,9 @@ inline void encode(const uint8_t* from, Kind kind, int64_t size, int8_t* codes, 
     }
 }
 
-// The values of one slot as float32, followed by zeros.
-inline void load_value(const uint8_t* from, Kind kind, int64_t size, int64_t padded, float* to) {
-    for (int64_t c = 0; c < padded; c += Vec::N)
-        store(to + c, size - c >= Vec::N ? read(from + c * bytes_of(kind), kind) : size > c ? read_some(from + c * bytes_of(kind), kind, size - c) : zero());
-}
+// ---- the tile
 
-struct Float32 {
-    static Vec get(const uint8_t* row, int64_t c) { return load(reinterpret_cast<const float*>(row) + c); }
-    static constexpr int64_t bytes = 4;
-};
-struct Bfloat16 {
-    static Vec get(const uint8_t* row, int64_t c) { return from_bf16(reinterpret_cast<const uint16_t*>(row) + c); }
-    static constexpr int64_t bytes = 2;
-};
-
-// The content of a word of 4 bytes of a query and of a key.
+// The content of a word of 4 bytes on both sides.
 struct Singles {
     static Vec add(Vec sums, Vec a, Vec b) { return fma(a, b, sums); }
 };
@@ -360,234 +368,124 @@ struct Pairs {  // of bf16
         return {_mm512_dpbf16_ps(sums.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
     }
 };
+// Words of two rows of bf16 [size], or of zeros where a row is null: number c of both in word c, [padded].
+inline void pair_rows(const uint8_t* a, const uint8_t* b, int64_t size, int64_t padded, float* to) {
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                           39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (int64_t c = 0; c < padded; c += 32) {
+        const uint32_t inside = low_bits(size - c);
+        const __m512i x = _mm512_maskz_loadu_epi16(a ? inside : 0, a + 2 * c), y = _mm512_maskz_loadu_epi16(b ? inside : 0, b + 2 * c);
+        _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(x, first, y));
+        _mm512_storeu_si512(to + c + 16, _mm512_permutex2var_epi16(x, second, y));
+    }
+}
+// Rounds the weights of a page to bf16, two in a word of p, and returns them.
+inline Vec pair_weights(const Vec* x, float* p) {
+    const Vec weights = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v))};
+    store(p, weights);
+    return weights;
+}
 #else
 constexpr bool PAIRS = false;
 #endif
 
-// Memory that is needed soon, fetched while words are multiplied, some bytes for each word. Spread like this, and in order, the fetches
-// do not delay loads. They go to the second cache, because the queue of the first is too short.
-struct Ahead {
-    const uint8_t* at;  // or null
-    int64_t step;
-    void fetch(int64_t word) const {
-        if (!at) return;
-        __builtin_prefetch(at + word * step, 0, 2);
-        if (step > LINE) __builtin_prefetch(at + word * step + LINE, 0, 2);
+// Rows of the right side of a product, two registers of each: as words of 4 bytes, as bf16, or two rows as words of two bf16.
+struct Words {
+    static constexpr int ROWS = 1, BYTES = 4;
+    static void read(const uint8_t* at, Vec (*to)[2]) {
+        const float* row = reinterpret_cast<const float*>(at);
+        to[0][0] = load(row), to[0][1] = load(row + Vec::N);
+    }
+};
+struct Halves {
+    static constexpr int ROWS = 1, BYTES = 2;
+    static void read(const uint8_t* at, Vec (*to)[2]) {
+        const uint16_t* row = reinterpret_cast<const uint16_t*>(at);
+        to[0][0] = from_bf16(row), to[0][1] = from_bf16(row + Vec::N);
+    }
+};
+struct Twos {
+    static constexpr int ROWS = 2, BYTES = 4;
+    static void read(const uint8_t* at, Vec (*to)[2]) {
+        Vec x[1][2];
+        Words::read(at, x);
+        for (int c = 0; c < 2; c++) to[0][c] = low_half(x[0][c]), to[1][c] = high_half(x[0][c]);
     }
 };
 
-// out[q][C registers] = sum over words d of q[d] * keys[d]
-template <class Product, int Q, int C>
-inline void dot_block(const float* q, int64_t stride, const float* keys, int64_t words, Ahead ahead, float* out, int64_t out_stride) {
-    Vec sums[Q][C];
-    for (int i = 0; i < Q; i++)
-        for (int c = 0; c < C; c++) sums[i][c] = zero();
-    for (int64_t d = 0; d < words; d++) {
-        ahead.fetch(d);
-        Vec key[C];
-        for (int c = 0; c < C; c++) key[c] = load(keys + d * PAGE + c * Vec::N);
-        for (int i = 0; i < Q; i++) {
-            const Vec x = set1(q[i * stride + d]);
-            for (int c = 0; c < C; c++) sums[i][c] = Product::add(sums[i][c], x, key[c]);
-        }
-    }
-    for (int i = 0; i < Q; i++)
-        for (int c = 0; c < C; c++) store(out + i * out_stride + c * Vec::N, sums[i][c]);
-}
-
-template <class Product, int Q>
-inline void dot_page(const float* q, int64_t stride, const float* keys, int64_t words, Ahead ahead, float* out, int64_t out_stride) {
-    for (int64_t c = 0; c < PAGE; c += 2 * Vec::N, ahead.at = nullptr) dot_block<Product, Q, 2>(q, stride, keys + c, words, ahead, out + c, out_stride);
-}
-
-// Scores of some queries with a page's 32 slots.
-template <class Product>
-inline void dots(const float* q, int64_t stride, int64_t count, const float* keys, int64_t words, Ahead ahead, float* out, int64_t out_stride) {
-    for (int64_t i = 0, take; i < count; i += take, ahead.at = nullptr) {
-        take = at_most(count - i, WIDE);
-        const float* x = q + i * stride;
-        float* to = out + i * out_stride;
-        switch (take) {
-            case 1: dot_page<Product, 1>(x, stride, keys, words, ahead, to, out_stride); break;
-            case 2: dot_page<Product, 2>(x, stride, keys, words, ahead, to, out_stride); break;
-            case 3: dot_page<Product, 3>(x, stride, keys, words, ahead, to, out_stride); break;
-            case 4: dot_page<Product, 4>(x, stride, keys, words, ahead, to, out_stride); break;
-            case 5: dot_page<Product, 5>(x, stride, keys, words, ahead, to, out_stride); break;
-            case 6: dot_page<Product, 6>(x, stride, keys, words, ahead, to, out_stride); break;
-            case 7: dot_page<Product, WIDE < 7 ? 6 : 7>(x, stride, keys, words, ahead, to, out_stride); break;
-            default: dot_page<Product, WIDE < 8 ? 6 : 8>(x, stride, keys, words, ahead, to, out_stride);
-        }
-    }
-}
-
-// The visible slots of a page in path order, and the offset of their values from those of the first slot.
-struct Taken {
-    uint32_t bits;
-    int64_t step, count;
-    int32_t place[PAGE];
-    int64_t offset[PAGE];
+// The right side of a product: `length` rows on each of some pages, one page after another. While products with a page are summed,
+// `bytes` of memory at its `next` are fetched, if that is not null: spread like this, fetches do not delay loads.
+struct Right {
+    const uint8_t *pages[GROUP], *next[GROUP];
+    int64_t count, length, columns, stride, bytes;  // stride: bytes between rows, or pairs of rows
 };
 
-inline void take(uint32_t bits, int64_t step, Taken* taken) {
-    if (taken->bits == bits && taken->step == step) return;
-    taken->bits = bits;
-    taken->step = step;
-    taken->count = 0;
-    for (; bits; bits &= bits - 1) {
-        const int32_t slot = __builtin_ctz(bits);
-        taken->place[taken->count] = slot;
-        taken->offset[taken->count++] = slot * step;
+// out[q][2 registers] = sum over k of a[q][k] * b[k][2 registers], or that added to out. first: of what this tile fetches, `each` bytes.
+template <class Product, class Form, int Q>
+inline void tile(const float* a, const Right& b, int64_t column, bool add, int64_t first, int64_t each, float* out, int64_t stride) {
+    Vec sums[Q][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++) {
+        sums[i][0] = add ? load(out + i * stride) : zero();
+        sums[i][1] = add ? load(out + i * stride + Vec::N) : zero();
     }
-}
-
-// mix[q][C registers] = mix * shrink[q] + sum over the selected slots of p[q][place] * values
-template <int Q, int C, class Source>
-inline void mix_block(const float* p, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix, int64_t stride) {
-    Vec sums[Q][C];
-    for (int i = 0; i < Q; i++)
-        for (int c = 0; c < C; c++) sums[i][c] = load(mix + i * stride + c * Vec::N) * set1(shrink[i]);
-    for (int64_t s = 0; s < taken.count; s++) {
-        const uint8_t* from = values + taken.offset[s];
-        const float* weights = p + taken.place[s];
-        if (ahead)
-            for (int64_t b = 0; b < C * Vec::N * Source::bytes; b += LINE) __builtin_prefetch(from + ahead + b, 0, 2);
-        Vec value[C];
-        for (int c = 0; c < C; c++) value[c] = Source::get(from, c * Vec::N);
-        for (int i = 0; i < Q; i++) {
-            const Vec x = set1(weights[i * PAGE]);
-            for (int c = 0; c < C; c++) sums[i][c] = fma(x, value[c], sums[i][c]);
+    const int64_t step = each * Form::ROWS > b.length * LINE ? 2 * LINE : LINE;
+    for (int64_t page = 0; page < b.count; page++, a += b.length) {
+        const uint8_t *at = b.pages[page] + column * Form::BYTES, *ahead = b.next[page] && each > 0 ? b.next[page] + first : at;
+        const uint8_t* end = ahead == at ? at : ahead + each;
+        for (int64_t k = 0; k < b.length; k += Form::ROWS, at += b.stride) {
+            __builtin_prefetch(ahead, 0, 2);
+            __builtin_prefetch(ahead + LINE, 0, 2);
+            ahead = ahead < end ? ahead + step : ahead;
+            Vec row[Form::ROWS][2];
+            Form::read(at, row);
+#pragma GCC unroll 2
+            for (int r = 0; r < Form::ROWS; r++)
+#pragma GCC unroll 16
+                for (int i = 0; i < Q; i++) {
+                    const Vec x = set1(a[i * STRIDE + k + r]);
+                    sums[i][0] = Product::add(sums[i][0], x, row[r][0]);
+                    sums[i][1] = Product::add(sums[i][1], x, row[r][1]);
+                }
         }
     }
-    for (int i = 0; i < Q; i++)
-        for (int c = 0; c < C; c++) store(mix + i * stride + c * Vec::N, sums[i][c]);
-}
-
-template <int Q, class Source>
-inline void mix_page(const float* p, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix, int64_t stride, int64_t size) {
-    constexpr int MOST = Q <= (Vec::N == 16 ? 4 : 3) ? 4 : 2;
-    for (int64_t c = 0, some; c < size; c += some * Vec::N) {
-        const int64_t left = (size - c + Vec::N - 1) / Vec::N;
-        const uint8_t* from = values + c * Source::bytes;
-        some = left >= MOST ? MOST : left >= 2 ? 2 : 1;
-        if (some == MOST) mix_block<Q, MOST, Source>(p, taken, from, ahead, shrink, mix + c, stride);
-        else if (some == 2) mix_block<Q, 2, Source>(p, taken, from, ahead, shrink, mix + c, stride);
-        else mix_block<Q, 1, Source>(p, taken, from, ahead, shrink, mix + c, stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < Q; i++) {
+        store(out + i * stride, sums[i][0]);
+        store(out + i * stride + Vec::N, sums[i][1]);
     }
 }
+template <class Product, class Form, int Q = HIGH>
+inline void tile_of(int64_t rows, const float* a, const Right& b, int64_t column, bool add, int64_t first, int64_t each, float* out,
+                    int64_t stride) {
+    if constexpr (Q > 1)
+        if (rows < Q) return tile_of<Product, Form, Q - 1>(rows, a, b, column, add, first, each, out, stride);
+    tile<Product, Form, Q>(a, b, column, add, first, each, out, stride);
+}
 
-template <class Source>
-inline void mixes(const float* p, int64_t count, const Taken& taken, const uint8_t* values, int64_t ahead, const float* shrink, float* mix,
-                  int64_t stride, int64_t size) {
-    for (int64_t i = 0, take; i < count; i += take, ahead = 0) {
-        take = at_most(count - i, WIDE);
-        const float* x = p + i * PAGE;
-        const float* factor = shrink + i;
-        float* to = mix + i * stride;
-        switch (take) {
-            case 1: mix_page<1, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            case 2: mix_page<2, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            case 3: mix_page<3, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            case 4: mix_page<4, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            case 5: mix_page<5, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            case 6: mix_page<6, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            case 7: mix_page<WIDE < 7 ? 6 : 7, Source>(x, taken, values, ahead, factor, to, stride, size); break;
-            default: mix_page<WIDE < 8 ? 6 : 8, Source>(x, taken, values, ahead, factor, to, stride, size);
+// A product of matrices, a [count][STRIDE] times b, written to out or added to it.
+template <class Product, class Form>
+inline void multiply(const float* a, int64_t count, const Right& b, bool add, float* out, int64_t stride) {
+    // in 32 bits, because divisions take long
+    const uint32_t blocks = uint32_t(count + HIGH - 1) / HIGH, tiles = blocks * uint32_t(b.columns / WIDE);
+    const int64_t height = uint32_t(count + blocks - 1) / blocks, each = (uint32_t(b.bytes / LINE) + tiles - 1) / tiles * LINE;
+    int64_t first = 0;
+    for (int64_t q = 0; q < count; q += height)
+        for (int64_t c = 0; c < b.columns; c += WIDE, first += each) {
+            const int64_t some = first < b.bytes ? each : 0;
+            tile_of<Product, Form>(at_most(count - q, height), a + q * STRIDE, b, c, add, first, some, out + q * stride + c, stride);
         }
-    }
 }
 
-#ifdef DOT_BF16
-// The same for pairs of slots: weights are bf16, a pair in each word of p; values are stored `step` bytes apart. Unpacking splits a
-// register of 32 columns of two rows into even and odd fours of columns, and they stay split until the end of the group.
-template <int Q, int C, bool WHOLE>
-inline void mix_pairs(const float* p, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
-                      int64_t stride, int64_t columns) {
-    Vec sums[Q][2 * C];
-    for (int i = 0; i < Q; i++)
-        for (int c = 0; c < 2 * C; c++) sums[i][c] = load(mix + i * stride + c * Vec::N) * set1(shrink[i]);
-    for (int64_t pair = 0; pair < PAGE / 2; pair++, bits >>= 2) {
-        if (!WHOLE && !(bits & 3)) continue;
-        const uint8_t* from = values + 2 * pair * step;
-        if (ahead)
-            for (int64_t b = 0; b < C * LINE; b += LINE) {
-                __builtin_prefetch(from + ahead + b, 0, 2);
-                __builtin_prefetch(from + step + ahead + b, 0, 2);
-            }
-        Vec value[2 * C];
-        for (int c = 0; c < C; c++) {
-            const uint32_t inside = low_bits(columns - 32 * c);
-            const __m512i a = WHOLE ? _mm512_loadu_si512(from + c * LINE) : _mm512_maskz_loadu_epi16(bits & 1 ? inside : 0, from + c * LINE);
-            const __m512i b = WHOLE ? _mm512_loadu_si512(from + step + c * LINE) : _mm512_maskz_loadu_epi16(bits & 2 ? inside : 0, from + step + c * LINE);
-            value[2 * c].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
-            value[2 * c + 1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
-        }
-        for (int i = 0; i < Q; i++) {
-            const Vec x = set1(p[i * PAGE + pair]);
-            for (int c = 0; c < 2 * C; c++) sums[i][c] = Pairs::add(sums[i][c], x, value[c]);
-        }
-    }
-    for (int i = 0; i < Q; i++)
-        for (int c = 0; c < 2 * C; c++) store(mix + i * stride + c * Vec::N, sums[i][c]);
-}
+// ---- a worker
 
-template <int Q>
-inline void mix_pairs(const float* p, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
-                      int64_t stride, int64_t size) {
-    constexpr int C = Q <= 4 ? 2 : 1;
-    const bool whole = bits == ~0u && size % (32 * C) == 0;
-    for (int64_t c = 0; c < size; c += 32 * C) {
-        if (whole) mix_pairs<Q, C, true>(p, bits, values + 2 * c, step, ahead, shrink, mix + c, stride, size - c);
-        else if (size - c > 32) mix_pairs<Q, C, false>(p, bits, values + 2 * c, step, ahead, shrink, mix + c, stride, size - c);
-        else mix_pairs<Q, 1, false>(p, bits, values + 2 * c, step, ahead, shrink, mix + c, stride, size - c);
-    }
-}
-
-inline void mix_pairs(const float* p, int64_t count, uint32_t bits, const uint8_t* values, int64_t step, int64_t ahead, const float* shrink, float* mix,
-                      int64_t stride, int64_t size) {
-    for (int64_t i = 0, take; i < count; i += take, ahead = 0) {
-        take = at_most(count - i, WIDE);
-        const float* x = p + i * PAGE;
-        const float* factor = shrink + i;
-        float* to = mix + i * stride;
-        switch (take) {
-            case 1: mix_pairs<1>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            case 2: mix_pairs<2>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            case 3: mix_pairs<3>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            case 4: mix_pairs<4>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            case 5: mix_pairs<5>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            case 6: mix_pairs<6>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            case 7: mix_pairs<7>(x, bits, values, step, ahead, factor, to, stride, size); break;
-            default: mix_pairs<8>(x, bits, values, step, ahead, factor, to, stride, size);
-        }
-    }
-}
-
-// Restores the order of columns.
-inline void mend(float* mix, int64_t padded) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int64_t c = 0; c < padded; c += 32) {
-        const Vec even = load(mix + c), odd = load(mix + c + 16);
-        store(mix + c, {_mm512_permutex2var_ps(even.v, low, odd.v)});
-        store(mix + c + 16, {_mm512_permutex2var_ps(even.v, high, odd.v)});
-    }
-}
-
-// Writes the weights of a page in bf16 to p and adds them to the sums so far.
-inline Vec keep_weights(const Vec* x, float* p, Vec sums) {
-    const Vec ones = {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))};
-    const Vec weights = {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(x[1].v, x[0].v))};
-    store(p, weights);
-    return Pairs::add(sums, weights, ones);
-}
-#endif
-
-// A worker's memory. Of queries: q, mix [padded], sums and exact [16] by slot modulo a register, most; whole_*: over all groups so far.
+// A worker's memory; queries, weights and what is like them: [queries][STRIDE], q and far: for every SPAN words of the head.
 struct Scratch {
-    float *keys, *values, *q, *mix, *sums, *exact, *most, *whole_mix, *whole_most, *p, *tail;
+    float *keys, *values, *q, *p, *tail;
     float *far, *far_p, *far_tail;  // rotated queries and their scores
-    uint32_t* picks;                // of a query: the slots of a page that it reads, in path order
-    Sums* whole_sum;
+    Mixed group, whole;             // whole: of all groups so far
+    uint32_t* reads;                // [queries][GROUP]: the path indices of a page that a query reads
 };
 
 inline int64_t carve(const AttendShape& shape, float* memory, Scratch* made) {
@@ -597,22 +495,22 @@ inline int64_t carve(const AttendShape& shape, float* memory, Scratch* made) {
         used += (count + 15) / 16 * 16;
         return at;
     };
+    const auto take_mixed = [&] {
+        const int64_t queries = (shape.queries + 15) / 16 * 16;
+        return Mixed{take(queries), take(queries), take(queries), take(queries * shape.padded)};
+    };
+    const int64_t rows = shape.queries * STRIDE, parts = (shape.size + SPAN - 1) / SPAN;
     made->keys = take(shape.size * PAGE);
-    made->values = take(shape.padded * PAGE);
-    made->p = take(BATCH * PAGE);
-    made->q = take(shape.queries * shape.padded);
-    made->mix = take(shape.queries * shape.padded);
-    made->sums = take(shape.queries * 16);
-    made->exact = take(shape.queries * 16);
-    made->most = take(shape.queries);
-    made->whole_mix = take(shape.queries * shape.padded);
-    made->whole_sum = reinterpret_cast<Sums*>(take(2 * shape.queries));
-    made->whole_most = take(shape.queries);
+    made->values = take(shape.padded * SPAN);
+    made->q = take(parts * rows);
+    made->p = take(rows);
     made->tail = take(shape.queries * shape.tail);
-    made->far = take(shape.turned * shape.queries * shape.padded);
-    made->far_p = take(shape.turned * BATCH * PAGE);
+    made->far = take(shape.turned * parts * rows);
+    made->far_p = take(shape.turned * rows);
     made->far_tail = take(shape.turned * shape.queries * shape.tail);
-    made->picks = reinterpret_cast<uint32_t*>(take(shape.queries));
+    made->group = take_mixed();
+    made->whole = take_mixed();
+    made->reads = reinterpret_cast<uint32_t*>(take(shape.queries * GROUP));
     return used;
 }
 
@@ -621,181 +519,167 @@ inline int64_t attend_scratch(const AttendShape& shape) {
     return carve(shape, nullptr, &scratch);
 }
 
-// Merges one more group into the result of the groups before it. A group without a key has no effect.
-inline void merge_group(float* most, Sums* sum, float* mix, float group_most, Sums group_sum, const float* group_mix, int64_t size) {
-    if (group_most == minus_infinity()) return;
-    const float top = *most < group_most ? group_most : *most;
-    const float old = exponential_of(*most - top), fresh = exponential_of(group_most - top);
-    sum->rounded = first_number(fma(set1(sum->rounded), set1(old), set1(group_sum.rounded) * set1(fresh)));
-    sum->exact = first_number(fma(set1(sum->exact), set1(old), set1(group_sum.exact) * set1(fresh)));
-    *most = top;
-    for (int64_t c = 0; c < size; c += Vec::N) store(mix + c, fma(load(mix + c), set1(old), load(group_mix + c) * set1(fresh)));
+inline void clear(float* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += Vec::N) store(p + i, zero());
+}
+
+inline void begin(const Mixed& to, int64_t count, int64_t padded) {
+    for (int64_t q = 0; q < count; q += Vec::N) {
+        store(to.most + q, set1(LOWEST));
+        store(to.rounded + q, zero());
+        store(to.exact + q, zero());
+    }
+    clear(to.mix, count * padded);
+}
+
+// Merges one more group into the results of the groups before it. The arrays of both go on for a register.
+inline void merge(const Mixed& to, const Mixed& from, int64_t count, int64_t padded) {
+    for (int64_t q = 0; q < count; q += Vec::N) {
+        alignas(64) float old[Vec::N], fresh[Vec::N];
+        const Vec before = load(to.most + q), most = load(from.most + q), top = maximum(before, most);
+        const Vec a = power(before - top), b = power(most - top);
+        store(to.most + q, top);
+        store(to.rounded + q, fma(load(to.rounded + q), a, load(from.rounded + q) * b));
+        store(to.exact + q, fma(load(to.exact + q), a, load(from.exact + q) * b));
+        store(old, a);
+        store(fresh, b);
+        for (int64_t i = 0; i < at_most(count - q, Vec::N); i++) {
+            float* mix = to.mix + (q + i) * padded;
+            const float* more = from.mix + (q + i) * padded;
+            for (int64_t c = 0; c < padded; c += Vec::N) store(mix + c, fma(load(mix + c), set1(old[i]), load(more + c) * set1(fresh[i])));
+        }
+    }
 }
 
 // Writes `count` numbers to (r, c) and after it; in tiles they may cross lines.
 inline void put(const Rows& out, int64_t r, int64_t c, Vec x, int64_t count) {
+    const int64_t bytes = bytes_of(out.kind), room = out.stride ? count : (LINE - c * bytes % LINE) / bytes;
+    if (count == Vec::N && room >= count) return write(out.at(r, c), out.kind, x);
     alignas(64) uint8_t t[4 * Vec::N];
     write(t, out.kind, x);
-    const int64_t bytes = bytes_of(out.kind);
-    for (int64_t done = 0, some; done < count; done += some) {
-        const int64_t room = out.stride ? count : (LINE - (c + done) * bytes % LINE) / bytes;
-        some = at_most(count - done, room);
-        if (some == Vec::N) write(out.at(r, c), out.kind, x);
-        else __builtin_memcpy(out.at(r, c + done), t + done * bytes, size_t(some * bytes));
-    }
+    const int64_t some = at_most(count, room);
+    __builtin_memcpy(out.at(r, c), t, size_t(some * bytes));
+    if (some < count) __builtin_memcpy(out.at(r, c + some), t + some * bytes, size_t((count - some) * bytes));
 }
 
-inline void write_result(const AttendJob& job, int64_t row, int64_t head, float most, Sums sums, const float* mix, const Partials& partials) {
-    const int64_t size = job.pool.size, first = head * size;
-    const float sum = sums.rounded;
-    if (partials.ends) partials.ends[row * job.heads + head] = {most, sums.exact};
-    for (int64_t c = 0; c < size; c += Vec::N) {
-        const Vec x = sum == 0.0f ? zero() : load(mix + c) / set1(sum);
-        put(job.out, row, first + c, x, at_most(size - c, Vec::N));
+// Writes the results of `count` query heads of a row, from `head` on.
+inline void write_results(const AttendJob& job, int64_t row, int64_t head, int64_t count, const Mixed& from, int64_t padded,
+                          const Partials& partials) {
+    const int64_t size = job.pool.size;
+    for (int64_t i = 0; i < count; i++) {
+        if (partials.ends) partials.ends[row * job.heads + head + i] = {from.most[i], from.exact[i]};
+        const float sum = from.rounded[i];
+        for (int64_t c = 0; c < size; c += Vec::N) {
+            const Vec x = sum == 0.0f ? zero() : load(from.mix + i * padded + c) / set1(sum);
+            put(job.out, row, (head + i) * size + c, x, at_most(size - c, Vec::N));
+        }
     }
     const int64_t beyond = job.out.cols * bytes_of(job.out.kind) % LINE;
-    if (head == job.heads - 1 && !job.out.stride && beyond)
+    if (head + count == job.heads && !job.out.stride && beyond)
         __builtin_memset(job.out.at(row, job.out.cols - 1) + bytes_of(job.out.kind), 0, size_t(LINE - beyond));
 }
 
 class Task {
 public:
-    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* then, const Partials& partials,
-         float* memory)
-        : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head) {
+    Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* const* then,
+         const Partials& partials, float* memory)
+        : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head),
+          share_(shape.share), queries_(count * shape.share), factor_(job.scale * 1.44269504f) {
         carve(shape, memory, &s_);
-        direct_ = pool_.size % Vec::N == 0 && pool_.kind != I8;
         paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.encoded.data;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
         for (int64_t i = 0; i < count; i++) {
             lines_[i] = line_of(job, rows[i], kv_head);
             most_seen_ = most_seen_ < lines_[i].seen ? lines_[i].seen : most_seen_;
-            load_queries(i);
-            if (lines_[i].turned) turn_queries(i);
+            for (int64_t g = 0; g < share_; g++) load_query(i, g);
         }
     }
 
     void one_group(int64_t group) {
         attend_group(group, false);
-        for (int64_t i = 0; i < count_; i++)
-            for (int64_t g = 0; g < shape_.share; g++) {
-                const int64_t at = (rows_[i].partial + group) * job_.heads + kv_head_ * shape_.share + g, q = i * shape_.share + g;
-                partials_.most[at] = s_.most[q];
-                partials_.sum[at] = sums_of(q);
-                for (int64_t c = 0; c < shape_.padded; c += Vec::N) store(partials_.mix + at * shape_.padded + c, load(s_.mix + q * shape_.padded + c));
-            }
+        const int64_t padded = shape_.padded;
+        for (int64_t i = 0; i < count_; i++) {
+            const Mixed to = partials_.groups.from((rows_[i].partial + group) * job_.heads + kv_head_ * share_, padded);
+            const Mixed from = s_.group.from(i * share_, padded);
+            for (int64_t g = 0; g < share_; g++) to.most[g] = from.most[g], to.rounded[g] = from.rounded[g], to.exact[g] = from.exact[g];
+            __builtin_memcpy(to.mix, from.mix, size_t(share_ * padded * 4));
+        }
     }
 
     void all_groups() {
-        const int64_t queries = count_ * shape_.share, padded = shape_.padded;
-        for (int64_t q = 0; q < queries; q++) {
-            s_.whole_most[q] = minus_infinity();
-            s_.whole_sum[q] = {};
-        }
-        clear(s_.whole_mix, queries * padded);
-        for (int64_t group = 0; group * GROUP * PAGE < most_seen_; group++) {
+        begin(s_.whole, queries_, shape_.padded);
+        for (int64_t group = 0; group * SPAN < most_seen_; group++) {
             attend_group(group, true);
-            for (int64_t q = 0; q < queries; q++)
-                merge_group(s_.whole_most + q, s_.whole_sum + q, s_.whole_mix + q * padded, s_.most[q], sums_of(q), s_.mix + q * padded, shape_.size);
+            merge(s_.whole, s_.group, queries_, shape_.padded);
         }
-        for (int64_t q = 0; q < queries; q++)
-            write_result(job_, lines_[q / shape_.share].row, kv_head_ * shape_.share + q % shape_.share, s_.whole_most[q], s_.whole_sum[q],
-                         s_.whole_mix + q * padded, partials_);
+        for (int64_t i = 0; i < count_; i++)
+            write_results(job_, lines_[i].row, kv_head_ * share_, share_, s_.whole.from(i * share_, shape_.padded), shape_.padded,
+                          partials_);
     }
 
     // Adds the statistics of the rows to the slots of a group.
     void watch(const Watched& watched, int64_t group) {
         float limits[MOST_ROWS];
-        for (int64_t i = 0; i < count_; i++) limits[i] = watched.low ? 1.0f / float(slots_seen(lines_[i], job_.window)) : 0.0f;
-        const int64_t end = at_most((group + 1) * GROUP, most_slots() / PAGE + (most_slots() % PAGE > 0));
-        for (int64_t page = group * GROUP; page < end; page++) watch_page(watched, page, limits);
+        for (int64_t i = 0; i < count_; i++) limits[i] = watched.low ? 1.0f / float(slots_seen(lines_[i])) : 0.0f;
+        const Seq& seq = *lines_[0].seq;
+        const int64_t slots = lines_[0].length + seq.tail + seq.rows;  // of the lane, tentative ones included
+        for (int64_t page = group * GROUP; page < (group + 1) * GROUP && page * PAGE < slots; page++) watch_page(watched, page, limits);
     }
 
 private:
-    // The slots of the lane, tentative ones included, are 0 .. most_slots() - 1.
-    int64_t most_slots() const {
-        const Seq& seq = *lines_[0].seq;
-        return lines_[0].length + seq.tail + seq.rows;
-    }
+    struct Place {
+        Unit unit;
+        int64_t slot;
+    };
 
-    void watch_page(const Watched& watched, int64_t page, const float* limits) {
-        const int64_t first = page * PAGE, queries = count_ * shape_.share;
-        uint32_t any = 0;
-        for (int64_t i = 0; i < count_; i++) {
-            any |= bits_[i] = seen_slots(lines_[i], first, job_.window);
-            sinks_[i] = sink_slots(lines_[i], first, bits_[i]);
-            for (int64_t g = 0; g < shape_.share; g++) s_.picks[i * shape_.share + g] = bits_[i] & picked(i, g, page);
+    // What the rows of the task read of a page. Rows first .. last contain all that read it in place.
+    struct View {
+        int64_t first, last;
+        bool whole;                  // they are all rows, and all read all of it
+        bool sunk, loose;            // there are rows with sinks; that read it scattered among other nodes
+        uint32_t sinks[MOST_ROWS];   // of turned rows: slots that are scored with the rotated query
+
+        void reset(int64_t rows) { first = rows, last = 0, whole = true, sunk = loose = false; }
+        void add(int64_t row) {
+            if (row < first) first = row;
+            if (row >= last) last = row + 1;
         }
-        if (!any) return;
-        turn_keys(unit(*lines_[0].seq, page));
-        alignas(64) float mean[PAGE];
-        for (int64_t q = 0, count; q < queries; q += count) {
-            count = at_most(queries - q, BATCH);
-            score_page(q, count, nullptr);
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t row = (q + i) / shape_.share, g = (q + i) % shape_.share;
-                if (!bits_[row]) continue;
-                if (!g) clear(mean, PAGE);
-                add_weights(s_.p + i * PAGE, s_.picks[q + i], partials_.ends[lines_[row].row * job_.heads + kv_head_ * shape_.share + g], mean);
-                if (g == shape_.share - 1) note(watched, lines_[row], first, bits_[row], limits[row], mean);
-            }
+    };
+
+    // ---- queries
+
+    void load_query(int64_t i, int64_t g) {
+        const Line& line = lines_[i];
+        const uint8_t* from = job_.q.at(line.row, (kv_head_ * share_ + g) * pool_.size);
+        place(from, job_.q.kind, s_.q, i * share_ + g);
+        if (!line.turned) return;
+        // rotated back by the number of hidden positions, in half-split pairs; other dimensions do not change
+        const int64_t half = job_.half;
+        const float *cos = job_.far + line.row * half, *sin = cos + job_.q.rows * half;
+        float* x = s_.values;  // free until a page is read
+        load_numbers(from, job_.q.kind, pool_.size, shape_.padded, x);
+        for (int64_t d = 0; d < half; d++) {
+            const float a = x[d], b = x[d + half];
+            x[d] = a * cos[d] - b * sin[d];
+            x[d + half] = b * cos[d] + a * sin[d];
         }
+        for (int64_t c = 0; paired_ && c < shape_.padded; c += Vec::N) to_bf16(reinterpret_cast<uint16_t*>(x) + c, load(x + c));
+        place(reinterpret_cast<uint8_t*>(x), paired_ ? BF16 : F32, s_.far, i * share_ + g);
     }
 
-    void add_weights(const float* p, uint32_t bits, Partials::End end, float* sums) const {
-        for (int64_t c = 0; c < PAGE; c += Vec::N) {
-            const Vec weights = exponential(load(p + c) * set1(job_.scale) - set1(end.most)) / set1(end.sum);
-            store(sums + c, load(sums + c) + keep_where(bits >> c, weights, zero()));
-        }
-    }
-
-    void note(const Watched& watched, const Line& line, int64_t first, uint32_t bits, float limit, const float* sums) const {
-        constexpr double STEPS = 4294967296.0;
-        const int64_t block = int64_t(job_.layer) * pool_.kv_heads + kv_head_, node = line.row - line.seq->first - line.seq->chain_rows;
-        double* to = (node < 0 ? watched.chain : watched.nodes + node * pool_.layers * pool_.kv_heads * watched.slots) + block * watched.slots + first;
-        for (; bits; bits &= bits - 1) {
-            const int i = __builtin_ctz(bits);
-            const float weight = sums[i] / float(shape_.share);
-            to[i] += watched.low ? double(weight < limit) : __builtin_nearbyint(double(weight) * STEPS) / STEPS;
-        }
-    }
-    static void clear(float* p, int64_t count) {
-        for (int64_t i = 0; i < count; i += Vec::N) store(p + i, zero());
-    }
-
-    Sums sums_of(int64_t q) const {
-        const float rounded = sum(load(s_.sums + q * 16));
-        return {rounded, paired_ && partials_.ends ? sum(load(s_.exact + q * 16)) : rounded};
-    }
-
-    void load_queries(int64_t i) {
-        for (int64_t g = 0; g < shape_.share; g++) {
-            const uint8_t* from = job_.q.at(lines_[i].row, (kv_head_ * shape_.share + g) * shape_.size);
-            float* to = s_.q + (i * shape_.share + g) * shape_.padded;
-            if (paired_) __builtin_memcpy(to, from, size_t(row_bytes()));
-            else load_value(from, job_.q.kind, shape_.size, shape_.padded, to);
+    // Places the words of a query where tiles read them.
+    void place(const uint8_t* from, Kind kind, float* to, int64_t query) const {
+        for (int64_t c = 0; c < words_; c += SPAN) {
+            float* at = to + (c / SPAN * shape_.queries + query) * STRIDE;
+            const int64_t some = at_most(words_ - c, SPAN);
+            if (paired_) __builtin_memcpy(at, from + 4 * c, size_t(some * 4));
+            else load_numbers(from + c * bytes_of(kind), kind, some, some, at);
         }
     }
 
-    // Queries of a row rotated back by the number of hidden positions, in half-split pairs; other dimensions do not change.
-    void turn_queries(int64_t i) {
-        const int64_t half = job_.half, row = lines_[i].row;
-        const float *cos = job_.far + row * half, *sin = cos + job_.q.rows * half;
-        for (int64_t g = 0; g < shape_.share; g++) {
-            float* to = s_.far + (i * shape_.share + g) * shape_.padded;
-            float* x = s_.values;  // free until a page is read
-            load_value(job_.q.at(row, (kv_head_ * shape_.share + g) * shape_.size), job_.q.kind, shape_.size, shape_.padded, x);
-            for (int64_t d = 0; d < half; d++) {
-                const float a = x[d], b = x[d + half];
-                x[d] = a * cos[d] - b * sin[d];
-                x[d + half] = b * cos[d] + a * sin[d];
-            }
-            for (int64_t c = 0; c < shape_.padded; c += Vec::N) {
-                if (paired_) to_bf16(reinterpret_cast<uint16_t*>(to) + c, load(x + c));
-                else store(to + c, load(x + c));
-            }
-        }
-    }
+    // ---- what is read
+
+    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.encoded, job_.layer, kv_head_, page); }
 
     // The slots of a page that a query of a row may read.
     uint32_t picked(int64_t i, int64_t g, int64_t page) const {
@@ -805,193 +689,119 @@ private:
         return one.bits[(rows_[i].row * int64_t(pool_.kv_heads) * one.apart + head) * one.words + page];
     }
 
-    Unit unit(const Seq& s, int64_t page) const { return find_unit(s, pool_, job_.encoded, job_.layer, kv_head_, page); }
+    // The path indices of the page at `place` in the group that a query reads; never more than its row sees.
+    uint32_t& reads(int64_t query, int64_t place) { return s_.reads[query * GROUP + place]; }
 
-    int64_t most_pages() const { return (most_seen_ + PAGE - 1) / PAGE; }
+    // The same where path indices are scattered.
+    uint32_t picked_scattered(int64_t i, int64_t g, int64_t page) const {
+        int32_t slots[PAGE];
+        slots_of(lines_[i], page * PAGE, slots);
+        uint32_t bits = 0;
+        for (int64_t k = 0; k < at_most(lines_[i].seen - page * PAGE, PAGE); k++)
+            bits |= (picked(i, g, slots[k] / PAGE) >> slots[k] % PAGE & 1) << k;
+        return bits;
+    }
+
+    // Notes which path indices of some pages the rows read.
+    void look(int64_t first, int64_t count) {
+        for (int64_t place = 0; place < count; place++) views_[place].reset(count_);
+        for (int64_t i = 0; i < count_; i++) {
+            const Line& line = lines_[i];
+            const int64_t whole = line.all && !job_.picked ? at_most(line.straight / PAGE - first, count) : 0;  // leading pages
+            loose_[i] = 0;
+            if (whole > 0) __builtin_memset(&reads(i * share_, 0), 0xff, size_t(share_ * GROUP * 4));
+            for (int64_t place = 0; place < count; place++)
+                if (place < whole || look_at(i, first + place, place)) views_[place].add(i);
+        }
+    }
+
+    // The same for one row and page; whether it reads any of it in place.
+    bool look_at(int64_t i, int64_t page, int64_t place) {
+        const Line& line = lines_[i];
+        View& view = views_[place];
+        const uint32_t bits = visible(line, page * PAGE);
+        const bool loose = bits && scattered(line, page * PAGE);
+        uint32_t any = 0;
+        for (int64_t g = 0; g < share_; g++) {
+            const uint32_t read = !job_.picked || !bits ? bits : bits & (loose ? picked_scattered(i, g, page) : picked(i, g, page));
+            view.whole = view.whole && read == ~0u;
+            any |= reads(i * share_ + g, place) = read;
+        }
+        view.loose = view.loose || loose;
+        view.whole = view.whole && !loose;
+        loose_[i] |= uint8_t(loose << place);
+        view.sinks[i] = loose ? 0 : sink_slots(line, page * PAGE, any);
+        view.sunk = view.sunk || view.sinks[i];
+        return any && !loose;
+    }
+    bool is_loose(int64_t i, int64_t place) const { return loose_[i] >> place & 1; }
+
+    // ---- a group
 
     void attend_group(int64_t group, bool goes_on) {
-        const int64_t queries = count_ * shape_.share;
-        clear(s_.mix, queries * shape_.padded);
-        clear(s_.sums, queries * 16);
-        if (partials_.ends) clear(s_.exact, queries * 16);
-        for (int64_t q = 0; q < queries; q++) s_.most[q] = minus_infinity();
-        const int64_t first = group * GROUP, last = at_most(first + GROUP, most_pages());
-        for (int64_t page = first; page < last; page++) attend_page(page, page + 1 < (goes_on ? most_pages() : last));
+        const int64_t first = group * GROUP, all = (most_seen_ + PAGE - 1) / PAGE, count = at_most(GROUP, all - first);
+        const Seq& seq = *lines_[0].seq;
+        const uint8_t* later[GROUP] = {};  // keys of the group that is attended next
+        for (int64_t i = 0; i < GROUP; i++)
+            later[i] = !goes_on ? then_[i] : first + GROUP + i < all ? unit(seq, first + GROUP + i).at : nullptr;
+        look(first, count);
+        for (int64_t place = 0; place < count; place++) score_page(first + place, place, unit(seq, first + place).at + pool_.values);
+        weigh(count);
+        if (!views_[0].whole) clear(s_.group.mix, queries_ * shape_.padded);
+        for (int64_t place = 0, end; place < count; place = end) {
+            for (end = place + 1; end < count && views_[place].whole && views_[end].whole;) end++;
+            if (views_[place].whole) mix_whole(first, place, end, later);
+            else mix_page(first + place, place);
+        }
+    }
+
+    // A product in the form of the queries. raw: the right side holds bf16 where queries are float32.
+    template <class Raw>
+    void product(const float* a, int64_t count, const Right& b, bool raw, bool add, float* out, int64_t stride) const {
 #ifdef DOT_BF16
-        for (int64_t q = 0; q < queries && paired_; q++) mend(s_.mix + q * shape_.padded, shape_.padded);
+        if (paired_) return multiply<Pairs, Words>(a, count, b, add, out, stride);
 #endif
+        if (raw) multiply<Singles, Raw>(a, count, b, add, out, stride);
+        else multiply<Singles, Words>(a, count, b, add, out, stride);
     }
 
-    // Keys of a unit transposed, words of 4 bytes by slots; pairs of bf16 are transposed like float32.
-    void turn_keys(const Unit& unit) {
-        switch (unit.pool->kind) {
-            case I4: return load_keys(unit, words_, s_.keys);
-            case I8: return load_keys(reinterpret_cast<const int8_t*>(unit.at), reinterpret_cast<const float*>(unit.at + pool_.key_scales), words_, s_.keys);
-            default: return load_keys(unit.at, paired_ ? F32 : pool_.kind, words_, s_.keys);
+    // Whether bf16 numbers are converted whenever they are multiplied with `queries` queries, not once.
+    bool converts_late(const Unit& unit, int64_t queries) const { return !paired_ && unit.pool->kind == BF16 && queries <= HIGH; }
+
+    // Turns the keys of a page for rows first .. last; returns whether they stay bf16.
+    bool turn_page(const Unit& unit, int64_t first, int64_t last) const {
+        const bool late = converts_late(unit, (last - first) * share_);
+        turn_keys(unit, paired_ || late, s_.keys);
+        return late;
+    }
+
+    // Dot products of rows first .. last, of queries in the layout of `from`, with the turned keys. next: memory needed soon, or null.
+    void score(const float* from, bool late, int64_t first, int64_t last, float* out, int64_t stride, const uint8_t* next = nullptr) const {
+        const int64_t q = first * share_, count = (last - first) * share_;
+        for (int64_t c = 0; c < words_; c += SPAN, next = nullptr) {
+            const uint8_t* keys = reinterpret_cast<const uint8_t*>(s_.keys + c * PAGE / (late ? 2 : 1));
+            const Right b{{keys}, {next}, 1, at_most(words_ - c, SPAN), PAGE, PAGE * 4, pool_.values};
+            product<Twos>(from + (c / SPAN * shape_.queries + q) * STRIDE, count, b, late, c > 0, out + q * stride, stride);
         }
     }
 
-    // Writes the values of a slot of a unit to the scratch, at place `place`.
-    void take_value(const Unit& unit, int64_t slot, int64_t place) {
-        const uint8_t* from = unit.at + unit.pool->values + slot * row_bytes();
-        float* to = s_.values + place * shape_.padded;
-        switch (unit.pool->kind) {
-            case I4: return load_value(unit, slot, shape_.size, shape_.padded, to);
-            case I8:
-                return load_value(reinterpret_cast<const int8_t*>(from), reinterpret_cast<const float*>(unit.at + pool_.value_scales)[slot], shape_.size,
-                                  shape_.padded, to);
-            default: return load_value(from, pool_.kind, pool_.size, shape_.padded, to);
+    // Scores of a page, for sinks those of the rotated queries.
+    void score_page(int64_t page, int64_t place, const uint8_t* next) {
+        const View& view = views_[place];
+        float *out = s_.p + place * PAGE, *far = s_.far_p + place * PAGE;
+        if (view.first < view.last) {
+            const bool late = turn_page(unit(*lines_[view.first].seq, page), view.first, view.last);
+            score(s_.q, late, view.first, view.last, out, STRIDE, next);
+            if (view.sunk) score(s_.far, late, view.first, view.last, far, STRIDE);
         }
-    }
-
-    // Dot products of `count` queries, from `from` on, with the page of transposed keys.
-    void score(const float* from, int64_t count, const uint8_t* next, float* out, int64_t stride) {
-        const Ahead ahead{next, pool_.values / words_};
-#ifdef DOT_BF16
-        if (paired_) return dots<Pairs>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
-#endif
-        dots<Singles>(from, shape_.padded, count, s_.keys, words_, ahead, out, stride);
-    }
-
-    // The products of queries q .. q + count, written to p; for sinks (sinks_) those of the rotated queries.
-    void score_page(int64_t q, int64_t count, const uint8_t* next) {
-        score(s_.q + q * shape_.padded, count, next, s_.p, PAGE);
-        uint32_t any = 0;
-        for (int64_t i = 0; i < count; i++) any |= sinks_[(q + i) / shape_.share];
-        if (!any) return;
-        score(s_.far + q * shape_.padded, count, nullptr, s_.far_p, PAGE);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t c = 0; c < PAGE; c += Vec::N) {
-                float* p = s_.p + i * PAGE + c;
-                store(p, keep_where(sinks_[(q + i) / shape_.share] >> c, load(s_.far_p + i * PAGE + c), load(p)));
-            }
-    }
-
-    // Runs of rows that see the page in place share one reading of it; rows that see it scattered are processed one by one.
-    void attend_page(int64_t page, bool more) {
-        int64_t in_place = 0, any = -1;
-        bool gather = false;
-        for (int64_t i = 0; i < count_; i++) {
-            bits_[i] = visible(lines_[i], page * PAGE, job_.window);
-            scattered_[i] = bits_[i] && scattered(lines_[i], page * PAGE);
-            gather |= scattered_[i];
-            if (!bits_[i] || scattered_[i]) continue;
-            pick(i, page);
-            if (!bits_[i]) continue;
-            sinks_[i] = sink_slots(lines_[i], page * PAGE, bits_[i]);
-            in_place++;
-            any = i;
-        }
-        if (any >= 0) attend_in_place(page, *lines_[any].seq, in_place * shape_.share, more);
-        if (!gather) return;
-        if (!tail_scored_) score_tail();
-        for (int64_t i = 0; i < count_; i++)
-            if (scattered_[i]) attend_scattered(i, page * PAGE);
-    }
-
-    // The slots that the queries of a row read of those that the row sees in place; never more than the row sees.
-    void pick(int64_t i, int64_t page) {
-        uint32_t any = 0;
-        for (int64_t g = 0; g < shape_.share; g++) any |= s_.picks[i * shape_.share + g] = bits_[i] & picked(i, g, page);
-        bits_[i] = any;
-    }
-
-    void attend_in_place(int64_t page, const Seq& seq, int64_t queries, bool more) {
-        const Unit here = unit(seq, page);
-        const uint8_t* next = more ? unit(seq, page + 1).at : then_;
-        turn_keys(here);
-        const bool raw = here.pool->kind != I4 && (paired_ || (direct_ && queries <= WIDE));  // else converts values to float32 once
-        if (!raw)
-            for (int64_t slot = 0; slot < PAGE; slot++) take_value(here, slot, slot);
-        for (int64_t i = 0; i < count_;) {
-            if (!bits_[i] || scattered_[i]) {
-                i++;
-                continue;
-            }
-            int64_t end = i + 1;
-            while (end < count_ && bits_[end] && !scattered_[end]) end++;
-            attend_run(i * shape_.share, end * shape_.share, raw ? here.at + pool_.values : nullptr, next);
-            next = nullptr;
-            i = end;
-        }
-    }
-
-    int64_t row_bytes() const { return pool_.size * bytes_of(pool_.kind); }
-
-    // Queries first..last of rows that see the page in place. raw: its values as stored, or null if they are in the scratch. next: the page
-    // needed after this one, or null.
-    void attend_run(int64_t first, int64_t last, const uint8_t* raw, const uint8_t* next) {
-        for (int64_t q = first; q < last; q += BATCH, next = nullptr) {
-            const int64_t count = at_most(last - q, BATCH);
-            score_page(q, count, next);
-            weigh(q, count);
-            for (int64_t i = 0; i < count;) {
-                const uint32_t bits = s_.picks[q + i];
-                int64_t end = i + 1;
-                while (end < count && s_.picks[q + end] == bits) end++;
-                mix(q, i, end, bits, raw, raw && next && !i ? next + pool_.values - raw : 0);
-                i = end;
-            }
-        }
-    }
-
-    // Adds the values selected by `bits` to the mixes of queries q + first .. q + last, with the weights of the batch.
-    void mix(int64_t q, int64_t first, int64_t last, uint32_t bits, const uint8_t* raw, int64_t ahead) {
-        float* to = s_.mix + (q + first) * shape_.padded;
-        const float* p = s_.p + first * PAGE;
-        const uint8_t* values = raw ? raw : reinterpret_cast<const uint8_t*>(s_.values);
-#ifdef DOT_BF16
-        if (paired_) return mix_pairs(p, last - first, bits, values, row_bytes(), ahead, shrink_ + first, to, shape_.padded, shape_.size);
-#endif
-        take(bits, raw ? row_bytes() : shape_.padded * 4, &taken_);
-        if (raw && pool_.kind == BF16) mixes<Bfloat16>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
-        else mixes<Float32>(p, last - first, taken_, values, ahead, shrink_ + first, to, shape_.padded, shape_.size);
-    }
-
-    // Turns the dot products of queries q .. q + count into weights; shrink_ scales their sums and mixes so far.
-    void weigh(int64_t q, int64_t count) {
-        uint32_t raised = 0;
-        for (int64_t i = 0; i < count; i++) raised |= uint32_t(bound(s_.p + i * PAGE, s_.picks[q + i], s_.most + q + i, shrink_ + i)) << i;
-        if (raised)
-            for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, exponential(load(shrink_ + i)));
-        else
-            for (int64_t i = 0; i < count; i += Vec::N) store(shrink_ + i, set1(1.0f));
-        for (int64_t i = 0; i < count; i++) {
-            if (s_.picks[q + i]) expand(s_.p + i * PAGE, s_.most[q + i], shrink_[i], (q + i) * 16);
-            else clear(s_.p + i * PAGE, PAGE);  // of other heads of its row: their sums do not change
-        }
-    }
-
-    // Scales and masks the dot products of a query; returns whether they raise its largest score, and by how much it was lower.
-    bool bound(float* p, uint32_t bits, float* most, float* below) const {
-        *below = 0.0f;
-        if (!bits) return false;
-        Vec x[SLOTS];
-        for (int64_t c = 0; c < SLOTS; c++) {
-            x[c] = load(p + c * Vec::N) * set1(job_.scale);
-            if (bits != ~0u) x[c] = keep_where(bits >> (c * Vec::N), x[c], set1(minus_infinity()));
-            store(p + c * Vec::N, x[c]);
-        }
-        for (int64_t c = 1; c < SLOTS; c++) x[0] = maximum(x[0], x[c]);
-        const float before = *most;
-        if (!any_above(x[0], set1(before))) return false;
-        *most = peak(x[0]);
-        *below = before - *most;
-        return true;
-    }
-
-    void expand(float* p, float most, float shrink, int64_t place) const {
-        float* sums = s_.sums + place;
-        Vec x[SLOTS];
-        for (int64_t c = 0; c < SLOTS; c++) x[c] = exponential(load(p + c * Vec::N) - set1(most));
-#ifdef DOT_BF16
-        if (paired_ && partials_.ends) store(s_.exact + place, fma(load(s_.exact + place), set1(shrink), x[0] + x[1]));
-        if (paired_) return store(sums, keep_weights(x, p, load(sums) * set1(shrink)));
-#endif
-        for (int64_t c = 0; c < SLOTS; c++) store(p + c * Vec::N, x[c]);
-        for (int64_t n = SLOTS / 2; n; n /= 2)
-            for (int64_t c = 0; c < n; c++) x[c] = x[c] + x[c + n];
-        store(sums, fma(load(sums), set1(shrink), x[0]));
+        for (int64_t i = view.first; view.sunk && i < view.last; i++)
+            for (int64_t q = i * share_; q < (i + 1) * share_; q++)
+                for (int64_t c = 0; c < PAGE; c += Vec::N) {
+                    float* p = out + q * STRIDE + c;
+                    if (lines_[i].turned) store(p, keep_where(view.sinks[i] >> c, load(far + q * STRIDE + c), load(p)));
+                }
+        for (int64_t i = 0; view.loose && i < count_; i++)
+            if (is_loose(i, place)) score_scattered(i, page, place);
     }
 
     // Scores of all node rows with all slots of the pages with nodes: tail[query][slot - tail_first_].
@@ -1006,89 +816,247 @@ private:
         for (int64_t i = row; i < count_; i++) turned |= lines_[i].turned;
         tail_first_ = line.base / PAGE * PAGE;
         for (int64_t slot = tail_first_; slot < line.base + nodes; slot += PAGE) {
-            turn_keys(unit(seq, slot / PAGE));
-            const int64_t q = row * shape_.share, count = (count_ - row) * shape_.share, at = q * shape_.tail + slot - tail_first_;
-            score(s_.q + q * shape_.padded, count, nullptr, s_.tail + at, shape_.tail);
-            if (turned) score(s_.far + q * shape_.padded, count, nullptr, s_.far_tail + at, shape_.tail);
+            const bool late = turn_page(unit(seq, slot / PAGE), row, count_);
+            score(s_.q, late, row, count_, s_.tail + slot - tail_first_, shape_.tail);
+            if (turned) score(s_.far, late, row, count_, s_.far_tail + slot - tail_first_, shape_.tail);
         }
     }
 
-    // A row with path indices first .. first + 31 among other nodes: scores and values are gathered in path order.
-    void attend_scattered(int64_t row, int64_t first) {
-        const Line& line = lines_[row];
+    // Scores of a row with path indices among other nodes, in path order.
+    void score_scattered(int64_t i, int64_t page, int64_t place) {
+        if (!tail_scored_) score_tail();
+        const Line& line = lines_[i];
         int32_t slots[PAGE];
-        slots_of(line, first, slots);
-        const int64_t count = at_most(line.seen - first, PAGE);
-        uint32_t sinks = 0;
-        for (int64_t i = 0; i < count; i++) {
-            const Unit from = unit(*line.seq, slots[i] / PAGE);
-            const int64_t slot = slots[i] % PAGE, bytes = row_bytes();
-            if (line.turned && position_of(line, slots[i]) < line.seq->sinks) sinks |= 1u << i;
-            if (paired_) __builtin_memcpy(reinterpret_cast<uint8_t*>(s_.values) + i * bytes, from.at + pool_.values + slot * bytes, size_t(bytes));
-            else take_value(from, slot, i);
-        }
-        for (int64_t g = 0; g < shape_.share; g++) {
-            uint32_t read = 0;
-            for (int64_t i = 0; i < count; i++) read |= (picked(row, g, slots[i] / PAGE) >> slots[i] % PAGE & 1) << i;
-            s_.picks[row * shape_.share + g] = read & bits_[row];
-        }
-        for (int64_t g = 0; g < shape_.share; g += BATCH) {
-            const int64_t q = row * shape_.share + g, some = at_most(shape_.share - g, BATCH);
-            for (int64_t k = 0; k < some; k++) {
-                float* scores = s_.p + k * PAGE;
-                for (int64_t i = 0; i < PAGE; i++) {
-                    const float* tail = sinks >> i & 1 ? s_.far_tail : s_.tail;
-                    scores[i] = i < count ? tail[(q + k) * shape_.tail + slots[i] - tail_first_] : 0.0f;
-                }
-            }
-            weigh(q, some);
-            for (int64_t k = 0, end; k < some; k = end) {
-                for (end = k + 1; end < some && s_.picks[q + end] == s_.picks[q + k]; end++) {}
-                mix(q, k, end, s_.picks[q + k], nullptr, 0);
-            }
+        slots_of(line, page * PAGE, slots);
+        for (int64_t k = 0; k < at_most(line.seen - page * PAGE, PAGE); k++) {
+            const float* tail = line.turned && position_of(line, slots[k]) < line.seq->sinks ? s_.far_tail : s_.tail;
+            for (int64_t q = i * share_; q < (i + 1) * share_; q++)
+                s_.p[q * STRIDE + place * PAGE + k] = tail[q * shape_.tail + slots[k] - tail_first_];
         }
     }
+
+    // Turns scores into weights, 0 where a query does not read; sums them. Few queries at a time, whose scores stay in the first cache.
+    void weigh(int64_t pages) {
+        for (int64_t q = 0, end; q < queries_; q = end) {
+            end = at_most(q + 8, queries_);
+            for (int64_t i = q; i < end; i++) find_most(i, pages);
+            for (int64_t i = q; i < end; i++) expand(i, pages);
+        }
+    }
+
+    void find_most(int64_t q, int64_t pages) {
+        Vec most[SLOTS];
+        for (int64_t c = 0; c < SLOTS; c++) most[c] = set1(LOWEST);
+        for (int64_t place = 0; place < pages; place++) {
+            const uint32_t bits = reads(q, place);
+            const float* p = s_.p + q * STRIDE + place * PAGE;
+            for (int64_t c = 0; bits && c < SLOTS; c++) {
+                const Vec x = load(p + c * Vec::N);
+                most[c] = maximum(most[c], bits == ~0u ? x : keep_where(bits >> c * Vec::N, x, set1(LOWEST)));
+            }
+        }
+        for (int64_t c = 1; c < SLOTS; c++) most[0] = maximum(most[0], most[c]);
+        s_.group.most[q] = peak(most[0]) * factor_;
+    }
+
+    void expand(int64_t q, int64_t pages) {
+        const Vec most = set1(-s_.group.most[q]), factor = set1(factor_);
+        Vec exact = zero(), rounded = zero();
+        for (int64_t place = 0; place < pages; place++) {
+            const uint32_t bits = reads(q, place);
+            if (!bits) continue;
+            float* p = s_.p + q * STRIDE + place * PAGE;
+            Vec x[SLOTS];
+            for (int64_t c = 0; c < SLOTS; c++) {
+                x[c] = power(fma(load(p + c * Vec::N), factor, most));
+                if (bits != ~0u) x[c] = keep_where(bits >> c * Vec::N, x[c], zero());
+                exact = exact + x[c];
+                if (!paired_) store(p + c * Vec::N, x[c]);
+            }
+#ifdef DOT_BF16
+            const Vec ones = {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))};
+            if (paired_) rounded = Pairs::add(rounded, pair_weights(x, weights(q, place)), ones);
+#endif
+        }
+        s_.group.exact[q] = total(exact);
+        s_.group.rounded[q] = paired_ ? total(rounded) : s_.group.exact[q];
+    }
+
+    // Weights of a page; pairs of bf16 take half of the room.
+    float* weights(int64_t query, int64_t place) { return s_.p + query * STRIDE + place * (paired_ ? PAGE / 2 : PAGE); }
+
+    // Mixes of all queries with pages that all of them read whole; while that runs, the pages `later` are fetched.
+    void mix_whole(int64_t first, int64_t place, int64_t end, const uint8_t* const* later) {
+        const Seq& seq = *lines_[0].seq;
+        const int64_t length = paired_ ? PAGE / 2 : PAGE;
+        bool late = pool_.size == shape_.padded;
+        for (int64_t i = place; i < end; i++) late = late && converts_late(unit(seq, first + i), queries_);
+        Right b{{}, {}, end - place, length, shape_.padded, late ? row_bytes(pool_) : shape_.padded * 4, pool_.values};
+        for (int64_t i = place; i < end; i++) {
+            const Unit here = unit(seq, first + i);
+            float* values = s_.values + i * PAGE * shape_.padded;
+            if (!late) take_page(here, ~0u, values);
+            b.pages[i - place] = late ? here.at + pool_.values : reinterpret_cast<uint8_t*>(values);
+            b.next[i - place] = later[i];
+        }
+        product<Halves>(weights(0, place), queries_, b, late, place > 0, s_.group.mix, shape_.padded);
+    }
+
+    void mix_page(int64_t page, int64_t place) {
+        const View& view = views_[place];
+        const auto read = [&](int64_t q) { return view.loose && is_loose(q / share_, place) ? 0 : reads(q, place); };
+        const auto leading = [](uint32_t bits) { return bits == low_bits(length_of(bits)); };
+        uint32_t held = 0, longest = 0;  // bits of the values in the scratch; the longest row of leading bits
+        for (int64_t q = view.first * share_; q < view.last * share_; q++)
+            if (const uint32_t bits = read(q); bits > longest && leading(bits)) longest = bits;
+        for (int64_t q = view.first * share_, last = view.last * share_, end; q < last; q = end) {
+            const uint32_t bits = read(q);
+            for (end = q + 1; end < last && read(end) == bits;) end++;
+            if (!bits) continue;
+            const uint32_t wanted = leading(bits) && !(paired_ && length_of(bits) % 2) ? longest : bits;  // of which a product uses a part
+            if (wanted != held) take_page(unit(*lines_[view.first].seq, page), held = wanted, s_.values);
+            mix(q, end, place, bits);
+        }
+        for (int64_t i = 0; view.loose && i < count_; i++)
+            if (is_loose(i, place)) mix_scattered(i, page, place);
+    }
+
+    void mix_scattered(int64_t i, int64_t page, int64_t place) {
+        int32_t slots[PAGE];
+        slots_of(lines_[i], page * PAGE, slots);
+        for (int64_t q = i * share_, last = q + share_, end; q < last; q = end) {
+            const uint32_t bits = reads(q, place);
+            for (end = q + 1; end < last && reads(end, place) == bits;) end++;
+            if (!bits) continue;
+            take_values(bits, s_.values, [&](int64_t k) { return Place{unit(*lines_[i].seq, slots[k] / PAGE), slots[k] % PAGE}; });
+            mix(q, end, place, bits);
+        }
+    }
+
+    // Converts the values of the slots of a page in `bits`, with zeros between them.
+    void take_page(const Unit& unit, uint32_t bits, float* to) {
+        const int64_t length = length_of(bits), count = length * pool_.size;
+        const Kind kind = unit.pool->kind;
+        if (bits == low_bits(length) && (kind == F32 || kind == BF16) && !paired_ && pool_.size == shape_.padded)
+            load_numbers(unit.at + pool_.values, kind, count, count, to);  // one row after another
+        else
+            take_values(bits, to, [&](int64_t i) { return Place{unit, i}; });
+    }
+
+    // Converts the values of path indices in `bits`, with zeros between them. from: the place of a path index.
+    template <class From>
+    void take_values(uint32_t bits, float* values, From from) {
+        const int64_t count = length_of(bits);
+        for (int64_t i = 0; i < count; i++) {
+            float* to = values + i * shape_.padded;
+#ifdef DOT_BF16
+            const auto row = [&](int64_t k) -> const uint8_t* {
+                if (!(bits >> k & 1)) return nullptr;
+                const auto [unit, slot] = from(k);
+                return unit.at + pool_.values + slot * row_bytes(pool_);
+            };
+            if (paired_ && i % 2 == 0) pair_rows(row(i), row(i + 1), pool_.size, shape_.padded, values + i / 2 * shape_.padded);
+            if (paired_) continue;
+#endif
+            if (!(bits >> i & 1)) {
+                clear(to, shape_.padded);
+                continue;
+            }
+            const auto [unit, slot] = from(i);
+            load_value(unit, slot, shape_.padded, to);
+        }
+    }
+    static int64_t length_of(uint32_t bits) { return 32 - __builtin_clz(bits); }
+
+    // Adds the values in the scratch to the mixes of queries q .. end.
+    void mix(int64_t q, int64_t end, int64_t place, uint32_t bits) {
+        const int64_t length = paired_ ? (length_of(bits) + 1) / 2 : length_of(bits);
+        const Right b{{reinterpret_cast<uint8_t*>(s_.values)}, {}, 1, length, shape_.padded, shape_.padded * 4, 0};
+        product<Halves>(weights(q, place), end - q, b, false, true, s_.group.mix + q * shape_.padded, shape_.padded);
+    }
+
+    // ---- statistics
+
+    void watch_page(const Watched& watched, int64_t page, const float* limits) {
+        View& view = views_[0];
+        view.reset(count_);
+        uint32_t bits[MOST_ROWS];
+        for (int64_t i = 0; i < count_; i++) {
+            bits[i] = seen_slots(lines_[i], page * PAGE);
+            if (!bits[i]) continue;
+            view.add(i);
+            view.sunk |= (view.sinks[i] = sink_slots(lines_[i], page * PAGE, bits[i])) != 0;
+        }
+        score_page(page, 0, nullptr);
+        for (int64_t i = view.first; i < view.last; i++) {
+            if (!bits[i]) continue;
+            alignas(64) float sums[PAGE];
+            clear(sums, PAGE);
+            for (int64_t g = 0; g < share_; g++) {
+                const auto [most, sum] = partials_.ends[lines_[i].row * job_.heads + kv_head_ * share_ + g];
+                const uint32_t read = bits[i] & picked(i, g, page);
+                for (int64_t c = 0; c < PAGE; c += Vec::N) {
+                    const Vec x = power(fma(load(s_.p + (i * share_ + g) * STRIDE + c), set1(factor_), set1(-most))) / set1(sum);
+                    store(sums + c, load(sums + c) + keep_where(read >> c, x, zero()));
+                }
+            }
+            note(watched, lines_[i], page * PAGE, bits[i], limits[i], sums);
+        }
+    }
+
+    void note(const Watched& watched, const Line& line, int64_t first, uint32_t bits, float limit, const float* sums) const {
+        constexpr double STEPS = 4294967296.0;
+        const int64_t block = int64_t(job_.layer) * pool_.kv_heads + kv_head_, node = line.row - line.seq->first - line.seq->chain_rows;
+        double* all = node < 0 ? watched.chain : watched.nodes + node * pool_.layers * pool_.kv_heads * watched.slots;
+        double* to = all + block * watched.slots + first;
+        for (; bits; bits &= bits - 1) {
+            const int i = __builtin_ctz(bits);
+            const float weight = sums[i] / float(shape_.share);
+            to[i] += watched.low ? double(weight < limit) : __builtin_nearbyint(double(weight) * STEPS) / STEPS;
+        }
+    }
+
+    static constexpr int64_t SLOTS = PAGE / Vec::N;  // registers of the scores of a page
 
     const AttendJob& job_;
     const Pool& pool_;
     const AttendShape& shape_;
     const Partials& partials_;
     const AttendRow* rows_;
-    const uint8_t* then_;
-    int64_t count_, kv_head_, words_, most_seen_ = 0, tail_first_ = 0;
+    const uint8_t* const* then_;
+    const int64_t count_, kv_head_, share_, queries_;
+    const float factor_;  // from dot products to powers of two
+    int64_t words_, most_seen_ = 0, tail_first_ = 0;
     bool paired_;  // queries and pages of bf16, with products added in pairs
-    bool direct_, tail_scored_ = false;
+    bool tail_scored_ = false;
     Scratch s_;
-    Taken taken_{};
-    alignas(64) float shrink_[BATCH] = {};
-    uint32_t bits_[MOST_ROWS], sinks_[MOST_ROWS] = {};
-    bool scattered_[MOST_ROWS];
     Line lines_[MOST_ROWS];
+    View views_[GROUP];
+    uint8_t loose_[MOST_ROWS];  // places in the group that a row reads scattered
 };
 
 inline void attend_task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, const AttendTask& task, int64_t kv_head,
-                        const uint8_t* then, const Partials& partials, float* scratch) {
+                        const uint8_t* const* then, const Partials& partials, float* scratch) {
     Task one(job, shape, rows, task.rows, kv_head, then, partials, scratch);
     if (task.group < 0) one.all_groups();
     else one.one_group(task.group);
 }
 
-inline void attend_merge(const AttendJob& job, const AttendShape& shape, const AttendRow& row, int64_t groups, int64_t head,
-                         const Partials& partials, float* scratch) {
+inline void attend_merge(const AttendJob& job, const AttendShape& shape, const AttendRow& row, int64_t groups, const Partials& partials,
+                         float* scratch) {
     Scratch s;
     carve(shape, scratch, &s);
-    float most = minus_infinity();
-    Sums total{};
-    for (int64_t c = 0; c < shape.padded; c += Vec::N) store(s.whole_mix + c, zero());
-    for (int64_t group = 0; group < groups; group++) {
-        const int64_t at = (row.partial + group) * job.heads + head;
-        merge_group(&most, &total, s.whole_mix, partials.most[at], partials.sum[at], partials.mix + at * shape.padded, shape.size);
+    for (int64_t head = 0, count; head < job.heads; head += count) {
+        count = at_most(job.heads - head, shape.queries);
+        begin(s.whole, count, shape.padded);
+        for (int64_t group = 0; group < groups; group++)
+            merge(s.whole, partials.groups.from((row.partial + group) * job.heads + head, shape.padded), count, shape.padded);
+        write_results(job, job.seqs[row.seq].first + row.row, head, count, s.whole, shape.padded, partials);
     }
-    write_result(job, job.seqs[row.seq].first + row.row, head, most, total, s.whole_mix, partials);
 }
 
-inline void attend_watch(const AttendJob& job, const AttendShape& shape, const Watched& watched, int64_t kv_head, int64_t group, const Partials& partials,
-                         float* scratch) {
+inline void attend_watch(const AttendJob& job, const AttendShape& shape, const Watched& watched, int64_t kv_head, int64_t group,
+                         const Partials& partials, float* scratch) {
     const Seq& seq = job.seqs[watched.seq];
     const int64_t most = at_most(MOST_ROWS, shape.queries / shape.share);
     AttendRow rows[MOST_ROWS];
@@ -1102,15 +1070,20 @@ inline void attend_watch(const AttendJob& job, const AttendShape& shape, const W
 
 // Rows of a times rows of b, 32 of them transposed at once.
 inline void products(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch) {
-    alignas(64) float some[WIDE * PAGE];
+    alignas(64) float some[HIGH * PAGE], block[HIGH * STRIDE];
     for (int64_t first = 0; first < count; first += PAGE) {
         const int64_t width = at_most(count - first, PAGE);
-        for (int64_t c = 0; c < size * PAGE; c += Vec::N) store(scratch + c, zero());
+        clear(scratch, size * PAGE);
         for (int64_t i = 0; i < width; i++)
             for (int64_t d = 0; d < size; d++) scratch[d * PAGE + i] = b[(first + i) * size + d];
         for (int64_t r = 0, take; r < rows; r += take) {
-            take = at_most(rows - r, WIDE);
-            dots<Singles>(a + r * size, size, take, scratch, size, Ahead{}, some, PAGE);
+            take = at_most(rows - r, HIGH);
+            for (int64_t d = 0, length; d < size; d += length) {
+                length = at_most(size - d, SPAN);
+                for (int64_t i = 0; i < take; i++) __builtin_memcpy(block + i * STRIDE, a + (r + i) * size + d, size_t(length) * 4);
+                const Right b{{reinterpret_cast<uint8_t*>(scratch + d * PAGE)}, {}, 1, length, PAGE, PAGE * 4, 0};
+                multiply<Singles, Words>(block, take, b, d > 0, some, PAGE);
+            }
             for (int64_t i = 0; i < take; i++) __builtin_memcpy(out + (r + i) * count + first, some + i * PAGE, size_t(width) * 4);
         }
     }

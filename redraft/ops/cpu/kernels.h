@@ -15,7 +15,7 @@ constexpr int64_t PANEL = 64;  // outputs of a linear layer that are packed toge
 constexpr int64_t LINE = 64;   // bytes of a row in a tile
 constexpr int64_t TALL = 16;   // rows of a tile
 constexpr int64_t PAGE = 32;   // slots of a page
-constexpr int64_t GROUP = 16;  // pages whose keys are attended one after another; groups are merged left to right
+constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
