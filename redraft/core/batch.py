@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from redraft.core.plan import Work
-from redraft.core.sequence import Lanes, Sequence, Space
-from redraft.core.tree import I32, U64, TokenTree
+from redraft.core.sequence import PLAIN, Lanes, Sequence, Space
+from redraft.core.tree import EMPTY, I32, U64, TokenTree
 from redraft.core.view import View
 
 
@@ -125,7 +125,7 @@ class Batch:
         logit_rows: list[int] = []
         roots: list[int] = []
         bits: list[U64] = []
-        words = max((t.ancestors().shape[1] for t in trees if len(t)), default=0)
+        words = max((t.ancestors().shape[1] for t in trees if t is not EMPTY), default=0)
         for w, tree, tail in zip(work, trees, pages.tail, strict=True):
             seq, at = w.seq, len(tokens)
             rows = 0 if tail else w.rows  # only the first forward of a tail packs the chain
@@ -135,7 +135,7 @@ class Batch:
             tree_starts.append(len(tokens))
             if len(tree) > w.first:
                 tokens += tree.tokens[w.first :].tolist()
-                positions += (tree.depths()[w.first :] + root).tolist()
+                positions += [root + depth for depth in tree.depths()[w.first :].tolist()]
                 own = tree.ancestors()[w.first :]
                 bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
             starts.append(len(tokens))
@@ -149,20 +149,30 @@ class Batch:
                 roots.append(-1)
                 if seq.wants_prompt_logits and last + 1 > at:
                     logit_rows.append(last)
-        where, spans = np.asarray(positions, np.int32), list(pairwise(starts))
+        lists = tokens, positions, starts, tree_starts, logit_rows, roots
+        whole = np.array([*chain.from_iterable(lists)], np.int32)  # one array, because each conversion of a list takes long
+        ends = accumulate(map(len, lists), initial=0)
+        ids, where, begins, tree_begins, wanted, root_rows = (whole[a:z] for a, z in pairwise(ends))
+        spans = list(pairwise(starts))
         return cls(
-            np.asarray(tokens, np.int32),
+            ids,
             where,
-            np.asarray(starts, np.int32),
-            np.asarray(tree_starts, np.int32),
+            begins,
+            tree_begins,
             np.concatenate(bits) if bits else np.zeros((0, max(words, 1)), np.uint64),
             [_tail(w, tree) if tail else where[a:z] for w, tree, tail, (a, z) in zip(work, trees, pages.tail, spans, strict=True)],
             pages,
-            np.asarray(logit_rows, np.int32),
-            np.asarray(roots, np.int32),
-            [_view(w.seq, max(positions[a:z], default=0)) for w, (a, z) in zip(work, spans, strict=True)],
+            wanted,
+            root_rows,
+            [_view(w.seq, positions[a:z]) for w, (a, z) in zip(work, spans, strict=True)],
             [w.seq.cache.layers if w.seq.stored >= w.seq.context else None for w in work],
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers."""
+        count, pages = len(self.views), self.pages
+        return self.views.count(None) == self.layers.count(None) == pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
         """A batch of the chosen sequences without logit rows, and i32[rows]: the rows of this batch that it holds."""
@@ -198,10 +208,13 @@ def _tail(w: Work, tree: TokenTree) -> I32:
     return np.concatenate([np.arange(w.seq.stored, root + 1), tree.depths() + root]).astype(np.int32)
 
 
-def _view(seq: Sequence, deepest: int) -> View | None:
-    """The view of the rows of one step, None where they see all slots. A sparse read starts after the context, and no step mixes rows
+def _view(seq: Sequence, positions: list[int]) -> View | None:
+    """The view of rows at these positions, None where they see all slots. A sparse read starts after the context, and no step mixes rows
     before and after it. A window or a sparse read that hides nothing from the deepest row is left out."""
     chosen = seq.cache
+    if chosen is PLAIN:
+        return None
+    deepest = max(positions, default=0)
     read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.dense_up_to else None
     window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
     return View(chosen.format, chosen.encoded, window, read) if (chosen.format or chosen.encoded or window or read) else None

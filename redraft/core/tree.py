@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from operator import ge
 from typing import Protocol
 
 import numpy as np
@@ -119,21 +120,18 @@ class TokenTree:
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)} instead of {wanted}{list(shape)}")
         if not n:
             return
-        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        tokens, parents = self.tokens.tolist(), self.parents.tolist()  # lists are faster than arrays of few nodes
         if min(tokens) < 0 or max(tokens) >= vocab:
             raise ValueError(f"a token outside 0..{vocab - 1}: {tokens}")
-        levels: list[int] = []
-        for node, parent in enumerate(parents):
-            if not -1 <= parent < node:
-                raise ValueError(f"a node does not come after its parent: {parents}")
-            levels.append(levels[parent] + 1 if parent >= 0 else 1)
+        if min(parents) < -1 or any(map(ge, parents, range(n))):
+            raise ValueError(f"a node does not come after its parent: {parents}")
         if len(set(zip(parents, tokens, strict=True))) < n:
             raise ValueError("two siblings with the same token")
         if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
             raise ValueError(f"draws must contain each of the {n} nodes at least once and nothing else: {self.draws.tolist()}")
         if self.distributions is None and any(self.kinds.tolist()):
             raise ValueError("sampled children without the distribution that they were drawn from")
-        if (deepest := max(levels)) > depth:
+        if (deepest := max(self.depths().tolist())) > depth:
             raise ValueError(f"{deepest} levels for a budget of {depth}")
 
     def depths(self) -> I32:
@@ -175,14 +173,12 @@ EMPTY = TokenTree.chain(())
 def _shape(parents: bytes) -> tuple[I32, U64]:
     """Depths and ancestor bits of a tree shape. They are cached, because drafters repeat few shapes."""
     above = np.frombuffer(parents, np.int32).tolist()
-    depths = np.zeros(len(above), np.int32)
-    bits = np.zeros((len(above), -(-len(above) // 64)), np.uint64)
+    depths: list[int] = []
+    paths: list[int] = []
     for i, parent in enumerate(above):
-        if parent >= 0:
-            depths[i] = depths[parent]
-            bits[i] = bits[parent]
-        depths[i] += 1
-        bits[i, i // 64] |= np.uint64(1 << (i % 64))
-    depths.setflags(write=False)
-    bits.setflags(write=False)
-    return depths, bits
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        paths.append((paths[parent] if parent >= 0 else 0) | 1 << i)
+    levels, words = np.array(depths, np.int32), -(-len(above) // 64)
+    levels.setflags(write=False)
+    bits = np.frombuffer(b"".join(path.to_bytes(8 * words, "little") for path in paths), "<u8")
+    return levels, bits.reshape(len(above), words)

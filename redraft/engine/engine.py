@@ -141,8 +141,9 @@ class Engine:
             seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
 
     def taps(self, plan: StepPlan) -> Taps:
-        requested = self.sampler.needs(plan.work) | self.drafter.taps(plan.seqs) | self.outputs.taps(plan.seqs)
-        watched = self.policies.watch(plan.seqs)
+        seqs = plan.seqs
+        requested = self.sampler.needs(plan.work) | self.drafter.taps(seqs) | self.outputs.taps(seqs)
+        watched = self.policies.watch(seqs)
         return requested | Taps(attention=watched) if watched else requested
 
     def sync(self, seqs: Iterable[Sequence]) -> None:

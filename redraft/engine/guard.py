@@ -112,10 +112,11 @@ class Guard:
         if tree is None:
             raise ValueError("proposed None instead of a tree")
         tree.check(vocab=self.vocab, rows=budget.rows, depth=budget.depth)
-        if unknown := {Kind(kind) for kind in tree.kinds.tolist()} - self.drafter.kinds - {Kind.FIXED}:
+        if unknown := {*map(Kind, set(tree.kinds.tolist()))} - self.drafter.kinds - {Kind.FIXED}:
             raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which are not in its declared kinds")
-        if tree.origins is not None and (tree.origins.shape != tree.tokens.shape or (tree.origins >= len(self.names)).any()):
-            raise ValueError(f"origins: one below {len(self.names)} is needed for each node: {tree.origins.tolist()}")
+        origins = tree.origins
+        if origins is not None and (origins.shape != tree.tokens.shape or max(origins.tolist(), default=0) >= len(self.names)):
+            raise ValueError(f"origins: one below {len(self.names)} is needed for each node: {origins.tolist()}")
         return tree if tree.distributions is None else replace(tree, distributions=Guarded(self, seq, tree.distributions))
 
     def distributions(self, seq: Sequence, distributions: Probs, rows: Seq[int]) -> F64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -50,11 +51,11 @@ class Stats:
         self.by_depth += [0] * (len(path) - len(self.by_depth))
         for depth in range(len(path)):
             self.by_depth[depth] += 1
-        origins = np.zeros(len(tree), np.int64) if tree.origins is None else tree.origins.astype(np.int64)
-        for origin in set(origins.tolist()):
-            checked, kept = self.by_drafter.get(names[origin], (0, 0))
-            own = origins == origin
-            self.by_drafter[names[origin]] = checked + int(own.sum()), kept + int(own[list(path)].sum())
+        origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
+        checked, kept = Counter(origins), Counter(origins[node] for node in path)
+        for origin, count in checked.items():
+            before = self.by_drafter.get(names[origin], (0, 0))
+            self.by_drafter[names[origin]] = before[0] + count, before[1] + kept[origin]
 
     def copy(self) -> Stats:
         return replace(self, by_depth=list(self.by_depth), by_drafter=dict(self.by_drafter), stopped=dict(self.stopped))

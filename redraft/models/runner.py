@@ -66,7 +66,8 @@ class Runner:
         If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
         """
         if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
-            return self._forward(batch, taps)
+            out = self.backend.forward(batch, self.spec, self.weights, self.memory.pool, taps)
+            return self._forward(batch, taps) if out is None else out
         with torch.inference_mode():
             return self._forward(batch, taps)
 

@@ -29,7 +29,7 @@ class Feature(StrEnum):
 
     PER_LAYER = "per-layer lanes"
     PER_HEAD = "per-head lanes"
-    RUN = "a segment of layers in one call"
+    RUN = "a segment of layers, or a whole pass, in one call"
     BIT_EXACT = "an output element does not depend on rows, threads or neighbours"
 
 
@@ -307,6 +307,11 @@ class Backend(Protocol):
         """Feature.RUN: runs layers first..last (exclusive), all with attention, in one call, with the same bits as models/layers.py.
         Returns None if this batch needs one operation at a time. The first segment may overwrite h, the embeddings; later segments
         must not, because their h was returned as a hidden state."""
+        ...
+
+    def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: Any, taps: Taps) -> ForwardResult | None:
+        """Feature.RUN: a whole pass in one call, with the bits of plan, embed, run and head. Returns None if this batch, model or tap needs
+        these."""
         ...
 
     def watched(self, plan: Any) -> Mapping[int, WeightSums]:

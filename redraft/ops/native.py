@@ -161,6 +161,7 @@ class NativeOps(TorchOps):
         self._sided: set[str] = set()  # formats with side data
         self._segments: dict[int, Any] = {}
         self._models: dict[int, NativeModel] = {}
+        self._wholes: dict[tuple[int, int], abi.Model | None] = {}
         self._pools: weakref.WeakKeyDictionary[FormatStore, abi.Pool] = weakref.WeakKeyDictionary()
         lend_threads()  # two pools of spinning threads are 40 times slower
 
@@ -495,7 +496,7 @@ class NativeOps(TorchOps):
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
         if not h.shape[0] or any(group.readers or group.writers for group in plan.groups):
             return None
-        segment = self._segment(spec, weights, plan)
+        segment = self._segment(spec, weights, plan.model)
         if segment is None:
             return None
         out = h.clone(memory_format=torch.contiguous_format) if first else h
@@ -506,16 +507,66 @@ class NativeOps(TorchOps):
         self._call("rd_run", segment, first, last, step, len(steps), self._rows(out))
         return out
 
-    def _segment(self, spec: ModelSpec, weights: Weights, plan: NativePlan) -> Any:
+    def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: TorchPool, taps: Taps) -> ForwardResult | None:
+        """A whole pass in one call. Returns None if a tap, a sequence or the model needs more than one."""
+        if taps.hidden or taps.attention or not batch.plain or not len(batch.tokens):
+            return None
+        model = self._whole(spec, weights, pool)
+        if model is None:
+            return None
+        count, view = len(batch.logit_rows), batch.pages
+        starts, nodes = batch.starts.tolist(), batch.visible
+        parts = [
+            abi.BATCH.pack(starts[-1], len(starts) - 1, count, *nodes.shape, 0),
+            nodes.tobytes(), batch.tokens.tobytes(), batch.positions.tobytes(), batch.logit_rows.tobytes(),
+        ]  # fmt: skip
+        for s, (a, t) in enumerate(zip(starts, batch.tree_starts.tolist())):
+            pages = view.pages[s]
+            parts.append(abi.PLAIN.pack(starts[s + 1] - a, t - a, view.tail[s], view.chain[s], pages.size))
+            parts += view.lengths[s].tobytes(), pages.tobytes(), batch.tails[s].tobytes()
+        given = b"".join(parts)
+        if taps.logits:
+            logits = torch.empty(count, model.head.outs)
+            self._call("rd_step", model, given, 0, None, logits.data_ptr())
+            return self._result(logits, taps)
+        keep = min(max(1, taps.top_k), model.head.outs)
+        found = np.empty(count * (keep + 1), np.int32)
+        self._call("rd_step", model, given, keep, found.__array_interface__["data"][0], None)
+        return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None)
+
+    def _whole(self, spec: ModelSpec, weights: Weights, pool: TorchPool) -> abi.Model | None:
+        """A model in the form of the kernels; None if they cannot run all of it."""
+        key = id(weights), id(pool)
+        if key not in self._wholes:
+            self._wholes[key] = self._made(spec, weights, pool)
+            for one in (weights, pool):
+                weakref.finalize(one, self._wholes.pop, key, None)
+        return self._wholes[key]
+
+    def _made(self, spec: ModelSpec, weights: Weights, pool: TorchPool) -> abi.Model | None:
+        head, norm, embed, model = weights.head, weights.final_norm, weights.embed, self._model(spec)
+        rows = embed.data_ptr() if isinstance(embed, Tensor) and embed.dtype == self.dtype and embed.is_contiguous() else None
+        if not isinstance(head, Packed) or weights.positions is not None or not (rows or embed is head):
+            return None
+        segment = self._segment(spec, weights, model)
+        if segment is None:
+            return None
+        return abi.Model(
+            segment, len(segment), norm.weight.numel(), rows, norm.weight.data_ptr(),
+            None if norm.bias is None else norm.bias.data_ptr(), head.c, model.rotaries, self._pool_of(pool, "", model.pool),
+            spec.final_norm.eps, int(spec.final_norm.kind == "rms"), self.kind,
+        )  # fmt: skip
+
+    def _segment(self, spec: ModelSpec, weights: Weights, model: NativeModel) -> Any:
         """All layers in the form of the kernels, made once for each model; None if a weight of a layer is not packed."""
         if id(weights) not in self._segments:
-            layers = [self._layer(layer, own, plan) for layer, own in zip(spec.layers, weights.layers, strict=True)]
+            layers = [self._layer(layer, own, model) for layer, own in zip(spec.layers, weights.layers, strict=True)]
             found = [layer for layer in layers if layer is not None]
             self._segments[id(weights)] = (abi.Layer * len(layers))(*found) if len(found) == len(layers) else None
             weakref.finalize(weights, self._segments.pop, id(weights), None)
         return self._segments[id(weights)]
 
-    def _layer(self, layer: LayerSpec, own: LayerWeights, plan: NativePlan) -> abi.Layer | None:
+    def _layer(self, layer: LayerSpec, own: LayerWeights, model: NativeModel) -> abi.Layer | None:
         parts = [part.c for part in (own.qkv, own.out, own.up, own.down) if isinstance(part, Packed)]
         mixer = layer.mixer
         if isinstance(layer.mlp, Experts) or len(parts) < 4 or bool(parts[2].gated) != layer.mlp.gated:
@@ -530,16 +581,14 @@ class NativeOps(TorchOps):
         return abi.Layer(
             *parts, *map(at, (*norms, *qk)),
             layer.norm.eps, mixer.qk_norm.eps if mixer.qk_norm else 0.0, int(layer.norm.kind == "rms"), mixer.heads, mixer.window or 0,
-            -1 if mixer.rotary is None else plan.model.turns[id(mixer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
+            -1 if mixer.rotary is None else model.turns[id(mixer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
         head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, x.contiguous()
         if not isinstance(head, Packed) or taps.logits:
             rows = x if len(wanted) == x.shape[0] else x.index_select(0, torch.from_numpy(wanted))
-            logits = self._logits(self.norm(rows, norm, final), head)
-            top_k = best_first(logits, taps.top_k) if taps.top_k else None
-            return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
+            return self._result(self._logits(self.norm(rows, norm, final), head), taps)
         count, keep = len(wanted), min(max(1, taps.top_k), head.outs)
         found = np.empty(count * (keep + 1), np.int32)
         likeliest, best = found[:count], found[count:].reshape(count, keep)
@@ -548,6 +597,11 @@ class NativeOps(TorchOps):
             at: int = found.ctypes.data
             self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), count, keep, at + 4 * count, at)
         return ForwardResult(likeliest, best if taps.top_k else None)
+
+    @staticmethod
+    def _result(logits: Tensor, taps: Taps) -> ForwardResult:
+        top_k = best_first(logits, taps.top_k) if taps.top_k else None
+        return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
 
     def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:
         """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""

@@ -38,7 +38,7 @@ from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.ops import library
-from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights, WeightSums
+from redraft.ops.backend import ForwardResult, LayerWeights, Linear, LinearWeights, NormWeights, Weights, WeightSums
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
@@ -477,9 +477,14 @@ def cast(weights: Weights, ops: NativeOps, quant: str = "") -> Weights:
 
 
 class Switched(NativeOps):
-    """Counts segments; refuses them if `whole` is set."""
+    """Counts whole passes as well as segments in `segments`. Refuses both unless `whole` is set, and passes unless `passes` is."""
 
-    whole, segments = True, 0
+    whole, passes, segments = True, True, 0
+
+    def forward(self, *args: Any) -> ForwardResult | None:
+        done = super().forward(*args) if self.whole and self.passes else None
+        self.segments += done is not None
+        return done
 
     def run(self, *args: Any) -> Tensor | None:
         done = super().run(*args) if self.whole else None
@@ -568,7 +573,7 @@ class Bench:
 
     def check(self, dice: random.Random) -> int:
         """Compares all results with those of the text alone, bit for bit. Returns the number of rows."""
-        self.ops.whole = True
+        self.ops.whole = self.ops.passes = True
         ways = [lambda: 1000, lambda: 1, lambda: dice.choice([1, 2, 7, 33])]
         for text in {id(text): text for text, *_ in self.results}.values():
             line = self.alone(text, text.seq.tokens, ways[1])  # decoded one by one
@@ -687,7 +692,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         ]
         cuts = [dice.randint(1, len(tree)) if len(tree) and dice.random() < 0.4 else len(tree) for tree in trees]
         set_threads(dice.choice([1, 2, 3]))
-        bench.ops.whole = dice.random() < 0.6
+        bench.ops.whole, bench.ops.passes = dice.random() < 0.7, dice.random() < 0.5
         hidden = frozenset(i for i in range(LAYERS) if dice.random() < 0.4) if dice.random() < 0.4 else frozenset[int]()
         watches = {s: (Watch("mass", dice.randrange(50)),) for s in range(len(some)) if dice.random() < 0.3}
         taps = Taps(hidden, logits=dice.random() < 0.8, attention=watches)
@@ -776,6 +781,47 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
             table.discard(text.seq)
     threads(1)
     bench.check(dice)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("family", "quant"), [("llama", ""), ("qwen3", ""), ("mistral", "int8"), ("llama", "int4"), ("gpt2", ""), ("mixtral", "")]
+)
+def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    """Chunks of prompts, decodes, and trees whose tail an earlier pass began; one call for all layers and the head, or several."""
+    bench, dice = Bench(family, dtype, quant), random.Random(8)
+    table = bench.runner.memory.paged.table
+    texts = [text_of(i, [dice.randrange(VOCAB) for _ in range(n)]) for i, n in enumerate((70, 40, 3, 550))]
+    for seq in texts:
+        table.open(seq)
+
+    def compare(rows: list[int], trees: list[TokenTree], first: int = 0) -> None:
+        works = [Work(seq, n, first) for seq, n in zip(texts, rows, strict=True)]
+        pages = table.reserve(works, trees)
+        bench.runner.memory.paged.store.zero(pages.fresh)
+        batch = Batch.pack(works, trees, pages)
+        for taps in (Taps(), Taps(top_k=5), Taps(logits=True), Taps(top_k=3, logits=True)):
+            outs = []
+            for bench.ops.passes in (True, False):
+                before = bench.ops.segments
+                threads(dice.choice([1, 2, 3]))
+                outs.append(bench.runner.forward(batch, taps))
+                assert bench.ops.segments - before == (family != "mixtral"), "not one call"
+            one, other = outs
+            assert one.argmax.tolist() == other.argmax.tolist() and len(one.argmax) == len(batch.logit_rows)
+            assert (one.top_k is None) == (other.top_k is None) == (not taps.top_k)
+            assert one.top_k is None or other.top_k is None or np.array_equal(one.top_k, other.top_k)
+            assert (one.logits is None) == (other.logits is None) == (not taps.logits)
+            assert one.logits is None or other.logits is None or torch.equal(bits(one.logits), bits(other.logits))
+
+    compare([69, 38, 2, 300], [EMPTY] * 4)
+    table.commit([Work(seq, n) for seq, n in zip(texts, [69, 38, 2, 300], strict=True)], [Accepted()] * 4)
+    grown = [tree for tree in (random_tree(dice, 70) for _ in range(30)) if len(tree) > 2][:2]
+    rows, trees = [1, 2, 1, 250], [grown[0], EMPTY, grown[1], EMPTY]
+    heads = [TokenTree(tree.tokens[:2], tree.parents[:2], tree.kinds[:3]) if len(tree) else EMPTY for tree in trees]
+    compare(rows, heads)
+    texts, rows, trees = [texts[0], texts[2]], [1, 1], grown
+    compare(rows, trees, 2)
 
 
 @DTYPES

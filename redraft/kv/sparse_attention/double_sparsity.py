@@ -224,8 +224,10 @@ class _Meter:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def run(self, *segment: Any) -> None:
-        """Returns None, so every layer runs operation by operation and calls `attend`."""
+    def forward(self, *of: Any) -> None:
+        """Returns None, as `run` does, so every layer runs operation by operation and calls `attend`."""
+
+    run = forward
 
     def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
         groups = q.unflatten(1, (layer.kv_heads, -1))

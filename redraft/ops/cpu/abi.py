@@ -61,6 +61,17 @@ class Rotaries(ctypes.Structure):
     _fields_ = [("frequencies", POINTER), ("scales", POINTER), ("count", SIZE), ("half", SIZE)]
 
 
+class Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.POINTER(Layer)), ("count", SIZE), ("hidden", SIZE), ("rows", POINTER), ("norm", POINTER), ("norm_bias", POINTER),
+        ("head", Linear), ("rotaries", Rotaries), ("pool", Pool), ("eps", REAL), ("rms", NUMBER), ("kind", NUMBER),
+    ]  # fmt: skip
+
+
+# The beginning of a batch and of a sequence for run_step in layers.h.
+BATCH = struct.Struct("6i")
+PLAIN = struct.Struct("5i")
+
 # In the order of kernels.h. Seq: twelve numbers and seven addresses; Watched: two addresses, a size and four numbers; Picked: an address
 # and two numbers.
 SEQ = struct.Struct("12i7P")
@@ -88,6 +99,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_attend": (NUMBER, _STEP, NUMBER, NUMBER, NUMBER, NUMBER, POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
     "rd_products": (NUMBER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
     "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, SIZE, _ROWS),
+    "rd_step": (NUMBER, ctypes.POINTER(Model), ctypes.c_char_p, NUMBER, POINTER, POINTER),
 }
 
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "pack.h"
 #include "threads.h"
 
 namespace redraft {
@@ -95,19 +96,22 @@ Attention& attention(int64_t i) {
     return (*made)[i];
 }
 
-void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows, float* turns) {
+namespace {
+void turns_of(const Rotaries& rotaries, const int32_t* positions, int64_t rows, Share own, float* turns) {
     const int64_t half = rotaries.half;
-    const auto share = [&](int worker, int workers) {
-        const Share own(rows, worker, workers);
-        for (int64_t i = 0; i < rotaries.count; i++)
-            for (int64_t r = own.first; r < own.last; r++)
-                for (int64_t k = 0; k < half; k++) {
-                    const double angle = positions[r] * rotaries.frequencies[i * half + k], scale = rotaries.scales[i];
-                    float* cos = turns + (2 * i * rows + r) * half + k;
-                    cos[0] = float(std::cos(angle) * scale);
-                    cos[rows * half] = float(std::sin(angle) * scale);
-                }
-    };
+    for (int64_t i = 0; i < rotaries.count; i++)
+        for (int64_t r = own.first; r < own.last; r++)
+            for (int64_t k = 0; k < half; k++) {
+                const double angle = positions[r] * rotaries.frequencies[i * half + k], scale = rotaries.scales[i];
+                float* cos = turns + (2 * i * rows + r) * half + k;
+                cos[0] = float(std::cos(angle) * scale);
+                cos[rows * half] = float(std::sin(angle) * scale);
+            }
+}
+}  // namespace
+
+void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows, float* turns) {
+    const auto share = [&](int worker, int workers) { turns_of(rotaries, positions, rows, Share(rows, worker, workers), turns); };
     if (rows > FEW) run(share);
     else share(0, 1);
 }
@@ -157,15 +161,16 @@ void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Ro
     });
 }
 
-void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax) {
+namespace {
+// The job of each worker: the norm of the wanted rows of norm.x, then all outputs to `logits`, or, if it has no data, the `keep` largest
+// to found, [workers][count][keep].
+auto head_job(const Kernels& kernels, NormJob norm, const Linear& w, const int32_t* wanted, int64_t count, const Rows& logits, int32_t keep, Best* found) {
     const Rows h = norm.x;
     const Feed feed = feeds[0].of(kernels, w, count);
     const Rows norms = strided(buffers[0].of(count * h.cols * bytes_of(h.kind)), count, h.cols, h.kind);
     norm.y = feed.codes() ? norms : feed.tiles;
-    const int64_t all = threads(), own_size = count * keep;
-    scratch.grow(int(all), count);
-    std::vector<Best> found(all * own_size, Best{-std::numeric_limits<float>::infinity(), -1});
-    run_paced(w.panels, 0, 0, count, [&](int worker, int workers) {
+    scratch.grow(threads(), count);
+    return [=, &kernels, &w](int worker, int workers) {
         const Share rows(count, worker, workers);
         for (int64_t r = rows.first; r < rows.last; r++) {
             NormJob one = norm;
@@ -174,28 +179,45 @@ void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32
         }
         if (feed.codes()) fill(kernels, w, norms, feed, rows);
         barrier();
-        LinearJob job = job_of(w, feed, Rows{}, F32);  // unrounded sums, because rounding would create ties
-        job.best = found.data() + worker * own_size;
+        LinearJob job = job_of(w, feed, logits, F32);  // unrounded sums, because rounding would create ties
+        if (!logits.data) job.best = found + worker * count * keep;
         job.keep = keep;
         const Share own(w.count(), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, count));
-    });
+    };
+}
+
+std::vector<Best> none_found(int64_t count, int32_t keep) {
+    return std::vector<Best>(threads() * count * keep, Best{-std::numeric_limits<float>::infinity(), -1});
+}
+
+// best: [count][keep]; argmax: [count], -1 where a row has NaN or infinity.
+void merge(const std::vector<Best>& found, int64_t count, int32_t keep, int32_t* best, int32_t* argmax) {
     const auto above = [](const Best& a, const Best& b) {  // the entries of the first worker have the lower indices
         return a.value > b.value || (a.value != a.value && b.value == b.value);
     };
     std::vector<Best> merged;
     for (int64_t r = 0; r < count; r++) {
         merged.clear();
-        for (int64_t worker = 0; worker < all; worker++)
+        for (int64_t from = r * keep; from < int64_t(found.size()); from += count * keep)
             for (int32_t i = 0; i < keep; i++)
-                if (const Best& one = found[worker * own_size + r * keep + i]; one.index >= 0) merged.push_back(one);
+                if (found[from + i].index >= 0) merged.push_back(found[from + i]);
         std::stable_sort(merged.begin(), merged.end(), above);
         for (int32_t i = 0; i < keep; i++) best[r * keep + i] = merged[i].index;  // keep is at most the number of outputs
         argmax[r] = merged[0].value < std::numeric_limits<float>::infinity() ? merged[0].index : -1;
     }
 }
+}  // namespace
 
-void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h) {
+void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax) {
+    std::vector<Best> found = none_found(count, keep);
+    run_paced(w.panels, 0, 0, count, head_job(kernels, norm, w, wanted, count, Rows{}, keep, found.data()));
+    merge(found, count, keep, best, argmax);
+}
+
+namespace {
+// The job of each worker. Buffers have their final sizes when all jobs of a call are made, so workers find their addresses.
+auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h) {
     const int64_t rows = h.rows;
     const Kind kind = h.kind;
     const Pool& pool = steps->pool;  // the same heads in all of them
@@ -209,7 +231,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
         for (int b = 0; b < 4; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
     }
     for (int64_t s = 0; s < count; s++) attention(s).prepare(*kernels.attend, *steps[s].plan, layers[first].heads, threads());
-    run_paced(layers, first, last, rows, [&](int worker, int workers) {
+    return [=, &kernels, &pool](int worker, int workers) {
         const Share own(rows, worker, workers);
         float* sums = scratch.at(worker, rows);
         // The norm of h as the input of w: written as tiles directly, or as rows first if codes are made of them.
@@ -279,7 +301,55 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
             panels(job);
             barrier();
         }
+    };
+}
+}  // namespace
+
+void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h) {
+    run_paced(layers, first, last, h.rows, segment_job(kernels, layers, first, last, steps, count, h));
+}
+
+void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, int32_t keep, int32_t* best, float* logits) {
+    static auto* seqs = new std::vector<Seq>();
+    static auto* plan = new AttendPlan();
+    static auto *states = new Buffer(), *angles = new Buffer();
+    const int32_t rows = batch[0], count = batch[1], wanted = batch[2], nodes = batch[3], words = batch[4];
+    const auto* visible = reinterpret_cast<const uint64_t*>(batch + 6);
+    const int32_t *tokens = batch + 6 + 2 * nodes * words, *positions = tokens + rows, *logit_rows = positions + rows, *next = logit_rows + wanted;
+    seqs->assign(size_t(count), Seq{});
+    int32_t first = 0;
+    for (Seq& seq : *seqs) {
+        seq.first = first, seq.rows = next[0], seq.chain_rows = next[1], seq.tail = next[2], seq.chain = next[3], seq.pages_per_lane = next[4];
+        seq.words = words, seq.visible = visible, seq.at = positions + first;
+        seq.lengths = next + 5, seq.pages = seq.encoded = next + 6, seq.tail_at = seq.pages + seq.pages_per_lane;
+        next = seq.tail_at + seq.tail + seq.rows;
+        visible += int64_t(seq.rows - seq.chain_rows) * words;
+        first += seq.rows;
+    }
+    AttendChoices choices;
+    choices.workers = threads();
+    *plan = plan_attention(seqs->data(), count, model.pool, model.layers->heads, choices);
+    const Kind kind = model.kind;
+    const Rotaries& rotaries = model.rotaries;
+    const Rows h = strided(states->of(rows * model.hidden * bytes_of(kind)), rows, model.hidden, kind);
+    float* turns = angles->of<float>(2 * rotaries.count * rows * rotaries.half);
+    const Step step{rows, count, seqs->data(), model.pool, Pool{}, turns, nullptr, rotaries.half, nullptr, 0, plan};
+    std::vector<Best> found = none_found(logits ? 0 : wanted, keep);
+    const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, h);
+    const NormJob norm{h, Rows{}, model.norm, model.norm_bias, model.eps, model.rms, kind};
+    const Rows all{reinterpret_cast<uint8_t*>(logits), wanted, model.head.outs, int64_t(sizeof(float)) * model.head.outs, F32};
+    const auto head = head_job(kernels, norm, model.head, logit_rows, wanted, all, keep, found.data());
+    run_paced(model.layers, 0, model.count + 1, rows, [&](int worker, int workers) {
+        const Share own(rows, worker, workers);  // the rows that this worker norms and rotates
+        if (model.rows)
+            for (int64_t r = own.first; r < own.last; r++) std::memcpy(h.at(r, 0), model.rows + tokens[r] * h.stride, size_t(h.stride));
+        else
+            rows_of(model.head, tokens + own.first, own.last - own.first, h.at(own.first, 0));
+        turns_of(rotaries, positions, rows, own, turns);
+        layers(worker, workers);
+        if (wanted) head(worker, workers);
     });
+    if (!logits) merge(found, wanted, keep, best + wanted, best);
 }
 
 }  // namespace redraft

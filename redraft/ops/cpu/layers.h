@@ -49,6 +49,25 @@ void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Act
 // The head: the indices of the `keep` largest outputs of the rows of norm.x that `wanted` lists, [count][keep].
 void run_head(const Kernels&, NormJob norm, const Linear&, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax);
 
+// A model, for run_step. rows: embeddings [vocab][hidden] of kind `kind`; null: the weights of the head, unquantized. pool: of plain pages.
+struct Model {
+    const Layer* layers;
+    int64_t count, hidden;
+    const uint8_t *rows, *norm, *norm_bias;
+    Linear head;
+    Rotaries rotaries;
+    Pool pool;
+    float eps;
+    int32_t rms;
+    Kind kind;
+};
+
+// A whole pass whose sequences have plain pages in shared lanes, one Seq each. batch: T rows, S sequences, R wanted rows, N node rows, W
+// words, 0; then visible u64 [N][W], tokens [T], positions [T], wanted rows [R]; then for each sequence its rows, chain_rows, tail, chain,
+// number of pages, length, pages, tail_at, see Seq. best: the largest output of each wanted row, -1 where a row has NaN or infinity, then
+// the `keep` largest, [R][keep]. logits: null, or [R][outs] instead of `best`.
+void run_step(const Kernels&, const Model&, const int32_t* batch, int32_t keep, int32_t* best, float* logits);
+
 void write_keys(const AttendKernels&, const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
 
 }  // namespace redraft

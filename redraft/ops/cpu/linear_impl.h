@@ -46,17 +46,20 @@ struct Int {
     static constexpr int N = 16;
     __m512i v;
 };
-using Scale = __m512;
 inline Int spread(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Int bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline void put(float* p, Int x) { _mm512_storeu_si512(p, x.v); }
 inline Int low_half(Int b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 inline Int high_half(Int b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
 inline Int dot_unsigned(Int sum, Int natural, Int whole) { return {_mm512_dpbusd_epi32(sum.v, natural.v, whole.v)}; }
-inline Scale scale_of(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline void add_scaled(float* p, Int sum, Scale scale) {
-    _mm512_storeu_ps(p, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum.v), scale, _mm512_loadu_ps(p)));
-}
+struct Floats {  // as many as Int has numbers
+    __m512 v;
+};
+inline Floats scale_of(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x.v), scale.v, sum.v); }
+inline void put(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline void get(const float* p, Floats& x) { x.v = _mm512_loadu_ps(p); }
+inline void clear(Floats& x) { x.v = _mm512_setzero_ps(); }
 // codes of x for int8 weights are stored with 128 added, for vpdpbusd; the epilogue subtracts 128 times the sum of w
 constexpr int32_t SHIFT = 128;
 inline Int dot_codes(Int sum, Int x, Int w) { return dot_unsigned(sum, x, w); }
@@ -68,7 +71,6 @@ struct Int {
     static constexpr int N = 8;
     __m256i v;
 };
-using Scale = __m256;
 inline Int spread(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline Int bytes(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
 inline void put(float* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v); }
@@ -77,10 +79,14 @@ inline Int high_half(Int b) { return {_mm256_and_si256(_mm256_srli_epi16(b.v, 4)
 inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // pairs in 16 bits: natural <= 15 or |whole| <= 127 prevents saturation
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(natural.v, whole.v), _mm256_set1_epi16(1)))};
 }
-inline Scale scale_of(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline void add_scaled(float* p, Int sum, Scale scale) {
-    _mm256_storeu_ps(p, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum.v), scale, _mm256_loadu_ps(p)));
-}
+struct Floats {  // as many as Int has numbers
+    __m256 v;
+};
+inline Floats scale_of(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(x.v), scale.v, sum.v); }
+inline void put(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
+inline void get(const float* p, Floats& x) { x.v = _mm256_loadu_ps(p); }
+inline void clear(Floats& x) { x.v = _mm256_setzero_ps(); }
 constexpr int32_t SHIFT = 0;
 inline Int dot_codes(Int sum, Int x, Int w) {  // codes are -127..127, so two products fit in 16 bits
     return dot_unsigned(sum, {_mm256_abs_epi8(x.v)}, {_mm256_sign_epi8(w.v, x.v)});
@@ -203,48 +209,54 @@ struct Lines {
     }
 };
 
-// int4: the integer sum of each group becomes a float and is added with its scale, in order of groups.
+// int4: the integer sum of each group becomes a float and is added with its scale, in order of groups. Both kinds of sums and the two
+// halves of the weights are held in registers, as far as there are enough of them.
 struct Groups {
-    static constexpr int SUMS = registers(16, 8), HIGH = SUMS / 2;
+    static constexpr int SUMS = registers(12, 8), HIGH = SUMS / 2;
     static constexpr int64_t QUARTER = 2 * STEP;
     static int64_t count(const Linear& w) { return w.groups(); }
     static int64_t size(const Linear& w) { return w.group / 8 * STEP; }
 
     template <int R>
     static void run(const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
-        constexpr int V = wide<Int>(R, SUMS) < 4 ? wide<Int>(R, SUMS) : 4;  // both halves of the weights need registers too
+        constexpr int V = wide<Int>(R, SUMS) < 4 ? wide<Int>(R, SUMS) : 4;
         const int64_t groups = j.w.groups(), steps = j.w.steps(), tall = j.x.tall(r) * LINE;
         const uint8_t *w = j.w.panels + p * j.w.panel_bytes(), *x = j.x.at(r, 0);
         const int32_t* x_sums = j.x_sums + r * groups;
         for (int64_t part = 0; part < PANEL; part += V * Int::N) {
-            for (int i = 0; i < R && !first; i++)
-                for (int v = 0; v < V; v++) put(sums + i * PANEL + part + v * Int::N, spread(0));
+            Floats whole[R][V];
+            for (int i = 0; i < R; i++)
+                for (int v = 0; v < V; v++) first ? get(sums + i * PANEL + part + v * Int::N, whole[i][v]) : clear(whole[i][v]);
             for (int64_t g = first; g < last; g++) {
                 const int64_t begin = g * j.w.group / 4, end = g + 1 == groups ? steps : begin + j.w.group / 4;
                 Int held[R][V];
                 for (int i = 0; i < R; i++)
                     for (int v = 0; v < V; v++) held[i][v] = spread(-8 * x_sums[i * groups + g]);  // codes are stored as code + 8
+                const uint8_t *from = w + begin / 2 * STEP + part * 4, *own = x + begin / STEPS * tall + begin % STEPS * 4;
                 for (int64_t s = begin; s < end; s += 4) {
-                    const uint8_t *from = w + s / 2 * STEP + part * 4, *own = x + s / STEPS * tall + s % STEPS * 4;
                     soon.quarter();
 #pragma GCC unroll 2
                     for (int pair = 0; pair < 2; pair++, from += STEP, own += 8) {
                         soon.step(from);
+                        Int low[V], high[V];
                         for (int v = 0; v < V; v++) {
-                            const Int both = bytes(from + v * Int::N * 4), low = low_half(both), high = high_half(both);
-                            for (int i = 0; i < R; i++) {
-                                held[i][v] = dot_unsigned(held[i][v], low, spread(word(own + i * LINE)));
-                                held[i][v] = dot_unsigned(held[i][v], high, spread(word(own + i * LINE + 4)));
-                            }
+                            const Int both = bytes(from + v * Int::N * 4);
+                            low[v] = low_half(both), high[v] = high_half(both);
+                        }
+                        for (int i = 0; i < R; i++) {
+                            const Int one = spread(word(own + i * LINE)), other = spread(word(own + i * LINE + 4));
+                            for (int v = 0; v < V; v++) held[i][v] = dot_unsigned(dot_unsigned(held[i][v], low[v], one), high[v], other);
                         }
                     }
+                    if ((s + 4) % STEPS == 0) own += tall - LINE;
                 }
                 for (int v = 0; v < V; v++) {
-                    const int64_t at = part + v * Int::N;
-                    const Scale scale = scale_of(j.w.scales + (p * groups + g) * PANEL + at);
-                    for (int i = 0; i < R; i++) add_scaled(sums + i * PANEL + at, held[i][v], scale);
+                    const Floats scale = scale_of(j.w.scales + (p * groups + g) * PANEL + part + v * Int::N);
+                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], held[i][v], scale);
                 }
             }
+            for (int i = 0; i < R; i++)
+                for (int v = 0; v < V; v++) put(sums + i * PANEL + part + v * Int::N, whole[i][v]);
         }
     }
 };
@@ -324,7 +336,8 @@ inline void insert(Best* best, int64_t keep, Best one) {
     best[at] = one;
 }
 
-void settle(const LinearJob& j, int64_t p, const float* sums) {
+void settle(const LinearJob& job, int64_t p, const float* sums) {
+    const LinearJob j = job;  // a copy: no store can change it, so its fields stay in registers
     if (j.best) {
         const int64_t live = j.w.outs - p * PANEL < PANEL ? j.w.outs - p * PANEL : PANEL;
         for (int64_t r = 0; r < j.x.rows; r++) {
@@ -355,7 +368,7 @@ void settle(const LinearJob& j, int64_t p, const float* sums) {
             if (halves) write_some(j.y.at(r, up + c), kind, finished(j, p, r, at + wide, sums), count);
             uint8_t* to = j.y.at(r, c);
             if (j.add) y = read_some(to, kind, count) + rounded(y, j.rounded);
-            write_some(to, kind, rounded(y, j.rounded), count);
+            write_some(to, kind, kind == BF16 ? y : rounded(y, j.rounded), count);  // writing bf16 rounds
         }
     }
 }

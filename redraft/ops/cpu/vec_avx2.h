@@ -33,14 +33,17 @@ inline __m128i narrow(__m256i x) {  // the low halves of eight 32-bit numbers be
     const __m256i packed = _mm256_packus_epi32(x, x);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
-inline void to_bf16(uint16_t* p, Vec x) {  // to nearest, ties to even; NaN stays NaN
+inline __m256i bf16_bits(Vec x) {  // in the high halves; to nearest, ties to even; NaN stays NaN
     const __m256i bits = _mm256_castps_si256(x.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(rounded));
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
 }
+inline void to_bf16(uint16_t* p, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(_mm256_srli_epi32(bf16_bits(x), 16)));
+}
+inline Vec as_bf16(Vec x) { return {_mm256_castsi256_ps(_mm256_and_si256(bf16_bits(x), _mm256_set1_epi32(int(0xffff0000u))))}; }
 inline void halves(const uint8_t* p, Vec& even, Vec& odd) {  // of 8 pairs of bf16
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     even = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};

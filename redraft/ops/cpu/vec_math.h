@@ -26,12 +26,7 @@ inline void write(uint8_t* p, Kind kind, Vec x) {
     else to_bf16(reinterpret_cast<uint16_t*>(p), x);
 }
 // x as it reads after being stored as `kind`.
-inline Vec rounded(Vec x, Kind kind) {
-    if (kind == F32) return x;
-    alignas(32) uint16_t t[Vec::N];
-    to_bf16(t, x);
-    return from_bf16(t);
-}
+inline Vec rounded(Vec x, Kind kind) { return kind == F32 ? x : as_bf16(x); }
 // The first `count` numbers of a register from memory that may end after them; the rest are zeros.
 inline Vec read_some(const uint8_t* p, Kind kind, int64_t count) {
     if (count >= Vec::N) return read(p, kind);
