@@ -21,7 +21,7 @@ bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure what a pol
 
 
 SHAPE = typer.Argument(
-    help="A folder, a hub id, 'embedded', a config.json, or a shape that gets random weights: llama-3.2-1b, 100m, qwen2-0.5b.",
+    help="A folder, a GGUF file, a hub id, 'embedded', a config.json, or a shape that gets random weights: llama-3.2-1b, 100m, qwen2-0.5b.",
     metavar="MODEL",
     show_default=False,
 )
