@@ -139,7 +139,7 @@ class SamplingParams(Settings):
 class ModelConfig(Settings):
     """Which checkpoint, and how its weights are stored and computed."""
 
-    model: str = Field("embedded", description="a folder, a hub id (repo@revision), or 'embedded'")
+    model: str = Field("embedded", description="a folder, a GGUF file, a hub id (repo@revision), or 'embedded'")
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     quant: str | None = Field(None, description="name:option=value of a method that quantizes linear weights")

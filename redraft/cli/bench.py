@@ -21,7 +21,8 @@ bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure what a pol
 
 
 SHAPE = typer.Argument(
-    help="A folder, a hub id, 'embedded', a config.json, or a shape with random weights: llama-3.2-1b, 100m, qwen2-0.5b, smollm2-135m.",
+    help="A folder, a GGUF file, a hub id, 'embedded', a config.json, or a shape with random weights: llama-3.2-1b, 100m, qwen2-0.5b, "
+    "smollm2-135m.",
     metavar="MODEL",
     show_default=False,
 )

@@ -44,7 +44,7 @@ Facts = dict[str, Any]
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(help="A folder, a hub id or 'embedded': show what of it runs natively.", metavar="MODEL", show_default=False),
+        typer.Argument(help="A folder, GGUF file, hub id or 'embedded': what of it runs natively.", metavar="MODEL", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of MODEL.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,

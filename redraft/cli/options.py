@@ -16,7 +16,7 @@ from redraft.config import CacheConfig, EngineConfig, ModelConfig, SamplingParam
 from redraft.errors import InvalidInput
 from redraft.serve.config import ServeConfig
 
-MODEL = typer.Argument(help="A folder, a hub id (repo@revision), or 'embedded', the default.", metavar="MODEL", show_default=False)
+MODEL = typer.Argument(help="A folder, a GGUF file, a hub id (repo@revision) or 'embedded' (default).", metavar="MODEL", show_default=False)
 Model = Annotated[str, MODEL]
 Template = Annotated[
     str | None,

@@ -55,7 +55,7 @@ def mirror(seq: Sequence, tokens: Seq[int]) -> Sequence:
 
 @dataclass(frozen=True)
 class SecondModel(TreeDrafter):
-    """model: the draft model's folder or hub id; None: --draft-model, or the embedded draft model of the embedded target."""
+    """model: the draft model's folder, GGUF file or hub id; None: --draft-model, or the embedded draft model of the embedded target."""
 
     model: str | None = field(default=None, kw_only=True)
 

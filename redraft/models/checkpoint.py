@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +31,16 @@ class TensorSource(Protocol):
     """Named tensors in one or several files of any format."""
 
     @property
+    def index(self) -> Path:
+        """The file that lists all tensors."""
+        ...
+
+    @property
+    def dtypes(self) -> Collection[str]:
+        """The names of the dtypes that can be read."""
+        ...
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All names, with shapes and dtypes."""
         ...
@@ -40,8 +50,9 @@ class TensorSource(Protocol):
         """The files of the tensors, sorted."""
         ...
 
-    def read(self, name: str, part: int | slice | None = None) -> Tensor:
-        """A tensor as stored, or a part of it along the first dimension. CheckpointError names file and tensor."""
+    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor, or a part of it along the first dimension, as stored; numbers that are stored in no dtype of PyTorch are decoded to
+        `dtype`. CheckpointError names file and tensor."""
         ...
 
 
@@ -49,7 +60,10 @@ class Safetensors:
     """The safetensors files of a folder: model.safetensors, or the shards that the index names. Files are mapped and stay open.
     CheckpointError or Unsupported says what is missing or damaged."""
 
+    dtypes: Collection[str] = STORED
+
     def __init__(self, folder: Path) -> None:
+        self.index = folder / (SINGLE if (folder / SINGLE).exists() else INDEX)
         self._files = {file: _open(file) for file in _files(folder)}
         self.tensors: dict[str, TensorInfo] = {}
         for file, opened in self._files.items():
@@ -61,7 +75,7 @@ class Safetensors:
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.tensors.values()})
 
-    def read(self, name: str, part: int | slice | None = None) -> Tensor:
+    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         file = self.tensors[name].file
         try:
             found: Tensor = self._files[file].get_tensor(name) if part is None else self._files[file].get_slice(name)[part]
@@ -90,7 +104,7 @@ def _files(folder: Path) -> list[Path]:
 def _no_weights(folder: Path) -> CheckpointError | Unsupported:
     for file in sorted(folder.iterdir()):
         if file.suffix == ".gguf":
-            return Unsupported(f"{folder}: holds GGUF weights ({file.name}), which are not read; use safetensors weights")
+            return Unsupported(f"{folder}: config.json beside GGUF weights; to read these, name the file: {file.name}")
         if file.suffix in _PICKLED:
             return Unsupported(f"{folder}: holds pickled weights only ({file.name}), which could run code; convert them to safetensors")
     return CheckpointError(f"{folder}: no weights: neither {SINGLE} nor {INDEX}")

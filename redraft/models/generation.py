@@ -14,6 +14,8 @@ from typing import Any
 from redraft.config import SamplingParams
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models.checkpoint import read_json
+from redraft.models.gguf import file as gguf
+from redraft.models.gguf.config import sampling
 
 FILE = "generation_config.json"
 
@@ -60,10 +62,11 @@ def read_eos(folder: Path, otherwise: Any, vocab: int) -> tuple[int, ...]:
 
 
 def read_defaults(folder: Path, eos_ids: tuple[int, ...], vocab: int) -> dict[str, Any]:
-    """Fields of SamplingParams that the file sets. Unsupported names a field that would change the text and cannot be applied.
-    CheckpointError names a field that is out of range."""
-    file = folder / FILE
-    raw = {name: value for name, value in read_json(file).items() if value is not None} if file.exists() else {}
+    """Fields of SamplingParams that the folder's file, or a GGUF file, sets. Unsupported names a field that would change the text and
+    cannot be applied. CheckpointError names a field that is out of range."""
+    file = folder if folder.is_file() else folder / FILE
+    raw = sampling(gguf.read(file)) if folder.is_file() else read_json(file) if file.exists() else {}
+    raw = {name: value for name, value in raw.items() if value is not None}
     try:
         _refuse(raw)
         found = {to: raw[name] for name, to in _APPLIED.items() if name in raw}

@@ -1,4 +1,4 @@
-"""A checkpoint folder -> ModelSpec and Weights."""
+"""A checkpoint, a folder or a GGUF file, -> ModelSpec and Weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from torch import Tensor
 from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import MAX_VALUE, CheckpointError, InvalidInput, Unsupported, shown
-from redraft.models.checkpoint import INDEX, SINGLE, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
+from redraft.models.checkpoint import INDEX, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
 from redraft.models.generation import read_defaults, read_eos
+from redraft.models.gguf import config as gguf_config
+from redraft.models.gguf import file as gguf_file
+from redraft.models.gguf.weights import Gguf
 from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
 from redraft.ops.quantized import Quantized
 
@@ -44,6 +47,7 @@ _SIZES = (
     "intermediate_size",
 )  # fields of config.json, in the names of transformers
 _DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
+CONFIG = "config.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(bias|masked_bias)$")  # buffers that old versions saved
 _LINEAR = re.compile(r"(?P<base>(?P<layer>layers\.\d+)\.(?:experts\.\d+\.)?(?P<part>qkv|out|up|down|router))\.weight|head")
@@ -54,8 +58,8 @@ _NORMS = {"qkv": "attn_norm", "up": "mlp_norm"}  # the norm that makes a matrix'
 class Checkpoint:
     """What headers and JSON files say, before weights are read.
 
-    weight_bytes: size of all weights in `dtype`, with `quant` an upper bound; eos_ids: the tokens that end a text; sources: canonical
-    name of a weight -> its tensors in the files.
+    path: the folder, or the GGUF file, of a split set the first; weight_bytes: size of all weights in `dtype`, with `quant` an upper
+    bound; eos_ids: the tokens that end a text; sources: canonical name of a weight -> its tensors in the files.
     """
 
     path: Path
@@ -79,21 +83,25 @@ class Checkpoint:
 
 def resolve(model: str) -> Path:
     """The folder of a model: 'embedded' or 'embedded-draft', a path, or a hub id (`org/name` or `org/name@revision`). A hub model is
-    downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. CheckpointError if it is none of these."""
+    downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. For a GGUF file, or a folder with one and without config.json, that
+    file; of a split set the first. CheckpointError if it is none of these."""
     if model in _EMBEDDED:
         return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
     name = model if model.isprintable() and len(model) <= MAX_VALUE else shown(model)
     path = Path(model).expanduser()
     try:
         if path.is_dir():
-            return path
+            return path if (path / CONFIG).exists() else gguf_file.only(path) or path
         is_file = path.exists()
     except OSError as error:  # the name is too long, or a folder on the way cannot be read
         raise CheckpointError(f"{name}: {error.strerror}") from None
-    if path.suffix == ".gguf":
-        raise Unsupported(f"{name}: GGUF files are not read; use a folder with safetensors weights")
+    if path.suffix == gguf_file.SUFFIX:
+        whole = gguf_file.first(path)
+        if not whole.exists():
+            raise CheckpointError(f"{whole if is_file else name}: no such file")
+        return whole
     if is_file:
-        raise CheckpointError(f"{name}: is a file; a model is the folder with config.json and safetensors weights")
+        raise CheckpointError(f"{name}: is a file; a model is a GGUF file, or the folder with config.json and safetensors weights")
     hub = _HUB_ID.fullmatch(model)
     if hub is None:
         raise CheckpointError(f"{name}: no such folder, and not a hub id (org/name or org/name@revision); {_SHIPPED}")
@@ -108,15 +116,16 @@ def resolve(model: str) -> Path:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """config.json with its family's defaults filled in. CheckpointError or Unsupported says what is wrong with it."""
+    """The config of a folder or GGUF file, with its family's defaults filled in. CheckpointError or Unsupported says what is wrong with
+    it."""
+    if _is_gguf(path):
+        return gguf_config.config(gguf_file.read(path))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     refuse_adapter(path)
-    file = path / "config.json"
+    file = path / CONFIG
     if not file.exists():
-        if any(path.glob("*.gguf")):
-            raise Unsupported(f"{path}: holds GGUF weights, which are not read; use a folder with safetensors weights")
-        raise CheckpointError(f"{path}: no config.json")
+        raise CheckpointError(f"{path}: no {CONFIG}")
     raw = read_json(file)
     quantized = raw.get("quantization_config") or raw.get("compression_config")
     if quantized:
@@ -133,6 +142,10 @@ def read_config(path: Path) -> PretrainedConfig:
     return config
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == gguf_file.SUFFIX and path.is_file()
+
+
 def _architecture(names: Any) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
@@ -143,22 +156,26 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     dtype 'auto' is the checkpoint's own. On the CPU float16 becomes float32, because float16 is slow there and may overflow. quant: how
     linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one line each.
     """
-    config = read_config(path)
+    contents = gguf_file.read(path) if _is_gguf(path) else None
+    config = gguf_config.config(contents) if contents else read_config(path)
+    where = path if contents else path / CONFIG
     for name in _SIZES:
         size = getattr(config, name, None)
         if size is not None and not (isinstance(size, int) and 0 < size < 1 << 31):
-            raise CheckpointError(f"{path / 'config.json'}: {name} = {shown(size)}: must be an integer from 1 to {(1 << 31) - 1}")
+            raise CheckpointError(f"{where}: {name} = {shown(size)}: must be an integer from 1 to {(1 << 31) - 1}")
     try:
         spec: ModelSpec = registry.load(registry.FAMILIES[_architecture(config.architectures)])(config)
     except (CheckpointError, Unsupported) as error:
-        raise type(error)(f"{path / 'config.json'}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field is missing or out of range
-        raise CheckpointError(f"{path / 'config.json'}: {first_line(error)}") from None
+        raise CheckpointError(f"{where}: {first_line(error)}") from None
     if config.model_type != spec.family:
-        raise CheckpointError(f"{path / 'config.json'}: model_type {config.model_type!r} does not fit {config.architectures}")
-    tensors = Safetensors(path)
+        raise CheckpointError(f"{where}: model_type {config.model_type!r} does not fit {config.architectures}")
+    tensors: TensorSource = Gguf(contents) if contents else Safetensors(path)
+    if contents:
+        spec = gguf_config.spec(contents, spec)
     spec = _without_prefix(spec, tensors)
-    sources = {name: _check(path, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
+    sources = {name: _check(where, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, config.eos_token_id, spec.vocab)
@@ -206,9 +223,12 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
     def filled(name: str) -> Tensor:
         out = torch.empty(shapes[name], dtype=checkpoint.dtype, device=device)
         source = checkpoint.sources[name]
-        for part, target in _parts(source, out):
-            found = checkpoint.tensors.read(part, source.place[0] if source.place else None)
-            target.copy_(found.T if source.transposed else found)
+        for (part, target), heads in zip(_parts(source, out), source.paired or [0] * len(source.names), strict=True):
+            found = checkpoint.tensors.read(part, source.place[0] if source.place else None, checkpoint.dtype)
+            if heads:
+                target.unflatten(0, (heads, 2, -1)).copy_(found.unflatten(0, (heads, -1, 2)).transpose(1, 2))
+            else:
+                target.copy_(found.T if source.transposed else found)
         return out
 
     # biases and norms come first, because matrices are packed together with them
@@ -307,25 +327,25 @@ def _parts(source: WeightSource, out: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield from zip(source.names, out.split(list(rows)), strict=True)
 
 
-def _check(path: Path, tensors: TensorSource, name: str, source: WeightSource, shape: tuple[int, ...]) -> WeightSource:
-    """The source or its alternative, whichever is in the files. Checks that every tensor exists, with the right shape and a supported
-    dtype."""
+def _check(where: Path, tensors: TensorSource, name: str, source: WeightSource, shape: tuple[int, ...]) -> WeightSource:
+    """The source or its alternative, whichever is in the files. Checks that every tensor exists, with a supported dtype and the shape
+    that the file `where` asks for."""
     found = tensors.tensors
     while source.names[0] not in found and source.otherwise and source.otherwise.names[0] in found:
         source = source.otherwise
     for part, target in _parts(source, torch.empty(shape, device="meta")):
         if part not in found:
             why = " (tie_word_embeddings is false)" if name == "head" else ""
-            where = SINGLE if (path / SINGLE).exists() else INDEX
-            raise CheckpointError(f"{path / where}: missing tensor {part}{why}")
+            raise CheckpointError(f"{tensors.index}: missing tensor {part}{why}")
         entry = found[part]
         expected = tuple(target.T.shape) if source.transposed else tuple(target.shape)
         if source.place:
             expected = source.place[1], *expected
         if entry.shape != expected:
-            raise CheckpointError(f"{entry.file}: {part} has shape {list(entry.shape)}, expected {list(expected)} from config.json")
-        if entry.dtype not in STORED:
-            raise Unsupported(f"{entry.file}: {part} has dtype {entry.dtype}; known: {', '.join(STORED)}")
+            by = where.name if where.name == CONFIG else "the metadata"
+            raise CheckpointError(f"{entry.file}: {part} has shape {list(entry.shape)}, expected {list(expected)} from {by}")
+        if entry.dtype not in tensors.dtypes:
+            raise Unsupported(f"{entry.file}: {part} has dtype {entry.dtype}; known: {', '.join(tensors.dtypes)}")
     return source
 
 

@@ -13,7 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft.errors import CheckpointError, InvalidInput
+from redraft.errors import CheckpointError, InvalidInput, RedraftError
+from redraft.models.gguf import file, vocabulary
 
 Message = Mapping[str, Any]
 
@@ -44,15 +45,21 @@ class Decoder:
 
 
 class Tokenizer:
-    """Text to ids and back. CheckpointError if the folder has no tokenizer that can be read."""
+    """Text to ids and back. CheckpointError if the folder or GGUF file has no tokenizer that can be read."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()
+        self.hf: Any
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            if path.is_file():
+                self.hf = vocabulary.tokenizer(file.read(path))
+            else:
+                self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        except RedraftError:
+            raise
         except Exception as error:  # the many formats raise anything
             raise CheckpointError(f"{path}: no tokenizer that can be read: {str(error).splitlines()[0]}") from None
         self._fast = getattr(self.hf, "backend_tokenizer", None)

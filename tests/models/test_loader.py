@@ -263,8 +263,7 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "pickled .bin": (lambda f: only(f, "pytorch_model.bin"), Unsupported, r"pickled weights only \(pytorch_model.bin\)"),
     "pickled .pt": (lambda f: only(f, "model.pt"), Unsupported, r"pickled weights only \(model.pt\)"),
     "pickled .pth": (lambda f: only(f, "consolidated.00.pth"), Unsupported, "consolidated.00.pth"),
-    "gguf": (lambda f: only(f, "model-q4.gguf"), Unsupported, "GGUF.*model-q4.gguf"),
-    "gguf alone": (lambda f: only(f, "m.gguf") or (f / "config.json").unlink(), Unsupported, "GGUF"),
+    "gguf": (lambda f: only(f, "model-q4.gguf"), Unsupported, "GGUF weights; to read these, name the file: model-q4.gguf"),
     "truncated": (cut, CheckpointError, "model.safetensors: not a whole safetensors file"),
     "empty": (lambda f: (f / WEIGHTS).write_bytes(b""), CheckpointError, "model.safetensors: not a whole"),
     "garbage": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 400), CheckpointError, "model.safetensors: not a whole"),
@@ -364,7 +363,7 @@ def test_resolve_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("a/b/c", CheckpointError, "a/b/c: no such folder"),
         ("x" * 300, CheckpointError, r"^'x{199}\.\.\.: File name too long$"),
         ("a\nb", CheckpointError, r"^'a\\nb': no such folder"),
-        ("some.gguf", Unsupported, "some.gguf: GGUF"),
+        ("some.gguf", CheckpointError, "some.gguf: no such file"),
     ],
 )
 def test_resolve_refuses(name: str, error: type[RedraftError], named: str) -> None:

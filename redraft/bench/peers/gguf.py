@@ -21,19 +21,12 @@ from redraft.bench.shapes import cache_folder
 from redraft.core.spec import Mlp, ModelSpec
 from redraft.errors import Unsupported
 from redraft.models import loader
+from redraft.models.gguf import vocabulary
+from redraft.models.gguf.names import PARTS, TOP
 from redraft.models.tokenizer import Tokenizer
 
 FAMILIES = ("llama", "qwen2")
-_TOP = {"embed": "token_embd.weight", "head": "output.weight", "final_norm.weight": "output_norm.weight"}
-_PARTS = {
-    "attn_norm": ("attn_norm",), "qkv": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",),
-    "mlp_norm": ("ffn_norm",), "up": ("ffn_gate", "ffn_up"), "down": ("ffn_down",),
-}  # fmt: skip
-_CUTS = {  # how text is cut into words before bytes are merged; llama.cpp names each expression after its first model
-    "": "gpt-2",  # the expression of ByteLevel in tokenizer.json
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
+_CUTS = {"": "gpt-2", **{vocabulary.CUTS[name][0]: name for name in ("llama-bpe", "qwen2")}}  # "": the expression of ByteLevel
 
 
 def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
@@ -44,7 +37,7 @@ def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
         raise Unsupported(
             f"GGUF files are written for {', '.join(FAMILIES)} in bfloat16, float16 or float32, not {found.spec.family} in {kind}"
         )
-    vocabulary = read_vocabulary(folder) if tokenizer else None
+    words = read_vocabulary(folder) if tokenizer else None
     files = sorted((str(file), file.stat().st_mtime_ns) for file in found.tensors.files)
     name = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()[:10]
     made = cache_folder() / "gguf" / f"{folder.resolve().name}-{kind}{'-text' * tokenizer}-{name}.gguf"
@@ -52,7 +45,7 @@ def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
         made.parent.mkdir(parents=True, exist_ok=True)
         part = made.with_suffix(f".{os.getpid()}.part")
         try:
-            _write(part, found, vocabulary)
+            _write(part, found, words)
             part.rename(made)
         finally:
             part.unlink(missing_ok=True)
@@ -116,40 +109,40 @@ def _parts(step: Any, inside: str) -> list[Any]:
     return [] if step is None else step[inside] if step["type"] == "Sequence" else [step]
 
 
-def _tokenizer(writer: Any, vocabulary: Vocabulary, size: int) -> None:
+def _tokenizer(writer: Any, words: Vocabulary, size: int) -> None:
     kinds: Any = importlib.import_module("gguf").TokenType
     ids = range(size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.cut)
-    writer.add_token_list([vocabulary.tokens.get(id, f"[PAD{id}]") for id in ids])
+    writer.add_tokenizer_pre(words.cut)
+    writer.add_token_list([words.tokens.get(id, f"[PAD{id}]") for id in ids])
     writer.add_token_types(
         [
-            kinds.CONTROL if id in vocabulary.special
-            else kinds.USER_DEFINED if id in vocabulary.added
-            else kinds.NORMAL if id in vocabulary.tokens
+            kinds.CONTROL if id in words.special
+            else kinds.USER_DEFINED if id in words.added
+            else kinds.NORMAL if id in words.tokens
             else kinds.UNUSED
             for id in ids
         ]
     )  # fmt: skip
-    writer.add_token_merges(vocabulary.merges)
-    if vocabulary.bos is not None:
-        writer.add_bos_token_id(vocabulary.bos)
-    if vocabulary.eos is not None:
-        writer.add_eos_token_id(vocabulary.eos)
-    writer.add_add_bos_token(vocabulary.begins)
+    writer.add_token_merges(words.merges)
+    if words.bos is not None:
+        writer.add_bos_token_id(words.bos)
+    if words.eos is not None:
+        writer.add_eos_token_id(words.eos)
+    writer.add_add_bos_token(words.begins)
     writer.add_add_eos_token(False)
 
 
-def _write(path: Path, found: loader.Checkpoint, vocabulary: Vocabulary | None) -> None:
+def _write(path: Path, found: loader.Checkpoint, words: Vocabulary | None) -> None:
     gguf: Any = importlib.import_module("gguf")  # an optional package
     kinds = gguf.GGMLQuantizationType
     matrix = {torch.bfloat16: kinds.BF16, torch.float16: kinds.F16, torch.float32: kinds.F32}[found.dtype]
     writer: Any = gguf.GGUFWriter(path, found.spec.family)
     _header(writer, found.spec, loader.read_config(found.path))
-    if vocabulary is None:
+    if words is None:
         writer.add_tokenizer_model("none")
     else:
-        _tokenizer(writer, vocabulary, found.spec.vocab)
+        _tokenizer(writer, words, found.spec.vocab)
     for write in (False, True):  # first the headers, then the numbers one by one
         for name, tensor in _tensors(found):
             data = (tensor.to(found.dtype) if tensor.ndim > 1 else tensor.float()).contiguous().view(torch.uint8).numpy()
@@ -195,8 +188,8 @@ def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Tensor]]:
     if not torch.allclose(factors, torch.ones_like(factors)):
         yield "rope_freqs.weight", factors.float()
     for name, source in found.sources.items():
-        _, at, part, kind = name.split(".") if name not in _TOP else ("", "", "", "")
-        names = [f"blk.{at}.{one}.{kind}" for one in _PARTS[part]] if part else [_TOP[name]]
+        _, at, part, kind = name.split(".") if name not in TOP else ("", "", "", "")
+        names = [f"blk.{at}.{one}.{kind}" for one in PARTS[part]] if part else [TOP[name]]
         for target, stored in zip(names, source.names, strict=True):
             tensor = found.tensors.read(stored)
             heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(target.split(".")[-2], 0)

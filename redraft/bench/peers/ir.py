@@ -33,6 +33,8 @@ op: Any = None
 
 def converted(folder: Path, dtype: str, *, genai: bool = False) -> Path:
     """The .xml file, from the cache folder or written into it. genai: in a folder that OpenVINO GenAI loads."""
+    if folder.is_file():
+        raise Unsupported(f"{folder}: a GGUF file; OpenVINO is measured with folders only")
     found = loader.inspect(folder, dtype)
     _check(found.spec, found.dtype)
     kind = str(found.dtype).removeprefix("torch.")

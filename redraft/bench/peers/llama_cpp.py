@@ -21,6 +21,11 @@ PREDICTED = 2  # tokens of one prompt lookup, llama-cpp-python's advice for a CP
 llama_cpp: Any = None  # an optional package, imported by the first engine
 
 
+def _file(model: Path, job: Job) -> Path:
+    """The model if it is a GGUF file, else one made from it."""
+    return model if model.is_file() else converted(model, job.dtype)
+
+
 class LlamaCpp:
     does = ("decode", "prefill", "steps")
 
@@ -29,7 +34,7 @@ class LlamaCpp:
         llama_cpp = importlib.import_module("llama_cpp")
         self.job = job
         folder = loader.resolve(job.folder)
-        file = converted(Path(folder), job.dtype)
+        file = _file(folder, job)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
@@ -110,8 +115,8 @@ class LlamaCppPython:
         package = importlib.import_module("llama_cpp")
         speculative = importlib.import_module("llama_cpp.llama_speculative")
         self.job = job
-        folder = Path(loader.resolve(job.folder))
-        file = job.options.get("gguf") or converted(folder, job.dtype)
+        folder = loader.resolve(job.folder)
+        file = job.options.get("gguf") or _file(folder, job)
         common = {"model_path": str(file), "n_ctx": job.longest, "n_threads": job.threads, "n_threads_batch": job.threads, "verbose": False}
         lookup = speculative.LlamaPromptLookupDecoding(num_pred_tokens=PREDICTED)
         self.modes: dict[str, Any] = {PLAIN: package.Llama(**common), LOOKUP: package.Llama(**common, draft_model=lookup)}

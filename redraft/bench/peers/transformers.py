@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from redraft.bench.peers.peer import ASSISTANT, LOOKUP, PLAIN, Job, ended, timed
+from redraft.errors import Unsupported
 from redraft.models import loader
 
 PREDICTED = 10  # tokens of one prompt lookup, the value of transformers' documentation; it has no default
@@ -71,6 +73,8 @@ class Transformers:
         return {"seconds": took, "tokens": ended(out[0, len(prompt) :].tolist(), self.job.stop, tokens)}
 
     def _load(self, folder: str, dtype: torch.dtype) -> Any:
+        if Path(folder).is_file():
+            raise Unsupported(f"{folder}: a GGUF file; transformers is measured with folders only")
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
         ).eval()

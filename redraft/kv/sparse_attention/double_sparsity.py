@@ -246,7 +246,7 @@ def place(model: str) -> Path:
 
 
 def model_hash(runner: Runner) -> str:
-    """The sha256 of config.json and of the name, dtype, shape and first rows (64 KiB) of each stored tensor, in the order of names. A
+    """The sha256 of the config and of the name, dtype, shape and first rows (64 KiB) of each stored tensor, in the order of names. A
     checkpoint of any size takes well under a second. The hash does not depend on sharding or on the dtype in which the model runs.
     For weights without a checkpoint it hashes the spec and the weights in memory."""
     import torch
@@ -256,7 +256,7 @@ def model_hash(runner: Runner) -> str:
         digest.update(repr(runner.spec).encode())
         weights = _in_memory(runner.weights)
     else:
-        digest.update((runner.source / "config.json").read_bytes())
+        digest.update(_config(runner.source))
         weights = _in_files(runner.source)
     for name, shape, rows in weights:
         digest.update(f"{name} {rows.dtype} {shape}".encode())
@@ -265,6 +265,13 @@ def model_hash(runner: Runner) -> str:
 
 
 Weight = tuple[str, tuple[int, ...], "Tensor"]  # name, shape, first rows
+
+
+def _config(source: Path) -> bytes:
+    """config.json; for a GGUF file, which has none, the config that it gives."""
+    from redraft.models import loader
+
+    return loader.read_config(source).to_json_string().encode() if source.is_file() else (source / loader.CONFIG).read_bytes()
 
 
 def _in_files(source: Path) -> Iterator[Weight]:

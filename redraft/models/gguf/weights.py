@@ -1,0 +1,45 @@
+"""The tensors of a GGUF file as a TensorSource."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from redraft.models.checkpoint import TensorInfo
+from redraft.models.gguf import file, names
+
+
+class Gguf:
+    """The tensors of a file or split set, decoded when they are read. records: what is stored, by name."""
+
+    def __init__(self, found: file.Contents) -> None:
+        self.records, self.index = found.records, found.path
+        self.dtypes = file.kinds()
+        self.tensors = {
+            name: TensorInfo(record.file, record.shape, record.kind.name)
+            for name, record in found.records.items()
+            if name != names.ROPE  # a part of the spec
+        }
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({record.file for record in self.records.values()})
+
+    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        record = self.records[name]
+        if len(record.shape) == 1:
+            whole = self._decoded(record, 0, 1, dtype)[0]
+            return whole if part is None else whole[part]
+        inner = len(record.data) // record.shape[0]  # rows of one entry of the first dimension
+        if isinstance(part, int):
+            return self._decoded(record, part * inner, (part + 1) * inner, dtype).reshape(record.shape[1:])
+        begin, end, _ = (part or slice(None)).indices(record.shape[0])
+        return self._decoded(record, begin * inner, end * inner, dtype).reshape(-1, *record.shape[1:])
+
+    def _decoded(self, record: file.Record, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(max(0, end - begin), record.shape[-1], dtype=dtype)
+        for rows, numbers in file.decode(record, begin, end):
+            out[rows.start - begin : rows.stop - begin] = torch.from_numpy(numbers)
+        return out
