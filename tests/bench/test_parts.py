@@ -51,6 +51,7 @@ def test_what_the_backend_passes_on_is_noticed(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(NativeOps, "norm", norm)
     monkeypatch.setattr(NativeOps, "run", lambda *_: None)
+    monkeypatch.setattr(NativeOps, "forward", lambda *_: None)
     got = found(checkpoint)
     assert (got["norms (2 layers from 0)"].backend, got["norms (layer 2)"].backend) == ("torch", "torch")
     assert got["attention (layer 2)"].backend == "native" and "head (layer 2)" not in got

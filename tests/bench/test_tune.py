@@ -292,7 +292,9 @@ def test_a_batch_of_more_texts_than_draft_rows_is_tuned(plain: LLM) -> None:
     prompts = [Prompt(f"p{i}", "a", prompt=f"w{3 + i % 50} w{20 + i // 50} w{3 + i % 50}") for i in range(80)]
     found = tune.tune(plain, options, prompts, lambda what: None, lambda seconds: None)
     assert [one.rows for one in found.expectations] == [1] and len(found.plain.batches) == 2
-    assert max(found.profiles["ngram"].nodes) == 1 and min(found.profiles["ngram"].nodes) == 0
+    for batch in found.profiles["ngram"].batches:  # later some texts have ended, and the others may draft more
+        first = [record.nodes[0] for record in batch.values()]
+        assert max(first) == 1 and min(first) == 0 and sum(first) <= 32
     assert found.curve[-1].x >= 64 + 32
 
 

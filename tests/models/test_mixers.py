@@ -53,6 +53,9 @@ def test_a_backend_runs_segments_of_attention_only(monkeypatch: pytest.MonkeyPat
         def run(self, first: int, last: int, *rest: Any) -> None:
             seen.append((first, last))
 
+        def forward(self, *given: Any) -> None:
+            return None
+
     monkeypatch.setitem(hybrid.BACKENDS, "runs", Runs)
     made = hybrid.runner("runs", 4)
     seq = sequence([1, 2, 3])
