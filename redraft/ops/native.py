@@ -600,8 +600,12 @@ class NativeOps(TorchOps):
 
     @staticmethod
     def _result(logits: Tensor, taps: Taps) -> ForwardResult:
-        top_k = best_first(logits, taps.top_k) if taps.top_k else None
-        return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
+        if not taps.top_k:
+            return ForwardResult(argmax(logits), None, logits if taps.logits else None)
+        top_k = best_first(logits, taps.top_k)  # its first is the largest, and argmax would take as long again
+        largest = logits.numpy()[np.arange(len(top_k)), top_k[:, 0]]
+        likeliest = np.where(largest < np.inf, top_k[:, 0], np.int32(-1))
+        return ForwardResult(likeliest, top_k, logits if taps.logits else None)
 
     def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:
         """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import LLM, SamplingParams
+from redraft.core.taps import Taps
 from redraft.ops import library
 from redraft.ops.backend import PART, argmax, best_first
 from redraft.sample.sampler import NotNumbers
@@ -18,6 +20,20 @@ NATIVE = library.PATH.exists() and library.load() is not None
 KINDS = [("reference", "float64"), ("torch", "float32"), ("torch", "bfloat16")]
 KINDS += [("native", "float32"), ("native", "bfloat16")] if NATIVE else []
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_the_native_backend_takes_it_from_the_largest_logits() -> None:
+    from redraft.ops.native import NativeOps
+
+    draw = torch.Generator().manual_seed(0)
+    for turn in range(60):
+        logits = torch.randn(3, 9 * PART, generator=draw) if turn % 2 else torch.randint(-3, 4, (3, 9 * PART), generator=draw).float()
+        if turn % 3 == 0:
+            logits[1, turn], logits[2, turn], logits[0] = NAN, INF, -INF
+        found = NativeOps._result(logits, Taps(top_k=8, logits=True))
+        assert found.argmax.tolist() == argmax(logits).tolist() and found.argmax.dtype == np.int32
+        assert found.top_k is not None and found.top_k.tolist() == best_first(logits, 8).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
