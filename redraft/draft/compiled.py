@@ -152,7 +152,6 @@ class CompiledPlanner(Planner):
                 new = most = 0
             elif new:
                 fresh += tokens[state.seen :]
-                state.seen = count
             room += most
             asked += (state.text, most, depth, new)
             if self.trees and most and state.active:
@@ -165,6 +164,8 @@ class CompiledPlanner(Planner):
             self.price.fixed, self.price.each = model.line(cached, len(seqs))
         table, read = array("q", asked), array("i", fresh)
         nodes = self.c.rd_plan_drafts(self.planner, address(table), len(seqs), address(read), self._price, rows, self._out)
+        for seq, new in zip(seqs, asked[3::4], strict=True):
+            seq.state[self].seen += new
         trees = [EMPTY] * len(seqs)
         at = 0
         for s, count in enumerate(self.counts[: len(seqs)].tolist() if nodes else ()):

@@ -62,6 +62,7 @@ class Compiled(NamedTuple):
 
 WIDTHS, DEPTHS = 4, 8  # ranks among siblings, and depths, that trees distinguish
 SCORES = 8  # classes of a score
+MOST_TOKENS = 1 << 31  # the vocabulary is checked with the finished tree
 
 
 class Trees:
@@ -75,6 +76,7 @@ class Trees:
 
     def start(self, seq: Sequence) -> Any:
         (tree,) = self.drafter.propose([seq], [self.budget])
+        tree.check(vocab=MOST_TOKENS, rows=self.budget.rows, depth=self.budget.depth)  # its arrays are read without further checks
         return (_Children(tree), -1) if len(tree) else None
 
     def offers(self, place: Any) -> Seq[Offer]:

@@ -175,7 +175,7 @@ class Recycler(Stateless):
         return [(token, rank) for rank, token in enumerate(self.matrix[place, :OFFERS].tolist()) if token >= 0]
 
     def compiled(self, library: Any) -> Compiled:
-        return Compiled.new(library, "rd_successors", self.matrix.ctypes.data, self.matrix.shape[1], OFFERS, whole=False)
+        return Compiled.new(library, "rd_successors", self.matrix.ctypes.data, *self.matrix.shape, OFFERS, whole=False)
 
     def observe(self, result: StepResult) -> None:
         """Learns the top k at the root and at all nodes of every sequence that drew a token."""

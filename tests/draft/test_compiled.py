@@ -185,6 +185,39 @@ def test_a_long_repetition_stays_cheap() -> None:
     assert tree.tokens.tolist() == [7, 7]
 
 
+class Broken(Stateless):
+    """Proposes what no drafter may, once `tree` is set, or raises."""
+
+    tree: TokenTree | None = TokenTree.chain(())
+
+    def propose(self, seqs: Any, budgets: Any) -> list[Any]:
+        if self.tree is None:
+            raise RuntimeError("broken")
+        return [self.tree for _ in seqs]
+
+
+def test_a_broken_part_loses_no_token_and_reads_no_foreign_memory() -> None:
+    assert loaded is not None
+    broken = Broken()
+    found = CompiledPlanner(bind(loaded.c), ["c", "s", "t"], [broken, *parts("st")], CostModel())  # type: ignore[arg-type]
+    seq = Sequence(1, Request("1", [5, 6, 7], SamplingParams()), 0, [5, 6, 7], 3, 0, 1 << 20)
+    seq.state[found] = found.begin(seq)
+    found.propose([seq], [Budget(4, 4)])
+    seq.tokens += [5, 6]
+    short = TokenTree(np.array([1, 2], np.int32), np.zeros(1, np.int32), np.zeros(3, np.uint8))
+    equal = TokenTree(np.array([3, 3], np.int32), np.array([-1, -1], np.int32), np.zeros(3, np.uint8))
+    for tree in (None, short, equal, TokenTree.chain([9] * 99)):
+        broken.tree = tree
+        with pytest.raises((RuntimeError, ValueError)):
+            found.propose([seq], [Budget(4, 4)])
+    broken.tree = TokenTree.chain([1 << 30, 3])  # the engine refuses the whole tree afterwards
+    (tree,) = found.propose([seq], [Budget(4, 4)])
+    assert 1 << 30 in tree.tokens.tolist()
+    broken.tree = TokenTree.chain(())
+    (tree,) = found.propose([seq], [Budget(4, 4)])
+    assert tree.tokens.tolist()[:1] == [7], "5 6 came before 7, so no token was lost"
+
+
 def test_arrays_are_shared_with_the_python_form() -> None:
     assert loaded is not None
     made = parts("t")

@@ -32,9 +32,9 @@ def walk(source: Trees, place: Any, *tokens: int) -> Any:
 def test_a_tree_is_walked_node_by_node() -> None:
     tree = TokenTree.build([5, 6, 7, 8], [-1, -1, 0, 2], vocab=9, rows=9, depth=9)
     drafter = Proposes(tree)
-    source = Trees(drafter, max_rows=3)
+    source = Trees(drafter, max_rows=4)
     root = source.start(sequence([1, 2]))
-    assert drafter.budgets == [Budget(3, 3)]
+    assert drafter.budgets == [Budget(4, 4)]
     assert source.offers(root) == [(5, SCORES), (6, SCORES + 1)], "without scores the bucket is the rank"
     assert source.offers(walk(source, root, 5)) == [(7, SCORES + WIDTHS)], "and the depth"
     assert source.offers(walk(source, root, 5, 7)) == [(8, SCORES + 2 * WIDTHS)]

@@ -1,9 +1,9 @@
 // The compiled form of redraft/draft/suffix.py, which says what it does.
 #include <algorithm>
 #include <array>
-#include <deque>
 #include <list>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "source.h"
 
@@ -95,9 +95,11 @@ struct History final : Memory {
         const auto found = at.find(number);
         if (found == at.end()) return;
         const Kept& kept = *found->second;
+        std::unordered_set<Gram, Hash> seen;
         for (size_t i = START; i < kept.tokens.size(); i++) {
-            const auto places = index.find(gram(kept, i));
-            if (places == index.end()) continue;  // all its places were those of this text
+            const Gram one = gram(kept, i);
+            if (!seen.insert(one).second) continue;
+            const auto places = index.find(one);
             auto& all = places->second;
             all.erase(std::remove_if(all.begin(), all.end(), [&](const Place& place) { return place.source == number; }), all.end());
             if (all.empty()) index.erase(places);
