@@ -227,7 +227,7 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     some.x = some_of(j.x, first, count);
     some.y = some_of(j.y, first, count);
     if (j.x_scale) some.x_scale += first;
-    if (j.x_sums) some.x_sums += first * j.w.groups();
+    if (j.x_starts) some.x_starts += first * j.w.groups();
     if (j.x_outliers) some.x_outliers += first * j.w.outliers;
     if (j.best) some.best += first * j.keep;
     return some;
@@ -266,7 +266,7 @@ void tile_panels(Tiles& tiles, const LinearJob& j, int64_t p, int64_t end, int64
             tile_chunk<Product>(tiles, w, j.x, first, last, c ? nullptr : zeros, sums, turn % 2, fetch);
         }
     }
-    for (int64_t i = p; i < end; i++) settle(j, i, scratch + (i - p) * each);
+    for (int64_t i = p; i < end; i++) settle(j, {i, 0, PANEL}, scratch + (i - p) * each);
 }
 
 template <class Product>
@@ -376,9 +376,11 @@ void tile_int4(const LinearJob& j, int64_t first, int64_t last, int64_t line, fl
     Tiles tiles(line);
     for (int64_t p = first; p < last; p++) {
         tile_int4_panel(tiles, j, p, line, codes, whole, scratch);
-        settle(j, p, scratch);
+        settle(j, {p, 0, PANEL}, scratch);
     }
 }
+
+int64_t tile_pieces(const Linear& w) { return w.count(); }
 
 void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     if (j.x.rows < 1 || first >= last) return;
@@ -386,5 +388,5 @@ void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch
     if (j.w.kind == BF16) tile_layer<HalfProduct>(j, first, last, scratch);
     else if (j.w.kind == I8) tile_layer<CodeProduct>(j, first, last, scratch);
     else if (line) tile_int4(j, first, last, line, scratch);
-    else linear(j, first, last, scratch);
+    else linear(j, first * pieces(j.w) / j.w.count(), last * pieces(j.w) / j.w.count(), scratch);
 }

@@ -79,7 +79,7 @@ struct LinearJob {
     Linear w;
     Rows x;
     const float* x_scale;   // int8 tiles: [rows], the scale of the codes of a row
-    const int32_t* x_sums;  // int4: [rows][groups], sums of the codes of a row
+    const int32_t* x_starts;  // int4: [rows][groups], -8 times the sums of the codes of a row, because weights are stored as code + 8
     Rows y;
     Kind rounded;           // the kind to round to: y may be float32 tiles of bf16 numbers
     Activation activation;
@@ -186,11 +186,12 @@ struct AttendKernels;  // attend.h
 struct Kernels {
     const char* name;
     Kind (*takes)(Kind weights);                                             // the kind of tiles that linear needs for such weights
-    void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // panels; scratch: [rows of x][64]
+    int64_t (*pieces)(const Linear&);  // what linear counts: panels, or halves of them
+    void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // pieces; scratch: [rows of x][64]
     void (*norm)(const NormJob&, int64_t first, int64_t last);               // rows
     void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; tile padding is zeroed
     // codes of x for w; outliers [rows][w.outliers]: the numbers in the columns with code 0
-    void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last);
+    void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* starts, float* outliers, int64_t first, int64_t last);
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);

@@ -20,7 +20,7 @@ namespace {
 struct Feed {
     Rows tiles{};
     float* scale = nullptr;
-    int32_t* sums = nullptr;
+    int32_t* starts = nullptr;
     float* outliers = nullptr;
 
     bool codes() const { return tiles.kind == I8; }
@@ -36,23 +36,23 @@ public:
         feed.tiles.data = tiles_.of(feed.tiles.size());
         if (kind == I8) {
             feed.scale = scale_.of<float>(rows);
-            if (w.kind == I4) feed.sums = sums_.of<int32_t>(rows * w.groups());
+            if (w.kind == I4) feed.starts = starts_.of<int32_t>(rows * w.groups());
             if (w.outliers) feed.outliers = outliers_.of<float>(rows * w.outliers);
         }
         return feed;
     }
 
 private:
-    Buffer tiles_, scale_, sums_, outliers_;
+    Buffer tiles_, scale_, starts_, outliers_;
 };
 
 void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& feed, Share rows) {
-    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.scale, feed.sums, feed.outliers, rows.first, rows.last);
+    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.scale, feed.starts, feed.outliers, rows.first, rows.last);
     else kernels.copy(x, feed.tiles, rows.first, rows.last);
 }
 
 LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
-    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr, 0, feed.outliers};
+    return {w, feed.tiles, feed.scale, feed.starts, y, rounded, NONE, 0, nullptr, 0, feed.outliers};
 }
 
 struct Scratch {  // of one worker: sums of a panel
@@ -156,7 +156,7 @@ void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Ro
         LinearJob job = job_of(w, feed, y, y.kind);
         job.activation = activation;
         job.add = add;
-        const Share own(w.count(), worker, workers);
+        const Share own(kernels.pieces(w), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, x.rows));
     });
 }
@@ -182,7 +182,7 @@ auto head_job(const Kernels& kernels, NormJob norm, const Linear& w, const int32
         LinearJob job = job_of(w, feed, logits, F32);  // unrounded sums, because rounding would create ties
         if (!logits.data) job.best = found + worker * count * keep;
         job.keep = keep;
-        const Share own(w.count(), worker, workers);
+        const Share own(kernels.pieces(w), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, count));
     };
 }
@@ -241,7 +241,7 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
             if (feed.codes()) fill(kernels, w, rows_of, feed, own);
         };
         const auto panels = [&](LinearJob job) {
-            const Share mine(job.w.count(), worker, workers);
+            const Share mine(kernels.pieces(job.w), worker, workers);
             kernels.linear(job, mine.first, mine.last, sums);
         };
         for (int64_t i = first; i < last; i++) {

@@ -22,22 +22,30 @@ inline int32_t word(const uint8_t* p) {
 
 inline void fetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+// Outputs first..last of a panel: all of it, or a half if workers share it.
+struct Piece {
+    int64_t panel, first, last;
+    int64_t width() const { return last - first; }
+};
+
 // Weights that are read soon are fetched into the second cache. Few rows: with every step the weights `near` bytes after it. Many rows:
-// near is 0, and at every quarter of a line `each` bytes of the next weights, so memory is busy during all passes over these.
+// near is 0, and at every quarter of a line `each` half steps of the next weights, `apart` bytes from one to the next, so memory is
+// busy during all passes over these.
 struct Soon {
     int64_t near;
     const uint8_t* next;
-    int64_t each;
+    int64_t each, apart;
 
+    template <int64_t BYTES>
     void step(const uint8_t* w) const {
         if (near)
-            for (int64_t i = 0; i < STEP; i += 64) fetch(w + near + i);
+            for (int64_t i = 0; i < BYTES; i += 64) fetch(w + near + i);
     }
     void quarter() {
-        for (int64_t i = 0; i < each; i += 64) fetch(next + i);
-        next += each;
+        for (int64_t i = 0; i < each; i++, next += apart) fetch(next), fetch(next + STEP / 4);
     }
 };
+static_assert(STEP / 2 == 128);  // two cache lines
 
 // ---- integers: codes of x times codes of w, exact in 32 bits
 
@@ -51,7 +59,10 @@ inline Int bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline void put(float* p, Int x) { _mm512_storeu_si512(p, x.v); }
 inline Int low_half(Int b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 inline Int high_half(Int b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
-inline Int dot_unsigned(Int sum, Int natural, Int whole) { return {_mm512_dpbusd_epi32(sum.v, natural.v, whole.v)}; }
+inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // gcc 12 copies the sums of the intrinsic in some loops
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(natural.v), "v"(whole.v));
+    return sum;
+}
 struct Floats {  // as many as Int has numbers
     __m512 v;
 };
@@ -63,9 +74,8 @@ inline void clear(Floats& x) { x.v = _mm512_setzero_ps(); }
 // codes of x for int8 weights are stored with 128 added, for vpdpbusd; the epilogue subtracts 128 times the sum of w
 constexpr int32_t SHIFT = 128;
 inline Int dot_codes(Int sum, Int x, Int w) { return dot_unsigned(sum, x, w); }
-inline Vec total(const float* sums, const int32_t* codes) {
-    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_slli_epi32(_mm512_loadu_si512(codes), 7)))};
-}
+inline Int shift_of(const int32_t* sums) { return {_mm512_slli_epi32(_mm512_loadu_si512(sums), 7)}; }
+inline Vec total(const float* sums, Int shift) { return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), shift.v))}; }
 #else
 struct Int {
     static constexpr int N = 8;
@@ -91,7 +101,8 @@ constexpr int32_t SHIFT = 0;
 inline Int dot_codes(Int sum, Int x, Int w) {  // codes are -127..127, so two products fit in 16 bits
     return dot_unsigned(sum, {_mm256_abs_epi8(x.v)}, {_mm256_sign_epi8(w.v, x.v)});
 }
-inline Vec total(const float* sums, const int32_t*) { return from_i32(reinterpret_cast<const int32_t*>(sums)); }
+inline Int shift_of(const int32_t*) { return spread(0); }
+inline Vec total(const float* sums, Int) { return from_i32(reinterpret_cast<const int32_t*>(sums)); }
 #endif
 
 inline void put(float* p, Vec x) { store(p, x); }
@@ -163,32 +174,28 @@ struct CodeStep {
     }
 };
 
-// ---- tiles: R rows from r on, lines or groups first..last of panel p. sums: [R][64], continued unless first is 0.
+// ---- tiles: R rows from r on, lines or groups first..last of a piece. sums: [R][64], continued unless first is 0.
 
 constexpr int registers(int many, int few) { return Vec::N == 16 ? many : few; }
 
-// Registers of outputs for R rows, with at most `sums` sums.
-template <class Sum>
-constexpr int wide(int rows, int sums) {
-    int v = PANEL / Sum::N;
-    while (v * rows > sums) v /= 2;
-    return v;
-}
-
 template <class Step>
 struct Lines {
+    using Sum = typename Step::Sum;
     static constexpr int SUMS = registers(24, 12), HIGH = SUMS / 2;  // registers of sums; rows at most
-    static constexpr int64_t QUARTER = 4 * STEP;  // bytes of weights for a quarter of a line of x
+    static constexpr int64_t QUARTER = 4 * STEP;  // bytes of weights of a panel for a quarter of a line of x
     static int64_t count(const Linear& w) { return w.steps() / STEPS; }
     static int64_t size(const Linear&) { return STEPS * STEP; }
+    static constexpr int registers_for(int rows) {  // of outputs
+        int v = PANEL / Sum::N;
+        while (v * rows > SUMS) v /= 2;
+        return v;
+    }
 
-    template <int R>
-    static void run(const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
-        using Sum = typename Step::Sum;
-        constexpr int V = wide<Sum>(R, SUMS);
+    template <int R, int V>
+    static void run(const LinearJob& j, Piece piece, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
         const int64_t tall = j.x.tall(r) * LINE;
-        const uint8_t *w = j.w.panels + p * j.w.panel_bytes() + first * STEPS * STEP, *x = j.x.at(r, 0) + first * Step::LINES * tall;
-        for (int64_t part = 0; part < PANEL; part += V * Sum::N) {
+        const uint8_t *w = j.w.panels + piece.panel * j.w.panel_bytes() + first * STEPS * STEP, *x = j.x.at(r, 0) + first * Step::LINES * tall;
+        for (int64_t part = piece.first; part < piece.last; part += V * Sum::N) {
             Sum held[R][V];
             for (int i = 0; i < R; i++)
                 for (int v = 0; v < V; v++) first ? get(sums + i * PANEL + part + v * Sum::N, held[i][v]) : clear(held[i][v]);
@@ -198,7 +205,7 @@ struct Lines {
                     soon.quarter();
 #pragma GCC unroll 4
                     for (int64_t i = 0; i < 4; i++) {
-                        soon.step(from + i * STEP);
+                        soon.step<V * Sum::N * 4>(from + i * STEP);
                         Step::template run<R, V>(from + i * STEP, row, tall, s + i, held);
                     }
                 }
@@ -212,46 +219,57 @@ struct Lines {
 // int4: the integer sum of each group becomes a float and is added with its scale, in order of groups. Both kinds of sums and the two
 // halves of the weights are held in registers, as far as there are enough of them.
 struct Groups {
-    static constexpr int SUMS = registers(12, 8), HIGH = SUMS / 2;
+    using Sum = Int;
+    static constexpr int HIGH = registers(12, 4), HELD = registers(28, 20);
     static constexpr int64_t QUARTER = 2 * STEP;
     static int64_t count(const Linear& w) { return w.groups(); }
     static int64_t size(const Linear& w) { return w.group / 8 * STEP; }
+    static constexpr int registers_for(int rows) {
+        int v = 4;
+        while (v > 1 && 2 * v * (rows + 1) > HELD) v /= 2;
+        return v;
+    }
 
-    template <int R>
-    static void run(const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
-        constexpr int V = wide<Int>(R, SUMS) < 4 ? wide<Int>(R, SUMS) : 4;
-        const int64_t groups = j.w.groups(), steps = j.w.steps(), tall = j.x.tall(r) * LINE;
+    // Two steps of V registers of outputs: the weights' low halves belong to the first, the high halves to the second.
+    template <int R, int V>
+    INLINE static void pair(const uint8_t* w, const uint8_t* x, Int (&sums)[R][V]) {
+        Int low[V], high[V];
+        for (int v = 0; v < V; v++) {
+            const Int both = bytes(w + v * Int::N * 4);
+            low[v] = low_half(both), high[v] = high_half(both);
+        }
+        for (int i = 0; i < R; i++) {
+            const Int one = spread(word(x + i * LINE)), other = spread(word(x + i * LINE + 4));
+            for (int v = 0; v < V; v++) sums[i][v] = dot_unsigned(dot_unsigned(sums[i][v], low[v], one), high[v], other);
+        }
+    }
+
+    template <int R, int V>
+    static void run(const LinearJob& j, Piece piece, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
+        const int64_t p = piece.panel, groups = j.w.groups(), steps = j.w.steps(), group = j.w.group / 4, tall = j.x.tall(r) * LINE;
         const uint8_t *w = j.w.panels + p * j.w.panel_bytes(), *x = j.x.at(r, 0);
-        const int32_t* x_sums = j.x_sums + r * groups;
-        for (int64_t part = 0; part < PANEL; part += V * Int::N) {
+        const int32_t* starts = j.x_starts + r * groups;
+        const uint16_t* scales = j.w.scales + p * groups * PANEL;
+        for (int64_t part = piece.first; part < piece.last; part += V * Int::N) {
             Floats whole[R][V];
             for (int i = 0; i < R; i++)
                 for (int v = 0; v < V; v++) first ? get(sums + i * PANEL + part + v * Int::N, whole[i][v]) : clear(whole[i][v]);
             for (int64_t g = first; g < last; g++) {
-                const int64_t begin = g * j.w.group / 4, end = g + 1 == groups ? steps : begin + j.w.group / 4;
+                const int64_t begin = g * group, end = g + 1 == groups ? steps : begin + group;
                 Int held[R][V];
                 for (int i = 0; i < R; i++)
-                    for (int v = 0; v < V; v++) held[i][v] = spread(-8 * x_sums[i * groups + g]);  // codes are stored as code + 8
+                    for (int v = 0; v < V; v++) held[i][v] = spread(starts[i * groups + g]);
                 const uint8_t *from = w + begin / 2 * STEP + part * 4, *own = x + begin / STEPS * tall + begin % STEPS * 4;
-                for (int64_t s = begin; s < end; s += 4) {
+                for (int64_t s = begin; s < end; s += 4, from += 2 * STEP, own += 16) {
                     soon.quarter();
-#pragma GCC unroll 2
-                    for (int pair = 0; pair < 2; pair++, from += STEP, own += 8) {
-                        soon.step(from);
-                        Int low[V], high[V];
-                        for (int v = 0; v < V; v++) {
-                            const Int both = bytes(from + v * Int::N * 4);
-                            low[v] = low_half(both), high[v] = high_half(both);
-                        }
-                        for (int i = 0; i < R; i++) {
-                            const Int one = spread(word(own + i * LINE)), other = spread(word(own + i * LINE + 4));
-                            for (int v = 0; v < V; v++) held[i][v] = dot_unsigned(dot_unsigned(held[i][v], low[v], one), high[v], other);
-                        }
-                    }
+                    soon.step<V * Int::N * 4>(from);
+                    pair<R, V>(from, own, held);
+                    soon.step<V * Int::N * 4>(from + STEP);
+                    pair<R, V>(from + STEP, own + 8, held);
                     if ((s + 4) % STEPS == 0) own += tall - LINE;
                 }
                 for (int v = 0; v < V; v++) {
-                    const Floats scale = scale_of(j.w.scales + (p * groups + g) * PANEL + part + v * Int::N);
+                    const Floats scale = scale_of(scales + g * PANEL + part + v * Int::N);
                     for (int i = 0; i < R; i++) add_scaled(whole[i][v], held[i][v], scale);
                 }
             }
@@ -262,14 +280,16 @@ struct Groups {
 };
 
 template <class Tile, int R = Tile::HIGH>
-void some_rows(int64_t rows, const LinearJob& j, int64_t p, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
-    if (rows == R) return Tile::template run<R>(j, p, r, first, last, sums, soon);
-    if constexpr (R > 1) some_rows<Tile, R - 1>(rows, j, p, r, first, last, sums, soon);
+void some_rows(int64_t rows, const LinearJob& j, Piece piece, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
+    constexpr int V = Tile::registers_for(R), HALF = PANEL / 2 / Tile::Sum::N, FEWER = V < HALF ? V : HALF;
+    if (rows == R && piece.width() == PANEL) return Tile::template run<R, V>(j, piece, r, first, last, sums, soon);
+    if (rows == R) return Tile::template run<R, FEWER>(j, piece, r, first, last, sums, soon);
+    if constexpr (R > 1) some_rows<Tile, R - 1>(rows, j, piece, r, first, last, sums, soon);
 }
 
-// One panel for all rows, in chunks that many rows pass over while they are cached.
+// One piece for all rows, in chunks that many rows pass over while they are cached.
 template <class Tile>
-void panel(const LinearJob& j, int64_t p, float* sums) {
+void run_piece(const LinearJob& j, Piece piece, float* sums) {
     const auto parts_of = [](int64_t rows) { return (rows + Tile::HIGH - 1) / Tile::HIGH; };
     const Rows& x = j.x;
     const int64_t all = Tile::count(j.w), size = Tile::size(j.w), most = CACHED / size;
@@ -277,13 +297,18 @@ void panel(const LinearJob& j, int64_t p, float* sums) {
     const int64_t passes = x.rows / TALL * parts_of(TALL) + parts_of(x.rows % TALL);
     for (int64_t first = 0; first < all; first += chunk) {
         const int64_t last = first + chunk < all ? first + chunk : all;
-        Soon soon{(x.rows + 1) * 4 * STEP, nullptr, 0};  // a time ahead: steps of more rows take longer
-        if (x.rows > FEW_ROWS) soon = {0, j.w.panels + p * j.w.panel_bytes() + last * size, (Tile::QUARTER / 2 + passes - 1) / passes};
+        Soon soon{(x.rows + 1) * 4 * STEP, nullptr, 0, 0};  // a time ahead: steps of more rows take longer
+        if (x.rows > FEW_ROWS) {
+            const int64_t tall = x.tall(0), parts = parts_of(tall), halves = piece.width() / (PANEL / 2);
+            const int64_t turns = passes * (piece.width() / Tile::Sum::N / Tile::registers_for(int((tall + parts - 1) / parts)));
+            const uint8_t* next = j.w.panels + piece.panel * j.w.panel_bytes() + last * size + piece.first * 4;
+            soon = {0, next, (Tile::QUARTER / STEP * halves + turns - 1) / turns, STEP / halves};
+        }
         for (int64_t block = 0; block < x.rows; block += TALL) {
             const int64_t tall = x.tall(block), parts = parts_of(tall);
             for (int64_t part = 0; part < parts; part++) {
                 const int64_t r = tall * part / parts, end = tall * (part + 1) / parts;
-                some_rows<Tile>(end - r, j, p, block + r, first, last, sums + (block + r) * PANEL, soon);
+                some_rows<Tile>(end - r, j, piece, block + r, first, last, sums + (block + r) * PANEL, soon);
             }
         }
     }
@@ -291,21 +316,28 @@ void panel(const LinearJob& j, int64_t p, float* sums) {
 
 // ---- epilogue of the sums
 
-// The numbers of N outputs from `at` on: scaled if they are sums of codes, with their bias.
-inline Vec finished(const LinearJob& j, int64_t p, int64_t r, int64_t at, const float* sums) {
-    const int64_t out = p * PANEL + at;
-    Vec y;
-    if (j.w.kind == I8) {
-        y = total(sums + r * PANEL + at, j.w.sums + out) * (set1(j.x_scale[r]) * load(j.w.scale + out));
-    } else {
-        y = load(sums + r * PANEL + at);
-        if (j.w.kind == I4) y = y * set1(j.x_scale[r]);
+// N outputs of a panel from `at` on: scaled if they are sums of codes, with their bias. What all rows share is loaded once.
+struct Outputs {
+    const LinearJob& j;
+    const int64_t p, at;
+    Vec scale = zero(), bias = zero();
+    Int shift = spread(0);
+
+    INLINE Outputs(const LinearJob& job, int64_t panel, int64_t first) : j(job), p(panel), at(first) {
+        const int64_t out = p * PANEL + at;
+        if (j.w.kind == I8) scale = load(j.w.scale + out), shift = shift_of(j.w.sums + out);
+        if (j.w.bias) bias = load(j.w.bias + out);
     }
-    const int64_t beside = j.w.outliers;
-    for (int64_t i = 0; i < beside; i++)  // not fused: the product and then the sum are rounded
-        y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
-    return j.w.bias ? y + load(j.w.bias + out) : y;
-}
+    INLINE Vec of(int64_t r, const float* sums) const {
+        const float* from = sums + r * PANEL + at;
+        Vec y = j.w.kind == I8 ? total(from, shift) * (set1(j.x_scale[r]) * scale) : load(from);
+        if (j.w.kind == I4) y = y * set1(j.x_scale[r]);
+        const int64_t beside = j.w.outliers;
+        for (int64_t i = 0; i < beside; i++)  // not fused: the product and then the sum are rounded
+            y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
+        return j.w.bias ? y + bias : y;
+    }
+};
 
 inline Vec activated(Vec x, Activation activation) {
     switch (activation) {
@@ -336,36 +368,41 @@ inline void insert(Best* best, int64_t keep, Best one) {
     best[at] = one;
 }
 
-void settle(const LinearJob& job, int64_t p, const float* sums) {
-    const LinearJob j = job;  // a copy: no store can change it, so its fields stay in registers
-    if (j.best) {
-        const int64_t live = j.w.outs - p * PANEL < PANEL ? j.w.outs - p * PANEL : PANEL;
-        for (int64_t r = 0; r < j.x.rows; r++) {
-            alignas(64) float y[PANEL];
-            Best* best = j.best + r * j.keep;
-            const Vec least = set1(best[j.keep - 1].value);
-            bool some = best[j.keep - 1].index < 0;  // not full yet
-            for (int64_t at = 0; at < PANEL; at += Vec::N) {
-                const Vec found = rounded(finished(j, p, r, at, sums), j.rounded);
-                store(y + at, found);
-                some |= any_above(found, least);
-            }
-            for (int64_t i = 0; some && i < live; i++) insert(best, j.keep, {y[i], int32_t(p * PANEL + i)});
-        }
-        return;
+// The outputs of all rows replace their sums; then the largest are found.
+void settle_best(const LinearJob& j, Piece piece, float* sums) {
+    const int64_t from = piece.panel * PANEL, live = j.w.outs - from < piece.last ? j.w.outs - from : piece.last;
+    for (int64_t at = piece.first; at < piece.last; at += Vec::N) {
+        const Outputs outputs(j, piece.panel, at);
+        for (int64_t r = 0; r < j.x.rows; r++) store(sums + r * PANEL + at, rounded(outputs.of(r, sums), j.rounded));
     }
+    for (int64_t r = 0; r < j.x.rows; r++) {
+        const float* y = sums + r * PANEL;
+        Best* best = j.best + r * j.keep;
+        const Vec least = set1(best[j.keep - 1].value);
+        bool some = best[j.keep - 1].index < 0;  // not full yet
+        for (int64_t at = piece.first; at < piece.last; at += Vec::N) some |= any_above(load(y + at), least);
+        for (int64_t i = piece.first; some && i < live; i++) insert(best, j.keep, {y[i], int32_t(from + i)});
+    }
+}
+
+void settle(const LinearJob& job, Piece piece, float* sums) {
+    const LinearJob j = job;  // a copy: no store can change it, so its fields stay in registers
+    if (j.best) return settle_best(j, piece, sums);
+    const int64_t p = piece.panel;
     const Kind kind = j.y.kind;
     const bool fused = j.w.gated && j.activation != NONE, halves = j.w.gated && !fused;
     const int64_t wide = j.w.gated ? PANEL / 2 : PANEL, per_line = LINE / bytes_of(kind), up = j.w.outs / 2;
+    const int64_t stop = j.w.gated ? wide : piece.last;
     // the padding of a tile is written too: those sums are zero
     const int64_t end = halves ? up : j.y.stride ? j.y.cols : j.y.lines() * per_line;
-    for (int64_t r = 0; r < j.x.rows; r++) {
-        for (int64_t at = 0; at < wide && p * wide + at < end; at += Vec::N) {
-            const int64_t c = p * wide + at, count = end - c;
-            Vec y = finished(j, p, r, at, sums);
+    for (int64_t at = piece.first; at < stop && p * wide + at < end; at += Vec::N) {
+        const int64_t c = p * wide + at, count = end - c;
+        const Outputs own(j, p, at), other(j, p, j.w.gated ? at + wide : at);
+        for (int64_t r = 0; r < j.x.rows; r++) {
+            Vec y = own.of(r, sums);
             if (j.activation != NONE) y = activated(rounded(y, j.rounded), j.activation);
-            if (fused) y = y * rounded(finished(j, p, r, at + wide, sums), j.rounded);
-            if (halves) write_some(j.y.at(r, up + c), kind, finished(j, p, r, at + wide, sums), count);
+            if (fused) y = y * rounded(other.of(r, sums), j.rounded);
+            if (halves) write_some(j.y.at(r, up + c), kind, other.of(r, sums), count);
             uint8_t* to = j.y.at(r, c);
             if (j.add) y = read_some(to, kind, count) + rounded(y, j.rounded);
             write_some(to, kind, kind == BF16 ? y : rounded(y, j.rounded), count);  // writing bf16 rounds
@@ -373,15 +410,21 @@ void settle(const LinearJob& job, int64_t p, const float* sums) {
     }
 }
 
+// What workers share: panels, or halves of them where an output needs nothing of the other half. A layer may have few panels.
+int64_t pieces(const Linear& w) { return w.gated ? w.count() : 2 * w.count(); }
+
 void linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
-    for (int64_t p = first; p < last; p++) {
+    const int64_t per = j.w.gated ? 1 : 2;
+    for (int64_t i = first, end; i < last; i = end) {
+        end = i / per * per + per < last ? i / per * per + per : last;
+        const Piece piece{i / per, i % per * PANEL / per, (end - 1) % per * PANEL / per + PANEL / per};
         switch (j.w.kind) {
-            case F32: panel<Lines<FloatStep>>(j, p, scratch); break;
-            case BF16: panel<Lines<HalfStep>>(j, p, scratch); break;
-            case I8: panel<Lines<CodeStep>>(j, p, scratch); break;
-            case I4: panel<Groups>(j, p, scratch); break;
+            case F32: run_piece<Lines<FloatStep>>(j, piece, scratch); break;
+            case BF16: run_piece<Lines<HalfStep>>(j, piece, scratch); break;
+            case I8: run_piece<Lines<CodeStep>>(j, piece, scratch); break;
+            case I4: run_piece<Groups>(j, piece, scratch); break;
         }
-        settle(j, p, scratch);
+        settle(j, piece, scratch);
     }
 }
 

@@ -10,12 +10,11 @@ constexpr int CHAINS = 16;  // independent sums
 void dot_bf16(int64_t rounds) {
     volatile int ones = 0x3f803f80;  // two bf16 ones; volatile, or the compiler would compute the sums itself
     const __m512i bits = _mm512_set1_epi32(ones);
-    const __m512bh factor = (__m512bh)bits, other = (__m512bh)bits;
     __m512 sums[CHAINS];
     for (auto& sum : sums) sum = _mm512_setzero_ps();
     for (int64_t round = 0; round < rounds; round++) {
 #pragma GCC unroll 16
-        for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_dpbf16_ps(sums[i], factor, other);
+        for (int i = 0; i < CHAINS; i++) asm("vdpbf16ps %1, %1, %0" : "+v"(sums[i]) : "v"(bits));  // gcc 12 copies and spills sums
     }
     volatile float seen;
     for (auto sum : sums) seen = _mm512_cvtss_f32(sum);

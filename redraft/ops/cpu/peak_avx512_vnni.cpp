@@ -14,7 +14,7 @@ void dot_i8(int64_t rounds) {
     for (auto& sum : sums) sum = _mm512_setzero_si512();
     for (int64_t round = 0; round < rounds; round++) {
 #pragma GCC unroll 16
-        for (int i = 0; i < CHAINS; i++) sums[i] = _mm512_dpbusd_epi32(sums[i], factor, other);
+        for (int i = 0; i < CHAINS; i++) asm("vpdpbusd %2, %1, %0" : "+v"(sums[i]) : "v"(factor), "v"(other));  // gcc 12 copies and spills sums
     }
     volatile int seen;
     for (auto sum : sums) seen = _mm512_cvtsi512_si32(sum);

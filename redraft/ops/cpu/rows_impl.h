@@ -61,9 +61,10 @@ struct Blank {
     }
 };
 
-// codes: int8 tiles; scale [rows]: the scale of the codes; sums [rows][groups]: of the codes in each group of columns, or null.
-void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last) {
-    const int64_t group = w.group, groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
+// codes: int8 tiles; scale [rows]: the scale of the codes; starts [rows][groups]: -8 times the sum of the codes in each group of columns,
+// or null.
+void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* starts, float* outliers, int64_t first, int64_t last) {
+    const int64_t group = w.group, groups = starts ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
     for (int64_t r = first; r < last; r++) {
         for (int64_t i = 0; i < w.outliers; i++) {
             alignas(64) float t[Vec::N];
@@ -87,8 +88,11 @@ void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, i
         }
         for (int64_t g = 0; g < groups; g++) {
             int32_t sum = 0;
-            for (int64_t c = g * group; c < (g + 1) * group && c < end; c++) sum += *reinterpret_cast<const int8_t*>(codes.at(r, c));
-            sums[r * groups + g] = sum;
+            for (int64_t c = g * group; c < (g + 1) * group && c < end; c += 16) {  // a group is a multiple of 16, so these are in one line
+                const auto* some = reinterpret_cast<const int8_t*>(codes.at(r, c));
+                for (int i = 0; i < 16; i++) sum += some[i];
+            }
+            starts[r * groups + g] = -8 * sum;
         }
     }
 }

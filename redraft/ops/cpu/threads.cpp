@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <mutex>
@@ -10,6 +12,7 @@
 #ifdef __linux__
 #include <climits>
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -35,14 +38,15 @@ struct Gate {
         if (asleep.load()) wake();
     }
 
-    void wait(uint32_t old) {
+    bool wait(uint32_t old) {  // whether the thread slept
         for (int i = 0; i < SPINS; i++) {
-            if (at.load(std::memory_order_acquire) != old) return;
+            if (at.load(std::memory_order_acquire) != old) return false;
             pause_once();
         }
         asleep.fetch_add(1);
         while (at.load() == old) sleep(old);
         asleep.fetch_sub(1);
+        return true;
     }
 
 private:
@@ -55,8 +59,39 @@ private:
 #endif
 };
 
+// Where the workers of a job run. The kernel may wake a worker on the processor of another and leave it there, because both sleep often;
+// every job then takes twice as long. Such a worker moves to a processor that no other uses; afterwards the kernel is free again.
+struct Places {
+    std::array<std::atomic<int>, 256> at{};
+
+#ifdef __linux__
+    void arrive(int worker, int workers) {
+        if (workers > int(at.size())) return;
+        const int own = sched_getcpu();
+        at[worker].store(own, std::memory_order_relaxed);
+        bool taken = false;
+        for (int i = 0; i < workers; i++) taken |= i != worker && at[i].load(std::memory_order_relaxed) == own;
+        cpu_set_t allowed, free;
+        if (!taken || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+        free = allowed;
+        for (int i = 0; i < workers; i++) {
+            const int used = at[i].load(std::memory_order_relaxed);
+            if (used >= 0 && used < CPU_SETSIZE) CPU_CLR(used, &free);
+        }
+        if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof free, &free)) return;
+        sched_setaffinity(0, sizeof allowed, &allowed);
+        at[worker].store(sched_getcpu(), std::memory_order_relaxed);
+    }
+#else
+    void arrive(int, int) {}
+#endif
+};
+
+thread_local int self = 0;  // the worker that this thread is
+
 struct Workers {
     std::vector<std::thread> threads;
+    Places places;
     Gate start, finished, crossed;  // a new job or the end; jobs that all workers finished; barriers
     std::atomic<int> left{0};        // workers still in the job
     std::atomic<int> arrived{0};     // at the barrier
@@ -65,9 +100,11 @@ struct Workers {
     int count = 1, active = 1;  // active: workers of this job, all of them or the caller alone
 
     void work(int worker, uint32_t seen) {
+        self = worker;
         for (;;) {
             start.wait(seen++);
             if (ending) return;
+            places.arrive(worker, count);
             (*job)(worker, count);
             if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.open();
         }
@@ -96,6 +133,7 @@ struct Workers {
             return;
         }
         job = &one;
+        places.arrive(0, count);
         left.store(count, std::memory_order_relaxed);
         const uint32_t done = finished.at.load(std::memory_order_relaxed);
         start.open();
@@ -111,7 +149,7 @@ struct Workers {
             arrived.store(0, std::memory_order_relaxed);
             crossed.open();
         } else {
-            crossed.wait(now);
+            if (crossed.wait(now)) places.arrive(self, count);
         }
     }
 };
@@ -154,14 +192,19 @@ void run(const std::function<void(int, int)>& job) {
 }
 
 bool Pace::alone() {
-    calls_++;
-    if (calls_ <= 4) return calls_ % 2 == 0;
-    return (took_[1] < took_[0]) != (calls_ % 64 == 0);
+    if (calls_ < 4) return calls_++ % 2;  // each way twice
+    const bool better = took_[1] < took_[0];
+    if (better != better_) better_ = better, wait_ = left_ = SOON;
+    if (left_-- > 0) return better;
+    wait_ = std::min(2 * wait_, better ? ALONE : LATE);
+    left_ = wait_;
+    return !better;
 }
 
 void Pace::note(bool alone, double seconds) {
     double& took = took_[alone];
-    took = took == 0 || seconds < took ? seconds : took + 0.25 * (seconds - took);
+    const double most = 2 * took;  // one disturbed call says little
+    took = took == 0 || seconds < took ? seconds : took + 0.25 * (std::min(seconds, most) - took);
 }
 
 void run(const std::function<void(int, int)>& job, Pace& pace) {

@@ -217,8 +217,9 @@ Outcome pass(const Kernels& unit, const Case& c, const Layer& l, const vector<fl
         job.y = Rows{};
     }
     Memory<float> scratch(count * PANEL);
-    unit.linear(job, 0, cut, scratch.data);
-    unit.linear(job, cut, l.w.count(), scratch.data);
+    const int64_t pieces = unit.pieces(l.w), at = cut * pieces / l.w.count();
+    unit.linear(job, 0, at, scratch.data);
+    unit.linear(job, at, pieces, scratch.data);
     return out;
 }
 

@@ -39,7 +39,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, linear, norm, copy, quantize, activate, rope, uniform, nullptr};
+const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, rope, uniform, nullptr};
 }  // namespace
 }  // namespace redraft
 
@@ -293,7 +293,7 @@ struct Feed {
     }
     LinearJob job(const Weights& w, const Rows& y, Kind rounded, Activation activation, bool add) const {
         LinearJob made{};
-        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_sums = sums.data(), made.x_outliers = outliers.data();
+        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_starts = sums.data(), made.x_outliers = outliers.data();
         made.y = y, made.rounded = rounded, made.activation = activation, made.add = add;
         return made;
     }
@@ -410,7 +410,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     if (add) before.fill(y_kind);
     Matrix y(before);
     vector<float> scratch(rows * PANEL);
-    linear(feed.job(w, y.rows, numbers, activation, add), 0, w.c.count(), scratch.data());
+    linear(feed.job(w, y.rows, numbers, activation, add), 0, pieces(w.c), scratch.data());
 
     const std::string what = shape("linear", rows, outs, ins, kind) + " of " + std::to_string(numbers) + " activation " + std::to_string(activation) +
                              (gated ? " gated" : "") + (biased ? " biased" : "") + (add ? " added" : "") + (tile_output ? " tiles" : "");
@@ -441,17 +441,17 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     check(y.filled(odd), what + ": filling");
     check(y.gaps_untouched(), what + ": wrote between rows");
 
-    // the same bits for a row alone, and from panels one by one in any order
+    // the same bits for a row alone, and from panels and halves one by one in any order
     Matrix again(before);
-    for (int64_t p = w.c.count() - 1; p >= 0; p--) linear(feed.job(w, again.rows, numbers, activation, add), p, p + 1, scratch.data());
-    check(again.memory == y.memory, what + ": panel by panel");
+    for (int64_t i = pieces(w.c) - 1; i >= 0; i--) linear(feed.job(w, again.rows, numbers, activation, add), i, i + 1, scratch.data());
+    check(again.memory == y.memory, what + ": piece by piece");
     const int64_t r = dice.below(rows);
     Matrix one(1, ins, numbers, false), its(1, y.rows.cols, y_kind, tile_output);
     std::memcpy(one.memory.data(), x.rows.at(r, 0), one.memory.size());
     if (add) std::memcpy(its.memory.data(), before.rows.at(r, 0), its.memory.size());
     const Feed alone(w, one);
     vector<float> small(PANEL);
-    linear(alone.job(w, its.rows, numbers, activation, add), 0, w.c.count(), small.data());
+    linear(alone.job(w, its.rows, numbers, activation, add), 0, pieces(w.c), small.data());
     check(its.same_row(0, y, r), what + ": row alone");
 
     if (gated || add || activation != NONE || tiles) return;
@@ -572,8 +572,8 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
     const int32_t shift = w.kind == I8 ? SHIFT : 0;
     w.group = group, w.outliers = int32_t(columns.size()), w.columns = columns.data();
     vector<float> scale(rows, NOT_A_NUMBER), outliers(rows * w.outliers, NOT_A_NUMBER);
-    vector<int32_t> sums(rows * groups, -1);
-    quantize(x.rows, w, codes.rows, scale.data(), shift ? nullptr : sums.data(), outliers.data(), 0, rows);
+    vector<int32_t> starts(rows * groups, -1);
+    quantize(x.rows, w, codes.rows, scale.data(), shift ? nullptr : starts.data(), outliers.data(), 0, rows);
     Matrix without(x);  // codes are made of what is left
     for (int64_t r = 0; r < rows; r++)
         for (const int32_t c : columns) put_number(without.rows.at(r, c), kind, 0);
@@ -587,7 +587,7 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
         for (int64_t g = 0; g < groups && !shift; g++) {
             int32_t sum = 0;
             for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(without.at(r, c) * inverse));
-            good &= sums[r * groups + g] == sum;
+            good &= starts[r * groups + g] == -8 * sum;
         }
         for (int64_t c = 0; c < end; c++) {
             const int8_t found = int8_t(*codes.rows.at(r, c) - shift);
