@@ -107,6 +107,8 @@ class DecodeOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InvalidInput(f"{name} = {getattr(self, name)}: must be {low} or more")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidInput(f"timeout = {self.timeout}: seconds, more than 0, are needed")
         if not self.rows or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
             raise InvalidInput(f"rows = {','.join(map(str, self.rows))}: ascending numbers, 1 or more, are needed")
         for name in self.against:

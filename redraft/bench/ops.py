@@ -44,6 +44,7 @@ COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
 COPIES = 1024  # at most, because many copies of a tiny weight take too long
 SAMPLE = 0.03  # seconds that one measurement takes at least
 PAGE = 32
+MOST = 1 << 20  # rows or tokens
 SMALL = 32  # inputs and outputs of a matrix that takes no time, to measure a call
 CALL = f"a call, {SMALL} to {SMALL}"
 ATTENDED = (1, 2, 4, 8, 16, 32, 512)  # rows of one sequence that attention is measured for
@@ -72,9 +73,9 @@ class OpsOptions:
                 raise registry.unknown("backend", name, registry.BACKENDS)
         if self.dtype not in limits.KINDS:
             raise InvalidInput(f"dtype = {self.dtype!r}: allowed are {', '.join(limits.KINDS)}")
-        for name, values, low in (("rows", self.rows, 1), ("cached", self.cached, 1)):
-            if any(value < low for value in values) or not values:
-                raise InvalidInput(f"{name} = {','.join(map(str, values))}: numbers of {low} or more are needed")
+        for name, values, low in (("rows", self.rows, 1), ("cached", self.cached, 1), ("shared", (self.shared,), 0)):
+            if any(not low <= value <= MOST for value in values) or not values:
+                raise InvalidInput(f"{name} = {','.join(map(str, values))}: numbers from {low} to {MOST} are needed")
         for name, value in (("rounds", self.rounds), ("threads", self.threads)):
             if value < 1:
                 raise InvalidInput(f"{name} = {value}: must be 1 or more")

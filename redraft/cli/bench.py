@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WIDTH = 140  # columns of the tables if stdout is not a terminal
 
-bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure what a policy costs and what it saves.")
+bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure cache policies, decoding, single operations, or a server under load.")
 
 
 SHAPE = typer.Argument(

@@ -69,6 +69,8 @@ def compare(
     params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     drafts = tuple(draft or (every if against is None else ["auto"]))
     chosen = suite.load(prompts, category or None, limit, turns=turns, chat=chat)
+    if warm_limit is not None and warm_limit < 1:
+        raise InvalidInput(f"warm_limit = {warm_limit}: must be 1 or more")
     lessons = () if warm is None else tuple(suite.load(warm, limit=warm_limit, turns=turns, chat=chat, without=chosen))
     options = bench.CompareOptions(drafts, params, rounds, batch, lenient=not draft, bound=bound, warm=lessons)
     peers = None if against is None else engines.Against(names(against), assistant, gguf, engine)

@@ -17,6 +17,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 ROWS = 128
 """The largest number of rows with a time of its own. More rows cost as the last ones do."""
@@ -50,12 +52,13 @@ ONE = Sizes()
 
 class CostModel:
     """shape: relative times at KNOTS; sizes: of the model; path: the file that keeps it, None for none. `calibrated`: whether the shape
-    was measured on this machine."""
+    was measured on this machine; rounds: times of steps, (rows, cached tokens) -> seconds, measured one after another."""
 
     def __init__(self, shape: Seq[float] = STEEP, sizes: Sizes = ONE, path: Path | None = None) -> None:
         self.sizes, self.path = sizes, path
         self.unit: float | None = None  # seconds of one row, None before the first step
         self.calibrated = False
+        self.rounds: list[dict[tuple[int, int], float]] = []
         self.text = TEXT
         self._seen = [0] * len(KNOTS)
         self._set(shape)
@@ -115,6 +118,15 @@ class CostModel:
             if 0 <= place < len(KNOTS) - 1:
                 self._between(place)
 
+    def add_round(self, times: dict[tuple[int, int], float]) -> None:
+        """Calibrates with the medians of all rounds, and saves them, so that a later process goes on with the next round. Medians are of
+        ratios within a round: other programs disturb all sizes alike."""
+        self.rounds.append(times)
+        own = [one for one in self.rounds if times.keys() <= one.keys()]
+        unit = median(one[1, 0] for one in own)
+        self.calibrate({size: unit * median(one[size] / one[1, 0] for one in own) for size in times})
+        self.save()
+
     def calibrate(self, times: dict[tuple[int, int], float]) -> None:
         """Replaces what follows from the prior by measured times: (rows, cached tokens) -> seconds. One row without cached tokens is
         needed. Other knots keep their prior, times the factors of the nearest measured ones. More rows never take less time. Attention is
@@ -145,7 +157,8 @@ class CostModel:
         """Writes it, or does nothing if the place cannot be written: the next process then measures again."""
         if self.path is None:
             return
-        value = {"rows": KNOTS, "shape": self.shape, "unit": self.unit, "token": self.token, "cell": self.cell}
+        value: dict[str, Any] = {"rows": KNOTS, "shape": self.shape, "unit": self.unit, "token": self.token, "cell": self.cell}
+        value["rounds"] = [[[*size, seconds] for size, seconds in one.items()] for one in self.rounds]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(f".{os.getpid()}")
@@ -164,8 +177,11 @@ class CostModel:
                 return
             if not (0 <= token < 1 and 0 <= cell < 1):
                 return
-        except (OSError, ValueError, TypeError, KeyError):
+            rounds = [{(int(rows), int(cached)): float(seconds) for rows, cached, seconds in one} for one in value["rounds"]]
+            if not all((1, 0) in one and all(0 < seconds < math.inf for seconds in one.values()) for one in rounds):
+                return
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return
         self._set(shape)
         self._seen = [MEASURED] * len(KNOTS)
-        self.unit, self.token, self.cell, self.calibrated = unit, token, cell, True
+        self.unit, self.token, self.cell, self.rounds, self.calibrated = unit, token, cell, rounds, True

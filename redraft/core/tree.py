@@ -127,6 +127,8 @@ class TokenTree:
             raise ValueError(f"a node does not come after its parent: {parents}")
         if len(set(zip(parents, tokens, strict=True))) < n:
             raise ValueError("two siblings with the same token")
+        if self.scores is not None and not (self.scores.shape == (n,) and self.scores.min() >= 0 and self.scores.max() <= 1.001):
+            raise ValueError(f"scores must be {n} probabilities: {self.scores.tolist()}")
         if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
             raise ValueError(f"draws must contain each of the {n} nodes at least once and nothing else: {self.draws.tolist()}")
         if self.distributions is None and any(self.kinds.tolist()):

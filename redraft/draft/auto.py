@@ -67,8 +67,9 @@ class Auto:
 
     def open(self, runner: Any, sampler: Any) -> Planner:
         made = self.made()
-        if runner.draft_model is not None and DRAFT_MODEL in registry.METHODS["draft"]:
-            made.setdefault(DRAFT_MODEL, registry.create("draft", DRAFT_MODEL))
+        known = {registry.parse(text)[0] for text in made}
+        if runner.draft_model is not None and DRAFT_MODEL in registry.METHODS["draft"] and DRAFT_MODEL not in known:
+            made[DRAFT_MODEL] = registry.create("draft", DRAFT_MODEL)
         opened = {name: part.open(runner, sampler) for name, part in made.items()}
         if not sampler.exact:  # a merged tree has fixed children, which is only right for sampled ones if the noise is the target's
             opened = {name: part for name, part in opened.items() if part.kinds <= {Kind.FIXED}}
@@ -105,7 +106,8 @@ def cost_of(runner: Any) -> CostModel:
         machine(),
         kernels(),
     )
-    path = folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
+    place = folder()
+    path = place and place / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
     return CostModel(FLAT if flat else STEEP, sizes, path)
 
 
@@ -115,9 +117,12 @@ def kernels() -> str:
     return hashlib.sha256(library.PATH.read_bytes()).hexdigest() if library.PATH.exists() else ""
 
 
-def folder() -> Path:
-    """Where measured times are kept: $XDG_CACHE_HOME/redraft/cost, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redraft" / "cost"
+def folder() -> Path | None:
+    """Where measured times are kept: $XDG_CACHE_HOME/redraft/cost, by default in ~/.cache. None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redraft" / "cost"
+    except RuntimeError:
+        return None
 
 
 def machine() -> str:

@@ -180,9 +180,8 @@ class CompiledPlanner(Planner):
         for part, source in self.trees.items():
             if state.active >> part & 1 and (place := source.start(seq)) is not None:
                 tree, buckets = place[0].tree, place[0].buckets
-                self.c.rd_give(
-                    self.planner, state.text, part, tree.parents.ctypes.data, tree.tokens.ctypes.data, buckets.ctypes.data, len(tree)
-                )
+                parents, own = np.ascontiguousarray(tree.parents), np.ascontiguousarray(tree.tokens)  # a drafter may return views
+                self.c.rd_give(self.planner, state.text, part, parents.ctypes.data, own.ctypes.data, buckets.ctypes.data, len(tree))
 
     def _learn(self, result: StepResult, prices: Prices | None) -> None:
         states: list[State] = []

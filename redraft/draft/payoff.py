@@ -1,7 +1,8 @@
-"""Whether drafts pay for a request: the time that each drafter's kept tokens saved, against the time that its nodes took.
+"""Whether drafts pay for a request: the time that each drafter's kept tokens saved, less the time that its nodes and its drafting took.
 
-A drafter that lost more than it saved is stopped, tried again after a pause, and the pause doubles whenever it loses again. So a request
-loses the time of a few steps at most, also where the cost model or the probabilities are wrong.
+A drafter whose balance falls below a small debt is stopped, tried again after a pause, and the pause doubles whenever it loses again. What
+it gained before counts only up to a limit. So a request loses the time of a few steps at most, also where the cost model or the
+probabilities are wrong, and where nothing is drafted but looking for drafts takes time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import NamedTuple
 
 from redraft.core.tree import TokenTree
 
-PATIENCE = 0.5  # plain steps' time that a drafter may lose before it is stopped
+PATIENCE = 0.5  # plain steps' time that a drafter may owe before it is stopped
+CREDIT = 8.0  # plain steps' time that its gains count at most; a drafter with so much starts again with short pauses
 PAUSE, LONGEST_PAUSE = 16, 256  # steps
-MEMORY = 0.97  # of the sums, from step to step
 
 
 class Prices(NamedTuple):
@@ -29,8 +30,7 @@ class Payoff:
     """drafters: how many there are. Times in seconds."""
 
     def __init__(self, drafters: int) -> None:
-        self.saved = [0.0] * drafters
-        self.spent = [0.0] * drafters
+        self.balance = [0.0] * drafters
         self.pause = [PAUSE] * drafters
         self.left = [0] * drafters  # steps until a stopped drafter is tried again
         self._active = tuple(range(drafters))
@@ -46,20 +46,22 @@ class Payoff:
     def add(self, tree: TokenTree, path: Seq[int], prices: Prices) -> None:
         """One step."""
         token, node, drafting = prices
+        lost = []
         if self._active:
             share = drafting / len(self._active)
             for i in self._active:
-                self.saved[i] *= MEMORY
-                self.spent[i] = self.spent[i] * MEMORY + share
+                self.balance[i] -= share
             if len(tree):
                 origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
                 for origin in origins:
-                    self.spent[origin] += node
+                    self.balance[origin] -= node
                 for kept in path:
-                    self.saved[origins[kept]] += token
-            lost = [i for i in self._active if self.spent[i] - self.saved[i] > PATIENCE * token]
-        else:
-            lost = []
+                    self.balance[origins[kept]] += token
+            for i in self._active:
+                if self.balance[i] < -PATIENCE * token:
+                    lost.append(i)
+                elif self.balance[i] >= CREDIT * token:
+                    self.balance[i], self.pause[i] = CREDIT * token, PAUSE
         if lost or len(self._active) < len(self.left):
             self._turn(lost)
 
@@ -69,7 +71,7 @@ class Payoff:
             if i in lost:
                 self.left[i] = self.pause[i]
                 self.pause[i] = min(2 * self.pause[i], LONGEST_PAUSE)
-                self.saved[i] = self.spent[i] = 0.0
+                self.balance[i] = 0.0
             elif left:
                 self.left[i] = left - 1
         self._active = tuple(i for i, left in enumerate(self.left) if not left)

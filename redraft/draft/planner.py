@@ -19,8 +19,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from heapq import heappop, heappush
 from itertools import count
-from operator import truediv
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -99,7 +97,8 @@ class Planner(Wrapper):
         self.kinds = frozenset({Kind.FIXED})
         self._began = self._spent = self._observed = 0.0  # when the step began, and the time that drafting and learning took
         self._order = count()
-        self._measured: dict[tuple[int, int], list[float]] = {size: [] for size in MEASURED}
+        self._left = list(MEASURED)  # sizes that this round has not timed yet
+        self._round: dict[tuple[int, int], float] = {}
 
     # ---- a request
 
@@ -258,22 +257,19 @@ class Planner(Wrapper):
                 states.payoff.add(tree, accepted.path, prices)
 
     def idle(self, seconds: Seconds) -> bool:
-        """Times one step, until the cost model is calibrated. Begins only after a first reply."""
-        if self.cost.calibrated or self.cost.unit is None or not self.timed:
+        """Times one step, until the cost model has seen ROUNDS rounds. Begins only after a first reply. A round counts at once."""
+        cost = self.cost
+        if len(cost.rounds) >= ROUNDS or cost.unit is None or not self.timed:
             return super().idle(seconds)
-        size = min(self._measured, key=lambda size: len(self._measured[size]))
-        if (found := seconds(*size)) is None and size != MEASURED[0]:
-            del self._measured[size]
-        elif found is None:
+        size = self._left.pop(0)
+        if (found := seconds(*size)) is not None:
+            self._round[size] = found
+        elif size == MEASURED[0]:
+            self._left.insert(0, size)
             return super().idle(seconds)  # not even one row fits now
-        else:
-            self._measured[size].append(found)
-        if min(map(len, self._measured.values())) == ROUNDS:
-            ones = self._measured[MEASURED[0]]  # ratios within a round: other programs disturb all sizes alike
-            ratios = {size: median(map(truediv, times, ones)) for size, times in self._measured.items()}
-            self.cost.calibrate({size: ratio * median(ones) for size, ratio in ratios.items()})
-            self.cost.save()
-            self._measured = {}
+        if not self._left:
+            cost.add_round(self._round)
+            self._left, self._round = list(MEASURED), {}
         return True
 
     # ---- what it learned

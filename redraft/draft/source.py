@@ -106,7 +106,7 @@ class _Children:
                 bucket = SCORES + WIDTHS * min(depth - 1, DEPTHS - 1) + min(len(own), WIDTHS - 1)
             else:
                 above = scores[parent] if parent >= 0 else 1.0
-                bucket = min(SCORES - 1, int(SCORES * scores[node] / max(above, 1e-9)))
+                bucket = max(0, min(SCORES - 1, int(SCORES * scores[node] / max(above, 1e-9))))
             own.append((token, bucket))
             self.buckets[node] = bucket
 

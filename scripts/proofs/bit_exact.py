@@ -53,7 +53,7 @@ POLICIES: dict[str, dict[str, str]] = {
 }
 NEAR = "int8"  # the only policy that may change nothing
 SHARED = "plain", "streaming-llm", "layer-skip"  # whose requests find prefixes in the cache; those of others have page formats
-ALONE = ("none", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec")
+ALONE = "none", "auto", "suffix", "ngram", "token-recycling", "copyspec", "aded", "self-skip:skip=1", "union:parts=token-recycling+copyspec"
 WITH_A_SECOND_MODEL = ("draft-model", "rsd-c", "rsd-s", "dyspec", "spectr", "optimal-multi-draft")
 # Most conditions are wide batches in large chunks on one thread, because these cost least for each token.
 BATCHES = 1, 2, 3, 5, 8, *[16] * 7

@@ -368,6 +368,7 @@ def test_own_engines() -> None:
         ({"isa": "avx"}, "isa = 'avx': did you mean 'avx"),
         ({"rows": (4, 1)}, "rows = 4,1: ascending numbers"),
         ({"rounds": 0}, "rounds = 0: must be 1 or more"),
+        ({"timeout": float("nan")}, "timeout = nan: seconds, more than 0"),
     ],
 )
 def test_what_is_asked_wrongly_is_reported_before_anything_runs(options: dict[str, Any], reported: str) -> None:

@@ -196,7 +196,9 @@ def test_progress_is_reported_where_no_terminal_reads_it_and_so_is_ctrl_c(
         ({"backends": ("torhc",)}, "no backend 'torhc': did you mean 'torch'"),
         ({"quants": ("int9",)}, "no quant method 'int9': did you mean 'int"),
         ({"dtype": "float16"}, "dtype = 'float16': allowed are"),
-        ({"rows": (0,)}, "rows = 0: numbers of 1 or more"),
+        ({"rows": (0,)}, "rows = 0: numbers from 1 to"),
+        ({"cached": (1 << 40,)}, "cached = 1099511627776: numbers from 1 to"),
+        ({"shared": -1}, "shared = -1: numbers from 0 to"),
         ({"rounds": 0}, "rounds = 0: must be 1 or more"),
     ],
 )

@@ -123,6 +123,8 @@ def test_categories(mixed: Path) -> None:
     ("line", "message"),
     [
         ("{", r"p.jsonl:2: not JSON \(.*\)$"),
+        ("[" * 100_000, r"p.jsonl:2: not JSON that can be read"),
+        ('{"prompt": "a", "reference": ' + "1" * 5000 + "}", r"p.jsonl:2: not JSON that can be read"),
         ("[1]", r"p.jsonl:2: \[1\] is not an object$"),
         ({"promt": "x"}, r"p.jsonl:2: unknown key 'promt'; did you mean 'prompt'\?$"),
         ({"id": "b"}, r"p.jsonl:2: has no prompt; exactly one of prompt, messages, turns is needed$"),

@@ -67,7 +67,8 @@ def test_it_is_kept_and_a_bad_file_counts_as_absent(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     bad = [
         "", "[]", "{", json.dumps({**good, "rows": [1]}), json.dumps({**good, "unit": 0}), json.dumps({**good, "unit": None}),
-        json.dumps({**good, "cell": -1}),
+        json.dumps({**good, "cell": -1}), json.dumps({**good, "rounds": [[[8, 0, 1.0]]]}), json.dumps({**good, "rounds": [[[1, 0]]]}),
+        "[" * 100_000, json.dumps({**good, "unit": 0}).replace('"unit": 0', '"unit": ' + "9" * 400),
         json.dumps({**good, "shape": [*good["shape"][1:], float("nan")]}), json.dumps({**good, "shape": "x"}),
     ]  # fmt: skip
     for text in bad:
@@ -75,6 +76,20 @@ def test_it_is_kept_and_a_bad_file_counts_as_absent(tmp_path: Path) -> None:
         cost = CostModel(FLAT, path=path)
         assert not cost.calibrated and cost.shape == list(FLAT) and cost.unit is None, text
     CostModel(path=Path("/proc/nowhere/cost.json")).save()  # a place that cannot be written is no error
+
+
+def test_rounds_count_at_once_and_a_later_process_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    first = CostModel(STEEP, path=path)
+    first.add_round({(1, 0): 0.01, (8, 0): 0.05})
+    assert first.calibrated and first.relative(8) == pytest.approx(5)
+    later = CostModel(STEEP, path=path)
+    assert later.rounds == first.rounds and later.relative(8) == pytest.approx(5)
+    later.add_round({(1, 0): 0.02, (8, 0): 0.04})
+    later.add_round({(1, 0): 0.02, (8, 0): 0.06})
+    assert later.relative(8) == pytest.approx(3), "the median of the ratios 5, 2 and 3"
+    later.add_round({(1, 0): 0.01})
+    assert len(CostModel(path=path).rounds) == 4, "a round with fewer sizes counts too"
 
 
 def test_attention_is_measured_too() -> None:

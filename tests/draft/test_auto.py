@@ -73,6 +73,20 @@ def test_it_measures_after_a_reply_and_keeps_the_times(folder: str) -> None:
     assert not opened(other).cost.calibrated, "other weights have other times"
 
 
+def test_a_user_without_a_home_keeps_no_times(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", none)
+    assert opened(LLM(folder, draft="auto", cache_memory=1 << 20)).cost.path is None
+
+
+def test_a_draft_model_that_is_a_part_drafts_once(folder: str) -> None:
+    llm = LLM(folder, draft="auto:parts=(draft-model:length=3)+suffix", draft_model=folder, cache_memory=1 << 20)
+    assert list(opened(llm).names) == ["draft-model:length=3", "suffix"]
+
+
 def test_a_draft_model_joins_the_parts(folder: str) -> None:
     llm = LLM(folder, draft="auto", draft_model=folder, cache_memory=1 << 20)
     assert list(opened(llm).names) == ["suffix", "ngram", "token-recycling", "draft-model"]

@@ -36,14 +36,15 @@ class Table(Recycler):
 
 
 class Chains(Stateless):
-    """Proposes trees, has no compiled form."""
+    """Proposes trees, has no compiled form. The arrays are columns of another one."""
 
     def propose(self, seqs: Any, budgets: Any) -> list[TokenTree]:
-        last = [seq.tokens[-1] for seq in seqs]
-        return [
-            TokenTree.build([t, (t + 1) % VOCAB, 7], [-1, 0, 0], vocab=VOCAB, rows=3, depth=2) if t % 3 else TokenTree.chain(())
-            for t in last
-        ]
+        return [self._tree(seq.tokens[-1]) for seq in seqs]
+
+    def _tree(self, t: int) -> TokenTree:
+        tree = TokenTree.build([t, (t + 1) % VOCAB, 7], [-1, 0, 0], vocab=VOCAB, rows=3, depth=2) if t % 3 else TokenTree.chain(())
+        both = np.stack([tree.tokens, tree.parents], 1)
+        return TokenTree(both[:, 0], both[:, 1], tree.kinds)
 
 
 def parts(kinds: str) -> list[OpenDrafter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.draft.payoff import LONGEST_PAUSE, PATIENCE, PAUSE, Payoff, Prices
+from redraft.draft.payoff import CREDIT, LONGEST_PAUSE, PATIENCE, PAUSE, Payoff, Prices
 
 TOKEN = 1.0  # the time of a plain step
 
@@ -37,13 +37,30 @@ def test_a_drafter_that_loses_is_stopped_and_its_pauses_double() -> None:
     assert lost < 0.01 * 5000 * TOKEN + 6, "it loses a few steps at first, then a percent"
 
 
-def test_drafting_time_counts_even_if_nothing_is_drafted() -> None:
+def test_drafting_time_counts_even_if_it_is_small_and_nothing_is_drafted() -> None:
+    payoff = Payoff(2)
+    lost = 0.0
+    for _ in range(100_000):
+        lost += 0.01 if payoff.active() else 0.0
+        payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.01 if payoff.active() else 0.0))
+    assert lost < 0.006 * 100_000, "it stops after 100 steps for 256"
+
+
+def test_gains_count_up_to_a_limit_and_shorten_the_pauses() -> None:
     payoff = Payoff(1)
-    steps = 0
-    while payoff.active():
-        payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.05))
-        steps += 1
-    assert PATIENCE / 0.05 < steps < 3 * PATIENCE / 0.05
+    for length in (PAUSE, 2 * PAUSE, PAUSE):
+        if length == PAUSE:  # in the second round it gained nothing
+            for _ in range(1000):
+                payoff.add(drafted(0), (0,), Prices(TOKEN, 0.3, 0.0))
+        steps = 0
+        while payoff.active():
+            payoff.add(drafted(0), (), Prices(TOKEN, 0.3, 0.0))
+            steps += 1
+        assert steps <= (CREDIT + PATIENCE) / 0.3 + 2
+        while not payoff.active():
+            payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.0))
+            length -= 1
+        assert length == 0
 
 
 def test_it_comes_back_if_it_pays_again() -> None:

@@ -26,8 +26,9 @@ KNOWN = {(name, 0): text for name, text in TEXTS.items()}
 CULPRIT = "2"
 
 
-def wrong(tokens: Seq[int], parents: Seq[int], kind: Kind = Kind.FIXED) -> TokenTree:
-    return TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), np.full(len(tokens) + 1, kind, np.uint8))
+def wrong(tokens: Seq[int], parents: Seq[int], kind: Kind = Kind.FIXED, scores: Seq[float] | None = None) -> TokenTree:
+    kinds, chances = np.full(len(tokens) + 1, kind, np.uint8), None if scores is None else np.array(scores, np.float32)
+    return TokenTree(np.array(tokens, np.int32), np.array(parents, np.int32), kinds, scores=chances)
 
 
 ABSURD: dict[str, Any] = {
@@ -40,6 +41,9 @@ ABSURD: dict[str, Any] = {
     "equal siblings": wrong([4, 4], [-1, -1]),
     "too deep": wrong([1] * 60, range(-1, 59)),
     "sampled children undeclared": wrong([1], [-1], Kind.IID),
+    "log-probabilities": wrong([1, 2], [-1, 0], scores=[-0.1, -2.0]),
+    "a score that is no number": wrong([1], [-1], scores=[float("nan")]),
+    "a score too many": wrong([1], [-1], scores=[0.5, 0.5]),
     "no tree": None,
     "arrays of other lengths": TokenTree(np.array([1, 2], np.int32), np.array([-1], np.int32), np.zeros(3, np.uint8)),
     "no integers": TokenTree(np.array([1.5]), np.array([-1], np.int32), np.zeros(2, np.uint8)),  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ constexpr int AHEAD = 48, FIXED_NODES = 4;
 constexpr double MOOD_RATE = 0.1, LARGEST_MOOD = 3.0;
 constexpr int DEPTHS = 8, MOST = 1000;  // acceptance.py
 constexpr double SURE = 0.01;
-constexpr double PATIENCE = 0.5, MEMORY = 0.97;  // payoff.py
+constexpr double PATIENCE = 0.5, CREDIT = 8.0;  // payoff.py
 constexpr int PAUSE = 16, LONGEST_PAUSE = 256;
 
 std::array<double, AHEAD + 1> further() {
@@ -54,7 +54,7 @@ struct Node {
 };
 
 struct Payoff {
-    std::array<double, MOST_PARTS> saved{}, spent{};
+    std::array<double, MOST_PARTS> balance{};
     std::array<int, MOST_PARTS> pause{}, left{};
 };
 
@@ -190,17 +190,20 @@ class Planner {
         if (text.active) {
             const double share = drafting / __builtin_popcount(text.active);
             for (int i = 0; i < parts; i++)
-                if (text.active >> i & 1) payoff.saved[i] *= MEMORY, payoff.spent[i] = payoff.spent[i] * MEMORY + share;
-            for (int i = 0; i < drafted; i++) payoff.spent[text.origins[i]] += node;
-            for (int i = 0; i < kept; i++) payoff.saved[text.origins[path[i]]] += token;
-            for (int i = 0; i < parts; i++)
-                if (text.active >> i & 1 && payoff.spent[i] - payoff.saved[i] > PATIENCE * token) lost |= 1u << i;
+                if (text.active >> i & 1) payoff.balance[i] -= share;
+            for (int i = 0; i < drafted; i++) payoff.balance[text.origins[i]] -= node;
+            for (int i = 0; i < kept; i++) payoff.balance[text.origins[path[i]]] += token;
+            for (int i = 0; i < parts; i++) {
+                if (!(text.active >> i & 1)) continue;
+                if (payoff.balance[i] < -PATIENCE * token) lost |= 1u << i;
+                else if (payoff.balance[i] >= CREDIT * token) payoff.balance[i] = CREDIT * token, payoff.pause[i] = PAUSE;
+            }
         }
         for (int i = 0; i < parts; i++) {
             if (lost >> i & 1) {
                 payoff.left[i] = payoff.pause[i];
                 payoff.pause[i] = std::min(2 * payoff.pause[i], LONGEST_PAUSE);
-                payoff.saved[i] = payoff.spent[i] = 0;
+                payoff.balance[i] = 0;
             } else if (payoff.left[i]) {
                 payoff.left[i]--;
             }

@@ -121,7 +121,7 @@ class _Keys:
         for name, value in self.found.fields.items():
             key = name.removeprefix(start)
             if name.startswith(start) and key not in _UNDERSTOOD and not (isinstance(value, (bool, int, float)) and not value):
-                raise Unsupported(f"{self.found.path}: metadata {name} = {shown(value)}")
+                raise Unsupported(f"{self.found.path}: metadata {name if name.isprintable() else shown(name)} = {shown(value)}")
         if not self.get("attention.causal", True):
             raise Unsupported(f"{self.found.path}: metadata {start}attention.causal = False")
 

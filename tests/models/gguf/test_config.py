@@ -115,6 +115,7 @@ def test_experts_and_biases_are_checked(name: str, folder: Path) -> None:
 
 # what is wrong -> (metadata, the error, what it names)
 WRONG: dict[str, tuple[dict[str, Any], type[RedraftError], str]] = {
+    "a damaged key": ({"embed\x1bing": 32}, Unsupported, r"metadata 'llama.embed\\x1bing' = 32"),
     "a soft cap": ({"attn_logit_softcapping": 30.0}, Unsupported, r"metadata llama.attn_logit_softcapping = 30.0"),
     "an unknown key": ({"attention__sliding_window": 9}, Unsupported, r"llama.attention.sliding_window = 9"),
     "not causal": ({"attention__causal": False}, Unsupported, r"llama.attention.causal = False"),
