@@ -18,17 +18,17 @@ void barrier();               // inside a job: returns when all workers have arr
 void run(const std::function<void(int worker, int workers)>& job);
 
 // Chooses whether a repeated job runs on all workers or on the caller alone. The caller alone is faster for small jobs, and when other
-// processes use the processors so that every barrier waits. The other way is tried soon after a change, then more and more rarely, since
-// a try on one of many processors is expensive. Results do not depend on it.
+// processes use the processors so that every barrier waits. The other way is tried soon after a change, and then so rarely that what the
+// tries cost stays below a percent. Results do not depend on it.
 class Pace {
 public:
     bool alone();
     void note(bool alone, double seconds);
 
 private:
-    static constexpr int64_t SOON = 4, ALONE = 64, LATE = 4096;  // calls until the other way is tried; at most, alone and on all workers
-    double took_[2] = {0, 0};  // seconds on all workers, and alone: the best so far, moved towards later times
-    int64_t calls_ = 0, wait_ = SOON, left_ = SOON;
+    static constexpr int64_t TRY = 128, SOON = 8, LATE = 4096;  // calls until the other way is tried: by its extra time, at least, at most
+    double took_[2] = {0, 0};  // seconds on all workers, and alone: of the better way the best so far, moved towards later times; else the last
+    int64_t calls_ = 0, left_ = SOON;
     bool better_ = false;  // alone
 };
 void run(const std::function<void(int worker, int workers)>& job, Pace& pace);
