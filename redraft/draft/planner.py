@@ -97,6 +97,7 @@ class Planner(Wrapper):
         self.kinds = frozenset({Kind.FIXED})
         self._began = self._spent = self._observed = 0.0  # when the step began, and the time that drafting and learning took
         self._order = count()
+        self._stepped = False  # whether a step was made: a kept cost model knows times before
         self._left = list(MEASURED)  # sizes that this round has not timed yet
         self._round: dict[tuple[int, int], float] = {}
 
@@ -237,6 +238,7 @@ class Planner(Wrapper):
         cached = sum([work.seq.stored for work in result.work]) - texts
         cost = self.cost
         cost.observe(rows, cached, texts, began - self._began - self._spent)
+        self._stepped = True
         plain = cost.seconds(texts, cached, texts) or 0.0
         full = cost.seconds(rows, cached, texts) or 0.0
         return Prices(plain / texts, (full - plain) / drafted if drafted else 0.0, (self._spent + self._observed) / texts)
@@ -259,7 +261,7 @@ class Planner(Wrapper):
     def idle(self, seconds: Seconds) -> bool:
         """Times one step, until the cost model has seen ROUNDS rounds. Begins only after a first reply. A round counts at once."""
         cost = self.cost
-        if len(cost.rounds) >= ROUNDS or cost.unit is None or not self.timed:
+        if len(cost.rounds) >= ROUNDS or not self._stepped or not self.timed:
             return super().idle(seconds)
         size = self._left.pop(0)
         if (found := seconds(*size)) is not None:

@@ -111,7 +111,7 @@ def test_a_short_context_is_calibrated_with_what_fits(folder: str) -> None:
 def test_a_full_memory_puts_the_calibration_off(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(folder, draft="auto", cache_memory=1 << 20)
     llm.sibling(draft="none").generate("abc", max_tokens=2)
-    opened(llm).cost.unit = 0.01
+    opened(llm).cost.unit, opened(llm)._stepped = 0.01, True
     with monkeypatch.context() as full:
         full.setattr(llm.engine.memory, "available", lambda: 0)
         llm.calibrate()

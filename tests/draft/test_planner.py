@@ -177,3 +177,9 @@ def test_calibration_waits_for_a_first_reply_and_ends() -> None:
     while found.idle(seconds):
         assert len(asked) <= ROUNDS * len(MEASURED)
     assert sorted(asked) == sorted(ROUNDS * MEASURED) and found.cost.relative(8) == pytest.approx(8)
+
+
+def test_a_later_process_measures_on_but_not_before_a_step() -> None:
+    found = planner((0.5,), 0.1)
+    found.cost.add_round({(1, 0): 0.01, (8, 0): 0.02})
+    assert not found.idle(lambda rows, cached: 1 / 0), "the file knew a time, but this process has made no step"

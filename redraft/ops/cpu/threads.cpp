@@ -65,31 +65,40 @@ private:
 #endif
 };
 
-// Where the workers of a job run. The kernel may wake a worker on the processor of another and leave it there, because both sleep often;
-// every job then takes twice as long. Such a worker moves to a processor that no other uses; afterwards the kernel is free again.
+// The processors that the workers of a job run on. The kernel may wake a worker on the processor of another and leave it there, because
+// both sleep often; every job then takes twice as long. Such a worker moves to a processor that no other uses; afterwards the kernel is
+// free again.
 struct Places {
-    std::array<std::atomic<int>, 256> at{};
+    std::array<std::atomic<int>, 256> at;
+
+    Places() {
+        for (auto& one : at) one.store(-1, std::memory_order_relaxed);  // unknown
+    }
 
 #ifdef __linux__
-    void arrive(int worker, int workers) {
-        if (workers > int(at.size())) return;
-        const int own = sched_getcpu();
-        at[worker].store(own, std::memory_order_relaxed);
+    void here(int worker) {
+        if (worker < int(at.size())) at[worker].store(sched_getcpu(), std::memory_order_relaxed);
+    }
+
+    void leave_others(int worker, int workers) {
+        here(worker);
+        const int own = sched_getcpu(), known = std::min(workers, int(at.size()));
         bool taken = false;
-        for (int i = 0; i < workers; i++) taken |= i != worker && at[i].load(std::memory_order_relaxed) == own;
+        for (int i = 0; i < known; i++) taken |= i != worker && at[i].load(std::memory_order_relaxed) == own;
         cpu_set_t allowed, free;
         if (!taken || sched_getaffinity(0, sizeof allowed, &allowed)) return;
         free = allowed;
-        for (int i = 0; i < workers; i++) {
+        for (int i = 0; i < known; i++) {
             const int used = at[i].load(std::memory_order_relaxed);
             if (used >= 0 && used < CPU_SETSIZE) CPU_CLR(used, &free);
         }
         if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof free, &free)) return;
         sched_setaffinity(0, sizeof allowed, &allowed);
-        at[worker].store(sched_getcpu(), std::memory_order_relaxed);
+        here(worker);
     }
 #else
-    void arrive(int, int) {}
+    void here(int) {}
+    void leave_others(int, int) {}
 #endif
 };
 
@@ -110,7 +119,7 @@ struct Workers {
         for (;;) {
             start.wait(seen++, BETWEEN);
             if (ending) return;
-            places.arrive(worker, count);
+            places.leave_others(worker, count);
             (*job)(worker, count);
             if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.open();
         }
@@ -139,7 +148,7 @@ struct Workers {
             return;
         }
         job = &one;
-        places.arrive(0, count);
+        places.here(0);  // the others move, which sleep more
         left.store(count, std::memory_order_relaxed);
         const uint32_t done = finished.at.load(std::memory_order_relaxed);
         start.open();
@@ -155,7 +164,7 @@ struct Workers {
             arrived.store(0, std::memory_order_relaxed);
             crossed.open();
         } else {
-            if (crossed.wait(now, WITHIN)) places.arrive(self, count);
+            if (crossed.wait(now, WITHIN)) places.leave_others(self, count);
         }
     }
 };

@@ -26,8 +26,8 @@ public:
     void note(bool alone, double seconds);
 
 private:
-    static constexpr int64_t TRY = 128, SOON = 8, LATE = 4096;  // calls until the other way is tried: by its extra time, at least, at most
-    double took_[2] = {0, 0};  // seconds on all workers, and alone: of the better way the best so far, moved towards later times; else the last
+    static constexpr int64_t TRY = 128, SOON = 8, LATE = 1024;  // calls until the other way is tried: by its extra time, at least, at most
+    double took_[2] = {0, 0};  // seconds on all workers, and alone: of the better way the best, moved towards later times; else the last
     int64_t calls_ = 0, left_ = SOON;
     bool better_ = false;  // alone
 };

@@ -722,6 +722,31 @@ void round_of_tests() {
 
 }  // namespace
 
+// How many of `calls` calls ran alone, if a call takes so long on all workers and alone.
+int64_t calls_alone(Pace& pace, int64_t calls, double on_all, double alone) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < calls; i++) {
+        const bool chosen = pace.alone();
+        pace.note(chosen, chosen ? alone : on_all);
+        found += chosen;
+    }
+    return found;
+}
+
+void test_pace() {
+    Pace pace;
+    calls_alone(pace, 4, 1.0, 2.0);
+    const int64_t tries = calls_alone(pace, 10000, 1.0, 2.0);
+    check(tries > 50 && tries < 100, "pace: a way that takes twice as long is tried in less than one of 100 calls");
+    for (int64_t i = 0; i < 100; i++) calls_alone(pace, 1, 1.0, 2.0);
+    const bool before = pace.alone();
+    pace.note(before, 50.0);
+    check(calls_alone(pace, 100, 1.0, 2.0) < 5, "pace: one disturbed call does not turn it over");
+    check(calls_alone(pace, 200, 9.0, 2.0) > 190, "pace: it turns over when the workers are disturbed");
+    check(calls_alone(pace, 2000, 1.0, 2.0) < 1000, "pace: and back");
+    check(calls_alone(pace, 1000, 1.0, 0.5) > 800, "pace: a small job runs alone");
+}
+
 int main(int count, char** words) {
     const uint64_t seed = count > 1 ? std::strtoull(words[1], nullptr, 10) : 1, rounds = count > 2 ? std::strtoull(words[2], nullptr, 10) : 40;
     for (uint64_t i = 0; i < rounds; i++) {
@@ -733,6 +758,7 @@ int main(int count, char** words) {
     test_linear(20, 70, 5000, I8, F32);
     test_ties();
     test_rounding();
+    test_pace();
     for (const int workers : {1, 3, 2, 4, 1}) test_threads(workers);
     test_callers(300);
     std::printf("%d passed, %d failed\n", passed, failed);
