@@ -132,7 +132,7 @@ class LLM:
         verifier = registry.create("verify", self.config.verify)
         tokenizer, spec = self.tokenizer, self.runner.spec
         sampler = Sampler(
-            spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.gumbel, tokenizer.bytes_of, verifier.exact
+            spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.draw, tokenizer.bytes_of, verifier.exact
         )
         return Engine(
             self.runner,

@@ -192,5 +192,5 @@ def _layers(spec: ModelSpec, layer: LayerSpec) -> str:
 def _engine(runner: Runner) -> Engine:
     verifier, drafter = registry.create("verify", "coupled"), registry.create("draft", "none")
     scheduler = registry.create("sched", "sarathi", token_budget=512, max_seqs=1, draft_rows=0, draft_total=0)
-    sampler = Sampler(runner.spec.vocab, frozenset(), None, verifier.drafts, runner.backend.gumbel)
+    sampler = Sampler(runner.spec.vocab, frozenset(), None, verifier.drafts, runner.backend.draw)
     return Engine(runner, scheduler, drafter.open(runner, sampler), verifier, sampler, max_model_len=runner.spec.context)

@@ -67,3 +67,12 @@ def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
 def gumbel_of(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gumbel noise of uniform numbers. It always uses the logarithm of numpy, so texts do not depend on the device that made `uniform`."""
     return -np.log(-np.log(uniform))
+
+
+CHUNK = 1 << 14  # ids at once, so that temporaries fit the CPU's cache
+
+
+def draw(key: int, ids: NDArray[np.int64], values: NDArray[np.float64]) -> int:
+    """The place of the largest of `values` plus the noise of their ids, of equal ones the first: a sample from softmax(values)."""
+    noisy = [values[at : at + CHUNK] + gumbel(key, ids[at : at + CHUNK]) for at in range(0, len(ids), CHUNK)]
+    return int(np.concatenate(noisy).argmax())

@@ -269,8 +269,8 @@ class Backend(Protocol):
         """Sets the number of CPU threads."""
         ...
 
-    def gumbel(self, key: int, ids: I64) -> F64:
-        """The same bits as gumbel() of core/noise.py, fast for a whole vocabulary."""
+    def draw(self, key: int, ids: I64, values: F64) -> int:
+        """The same place as draw() of core/noise.py, fast for a whole vocabulary."""
         ...
 
     def embed(self, weights: Weights, plan: Any) -> Tensor:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.batch import Batch
-from redraft.core.noise import gumbel_of
+from redraft.core.noise import draw
 from redraft.core.sequence import Lanes
 from redraft.core.spec import Attention, Experts, LayerSpec, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
@@ -51,6 +51,7 @@ STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
 PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # the arrays of a unit after its keys
 HUGE = 1 << 21  # bytes of a huge memory page
+CONTENDERS = 16  # tokens so near to the largest sum that numpy decides; more are rare, and then it decides among all
 LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # layouts that the kernels read; None: unencoded keys and values
 
 
@@ -372,10 +373,16 @@ class NativeOps(TorchOps):
 
     # ---- the operations
 
-    def gumbel(self, key: int, ids: I64) -> F64:
-        ids, found = np.ascontiguousarray(ids, np.int64), np.empty(len(ids))
-        self.c.rd_uniform(key, ids.ctypes.data, len(ids), found.ctypes.data)
-        return gumbel_of(found)
+    def draw(self, key: int, ids: I64, values: F64) -> int:
+        ids, values = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(values, np.float64)
+        places = np.empty(CONTENDERS, np.int64)
+        found = self.c.rd_contenders(key, ids.ctypes.data, values.ctypes.data, len(ids), places.ctypes.data, CONTENDERS)
+        if found == 1:
+            return int(places[0])
+        if not 0 < found <= CONTENDERS:
+            return draw(key, ids, values)
+        places = places[:found]
+        return int(places[draw(key, ids[places], values[places])])  # with numpy's logarithm, as everywhere
 
     def embed(self, weights: Weights, plan: NativePlan) -> Tensor:  # type: ignore[override]
         batch, embed = plan.batch, weights.embed
@@ -525,14 +532,11 @@ class NativeOps(TorchOps):
             parts.append(abi.PLAIN.pack(starts[s + 1] - a, t - a, view.tail[s], view.chain[s], pages.size))
             parts += view.lengths[s].tobytes(), pages.tobytes(), batch.tails[s].tobytes()
         given = b"".join(parts)
-        if taps.logits:
-            logits = torch.empty(count, model.head.outs)
-            self._call("rd_step", model, given, 0, None, logits.data_ptr())
-            return self._result(logits, taps)
         keep = min(max(1, taps.top_k), model.head.outs)
         found = np.empty(count * (keep + 1), np.int32)
-        self._call("rd_step", model, given, keep, found.__array_interface__["data"][0], None)
-        return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None)
+        logits = torch.empty(count, model.head.outs) if taps.logits else None
+        self._call("rd_step", model, given, keep, found.__array_interface__["data"][0], None if logits is None else logits.data_ptr())
+        return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None, logits)
 
     def _whole(self, spec: ModelSpec, weights: Weights, pool: TorchPool) -> abi.Model | None:
         """A model in the form of the kernels; None if they cannot run all of it."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redraft.core.batch import Batch
-from redraft.core.noise import gumbel
+from redraft.core.noise import draw
 from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
@@ -180,8 +180,8 @@ class Reference:
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 
-    def gumbel(self, key: int, ids: I64) -> F64:
-        return gumbel(key, ids)
+    def draw(self, key: int, ids: I64, values: F64) -> int:
+        return draw(key, ids, values)
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         return weights.halved() if isinstance(weights, Quantized) else weights

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.core.batch import Batch
-from redraft.core.noise import gumbel
+from redraft.core.noise import draw
 from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
@@ -407,8 +407,8 @@ class TorchOps:
     def use_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 
-    def gumbel(self, key: int, ids: I64) -> F64:
-        return gumbel(key, ids)
+    def draw(self, key: int, ids: I64, values: F64) -> int:
+        return draw(key, ids, values)
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         """On the CPU, the blocked layout of oneDNN. 17 rows then cost 1.7 times as much as one row, instead of 2.3 (docs/log.md)."""

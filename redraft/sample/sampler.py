@@ -17,7 +17,7 @@ from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.distribution import TopLogprobs
-from redraft.core.noise import Stream, gumbel, key, uniform
+from redraft.core.noise import Stream, draw, gumbel, key, uniform
 from redraft.core.plan import Work
 from redraft.core.ranking import top
 from redraft.core.sequence import Sequence
@@ -38,15 +38,11 @@ class NotNumbers(RedraftError):
         self.seq = seq
 
 
-NOISE_CHUNK = 1 << 14  # tokens per call of the noise function, so that temporaries fit the CPU's cache
-
-
 class Sampler:
     """vocab: size of the logits; eos: the model's end-of-text ids; encode: the token id sequences that spell a bad word,
     None without a tokenizer; drafts: the noise stream for drafters that sample, chosen by the verifier (Verifier.drafts);
-    exact: no tree changes a text, see Verifier; gumbel:
-    the noise function of core/noise.py, or a backend's function with the same bits; bytes_of: the bytes that a
-    token adds to a text, None without a tokenizer."""
+    exact: no tree changes a text, see Verifier; draw: that of core/noise.py, or a backend's with the same results; bytes_of: the bytes
+    that a token adds to a text, None without a tokenizer."""
 
     def __init__(
         self,
@@ -54,7 +50,7 @@ class Sampler:
         eos: frozenset[int],
         encode: Callable[[str], list[list[int]]] | None = None,
         drafts: Stream = Stream.TARGET,
-        gumbel: Callable[[int, I64], F64] = gumbel,
+        draw: Callable[[int, I64, F64], int] = draw,
         bytes_of: Callable[[int], bytes] | None = None,
         exact: bool = True,
     ) -> None:
@@ -62,7 +58,7 @@ class Sampler:
         self.vocabulary = Vocabulary(vocab, eos, encode, bytes_of)
         self.ids: I64 = np.arange(vocab)
         self.drafts, self.exact = drafts, exact
-        self.gumbel = gumbel
+        self.draw = draw
 
     def for_drafts(self, drafts: Stream, exact: bool) -> DraftView:
         """The sampler's interface for a drafter that must draw with this noise stream."""
@@ -144,21 +140,18 @@ class TargetDistribution:
         """The token drawn at each logit row, with the processors of its sequence and the noise of its position. Raises NotNumbers."""
         argmax = self.out.argmax.tolist()  # faster than indexing the array
         drawn: list[int] = [argmax[row] for row in rows]
-        finite = min(drawn, default=0) >= 0
-        if finite and self.out.logits is None:  # nothing needs more, see Sampler.needs
+        if self.out.logits is None and min(drawn, default=0) >= 0:  # nothing needs more, see Sampler.needs
             return drawn
         packed, owners = self._owners(rows)
-        if not finite:
-            raise NotNumbers(self.work[owners[drawn.index(-1)]].seq)
         processed = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
         fetched = self._fetch([rows[i] for i in processed])
         for i, values in zip(processed, fetched, strict=True):
             row = self._row(values, owners[i], packed[i])
-            if not row.seq.params.greedy:
-                noise = self._key(row.seq, Stream.TARGET, packed[i])
-                for at in range(0, len(row.ids), NOISE_CHUNK):
-                    row.values[at : at + NOISE_CHUNK] += self.sampler.gumbel(noise, row.ids[at : at + NOISE_CHUNK])
-            drawn[i] = int(row.ids[row.values.argmax()])
+            if row.seq.params.greedy:
+                place = int(row.values.argmax())
+            else:
+                place = self.sampler.draw(self._key(row.seq, Stream.TARGET, packed[i]), row.ids, row.values)
+            drawn[i] = int(row.ids[place])
         return drawn
 
     def probs(self, rows: Seq[int]) -> F64:
@@ -207,21 +200,25 @@ class TargetDistribution:
         if not rows:
             return
         assert self.out.logits is not None, "logits were not requested: see Sampler.needs"
-        wanted = torch.as_tensor(list(rows), device=self.out.logits.device)
-        for row in self.out.logits[wanted].detach().cpu():  # indexing copies; one row in float64 at a time
-            yield row.double().numpy()
+        logits, places = self.out.logits, list(rows)
+        if logits.device.type != "cpu":
+            logits, places = logits[torch.as_tensor(places, device=logits.device)].cpu(), list(range(len(places)))
+        for place in places:
+            yield logits[place].to(torch.float64, copy=True).numpy()
 
     def _owners(self, rows: Seq[int]) -> tuple[list[int], list[int]]:
-        """For each logit row: its row in the batch, and the place of its sequence in the batch."""
-        packed = self.batch.logit_rows[np.asarray(rows, np.int64)]
-        return packed.tolist(), (np.searchsorted(self.batch.starts, packed, side="right") - 1).tolist()
+        """For each logit row: its row in the batch, and the place of its sequence in the batch. Raises NotNumbers."""
+        places = np.asarray(rows, np.int64)
+        packed = self.batch.logit_rows[places]
+        owners = (np.searchsorted(self.batch.starts, packed, side="right") - 1).tolist()
+        if (found := self.out.argmax[places].tolist()) and min(found) < 0:
+            raise NotNumbers(self.work[owners[found.index(-1)]].seq)
+        return packed.tolist(), owners
 
     def _key(self, seq: Sequence, stream: Stream, packed: int) -> int:
         return key(seq.seed, stream, int(self.batch.positions[packed]) + 1)
 
     def _row(self, values: F64, s: int, packed: int) -> Row:
-        if not values.max() < np.inf:
-            raise NotNumbers(self.work[s].seq)
         tree, first_node = self.trees[s], int(self.batch.tree_starts[s])
         nodes = tree.path_to(self.work[s].first + packed - first_node) if packed >= first_node else []
         return self.sampler.row(values, self.work[s].seq, tree.tokens[nodes].tolist() if nodes else [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from redraft.core.noise import Stream, gumbel, key, mix, sample_seed, uniform
+from redraft.core.noise import CHUNK, Stream, draw, gumbel, key, mix, sample_seed, uniform
 from tests.contracts.algebra import LEAST_P, chi_square_p
 
 IDS = np.arange(20_000)
@@ -80,6 +80,14 @@ def test_gumbel_argmax_is_a_sample():
     p = np.asarray([0.5, 0.25, 0.2, 0.05])
     drawn = [int(np.argmax(np.log(p) + gumbel(key(seed, Stream.TARGET, 3), np.arange(4)))) for seed in range(20_000)]
     assert chi_square_p(np.bincount(drawn, minlength=4), p * 20_000) >= LEAST_P
+
+
+def test_a_draw_is_the_first_of_the_largest_sums():
+    ids = np.arange(2 * CHUNK + 5)
+    for k in range(20):
+        values = np.random.default_rng(k).normal(size=len(ids))
+        assert draw(k, ids, values) == (values + gumbel(k, ids)).argmax()
+    assert draw(9, np.zeros(2 * CHUNK, np.int64), np.zeros(2 * CHUNK)) == 0, "equal ids have equal noise"
 
 
 def test_never_infinite():

@@ -20,7 +20,7 @@ namespace {
 #include "amx_impl.h"
 #include "rows_impl.h"
 #include "attend_impl.h"
-const Kernels kernels{"amx", takes, tile_pieces, tile_linear, norm, copy, quantize, activate, rope, uniform, products, &ATTEND};
+const Kernels kernels{"amx", takes, tile_pieces, tile_linear, norm, copy, quantize, activate, rope, contenders, products, &ATTEND};
 }  // namespace
 const Kernels* amx_kernels() { return &kernels; }
 }  // namespace redraft

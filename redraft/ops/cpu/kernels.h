@@ -195,7 +195,7 @@ struct Kernels {
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
-    void (*uniform)(uint64_t key, const int64_t* ids, int64_t count, double* to);  // the same bits as core/noise.py
+    int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places, int64_t most);
     // out [rows][count] = a [rows][size] times b [count][size]; each element is one chain over size; scratch: [size][32]
     void (*products)(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch);
     const AttendKernels* attend;

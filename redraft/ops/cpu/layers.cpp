@@ -162,8 +162,8 @@ void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Ro
 }
 
 namespace {
-// The job of each worker: the norm of the wanted rows of norm.x, then all outputs to `logits`, or, if it has no data, the `keep` largest
-// to found, [workers][count][keep].
+// The job of each worker: the norm of the wanted rows of norm.x, then the `keep` largest outputs to found, [workers][count][keep], and
+// all of them to `logits` if it has data.
 auto head_job(const Kernels& kernels, NormJob norm, const Linear& w, const int32_t* wanted, int64_t count, const Rows& logits, int32_t keep, Best* found) {
     const Rows h = norm.x;
     const Feed feed = feeds[0].of(kernels, w, count);
@@ -180,7 +180,7 @@ auto head_job(const Kernels& kernels, NormJob norm, const Linear& w, const int32
         if (feed.codes()) fill(kernels, w, norms, feed, rows);
         barrier();
         LinearJob job = job_of(w, feed, logits, F32);  // unrounded sums, because rounding would create ties
-        if (!logits.data) job.best = found + worker * count * keep;
+        job.best = found + worker * count * keep;
         job.keep = keep;
         const Share own(kernels.pieces(w), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, count));
@@ -334,7 +334,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
     const Rows h = strided(states->of(rows * model.hidden * bytes_of(kind)), rows, model.hidden, kind);
     float* turns = angles->of<float>(2 * rotaries.count * rows * rotaries.half);
     const Step step{rows, count, seqs->data(), model.pool, Pool{}, turns, nullptr, rotaries.half, nullptr, 0, plan};
-    std::vector<Best> found = none_found(logits ? 0 : wanted, keep);
+    std::vector<Best> found = none_found(wanted, keep);
     const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, h);
     const NormJob norm{h, Rows{}, model.norm, model.norm_bias, model.eps, model.rms, kind};
     const Rows all{reinterpret_cast<uint8_t*>(logits), wanted, model.head.outs, int64_t(sizeof(float)) * model.head.outs, F32};
@@ -349,7 +349,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
         layers(worker, workers);
         if (wanted) head(worker, workers);
     });
-    if (!logits) merge(found, wanted, keep, best + wanted, best);
+    merge(found, wanted, keep, best + wanted, best);
 }
 
 }  // namespace redraft

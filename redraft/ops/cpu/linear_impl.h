@@ -368,7 +368,7 @@ inline void insert(Best* best, int64_t keep, Best one) {
     best[at] = one;
 }
 
-// The outputs of all rows replace their sums; then the largest are found.
+// The outputs of all rows replace their sums, and are written if y has data; then the largest are found.
 void settle_best(const LinearJob& j, Piece piece, float* sums) {
     const int64_t from = piece.panel * PANEL, live = j.w.outs - from < piece.last ? j.w.outs - from : piece.last;
     for (int64_t at = piece.first; at < piece.last; at += Vec::N) {
@@ -377,6 +377,7 @@ void settle_best(const LinearJob& j, Piece piece, float* sums) {
     }
     for (int64_t r = 0; r < j.x.rows; r++) {
         const float* y = sums + r * PANEL;
+        if (j.y.data && live > piece.first) __builtin_memcpy(j.y.at(r, from + piece.first), y + piece.first, size_t(live - piece.first) * sizeof(float));
         Best* best = j.best + r * j.keep;
         const Vec least = set1(best[j.keep - 1].value);
         bool some = best[j.keep - 1].index < 0;  // not full yet

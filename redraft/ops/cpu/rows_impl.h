@@ -123,7 +123,7 @@ void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const fl
             }
 }
 
-// Uses no function of the C library: only integers, and steps that are exact in double.
+// Only integers, and steps that are exact in double.
 void uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) {
     for (int64_t i = 0; i < count; i++) {
         uint64_t x = key + uint64_t(ids[i]) * 0x9E3779B97F4A7C15u;
@@ -137,4 +137,47 @@ void uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) {
         __builtin_memcpy(&one_and, &x, sizeof x);
         to[i] = (one_and - 1.0) + 0x1p-53;
     }
+}
+
+// Places of values that may be the largest once the Gumbel noise -log(-log(u)) is added, ascending: all whose sum comes so near to the
+// largest that rounding or another logarithm may decide. Returns how many, or most + 1 if there are more. No value is NaN.
+//
+// As -log(u) >= 1 - u >= 2^e, where e is the exponent of 1 - u, the noise is at most -e log(2): few values need a logarithm.
+int64_t contenders(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places, int64_t most) {
+    constexpr int64_t BLOCK = 512;
+    constexpr double LOG_2 = 0.6931471805599454;  // rounded up
+    double numbers[BLOCK], limits[BLOCK], best = -__builtin_inf(), sums[64];
+    int64_t found = 0;
+    if (most > 64) most = 64;
+    const auto slack = [](double sum) { return 1e-9 + 1e-9 * __builtin_fabs(sum); };
+    const auto near = [&](double sum) { return sum >= best - slack(best); };
+    const auto drop = [&] {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < found; i++)
+            if (near(sums[i])) sums[kept] = sums[i], places[kept++] = places[i];
+        found = kept;
+    };
+    for (int64_t block = 0; block < count; block += BLOCK) {
+        const int64_t live = count - block < BLOCK ? count - block : BLOCK;
+        uniform(key, ids + block, live, numbers);
+        const double least = best - slack(best);
+        int64_t some = 0;
+        for (int64_t i = 0; i < live; i++) {
+            const double rest = 1.0 - numbers[i];
+            int64_t bits;
+            __builtin_memcpy(&bits, &rest, sizeof bits);
+            limits[i] = values[block + i] + double(int32_t(1023 - (bits >> 52))) * LOG_2;
+            some += limits[i] >= least;
+        }
+        for (int64_t i = 0; some && i < live; i++) {
+            if (!near(limits[i])) continue;
+            const double sum = values[block + i] - __builtin_log(-__builtin_log(numbers[i]));
+            if (!near(sum)) continue;
+            if (sum > best) best = sum, drop();
+            if (found == most) return most + 1;
+            sums[found] = sum, places[found++] = block + i;
+        }
+    }
+    drop();
+    return found;
 }

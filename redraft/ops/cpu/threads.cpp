@@ -20,10 +20,10 @@
 namespace redraft {
 namespace {
 
-// How long a thread polls before it sleeps. Between jobs: more than the time between two calls of a step. Within a job: much longer than it
+// How long a thread polls before it sleeps. Between jobs: more than the time between two steps. Within a job: much longer than it
 // takes to wake a thread (0.1 ms and more on an idle processor of a virtual machine), or one that slept makes the others sleep at the
 // next barrier, and so on: a step of 330 barriers took 40 ms instead of 10.
-constexpr std::chrono::microseconds BETWEEN{200}, WITHIN{3000};
+constexpr std::chrono::microseconds BETWEEN{1500}, WITHIN{3000};
 
 inline void pause_once() {
 #if defined(__x86_64__)

@@ -39,7 +39,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, rope, uniform, nullptr};
+const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, rope, contenders, nullptr};
 }  // namespace
 }  // namespace redraft
 
