@@ -6,6 +6,7 @@
    texts + sum of the path probabilities, and its time cost(rows + k). The k with the most tokens per second is drafted, also 0. All k
    are looked at, because costs have steps, until no further node can win.
 4. After the step, every place on the accepted path corrects `Acceptance`, and the time of the step corrects the cost model.
+5. A text that kept no drafted token for some steps is looked at in every few steps only, because looking takes time too.
 
 The greedy tree is that of DySpec (Yunfan Xiong, Ruoyu Zhang, Yanzeng Li, Lei Zou: DySpec: Faster Speculative Decoding with Dynamic
 Token Tree Structure, 2024, arXiv 2410.11744). The choice by time follows Sequoia (Zhuoming Chen, Avner May, Ruslan Svirschevski,
@@ -42,7 +43,9 @@ LIKELIEST = 0.9  # chance of a child, before it is known
 FALL = 0.85  # of the next node's probability from node to node, at least, where the search asks whether a further one can pay
 AHEAD = 48  # further nodes that the search looks ahead
 FURTHER = [(1 - FALL**m) / (1 - FALL) for m in range(AHEAD + 1)]  # the sum of so many further ones, relative to the first
+NO_BUDGET = Budget(0, 0)
 FIXED_NODES = 4  # drafted nodes a sequence where time must not decide
+QUIET, EVERY = 12, 4  # steps of a text that kept nothing, after which it is looked at in each EVERY-th step
 
 
 class Node:
@@ -70,6 +73,7 @@ class States(list[Any]):
     """The states of the drafters for one request, and what each of them has paid so far."""
 
     payoff: Payoff
+    quiet: int = 0  # steps since a drafted token was kept
     root: Node | None = None  # of the last draft
     mood: float = 0.0  # added to the log-odds of every candidate: this text is more or less predictable than others
 
@@ -97,6 +101,7 @@ class Planner(Wrapper):
         self.kinds = frozenset({Kind.FIXED})
         self._began = self._spent = self._observed = 0.0  # when the step began, and the time that drafting and learning took
         self._order = count()
+        self._resting = False  # whether no text was looked at in this step
         self._stepped = False  # whether a step was made: a kept cost model knows times before
         self._left = list(MEASURED)  # sizes that this round has not timed yet
         self._round: dict[tuple[int, int], float] = {}
@@ -121,7 +126,16 @@ class Planner(Wrapper):
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         self._began = self.clock()
-        trees = self._plan(seqs, budgets)
+        given, resting = [], 0
+        for seq, budget in zip(seqs, budgets, strict=True):
+            if min(budget) > 0:
+                state = seq.state[self]
+                state.quiet += 1
+                if self.timed and state.quiet > QUIET and state.quiet % EVERY:  # 5.
+                    budget, resting = NO_BUDGET, resting + 1
+            given.append(budget)
+        self._resting = resting == len(seqs)
+        trees = [EMPTY] * len(seqs) if self._resting else self._plan(seqs, given)
         self._spent = self.clock() - self._began
         return trees
 
@@ -224,8 +238,13 @@ class Planner(Wrapper):
         )
 
     def observe(self, result: StepResult) -> None:  # 4.
+        if self._resting:
+            return
         began = self.clock()
         super().observe(result)
+        for work, accepted in zip(result.work, result.accepted, strict=True):
+            if accepted.path and self in work.seq.state:
+                work.seq.state[self].quiet = 0
         self._learn(result, self._prices(result, began) if self.timed else None)
         self._observed = self.clock() - began
 
