@@ -45,7 +45,7 @@ AHEAD = 48  # further nodes that the search looks ahead
 FURTHER = [(1 - FALL**m) / (1 - FALL) for m in range(AHEAD + 1)]  # the sum of so many further ones, relative to the first
 NO_BUDGET = Budget(0, 0)
 FIXED_NODES = 4  # drafted nodes a sequence where time must not decide
-QUIET, EVERY = 12, 4  # steps of a text that kept nothing, after which it is looked at in each EVERY-th step
+QUIET, EVERY = 16, 3  # steps of a text that kept nothing, after which it is looked at in each EVERY-th step
 
 
 class Node:
