@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t SPAN = PAGE * GROUP;  // path indices of a group
 constexpr int64_t MOST_WAITING = 64 << 20;  // bytes of partial results; more rows than fit are not split
 constexpr int64_t EACH = 4;             // items that each worker should get at least, so that no worker waits long for the last one
+constexpr int64_t FEWEST = 4;           // rows of an item, if a sequence has so many: fewer would read keys more often than they save
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -76,7 +77,7 @@ private:
 
     void sweep(size_t i) {
         int64_t block = most_rows_;
-        while (block > 16 && ceil_div(seqs_[i].rows, block) * pool_.kv_heads < EACH * choices_.workers) block /= 2;
+        while (block > FEWEST && ceil_div(seqs_[i].rows, block) * pool_.kv_heads < EACH * choices_.workers) block /= 2;
         for (int64_t row = 0; row < seqs_[i].rows; row += block) {
             const int64_t end = std::min<int64_t>(row + block, seqs_[i].rows), first = int64_t(plan_.rows.size());
             for (int64_t r = row; r < end; r++) plan_.rows.push_back({int32_t(i), int32_t(r), -1});

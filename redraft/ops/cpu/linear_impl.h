@@ -328,10 +328,15 @@ struct Outputs {
         if (j.w.kind == I8) scale = load(j.w.scale + out), shift = shift_of(j.w.sums + out);
         if (j.w.bias) bias = load(j.w.bias + out);
     }
-    INLINE Vec of(int64_t r, const float* sums) const {
+    // Of weights of kind W without outliers, before the bias.
+    template <Kind W>
+    INLINE Vec plain(int64_t r, const float* sums) const {
         const float* from = sums + r * PANEL + at;
-        Vec y = j.w.kind == I8 ? total(from, shift) * (set1(j.x_scale[r]) * scale) : load(from);
-        if (j.w.kind == I4) y = y * set1(j.x_scale[r]);
+        if (W == I8) return total(from, shift) * (set1(j.x_scale[r]) * scale);
+        return W == I4 ? load(from) * set1(j.x_scale[r]) : load(from);
+    }
+    INLINE Vec of(int64_t r, const float* sums) const {
+        Vec y = j.w.kind == I8 ? plain<I8>(r, sums) : j.w.kind == I4 ? plain<I4>(r, sums) : plain<F32>(r, sums);
         const int64_t beside = j.w.outliers;
         for (int64_t i = 0; i < beside; i++)  // not fused: the product and then the sum are rounded
             y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
@@ -368,12 +373,58 @@ inline void insert(Best* best, int64_t keep, Best one) {
     best[at] = one;
 }
 
+// The frequent cases of an epilogue, each with a loop of its own: whole registers of outputs without outliers.
+enum Case { WRITE, ADD, SWIGLU };
+using Settle = void (*)(const Outputs& own, const Outputs& other, int64_t c, const float* sums);
+
+template <Kind W, Kind Y, Kind ROUNDED, Case CASE>
+void settle_rows(const Outputs& own, const Outputs& other, int64_t c, const float* sums) {
+    const LinearJob& j = own.j;
+    const bool biased = j.w.bias;
+    const int64_t by = j.y.stride ? j.y.stride : LINE;
+    for (int64_t block = 0; block < j.x.rows; block += TALL) {
+        const int64_t end = block + j.y.tall(block);
+        uint8_t* to = j.y.at(block, c);
+        for (int64_t r = block; r < end; r++, to += by) {
+            Vec y = own.plain<W>(r, sums);
+            if (biased) y = y + own.bias;
+            if (CASE == SWIGLU) {
+                Vec up = other.plain<W>(r, sums);
+                if (biased) up = up + other.bias;
+                y = activated(rounded(y, ROUNDED), SILU) * rounded(up, ROUNDED);
+            }
+            if (CASE == ADD) y = read(to, Y) + rounded(y, ROUNDED);
+            write(to, Y, Y == BF16 ? y : rounded(y, ROUNDED));  // writing bf16 rounds
+        }
+    }
+}
+
+template <Kind W, Kind Y, Kind ROUNDED>
+Settle settle_of(Case which) {
+    return which == WRITE ? settle_rows<W, Y, ROUNDED, WRITE> : which == ADD ? settle_rows<W, Y, ROUNDED, ADD> : settle_rows<W, Y, ROUNDED, SWIGLU>;
+}
+template <Kind W>
+Settle settle_of(Case which, Kind y, Kind rounded) {
+    return y == BF16 ? settle_of<W, BF16, BF16>(which) : rounded == BF16 ? settle_of<W, F32, BF16>(which) : settle_of<W, F32, F32>(which);
+}
+Settle settle_of(const LinearJob& j) {  // null: none of the frequent cases
+    if (j.w.outliers || (j.w.gated ? j.activation != SILU || j.add : j.activation != NONE)) return nullptr;
+    const Case which = j.w.gated ? SWIGLU : j.add ? ADD : WRITE;
+    if (j.w.kind == I8) return settle_of<I8>(which, j.y.kind, j.rounded);
+    return j.w.kind == I4 ? settle_of<I4>(which, j.y.kind, j.rounded) : settle_of<F32>(which, j.y.kind, j.rounded);
+}
+
 // The outputs of all rows replace their sums, and are written if y has data; then the largest are found.
 void settle_best(const LinearJob& j, Piece piece, float* sums) {
     const int64_t from = piece.panel * PANEL, live = j.w.outs - from < piece.last ? j.w.outs - from : piece.last;
+    LinearJob own = j;
+    own.y = {reinterpret_cast<uint8_t*>(sums), j.x.rows, PANEL, PANEL * int64_t(sizeof(float)), F32};
+    const Settle frequent = settle_of(own);
     for (int64_t at = piece.first; at < piece.last; at += Vec::N) {
-        const Outputs outputs(j, piece.panel, at);
-        for (int64_t r = 0; r < j.x.rows; r++) store(sums + r * PANEL + at, rounded(outputs.of(r, sums), j.rounded));
+        const Outputs outputs(own, piece.panel, at);
+        if (frequent) frequent(outputs, outputs, at, sums);
+        else
+            for (int64_t r = 0; r < j.x.rows; r++) store(sums + r * PANEL + at, rounded(outputs.of(r, sums), j.rounded));
     }
     for (int64_t r = 0; r < j.x.rows; r++) {
         const float* y = sums + r * PANEL;
@@ -396,9 +447,14 @@ void settle(const LinearJob& job, Piece piece, float* sums) {
     const int64_t stop = j.w.gated ? wide : piece.last;
     // the padding of a tile is written too: those sums are zero
     const int64_t end = halves ? up : j.y.stride ? j.y.cols : j.y.lines() * per_line;
+    const Settle frequent = settle_of(j);
     for (int64_t at = piece.first; at < stop && p * wide + at < end; at += Vec::N) {
         const int64_t c = p * wide + at, count = end - c;
         const Outputs own(j, p, at), other(j, p, j.w.gated ? at + wide : at);
+        if (frequent && count >= Vec::N) {
+            frequent(own, other, c, sums);
+            continue;
+        }
         for (int64_t r = 0; r < j.x.rows; r++) {
             Vec y = own.of(r, sums);
             if (j.activation != NONE) y = activated(rounded(y, j.rounded), j.activation);
@@ -419,6 +475,11 @@ void linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     for (int64_t i = first, end; i < last; i = end) {
         end = i / per * per + per < last ? i / per * per + per : last;
         const Piece piece{i / per, i % per * PANEL / per, (end - 1) % per * PANEL / per + PANEL / per};
+        if (j.w.kind == I8)  // for the epilogue, which would wait for them
+            for (int64_t at = piece.first; at < piece.last; at += LINE / 4) {
+                _mm_prefetch(reinterpret_cast<const char*>(j.w.scale + piece.panel * PANEL + at), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(j.w.sums + piece.panel * PANEL + at), _MM_HINT_T0);
+            }
         switch (j.w.kind) {
             case F32: run_piece<Lines<FloatStep>>(j, piece, scratch); break;
             case BF16: run_piece<Lines<HalfStep>>(j, piece, scratch); break;

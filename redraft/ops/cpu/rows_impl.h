@@ -81,11 +81,14 @@ void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, i
         const float peak = largest(most), ratio = 127.0f / peak, inverse = ratio < __builtin_inff() ? ratio : 0;
         scale[r] = peak / 127.0f + sum(odd);
         const Vec by = set1(inverse), top = set1(127.0f), shift = set1(w.kind == I8 ? float(SHIFT) : 0);
-        for (int64_t c = 0; c < end; c += Vec::N) {
-            Vec v = c < x.cols ? again(read_some(x.at(r, c), x.kind, x.cols - c), c) * by : zero();
-            v = maximum(minimum(round_even(v), top), zero() - top);
-            to_i8(reinterpret_cast<int8_t*>(codes.at(r, c)), v + shift);
-        }
+        const int64_t apart = codes.tall(r) * LINE;
+        uint8_t* line = codes.at(r, 0);
+        for (int64_t begin = 0; begin < end; begin += LINE, line += apart)
+            for (int64_t c = begin; c < begin + LINE; c += Vec::N) {
+                Vec v = c < x.cols ? again(read_some(x.at(r, c), x.kind, x.cols - c), c) * by : zero();
+                v = maximum(minimum(round_even(v), top), zero() - top);
+                to_i8(reinterpret_cast<int8_t*>(line + c - begin), v + shift);
+            }
         for (int64_t g = 0; g < groups; g++) {
             int32_t sum = 0;
             for (int64_t c = g * group; c < (g + 1) * group && c < end; c += 16) {  // a group is a multiple of 16, so these are in one line
