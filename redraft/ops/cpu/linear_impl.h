@@ -220,7 +220,12 @@ struct Lines {
 // halves of the weights are held in registers, as far as there are enough of them.
 struct Groups {
     using Sum = Int;
-    static constexpr int HIGH = registers(12, 4), HELD = registers(28, 20);
+#ifdef DOT_BF16  // processors with it unpack beside the products, so unpacking again costs less than more broadcasts of x
+    static constexpr int HIGH = 6;
+#else
+    static constexpr int HIGH = registers(12, 4);
+#endif
+    static constexpr int HELD = registers(28, 20);
     static constexpr int64_t QUARTER = 2 * STEP;
     static int64_t count(const Linear& w) { return w.groups(); }
     static int64_t size(const Linear& w) { return w.group / 8 * STEP; }
