@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from redraft import registry
 from redraft.bench.compare import BASELINE, CompareOptions, Comparison, Entry, Mode, Run, Tick, has_template
 from redraft.bench.divergence import Divergence, tolerance_label
-from redraft.bench.results import ENOUGH, LOW_REPEAT, Row, Speed
+from redraft.bench.results import CHOOSER, ENOUGH, LOW_REPEAT, Row, Speed
 from redraft.card import Guarantee
 from redraft.columns import fold
 from redraft.engine.policies import SEAMS
@@ -163,6 +164,8 @@ def show(console: Console, comparison: Comparison, options: CompareOptions, rows
     console.print()
     for note in [*legend(options, rows), *notes(comparison, options, rows)]:
         _print(console, f"- {note}")
+    for line in _reasons(rows):
+        console.print(line, soft_wrap=True)
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
@@ -210,6 +213,9 @@ ALONE = ("state", "tokens/s", "speed-up", "min-max", "at least", "with prompt at
 ALONE_WIDTHS = (-8, 8, 12, 11, 9, 21)
 BESIDE = ("state", "time", "ratio", "min-max", "at least", "fastest other")
 BESIDE_WIDTHS = (-8, -11, 6, 11, 9, -28)
+NAME = 20  # columns of a category's name
+REASONS = ("category", "state", "tokens", "time", "generation", "min-max", "")
+REASON_WIDTHS = (-NAME, -8, 7, 6, 11, 11, -9)
 COLUMNS = 80
 
 
@@ -273,6 +279,24 @@ def _beside(rows: Seq[Row]) -> Iterator[Text]:
         yield Text()
         yield Text("beside the fastest other method", style="bold")
         yield from _table(shown, BESIDE, BESIDE_WIDTHS, lines)
+
+
+def _reasons(rows: Seq[Row]) -> Iterator[Text]:
+    """Where the method that chooses pays, and why: a line for each category; nothing if there is only one category."""
+    chosen = [row for row in rows if row.category is not None and registry.parse(row.method)[0] == CHOOSER and row.generation is not None]
+    shown = [(row, speed) for row in chosen if (speed := row.generation) is not None and speed.speedup is not None]
+    if not shown:
+        return
+    yield Text()
+    yield Text("where it pays: tokens a step, over the time of a step in plain ones", style="bold")
+    yield Text(_cells(REASONS, REASON_WIDTHS), style="bold")
+    for row, speed in shown:
+        assert speed.speedup is not None and speed.speedup_low is not None and speed.speedup_high is not None
+        verdict = "pays" if speed.speedup_low > 1 else "slower" if speed.speedup_high < 1 else "as plain"
+        took = row.mean_acceptance_length / speed.speedup
+        figures = f"{row.mean_acceptance_length:.2f}", f"{took:.2f}", f"{speed.speedup:.2f}x", _spread(speed)
+        name = row.category or ""
+        yield Text(_cells((name if len(name) <= NAME else f"{name[: NAME - 1]}…", row.mode, *figures, verdict), REASON_WIDTHS))
 
 
 def _spread(speed: Row | Speed) -> str:

@@ -70,9 +70,9 @@ def fits(part: OpenDrafter) -> bool:
 
 class State(list[Any]):
     """The states of the drafters without a whole compiled form. text: the address of the compiled state, 0 after the end; seen: the tokens
-    that it has; active: the drafters that may draft, as bits; quiet: see planner.States."""
+    that it has; active: the drafters that may draft, as bits; quiet, rest: see planner.States."""
 
-    text = seen = active = quiet = 0
+    text = seen = active = quiet = rest = 0
     seq: Sequence
 
 

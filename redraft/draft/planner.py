@@ -6,7 +6,7 @@
    texts + sum of the path probabilities, and its time cost(rows + k). The k with the most tokens per second is drafted, also 0. All k
    are looked at, because costs have steps, until no further node can win.
 4. After the step, every place on the accepted path corrects `Acceptance`, and the time of the step corrects the cost model.
-5. A text that kept no drafted token for some steps is looked at in every few steps only, because looking takes time too.
+5. The longer a text keeps no drafted token, the more rarely it is looked at, because looking takes time too.
 
 The greedy tree is that of DySpec (Yunfan Xiong, Ruoyu Zhang, Yanzeng Li, Lei Zou: DySpec: Faster Speculative Decoding with Dynamic
 Token Tree Structure, 2024, arXiv 2410.11744). The choice by time follows Sequoia (Zhuoming Chen, Avner May, Ruslan Svirschevski,
@@ -45,7 +45,7 @@ AHEAD = 48  # further nodes that the search looks ahead
 FURTHER = [(1 - FALL**m) / (1 - FALL) for m in range(AHEAD + 1)]  # the sum of so many further ones, relative to the first
 NO_BUDGET = Budget(0, 0)
 FIXED_NODES = 4  # drafted nodes a sequence where time must not decide
-QUIET, EVERY = 16, 3  # steps of a text that kept nothing, after which it is looked at in each EVERY-th step
+QUIET, LONGEST_REST = 8, 8  # a text that kept nothing for n steps is looked at again after 1 + n // QUIET, at most LONGEST_REST
 
 
 class Node:
@@ -74,6 +74,7 @@ class States(list[Any]):
 
     payoff: Payoff
     quiet: int = 0  # steps since a drafted token was kept
+    rest: int = 0  # steps until it is looked at again
     root: Node | None = None  # of the last draft
     mood: float = 0.0  # added to the log-odds of every candidate: this text is more or less predictable than others
 
@@ -131,8 +132,11 @@ class Planner(Wrapper):
             if min(budget) > 0:
                 state = seq.state[self]
                 state.quiet += 1
-                if self.timed and state.quiet > QUIET and state.quiet % EVERY:  # 5.
+                if state.rest:  # 5.
+                    state.rest -= 1
                     budget, resting = NO_BUDGET, resting + 1
+                elif self.timed:
+                    state.rest = min(state.quiet // QUIET, LONGEST_REST - 1)
             given.append(budget)
         self._resting = resting == len(seqs)
         trees = [EMPTY] * len(seqs) if self._resting else self._plan(seqs, given)
@@ -244,7 +248,8 @@ class Planner(Wrapper):
         super().observe(result)
         for work, accepted in zip(result.work, result.accepted, strict=True):
             if accepted.path and self in work.seq.state:
-                work.seq.state[self].quiet = 0
+                state = work.seq.state[self]
+                state.quiet = state.rest = 0
         self._learn(result, self._prices(result, began) if self.timed else None)
         self._observed = self.clock() - began
 

@@ -685,6 +685,22 @@ def test_the_drafters_inside_a_method_are_named(folder: Path, file: Path, capsys
     assert re.search(r"- auto cold: \d+\.\d nodes drafted a step", out) and "copyspec cold=hot: " not in out
 
 
+def test_each_category_says_why_it_pays_or_not() -> None:
+    row = results.rows(made({0: [1.0], 1: [1.0]}, [[1, 2]]))[1]
+    faster, equal, slower = (results.Speed(1.0, 1.0, 1.0, *ratios) for ratios in ((1.5, 1.4, 1.6), (1.0, 0.9, 1.1), (0.9, 0.8, 0.95)))
+    shown = [
+        dataclasses.replace(row, method="auto", mode="cold", category=name, mean_acceptance_length=1.8, generation=speed)
+        for name, speed in (("chat", faster), ("a category with a long name", equal), ("other", slower), (None, faster), ("none", None))
+    ]
+    lines = [str(line).split() for line in report._reasons([*shown, dataclasses.replace(shown[0], method="suffix")])]
+    assert lines[3:] == [
+        ["chat", "cold", "1.80", "1.20", "1.50x", "1.40-1.60", "pays"],
+        ["a", "category", "with", "a", "l…", "cold", "1.80", "1.80", "1.00x", "0.90-1.10", "as", "plain"],
+        ["other", "cold", "1.80", "2.00", "0.90x", "0.80-0.95", "slower"],
+    ]
+    assert list(report._reasons(shown[3:])) == [], "a single category"
+
+
 def test_where_drafts_came_from_and_what_stopped() -> None:
     run = bench.Run([], steps=10, drafted=25, by_drafter=Counter({"a": 6, "b": 2}), stopped=Counter({"b": 5}))
     entry: Any = SimpleNamespace(method="auto", mode=Mode.COLD)

@@ -183,7 +183,7 @@ def test_a_long_repetition_stays_cheap() -> None:
     for _ in range(3000):
         (tree,) = found.propose([seq], [Budget(2, 2)])
         seq.tokens.append(7)
-        seq.state[found].quiet = 0  # as if the drafts were kept
+        seq.state[found].quiet = seq.state[found].rest = 0  # as if the drafts were kept
     assert tree.tokens.tolist() == [7, 7]
 
 

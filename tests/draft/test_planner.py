@@ -15,7 +15,7 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.acceptance import Acceptance, Candidate
 from redraft.draft.drafter import Stateless
-from redraft.draft.planner import EVERY, FIXED_NODES, MARGIN, MEASURED, QUIET, ROUNDS, Planner
+from redraft.draft.planner import FIXED_NODES, LONGEST_REST, MARGIN, MEASURED, QUIET, ROUNDS, Planner
 
 
 class Offers(Stateless):
@@ -147,27 +147,28 @@ def test_drafts_that_do_not_pay_stop_and_the_statistics_say_so() -> None:
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_a_text_that_keeps_nothing_is_looked_at_rarely(timed: bool) -> None:
-    parts = [Offers(1)]
-    found = Planner(["offers"], parts, CostModel([1.0] * len(KNOTS)), timed=timed, clock=lambda: 0.0)  # nodes cost nothing
+    found = planner((0.9,), 0.0, timed=timed, clock=lambda: 0.0)  # nothing takes time, so the guard stops no drafter
     seq, other = sequence([1, 2, 3], stored=2), sequence([1, 2, 3], stored=2)
     for one in (seq, other):
         one.state[found] = found.begin(one)
 
-    def looks(steps: int, path: tuple[int, ...] = ()) -> list[bool]:
+    def looks(steps: int) -> list[bool]:
         seen = []
         for _ in range(steps):
             (tree,) = found.propose([seq], [Budget(2, 2)])
             seen.append(len(tree) > 0)
-            stepped(found, seq, tree, path, (10, 99) if path else (99,))
+            stepped(found, seq, tree, (), (99,))
         return seen
 
     found.propose([seq], [Budget(0, 0)])  # a step without a budget says nothing
     assert looks(QUIET) == [True] * QUIET
-    rests = [True, *[not timed] * (EVERY - 1)]
-    assert looks(3 * EVERY) == [*rests[1:], *rests, *rests, True]
+    wanted = [False, True] * 4 + [False, False, True] * 3
+    assert looks(len(wanted)) == (wanted if timed else [True] * len(wanted))
     assert [len(tree) > 0 for tree in found.propose([seq, other], [Budget(2, 2)] * 2)] == [not timed, True], "each by itself"
-    looks(EVERY - 2)
-    assert looks(1, (0,)) == [True]
+    assert looks(400)[-2 * LONGEST_REST :].count(True) == (2 if timed else 2 * LONGEST_REST)
+    while not len(tree := found.propose([seq], [Budget(2, 2)])[0]):
+        stepped(found, seq, tree, (), (99,))
+    stepped(found, seq, tree, (0,), (10, 99))
     assert looks(QUIET) == [True] * QUIET, "something was kept"
 
 
@@ -176,7 +177,7 @@ def test_candidates_that_were_not_drafted_are_learned_from_too() -> None:
     found = Planner(["offers"], parts, CostModel([1 + 9 * (knot - 1) for knot in KNOTS]), clock=lambda: 0.0)
     seq = sequence([1, 2, 3], stored=2)
     seq.state[found] = found.begin(seq)
-    for _ in range(800):
+    for _ in range(2000):
         (tree,) = found.propose([seq], [Budget(8, 8)])
         assert tree is EMPTY, "a row costs nine times as much as it can bring"
         stepped(found, seq, tree, (), (10,))
