@@ -20,8 +20,9 @@ from rich.console import Console
 from redraft import registry
 from redraft.bench import decode, shapes
 from redraft.bench.decode import Comparison, DecodeOptions, Engine, Package, Spread
-from redraft.bench.peers.peer import Job
+from redraft.bench.peers.peer import PLAIN, Job
 from redraft.bench.peers.process import Lost, Worker
+from redraft.engine import engine as engines
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod
 from redraft.models import loader
 from tests.bench.test_shapes import CONFIG
@@ -249,6 +250,25 @@ def test_an_unknown_measurement_is_an_error_and_not_the_end(model: str) -> None:
         assert worker.ask({"do": "prefill"}) == {"seconds": 2.0}
     finally:
         worker.end()
+
+
+def test_each_mode_of_redraft_runs_its_own_drafter(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redraft.bench.peers.redraft import Redraft
+
+    threads = torch.get_num_threads()
+    try:
+        peer = Redraft(job(model))
+    finally:
+        torch.set_num_threads(threads)
+    asked: list[str] = []
+    step = engines.Engine.step
+    monkeypatch.setattr(engines.Engine, "step", lambda engine, only=None: asked.append(engine.drafter.own.name) or step(engine, only))
+    texts = []
+    for mode in (PLAIN, "copyspec", PLAIN):
+        asked.clear()
+        texts.append(peer.generate(mode, job(model).prompt(6) * 3, 8)["tokens"])
+        assert set(asked) == {"none" if mode == PLAIN else mode}
+    assert texts == [texts[0]] * 3
 
 
 def test_the_margin_is_of_the_logits_behind_the_prompt(model: str) -> None:

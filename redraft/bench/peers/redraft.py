@@ -93,7 +93,7 @@ class Redraft:
         policies, stop = self.job.options.get("policies", {}), self.job.stop
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, stop_token_ids=stop, **policies)
         begun = time.perf_counter()
-        (output,) = self.llm.generate({"prompt_token_ids": prompt}, params)
+        (output,) = llm.generate({"prompt_token_ids": prompt}, params)
         took = time.perf_counter() - begun
         drafter = f"{llm.config.draft} with {llm.config.schedule.draft_rows} rows"
         return {"seconds": took, "tokens": output.outputs[0].token_ids, "note": "" if mode in (PLAIN, llm.config.draft) else drafter}
