@@ -283,7 +283,7 @@ def _beside(rows: Seq[Row]) -> Iterator[Text]:
 
 def _reasons(rows: Seq[Row]) -> Iterator[Text]:
     """Where the method that chooses pays, and why: a line for each category; nothing if there is only one category."""
-    chosen = [row for row in rows if row.category is not None and registry.parse(row.method)[0] == CHOOSER and row.generation is not None]
+    chosen = [row for row in rows if row.category is not None and registry.parse(row.method)[0] == CHOOSER]
     shown = [(row, speed) for row in chosen if (speed := row.generation) is not None and speed.speedup is not None]
     if not shown:
         return

@@ -60,13 +60,9 @@ def uniform(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise for each id: argmax(log p + gumbel) is a sample from p."""
-    return gumbel_of(uniform(key, ids))
-
-
-def gumbel_of(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gumbel noise of uniform numbers. It always uses the logarithm of numpy, so texts do not depend on the device that made `uniform`."""
-    return -np.log(-np.log(uniform))
+    """Standard Gumbel noise for each id: argmax(log p + gumbel) is a sample from p. Always with the logarithm of numpy, so texts do not
+    depend on the device."""
+    return -np.log(-np.log(uniform(key, ids)))
 
 
 CHUNK = 1 << 14  # ids at once, so that temporaries fit the CPU's cache

@@ -51,7 +51,7 @@ STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
 PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # the arrays of a unit after its keys
 HUGE = 1 << 21  # bytes of a huge memory page
-CONTENDERS = 16  # tokens so near to the largest sum that numpy decides; more are rare, and then it decides among all
+CONTENDERS = 16  # room for the places that rd_contenders finds, see kernels.h
 LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # layouts that the kernels read; None: unencoded keys and values
 
 
@@ -376,10 +376,10 @@ class NativeOps(TorchOps):
     def draw(self, key: int, ids: I64, values: F64) -> int:
         ids, values = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(values, np.float64)
         places = np.empty(CONTENDERS, np.int64)
-        found = self.c.rd_contenders(key, ids.ctypes.data, values.ctypes.data, len(ids), places.ctypes.data, CONTENDERS)
+        found = self.c.rd_contenders(key, ids.ctypes.data, values.ctypes.data, len(ids), places.ctypes.data)
         if found == 1:
             return int(places[0])
-        if not 0 < found <= CONTENDERS:
+        if not found:  # very many are near, which is rare
             return draw(key, ids, values)
         places = places[:found]
         return int(places[draw(key, ids[places], values[places])])  # with numpy's logarithm, as everywhere

@@ -92,7 +92,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER),
     "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),
     "rd_rope": (NUMBER, _ROWS, SIZE, SIZE, POINTER, POINTER),
-    "rd_contenders": (SIZE, ctypes.c_uint64, POINTER, POINTER, SIZE, POINTER, SIZE),
+    "rd_contenders": (SIZE, ctypes.c_uint64, POINTER, POINTER, SIZE, POINTER),
     "rd_turns": (NUMBER, ctypes.POINTER(Rotaries), POINTER, SIZE, POINTER),
     "rd_plan": (POINTER, _STEP, NUMBER),
     "rd_plan_free": (None, POINTER),

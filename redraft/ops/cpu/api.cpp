@@ -127,8 +127,8 @@ BORDER int rd_rope(const Rows* x, int64_t heads, int64_t size, const float* cos,
     });
 }
 
-BORDER int64_t rd_contenders(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places, int64_t most) {
-    return kernels().contenders(key, ids, values, count, places, most);
+BORDER int64_t rd_contenders(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places) {
+    return kernels().contenders(key, ids, values, count, places);
 }
 
 BORDER int rd_turns(const Rotaries* rotaries, const int32_t* positions, int64_t rows, float* turns) {

@@ -15,6 +15,7 @@ constexpr int64_t PANEL = 64;  // outputs of a linear layer that are packed toge
 constexpr int64_t LINE = 64;   // bytes of a row in a tile
 constexpr int64_t TALL = 16;   // rows of a tile
 constexpr int64_t PAGE = 32;   // slots of a page
+constexpr int64_t CONTENDERS = 16;  // tokens so near to the largest sum that numpy decides; ops/native.py
 constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
@@ -195,7 +196,7 @@ struct Kernels {
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
-    int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places, int64_t most);
+    int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places);  // [CONTENDERS]
     // out [rows][count] = a [rows][size] times b [count][size]; each element is one chain over size; scratch: [size][32]
     void (*products)(const float* a, const float* b, int64_t rows, int64_t count, int64_t size, float* out, float* scratch);
     const AttendKernels* attend;

@@ -143,15 +143,14 @@ void uniform(uint64_t key, const int64_t* ids, int64_t count, double* to) {
 }
 
 // Places of values that may be the largest once the Gumbel noise -log(-log(u)) is added, ascending: all whose sum comes so near to the
-// largest that rounding or another logarithm may decide. Returns how many, or most + 1 if there are more. No value is NaN.
+// largest that rounding or another logarithm may decide. Returns how many, 0 if there are more than CONTENDERS. No value is NaN.
 //
 // As -log(u) >= 1 - u >= 2^e, where e is the exponent of 1 - u, the noise is at most -e log(2): few values need a logarithm.
-int64_t contenders(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places, int64_t most) {
+int64_t contenders(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places) {
     constexpr int64_t BLOCK = 512;
     constexpr double LOG_2 = 0.6931471805599454;  // rounded up
-    double numbers[BLOCK], limits[BLOCK], best = -__builtin_inf(), sums[64];
+    double numbers[BLOCK], limits[BLOCK], best = -__builtin_inf(), sums[CONTENDERS];
     int64_t found = 0;
-    if (most > 64) most = 64;
     const auto slack = [](double sum) { return 1e-9 + 1e-9 * __builtin_fabs(sum); };
     const auto near = [&](double sum) { return sum >= best - slack(best); };
     const auto drop = [&] {
@@ -177,7 +176,7 @@ int64_t contenders(uint64_t key, const int64_t* ids, const double* values, int64
             const double sum = values[block + i] - __builtin_log(-__builtin_log(numbers[i]));
             if (!near(sum)) continue;
             if (sum > best) best = sum, drop();
-            if (found == most) return most + 1;
+            if (found == CONTENDERS) return 0;
             sums[found] = sum, places[found++] = block + i;
         }
     }
