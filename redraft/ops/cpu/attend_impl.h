@@ -747,7 +747,7 @@ private:
         look(first, count);
         for (int64_t place = 0; place < count; place++) score_page(first + place, place, unit(seq, first + place).at + pool_.values);
         weigh(count);
-        if (!views_[0].whole) clear(s_.group.mix, queries_ * shape_.padded);
+        if (count <= 0 || !views_[0].whole) clear(s_.group.mix, queries_ * shape_.padded);
         for (int64_t place = 0, end; place < count; place = end) {
             for (end = place + 1; end < count && views_[place].whole && views_[end].whole;) end++;
             if (views_[place].whole) mix_whole(first, place, end, later);
