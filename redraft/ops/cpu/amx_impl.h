@@ -287,7 +287,8 @@ void tile_layer(const LinearJob& j, int64_t first, int64_t last, float* scratch)
 
 // ---- int4
 
-constexpr int64_t UNPACKED = 4;  // lines of codes that are unpacked at a time for all rows: 16 KiB
+constexpr int64_t FEWEST_INT4 = 8;   // rows for which tiles pay: fewer are as fast as one without them, and sums of codes are exact in both
+constexpr int64_t UNPACKED = 4;      // lines of codes that are unpacked at a time for all rows: 16 KiB
 
 // Lines first..last of a panel as signed codes, in the layout of int8.
 inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes) {
@@ -384,7 +385,7 @@ int64_t tile_pieces(const Linear& w) { return w.count(); }
 
 void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     if (j.x.rows < 1 || first >= last) return;
-    const int64_t line = j.w.kind == I4 ? line_of(j.w) : 0;
+    const int64_t line = j.w.kind == I4 && j.x.rows >= FEWEST_INT4 ? line_of(j.w) : 0;
     if (j.w.kind == BF16) tile_layer<HalfProduct>(j, first, last, scratch);
     else if (j.w.kind == I8) tile_layer<CodeProduct>(j, first, last, scratch);
     else if (line) tile_int4(j, first, last, line, scratch);
