@@ -90,12 +90,12 @@ BACKENDS: dict[str, str] = {
 
 # config.json "architectures"[0] -> the function that fills a ModelSpec from the checkpoint's config
 FAMILIES: dict[str, str] = {
-    "GPT2LMHeadModel": "redraft.models.gpt2:spec",
-    "LlamaForCausalLM": "redraft.models.llama:spec",
-    "MistralForCausalLM": "redraft.models.mistral:spec",
-    "MixtralForCausalLM": "redraft.models.mixtral:spec",
-    "Qwen2ForCausalLM": "redraft.models.qwen2:spec",
-    "Qwen3ForCausalLM": "redraft.models.qwen3:spec",
+    "GPT2LMHeadModel": "redraft.models.gpt2:FAMILY",
+    "LlamaForCausalLM": "redraft.models.llama:FAMILY",
+    "MistralForCausalLM": "redraft.models.mistral:FAMILY",
+    "MixtralForCausalLM": "redraft.models.mixtral:FAMILY",
+    "Qwen2ForCausalLM": "redraft.models.qwen2:FAMILY",
+    "Qwen3ForCausalLM": "redraft.models.qwen3:FAMILY",
 }
 
 

@@ -200,7 +200,7 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = S
 
 def _spec(folder: Path) -> ModelSpec:
     config = loader.read_config(folder)
-    spec: ModelSpec = registry.load(registry.FAMILIES[config.architectures[0]])(config)
+    spec: ModelSpec = registry.load(registry.FAMILIES[config.architectures[0]]).spec(config)
     return spec
 
 

@@ -3,14 +3,10 @@ Learners, 2019."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
 from redraft.errors import CheckpointError, Unsupported
+from redraft.models.config import Config, Family
 from redraft.models.llama import activation, refuse
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 _PARTS = {
     "attn_norm": "ln_1",
@@ -23,7 +19,14 @@ _PARTS = {
 _TOP = {"embed": "wte.weight", "positions": "wpe.weight", "final_norm.weight": "ln_f.weight", "final_norm.bias": "ln_f.bias"}
 
 
-def spec(config: PretrainedConfig) -> ModelSpec:
+DEFAULTS = {
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def spec(config: Config) -> ModelSpec:
     refuse(config, ("scale_attn_by_inverse_layer_idx", "add_cross_attention"))
     if not config.scale_attn_weights:
         raise Unsupported("config field scale_attn_weights = False")
@@ -57,3 +60,6 @@ def _source(name: str) -> WeightSource:
     _, layer, part, kind = name.split(".")
     dense = kind == "weight" and part in ("qkv", "out", "up", "down")  # Conv1D stores [in, out]
     return WeightSource((f"transformer.h.{layer}.{_PARTS[part]}.{kind}",), transposed=dense)
+
+
+FAMILY = Family("gpt2", DEFAULTS, spec, eos=50256)

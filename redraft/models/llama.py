@@ -7,14 +7,12 @@ Llama 3 Herd of Models, 2024, arXiv:2407.21783.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
 from redraft.errors import CheckpointError, Unsupported
+from redraft.models.config import Config, Family
 from redraft.models.rotary import context, rotary
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -41,7 +39,14 @@ _PARTS = {
 _TOP = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm.weight": "model.norm.weight"}
 
 
-def spec(config: PretrainedConfig) -> ModelSpec:
+DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "rope_theta": 10_000.0, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+
+
+def spec(config: Config) -> ModelSpec:
     return decoder(
         config,
         family="llama",
@@ -52,7 +57,7 @@ def spec(config: PretrainedConfig) -> ModelSpec:
 
 
 def decoder(
-    config: PretrainedConfig,
+    config: Config,
     *,
     family: str,
     qkv_bias: bool = False,
@@ -111,14 +116,14 @@ def activation(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def refuse(config: PretrainedConfig, fields: tuple[str, ...]) -> None:
+def refuse(config: Config, fields: tuple[str, ...]) -> None:
     """Unsupported if one of `fields` is set, because ignoring it would give another network."""
     for name in fields:
         if value := getattr(config, name, None):
             raise Unsupported(f"config field {name} = {value!r}")
 
 
-def windows(config: PretrainedConfig) -> list[int | None]:
+def windows(config: Config) -> list[int | None]:
     """The window of each layer: by `layer_types`, else from layer `max_window_layers` on. All None without `use_sliding_window`."""
     window = config.sliding_window if config.use_sliding_window else None
     kinds = getattr(config, "layer_types", None) or [
@@ -127,3 +132,6 @@ def windows(config: PretrainedConfig) -> list[int | None]:
     if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
         raise Unsupported(f"layer type {unknown[0]!r}")
     return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+FAMILY = Family("llama", DEFAULTS, spec, eos=2)

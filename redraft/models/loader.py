@@ -18,6 +18,7 @@ from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import MAX_VALUE, CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models.checkpoint import INDEX, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
+from redraft.models.config import Config, Family
 from redraft.models.generation import read_defaults, read_eos
 from redraft.models.gguf import config as gguf_config
 from redraft.models.gguf import file as gguf_file
@@ -26,8 +27,6 @@ from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights
 from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from redraft.weights.quant import Quantizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -45,6 +44,10 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
 )  # fields of config.json, in the names of transformers
 _DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 CONFIG = "config.json"
@@ -115,11 +118,11 @@ def resolve(model: str) -> Path:
     return Path(found)
 
 
-def read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> Config:
     """The config of a folder or GGUF file, with its family's defaults filled in. CheckpointError or Unsupported says what is wrong with
     it."""
     if _is_gguf(path):
-        return gguf_config.config(gguf_file.read(path))
+        return _filled(gguf_config.config(gguf_file.read(path)), path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     refuse_adapter(path)
@@ -133,13 +136,23 @@ def read_config(path: Path) -> PretrainedConfig:
         raise Unsupported(f"{path}: weights quantized by {method!r} are not read")
     if _architecture(raw.get("architectures")) not in registry.FAMILIES:
         raise Unsupported(f"{file}: unknown architecture {raw.get('architectures')!r}; known: {', '.join(registry.FAMILIES)}")
-    from transformers import AutoConfig
+    return _filled(Config(**raw), file)
 
+
+def _filled(config: Config, where: Path) -> Config:
+    """With its family's defaults. CheckpointError names what does not fit the family."""
+    family: Family = registry.load(registry.FAMILIES[_architecture(config.architectures)])
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a family's own checks may raise anything
-        raise CheckpointError(f"{file}: {first_line(error)}") from None
-    return config
+        found = config.over({"model_type": family.name, **family.defaults})
+        for name in _SIZES:
+            size = getattr(found, name, None)
+            if size is not None and not 0 < size < 1 << 31:
+                raise CheckpointError(f"{name} = {shown(size)}: must be an integer from 1 to {(1 << 31) - 1}")
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    if found.model_type != family.name:
+        raise CheckpointError(f"{where}: model_type {shown(found.model_type)} does not fit {found.architectures}")
+    return found
 
 
 def _is_gguf(path: Path) -> bool:
@@ -157,20 +170,15 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one line each.
     """
     contents = gguf_file.read(path) if _is_gguf(path) else None
-    config = gguf_config.config(contents) if contents else read_config(path)
+    config = _filled(gguf_config.config(contents), path) if contents else read_config(path)
     where = path if contents else path / CONFIG
-    for name in _SIZES:
-        size = getattr(config, name, None)
-        if size is not None and not (isinstance(size, int) and 0 < size < 1 << 31):
-            raise CheckpointError(f"{where}: {name} = {shown(size)}: must be an integer from 1 to {(1 << 31) - 1}")
+    family: Family = registry.load(registry.FAMILIES[_architecture(config.architectures)])
     try:
-        spec: ModelSpec = registry.load(registry.FAMILIES[_architecture(config.architectures)])(config)
+        spec = family.spec(config)
     except (CheckpointError, Unsupported) as error:
         raise type(error)(f"{where}: {error}") from None
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field is missing or out of range
         raise CheckpointError(f"{where}: {first_line(error)}") from None
-    if config.model_type != spec.family:
-        raise CheckpointError(f"{where}: model_type {config.model_type!r} does not fit {config.architectures}")
     tensors: TensorSource = Gguf(contents) if contents else Safetensors(path)
     if contents:
         spec = gguf_config.spec(contents, spec)
@@ -178,7 +186,7 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     sources = {name: _check(where, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
-    eos_ids = read_eos(path, config.eos_token_id, spec.vocab)
+    eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
     return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant)
 
 
@@ -357,15 +365,13 @@ def _check_nothing_left(spec: ModelSpec, sources: dict[str, WeightSource], tenso
         raise CheckpointError(f"{tensors.tensors[first].file}: {len(left)} tensors unknown to a {spec.family} model, the first is {first}")
 
 
-def _dtype(config: PretrainedConfig, requested: str, device: torch.device, embed: TensorInfo) -> torch.dtype:
+def _dtype(config: Config, requested: str, device: torch.device, embed: TensorInfo) -> torch.dtype:
     if requested != "auto":
         if requested not in DTYPES:
             raise InvalidInput(f"dtype = {requested!r}: allowed are auto, {', '.join(DTYPES)}")
         return DTYPES[requested]
-    own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    if own not in DTYPES.values():
-        own = STORED[embed.dtype]
-    assert isinstance(own, torch.dtype)
+    named = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)).removeprefix("torch.")
+    own = DTYPES[named] if named in DTYPES else STORED[embed.dtype]
     return torch.float32 if own == torch.float16 and device.type == "cpu" else own
 
 

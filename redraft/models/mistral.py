@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from redraft.core.spec import ModelSpec
+from redraft.models import llama
+from redraft.models.config import Config, Family
 from redraft.models.llama import decoder, refuse
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+DEFAULTS = {
+    **llama.DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
 
 
-def spec(config: PretrainedConfig) -> ModelSpec:
+def spec(config: Config) -> ModelSpec:
     refuse(config, ("layer_types",))
     return decoder(config, family="mistral", windows=[config.sliding_window] * config.num_hidden_layers)
+
+
+FAMILY = Family("mistral", DEFAULTS, spec, eos=2)

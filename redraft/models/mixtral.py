@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from redraft.core.spec import Experts, ModelSpec, WeightSource
+from redraft.models import mistral
+from redraft.models.config import Config, Family
 from redraft.models.llama import decoder, refuse
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+DEFAULTS = {
+    **mistral.DEFAULTS, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
 
 
-def spec(config: PretrainedConfig) -> ModelSpec:
+def spec(config: Config) -> ModelSpec:
     refuse(config, ("layer_types",))
     count = config.num_local_experts
 
@@ -35,3 +36,6 @@ def spec(config: PretrainedConfig) -> ModelSpec:
         experts=lambda mlp: Experts(count, config.num_experts_per_tok, mlp, renormalise=True),
         source=source,
     )
+
+
+FAMILY = Family("mixtral", DEFAULTS, spec, eos=2)

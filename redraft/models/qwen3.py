@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from redraft.core.spec import ModelSpec
+from redraft.models import qwen2
+from redraft.models.config import Config, Family
 from redraft.models.llama import decoder, windows
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-
-def spec(config: PretrainedConfig) -> ModelSpec:
+def spec(config: Config) -> ModelSpec:
     bias = config.attention_bias
     return decoder(config, family="qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True, windows=windows(config))
+
+
+FAMILY = Family("qwen3", {**qwen2.DEFAULTS, "head_dim": 128}, spec)

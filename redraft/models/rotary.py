@@ -8,13 +8,11 @@ arXiv:2309.00071. llama3: published by Meta with Llama 3.1 (Grattafiori et al., 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redraft.core.spec import Rotary
 from redraft.errors import CheckpointError, Unsupported
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from redraft.models.config import Config
 
 _KINDS = ("default", "linear", "llama3", "yarn")
 _FIELDS = {
@@ -23,7 +21,7 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
+def rotary(config: Config, head_dim: int) -> Rotary:
     """The frequencies of one head. Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
     Unsupported names a kind or field of scaling that Redraft does not know."""
     rope = _parameters(config)
@@ -49,7 +47,7 @@ def rotary(config: PretrainedConfig, head_dim: int) -> Rotary:
     return _yarn(rope, plain, theta, original, float(config.max_position_embeddings))
 
 
-def context(config: PretrainedConfig) -> int:
+def context(config: Config) -> int:
     """The number of positions. Linear: `factor` times max_position_embeddings. YaRN: the larger of `factor` times the original length
     and max_position_embeddings. llama3: as YaRN if max_position_embeddings is the original length, else max_position_embeddings."""
     rope, given = _parameters(config), int(config.max_position_embeddings)
@@ -66,13 +64,13 @@ def _kind(rope: dict[str, Any]) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _original(config: PretrainedConfig, rope: dict[str, Any]) -> float:
+def _original(config: Config, rope: dict[str, Any]) -> float:
     """The length before scaling. The config's own field comes before the rope parameter, as in transformers."""
     name = "original_max_position_embeddings"
     return float(getattr(config, name, None) or rope.get(name) or config.max_position_embeddings)
 
 
-def _parameters(config: PretrainedConfig) -> dict[str, Any]:
+def _parameters(config: Config) -> dict[str, Any]:
     rope = {**(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})}
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = getattr(config, "rope_theta", None) or getattr(config, "default_theta", 10_000.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.errors import CheckpointError, InvalidInput, RedraftError
+from redraft.models.checkpoint import read_json
 from redraft.models.gguf import file, vocabulary
 
 Message = Mapping[str, Any]
@@ -57,7 +58,7 @@ class Tokenizer:
             if path.is_file():
                 self.hf = vocabulary.tokenizer(file.read(path))
             else:
-                self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+                self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, config=_named(path))
         except RedraftError:
             raise
         except Exception as error:  # the many formats raise anything
@@ -169,6 +170,19 @@ class Tokenizer:
         texts = (word, " " + word.lstrip()) if word.strip() else (word,)
         found = [self.encode(text, special=False) for text in texts]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
+
+
+def _named(path: Path) -> Any:
+    """A config with the name of the model's type alone, if the folder names its tokenizer's class: the configuration classes of
+    transformers load PyTorch's compiler, which takes seconds. None: transformers needs the whole config."""
+    from transformers import PretrainedConfig
+
+    config, own = path / "config.json", path / "tokenizer_config.json"
+    if not (config.exists() and own.exists() and read_json(own).get("tokenizer_class")):
+        return None
+    raw = read_json(config)
+    kind = type("Named", (PretrainedConfig,), {"model_type": str(raw.get("model_type", ""))})
+    return kind(name_or_path=str(path), **{name: raw[name] for name in ("tokenizer_class", "model_name") if name in raw})
 
 
 def _neutral(value: Any) -> bool:

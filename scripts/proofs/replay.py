@@ -1,18 +1,25 @@
-"""What drafts are worth on a file of prompts, and where the rest is lost: in drafts, estimates, kernels or Python.
+"""What drafts are worth on a file of prompts, and where the rest is lost: in
+drafts, estimates, kernels or Python.
 
-The drafter runs in the engine over each prompt, greedily. Its texts are those of the plain loop, so only the sizes of its steps matter,
-and any table of step times says what they would have taken. For each table the drafter believes that table exactly. Speeds are of
-generation alone, after the first token, over the plain loop with the same table.
+The drafter runs in the engine over each prompt, greedily. Its texts are those
+of the plain loop, so only the sizes of its steps matter, and any table of step
+times says what they would have taken. For each table the drafter believes that
+table exactly. Speeds are of generation alone, after the first token, over the
+plain loop with the same table.
 
-- perfect: the best number of nodes of each step in hindsight, from the nodes that are drafted where rows cost nothing. What separates
-  it from the next column is lost by estimates; what it lacks itself, by drafts.
-- given: with the times of `--times`. What separates it from the next column is lost by kernels.
+- perfect: the best number of nodes of each step in hindsight, from the nodes
+  that are drafted where rows cost nothing. What separates it from the next
+  column is lost by estimates; what it lacks itself, by drafts.
+- given: with the times of --times. What separates it from the next column is
+  lost by kernels.
 - kernels: with this machine's times, drafting free.
 - python: the same, and the time that drafting and learning took.
-- learned: the same times, but the drafts are those of the drafter's own cost model, which every step corrects.
+- learned: the same times, but the drafts are those of the drafter's own cost
+  model, which every step corrects.
 - clock: these drafts by the clock, the plain loop and the drafter in turns.
 
-Example: `scripts/prove replay MODEL --prompts FILE --turns 1 --limit 36 --times 1:6.8,4:7.6,8:8.4,16:12.9,32:23.8`
+Example: scripts/prove replay MODEL --prompts FILE --turns 1 --limit 36
+--times 1:6.8,4:7.6,8:8.4,16:12.9,32:23.8
 """
 
 from __future__ import annotations
@@ -147,7 +154,9 @@ def main() -> None:
     before = ", ".join(f"{n} {(measured.seconds(n) or 0) / (measured.seconds(1) or 1):.2f}" for n in (2, 4, 8, 16, 32))
     print(f"calibrated, over one row: {before}; token {measured.token:.2e}, cell {measured.cell:.2e}")
     own = table({n: 1000 * (measured.seconds(n) or 0) for n in KNOTS}, measured)
-    wanted = table({int(n): float(ms) for n, _, ms in (one.partition(":") for one in given.times.split(","))}, measured) if given.times else own
+    wanted = (
+        table({int(n): float(ms) for n, _, ms in (one.partition(":") for one in given.times.split(","))}, measured) if given.times else own
+    )
     one = 1000 * (measured.seconds(1) or 0)
     nothing = table({1: one, KNOTS[-1]: one * (1 + 1e-6)}, measured)
     watch, turns = Watch(llm), Watch(plain)
@@ -185,8 +194,9 @@ def main() -> None:
     after = ", ".join(f"{n} {(measured.seconds(n) or 0) / (measured.seconds(1) or 1):.2f}" for n in (2, 4, 8, 16, 32))
     print(f"by the clock, over one row: {after}; token {measured.token:.2e}, cell {measured.cell:.2e}")
     print(f"\n{'':<22}{'perfect':>8}{'given':>8}{'kernels':>8}{'python':>8}{'learned':>8}{'clock':>8}  tokens a step")
-    for name, some in [*rows.items(), ("all", [one for some in rows.values() for one in some])]:
-        sums = np.array(some).sum(0)
+    pooled = [one for own in rows.values() for one in own]
+    for name, found in [*(rows.items() if len(rows) > 1 else ()), ("all", pooled)]:
+        sums = np.array(found).sum(0)
         ratios = [sums[2 * i] / sums[2 * i + 1] for i in range(6)]
         kept = [sums[12] / sums[13 + i] for i in range(3)]
         print(f"{name[:21]:<22}" + "".join(f"{x:>8.2f}" for x in ratios) + "  " + " ".join(f"{x:.2f}" for x in kept))

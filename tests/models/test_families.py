@@ -12,6 +12,7 @@ from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models import rotary
+from redraft.models.config import Config, Family
 from tests.models import tiny
 
 
@@ -20,11 +21,38 @@ def config(name: str, **changes: Any) -> Any:
     return getattr(transformers, f"{prefix}Config")(**{**fields, **changes})
 
 
-def spec(name: str, **changes: Any) -> ModelSpec:
+def family(name: str) -> Family:
     prefix = tiny.FAMILIES[name][0]
-    family = f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}"
-    made: ModelSpec = registry.load(registry.FAMILIES[family])(config(name, **changes))
-    return made
+    found: Family = registry.load(registry.FAMILIES[f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}"])
+    return found
+
+
+def spec(name: str, **changes: Any) -> ModelSpec:
+    return family(name).spec(config(name, **changes))
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_missing_fields_have_the_defaults_of_transformers(name: str) -> None:
+    own = family(name)
+    fields = tiny.FAMILIES[name][1]
+    assert own.spec(Config(**fields).over(own.defaults)) == spec(name)
+    whole = getattr(transformers, f"{tiny.FAMILIES[name][0]}Config")()
+    assert own.spec(Config().over(own.defaults)) == own.spec(whole) and own.eos == whole.eos_token_id and own.name == whole.model_type
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("vocab_size", "61", "an integer"),
+        ("num_hidden_layers", True, "an integer"),
+        ("rms_norm_eps", "1e-5", "a number"),
+        ("hidden_act", 3, "a text"),
+        ("tie_word_embeddings", 1, "true or false"),
+    ],
+)
+def test_fields_of_the_wrong_type(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{field} = .*: must be {allowed}"):
+        Config(**{field: value}).over(family("llama2").defaults)
 
 
 def test_llama() -> None:

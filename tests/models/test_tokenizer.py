@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +172,10 @@ def test_messages_that_are_malformed(chat: Tokenizer, message: Any, named: str) 
     with pytest.raises(InvalidInput, match=named) as caught:
         chat.render([message], template=TOOLS)
     assert "\n" not in str(caught.value)
+
+
+def test_a_start_does_not_load_the_compiler() -> None:
+    """The configuration classes of transformers load it, for seconds. A process of its own, because other tests load it."""
+    code = "import sys; from redraft import LLM; LLM('embedded').generate('a'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

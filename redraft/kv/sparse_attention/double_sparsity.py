@@ -271,7 +271,7 @@ def _config(source: Path) -> bytes:
     """config.json; for a GGUF file, which has none, the config that it gives."""
     from redraft.models import loader
 
-    return loader.read_config(source).to_json_string().encode() if source.is_file() else (source / loader.CONFIG).read_bytes()
+    return repr(loader.read_config(source)).encode() if source.is_file() else (source / loader.CONFIG).read_bytes()
 
 
 def _in_files(source: Path) -> Iterator[Weight]:

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file -> the config of its family in transformers, and the spec with the file's own tensor names.
+"""The metadata of a GGUF file -> the config of its family, and the spec with the file's own tensor names.
 
 Keys of an architecture that change the network and are not understood are refused by name.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from redraft.core.spec import Attention, LayerSpec, ModelSpec, Rotary
 from redraft.errors import CheckpointError, Unsupported, shown
+from redraft.models.config import Config
 from redraft.models.gguf import names
 from redraft.models.gguf.file import Contents
 from redraft.models.gguf.vocabulary import ends
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 # keys after the architecture's name
 _SIZES = {
@@ -45,7 +43,7 @@ _OTHER_SAMPLING = ("mirostat", "xtc_probability")  # zero: off
 _SCALINGS = ("none", "linear", "yarn")
 
 
-def config(found: Contents) -> PretrainedConfig:
+def config(found: Contents) -> Config:
     """The config that the family's config.json would give. `dtype` is that of the weights, bfloat16 if they are quantized."""
     architecture = found.fields.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
@@ -214,17 +212,15 @@ class _Keys:
         return {"rope_parameters": rope}
 
 
-def _llama(keys: _Keys) -> PretrainedConfig:
+def _llama(keys: _Keys) -> Config:
     """Llama, Mistral without its window, and Mixtral: llama.cpp calls all of them llama."""
-    from transformers import LlamaConfig, MixtralConfig
-
     if keys.get("expert_count"):
         experts = {"num_local_experts": keys.size("expert_count"), "num_experts_per_tok": keys.size("expert_used_count")}
         router = keys.found.records.get("blk.0.ffn_gate_inp.weight")
         if router is None or router.shape[0] != experts["num_local_experts"] or experts["num_experts_per_tok"] > router.shape[0]:
             raise CheckpointError(f"{keys.found.path}: {experts} do not fit the tensor blk.0.ffn_gate_inp.weight")
-        return MixtralConfig(architectures=["MixtralForCausalLM"], sliding_window=None, **keys.decoder(), **experts)
-    return LlamaConfig(
+        return Config(architectures=["MixtralForCausalLM"], sliding_window=None, **keys.decoder(), **experts)
+    return Config(
         architectures=["LlamaForCausalLM"],
         attention_bias=keys.has("blk.0.attn_q.bias"),
         mlp_bias=keys.has("blk.0.ffn_down.bias"),
@@ -232,33 +228,25 @@ def _llama(keys: _Keys) -> PretrainedConfig:
     )
 
 
-def _qwen2(keys: _Keys) -> PretrainedConfig:
-    from transformers import Qwen2Config
-
+def _qwen2(keys: _Keys) -> Config:
     fields = keys.decoder()
     if (head_dim := fields.pop("head_dim")) * fields["num_attention_heads"] != fields["hidden_size"]:
         raise Unsupported(f"{keys.found.path}: qwen2.attention.key_length = {head_dim}: only embedding_length / head_count")
-    return Qwen2Config(architectures=["Qwen2ForCausalLM"], use_sliding_window=False, **fields)
+    return Config(architectures=["Qwen2ForCausalLM"], use_sliding_window=False, **fields)
 
 
-def _qwen3(keys: _Keys) -> PretrainedConfig:
-    from transformers import Qwen3Config
-
+def _qwen3(keys: _Keys) -> Config:
     bias = keys.has("blk.0.attn_q.bias")
-    return Qwen3Config(architectures=["Qwen3ForCausalLM"], use_sliding_window=False, attention_bias=bias, **keys.decoder())
+    return Config(architectures=["Qwen3ForCausalLM"], use_sliding_window=False, attention_bias=bias, **keys.decoder())
 
 
-def _gpt2(keys: _Keys) -> PretrainedConfig:
-    from transformers import GPT2Config
-
+def _gpt2(keys: _Keys) -> Config:
     fields = {field: keys.size(key) for key, field in _GPT2.items()}
     epsilon = keys.number("attention.layer_norm_epsilon")
-    return GPT2Config(
-        architectures=["GPT2LMHeadModel"], activation_function="gelu_new", layer_norm_epsilon=epsilon, **keys.common, **fields
-    )
+    return Config(architectures=["GPT2LMHeadModel"], activation_function="gelu_new", layer_norm_epsilon=epsilon, **keys.common, **fields)
 
 
-_FAMILIES: dict[str, Callable[[_Keys], PretrainedConfig]] = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gpt2": _gpt2}
+_FAMILIES: dict[str, Callable[[_Keys], Config]] = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gpt2": _gpt2}
 
 
 def _dtype(found: Contents) -> Any:
