@@ -124,7 +124,7 @@ def show(console: Console, llm: LLM, options: CacheOptions, measured: Measured) 
     machine = report.hardware()
     dtype = str(llm.runner.backend.dtype).removeprefix("torch.")
     console.print(Text(f"{llm.name}, {dtype}; {machine['cpu']}, PyTorch {machine['torch']}", style="bold"))
-    parts = [_scores(result) for result in measured.results]
+    parts = [part for result in measured.results for part in _scores(result)]
     if measured.footprints:
         parts.append(_memory(measured.footprints))
     for title, table in parts:
@@ -141,20 +141,22 @@ def show(console: Console, llm: LLM, options: CacheOptions, measured: Measured) 
 def _table(names: Seq[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
     return table
 
 
-def _scores(result: Result) -> tuple[str, Table]:
+def _scores(result: Result) -> list[tuple[str, Table]]:
     task = result.task
     measure = ["accuracy", "log-prob"] if task.retrieval else ["perplexity"]
     what = "log-probability of the right answer, nats a token" if task.retrieval else "perplexity"
     title = f"{task.name}: {what}; {task.items} texts of up to {task.longest} tokens"
-    table = _table(["policy", "budget", *measure, *task.places, "change (95 %)"])
+    table, places = _table(["policy", "budget", *measure, "change (95 %)"]), _table(["policy", "budget", *task.places])
     for choice, scores in lines_of(result):
         budget = f"{choice.budget:g} %, {choice.tokens}" if choice.budget else f"{choice.share:.0%} of bytes" if choice.share else ""
-        table.add_row(choice.policy, budget, *_cells(result, scores), "" if choice is FULL else _change(result, scores))
-    return title, table
+        cells = _cells(result, scores)
+        table.add_row(choice.policy, budget, *cells[: len(measure)], "" if choice is FULL else _change(result, scores))
+        places.add_row(choice.policy, budget.partition(",")[0], *cells[len(measure) :])
+    return [(title, table), (f"{task.name}: {measure[-1]} by place", places)]
 
 
 def _cells(result: Result, scores: Scores) -> list[str]:

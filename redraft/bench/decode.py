@@ -513,7 +513,7 @@ def beside_limits(
     others: Mapping[str, Mapping[int, Spread | None]] | None = None,
 ) -> Table:
     """Seconds by rows, and the least possible ones, one for each round. Medians; the ratio to the limit also with its extremes; others:
-    further lines. Ten numbers of rows fit 80 columns."""
+    further lines. Eleven numbers of rows fit 80 columns."""
     first = next(iter(took))
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("rows", no_wrap=True)
@@ -521,16 +521,17 @@ def beside_limits(
         table.add_column(str(rows), justify="right", no_wrap=True, min_width=5)
     found = {rows: over(took[rows], limits[rows]) for rows in took}
 
-    def line(name: str, cells: Mapping[int, float | None], unit: float = 1.0, form: str = ".2f") -> None:
-        shown = {rows: None if value is None else value * unit for rows, value in cells.items()}
-        table.add_row(name, *("" if one is None else f"{one:.0f}" if one >= 100 else f"{one:{form}}" for one in shown.values()))
+    def line(name: str, cells: Mapping[int, float | None], form: str = ".2f") -> None:
+        table.add_row(name, *("" if one is None else _short(one, form) for one in cells.values()))
 
-    def middle(values: Mapping[int, Spread | None]) -> dict[int, float | None]:
-        return {rows: one and one.median for rows, one in values.items()}
+    def middle(values: Mapping[int, Spread | None], unit: float = 1.0) -> dict[int, float | None]:
+        return {rows: one and one.median * unit for rows, one in values.items()}
 
-    line("ms", middle({rows: Spread.of(values) for rows, values in took.items()}), 1e3, ".3g")
+    times = {rows: Spread.of(values) for rows, values in took.items()}
+    name, unit = ("us", 1e6) if max((one.median for one in times.values() if one), default=1.0) < 1e-3 else ("ms", 1e3)
+    line(name, middle(times, unit), ".3g")
     if any(found.values()):
-        line("limit, ms", middle({rows: Spread.of(values) for rows, values in limits.items()}), 1e3, ".3g")
+        line(f"limit, {name}", middle({rows: Spread.of(values) for rows, values in limits.items()}, unit), ".3g")
         line("times limit", middle(found))
         line("  smallest", {rows: one and one.low for rows, one in found.items()})
         line("  largest", {rows: one and one.high for rows, one in found.items()})
@@ -538,6 +539,12 @@ def beside_limits(
     for name, values in (others or {}).items():
         line(name, middle(values))
     return table
+
+
+def _short(number: float, form: str) -> str:
+    """At most five letters for what such tables hold."""
+    text = f"{number:.0f}" if number >= 100 else f"{number:{form}}"
+    return text if len(text) <= 5 else f"{number:.2g}"
 
 
 def _ratio(found: Comparison, engine: Engine, measure: str, rows: int | None = None) -> str:

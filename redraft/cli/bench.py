@@ -15,7 +15,7 @@ from redraft.errors import InvalidInput, RedraftError
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 140  # columns of the tables if stdout is not a terminal
+WIDTH = 80  # columns of the tables if stdout is not a terminal
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure cache policies, decoding, single operations, or a server under load.")
 

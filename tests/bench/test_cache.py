@@ -348,11 +348,11 @@ def measured() -> Measured:
 
 def test_tables(llm: LLM, measured: Measured) -> None:
     out = StringIO()
-    curves.show(Console(file=out, width=160), llm, CacheOptions(("keep=newest",)), measured)
+    curves.show(Console(file=out, width=80), llm, CacheOptions(("keep=newest",)), measured)
     lines = [" ".join(line.split()) for line in out.getvalue().splitlines()]
-    assert "newest 50 %, 5 0.0% -2.50 -2.50 -0.50 (-0.50 to -0.50)" in lines
-    assert "newest 50 %, 5 8.166 8.166 +10.5% (+10.5% to +10.5%)" in lines
-    assert "full 7.389 7.389" in lines
+    assert "newest 50 %, 5 0.0% -2.50 -0.50 (-0.50 to -0.50)" in lines and "newest 50 % -2.50" in lines
+    assert "newest 50 %, 5 8.166 +10.5% (+10.5% to +10.5%)" in lines and "newest 50 % 8.166" in lines
+    assert lines.count("full 7.389") == 2 and "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
     assert "newest 256 KiB 25% 256 KiB 50% 128" in lines
     assert any("refused and left out: newest at 10 %: newest:budget=5" in line for line in lines)
 
