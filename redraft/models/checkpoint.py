@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from redraft.errors import CheckpointError, Unsupported
+from redraft.models.config import first_line, read_json
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -127,20 +127,3 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. CheckpointError names the file."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # the last for deep nesting
-        raise CheckpointError(f"{file}: not readable as JSON: {first_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: a JSON {type(raw).__name__}, not an object")
-    return raw
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not empty; else its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,8 +1,10 @@
-"""The fields of a checkpoint's config as attributes, and what a family makes of them."""
+"""The JSON files of a checkpoint, the fields of its config as attributes, and what a family makes of them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -38,3 +40,20 @@ class Family(NamedTuple):
     defaults: Mapping[str, Any]
     spec: Callable[[Config], ModelSpec]
     eos: int | None = None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. CheckpointError names the file."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # the last for deep nesting
+        raise CheckpointError(f"{file}: not readable as JSON: {first_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: a JSON {type(raw).__name__}, not an object")
+    return raw
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty; else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from typing import Any
 
 from redraft.config import SamplingParams
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
-from redraft.models.checkpoint import read_json
+from redraft.models.config import read_json
 from redraft.models.gguf import file as gguf
 from redraft.models.gguf.config import sampling
 

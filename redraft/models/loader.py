@@ -17,8 +17,8 @@ from torch import Tensor
 from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import MAX_VALUE, CheckpointError, InvalidInput, Unsupported, shown
-from redraft.models.checkpoint import INDEX, STORED, Safetensors, TensorInfo, TensorSource, first_line, read_json, refuse_adapter
-from redraft.models.config import Config, Family
+from redraft.models.checkpoint import INDEX, STORED, Safetensors, TensorInfo, TensorSource, refuse_adapter
+from redraft.models.config import Config, Family, first_line, read_json
 from redraft.models.generation import read_defaults, read_eos
 from redraft.models.gguf import config as gguf_config
 from redraft.models.gguf import file as gguf_file

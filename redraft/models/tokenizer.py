@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.errors import CheckpointError, InvalidInput, RedraftError
-from redraft.models.checkpoint import read_json
+from redraft.models.config import read_json
 from redraft.models.gguf import file, vocabulary
 
 Message = Mapping[str, Any]
