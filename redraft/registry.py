@@ -94,8 +94,12 @@ FAMILIES: dict[str, str] = {
     "LlamaForCausalLM": "redraft.models.llama:FAMILY",
     "MistralForCausalLM": "redraft.models.mistral:FAMILY",
     "MixtralForCausalLM": "redraft.models.mixtral:FAMILY",
+    "Phi3ForCausalLM": "redraft.models.phi3:FAMILY",
     "Qwen2ForCausalLM": "redraft.models.qwen2:FAMILY",
     "Qwen3ForCausalLM": "redraft.models.qwen3:FAMILY",
+    "Qwen3MoeForCausalLM": "redraft.models.qwen3_moe:FAMILY",
+    "SmolLM3ForCausalLM": "redraft.models.smollm3:FAMILY",
+    "Starcoder2ForCausalLM": "redraft.models.starcoder2:FAMILY",
 }
 
 

@@ -6,7 +6,8 @@ Llama 3 Herd of Models, 2024, arXiv:2407.21783.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
@@ -36,7 +37,10 @@ _PARTS = {
     "up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-_TOP = {"embed": "model.embed_tokens.weight", "head": "lm_head.weight", "final_norm.weight": "model.norm.weight"}
+_TOP = {
+    "embed": "model.embed_tokens.weight", "head": "lm_head.weight",
+    "final_norm.weight": "model.norm.weight", "final_norm.bias": "model.norm.bias",
+}  # fmt: skip
 
 
 DEFAULTS = {
@@ -63,21 +67,27 @@ def decoder(
     qkv_bias: bool = False,
     out_bias: bool = False,
     mlp_bias: bool = False,
+    gated: bool = True,
     qk_norm: bool = False,
+    norm: Norm | None = None,
     windows: list[int | None] | None = None,
-    experts: Callable[[Mlp], Experts] | None = None,
+    turned: list[bool] | None = None,
+    experts: list[Experts | None] | None = None,
+    parts: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     source: Callable[[str], WeightSource | None] = lambda name: None,
+    known: tuple[str, ...] = (),
 ) -> ModelSpec:
-    """A model with Llama's layers. `windows`: one for each layer; `experts`: makes the mixture from the mlp of one expert; `source`: the
-    tensors of a weight, None for weights that are named as in Llama."""
-    refuse(config, _FOREIGN)
+    """A model with Llama's layers. For each layer `windows`, `turned`: whether positions rotate it, `experts`: None for a plain mlp.
+    `norm`: RMS if None; `parts`: modules with other names than in Llama; `source`: the tensors of a weight, None for weights that follow
+    these names; `known`: fields of other architectures that the family has."""
+    refuse(config, tuple(name for name in _FOREIGN if name not in known))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
         raise CheckpointError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-    norm = Norm("rms", config.rms_norm_eps)
-    mlp = Mlp(config.intermediate_size, activation(config.hidden_act), gated=True, bias=mlp_bias)
-    turn = rotary(config, head_dim)
+    norm = norm or Norm("rms", config.rms_norm_eps)
+    mlp = Mlp(config.intermediate_size, activation(config.hidden_act), gated, mlp_bias)
+    turn, count, named = rotary(config, head_dim), config.num_hidden_layers, {**_PARTS, **parts}
     rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
 
     def place(name: str) -> WeightSource:
@@ -86,8 +96,8 @@ def decoder(
         if name in _TOP:
             return WeightSource((_TOP[name],))
         _, layer, part, kind = name.split(".")
-        names = tuple(f"model.layers.{layer}.{p}.{kind}" for p in _PARTS[part])
-        return WeightSource(names, rows if part == "qkv" else ())
+        names = tuple(f"model.layers.{layer}.{p}.{kind}" for p in named[part])
+        return WeightSource(names, rows if part == "qkv" and len(names) > 1 else ())
 
     return ModelSpec(
         vocab=config.vocab_size,
@@ -95,11 +105,11 @@ def decoder(
         context=context(config),
         layers=tuple(
             LayerSpec(
-                Attention(heads, kv_heads, head_dim, turn, window, qkv_bias, out_bias, norm if qk_norm else None),
-                experts(mlp) if experts else mlp,
+                Attention(heads, kv_heads, head_dim, turn if turns else None, window, qkv_bias, out_bias, norm if qk_norm else None),
+                mixture or mlp,
                 norm,
             )
-            for window in windows or [None] * config.num_hidden_layers
+            for window, turns, mixture in zip(windows or [None] * count, turned or [True] * count, experts or [None] * count, strict=True)
         ),
         final_norm=norm,
         tied=config.tie_word_embeddings,

@@ -25,6 +25,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 _GPT2 = {"vocab_size": V, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT, "bos_token_id": 1, "eos_token_id": 2}
 
+_EXPERTS = {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
 # name -> (class prefix in transformers, fields of the config)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {**_BASE}),
@@ -40,6 +42,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {**_BASE, "head_dim": 12, "tie_word_embeddings": True}),
     "qwen3-biases": ("Qwen3", {**_BASE, "head_dim": 12, "attention_bias": True}),
     "mixtral": ("Mixtral", {**_BASE, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("Qwen3Moe", {**_BASE, **_EXPERTS}),
+    "qwen3-moe-mixed": ("Qwen3Moe", {**_BASE, **_EXPERTS, "norm_topk_prob": True, "decoder_sparse_step": 2, "attention_bias": True}),
+    "smollm3": ("SmolLM3", {**_BASE, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "smollm3-window": (
+        "SmolLM3",
+        {**_BASE, "pad_token_id": 0, "no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "starcoder2": ("Starcoder2", {**_BASE, "sliding_window": 11}),
+    "starcoder2-plain": ("Starcoder2", {**_BASE, "use_bias": False, "tie_word_embeddings": False}),
+    "phi3": ("Phi3", {**_BASE, "pad_token_id": 0}),
+    "phi3-window": ("Phi3", {**_BASE, "pad_token_id": 0, "sliding_window": 11, "num_key_value_heads": 4}),
     "gpt2": ("GPT2", _GPT2),
     "gpt2-untied": ("GPT2", {**_GPT2, "tie_word_embeddings": False, "n_inner": 50}),
 }

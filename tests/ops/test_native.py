@@ -383,6 +383,7 @@ class Shape(NamedTuple):
     window: int | None = None
     learned: bool = False
     experts: int = 0
+    still: bool = False  # the middle layer is not rotated
 
 
 FAMILIES = {
@@ -391,6 +392,8 @@ FAMILIES = {
     "gpt2": Shape(3, 3, 10, 30, Mlp(100, "gelu_tanh", gated=False, bias=True), Norm("layer"), biases=True, learned=True),
     "mistral": Shape(4, 1, 16, 64, Mlp(33), window=11),
     "mixtral": Shape(4, 2, 8, 40, Mlp(36), experts=5),
+    "smollm3": Shape(4, 2, 8, 40, Mlp(52), still=True),
+    "starcoder2": Shape(6, 2, 12, 36, Mlp(100, "gelu_tanh", gated=False, bias=True), Norm("layer"), biases=True, window=11),
 }
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
 SEVERAL = (551, Lanes.PER_HEAD), (551, Lanes.SHARED), (551, Lanes.PER_LAYER)  # tokens of texts, and their lanes
@@ -415,7 +418,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
     def rotary(base: float) -> Rotary | None:
         return None if shape.learned else Rotary(tuple(base ** (-2 * i / shape.size) for i in range(shape.size // 2)))
 
-    near, far = rotary(100.0), rotary(900.0 if shape.window else 100.0)
+    near, far = rotary(100.0), None if shape.still else rotary(900.0 if shape.window else 100.0)
     mlp = Experts(shape.experts, 2, shape.mlp) if shape.experts else shape.mlp
     qk = Norm(eps=1e-6) if shape.qk_norm else None
     layers = tuple(

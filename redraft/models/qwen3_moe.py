@@ -1,0 +1,59 @@
+"""Qwen3 with mixtures of experts. Yang et al., Qwen3 Technical Report, 2025, arXiv:2505.09388."""
+
+from __future__ import annotations
+
+from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
+from redraft.errors import CheckpointError, shown
+from redraft.models import qwen3
+from redraft.models.config import Config, Family
+from redraft.models.llama import activation, decoder, refuse
+
+DEFAULTS = {
+    **qwen3.FAMILY.defaults, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+    "head_dim": None, "decoder_sparse_step": 1, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128,
+    "norm_topk_prob": False, "mlp_only_layers": None,
+}  # fmt: skip
+
+
+def spec(config: Config) -> ModelSpec:
+    """The number of experts is `num_experts`, or `num_local_experts` as transformers 5 saves it. A layer has experts unless
+    `mlp_only_layers` names it, and if its number, from 1, is a multiple of `decoder_sparse_step`."""
+    refuse(config, ("layer_types",))
+    layers, step, plain = config.num_hidden_layers, config.decoder_sparse_step, config.mlp_only_layers or []
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    for name, value in (("num_experts", count), ("moe_intermediate_size", config.moe_intermediate_size), ("decoder_sparse_step", step)):
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{name} = {shown(value)}: must be an integer, 1 or more")
+    if not 0 < config.num_experts_per_tok <= count:
+        raise CheckpointError(f"num_experts_per_tok = {config.num_experts_per_tok}: must be 1 to {count}, the number of experts")
+    mixture = Experts(
+        count, config.num_experts_per_tok, Mlp(config.moe_intermediate_size, activation(config.hidden_act)), config.norm_topk_prob
+    )
+
+    def source(name: str) -> WeightSource | None:
+        # Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused tensors.
+        if ".router." not in name and ".experts." not in name:
+            return None
+        mlp = f"model.layers.{name.split('.')[1]}.mlp"
+        if name.endswith("router.weight"):
+            return WeightSource((f"{mlp}.gate.weight",))
+        expert, part = int(name.split(".")[3]), name.split(".")[4]
+        fused = WeightSource((f"{mlp}.experts.{'gate_up' if part == 'up' else 'down'}_proj",), place=(expert, count))
+        parts = ("gate", "up") if part == "up" else ("down",)
+        return WeightSource(tuple(f"{mlp}.experts.{expert}.{p}_proj.weight" for p in parts), otherwise=fused)
+
+    bias = config.attention_bias
+    window = config.sliding_window if config.use_sliding_window else None
+    return decoder(
+        config,
+        family="qwen3_moe",
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        windows=[window] * layers,
+        experts=[None if i in plain or (i + 1) % step else mixture for i in range(layers)],
+        source=source,
+    )
+
+
+FAMILY = Family("qwen3_moe", DEFAULTS, spec)
