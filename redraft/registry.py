@@ -99,6 +99,7 @@ FAMILIES: dict[str, str] = {
     "Qwen3ForCausalLM": "redraft.models.qwen3:FAMILY",
     "Qwen3MoeForCausalLM": "redraft.models.qwen3_moe:FAMILY",
     "SmolLM3ForCausalLM": "redraft.models.smollm3:FAMILY",
+    "StableLmForCausalLM": "redraft.models.stablelm:FAMILY",
     "Starcoder2ForCausalLM": "redraft.models.starcoder2:FAMILY",
 }
 

@@ -124,7 +124,8 @@ class WeightSource:
     """Where the checkpoint stores a canonical weight. names: tensors to concatenate along the output dimension; rows: the number of
     rows of each, equal parts if empty; place: (i, n) if the tensor holds n such weights and this is weight i; transposed: stored as
     [in, out]; otherwise: the source to use if the checkpoint lacks the first name; paired: for each name the number of heads whose two
-    halves are stored interleaved, 0 for none (GGUF files of Llama)."""
+    halves are stored interleaved, 0 for none (GGUF files of Llama); order: for each row of the weight, its row in what is stored; empty:
+    as stored."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...] = ()
@@ -132,6 +133,7 @@ class WeightSource:
     transposed: bool = False
     otherwise: WeightSource | None = None
     paired: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

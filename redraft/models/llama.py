@@ -13,7 +13,7 @@ from typing import Literal
 from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.config import Config, Family
-from redraft.models.rotary import context, rotary
+from redraft.models.rotary import context, halves, rotary, turned_dims
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 _ACTIVATIONS: dict[str, Activation] = {
@@ -76,10 +76,11 @@ def decoder(
     parts: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     source: Callable[[str], WeightSource | None] = lambda name: None,
     known: tuple[str, ...] = (),
+    partial: bool = False,
 ) -> ModelSpec:
     """A model with Llama's layers. For each layer `windows`, `turned`: whether positions rotate it, `experts`: None for a plain mlp.
     `norm`: RMS if None; `parts`: modules with other names than in Llama; `source`: the tensors of a weight, None for weights that follow
-    these names; `known`: fields of other architectures that the family has."""
+    these names; `known`: fields of other architectures that the family has; `partial`: whether positions may rotate a part of a head."""
     refuse(config, tuple(name for name in _FOREIGN if name not in known))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -89,6 +90,12 @@ def decoder(
     mlp = Mlp(config.intermediate_size, activation(config.hidden_act), gated, mlp_bias)
     turn, count, named = rotary(config, head_dim), config.num_hidden_layers, {**_PARTS, **parts}
     rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    order: tuple[int, ...] = ()
+    if (some := turned_dims(config, head_dim)) < head_dim:
+        if not partial:
+            raise Unsupported(f"partial_rotary_factor = {some / head_dim:g}: {family} models rotate whole heads")
+        each, values = halves(some, head_dim), range((heads + kv_heads) * head_dim, sum(rows))
+        order = (*(head * head_dim + dim for head in range(heads + kv_heads) for dim in each), *values)
 
     def place(name: str) -> WeightSource:
         if found := source(name):
@@ -97,7 +104,7 @@ def decoder(
             return WeightSource((_TOP[name],))
         _, layer, part, kind = name.split(".")
         names = tuple(f"model.layers.{layer}.{p}.{kind}" for p in named[part])
-        return WeightSource(names, rows if part == "qkv" and len(names) > 1 else ())
+        return WeightSource(names, rows if len(names) > 1 else (), order=order) if part == "qkv" else WeightSource(names)
 
     return ModelSpec(
         vocab=config.vocab_size,

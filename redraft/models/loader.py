@@ -237,7 +237,7 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
                 target.unflatten(0, (heads, 2, -1)).copy_(found.unflatten(0, (heads, -1, 2)).transpose(1, 2))
             else:
                 target.copy_(found.T if source.transposed else found)
-        return out
+        return out[list(source.order)] if source.order else out
 
     # biases and norms come first, because matrices are packed together with them
     for name in _progress(checkpoint, {name: shapes[name] for name in sorted(shapes, key=lambda name: len(shapes[name]) > 1)}):

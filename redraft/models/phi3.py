@@ -21,6 +21,7 @@ def spec(config: Config) -> ModelSpec:
         family="phi3",
         windows=[config.sliding_window] * config.num_hidden_layers,
         parts={"qkv": ("self_attn.qkv_proj",), "up": ("mlp.gate_up_proj",)},
+        partial=True,
     )
 
 

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from redraft.core.spec import Rotary
-from redraft.errors import CheckpointError, Unsupported
+from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.config import Config
 
 _KINDS = ("default", "linear", "llama3", "yarn")
@@ -22,20 +22,23 @@ _FIELDS = {
 
 
 def rotary(config: Config, head_dim: int) -> Rotary:
-    """The frequencies of one head. Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
-    Unsupported names a kind or field of scaling that Redraft does not know."""
+    """The frequencies of one head, in the order of `halves`. Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
+    (4). Unsupported names a kind or field of scaling that Redraft does not know."""
     rope = _parameters(config)
     kind = _kind(rope)
     if kind not in _KINDS:
         raise Unsupported(f"rope type {kind!r}; known: {', '.join(_KINDS)}")
     if unknown := sorted(set(rope) - _FIELDS):
         raise Unsupported(f"rope parameter {unknown[0]!r} of type {kind!r}")
-    if (part := rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0) != 1.0:
-        raise Unsupported(f"partial_rotary_factor = {part}: only rotation of whole heads is supported")
-    if head_dim % 2:
-        raise CheckpointError(f"head_dim = {head_dim}: rotary positions need an even number")
+    turned = turned_dims(config, head_dim)
+    if head_dim % 2 or turned % 2 or turned < 2:
+        raise CheckpointError(f"head_dim = {head_dim}, {turned} of it rotated: rotary positions need even numbers")
     theta = float(rope["rope_theta"])
-    plain = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    plain = [theta ** (-i / turned) for i in range(0, turned, 2)]
+    if turned < head_dim:
+        if kind != "default":
+            raise Unsupported(f"rope type {kind!r} where only {turned} of {head_dim} dimensions are rotated")
+        return Rotary((*plain, *[0.0] * ((head_dim - turned) // 2)))
     if kind == "default":
         return Rotary(tuple(plain))
     if kind == "linear":
@@ -45,6 +48,21 @@ def rotary(config: Config, head_dim: int) -> Rotary:
         low, high, factor = (_number(rope, kind, name) for name in ("low_freq_factor", "high_freq_factor", "factor"))
         return Rotary(tuple(_llama3(f, factor, low, high, original) for f in plain))
     return _yarn(rope, plain, theta, original, float(config.max_position_embeddings))
+
+
+def turned_dims(config: Config, head_dim: int) -> int:
+    """The number of leading dimensions of a head that positions rotate. The others are pairs of frequency 0, see `halves`."""
+    part = _parameters(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
+        raise CheckpointError(f"partial_rotary_factor = {shown(part)}: must be above 0 and at most 1")
+    return int(head_dim * part)
+
+
+def halves(turned: int, head_dim: int) -> list[int]:
+    """The order of a head's dimensions in which the pairs (i, i + head_dim / 2) are those of its first `turned` dimensions, then pairs of
+    the others. Scores do not depend on the order."""
+    half, rest = turned // 2, (head_dim - turned) // 2
+    return [*range(half), *range(turned, turned + rest), *range(half, turned), *range(turned + rest, head_dim)]
 
 
 def context(config: Config) -> int:

@@ -158,7 +158,7 @@ def test_rope_of_older_configs() -> None:
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
         ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "'longrope'"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "'linear' where only 4 of 8"),
         ({"rope_type": "default", "spiral": 3}, "'spiral'"),
     ],
 )
@@ -176,6 +176,9 @@ def test_rope_refusals(rope: dict[str, Any], named: str) -> None:
         ("llama2", {"num_key_value_heads": 3}, CheckpointError, "num_key_value_heads = 3"),
         ("mistral", {"layer_types": ["sliding_attention"] * 3}, Unsupported, "layer_types"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, Unsupported, "chunked_attention"),
+        ("llama-biases", {"partial_rotary_factor": 0.4}, Unsupported, "partial_rotary_factor = 0.4: llama models rotate whole heads"),
+        ("stablelm", {"use_parallel_residual": True}, Unsupported, "use_parallel_residual"),
+        ("stablelm", {"qk_layernorm": True}, Unsupported, "qk_layernorm"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, Unsupported, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, Unsupported, "scale_attn_weights"),
         ("gpt2", {"add_cross_attention": True}, Unsupported, "add_cross_attention"),

@@ -53,6 +53,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2-plain": ("Starcoder2", {**_BASE, "use_bias": False, "tie_word_embeddings": False}),
     "phi3": ("Phi3", {**_BASE, "pad_token_id": 0}),
     "phi3-window": ("Phi3", {**_BASE, "pad_token_id": 0, "sliding_window": 11, "num_key_value_heads": 4}),
+    "phi3-partial": ("Phi3", {**_BASE, "pad_token_id": 0, "hidden_size": 32, "partial_rotary_factor": 0.5}),
+    "stablelm": ("StableLm", {**_BASE, "hidden_size": 64}),
+    "stablelm-biases": ("StableLm", {**_BASE, "hidden_size": 48, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "gpt2": ("GPT2", _GPT2),
     "gpt2-untied": ("GPT2", {**_GPT2, "tie_word_embeddings": False, "n_inner": 50}),
 }
