@@ -40,7 +40,9 @@ def test_a_named_shape_is_what_its_name_says(name: str) -> None:
     assert spec.tied and loader.DTYPES[shapes.SHAPES[name]["dtype"]] is torch.bfloat16
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3-biases", "mistral", "mixtral", "phi3", "stablelm", "starcoder2", "gpt2-untied"])
+@pytest.mark.parametrize(
+    "family", ["llama3", "qwen2", "qwen3-biases", "mistral", "mixtral", "phi3", "stablelm", "starcoder2", "gpt2-untied"]
+)
 def test_every_family_loads_here_and_in_transformers(family: str, tmp_path: Path) -> None:
     prefix, fields = tiny.FAMILIES[family]
     config = getattr(transformers, f"{prefix}Config")(**{**fields, "vocab_size": 4096}).to_dict()
