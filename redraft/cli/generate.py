@@ -76,10 +76,13 @@ def _one(config: Any, prompt: str | None, sampling: Given, template: str | None,
     llm = _load(config)
     prompting = Prompting.of(llm, template, raw=raw)
     params = SamplingParams(**{"seed": secrets.randbits(32), **sampling})
+    example = prompt is None
     if prompt is None:
         prompt = QUESTION if prompting.chat else PROMPT
     if Screen().terminal:
         typer.secho(prompt, dim=True, nl=prompting.chat or params.n > 1)
+    elif example:  # whoever did not write it should see it
+        typer.echo(prompt, err=True)
     shown = show(llm, prompting.text(prompt), params)
     typer.echo(shown.summary(llm, params, "chat template" if prompting.chat else "raw prompt"), err=True)
     if shown.interrupted:
