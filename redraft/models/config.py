@@ -17,19 +17,40 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {  # of a default -> allowed 
     float: ((int, float), "a number"),
     str: ((str,), "a text"),
 }
+_SIZES = {  # integers from 1 to a largest value
+    **dict.fromkeys((
+        "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "num_experts_per_tok", "decoder_sparse_step",
+        "no_rope_layer_interval", "n_embd", "n_head", "n_inner", "n_positions",
+    ), (1 << 31) - 1),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"), 10_000),
+}  # fmt: skip
+_EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
+_NULL = ("sliding_window", "num_key_value_heads", "head_dim", "n_inner")  # sizes for which null has a meaning
 
 
 class Config(SimpleNamespace):
     """Fields in the names of config.json. A field that neither the file nor the family's defaults have raises AttributeError."""
 
-    def over(self, defaults: Mapping[str, Any]) -> Config:
-        """With defaults for missing fields. CheckpointError names a field of another type than its default; null is always allowed."""
-        for name, default in defaults.items():
-            value = getattr(self, name, None)
-            types, allowed = _KINDS.get(type(default), ((object,), ""))
-            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types and bool(allowed))):
+
+def filled(config: Config, defaults: Mapping[str, Any]) -> Config:
+    """The config with defaults for missing fields. CheckpointError names a field with a value that no family allows, or of another type
+    than its default."""
+    for name, value in vars(config).items():
+        default = defaults.get(name)
+        if name in _SIZES:
+            if (value is not None or (default is not None and name not in _NULL)) and (
+                type(value) is not int or not 0 < value <= _SIZES[name]
+            ):
+                raise CheckpointError(f"{name} = {shown(value)}: must be an integer from 1 to {_SIZES[name]}")
+        elif name in _EPSILONS:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise CheckpointError(f"{name} = {shown(value)}: must be a number from 0 to 1")
+        elif value is not None and default is not None and (kind := _KINDS.get(type(default))):
+            types, allowed = kind
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise CheckpointError(f"{name} = {shown(value)}: must be {allowed}")
-        return Config(**{**defaults, **vars(self)})
+    return Config(**{**defaults, **vars(config)})
 
 
 class Family(NamedTuple):

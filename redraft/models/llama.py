@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
-from redraft.errors import CheckpointError, Unsupported
+from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.config import Config, Family
 from redraft.models.rotary import context, halves, rotary, turned_dims
 
@@ -126,6 +126,13 @@ def decoder(
     )
 
 
+def mixture(config: Config, count: int, hidden: int, renormalise: bool) -> Experts:
+    """Of experts with an mlp of size `hidden`."""
+    if not 0 < config.num_experts_per_tok <= count:
+        raise CheckpointError(f"num_experts_per_tok = {config.num_experts_per_tok}: must be 1 to {count}, the number of experts")
+    return Experts(count, config.num_experts_per_tok, Mlp(hidden, activation(config.hidden_act)), renormalise)
+
+
 def activation(name: str) -> Activation:
     """transformers' name of an activation -> ours. Unsupported names an unknown one."""
     if name not in _ACTIVATIONS:
@@ -143,9 +150,12 @@ def refuse(config: Config, fields: tuple[str, ...]) -> None:
 def windows(config: Config) -> list[int | None]:
     """The window of each layer: by `layer_types`, else from layer `max_window_layers` on. All None without `use_sliding_window`."""
     window = config.sliding_window if config.use_sliding_window else None
-    kinds = getattr(config, "layer_types", None) or [
-        "sliding_attention" if i >= config.max_window_layers else "full_attention" for i in range(config.num_hidden_layers)
-    ]
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if i >= config.max_window_layers else "full_attention" for i in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, str) for kind in kinds):
+        raise CheckpointError(f"layer_types = {shown(kinds)}: a list of {count} texts, one for each layer, is needed")
     if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
         raise Unsupported(f"layer type {unknown[0]!r}")
     return [window if kind == "sliding_attention" else None for kind in kinds]

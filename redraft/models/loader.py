@@ -18,7 +18,7 @@ from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import MAX_VALUE, CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models.checkpoint import INDEX, STORED, Safetensors, TensorInfo, TensorSource, refuse_adapter
-from redraft.models.config import Config, Family, first_line, read_json
+from redraft.models.config import Config, Family, filled, first_line, read_json
 from redraft.models.generation import read_defaults, read_eos
 from redraft.models.gguf import config as gguf_config
 from redraft.models.gguf import file as gguf_file
@@ -36,19 +36,6 @@ _SHIPPED = "the model 'embedded' ships with Redraft"
 
 Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_inner",
-)  # fields of config.json, in the names of transformers
 _DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -143,11 +130,7 @@ def _filled(config: Config, where: Path) -> Config:
     """With its family's defaults. CheckpointError names what does not fit the family."""
     family: Family = registry.load(registry.FAMILIES[_architecture(config.architectures)])
     try:
-        found = config.over({"model_type": family.name, **family.defaults})
-        for name in _SIZES:
-            size = getattr(found, name, None)
-            if size is not None and not 0 < size < 1 << 31:
-                raise CheckpointError(f"{name} = {shown(size)}: must be an integer from 1 to {(1 << 31) - 1}")
+        found = filled(config, {"model_type": family.name, **family.defaults})
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     if found.model_type != family.name:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
+from redraft.core.spec import ModelSpec, WeightSource
 from redraft.models import mistral
 from redraft.models.config import Config, Family
-from redraft.models.llama import activation, decoder, refuse
+from redraft.models.llama import decoder, mixture, refuse
 
 DEFAULTS = {
     **mistral.DEFAULTS, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -15,7 +15,6 @@ DEFAULTS = {
 def spec(config: Config) -> ModelSpec:
     refuse(config, ("layer_types",))
     count = config.num_local_experts
-    mlp = Mlp(config.intermediate_size, activation(config.hidden_act))
 
     def source(name: str) -> WeightSource | None:
         # Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused tensors, under `mlp`.
@@ -34,7 +33,7 @@ def spec(config: Config) -> ModelSpec:
         config,
         family="mixtral",
         windows=[config.sliding_window] * config.num_hidden_layers,
-        experts=[Experts(count, config.num_experts_per_tok, mlp, renormalise=True)] * config.num_hidden_layers,
+        experts=[mixture(config, count, config.intermediate_size, renormalise=True)] * config.num_hidden_layers,
         source=source,
     )
 

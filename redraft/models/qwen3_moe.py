@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
+from redraft.core.spec import ModelSpec, WeightSource
 from redraft.errors import CheckpointError, shown
 from redraft.models import qwen3
 from redraft.models.config import Config, Family
-from redraft.models.llama import activation, decoder, refuse
+from redraft.models.llama import decoder, mixture, refuse
 
 DEFAULTS = {
     **qwen3.FAMILY.defaults, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
@@ -21,14 +21,9 @@ def spec(config: Config) -> ModelSpec:
     refuse(config, ("layer_types",))
     layers, step, plain = config.num_hidden_layers, config.decoder_sparse_step, config.mlp_only_layers or []
     count = getattr(config, "num_local_experts", None) or config.num_experts
-    for name, value in (("num_experts", count), ("moe_intermediate_size", config.moe_intermediate_size), ("decoder_sparse_step", step)):
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{name} = {shown(value)}: must be an integer, 1 or more")
-    if not 0 < config.num_experts_per_tok <= count:
-        raise CheckpointError(f"num_experts_per_tok = {config.num_experts_per_tok}: must be 1 to {count}, the number of experts")
-    mixture = Experts(
-        count, config.num_experts_per_tok, Mlp(config.moe_intermediate_size, activation(config.hidden_act)), config.norm_topk_prob
-    )
+    if not isinstance(plain, list) or not all(type(one) is int for one in plain):
+        raise CheckpointError(f"mlp_only_layers = {shown(plain)}: a list of integers is needed")
+    experts = mixture(config, count, config.moe_intermediate_size, config.norm_topk_prob)
 
     def source(name: str) -> WeightSource | None:
         # Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused tensors.
@@ -51,7 +46,7 @@ def spec(config: Config) -> ModelSpec:
         out_bias=bias,
         qk_norm=True,
         windows=[window] * layers,
-        experts=[None if i in plain or (i + 1) % step else mixture for i in range(layers)],
+        experts=[None if i in plain or (i + 1) % step else experts for i in range(layers)],
         source=source,
     )
 

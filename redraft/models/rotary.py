@@ -19,6 +19,7 @@ _FIELDS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "low_freq_factor",
     "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate", "finetuned",
 }  # fmt: skip
+_NUMBERS = _FIELDS - {"rope_type", "type", "partial_rotary_factor", "truncate", "finetuned"}
 
 
 def rotary(config: Config, head_dim: int) -> Rotary:
@@ -31,8 +32,8 @@ def rotary(config: Config, head_dim: int) -> Rotary:
     if unknown := sorted(set(rope) - _FIELDS):
         raise Unsupported(f"rope parameter {unknown[0]!r} of type {kind!r}")
     turned = turned_dims(config, head_dim)
-    if head_dim % 2 or turned % 2 or turned < 2:
-        raise CheckpointError(f"head_dim = {head_dim}, {turned} of it rotated: rotary positions need even numbers")
+    if head_dim % 2 or head_dim < 2:
+        raise CheckpointError(f"head_dim = {head_dim}: rotary positions need an even number")
     theta = float(rope["rope_theta"])
     plain = [theta ** (-i / turned) for i in range(0, turned, 2)]
     if turned < head_dim:
@@ -55,7 +56,10 @@ def turned_dims(config: Config, head_dim: int) -> int:
     part = _parameters(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part <= 1:
         raise CheckpointError(f"partial_rotary_factor = {shown(part)}: must be above 0 and at most 1")
-    return int(head_dim * part)
+    turned = int(head_dim * part)
+    if part < 1 and (turned % 2 or turned < 2):
+        raise CheckpointError(f"partial_rotary_factor = {part} of head_dim = {head_dim}: {turned} dimensions; an even number is needed")
+    return turned
 
 
 def halves(turned: int, head_dim: int) -> list[int]:
@@ -89,9 +93,19 @@ def _original(config: Config, rope: dict[str, Any]) -> float:
 
 
 def _parameters(config: Config) -> dict[str, Any]:
-    rope = {**(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})}
+    """`rope_scaling` comes before `rope_parameters`, whose base then does not count either, as in transformers. CheckpointError names a
+    field with a wrong value."""
+    rope: dict[str, Any] = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        if (given := getattr(config, place, None)) and not isinstance(given, dict):
+            raise CheckpointError(f"{place} = {shown(given)}: must be an object")
+        rope = rope or dict(given or {})
     if rope.get("rope_theta") is None:
-        rope["rope_theta"] = getattr(config, "rope_theta", None) or getattr(config, "default_theta", 10_000.0)
+        rope["rope_theta"] = getattr(config, "rope_theta", None) or 10_000.0
+    for name in _NUMBERS & rope.keys():
+        value = rope[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30):
+            raise CheckpointError(f"rope parameter {name} = {shown(value)}: must be a positive number")
     return rope
 
 

@@ -26,6 +26,8 @@ def spec(config: Config) -> ModelSpec:
         raise CheckpointError(f"no_rope_layers = {shown(turned)}: 0 or 1 for each of the {count} layers is needed")
     window = config.sliding_window if config.use_sliding_window else None
     named = getattr(config, "layer_types", None) is not None
+    if named and window is None and "sliding_attention" in config.layer_types:
+        raise CheckpointError(f"layer_types = {shown(config.layer_types)}: sliding_attention, but use_sliding_window is false")
     return decoder(
         config,
         family="smollm3",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.errors import CheckpointError, InvalidInput, RedraftError
-from redraft.models.config import read_json
+from redraft.models.config import first_line, read_json
 from redraft.models.gguf import file, vocabulary
 
 Message = Mapping[str, Any]
@@ -62,7 +62,7 @@ class Tokenizer:
         except RedraftError:
             raise
         except Exception as error:  # the many formats raise anything
-            raise CheckpointError(f"{path}: no tokenizer that can be read: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"{path}: no tokenizer that can be read: {first_line(error)}") from None
         self._fast = getattr(self.hf, "backend_tokenizer", None)
         self.encode("")  # the first call completes the tokenizer's state, after which threads may share it
 

@@ -12,7 +12,7 @@ from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models import rotary
-from redraft.models.config import Config, Family
+from redraft.models.config import Config, Family, filled
 from tests.models import tiny
 
 
@@ -35,24 +35,50 @@ def spec(name: str, **changes: Any) -> ModelSpec:
 def test_missing_fields_have_the_defaults_of_transformers(name: str) -> None:
     own = family(name)
     fields = tiny.FAMILIES[name][1]
-    assert own.spec(Config(**fields).over(own.defaults)) == spec(name)
+    assert own.spec(filled(Config(**fields), own.defaults)) == spec(name)
     whole = getattr(transformers, f"{tiny.FAMILIES[name][0]}Config")()
-    assert own.spec(Config().over(own.defaults)) == own.spec(whole) and own.eos == whole.eos_token_id and own.name == whole.model_type
+    assert own.spec(filled(Config(), own.defaults)) == own.spec(whole) and own.eos == whole.eos_token_id and own.name == whole.model_type
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "allowed"),
+    ("name", "field", "value", "allowed"),
     [
-        ("vocab_size", "61", "an integer"),
-        ("num_hidden_layers", True, "an integer"),
-        ("rms_norm_eps", "1e-5", "a number"),
-        ("hidden_act", 3, "a text"),
-        ("tie_word_embeddings", 1, "true or false"),
+        ("llama2", "vocab_size", "61", "an integer from 1"),
+        ("llama2", "vocab_size", None, "an integer from 1"),
+        ("llama2", "head_dim", 0.5, "an integer from 1"),
+        ("llama2", "num_hidden_layers", True, "an integer from 1"),
+        ("llama2", "num_hidden_layers", 10**6, "an integer from 1 to 10000"),
+        ("mistral", "sliding_window", 0, "an integer from 1"),
+        ("phi3", "sliding_window", 2**32 + 3, "an integer from 1 to 2147483647"),
+        ("gpt2", "n_positions", -1, "an integer from 1"),
+        ("llama2", "rms_norm_eps", "1e-5", "a number from 0 to 1"),
+        ("llama2", "rms_norm_eps", float("inf"), "a number from 0 to 1"),
+        ("llama2", "rms_norm_eps", None, "a number from 0 to 1"),
+        ("llama2", "hidden_act", 3, "a text"),
+        ("llama2", "tie_word_embeddings", 1, "true or false"),
+        ("llama2", "rope_theta", -1.0, "a positive number"),
+        ("llama2", "rope_parameters", [1], "an object"),
+        ("llama2", "rope_scaling", {"type": "linear", "factor": float("nan")}, "a positive number"),
+        ("mixtral", "num_experts_per_tok", 6, "1 to 5, the number of experts"),
+        ("qwen3-moe", "mlp_only_layers", ["0"], "a list of integers"),
+        ("qwen2", "layer_types", ["full_attention"], "a list of 3 texts"),
+        ("stablelm", "partial_rotary_factor", 0.1, "an even number"),
     ],
 )
-def test_fields_of_the_wrong_type(field: str, value: Any, allowed: str) -> None:
-    with pytest.raises(CheckpointError, match=f"{field} = .*: must be {allowed}"):
-        Config(**{field: value}).over(family("llama2").defaults)
+def test_values_that_no_family_allows(name: str, field: str, value: Any, allowed: str) -> None:
+    own = family(name)
+    with pytest.raises(CheckpointError, match=f"{'factor' if field == 'rope_scaling' else field} = .*{allowed}"):
+        own.spec(filled(Config(**{**tiny.FAMILIES[name][1], field: value}), own.defaults))
+
+
+def test_a_field_may_have_the_name_of_anything() -> None:
+    assert filled(Config(over=1, items=2), {"over": 3}).over == 1
+
+
+def test_rope_scaling_comes_before_rope_parameters() -> None:
+    """As in transformers 5.23, which takes the base from the top or the family's default then."""
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert rotary.rotary(Old(**both, rope_theta=100.0), 4).frequencies == pytest.approx((0.5, 0.05))  # type: ignore[arg-type]
 
 
 def test_llama() -> None:
