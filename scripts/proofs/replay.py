@@ -152,7 +152,7 @@ def main() -> None:
     measured = calibrated(llm)
     print(f"one row {1000 * (measured.seconds(1) or 0):.2f} ms")
     before = ", ".join(f"{n} {(measured.seconds(n) or 0) / (measured.seconds(1) or 1):.2f}" for n in (2, 4, 8, 16, 32))
-    print(f"calibrated, over one row: {before}; token {measured.token:.2e}, cell {measured.cell:.2e}")
+    print(f"calibrated, rows over one row: {before}")
     own = table({n: 1000 * (measured.seconds(n) or 0) for n in KNOTS}, measured)
     wanted = (
         table({int(n): float(ms) for n, _, ms in (one.partition(":") for one in given.times.split(","))}, measured) if given.times else own
@@ -192,18 +192,17 @@ def main() -> None:
     llm.engine.drafter.restore(learned)
 
     after = ", ".join(f"{n} {(measured.seconds(n) or 0) / (measured.seconds(1) or 1):.2f}" for n in (2, 4, 8, 16, 32))
-    print(f"by the clock, over one row: {after}; token {measured.token:.2e}, cell {measured.cell:.2e}")
-    print(f"\n{'':<22}{'perfect':>8}{'given':>8}{'kernels':>8}{'python':>8}{'learned':>8}{'clock':>8}  tokens a step")
+    print(f"learned, rows over one row: {after}")
+    print(f"\n{'':<14}{'perfect':>8}{'given':>8}{'kernels':>8}{'python':>8}{'learned':>8}{'clock':>8}  tokens a step")
     pooled = [one for own in rows.values() for one in own]
     for name, found in [*(rows.items() if len(rows) > 1 else ()), ("all", pooled)]:
         sums = np.array(found).sum(0)
         ratios = [sums[2 * i] / sums[2 * i + 1] for i in range(6)]
         kept = [sums[12] / sums[13 + i] for i in range(3)]
-        print(f"{name[:21]:<22}" + "".join(f"{x:>8.2f}" for x in ratios) + "  " + " ".join(f"{x:.2f}" for x in kept))
-    print(
-        f"\ntokens a step: with free rows, with the given times, by the clock; {sums[16] / sums[15]:.2f} rows a step, "
-        f"planning and learning {1000 * sums[17] / sums[15]:.3f} ms a step"
-    )
+        print(f"{name[:13]:<14}" + "".join(f"{x:>8.2f}" for x in ratios) + "  " + " ".join(f"{x:.2f}" for x in kept))
+    print("\nspeed over the plain loop; --help explains the columns")
+    print("tokens a step: with free rows, with the given times, by the clock")
+    print(f"{sums[16] / sums[15]:.2f} rows a step; planning and learning {1000 * sums[17] / sums[15]:.3f} ms a step")
 
 
 if __name__ == "__main__":
