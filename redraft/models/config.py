@@ -39,9 +39,8 @@ def filled(config: Config, defaults: Mapping[str, Any]) -> Config:
     for name, value in vars(config).items():
         default = defaults.get(name)
         if name in _SIZES:
-            if (value is not None or (default is not None and name not in _NULL)) and (
-                type(value) is not int or not 0 < value <= _SIZES[name]
-            ):
+            optional = value is None and (default is None or name in _NULL)
+            if not optional and (type(value) is not int or not 0 < value <= _SIZES[name]):
                 raise CheckpointError(f"{name} = {shown(value)}: must be an integer from 1 to {_SIZES[name]}")
         elif name in _EPSILONS:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:

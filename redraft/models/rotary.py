@@ -19,7 +19,9 @@ _FIELDS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "low_freq_factor",
     "high_freq_factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate", "finetuned",
 }  # fmt: skip
-_NUMBERS = _FIELDS - {"rope_type", "type", "partial_rotary_factor", "truncate", "finetuned"}
+_POSITIVE = {
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor",
+}  # fmt: skip
 
 
 def rotary(config: Config, head_dim: int) -> Rotary:
@@ -102,7 +104,7 @@ def _parameters(config: Config) -> dict[str, Any]:
         rope = rope or dict(given or {})
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = getattr(config, "rope_theta", None) or 10_000.0
-    for name in _NUMBERS & rope.keys():
+    for name in _POSITIVE & rope.keys():
         value = rope[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 1e-30 < value < 1e30):
             raise CheckpointError(f"rope parameter {name} = {shown(value)}: must be a positive number")

@@ -345,6 +345,13 @@ def test_ten_numbers_of_rows_fit_80_columns() -> None:
     assert len(lines) == 8 and all(len(line.split()) >= 11 and "…" not in line for line in lines[1:])
 
 
+def test_short_calls_are_in_microseconds_and_fit_with_eleven_numbers_of_rows() -> None:
+    rows = (*DecodeOptions().rows, 512)
+    lines = printed(decode.beside_limits({r: [1.234e-5 * (1 + r / 50)] for r in rows}, {r: [7.474e-8] for r in rows}))
+    assert lines[1].split()[:2] == ["us", "12.6"] and lines[2].split()[:3] == ["limit,", "us", "0.075"]
+    assert all(len(line) <= 80 and "…" not in line for line in lines)
+
+
 def test_what_a_token_must_read_and_a_prompt_computes() -> None:
     spec = shapes.spec_of("llama-3.2-1b")
     layer = 2048 * (2048 + 2 * 512) + 2048 * 2048 + 3 * 2048 * 8192

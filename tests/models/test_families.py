@@ -179,6 +179,13 @@ def test_rope_of_older_configs() -> None:
         rotary.rotary(Old(rope_theta=100.0, rope_scaling={"type": "linear"}), 4)  # type: ignore[arg-type]
 
 
+def test_zeros_of_yarn_switch_a_field_off() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 24}
+    zeros = {"mscale": 0.0, "mscale_all_dim": 0.0, "beta_fast": 0}
+    plain, zeroed = (rotary.rotary(Old(rope_parameters=one), 8) for one in (yarn, yarn | zeros))  # type: ignore[arg-type]
+    assert plain == zeroed
+
+
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
