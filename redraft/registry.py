@@ -90,17 +90,39 @@ BACKENDS: dict[str, str] = {
 
 # config.json "architectures"[0] -> the function that fills a ModelSpec from the checkpoint's config
 FAMILIES: dict[str, str] = {
+    "Cohere2ForCausalLM": "redraft.models.cohere2:FAMILY",
+    "CohereForCausalLM": "redraft.models.cohere:FAMILY",
+    "FalconForCausalLM": "redraft.models.falcon:FAMILY",
+    "Gemma2ForCausalLM": "redraft.models.gemma2:FAMILY",
+    "Gemma3ForCausalLM": "redraft.models.gemma3:FAMILY",
+    "Gemma3ForConditionalGeneration": "redraft.models.gemma3:WITH_VISION",
     "GPT2LMHeadModel": "redraft.models.gpt2:FAMILY",
+    "GPTNeoXForCausalLM": "redraft.models.gpt_neox:FAMILY",
+    "GraniteForCausalLM": "redraft.models.granite:FAMILY",
+    "GraniteMoeForCausalLM": "redraft.models.granite_moe:FAMILY",
     "LlamaForCausalLM": "redraft.models.llama:FAMILY",
     "MistralForCausalLM": "redraft.models.mistral:FAMILY",
     "MixtralForCausalLM": "redraft.models.mixtral:FAMILY",
+    "Olmo2ForCausalLM": "redraft.models.olmo2:FAMILY",
+    "Olmo3ForCausalLM": "redraft.models.olmo3:FAMILY",
+    "OPTForCausalLM": "redraft.models.opt:FAMILY",
     "Phi3ForCausalLM": "redraft.models.phi3:FAMILY",
     "Qwen2ForCausalLM": "redraft.models.qwen2:FAMILY",
+    "Qwen2MoeForCausalLM": "redraft.models.qwen2_moe:FAMILY",
     "Qwen3ForCausalLM": "redraft.models.qwen3:FAMILY",
     "Qwen3MoeForCausalLM": "redraft.models.qwen3_moe:FAMILY",
     "SmolLM3ForCausalLM": "redraft.models.smollm3:FAMILY",
     "StableLmForCausalLM": "redraft.models.stablelm:FAMILY",
     "Starcoder2ForCausalLM": "redraft.models.starcoder2:FAMILY",
+}
+
+
+# config.json "quantization_config" "quant_method" -> how such folders store their matrices
+STORED: dict[str, str] = {
+    "awq": "redraft.models.stored.awq:Awq",
+    "compressed-tensors": "redraft.models.stored.compressed_tensors:CompressedTensors",
+    "fp8": "redraft.models.stored.fp8:Fp8",
+    "gptq": "redraft.models.stored.gptq:Gptq",
 }
 
 

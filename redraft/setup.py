@@ -69,7 +69,8 @@ def _checkpoint(config: EngineConfig, device: torch.device) -> loader.Checkpoint
     path = loader.resolve(config.model.model)
     if config.draft_model is not None:
         loader.resolve(config.draft_model)
-    return loader.inspect(path, "float64" if chosen == "reference" else config.model.dtype, device, quant)
+    dtype = "float64" if chosen == "reference" else config.model.dtype
+    return loader.inspect(path, dtype, device, quant, config.model.max_model_len)
 
 
 def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: torch.device) -> Backend:

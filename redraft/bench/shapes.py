@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from torch import Tensor
 from redraft import registry
 from redraft.core.spec import ModelSpec
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, did_you_mean
-from redraft.models import loader
+from redraft.models import loader, packages
 from redraft.models.memory import size
 
 Tick = Callable[[str], None]
@@ -110,7 +109,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def cache_folder() -> Path:
     """REDRAFT_CACHE, else ~/.cache/redraft."""
-    return Path(os.environ.get("REDRAFT_CACHE") or "~/.cache/redraft").expanduser()
+    return packages.folder().parent
 
 
 def config_of(model: str) -> dict[str, Any] | None:

@@ -6,15 +6,17 @@ Canonical weights by name (shapes in brackets; H heads, K kv heads, D head size,
     embed [V, hidden]        positions [context, hidden] (learned positions only)     head [V, hidden] (untied only)
     final_norm.weight (.bias)
     layers.N.attn_norm.weight (.bias)     layers.N.qkv.weight [(H + 2 K) D, hidden] (.bias)    layers.N.out.weight [hidden, H D] (.bias)
-    layers.N.q_norm.weight [D]            layers.N.k_norm.weight [D]
-    layers.N.mlp_norm.weight (.bias)
+    layers.N.q_norm.weight [D]            layers.N.k_norm.weight [D]    of one norm over all heads: [H D] and [K D]
+    layers.N.mlp_norm.weight (.bias)      layers.N.attn_post_norm.weight, layers.N.mlp_post_norm.weight (post norms only)
     layers.N.up.weight [2 I, hidden] gate rows first when gated, [I, hidden] otherwise (.bias)
     layers.N.down.weight [hidden, I] (.bias)
     layers.N.router.weight [E, hidden]    layers.N.experts.E.up.weight, layers.N.experts.E.down.weight as without experts
+    layers.N.shared.up.weight, layers.N.shared.down.weight              layers.N.shared_gate.weight [1, hidden]
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,21 +25,32 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True)
 class Norm:
+    """biased: whether a norm of kind "layer" adds a bias; above_one: the checkpoint stores gains less 1. The 1 is added at load, in
+    float32 or better."""
+
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
+    biased: bool = True
+    above_one: bool = False
 
     @property
     def bias(self) -> bool:
-        return self.kind == "layer"
+        return self.kind == "layer" and self.biased
 
 
 @dataclass(frozen=True)
 class Rotary:
     """Half-split rotary positions: pair (i, i + dim / 2) is rotated by position * frequencies[i] (radians, float64). Scaling is
-    already applied to the frequencies; `scale` multiplies cos and sin (YaRN)."""
+    already applied to the frequencies; `scale` multiplies cos and sin (YaRN), except of the last `still` pairs, which are not rotated."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
+    still: int = 0
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The factor of each pair."""
+        return (*[self.scale] * (len(self.frequencies) - self.still), *[1.0] * self.still)
 
     @property
     def dim(self) -> int:
@@ -55,18 +68,22 @@ class Mlp:
 @dataclass(frozen=True)
 class Experts:
     """A mixture of experts: the softmax of the router's logits, of which the `top_k` largest are used, renormalised to sum 1 if
-    `renormalise`."""
+    `renormalise`. shared: an mlp that all rows use beside the chosen experts; gated: its output is multiplied by the sigmoid of a
+    number that each row gives."""
 
     count: int
     top_k: int
     mlp: Mlp
     renormalise: bool = True
+    shared: Mlp | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True)
 class Attention:
     """Self-attention over the pages of the text. window: a row at position p sees keys at positions > p - window, None for all;
-    qk_norm: a norm of queries and keys for each head, before rotary."""
+    qk_norm: a norm of queries and keys before rotary, for each head, or of all heads as one vector if `norm_heads_together`; scale: of
+    the scores, None for 1 / sqrt(head_dim); softcap: scores s become softcap * tanh(s / softcap)."""
 
     heads: int
     kv_heads: int
@@ -76,6 +93,13 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Norm | None = None
+    norm_heads_together: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+
+    @property
+    def score_scale(self) -> float:
+        return 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
     @property
     def qkv_rows(self) -> int:
@@ -104,9 +128,15 @@ Mixer = Attention | CrossAttention | Recurrent
 
 @dataclass(frozen=True)
 class LayerSpec:
+    """norm: of the inputs of mixer and mlp; post_norm: of their outputs, before these are added to the layer's input; parallel: the mlp
+    reads the layer's input, not what the mixer added to it; residual: a factor of both outputs, applied last."""
+
     mixer: Mixer
     mlp: Mlp | Experts
-    norm: Norm = Norm()
+    norm: Norm | None = Norm()
+    post_norm: Norm | None = None
+    parallel: bool = False
+    residual: float = 1.0
 
 
 class MemoryGroup(NamedTuple):
@@ -125,7 +155,7 @@ class WeightSource:
     rows of each, equal parts if empty; place: (i, n) if the tensor holds n such weights and this is weight i; transposed: stored as
     [in, out]; otherwise: the source to use if the checkpoint lacks the first name; paired: for each name the number of heads whose two
     halves are stored interleaved, 0 for none (GGUF files of Llama); order: for each row of the weight, its row in what is stored; empty:
-    as stored."""
+    as stored; skip: the number of rows that are stored before those of the weight."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...] = ()
@@ -134,6 +164,7 @@ class WeightSource:
     otherwise: WeightSource | None = None
     paired: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +179,10 @@ class ModelSpec:
     learned_positions: int | None = None  # rows of the learned position table
     family: str = ""
     prefix: str = ""  # prefix of tensor names that a checkpoint saved without its head leaves out
+    others: tuple[str, ...] = ()  # prefixes of tensors of other models in the same checkpoint, such as of a vision encoder
+    embed_scale: float = 1.0  # of embeddings, rounded to the model's dtype
+    logit_scale: float = 1.0  # a positive factor of the logits
+    logit_softcap: float | None = None  # then logits x become softcap * tanh(x / softcap)
 
     @cached_property
     def attention(self) -> tuple[Attention, ...]:
@@ -198,22 +233,29 @@ class ModelSpec:
         norm("final_norm", self.final_norm, h)
         for i, layer in enumerate(self.layers):
             at = f"layers.{i}"
-            norm(f"{at}.attn_norm", layer.norm, h)
+            for name in ("attn", "mlp"):
+                if layer.norm is not None:
+                    norm(f"{at}.{name}_norm", layer.norm, h)
+                if layer.post_norm is not None:
+                    norm(f"{at}.{name}_post_norm", layer.post_norm, h)
             mixer = layer.mixer
             assert isinstance(mixer, Attention), f"layer {i}: no weights are named for {type(mixer).__name__}"
             linear(f"{at}.qkv", mixer.qkv_rows, h, mixer.qkv_bias)
             linear(f"{at}.out", h, mixer.heads * mixer.head_dim, mixer.out_bias)
             if mixer.qk_norm is not None:
-                norm(f"{at}.q_norm", mixer.qk_norm, mixer.head_dim)
-                norm(f"{at}.k_norm", mixer.qk_norm, mixer.head_dim)
-            norm(f"{at}.mlp_norm", layer.norm, h)
+                for name, heads in (("q", mixer.heads), ("k", mixer.kv_heads)):
+                    norm(f"{at}.{name}_norm", mixer.qk_norm, mixer.head_dim * (heads if mixer.norm_heads_together else 1))
             if isinstance(layer.mlp, Experts):
                 linear(f"{at}.router", layer.mlp.count, h, False)
-                mlp, each = layer.mlp.mlp, [f"{at}.experts.{e}" for e in range(layer.mlp.count)]
+                each = {f"{at}.experts.{e}": layer.mlp.mlp for e in range(layer.mlp.count)}
+                if layer.mlp.shared is not None:
+                    each[f"{at}.shared"] = layer.mlp.shared
+                if layer.mlp.gated:
+                    linear(f"{at}.shared_gate", 1, h, False)
             else:
-                mlp, each = layer.mlp, [at]
-            for one in each:
+                each = {at: layer.mlp}
+            for one, mlp in each.items():
                 linear(f"{one}.up", mlp.hidden * (2 if mlp.gated else 1), h, mlp.bias)
-            for one in each:
+            for one, mlp in each.items():
                 linear(f"{one}.down", h, mlp.hidden, mlp.bias)
         return out

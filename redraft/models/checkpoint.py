@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.config import first_line, read_json
+from redraft.ops.quantized import Quantized
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -55,6 +57,10 @@ class TensorSource(Protocol):
         `dtype`. CheckpointError names file and tensor."""
         ...
 
+    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+        """The weight of these tensors as it is stored, if it is quantized in a form that kernels multiply; else None."""
+        ...
+
 
 class Safetensors:
     """The safetensors files of a folder: model.safetensors, or the shards that the index names. Files are mapped and stay open.
@@ -82,6 +88,9 @@ class Safetensors:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: {name}: {first_line(error)}") from None
         return found
+
+    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+        return None
 
 
 def _files(folder: Path) -> list[Path]:

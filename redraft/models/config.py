@@ -40,6 +40,7 @@ def filled(config: Config, defaults: Mapping[str, Any]) -> Config:
         default = defaults.get(name)
         if name in _SIZES:
             optional = value is None and (default is None or name in _NULL)
+            optional |= name == "sliding_window" and value == 0 and not getattr(config, "use_sliding_window", True)  # Qwen2-MoE's
             if not optional and (type(value) is not int or not 0 < value <= _SIZES[name]):
                 raise CheckpointError(f"{name} = {shown(value)}: must be an integer from 1 to {_SIZES[name]}")
         elif name in _EPSILONS:

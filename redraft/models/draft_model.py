@@ -8,6 +8,7 @@ from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
 from redraft.models import loader, memory, mixers
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
+from redraft.ops.backend import Feature
 
 SHARE = 0.5  # the draft model's pool takes at most this part of what is free after the weights
 
@@ -48,7 +49,7 @@ def _load(target: Runner, path: Path) -> Runner:
     if blocks < 1:
         needed = memory.size(checkpoint.weight_bytes)
         raise OutOfMemory(f"{path}: the draft model does not fit beside the target: weights {needed}, free {memory.size(free)}")
-    weights = loader.read(checkpoint, backend.device, backend.pack)
+    weights = loader.read(checkpoint, backend.device, backend.pack, Feature.GROUPED in backend.features)
     return Runner(checkpoint.spec, weights, backend, blocks, sharing=target.memory.paged.table.sharing, source=path)
 
 

@@ -6,16 +6,27 @@ from typing import Any
 
 from torch import Tensor
 
-from redraft.core.spec import Experts, LayerSpec
+from redraft.core.spec import Experts, LayerSpec, Norm
 from redraft.models.mixers import MIXERS
-from redraft.ops.backend import Backend, LayerWeights
+from redraft.ops.backend import Backend, LayerWeights, NormWeights
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
-    """h [T, hidden] -> [T, hidden]: the mixer, then the feed-forward part. Each after its norm, added to h. index, pool: see Mix."""
-    x = backend.norm(h, weights.attn_norm, layer.norm)
-    h = h + MIXERS[type(layer.mixer)](x, index, layer.mixer, weights, backend, pool, plan)
-    return h + _feed_forward(backend.norm(h, weights.mlp_norm, layer.norm), layer, weights, backend)
+    """h [T, hidden] -> [T, hidden]: the mixer, then the feed-forward part, added to h as the spec says. index, pool: see Mix."""
+    x = _normed(h, weights.attn_norm, layer.norm, backend)
+    mixed = MIXERS[type(layer.mixer)](x, index, layer.mixer, weights, backend, pool, plan)
+    after = _added(h, mixed, weights.attn_post_norm, layer, backend)
+    x = _normed(h if layer.parallel else after, weights.mlp_norm, layer.norm, backend)
+    return _added(after, _feed_forward(x, layer, weights, backend), weights.mlp_post_norm, layer, backend)
+
+
+def _normed(x: Tensor, weights: NormWeights | None, norm: Norm | None, backend: Backend) -> Tensor:
+    return x if norm is None or weights is None else backend.norm(x, weights, norm)
+
+
+def _added(h: Tensor, y: Tensor, post: NormWeights | None, layer: LayerSpec, backend: Backend) -> Tensor:
+    y = _normed(y, post, layer.post_norm, backend)
+    return h + (y if layer.residual == 1.0 else y * layer.residual)
 
 
 def _feed_forward(x: Tensor, layer: LayerSpec, weights: LayerWeights, backend: Backend) -> Tensor:

@@ -6,11 +6,12 @@ Llama 3 Herd of Models, 2024, arXiv:2407.21783.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, WeightSource
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.config import Config, Family
 from redraft.models.rotary import context, halves, rotary, turned_dims
@@ -74,13 +75,18 @@ def decoder(
     turned: list[bool] | None = None,
     experts: list[Experts | None] | None = None,
     parts: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    top: Mapping[str, str] = MappingProxyType({}),
+    layers: str = "model.layers",
     source: Callable[[str], WeightSource | None] = lambda name: None,
     known: tuple[str, ...] = (),
     partial: bool = False,
+    pairs: Sequence[int] = (),
 ) -> ModelSpec:
     """A model with Llama's layers. For each layer `windows`, `turned`: whether positions rotate it, `experts`: None for a plain mlp.
-    `norm`: RMS if None; `parts`: modules with other names than in Llama; `source`: the tensors of a weight, None for weights that follow
-    these names; `known`: fields of other architectures that the family has; `partial`: whether positions may rotate a part of a head."""
+    `norm`: RMS if None; `parts`, `top`, `layers`: modules, tensors and a prefix with other names than in Llama; `source`: the tensors of a
+    weight, None for weights that follow these names; `known`: fields of other architectures that the family has; `partial`: whether
+    positions may rotate a part of a head; `pairs`: the order of a head's dimensions in which (i, i + head_dim / 2) are pairs, empty for
+    theirs."""
     refuse(config, tuple(name for name in _FOREIGN if name not in known))
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -90,20 +96,22 @@ def decoder(
     mlp = Mlp(config.intermediate_size, activation(config.hidden_act), gated, mlp_bias)
     turn, count, named = rotary(config, head_dim), config.num_hidden_layers, {**_PARTS, **parts}
     rows = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-    order: tuple[int, ...] = ()
     if (some := turned_dims(config, head_dim)) < head_dim:
         if not partial:
             raise Unsupported(f"partial_rotary_factor = {some / head_dim:g}: {family} models rotate whole heads")
-        each, values = halves(some, head_dim), range((heads + kv_heads) * head_dim, sum(rows))
-        order = (*(head * head_dim + dim for head in range(heads + kv_heads) for dim in each), *values)
+        pairs = halves(some, head_dim)
+    order: tuple[int, ...] = ()
+    if pairs:
+        values = range((heads + kv_heads) * head_dim, sum(rows))
+        order = (*(head * head_dim + dim for head in range(heads + kv_heads) for dim in pairs), *values)
 
     def place(name: str) -> WeightSource:
         if found := source(name):
             return found
         if name in _TOP:
-            return WeightSource((_TOP[name],))
+            return WeightSource(({**_TOP, **top}[name],))
         _, layer, part, kind = name.split(".")
-        names = tuple(f"model.layers.{layer}.{p}.{kind}" for p in named[part])
+        names = tuple(f"{layers}.{layer}.{p}.{kind}" for p in named[part])
         return WeightSource(names, rows if len(names) > 1 else (), order=order) if part == "qkv" else WeightSource(names)
 
     return ModelSpec(
@@ -122,8 +130,30 @@ def decoder(
         tied=config.tie_word_embeddings,
         source=place,
         family=family,
-        prefix="model.",
+        prefix=f"{layers.split('.')[0]}.",
     )
+
+
+def changed(
+    spec: ModelSpec, *, mixer: Mapping[str, Any] = MappingProxyType({}), layer: Mapping[str, Any] = MappingProxyType({}), **fields: Any
+) -> ModelSpec:
+    """The spec with other fields of all mixers, of all layers and of the model."""
+    return replace(spec, layers=tuple(replace(one, mixer=replace(one.mixer, **mixer), **layer) for one in spec.layers), **fields)
+
+
+def with_rotary(spec: ModelSpec, rotary: Rotary, kinds: list[str]) -> ModelSpec:
+    """The spec with other positions in the layers that slide."""
+    near = changed(spec, mixer={"rotary": rotary}).layers
+    return replace(spec, layers=tuple(a if kind == SLIDING else b for a, b, kind in zip(near, spec.layers, kinds, strict=True)))
+
+
+def grouped(heads: int, kv_heads: int, head_dim: int, pairs: Sequence[int] = ()) -> tuple[int, ...]:
+    """The order of qkv's rows where a checkpoint stores them by kv head: its queries, its key, its value. pairs: see `decoder`."""
+    share, dims = heads // kv_heads, pairs or range(head_dim)
+    queries = [head // share * (share + 2) + head % share for head in range(heads)]
+    keys = [group * (share + 2) + share for group in range(kv_heads)]
+    turned = (place * head_dim + dim for place in (*queries, *keys) for dim in dims)
+    return (*turned, *((place + 1) * head_dim + dim for place in keys for dim in range(head_dim)))
 
 
 def mixture(config: Config, count: int, hidden: int, renormalise: bool) -> Experts:
@@ -149,16 +179,23 @@ def refuse(config: Config, fields: tuple[str, ...]) -> None:
 
 def windows(config: Config) -> list[int | None]:
     """The window of each layer: by `layer_types`, else from layer `max_window_layers` on. All None without `use_sliding_window`."""
-    window = config.sliding_window if config.use_sliding_window else None
-    count = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None)
+    kinds = kinds_of_layers(config, lambda i: i >= config.max_window_layers)
+    return [config.sliding_window if config.use_sliding_window and kind == SLIDING else None for kind in kinds]
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def kinds_of_layers(config: Config, slides: Callable[[int], bool]) -> list[str]:
+    """`layer_types`, each SLIDING or FULL; if the config has none, `slides` says it for each layer."""
+    count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
     if kinds is None:
-        kinds = ["sliding_attention" if i >= config.max_window_layers else "full_attention" for i in range(count)]
+        return [SLIDING if slides(i) else FULL for i in range(count)]
     if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, str) for kind in kinds):
         raise CheckpointError(f"layer_types = {shown(kinds)}: a list of {count} texts, one for each layer, is needed")
-    if unknown := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+    if unknown := sorted(set(kinds) - {SLIDING, FULL}):
         raise Unsupported(f"layer type {unknown[0]!r}")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return kinds
 
 
 FAMILY = Family("llama", DEFAULTS, spec, eos=2)

@@ -17,6 +17,7 @@ from torch import Tensor
 from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
 from redraft.errors import MAX_VALUE, CheckpointError, InvalidInput, Unsupported, shown
+from redraft.models import packages
 from redraft.models.checkpoint import INDEX, STORED, Safetensors, TensorInfo, TensorSource, refuse_adapter
 from redraft.models.config import Config, Family, filled, first_line, read_json
 from redraft.models.generation import read_defaults, read_eos
@@ -39,8 +40,12 @@ Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 _DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 CONFIG = "config.json"
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)attn\.(bias|masked_bias)$")  # buffers that old versions saved
-_LINEAR = re.compile(r"(?P<base>(?P<layer>layers\.\d+)\.(?:experts\.\d+\.)?(?P<part>qkv|out|up|down|router))\.weight|head")
+_HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(bias|masked_bias)$")  # buffers that old versions saved
+_LINEAR = re.compile(
+    r"(?P<base>(?P<layer>layers\.\d+)\.(?P<place>experts\.\d+\.|shared\.)?(?P<part>qkv|out|up|down|router|shared_gate))\.weight|head"
+)
+_NEVER_QUANTIZED = ("router", "shared_gate")
+_NORM = re.compile(r"(?:layers\.\d+\.)?(?P<part>\w+_norm)\.weight")
 _NORMS = {"qkv": "attn_norm", "up": "mlp_norm"}  # the norm that makes a matrix's inputs
 
 
@@ -60,6 +65,7 @@ class Checkpoint:
     sources: dict[str, WeightSource] = field(repr=False)
     tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
+    as_stored: bool = False  # quantized weights stay so, if the backend multiplies them fast
 
     @property
     def context(self) -> int:
@@ -72,13 +78,18 @@ class Checkpoint:
 
 
 def resolve(model: str) -> Path:
-    """The folder of a model: 'embedded' or 'embedded-draft', a path, or a hub id (`org/name` or `org/name@revision`). A hub model is
+    """The folder of a model: 'embedded' or 'embedded-draft', a path, a name that `redraft get` downloaded, or a hub id (`org/name` or
+    `org/name@revision`). A hub model is
     downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. For a GGUF file, or a folder with one and without config.json, that
     file; of a split set the first. CheckpointError if it is none of these."""
     if model in _EMBEDDED:
         return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
     name = model if model.isprintable() and len(model) <= MAX_VALUE else shown(model)
     path = Path(model).expanduser()
+    if model in packages.PACKAGES and not path.exists():
+        if packages.place(model).exists():
+            return packages.place(model)
+        raise CheckpointError(f"{model}: not downloaded yet: redraft get {model}")
     try:
         if path.is_dir():
             return path if (path / CONFIG).exists() else gguf_file.only(path) or path
@@ -120,7 +131,9 @@ def read_config(path: Path) -> Config:
     quantized = raw.get("quantization_config") or raw.get("compression_config")
     if quantized:
         method = quantized.get("quant_method", "bitsandbytes") if isinstance(quantized, dict) else quantized
-        raise Unsupported(f"{path}: weights quantized by {method!r} are not read")
+        if method not in registry.STORED:
+            raise Unsupported(f"{path}: weights quantized by {shown(method)} are not read; known: {', '.join(registry.STORED)}")
+        raw["quantization_config"] = quantized
     if _architecture(raw.get("architectures")) not in registry.FAMILIES:
         raise Unsupported(f"{file}: unknown architecture {raw.get('architectures')!r}; known: {', '.join(registry.FAMILIES)}")
     return _filled(Config(**raw), file)
@@ -146,15 +159,23 @@ def _architecture(names: Any) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu", quant: Quantizer | None = None) -> Checkpoint:
+def inspect(
+    path: Path,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    quant: Quantizer | None = None,
+    max_model_len: int | None = None,
+) -> Checkpoint:
     """Checks the whole checkpoint by its headers: every weight exists with the right shape, and no tensor is left over.
 
     dtype 'auto' is the checkpoint's own. On the CPU float16 becomes float32, because float16 is slow there and may overflow. quant: how
-    linear weights are stored, see `read`. Raises CheckpointError or Unsupported, one line each.
+    linear weights are stored, see `read`. max_model_len: the longest text, on which some scalings of positions depend; None: the
+    context. Raises CheckpointError or Unsupported, one line each.
     """
     contents = gguf_file.read(path) if _is_gguf(path) else None
     config = _filled(gguf_config.config(contents), path) if contents else read_config(path)
     where = path if contents else path / CONFIG
+    config.max_model_len = max_model_len
     family: Family = registry.load(registry.FAMILIES[_architecture(config.architectures)])
     try:
         spec = family.spec(config)
@@ -163,6 +184,8 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field is missing or out of range
         raise CheckpointError(f"{where}: {first_line(error)}") from None
     tensors: TensorSource = Gguf(contents) if contents else Safetensors(path)
+    if isinstance(tensors, Safetensors) and (fields := getattr(config, "quantization_config", None)):
+        tensors = registry.load(registry.STORED[fields["quant_method"]])(tensors, fields, where)
     if contents:
         spec = gguf_config.spec(contents, spec)
     spec = _without_prefix(spec, tensors)
@@ -170,7 +193,8 @@ def inspect(path: Path, dtype: str = "auto", device: torch.device | str = "cpu",
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
-    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant)
+    as_stored = dtype == "auto" and quant is None
+    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant, as_stored)
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
@@ -193,7 +217,7 @@ def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
     size = 0
     for name, shape in spec.shapes().items():
         linear = _LINEAR.fullmatch(name)
-        if quant is None or linear is None or linear["part"] == "router":
+        if quant is None or linear is None or linear["part"] in _NEVER_QUANTIZED:
             size += math.prod(shape) * dtype.itemsize
         else:
             size += quant.bytes(shape[0], shape[1], dtype, "layer" if linear["part"] else "head")
@@ -203,10 +227,17 @@ def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
     return size
 
 
-def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack = lambda weights, gated: weights) -> Weights:
+def read(
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    pack: Pack = lambda weights, gated: weights,
+    as_stored: bool = False,
+) -> Weights:
     """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files. The checkpoint's `quant`
     and then `pack` (Backend.pack) give a linear weight its final form before the next weight is read, so that at most one weight is
-    in memory twice at any time."""
+    in memory twice at any time. as_stored: weights that are stored quantized are not decoded, unless the checkpoint was inspected with
+    a dtype or a quantizer."""
+    as_stored = as_stored and checkpoint.as_stored
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearWeights] = {}
     shapes = checkpoint.spec.shapes()
@@ -215,7 +246,8 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
         out = torch.empty(shapes[name], dtype=checkpoint.dtype, device=device)
         source = checkpoint.sources[name]
         for (part, target), heads in zip(_parts(source, out), source.paired or [0] * len(source.names), strict=True):
-            found = checkpoint.tensors.read(part, source.place[0] if source.place else None, checkpoint.dtype)
+            chosen = source.place[0] if source.place else slice(source.skip, None) if source.skip else None
+            found = checkpoint.tensors.read(part, chosen, checkpoint.dtype)
             if heads:
                 target.unflatten(0, (heads, 2, -1)).copy_(found.unflatten(0, (heads, -1, 2)).transpose(1, 2))
             else:
@@ -226,9 +258,14 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
     for name in _progress(checkpoint, {name: shapes[name] for name in sorted(shapes, key=lambda name: len(shapes[name]) > 1)}):
         if linear := _LINEAR.fullmatch(name):
             base = linear["base"] or name
-            stored = _stored(checkpoint, linear, Linear(filled(name), tensors.get(f"{base}.bias")), tensors)
+            bias = tensors.get(f"{base}.bias")
+            keeps = as_stored and linear["part"] not in _NEVER_QUANTIZED
+            kept = checkpoint.tensors.packed(checkpoint.sources[name], bias) if keeps else None
+            stored = _stored(checkpoint, linear, Linear(filled(name), bias), tensors) if kept is None else kept
             linears[base] = pack(stored, linear["part"] == "up" and _gated(checkpoint.spec, linear))
-            del stored
+            del stored, kept
+        elif (found := _NORM.fullmatch(name)) and _above_one(checkpoint.spec, found["part"]):
+            tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32)) + 1
         else:
             tensors[name] = filled(name)
     if checkpoint.spec.tied and "lm_head.weight" in checkpoint.tensors.tensors:
@@ -236,7 +273,8 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
         if not torch.equal(saved.to(tensors["embed"]), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
     if checkpoint.spec.tied:
-        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
+        kept = checkpoint.tensors.packed(checkpoint.sources["embed"], None) if as_stored else None
+        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors) if kept is None else kept
         linears["head"] = head = pack(stored, False)
         if isinstance(stored, Linear) and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
             del tensors["embed"], stored
@@ -245,17 +283,29 @@ def read(checkpoint: Checkpoint, device: torch.device | str = "cpu", pack: Pack 
 
 def _gated(spec: ModelSpec, linear: re.Match[str]) -> bool:
     mlp = spec.layers[int(linear["layer"].removeprefix("layers."))].mlp
-    return mlp.mlp.gated if isinstance(mlp, Experts) else mlp.gated
+    if isinstance(mlp, Experts):
+        mlp = mlp.shared if mlp.shared and linear["place"] == "shared." else mlp.mlp
+    return mlp.gated
+
+
+def _above_one(spec: ModelSpec, part: str) -> bool:
+    """Whether the checkpoint stores the gains of these norms, of all layers, less 1."""
+    first = spec.layers[0]
+    if part in ("q_norm", "k_norm"):
+        norm = spec.attention[0].qk_norm
+    else:
+        norm = {"final_norm": spec.final_norm, "attn_norm": first.norm, "mlp_norm": first.norm}.get(part, first.post_norm)
+    return norm is not None and norm.above_one
 
 
 def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linear, tensors: dict[str, Tensor]) -> LinearWeights:
     """The weights as the checkpoint's `quant` stores them. linear: the match of their name; None: the tied head."""
     part = linear["part"] if linear else None
-    if checkpoint.quant is None or part == "router":
+    if checkpoint.quant is None or part in _NEVER_QUANTIZED:
         return weights
     norm = f"{linear['layer']}.{_NORMS[part]}" if linear and part in _NORMS else None if part else "final_norm"
     gains = None
-    if norm is not None:
+    if norm is not None and f"{norm}.weight" in tensors:
         gains = tensors[f"{norm}.weight"].abs()
         if (shift := tensors.get(f"{norm}.bias")) is not None:
             gains = gains + shift.abs()
@@ -285,18 +335,23 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
 
     def layer(at: str, mlp: Mlp | Experts) -> LayerWeights:
         experts = [f"{at}.experts.{e}" for e in range(mlp.count)] if isinstance(mlp, Experts) else []
-        attn_norm, mlp_norm, router = norm(f"{at}.attn_norm"), norm(f"{at}.mlp_norm"), linears.get(f"{at}.router")
-        assert attn_norm and mlp_norm and not isinstance(router, Quantized)
+        router = linears.get(f"{at}.router")
+        assert not isinstance(router, Quantized)
         return LayerWeights(
-            attn_norm=attn_norm,
             qkv=linears[f"{at}.qkv"],
             out=linears[f"{at}.out"],
-            mlp_norm=mlp_norm,
+            attn_norm=norm(f"{at}.attn_norm"),
+            mlp_norm=norm(f"{at}.mlp_norm"),
+            attn_post_norm=norm(f"{at}.attn_post_norm"),
+            mlp_post_norm=norm(f"{at}.mlp_post_norm"),
             q_norm=norm(f"{at}.q_norm"),
             k_norm=norm(f"{at}.k_norm"),
             up=linears.get(f"{at}.up"),
             down=linears.get(f"{at}.down"),
             router=router,
+            shared_up=linears.get(f"{at}.shared.up"),
+            shared_down=linears.get(f"{at}.shared.down"),
+            shared_gate=linears.get(f"{at}.shared_gate"),
             experts_up=tuple(linears[f"{one}.up"] for one in experts),
             experts_down=tuple(linears[f"{one}.down"] for one in experts),
         )
@@ -329,7 +384,7 @@ def _check(where: Path, tensors: TensorSource, name: str, source: WeightSource, 
             why = " (tie_word_embeddings is false)" if name == "head" else ""
             raise CheckpointError(f"{tensors.index}: missing tensor {part}{why}")
         entry = found[part]
-        expected = tuple(target.T.shape) if source.transposed else tuple(target.shape)
+        expected = tuple(target.T.shape) if source.transposed else (target.shape[0] + source.skip, *target.shape[1:])
         if source.place:
             expected = source.place[1], *expected
         if entry.shape != expected:
@@ -343,6 +398,7 @@ def _check(where: Path, tensors: TensorSource, name: str, source: WeightSource, 
 def _check_nothing_left(spec: ModelSpec, sources: dict[str, WeightSource], tensors: TensorSource) -> None:
     left = set(tensors.tensors).difference(*(source.names for source in sources.values()))
     left = {name for name in left if not _HARMLESS.search(name) and not (spec.tied and name == "lm_head.weight")}
+    left = {name for name in left if not name.startswith(spec.others)} if spec.others else left
     if left:
         first = min(left)
         raise CheckpointError(f"{tensors.tensors[first].file}: {len(left)} tensors unknown to a {spec.family} model, the first is {first}")

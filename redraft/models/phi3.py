@@ -1,4 +1,4 @@
-"""Phi-3 with the default rope: Llama with fused matrices. Abdin et al., Phi-3 Technical Report: A Highly Capable Language Model
+"""Phi-3 and Phi-4: Llama with fused matrices. Abdin et al., Phi-3 Technical Report: A Highly Capable Language Model
 Locally on Your Phone, 2024, arXiv:2404.14219."""
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from redraft.core.spec import ModelSpec, WeightSource
+from collections.abc import Callable
+
+from redraft.core.spec import Experts, ModelSpec, WeightSource
 from redraft.errors import CheckpointError, shown
 from redraft.models import qwen3
 from redraft.models.config import Config, Family
@@ -16,17 +18,37 @@ DEFAULTS = {
 
 
 def spec(config: Config) -> ModelSpec:
-    """The number of experts is `num_experts`, or `num_local_experts` as transformers 5 saves it. A layer has experts unless
-    `mlp_only_layers` names it, and if its number, from 1, is a multiple of `decoder_sparse_step`."""
+    """The number of experts is `num_experts`, or `num_local_experts` as transformers 5 saves it."""
     refuse(config, ("layer_types",))
-    layers, step, plain = config.num_hidden_layers, config.decoder_sparse_step, config.mlp_only_layers or []
-    count = getattr(config, "num_local_experts", None) or config.num_experts
+    count, bias = getattr(config, "num_local_experts", None) or config.num_experts, config.attention_bias
+    experts = mixture(config, count, config.moe_intermediate_size, config.norm_topk_prob)
+    window = config.sliding_window if config.use_sliding_window else None
+    return decoder(
+        config,
+        family="qwen3_moe",
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        windows=[window] * config.num_hidden_layers,
+        experts=with_experts(config, experts),
+        source=experts_source(count),
+    )
+
+
+def with_experts(config: Config, experts: Experts) -> list[Experts | None]:
+    """For each layer: a layer has experts unless `mlp_only_layers` names it, and if its number, from 1, is a multiple of
+    `decoder_sparse_step`."""
+    plain = config.mlp_only_layers or []
     if not isinstance(plain, list) or not all(type(one) is int for one in plain):
         raise CheckpointError(f"mlp_only_layers = {shown(plain)}: a list of integers is needed")
-    experts = mixture(config, count, config.moe_intermediate_size, config.norm_topk_prob)
+    return [None if i in plain or (i + 1) % config.decoder_sparse_step else experts for i in range(config.num_hidden_layers)]
+
+
+def experts_source(count: int) -> Callable[[str], WeightSource | None]:
+    """The tensors of router and experts. Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused
+    tensors."""
 
     def source(name: str) -> WeightSource | None:
-        # Hub checkpoints hold separate matrices for each expert. transformers 5 can also save fused tensors.
         if ".router." not in name and ".experts." not in name:
             return None
         mlp = f"model.layers.{name.split('.')[1]}.mlp"
@@ -37,18 +59,7 @@ def spec(config: Config) -> ModelSpec:
         parts = ("gate", "up") if part == "up" else ("down",)
         return WeightSource(tuple(f"{mlp}.experts.{expert}.{p}_proj.weight" for p in parts), otherwise=fused)
 
-    bias = config.attention_bias
-    window = config.sliding_window if config.use_sliding_window else None
-    return decoder(
-        config,
-        family="qwen3_moe",
-        qkv_bias=bias,
-        out_bias=bias,
-        qk_norm=True,
-        windows=[window] * layers,
-        experts=[None if i in plain or (i + 1) % step else experts for i in range(layers)],
-        source=source,
-    )
+    return source
 
 
 FAMILY = Family("qwen3_moe", DEFAULTS, spec)

@@ -67,15 +67,25 @@ class Runner:
         """
         if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
             out = self.backend.forward(batch, self.spec, self.weights, self.memory.pool, taps)
-            return self._forward(batch, taps) if out is None else out
+            return self._scaled(self._forward(batch, taps) if out is None else out)
         with torch.inference_mode():
-            return self._forward(batch, taps)
+            return self._scaled(self._forward(batch, taps))
+
+    def _scaled(self, out: ForwardResult) -> ForwardResult:
+        """With the logits that sampling uses. Their order is that of the head's outputs."""
+        factor, limit, logits = self.spec.logit_scale, self.spec.logit_softcap, out.logits
+        if logits is None or (factor == 1.0 and limit is None):
+            return out
+        logits = logits * factor
+        return out._replace(logits=logits if limit is None else self.backend.cap(logits, limit))
 
     def _forward(self, batch: Batch, taps: Taps) -> ForwardResult:
         backend, spec, weights = self.backend, self.spec, self.weights
         plan = backend.plan(batch, spec, taps)
         parts = _Parts(self, batch, taps)
         h = backend.embed(weights, plan)
+        if spec.embed_scale != 1.0:
+            h = h * torch.tensor(spec.embed_scale, dtype=h.dtype).item()
         hidden = {}
         whole = parts.whole and Feature.RUN in backend.features
         for first, last in self.segments(taps):

@@ -30,6 +30,7 @@ class Feature(StrEnum):
     PER_LAYER = "per-layer lanes"
     PER_HEAD = "per-head lanes"
     RUN = "a segment of layers, or a whole pass, in one call"
+    GROUPED = "quantized weights with a scale for each group of columns, as fast as others"
     BIT_EXACT = "an output element does not depend on rows, threads or neighbours"
 
 
@@ -70,21 +71,28 @@ LinearWeights = Linear | Quantized | PackedWeights
 
 
 class NormWeights(NamedTuple):
+    """weight: of norms with `above_one`, 1 + what is stored, in float32 or better."""
+
     weight: Tensor
     bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    attn_norm: NormWeights
     qkv: LinearWeights
     out: LinearWeights
-    mlp_norm: NormWeights
+    attn_norm: NormWeights | None = None
+    mlp_norm: NormWeights | None = None
+    attn_post_norm: NormWeights | None = None
+    mlp_post_norm: NormWeights | None = None
     q_norm: NormWeights | None = None
     k_norm: NormWeights | None = None
     up: LinearWeights | None = None
     down: LinearWeights | None = None
     router: LinearWeights | None = None
+    shared_up: LinearWeights | None = None
+    shared_down: LinearWeights | None = None
+    shared_gate: LinearWeights | None = None
     experts_up: tuple[LinearWeights, ...] = ()
     experts_down: tuple[LinearWeights, ...] = ()
 
@@ -319,7 +327,12 @@ class Backend(Protocol):
         ...
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts."""
+        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts; then that of the
+        shared one."""
+        ...
+
+    def cap(self, x: Tensor, limit: float) -> Tensor:
+        """limit * tanh(x / limit), of x in float32 or better."""
         ...
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: Any, taps: Taps) -> ForwardResult:

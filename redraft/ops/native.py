@@ -51,6 +51,7 @@ STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
 PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # the arrays of a unit after its keys
 HUGE = 1 << 21  # bytes of a huge memory page
+ARRANGED = "scales", "lows", "factors", "offsets"  # arrays of groups, see kernels.h
 CONTENDERS = 16  # room for the places that rd_contenders finds, see kernels.h
 LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # layouts that the kernels read; None: unencoded keys and values
 
@@ -77,15 +78,21 @@ class Packed:
         own = torch.as_tensor(keep)
         bias = self.extra["bias"][own] if "bias" in self.extra else None
         if self.c.kind == abi.I4:
-            codes = torch.stack([self.panels & 15, self.panels >> 4], 2).flatten(1, 2).to(torch.int8) - 8
+            codes = torch.stack([self.panels & 15, self.panels >> 4], 2).flatten(1, 2).to(torch.int8) - (0 if self.c.lows else 8)
         else:
             codes = self.panels
         dense = codes.transpose(1, 2).flatten(0, 1)[own].flatten(1)
-        if self.c.kind in (abi.I8, abi.I4):
-            scale = self.extra["scale"][own] if self.c.kind == abi.I8 else _of_outputs(self.extra["scales"])[own]
+        if self.c.kind in (abi.I8, abi.I4, abi.G8):
             columns, side = (self.extra["columns"].long(), _of_outputs(self.extra["side"])[own]) if self.c.outliers else (None, None)
             dense = dense.view(torch.int8)[:, : self.c.ins]
-            return Quantized(dense, scale, self.c.ins, torch.float32, self.c.group, bias, columns, side)
+            parts = {name: _of_outputs(self.extra[name])[own] for name in ARRANGED if name in self.extra}
+            tops = {"scale": parts["factors"], "top": parts["scales"]} if self.c.factors else {"scale": parts.get("scales")}
+            lows = {"low": parts["offsets"], "bottom": parts["lows"]} if self.c.offsets else {"low": parts.get("lows")}
+            held = {"scale": self.extra["scale"][own]} if self.c.kind == abi.I8 else {**tops, **lows}
+            return Quantized(
+                dense, ins=self.c.ins, dtype=torch.float32, group=self.c.group, bias=bias, columns=columns, side=side,
+                wide=self.c.kind == abi.G8, per=self.c.per, **held,
+            )  # fmt: skip
         dtype = torch.float32 if self.c.kind == abi.F32 else torch.bfloat16
         return Linear(dense.view(dtype)[:, : self.c.ins].contiguous(), None if bias is None else bias.to(dtype))
 
@@ -147,7 +154,7 @@ class NativeOps(TorchOps):
     """The native backend. Raises Unsupported, with the reason, if the kernels do not support this dtype, device or machine."""
 
     name = "native"
-    features: frozenset[Feature] = TorchOps.features | {Feature.RUN, Feature.BIT_EXACT}
+    features: frozenset[Feature] = TorchOps.features | {Feature.RUN, Feature.BIT_EXACT, Feature.GROUPED}
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         serves, why = library.serves(dtype, device)
@@ -206,13 +213,20 @@ class NativeOps(TorchOps):
         if weights.group % 16:
             return weights.halved()  # PyTorch computes groups that are no multiple of 16
         outs, ins = weights.shape
-        c = abi.Linear(outs=outs, ins=ins, kind=abi.I4 if weights.grouped else abi.I8, group=weights.group, gated=gated)
+        kind = abi.I8 if not weights.grouped else abi.G8 if weights.wide else abi.I4
+        c = abi.Linear(outs=outs, ins=ins, kind=kind, group=weights.group, gated=gated, per=weights.per)
         codes, panels = weights.whole().contiguous(), self._panels(c)
         extra = self._floats(c, bias=weights.bias)
         if weights.grouped:
-            scale, arranged = weights.scale.contiguous(), torch.empty(len(panels), weights.scale.shape[1], abi.PANEL, dtype=torch.float16)
-            self._call("rd_pack_int4", c, codes.data_ptr(), scale.data_ptr(), panels.data_ptr(), arranged.data_ptr())
-            c.scales, extra["scales"] = arranged.data_ptr(), arranged
+            tops, lows = weights.top is not None, weights.bottom is not None
+            extra |= self._arranged(
+                c,
+                scales=weights.top if tops else weights.scale,
+                factors=weights.scale if tops else None,
+                lows=weights.bottom if lows else weights.low,
+                offsets=weights.low if lows else None,
+            )
+            self._call("rd_pack_groups", c, codes.data_ptr(), panels.data_ptr())
         else:
             sums = torch.empty(len(panels) * abi.PANEL, dtype=torch.int32)
             self._call("rd_pack_int8", c, codes.data_ptr(), panels.data_ptr(), sums.data_ptr())
@@ -236,6 +250,18 @@ class NativeOps(TorchOps):
             self.c.rd_huge(panels.data_ptr(), size)
         c.panels = panels.data_ptr()
         return panels.view(-(-c.outs // abi.PANEL), -1, abi.PANEL, 4)
+
+    def _arranged(self, c: abi.Linear, **given: Tensor | None) -> dict[str, Tensor]:
+        """Copies numbers [outs, n] to [panels, n, 64], in the order of the panels."""
+        made = {}
+        for name, values in given.items():
+            if values is not None:
+                values = values.contiguous()
+                made[name] = torch.empty(-(-c.outs // abi.PANEL), values.shape[1], abi.PANEL, dtype=values.dtype)
+                at, count = made[name].data_ptr(), values.shape[1]
+                self._call("rd_arrange", c, values.data_ptr(), values.element_size(), count, at)
+                setattr(c, name, at)
+        return made
 
     def _floats(self, c: abi.Linear, **given: Tensor | None) -> dict[str, Tensor]:
         """Copies numbers of outputs to the order of the panels."""
@@ -281,7 +307,7 @@ class NativeOps(TorchOps):
             every, first = [layer.rotary for layer in spec.attention if layer.rotary is not None], spec.attention[0]
             different = list(dict.fromkeys(every))
             frequencies = np.array([rotary.frequencies for rotary in different], np.float64, ndmin=2)
-            scales = np.array([rotary.scale for rotary in different], np.float64)
+            scales = np.array([rotary.scales for rotary in different], np.float64, ndmin=2)
             ones = np.ones_like(scales)
             rotaries, bare = (abi.Rotaries(frequencies.ctypes.data, x.ctypes.data, *frequencies.shape) for x in (scales, ones))
             pool = abi.Pool(layers=len(spec.attention), kv_heads=first.kv_heads, size=first.head_dim, kind=self.kind)
@@ -401,7 +427,8 @@ class NativeOps(TorchOps):
         flat = x.contiguous().view(-1, x.shape[-1])
         bias = None if weights.bias is None else weights.bias.data_ptr()
         to = self._rows(out.view(-1, x.shape[-1]))
-        self._call("rd_norm", self._rows(flat), to, weights.weight.data_ptr(), bias, norm.eps, int(norm.kind == "rms"))
+        gains = KINDS[weights.weight.dtype]
+        self._call("rd_norm", self._rows(flat), to, weights.weight.data_ptr(), bias, norm.eps, int(norm.kind == "rms"), gains)
         return out
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
@@ -453,9 +480,8 @@ class NativeOps(TorchOps):
         picked, kept = self._picks(index, layer, q, pool, group) if group.readers else (None, None)
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
         self._place(group, pool)
-        rotary = -1 if layer.rotary is None else plan.model.turns[id(layer.rotary)]
         rows = (self._rows(x) for x in (q, k, v, out))
-        self._call("rd_attend", group.step, index, layer.heads, layer.window or 0, rotary, picked, *rows)
+        self._call("rd_attend", group.step, index, _heads(layer, plan.model), picked, *rows)
         del kept
 
     def _picks(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
@@ -469,6 +495,13 @@ class NativeOps(TorchOps):
             lines += abi.PICKED.pack(bits.ctypes.data, bits.shape[-1] // 4, picked.shape[2])
             kept.append(bits)
         return lines, kept
+
+    def cap(self, x: Tensor, limit: float) -> Tensor:
+        x = x.float().contiguous()
+        out = torch.empty_like(x)
+        if x.numel():
+            self._call("rd_cap", abi.Rows.of(x, abi.F32), abi.Rows.of(out, abi.F32), limit)
+        return out
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = a.float().contiguous(), b.float().contiguous()
@@ -558,7 +591,8 @@ class NativeOps(TorchOps):
         return abi.Model(
             segment, len(segment), norm.weight.numel(), rows, norm.weight.data_ptr(),
             None if norm.bias is None else norm.bias.data_ptr(), head.c, model.rotaries, self._pool_of(pool, "", model.pool),
-            spec.final_norm.eps, int(spec.final_norm.kind == "rms"), self.kind,
+            spec.final_norm.eps, torch.tensor(spec.embed_scale, dtype=self.dtype).item(), int(spec.final_norm.kind == "rms"), self.kind,
+            KINDS[norm.weight.dtype],
         )  # fmt: skip
 
     def _segment(self, spec: ModelSpec, weights: Weights, model: NativeModel) -> Any:
@@ -577,15 +611,20 @@ class NativeOps(TorchOps):
             return None
         assert isinstance(mixer, Attention)
 
-        def at(x: Tensor | None) -> int | None:
-            return None if x is None else x.data_ptr()
+        norms = own.attn_norm, own.mlp_norm, own.attn_post_norm, own.mlp_post_norm, own.q_norm, own.k_norm
+        kinds = {KINDS[norm.weight.dtype] for norm in norms if norm is not None}
+        if len(kinds) != 1 or any(norm is not None and norm.bias is not None for norm in norms[2:]):
+            return None
 
-        norms = own.attn_norm.weight, own.attn_norm.bias, own.mlp_norm.weight, own.mlp_norm.bias
-        qk = (own.q_norm.weight, own.k_norm.weight) if own.q_norm and own.k_norm else (None, None)
+        def at(norm: NormWeights | None, bias: bool = False) -> int | None:
+            found = None if norm is None else norm.bias if bias else norm.weight
+            return None if found is None else found.data_ptr()
+
+        before, after, heads = layer.norm or Norm(), layer.post_norm or Norm(), mixer.qk_norm or Norm()
         return abi.Layer(
-            *parts, *map(at, (*norms, *qk)),
-            layer.norm.eps, mixer.qk_norm.eps if mixer.qk_norm else 0.0, int(layer.norm.kind == "rms"), mixer.heads, mixer.window or 0,
-            -1 if mixer.rotary is None else model.turns[id(mixer.rotary)], abi.ACTIVATIONS[layer.mlp.activation],
+            *parts, at(norms[0]), at(norms[0], True), at(norms[1]), at(norms[1], True), *map(at, norms[2:]), _heads(mixer, model),
+            before.eps, heads.eps, after.eps, layer.residual, *(int(norm.kind == "rms") for norm in (before, heads, after)),
+            int(mixer.norm_heads_together), int(layer.parallel), *kinds, abi.ACTIVATIONS[layer.mlp.activation],
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
@@ -597,7 +636,8 @@ class NativeOps(TorchOps):
         found = np.empty(count * (keep + 1), np.int32)
         likeliest, best = found[:count], found[count:].reshape(count, keep)
         if count:
-            how = norm.weight.data_ptr(), None if norm.bias is None else norm.bias.data_ptr(), final.eps, int(final.kind == "rms")
+            bias, gains = None if norm.bias is None else norm.bias.data_ptr(), KINDS[norm.weight.dtype]
+            how = norm.weight.data_ptr(), bias, final.eps, int(final.kind == "rms"), gains
             at: int = found.ctypes.data
             self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), count, keep, at + 4 * count, at)
         return ForwardResult(likeliest, best if taps.top_k else None)
@@ -629,6 +669,11 @@ class NativeOps(TorchOps):
         self.inside += perf_counter() - began
         if failed:
             raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: invalid arguments")
+
+
+def _heads(layer: Attention, model: NativeModel) -> abi.Heads:
+    rotary = -1 if layer.rotary is None else model.turns[id(layer.rotary)]
+    return abi.Heads(layer.heads, layer.window or 0, rotary, layer.score_scale, layer.softcap or 0.0)
 
 
 def _of_outputs(arranged: Tensor) -> Tensor:

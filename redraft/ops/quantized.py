@@ -6,8 +6,9 @@ ties to even. Sums of codes are integers and exact.
 1. v = x in float32, with 0 in the outlier columns. m = max |v|, s = m / 127, r = 127 / m (one division), or 0 if that is not finite.
 2. The codes of the row are rint(v * r), ties to even, in -127..127. If m is NaN or infinite, all outputs are NaN.
 3. scale [outs]: y = float(sum of code * weight code) * (s * scale[o]). float() rounds the int32.
-   scale [outs, groups]: total = 0, then for each group in order total = fma(float(sum in the group), float(scale[o, g]), total);
-   y = total * s.
+   scale [outs, groups]: total = 0, then for each group in order total = fma(float(sum in the group), scale(o, g), total) and, with lows,
+   total = fma(float(sum of the row's codes in the group), low(o, g), total); y = total * s. scale(o, g) is scale[o, g], times
+   top[o, g // per] with tops, which is exact; low(o, g) likewise.
 4. For each outlier column c in ascending order: y = y + x[c] * side[o, c], with the product and then the sum rounded.
 5. y = y + bias (in float32), rounded to the dtype of x.
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:  # the cards of methods are read without loading it
     from torch import Tensor
 
 LARGEST_CODE = 127  # of rows, and of weights with one scale for each output
-LOW, HIGH = -8, 7  # the range of weight codes with one scale for each group
+LOW, HIGH = -8, 7  # the range of 4-bit codes with one scale for each group, without lows
+HIGHEST = HIGH - LOW  # with lows they are 0 to this
 LARGEST_TOTAL = 2.0**29  # of step 3
 MIN_COLUMNS = 32  # for the integer product of PyTorch; with a single column its result is wrong
 EXACT_COLUMNS = 1024  # a sum of this many products of 8-bit codes is below 2^24, so float32 is exact in any order
@@ -36,11 +38,15 @@ EXACT_COLUMNS = 1024  # a sum of this many products of 8-bit codes is below 2^24
 
 @dataclass(frozen=True)
 class Quantized:
-    """weight[o, i] = code[o, i] * scale[o] or code[o, i] * scale[o, i // group]. In column columns[j] it is side[o, j], and the code is 0.
+    """weight[o, i] = code[o, i] * scale[o], or code[o, i] * scale(o, g) + low(o, g) with g = i // group. In column columns[j] it is
+    side[o, j], and the code is 0.
 
     codes: int8 [outs, ins], or uint8 [outs, (ins + 1) / 2] if halved: the low half of a byte is column 2 i, the high half 2 i + 1, each
-    stored as code + 8; scale: float32 [outs], or float16 [outs, groups]; group: the number of columns that share a scale (the last
-    group may be shorter); columns: i64 [n], ascending; side: [outs, n] in the dtype of the model.
+    stored as code + 8, with lows as it is; scale: float32 [outs], or float16 [outs, groups]; group: the number of columns that share a
+    scale (the last group may be shorter); columns: i64 [n], ascending; side: [outs, n] in the dtype of the model; wide: codes of groups
+    have 8 bits, not 4; low: as scale, None for 0.
+
+    top, bottom: float16 [outs, groups / per], shared by `per` groups. Then scale and low are int8, factors of them.
     """
 
     codes: Tensor
@@ -51,6 +57,11 @@ class Quantized:
     bias: Tensor | None = None
     columns: Tensor | None = None
     side: Tensor | None = None
+    wide: bool = False
+    low: Tensor | None = None
+    top: Tensor | None = None
+    bottom: Tensor | None = None
+    per: int = 1
 
     @property
     def outs(self) -> int:
@@ -62,8 +73,24 @@ class Quantized:
 
     @property
     def grouped(self) -> bool:
-        """Whether each group has a scale, with 4-bit codes. Otherwise each output has one, with 8-bit codes."""
+        """Whether each group has a scale, not each output."""
         return self.scale.ndim == 2
+
+    @property
+    def offset(self) -> int:
+        """What halved codes have added."""
+        return -LOW if self.low is None else 0
+
+    def scales(self) -> Tensor:
+        """scale(o, g), float32 [outs, groups]."""
+        return self._times(self.scale, self.top)
+
+    def lows(self) -> Tensor | None:
+        """low(o, g), float32 [outs, groups]."""
+        return None if self.low is None else self._times(self.low, self.bottom)
+
+    def _times(self, factor: Tensor, of: Tensor | None) -> Tensor:
+        return factor.float() if of is None else factor.float() * of.float().repeat_interleave(self.per, 1)[:, : factor.shape[1]]
 
     @property
     def is_halved(self) -> bool:
@@ -75,7 +102,7 @@ class Quantized:
 
     @property
     def tensors(self) -> list[Tensor]:
-        every = (self.codes, self.scale, self.bias, self.columns, self.side)
+        every = (self.codes, self.scale, self.bias, self.columns, self.side, self.low, self.top, self.bottom)
         return [tensor for tensor in every if tensor is not None]
 
     @property
@@ -84,17 +111,24 @@ class Quantized:
 
     def rows(self, keep: NDArray[Any]) -> Quantized:
         """The layer with these outputs only."""
-        bias, side = (None if part is None else part[keep] for part in (self.bias, self.side))
-        return replace(self, codes=self.codes[keep], scale=self.scale[keep], bias=bias, side=side)
+        own = {name: getattr(self, name) for name in ("bias", "side", "low", "top", "bottom")}
+        some: dict[str, Any] = {name: None if part is None else part[keep] for name, part in own.items()}
+        return replace(self, codes=self.codes[keep], scale=self.scale[keep], **some)
+
+    def reordered(self, order: tuple[int, ...]) -> Quantized:
+        """The outputs in another order; the bias has it already."""
+        import numpy as np
+
+        return replace(self.rows(np.asarray(order)), bias=self.bias)
 
     def halved(self) -> Quantized:
         """The layer with two codes in a byte, if codes have 4 bits."""
         import torch
         import torch.nn.functional as F
 
-        if not self.grouped or self.is_halved:
+        if not self.grouped or self.wide or self.is_halved:
             return self
-        codes = (F.pad(self.codes, (0, self.ins % 2)) - LOW).to(torch.uint8)
+        codes = (F.pad(self.codes, (0, self.ins % 2)) + self.offset).to(torch.uint8)
         return replace(self, codes=codes[:, ::2] | codes[:, 1::2] << 4)
 
     def whole(self) -> Tensor:
@@ -104,16 +138,49 @@ class Quantized:
         if not self.is_halved:
             return self.codes
         both = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1)[:, : self.ins]
-        return both.to(torch.int8) + LOW
+        return both.to(torch.int8) - self.offset
 
     def dense(self) -> Tensor:
         """The decoded matrix, float32 [outs, ins]."""
-        scale = self.scale.float()
-        scale = scale.repeat_interleave(self.group, 1)[:, : self.ins] if self.grouped else scale[:, None]
-        found = self.whole().float() * scale
+
+        def spread(numbers: Tensor) -> Tensor:
+            return numbers.repeat_interleave(self.group, 1)[:, : self.ins] if self.grouped else numbers[:, None]
+
+        found = self.whole().float() * spread(self.scales())
+        if (lows := self.lows()) is not None:
+            found += spread(lows)
         if self.columns is not None and self.side is not None:
             found[:, self.columns] = self.side.float()
         return found
+
+
+def is_exact(weights: Quantized) -> bool:
+    """Whether the product of codes from a file is the one that this module defines, also where pairs are added in 16 bits."""
+    if (weights.wide or not weights.grouped) and int(weights.whole().min()) < -LARGEST_CODE:
+        return False
+    if not weights.grouped:
+        return bool(weights.scale.isfinite().all())
+    total = weights.scales().double().abs().sum(1) * (LARGEST_CODE if weights.wide else HIGHEST)
+    if (lows := weights.lows()) is not None:
+        total += lows.double().abs().sum(1)
+    widest = float(total.max()) * weights.group * LARGEST_CODE
+    return widest < LARGEST_TOTAL
+
+
+def joined(parts: list[Quantized], bias: Tensor | None) -> Quantized | None:
+    """The outputs of several weights as one; None if their forms differ."""
+    import torch
+
+    first = parts[0]
+
+    def forms(one: Quantized) -> tuple[Any, ...]:
+        return one.grouped, one.group, one.wide, one.per, one.ins, one.top is None, one.low is None, one.bottom is None
+
+    if any(forms(one) != forms(first) for one in parts):
+        return None
+    names = [name for name in ("codes", "scale", "low", "top", "bottom") if getattr(first, name) is not None]
+    whole: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in parts]) for name in names}
+    return replace(first, bias=bias, **whole)
 
 
 def row_codes(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,7 +217,7 @@ def _by_group(codes: Tensor, weights: Quantized) -> Tensor:
     import torch.nn.functional as F
 
     total = torch.zeros(len(codes), weights.shape[0], device=codes.device)
-    scales = weights.scale.T.double()
+    scales, lows = weights.scales().T.double(), weights.lows()
     parts = [(codes, weights.codes)]
     if weights.is_halved:  # stored codes are 8 too large; the sums of the row correct that below
         codes = F.pad(codes, (0, weights.ins % 2))
@@ -162,9 +229,12 @@ def _by_group(codes: Tensor, weights: Quantized) -> Tensor:
     for g, scale in enumerate(scales):
         own = slice(g * width, (g + 1) * width)
         acc = torch.stack([_sums(x[:, own], w[:, own]) for x, w in parts]).sum(0, dtype=torch.int32)
+        sums = codes[:, g * weights.group : (g + 1) * weights.group].sum(1, keepdim=True, dtype=torch.int32)
         if weights.is_halved:
-            acc += LOW * codes[:, 2 * g * width : 2 * (g + 1) * width].sum(1, keepdim=True, dtype=torch.int32)
+            acc -= weights.offset * sums
         total = (acc.double() * scale + total.double()).float()
+        if lows is not None:
+            total = (sums.double() * lows[:, g].double() + total.double()).float()
     return total
 
 

@@ -215,6 +215,8 @@ class Reference:
                 return F.gelu(gate, approximate="tanh") * up
             case "relu":
                 return gate.clamp(min=0) * up
+            case "sigmoid":
+                return torch.sigmoid(gate) * up
         raise Unsupported(f"activation {activation!r}")
 
     def rope(self, x: Tensor, layer: Attention, plan: ReferencePlan) -> Tensor:
@@ -249,7 +251,17 @@ class Reference:
             for e, p in sorted(zip(top.indices.tolist(), share, strict=True)):
                 inner = self.activate(self.linear(x[t, None], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
                 out[t] += p * self.linear(inner, weights.experts_down[e])[0]
-        return out
+        if experts.shared is None:
+            return out
+        assert weights.shared_up is not None and weights.shared_down is not None
+        inner = self.activate(self.linear(x, weights.shared_up), experts.shared.activation, experts.shared.gated)
+        beside = self.linear(inner, weights.shared_down)
+        return out + (
+            beside if weights.shared_gate is None else beside * self.activate(self.linear(x, weights.shared_gate), "sigmoid", False)
+        )
+
+    def cap(self, x: Tensor, limit: float) -> Tensor:
+        return limit * torch.tanh(x / limit)
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: ReferencePlan, taps: Taps) -> ForwardResult:
         rows = self.norm(x[torch.from_numpy(plan.batch.logit_rows).long()], weights.final_norm, final)
@@ -270,10 +282,12 @@ def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
         return torch.full((len(codes),), math.nan, dtype=x.dtype)
     code = torch.round(v * (r if r.isfinite() else 0)).long()
     if weights.grouped:
-        total = torch.zeros(len(codes))
-        for g, scale in enumerate(weights.scale.T.double()):
+        total, lows = torch.zeros(len(codes)), weights.lows()
+        for g, scale in enumerate(weights.scales().T.double()):
             own = slice(g * weights.group, (g + 1) * weights.group)
             total = ((codes[:, own] @ code[own]) * scale + total).float()  # exact in float64, then rounded once
+            if lows is not None:
+                total = (code[own].sum() * lows[:, g].double() + total).float()
         y = total * s
     else:
         y = (codes @ code).float() * (s * weights.scale)
@@ -300,8 +314,8 @@ def turned(x: Tensor, rotary: Rotary | None, by: Tensor | float) -> Tensor:
 
 
 def _scales(x: Tensor, rotary: Rotary) -> Tensor:
-    """The factor of YaRN for the rotated dimensions, 1 for the rest."""
-    return torch.tensor([rotary.scale] * rotary.dim + [1.0] * (x.shape[-1] - rotary.dim), dtype=torch.float64)
+    """The factor of each dimension."""
+    return torch.tensor([*rotary.scales, *rotary.scales, *[1.0] * (x.shape[-1] - rotary.dim)], dtype=torch.float64)
 
 
 class SequenceAttention:
@@ -372,7 +386,7 @@ class SequenceAttention:
 
     def attend(self, r: int, q: Tensor, plan: ReferencePlan) -> Tensor:
         """The output of row r: q [H, D] -> [H, D]. Adds its statistics to the plan."""
-        mine, size = int(self.batch.positions[r]), self.layer.head_dim
+        mine = int(self.batch.positions[r])
         seen = [self.visible(r, head) for head in range(self.heads)]
         read = self._read(r, q, seen)
         far, sinks = q, 0
@@ -386,7 +400,9 @@ class SequenceAttention:
             for g in range(self.share):
                 h, slots = head * self.share + g, read[head][g]
                 turns = torch.tensor([seen[head][slot] < sinks for slot in slots])
-                scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h]) / math.sqrt(size)
+                scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h]) * self.layer.score_scale
+                if self.layer.softcap is not None:
+                    scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
                 weights[head, g, slots] = scores.softmax(0)
                 out[h] = scores.softmax(0) @ values[slots]
         for i, watch in enumerate(plan.watches.get(self.s, ())):

@@ -190,7 +190,9 @@ class TorchOps:
         for rotary in {layer.rotary for layer in spec.attention} - {None}:
             assert rotary is not None
             layers = [i for i, layer in enumerate(spec.attention) if layer.rotary == rotary]
-            got[:, layers, :, 0] = _turn(got[:, layers, :, 0].to(wide), *self._turns(rotary, by, 1.0, wide)).to(self.dtype)
+            got[:, layers, :, 0] = _turn(got[:, layers, :, 0].to(wide), *self._turns(rotary, by, [1.0] * len(rotary.frequencies), wide)).to(
+                self.dtype
+            )
 
     def read(self, pool: TorchPool, space: Space, pages: I32) -> Arrays:
         stored = pool.formats[space.format]
@@ -396,9 +398,10 @@ class TorchOps:
         return x if weights.positions is None else x + weights.positions.index_select(0, plan.positions)
 
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
+        wide = x.to(weights.weight.dtype)  # gains above one may be wider than x
         if norm.kind == "layer":
-            return F.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, norm.eps)
-        return F.rms_norm(x, x.shape[-1:], weights.weight, norm.eps)
+            return F.layer_norm(wide, x.shape[-1:], weights.weight, weights.bias, norm.eps).to(x.dtype)
+        return F.rms_norm(wide, x.shape[-1:], weights.weight, norm.eps).to(x.dtype)
 
     @property
     def threads(self) -> int:
@@ -440,6 +443,8 @@ class TorchOps:
                 out = F.gelu(gate, approximate="tanh")
             case "relu":
                 out = F.relu(gate)
+            case "sigmoid":
+                out = gate.sigmoid()
             case _:
                 raise Unsupported(f"activation {activation!r}")
         return out.mul_(x.narrow(-1, gate.shape[-1], gate.shape[-1])) if gated else out
@@ -449,14 +454,15 @@ class TorchOps:
         if rotary is None:
             return x
         if rotary not in plan.turns:
-            cos, sin = self._turns(rotary, plan.positions, rotary.scale, self.dtype)
+            cos, sin = self._turns(rotary, plan.positions, rotary.scales, self.dtype)
             plan.turns[rotary] = cos[:, None], sin[:, None]
         return _turn(x, *plan.turns[rotary])
 
-    def _turns(self, rotary: Rotary, positions: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [T, dim] such that x * cos + roll(x, dim / 2) * sin rotates x; angles in float64."""
-        angles = positions.double()[:, None] * torch.tensor(rotary.frequencies, dtype=torch.float64, device=self.device)
-        cos, sin = angles.cos() * scale, angles.sin() * scale
+    def _turns(self, rotary: Rotary, positions: Tensor, scales: Seq[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [T, dim] such that x * cos + roll(x, dim / 2) * sin rotates x, times the scale of each pair; in float64."""
+        frequencies, factors = torch.tensor([rotary.frequencies, tuple(scales)], dtype=torch.float64, device=self.device)
+        angles = positions.double()[:, None] * frequencies
+        cos, sin = angles.cos() * factors, angles.sin() * factors
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: TorchPlan) -> Tensor:
@@ -477,7 +483,7 @@ class TorchOps:
             rows = q if group.rows is None else q[group.rows]
             rows = rows.view(group.count, group.width, heads, share, size).permute(0, 2, 3, 1, 4)
             rows = rows.reshape(group.count, heads, share * group.width, size)
-            seen = F.scaled_dot_product_attention(rows, held[0], held[1], attn_mask=group.masks[layer.window])
+            seen = _attended(rows, held[0], held[1], group.masks[layer.window], layer)
             seen = seen.view(group.count, heads, share, group.width, size).permute(0, 3, 1, 2, 4)
             seen = seen.reshape(group.count * group.width, heads * share * size)
             if group.kept is None or group.real is None:
@@ -525,13 +531,13 @@ class TorchOps:
         small = it.view.read is not None and not turned and not it.encoded.numel() and self._few(picked, it.slots)
         weights = None
         if small and not any(stored.format.arrays[name].whole for name in stored.codes):
-            out = self._gathered(index, q, picked, small, stored, it)
+            out = self._gathered(index, layer, q, picked, small, stored, it)
         elif stored.exact and not turned and not it.encoded.numel():
             if it.view.read is not None:
                 mask = self._additive(picked, share)
             held = stored.take(stored.codes, it.units[index])
             keys, values = (held[name].view(1, heads, it.slots, size) for name in ("keys", "values"))
-            out = F.scaled_dot_product_attention(q.reshape(1, heads, share * rows, size), keys, values, attn_mask=mask)
+            out = _attended(q.reshape(1, heads, share * rows, size), keys, values, mask, layer)
         else:
             sources = self._sources(index, pool, it)
             weights = self._weights(index, layer, q, picked, sources, it)
@@ -593,7 +599,9 @@ class TorchOps:
         count = -(-int(picked.sum(-1).max()) // PAGE) * PAGE
         return count if picked.shape[1] * picked.shape[2] * count < slots else 0
 
-    def _gathered(self, index: int, q: Tensor, picked: Tensor, count: int, stored: FormatStore, it: LoneSequence) -> Tensor:
+    def _gathered(
+        self, index: int, layer: Attention, q: Tensor, picked: Tensor, count: int, stored: FormatStore, it: LoneSequence
+    ) -> Tensor:
         """Attention over the picked slots, gathered for every row, and for every query head if their slots differ."""
         heads, share, rows, size = q.shape
         picked, apart = picked.expand(heads, -1, -1, -1), picked.shape[1]
@@ -605,7 +613,7 @@ class TorchOps:
         some = heads * apart * rows
         held = {name: entry.reshape(some, count // PAGE, PAGE, *entry.shape[2:]) for name, entry in got.items()}
         mine = q.view(heads, apart, share // apart, rows, size).transpose(2, 3).reshape(some, share // apart, size).to(self._wide())
-        scores = stored.codec.scores(held, mine) * size**-0.5
+        scores = _settled(stored.codec.scores(held, mine), layer)
         weights = scores.masked_fill_(~(chosen.values > 0).view(some, 1, count), float("-inf")).softmax(-1)
         mixed = stored.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
         return mixed.transpose(2, 3).reshape(q.shape)
@@ -617,20 +625,21 @@ class TorchOps:
 
     def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[PageSource], it: LoneSequence) -> Tensor:
         """Attention weights [K, G, R, slots] of the last R rows, in float32 or better."""
-        _, share, rows, size = q.shape
+        _, share, rows, _ = q.shape
         q, picked = q.to(self._wide()), picked[:, :, -rows:]
         scores = _scores(sources, q.flatten(1, 2), it.slots // PAGE)
         if it.near and layer.rotary is not None:
             assert it.window is not None and it.where is not None
             if layer.rotary not in it.turns:
                 gone = (it.at + 1 - sum(it.window)).clamp(min=0)
-                it.turns[layer.rotary] = self._turns(layer.rotary, -gone, 1.0, self._wide())  # q already has the scale of its rotary
+                ones = [1.0] * len(layer.rotary.frequencies)  # q already has the scales of its rotary
+                it.turns[layer.rotary] = self._turns(layer.rotary, -gone, ones, self._wide())
             cos, sin = it.turns[layer.rotary]
             turned = _scores(sources, _turn(q, cos[-rows:], sin[-rows:]).flatten(1, 2), -(-it.near // PAGE))
             front = scores[..., : turned.shape[-1]]
             sinks = it.where[index if len(it.where) > 1 else 0][:, None, : turned.shape[-1]] < it.window.sinks
             front.copy_(torch.where(sinks, turned, front))
-        scores = scores.reshape(-1, share, rows, scores.shape[-1]).mul_(size**-0.5)
+        scores = _settled(scores.reshape(-1, share, rows, scores.shape[-1]), layer)
         return scores.masked_fill_(~picked, float("-inf")).softmax(-1)
 
     def _note(self, index: int, weights: Tensor, seen: Tensor, it: LoneSequence) -> None:
@@ -661,7 +670,17 @@ class TorchOps:
             rows, place = (chosen == e).nonzero(as_tuple=True)
             inner = self.activate(self.linear(x[rows], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
             out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
-        return out
+        if experts.shared is None:
+            return out
+        assert weights.shared_up is not None and weights.shared_down is not None
+        inner = self.activate(self.linear(x, weights.shared_up), experts.shared.activation, experts.shared.gated)
+        beside = self.linear(inner, weights.shared_down)
+        return out + (
+            beside if weights.shared_gate is None else beside * self.activate(self.linear(x, weights.shared_gate), "sigmoid", False)
+        )
+
+    def cap(self, x: Tensor, limit: float) -> Tensor:
+        return torch.tanh(x / limit) * limit
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: TorchPlan, taps: Taps) -> ForwardResult:
         rows = x if plan.logit_rows.numel() == x.shape[0] else x.index_select(0, plan.logit_rows)
@@ -696,6 +715,20 @@ def tree_rows(batch: Batch) -> list[int]:
     """The first row of each sequence in `batch.visible`, and the end."""
     ends: list[int] = np.cumsum(batch.starts[1:] - batch.tree_starts).tolist()
     return [0, *ends]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layer: Attention) -> Tensor:
+    """Attention of q [S, K, R, D] over k and v [S, K, n, D], with an additive mask."""
+    if layer.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.score_scale)
+    scores = _settled((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)), layer)
+    return (scores + mask).softmax(-1).to(q.dtype) @ v
+
+
+def _settled(products: Tensor, layer: Attention) -> Tensor:
+    """The scores of dot products, in place."""
+    scores = products.mul_(layer.score_scale)
+    return scores if layer.softcap is None else scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
 
 
 def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,13 +18,11 @@ from tests.models import tiny
 
 
 def config(name: str, **changes: Any) -> Any:
-    prefix, fields = tiny.FAMILIES[name]
-    return getattr(transformers, f"{prefix}Config")(**{**fields, **changes})
+    return tiny.config_class(name)(**{**tiny.FAMILIES[name][1], **changes})
 
 
 def family(name: str) -> Family:
-    prefix = tiny.FAMILIES[name][0]
-    found: Family = registry.load(registry.FAMILIES[f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}"])
+    found: Family = registry.load(registry.FAMILIES[tiny.architecture(name)])
     return found
 
 
@@ -36,7 +35,7 @@ def test_missing_fields_have_the_defaults_of_transformers(name: str) -> None:
     own = family(name)
     fields = tiny.FAMILIES[name][1]
     assert own.spec(filled(Config(**fields), own.defaults)) == spec(name)
-    whole = getattr(transformers, f"{tiny.FAMILIES[name][0]}Config")()
+    whole = tiny.config_class(name)()
     assert own.spec(filled(Config(), own.defaults)) == own.spec(whole) and own.eos == whole.eos_token_id and own.name == whole.model_type
 
 
@@ -189,9 +188,7 @@ def test_zeros_of_yarn_switch_a_field_off() -> None:
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
-        ({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}, "'longrope'"),
-        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "'linear' where only 4 of 8"),
+        ({"rope_type": "spiral", "factor": 2.0}, "'spiral'"),
         ({"rope_type": "default", "spiral": 3}, "'spiral'"),
     ],
 )
@@ -200,9 +197,51 @@ def test_rope_refusals(rope: dict[str, Any], named: str) -> None:
         rotary.rotary(Old(rope_parameters={**rope, "rope_theta": 1e4}), 8)  # type: ignore[arg-type]
 
 
+def rope(**fields: Any) -> Any:
+    return Old(rope_parameters={"rope_theta": 1e4, **fields})
+
+
+@pytest.mark.parametrize("factors", [None, [1.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, True]])
+def test_longrope_needs_a_factor_for_each_pair(factors: Any) -> None:
+    wanted = "short_factor = .*4 positive numbers"
+    with pytest.raises(CheckpointError, match=wanted):
+        rotary.rotary(rope(rope_type="longrope", long_factor=[2.0] * 4, short_factor=factors), 8)
+
+
+def test_scalings_that_depend_on_the_longest_text() -> None:
+    """The whole engine has one: `max_model_len`, else the context."""
+    config = rope(rope_type="longrope", long_factor=[2.0, 4.0], short_factor=[1.0, 1.0], original_max_position_embeddings=50)
+    far, config.max_model_len = rotary.rotary(config, 4), 50
+    near = rotary.rotary(config, 4)
+    assert near.frequencies == pytest.approx((1.0, 0.01)) and far.frequencies == pytest.approx((0.5, 0.0025))
+    assert near.scale == far.scale == pytest.approx((1 + math.log(config.max_position_embeddings / 50) / math.log(50)) ** 0.5)
+    config = rope(rope_type="dynamic", factor=2.0)
+    longer, config.max_model_len = rotary.rotary(config, 8), 10
+    plain = rotary.rotary(config, 8)
+    assert plain.frequencies == pytest.approx(rotary.rotary(rope(rope_type="default"), 8).frequencies)
+    length = 2 * config.max_position_embeddings
+    theirs = transformers.LlamaConfig(head_dim=8, max_position_embeddings=64, rope_parameters=config.rope_parameters)
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, None, seq_len=length)
+    assert rotary.context(config) == length and longer.frequencies == pytest.approx(expected.tolist())
+
+
+def test_a_part_of_a_head_with_a_scaling() -> None:
+    """The scale does not reach what is not rotated."""
+    yarn = rotary.rotary(rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=24, partial_rotary_factor=0.5), 8)
+    assert yarn.frequencies[2:] == (0.0, 0.0) and yarn.scales == (yarn.scale, yarn.scale, 1.0, 1.0) and yarn.scale > 1
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "error", "named"),
     [
+        ("gemma3", {"attn_logit_softcapping": 50.0}, Unsupported, "attn_logit_softcapping = 50.0"),
+        ("gemma2", {"use_bidirectional_attention": True}, Unsupported, "use_bidirectional_attention"),
+        ("granite", {"logits_scaling": 0.0}, CheckpointError, "logits_scaling = 0.0: must be a positive number"),
+        ("cohere", {"logit_scale": -1.0}, CheckpointError, "logit_scale = -1.0: must be a positive number"),
+        ("cohere", {"use_qk_norm": True}, Unsupported, "use_qk_norm"),
+        ("falcon", {"alibi": True}, Unsupported, "alibi"),
+        ("opt", {"do_layer_norm_before": False}, Unsupported, "do_layer_norm_before"),
+        ("opt", {"word_embed_proj_dim": 12}, Unsupported, "word_embed_proj_dim"),
         ("llama2", {"hidden_act": "mish"}, Unsupported, "activation 'mish'"),
         ("llama2", {"attn_logit_softcapping": 50.0}, Unsupported, "attn_logit_softcapping = 50.0"),
         ("llama2", {"final_logit_softcapping": 30.0}, Unsupported, "final_logit_softcapping"),

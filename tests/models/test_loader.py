@@ -240,9 +240,9 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
         "config.json: model_type 'gpt2' .*LlamaForCausalLM",
     ),
     "unknown rope": (
-        lambda f: tiny.edit(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        lambda f: tiny.edit(f, rope_parameters={"rope_type": "spiral", "factor": 2.0, "rope_theta": 1e4}),
         Unsupported,
-        "config.json: rope type 'dynamic'",
+        "config.json: rope type 'spiral'",
     ),
     "gptq": (lambda f: tiny.edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), Unsupported, "'gptq'"),
     "awq": (lambda f: tiny.edit(f, quantization_config={"quant_method": "awq"}), Unsupported, "'awq'"),

@@ -27,6 +27,16 @@ _GPT2 = {"vocab_size": V, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions"
 
 _EXPERTS = {"head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_KINDS = {_SLIDING: {"rope_type": "default", "rope_theta": 100.0}, _FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}
+_GEMMA = {"head_dim": 8, "sliding_window": 11, "pad_token_id": 0}
+_FACTORS = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+_FALCON = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
+_LONG = {
+    "original_max_position_embeddings": 24, "rope_parameters":
+    {**_ROPE, "rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0], "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
 # name -> (class prefix in transformers, fields of the config)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {**_BASE}),
@@ -56,16 +66,46 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-partial": ("Phi3", {**_BASE, "pad_token_id": 0, "hidden_size": 32, "partial_rotary_factor": 0.5}),
     "stablelm": ("StableLm", {**_BASE, "hidden_size": 64}),
     "stablelm-biases": ("StableLm", {**_BASE, "hidden_size": 48, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "phi3-longrope": ("Phi3", {**_BASE, "pad_token_id": 0, "hidden_size": 32, "partial_rotary_factor": 0.5, **_LONG}),
+    "gemma2": ("Gemma2", {**_BASE, **_GEMMA, "query_pre_attn_scalar": 13, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {**_BASE, **_GEMMA, "rope_parameters": _KINDS, "layer_types": [_SLIDING, _SLIDING, _FULL]}),
+    "olmo2": ("Olmo2", {**_BASE, "attention_bias": True}),
+    "olmo3": ("Olmo3", {**_BASE, "sliding_window": 9, "num_hidden_layers": 4}),
+    "granite": ("Granite", {**_BASE, **_FACTORS, "mlp_bias": True}),
+    "granite-moe": ("GraniteMoe", {**_BASE, **_FACTORS, "num_local_experts": 5}),
+    "gpt-neox": ("GPTNeoX", {**_BASE, "hidden_size": 64}),
+    "gpt-neox-sequential": ("GPTNeoX", {**_BASE, "use_parallel_residual": False, "attention_bias": False, "rotary_pct": 1.0}),
+    "cohere": ("Cohere", {**_BASE, "attention_bias": True}),
+    "cohere2": ("Cohere2", {**_BASE, "sliding_window": 9, "num_hidden_layers": 4}),
+    "falcon": ("Falcon", {**_FALCON, "bias": True}),
+    "falcon-groups": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-one-norm": ("Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    "falcon-sequential": ("Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False}),
+    "opt": ("OPT", {**_BASE, "ffn_dim": 40, "pad_token_id": 0, "word_embed_proj_dim": 24}),
+    "opt-plain": ("OPT", {**_BASE, "ffn_dim": 40, "enable_bias": False, "word_embed_proj_dim": 24, "tie_word_embeddings": False}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**_BASE, **{k: v for k, v in _EXPERTS.items() if k != "head_dim"}, "shared_expert_intermediate_size": 28, "norm_topk_prob": True},
+    ),
     "gpt2": ("GPT2", _GPT2),
     "gpt2-untied": ("GPT2", {**_GPT2, "tie_word_embeddings": False, "n_inner": 50}),
 }
 
 
+def config_class(name: str) -> Any:
+    prefix = FAMILIES[name][0]
+    return getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
+
+
+def architecture(name: str) -> str:
+    prefix = FAMILIES[name][0]
+    return f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}"
+
+
 def model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A float32 model without zero biases and norms of ones, so that a test sees if a weight is left out."""
-    prefix, fields = FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**fields, **changes})
-    made = getattr(transformers, f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}")(config).eval()
+    config = config_class(name)(**{**FAMILIES[name][1], **changes})
+    made = getattr(transformers, architecture(name))(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in made.named_parameters():

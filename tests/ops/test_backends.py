@@ -56,7 +56,8 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
         else:
             some = {"up": linear(24 * (2 if mlp.gated else 1), HIDDEN), "down": linear(HIDDEN, 24)}
         qkv = Linear(3 * rand(mixer.qkv_rows, HIDDEN), rand(mixer.qkv_rows))
-        made.append(LayerWeights(weigh(), qkv, linear(HIDDEN, 4 * SIZE), weigh(), **some))  # type: ignore[arg-type]
+        norms = {"attn_norm": weigh(), "mlp_norm": weigh()}
+        made.append(LayerWeights(qkv, linear(HIDDEN, 4 * SIZE), **norms, **some))  # type: ignore[arg-type]
     return spec, Weights(rand(VOCAB, HIDDEN) * 6, Linear(3 * rand(VOCAB, HIDDEN)), weigh(), tuple(made))
 
 

@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -384,6 +384,10 @@ class Shape(NamedTuple):
     learned: bool = False
     experts: int = 0
     still: bool = False  # the middle layer is not rotated
+    post_norm: Norm | None = None
+    layer: Mapping[str, Any] = MappingProxyType({})  # other fields of the layers
+    mixer: Mapping[str, Any] = MappingProxyType({})  # and of their attention
+    spec: Mapping[str, Any] = MappingProxyType({})  # and of the model
 
 
 FAMILIES = {
@@ -395,6 +399,17 @@ FAMILIES = {
     "smollm3": Shape(4, 2, 8, 40, Mlp(52), still=True),
     "starcoder2": Shape(6, 2, 12, 36, Mlp(100, "gelu_tanh", gated=False, bias=True), Norm("layer"), biases=True, window=11),
 }
+ONE = Norm(eps=1e-6, above_one=True)
+FAMILIES |= {
+    "gemma": Shape(
+        4, 2, 8, 40, Mlp(52, "gelu_tanh"), ONE, qk_norm=True, window=11, post_norm=ONE, mixer={"scale": 0.4, "softcap": 2.0},
+        spec={"embed_scale": 3.3, "logit_softcap": 300.0, "logit_scale": 0.5},
+    ),
+    "olmo": Shape(6, 2, 12, 36, Mlp(50), qk_norm=True, post_norm=Norm(), layer={"norm": None}, mixer={"norm_heads_together": True}),
+    "granite": Shape(4, 2, 8, 40, Mlp(52), layer={"residual": 0.4}, mixer={"scale": 0.2}, spec={"embed_scale": 3.0}),
+    "neox": Shape(3, 3, 10, 30, Mlp(100, "gelu", gated=False, bias=True), Norm("layer"), biases=True, layer={"parallel": True}),
+    "cohere": Shape(4, 2, 8, 40, Mlp(52), Norm("layer", biased=False), layer={"parallel": True}, spec={"logit_scale": 0.3}),
+}  # fmt: skip
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
 SEVERAL = (551, Lanes.PER_HEAD), (551, Lanes.SHARED), (551, Lanes.PER_LAYER)  # tokens of texts, and their lanes
 
@@ -420,26 +435,32 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
 
     near, far = rotary(100.0), None if shape.still else rotary(900.0 if shape.window else 100.0)
     mlp = Experts(shape.experts, 2, shape.mlp) if shape.experts else shape.mlp
-    qk = Norm(eps=1e-6) if shape.qk_norm else None
+    qk = replace(shape.norm, eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
             Attention(
                 shape.heads, shape.kv_heads, shape.size, far if i == 1 else near, None if i == 1 else shape.window,
-                shape.biases, shape.biases, qk,
-            ), mlp, shape.norm,
+                shape.biases, shape.biases, qk, **shape.mixer,
+            ), mlp, **{"norm": shape.norm, "post_norm": shape.post_norm, **shape.layer},
         )
         for i in range(LAYERS)
     )  # fmt: skip
     spec = ModelSpec(
-        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: WeightSource((name,)), CONTEXT if shape.learned else None
-    )
+        VOCAB, shape.hidden, CONTEXT, layers, shape.norm, False, lambda name: WeightSource((name,)), CONTEXT if shape.learned else None,
+        **shape.spec,
+    )  # fmt: skip
 
     def layer_of(layer: Attention) -> LayerWeights:
+        before, after = spec.layers[0].norm, shape.post_norm
+        wide = (shape.heads, shape.kv_heads) if layer.norm_heads_together else (1, 1)
         made = LayerWeights(
-            weigh(shape.hidden, shape.norm), linear(layer.qkv_rows, shape.hidden, shape.biases, 3.0),
-            linear(shape.hidden, shape.heads * shape.size, shape.biases), weigh(shape.hidden, shape.norm),
-            weigh(shape.size, qk) if qk else None, weigh(shape.size, qk) if qk else None,
-        )  # fmt: skip
+            **{"attn_norm": weigh(shape.hidden, before)} if before else {},
+            qkv=linear(layer.qkv_rows, shape.hidden, shape.biases, 3.0),
+            out=linear(shape.hidden, shape.heads * shape.size, shape.biases),
+            **{"mlp_norm": weigh(shape.hidden, before)} if before else {},
+            **{f"{name}_post_norm": weigh(shape.hidden, after) for name in ("attn", "mlp") if after},
+            **{f"{name}_norm": weigh(shape.size * heads, qk) for name, heads in zip("qk", wide, strict=True) if qk},
+        )
         ups, downs = mlps(shape.mlp.hidden * (1 + shape.mlp.gated), shape.hidden), mlps(shape.hidden, shape.mlp.hidden)
         if not shape.experts:
             return replace(made, up=ups[0], down=downs[0])
@@ -454,14 +475,23 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
 def quantized(weights: Linear, quant: str) -> LinearWeights:
     if quant == "outliers":
         return by_output(weights, torch.arange(0, weights.weight.shape[1], 7))
+    if quant in FORMS[1:]:
+        made = of_form(by_group(weights, 16), quant.split(), 0)
+        return replace(made, **{name: getattr(made, name) / 40 for name in ("top", "bottom") if getattr(made, name) is not None})
     return by_output(weights) if quant == "int8" else by_group(weights, 32) if quant == "int4" else weights
 
 
-def cast(weights: Weights, ops: NativeOps, quant: str = "") -> Weights:
-    """The weights in the dtype of the backend, quantized if requested, in panels."""
+NORMS = "attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm"
+
+
+def cast(weights: Weights, ops: NativeOps, quant: str = "", norm: Norm | None = None) -> Weights:
+    """The weights in the dtype of the backend, quantized if requested, in panels. norm: the kind of all norms."""
 
     def typed(part: Any) -> Any:
         return None if part is None else type(part)(*(None if one is None else one.to(ops.dtype) for one in part))
+
+    def normed(part: Any) -> Any:  # gains above one stay wide
+        return part if norm is not None and norm.above_one else typed(part)
 
     def packed(part: Any, gated: bool = False) -> Any:
         return None if part is None else ops.pack(quantized(typed(part), quant), gated)
@@ -471,13 +501,13 @@ def cast(weights: Weights, ops: NativeOps, quant: str = "") -> Weights:
         up, down = own.up or own.experts_up[0], own.down or own.experts_down[0]
         assert isinstance(up, Linear) and isinstance(down, Linear)
         gated = len(up.weight) == 2 * down.weight.shape[1]
-        parts = {name: typed(getattr(own, name)) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")}
+        parts = {name: normed(getattr(own, name)) for name in NORMS}
         parts |= {name: packed(getattr(own, name)) for name in ("qkv", "out", "down")} | {"up": packed(own.up, gated)}
         parts |= {"router": None if own.router is None else ops.pack(typed(own.router))}
         parts |= {"experts_up": tuple(packed(one, gated) for one in own.experts_up), "experts_down": tuple(map(packed, own.experts_down))}
         layers.append(LayerWeights(**parts))
     positions = None if weights.positions is None else weights.positions.to(ops.dtype)
-    return Weights(weights.embed.to(ops.dtype), packed(weights.head), typed(weights.final_norm), tuple(layers), positions)
+    return Weights(weights.embed.to(ops.dtype), packed(weights.head), normed(weights.final_norm), tuple(layers), positions)
 
 
 class Switched(NativeOps):
@@ -531,7 +561,7 @@ class Bench:
     def __init__(self, family: str, dtype: torch.dtype, quant: str = "", *, sharing: bool = True, blocks: int = 60) -> None:
         self.spec, weights = model(family)
         self.ops = Switched(dtype)
-        self.weights = cast(weights, self.ops, quant)
+        self.weights = cast(weights, self.ops, quant, FAMILIES[family].norm)
         self.runner = Runner(self.spec, self.weights, self.ops, blocks, sharing=sharing)
         self.single = Runner(self.spec, self.weights, self.ops, 24, sharing=False)
         for runner in (self.runner, self.single):
@@ -738,7 +768,10 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, s
     assert bench.ops.segments
 
 
-@pytest.mark.parametrize(("family", "quant"), [("llama", "int8"), ("llama", "int4"), ("llama", "outliers"), ("mixtral", "outliers")])
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [("llama", "int8"), ("llama", "int4"), ("llama", "outliers"), ("mixtral", "outliers"), ("llama", "low tops"), ("gemma", "wide")],
+)
 @DTYPES
 @few(1)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -789,7 +822,11 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("family", "quant"), [("llama", ""), ("qwen3", ""), ("mistral", "int8"), ("llama", "int4"), ("gpt2", ""), ("mixtral", "")]
+    ("family", "quant"),
+    [
+        *((family, "") for family in ("llama", "qwen3", "gpt2", "mixtral", "gemma", "olmo", "granite", "neox", "cohere")),
+        *(("mistral", "int8"), ("llama", "int4"), ("gemma", "int8"), ("granite", "low"), ("cohere", "wide tops"), ("olmo", "int4")),
+    ],
 )
 def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     """Chunks of prompts, decodes, and trees whose tail an earlier pass began; one call for all layers and the head, or several."""
@@ -1000,13 +1037,66 @@ def test_a_whole_vocabulary_is_drawn_as_defined() -> None:
 # ---- codes
 
 
-def codes(outs: int, ins: int, group: int, biased: bool, seed: int, outliers: int = 0) -> Quantized:
+def codes(outs: int, ins: int, group: int, biased: bool, seed: int, outliers: int = 0, form: str = "") -> Quantized:
+    """form: of the codes of groups, words of "wide", "low" and "tops", see Quantized."""
     weights = Linear(randn(seed, outs, ins), randn(seed + 1, outs) if biased else None)
     made = by_group(weights, group) if group else by_output(weights)
+    made = of_form(made, form.split(), seed) if form else made
     if not outliers:
         return made
     columns = torch.randperm(ins, generator=torch.Generator().manual_seed(seed))[:outliers].sort().values
     return replace(made, codes=made.codes.index_fill(1, columns, 0), columns=columns, side=weights.weight[:, columns])
+
+
+def of_form(made: Quantized, words: list[str], seed: int) -> Quantized:
+    generator = torch.Generator().manual_seed(seed)
+    least, most = (-127, 127) if "wide" in words else (0, 15) if "low" in words else (-8, 7)
+    drawn = torch.randint(least, most + 1, made.shape, generator=generator, dtype=torch.int8)
+    outs, groups = made.scale.shape
+    per = 3 if "tops" in words else 1
+
+    def halves(count: int) -> Tensor:
+        return (0.1 * torch.randn(outs, count, generator=generator)).half()
+
+    def factors() -> Tensor:
+        return torch.randint(-32, 64, (outs, groups), generator=generator, dtype=torch.int8)
+
+    tops = -(-groups // per)
+    if per > 1:
+        made = replace(made, scale=factors(), top=halves(tops), per=per)
+        low = {"low": factors(), "bottom": halves(tops)}
+    else:
+        made, low = replace(made, scale=halves(groups)), {"low": halves(groups)}
+    return replace(made, codes=drawn, wide="wide" in words, **(low if "low" in words else {}))
+
+
+FORMS = ["", "wide", "low", "tops", "low tops", "wide tops", "wide low tops"]
+
+
+@DTYPES
+@pytest.mark.parametrize("form", FORMS[1:])
+@few(12)
+@given(
+    st.integers(1, 40),
+    st.sampled_from(SIZES),
+    st.sampled_from(SIZES),
+    st.sampled_from([16, 32, 64, 112]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_codes_of_files_are_multiplied_as_defined(
+    dtype: torch.dtype, form: str, rows: int, outs: int, ins: int, group: int, biased: bool, seed: int
+) -> None:
+    ops, weights = NativeOps(dtype), codes(outs, ins, group, biased, seed, form=form)
+    x = (randn(seed + 2, rows, ins) * 10 ** (seed % 5 - 2)).to(dtype)
+    found = ops.linear(x, ops.pack(weights))
+    assert torch.equal(bits(found), bits(torch.stack([quantized_row(row, weights) for row in x])))
+    if ins > 1:
+        assert torch.equal(bits(found), bits(product(x, weights))) and torch.equal(bits(found), bits(product(x, weights.halved())))
+    if outs % 2 == 0:
+        assert torch.equal(bits(found), bits(ops.linear(x, ops.pack(weights, True))))
+    for r in range(0, rows, 7):
+        assert torch.equal(bits(found[r]), bits(ops.linear(x[r, None], ops.pack(weights))[0]))
 
 
 @DTYPES
@@ -1090,12 +1180,12 @@ def test_rows_are_given_back(biased: bool, outs: int, ins: int) -> None:
         for found, expected in zip(some, weights.rows(keep), strict=True):
             assert (found is None) == (expected is None)
             assert found is None or (found.dtype == dtype and torch.equal(found, expected))
-    for group, outliers in ((0, 0), (32, 0), (128, 0), (0, 5), (32, 1)):
-        weights8, ops, x = codes(outs, ins, group, biased, 3, outliers), NativeOps(), randn(4, 3, ins)
+    for group, outliers, form in ((0, 0, ""), (32, 0, ""), (128, 0, ""), (0, 5, ""), (32, 1, ""), *((32, 0, form) for form in FORMS[1:])):
+        weights8, ops, x = codes(outs, ins, group, biased, 3, outliers, form), NativeOps(), randn(4, 3, ins)
         part: Any = ops.pack(weights8)
         few = part.rows(keep)
         assert isinstance(few, Quantized)
-        assert torch.equal(few.whole(), weights8.whole()[keep]) and torch.equal(few.scale, weights8.scale[keep])
+        assert torch.equal(few.whole(), weights8.whole()[keep]) and torch.equal(few.dense(), weights8.dense()[keep])
         if weights8.columns is not None and weights8.side is not None:
             assert few.columns is not None and few.side is not None
             assert torch.equal(few.columns, weights8.columns) and torch.equal(few.side, weights8.side[keep])

@@ -18,23 +18,36 @@ from redraft.ops.torch_ops import TorchOps
 F32 = np.float32
 
 
-def random(outs: int, ins: int, group: int = 0, *, columns: int = 0, bias: bool = True, seed: int = 0) -> Quantized:
-    """Everything that the type allows, even if no method makes it."""
+def random(outs: int, ins: int, group: int = 0, *, columns: int = 0, bias: bool = True, seed: int = 0, form: str = "") -> Quantized:
+    """Everything that the type allows, even if no method makes it. form: words of "wide", "low" and "tops"."""
     g = torch.Generator().manual_seed(seed)
     low, scale = (-127, torch.rand(outs, generator=g) * 0.1)
     if group:
         low, scale = LOW, (torch.randn(outs, -(-ins // group), generator=g) * 0.1).half()
-    codes = torch.randint(low, 8 if group else 128, (outs, ins), generator=g, dtype=torch.int8)
+    more: dict[str, Any] = {"wide": "wide" in form}
+    if group and "tops" in form:
+        groups = scale.shape[1]
+        more |= {"per": 2, "top": (torch.randn(outs, -(-groups // 2), generator=g) * 0.1).half()}
+        scale = torch.randint(-32, 64, (outs, groups), generator=g, dtype=torch.int8)
+    if group and "low" in form:
+        more |= {"low": scale.flip(0), **({"bottom": more["top"].flip(1)} if "tops" in form else {})}
+    least, most = (-127, 128) if not group or "wide" in form else (0, 16) if "low" in form else (low, 8)
+    codes = torch.randint(least, most, (outs, ins), generator=g, dtype=torch.int8)
     some = torch.randperm(ins, generator=g)[:columns].sort().values if columns else None
     side = None
     if some is not None:
         codes[:, some] = 0
         side = torch.randn(outs, columns, generator=g)
-    return Quantized(codes, scale, ins, torch.float32, group, torch.randn(outs, generator=g) if bias else None, some, side)
+    return Quantized(codes, scale, ins, torch.float32, group, torch.randn(outs, generator=g) if bias else None, some, side, **more)
 
 
 def rows(count: int, ins: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, ins, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def of_group(number: torch.Tensor, top: torch.Tensor | None, w: Quantized, o: int, g: int) -> Fraction:
+    """The scale or low of a group."""
+    return Fraction(number[o, g].item()) * (1 if top is None else Fraction(top[o, g // w.per].item()))
 
 
 def rounded(value: Fraction) -> Any:
@@ -59,9 +72,11 @@ def defined(x: torch.Tensor, w: Quantized) -> Any:
     for o, line in enumerate(weights):
         if w.grouped:
             total = F32(0)
-            for g, scale in enumerate(w.scale[o].tolist()):
+            for g in range(w.scale.shape[1]):
                 own = range(g * w.group, min(w.ins, (g + 1) * w.group))
-                total = rounded(Fraction(sum(code[i] * line[i] for i in own)) * Fraction(scale) + Fraction(float(total)))
+                total = rounded(Fraction(sum(code[i] * line[i] for i in own)) * of_group(w.scale, w.top, w, o, g) + Fraction(float(total)))
+                if w.low is not None:
+                    total = rounded(sum(code[i] for i in own) * of_group(w.low, w.bottom, w, o, g) + Fraction(float(total)))
             y = total * s
         else:
             y = F32(sum(a * b for a, b in zip(code, line, strict=True))) * (s * F32(w.scale[o].item()))
@@ -73,13 +88,17 @@ def defined(x: torch.Tensor, w: Quantized) -> Any:
 
 
 SHAPES = [(5, 7, 0), (9, 64, 0), (33, 130, 0), (6, 96, 32), (8, 100, 32), (5, 7, 64), (17, 129, 64), (4, 320, 512), (3, 301, 128)]
+FORMS = ["", "wide", "low", "tops", "low tops", "wide tops", "wide low tops"]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [0, 3])
 @pytest.mark.parametrize(("outs", "ins", "group"), SHAPES)
-def test_each_bit_is_the_definition(outs: int, ins: int, group: int, columns: int) -> None:
-    """Groups larger than ins, ins that no group divides, odd ins; outlier columns; packed or not; both backends."""
-    w, x = random(outs, ins, group, columns=columns), rows(4, ins)
+def test_each_bit_is_the_definition(outs: int, ins: int, group: int, columns: int, form: str) -> None:
+    """Groups larger than ins, ins that no group divides, odd ins; outlier columns; packed or not; all forms; both backends."""
+    if form and not group:
+        pytest.skip("a form of groups")
+    w, x = random(outs, ins, group, columns=columns, form=form), rows(4, ins)
     expected = np.stack([defined(row, w) for row in x])
     backend = TorchOps(torch.float32)
     for form in (w, w.halved()):

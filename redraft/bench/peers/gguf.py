@@ -168,6 +168,7 @@ def _header(writer: Any, spec: ModelSpec, config: Any) -> None:
     writer.add_head_count_kv(mixer.kv_heads)
     writer.add_key_length(mixer.head_dim)
     writer.add_value_length(mixer.head_dim)
+    assert layer.norm is not None
     writer.add_layer_norm_rms_eps(layer.norm.eps)
     writer.add_rope_dimension_count(mixer.head_dim)
     writer.add_rope_freq_base(_theta(config))

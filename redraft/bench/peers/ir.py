@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from redraft.bench.shapes import cache_folder
-from redraft.core.spec import Attention, Mlp, ModelSpec, Norm
+from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
 from redraft.models.tokenizer import Tokenizer
@@ -72,13 +73,21 @@ def write_tokenizer(made: Path, folder: Path) -> None:
 def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
     for layer, mixer in zip(spec.layers, spec.attention, strict=True):
         plain = isinstance(layer.mlp, Mlp) and layer.mlp.gated and layer.mlp.activation == "silu"
-        turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim
-        if not plain or not turned or layer.norm.kind != "rms" or mixer.window is not None:
+        turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim and not mixer.rotary.still
+        usual = layer == LayerSpec(mixer, layer.mlp, layer.norm) and mixer == replace(
+            mixer, scale=None, softcap=None, norm_heads_together=False
+        )
+        if not (plain and turned and usual) or _norm(layer).kind != "rms" or mixer.window is not None or spec.embed_scale != 1.0:
             raise Unsupported(
-                f"no OpenVINO graph for this {spec.family}: only RMS norms, rotary heads, a gated SiLU and no windows are supported"
+                f"no OpenVINO graph for this {spec.family}: only layers as in Llama, of RMS norms, rotary heads and a gated SiLU, without "
+                "windows and other factors"
             )
     if dtype not in KINDS:
         raise Unsupported(f"no OpenVINO graph in {str(dtype).removeprefix('torch.')}")
+
+
+def _norm(layer: LayerSpec) -> Norm:
+    return layer.norm or Norm("layer")
 
 
 class _Graph:
@@ -104,8 +113,8 @@ class _Graph:
         self.cos, self.sin = self.turns(spec.attention[0])
         self.mask = None
         for i, (layer, mixer) in enumerate(zip(spec.layers, spec.attention, strict=True)):
-            x = op.add(x, self.attention(f"layers.{i}", mixer, self.norm(x, f"layers.{i}.attn_norm", layer.norm)))
-            x = op.add(x, self.mlp(f"layers.{i}", self.norm(x, f"layers.{i}.mlp_norm", layer.norm)))
+            x = op.add(x, self.attention(f"layers.{i}", mixer, self.norm(x, f"layers.{i}.attn_norm", _norm(layer))))
+            x = op.add(x, self.mlp(f"layers.{i}", self.norm(x, f"layers.{i}.mlp_norm", _norm(layer))))
         if not self.genai:
             x = op.slice(x, op.negative(wanted), numbers(2**31 - 1), numbers(1), numbers(1))
         out = self.product(self.norm(x, "final_norm", spec.final_norm), embed if spec.tied else self.weight("head"))

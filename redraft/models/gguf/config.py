@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from redraft.core.spec import Attention, LayerSpec, ModelSpec, Rotary
+from redraft.core.spec import Attention, LayerSpec, ModelSpec, Norm
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.config import Config
+from redraft.models.gemma2 import CAPS
 from redraft.models.gguf import names
 from redraft.models.gguf.file import Contents
 from redraft.models.gguf.vocabulary import ends
@@ -33,9 +34,21 @@ _ROPE = {
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
 _UNDERSTOOD = {
-    *_SIZES, *_ROPE, "vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.causal",
-    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "expert_count", "expert_used_count", "tensor_data_layout",
-}  # fmt: skip
+    *_SIZES,
+    *_ROPE,
+    "vocab_size",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.causal",
+    "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "expert_count",
+    "expert_used_count",
+    "tensor_data_layout",
+}
+_GEMMA = {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa"}
+_ALSO = {"gemma2": _GEMMA, "gemma3": _GEMMA}  # understood in these architectures only  # fmt: skip
 _COUNTED = ("block_count",)  # each has tensors of its own
 _LARGEST = (1 << 24) - 1  # context lengths reach 10^7
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
@@ -65,6 +78,8 @@ def config(found: Contents) -> Config:
 def spec(found: Contents, plain: ModelSpec) -> ModelSpec:
     """The spec of the file's config with the file's tensor names, and with the frequencies that the file scales by a tensor."""
     made = replace(plain, source=lambda name: names.source(plain, name), prefix="")
+    if made.final_norm.above_one:  # files hold the gains themselves
+        made = _with_gains(made)
     factors = found.records.get(names.ROPE)
     if factors is None:
         return made
@@ -72,6 +87,19 @@ def spec(found: Contents, plain: ModelSpec) -> ModelSpec:
 
     scale = np.concatenate([numbers for _, numbers in decode(factors)]).ravel().astype(np.float64)
     return replace(made, layers=tuple(_scaled(found, layer, scale) for layer in made.layers))
+
+
+def _with_gains(spec: ModelSpec) -> ModelSpec:
+    def own(norm: Norm | None) -> Norm | None:
+        return None if norm is None else replace(norm, above_one=False)
+
+    layers = []
+    for layer in spec.layers:
+        mixer = layer.mixer
+        assert isinstance(mixer, Attention)
+        mixer = replace(mixer, qk_norm=own(mixer.qk_norm))
+        layers.append(replace(layer, mixer=mixer, norm=own(layer.norm), post_norm=own(layer.post_norm)))
+    return replace(spec, layers=tuple(layers), final_norm=replace(spec.final_norm, above_one=False))
 
 
 def _scaled(found: Contents, layer: LayerSpec, scale: np.ndarray[Any, np.dtype[np.float64]]) -> LayerSpec:
@@ -82,7 +110,7 @@ def _scaled(found: Contents, layer: LayerSpec, scale: np.ndarray[Any, np.dtype[n
     if len(scale) != len(rotary.frequencies) or not (np.isfinite(scale) & (scale > 0)).all():
         raise CheckpointError(f"{found.path}: {names.ROPE} needs {len(rotary.frequencies)} positive numbers, one for each pair")
     frequencies = tuple(f / float(s) for f, s in zip(rotary.frequencies, scale, strict=True))
-    return replace(layer, mixer=replace(mixer, rotary=Rotary(frequencies, rotary.scale)))
+    return replace(layer, mixer=replace(mixer, rotary=replace(rotary, frequencies=frequencies)))
 
 
 def sampling(found: Contents) -> dict[str, Any]:
@@ -115,10 +143,10 @@ class _Keys:
 
     def check(self) -> None:
         """Unsupported names a key that would change the network. Zero and false switch a feature off."""
-        start = f"{self.architecture}."
+        start, understood = f"{self.architecture}.", _UNDERSTOOD | _ALSO.get(self.architecture, set())
         for name, value in self.found.fields.items():
             key = name.removeprefix(start)
-            if name.startswith(start) and key not in _UNDERSTOOD and not (isinstance(value, (bool, int, float)) and not value):
+            if name.startswith(start) and key not in understood and not (isinstance(value, (bool, int, float)) and not value):
                 raise Unsupported(f"{self.found.path}: metadata {name if name.isprintable() else shown(name)} = {shown(value)}")
         if not self.get("attention.causal", True):
             raise Unsupported(f"{self.found.path}: metadata {start}attention.causal = False")
@@ -240,13 +268,36 @@ def _qwen3(keys: _Keys) -> Config:
     return Config(architectures=["Qwen3ForCausalLM"], use_sliding_window=False, attention_bias=bias, **keys.decoder())
 
 
+def _gemma2(keys: _Keys) -> Config:
+    caps = {name: keys.number(name) if keys.get(name) else None for name in CAPS}
+    return Config(architectures=["Gemma2ForCausalLM"], **_gemma(keys, 46), **caps)
+
+
+def _gemma3(keys: _Keys) -> Config:
+    fields = _gemma(keys, 62)
+    near = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10_000.0)}
+    fields["rope_parameters"] = {"full_attention": fields["rope_parameters"], "sliding_attention": near}
+    return Config(architectures=["Gemma3ForCausalLM"], **fields)
+
+
+def _gemma(keys: _Keys, largest: int) -> dict[str, Any]:
+    """largest: the number of layers of the 27B model, whose scores have another scale, which files do not name."""
+    fields = keys.decoder()
+    heads = fields["num_attention_heads"]
+    scalar = fields["hidden_size"] // heads if fields["num_hidden_layers"] == largest else fields["head_dim"]
+    own = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "query_pre_attn_scalar": scalar}
+    return {**fields, **own, "sliding_window": keys.size("attention.sliding_window")}
+
+
 def _gpt2(keys: _Keys) -> Config:
     fields = {field: keys.size(key) for key, field in _GPT2.items()}
     epsilon = keys.number("attention.layer_norm_epsilon")
     return Config(architectures=["GPT2LMHeadModel"], activation_function="gelu_new", layer_norm_epsilon=epsilon, **keys.common, **fields)
 
 
-_FAMILIES: dict[str, Callable[[_Keys], Config]] = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gpt2": _gpt2}
+_FAMILIES: dict[str, Callable[[_Keys], Config]] = {
+    "llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma2": _gemma2, "gemma3": _gemma3, "gpt2": _gpt2,
+}  # fmt: skip
 
 
 def _dtype(found: Contents) -> Any:

@@ -12,6 +12,7 @@ TOP = {
 PARTS = {
     "attn_norm": ("attn_norm",), "qkv": ("attn_q", "attn_k", "attn_v"), "out": ("attn_output",),
     "q_norm": ("attn_q_norm",), "k_norm": ("attn_k_norm",),
+    "attn_post_norm": ("post_attention_norm",), "mlp_post_norm": ("post_ffw_norm",),
     "mlp_norm": ("ffn_norm",), "up": ("ffn_gate", "ffn_up"), "down": ("ffn_down",), "router": ("ffn_gate_inp",),
 }  # fmt: skip
 _OTHERS = {"gpt2": {"qkv": ("attn_qkv",), "up": ("ffn_up",)}}

@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from redraft.core.spec import WeightSource
 from redraft.models.checkpoint import TensorInfo
 from redraft.models.gguf import file, names
+from redraft.models.gguf.packed import quantized
+from redraft.ops.quantized import Quantized
 
 
 class Gguf:
@@ -37,6 +40,9 @@ class Gguf:
             return self._decoded(record, part * inner, (part + 1) * inner, dtype).reshape(record.shape[1:])
         begin, end, _ = (part or slice(None)).indices(record.shape[0])
         return self._decoded(record, begin * inner, end * inner, dtype).reshape(-1, *record.shape[1:])
+
+    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+        return quantized([self.records[name] for name in source.names], source, bias)
 
     def _decoded(self, record: file.Record, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         out = torch.empty(max(0, end - begin), record.shape[-1], dtype=dtype)

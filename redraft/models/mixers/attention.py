@@ -18,7 +18,10 @@ def attention(x: Tensor, index: int, mixer: Attention, weights: LayerWeights, ba
         q, k = turned.split([mixer.heads, mixer.kv_heads], 1)
     else:
         assert weights.q_norm is not None and weights.k_norm is not None
-        q = backend.rope(backend.norm(qkv.narrow(1, 0, mixer.heads), weights.q_norm, mixer.qk_norm), mixer, plan)
-        k = backend.rope(backend.norm(qkv.narrow(1, mixer.heads, mixer.kv_heads), weights.k_norm, mixer.qk_norm), mixer, plan)
+        q, k = qkv.narrow(1, 0, mixer.heads), qkv.narrow(1, mixer.heads, mixer.kv_heads)
+        if mixer.norm_heads_together:
+            q, k = q.flatten(1), k.flatten(1)
+        q, k = backend.norm(q, weights.q_norm, mixer.qk_norm), backend.norm(k, weights.k_norm, mixer.qk_norm)
+        q, k = (backend.rope(one.view(len(x), -1, mixer.head_dim), mixer, plan) for one in (q, k))
     v = qkv.narrow(1, mixer.heads + mixer.kv_heads, mixer.kv_heads)
     return backend.linear(backend.attend(index, mixer, q, k, v, pool, plan), weights.out)

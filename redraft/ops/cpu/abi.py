@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-F32, BF16, I8, I4 = range(4)
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+F32, BF16, I8, I4, G8 = range(5)
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "sigmoid": 5}
 PANEL, LINE = 64, 64
 
 POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -27,9 +27,9 @@ class Rows(ctypes.Structure):
 
 class Linear(ctypes.Structure):
     _fields_ = [
-        ("panels", POINTER), ("bias", POINTER), ("scale", POINTER), ("sums", POINTER), ("scales", POINTER),
-        ("columns", POINTER), ("side", POINTER),
-        ("outs", SIZE), ("ins", SIZE), ("kind", NUMBER), ("group", NUMBER), ("gated", NUMBER), ("outliers", NUMBER),
+        ("panels", POINTER), ("bias", POINTER), ("scale", POINTER), ("sums", POINTER),
+        ("scales", POINTER), ("lows", POINTER), ("factors", POINTER), ("offsets", POINTER), ("columns", POINTER), ("side", POINTER),
+        ("outs", SIZE), ("ins", SIZE), ("kind", NUMBER), ("group", NUMBER), ("gated", NUMBER), ("outliers", NUMBER), ("per", NUMBER),
     ]  # fmt: skip
 
 
@@ -41,12 +41,17 @@ class Pool(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Heads(ctypes.Structure):
+    _fields_ = [("count", NUMBER), ("window", NUMBER), ("rotary", NUMBER), ("scale", REAL), ("softcap", REAL)]
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
         ("qkv", Linear), ("out", Linear), ("up", Linear), ("down", Linear),
         ("attn_norm", POINTER), ("attn_norm_bias", POINTER), ("mlp_norm", POINTER), ("mlp_norm_bias", POINTER),
-        ("q_norm", POINTER), ("k_norm", POINTER), ("eps", REAL), ("qk_eps", REAL),
-        ("rms", NUMBER), ("heads", NUMBER), ("window", NUMBER), ("rotary", NUMBER), ("activation", NUMBER),
+        ("attn_post", POINTER), ("mlp_post", POINTER), ("q_norm", POINTER), ("k_norm", POINTER), ("heads", Heads),
+        ("eps", REAL), ("qk_eps", REAL), ("post_eps", REAL), ("residual", REAL), ("rms", NUMBER), ("qk_rms", NUMBER), ("post_rms", NUMBER),
+        ("together", NUMBER), ("parallel", NUMBER), ("gains", NUMBER), ("activation", NUMBER),
     ]  # fmt: skip
 
 
@@ -64,7 +69,8 @@ class Rotaries(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = [
         ("layers", ctypes.POINTER(Layer)), ("count", SIZE), ("hidden", SIZE), ("rows", POINTER), ("norm", POINTER), ("norm_bias", POINTER),
-        ("head", Linear), ("rotaries", Rotaries), ("pool", Pool), ("eps", REAL), ("rms", NUMBER), ("kind", NUMBER),
+        ("head", Linear), ("rotaries", Rotaries), ("pool", Pool), ("eps", REAL), ("embed_scale", REAL), ("rms", NUMBER), ("kind", NUMBER),
+        ("gains", NUMBER),
     ]  # fmt: skip
 
 
@@ -86,17 +92,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_rows": (None, _LINEAR, POINTER, SIZE, POINTER),
     "rd_pack_floats": (NUMBER, _LINEAR, POINTER, POINTER),
     "rd_pack_int8": (NUMBER, _LINEAR, POINTER, POINTER, POINTER),
-    "rd_pack_int4": (NUMBER, _LINEAR, POINTER, POINTER, POINTER, POINTER),
+    "rd_pack_groups": (NUMBER, _LINEAR, POINTER, POINTER),
+    "rd_arrange": (NUMBER, _LINEAR, POINTER, SIZE, SIZE, POINTER),
     "rd_linear": (NUMBER, _LINEAR, _ROWS, _ROWS, NUMBER, NUMBER),
-    "rd_head": (NUMBER, _ROWS, POINTER, POINTER, REAL, NUMBER, _LINEAR, POINTER, SIZE, NUMBER, POINTER, POINTER),
-    "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER),
+    "rd_head": (NUMBER, _ROWS, POINTER, POINTER, REAL, NUMBER, NUMBER, _LINEAR, POINTER, SIZE, NUMBER, POINTER, POINTER),
+    "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER, NUMBER),
+    "rd_cap": (NUMBER, _ROWS, _ROWS, REAL),
     "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),
     "rd_rope": (NUMBER, _ROWS, SIZE, SIZE, POINTER, POINTER),
     "rd_contenders": (SIZE, ctypes.c_uint64, POINTER, POINTER, SIZE, POINTER),
     "rd_turns": (NUMBER, ctypes.POINTER(Rotaries), POINTER, SIZE, POINTER),
     "rd_plan": (POINTER, _STEP, NUMBER),
     "rd_plan_free": (None, POINTER),
-    "rd_attend": (NUMBER, _STEP, NUMBER, NUMBER, NUMBER, NUMBER, POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
+    "rd_attend": (NUMBER, _STEP, NUMBER, ctypes.POINTER(Heads), POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
     "rd_products": (NUMBER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
     "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, SIZE, _ROWS),
     "rd_step": (NUMBER, ctypes.POINTER(Model), ctypes.c_char_p, NUMBER, POINTER, POINTER),

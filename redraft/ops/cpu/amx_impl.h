@@ -227,7 +227,7 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     some.x = some_of(j.x, first, count);
     some.y = some_of(j.y, first, count);
     if (j.x_scale) some.x_scale += first;
-    if (j.x_starts) some.x_starts += first * j.w.groups();
+    if (j.x_sums) some.x_sums += first * j.w.groups();
     if (j.x_outliers) some.x_outliers += first * j.w.outliers;
     if (j.best) some.best += first * j.keep;
     return some;
@@ -285,14 +285,14 @@ void tile_layer(const LinearJob& j, int64_t first, int64_t last, float* scratch)
     }
 }
 
-// ---- int4
+// ---- groups
 
-constexpr int64_t FEWEST_INT4 = 8;   // rows for which tiles pay: fewer are as fast as one without them, and sums of codes are exact in both
+constexpr int64_t FEWEST_GROUPED = 8;   // rows for which tiles pay: fewer are as fast as one without them, and sums of codes are exact in both
 constexpr int64_t UNPACKED = 4;      // lines of codes that are unpacked at a time for all rows: 16 KiB
 
 // Lines first..last of a panel as signed codes, in the layout of int8.
-inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes) {
-    const __m512i low = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(8);
+inline void unpack(const uint8_t* w, int64_t first, int64_t last, int64_t offset, uint8_t* codes) {
+    const __m512i low = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(int8_t(offset));
     for (int64_t s = first * STEPS; s < last * STEPS; s += 2, codes += 2 * STEP) {
         const uint8_t* from = w + s / 2 * STEP;
         for (int64_t i = 0; i < STEP; i += 64) {
@@ -303,14 +303,23 @@ inline void unpack(const uint8_t* w, int64_t first, int64_t last, uint8_t* codes
     }
 }
 
-// The integer sums of a group become floats and are added with their scales: the same instructions as in Groups.
-inline void add_group(const int32_t* whole, const uint16_t* scales, int64_t rows, bool fresh, float* sums) {
-    Vec scale[PANEL / Vec::N];
-    for (int64_t v = 0; v < PANEL / Vec::N; v++) scale[v] = from_f16(scales + v * Vec::N);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t v = 0; v < PANEL / Vec::N; v++) {
-            float* sum = sums + r * PANEL + v * Vec::N;
-            store(sum, fma(from_i32(whole + r * PANEL + v * Vec::N), scale[v], fresh ? zero() : load(sum)));
+// The integer sums of group g of a block of rows from r on become floats and are added with their scales: the same numbers as in Groups.
+inline void add_group(const LinearJob& j, int64_t p, int64_t g, const int32_t* whole, int64_t r, int64_t rows, float* sums) {
+    constexpr int64_t COUNT = PANEL / Int::N;
+    Floats scale[COUNT], low[COUNT] = {};
+    for (int64_t v = 0; v < COUNT; v++) {
+        scale[v] = of_group(j.w, j.w.scales, j.w.factors, p, g, v * Int::N);
+        if (j.w.lows) low[v] = of_group(j.w, j.w.lows, j.w.offsets, p, g, v * Int::N);
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t v = 0; v < COUNT; v++) {
+            float* at = sums + (r + i) * PANEL + v * Int::N;
+            Floats sum;
+            if (g) get(at, sum);
+            else clear(sum);
+            add_scaled(sum, bytes(whole + i * PANEL + v * Int::N), scale[v]);
+            if (j.w.lows) add_scaled(sum, spread(j.x_sums[(r + i) * j.w.groups() + g]), low[v]);
+            put(at, sum);
         }
 }
 
@@ -342,41 +351,42 @@ inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t
 
 // Bytes of a row in a tile such that tiles end where groups end; 0 if impossible or if a group has too many codes to unpack.
 inline int64_t line_of(const Linear& w) {
-    if (w.group > UNPACKED * LINE) return 0;
+    if (w.group > UNPACKED * LINE || !w.grouped()) return 0;
     return w.group % LINE == 0 ? LINE : w.group % (LINE / 2) == 0 ? LINE / 2 : 0;
 }
 
-void tile_int4_panel(Tiles& tiles, const LinearJob& j, int64_t p, int64_t line, uint8_t* codes, int32_t* whole, float* sums) {
+void tile_grouped_panel(Tiles& tiles, const LinearJob& j, int64_t p, int64_t line, uint8_t* codes, int32_t* whole, float* sums) {
     const int64_t groups = j.w.groups(), lines = j.w.steps() / STEPS, each = j.w.group / line, all = lines * LINE / line;
     const int64_t per_chunk = UNPACKED * LINE / j.w.group, chunks = (groups + per_chunk - 1) / per_chunk, blocks = (j.x.rows + TALL - 1) / TALL;
     const uint8_t* w = j.w.panels + p * j.w.panel_bytes();
-    const uint16_t* scales = j.w.scales + p * groups * PANEL;
+    const int64_t bytes = j.w.kind == G8 ? STEP : STEP / 2;  // of a step of a panel
     for (int64_t g0 = 0; g0 < groups; g0 += per_chunk) {
         const int64_t g1 = g0 + per_chunk < groups ? g0 + per_chunk : groups;
         const int64_t begin = g0 * each * line / LINE, end = g1 == groups ? lines : (g1 * each * line + LINE - 1) / LINE;
-        unpack(w, begin, end, codes);
-        const uint8_t* next = w + end * STEPS / 2 * STEP;
-        Fetch fetch{next, next + UNPACKED * STEPS / 2 * STEP, (LINE / 4 * line / LINE + blocks - 1) / blocks};
+        if (j.w.kind == I4) unpack(w, begin, end, j.w.offset(), codes);
+        const uint8_t* const signed_codes = j.w.kind == I4 ? codes : w + begin * STEPS * STEP;
+        const uint8_t* next = w + end * STEPS * bytes;
+        Fetch fetch{next, next + UNPACKED * STEPS * bytes, (LINE / 4 * line / LINE + blocks - 1) / blocks};
         const bool back = (p * chunks + g0 / per_chunk) % 2;  // back and forth, so shapes change at most once per chunk
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t r = (back ? blocks - 1 - b : b) * TALL, tall = j.x.tall(r);
             tiles.hold(tall, tall);
             for (int64_t g = g0; g < g1; g++) {
                 const int64_t first = g * each, last = g + 1 == groups ? all : first + each;
-                const uint8_t* own = codes + (first * line / 4 - begin * STEPS) * STEP;
+                const uint8_t* own = signed_codes + (first * line / 4 - begin * STEPS) * STEP;
                 group_sums(own, j.x.data + r * j.x.lines() * LINE, tall, first, last - first, line, whole, fetch);
-                add_group(whole, scales + g * PANEL, tall, g == 0, sums + r * PANEL);
+                add_group(j, p, g, whole, r, tall, sums);
             }
         }
     }
 }
 
-void tile_int4(const LinearJob& j, int64_t first, int64_t last, int64_t line, float* scratch) {
+void tile_grouped(const LinearJob& j, int64_t first, int64_t last, int64_t line, float* scratch) {
     alignas(64) uint8_t codes[UNPACKED * STEPS * STEP];
     alignas(64) int32_t whole[TALL * PANEL];
     Tiles tiles(line);
     for (int64_t p = first; p < last; p++) {
-        tile_int4_panel(tiles, j, p, line, codes, whole, scratch);
+        tile_grouped_panel(tiles, j, p, line, codes, whole, scratch);
         settle(j, {p, 0, PANEL}, scratch);
     }
 }
@@ -385,9 +395,9 @@ int64_t tile_pieces(const Linear& w) { return w.count(); }
 
 void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     if (j.x.rows < 1 || first >= last) return;
-    const int64_t line = j.w.kind == I4 && j.x.rows >= FEWEST_INT4 ? line_of(j.w) : 0;
+    const int64_t line = j.x.rows >= FEWEST_GROUPED ? line_of(j.w) : 0;
     if (j.w.kind == BF16) tile_layer<HalfProduct>(j, first, last, scratch);
     else if (j.w.kind == I8) tile_layer<CodeProduct>(j, first, last, scratch);
-    else if (line) tile_int4(j, first, last, line, scratch);
+    else if (line) tile_grouped(j, first, last, line, scratch);
     else linear(j, first * pieces(j.w) / j.w.count(), last * pieces(j.w) / j.w.count(), scratch);
 }

@@ -62,8 +62,8 @@ int guarded(Work work) {
     }
 }
 
-NormJob norm_of(const Rows& x, const void* weight, const void* bias, float eps, int rms) {
-    return {x, Rows{}, static_cast<const uint8_t*>(weight), static_cast<const uint8_t*>(bias), eps, rms, x.kind};
+NormJob norm_of(const Rows& x, const void* weight, const void* bias, float eps, int rms, int gains) {
+    return {x, Rows{}, static_cast<const uint8_t*>(weight), static_cast<const uint8_t*>(bias), eps, rms, x.kind, Kind(gains)};
 }
 
 }  // namespace
@@ -90,19 +90,22 @@ BORDER int rd_pack_floats(const Linear* w, const float* from, float* to) {
 BORDER int rd_pack_int8(const Linear* w, const int8_t* codes, void* to, int32_t* sums) {
     return guarded([&] { pack_int8(*w, codes, to, sums); });
 }
-BORDER int rd_pack_int4(const Linear* w, const int8_t* codes, const uint16_t* scales, void* to, uint16_t* arranged) {
-    return guarded([&] { pack_int4(*w, codes, scales, to, arranged); });
+BORDER int rd_pack_groups(const Linear* w, const int8_t* codes, void* to) {
+    return guarded([&] { pack_groups(*w, codes, to); });
+}
+BORDER int rd_arrange(const Linear* w, const void* from, int64_t size, int64_t count, void* to) {
+    return guarded([&] { arrange(*w, from, size, count, to); });
 }
 
 BORDER int rd_linear(const Linear* w, const Rows* x, const Rows* y, int activation, int add) {
     return guarded([&] { run_linear(kernels(), *w, *x, *y, Activation(activation), add != 0); });
 }
-BORDER int rd_head(const Rows* h, const void* weight, const void* bias, float eps, int rms, const Linear* w, const int32_t* wanted, int64_t count, int keep, int32_t* best, int32_t* argmax) {
-    return guarded([&] { run_head(kernels(), norm_of(*h, weight, bias, eps, rms), *w, wanted, count, keep, best, argmax); });
+BORDER int rd_head(const Rows* h, const void* weight, const void* bias, float eps, int rms, int gains, const Linear* w, const int32_t* wanted, int64_t count, int keep, int32_t* best, int32_t* argmax) {
+    return guarded([&] { run_head(kernels(), norm_of(*h, weight, bias, eps, rms, gains), *w, wanted, count, keep, best, argmax); });
 }
-BORDER int rd_norm(const Rows* x, const Rows* y, const void* weight, const void* bias, float eps, int rms) {
+BORDER int rd_norm(const Rows* x, const Rows* y, const void* weight, const void* bias, float eps, int rms, int gains) {
     return guarded([&] {
-        NormJob job = norm_of(*x, weight, bias, eps, rms);
+        NormJob job = norm_of(*x, weight, bias, eps, rms, gains);
         job.y = *y;
         run([&](int worker, int workers) {
             const Share own(x->rows, worker, workers);
@@ -115,6 +118,14 @@ BORDER int rd_activate(const Rows* x, const Rows* y, int activation, int gated) 
         run([&](int worker, int workers) {
             const Share own(x->rows, worker, workers);
             kernels().activate(*x, *y, Activation(activation), gated, own.first, own.last);
+        });
+    });
+}
+BORDER int rd_cap(const Rows* x, const Rows* y, float limit) {
+    return guarded([&] {
+        run([&](int worker, int workers) {
+            const Share own(x->rows, worker, workers);
+            kernels().cap(*x, *y, limit, own.first, own.last);
         });
     });
 }
@@ -151,13 +162,13 @@ BORDER void rd_plan_free(void* plan) { delete static_cast<AttendPlan*>(plan); }
 
 // Writes k and v of the sequences of the step, then attends: q [T, heads * size] -> their rows of out. picked: an entry for every
 // sequence, or null.
-BORDER int rd_attend(const Step* step, int layer, int heads, int window, int rotary, const Picked* picked, const Rows* q, const Rows* k,
-                     const Rows* v, const Rows* out) {
+BORDER int rd_attend(const Step* step, int layer, const Heads* heads, const Picked* picked, const Rows* q, const Rows* k, const Rows* v,
+                     const Rows* out) {
     return guarded([&] {
-        AttendJob job = attend_job(*step, layer, heads, window, rotary, *q, *out);
+        AttendJob job = attend_job(*step, layer, *heads, *q, *out);
         job.picked = picked;
         const AttendPlan& chosen = *step->plan;
-        attention().prepare(*kernels().attend, chosen, heads, threads());
+        attention().prepare(*kernels().attend, chosen, heads->count, threads());
         run([&](int worker, int workers) {
             write_keys(*kernels().attend, *step, layer, *k, *v, worker, workers);
             barrier();

@@ -584,7 +584,7 @@ public:
     Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* const* then,
          const Partials& partials, float* memory)
         : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head),
-          share_(shape.share), queries_(count * shape.share), factor_(job.scale * 1.44269504f) {
+          share_(shape.share), queries_(count * shape.share), factor_((job.softcap ? 1.0f : job.scale) * 1.44269504f) {
         carve(shape, memory, &s_);
         paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.encoded.data;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
@@ -783,6 +783,8 @@ private:
             const Right b{{keys}, {next}, 1, at_most(words_ - c, SPAN), PAGE, PAGE * 4, pool_.values};
             product<Twos>(from + (c / SPAN * shape_.queries + q) * STRIDE, count, b, late, c > 0, out + q * stride, stride);
         }
+        for (int64_t i = q; job_.softcap && i < q + count; i++)
+            for (float* p = out + i * stride; p < out + i * stride + PAGE; p += Vec::N) store(p, capped(load(p) * set1(job_.scale), job_.softcap));
     }
 
     // Scores of a page, for sinks those of the rotated queries.
@@ -1025,7 +1027,7 @@ private:
     const AttendRow* rows_;
     const uint8_t* const* then_;
     const int64_t count_, kv_head_, share_, queries_;
-    const float factor_;  // from dot products to powers of two
+    const float factor_;  // from scores to powers of two
     int64_t words_, most_seen_ = 0, tail_first_ = 0;
     bool paired_;  // queries and pages of bf16, with products added in pairs
     bool tail_scored_ = false;

@@ -18,8 +18,8 @@ constexpr int64_t PAGE = 32;   // slots of a page
 constexpr int64_t CONTENDERS = 16;  // tokens so near to the largest sum that numpy decides; ops/native.py
 constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
-enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4 };
+enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, G8 = 4 };  // I4, G8: codes with a scale for each group of columns
+enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, SIGMOID = 5 };
 
 INLINE constexpr int64_t bytes_of(Kind kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
 
@@ -43,21 +43,23 @@ struct Rows {
 
 // A linear layer. A panel is 64 outputs: [steps][64][4 bytes]. A step holds 4 bytes of weights of each output: 1 float32, 2 bf16 or
 // 4 int8. Missing ins and outs are zero; ins are padded to whole lines (16 steps). int4: the nibbles of two steps share a byte,
-// [steps / 2][64][4 bytes], step 2 i in the low half and 2 i + 1 in the high half, stored as code + 8.
+// [steps / 2][64][4 bytes], step 2 i in the low half and 2 i + 1 in the high half, stored as code + 8, or as the code if there are lows.
 // gated: a panel holds 32 gate outputs and their 32 up outputs; otherwise outputs are in order.
 struct Linear {
     const uint8_t* panels;
     const float* bias;      // [panels * 64] in the order of the panels, or null
     const float* scale;     // int8: [panels * 64]
     const int32_t* sums;    // int8: [panels * 64], the sum of the codes of an output
-    const uint16_t* scales; // int4: float16 [panels][groups][64]
+    const uint16_t *scales, *lows;     // groups: float16 [panels][tops][64], the scale and what is added to code * scale; lows may be null
+    const int8_t *factors, *offsets;   // null, or [panels][groups][64]: factors of the scale and of the low of the group's top
     const int32_t* columns; // codes: [outliers], the outlier columns in ascending order
     const float* side;      // [panels][outliers][64], the weights in these columns
     int64_t outs, ins;
     Kind kind;
-    int32_t group;          // int4: columns that share a scale, a multiple of 16
+    int32_t group;          // columns that share a scale, a multiple of 16
     int32_t gated;
     int32_t outliers;
+    int32_t per;            // groups of a top: 1 without factors
 
     INLINE int64_t count() const { return (outs + PANEL - 1) / PANEL; }
     INLINE int64_t steps() const {
@@ -65,7 +67,10 @@ struct Linear {
         return (ins + per_line - 1) / per_line * 16;
     }
     INLINE int64_t panel_bytes() const { return steps() * PANEL * (kind == I4 ? 2 : 4); }
-    INLINE int64_t groups() const { return kind == I4 ? (ins + group - 1) / group : 0; }
+    INLINE bool grouped() const { return kind == I4 || kind == G8; }
+    INLINE int64_t groups() const { return grouped() ? (ins + group - 1) / group : 0; }
+    INLINE int64_t tops() const { return (groups() + per - 1) / per; }
+    INLINE int64_t offset() const { return lows ? 0 : 8; }  // what stored codes of 4 bits have added
 };
 
 // y = x W^T + bias. x: tiles of the kind that Kernels::takes returns. The sum of an element runs over its inputs in order. It is rounded
@@ -80,7 +85,7 @@ struct LinearJob {
     Linear w;
     Rows x;
     const float* x_scale;   // int8 tiles: [rows], the scale of the codes of a row
-    const int32_t* x_starts;  // int4: [rows][groups], -8 times the sums of the codes of a row, because weights are stored as code + 8
+    const int32_t* x_sums;  // groups: [rows][groups], the sums of the codes of a row
     Rows y;
     Kind rounded;           // the kind to round to: y may be float32 tiles of bf16 numbers
     Activation activation;
@@ -90,12 +95,16 @@ struct LinearJob {
     const float* x_outliers;  // [rows][outliers], the numbers of a row in the outlier columns of w
 };
 
+// y = the norm of x; or y = y + factor * norm, each step rounded.
 struct NormJob {
     Rows x, y;              // any layouts; y may have another kind (float32 tiles of bf16 numbers)
-    const uint8_t *weight, *bias;  // of the kind of x; bias may be null
+    const uint8_t *weight, *bias;  // weight: of the kind `gains`, null: x is taken without a norm; bias: of the kind of x, or null
     float eps;
     int32_t rms;            // 1: RMS norm, 0: LayerNorm
     Kind rounded;           // the kind to which numbers of y are rounded
+    Kind gains;
+    float factor = 1;
+    int32_t add = 0;
 };
 
 // The rows of one sequence and its pages; everything that does not depend on the layer.
@@ -174,7 +183,7 @@ struct AttendJob {
     int32_t layer, heads, window;  // heads: query heads; window: keys at positions > own - window are seen, 0: all
     Rows q;                        // [T, heads * size], strided
     Rows out;                      // [T, heads * size]
-    float scale;
+    float scale, softcap;          // softcap: 0, or scores s become softcap * tanh(s / softcap)
     const Watched* watched = nullptr;
     int64_t watches = 0;
     const float* far = nullptr;       // cos, then sin, [T][half]: rotate queries for keys at positions < sinks
@@ -192,8 +201,9 @@ struct Kernels {
     void (*norm)(const NormJob&, int64_t first, int64_t last);               // rows
     void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; tile padding is zeroed
     // codes of x for w; outliers [rows][w.outliers]: the numbers in the columns with code 0
-    void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* starts, float* outliers, int64_t first, int64_t last);
+    void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last);
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
+    void (*cap)(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last);  // y = limit * tanh(x / limit)
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
     int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places);  // [CONTENDERS]

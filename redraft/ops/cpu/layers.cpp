@@ -20,7 +20,7 @@ namespace {
 struct Feed {
     Rows tiles{};
     float* scale = nullptr;
-    int32_t* starts = nullptr;
+    int32_t* sums = nullptr;
     float* outliers = nullptr;
 
     bool codes() const { return tiles.kind == I8; }
@@ -36,23 +36,23 @@ public:
         feed.tiles.data = tiles_.of(feed.tiles.size());
         if (kind == I8) {
             feed.scale = scale_.of<float>(rows);
-            if (w.kind == I4) feed.starts = starts_.of<int32_t>(rows * w.groups());
+            if (w.grouped()) feed.sums = sums_.of<int32_t>(rows * w.groups());
             if (w.outliers) feed.outliers = outliers_.of<float>(rows * w.outliers);
         }
         return feed;
     }
 
 private:
-    Buffer tiles_, scale_, starts_, outliers_;
+    Buffer tiles_, scale_, sums_, outliers_;
 };
 
 void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& feed, Share rows) {
-    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.scale, feed.starts, feed.outliers, rows.first, rows.last);
+    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.scale, feed.sums, feed.outliers, rows.first, rows.last);
     else kernels.copy(x, feed.tiles, rows.first, rows.last);
 }
 
 LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
-    return {w, feed.tiles, feed.scale, feed.starts, y, rounded, NONE, 0, nullptr, 0, feed.outliers};
+    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr, 0, feed.outliers};
 }
 
 struct Scratch {  // of one worker: sums of a panel
@@ -102,7 +102,7 @@ void turns_of(const Rotaries& rotaries, const int32_t* positions, int64_t rows, 
     for (int64_t i = 0; i < rotaries.count; i++)
         for (int64_t r = own.first; r < own.last; r++)
             for (int64_t k = 0; k < half; k++) {
-                const double angle = positions[r] * rotaries.frequencies[i * half + k], scale = rotaries.scales[i];
+                const double angle = positions[r] * rotaries.frequencies[i * half + k], scale = rotaries.scales[i * half + k];
                 float* cos = turns + (2 * i * rows + r) * half + k;
                 cos[0] = float(std::cos(angle) * scale);
                 cos[rows * half] = float(std::sin(angle) * scale);
@@ -116,10 +116,10 @@ void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows
     else share(0, 1);
 }
 
-AttendJob attend_job(const Step& step, int layer, int heads, int window, int rotary, const Rows& q, const Rows& out) {
-    AttendJob job{step.seqs, step.count, step.pool, step.encoded, layer, heads, window, q, out, 1.0f / std::sqrt(float(step.pool.size))};
+AttendJob attend_job(const Step& step, int layer, const Heads& heads, const Rows& q, const Rows& out) {
+    AttendJob job{step.seqs, step.count, step.pool, step.encoded, layer, heads.count, heads.window, q, out, heads.scale, heads.softcap};
     job.watched = step.watched, job.watches = step.watches, job.half = step.half;
-    if (step.far && rotary >= 0) job.far = step.far + 2 * rotary * step.rows * step.half;
+    if (step.far && heads.rotary >= 0) job.far = step.far + 2 * heads.rotary * step.rows * step.half;
     return job;
 }
 
@@ -226,17 +226,17 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
         const Layer& l = layers[i];
         feeds[0].of(kernels, l.qkv, rows), feeds[1].of(kernels, l.out, rows);
         feeds[2].of(kernels, l.up, rows), feeds[3].of(kernels, l.down, rows);
-        const int64_t q_size = l.heads * pool.size, k_size = pool.kv_heads * pool.size;
+        const int64_t q_size = l.heads.count * pool.size, k_size = pool.kv_heads * pool.size;
         int64_t wanted[] = {h.cols, q_size + 2 * k_size, q_size, l.down.ins};
         for (int b = 0; b < 4; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
     }
-    for (int64_t s = 0; s < count; s++) attention(s).prepare(*kernels.attend, *steps[s].plan, layers[first].heads, threads());
+    for (int64_t s = 0; s < count; s++) attention(s).prepare(*kernels.attend, *steps[s].plan, layers[first].heads.count, threads());
     return [=, &kernels, &pool](int worker, int workers) {
         const Share own(rows, worker, workers);
         float* sums = scratch.at(worker, rows);
         // The norm of h as the input of w: written as tiles directly, or as rows first if codes are made of them.
         const auto normed = [&](const Layer& layer, const uint8_t* weight, const uint8_t* bias, const Linear& w, const Feed& feed, const Rows& rows_of) {
-            NormJob job{h, feed.codes() ? rows_of : feed.tiles, weight, bias, layer.eps, layer.rms, kind};
+            NormJob job{h, feed.codes() ? rows_of : feed.tiles, weight, bias, layer.eps, layer.rms, kind, layer.gains};
             kernels.norm(job, own.first, own.last);
             if (feed.codes()) fill(kernels, w, rows_of, feed, own);
         };
@@ -244,9 +244,18 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
             const Share mine(kernels.pieces(job.w), worker, workers);
             kernels.linear(job, mine.first, mine.last, sums);
         };
+        // Adds w x to h, at once or by way of `made` and a norm. Every worker then goes on with its own rows.
+        const auto added = [&](const Layer& layer, const Linear& w, const Feed& feed, const uint8_t* post, const Rows& made) {
+            const bool direct = !post && layer.residual == 1;
+            LinearJob job = job_of(w, feed, direct ? h : made, kind);
+            job.add = direct;
+            panels(job);
+            barrier();
+            if (!direct) kernels.norm({made, h, post, nullptr, layer.post_eps, layer.post_rms, kind, layer.gains, layer.residual, 1}, own.first, own.last);
+        };
         for (int64_t i = first; i < last; i++) {
             const Layer& l = layers[i];
-            const int64_t q_size = l.heads * pool.size, k_size = pool.kv_heads * pool.size;
+            const int64_t q_size = l.heads.count * pool.size, k_size = pool.kv_heads * pool.size;
             const Feed for_qkv = feeds[0].of(kernels, l.qkv, rows), for_out = feeds[1].of(kernels, l.out, rows);
             const Feed for_up = feeds[2].of(kernels, l.up, rows), for_down = feeds[3].of(kernels, l.down, rows);
             const Rows norms = strided(buffers[0].of(0), rows, h.cols, kind);
@@ -255,40 +264,40 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
             const Rows inner = strided(buffers[3].of(0), rows, l.down.ins, kind);
 
             normed(l, l.attn_norm, l.attn_norm_bias, l.qkv, for_qkv, norms);
+            if (l.parallel) normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_up, norms);
             barrier();
             panels(job_of(l.qkv, for_qkv, qkv, kind));
             barrier();
 
             const Rows q = columns(qkv, 0, q_size), k = columns(qkv, q_size, k_size), v = columns(qkv, q_size + k_size, k_size);
-            if (l.q_norm) {
-                for (int64_t head = 0; head < l.heads + pool.kv_heads; head++) {
-                    const Rows one = columns(qkv, head * pool.size, pool.size);
-                    kernels.norm({one, one, head < l.heads ? l.q_norm : l.k_norm, nullptr, l.qk_eps, 1, kind}, own.first, own.last);
-                }
-            }
-            if (l.rotary >= 0) {
+            const auto norm_head = [&](const Rows& one, const uint8_t* weight) {
+                kernels.norm({one, one, weight, nullptr, l.qk_eps, l.qk_rms, kind, l.gains}, own.first, own.last);
+            };
+            if (l.q_norm && l.together) norm_head(q, l.q_norm), norm_head(k, l.k_norm);
+            for (int64_t head = 0; l.q_norm && !l.together && head < l.heads.count + pool.kv_heads; head++)
+                norm_head(columns(qkv, head * pool.size, pool.size), head < l.heads.count ? l.q_norm : l.k_norm);
+            if (l.heads.rotary >= 0) {
                 const int64_t each = rows * steps->half;
-                const float* cos = steps->turns + 2 * l.rotary * each;
-                kernels.rope(qkv, l.heads + pool.kv_heads, pool.size, cos, cos + each, own.first, own.last);
+                const float* cos = steps->turns + 2 * l.heads.rotary * each;
+                kernels.rope(qkv, l.heads.count + pool.kv_heads, pool.size, cos, cos + each, own.first, own.last);
             }
             barrier();
             for (int64_t s = 0; s < count; s++) write_keys(*kernels.attend, steps[s], i, k, v, worker, workers);
             barrier();
             for (int64_t s = 0; s < count; s++) {
-                const AttendJob job = attend_job(steps[s], int(i), l.heads, l.window, l.rotary, q, seen);
+                const AttendJob job = attend_job(steps[s], int(i), l.heads, q, seen);
                 attend(*kernels.attend, job, *steps[s].plan, attention(s), worker, workers);
             }
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();
-            LinearJob job = job_of(l.out, for_out, h, kind);
-            job.add = 1;
-            panels(job);
-            barrier();
+            added(l, l.out, for_out, l.attn_post, norms);
 
-            normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_up, norms);
-            barrier();
-            job = job_of(l.up, for_up, for_down.codes() ? inner : for_down.tiles, kind);
+            if (!l.parallel) {
+                normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_up, norms);
+                barrier();
+            }
+            LinearJob job = job_of(l.up, for_up, for_down.codes() ? inner : for_down.tiles, kind);
             job.activation = l.activation;
             panels(job);
             barrier();
@@ -296,11 +305,9 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
                 fill(kernels, l.down, inner, for_down, own);
                 barrier();
             }
-            job = job_of(l.down, for_down, h, kind);
-            job.add = 1;
-            panels(job);
-            barrier();
+            added(l, l.down, for_down, l.mlp_post, norms);
         }
+        barrier();
     };
 }
 }  // namespace
@@ -328,7 +335,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
     }
     AttendChoices choices;
     choices.workers = threads();
-    *plan = plan_attention(seqs->data(), count, model.pool, model.layers->heads, choices);
+    *plan = plan_attention(seqs->data(), count, model.pool, model.layers->heads.count, choices);
     const Kind kind = model.kind;
     const Rotaries& rotaries = model.rotaries;
     const Rows h = strided(states->of(rows * model.hidden * bytes_of(kind)), rows, model.hidden, kind);
@@ -336,7 +343,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
     const Step step{rows, count, seqs->data(), model.pool, Pool{}, turns, nullptr, rotaries.half, nullptr, 0, plan};
     std::vector<Best> found = none_found(wanted, keep);
     const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, h);
-    const NormJob norm{h, Rows{}, model.norm, model.norm_bias, model.eps, model.rms, kind};
+    const NormJob norm{h, Rows{}, model.norm, model.norm_bias, model.eps, model.rms, kind, model.gains};
     const Rows all{reinterpret_cast<uint8_t*>(logits), wanted, model.head.outs, int64_t(sizeof(float)) * model.head.outs, F32};
     const auto head = head_job(kernels, norm, model.head, logit_rows, wanted, all, keep, found.data());
     run_paced(model.layers, 0, model.count + 1, rows, [&](int worker, int workers) {
@@ -345,6 +352,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
             for (int64_t r = own.first; r < own.last; r++) std::memcpy(h.at(r, 0), model.rows + tokens[r] * h.stride, size_t(h.stride));
         else
             rows_of(model.head, tokens + own.first, own.last - own.first, h.at(own.first, 0));
+        if (model.embed_scale != 1) kernels.norm({h, h, nullptr, nullptr, 0, 1, kind, kind, model.embed_scale}, own.first, own.last);
         turns_of(rotaries, positions, rows, own, turns);
         layers(worker, workers);
         if (wanted) head(worker, workers);

@@ -5,11 +5,20 @@
 
 namespace redraft {
 
+// How a layer attends, see AttendJob. rotary: the index of its rotary in the step, -1 none.
+struct Heads {
+    int32_t count, window, rotary;
+    float scale, softcap;
+};
+
 struct Layer {
     Linear qkv, out, up, down;
-    const uint8_t *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;  // biases and q_norm, k_norm may be null
-    float eps, qk_eps;
-    int32_t rms, heads, window, rotary;  // window: 0 none; rotary: index of its rotary in the step, -1 none
+    const uint8_t *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *attn_post, *mlp_post, *q_norm, *k_norm;  // null: none
+    Heads heads;
+    float eps, qk_eps, post_eps, residual;  // residual: factor of what is added to the hidden states
+    int32_t rms, qk_rms, post_rms;
+    int32_t together, parallel;  // together: q_norm and k_norm are of all heads as one vector; parallel: the mlp reads the layer's input
+    Kind gains;                  // of the weights of norms
     Activation activation;
 };
 
@@ -27,12 +36,12 @@ struct Step {
     const AttendPlan* plan;
 };
 
-// Attention in layer `layer`; rotary: the index of its rotary, -1: none.
-AttendJob attend_job(const Step&, int layer, int heads, int window, int rotary, const Rows& q, const Rows& out);
+// Attention in layer `layer`.
+AttendJob attend_job(const Step&, int layer, const Heads&, const Rows& q, const Rows& out);
 
-// Angles in double; cos and sin times the scale of the rotary.
+// Angles in double; cos and sin times the scale of their pair.
 struct Rotaries {
-    const double *frequencies, *scales;  // [count][half], [count]
+    const double *frequencies, *scales;  // [count][half]
     int64_t count, half;
 };
 void find_turns(const Rotaries&, const int32_t* positions, int64_t rows, float* turns);
@@ -57,9 +66,9 @@ struct Model {
     Linear head;
     Rotaries rotaries;
     Pool pool;
-    float eps;
+    float eps, embed_scale;
     int32_t rms;
-    Kind kind;
+    Kind kind, gains;  // gains: of the weights of the final norm
 };
 
 // A whole pass whose sequences have plain pages in shared lanes, one Seq each. batch: T rows, S sequences, R wanted rows, N node rows, W

@@ -66,7 +66,10 @@ inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // gcc 12 copies the
 struct Floats {  // as many as Int has numbers
     __m512 v;
 };
-inline Floats scale_of(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Floats halves_of(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Floats times(Floats x, const int8_t* p) {
+    return {_mm512_mul_ps(x.v, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))))};
+}
 inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x.v), scale.v, sum.v); }
 inline void put(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline void get(const float* p, Floats& x) { x.v = _mm512_loadu_ps(p); }
@@ -74,6 +77,10 @@ inline void clear(Floats& x) { x.v = _mm512_setzero_ps(); }
 // codes of x for int8 weights are stored with 128 added, for vpdpbusd; the epilogue subtracts 128 times the sum of w
 constexpr int32_t SHIFT = 128;
 inline Int dot_codes(Int sum, Int x, Int w) { return dot_unsigned(sum, x, w); }
+// codes of w with groups get 128 added when they are read; sums start at WIDE_START times the sum of x
+constexpr int32_t WIDE_START = -128;
+inline Int natural(Int w) { return {_mm512_xor_si512(w.v, _mm512_set1_epi8(int8_t(0x80)))}; }
+inline Int dot_wide(Int sum, Int w, Int x) { return dot_unsigned(sum, w, x); }
 inline Int shift_of(const int32_t* sums) { return {_mm512_slli_epi32(_mm512_loadu_si512(sums), 7)}; }
 inline Vec total(const float* sums, Int shift) { return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), shift.v))}; }
 #else
@@ -92,7 +99,10 @@ inline Int dot_unsigned(Int sum, Int natural, Int whole) {  // pairs in 16 bits:
 struct Floats {  // as many as Int has numbers
     __m256 v;
 };
-inline Floats scale_of(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Floats halves_of(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Floats times(Floats x, const int8_t* p) {
+    return {_mm256_mul_ps(x.v, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))))};
+}
 inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(x.v), scale.v, sum.v); }
 inline void put(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
 inline void get(const float* p, Floats& x) { x.v = _mm256_loadu_ps(p); }
@@ -101,6 +111,9 @@ constexpr int32_t SHIFT = 0;
 inline Int dot_codes(Int sum, Int x, Int w) {  // codes are -127..127, so two products fit in 16 bits
     return dot_unsigned(sum, {_mm256_abs_epi8(x.v)}, {_mm256_sign_epi8(w.v, x.v)});
 }
+constexpr int32_t WIDE_START = 0;
+inline Int natural(Int w) { return w; }
+inline Int dot_wide(Int sum, Int w, Int x) { return dot_codes(sum, x, w); }
 inline Int shift_of(const int32_t*) { return spread(0); }
 inline Vec total(const float* sums, Int) { return from_i32(reinterpret_cast<const int32_t*>(sums)); }
 #endif
@@ -216,8 +229,15 @@ struct Lines {
     }
 };
 
-// int4: the integer sum of each group becomes a float and is added with its scale, in order of groups. Both kinds of sums and the two
-// halves of the weights are held in registers, as far as there are enough of them.
+// The scale or low of outputs from `part` on in group g of panel p.
+inline Floats of_group(const Linear& w, const uint16_t* halves, const int8_t* factors, int64_t p, int64_t g, int64_t part) {
+    if (!factors) return halves_of(halves + (p * w.groups() + g) * PANEL + part);
+    return times(halves_of(halves + (p * w.tops() + g / w.per) * PANEL + part), factors + (p * w.groups() + g) * PANEL + part);
+}
+
+// Codes with a scale for each group: its integer sum becomes a float and is added with the scale, in order of groups. Both kinds of sums
+// and the weights of two steps are held in registers, as far as there are enough of them.
+template <bool WIDE>
 struct Groups {
     using Sum = Int;
 #ifdef DOT_BF16  // processors with it unpack beside the products, so unpacking again costs less than more broadcasts of x
@@ -226,26 +246,29 @@ struct Groups {
     static constexpr int HIGH = registers(12, 4);
 #endif
     static constexpr int HELD = registers(28, 20);
-    static constexpr int64_t QUARTER = 2 * STEP;
+    static constexpr int64_t EACH = WIDE ? STEP : STEP / 2;  // bytes of a step of a panel
+    static constexpr int64_t QUARTER = 4 * EACH;
     static int64_t count(const Linear& w) { return w.groups(); }
-    static int64_t size(const Linear& w) { return w.group / 8 * STEP; }
+    static int64_t size(const Linear& w) { return w.group / 4 * EACH; }
     static constexpr int registers_for(int rows) {
         int v = 4;
         while (v > 1 && 2 * v * (rows + 1) > HELD) v /= 2;
         return v;
     }
 
-    // Two steps of V registers of outputs: the weights' low halves belong to the first, the high halves to the second.
+    // Two steps of V registers of outputs. 4 bits: the weights' low halves belong to the first, the high halves to the second.
     template <int R, int V>
     INLINE static void pair(const uint8_t* w, const uint8_t* x, Int (&sums)[R][V]) {
         Int low[V], high[V];
         for (int v = 0; v < V; v++) {
             const Int both = bytes(w + v * Int::N * 4);
-            low[v] = low_half(both), high[v] = high_half(both);
+            if (WIDE) low[v] = natural(both), high[v] = natural(bytes(w + STEP + v * Int::N * 4));
+            else low[v] = low_half(both), high[v] = high_half(both);
         }
         for (int i = 0; i < R; i++) {
             const Int one = spread(word(x + i * LINE)), other = spread(word(x + i * LINE + 4));
-            for (int v = 0; v < V; v++) sums[i][v] = dot_unsigned(dot_unsigned(sums[i][v], low[v], one), high[v], other);
+            for (int v = 0; v < V; v++)
+                sums[i][v] = WIDE ? dot_wide(dot_wide(sums[i][v], low[v], one), high[v], other) : dot_unsigned(dot_unsigned(sums[i][v], low[v], one), high[v], other);
         }
     }
 
@@ -253,8 +276,7 @@ struct Groups {
     static void run(const LinearJob& j, Piece piece, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
         const int64_t p = piece.panel, groups = j.w.groups(), steps = j.w.steps(), group = j.w.group / 4, tall = j.x.tall(r) * LINE;
         const uint8_t *w = j.w.panels + p * j.w.panel_bytes(), *x = j.x.at(r, 0);
-        const int32_t* starts = j.x_starts + r * groups;
-        const uint16_t* scales = j.w.scales + p * groups * PANEL;
+        const int32_t *x_sums = j.x_sums + r * groups, start = WIDE ? WIDE_START : -int32_t(j.w.offset());
         for (int64_t part = piece.first; part < piece.last; part += V * Int::N) {
             Floats whole[R][V];
             for (int i = 0; i < R; i++)
@@ -263,19 +285,24 @@ struct Groups {
                 const int64_t begin = g * group, end = g + 1 == groups ? steps : begin + group;
                 Int held[R][V];
                 for (int i = 0; i < R; i++)
-                    for (int v = 0; v < V; v++) held[i][v] = spread(starts[i * groups + g]);
-                const uint8_t *from = w + begin / 2 * STEP + part * 4, *own = x + begin / STEPS * tall + begin % STEPS * 4;
-                for (int64_t s = begin; s < end; s += 4, from += 2 * STEP, own += 16) {
+                    for (int v = 0; v < V; v++) held[i][v] = spread(start * x_sums[i * groups + g]);
+                const uint8_t *from = w + begin * EACH + part * 4, *own = x + begin / STEPS * tall + begin % STEPS * 4;
+                for (int64_t s = begin; s < end; s += 4, from += 4 * EACH, own += 16) {
                     soon.quarter();
-                    soon.step<V * Int::N * 4>(from);
-                    pair<R, V>(from, own, held);
-                    soon.step<V * Int::N * 4>(from + STEP);
-                    pair<R, V>(from + STEP, own + 8, held);
+                    for (int64_t half = 0; half < 2; half++) {
+                        const uint8_t* now = from + half * 2 * EACH;
+                        soon.step<V * Int::N * 4>(now);
+                        if (WIDE) soon.step<V * Int::N * 4>(now + STEP);
+                        pair<R, V>(now, own + half * 8, held);
+                    }
                     if ((s + 4) % STEPS == 0) own += tall - LINE;
                 }
                 for (int v = 0; v < V; v++) {
-                    const Floats scale = scale_of(scales + g * PANEL + part + v * Int::N);
+                    const Floats scale = of_group(j.w, j.w.scales, j.w.factors, p, g, part + v * Int::N);
                     for (int i = 0; i < R; i++) add_scaled(whole[i][v], held[i][v], scale);
+                    if (!j.w.lows) continue;
+                    const Floats low = of_group(j.w, j.w.lows, j.w.offsets, p, g, part + v * Int::N);
+                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], spread(x_sums[i * groups + g]), low);
                 }
             }
             for (int i = 0; i < R; i++)
@@ -341,7 +368,7 @@ struct Outputs {
         return W == I4 ? load(from) * set1(j.x_scale[r]) : load(from);
     }
     INLINE Vec of(int64_t r, const float* sums) const {
-        Vec y = j.w.kind == I8 ? plain<I8>(r, sums) : j.w.kind == I4 ? plain<I4>(r, sums) : plain<F32>(r, sums);
+        Vec y = j.w.kind == I8 ? plain<I8>(r, sums) : j.w.grouped() ? plain<I4>(r, sums) : plain<F32>(r, sums);
         const int64_t beside = j.w.outliers;
         for (int64_t i = 0; i < beside; i++)  // not fused: the product and then the sum are rounded
             y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
@@ -364,6 +391,7 @@ inline Vec activated(Vec x, Activation activation) {
             return load(t);
         }
         case RELU: return maximum(x, zero());
+        case SIGMOID: return set1(1.0f) / (set1(1.0f) + exponential(zero() - x));
         default: return x;
     }
 }
@@ -416,7 +444,7 @@ Settle settle_of(const LinearJob& j) {  // null: none of the frequent cases
     if (j.w.outliers || (j.w.gated ? j.activation != SILU || j.add : j.activation != NONE)) return nullptr;
     const Case which = j.w.gated ? SWIGLU : j.add ? ADD : WRITE;
     if (j.w.kind == I8) return settle_of<I8>(which, j.y.kind, j.rounded);
-    return j.w.kind == I4 ? settle_of<I4>(which, j.y.kind, j.rounded) : settle_of<F32>(which, j.y.kind, j.rounded);
+    return j.w.grouped() ? settle_of<I4>(which, j.y.kind, j.rounded) : settle_of<F32>(which, j.y.kind, j.rounded);
 }
 
 // The outputs of all rows replace their sums, and are written if y has data; then the largest are found.
@@ -489,7 +517,8 @@ void linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
             case F32: run_piece<Lines<FloatStep>>(j, piece, scratch); break;
             case BF16: run_piece<Lines<HalfStep>>(j, piece, scratch); break;
             case I8: run_piece<Lines<CodeStep>>(j, piece, scratch); break;
-            case I4: run_piece<Groups>(j, piece, scratch); break;
+            case I4: run_piece<Groups<false>>(j, piece, scratch); break;
+            case G8: run_piece<Groups<true>>(j, piece, scratch); break;
         }
         settle(j, piece, scratch);
     }
@@ -497,8 +526,8 @@ void linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
 
 Kind takes(Kind weights) {
 #ifdef DOT_BF16
-    return weights == I4 ? I8 : weights;
+    return weights == I4 || weights == G8 ? I8 : weights;
 #else
-    return weights == I4 ? I8 : weights == BF16 ? F32 : weights;
+    return weights == I4 || weights == G8 ? I8 : weights == BF16 ? F32 : weights;
 #endif
 }

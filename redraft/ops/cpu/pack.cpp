@@ -35,15 +35,6 @@ void interleave(const Linear& w, const uint8_t* from, int64_t size, uint8_t* to)
     });
 }
 
-template <class T>
-void arrange(const Linear& w, const T* from, T* to) {
-    for (int64_t p = 0; p < w.count(); p++)
-        for (int64_t i = 0; i < PANEL; i++) {
-            const int64_t out = output(w, p, i);
-            to[p * PANEL + i] = out < 0 ? T{} : from[out];
-        }
-}
-
 }  // namespace
 
 void pack_plain(const Linear& w, const void* from, void* to) {
@@ -60,7 +51,17 @@ void rows_of(const Linear& w, const int32_t* rows, int64_t count, void* to) {
     }
 }
 
-void pack_floats(const Linear& w, const float* from, float* to) { arrange(w, from, to); }
+void arrange(const Linear& w, const void* from, int64_t size, int64_t count, void* to) {
+    std::memset(to, 0, size_t(w.count() * count * PANEL * size));
+    for (int64_t p = 0; p < w.count(); p++)
+        for (int64_t i = 0; i < PANEL; i++) {
+            const int64_t out = output(w, p, i);
+            for (int64_t k = 0; out >= 0 && k < count; k++)
+                std::memcpy(static_cast<uint8_t*>(to) + ((p * count + k) * PANEL + i) * size, static_cast<const uint8_t*>(from) + (out * count + k) * size, size_t(size));
+        }
+}
+
+void pack_floats(const Linear& w, const float* from, float* to) { arrange(w, from, sizeof(float), 1, to); }
 
 void pack_int8(const Linear& w, const int8_t* codes, void* to, int32_t* sums) {
     interleave(w, reinterpret_cast<const uint8_t*>(codes), 1, static_cast<uint8_t*>(to));
@@ -73,20 +74,20 @@ void pack_int8(const Linear& w, const int8_t* codes, void* to, int32_t* sums) {
         }
 }
 
-void pack_int4(const Linear& w, const int8_t* codes, const uint16_t* scales, void* to, uint16_t* arranged) {
-    const int64_t panel = w.panel_bytes(), groups = w.groups();
+void pack_groups(const Linear& w, const int8_t* codes, void* to) {
+    if (w.kind == G8) return interleave(w, reinterpret_cast<const uint8_t*>(codes), 1, static_cast<uint8_t*>(to));
+    const int64_t panel = w.panel_bytes(), offset = w.offset();
     run([&](int worker, int workers) {
         const Share own(w.count(), worker, workers);
         for (int64_t p = own.first; p < own.last; p++) {
             uint8_t* dst = static_cast<uint8_t*>(to) + p * panel;
-            std::memset(dst, 0x88, panel);
+            std::memset(dst, int(offset << 4 | offset), panel);
             for (int64_t i = 0; i < PANEL; i++) {
                 const int64_t out = output(w, p, i);
-                for (int64_t g = 0; g < groups; g++) arranged[(p * groups + g) * PANEL + i] = out < 0 ? 0 : scales[out * groups + g];
                 for (int64_t c = 0; out >= 0 && c < w.ins; c++) {
                     const int64_t step = c / 4;
                     uint8_t& byte = dst[(step / 2 * PANEL + i) * 4 + c % 4];
-                    const uint8_t code = uint8_t(codes[out * w.ins + c] + 8);
+                    const uint8_t code = uint8_t(codes[out * w.ins + c] + offset);
                     byte = step % 2 ? uint8_t((byte & 0x0f) | code << 4) : uint8_t((byte & 0xf0) | code);
                 }
             }

@@ -8,6 +8,7 @@ void pack_plain(const Linear& w, const void* from, void* to);      // [outs, ins
 void rows_of(const Linear& w, const int32_t* rows, int64_t count, void* to);  // unpacked, [count, ins]; w is plain and not gated
 void pack_floats(const Linear& w, const float* from, float* to);   // [outs], in the order of the panels: a bias, scales
 void pack_int8(const Linear& w, const int8_t* codes, void* to, int32_t* sums);
-void pack_int4(const Linear& w, const int8_t* codes, const uint16_t* scales, void* to, uint16_t* arranged);
+void pack_groups(const Linear& w, const int8_t* codes, void* to);
+void arrange(const Linear& w, const void* from, int64_t size, int64_t count, void* to);  // elements [outs, count] -> [panels][count][64]
 
 }  // namespace redraft

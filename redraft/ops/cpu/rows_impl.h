@@ -20,9 +20,20 @@ void copy(const Rows& x, const Rows& y, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) row_of(x, y, r, [](Vec v, int64_t, int64_t) { return v; });
 }
 
+// Writes normed or plain numbers of a row, or adds them.
+inline Vec result(const NormJob& j, int64_t r, int64_t c, int64_t live, Vec y) {
+    y = rounded(y, j.rounded);
+    if (j.factor != 1) y = rounded(y * set1(j.factor), j.rounded);
+    return j.add ? rounded(read_some(j.y.at(r, c), j.y.kind, live) + y, j.rounded) : y;
+}
+
 void norm(const NormJob& j, int64_t first, int64_t last) {
-    const int64_t size = bytes_of(j.x.kind);
+    const int64_t size = bytes_of(j.x.kind), gain = bytes_of(j.gains);
     for (int64_t r = first; r < last; r++) {
+        if (!j.weight) {
+            row_of(j.x, j.y, r, [&](Vec v, int64_t c, int64_t live) { return result(j, r, c, live, v); });
+            continue;
+        }
         Vec total = zero(), squares = zero();
         for (int64_t c = 0; c < j.x.cols; c += Vec::N) {
             const Vec v = read_some(j.x.at(r, c), j.x.kind, j.x.cols - c);
@@ -43,9 +54,9 @@ void norm(const NormJob& j, int64_t first, int64_t last) {
         }
         const Vec scale = set1(1.0f / __builtin_sqrtf(variance + j.eps)), middle = set1(mean);
         row_of(j.x, j.y, r, [&](Vec v, int64_t c, int64_t live) {
-            Vec y = (v - middle) * scale * read_some(j.weight + c * size, j.x.kind, live);
+            Vec y = (v - middle) * scale * read_some(j.weight + c * gain, j.gains, live);
             if (j.bias) y = y + read_some(j.bias + c * size, j.x.kind, live);
-            return rounded(y, j.rounded);
+            return result(j, r, c, live, y);
         });
     }
 }
@@ -61,10 +72,9 @@ struct Blank {
     }
 };
 
-// codes: int8 tiles; scale [rows]: the scale of the codes; starts [rows][groups]: -8 times the sum of the codes in each group of columns,
-// or null.
-void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* starts, float* outliers, int64_t first, int64_t last) {
-    const int64_t group = w.group, groups = starts ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
+// codes: int8 tiles; scale [rows]: the scale of the codes; sums [rows][groups]: of the codes in each group of columns, or null.
+void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last) {
+    const int64_t group = w.group, groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
     for (int64_t r = first; r < last; r++) {
         for (int64_t i = 0; i < w.outliers; i++) {
             alignas(64) float t[Vec::N];
@@ -95,7 +105,7 @@ void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, i
                 const auto* some = reinterpret_cast<const int8_t*>(codes.at(r, c));
                 for (int i = 0; i < 16; i++) sum += some[i];
             }
-            starts[r * groups + g] = -8 * sum;
+            sums[r * groups + g] = sum;
         }
     }
 }
@@ -109,6 +119,10 @@ void activate(const Rows& x, const Rows& y, Activation activation, int32_t gated
             v = activated(v, activation);
             return gated ? v * read_some(x.at(r, c) + up, x.kind, live) : v;
         });
+}
+
+void cap(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) row_of(x, y, r, [&](Vec v, int64_t, int64_t) { return capped(v, limit); });
 }
 
 void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last) {

@@ -58,7 +58,6 @@ inline void to_i8(int8_t* p, Vec x) {  // of numbers in -127..127, to nearest, t
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_castsi256_si128(words)));
 }
 inline Vec from_i32(const int32_t* p) { return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-inline Vec from_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 // Sums and maxima over a register in one fixed order.
 inline float sum(Vec x) {
     alignas(32) float t[8];

@@ -49,7 +49,6 @@ inline void to_i8(int8_t* p, Vec x) {  // of numbers in -127..127, to nearest, t
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
 inline Vec from_i32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
-inline Vec from_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 // Sums and maxima over a register in one fixed order.
 inline float sum(Vec x) {
     alignas(64) float t[16];

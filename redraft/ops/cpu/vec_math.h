@@ -17,6 +17,12 @@ inline Vec exponential(Vec x) {
     return where_less(x, low, zero(), p * power_of_two(n));
 }
 
+// limit * tanh(x / limit), to within 2e-7 of the limit.
+inline Vec capped(Vec x, float limit) {
+    const Vec t = x * set1(2.0f / limit);
+    return set1(limit) * (set1(1.0f) - set1(2.0f) / (exponential(t) + set1(1.0f))) + (x - x);  // the last: NaN stays NaN
+}
+
 // One register of numbers of either kind.
 inline Vec read(const uint8_t* p, Kind kind) {
     return kind == F32 ? load(reinterpret_cast<const float*>(p)) : from_bf16(reinterpret_cast<const uint16_t*>(p));

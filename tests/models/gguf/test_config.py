@@ -164,7 +164,7 @@ def test_other_architectures_are_refused_by_name(folder: Path) -> None:
     _, out = made(folder, "llama2")
     damaged = folder / "gemma.gguf"
     damaged.write_bytes(out.read_bytes().replace(b"llama", b"gemma"))
-    with pytest.raises(Unsupported, match="unknown architecture 'gemma'; known: llama, qwen2, qwen3, gpt2"):
+    with pytest.raises(Unsupported, match="unknown architecture 'gemma'; known: llama, qwen2, qwen3, gemma2, gemma3, gpt2"):
         loader.inspect(damaged)
 
 

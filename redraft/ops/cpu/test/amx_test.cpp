@@ -101,7 +101,9 @@ struct Layer {
     Memory<uint8_t> panels{0};
     Memory<float> packed_bias{0}, packed_scale{0}, packed_side{0};
     Memory<int32_t> sums{0};
-    Memory<uint16_t> scales{0};
+    Memory<uint16_t> scales{0}, lows{0};
+    Memory<int8_t> factors{0}, offsets{0};
+    vector<float> low;                 // of groups
 };
 
 template <class T>
@@ -128,25 +130,34 @@ void leave_out(Layer& l, int32_t outliers, Random& random) {
 void pack_codes(Layer& l, Random& random) {
     Linear& w = l.w;
     vector<int8_t> codes(size_t(w.outs * w.ins));
-    for (auto& code : codes) code = int8_t(w.kind == I8 ? random.between(-127, 127) : random.between(-8, 7));
+    const double size = 1 / (std::sqrt(double(w.ins)) * (w.kind == I4 ? 4.6 : 73));
+    const auto drawn = [&] { return float((0.5 + double(random.below(1000)) / 1000) * size); };
+    if (w.grouped() && random.chance(0.4)) w.per = int32_t(random.between(2, 4));
+    const bool factors = w.per > 1, lows = w.grouped() && random.chance(0.4);
+    // a number of each group, as the kernel reads it, and packed
+    const auto groups = [&](vector<float>& numbers, Memory<uint16_t>& halves, Memory<int8_t>& bytes) {
+        vector<uint16_t> tops;
+        vector<int8_t> each;
+        for (int64_t i = 0; i < w.outs * w.tops(); i++) tops.push_back(uint16_t(_cvtss_sh(factors ? drawn() / 16 : drawn(), 0)));
+        for (int64_t i = 0; i < w.outs * w.groups(); i++) {
+            each.push_back(int8_t(random.between(-32, 63)));
+            const float top = _cvtsh_ss(tops[size_t(i / w.groups() * w.tops() + i % w.groups() / w.per)]);
+            numbers.push_back(factors ? top * float(each.back()) : top);
+        }
+        renew(halves, w.count() * w.tops() * PANEL), renew(bytes, w.count() * w.groups() * PANEL);
+        arrange(w, tops.data(), 2, w.tops(), halves.data);
+        arrange(w, each.data(), 1, w.groups(), bytes.data);
+    };
+    if (w.grouped()) groups(l.scale, l.scales, l.factors), w.scales = l.scales.data;
+    if (lows) groups(l.low, l.lows, l.offsets), w.lows = l.lows.data;
+    if (factors) w.factors = l.factors.data, w.offsets = lows ? l.offsets.data : nullptr;
+    for (auto& code : codes) code = int8_t(w.kind == I4 ? random.between(0, 15) - w.offset() : random.between(-127, 127));
     l.plain.assign(codes.begin(), codes.end());
-    const int64_t scales = w.kind == I8 ? 1 : w.groups();
-    const double size = 1 / (std::sqrt(double(w.ins)) * (w.kind == I8 ? 73 : 4.6));
-    vector<uint16_t> halves;
-    for (int64_t i = 0; i < w.outs * scales; i++) {
-        l.scale.push_back(float((0.5 + double(random.below(1000)) / 1000) * size));
-        const auto half = uint16_t(_cvtss_sh(l.scale.back(), 0));
-        halves.push_back(half);
-        if (w.kind == I4) l.scale.back() = _cvtsh_ss(half);
-    }
-    if (w.kind == I8) {
-        renew(l.sums, w.count() * PANEL), renew(l.packed_scale, w.count() * PANEL);
-        pack_int8(w, codes.data(), l.panels.data, l.sums.data);
-        pack_floats(w, l.scale.data(), l.packed_scale.data);
-    } else {
-        renew(l.scales, w.count() * scales * PANEL);
-        pack_int4(w, codes.data(), halves.data(), l.panels.data, l.scales.data);
-    }
+    if (w.grouped()) return pack_groups(w, codes.data(), l.panels.data);
+    for (int64_t i = 0; i < w.outs; i++) l.scale.push_back(drawn());
+    renew(l.sums, w.count() * PANEL), renew(l.packed_scale, w.count() * PANEL);
+    pack_int8(w, codes.data(), l.panels.data, l.sums.data);
+    pack_floats(w, l.scale.data(), l.packed_scale.data);
 }
 
 void pack_numbers(Layer& l, Random& random) {
@@ -161,9 +172,9 @@ void pack_numbers(Layer& l, Random& random) {
 
 Layer make(const Case& c, Random& random) {
     Layer l;
-    l.w.outs = c.outs, l.w.ins = c.ins, l.w.kind = c.weights, l.w.group = c.group, l.w.gated = c.gated;
+    l.w.outs = c.outs, l.w.ins = c.ins, l.w.kind = c.weights, l.w.group = c.group, l.w.gated = c.gated, l.w.per = 1;
     renew(l.panels, l.w.count() * l.w.panel_bytes());
-    if (c.weights == I8 || c.weights == I4) pack_codes(l, random), leave_out(l, c.outliers, random);
+    if (c.weights >= I8) pack_codes(l, random), leave_out(l, c.outliers, random);
     else pack_numbers(l, random);
     if (c.biased) {
         for (int64_t i = 0; i < c.outs; i++) l.bias.push_back(random.normal());
@@ -172,7 +183,7 @@ Layer make(const Case& c, Random& random) {
         l.w.bias = l.packed_bias.data;
     }
     l.w.panels = l.panels.data;
-    l.w.scale = l.packed_scale.data, l.w.sums = l.sums.data, l.w.scales = l.scales.data;
+    l.w.scale = l.packed_scale.data, l.w.sums = l.sums.data;
     return l;
 }
 
@@ -205,7 +216,7 @@ Outcome pass(const Kernels& unit, const Case& c, const Layer& l, const vector<fl
     out.scale.resize(size_t(count));
     Memory<int32_t> sums(count * l.w.groups());
     Memory<float> outliers(count * l.w.outliers);
-    if (kind == I8) unit.quantize(from, l.w, tiles, out.scale.data(), c.weights == I4 ? sums.data : nullptr, outliers.data, 0, count);
+    if (kind == I8) unit.quantize(from, l.w, tiles, out.scale.data(), l.w.grouped() ? sums.data : nullptr, outliers.data, 0, count);
     else unit.copy(from, tiles, 0, count);
     out.rows = shaped(out.y, count, c.columns(), c.form, c.tiled);
     for (int64_t r = 0; r < count && c.add; r++)
@@ -252,7 +263,12 @@ float defined(const Case& c, const Layer& l, const Outcome& out, const vector<fl
     if (c.weights == I8) {
         y = whole(0, c.ins) * (out.scale[size_t(r)] * l.scale[size_t(o)]);
     } else {
-        for (int64_t g = 0; g < l.w.groups(); g++) y = std::fma(whole(g * c.group, (g + 1) * c.group), l.scale[size_t(o * l.w.groups() + g)], y);
+        for (int64_t g = 0; g < l.w.groups(); g++) {
+            y = std::fma(whole(g * c.group, (g + 1) * c.group), l.scale[size_t(o * l.w.groups() + g)], y);
+            int64_t sum = 0;
+            for (int64_t i = g * c.group; i < (g + 1) * c.group && i < c.ins; i++) sum += int8_t(*codes.at(r, i));
+            if (l.w.lows) y = std::fma(float(sum), l.low[size_t(o * l.w.groups() + g)], y);
+        }
         y *= out.scale[size_t(r)];
     }
     for (int64_t i = 0; i < l.w.outliers; i++) y += x[size_t(r * c.ins + l.columns[size_t(i)])] * l.side[size_t(i * c.outs + o)];
@@ -292,11 +308,11 @@ std::string judge(const Inputs& in, Random& random) {
     plain.best = 0;
     const int64_t panels = in.l.w.count();
     const Outcome got = pass(*amx_kernels(), plain, in.l, in.x, in.before, 0, c.rows, panels);
-    const bool codes = c.weights == I8 || c.weights == I4, small = c.weights == I4 && (c.rows < 8 || c.group % 32 || c.group > 256);
+    const bool codes = c.weights >= I8, small = c.weights > I8 && (c.rows < 8 || c.group % 32 || c.group > 256);
     if (machine.faults) return std::string("a processor would stop: ") + machine.fault;
     if (machine.configured) return "tiles are not released";
     if ((c.weights == F32 || small) != (machine.products == 0)) return "tiles are used where they should not be, or not where they should";
-    const int64_t chunks = 1 + in.l.w.steps() / 16 / (c.weights == I4 ? 2 : 8);
+    const int64_t chunks = 1 + in.l.w.steps() / 16 / (c.weights > I8 ? 2 : 8);
     if (machine.configurations > 2 + panels * chunks) return "tiles are configured too often";
 
     const int64_t step = 1 + c.rows * c.columns() * c.ins / 400000;  // not all outputs of large layers
@@ -341,13 +357,13 @@ std::string judge(const Inputs& in, Random& random) {
 
 Case draw(Random& random) {
     Case c{};
-    c.weights = Kind(random.below(8) ? 1 + random.below(3) : 0);
+    c.weights = Kind(random.below(8) ? 1 + random.below(4) : 0);
     c.form = random.chance(0.5) ? BF16 : F32;
     c.rows = random.chance(0.3) ? random.between(1, 3) : random.between(1, 70);
     c.outs = random.between(1, 200);
     c.ins = random.between(1, c.rows < 20 ? 700 : 300);
     const int32_t groups[] = {32, 64, 128, 32, 64, 128, 16, 48, 96, 160, 224, 256, 320};
-    c.group = c.weights == I4 ? groups[random.below(13)] : 0;
+    c.group = c.weights > I8 ? groups[random.below(13)] : 0;
     c.biased = random.chance(0.3), c.tiled = random.chance(0.4);
     const int64_t use = random.below(4);
     c.best = use ? 0 : int32_t(random.between(1, 4)), c.add = use == 1, c.gated = use >= 2;

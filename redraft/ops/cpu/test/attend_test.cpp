@@ -355,6 +355,7 @@ struct Setting {
     float scale;
     Pool block{};                  // without data where nothing is encoded
     vector<double> frequencies{};  // by which queries turn back for sinks; none: they do not turn
+    float softcap = 0;
 };
 
 // Numbers of rows [heads * size], as floats of what was written.
@@ -422,7 +423,7 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
         sparse = sparse || picked.back().bits;
     }
     const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.block, setting.layer, setting.heads, setting.window, q.rows, out.rows,
-                        setting.scale, &watched, noted != nullptr, half ? far.data() : nullptr, half, sparse ? picked.data() : nullptr};
+                        setting.scale, setting.softcap, &watched, noted != nullptr, half ? far.data() : nullptr, half, sparse ? picked.data() : nullptr};
     static Attention memory;
     AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
     plan.ends = noted ? total : 0;
@@ -485,7 +486,9 @@ vector<double> weights_of(const Setting& setting, const Text& text, int64_t row,
         double s = 0;
         const vector<double>& mine = text.recent && one.position < text.sinks ? far : q;
         for (int64_t d = 0; d < size; d++) s += mine[size_t(d)] * text.number(setting.layer, h / share, one.slot, false, d);
-        scores.push_back(queries.reads(&text, row, h, one.index) ? s * setting.scale : -INFINITY);
+        s *= setting.scale;
+        if (setting.softcap) s = setting.softcap * std::tanh(s / setting.softcap);
+        scores.push_back(queries.reads(&text, row, h, one.index) ? s : -INFINITY);
         most = std::max(most, scores.back());
     }
     for (double& s : scores) total += s = s == -INFINITY ? 0 : std::exp(s - most);
@@ -590,6 +593,7 @@ struct World {
                    random.of({F32, BF16}), random.chance(0.5), 1.0f / std::sqrt(float(size))};
         Kind kind = random.of({F32, BF16});
         if (number % 4 == 2) kind = I8;
+        if (random.chance(0.3)) setting.softcap = random.of({0.5f, 3.0f, 50.0f});
         if (number % 2) kind = setting.q_kind = setting.out_kind = BF16;  // as in most engines; such products may be added in pairs
         const int32_t half = random.of({size / 2, size / 2, 2, 0});
         for (int32_t k = 0; k < half; k++) setting.frequencies.push_back(std::pow(100.0, -double(k) / half));
@@ -882,7 +886,7 @@ struct Bench {
             scratch.prepare(ATTEND, plan, 32, workers);
             run([&](int worker, int all) {
                 for (int32_t layer = 0; layer < layers; layer++) {
-                    const AttendJob job{seqs.data(), int64_t(seqs.size()), memory.pool, Pool{}, layer, 32, 0, q.rows, out.rows, setting.scale};
+                    const AttendJob job{seqs.data(), int64_t(seqs.size()), memory.pool, Pool{}, layer, 32, 0, q.rows, out.rows, setting.scale, 0};
                     attend(ATTEND, job, plan, scratch, worker, all);
                     barrier();
                 }

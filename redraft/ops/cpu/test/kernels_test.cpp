@@ -39,7 +39,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, rope, contenders, nullptr};
+const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, cap, rope, contenders, nullptr};
 }  // namespace
 }  // namespace redraft
 
@@ -156,6 +156,7 @@ double activated_exactly(double x, Activation activation) {
         case GELU: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
         case GELU_TANH: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
         case RELU: return x > 0 ? x : 0;
+        case SIGMOID: return 1 / (1 + std::exp(-x));
         default: return x;
     }
 }
@@ -167,17 +168,19 @@ struct Weights {
     Linear c{};
     vector<float> weight;   // [outs][ins], codes too
     vector<float> bias, scale;
-    vector<uint16_t> scales;
+    vector<uint16_t> scales, lows;      // [outs][tops]
+    vector<int8_t> factors, offsets;    // [outs][groups]
     vector<uint8_t> panels;
     vector<float> packed_bias, packed_scale;
     vector<int32_t> sums;
-    vector<uint16_t> packed_scales;
+    vector<uint16_t> packed_scales, packed_lows;
+    vector<int8_t> packed_factors, packed_offsets;
     vector<int32_t> columns;
     vector<float> side;     // [outliers][outs]
     vector<float> packed_side;
 
     Weights(int64_t outs, int64_t ins, Kind kind, bool gated, bool biased, int32_t group, int64_t outliers = 0) {
-        c.outs = outs, c.ins = ins, c.kind = kind, c.gated = gated, c.group = group;
+        c.outs = outs, c.ins = ins, c.kind = kind, c.gated = gated, c.group = group, c.per = 1;
         weight.resize(outs * ins);
         panels.resize(c.count() * c.panel_bytes());
         panels.shrink_to_fit();
@@ -213,19 +216,42 @@ struct Weights {
                     packed_side[(p * columns.size() + i) * PANEL + at] = output(p, at) < 0 ? 0 : side[i * c.outs + output(p, at)];
         c.outliers = int32_t(columns.size()), c.columns = columns.data(), c.side = packed_side.data();
     }
+    // Numbers of groups in the order of the panels.
+    template <class T>
+    const T* arranged(const vector<T>& from, int64_t count, vector<T>& to) {
+        to.assign(c.count() * count * PANEL, T(0x7e));
+        arrange(c, from.data(), sizeof(T), count, to.data());
+        return to.data();
+    }
+    void groups() {
+        const bool with_lows = dice.chance(0.5), with_factors = dice.chance(0.5);
+        if (with_factors) c.per = int32_t(dice.between(1, 5));
+        const auto halves = [&](vector<uint16_t>& to) {
+            for (int64_t i = 0; i < c.outs * c.tops(); i++) to.push_back(_cvtss_sh(0.1f * dice.normal(), 0));
+        };
+        const auto bytes = [&](vector<int8_t>& to) {
+            for (int64_t i = 0; i < c.outs * c.groups(); i++) to.push_back(int8_t(dice.between(-32, 63)));
+        };
+        halves(scales);
+        c.scales = arranged(scales, c.tops(), packed_scales);
+        if (with_factors) bytes(factors), c.factors = arranged(factors, c.groups(), packed_factors);
+        if (!with_lows) return;
+        halves(lows);
+        c.lows = arranged(lows, c.tops(), packed_lows);
+        if (with_factors) bytes(offsets), c.offsets = arranged(offsets, c.groups(), packed_offsets);
+    }
+    float of_group(const vector<uint16_t>& halves, const vector<int8_t>& bytes, int64_t out, int64_t g) const {
+        return _cvtsh_ss(halves[out * c.tops() + g / c.per]) * (bytes.empty() ? 1.0f : float(bytes[out * c.groups() + g]));
+    }
     void codes() {
-        const int64_t low = c.kind == I8 ? -127 : -8, high = c.kind == I8 ? 127 : 7;
+        if (c.grouped()) groups();
+        const bool wide = c.kind != I4;
+        const int64_t low = wide ? -127 : -c.offset(), high = wide ? 127 : 15 - c.offset();
         vector<int8_t> from(weight.size());
         for (size_t i = 0; i < from.size(); i++) weight[i] = from[i] = int8_t(dice.chance(0.2) ? dice.of({low, high}) : dice.between(low, high));
         for (const int32_t column : columns)
             for (int64_t o = 0; o < c.outs; o++) weight[o * c.ins + column] = from[o * c.ins + column] = 0;
-        if (c.kind == I4) {
-            for (int64_t i = 0; i < c.outs * c.groups(); i++) scales.push_back(_cvtss_sh(0.1f * dice.normal(), 0));
-            packed_scales.assign(c.count() * c.groups() * PANEL, 0x7e00);
-            pack_int4(c, from.data(), scales.data(), panels.data(), packed_scales.data());
-            c.scales = packed_scales.data();
-            return;
-        }
+        if (c.grouped()) return pack_groups(c, from.data(), panels.data());
         for (int64_t o = 0; o < c.outs; o++) scale.push_back(0.1f * std::fabs(dice.normal()));
         packed_scale.assign(c.count() * PANEL, NOT_A_NUMBER);
         sums.assign(c.count() * PANEL, -1);
@@ -245,9 +271,9 @@ struct Weights {
         const uint8_t* panel = panels.data() + p * c.panel_bytes();
         if (c.kind == F32) return get(panel + (column * 64 + i) * 4, F32);
         if (c.kind == BF16) return get(panel + (column / 2 * 64 + i) * 4 + column % 2 * 2, BF16);
-        if (c.kind == I8) return int8_t(panel[(column / 4 * 64 + i) * 4 + column % 4]);
+        if (c.kind == I8 || c.kind == G8) return int8_t(panel[(column / 4 * 64 + i) * 4 + column % 4]);
         const uint8_t both = panel[(column / 8 * 64 + i) * 4 + column % 4];
-        return float(int(column / 4 % 2 ? both >> 4 : both & 15) - 8);
+        return float(int(column / 4 % 2 ? both >> 4 : both & 15) - int(c.offset()));
     }
 };
 
@@ -265,8 +291,14 @@ void test_pack(const Weights& w) {
             }
             if (w.c.bias) others &= w.c.bias[p * PANEL + i] == (out < 0 ? 0 : w.bias[out]);
             if (w.c.kind == I8) others &= w.c.sums[p * PANEL + i] == sum && w.c.scale[p * PANEL + i] == (out < 0 ? 0 : w.scale[out]);
-            for (int64_t g = 0; g < w.c.groups(); g++)
-                others &= w.c.scales[(p * w.c.groups() + g) * PANEL + i] == (out < 0 ? 0 : w.scales[out * w.c.groups() + g]);
+            for (int64_t g = 0; g < w.c.tops() && w.c.grouped(); g++) {
+                others &= w.c.scales[(p * w.c.tops() + g) * PANEL + i] == (out < 0 ? 0 : w.scales[out * w.c.tops() + g]);
+                if (w.c.lows) others &= w.c.lows[(p * w.c.tops() + g) * PANEL + i] == (out < 0 ? 0 : w.lows[out * w.c.tops() + g]);
+            }
+            for (int64_t g = 0; g < w.c.groups(); g++) {
+                if (w.c.factors) others &= w.c.factors[(p * w.c.groups() + g) * PANEL + i] == (out < 0 ? 0 : w.factors[out * w.c.groups() + g]);
+                if (w.c.offsets) others &= w.c.offsets[(p * w.c.groups() + g) * PANEL + i] == (out < 0 ? 0 : w.offsets[out * w.c.groups() + g]);
+            }
         }
     check(numbers, shape("packed weights", 0, w.c.outs, w.c.ins, w.c.kind));
     check(others, shape("packed scales and biases", 0, w.c.outs, w.c.ins, w.c.kind));
@@ -289,11 +321,11 @@ struct Feed {
         scale.resize(x.rows.rows);
         sums.resize(x.rows.rows * w.c.groups());
         outliers.resize(x.rows.rows * w.c.outliers);
-        quantize(x.rows, w.c, tiles.rows, scale.data(), w.c.kind == I4 ? sums.data() : nullptr, outliers.data(), 0, x.rows.rows);
+        quantize(x.rows, w.c, tiles.rows, scale.data(), w.c.grouped() ? sums.data() : nullptr, outliers.data(), 0, x.rows.rows);
     }
     LinearJob job(const Weights& w, const Rows& y, Kind rounded, Activation activation, bool add) const {
         LinearJob made{};
-        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_starts = sums.data(), made.x_outliers = outliers.data();
+        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_sums = sums.data(), made.x_outliers = outliers.data();
         made.y = y, made.rounded = rounded, made.activation = activation, made.add = add;
         return made;
     }
@@ -325,9 +357,10 @@ float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
     } else {
         float total = 0;
         for (int64_t g = 0; g < w.c.groups(); g++) {
-            int32_t sum = 0;
-            for (int64_t c = g * w.c.group; c < w.c.ins && c < (g + 1) * w.c.group; c++) sum += code(c) * int32_t(own[c]);
-            total = std::fmaf(float(sum), _cvtsh_ss(w.scales[out * w.c.groups() + g]), total);
+            int32_t sum = 0, codes = 0;
+            for (int64_t c = g * w.c.group; c < w.c.ins && c < (g + 1) * w.c.group; c++) sum += code(c) * int32_t(own[c]), codes += code(c);
+            total = std::fmaf(float(sum), w.of_group(w.scales, w.factors, out, g), total);
+            if (w.c.lows) total = std::fmaf(float(codes), w.of_group(w.lows, w.offsets, out, g), total);
         }
         y = total * s;
     }
@@ -339,7 +372,7 @@ float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
 }
 
 Sum dot(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
-    if (w.c.kind == I8 || w.c.kind == I4) return {of_codes(w, x, r, out), 0};
+    if (w.c.kind == I8 || w.c.grouped()) return {of_codes(w, x, r, out), 0};
     Sum sum{};
     for (int64_t c = 0; c < w.c.ins; c++) {
         const double term = double(x.at(r, c)) * double(w.weight[out * w.c.ins + c]);
@@ -362,7 +395,7 @@ void test_head(const Weights& w, const Matrix& x, const std::string& what) {
     const Kind kind = x.rows.kind;
     Matrix gain(1, ins, kind, false), shift(1, ins, kind, false), normed(rows, ins, kind, false), chosen(count, ins, kind, false), y(count, outs, F32, false);
     gain.fill(kind), shift.fill(kind);
-    NormJob job{x.rows, normed.rows, gain.rows.data, dice.chance(0.5) ? shift.rows.data : nullptr, 1e-5f, dice.chance(0.5), kind};
+    NormJob job{x.rows, normed.rows, gain.rows.data, dice.chance(0.5) ? shift.rows.data : nullptr, 1e-5f, dice.chance(0.5), kind, kind};
     norm(job, 0, rows);
     vector<int32_t> wanted(count), best(count * keep), argmax(count);
     for (int64_t r = 0; r < count; r++) {
@@ -391,7 +424,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     if (gated) outs *= 2;
     const Activation activation = dice.of({NONE, NONE, SILU, GELU, GELU_TANH, RELU});
     const bool fused = gated && activation != NONE, add = !tiles && activation == NONE && !gated && dice.chance(0.5);
-    const int32_t group = kind == I4 ? int32_t(dice.of({16, 32, 48, 64, 128})) : 0;
+    const int32_t group = kind == I4 || kind == G8 ? int32_t(dice.of({16, 32, 48, 64, 128})) : 0;
     const Weights w(outs, ins, kind, gated, biased, group, kind >= I8 && dice.chance(0.5) ? dice.between(1, 20) : 0);
     test_pack(w);
     Matrix x(rows, ins, numbers, false, dice.below(3));
@@ -503,12 +536,13 @@ void test_ties() {
 void test_norm(int64_t rows, int64_t cols, Kind kind, bool rms, bool tiles) {
     const bool biased = !rms || dice.chance(0.3);
     const Kind y_kind = tiles && dice.chance(0.5) ? F32 : kind;
-    Matrix x(rows, cols, kind, dice.chance(0.3), dice.below(3)), weight(1, cols, kind, false), bias(1, cols, kind, false);
-    x.fill(kind, 3.0f), weight.fill(kind), bias.fill(kind);
+    const Kind gains = dice.chance(0.3) ? F32 : kind;
+    Matrix x(rows, cols, kind, dice.chance(0.3), dice.below(3)), weight(1, cols, gains, false), bias(1, cols, kind, false);
+    x.fill(kind, 3.0f), weight.fill(gains), bias.fill(kind);
     for (int64_t c = 0; c < cols; c++) put_number(x.rows.at(0, c), kind, x.at(0, c) + 50.0f);  // a row far from zero
     const float eps = dice.of({1e-5f, 1e-6f});
     Matrix y(rows, cols, y_kind, tiles, dice.below(3)), again(y);
-    const NormJob job{x.rows, y.rows, weight.rows.data, biased ? bias.rows.data : nullptr, eps, rms, kind};
+    const NormJob job{x.rows, y.rows, weight.rows.data, biased ? bias.rows.data : nullptr, eps, rms, kind, gains};
     norm(job, 0, rows);
     const std::string what = shape(rms ? "rms norm" : "layer norm", rows, cols, 0, kind) + (tiles ? " tiles" : "");
     bool good = true;
@@ -526,8 +560,23 @@ void test_norm(int64_t rows, int64_t cols, Kind kind, bool rms, bool tiles) {
     check(good, what);
     check(y.filled(), what + ": filling");
     check(y.gaps_untouched(), what + ": wrote between rows");
-    for (int64_t r = rows - 1; r >= 0; r--) norm({x.rows, again.rows, job.weight, job.bias, eps, rms, kind}, r, r + 1);
+    for (int64_t r = rows - 1; r >= 0; r--) norm({x.rows, again.rows, job.weight, job.bias, eps, rms, kind, gains}, r, r + 1);
     check(again.memory == y.memory, what + ": row by row");
+
+    // added to rows, with a factor: the same numbers, rounded three times
+    Matrix to(rows, cols, y_kind, false), normed(rows, cols, y_kind, false);
+    to.fill(kind);
+    const Matrix before(to);
+    const float factor = dice.of({1.0f, 0.3f});
+    norm({x.rows, normed.rows, job.weight, job.bias, eps, rms, kind, gains}, 0, rows);
+    norm({x.rows, to.rows, job.weight, job.bias, eps, rms, kind, gains, factor, 1}, 0, rows);
+    good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) {
+            const float term = factor == 1 ? normed.at(r, c) : nearest(normed.at(r, c) * factor, kind);
+            good &= to.at(r, c) == nearest(before.at(r, c) + term, kind);
+        }
+    check(good, what + ": added");
 }
 
 void test_copy(int64_t rows, int64_t cols) {
@@ -568,12 +617,12 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
     vector<int32_t> columns;
     for (int64_t c = 0; c < cols; c++)
         if (dice.chance(0.1)) columns.push_back(int32_t(c));
-    w.kind = dice.chance(0.5) ? I8 : I4;
+    w.kind = dice.of({I8, I4, G8});
     const int32_t shift = w.kind == I8 ? SHIFT : 0;
     w.group = group, w.outliers = int32_t(columns.size()), w.columns = columns.data();
     vector<float> scale(rows, NOT_A_NUMBER), outliers(rows * w.outliers, NOT_A_NUMBER);
-    vector<int32_t> starts(rows * groups, -1);
-    quantize(x.rows, w, codes.rows, scale.data(), shift ? nullptr : starts.data(), outliers.data(), 0, rows);
+    vector<int32_t> sums(rows * groups, -1);
+    quantize(x.rows, w, codes.rows, scale.data(), shift ? nullptr : sums.data(), outliers.data(), 0, rows);
     Matrix without(x);  // codes are made of what is left
     for (int64_t r = 0; r < rows; r++)
         for (const int32_t c : columns) put_number(without.rows.at(r, c), kind, 0);
@@ -587,7 +636,7 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
         for (int64_t g = 0; g < groups && !shift; g++) {
             int32_t sum = 0;
             for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(without.at(r, c) * inverse));
-            good &= starts[r * groups + g] == -8 * sum;
+            good &= sums[r * groups + g] == sum;
         }
         for (int64_t c = 0; c < end; c++) {
             const int8_t found = int8_t(*codes.rows.at(r, c) - shift);
@@ -598,7 +647,7 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
 }
 
 void test_activate(int64_t rows, int64_t cols, Kind kind) {
-    const Activation activation = dice.of({SILU, GELU, GELU_TANH, RELU});
+    const Activation activation = dice.of({SILU, GELU, GELU_TANH, RELU, SIGMOID});
     const bool gated = dice.chance(0.5);
     Matrix x(rows, gated ? 2 * cols : cols, kind, false, dice.below(3)), y(rows, cols, kind, dice.chance(0.3), dice.below(3)), again(y);
     x.fill(kind, dice.of({1.0f, 30.0f}));
@@ -614,6 +663,23 @@ void test_activate(int64_t rows, int64_t cols, Kind kind) {
     check(good && y.filled() && y.gaps_untouched(), what);
     for (int64_t r = rows - 1; r >= 0; r--) activate(x.rows, again.rows, activation, gated, r, r + 1);
     check(again.memory == y.memory, what + ": row by row");
+}
+
+void test_cap(int64_t rows, int64_t cols, Kind kind) {
+    const float limit = dice.of({1.0f, 30.0f, 50.0f});
+    Matrix x(rows, cols, kind, false, dice.below(3)), y(rows, cols, kind, false, dice.below(3)), again(y);
+    x.fill(kind, dice.of({1.0f, 100.0f}));
+    put_number(x.rows.at(0, 0), kind, dice.of({0.0f, -1e4f, 1e30f, -1e30f, NAN}));
+    cap(x.rows, y.rows, limit, 0, rows);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) {
+            const double expected = limit * std::tanh(double(x.at(r, c)) / limit);
+            good &= std::isnan(expected) ? std::isnan(y.at(r, c)) : close(y.at(r, c), expected, std::fabs(expected) * slack(kind) + limit * 3e-7);
+        }
+    check(good && y.gaps_untouched(), shape("cap", rows, cols, 0, kind));
+    for (int64_t r = rows - 1; r >= 0; r--) cap(x.rows, again.rows, limit, r, r + 1);
+    check(again.memory == y.memory, shape("cap row by row", rows, cols, 0, kind));
 }
 
 void test_rope(int64_t rows, int64_t heads, int64_t size, Kind kind) {
@@ -711,10 +777,11 @@ void round_of_tests() {
     const auto some_ins = [] { return dice.chance(0.5) ? dice.of<int64_t>({1, 8, 40, 64, 100, 128}) : dice.between(1, 200); };
     const auto some_outs = [] { return dice.chance(0.5) ? dice.of<int64_t>({1, 31, 32, 33, 63, 64, 65}) : dice.between(1, 150); };
     for (const Kind numbers : {F32, BF16}) {
-        for (const Kind kind : {numbers, I8, I4}) test_linear(some_rows(), some_outs(), some_ins(), kind, numbers);
+        for (const Kind kind : {numbers, I8, I4, G8}) test_linear(some_rows(), some_outs(), some_ins(), kind, numbers);
         for (const bool rms : {true, false}) test_norm(some_rows(), some_ins(), numbers, rms, dice.chance(0.5));
         test_quantize(some_rows(), some_ins(), numbers);
         test_activate(some_rows(), some_ins(), numbers);
+        test_cap(some_rows(), some_ins(), numbers);
         test_rope(some_rows(), dice.between(1, 5), 2 * dice.between(1, 40), numbers);
     }
     test_copy(some_rows(), some_ins());
