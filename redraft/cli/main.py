@@ -16,7 +16,7 @@ from redraft.cli import habits
 from redraft.cli.options import as_flag
 from redraft.errors import InvalidInput, RedraftError
 
-VERBS = ("generate", "chat", "compare", "tune", "methods", "explain", "calibrate", "doctor", "serve")
+VERBS = ("generate", "chat", "compare", "tune", "methods", "explain", "calibrate", "doctor", "get", "serve")
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer exports one of click's errors; its base covers all
 
