@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -94,6 +95,25 @@ def examine(llm: LLM, name: str, turn: int, prompt: list[int], plain: list[int],
     return Divergence(name, turn, at, plain[at], text[at], margin, worst, near)
 
 
+def rows(llm: LLM, tokens: list[int]) -> Iterator[F64]:
+    """Raw logits, f64[V], after each token, from causal chunks of the plain runner, which must be idle."""
+    runner = llm.runner
+    params = SamplingParams(prompt_logprobs=0)  # so that the logits of every chain row are computed
+    seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), 0, sync_point=len(tokens))
+    runner.memory.open(seq)
+    try:
+        while seq.pending:
+            work = [Work(seq, min(CHUNK, seq.pending))]
+            pages = runner.memory.reserve(work, [EMPTY])
+            out = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
+            assert out.logits is not None and len(out.logits) == work[0].rows
+            runner.memory.move(runner.memory.commit(work, [Accepted()]))
+            for row in out.logits:
+                yield row.to(torch.float64).cpu().numpy()
+    finally:
+        runner.memory.free(seq)
+
+
 @dataclass(frozen=True)
 class _Replay:
     """The plain model's choice before each token of a text."""
@@ -105,23 +125,7 @@ class _Replay:
 
     def rows(self) -> Iterator[F64]:
         """Raw logits, f64[V], before each token of the text, from causal chunks of the plain runner."""
-        runner = self.llm.runner
-        tokens = [*self.prompt, *self.text[:-1]]
-        params = self.params.but(prompt_logprobs=0)  # so that the logits of every chain row are computed
-        seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), params.seed or 0, sync_point=len(tokens))
-        runner.memory.open(seq)
-        try:
-            while seq.pending:
-                work = [Work(seq, min(CHUNK, seq.pending))]
-                first = seq.stored
-                pages = runner.memory.reserve(work, [EMPTY])
-                out = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
-                assert out.logits is not None and len(out.logits) == work[0].rows
-                runner.memory.move(runner.memory.commit(work, [Accepted()]))
-                for row in out.logits[max(0, len(self.prompt) - 1 - first) :]:
-                    yield row.to(torch.float64).cpu().numpy()
-        finally:
-            runner.memory.free(seq)
+        yield from islice(rows(self.llm, [*self.prompt, *self.text[:-1]]), len(self.prompt) - 1, None)
 
     def weigh(self, logits: F64, i: int) -> Row:
         """Processed logits with the noise of the token at place i of the text."""

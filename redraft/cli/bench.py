@@ -201,6 +201,45 @@ def ops(
         progress.print(f"written to {json}")
 
 
+@bench.command("quant")
+def quant(
+    model: Model = "embedded",
+    texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, at most.")] = 8192,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    decoded: Annotated[int, typer.Option(min=1, help="New tokens of each turn.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; else one for each core.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one page with plots to this file.")] = None,
+) -> None:
+    """Measure every way to store the weights: bytes, perplexity, divergence from 16 bits, tokens a second.
+
+    The ways are those of --quant, and for a quantized file its own. All models are loaded at once.
+    """
+    from rich.console import Console
+
+    from redraft.bench import files
+    from redraft.bench import quant as measurement
+
+    if not texts:
+        raise InvalidInput("--texts: at least one file of text is needed")
+    for path in (json, html):
+        if path is not None:
+            files.check_writable(path)
+    options = measurement.QuantOptions(tuple(texts), tokens, length, decoded, rounds, threads)
+    progress = Console(stderr=True)
+    found = measurement.measure(model, options, lambda name: progress.print(f"measuring {name}", highlight=False))
+    measurement.show(_console(), model, options, found)
+    if json is not None:
+        files.write(json, measurement.document(model, options, found))
+    if html is not None:
+        html.write_text(measurement.page(model, found), encoding="utf-8")
+    for path in (json, html):
+        if path is not None:
+            progress.print(f"written to {path}")
+
+
 @bench.command("serve")
 def serve(
     base_url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
