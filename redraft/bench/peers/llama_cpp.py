@@ -119,7 +119,9 @@ class LlamaCppPython:
         file = job.options.get("gguf") or _file(folder, job)
         common = {"model_path": str(file), "n_ctx": job.longest, "n_threads": job.threads, "n_threads_batch": job.threads, "verbose": False}
         lookup = speculative.LlamaPromptLookupDecoding(num_pred_tokens=PREDICTED)
-        self.modes: dict[str, Any] = {PLAIN: package.Llama(**common), LOOKUP: package.Llama(**common, draft_model=lookup)}
+        # without logits_all its array of scores has room for one batch, and a longer prompt raises ValueError (0.3.36)
+        drafted = package.Llama(**common, draft_model=lookup, logits_all=True)
+        self.modes: dict[str, Any] = {PLAIN: package.Llama(**common), LOOKUP: drafted}
         self.facts: dict[str, Any] = {"version": package.__version__, "file": str(file)}
 
     def generate(self, mode: str, prompt: list[int], tokens: int) -> dict[str, Any]:

@@ -87,7 +87,7 @@ struct SignedProduct {
 // and 5 to the second; with one block all belong to it. Shapes are loaded only when they change.
 class Tiles {
 public:
-    explicit Tiles(int64_t line = LINE) : line_(line) {}
+    Tiles() = default;
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
     ~Tiles() { release_tiles(); }  // the system saves tiles in use at every thread switch
@@ -99,8 +99,7 @@ public:
         shapes.palette = 1;
         for (int t : {0, 1, 4}) shape(shapes, t, first);
         for (int t : {2, 3, 5}) shape(shapes, t, second);
-        for (int t : {6, 7}) shape(shapes, t, line_ / 4);
-        shapes.line[4] = shapes.line[5] = uint16_t(line_);
+        for (int t : {6, 7}) shape(shapes, t, STEPS);
         load_shapes(shapes);
     }
 
@@ -109,7 +108,7 @@ private:
         shapes.rows[t] = uint8_t(rows);
         shapes.line[t] = LINE;
     }
-    int64_t line_, first_ = 0, second_ = 0;
+    int64_t first_ = 0, second_ = 0;
 };
 
 // ---- prefetching weights
@@ -318,20 +317,19 @@ inline void add_group(const LinearJob& j, int64_t p, int64_t g, const int32_t* w
             if (g) get(at, sum);
             else clear(sum);
             add_scaled(sum, bytes(whole + i * PANEL + v * Int::N), scale[v]);
-            if (j.w.lows) add_scaled(sum, spread(j.x_sums[(r + i) * j.w.groups() + g]), low[v]);
+            if (j.w.lows) add_scaled(sum, number(reinterpret_cast<const uint8_t*>(j.x_sums + (r + i) * j.w.groups() + g)), low[v]);
             put(at, sum);
         }
 }
 
-// One group of one block of rows: `count` tiles with `line` bytes in a row.
-inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t first, int64_t count, int64_t line, int32_t* whole,
-                       Fetch& fetch) {
+// One group of one block of rows: `count` lines of x.
+inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t count, int32_t* whole, Fetch& fetch) {
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
-    for (int64_t t = first; t < first + count; t++, w += line / 4 * STEP) {
-        tile_load<4>(x + t * line / LINE * tall * LINE + t * line % LINE, LINE);
+    for (int64_t line = 0; line < count; line++, w += STEPS * STEP, x += tall * LINE) {
+        tile_load<4>(x, LINE);
         tile_load<6>(w, STEP);
         SignedProduct::run<0, 4, 6>();
         tile_load<7>(w + 64, STEP);
@@ -349,44 +347,41 @@ inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t
     tile_store<3>(whole + 48, STEP);
 }
 
-// Bytes of a row in a tile such that tiles end where groups end; 0 if impossible or if a group has too many codes to unpack.
-inline int64_t line_of(const Linear& w) {
-    if (w.group > UNPACKED * LINE || !w.grouped()) return 0;
-    return w.group % LINE == 0 ? LINE : w.group % (LINE / 2) == 0 ? LINE / 2 : 0;
-}
+// Whether groups end where tiles end, with not too many codes to unpack. Smaller groups are as fast without tiles.
+inline bool fits_tiles(const Linear& w) { return w.grouped() && w.group % LINE == 0 && w.group <= UNPACKED * LINE; }
 
-void tile_grouped_panel(Tiles& tiles, const LinearJob& j, int64_t p, int64_t line, uint8_t* codes, int32_t* whole, float* sums) {
-    const int64_t groups = j.w.groups(), lines = j.w.steps() / STEPS, each = j.w.group / line, all = lines * LINE / line;
+void tile_grouped_panel(Tiles& tiles, const LinearJob& j, int64_t p, uint8_t* codes, int32_t* whole, float* sums) {
+    const int64_t groups = j.w.groups(), lines = j.w.steps() / STEPS, each = j.w.group / LINE;
     const int64_t per_chunk = UNPACKED * LINE / j.w.group, chunks = (groups + per_chunk - 1) / per_chunk, blocks = (j.x.rows + TALL - 1) / TALL;
     const uint8_t* w = j.w.panels + p * j.w.panel_bytes();
     const int64_t bytes = j.w.kind == G8 ? STEP : STEP / 2;  // of a step of a panel
     for (int64_t g0 = 0; g0 < groups; g0 += per_chunk) {
         const int64_t g1 = g0 + per_chunk < groups ? g0 + per_chunk : groups;
-        const int64_t begin = g0 * each * line / LINE, end = g1 == groups ? lines : (g1 * each * line + LINE - 1) / LINE;
+        const int64_t begin = g0 * each, end = g1 == groups ? lines : g1 * each;
         if (j.w.kind == I4) unpack(w, begin, end, j.w.offset(), codes);
         const uint8_t* const signed_codes = j.w.kind == I4 ? codes : w + begin * STEPS * STEP;
         const uint8_t* next = w + end * STEPS * bytes;
-        Fetch fetch{next, next + UNPACKED * STEPS * bytes, (LINE / 4 * line / LINE + blocks - 1) / blocks};
+        Fetch fetch{next, next + UNPACKED * STEPS * bytes, (LINE / 4 + blocks - 1) / blocks};
         const bool back = (p * chunks + g0 / per_chunk) % 2;  // back and forth, so shapes change at most once per chunk
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t r = (back ? blocks - 1 - b : b) * TALL, tall = j.x.tall(r);
             tiles.hold(tall, tall);
             for (int64_t g = g0; g < g1; g++) {
-                const int64_t first = g * each, last = g + 1 == groups ? all : first + each;
-                const uint8_t* own = signed_codes + (first * line / 4 - begin * STEPS) * STEP;
-                group_sums(own, j.x.data + r * j.x.lines() * LINE, tall, first, last - first, line, whole, fetch);
+                const int64_t first = g * each, last = g + 1 == groups ? lines : first + each;
+                const uint8_t* x = j.x.data + r * j.x.lines() * LINE + first * tall * LINE;
+                group_sums(signed_codes + (first - begin) * STEPS * STEP, x, tall, last - first, whole, fetch);
                 add_group(j, p, g, whole, r, tall, sums);
             }
         }
     }
 }
 
-void tile_grouped(const LinearJob& j, int64_t first, int64_t last, int64_t line, float* scratch) {
+void tile_grouped(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     alignas(64) uint8_t codes[UNPACKED * STEPS * STEP];
     alignas(64) int32_t whole[TALL * PANEL];
-    Tiles tiles(line);
+    Tiles tiles;
     for (int64_t p = first; p < last; p++) {
-        tile_grouped_panel(tiles, j, p, line, codes, whole, scratch);
+        tile_grouped_panel(tiles, j, p, codes, whole, scratch);
         settle(j, {p, 0, PANEL}, scratch);
     }
 }
@@ -395,9 +390,8 @@ int64_t tile_pieces(const Linear& w) { return w.count(); }
 
 void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     if (j.x.rows < 1 || first >= last) return;
-    const int64_t line = j.x.rows >= FEWEST_GROUPED ? line_of(j.w) : 0;
     if (j.w.kind == BF16) tile_layer<HalfProduct>(j, first, last, scratch);
     else if (j.w.kind == I8) tile_layer<CodeProduct>(j, first, last, scratch);
-    else if (line) tile_grouped(j, first, last, line, scratch);
+    else if (j.x.rows >= FEWEST_GROUPED && fits_tiles(j.w)) tile_grouped(j, first, last, scratch);
     else linear(j, first * pieces(j.w) / j.w.count(), last * pieces(j.w) / j.w.count(), scratch);
 }

@@ -85,7 +85,7 @@ struct LinearJob {
     Linear w;
     Rows x;
     const float* x_scale;   // int8 tiles: [rows], the scale of the codes of a row
-    const int32_t* x_sums;  // groups: [rows][groups], the sums of the codes of a row
+    const int32_t* x_sums;  // groups: [rows][groups], the sums of the codes of a row; with lows the bits of them as float32
     Rows y;
     Kind rounded;           // the kind to round to: y may be float32 tiles of bf16 numbers
     Activation activation;

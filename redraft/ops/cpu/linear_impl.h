@@ -71,6 +71,7 @@ inline Floats times(Floats x, const int8_t* p) {
     return {_mm512_mul_ps(x.v, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))))};
 }
 inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x.v), scale.v, sum.v); }
+inline void add_scaled(Floats& sum, float x, Floats scale) { sum.v = _mm512_fmadd_ps(_mm512_set1_ps(x), scale.v, sum.v); }
 inline void put(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline void get(const float* p, Floats& x) { x.v = _mm512_loadu_ps(p); }
 inline void clear(Floats& x) { x.v = _mm512_setzero_ps(); }
@@ -104,6 +105,7 @@ inline Floats times(Floats x, const int8_t* p) {
     return {_mm256_mul_ps(x.v, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))))};
 }
 inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(x.v), scale.v, sum.v); }
+inline void add_scaled(Floats& sum, float x, Floats scale) { sum.v = _mm256_fmadd_ps(_mm256_set1_ps(x), scale.v, sum.v); }
 inline void put(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
 inline void get(const float* p, Floats& x) { x.v = _mm256_loadu_ps(p); }
 inline void clear(Floats& x) { x.v = _mm256_setzero_ps(); }
@@ -235,6 +237,11 @@ inline Floats of_group(const Linear& w, const uint16_t* halves, const int8_t* fa
     return times(halves_of(halves + (p * w.tops() + g / w.per) * PANEL + part), factors + (p * w.groups() + g) * PANEL + part);
 }
 
+// The integer that the sums of group g of a row start with, `each` times the sum of its codes.
+inline Int start_of(const Linear& w, int32_t each, const int32_t* x_sum) {
+    return spread(w.lows ? each * int32_t(number(reinterpret_cast<const uint8_t*>(x_sum))) : each * *x_sum);
+}
+
 // Codes with a scale for each group: its integer sum becomes a float and is added with the scale, in order of groups. Both kinds of sums
 // and the weights of two steps are held in registers, as far as there are enough of them.
 template <bool WIDE>
@@ -276,7 +283,7 @@ struct Groups {
     static void run(const LinearJob& j, Piece piece, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
         const int64_t p = piece.panel, groups = j.w.groups(), steps = j.w.steps(), group = j.w.group / 4, tall = j.x.tall(r) * LINE;
         const uint8_t *w = j.w.panels + p * j.w.panel_bytes(), *x = j.x.at(r, 0);
-        const int32_t *x_sums = j.x_sums + r * groups, start = WIDE ? WIDE_START : -int32_t(j.w.offset());
+        const int32_t *x_sums = j.x_sums + r * groups, each = WIDE ? WIDE_START : -int32_t(j.w.offset());
         for (int64_t part = piece.first; part < piece.last; part += V * Int::N) {
             Floats whole[R][V];
             for (int i = 0; i < R; i++)
@@ -284,8 +291,10 @@ struct Groups {
             for (int64_t g = first; g < last; g++) {
                 const int64_t begin = g * group, end = g + 1 == groups ? steps : begin + group;
                 Int held[R][V];
-                for (int i = 0; i < R; i++)
-                    for (int v = 0; v < V; v++) held[i][v] = spread(start * x_sums[i * groups + g]);
+                for (int i = 0; i < R; i++) {
+                    const Int start = each ? start_of(j.w, each, x_sums + i * groups + g) : spread(0);
+                    for (int v = 0; v < V; v++) held[i][v] = start;
+                }
                 const uint8_t *from = w + begin * EACH + part * 4, *own = x + begin / STEPS * tall + begin % STEPS * 4;
                 for (int64_t s = begin; s < end; s += 4, from += 4 * EACH, own += 16) {
                     soon.quarter();
@@ -302,7 +311,7 @@ struct Groups {
                     for (int i = 0; i < R; i++) add_scaled(whole[i][v], held[i][v], scale);
                     if (!j.w.lows) continue;
                     const Floats low = of_group(j.w, j.w.lows, j.w.offsets, p, g, part + v * Int::N);
-                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], spread(x_sums[i * groups + g]), low);
+                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], number(reinterpret_cast<const uint8_t*>(x_sums + i * groups + g)), low);
                 }
             }
             for (int i = 0; i < R; i++)

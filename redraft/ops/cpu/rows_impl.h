@@ -72,7 +72,8 @@ struct Blank {
     }
 };
 
-// codes: int8 tiles; scale [rows]: the scale of the codes; sums [rows][groups]: of the codes in each group of columns, or null.
+// codes: int8 tiles; scale [rows]: the scale of the codes; sums [rows][groups]: of the codes in each group of columns, see LinearJob, or
+// null.
 void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last) {
     const int64_t group = w.group, groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
     for (int64_t r = first; r < last; r++) {
@@ -105,7 +106,9 @@ void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, i
                 const auto* some = reinterpret_cast<const int8_t*>(codes.at(r, c));
                 for (int i = 0; i < 16; i++) sum += some[i];
             }
-            sums[r * groups + g] = sum;
+            const float real = float(sum);
+            if (w.lows) __builtin_memcpy(sums + r * groups + g, &real, sizeof real);
+            else sums[r * groups + g] = sum;
         }
     }
 }
