@@ -81,7 +81,11 @@ def windows(llm: LLM, options: QuantOptions) -> list[list[int]]:
 
 def measure(model: str, options: QuantOptions, tick: Tick = lambda name: None) -> list[Way]:
     """One way after another beside that of 16 bits, then the speeds of all in turns."""
-    common = {"draft": "none", "max_model_len": options.length + ROOM, "threads": options.threads, "cache_memory": 1 << 28}
+    context = loader.inspect(loader.resolve(model)).context
+    needed = max(options.length, options.decoded + 2)
+    if needed > context:
+        raise InvalidInput(f"--length {options.length}, --decoded {options.decoded}: the model's context is {context}")
+    common = {"draft": "none", "max_model_len": min(context, needed + ROOM), "threads": options.threads, "cache_memory": 1 << 28}
     llms = {name: LLM(model, **{**common, **own}) for name, own in ways(model).items()}
     texts = windows(llms[PLAIN], options)
     found = []
@@ -91,7 +95,8 @@ def measure(model: str, options: QuantOptions, tick: Tick = lambda name: None) -
     for _ in range(options.rounds):
         for way in found:
             tick(f"{way.name}, speed")
-            way.speeds.append(_speed(llms[way.name], texts[0][:ROOM], options.decoded))
+            llm = llms[way.name]
+            way.speeds.append(_speed(llm, texts[0][: min(ROOM, llm.max_model_len - options.decoded - 1)], options.decoded))
     return found
 
 
@@ -124,7 +129,7 @@ def _speed(llm: LLM, prompt: list[int], count: int) -> float:
     return count / max(seconds(count + 1) - first, 1e-9)
 
 
-def show(console: Console, model: str, options: QuantOptions, found: list[Way]) -> None:
+def show(console: Console, options: QuantOptions, found: list[Way]) -> None:
     table = Table(box=None, title=None)
     for name in ("", "weights", "perplexity", "KL", "same token", "tokens/s", "min-max"):
         table.add_column(name, justify="left" if not name else "right")
@@ -134,10 +139,9 @@ def show(console: Console, model: str, options: QuantOptions, found: list[Way]) 
         kl = "" if way.name == PLAIN else f"{way.kl:.4f}"
         table.add_row(way.name, size(way.bytes), f"{way.perplexity:.3f}", kl, agreement, f"{statistics.median(way.speeds):.1f}", speeds)
     console.print(table)
-    console.print(
-        f"{model}; windows of {options.length} tokens; KL and the share of equal likeliest tokens are against {PLAIN}; tokens/s: the plain "
-        "loop, median of the rounds"
-    )
+    console.print()
+    console.print(f"- KL, same token: against {PLAIN}, over windows of {options.length} tokens")
+    console.print("- tokens/s: the plain loop, median of the rounds")
 
 
 def document(model: str, options: QuantOptions, found: list[Way]) -> dict[str, Any]:

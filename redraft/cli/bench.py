@@ -230,7 +230,7 @@ def quant(
     options = measurement.QuantOptions(tuple(texts), tokens, length, decoded, rounds, threads)
     progress = Console(stderr=True)
     found = measurement.measure(model, options, lambda name: progress.print(f"measuring {name}", highlight=False))
-    measurement.show(_console(), model, options, found)
+    measurement.show(_console(), options, found)
     if json is not None:
         files.write(json, measurement.document(model, options, found))
     if html is not None:

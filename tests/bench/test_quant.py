@@ -43,7 +43,9 @@ def test_figures(model: str, text: Path) -> None:
     """The first way is the measure of the others; fewer bits, fewer bytes; the perplexity is that of the rows."""
     options = quant.QuantOptions((text,), tokens=60, length=32, decoded=4, rounds=2)
     plain, stored, int4, int8 = quant.measure(model, options)
-    assert plain.kl == 0 and plain.agreement == 1 and all(len(way.speeds) == 2 and min(way.speeds) > 0 for way in (plain, stored, int4, int8))
+    assert (
+        plain.kl == 0 and plain.agreement == 1 and all(len(way.speeds) == 2 and min(way.speeds) > 0 for way in (plain, stored, int4, int8))
+    )
     assert 0 < int8.kl < int4.kl and 0 < stored.kl
     if not library.why_not():
         assert max(stored.bytes, int8.bytes) < plain.bytes
@@ -68,5 +70,7 @@ def test_the_verb(model: str, text: Path, tmp_path: Path, redraft: Callable[...,
 def test_a_text_that_is_too_short(model: str, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("two words")
-    with pytest.raises(InvalidInput, match="no text has 512 tokens"):
+    with pytest.raises(InvalidInput, match="no text has 128 tokens"):
+        quant.measure(model, quant.QuantOptions((path,), length=512 // 4))
+    with pytest.raises(InvalidInput, match="--length 512, --decoded 64: the model's context is 256"):
         quant.measure(model, quant.QuantOptions((path,)))
