@@ -46,7 +46,7 @@ def test_figures(model: str, text: Path) -> None:
     assert (
         plain.kl == 0 and plain.agreement == 1 and all(len(way.speeds) == 2 and min(way.speeds) > 0 for way in (plain, stored, int4, int8))
     )
-    assert 0 < int8.kl < int4.kl and 0 < stored.kl
+    assert 0 < int8.kl < int4.kl and stored.kl > 0
     if not library.why_not():
         assert max(stored.bytes, int8.bytes) < plain.bytes
     llm = LLM(model, dtype="bfloat16", draft="none", cache_memory=1 << 22)
