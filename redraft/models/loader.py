@@ -130,8 +130,10 @@ def read_config(path: Path) -> Config:
     raw = read_json(file)
     quantized = raw.get("quantization_config") or raw.get("compression_config")
     if quantized:
-        method = quantized.get("quant_method", "bitsandbytes") if isinstance(quantized, dict) else quantized
-        if method not in registry.STORED:
+        if not isinstance(quantized, dict):
+            raise CheckpointError(f"{file}: quantization_config = {shown(quantized)}: must be an object")
+        method = quantized.get("quant_method", "bitsandbytes")
+        if not isinstance(method, str) or method not in registry.STORED:
             raise Unsupported(f"{path}: weights quantized by {shown(method)} are not read; known: {', '.join(registry.STORED)}")
         raw["quantization_config"] = quantized
     if _architecture(raw.get("architectures")) not in registry.FAMILIES:

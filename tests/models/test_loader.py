@@ -244,9 +244,9 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
         Unsupported,
         "config.json: rope type 'spiral'",
     ),
-    "gptq": (lambda f: tiny.edit(f, quantization_config={"quant_method": "gptq", "bits": 4}), Unsupported, "'gptq'"),
-    "awq": (lambda f: tiny.edit(f, quantization_config={"quant_method": "awq"}), Unsupported, "'awq'"),
-    "fp8": (lambda f: tiny.edit(f, quantization_config={"quant_method": "fp8"}), Unsupported, "'fp8'"),
+    "hqq": (lambda f: tiny.edit(f, quantization_config={"quant_method": "hqq"}), Unsupported, "'hqq'"),
+    "a text": (lambda f: tiny.edit(f, quantization_config="gptq"), CheckpointError, "quantization_config = 'gptq': must be an object"),
+    "a list as method": (lambda f: tiny.edit(f, quantization_config={"quant_method": ["gptq"]}), Unsupported, r"\['gptq'\] are not read"),
     "bitsandbytes": (lambda f: tiny.edit(f, quantization_config={"load_in_4bit": True}), Unsupported, "'bitsandbytes'"),
     "adapter": (adapter, Unsupported, "LoRA/PEFT adapter"),
     "adapter beside weights": (
