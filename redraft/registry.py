@@ -62,6 +62,7 @@ METHODS: dict[str, dict[str, str]] = {
     "quant": {
         "int4": "redraft.weights.int4:FineQuant",
         "int8": "redraft.weights.int8:LLMInt8",
+        "stored": "redraft.weights.stored:AsStored",
     },
     "sched": {
         "fcfs": "redraft.sched.fcfs:FCFS",

@@ -70,7 +70,10 @@ def _checkpoint(config: EngineConfig, device: torch.device) -> loader.Checkpoint
     if config.draft_model is not None:
         loader.resolve(config.draft_model)
     dtype = "float64" if chosen == "reference" else config.model.dtype
-    return loader.inspect(path, dtype, device, quant, config.model.max_model_len)
+    found = loader.inspect(path, dtype, device, quant, config.model.max_model_len)
+    if found.keeps and not found.stores_codes():
+        raise Unsupported(f"{path}: quant = {config.model.quant!r}: its matrices are not stored in a quantized form that kernels multiply")
+    return found
 
 
 def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: torch.device) -> Backend:

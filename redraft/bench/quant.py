@@ -29,7 +29,7 @@ from redraft.llm import LLM
 from redraft.models import loader
 from redraft.models.memory import size
 
-PLAIN, STORED = "16 bit", "as stored"
+PLAIN = "16 bit"
 ROOM = 128  # tokens beyond a window, for the measurement of speed
 Tick = Callable[[str], None]
 
@@ -60,11 +60,9 @@ class Way:
 
 def ways(model: str) -> dict[str, dict[str, Any]]:
     """The name of each way -> options of LLM. Weights that a file stores quantized are a way of their own."""
-    checkpoint = loader.inspect(loader.resolve(model))
-    found: dict[str, dict[str, Any]] = {PLAIN: {"dtype": str(checkpoint.dtype).removeprefix("torch.")}}
-    if checkpoint.tensors.packed(checkpoint.sources["layers.0.down.weight"], None) is not None:
-        found[STORED] = {}
-    return found | {name: {"quant": name} for name in registry.METHODS["quant"]}
+    codes = loader.inspect(loader.resolve(model)).stores_codes()
+    names = (name for name in sorted(registry.METHODS["quant"]) if codes or not getattr(registry.method("quant", name), "keeps", False))
+    return {PLAIN: {}} | {name: {"quant": name} for name in names}
 
 
 def windows(llm: LLM, options: QuantOptions) -> list[list[int]]:

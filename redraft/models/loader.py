@@ -65,11 +65,21 @@ class Checkpoint:
     sources: dict[str, WeightSource] = field(repr=False)
     tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
-    as_stored: bool = False  # quantized weights stay so, if the backend multiplies them fast
 
     @property
     def context(self) -> int:
         return self.spec.context
+
+    @property
+    def keeps(self) -> bool:
+        """Whether weights that are stored quantized stay so."""
+        return self.quant is not None and getattr(self.quant, "keeps", False)
+
+    def stores_codes(self) -> bool:
+        """Whether there are such weights."""
+        names = ("down", "qkv", "up", "out", "experts.0.down")
+        found = (self.sources.get(f"layers.0.{name}.weight") for name in names)
+        return any(source is not None and self.tensors.packed(source, None) is not None for source in found)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -195,8 +205,7 @@ def inspect(
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
-    as_stored = dtype == "auto" and quant is None
-    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant, as_stored)
+    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant)
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
@@ -237,9 +246,8 @@ def read(
 ) -> Weights:
     """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files. The checkpoint's `quant`
     and then `pack` (Backend.pack) give a linear weight its final form before the next weight is read, so that at most one weight is
-    in memory twice at any time. as_stored: weights that are stored quantized are not decoded, unless the checkpoint was inspected with
-    a dtype or a quantizer."""
-    as_stored = as_stored and checkpoint.as_stored
+    in memory twice at any time. as_stored: weights that are stored quantized are not decoded, if the quantizer keeps them."""
+    as_stored = as_stored and checkpoint.keeps
     tensors: dict[str, Tensor] = {}
     linears: dict[str, LinearWeights] = {}
     shapes = checkpoint.spec.shapes()

@@ -21,9 +21,10 @@ ROOM = 1 << 24  # the most float32 numbers in memory at once, independent of the
 
 class Quantizer(Protocol):
     """A frozen dataclass. Its card's guarantee compares the quantized model with the original model. All other guarantees of a
-    configuration compare with plain decoding of the quantized model."""
+    configuration compare with plain decoding of the quantized model. keeps: whether matrices that the file stores quantized stay so."""
 
     card: ClassVar[Card]
+    keeps: ClassVar[bool] = False
 
     def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear | Quantized:
         """The weight [outs, ins] as it is stored; unchanged if the method does not quantize it. The result depends only on the

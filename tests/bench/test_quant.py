@@ -35,14 +35,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_quantized_file_is_a_way_of_its_own(model: str, tmp_path: Path) -> None:
-    assert list(quant.ways(model)) == ["16 bit", "as stored", "int4", "int8"]
-    assert "as stored" not in quant.ways(str(checkpoints.tiny_llama(tmp_path / "plain", hidden_size=64)))
+    assert list(quant.ways(model)) == ["16 bit", "int4", "int8", "stored"]
+    assert "stored" not in quant.ways(str(checkpoints.tiny_llama(tmp_path / "plain", hidden_size=64)))
 
 
 def test_figures(model: str, text: Path) -> None:
     """The first way is the measure of the others; fewer bits, fewer bytes; the perplexity is that of the rows."""
     options = quant.QuantOptions((text,), tokens=60, length=32, decoded=4, rounds=2)
-    plain, stored, int4, int8 = quant.measure(model, options)
+    plain, int4, int8, stored = quant.measure(model, options)
     assert (
         plain.kl == 0 and plain.agreement == 1 and all(len(way.speeds) == 2 and min(way.speeds) > 0 for way in (plain, stored, int4, int8))
     )
@@ -61,8 +61,8 @@ def test_the_verb(model: str, text: Path, tmp_path: Path, redraft: Callable[...,
     words = ("bench", "quant", model, "--tokens", "60", "--length", "32", "--decoded", "2", "--rounds", "1")
     code, out, err = redraft(*words, "--texts", str(text), "--json", str(found), "--html", str(page))
     assert code == 0, err
-    assert all(name in out for name in ("16 bit", "as stored", "int8", "int4", "same token")) and max(map(len, out.splitlines())) <= 80
-    assert [way["name"] for way in json.loads(found.read_text())["ways"]] == ["16 bit", "as stored", "int4", "int8"]
+    assert all(name in out for name in ("16 bit", "stored", "int8", "int4", "same token")) and max(map(len, out.splitlines())) <= 80
+    assert [way["name"] for way in json.loads(found.read_text())["ways"]] == ["16 bit", "int4", "int8", "stored"]
     assert page.read_text().count("<svg") == 3
     assert redraft(*words)[::2] == (2, "error: --texts: at least one file of text is needed\n")
 

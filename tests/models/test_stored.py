@@ -20,6 +20,7 @@ from redraft.models import loader
 from redraft.models.checkpoint import Safetensors
 from redraft.ops import library
 from redraft.ops.quantized import Quantized
+from redraft.weights.stored import AsStored
 from tests import checkpoints
 
 GROUP = 32
@@ -173,7 +174,7 @@ def test_numbers_are_those_of_the_formula(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_stays_packed_has_the_same_numbers(name: str, tmp_path: Path) -> None:
     folder, plain = written(name, tmp_path / name)
-    checkpoint = loader.inspect(folder)
+    checkpoint = loader.inspect(folder, quant=AsStored())
     weights = loader.read(checkpoint, as_stored=True)
     qkv, down = weights.layers[1].qkv, weights.layers[1].down
     assert isinstance(qkv, Quantized) == isinstance(down, Quantized) == FORMATS[name][2]
@@ -189,7 +190,7 @@ def test_drafts_and_batches_change_no_text(name: str, tmp_path: Path) -> None:
     prompts = ["once upon a time", "def f(x):"]
 
     def texts(draft: str) -> list[list[int]]:
-        llm = LLM(str(folder), cache_memory=1 << 22, draft=draft)
+        llm = LLM(str(folder), cache_memory=1 << 22, draft=draft, quant="stored" if FORMATS[name][2] else None)
         every = [llm.generate([prompt], temperature=0, max_tokens=24)[0].outputs[0].token_ids for prompt in prompts]
         assert every == [one.outputs[0].token_ids for one in llm.generate(prompts, temperature=0, max_tokens=24)]
         return every

@@ -18,7 +18,8 @@ FORMS = {
     "int4": ("group=32", "group=128", "group=adaptive", "group=adaptive,alpha=1", "head=int4", "head=none"),
     "int8": ("outliers=3", "head=none"),
 }
-EVERY = [f"{name}:{options}".rstrip(":") for name in registry.METHODS["quant"] for options in ("", *FORMS.get(name, ()))]
+MAKERS = [name for name in registry.METHODS["quant"] if not getattr(registry.method("quant", name), "keeps", False)]
+EVERY = [f"{name}:{options}".rstrip(":") for name in MAKERS for options in ("", *FORMS.get(name, ()))]
 ROLES = ("layer", "head")
 
 

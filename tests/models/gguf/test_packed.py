@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from redraft import LLM
 from redraft.core.spec import WeightSource
+from redraft.errors import Unsupported
 from redraft.models.gguf.file import Record
 from redraft.models.gguf.packed import FORMS, quantized
 from redraft.ops import library
@@ -99,7 +100,7 @@ def test_what_stays_to_be_decoded() -> None:
 @pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_texts_of_a_file_as_it_is_stored(kind: str, tmp_path: Path) -> None:
-    """Weights stay quantized without a dtype; drafts and batches change no text."""
+    """With --quant stored weights stay quantized; drafts and batches change no text."""
     folder = checkpoints.tiny_llama(tmp_path / "own", hidden_size=64, intermediate_size=96)
     path = files.write(folder, tmp_path / "q.gguf", Kind[kind])
     prompts = ["once upon a time", "def f(x):"]
@@ -107,11 +108,17 @@ def test_texts_of_a_file_as_it_is_stored(kind: str, tmp_path: Path) -> None:
     def texts(**options: str) -> list[list[int]]:
         llm = LLM(str(path), cache_memory=1 << 22, **options)
         stored = [layer.down for layer in llm.runner.weights.layers]
-        assert all(getattr(getattr(one, "c", None), "group", 0) == (0 if "dtype" in options else 32) for one in stored)
+        assert all(getattr(getattr(one, "c", None), "group", 0) == (32 if "quant" in options else 0) for one in stored)
         every = [llm.generate([prompt], temperature=0, max_tokens=24)[0] for prompt in prompts]
         both = llm.generate(prompts, temperature=0, max_tokens=24)
         assert [one.outputs[0].token_ids for one in every] == [one.outputs[0].token_ids for one in both]
         return [one.outputs[0].token_ids for one in both]
 
-    assert texts(draft="copyspec") == texts(draft="none")
-    texts(draft="none", dtype="bfloat16")
+    assert texts(draft="copyspec", quant="stored") == texts(draft="none", quant="stored")
+    texts(draft="none")
+
+
+def test_a_folder_without_codes_has_nothing_to_keep(tmp_path: Path) -> None:
+    folder = checkpoints.tiny_llama(tmp_path / "own", hidden_size=64)
+    with pytest.raises(Unsupported, match="quant = 'stored': its matrices are not stored in a quantized form"):
+        LLM(str(folder), quant="stored")

@@ -1,0 +1,38 @@
+"""Weights as their file stores them: quantized matrices of GGUF, GPTQ, AWQ and compressed-tensors are multiplied without being decoded.
+
+Rows of activations become 8-bit codes with one scale, as ops/quantized.py defines. Matrices in a form that no kernel multiplies are
+decoded, as without this method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from redraft.card import Card, Guarantee
+from redraft.weights.quant import Role
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from redraft.ops.backend import Linear
+
+
+@dataclass(frozen=True)
+class AsStored:
+    keeps: ClassVar[bool] = True
+    card: ClassVar[Card] = Card(
+        "As stored",
+        "Gerganov and others, GGUF, 2023; Frantar et al., GPTQ, 2022, arXiv 2210.17323; Lin et al., AWQ, 2023, arXiv 2306.00978",
+        Guarantee.LOSSY,
+        needs="a file with quantized matrices",
+        deviates="activation rows are 8-bit codes with one scale; llama.cpp has one for 32 columns",
+        summary="the file's own bits; when a quantized file should be as small and fast as it is",
+    )
+
+    def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear:
+        return weights
+
+    def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
+        return outs * ins * dtype.itemsize
