@@ -28,7 +28,7 @@ class AsStored:
         Guarantee.LOSSY,
         needs="a file with quantized matrices",
         deviates="activation rows are 8-bit codes with one scale; llama.cpp has one for 32 columns",
-        summary="the file's own bits; when a quantized file should be as small and fast as it is",
+        summary="quantized files as they are; when memory is short",
     )
 
     def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear:
