@@ -116,3 +116,26 @@ def test_rope_is_read_as_transformers_reads_it(kind: str, written: str, folder: 
     assert (torch.log_softmax(logits(runner, 7), -1) - want).abs().max() < 1e-3
     original = 32 if written.endswith("no length") else 16
     assert checkpoint.context == {"linear": 96, "yarn": 4 * original, "llama3": 32 if original < 32 else 8 * 32}[kind]
+
+
+def test_the_text_model_beside_a_vision_encoder(folder: Path) -> None:
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    ids = {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 58, "eoi_token_index": 59}
+    config = transformers.Gemma3Config(text_config=tiny.FAMILIES["gemma3"][1], vision_config=vision, **ids)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(float(value.ndim == 1 and name.endswith("weight")) + 0.3 * torch.randn(value.shape, generator=generator))
+    model.save_pretrained(folder / "vision")
+    spec, weights = tiny.load(folder / "vision", dtype="float64")
+    runner = Runner(spec, weights, registry.load(registry.BACKENDS["reference"])(torch.float64), blocks=4)
+    with torch.inference_mode():
+        close(logits(runner, 7), model(torch.tensor([PROMPT])).logits[0].double())
