@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from redraft.core.spec import Experts, LayerSpec, Norm
+from redraft.core.spec import Experts, LayerSpec, Mlp, Norm
 from redraft.models.mixers import MIXERS
-from redraft.ops.backend import Backend, LayerWeights, NormWeights
+from redraft.ops.backend import Backend, LayerWeights, LinearWeights, NormWeights
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
@@ -30,7 +30,17 @@ def _added(h: Tensor, y: Tensor, post: NormWeights | None, layer: LayerSpec, bac
 
 
 def _feed_forward(x: Tensor, layer: LayerSpec, weights: LayerWeights, backend: Backend) -> Tensor:
-    if isinstance(layer.mlp, Experts):
-        return backend.experts(x, weights, layer.mlp)
-    assert weights.up is not None and weights.down is not None
-    return backend.linear(backend.activate(backend.linear(x, weights.up), layer.mlp.activation, layer.mlp.gated), weights.down)
+    if not isinstance(layer.mlp, Experts):
+        return _mlp(x, layer.mlp, weights.up, weights.down, backend)
+    out = backend.experts(x, weights, layer.mlp)
+    if layer.mlp.shared is None:
+        return out
+    beside = _mlp(x, layer.mlp.shared, weights.shared_up, weights.shared_down, backend)
+    if weights.shared_gate is not None:
+        beside = beside * backend.activate(backend.linear(x, weights.shared_gate), "sigmoid", False)
+    return out + beside
+
+
+def _mlp(x: Tensor, mlp: Mlp, up: LinearWeights | None, down: LinearWeights | None, backend: Backend) -> Tensor:
+    assert up is not None and down is not None
+    return backend.linear(backend.activate(backend.linear(x, up), mlp.activation, mlp.gated), down)

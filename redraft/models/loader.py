@@ -89,9 +89,8 @@ class Checkpoint:
 
 def resolve(model: str) -> Path:
     """The folder of a model: 'embedded' or 'embedded-draft', a path, a name that `redraft get` downloaded, or a hub id (`org/name` or
-    `org/name@revision`). A hub model is
-    downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. For a GGUF file, or a folder with one and without config.json, that
-    file; of a split set the first. CheckpointError if it is none of these."""
+    `org/name@revision`). A hub model is downloaded unless it is cached; HF_HOME and HF_HUB_OFFLINE apply. For a GGUF file, or a folder
+    with one and without config.json, that file; of a split set the first. CheckpointError if it is none of these."""
     if model in _EMBEDDED:
         return Path(__file__).parent.parent / "embedded" / _EMBEDDED[model]
     name = model if model.isprintable() and len(model) <= MAX_VALUE else shown(model)

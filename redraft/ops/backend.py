@@ -327,8 +327,7 @@ class Backend(Protocol):
         ...
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts; then that of the
-        shared one."""
+        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts."""
         ...
 
     def cap(self, x: Tensor, limit: float) -> Tensor:

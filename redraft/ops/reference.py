@@ -251,14 +251,7 @@ class Reference:
             for e, p in sorted(zip(top.indices.tolist(), share, strict=True)):
                 inner = self.activate(self.linear(x[t, None], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
                 out[t] += p * self.linear(inner, weights.experts_down[e])[0]
-        if experts.shared is None:
-            return out
-        assert weights.shared_up is not None and weights.shared_down is not None
-        inner = self.activate(self.linear(x, weights.shared_up), experts.shared.activation, experts.shared.gated)
-        beside = self.linear(inner, weights.shared_down)
-        return out + (
-            beside if weights.shared_gate is None else beside * self.activate(self.linear(x, weights.shared_gate), "sigmoid", False)
-        )
+        return out
 
     def cap(self, x: Tensor, limit: float) -> Tensor:
         return limit * torch.tanh(x / limit)

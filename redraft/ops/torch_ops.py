@@ -670,14 +670,7 @@ class TorchOps:
             rows, place = (chosen == e).nonzero(as_tuple=True)
             inner = self.activate(self.linear(x[rows], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
             out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
-        if experts.shared is None:
-            return out
-        assert weights.shared_up is not None and weights.shared_down is not None
-        inner = self.activate(self.linear(x, weights.shared_up), experts.shared.activation, experts.shared.gated)
-        beside = self.linear(inner, weights.shared_down)
-        return out + (
-            beside if weights.shared_gate is None else beside * self.activate(self.linear(x, weights.shared_gate), "sigmoid", False)
-        )
+        return out
 
     def cap(self, x: Tensor, limit: float) -> Tensor:
         return torch.tanh(x / limit) * limit

@@ -384,6 +384,7 @@ class Shape(NamedTuple):
     learned: bool = False
     experts: int = 0
     still: bool = False  # the middle layer is not rotated
+    shared: Mlp | None = None  # an expert of all rows, with a gate
     post_norm: Norm | None = None
     layer: Mapping[str, Any] = MappingProxyType({})  # other fields of the layers
     mixer: Mapping[str, Any] = MappingProxyType({})  # and of their attention
@@ -408,6 +409,7 @@ FAMILIES |= {
     "olmo": Shape(6, 2, 12, 36, Mlp(50), qk_norm=True, post_norm=Norm(), layer={"norm": None}, mixer={"norm_heads_together": True}),
     "granite": Shape(4, 2, 8, 40, Mlp(52), layer={"residual": 0.4}, mixer={"scale": 0.2}, spec={"embed_scale": 3.0}),
     "neox": Shape(3, 3, 10, 30, Mlp(100, "gelu", gated=False, bias=True), Norm("layer"), biases=True, layer={"parallel": True}),
+    "shared": Shape(4, 2, 8, 40, Mlp(36), experts=5, shared=Mlp(28)),
     "cohere": Shape(4, 2, 8, 40, Mlp(52), Norm("layer", biased=False), layer={"parallel": True}, spec={"logit_scale": 0.3}),
 }  # fmt: skip
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
@@ -434,7 +436,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         return None if shape.learned else Rotary(tuple(base ** (-2 * i / shape.size) for i in range(shape.size // 2)))
 
     near, far = rotary(100.0), None if shape.still else rotary(900.0 if shape.window else 100.0)
-    mlp = Experts(shape.experts, 2, shape.mlp) if shape.experts else shape.mlp
+    mlp = Experts(shape.experts, 2, shape.mlp, shared=shape.shared, gated=shape.shared is not None) if shape.experts else shape.mlp
     qk = replace(shape.norm, eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
@@ -464,7 +466,11 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         ups, downs = mlps(shape.mlp.hidden * (1 + shape.mlp.gated), shape.hidden), mlps(shape.hidden, shape.mlp.hidden)
         if not shape.experts:
             return replace(made, up=ups[0], down=downs[0])
-        return replace(made, router=linear(shape.experts, shape.hidden, False, 3.0), experts_up=ups, experts_down=downs)
+        made = replace(made, router=linear(shape.experts, shape.hidden, False, 3.0), experts_up=ups, experts_down=downs)
+        if shape.shared is None:
+            return made
+        up, down = linear(2 * shape.shared.hidden, shape.hidden, False), linear(shape.hidden, shape.shared.hidden, False)
+        return replace(made, shared_up=up, shared_down=down, shared_gate=linear(1, shape.hidden, False, 3.0))
 
     made = [layer_of(layer) for layer in spec.attention]
     positions = rand(CONTEXT, shape.hidden) * 3 if shape.learned else None
@@ -503,7 +509,8 @@ def cast(weights: Weights, ops: NativeOps, quant: str = "", norm: Norm | None = 
         gated = len(up.weight) == 2 * down.weight.shape[1]
         parts = {name: normed(getattr(own, name)) for name in NORMS}
         parts |= {name: packed(getattr(own, name)) for name in ("qkv", "out", "down")} | {"up": packed(own.up, gated)}
-        parts |= {"router": None if own.router is None else ops.pack(typed(own.router))}
+        parts |= {name: None if (one := getattr(own, name)) is None else ops.pack(typed(one)) for name in ("router", "shared_gate")}
+        parts |= {"shared_up": packed(own.shared_up, True), "shared_down": packed(own.shared_down)}
         parts |= {"experts_up": tuple(packed(one, gated) for one in own.experts_up), "experts_down": tuple(map(packed, own.experts_down))}
         layers.append(LayerWeights(**parts))
     positions = None if weights.positions is None else weights.positions.to(ops.dtype)
@@ -755,7 +762,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         table.free(text.seq)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not FAMILIES[family].experts])
 @DTYPES
 @few(1)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -781,7 +788,7 @@ def test_a_row_of_codes_has_the_bits_that_it_has_alone(family: str, quant: str, 
     assert loaded is not None
     bench = Bench(family, dtype, quant)
     program(bench, seed, loaded.set_threads)
-    assert bool(bench.ops.segments) == (family != "mixtral")
+    assert bool(bench.ops.segments) == (not FAMILIES[family].experts)
 
 
 @DTYPES
@@ -824,7 +831,7 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
 @pytest.mark.parametrize(
     ("family", "quant"),
     [
-        *((family, "") for family in ("llama", "qwen3", "gpt2", "mixtral", "gemma", "olmo", "granite", "neox", "cohere")),
+        *((family, "") for family in ("llama", "qwen3", "gpt2", "mixtral", "shared", "gemma", "olmo", "granite", "neox", "cohere")),
         *(("mistral", "int8"), ("llama", "int4"), ("gemma", "int8"), ("granite", "low"), ("cohere", "wide tops"), ("olmo", "int4")),
     ],
 )
@@ -847,7 +854,7 @@ def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: 
                 before = bench.ops.segments
                 threads(dice.choice([1, 2, 3]))
                 outs.append(bench.runner.forward(batch, taps))
-                assert bench.ops.segments - before == (family != "mixtral"), "not one call"
+                assert bench.ops.segments - before == (not FAMILIES[family].experts), "not one call"
             one, other = outs
             assert one.argmax.tolist() == other.argmax.tolist() and len(one.argmax) == len(batch.logit_rows)
             assert (one.top_k is None) == (other.top_k is None) == (not taps.top_k)
@@ -881,7 +888,7 @@ def test_hidden_states_stay_as_they_were_reported(family: str, dtype: torch.dtyp
             hidden = bench.runner.forward(Batch.pack(work, [EMPTY], pages), Taps(frozenset(layers))).hidden
             assert set(hidden) == layers
             reported.append(hidden)
-    assert bench.ops.segments == (0 if family == "mixtral" else 3 + 2 + 2)  # experts are no part of a run
+    assert bench.ops.segments == (0 if FAMILIES[family].experts else 3 + 2 + 2)  # experts are no part of a run
     for hidden in reported:
         for layer, states in hidden.items():
             assert torch.equal(bits(states), bits(reported[-3][layer]))

@@ -74,9 +74,8 @@ def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
     for layer, mixer in zip(spec.layers, spec.attention, strict=True):
         plain = isinstance(layer.mlp, Mlp) and layer.mlp.gated and layer.mlp.activation == "silu"
         turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim and not mixer.rotary.still
-        usual = layer == LayerSpec(mixer, layer.mlp, layer.norm) and mixer == replace(
-            mixer, scale=None, softcap=None, norm_heads_together=False
-        )
+        usual = layer == LayerSpec(mixer, layer.mlp, layer.norm)
+        usual = usual and mixer == replace(mixer, scale=None, softcap=None, norm_heads_together=False)
         if not (plain and turned and usual) or _norm(layer).kind != "rms" or mixer.window is not None or spec.embed_scale != 1.0:
             raise Unsupported(
                 f"no OpenVINO graph for this {spec.family}: only layers as in Llama, of RMS norms, rotary heads and a gated SiLU, without "

@@ -34,21 +34,11 @@ _ROPE = {
     "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
 _UNDERSTOOD = {
-    *_SIZES,
-    *_ROPE,
-    "vocab_size",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.causal",
-    "attention.layer_norm_rms_epsilon",
-    "attention.layer_norm_epsilon",
-    "expert_count",
-    "expert_used_count",
-    "tensor_data_layout",
-}
+    *_SIZES, *_ROPE, "vocab_size", "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.causal",
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "expert_count", "expert_used_count", "tensor_data_layout",
+}  # fmt: skip
 _GEMMA = {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "rope.freq_base_swa"}
-_ALSO = {"gemma2": _GEMMA, "gemma3": _GEMMA}  # understood in these architectures only  # fmt: skip
+_ALSO = {"gemma2": _GEMMA, "gemma3": _GEMMA}  # understood in these architectures only
 _COUNTED = ("block_count",)  # each has tensors of its own
 _LARGEST = (1 << 24) - 1  # context lengths reach 10^7
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama"}  # llama.cpp's names that are not transformers'
+ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}  # llama.cpp's names that are not transformers'
 
 
 def write(folder: Path, out: Path, kind: Kind = Kind.F32, *, split: int = 0, drop: str = "", extra: Any = (), **metadata: Any) -> Path:
@@ -62,6 +62,7 @@ def _header(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
     writer.add_head_count_kv(raw["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
     rope = raw["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if raw.get("head_dim"):
         writer.add_key_length(raw["head_dim"])
@@ -93,6 +94,8 @@ def _tensors(folder: Path, raw: dict[str, Any], architecture: str) -> list[tuple
             value = value.reshape(heads, 2, len(value) // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         if any(part in name for part in (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
             value = value.T
+        if "norm" in name and architecture.startswith("gemma"):  # files hold the gains, checkpoints the gains less 1
+            value = value + 1
         target = named.get_name(name, try_suffixes=(".weight", ".bias"))
         assert target, name
         found.append((target, np.ascontiguousarray(value)))

@@ -204,3 +204,21 @@ def test_default_sampling_parameters(tmp_path: Path) -> None:
         read_defaults(written("c.gguf", mirostat=2), (2,), 61)
     with pytest.raises(CheckpointError, match=r"d.gguf: SamplingParams.top_p = 2.0"):
         read_defaults(written("d.gguf", top_p=2.0), (2,), 61)
+
+
+GEMMA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # other fields of the folder, metadata of the file
+    "gemma2": ({"query_pre_attn_scalar": 8}, {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ({"query_pre_attn_scalar": 8, "layer_types": None, "num_hidden_layers": 7}, {"rope__freq_base_swa": 100.0}),
+}
+
+
+@pytest.mark.parametrize("name", GEMMA)
+def test_gemma(name: str, folder: Path) -> None:
+    """Windows by layer, the scale of scores and the gains of norms follow from the architecture."""
+    changes, metadata = GEMMA[name]
+    own = tiny.save(name, folder / f"{name}-whole", **changes)
+    out = files.write(own, folder / f"{name}.gguf", attention__sliding_window=11, **metadata)
+    first, second = run(own, "reference", torch.float64), run(out, "reference", torch.float64)
+    assert (first - second).abs().max() < 1e-5 * first.abs().max()  # the gains are rounded to float32 in the file
+    windows = [[mixer.window for mixer in loader.inspect(path).spec.attention] for path in (own, out)]
+    assert windows[0] == windows[1] and {11, None} == set(windows[0])
