@@ -87,7 +87,7 @@ struct SignedProduct {
 // and 5 to the second; with one block all belong to it. Shapes are loaded only when they change.
 class Tiles {
 public:
-    explicit Tiles(int64_t line = LINE) : line_(line) {}
+    Tiles() = default;
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
     ~Tiles() { release_tiles(); }  // the system saves tiles in use at every thread switch
@@ -99,8 +99,7 @@ public:
         shapes.palette = 1;
         for (int t : {0, 1, 4}) shape(shapes, t, first);
         for (int t : {2, 3, 5}) shape(shapes, t, second);
-        for (int t : {6, 7}) shape(shapes, t, line_ / 4);
-        shapes.line[4] = shapes.line[5] = uint16_t(line_);
+        for (int t : {6, 7}) shape(shapes, t, STEPS);
         load_shapes(shapes);
     }
 
@@ -109,7 +108,7 @@ private:
         shapes.rows[t] = uint8_t(rows);
         shapes.line[t] = LINE;
     }
-    int64_t line_, first_ = 0, second_ = 0;
+    int64_t first_ = 0, second_ = 0;
 };
 
 // ---- prefetching weights
@@ -287,8 +286,7 @@ void tile_layer(const LinearJob& j, int64_t first, int64_t last, float* scratch)
 
 // ---- groups
 
-// Rows for which tiles pay: fewer are as fast without them, and sums of codes are exact in both. Half filled tiles need more.
-constexpr int64_t FEWEST_GROUPED = 8, FEWEST_HALF = 16;
+constexpr int64_t FEWEST_GROUPED = 8;   // rows for which tiles pay: fewer are as fast as one without them, and sums of codes are exact in both
 constexpr int64_t UNPACKED = 4;      // lines of codes that are unpacked at a time for all rows: 16 KiB
 
 // Lines first..last of a panel as signed codes, in the layout of int8.
@@ -304,93 +302,86 @@ inline void unpack(const uint8_t* w, int64_t first, int64_t last, int64_t offset
     }
 }
 
-// Bytes of a row in a tile such that tiles end where groups end; 0 if that is impossible or if a group has too many codes to unpack.
-inline int64_t line_of(const Linear& w) {
-    if (!w.grouped() || w.group > UNPACKED * LINE) return 0;
-    return w.group % LINE == 0 ? LINE : w.group % (LINE / 2) == 0 ? LINE / 2 : 0;
+// The integer sums of group g of a block of rows from r on become floats and are added with their scales: the same numbers as in Groups.
+inline void add_group(const LinearJob& j, int64_t p, int64_t g, const int32_t* whole, int64_t r, int64_t rows, float* sums) {
+    constexpr int64_t COUNT = PANEL / Int::N;
+    Floats scale[COUNT], low[COUNT] = {};
+    for (int64_t v = 0; v < COUNT; v++) {
+        scale[v] = of_group(j.w, j.w.scales, j.w.factors, p, g, v * Int::N);
+        if (j.w.lows) low[v] = of_group(j.w, j.w.lows, j.w.offsets, p, g, v * Int::N);
+    }
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t v = 0; v < COUNT; v++) {
+            float* at = sums + (r + i) * PANEL + v * Int::N;
+            Floats sum;
+            if (g) get(at, sum);
+            else clear(sum);
+            add_scaled(sum, bytes(whole + i * PANEL + v * Int::N), scale[v]);
+            if (j.w.lows) add_scaled(sum, number(reinterpret_cast<const uint8_t*>(j.x_sums + (r + i) * j.w.groups() + g)), low[v]);
+            put(at, sum);
+        }
 }
 
-// Groups g0..g1 of a panel for one block of rows.
-struct GroupBlock {
-    static constexpr int64_t MOST = UNPACKED * LINE / (LINE / 2), OUTS = Int::N;
-    const LinearJob& j;
-    int64_t p, g0, g1, r, tall, line;
-    const uint8_t *x, *codes;  // of g0
-    int32_t whole[2][TALL * OUTS];
-    float x_sums[MOST][TALL];  // of the rows' codes, if there are lows
-
-    GroupBlock(const LinearJob& job, int64_t line_bytes) : j(job), line(line_bytes), whole{}, x_sums{} {}
-
-    void begin(int64_t panel, int64_t first, int64_t last, int64_t row, const uint8_t* signed_codes) {
-        p = panel, g0 = first, g1 = last, r = row, tall = j.x.tall(row), codes = signed_codes;
-        x = j.x.data + r * j.x.lines() * LINE;
-        for (int64_t g = g0; j.w.lows && g < g1; g++)
-            for (int64_t i = 0; i < tall; i++) x_sums[g - g0][i] = number(reinterpret_cast<const uint8_t*>(j.x_sums + (r + i) * j.w.groups() + g));
+// One group of one block of rows: `count` lines of x.
+inline void group_sums(const uint8_t* w, const uint8_t* x, int64_t tall, int64_t count, int32_t* whole, Fetch& fetch) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int64_t line = 0; line < count; line++, w += STEPS * STEP, x += tall * LINE) {
+        tile_load<4>(x, LINE);
+        tile_load<6>(w, STEP);
+        SignedProduct::run<0, 4, 6>();
+        tile_load<7>(w + 64, STEP);
+        SignedProduct::run<1, 4, 7>();
+        fetch.some();
+        tile_load<6>(w + 128, STEP);
+        SignedProduct::run<2, 4, 6>();
+        tile_load<7>(w + 192, STEP);
+        SignedProduct::run<3, 4, 7>();
+        fetch.some();
     }
+    tile_store<0>(whole, STEP);
+    tile_store<1>(whole + 16, STEP);
+    tile_store<2>(whole + 32, STEP);
+    tile_store<3>(whole + 48, STEP);
+}
 
-    // The integer sums of a group for the outputs from v on.
-    template <int C, int A, int B>
-    void multiply(int64_t g, int64_t v, Fetch& fetch) {
-        const int64_t each = j.w.group / line, all = j.w.steps() / STEPS * LINE / line, last = g + 1 == j.w.groups() ? all : (g + 1) * each;
-        tile_zero<C>();
-        for (int64_t t = g * each; t < last; t++) {
-            tile_load<A>(x + t * line / LINE * tall * LINE + t * line % LINE, LINE);
-            tile_load<B>(codes + (t - g0 * each) * (line / 4) * STEP + v * 4, STEP);
-            fetch.some();
-            SignedProduct::run<C, A, B>();
-        }
-        tile_store<C>(whole[C], OUTS * 4);
-    }
+// Whether groups end where tiles end, with not too many codes to unpack. Smaller groups are as fast without tiles.
+inline bool fits_tiles(const Linear& w) { return w.grouped() && w.group % LINE == 0 && w.group <= UNPACKED * LINE; }
 
-    // They become floats and are added with their scales: the same numbers as in Groups.
-    INLINE void add(int64_t g, int64_t v, Floats (&sums)[TALL]) const {
-        const Floats scale = of_group(j.w, j.w.scales, j.w.factors, p, g, v);
-        const int32_t* from = whole[(g - g0) % 2];
-        for (int64_t i = 0; i < TALL; i++) add_scaled(sums[i], bytes(from + i * OUTS), scale);
-        if (!j.w.lows) return;
-        const Floats low = of_group(j.w, j.w.lows, j.w.offsets, p, g, v);
-        for (int64_t i = 0; i < TALL; i++) add_scaled(sums[i], x_sums[g - g0][i], low);
-    }
-
-    // While a group is multiplied the one before is added.
-    void run(int64_t v, float* to, Fetch& fetch) {
-        Floats sums[TALL];
-        for (int64_t i = 0; i < TALL; i++)
-            if (g0 && i < tall) get(to + (r + i) * PANEL + v, sums[i]);
-            else clear(sums[i]);
-        for (int64_t g = g0; g < g1; g++) {
-            if ((g - g0) % 2) multiply<1, 5, 7>(g, v, fetch);
-            else multiply<0, 4, 6>(g, v, fetch);
-            if (g > g0) add(g - 1, v, sums);
-        }
-        add(g1 - 1, v, sums);
-        for (int64_t i = 0; i < tall; i++) put(to + (r + i) * PANEL + v, sums[i]);
-    }
-};
-
-void tile_grouped(const LinearJob& j, int64_t first, int64_t last, int64_t line, float* scratch) {
-    alignas(64) uint8_t unpacked[UNPACKED * STEPS * STEP];
-    alignas(64) GroupBlock block(j, line);
-    Tiles tiles(line);
-    const int64_t groups = j.w.groups(), lines = j.w.steps() / STEPS, bytes = j.w.kind == G8 ? STEP : STEP / 2, group = j.w.group;
-    const int64_t per_chunk = UNPACKED * LINE / group, blocks = (j.x.rows + TALL - 1) / TALL, chunks = (groups + per_chunk - 1) / per_chunk;
-    for (int64_t p = first; p < last; p++) {
-        const uint8_t* w = j.w.panels + p * j.w.panel_bytes();
-        for (int64_t g0 = 0; g0 < groups; g0 += per_chunk) {
-            const int64_t g1 = g0 + per_chunk < groups ? g0 + per_chunk : groups;
-            const int64_t begin = g0 * group / LINE, end = g1 == groups ? lines : (g1 * group + LINE - 1) / LINE;
-            if (j.w.kind == I4) unpack(w, begin, end, j.w.offset(), unpacked);
-            const uint8_t* const codes = j.w.kind == I4 ? unpacked : w + begin * STEPS * STEP;
-            const uint8_t* next = w + end * STEPS * bytes;
-            Fetch fetch{next, next + UNPACKED * STEPS * bytes, (LINE / 4 + 4 * blocks - 1) / (4 * blocks)};
-            const bool back = (p * chunks + g0 / per_chunk) % 2;  // back and forth, so shapes change at most once per chunk
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t r = (back ? blocks - 1 - b : b) * TALL;
-                block.begin(p, g0, g1, r, codes + (g0 * group - begin * LINE) / 4 * STEP);
-                tiles.hold(block.tall, block.tall);
-                for (int64_t v = 0; v < PANEL; v += GroupBlock::OUTS) block.run(v, scratch, fetch);
+void tile_grouped_panel(Tiles& tiles, const LinearJob& j, int64_t p, uint8_t* codes, int32_t* whole, float* sums) {
+    const int64_t groups = j.w.groups(), lines = j.w.steps() / STEPS, each = j.w.group / LINE;
+    const int64_t per_chunk = UNPACKED * LINE / j.w.group, chunks = (groups + per_chunk - 1) / per_chunk, blocks = (j.x.rows + TALL - 1) / TALL;
+    const uint8_t* w = j.w.panels + p * j.w.panel_bytes();
+    const int64_t bytes = j.w.kind == G8 ? STEP : STEP / 2;  // of a step of a panel
+    for (int64_t g0 = 0; g0 < groups; g0 += per_chunk) {
+        const int64_t g1 = g0 + per_chunk < groups ? g0 + per_chunk : groups;
+        const int64_t begin = g0 * each, end = g1 == groups ? lines : g1 * each;
+        if (j.w.kind == I4) unpack(w, begin, end, j.w.offset(), codes);
+        const uint8_t* const signed_codes = j.w.kind == I4 ? codes : w + begin * STEPS * STEP;
+        const uint8_t* next = w + end * STEPS * bytes;
+        Fetch fetch{next, next + UNPACKED * STEPS * bytes, (LINE / 4 + blocks - 1) / blocks};
+        const bool back = (p * chunks + g0 / per_chunk) % 2;  // back and forth, so shapes change at most once per chunk
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t r = (back ? blocks - 1 - b : b) * TALL, tall = j.x.tall(r);
+            tiles.hold(tall, tall);
+            for (int64_t g = g0; g < g1; g++) {
+                const int64_t first = g * each, last = g + 1 == groups ? lines : first + each;
+                const uint8_t* x = j.x.data + r * j.x.lines() * LINE + first * tall * LINE;
+                group_sums(signed_codes + (first - begin) * STEPS * STEP, x, tall, last - first, whole, fetch);
+                add_group(j, p, g, whole, r, tall, sums);
             }
         }
+    }
+}
+
+void tile_grouped(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
+    alignas(64) uint8_t codes[UNPACKED * STEPS * STEP];
+    alignas(64) int32_t whole[TALL * PANEL];
+    Tiles tiles;
+    for (int64_t p = first; p < last; p++) {
+        tile_grouped_panel(tiles, j, p, codes, whole, scratch);
         settle(j, {p, 0, PANEL}, scratch);
     }
 }
@@ -399,9 +390,8 @@ int64_t tile_pieces(const Linear& w) { return w.count(); }
 
 void tile_linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
     if (j.x.rows < 1 || first >= last) return;
-    const int64_t fits = line_of(j.w), line = j.x.rows >= (fits == LINE ? FEWEST_GROUPED : FEWEST_HALF) ? fits : 0;
     if (j.w.kind == BF16) tile_layer<HalfProduct>(j, first, last, scratch);
     else if (j.w.kind == I8) tile_layer<CodeProduct>(j, first, last, scratch);
-    else if (line) tile_grouped(j, first, last, line, scratch);
+    else if (j.x.rows >= FEWEST_GROUPED && fits_tiles(j.w)) tile_grouped(j, first, last, scratch);
     else linear(j, first * pieces(j.w) / j.w.count(), last * pieces(j.w) / j.w.count(), scratch);
 }

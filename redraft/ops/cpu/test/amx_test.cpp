@@ -308,7 +308,7 @@ std::string judge(const Inputs& in, Random& random) {
     plain.best = 0;
     const int64_t panels = in.l.w.count();
     const Outcome got = pass(*amx_kernels(), plain, in.l, in.x, in.before, 0, c.rows, panels);
-    const bool codes = c.weights >= I8, small = c.weights > I8 && (c.rows < (c.group % 64 ? 16 : 8) || c.group % 32 || c.group > 256);
+    const bool codes = c.weights >= I8, small = c.weights > I8 && (c.rows < 8 || c.group % 64 || c.group > 256);
     if (machine.faults) return std::string("a processor would stop: ") + machine.fault;
     if (machine.configured) return "tiles are not released";
     if ((c.weights == F32 || small) != (machine.products == 0)) return "tiles are used where they should not be, or not where they should";
