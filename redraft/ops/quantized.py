@@ -5,15 +5,17 @@ ties to even. Sums of codes are integers and exact.
 
 1. v = x in float32, with 0 in the outlier columns. m = max |v|, s = m / 127, r = 127 / m (one division), or 0 if that is not finite.
 2. The codes of the row are rint(v * r), ties to even, in -127..127. If m is NaN or infinite, all outputs are NaN.
+   scale [outs, groups]: rint((v * p) * r), where p is the power of a group of the row: the largest of 1, 2, 4, 8, 16 for which no
+   |v| * p of the group is above m. So a group of small numbers has codes as fine as those of the largest.
 3. scale [outs]: y = float(sum of code * weight code) * (s * scale[o]). float() rounds the int32.
-   scale [outs, groups]: total = 0, then for each group in order total = fma(float(sum in the group), scale(o, g), total) and, with lows,
-   total = fma(float(sum of the row's codes in the group), low(o, g), total); y = total * s. scale(o, g) is scale[o, g], times
-   top[o, g // per] with tops, which is exact; low(o, g) likewise.
+   scale [outs, groups]: total = 0, then for each group in order total = fma(float(sum in the group) / p, scale(o, g), total) and, with
+   lows, total = fma(float(sum of the row's codes in the group) / p, low(o, g), total); y = total * s. scale(o, g) is scale[o, g], times
+   top[o, g // per] with tops, which is exact; low(o, g) likewise. Division by p is exact.
 4. For each outlier column c in ascending order: y = y + x[c] * side[o, c], with the product and then the sum rounded.
 5. y = y + bias (in float32), rounded to the dtype of x.
 
 A fused multiply-add may replace product and sum in step 4 only if the product is exact, as with bfloat16 numbers; never in steps 3 and
-5. The fma of step 3 may be computed in float64: every term and the total are multiples of 2^-24, so the sum is exact below 2^29 (see
+5. The fma of step 3 may be computed in float64: every term and the total are multiples of 2^-28, so the sum is exact below 2^25 (see
 LARGEST_TOTAL).
 """
 
@@ -31,7 +33,8 @@ if TYPE_CHECKING:  # the cards of methods are read without loading it
 LARGEST_CODE = 127  # of rows, and of weights with one scale for each output
 LOW, HIGH = -8, 7  # the range of 4-bit codes with one scale for each group, without lows
 HIGHEST = HIGH - LOW  # with lows they are 0 to this
-LARGEST_TOTAL = 2.0**29  # of step 3
+POWERS = (1.0, 2.0, 4.0, 8.0, 16.0)  # of a group of a row
+LARGEST_TOTAL = 2.0**25  # of step 3
 MIN_COLUMNS = 32  # for the integer product of PyTorch; with a single column its result is wrong
 EXACT_COLUMNS = 1024  # a sum of this many products of 8-bit codes is below 2^24, so float32 is exact in any order
 
@@ -155,16 +158,15 @@ class Quantized:
 
 
 def is_exact(weights: Quantized) -> bool:
-    """Whether the product of codes from a file is the one that this module defines, also where pairs are added in 16 bits."""
+    """Whether the product is the one that this module defines, also where pairs are added in 16 bits and the fma is a float64 sum."""
     if (weights.wide or not weights.grouped) and int(weights.whole().min()) < -LARGEST_CODE:
         return False
     if not weights.grouped:
         return bool(weights.scale.isfinite().all())
-    total = weights.scales().double().abs().sum(1) * (LARGEST_CODE if weights.wide else HIGHEST)
+    total = replace(weights, columns=None, low=None).dense().abs().sum(1)
     if (lows := weights.lows()) is not None:
-        total += lows.double().abs().sum(1)
-    widest = float(total.max()) * weights.group * LARGEST_CODE
-    return widest < LARGEST_TOTAL
+        total += lows.abs().sum(1) * weights.group
+    return float(total.max()) * LARGEST_CODE < LARGEST_TOTAL
 
 
 def joined(parts: list[Quantized], bias: Tensor | None) -> Quantized | None:
@@ -183,8 +185,8 @@ def joined(parts: list[Quantized], bias: Tensor | None) -> Quantized | None:
     return replace(first, bias=bias, **whole)
 
 
-def row_codes(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Steps 1 and 2: the codes int8 [T, ins] and s, float32 [T, 1]."""
+def row_codes(x: Tensor, columns: Tensor | None, group: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Steps 1 and 2: the codes int8 [T, ins], s, float32 [T, 1], and with groups their powers, float32 [T, groups]."""
     import torch
 
     v = x.float()
@@ -194,15 +196,32 @@ def row_codes(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     largest = torch.full_like(m, LARGEST_CODE)  # a tensor, because PyTorch may turn division by a number into a multiplication
     r = largest / m
     r = torch.where(r.isfinite(), r, 0)
-    return (v * r).round_().nan_to_num_(0).to(torch.int8), m / largest
+    powers = None
+    if group:
+        powers = _powers(v, m, group)
+        v = v * powers.repeat_interleave(group, 1)[:, : v.shape[1]]
+    return (v * r).round_().nan_to_num_(0).to(torch.int8), m / largest, powers
+
+
+def _powers(v: Tensor, m: Tensor, group: int) -> Tensor:
+    import torch
+    import torch.nn.functional as F
+
+    most = F.pad(v.abs(), (0, -v.shape[1] % group)).unflatten(1, (-1, group)).amax(2)
+    powers = torch.tensor(POWERS, device=v.device)
+    fits = most[..., None] * powers <= m[..., None]
+    return powers[(fits.sum(-1) - 1).clamp(min=0)]  # none fits NaN
 
 
 def product(x: Tensor, weights: Quantized) -> Tensor:
     """x [T, ins] -> [T, outs]: the product that this module defines."""
     if not len(x):
         return x.new_empty(0, weights.shape[0])
-    codes, s = row_codes(x, weights.columns)
-    y = _by_group(codes, weights).mul_(s) if weights.grouped else _sums(codes, weights.codes).float() * (s * weights.scale)
+    codes, s, powers = row_codes(x, weights.columns, weights.group if weights.grouped else 0)
+    if powers is not None:
+        y = _by_group(codes, powers, weights).mul_(s)
+    else:
+        y = _sums(codes, weights.codes).float() * (s * weights.scale)
     if weights.columns is not None and weights.side is not None:  # 4.
         for column, side in zip(weights.columns.tolist(), weights.side.T.float(), strict=True):
             y += x[:, column, None].float() * side
@@ -211,7 +230,7 @@ def product(x: Tensor, weights: Quantized) -> Tensor:
     return y.to(x.dtype)
 
 
-def _by_group(codes: Tensor, weights: Quantized) -> Tensor:
+def _by_group(codes: Tensor, powers: Tensor, weights: Quantized) -> Tensor:
     """The totals of step 3, float32 [T, outs]."""
     import torch
     import torch.nn.functional as F
@@ -232,9 +251,10 @@ def _by_group(codes: Tensor, weights: Quantized) -> Tensor:
         sums = codes[:, g * weights.group : (g + 1) * weights.group].sum(1, keepdim=True, dtype=torch.int32)
         if weights.is_halved:
             acc -= weights.offset * sums
-        total = (acc.double() * scale + total.double()).float()
+        power = powers[:, g, None].double()
+        total = (acc.double() / power * scale + total.double()).float()
         if lows is not None:
-            total = (sums.double() * lows[:, g].double() + total.double()).float()
+            total = (sums.double() / power * lows[:, g].double() + total.double()).float()
     return total
 
 

@@ -32,7 +32,7 @@ from redraft.ops.backend import (
     best_first,
 )
 from redraft.ops.format import PAGE, Arrays, Format, plain
-from redraft.ops.quantized import Quantized
+from redraft.ops.quantized import POWERS, Quantized
 
 
 @dataclass(frozen=True)
@@ -273,17 +273,19 @@ def quantized_row(x: Tensor, weights: Quantized) -> Tensor:
     s, r = m / largest, largest / m
     if not m.isfinite():
         return torch.full((len(codes),), math.nan, dtype=x.dtype)
-    code = torch.round(v * (r if r.isfinite() else 0)).long()
+    r = r if r.isfinite() else torch.tensor(0.0)
     if weights.grouped:
         total, lows = torch.zeros(len(codes)), weights.lows()
         for g, scale in enumerate(weights.scales().T.double()):
             own = slice(g * weights.group, (g + 1) * weights.group)
-            total = ((codes[:, own] @ code[own]) * scale + total).float()  # exact in float64, then rounded once
+            power = max(power for power in POWERS if v[own].abs().max() * power <= m)
+            code = torch.round(v[own] * power * r).long()
+            total = ((codes[:, own] @ code) / power * scale + total).float()  # exact in float64, then rounded once
             if lows is not None:
-                total = (code[own].sum() * lows[:, g].double() + total).float()
+                total = (code.sum() / power * lows[:, g].double() + total).float()
         y = total * s
     else:
-        y = (codes @ code).float() * (s * weights.scale)
+        y = (codes @ torch.round(v * r).long()).float() * (s * weights.scale)
     if weights.columns is not None and weights.side is not None:
         for column, side in zip(weights.columns.tolist(), weights.side.T.float(), strict=True):
             y = y + x[column].float() * side

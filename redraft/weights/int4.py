@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput, Unsupported
-from redraft.ops.quantized import HIGH, LARGEST_CODE, LARGEST_TOTAL, LOW, Quantized
+from redraft.ops.quantized import HIGH, LOW, Quantized, is_exact
 from redraft.weights.quant import Role, by_output, by_output_bytes, check_head, parts, rounded
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def by_group(weights: Linear, group: int) -> Quantized:
         largest = cut.gather(2, cut.abs().argmax(2, keepdim=True))
         scale[rows] = (largest / torch.full_like(largest, LOW)).squeeze(2).half()  # 1.
         codes[rows] = rounded(cut / scale[rows, :, None].float(), LOW, HIGH).view(len(w), -1)[:, :ins]  # 2.
-    widest = float(scale.double().abs().sum(1).max()) * min(group, ins) * LARGEST_CODE * -LOW
-    if not widest < LARGEST_TOTAL:
+    made = Quantized(codes, scale, ins, weight.dtype, group, bias)
+    if not is_exact(made):
         raise Unsupported("the weights are too large: a group's scale, or a row's product with them, leaves the range of 4-bit codes")
-    return Quantized(codes, scale, ins, weight.dtype, group, bias)
+    return made
 
 
 def adapted(weight: Tensor, alpha: float) -> int:

@@ -42,7 +42,10 @@ def random(outs: int, ins: int, group: int = 0, *, columns: int = 0, bias: bool 
 
 
 def rows(count: int, ins: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(count, ins, generator=torch.Generator().manual_seed(seed)) * 3
+    """Parts of 32 columns have numbers of different sizes, down to a sixtieth."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.exp2(-6 * torch.rand(count, -(-ins // 32), generator=g)).repeat_interleave(32, 1)[:, :ins]
+    return torch.randn(count, ins, generator=g) * 3 * sizes
 
 
 def of_group(number: torch.Tensor, top: torch.Tensor | None, w: Quantized, o: int, g: int) -> Fraction:
@@ -67,16 +70,23 @@ def defined(x: torch.Tensor, w: Quantized) -> Any:
     with np.errstate(divide="ignore", over="ignore"):
         r = F32(127) / m
     r = r if np.isfinite(r) else F32(0)
-    code = [int(c) for c in np.rint(v * r)]
+    powers = np.ones(len(v), F32)
+    for first in range(0, len(v), w.group) if w.grouped else []:
+        own = slice(first, first + w.group)
+        with np.errstate(over="ignore"):
+            powers[own] = max(F32(2**k) for k in range(5) if np.abs(v[own]).max() * F32(2**k) <= m)
+    code = [int(c) for c in np.rint(v * powers * r)]
     weights, out = w.whole().tolist(), []
     for o, line in enumerate(weights):
         if w.grouped:
             total = F32(0)
             for g in range(w.scale.shape[1]):
                 own = range(g * w.group, min(w.ins, (g + 1) * w.group))
-                total = rounded(Fraction(sum(code[i] * line[i] for i in own)) * of_group(w.scale, w.top, w, o, g) + Fraction(float(total)))
+                power = int(powers[own[0]])
+                sums = Fraction(sum(code[i] * line[i] for i in own), power)
+                total = rounded(sums * of_group(w.scale, w.top, w, o, g) + Fraction(float(total)))
                 if w.low is not None:
-                    total = rounded(sum(code[i] for i in own) * of_group(w.low, w.bottom, w, o, g) + Fraction(float(total)))
+                    total = rounded(Fraction(sum(code[i] for i in own), power) * of_group(w.low, w.bottom, w, o, g) + Fraction(float(total)))
             y = total * s
         else:
             y = F32(sum(a * b for a, b in zip(code, line, strict=True))) * (s * F32(w.scale[o].item()))
@@ -126,7 +136,7 @@ def test_codes_at_the_border_between_two() -> None:
     m = torch.rand(500, 1, generator=torch.Generator().manual_seed(5)) + 0.5
     v = torch.cat([m, (torch.arange(-126, 126) + 0.5) * m / 127], 1)
     inverse = np.full((500, 1), 127, F32) / m.numpy()
-    codes, s = quantized.row_codes(v, None)
+    codes, s, _ = quantized.row_codes(v, None)
     assert np.array_equal(codes.numpy(), np.rint(v.numpy() * inverse).astype(np.int8))
     assert np.array_equal(s.numpy(), m.numpy() / np.full((500, 1), 127, F32))
     assert not torch.equal(codes, (v * (m.reciprocal() * 127)).round().to(torch.int8)), "the border is not met"
@@ -135,7 +145,7 @@ def test_codes_at_the_border_between_two() -> None:
 def test_an_order_or_a_rounding_that_differs_is_seen() -> None:
     """Every similar formula gives other bits on the data of these tests, so the tests do enforce the definition."""
     w, x = random(33, 130, columns=3), rows(4, 130)
-    codes, s = quantized.row_codes(x, w.columns)
+    codes, s, _ = quantized.row_codes(x, w.columns)
     acc = (codes.long() @ w.codes.long().T).float()
     right = replace(w, bias=None, columns=None, side=None)
     v = x.index_fill(1, w.columns, 0) if w.columns is not None else x
@@ -144,12 +154,13 @@ def test_an_order_or_a_rounding_that_differs_is_seen() -> None:
     reciprocal = v * (1 / (v.abs().amax(1, keepdim=True) / 127))
     assert not torch.equal(reciprocal, v * (torch.full((4, 1), 127.0) / v.abs().amax(1, keepdim=True)))
     x, w = one_sided()
-    codes, s = quantized.row_codes(x, None)
+    codes, s, powers = quantized.row_codes(x, None, 512)
+    assert powers is not None
     plain, backwards = torch.zeros(4, 17), torch.zeros(4, 17)
     for total, order in ((plain, range(5)), (backwards, reversed(range(5)))):
         for g in order:
             own = slice(512 * g, 512 * (g + 1))
-            total += (codes[:, own].long() @ w.codes[:, own].long().T).float() * w.scale[:, g].float()
+            total += (codes[:, own].long() @ w.codes[:, own].long().T).float() / powers[:, g, None] * w.scale[:, g].float()
     assert not torch.equal(product(x, w), plain * s) and not torch.equal(product(x, w), backwards * s)
 
 

@@ -225,9 +225,7 @@ inline LinearJob some_of(const LinearJob& j, int64_t first, int64_t count) {
     LinearJob some = j;
     some.x = some_of(j.x, first, count);
     some.y = some_of(j.y, first, count);
-    if (j.x_scale) some.x_scale += first;
-    if (j.x_sums) some.x_sums += first * j.w.groups();
-    if (j.x_outliers) some.x_outliers += first * j.w.outliers;
+    if (some.x.kind == I8) some.codes = j.codes.from(j.w, first);
     if (j.best) some.best += first * j.keep;
     return some;
 }
@@ -303,23 +301,29 @@ inline void unpack(const uint8_t* w, int64_t first, int64_t last, int64_t offset
 }
 
 // The integer sums of group g of a block of rows from r on become floats and are added with their scales: the same numbers as in Groups.
-inline void add_group(const LinearJob& j, int64_t p, int64_t g, const int32_t* whole, int64_t r, int64_t rows, float* sums) {
+template <bool LOWS>
+void add_group(const LinearJob& j, int64_t p, int64_t g, const int32_t* whole, int64_t r, int64_t rows, float* sums) {
     constexpr int64_t COUNT = PANEL / Int::N;
-    Floats scale[COUNT], low[COUNT] = {};
+    Floats scale[COUNT], low[COUNT];
     for (int64_t v = 0; v < COUNT; v++) {
         scale[v] = of_group(j.w, j.w.scales, j.w.factors, p, g, v * Int::N);
-        if (j.w.lows) low[v] = of_group(j.w, j.w.lows, j.w.offsets, p, g, v * Int::N);
+        if (LOWS) low[v] = of_group(j.w, j.w.lows, j.w.offsets, p, g, v * Int::N);
     }
-    for (int64_t i = 0; i < rows; i++)
+    const Coded codes = j.codes.from(j.w, r);
+    const int64_t groups = j.w.groups();  // copies: no store can change them
+    sums += r * PANEL;
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t at = i * groups + g;
         for (int64_t v = 0; v < COUNT; v++) {
-            float* at = sums + (r + i) * PANEL + v * Int::N;
+            float* to = sums + i * PANEL + v * Int::N;
             Floats sum;
-            if (g) get(at, sum);
+            if (g) get(to, sum);
             else clear(sum);
-            add_scaled(sum, bytes(whole + i * PANEL + v * Int::N), scale[v]);
-            if (j.w.lows) add_scaled(sum, number(reinterpret_cast<const uint8_t*>(j.x_sums + (r + i) * j.w.groups() + g)), low[v]);
-            put(at, sum);
+            add_scaled(sum, bytes(whole + i * PANEL + v * Int::N), times(scale[v], codes.factors[at]));
+            if (LOWS) add_scaled(sum, real_sum(codes, at), low[v]);
+            put(to, sum);
         }
+    }
 }
 
 // One group of one block of rows: `count` lines of x.
@@ -370,7 +374,8 @@ void tile_grouped_panel(Tiles& tiles, const LinearJob& j, int64_t p, uint8_t* co
                 const int64_t first = g * each, last = g + 1 == groups ? lines : first + each;
                 const uint8_t* x = j.x.data + r * j.x.lines() * LINE + first * tall * LINE;
                 group_sums(signed_codes + (first - begin) * STEPS * STEP, x, tall, last - first, whole, fetch);
-                add_group(j, p, g, whole, r, tall, sums);
+                if (j.w.lows) add_group<true>(j, p, g, whole, r, tall, sums);
+                else add_group<false>(j, p, g, whole, r, tall, sums);
             }
         }
     }

@@ -81,18 +81,27 @@ struct Best {
     float value;
     int32_t index;
 };
+// What belongs to rows of codes, int8 tiles.
+struct Coded {
+    float* scale;     // [rows]
+    float* factors;   // groups: [rows][groups], of the scale: 1, 1/2, 1/4, 1/8 or 1/16
+    int32_t* sums;    // groups: [rows][groups], of the codes; with lows the bits of a float32, the sum times its factor
+    float* outliers;  // [rows][outliers], the numbers of a row in the outlier columns of the weights
+
+    INLINE Coded from(const Linear& w, int64_t row) const {
+        return {scale + row, factors + row * w.groups(), sums + row * w.groups(), outliers + row * w.outliers};
+    }
+};
 struct LinearJob {
     Linear w;
     Rows x;
-    const float* x_scale;   // int8 tiles: [rows], the scale of the codes of a row
-    const int32_t* x_sums;  // groups: [rows][groups], the sums of the codes of a row; with lows the bits of them as float32
+    Coded codes;
     Rows y;
     Kind rounded;           // the kind to round to: y may be float32 tiles of bf16 numbers
     Activation activation;
     int32_t add;
     Best* best;             // [rows][keep]
     int32_t keep;
-    const float* x_outliers;  // [rows][outliers], the numbers of a row in the outlier columns of w
 };
 
 // y = the norm of x; or y = y + factor * norm, each step rounded.
@@ -200,8 +209,7 @@ struct Kernels {
     void (*linear)(const LinearJob&, int64_t first, int64_t last, float* scratch);  // pieces; scratch: [rows of x][64]
     void (*norm)(const NormJob&, int64_t first, int64_t last);               // rows
     void (*copy)(const Rows& x, const Rows& y, int64_t first, int64_t last); // rows first..last in another layout or kind; tile padding is zeroed
-    // codes of x for w; outliers [rows][w.outliers]: the numbers in the columns with code 0
-    void (*quantize)(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last);
+    void (*quantize)(const Rows& x, const Linear& w, const Rows& tiles, const Coded& codes, int64_t first, int64_t last);  // of x for w
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     void (*cap)(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last);  // y = limit * tanh(x / limit)
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)

@@ -19,9 +19,7 @@ namespace {
 // Tiles of the input rows of a linear layer, in the form that it needs.
 struct Feed {
     Rows tiles{};
-    float* scale = nullptr;
-    int32_t* sums = nullptr;
-    float* outliers = nullptr;
+    Coded coded{};
 
     bool codes() const { return tiles.kind == I8; }
 };
@@ -35,24 +33,23 @@ public:
         feed.tiles = {nullptr, rows, w.steps() * per_step, 0, kind};
         feed.tiles.data = tiles_.of(feed.tiles.size());
         if (kind == I8) {
-            feed.scale = scale_.of<float>(rows);
-            if (w.grouped()) feed.sums = sums_.of<int32_t>(rows * w.groups());
-            if (w.outliers) feed.outliers = outliers_.of<float>(rows * w.outliers);
+            const int64_t groups = rows * w.groups();
+            feed.coded = {scale_.of<float>(rows), factors_.of<float>(groups), sums_.of<int32_t>(groups), outliers_.of<float>(rows * w.outliers)};
         }
         return feed;
     }
 
 private:
-    Buffer tiles_, scale_, sums_, outliers_;
+    Buffer tiles_, scale_, factors_, sums_, outliers_;
 };
 
 void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& feed, Share rows) {
-    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.scale, feed.sums, feed.outliers, rows.first, rows.last);
+    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.coded, rows.first, rows.last);
     else kernels.copy(x, feed.tiles, rows.first, rows.last);
 }
 
 LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
-    return {w, feed.tiles, feed.scale, feed.sums, y, rounded, NONE, 0, nullptr, 0, feed.outliers};
+    return {w, feed.tiles, feed.coded, y, rounded, NONE, 0, nullptr, 0};
 }
 
 struct Scratch {  // of one worker: sums of a panel

@@ -72,6 +72,7 @@ inline Floats times(Floats x, const int8_t* p) {
 }
 inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(x.v), scale.v, sum.v); }
 inline void add_scaled(Floats& sum, float x, Floats scale) { sum.v = _mm512_fmadd_ps(_mm512_set1_ps(x), scale.v, sum.v); }
+inline Floats times(Floats x, float by) { return {_mm512_mul_ps(x.v, _mm512_set1_ps(by))}; }
 inline void put(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline void get(const float* p, Floats& x) { x.v = _mm512_loadu_ps(p); }
 inline void clear(Floats& x) { x.v = _mm512_setzero_ps(); }
@@ -106,6 +107,7 @@ inline Floats times(Floats x, const int8_t* p) {
 }
 inline void add_scaled(Floats& sum, Int x, Floats scale) { sum.v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(x.v), scale.v, sum.v); }
 inline void add_scaled(Floats& sum, float x, Floats scale) { sum.v = _mm256_fmadd_ps(_mm256_set1_ps(x), scale.v, sum.v); }
+inline Floats times(Floats x, float by) { return {_mm256_mul_ps(x.v, _mm256_set1_ps(by))}; }
 inline void put(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
 inline void get(const float* p, Floats& x) { x.v = _mm256_loadu_ps(p); }
 inline void clear(Floats& x) { x.v = _mm256_setzero_ps(); }
@@ -237,13 +239,16 @@ inline Floats of_group(const Linear& w, const uint16_t* halves, const int8_t* fa
     return times(halves_of(halves + (p * w.tops() + g / w.per) * PANEL + part), factors + (p * w.groups() + g) * PANEL + part);
 }
 
+// The sum of the codes of group g of a row times its factor, if there are lows.
+inline float real_sum(const Coded& row, int64_t g) { return number(reinterpret_cast<const uint8_t*>(row.sums + g)); }
+
 // The integer that the sums of group g of a row start with, `each` times the sum of its codes.
-inline Int start_of(const Linear& w, int32_t each, const int32_t* x_sum) {
-    return spread(w.lows ? each * int32_t(number(reinterpret_cast<const uint8_t*>(x_sum))) : each * *x_sum);
+inline Int start_of(const Linear& w, int32_t each, const Coded& row, int64_t g) {
+    return spread(each * (w.lows ? int32_t(real_sum(row, g) / row.factors[g]) : row.sums[g]));
 }
 
-// Codes with a scale for each group: its integer sum becomes a float and is added with the scale, in order of groups. Both kinds of sums
-// and the weights of two steps are held in registers, as far as there are enough of them.
+// Codes with a scale for each group: its integer sum becomes a float and is added with the scale times the factor of the row, in order of
+// groups. Both kinds of sums and the weights of two steps are held in registers, as far as there are enough of them.
 template <bool WIDE>
 struct Groups {
     using Sum = Int;
@@ -283,7 +288,9 @@ struct Groups {
     static void run(const LinearJob& j, Piece piece, int64_t r, int64_t first, int64_t last, float* sums, Soon& soon) {
         const int64_t p = piece.panel, groups = j.w.groups(), steps = j.w.steps(), group = j.w.group / 4, tall = j.x.tall(r) * LINE;
         const uint8_t *w = j.w.panels + p * j.w.panel_bytes(), *x = j.x.at(r, 0);
-        const int32_t *x_sums = j.x_sums + r * groups, each = WIDE ? WIDE_START : -int32_t(j.w.offset());
+        const int32_t each = WIDE ? WIDE_START : -int32_t(j.w.offset());
+        Coded row[R];
+        for (int i = 0; i < R; i++) row[i] = j.codes.from(j.w, r + i);
         for (int64_t part = piece.first; part < piece.last; part += V * Int::N) {
             Floats whole[R][V];
             for (int i = 0; i < R; i++)
@@ -292,7 +299,7 @@ struct Groups {
                 const int64_t begin = g * group, end = g + 1 == groups ? steps : begin + group;
                 Int held[R][V];
                 for (int i = 0; i < R; i++) {
-                    const Int start = each ? start_of(j.w, each, x_sums + i * groups + g) : spread(0);
+                    const Int start = each ? start_of(j.w, each, row[i], g) : spread(0);
                     for (int v = 0; v < V; v++) held[i][v] = start;
                 }
                 const uint8_t *from = w + begin * EACH + part * 4, *own = x + begin / STEPS * tall + begin % STEPS * 4;
@@ -308,10 +315,10 @@ struct Groups {
                 }
                 for (int v = 0; v < V; v++) {
                     const Floats scale = of_group(j.w, j.w.scales, j.w.factors, p, g, part + v * Int::N);
-                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], held[i][v], scale);
+                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], held[i][v], times(scale, row[i].factors[g]));
                     if (!j.w.lows) continue;
                     const Floats low = of_group(j.w, j.w.lows, j.w.offsets, p, g, part + v * Int::N);
-                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], number(reinterpret_cast<const uint8_t*>(x_sums + i * groups + g)), low);
+                    for (int i = 0; i < R; i++) add_scaled(whole[i][v], real_sum(row[i], g), low);
                 }
             }
             for (int i = 0; i < R; i++)
@@ -373,14 +380,14 @@ struct Outputs {
     template <Kind W>
     INLINE Vec plain(int64_t r, const float* sums) const {
         const float* from = sums + r * PANEL + at;
-        if (W == I8) return total(from, shift) * (set1(j.x_scale[r]) * scale);
-        return W == I4 ? load(from) * set1(j.x_scale[r]) : load(from);
+        if (W == I8) return total(from, shift) * (set1(j.codes.scale[r]) * scale);
+        return W == I4 ? load(from) * set1(j.codes.scale[r]) : load(from);
     }
     INLINE Vec of(int64_t r, const float* sums) const {
         Vec y = j.w.kind == I8 ? plain<I8>(r, sums) : j.w.grouped() ? plain<I4>(r, sums) : plain<F32>(r, sums);
         const int64_t beside = j.w.outliers;
         for (int64_t i = 0; i < beside; i++)  // not fused: the product and then the sum are rounded
-            y = y + set1(j.x_outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
+            y = y + set1(j.codes.outliers[r * beside + i]) * load(j.w.side + (p * beside + i) * PANEL + at);
         return j.w.bias ? y + bias : y;
     }
 };

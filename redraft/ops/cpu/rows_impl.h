@@ -72,43 +72,53 @@ struct Blank {
     }
 };
 
-// codes: int8 tiles; scale [rows]: the scale of the codes; sums [rows][groups]: of the codes in each group of columns, see LinearJob, or
-// null.
-void quantize(const Rows& x, const Linear& w, const Rows& codes, float* scale, int32_t* sums, float* outliers, int64_t first, int64_t last) {
-    const int64_t group = w.group, groups = sums ? (x.cols + group - 1) / group : 0, end = codes.lines() * LINE;
+// 1 / the largest of 1, 2, 4, 8, 16 whose product with `own` is not above `peak`.
+inline float factor_of(float own, float peak) {
+    constexpr float NO = __builtin_inff();
+    alignas(64) static constexpr float POWERS[16] = {2, 4, 8, 16, NO, NO, NO, NO, NO, NO, NO, NO, NO, NO, NO, NO};
+    return 1.0f / float(1 << count_at_most(set1(own) * load(POWERS), set1(peak)));
+}
+
+void quantize(const Rows& x, const Linear& w, const Rows& tiles, const Coded& codes, int64_t first, int64_t last) {
+    const int64_t groups = w.groups(), end = tiles.lines() * LINE, group = groups ? w.group : end;  // a group is a multiple of 16
     for (int64_t r = first; r < last; r++) {
+        const Coded own = codes.from(w, r);
         for (int64_t i = 0; i < w.outliers; i++) {
             alignas(64) float t[Vec::N];
             store(t, read_some(x.at(r, w.columns[i]), x.kind, 1));
-            outliers[r * w.outliers + i] = t[0];
+            own.outliers[i] = t[0];
         }
         Blank blank{w.columns, w.columns + w.outliers}, again = blank;
         Vec most = zero(), odd = zero();  // odd: 0, or NaN if an x is infinite or NaN; then all outputs are NaN
-        for (int64_t c = 0; c < x.cols; c += Vec::N) {
-            const Vec v = blank(read_some(x.at(r, c), x.kind, x.cols - c), c);
-            most = maximum(absolute(v), most);
-            odd = odd + (v - v);
+        for (int64_t begin = 0; begin < x.cols; begin += group) {
+            Vec here = zero();
+            for (int64_t c = begin; c < begin + group && c < x.cols; c += Vec::N) {
+                const Vec v = blank(read_some(x.at(r, c), x.kind, x.cols - c), c);
+                here = maximum(absolute(v), here);
+                odd = odd + (v - v);
+            }
+            most = maximum(here, most);
+            if (groups) own.factors[begin / group] = largest(here);
         }
         const float peak = largest(most), ratio = 127.0f / peak, inverse = ratio < __builtin_inff() ? ratio : 0;
-        scale[r] = peak / 127.0f + sum(odd);
+        *own.scale = peak / 127.0f + sum(odd);
         const Vec by = set1(inverse), top = set1(127.0f), shift = set1(w.kind == I8 ? float(SHIFT) : 0);
-        const int64_t apart = codes.tall(r) * LINE;
-        uint8_t* line = codes.at(r, 0);
-        for (int64_t begin = 0; begin < end; begin += LINE, line += apart)
-            for (int64_t c = begin; c < begin + LINE; c += Vec::N) {
-                Vec v = c < x.cols ? again(read_some(x.at(r, c), x.kind, x.cols - c), c) * by : zero();
-                v = maximum(minimum(round_even(v), top), zero() - top);
-                to_i8(reinterpret_cast<int8_t*>(line + c - begin), v + shift);
-            }
-        for (int64_t g = 0; g < groups; g++) {
+        for (int64_t begin = 0, g = 0; begin < end; begin += group, g++) {
+            const float factor = groups && begin < x.cols ? factor_of(own.factors[g], peak) : 1;
+            const Vec power = set1(1 / factor);
             int32_t sum = 0;
-            for (int64_t c = g * group; c < (g + 1) * group && c < end; c += 16) {  // a group is a multiple of 16, so these are in one line
-                const auto* some = reinterpret_cast<const int8_t*>(codes.at(r, c));
-                for (int i = 0; i < 16; i++) sum += some[i];
+            for (int64_t c = begin; c < begin + group && c < end; c += Vec::N) {
+                Vec v = c < x.cols ? again(read_some(x.at(r, c), x.kind, x.cols - c), c) * power * by : zero();
+                v = maximum(minimum(round_even(v), top), zero() - top);
+                auto* to = reinterpret_cast<int8_t*>(tiles.at(r, c));
+                to_i8(to, v + shift);
+                for (int i = 0; groups && i < Vec::N; i++) sum += to[i];
             }
-            const float real = float(sum);
-            if (w.lows) __builtin_memcpy(sums + r * groups + g, &real, sizeof real);
-            else sums[r * groups + g] = sum;
+            if (!groups || begin >= x.cols) continue;
+            own.factors[g] = factor;
+            const float real = float(sum) * factor;
+            if (w.lows) __builtin_memcpy(own.sums + g, &real, sizeof real);
+            else own.sums[g] = sum;
         }
     }
 }

@@ -26,6 +26,7 @@ inline Vec keep_where(uint32_t bits, Vec x, Vec otherwise) {
 }
 inline Vec where_less(Vec a, Vec b, Vec x, Vec otherwise) { return {_mm256_blendv_ps(otherwise.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
 inline bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)) != 0; }  // also true for NaN
+inline int count_at_most(Vec a, Vec b) { return __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)))); }
 inline Vec from_bf16(const uint16_t* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
 }

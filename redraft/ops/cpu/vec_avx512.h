@@ -24,6 +24,7 @@ inline Vec where_less(Vec a, Vec b, Vec x, Vec otherwise) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), otherwise.v, x.v)};
 }
 inline bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ) != 0; }  // also true for NaN
+inline int count_at_most(Vec a, Vec b) { return __builtin_popcount(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)); }
 inline Vec from_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
 }
@@ -58,9 +59,5 @@ inline float sum(Vec x) {
     return t[0];
 }
 inline float largest(Vec x) {
-    alignas(64) float t[16];
-    _mm512_store_ps(t, x.v);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) t[i] = t[i] < t[i + n] ? t[i + n] : t[i];
-    return t[0];
+    return _mm512_reduce_max_ps(x.v);
 }

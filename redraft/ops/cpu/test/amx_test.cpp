@@ -193,7 +193,7 @@ struct Outcome {
     Rows rows{};
     vector<Best> best;
     Memory<uint8_t> codes{0};
-    vector<float> scale;
+    vector<float> scale, factors;
 };
 
 Rows shaped(Memory<uint8_t>& m, int64_t rows, int64_t cols, Kind kind, bool tiled) {
@@ -216,12 +216,14 @@ Outcome pass(const Kernels& unit, const Case& c, const Layer& l, const vector<fl
     out.scale.resize(size_t(count));
     Memory<int32_t> sums(count * l.w.groups());
     Memory<float> outliers(count * l.w.outliers);
-    if (kind == I8) unit.quantize(from, l.w, tiles, out.scale.data(), l.w.grouped() ? sums.data : nullptr, outliers.data, 0, count);
+    out.factors.resize(size_t(count * l.w.groups()));
+    const Coded coded{out.scale.data(), out.factors.data(), sums.data, outliers.data};
+    if (kind == I8) unit.quantize(from, l.w, tiles, coded, 0, count);
     else unit.copy(from, tiles, 0, count);
     out.rows = shaped(out.y, count, c.columns(), c.form, c.tiled);
     for (int64_t r = 0; r < count && c.add; r++)
         for (int64_t i = 0; i < c.columns(); i++) set_number(out.rows, r, i, before[size_t((first + r) * c.columns() + i)]);
-    LinearJob job{l.w, tiles, out.scale.data(), sums.data, out.rows, c.form, c.activation, c.add, nullptr, c.best, outliers.data};
+    LinearJob job{l.w, tiles, coded, out.rows, c.form, c.activation, c.add, nullptr, c.best};
     if (c.best) {
         out.best.assign(size_t(count * c.best), Best{-std::numeric_limits<float>::infinity(), -1});
         job.best = out.best.data();
@@ -264,10 +266,11 @@ float defined(const Case& c, const Layer& l, const Outcome& out, const vector<fl
         y = whole(0, c.ins) * (out.scale[size_t(r)] * l.scale[size_t(o)]);
     } else {
         for (int64_t g = 0; g < l.w.groups(); g++) {
-            y = std::fma(whole(g * c.group, (g + 1) * c.group), l.scale[size_t(o * l.w.groups() + g)], y);
+            const float by = out.factors[size_t(r * l.w.groups() + g)];
+            y = std::fma(whole(g * c.group, (g + 1) * c.group) * by, l.scale[size_t(o * l.w.groups() + g)], y);
             int64_t sum = 0;
             for (int64_t i = g * c.group; i < (g + 1) * c.group && i < c.ins; i++) sum += int8_t(*codes.at(r, i));
-            if (l.w.lows) y = std::fma(float(sum), l.low[size_t(o * l.w.groups() + g)], y);
+            if (l.w.lows) y = std::fma(float(sum) * by, l.low[size_t(o * l.w.groups() + g)], y);
         }
         y *= out.scale[size_t(r)];
     }
@@ -294,7 +297,8 @@ struct Inputs {
 
 Inputs inputs(const Case& c, Random& random) {
     Inputs in{c, make(c, random), {}, {}};
-    for (int64_t i = 0; i < c.rows * c.ins; i++) in.x.push_back(rounded(random.normal(), c.form));
+    for (int64_t i = 0; i < c.rows * c.ins; i++)  // every 64 columns of another size
+        in.x.push_back(rounded(random.normal() / float(1 << (i / 64 * 7 % 6)), c.form));
     for (int64_t i = 0; i < c.rows * c.columns(); i++) in.before.push_back(rounded(random.normal(), c.form));
     return in;
 }

@@ -119,6 +119,13 @@ struct Matrix {
             for (int64_t c = 0; c < rows.cols; c++) put_number(rows.at(r, c), rows.kind, nearest(size * dice.normal(), of));
         if (!rows.stride) blank();
     }
+    void fade(int64_t group) {  // groups of columns of different sizes, some of zeros
+        for (int64_t r = 0; r < rows.rows; r++)
+            for (int64_t first = 0; first < rows.cols; first += group) {
+                const float by = dice.chance(0.1) ? 0 : std::exp2(-float(dice.below(7)));
+                for (int64_t c = first; c < std::min(rows.cols, first + group); c++) put_number(rows.at(r, c), rows.kind, at(r, c) * by);
+            }
+    }
     void blank() {  // the filling of tiles
         const int64_t end = rows.lines() * LINE / bytes_of(rows.kind);
         for (int64_t r = 0; r < rows.rows; r++)
@@ -309,7 +316,7 @@ void test_pack(const Weights& w) {
 // The input of a layer in the form that it takes.
 struct Feed {
     Matrix tiles;
-    vector<float> scale, outliers;
+    vector<float> scale, factors, outliers;
     vector<int32_t> sums;
 
     Feed(const Weights& w, const Matrix& x)
@@ -319,13 +326,14 @@ struct Feed {
             return;
         }
         scale.resize(x.rows.rows);
-        sums.resize(x.rows.rows * w.c.groups());
+        sums.resize(x.rows.rows * w.c.groups()), factors.resize(x.rows.rows * w.c.groups());
         outliers.resize(x.rows.rows * w.c.outliers);
-        quantize(x.rows, w.c, tiles.rows, scale.data(), w.c.grouped() ? sums.data() : nullptr, outliers.data(), 0, x.rows.rows);
+        quantize(x.rows, w.c, tiles.rows, coded(), 0, x.rows.rows);
     }
-    LinearJob job(const Weights& w, const Rows& y, Kind rounded, Activation activation, bool add) const {
+    Coded coded() { return {scale.data(), factors.data(), sums.data(), outliers.data()}; }
+    LinearJob job(const Weights& w, const Rows& y, Kind rounded, Activation activation, bool add) {
         LinearJob made{};
-        made.w = w.c, made.x = tiles.rows, made.x_scale = scale.data(), made.x_sums = sums.data(), made.x_outliers = outliers.data();
+        made.w = w.c, made.x = tiles.rows, made.codes = coded();
         made.y = y, made.rounded = rounded, made.activation = activation, made.add = add;
         return made;
     }
@@ -334,6 +342,13 @@ struct Feed {
 struct Sum {
     double value, size;  // size: what roundings are relative to
 };
+
+// The largest of 1, 2, 4, 8, 16 whose product with `own` is not above `most`.
+float power(float own, float most) {
+    float found = 1;
+    while (found < 16 && own * found * 2 <= most) found *= 2;
+    return found;
+}
 
 // Steps 1 to 5 of ops/quantized.py for one output, before it is rounded to the kind of x.
 float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
@@ -347,20 +362,24 @@ float of_codes(const Weights& w, const Matrix& x, int64_t r, int64_t out) {
     }
     if (!finite) return NOT_A_NUMBER;
     const float s = most / 127.0f, inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
-    const auto code = [&](int64_t c) { return beside(c) ? 0 : int32_t(std::nearbyint(x.at(r, c) * inverse)); };
+    const auto code = [&](int64_t c, float by) { return beside(c) ? 0 : int32_t(std::nearbyint(x.at(r, c) * by * inverse)); };
     const float* own = w.weight.data() + out * w.c.ins;
     float y;
     if (w.c.kind == I8) {
         int32_t sum = 0;
-        for (int64_t c = 0; c < w.c.ins; c++) sum += code(c) * int32_t(own[c]);
+        for (int64_t c = 0; c < w.c.ins; c++) sum += code(c, 1) * int32_t(own[c]);
         y = float(sum) * (s * w.scale[out]);
     } else {
         float total = 0;
         for (int64_t g = 0; g < w.c.groups(); g++) {
             int32_t sum = 0, codes = 0;
-            for (int64_t c = g * w.c.group; c < w.c.ins && c < (g + 1) * w.c.group; c++) sum += code(c) * int32_t(own[c]), codes += code(c);
-            total = std::fmaf(float(sum), w.of_group(w.scales, w.factors, out, g), total);
-            if (w.c.lows) total = std::fmaf(float(codes), w.of_group(w.lows, w.offsets, out, g), total);
+            float here = 0;
+            const int64_t end = std::min(w.c.ins, (g + 1) * w.c.group);
+            for (int64_t c = g * w.c.group; c < end; c++) here = beside(c) ? here : std::fmax(here, std::fabs(x.at(r, c)));
+            const float by = power(here, most);
+            for (int64_t c = g * w.c.group; c < end; c++) sum += code(c, by) * int32_t(own[c]), codes += code(c, by);
+            total = std::fmaf(float(sum) / by, w.of_group(w.scales, w.factors, out, g), total);
+            if (w.c.lows) total = std::fmaf(float(codes) / by, w.of_group(w.lows, w.offsets, out, g), total);
         }
         y = total * s;
     }
@@ -429,6 +448,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     test_pack(w);
     Matrix x(rows, ins, numbers, false, dice.below(3));
     x.fill(numbers, dice.of({0.01f, 1.0f, 30.0f}));
+    if (w.c.grouped()) x.fade(w.c.group);
     const int64_t odd = kind >= I8 && rows > 4 ? 4 : 0;  // rows of zeros, of tiny numbers and of none
     if (odd) {
         for (int64_t c = 0; c < ins; c++) put_number(x.rows.at(0, c), numbers, 0), put_number(x.rows.at(1, c), numbers, 1e-40f);
@@ -436,7 +456,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
         uint8_t* one = x.rows.at(3, dice.below(ins));
         std::memset(one, 0xff, size_t(bytes_of(numbers)));  // a NaN
     }
-    const Feed feed(w, x);
+    Feed feed(w, x);
     const bool tile_output = tiles && !(gated && !fused);  // halves lie in rows
     const Kind y_kind = tile_output && dice.chance(0.5) ? F32 : numbers;
     Matrix before(rows, fused ? outs / 2 : outs, y_kind, tile_output, dice.below(3));
@@ -482,7 +502,7 @@ void test_linear(int64_t rows, int64_t outs, int64_t ins, Kind kind, Kind number
     Matrix one(1, ins, numbers, false), its(1, y.rows.cols, y_kind, tile_output);
     std::memcpy(one.memory.data(), x.rows.at(r, 0), one.memory.size());
     if (add) std::memcpy(its.memory.data(), before.rows.at(r, 0), its.memory.size());
-    const Feed alone(w, one);
+    Feed alone(w, one);
     vector<float> small(PANEL);
     linear(alone.job(w, its.rows, numbers, activation, add), 0, pieces(w.c), small.data());
     check(its.same_row(0, y, r), what + ": row alone");
@@ -613,6 +633,7 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
     const int64_t groups = (cols + group - 1) / group, end = (cols + LINE - 1) / LINE * LINE;
     Matrix x(rows, cols, kind, dice.chance(0.3), dice.below(3)), codes(rows, end, I8, true);
     x.fill(kind, dice.of({1e-3f, 1.0f, 1e4f}));
+    x.fade(group);
     Linear w{};
     vector<int32_t> columns;
     for (int64_t c = 0; c < cols; c++)
@@ -621,10 +642,10 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
     const int32_t shift = w.kind == I8 ? SHIFT : 0;
     const uint16_t some = 0;
     w.lows = w.kind != I8 && dice.chance(0.5) ? &some : nullptr;
-    w.group = group, w.outliers = int32_t(columns.size()), w.columns = columns.data();
-    vector<float> scale(rows, NOT_A_NUMBER), outliers(rows * w.outliers, NOT_A_NUMBER);
+    w.ins = cols, w.group = group, w.outliers = int32_t(columns.size()), w.columns = columns.data();
+    vector<float> scale(rows, NOT_A_NUMBER), factors(rows * groups, NOT_A_NUMBER), outliers(rows * w.outliers, NOT_A_NUMBER);
     vector<int32_t> sums(rows * groups, -1);
-    quantize(x.rows, w, codes.rows, scale.data(), shift ? nullptr : sums.data(), outliers.data(), 0, rows);
+    quantize(x.rows, w, codes.rows, Coded{scale.data(), factors.data(), sums.data(), outliers.data()}, 0, rows);
     Matrix without(x);  // codes are made of what is left
     for (int64_t r = 0; r < rows; r++)
         for (const int32_t c : columns) put_number(without.rows.at(r, c), kind, 0);
@@ -635,15 +656,20 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
         for (int32_t i = 0; i < w.outliers; i++) good &= outliers[r * w.outliers + i] == x.at(r, columns[i]);
         const float inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
         good &= scale[r] == most / 127.0f;
+        vector<float> powers(size_t(groups), 1);
         for (int64_t g = 0; g < groups && !shift; g++) {
             int32_t sum = 0;
-            for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(without.at(r, c) * inverse));
-            const float real = float(sum);
+            float here = 0;
+            for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) here = std::fmax(here, std::fabs(without.at(r, c)));
+            powers[g] = power(here, most);
+            good &= factors[r * groups + g] == 1 / powers[g];
+            for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) sum += int32_t(std::nearbyint(without.at(r, c) * powers[g] * inverse));
+            const float real = float(sum) / powers[g];
             good &= w.lows ? !std::memcmp(&sums[r * groups + g], &real, 4) : sums[r * groups + g] == sum;
         }
         for (int64_t c = 0; c < end; c++) {
             const int8_t found = int8_t(*codes.rows.at(r, c) - shift);
-            good &= found == (c < cols ? int8_t(std::nearbyint(without.at(r, c) * inverse)) : 0);
+            good &= found == (c < cols ? int8_t(std::nearbyint(without.at(r, c) * powers[c / group] * inverse)) : 0);
         }
     }
     check(good, shape("codes of rows", rows, cols, group, kind));
