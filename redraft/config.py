@@ -142,7 +142,11 @@ class ModelConfig(Settings):
     model: str = Field("embedded", description="a folder, a GGUF file, a hub id (repo@revision), or 'embedded'")
     dtype: Literal["auto", "float16", "bfloat16", "float32", "float64"] = "auto"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    quant: str | None = Field(None, description="name:option=value of a method that quantizes linear weights")
+    quant: str | None = Field(
+        "auto",
+        description="name:option=value of a method that quantizes linear weights; auto: none, or as a quantized file stores them"
+        " where native kernels multiply that form",
+    )
     backend: str = Field(
         "auto",
         description="native (compiled, CPU), torch or reference (float64, the definition); auto: native if supported, else torch",
@@ -161,6 +165,7 @@ class ModelConfig(Settings):
         return None if value == "none" else value
 
 
+AUTO = "auto"
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{unit}": base ** (i + 1) for unit, base in (("b", 1000), ("ib", 1024)) for i, letter in enumerate("kmgt")
 }

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
 from redraft import registry
-from redraft.config import EngineConfig
+from redraft.config import AUTO, EngineConfig
 from redraft.core.spec import ModelSpec
 from redraft.draft.drafter import Drafter
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
 from redraft.models import loader, memory, mixers
 from redraft.ops import library
-from redraft.ops.backend import Backend
+from redraft.ops.backend import Backend, Feature
 from redraft.sched.scheduler import Scheduler
 
 
@@ -40,6 +40,10 @@ class Setup:
         scheduler = scheduler_of(config, device)
         checkpoint = _checkpoint(config, device)
         backend = _backend(config, checkpoint, device)
+        if config.model.quant == AUTO:
+            name = _as_stored(checkpoint, backend)
+            checkpoint = replace(checkpoint, quant=registry.create("quant", name) if name else None)
+            config = config.but(model=config.model.but(quant=name))
         mixers.check(checkpoint.spec, backend)
         max_model_len = config.model.max_model_len or checkpoint.context
         if max_model_len > checkpoint.context:
@@ -62,7 +66,7 @@ def scheduler_of(config: EngineConfig, device: torch.device) -> Scheduler:
 
 def _checkpoint(config: EngineConfig, device: torch.device) -> loader.Checkpoint:
     """The checkpoint's headers. The draft model's path is checked even if no drafter uses it."""
-    quant = None if config.model.quant is None else registry.create("quant", config.model.quant)
+    quant = None if config.model.quant in (None, AUTO) else registry.create("quant", config.model.quant)
     chosen = config.model.backend
     if chosen not in ("auto", *registry.BACKENDS):
         raise registry.unknown("backend", chosen, ("auto", *registry.BACKENDS))
@@ -74,6 +78,13 @@ def _checkpoint(config: EngineConfig, device: torch.device) -> loader.Checkpoint
     if found.keeps and not found.stores_codes():
         raise Unsupported(f"{path}: quant = {config.model.quant!r}: its matrices are not stored in a quantized form that kernels multiply")
     return found
+
+
+def _as_stored(checkpoint: loader.Checkpoint, backend: Backend) -> str | None:
+    """The quantization that keeps weights as they are stored, if they are quantized and products with them are as fast as others."""
+    if Feature.GROUPED not in backend.features or not checkpoint.stores_codes():
+        return None
+    return next((name for name in registry.METHODS["quant"] if getattr(registry.method("quant", name), "keeps", False)), None)
 
 
 def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: torch.device) -> Backend:

@@ -29,7 +29,7 @@ from redraft.bench.divergence import first_difference
 from redraft.bench.peers.limits import least_seconds, peak_of
 from redraft.bench.peers.peer import Job
 from redraft.bench.peers.process import Lost, Worker
-from redraft.config import EngineConfig, ModelConfig
+from redraft.config import AUTO, EngineConfig, ModelConfig
 from redraft.core.spec import Experts, ModelSpec
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod, did_you_mean
 from redraft.models import loader
@@ -124,7 +124,7 @@ class DecodeOptions:
                 raise InvalidInput(f"{_own_name(own)}: {error}") from None
             if config.model.backend not in ("auto", *registry.BACKENDS):
                 raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
-            if config.model.quant is not None:
+            if config.model.quant not in (None, AUTO):
                 registry.create("quant", config.model.quant)
 
     @property
@@ -383,13 +383,20 @@ def amount(found: Comparison, engine: Engine, measure: str) -> float:
     if measure == "decode":
         cached = found.options.context + found.options.tokens / 2
         dtype = str(engine.facts["dtype"])
-        return read_bytes(found.spec, dtype, _quant(engine)) + cache_bytes(found.spec, cached, loader.DTYPES[dtype].itemsize)
+        return _weight_bytes(found, engine) + cache_bytes(found.spec, cached, loader.DTYPES[dtype].itemsize)
     return linear_flops(found.spec, found.options.prefill)
 
 
 def _quant(engine: Engine) -> str | None:
-    quant = engine.options.get("quant")
+    quant = engine.facts.get("quant", engine.options.get("quant"))
     return None if quant in (None, "none") else str(quant)
+
+
+def _weight_bytes(found: Comparison, engine: Engine) -> float:
+    """What a token reads; of weights in the form of their file, all of them."""
+    if "stored_bytes" in engine.facts:
+        return float(engine.facts["stored_bytes"])
+    return read_bytes(found.spec, str(engine.facts["dtype"]), _quant(engine))
 
 
 def _limit(found: Comparison, engine: Engine, measure: str) -> list[float | None]:
@@ -408,7 +415,7 @@ def least(found: Comparison, engine: Engine, rows: int) -> list[float | None]:
     """The least seconds of a step of `rows` rows, one for each round: to read weights and cache, or to compute the linear layers and the
     head of all rows."""
     dtype, spec = str(engine.facts["dtype"]), found.spec
-    size = read_bytes(spec, dtype, _quant(engine)) + cache_bytes(spec, found.options.context, loader.DTYPES[dtype].itemsize)
+    size = _weight_bytes(found, engine) + cache_bytes(spec, found.options.context, loader.DTYPES[dtype].itemsize)
     flops = 2 * rows * (_linear_weights(spec) + spec.vocab * spec.hidden)
     pairs = zip(engine.reads.get("steps", []), found.limits.found.get("peak", []))
     return [least_seconds(size, flops, reads, peak["flops_per_second"], _kind(engine)) if reads and peak else None for reads, peak in pairs]

@@ -62,7 +62,7 @@ def ways(model: str) -> dict[str, dict[str, Any]]:
     """The name of each way -> options of LLM. Weights that a file stores quantized are a way of their own."""
     codes = loader.inspect(loader.resolve(model)).stores_codes()
     names = (name for name in sorted(registry.METHODS["quant"]) if codes or not getattr(registry.method("quant", name), "keeps", False))
-    return {PLAIN: {}} | {name: {"quant": name} for name in names}
+    return {PLAIN: {"quant": "none"}} | {name: {"quant": name} for name in names}
 
 
 def windows(llm: LLM, options: QuantOptions) -> list[list[int]]:

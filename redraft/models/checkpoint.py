@@ -61,6 +61,10 @@ class TensorSource(Protocol):
         """The weight of these tensors as it is stored, if it is quantized in a form that kernels multiply; else None."""
         ...
 
+    def packed_bytes(self, source: WeightSource) -> int | None:
+        """At most what `packed` takes, without reading it. None: unknown, or it is decoded."""
+        ...
+
 
 class Safetensors:
     """The safetensors files of a folder: model.safetensors, or the shards that the index names. Files are mapped and stay open.
@@ -90,6 +94,9 @@ class Safetensors:
         return found
 
     def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+        return None
+
+    def packed_bytes(self, source: WeightSource) -> int | None:
         return None
 
 

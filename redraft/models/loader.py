@@ -28,7 +28,7 @@ from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights
 from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:
-    from redraft.weights.quant import Quantizer
+    from redraft.weights.quant import Quantizer, Role
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -53,14 +53,13 @@ _NORMS = {"qkv": "attn_norm", "up": "mlp_norm"}  # the norm that makes a matrix'
 class Checkpoint:
     """What headers and JSON files say, before weights are read.
 
-    path: the folder, or the GGUF file, of a split set the first; weight_bytes: size of all weights in `dtype`, with `quant` an upper
-    bound; eos_ids: the tokens that end a text; sources: canonical name of a weight -> its tensors in the files.
+    path: the folder, or the GGUF file, of a split set the first; eos_ids: the tokens that end a text; sources: canonical name of a
+    weight -> its tensors in the files.
     """
 
     path: Path
     spec: ModelSpec
     dtype: torch.dtype
-    weight_bytes: int
     eos_ids: tuple[int, ...]
     sources: dict[str, WeightSource] = field(repr=False)
     tensors: TensorSource = field(repr=False)
@@ -80,6 +79,27 @@ class Checkpoint:
         names = ("down", "qkv", "up", "out", "experts.0.down")
         found = (self.sources.get(f"layers.0.{name}.weight") for name in names)
         return any(source is not None and self.tensors.packed(source, None) is not None for source in found)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights in `dtype`; with `quant` an upper bound."""
+        size = 0
+        for name, shape in self.spec.shapes().items():
+            linear = _LINEAR.fullmatch(name)
+            role: Role = "layer" if linear and linear["part"] else "head"
+            plain = linear is None or linear["part"] in _NEVER_QUANTIZED
+            size += math.prod(shape) * self.dtype.itemsize if plain else self._linear_bytes(name, shape, role)
+        if self.spec.tied:
+            shape = self.spec.vocab, self.spec.hidden
+            head, embedding = self._linear_bytes("embed", shape, "head"), math.prod(shape) * self.dtype.itemsize
+            size += head if head < embedding else 0  # else the head is the embedding itself
+        return size
+
+    def _linear_bytes(self, name: str, shape: tuple[int, ...], role: Role) -> int:
+        if self.keeps and (found := self.tensors.packed_bytes(self.sources[name])) is not None:
+            return found
+        plain = math.prod(shape) * self.dtype.itemsize
+        return plain if self.quant is None or self.keeps else self.quant.bytes(shape[0], shape[1], self.dtype, role)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -204,7 +224,7 @@ def inspect(
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
-    return Checkpoint(path, spec, chosen, _bytes(spec, chosen, quant), eos_ids, sources, tensors, quant)
+    return Checkpoint(path, spec, chosen, eos_ids, sources, tensors, quant)
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
@@ -221,20 +241,6 @@ def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
 def _bare(spec: ModelSpec, source: WeightSource) -> WeightSource:
     names = tuple(name.removeprefix(spec.prefix) for name in source.names)
     return replace(source, names=names, otherwise=source.otherwise and _bare(spec, source.otherwise))
-
-
-def _bytes(spec: ModelSpec, dtype: torch.dtype, quant: Quantizer | None) -> int:
-    size = 0
-    for name, shape in spec.shapes().items():
-        linear = _LINEAR.fullmatch(name)
-        if quant is None or linear is None or linear["part"] in _NEVER_QUANTIZED:
-            size += math.prod(shape) * dtype.itemsize
-        else:
-            size += quant.bytes(shape[0], shape[1], dtype, "layer" if linear["part"] else "head")
-    if quant is not None and spec.tied:
-        head = quant.bytes(spec.vocab, spec.hidden, dtype, "head")
-        size += head if head < spec.vocab * spec.hidden * dtype.itemsize else 0  # else the head is the embedding itself
-    return size
 
 
 def read(
@@ -263,8 +269,9 @@ def read(
                 target.copy_(found.T if source.transposed else found)
         return out[list(source.order)] if source.order else out
 
-    # biases and norms come first, because matrices are packed together with them
-    for name in _progress(checkpoint, {name: shapes[name] for name in sorted(shapes, key=lambda name: len(shapes[name]) > 1)}):
+    # biases and norms come first, because matrices are packed together with them; then the largest, so its copy meets no other weights
+    order = sorted(shapes, key=lambda name: (len(shapes[name]) > 1, -math.prod(shapes[name])))
+    for name in _progress(checkpoint, {name: shapes[name] for name in order}):
         if linear := _LINEAR.fullmatch(name):
             base = linear["base"] or name
             bias = tensors.get(f"{base}.bias")
@@ -273,17 +280,21 @@ def read(
             stored = _stored(checkpoint, linear, Linear(filled(name), bias), tensors) if kept is None else kept
             linears[base] = pack(stored, linear["part"] == "up" and _gated(checkpoint.spec, linear))
             del stored, kept
+        elif name == "embed" and checkpoint.spec.tied and as_stored and (kept := checkpoint.tensors.packed(checkpoint.sources[name], None)):
+            linears["head"] = pack(kept, False)
+            if isinstance(linears["head"], Linear | Quantized):  # else the head gives embeddings too
+                tensors[name] = filled(name)
+            del kept
         elif (found := _NORM.fullmatch(name)) and _above_one(checkpoint.spec, found["part"]):
             tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32)) + 1
         else:
             tensors[name] = filled(name)
-    if checkpoint.spec.tied and "lm_head.weight" in checkpoint.tensors.tensors:
+    if checkpoint.spec.tied and "embed" in tensors and "lm_head.weight" in checkpoint.tensors.tensors:
         saved = checkpoint.tensors.read("lm_head.weight")
         if not torch.equal(saved.to(tensors["embed"]), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
-    if checkpoint.spec.tied:
-        kept = checkpoint.tensors.packed(checkpoint.sources["embed"], None) if as_stored else None
-        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors) if kept is None else kept
+    if checkpoint.spec.tied and "head" not in linears:
+        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
         linears["head"] = head = pack(stored, False)
         if isinstance(stored, Linear) and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
             del tensors["embed"], stored

@@ -414,7 +414,7 @@ class NativeOps(TorchOps):
         batch, embed = plan.batch, weights.embed
         if isinstance(embed, Packed):
             x = torch.empty(len(batch.tokens), embed.c.ins, dtype=self.dtype)
-            self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), x.data_ptr())
+            self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), self.kind, x.data_ptr())
         else:
             assert isinstance(embed, Tensor), "an embedding in the form of another backend"
             x = embed.index_select(0, torch.from_numpy(batch.tokens))

@@ -163,10 +163,13 @@ def is_exact(weights: Quantized) -> bool:
         return False
     if not weights.grouped:
         return bool(weights.scale.isfinite().all())
+    total = weights.scales().abs().sum(1) * weights.group
+    lows = weights.lows()
+    beside = 0 if lows is None else lows.abs().sum(1) * weights.group
+    if float((total * (LARGEST_CODE if weights.wide else HIGHEST) + beside).max()) * LARGEST_CODE < LARGEST_TOTAL:
+        return True  # whatever the codes are
     total = replace(weights, columns=None, low=None).dense().abs().sum(1)
-    if (lows := weights.lows()) is not None:
-        total += lows.abs().sum(1) * weights.group
-    return float(total.max()) * LARGEST_CODE < LARGEST_TOTAL
+    return float((total + beside).max()) * LARGEST_CODE < LARGEST_TOTAL
 
 
 def joined(parts: list[Quantized], bias: Tensor | None) -> Quantized | None:
@@ -218,10 +221,7 @@ def product(x: Tensor, weights: Quantized) -> Tensor:
     if not len(x):
         return x.new_empty(0, weights.shape[0])
     codes, s, powers = row_codes(x, weights.columns, weights.group if weights.grouped else 0)
-    if powers is not None:
-        y = _by_group(codes, powers, weights).mul_(s)
-    else:
-        y = _sums(codes, weights.codes).float() * (s * weights.scale)
+    y = _sums(codes, weights.codes).float() * (s * weights.scale) if powers is None else _by_group(codes, powers, weights).mul_(s)
     if weights.columns is not None and weights.side is not None:  # 4.
         for column, side in zip(weights.columns.tolist(), weights.side.T.float(), strict=True):
             y += x[:, column, None].float() * side

@@ -1,7 +1,7 @@
 """Weights as their file stores them: quantized matrices of GGUF, GPTQ, AWQ and compressed-tensors are multiplied without being decoded.
 
-Rows of activations become 8-bit codes with one scale, as ops/quantized.py defines. Matrices in a form that no kernel multiplies are
-decoded, as without this method.
+Rows of activations become 8-bit codes, as ops/quantized.py defines. Matrices in a form that no kernel multiplies are decoded, as without
+this method. It is the default for such files on native kernels.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class AsStored:
         "Gerganov and others, GGUF, 2023; Frantar et al., GPTQ, 2022, arXiv 2210.17323; Lin et al., AWQ, 2023, arXiv 2306.00978",
         Guarantee.LOSSY,
         needs="a file with quantized matrices",
-        deviates="activation rows are 8-bit codes with one scale; llama.cpp has one for 32 columns",
-        summary="quantized files as they are; when memory is short",
+        deviates="activation rows are 8-bit codes; scales of groups are the row's by 1, 2, 4, 8 or 16; llama.cpp's are free",
+        summary="quantized files as they are; their default on a CPU",
     )
 
     def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear:

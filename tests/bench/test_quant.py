@@ -49,7 +49,7 @@ def test_figures(model: str, text: Path) -> None:
     assert 0 < int8.kl < int4.kl and stored.kl > 0
     if not library.why_not():
         assert max(stored.bytes, int8.bytes) < plain.bytes
-    llm = LLM(model, dtype="bfloat16", draft="none", cache_memory=1 << 22)
+    llm = LLM(model, dtype="bfloat16", quant="none", draft="none", cache_memory=1 << 22)
     tokens = llm.tokenizer.encode(text.read_text())[:32]
     expected = [quant._log_softmax(row)[token] for row, token in zip(rows(llm, tokens), tokens[1:], strict=False)]
     one = quant.QuantOptions((text,), tokens=31, length=32, decoded=1, rounds=1)

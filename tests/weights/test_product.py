@@ -86,7 +86,9 @@ def defined(x: torch.Tensor, w: Quantized) -> Any:
                 sums = Fraction(sum(code[i] * line[i] for i in own), power)
                 total = rounded(sums * of_group(w.scale, w.top, w, o, g) + Fraction(float(total)))
                 if w.low is not None:
-                    total = rounded(Fraction(sum(code[i] for i in own), power) * of_group(w.low, w.bottom, w, o, g) + Fraction(float(total)))
+                    total = rounded(
+                        Fraction(sum(code[i] for i in own), power) * of_group(w.low, w.bottom, w, o, g) + Fraction(float(total))
+                    )
             y = total * s
         else:
             y = F32(sum(a * b for a, b in zip(code, line, strict=True))) * (s * F32(w.scale[o].item()))

@@ -40,10 +40,15 @@ class Redraft:
             "backend": backend.name,
             "dtype": str(backend.dtype).removeprefix("torch."),
             "features": sorted(backend.features),
+            "quant": self.llm.config.model.quant,
             "torch": torch.__version__,
             "torch_threads": torch.get_num_threads(),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
         }
+        if getattr(self.runner.quant, "keeps", False):
+            weights = self.runner.weights
+            embedding = weights.embed.nbytes if isinstance(weights.embed, torch.Tensor) else 0
+            self.facts["stored_bytes"] = weights.bytes - embedding
 
     # ---- measurements
 

@@ -6,6 +6,7 @@ Q4_1 also a low; blocks of Q4_K and Q6_K hold 256 columns, whose groups of 32 an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -79,31 +80,44 @@ def _q6_k(blocks: U8) -> Part:
 
 
 class Form(NamedTuple):
+    """lows: whether groups have a low; per: groups of a top, 0 without tops."""
+
     read: Callable[[U8], Part]
     bytes: int  # of a block
     group: int
     wide: bool
-    per: int = 1
+    lows: bool = False
+    per: int = 0
 
 
 FORMS = {
     "Q4_0": Form(_q4_0, 18, 32, False),
-    "Q4_1": Form(_q4_1, 20, 32, False),
+    "Q4_1": Form(_q4_1, 20, 32, False, True),
     "Q5_0": Form(_q5_0, 22, 32, True),
     "Q8_0": Form(_q8_0, 34, 32, True),
-    "Q4_K": Form(_q4_k, 144, 32, False, 8),
-    "Q6_K": Form(_q6_k, 210, 16, True, 16),
+    "Q4_K": Form(_q4_k, 144, 32, False, True, 8),
+    "Q6_K": Form(_q6_k, 210, 16, True, False, 16),
 }
 _SIMPLE = {"Q4_0", "Q5_0", "Q8_0"}  # all fit into wide codes with a scale for 32 columns
+_BLOCKS = {"Q4_K", "Q6_K"}  # both fit into wide codes with factors of a scale and a low for 16 columns
+
+
+def _form(records: list[Record], source: WeightSource) -> Form | None:
+    """The form that all these tensors fit into."""
+    kinds = {record.kind.name for record in records}
+    if not kinds <= FORMS.keys() or source.transposed:
+        return None
+    if len(kinds) == 1:
+        return FORMS[kinds.pop()]
+    return FORMS["Q8_0"] if kinds <= _SIMPLE else FORMS["Q6_K"]._replace(lows=True) if kinds <= _BLOCKS else None
 
 
 def quantized(records: list[Record], source: WeightSource, bias: Tensor | None) -> Quantized | None:
     """The weight of these tensors; None if they have no common form, or one that the kernels do not multiply exactly. The rows are those
     of `source`."""
-    kinds = {record.kind.name for record in records}
-    if not kinds <= FORMS.keys() or source.transposed or (len(kinds) > 1 and not kinds <= _SIMPLE):
+    form = _form(records, source)
+    if form is None:
         return None
-    form = FORMS["Q8_0"] if len(kinds) > 1 else FORMS[kinds.pop()]
     parts = []
     for record, heads in zip(records, source.paired or [0] * len(records), strict=True):
         data = record.data
@@ -111,13 +125,34 @@ def quantized(records: list[Record], source: WeightSource, bias: Tensor | None) 
             data = data.reshape(source.place[1], -1, data.shape[-1])[source.place[0]]
         own = FORMS[record.kind.name]
         part = own.read(np.ascontiguousarray(data[source.skip :]).reshape(len(data) - source.skip, -1, own.bytes))
-        parts.append(_flat(part, _unpaired(len(part.codes), heads)))
+        parts.append(_flat(_fitted(part, own, form), _unpaired(len(part.codes), heads)))
     whole = Part(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))  # type: ignore[arg-type]
     if source.order:
         whole = Part(*(None if array is None else array[list(source.order)] for array in whole))  # type: ignore[arg-type]
     codes, rest = torch.from_numpy(whole.codes), _tensors(whole)
-    made = Quantized(codes, ins=codes.shape[1], dtype=torch.float32, group=form.group, bias=bias, wide=form.wide, per=form.per, **rest)
+    made = Quantized(codes, ins=codes.shape[1], dtype=torch.float32, group=form.group, bias=bias, wide=form.wide, per=form.per or 1, **rest)
     return made if is_exact(made) else None
+
+
+def packed_bytes(records: list[Record], source: WeightSource) -> int | None:
+    """What `quantized` takes."""
+    form = _form(records, source)
+    if form is None:
+        return None
+    outs = sum(math.prod(record.shape[:-1]) // (source.place[1] if source.place else 1) - source.skip for record in records)
+    ins, both = records[0].shape[-1], 1 + form.lows
+    groups = ins // form.group
+    scales = both * (groups + 2 * (groups // form.per) if form.per else 2 * groups)
+    return outs * ((ins if form.wide else ins // 2) + scales)
+
+
+def _fitted(part: Part, own: Form, form: Form) -> Part:
+    """In a form with smaller groups, or with lows."""
+    if (times := own.group // form.group) > 1:
+        part = part._replace(scale=part.scale.repeat(times, -1), low=None if part.low is None else part.low.repeat(times, -1))
+    if form.lows and part.low is None:
+        part = part._replace(low=np.zeros_like(part.scale), bottom=None if part.top is None else np.zeros_like(part.top))
+    return part
 
 
 def _tensors(part: Part) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from redraft.core.spec import WeightSource
 from redraft.models.checkpoint import TensorInfo
 from redraft.models.gguf import file, names
-from redraft.models.gguf.packed import quantized
+from redraft.models.gguf.packed import packed_bytes, quantized
 from redraft.ops.quantized import Quantized
 
 
@@ -43,6 +43,9 @@ class Gguf:
 
     def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
         return quantized([self.records[name] for name in source.names], source, bias)
+
+    def packed_bytes(self, source: WeightSource) -> int | None:
+        return packed_bytes([self.records[name] for name in source.names], source)
 
     def _decoded(self, record: file.Record, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         out = torch.empty(max(0, end - begin), record.shape[-1], dtype=dtype)

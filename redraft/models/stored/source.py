@@ -76,6 +76,9 @@ class Stored:
         whole = joined(parts, bias) if len(parts) == len(found) else None
         return whole.reordered(source.order) if whole is not None and source.order else whole
 
+    def packed_bytes(self, source: WeightSource) -> int | None:
+        return None
+
     # ---- for subclasses
 
     def tensor(self, found: Matrix, part: str, shape: tuple[int, ...] | None = None, dtypes: Collection[str] = STORED) -> Tensor:

@@ -89,7 +89,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_huge": (None, POINTER, SIZE),
     "rd_panel_bytes": (SIZE, _LINEAR),
     "rd_pack": (NUMBER, _LINEAR, POINTER, POINTER),
-    "rd_rows": (None, _LINEAR, POINTER, SIZE, POINTER),
+    "rd_rows": (None, _LINEAR, POINTER, SIZE, NUMBER, POINTER),
     "rd_pack_floats": (NUMBER, _LINEAR, POINTER, POINTER),
     "rd_pack_int8": (NUMBER, _LINEAR, POINTER, POINTER, POINTER),
     "rd_pack_groups": (NUMBER, _LINEAR, POINTER, POINTER),

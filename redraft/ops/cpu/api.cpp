@@ -83,7 +83,9 @@ BORDER int64_t rd_panel_bytes(const Linear* w) { return w->count() * w->panel_by
 BORDER int rd_pack(const Linear* w, const void* from, void* to) {
     return guarded([&] { pack_plain(*w, from, to); });
 }
-BORDER void rd_rows(const Linear* w, const int32_t* rows, int64_t count, void* to) { rows_of(*w, rows, count, to); }
+BORDER void rd_rows(const Linear* w, const int32_t* rows, int64_t count, int kind, void* to) {
+    rows_of(*w, rows, count, Kind(kind), to);
+}
 BORDER int rd_pack_floats(const Linear* w, const float* from, float* to) {
     return guarded([&] { pack_floats(*w, from, to); });
 }

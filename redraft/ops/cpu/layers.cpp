@@ -348,7 +348,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
         if (model.rows)
             for (int64_t r = own.first; r < own.last; r++) std::memcpy(h.at(r, 0), model.rows + tokens[r] * h.stride, size_t(h.stride));
         else
-            rows_of(model.head, tokens + own.first, own.last - own.first, h.at(own.first, 0));
+            rows_of(model.head, tokens + own.first, own.last - own.first, kind, h.at(own.first, 0));
         if (model.embed_scale != 1) kernels.norm({h, h, nullptr, nullptr, 0, 1, kind, kind, model.embed_scale}, own.first, own.last);
         turns_of(rotaries, positions, rows, own, turns);
         layers(worker, workers);

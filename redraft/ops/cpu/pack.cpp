@@ -35,17 +35,56 @@ void interleave(const Linear& w, const uint8_t* from, int64_t size, uint8_t* to)
     });
 }
 
+float real(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest < 0x400) return (sign ? -0x1p-24f : 0x1p-24f) * float(rest);  // below the normal numbers
+    const uint32_t bits = sign | (rest < 0x7c00 ? (rest << 13) + (112u << 23) : rest << 13 | 0x7f800000);
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+void write(uint8_t* to, float x, Kind kind) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (kind == F32) return void(std::memcpy(to, &bits, 4));
+    const uint16_t half = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    std::memcpy(to, &half, 2);
+}
+
+// Output i of panel p with groups: code * scale, rounded, plus the low, rounded.
+void decode(const Linear& w, int64_t p, int64_t i, Kind kind, uint8_t* to) {
+    const auto of_group = [&](const uint16_t* halves, const int8_t* factors, int64_t g) {
+        const float top = real(halves[(p * w.tops() + g / w.per) * PANEL + i]);
+        return factors ? top * float(factors[(p * w.groups() + g) * PANEL + i]) : top;
+    };
+    for (int64_t g = 0; g < w.groups(); g++) {
+        const float scale = of_group(w.scales, w.factors, g), low = w.lows ? of_group(w.lows, w.offsets, g) : 0;
+        for (int64_t c = g * w.group; c < w.ins && c < (g + 1) * w.group; c++) {
+            const int64_t step = c / 4;
+            const uint8_t byte = w.panels[p * w.panel_bytes() + ((w.kind == I4 ? step / 2 : step) * PANEL + i) * 4 + c % 4];
+            const int64_t code = w.kind == G8 ? int8_t(byte) : (step % 2 ? byte >> 4 : byte & 15) - w.offset();
+            const float x = float(code) * scale;
+            write(to + c * bytes_of(kind), w.lows ? x + low : x, kind);
+        }
+    }
+}
+
 }  // namespace
 
 void pack_plain(const Linear& w, const void* from, void* to) {
     interleave(w, static_cast<const uint8_t*>(from), bytes_of(w.kind), static_cast<uint8_t*>(to));
 }
 
-void rows_of(const Linear& w, const int32_t* rows, int64_t count, void* to) {
-    const int64_t bytes = w.ins * bytes_of(w.kind), whole = bytes / 4;
+void rows_of(const Linear& w, const int32_t* rows, int64_t count, Kind kind, void* to) {
+    const int64_t bytes = w.ins * bytes_of(kind), whole = bytes / 4;
     for (int64_t r = 0; r < count; r++) {
-        const uint8_t* from = w.panels + rows[r] / PANEL * w.panel_bytes() + rows[r] % PANEL * 4;
         uint8_t* out = static_cast<uint8_t*>(to) + r * bytes;
+        if (w.grouped()) {
+            decode(w, rows[r] / PANEL, rows[r] % PANEL, kind, out);
+            continue;
+        }
+        const uint8_t* from = w.panels + rows[r] / PANEL * w.panel_bytes() + rows[r] % PANEL * 4;
         for (int64_t s = 0; s < whole; s++) std::memcpy(out + s * 4, from + s * PANEL * 4, 4);
         if (bytes % 4) std::memcpy(out + whole * 4, from + whole * PANEL * 4, bytes % 4);
     }

@@ -15,7 +15,7 @@ from redraft import LLM
 from redraft.core.spec import WeightSource
 from redraft.errors import Unsupported
 from redraft.models.gguf.file import Record
-from redraft.models.gguf.packed import FORMS, quantized
+from redraft.models.gguf.packed import FORMS, packed_bytes, quantized
 from redraft.ops import library
 from redraft.ops.quantized import Quantized, product
 from tests import checkpoints
@@ -78,6 +78,21 @@ def test_several_tensors_and_the_order_of_their_rows() -> None:
     assert torch.equal(whole(parts, WeightSource(("a", "b", "c"), paired=(2, 0, 0), order=order)).dense(), expected.flip(0))
 
 
+def test_blocks_of_several_kinds_are_one_weight() -> None:
+    """Files of kind Q4_K_M store queries and keys as Q4_K, and some values as Q6_K."""
+    parts = [record("Q4_K", 8), record("Q4_K", 4, 1), record("Q6_K", 4, 2)]
+    found = whole(parts, WeightSource(("a", "b", "c")))
+    assert (found.group, found.per, found.wide) == (16, 16, True)
+    assert torch.equal(found.dense(), torch.cat([decoded(part) for part in parts]))
+
+
+@pytest.mark.parametrize("kinds", [(kind,) for kind in FORMS] + [("Q5_0", "Q8_0"), ("Q4_K", "Q6_K")])
+def test_bytes_are_known_before_a_weight_is_read(kinds: tuple[str, ...]) -> None:
+    parts = [record(kind, 4, i) for i, kind in enumerate(kinds)]
+    source = WeightSource(tuple(kinds))
+    assert packed_bytes(parts, source) == whole(parts, source).halved().bytes
+
+
 def test_one_of_several_experts() -> None:
     one = record("Q4_K", 12)
     experts = Record(one.file, one.name, (3, 4, COLUMNS), one.kind, one.data)
@@ -87,7 +102,7 @@ def test_one_of_several_experts() -> None:
 def test_what_stays_to_be_decoded() -> None:
     """Forms that do not fit together, other types, codes of -128, and scales whose sums are not exact."""
     source = WeightSource(("a", "b"))
-    assert quantized([record("Q4_K", 2), record("Q6_K", 2)], source, None) is None
+    assert quantized([record("Q4_K", 2), record("Q8_0", 2)], source, None) is None
     assert quantized([record("Q4_1", 2), record("Q4_0", 2)], source, None) is None
     one = record("Q8_0", 2)
     one.data[1, 7] = 128
@@ -100,7 +115,7 @@ def test_what_stays_to_be_decoded() -> None:
 @pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
 def test_texts_of_a_file_as_it_is_stored(kind: str, tmp_path: Path) -> None:
-    """With --quant stored weights stay quantized; drafts and batches change no text."""
+    """By default weights stay quantized, and the head gives embeddings; drafts and batches change no text. With none they are decoded."""
     folder = checkpoints.tiny_llama(tmp_path / "own", hidden_size=64, intermediate_size=96)
     path = files.write(folder, tmp_path / "q.gguf", Kind[kind])
     prompts = ["once upon a time", "def f(x):"]
@@ -108,14 +123,14 @@ def test_texts_of_a_file_as_it_is_stored(kind: str, tmp_path: Path) -> None:
     def texts(**options: str) -> list[list[int]]:
         llm = LLM(str(path), cache_memory=1 << 22, **options)
         stored = [layer.down for layer in llm.runner.weights.layers]
-        assert all(getattr(getattr(one, "c", None), "group", 0) == (32 if "quant" in options else 0) for one in stored)
+        assert all(getattr(getattr(one, "c", None), "group", 0) == (0 if "quant" in options else 32) for one in stored)
         every = [llm.generate([prompt], temperature=0, max_tokens=24)[0] for prompt in prompts]
         both = llm.generate(prompts, temperature=0, max_tokens=24)
         assert [one.outputs[0].token_ids for one in every] == [one.outputs[0].token_ids for one in both]
         return [one.outputs[0].token_ids for one in both]
 
-    assert texts(draft="copyspec", quant="stored") == texts(draft="none", quant="stored")
-    texts(draft="none")
+    assert texts(draft="copyspec") == texts(draft="none")
+    texts(draft="none", quant="none")
 
 
 def test_a_folder_without_codes_has_nothing_to_keep(tmp_path: Path) -> None:
