@@ -12,6 +12,9 @@ from pydantic.fields import FieldInfo
 from redraft.errors import InvalidInput, did_you_mean, shown
 
 
+ADAPTER_NAME = re.compile(r"(?!\.)[\w.-]{1,64}")
+
+
 class Settings(BaseModel):
     """A frozen pydantic model whose errors are one line: field, value, what is allowed."""
 
@@ -98,6 +101,7 @@ class SamplingParams(Settings):
     draft: str | None = Field(None, description="name:option=value of this request's drafter; None: the engine's")
     verify: str | None = Field(None, description="name:option=value of this request's verifier; None: the engine's")
     draft_rows: int | None = Field(None, ge=0, description="maximum of drafted nodes in a step; None: the engine's")
+    lora: str | None = Field(None, description="name of a loaded adapter (--lora NAME=PATH); None: the model itself")
     provenance: bool = Field(False, description="return the drafter that proposed each token and the tree of each step")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
@@ -151,6 +155,7 @@ class ModelConfig(Settings):
         "auto",
         description="native (compiled, CPU), torch or reference (float64, the definition); auto: native if supported, else torch",
     )
+    lora: tuple[str, ...] = Field((), description="NAME=FOLDER of a LoRA adapter (PEFT) that requests may choose, repeated for more")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")
     generation_config: Literal["auto", "none"] = Field(
         "auto", description="auto: the checkpoint's own defaults of sampling; none: only its eos_token_id is used"
@@ -163,6 +168,31 @@ class ModelConfig(Settings):
     @classmethod
     def _none(cls, value: str | None) -> str | None:
         return None if value == "none" else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return tuple(f"{name}={folder}" for name, folder in value.items())
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("lora")
+    @classmethod
+    def _named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = []
+        for text in value:
+            name, equals, folder = text.partition("=")
+            if not (ADAPTER_NAME.fullmatch(name) and equals and folder):
+                raise ValueError("must be NAME=FOLDER, with a name of letters, digits, '.', '-' and '_'")
+            if name in names:
+                raise ValueError(f"{name} is given twice")
+            names.append(name)
+        return value
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folder of each adapter, by name."""
+        return {name: folder for name, _, folder in (text.partition("=") for text in self.lora)}
 
 
 AUTO = "auto"

@@ -8,21 +8,22 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, cast
 from weakref import WeakSet
 
 from redraft import inputs, registry
 from redraft.card import Guarantee
-from redraft.config import EngineConfig, SamplingParams, SchedulerConfig
+from redraft.config import ADAPTER_NAME, EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.sequence import Pooling, Request, Wants
 from redraft.core.tree import F64
 from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
-from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
+from redraft.errors import InvalidInput, RedraftError, Unsupported, did_you_mean, shown
 from redraft.guarantee import weakest
 from redraft.inputs import Conversation, Params, Patch, Prompt
-from redraft.models import generation, loader
+from redraft.models import adapter, generation, loader
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 from redraft.ops.backend import Feature
@@ -86,6 +87,9 @@ class LLM:
             draft_model=config.draft_model,
             quant=checkpoint.quant,
         )
+        self._checkpoint = checkpoint
+        for name, folder in config.model.adapters.items():
+            self.load_lora(name, folder)
         self.engine = self._engine(setup.scheduler, setup.drafter)
         self._engines = WeakSet([self.engine])  # of this LLM and its siblings
         self._turns = Turns()
@@ -109,6 +113,28 @@ class LLM:
             made.engine = made._engine(scheduler_of(made.config, self.runner.backend.device), drafter)
             self._engines.add(made.engine)
         return made
+
+    @property
+    def loras(self) -> list[str]:
+        """The names of the adapters that requests may choose."""
+        return sorted(self.runner.adapters)
+
+    def load_lora(self, name: str, folder: str | Path) -> None:
+        """Reads a LoRA adapter, a folder that PEFT wrote; requests choose it with lora=name. InvalidInput if the name is taken or has other
+        characters than letters, digits, '.', '-' and '_'; CheckpointError or Unsupported, one line, names what is wrong in the folder."""
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+            raise InvalidInput(f"lora = {shown(name)}: must be at most 64 letters, digits, '.', '-' and '_', not '.' first")
+        if name in self.runner.adapters:
+            raise InvalidInput(f"lora = {shown(name)}: an adapter of this name is loaded; unload it first")
+        checkpoint, backend = self._checkpoint, self.runner.backend
+        found = adapter.read(name, Path(folder), checkpoint.spec, checkpoint.named, backend.dtype, backend.device)
+        self.runner.adapters[name] = found
+
+    def unload_lora(self, name: str) -> None:
+        """New requests can no longer choose the adapter; those under way finish with it. InvalidInput if there is none of this name."""
+        if not isinstance(name, str) or name not in self.runner.adapters:
+            raise InvalidInput(f"lora = {shown(name)}: {did_you_mean(str(name), self.runner.adapters)}")
+        del self.runner.adapters[name]
 
     @property
     def guarantee(self) -> Guarantee:

@@ -92,7 +92,7 @@ class Copy:
 
     def checkpoint(self, quant: Any = None) -> Checkpoint:
         sources = {name: WeightSource((name,)) for name in self.spec.shapes()}
-        return Checkpoint(self.folder, self.spec, self.dtype, (), sources, Safetensors(self.folder), quant)
+        return Checkpoint(self.folder, self.spec, self.dtype, (), sources, self.spec, Safetensors(self.folder), quant)
 
     @cached_property
     def plain(self) -> set[str]:

@@ -41,7 +41,7 @@ class OptionGroup(NamedTuple):
         return self._replace(fields={name: field for name, field in self.fields.items() if name not in names})
 
 
-NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance")  # the engine's own are
+NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance", "lora")  # the engine's own are
 SAMPLING = OptionGroup(
     "Sampling",
     {name: field for name, field in SamplingParams.model_fields.items() if name not in NOT_OFFERED},

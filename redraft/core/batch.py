@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,7 +71,8 @@ class Batch:
     positions of the tentative slots, those of earlier forwards of the same tail first; logit_rows: i32[R], the rows that need
     logits; roots: i32[S], the logit row of the last pending token of each sequence, -1 where the chunk ends earlier or an earlier
     forward of the same tail ran that token. Node i of sequence s has logit row roots[s] + 1 + i. views[s]: which slots the rows
-    see, None for all; layers[s]: the layers that the rows run, None for all.
+    see, None for all; layers[s]: the layers that the rows run, None for all; adapters[s]: what changes the weights for the rows, None
+    for nothing (models/adapter.py).
 
     Positions and visibility are both given; neither is derived from the other. A row sees all committed slots, the chain and the
     nodes of its bits, except what its view and the window of its layer hide by position.
@@ -114,6 +115,7 @@ class Batch:
     roots: I32
     views: list[View | None]
     layers: list[frozenset[int] | None]
+    adapters: list[Any]
 
     @classmethod
     def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
@@ -166,13 +168,14 @@ class Batch:
             root_rows,
             [_view(w.seq, positions[a:z]) for w, (a, z) in zip(work, spans, strict=True)],
             [w.seq.cache.layers if w.seq.stored >= w.seq.context else None for w in work],
+            [w.seq.request.adapter for w in work],
         )
 
     @property
     def plain(self) -> bool:
-        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers."""
+        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers as they are."""
         count, pages = len(self.views), self.pages
-        return self.views.count(None) == self.layers.count(None) == pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
+        return self.views.count(None) == self.layers.count(None) == self.adapters.count(None) == pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
         """A batch of the chosen sequences without logit rows, and i32[rows]: the rows of this batch that it holds."""
@@ -197,6 +200,7 @@ class Batch:
                 np.full(len(chosen), -1, np.int32),
                 [self.views[s] for s in chosen],
                 [self.layers[s] for s in chosen],
+                [self.adapters[s] for s in chosen],
             ),
             rows,
         )

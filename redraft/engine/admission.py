@@ -9,7 +9,7 @@ from redraft.core.noise import sample_seed
 from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
-from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
+from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported, did_you_mean, shown
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
 
@@ -23,7 +23,7 @@ class Admission:
         memory = runner.memory
         if memory.blocks * memory.paged.table.page < max_model_len:
             raise OutOfMemory(f"a pool of {memory.blocks} blocks cannot hold one sequence of max_model_len = {max_model_len} tokens")
-        self.memory, self.vocab = memory, runner.spec.vocab
+        self.runner, self.memory, self.vocab = runner, memory, runner.spec.vocab
         self.sampler, self.drafter, self.policies = sampler, drafter, policies
         self.max_model_len, self.spells = max_model_len, spells
         self._ids = 0
@@ -31,14 +31,17 @@ class Admission:
     def admit(self, request: Request) -> Sequence:
         """The request's first sequence. Chooses a seed if the request has none. On InvalidInput (PromptTooLong) nothing has changed."""
         self._check(request)
-        params = request.params
+        params, salt = request.params, request.salt
         if params.seed is None:
             request.params = params.but(seed=secrets.randbits(63))
+        if params.lora is not None:
+            request.adapter = self.runner.adapters[params.lora]
+            request.salt += f"\0{request.adapter.digest}"  # its keys and values are its own, also under a name that was another's
         try:
             seq = self.sequence(request, 0)
             self._check_length(seq)
         except Exception:
-            request.params = params
+            request.params, request.salt, request.adapter = params, salt, None
             request.sequences.clear()
             raise
         return seq
@@ -75,6 +78,8 @@ class Admission:
         if not prompt:
             raise InvalidInput("prompt is empty: at least one token is needed")
         self._check_ids("prompt_token_ids", prompt)
+        if params.lora is not None and params.lora not in self.runner.adapters:
+            raise InvalidInput(f"lora = {shown(params.lora)}: {did_you_mean(params.lora, self.runner.adapters)}")
         plan = self.policies.check(params, request.reuse)
         if request.reuse and request.wants.whole_prompt:
             name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"

@@ -66,32 +66,47 @@ class TensorSource(Protocol):
         ...
 
 
+class TensorFile:
+    """A safetensors file, mapped and open. CheckpointError if it is damaged."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._opened: Any = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+        self.tensors: dict[str, TensorInfo] = {}
+        for name in self._opened.keys():  # noqa: SIM118 - not a mapping
+            part = self._opened.get_slice(name)
+            self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+
+    def read(self, name: str, part: int | slice | None = None) -> Tensor:
+        try:
+            found: Tensor = self._opened.get_tensor(name) if part is None else self._opened.get_slice(name)[part]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.file}: {name}: {first_line(error)}") from None
+        return found
+
+
 class Safetensors:
-    """The safetensors files of a folder: model.safetensors, or the shards that the index names. Files are mapped and stay open.
-    CheckpointError or Unsupported says what is missing or damaged."""
+    """The safetensors files of a folder: model.safetensors, or the shards that the index names. CheckpointError or Unsupported says what
+    is missing or damaged."""
 
     dtypes: Collection[str] = STORED
 
     def __init__(self, folder: Path) -> None:
         self.index = folder / (SINGLE if (folder / SINGLE).exists() else INDEX)
-        self._files = {file: _open(file) for file in _files(folder)}
+        self._files = {file: TensorFile(file) for file in _files(folder)}
         self.tensors: dict[str, TensorInfo] = {}
-        for file, opened in self._files.items():
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                part = opened.get_slice(name)
-                self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        for opened in self._files.values():
+            self.tensors |= opened.tensors
 
     @property
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.tensors.values()})
 
     def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        file = self.tensors[name].file
-        try:
-            found: Tensor = self._files[file].get_tensor(name) if part is None else self._files[file].get_slice(name)[part]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {name}: {first_line(error)}") from None
-        return found
+        return self._files[self.tensors[name].file].read(name, part)
 
     def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
         return None
@@ -136,10 +151,3 @@ def refuse_adapter(folder: Path) -> None:
     of = f" of {' '.join(str(base).split())}" if base else ""
     how = "merge it into the weights, or remove adapter_config.json to run the weights without the adapter"
     raise Unsupported(f"{folder}: holds a {kind} adapter{of} (adapter_config.json), which is not applied; {how}")
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None

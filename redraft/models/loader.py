@@ -54,7 +54,7 @@ class Checkpoint:
     """What headers and JSON files say, before weights are read.
 
     path: the folder, or the GGUF file, of a split set the first; eos_ids: the tokens that end a text; sources: canonical name of a
-    weight -> its tensors in the files.
+    weight -> its tensors in the files; named: the spec with the names of a Hugging Face checkpoint, also for a GGUF file.
     """
 
     path: Path
@@ -62,6 +62,7 @@ class Checkpoint:
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
     sources: dict[str, WeightSource] = field(repr=False)
+    named: ModelSpec = field(repr=False)
     tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
 
@@ -217,6 +218,7 @@ def inspect(
     tensors: TensorSource = Gguf(contents) if contents else Safetensors(path)
     if isinstance(tensors, Safetensors) and (fields := getattr(config, "quantization_config", None)):
         tensors = registry.load(registry.STORED[fields["quant_method"]])(tensors, fields, where)
+    named = spec
     if contents:
         spec = gguf_config.spec(contents, spec)
     spec = _without_prefix(spec, tensors)
@@ -224,7 +226,7 @@ def inspect(
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
-    return Checkpoint(path, spec, chosen, eos_ids, sources, tensors, quant)
+    return Checkpoint(path, spec, chosen, eos_ids, sources, named, tensors, quant)
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.table import PageTable
 from redraft.models import mixers
+from redraft.models.adapter import Adapter, adapted, own_rows
 from redraft.models.layers import decoder_layer
 from redraft.ops.backend import Backend, Feature, ForwardResult, Weights, WeightSums
 
@@ -51,6 +53,7 @@ class Runner:
         self.spec, self.weights, self.backend = spec, weights, backend
         self.source, self.draft_model, self.quant = source, draft_model, quant
         self.draft_models: dict[Path, Runner] = {}
+        self.adapters: dict[str, Adapter] = {}  # that requests may choose, by name
         self.memory = Paged(backend, spec, blocks, sharing=sharing) if memory is None else memory
         self._cuts = {i for i, (a, b) in enumerate(pairwise((*spec.layers, None))) if not (_attends(a) and _attends(b))}
         self._places = {layer: (part, i) for part in self.memory.members for i, layer in enumerate(part.layers)}
@@ -65,6 +68,8 @@ class Runner:
 
         If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
         """
+        if any(adapter is not None and adapter.spec is not self.spec for adapter in batch.adapters):  # of the model that this one drafts for
+            batch = replace(batch, adapters=[None] * len(batch.adapters))
         if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
             out = self.backend.forward(batch, self.spec, self.weights, self.memory.pool, taps)
             return self._scaled(self._forward(batch, taps) if out is None else out)
@@ -82,7 +87,7 @@ class Runner:
     def _forward(self, batch: Batch, taps: Taps) -> ForwardResult:
         backend, spec, weights = self.backend, self.spec, self.weights
         plan = backend.plan(batch, spec, taps)
-        parts = _Parts(self, batch, taps)
+        parts, adapters = _Parts(self, batch, taps), own_rows(batch, backend.device)
         h = backend.embed(weights, plan)
         if spec.embed_scale != 1.0:
             h = h * torch.tensor(spec.embed_scale, dtype=h.dtype).item()
@@ -96,9 +101,9 @@ class Runner:
             for i in range(first, last) if done is None else ():
                 part = parts.at(i)
                 if part is None:
-                    h = self._layer(i, h, plan)
+                    h = self._layer(i, h, plan, adapters)
                 elif len(part.rows):
-                    h = h.index_copy(0, part.rows, self._layer(i, h[part.rows], part.plan))
+                    h = h.index_copy(0, part.rows, self._layer(i, h[part.rows], part.plan, part.adapters))
             if last - 1 in taps.hidden:
                 hidden[last - 1] = h
         out = backend.head(h, weights, spec.final_norm, plan, taps)
@@ -106,9 +111,10 @@ class Runner:
             return out
         return out._replace(hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
 
-    def _layer(self, i: int, h: Tensor, plan: Any) -> Tensor:
+    def _layer(self, i: int, h: Tensor, plan: Any, adapters: list[tuple[Adapter, Tensor]]) -> Tensor:
         memory, index = self._places[i]
-        return decoder_layer(h, index, self.spec.layers[i], self.weights.layers[i], self.backend, memory.pool, plan)
+        weights = adapted(self.weights.layers[i], i, adapters)
+        return decoder_layer(h, index, self.spec.layers[i], weights, self.backend, memory.pool, plan)
 
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> F64:
@@ -129,11 +135,12 @@ def _attends(layer: LayerSpec | None) -> bool:
 
 
 class _Part(NamedTuple):
-    """Some of a batch's sequences: their indices, their rows and their own plan."""
+    """Some of a batch's sequences: their indices, their rows, their own plan and adapters."""
 
     places: tuple[int, ...]
     rows: Tensor
     plan: Any
+    adapters: list[tuple[Adapter, Tensor]]
 
 
 class _Parts:
@@ -155,7 +162,8 @@ class _Parts:
             part, rows = self.batch.only(places)
             watched = {i: self.taps.attention[s] for i, s in enumerate(places) if s in self.taps.attention}
             plan = self.runner.backend.plan(part, self.runner.spec, Taps(attention=watched)) if places else None
-            self.made[places] = _Part(places, torch.from_numpy(rows).long().to(self.runner.backend.device), plan)
+            device = self.runner.backend.device
+            self.made[places] = _Part(places, torch.from_numpy(rows).long().to(device), plan, own_rows(part, device))
         return self.made[places]
 
     def watched(self, plan: Any) -> dict[int, WeightSums]:

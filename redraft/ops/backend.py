@@ -67,6 +67,41 @@ class PackedWeights(Protocol):
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized: ...
 
 
+class LowRank(NamedTuple):
+    """What is added to the outputs first..first + n of a linear layer: (x a[:, :rank]) b. a: [ins, rank up to a multiple of 16]; b:
+    [rank, n], with the factor of the adapter. Both in the dtype of the model; sums are in float32 (float64 in the reference)."""
+
+    a: Tensor
+    b: Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear layer with low-rank terms for some rows of the input: (i64 rows, term)."""
+
+    base: LinearWeights
+    terms: tuple[tuple[Tensor, LowRank], ...]
+
+    @property
+    def outs(self) -> int:
+        return self.base.outs
+
+    @property
+    def meta(self) -> bool:
+        return self.base.meta
+
+    def rows(self, keep: NDArray[Any]) -> Linear | Quantized:
+        """Without the terms."""
+        return self.base.rows(keep)
+
+    def product(self, x: Tensor, backend: Backend) -> Tensor:
+        y = backend.linear(x, self.base)
+        for rows, term in self.terms:
+            backend.add_low_rank(y, x, rows, term)
+        return y
+
+
 LinearWeights = Linear | Quantized | PackedWeights
 
 
@@ -279,6 +314,10 @@ class Backend(Protocol):
 
     def draw(self, key: int, ids: I64, values: F64) -> int:
         """The same place as draw() of core/noise.py, fast for a whole vocabulary."""
+        ...
+
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+        """Adds a term to these rows of y [T, outs], the product of x [T, ins], and rounds."""
         ...
 
     def embed(self, weights: Weights, plan: Any) -> Tensor:

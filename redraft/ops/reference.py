@@ -23,7 +23,9 @@ from redraft.ops.backend import (
     ForwardResult,
     LayerWeights,
     Linear,
+    Adapted,
     LinearWeights,
+    LowRank,
     NormWeights,
     Select,
     Weights,
@@ -198,11 +200,16 @@ class Reference:
         return x if weights.bias is None else x + weights.bias
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        if isinstance(weights, Adapted):
+            return weights.product(x, self)
         if isinstance(weights, Quantized):
             return torch.stack([quantized_row(row, weights) for row in x]) if len(x) else x.new_empty(0, weights.shape[0])
         assert isinstance(weights, Linear), "a weight in the form of another backend"
         y = x @ weights.weight.T
         return y if weights.bias is None else y + weights.bias
+
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+        y[rows, term.first : term.first + term.b.shape[1]] += x[rows] @ term.a[:, : len(term.b)] @ term.b
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
         gate, up = x.chunk(2, -1) if gated else (x, 1.0)

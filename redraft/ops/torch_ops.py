@@ -31,7 +31,9 @@ from redraft.ops.backend import (
     ForwardResult,
     LayerWeights,
     Linear,
+    Adapted,
     LinearWeights,
+    LowRank,
     NormWeights,
     Select,
     Weights,
@@ -423,6 +425,8 @@ class TorchOps:
         return Linear(torch.ops.mkldnn._reorder_linear_weight(weights.weight, PACKED_FOR), weights.bias)
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
+        if isinstance(weights, Adapted):
+            return weights.product(x, self)
         if isinstance(weights, Quantized):
             return product(x, weights)
         assert isinstance(weights, Linear), "a weight in the form of another backend"
@@ -431,6 +435,12 @@ class TorchOps:
         if not len(x):
             return x.new_empty(0, weights.weight.shape[0])
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weights.weight, weights.bias, "none", [], ""))
+
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+        wide = torch.promote_types(y.dtype, torch.float32)
+        added = x[rows].to(wide) @ term.a[:, : len(term.b)].to(wide) @ term.b.to(wide)
+        part = y[:, term.first : term.first + term.b.shape[1]]
+        part[rows] = (part[rows].to(wide) + added).to(y.dtype)
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
         gate = x.narrow(-1, 0, x.shape[-1] // 2) if gated else x

@@ -1,0 +1,227 @@
+"""Low-rank adapters (LoRA) in the folders that PEFT writes: what they add to the linear layers of a model.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685; the
+factor with the square root of the rank: Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732.
+
+For the rows of a request with an adapter, y = W x becomes y + B A x * alpha / r, with y rounded to the dtype of the model before and after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redraft.core.batch import Batch
+from redraft.core.spec import ModelSpec, WeightSource
+from redraft.errors import CheckpointError, Unsupported, shown
+from redraft.models.checkpoint import STORED, TensorFile
+from redraft.models.config import read_json
+from redraft.ops.backend import Adapted, LayerWeights, LowRank
+
+CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LANES = 16  # `a` is filled with zeros up to a multiple of this rank
+LARGEST_RANK = 1024
+
+_LINEAR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<part>qkv|out|up|down)\.weight")
+_TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# Fields without a meaning for a trained adapter, or whose meaning its tensors show.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_READ = {"alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"}
+_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base model's weights
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in memory. digest: of its files' contents; spec: of the model that it belongs to; layers: for each layer, the name of a
+    LayerWeights field -> its terms."""
+
+    name: str
+    digest: str
+    spec: ModelSpec
+    layers: tuple[Mapping[str, tuple[LowRank, ...]], ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.a.nbytes + term.b.nbytes for layer in self.layers for terms in layer.values() for term in terms)
+
+
+def own_rows(batch: Batch, device: torch.device | str = "cpu") -> list[tuple[Adapter, Tensor]]:
+    """The adapters of a batch, each with its rows, i64."""
+    rows: dict[Adapter, list[int]] = {}
+    for s, adapter in enumerate(batch.adapters):
+        if adapter is not None:
+            rows.setdefault(adapter, []).extend(range(int(batch.starts[s]), int(batch.starts[s + 1])))
+    return [(adapter, torch.tensor(own, device=device)) for adapter, own in rows.items()]
+
+
+def adapted(weights: LayerWeights, layer: int, chosen: list[tuple[Adapter, Tensor]]) -> LayerWeights:
+    """The weights of a layer with the terms of these adapters for their rows."""
+    changed: dict[str, Any] = {}
+    for name in {name for adapter, _ in chosen for name in adapter.layers[layer]}:
+        terms = tuple((rows, term) for adapter, rows in chosen for term in adapter.layers[layer].get(name, ()))
+        changed[name] = Adapted(getattr(weights, name), terms)
+    return replace(weights, **changed) if changed else weights
+
+
+# ---- reading
+
+
+class _Target(NamedTuple):
+    """A module of the checkpoint: rows `rows` of what is stored for a linear layer, with `source.order` as of the whole layer."""
+
+    layer: int
+    part: str
+    rows: range
+    outs: int  # of the whole layer
+    ins: int
+    source: WeightSource
+
+
+def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> Adapter:
+    """The adapter in a PEFT folder. spec: of the loaded model; named: the same with the names of a Hugging Face checkpoint; dtype: of the
+    model. CheckpointError or Unsupported, one line each, names the file and what is wrong."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no adapter: it has no {CONFIG}")
+    config = read_json(file)
+    _check(file, config)
+    if not (folder / TENSORS).is_file():
+        why = f"holds {PICKLED} only, which could run code; save it as {TENSORS}" if (folder / PICKLED).exists() else f"has no {TENSORS}"
+        raise CheckpointError(f"{folder}: {why}")
+    stored = TensorFile(folder / TENSORS)
+    modules: dict[str, dict[str, str]] = {}
+    for tensor in stored.tensors:
+        if (found := _TENSOR.fullmatch(tensor)) is None:
+            raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers of the decoder are applied")
+        modules.setdefault(found["module"], {})[found["side"]] = tensor
+    targets = dict(_targets(spec, named))
+    layers: list[dict[str, tuple[LowRank, ...]]] = [{} for _ in spec.layers]
+    for module, sides in modules.items():
+        target = _find(targets, module)
+        if target is None:
+            raise Unsupported(f"{stored.file}: {shown(module)} is adapted: only query, key, value, output and MLP projections are")
+        term = _term(stored, module, sides, target, config, file, dtype)
+        layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), _to(term, device))
+    if not modules:
+        raise CheckpointError(f"{stored.file}: holds no tensors")
+    return Adapter(name, _digest(file, stored.file), spec, tuple(layers))
+
+
+def _check(file: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise Unsupported(f"{file}: peft_type = {shown(kind)}: only LORA adapters are applied")
+    if config.get("use_dora"):
+        raise Unsupported(f"{file}: use_dora = true: DoRA scales the columns of the merged weight, which is not applied")
+    if (bias := config.get("bias", "none")) != "none":
+        raise Unsupported(f"{file}: bias = {shown(bias)}: only none is applied")
+    if saved := config.get("modules_to_save"):
+        raise Unsupported(f"{file}: modules_to_save = {shown(saved)}: modules that are trained as a whole are not applied")
+    if (init := config.get("init_lora_weights", True)) not in _INITS:
+        raise Unsupported(f"{file}: init_lora_weights = {shown(init)}: it changes the base model; allowed: true, false, gaussian, orthogonal, eva")
+    for field, value in config.items():
+        if value and field not in _HARMLESS | _READ:
+            raise Unsupported(f"{file}: {shown(field)} = {shown(value)}: this kind of adapter is not applied")
+
+
+def _targets(spec: ModelSpec, named: ModelSpec) -> Iterator[tuple[str, _Target]]:
+    """The name of each module, without the prefix of the family, and what it is here."""
+    for name, shape in spec.shapes().items():
+        if (found := _LINEAR.fullmatch(name)) is None:
+            continue
+        source, end = named.source(name), 0
+        counts = source.rows or (shape[0] // len(source.names),) * len(source.names)
+        for part, count in zip(source.names, counts, strict=True):
+            begin, end = end, end + count
+            module = part.removeprefix(named.prefix).removesuffix(".weight")
+            yield module, _Target(int(found["layer"]), found["part"], range(begin, end), shape[0], shape[1], source)
+
+
+def _find(targets: Mapping[str, _Target], module: str) -> _Target | None:
+    """By the name without its first parts: prefixes differ between classes of transformers."""
+    while module not in targets and "." in module:
+        module = module.partition(".")[2]
+    return targets.get(module)
+
+
+def _term(
+    stored: TensorFile, module: str, sides: dict[str, str], target: _Target, config: dict[str, Any], file: Path, dtype: torch.dtype
+) -> LowRank:
+    if missing := {"A", "B"} - sides.keys():
+        raise CheckpointError(f"{stored.file}: {module}: lora_{missing.pop()}.weight is missing")
+    if target.source.skip or target.source.place:
+        raise Unsupported(f"{stored.file}: {shown(module)} is adapted: a part of a stored tensor cannot be")
+    rank, factor = _scaling(module, config, file)
+    a, b = (
+        _matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank)))
+    )
+    places = np.array(target.rows)  # of the outputs in the layer
+    if target.source.order:
+        order = np.array(target.source.order)  # where each output is stored
+        places = np.flatnonzero((order >= target.rows.start) & (order < target.rows.stop))
+        b = b[torch.from_numpy(order[places] - target.rows.start)]
+    first, last = int(places[0]), int(places[-1]) + 1
+    wide = torch.zeros(last - first, rank, dtype=torch.float64)
+    wide[torch.from_numpy(places - first)] = b.double() * factor
+    filled = torch.zeros(target.ins, -(-rank // LANES) * LANES, dtype=dtype)
+    filled[:, :rank] = a.T
+    return LowRank(filled, wide.T.to(dtype).contiguous(), first)
+
+
+def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
+    info = stored.tensors[name]
+    if info.dtype not in STORED:
+        raise CheckpointError(f"{stored.file}: {name} has dtype {info.dtype}, expected {', '.join(STORED)}")
+    if info.shape != shape:
+        raise CheckpointError(f"{stored.file}: {name} has shape {list(info.shape)}, expected {list(shape)}")
+    found = stored.read(name)
+    if not bool(found.isfinite().all()):
+        raise CheckpointError(f"{stored.file}: {name} holds infinite or undefined numbers")
+    return found
+
+
+def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, float]:
+    """(rank, factor) of a module."""
+
+    def of(field: str, pattern: str) -> Any:
+        named = config.get(pattern) or {}
+        if not isinstance(named, dict):
+            raise CheckpointError(f"{file}: {pattern} = {shown(named)}: must be an object")
+        for key, value in named.items():
+            try:
+                if re.match(rf"(.*\.)?({key})$", module):
+                    return value
+            except re.error:
+                raise CheckpointError(f"{file}: {pattern}: {shown(key)} is no regular expression") from None
+        return config.get(field, 8)
+
+    rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
+    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+        raise CheckpointError(f"{file}: r = {shown(rank)}: must be 1 to {LARGEST_RANK}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{file}: lora_alpha = {shown(alpha)}: must be a number")
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _to(term: LowRank, device: torch.device | str) -> LowRank:
+    return LowRank(term.a.to(device), term.b.to(device), term.first)
+
+
+def _digest(*files: Path) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()[:32]

@@ -1,0 +1,51 @@
+"""Makes random LoRA adapters in the form of PEFT, and folders with an adapter merged into the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make(
+    folder: Path, base: Path, *, rank: int = 4, alpha: float = 8, seed: int = 0, modules: tuple[str, ...] = MODULES, **config: Any
+) -> Path:
+    """An adapter of every matrix of `base` whose name ends like one of `modules`."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if module.endswith(modules):
+            outs, ins = weight.shape
+            own = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), rank)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(own, ins, generator=g) / ins**0.5
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outs, own, generator=g) / own**0.5
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    raw = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(raw | config))
+    return folder
+
+
+def merged(folder: Path, base: Path, adapter: Path) -> Path:
+    """`base` with the adapter added to its weights, in float64."""
+    shutil.copytree(base, folder)
+    config, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(base / "model.safetensors")
+    for name, a in tensors.items():
+        if "lora_A" not in name:
+            continue
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        rank = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), config["r"])
+        alpha = next((r for key, r in config.get("alpha_pattern", {}).items() if key in module), config["lora_alpha"])
+        factor = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        added = tensors[name.replace("lora_A", "lora_B")].double() @ a.double()
+        weights[f"{module}.weight"] = weights[f"{module}.weight"].double() + factor * added
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    return folder
