@@ -34,6 +34,7 @@ from redraft.ops.backend import (
     LayerWeights,
     Linear,
     LinearWeights,
+    LowRank,
     NormWeights,
     Weights,
     WeightSums,
@@ -438,6 +439,14 @@ class NativeOps(TorchOps):
         if len(x):
             self._call("rd_linear", weights.c, self._rows(x), self._rows(out), abi.ACTIVATIONS["none"], 0)
         return out
+
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+        x = x.contiguous()
+        self._call("rd_low_rank", self._rows(x), self._rows(y), self._low_rank(term), rows.data_ptr(), len(rows))
+
+    def _low_rank(self, term: LowRank) -> abi.LowRank:
+        (ins, _), (rank, outs) = term.a.shape, term.b.shape
+        return abi.LowRank(term.a.data_ptr(), term.b.data_ptr(), ins, outs, term.first, rank, self.kind)
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
         if activation not in abi.ACTIVATIONS:

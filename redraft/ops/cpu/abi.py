@@ -33,6 +33,10 @@ class Linear(ctypes.Structure):
     ]  # fmt: skip
 
 
+class LowRank(ctypes.Structure):
+    _fields_ = [("a", POINTER), ("b", POINTER), ("ins", SIZE), ("outs", SIZE), ("first", SIZE), ("rank", NUMBER), ("kind", NUMBER)]
+
+
 class Pool(ctypes.Structure):
     _fields_ = [
         ("data", POINTER), ("block_bytes", SIZE), ("unit_bytes", SIZE), ("per_block", SIZE), ("values", SIZE),
@@ -98,6 +102,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_head": (NUMBER, _ROWS, POINTER, POINTER, REAL, NUMBER, NUMBER, _LINEAR, POINTER, SIZE, NUMBER, POINTER, POINTER),
     "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER, NUMBER),
     "rd_cap": (NUMBER, _ROWS, _ROWS, REAL),
+    "rd_low_rank": (NUMBER, _ROWS, _ROWS, ctypes.POINTER(LowRank), POINTER, SIZE),
     "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),
     "rd_rope": (NUMBER, _ROWS, SIZE, SIZE, POINTER, POINTER),
     "rd_contenders": (SIZE, ctypes.c_uint64, POINTER, POINTER, SIZE, POINTER),

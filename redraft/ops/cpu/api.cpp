@@ -115,6 +115,14 @@ BORDER int rd_norm(const Rows* x, const Rows* y, const void* weight, const void*
         });
     });
 }
+BORDER int rd_low_rank(const Rows* x, const Rows* y, const LowRank* term, const int64_t* rows, int64_t count) {
+    return guarded([&] {
+        run([&](int worker, int workers) {
+            const Share own(count, worker, workers);
+            for (int64_t i = own.first; i < own.last; i++) kernels().low_rank(*x, *y, *term, rows[i]);
+        });
+    });
+}
 BORDER int rd_activate(const Rows* x, const Rows* y, int activation, int gated) {
     return guarded([&] {
         run([&](int worker, int workers) {

@@ -16,6 +16,7 @@ constexpr int64_t LINE = 64;   // bytes of a row in a tile
 constexpr int64_t TALL = 16;   // rows of a tile
 constexpr int64_t PAGE = 32;   // slots of a page
 constexpr int64_t CONTENDERS = 16;  // tokens so near to the largest sum that numpy decides; ops/native.py
+constexpr int64_t RANKS = 16, MOST_RANKS = 1024;  // of low-rank terms
 constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, G8 = 4 };  // I4, G8: codes with a scale for each group of columns
@@ -116,6 +117,15 @@ struct NormJob {
     int32_t add = 0;
 };
 
+// What is added to the outputs first..first + outs of a linear layer: (x a) b. a [ins][width], width: the rank up to a multiple of RANKS,
+// filled with zeros; b [rank][outs].
+struct LowRank {
+    const uint8_t *a, *b;
+    int64_t ins, outs, first;
+    int32_t rank;  // at most MOST_RANKS
+    Kind kind;     // of a and b
+};
+
 // The rows of one sequence and its pages; everything that does not depend on the layer.
 struct Seq {
     int32_t first, rows, chain_rows;  // rows of the batch; the first chain_rows are chain rows, the others nodes
@@ -212,6 +222,7 @@ struct Kernels {
     void (*quantize)(const Rows& x, const Linear& w, const Rows& tiles, const Coded& codes, int64_t first, int64_t last);  // of x for w
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     void (*cap)(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last);  // y = limit * tanh(x / limit)
+    void (*low_rank)(const Rows& x, const Rows& y, const LowRank&, int64_t row);  // adds the term to a row of y, and rounds
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
     int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places);  // [CONTENDERS]

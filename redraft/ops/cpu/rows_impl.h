@@ -138,6 +138,40 @@ void cap(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last)
     for (int64_t r = first; r < last; r++) row_of(x, y, r, [&](Vec v, int64_t, int64_t) { return capped(v, limit); });
 }
 
+// Sums over inputs are four chains, of every fourth input, which are added at the end; sums over ranks are one chain.
+void low_rank(const Rows& x, const Rows& y, const LowRank& w, int64_t row) {
+    constexpr int V = RANKS / Vec::N;
+    const int64_t width = (w.rank + RANKS - 1) / RANKS * RANKS, size = bytes_of(w.kind);
+    alignas(64) float ranks[MOST_RANKS], some[RANKS];
+    for (int64_t j = 0; j < width; j += RANKS) {
+        Vec sums[4][V];
+        for (auto& chain : sums)
+            for (Vec& one : chain) one = zero();
+        for (int64_t begin = 0; begin < w.ins; begin += RANKS) {
+            const int64_t live = w.ins - begin < RANKS ? w.ins - begin : RANKS;
+            for (int v = 0; v < V; v++)
+                if (v * Vec::N < live) store(some + v * Vec::N, read_some(x.at(row, begin + v * Vec::N), x.kind, live - v * Vec::N));
+            const uint8_t* from = w.a + (begin * width + j) * size;
+            for (int64_t i = 0; i < live; i++, from += width * size)
+                for (int v = 0; v < V; v++) sums[i % 4][v] = fma(set1(some[i]), read(from + v * Vec::N * size, w.kind), sums[i % 4][v]);
+        }
+        for (int v = 0; v < V; v++) store(ranks + j + v * Vec::N, (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]));
+    }
+    for (int64_t o = 0; o < w.outs; o += 4 * Vec::N) {
+        Vec added[4] = {zero(), zero(), zero(), zero()};
+        const uint8_t* from = w.b + o * size;
+        for (int64_t j = 0; j < w.rank; j++, from += w.outs * size)
+            for (int v = 0; v < 4; v++)
+                if (o + v * Vec::N < w.outs) added[v] = fma(set1(ranks[j]), read_some(from + v * Vec::N * size, w.kind, w.outs - o - v * Vec::N), added[v]);
+        for (int v = 0; v < 4; v++) {
+            const int64_t at = o + v * Vec::N, live = w.outs - at;
+            if (live <= 0) break;
+            uint8_t* to = y.at(row, w.first + at);
+            write_some(to, y.kind, read_some(to, y.kind, live) + added[v], live);
+        }
+    }
+}
+
 void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last) {
     const int64_t half = size / 2;
     for (int64_t r = first; r < last; r++)

@@ -39,7 +39,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, cap, rope, contenders, nullptr};
+const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, cap, low_rank, rope, contenders, nullptr};
 }  // namespace
 }  // namespace redraft
 
@@ -694,6 +694,36 @@ void test_activate(int64_t rows, int64_t cols, Kind kind) {
     check(again.memory == y.memory, what + ": row by row");
 }
 
+// Columns first.. of y get (x a) b, the others stay; rows in tiles give the same bits.
+void test_low_rank(int64_t rows, int64_t ins, int64_t outs, Kind kind) {
+    const int64_t rank = dice.between(1, 40), width = (rank + RANKS - 1) / RANKS * RANKS, first = dice.below(5), after = dice.below(5);
+    Matrix x(rows, ins, kind, false, dice.below(3)), tiles(rows, ins, kind, true), a(ins, width, kind, false), b(rank, outs, kind, false);
+    Matrix y(rows, first + outs + after, kind, false, dice.below(3));
+    x.fill(kind), a.fill(kind), b.fill(kind), y.fill(kind);
+    for (int64_t c = 0; c < ins; c++)
+        for (int64_t j = rank; j < width; j++) put_number(a.rows.at(c, j), kind, 0);
+    copy(x.rows, tiles.rows, 0, rows);
+    const LowRank term{a.rows.data, b.rows.data, ins, outs, first, int32_t(rank), kind};
+    Matrix before(y), again(y);
+    for (int64_t r = 0; r < rows; r++) low_rank(x.rows, y.rows, term, r), low_rank(tiles.rows, again.rows, term, r);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < y.rows.cols; c++) {
+            double sum = 0, size = 0;
+            const int64_t o = c - first;
+            for (int64_t j = 0; o >= 0 && o < outs && j < rank; j++)
+                for (int64_t i = 0; i < ins; i++) {
+                    const double one = double(x.at(r, i)) * double(a.at(i, j)) * double(b.at(j, o));
+                    sum += one, size += std::fabs(one);
+                }
+            const double expected = double(before.at(r, c)) + sum;
+            good &= size == 0 ? y.at(r, c) == before.at(r, c) : close(y.at(r, c), expected, std::fabs(expected) * slack(kind) + size * 0x1p-20);
+        }
+    const std::string what = shape("low rank", rows, outs, ins, kind);
+    check(good && y.gaps_untouched(), what);
+    check(again.memory == y.memory, what + ": from tiles");
+}
+
 void test_cap(int64_t rows, int64_t cols, Kind kind) {
     const float limit = dice.of({1.0f, 30.0f, 50.0f});
     Matrix x(rows, cols, kind, false, dice.below(3)), y(rows, cols, kind, false, dice.below(3)), again(y);
@@ -810,6 +840,7 @@ void round_of_tests() {
         for (const bool rms : {true, false}) test_norm(some_rows(), some_ins(), numbers, rms, dice.chance(0.5));
         test_quantize(some_rows(), some_ins(), numbers);
         test_activate(some_rows(), some_ins(), numbers);
+        test_low_rank(dice.between(1, 20), some_ins(), some_outs(), numbers);
         test_cap(some_rows(), some_ins(), numbers);
         test_rope(some_rows(), dice.between(1, 5), 2 * dice.between(1, 40), numbers);
     }
