@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 
 from redraft.errors import InvalidInput, did_you_mean, shown
 
-
 ADAPTER_NAME = re.compile(r"(?!\.)[\w.-]{1,64}")
 
 

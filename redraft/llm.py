@@ -127,7 +127,7 @@ class LLM:
         if name in self.runner.adapters:
             raise InvalidInput(f"lora = {shown(name)}: an adapter of this name is loaded; unload it first")
         checkpoint, backend = self._checkpoint, self.runner.backend
-        found = adapter.read(name, Path(folder), checkpoint.spec, checkpoint.named, backend.dtype, backend.device)
+        found = adapter.read(name, Path(folder), checkpoint.spec, checkpoint.named, backend)
         self.runner.adapters[name] = found
 
     def unload_lora(self, name: str) -> None:

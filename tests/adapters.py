@@ -14,14 +14,24 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make(
-    folder: Path, base: Path, *, rank: int = 4, alpha: float = 8, seed: int = 0, modules: tuple[str, ...] = MODULES, **config: Any
+    folder: Path,
+    base: Path,
+    *,
+    whole: tuple[str, ...] = (),
+    rank: int = 4,
+    alpha: float = 8,
+    seed: int = 0,
+    modules: tuple[str, ...] = MODULES,
+    **config: Any,
 ) -> Path:
-    """An adapter of every matrix of `base` whose name ends like one of `modules`."""
+    """An adapter of every matrix of `base` whose name ends like one of `modules`; `whole`: modules that are replaced."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, weight in load_file(base / "model.safetensors").items():
         module = name.removesuffix(".weight")
-        if module.endswith(modules):
+        if whole and module.endswith(whole):
+            tensors[f"base_model.model.{name}"] = weight + torch.randn(weight.shape, generator=g) * 0.1
+        elif module.endswith(modules):
             outs, ins = weight.shape
             own = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), rank)
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(own, ins, generator=g) / ins**0.5
@@ -39,6 +49,8 @@ def merged(folder: Path, base: Path, adapter: Path) -> Path:
     config, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
     weights = load_file(base / "model.safetensors")
     for name, a in tensors.items():
+        if "lora" not in name:
+            weights[name.removeprefix("base_model.model.")] = a
         if "lora_A" not in name:
             continue
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

@@ -4,6 +4,7 @@ Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, LoRA: Low-Rank Adaptation of 
 factor with the square root of the rank: Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732.
 
 For the rows of a request with an adapter, y = W x becomes y + B A x * alpha / r, with y rounded to the dtype of the model before and after.
+An embedding or a head that was trained as a whole (modules_to_save) replaces the model's for these rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from redraft.core.spec import ModelSpec, WeightSource
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.checkpoint import STORED, TensorFile
 from redraft.models.config import read_json
-from redraft.ops.backend import Adapted, LayerWeights, LowRank
+from redraft.ops.backend import Adapted, Backend, ForwardResult, LayerWeights, Linear, LinearWeights, LowRank
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LANES = 16  # `a` is filled with zeros up to a multiple of this rank
@@ -37,7 +38,7 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _READ = {"alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"}
 _INITS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base model's weights
@@ -46,16 +47,14 @@ _INITS = (True, False, "gaussian", "orthogonal", "eva")  # others change the bas
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter in memory. digest: of its files' contents; spec: of the model that it belongs to; layers: for each layer, the name of a
-    LayerWeights field -> its terms."""
+    LayerWeights field -> its terms; embed, head: in place of the model's, or None."""
 
     name: str
     digest: str
     spec: ModelSpec
     layers: tuple[Mapping[str, tuple[LowRank, ...]], ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(term.a.nbytes + term.b.nbytes for layer in self.layers for terms in layer.values() for term in terms)
+    embed: Tensor | None = None
+    head: LinearWeights | None = None
 
 
 def own_rows(batch: Batch, device: torch.device | str = "cpu") -> list[tuple[Adapter, Tensor]]:
@@ -76,6 +75,36 @@ def adapted(weights: LayerWeights, layer: int, chosen: list[tuple[Adapter, Tenso
     return replace(weights, **changed) if changed else weights
 
 
+def embedded(h: Tensor, batch: Batch, chosen: list[tuple[Adapter, Tensor]]) -> Tensor:
+    """The embeddings h [T, hidden] with those of adapters that have their own."""
+    for adapter, rows in chosen:
+        if adapter.embed is not None:
+            tokens = torch.from_numpy(batch.tokens).to(rows.device)[rows]
+            h = h.index_copy(0, rows, adapter.embed.index_select(0, tokens))
+    return h
+
+
+def headed(
+    out: ForwardResult, batch: Batch, chosen: list[tuple[Adapter, Tensor]], head: Callable[[LinearWeights], ForwardResult]
+) -> ForwardResult:
+    """What the head gives, with the rows of adapters that have their own from theirs. head: computes all rows with another head."""
+    for adapter, rows in chosen:
+        own = np.flatnonzero(np.isin(batch.logit_rows, rows.cpu().numpy()))
+        if adapter.head is None or not len(own):
+            continue
+        other, places = head(adapter.head), torch.from_numpy(own)
+        argmax, top_k, logits = out.argmax.copy(), out.top_k, out.logits
+        argmax[own] = other.argmax[own]
+        if top_k is not None and other.top_k is not None:
+            top_k = top_k.copy()
+            top_k[own] = other.top_k[own]
+        if logits is not None and other.logits is not None:
+            places = places.to(logits.device)
+            logits = logits.index_copy(0, places, other.logits[places])
+        out = out._replace(argmax=argmax, top_k=top_k, logits=logits)
+    return out
+
+
 # ---- reading
 
 
@@ -90,9 +119,9 @@ class _Target(NamedTuple):
     source: WeightSource
 
 
-def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> Adapter:
-    """The adapter in a PEFT folder. spec: of the loaded model; named: the same with the names of a Hugging Face checkpoint; dtype: of the
-    model. CheckpointError or Unsupported, one line each, names the file and what is wrong."""
+def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, backend: Backend) -> Adapter:
+    """The adapter in a PEFT folder. spec: of the loaded model; named: the same with the names of a Hugging Face checkpoint.
+    CheckpointError or Unsupported, one line each, names the file and what is wrong."""
     file = folder / CONFIG
     if not file.is_file():
         raise CheckpointError(f"{folder}: no adapter: it has no {CONFIG}")
@@ -103,21 +132,41 @@ def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, dtype: torc
         raise CheckpointError(f"{folder}: {why}")
     stored = TensorFile(folder / TENSORS)
     modules: dict[str, dict[str, str]] = {}
+    whole: dict[str, Tensor] = {}
     for tensor in stored.tensors:
-        if (found := _TENSOR.fullmatch(tensor)) is None:
-            raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers of the decoder are applied")
-        modules.setdefault(found["module"], {})[found["side"]] = tensor
+        if (part := _whole(tensor, named)) is not None:
+            whole[part] = _matrix(stored, tensor, (spec.vocab, spec.hidden)).to(backend.dtype)
+        elif (found := _TENSOR.fullmatch(tensor)) is not None:
+            modules.setdefault(found["module"], {})[found["side"]] = tensor
+        else:
+            raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers, embeddings and heads are applied")
+    if spec.tied and len(whole) == 1 and config.get("ensure_weight_tying"):
+        whole = dict.fromkeys(("embed", "head"), *whole.values())
+    if "embed" in whole and spec.learned_positions:
+        raise Unsupported(f"{stored.file}: embeddings of a model with learned positions are not replaced")
     targets = dict(_targets(spec, named))
     layers: list[dict[str, tuple[LowRank, ...]]] = [{} for _ in spec.layers]
     for module, sides in modules.items():
         target = _find(targets, module)
         if target is None:
             raise Unsupported(f"{stored.file}: {shown(module)} is adapted: only query, key, value, output and MLP projections are")
-        term = _term(stored, module, sides, target, config, file, dtype)
-        layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), _to(term, device))
-    if not modules:
+        term = LowRank(*_term(stored, module, sides, target, config, file, backend))
+        layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), term)
+    if not modules and not whole:
         raise CheckpointError(f"{stored.file}: holds no tensors")
-    return Adapter(name, _digest(file, stored.file), spec, tuple(layers))
+    embed, head = (whole[part].to(backend.device) if part in whole else None for part in ("embed", "head"))
+    packed = None if head is None else backend.pack(Linear(head))
+    return Adapter(name, _digest(file, stored.file), spec, tuple(layers), embed, packed)
+
+
+def _whole(tensor: str, named: ModelSpec) -> str | None:
+    """The weight that a tensor replaces as a whole: embed, head or none."""
+    module = re.sub(r"(\.modules_to_save)?(\.default)?\.weight$", "", tensor)
+    for part in ("embed", "head"):
+        own = "lm_head" if part == "head" and named.tied else named.source(part).names[0].removeprefix(named.prefix).removesuffix(".weight")
+        if module == own or module.endswith(f".{own}"):
+            return part
+    return None
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:
@@ -128,10 +177,10 @@ def _check(file: Path, config: dict[str, Any]) -> None:
         raise Unsupported(f"{file}: use_dora = true: DoRA scales the columns of the merged weight, which is not applied")
     if (bias := config.get("bias", "none")) != "none":
         raise Unsupported(f"{file}: bias = {shown(bias)}: only none is applied")
-    if saved := config.get("modules_to_save"):
-        raise Unsupported(f"{file}: modules_to_save = {shown(saved)}: modules that are trained as a whole are not applied")
     if (init := config.get("init_lora_weights", True)) not in _INITS:
-        raise Unsupported(f"{file}: init_lora_weights = {shown(init)}: it changes the base model; allowed: true, false, gaussian, orthogonal, eva")
+        raise Unsupported(
+            f"{file}: init_lora_weights = {shown(init)}: it changes the base model; allowed: true, false, gaussian, orthogonal, eva"
+        )
     for field, value in config.items():
         if value and field not in _HARMLESS | _READ:
             raise Unsupported(f"{file}: {shown(field)} = {shown(value)}: this kind of adapter is not applied")
@@ -158,16 +207,14 @@ def _find(targets: Mapping[str, _Target], module: str) -> _Target | None:
 
 
 def _term(
-    stored: TensorFile, module: str, sides: dict[str, str], target: _Target, config: dict[str, Any], file: Path, dtype: torch.dtype
-) -> LowRank:
+    stored: TensorFile, module: str, sides: dict[str, str], target: _Target, config: dict[str, Any], file: Path, backend: Backend
+) -> tuple[Tensor, Tensor, int]:
     if missing := {"A", "B"} - sides.keys():
         raise CheckpointError(f"{stored.file}: {module}: lora_{missing.pop()}.weight is missing")
     if target.source.skip or target.source.place:
         raise Unsupported(f"{stored.file}: {shown(module)} is adapted: a part of a stored tensor cannot be")
     rank, factor = _scaling(module, config, file)
-    a, b = (
-        _matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank)))
-    )
+    a, b = (_matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank))))
     places = np.array(target.rows)  # of the outputs in the layer
     if target.source.order:
         order = np.array(target.source.order)  # where each output is stored
@@ -176,9 +223,9 @@ def _term(
     first, last = int(places[0]), int(places[-1]) + 1
     wide = torch.zeros(last - first, rank, dtype=torch.float64)
     wide[torch.from_numpy(places - first)] = b.double() * factor
-    filled = torch.zeros(target.ins, -(-rank // LANES) * LANES, dtype=dtype)
+    filled = torch.zeros(target.ins, -(-rank // LANES) * LANES, dtype=backend.dtype)
     filled[:, :rank] = a.T
-    return LowRank(filled, wide.T.to(dtype).contiguous(), first)
+    return filled.to(backend.device), wide.T.to(backend.device, backend.dtype).contiguous(), first
 
 
 def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
@@ -214,10 +261,6 @@ def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, floa
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{file}: lora_alpha = {shown(alpha)}: must be a number")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _to(term: LowRank, device: torch.device | str) -> LowRank:
-    return LowRank(term.a.to(device), term.b.to(device), term.first)
 
 
 def _digest(*files: Path) -> str:

@@ -19,7 +19,7 @@ from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.table import PageTable
 from redraft.models import mixers
-from redraft.models.adapter import Adapter, adapted, own_rows
+from redraft.models.adapter import Adapter, adapted, embedded, headed, own_rows
 from redraft.models.layers import decoder_layer
 from redraft.ops.backend import Backend, Feature, ForwardResult, Weights, WeightSums
 
@@ -68,7 +68,9 @@ class Runner:
 
         If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
         """
-        if any(adapter is not None and adapter.spec is not self.spec for adapter in batch.adapters):  # of the model that this one drafts for
+        if any(
+            adapter is not None and adapter.spec is not self.spec for adapter in batch.adapters
+        ):  # of the model that this one drafts for
             batch = replace(batch, adapters=[None] * len(batch.adapters))
         if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
             out = self.backend.forward(batch, self.spec, self.weights, self.memory.pool, taps)
@@ -88,7 +90,7 @@ class Runner:
         backend, spec, weights = self.backend, self.spec, self.weights
         plan = backend.plan(batch, spec, taps)
         parts, adapters = _Parts(self, batch, taps), own_rows(batch, backend.device)
-        h = backend.embed(weights, plan)
+        h = embedded(backend.embed(weights, plan), batch, adapters)
         if spec.embed_scale != 1.0:
             h = h * torch.tensor(spec.embed_scale, dtype=h.dtype).item()
         hidden = {}
@@ -106,7 +108,12 @@ class Runner:
                     h = h.index_copy(0, part.rows, self._layer(i, h[part.rows], part.plan, part.adapters))
             if last - 1 in taps.hidden:
                 hidden[last - 1] = h
-        out = backend.head(h, weights, spec.final_norm, plan, taps)
+        out = headed(
+            backend.head(h, weights, spec.final_norm, plan, taps),
+            batch,
+            adapters,
+            lambda head: backend.head(h, replace(weights, head=head), spec.final_norm, plan, taps),
+        )
         if not hidden and not taps.attention:
             return out
         return out._replace(hidden=hidden, attention=parts.watched(plan) if taps.attention else {})

@@ -543,7 +543,11 @@ class NativeOps(TorchOps):
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: TorchPool, plan: NativePlan) -> Tensor | None:
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
-        if not h.shape[0] or plan.batch.adapters.count(None) < len(plan.batch.adapters) or any(group.readers or group.writers for group in plan.groups):
+        if (
+            not h.shape[0]
+            or plan.batch.adapters.count(None) < len(plan.batch.adapters)
+            or any(group.readers or group.writers for group in plan.groups)
+        ):
             return None
         segment = self._segment(spec, weights, plan.model)
         if segment is None:

@@ -19,11 +19,11 @@ from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
 from redraft.ops.backend import (
+    Adapted,
     Feature,
     ForwardResult,
     LayerWeights,
     Linear,
-    Adapted,
     LinearWeights,
     LowRank,
     NormWeights,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from redraft import LLM
-from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
 from tests import adapters, checkpoints
 
 PROMPTS = ["once upon a time", "def f(x):", "the cat sat on the mat and the cat", "a"]
@@ -40,11 +36,12 @@ FORMS: list[dict[str, Any]] = [
     {},
     {"rank": 3, "alpha": 16, "use_rslora": True},
     {"rank": 20, "modules": ("q_proj", "down_proj")},
+    {"whole": ("lm_head", "embed_tokens"), "modules": ("v_proj",), "modules_to_save": ["lm_head", "embed_tokens"]},
     {"rank_pattern": {"k_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"o_proj": 1}},
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=["all", "rslora", "some", "patterns"])
+@pytest.mark.parametrize("form", FORMS, ids=["all", "rslora", "some", "whole", "patterns"])
 def test_an_adapter_equals_merged_weights(form: dict[str, Any], base: Path, tmp_path: Path) -> None:
     adapter = adapters.make(tmp_path / "lora", base, **form)
     whole = adapters.merged(tmp_path / "merged", base, adapter)
