@@ -176,12 +176,8 @@ class Batch:
         """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers as they are."""
         count, pages = len(self.views), self.pages
         return (
-            self.views.count(None)
-            == self.layers.count(None)
-            == self.adapters.count(None)
-            == pages.positions.count(None)
-            == pages.kinds.count(Lanes.SHARED)
-            == count
+            self.views.count(None) == self.layers.count(None) == self.adapters.count(None) == count
+            and pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
         )
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:

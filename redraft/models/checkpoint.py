@@ -72,9 +72,10 @@ class TensorFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            self._opened: Any = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+        self._opened = opened
         self.tensors: dict[str, TensorInfo] = {}
         for name in self._opened.keys():  # noqa: SIM118 - not a mapping
             part = self._opened.get_slice(name)
