@@ -327,7 +327,8 @@ class Backend(Protocol):
         ...
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts."""
+        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts. Of experts with equal
+        chances, the first are chosen. The shared expert is not among them."""
         ...
 
     def cap(self, x: Tensor, limit: float) -> Tensor:

@@ -116,6 +116,15 @@ struct NormJob {
     int32_t add = 0;
 };
 
+// The experts of rows: the `keep` largest of the softmax of x, of equal ones the lowest index first. chosen: [rows][keep], by ascending
+// index; values: their chances, divided by the sum of these from the largest on if `renormalise`, then rounded.
+struct RouteJob {
+    Rows x;                 // float32, strided
+    Best* chosen;
+    int32_t keep, renormalise;
+    Kind rounded;
+};
+
 // The rows of one sequence and its pages; everything that does not depend on the layer.
 struct Seq {
     int32_t first, rows, chain_rows;  // rows of the batch; the first chain_rows are chain rows, the others nodes
@@ -212,6 +221,7 @@ struct Kernels {
     void (*quantize)(const Rows& x, const Linear& w, const Rows& tiles, const Coded& codes, int64_t first, int64_t last);  // of x for w
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     void (*cap)(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last);  // y = limit * tanh(x / limit)
+    void (*route)(const RouteJob&, int64_t first, int64_t last);             // rows
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
     int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places);  // [CONTENDERS]
