@@ -96,7 +96,7 @@ class Adapted:
         return self.base.rows(keep)
 
     def product(self, x: Tensor, backend: Any) -> Tensor:
-        y = backend.linear(x, self.base)
+        y: Tensor = backend.linear(x, self.base)
         for rows, term in self.terms:
             backend.add_low_rank(y, x, rows, term)
         return y
@@ -366,7 +366,8 @@ class Backend(Protocol):
         ...
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
-        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts."""
+        """The outputs of the chosen experts times their shares, rounded and then added in ascending order of experts. Of experts with equal
+        chances, the first are chosen. The shared expert is not among them."""
         ...
 
     def cap(self, x: Tensor, limit: float) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from redraft.core.batch import Batch
 from redraft.core.noise import draw
 from redraft.core.sequence import Lanes
-from redraft.core.spec import Attention, Experts, LayerSpec, ModelSpec, Norm
+from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64
 from redraft.core.view import Watch
@@ -169,6 +169,7 @@ class NativeOps(TorchOps):
         self._layouts: dict[str, str] = {"": ""}  # name of a format -> its layout
         self._sided: set[str] = set()  # formats with side data
         self._segments: dict[int, Any] = {}
+        self._mixtures: dict[tuple[int, Experts], abi.Experts | None] = {}
         self._models: dict[int, NativeModel] = {}
         self._wholes: dict[tuple[int, int], abi.Model | None] = {}
         self._pools: weakref.WeakKeyDictionary[FormatStore, abi.Pool] = weakref.WeakKeyDictionary()
@@ -456,6 +457,26 @@ class NativeOps(TorchOps):
             self._call("rd_activate", self._rows(x), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
         return out
 
+    def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
+        key = id(weights), experts
+        if key not in self._mixtures:
+            self._mixtures[key] = _mixture(replace(experts, shared=None, gated=False), weights, self.kind)
+            weakref.finalize(weights, self._mixtures.pop, key, None)
+        mixture = self._mixtures[key]
+        if mixture is None:
+            return super().experts(x, weights, experts)
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        if len(x):
+            self._call("rd_experts", mixture, self._rows(x), self._rows(out))
+        return out
+
+    def _route(self, logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+        logits, found = logits.float(), torch.empty(len(logits), experts.top_k, 2, dtype=torch.int32)  # in the layout of Best
+        if len(logits):
+            rows = abi.Rows.of(logits, abi.F32)
+            self._call("rd_route", rows, experts.top_k, int(experts.renormalise), self.kind, found.data_ptr())
+        return found[..., 0].view(torch.float32).to(self.dtype), found[..., 1]
+
     def rope(self, x: Tensor, layer: Attention, plan: NativePlan) -> Tensor:  # type: ignore[override]
         if layer.rotary is None:
             return x
@@ -618,11 +639,11 @@ class NativeOps(TorchOps):
         return self._segments[id(weights)]
 
     def _layer(self, layer: LayerSpec, own: LayerWeights, model: NativeModel) -> abi.Layer | None:
-        parts = [part.c for part in (own.qkv, own.out, own.up, own.down) if isinstance(part, Packed)]
-        mixer = layer.mixer
-        if isinstance(layer.mlp, Experts) or len(parts) < 4 or bool(parts[2].gated) != layer.mlp.gated:
+        mixer, forward = layer.mixer, _feed_forward(layer.mlp, own, self.kind)
+        if forward is None or not isinstance(own.qkv, Packed) or not isinstance(own.out, Packed):
             return None
         assert isinstance(mixer, Attention)
+        *parts, activation = forward
 
         norms = own.attn_norm, own.mlp_norm, own.attn_post_norm, own.mlp_post_norm, own.q_norm, own.k_norm
         kinds = {KINDS[norm.weight.dtype] for norm in norms if norm is not None}
@@ -635,9 +656,10 @@ class NativeOps(TorchOps):
 
         before, after, heads = layer.norm or Norm(), layer.post_norm or Norm(), mixer.qk_norm or Norm()
         return abi.Layer(
-            *parts, at(norms[0]), at(norms[0], True), at(norms[1]), at(norms[1], True), *map(at, norms[2:]), _heads(mixer, model),
+            own.qkv.c, own.out.c, *parts,
+            at(norms[0]), at(norms[0], True), at(norms[1]), at(norms[1], True), *map(at, norms[2:]), _heads(mixer, model),
             before.eps, heads.eps, after.eps, layer.residual, *(int(norm.kind == "rms") for norm in (before, heads, after)),
-            int(mixer.norm_heads_together), int(layer.parallel), *kinds, abi.ACTIVATIONS[layer.mlp.activation],
+            int(mixer.norm_heads_together), int(layer.parallel), *kinds, activation,
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
@@ -687,6 +709,42 @@ class NativeOps(TorchOps):
 def _heads(layer: Attention, model: NativeModel) -> abi.Heads:
     rotary = -1 if layer.rotary is None else model.turns[id(layer.rotary)]
     return abi.Heads(layer.heads, layer.window or 0, rotary, layer.score_scale, layer.softcap or 0.0)
+
+
+def _feed_forward(mlp: Mlp | Experts, own: LayerWeights, kind: int) -> tuple[Any, ...] | None:
+    """up, down, experts and activation of abi.Layer; None if the kernels cannot run them."""
+    if isinstance(mlp, Experts):
+        mixture = _mixture(mlp, own, kind)
+        return None if mixture is None else (abi.Linear(), abi.Linear(), ctypes.pointer(mixture), abi.ACTIVATIONS["none"])
+    plain = _mlp(mlp, own.up, own.down)
+    return None if plain is None else (*plain, None, abi.ACTIVATIONS[mlp.activation])
+
+
+def _mlp(mlp: Mlp, up: LinearWeights | None, down: LinearWeights | None) -> tuple[abi.Linear, abi.Linear] | None:
+    """up and down in the form of the kernels; None if these cannot run them."""
+    if not isinstance(up, Packed) or not isinstance(down, Packed) or mlp.activation not in abi.ACTIVATIONS:
+        return None
+    same = mlp == Mlp(mlp.hidden, mlp.activation, mlp.gated, mlp.bias) and bool(up.c.gated) == mlp.gated  # no fields beside these
+    return (up.c, down.c) if same else None
+
+
+def _mixture(experts: Experts, own: LayerWeights, kind: int) -> abi.Experts | None:
+    """A mixture in the form of the kernels; None if these cannot run it."""
+    mlp, shared = experts.mlp, experts.shared
+    known = Experts(experts.count, experts.top_k, mlp, experts.renormalise, shared, experts.gated)
+    pairs = [_mlp(mlp, up, down) for up, down in zip(own.experts_up, own.experts_down, strict=True)]
+    pairs += [] if shared is None else [_mlp(shared, own.shared_up, own.shared_down)]
+    found = [pair for pair in pairs if pair is not None]
+    plain = [own.router, *([own.shared_gate] if experts.gated else [])]
+    rows = [part.c for part in plain if isinstance(part, Packed) and part.c.kind == kind]
+    forms = {tuple((c.kind, c.group, c.outliers) for c in pair) for pair in found[: experts.count]}
+    if experts != known or len(found) < len(pairs) or len(rows) < len(plain) or len(forms) > 1:
+        return None
+    ups, downs = ((abi.Linear * len(found))(*part) for part in zip(*found, strict=True))
+    return abi.Experts(
+        ups, downs, rows[0], rows[1] if experts.gated else abi.Linear(), experts.count, experts.top_k, experts.renormalise,
+        shared is not None, abi.ACTIVATIONS[mlp.activation], 0 if shared is None else abi.ACTIVATIONS[shared.activation],
+    )  # fmt: skip
 
 
 def _of_outputs(arranged: Tensor) -> Tensor:

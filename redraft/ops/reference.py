@@ -253,9 +253,9 @@ class Reference:
         chances = self.linear(x, weights.router).softmax(-1)
         out = torch.zeros_like(x)
         for t in range(x.shape[0]):
-            top = chances[t].topk(experts.top_k)
-            share = top.values / top.values.sum() if experts.renormalise else top.values
-            for e, p in sorted(zip(top.indices.tolist(), share, strict=True)):
+            values, order = chances[t].sort(descending=True, stable=True)  # of equal ones the lowest expert first
+            share = values[: experts.top_k] / (values[: experts.top_k].sum() if experts.renormalise else 1)
+            for e, p in sorted(zip(order[: experts.top_k].tolist(), share, strict=True)):
                 inner = self.activate(self.linear(x[t, None], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
                 out[t] += p * self.linear(inner, weights.experts_down[e])[0]
         return out

@@ -670,17 +670,22 @@ class TorchOps:
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         assert weights.router is not None
-        chances = self.linear(x, weights.router).to(torch.promote_types(x.dtype, torch.float32)).softmax(-1)
-        share, chosen = chances.topk(experts.top_k, dim=-1)
-        if experts.renormalise:
-            share = share / sum(share.split(1, -1))  # in a fixed order, for any number of rows
-        share = share.to(x.dtype)
+        share, chosen = self._route(self.linear(x, weights.router), experts)
         out = torch.zeros_like(x)
         for e in chosen.unique().tolist():
             rows, place = (chosen == e).nonzero(as_tuple=True)
             inner = self.activate(self.linear(x[rows], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
             out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
         return out
+
+    def _route(self, logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+        """The shares of the chosen experts and their indices, both [T, top_k]."""
+        chances = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+        chances, order = chances.sort(dim=-1, descending=True, stable=True)  # of equal ones the lowest expert first, unlike topk
+        share, chosen = chances[:, : experts.top_k], order[:, : experts.top_k]
+        if experts.renormalise:
+            share = share / sum(share.split(1, -1))  # in a fixed order, for any number of rows
+        return share.to(logits.dtype), chosen
 
     def cap(self, x: Tensor, limit: float) -> Tensor:
         return torch.tanh(x / limit) * limit

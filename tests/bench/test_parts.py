@@ -36,7 +36,8 @@ def test_layers_and_policies_are_named(tmp_path: Path) -> None:
     got = found(tiny.save("mixtral", tmp_path))
     assert {"embedding", "norms", "linear layers", "rotary positions", "attention", "experts", "head"} <= set(got)
     assert "MLP" not in got
-    assert got["attention"].backend == got["codec: int8"].backend == "native"
+    assert got["attention"].backend == got["experts"].backend == got["codec: int8"].backend == "native"
+    assert "experts" not in got["read: double-sparsity"].why, "one operation at a time they are native too"
     assert got["read: double-sparsity"].backend != "not tried", "it was calibrated for the trial"
 
 

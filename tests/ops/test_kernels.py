@@ -25,7 +25,7 @@ SETS = {  # what Linux calls the bits that it takes, and its flags
 BITS512 = SETS["avx512"][0]
 EMULATED = "avx512_bf16 emulated"  # the same code, its two instructions in plain AVX-512
 PROGRAMS = {  # sources beside it, and its arguments: a seed and the number of rounds (this seed draws short contexts)
-    "kernels_test": (["pack.cpp", "layers.cpp", "attend.cpp", "threads.cpp"], ["1", "2"]),
+    "kernels_test": (["pack.cpp", "layers.cpp", "mlp.cpp", "attend.cpp", "threads.cpp"], ["1", "2"]),
     "attend_test": (["attend.cpp", "threads.cpp"], ["4", "3"]),
 }
 

@@ -57,6 +57,7 @@ DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16
 HALF = {F32: 2.0**-23, BF16: 2.0**-8}  # of a number, that one rounding may change; bfloat16's twice
 KERNELS = 2.0**-21  # of the sum of absolute terms, that float32 arithmetic may change
 SIZES = [1, 8, 40, 63, 64, 65, 100, 130]
+FORMS = ["", "wide", "low", "tops", "low tops", "wide tops", "wide low tops"]
 FEW = settings(max_examples=25, derandomize=True, deadline=None, database=None)
 
 
@@ -384,7 +385,8 @@ class Shape(NamedTuple):
     learned: bool = False
     experts: int = 0
     still: bool = False  # the middle layer is not rotated
-    shared: Mlp | None = None  # an expert of all rows, with a gate
+    shared: Mlp | None = None  # an expert of all rows
+    gated: bool = True  # it has a gate
     post_norm: Norm | None = None
     layer: Mapping[str, Any] = MappingProxyType({})  # other fields of the layers
     mixer: Mapping[str, Any] = MappingProxyType({})  # and of their attention
@@ -410,6 +412,10 @@ FAMILIES |= {
     "granite": Shape(4, 2, 8, 40, Mlp(52), layer={"residual": 0.4}, mixer={"scale": 0.2}, spec={"embed_scale": 3.0}),
     "neox": Shape(3, 3, 10, 30, Mlp(100, "gelu", gated=False, bias=True), Norm("layer"), biases=True, layer={"parallel": True}),
     "shared": Shape(4, 2, 8, 40, Mlp(36), experts=5, shared=Mlp(28)),
+    "beside": Shape(
+        4, 2, 8, 40, Mlp(36, "gelu_tanh", bias=True), experts=5, shared=Mlp(28, "gelu"), gated=False, layer={"parallel": True}
+    ),
+    "granite-moe": Shape(4, 2, 8, 40, Mlp(36, "relu", gated=False), experts=3, post_norm=Norm(), layer={"residual": 0.4}),
     "cohere": Shape(4, 2, 8, 40, Mlp(52), Norm("layer", biased=False), layer={"parallel": True}, spec={"logit_scale": 0.3}),
 }  # fmt: skip
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
@@ -436,7 +442,8 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         return None if shape.learned else Rotary(tuple(base ** (-2 * i / shape.size) for i in range(shape.size // 2)))
 
     near, far = rotary(100.0), None if shape.still else rotary(900.0 if shape.window else 100.0)
-    mlp = Experts(shape.experts, 2, shape.mlp, shared=shape.shared, gated=shape.shared is not None) if shape.experts else shape.mlp
+    gated = shape.shared is not None and shape.gated
+    mlp = Experts(shape.experts, 2, shape.mlp, shared=shape.shared, gated=gated) if shape.experts else shape.mlp
     qk = replace(shape.norm, eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
@@ -470,7 +477,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
         if shape.shared is None:
             return made
         up, down = linear(2 * shape.shared.hidden, shape.hidden, False), linear(shape.hidden, shape.shared.hidden, False)
-        return replace(made, shared_up=up, shared_down=down, shared_gate=linear(1, shape.hidden, False, 3.0))
+        return replace(made, shared_up=up, shared_down=down, shared_gate=linear(1, shape.hidden, False, 3.0) if gated else None)
 
     made = [layer_of(layer) for layer in spec.attention]
     positions = rand(CONTEXT, shape.hidden) * 3 if shape.learned else None
@@ -531,6 +538,9 @@ class Switched(NativeOps):
         done = super().run(*args) if self.whole else None
         self.segments += done is not None
         return done
+
+    def experts(self, *args: Any) -> Tensor:
+        return super().experts(*args) if self.whole else TorchOps.experts(self, *args)
 
 
 # ---- bits
@@ -762,7 +772,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         table.free(text.seq)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not FAMILIES[family].experts])
+@pytest.mark.parametrize("family", FAMILIES)
 @DTYPES
 @few(1)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -777,7 +787,10 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, s
 
 @pytest.mark.parametrize(
     ("family", "quant"),
-    [("llama", "int8"), ("llama", "int4"), ("llama", "outliers"), ("mixtral", "outliers"), ("llama", "low tops"), ("gemma", "wide")],
+    [
+        *(("llama", quant) for quant in ("int8", "int4", "outliers", "low tops")),
+        *(("mixtral", "outliers"), ("gemma", "wide"), ("shared", "int8"), ("mixtral", "int4"), ("shared", "low tops")),
+    ],
 )
 @DTYPES
 @few(1)
@@ -788,7 +801,7 @@ def test_a_row_of_codes_has_the_bits_that_it_has_alone(family: str, quant: str, 
     assert loaded is not None
     bench = Bench(family, dtype, quant)
     program(bench, seed, loaded.set_threads)
-    assert bool(bench.ops.segments) == (not FAMILIES[family].experts)
+    assert bench.ops.segments
 
 
 @DTYPES
@@ -832,6 +845,8 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
     ("family", "quant"),
     [
         *((family, "") for family in ("llama", "qwen3", "gpt2", "mixtral", "shared", "gemma", "olmo", "granite", "neox", "cohere")),
+        *((family, "") for family in ("beside", "granite-moe")),
+        *(("mixtral", "int8"), ("shared", "int4"), ("mixtral", "outliers"), ("shared", "wide low tops")),
         *(("mistral", "int8"), ("llama", "int4"), ("gemma", "int8"), ("granite", "low"), ("cohere", "wide tops"), ("olmo", "int4")),
     ],
 )
@@ -854,7 +869,7 @@ def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: 
                 before = bench.ops.segments
                 threads(dice.choice([1, 2, 3]))
                 outs.append(bench.runner.forward(batch, taps))
-                assert bench.ops.segments - before == (not FAMILIES[family].experts), "not one call"
+                assert bench.ops.segments - before == 1, "not one call"
             one, other = outs
             assert one.argmax.tolist() == other.argmax.tolist() and len(one.argmax) == len(batch.logit_rows)
             assert (one.top_k is None) == (other.top_k is None) == (not taps.top_k)
@@ -888,7 +903,7 @@ def test_hidden_states_stay_as_they_were_reported(family: str, dtype: torch.dtyp
             hidden = bench.runner.forward(Batch.pack(work, [EMPTY], pages), Taps(frozenset(layers))).hidden
             assert set(hidden) == layers
             reported.append(hidden)
-    assert bench.ops.segments == (0 if FAMILIES[family].experts else 3 + 2 + 2)  # experts are no part of a run
+    assert bench.ops.segments == 3 + 2 + 2
     for hidden in reported:
         for layer, states in hidden.items():
             assert torch.equal(bits(states), bits(reported[-3][layer]))
@@ -964,32 +979,99 @@ def test_models_compute_what_the_reference_defines(family: str) -> None:
 # ---- mixtures of experts
 
 
+def mixture_of(ops: Any, seed: int, quant: str = "", gated: bool = True, router: Linear | None = None) -> LayerWeights:
+    """Nine experts, hidden size 33, of experts 20."""
+    shapes = (1, (9, 40 if gated else 20, 33)), (2, (9, 33, 20))
+    ups, downs = ([quantized(Linear(part), quant) for part in randn(seed + i, *shape, dtype=ops.dtype) / 5] for i, shape in shapes)
+    router = router or Linear(randn(seed + 3, 9, 33, dtype=ops.dtype))
+    packed = tuple(ops.pack(one, gated) for one in ups), tuple(map(ops.pack, downs))
+    return LayerWeights(router, router, router=ops.pack(router), experts_up=packed[0], experts_down=packed[1])
+
+
 @DTYPES
-@few(8)
-@given(st.integers(1, 70), st.integers(1, 9), st.booleans(), st.sampled_from(["", "int8"]), st.integers(0, 99))
-def test_experts(dtype: torch.dtype, rows: int, top_k: int, renormalise: bool, quant: str, seed: int) -> None:
-    """The bits of a row are those that it has alone, whichever rows chose its experts: experts are added in ascending order."""
-    ops, mixture = NativeOps(dtype), Experts(9, top_k, Mlp(20), renormalise)
-    ups, downs = ([Linear(part) for part in randn(seed + i, *shape, dtype=dtype) / 5] for i, shape in ((1, (9, 40, 33)), (2, (9, 33, 20))))
-    router, x = Linear(randn(seed + 3, 9, 33, dtype=dtype)), randn(seed, rows, 33, dtype=dtype)
-    ours, theirs = [quantized(one, quant) for one in ups], [quantized(one, quant) for one in downs]
-    rest = {"attn_norm": NormWeights(x), "qkv": router, "out": router, "mlp_norm": NormWeights(x)}
-    packed = LayerWeights(
-        **rest, router=ops.pack(router), experts_up=tuple(ops.pack(one, True) for one in ours), experts_down=tuple(map(ops.pack, theirs))
-    )  # type: ignore[arg-type]
+@few(12)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from(["", "int8", "int4", "outliers", *FORMS[1:]]),
+    st.booleans(),
+    st.integers(0, 99),
+    st.integers(1, 3),
+)
+@example(3, 4, True, "outliers", True, 5, 2)
+def test_experts(dtype: torch.dtype, rows: int, top_k: int, renormalise: bool, quant: str, gated: bool, seed: int, workers: int) -> None:
+    """The bits of a row are those that it has alone and in single operations, whichever rows chose its experts: experts are added in
+    ascending order."""
+    ops, mlp = NativeOps(dtype), Mlp(20, "silu" if gated else "relu", gated)
+    mixture, x = Experts(9, top_k, mlp, renormalise), randn(seed, rows, 33, dtype=dtype)
+    packed = mixture_of(ops, seed, quant, gated)
+    ops.use_threads(workers)
     found = ops.experts(x, packed, mixture)
+    assert torch.equal(bits(found), bits(TorchOps.experts(ops, x, packed, mixture)))
     for i in range(rows):
         assert torch.equal(bits(ops.experts(x[i : i + 1], packed, mixture)[0]), bits(found[i]))
     assert torch.equal(bits(ops.experts(x.flip(0), packed, mixture).flip(0)), bits(found))
-    chances = ops.linear(x, packed.router).float().softmax(-1)  # type: ignore[arg-type]
-    share, chosen = chances.topk(top_k)
-    share = (share / sum(share.split(1, -1)) if renormalise else share).to(dtype)
+    logits = ops.linear(x, packed.router)  # type: ignore[arg-type]
+    share, chosen = ops._route(logits, mixture)
+    chances = logits.double().softmax(-1)
+    kept = chances.gather(1, chosen.long())
+    assert (kept.amin(1) >= chances.topk(top_k).values[:, -1] * (1 - 1e-5)).all() and (chosen.diff() > 0).all()
+    torch.testing.assert_close(
+        share.double(), kept / kept.sum(1, keepdim=True) if renormalise else kept, rtol=2 * HALF[dtype] + 1e-5, atol=0
+    )
     for row, expected in enumerate(found):
         total = torch.zeros(33, dtype=dtype)
-        for e, place in sorted((e, place) for place, e in enumerate(chosen[row].tolist())):
-            inner = ops.activate(ops.linear(x[row, None], packed.experts_up[e]), "silu", True)
-            total = total + (ops.linear(inner, packed.experts_down[e]) * share[row, place])[0]
+        for e, part in sorted(zip(chosen[row].tolist(), share[row], strict=True)):
+            inner = ops.activate(ops.linear(x[row, None], packed.experts_up[e]), mlp.activation, gated)
+            total = total + (ops.linear(inner, packed.experts_down[e]) * part)[0]
         assert torch.equal(bits(total), bits(expected))
+
+
+@pytest.mark.parametrize("backend", [NativeOps, TorchOps, Reference])
+def test_of_equal_experts_the_first_are_chosen(backend: Any) -> None:
+    """Also by a row of zeros. A row that is no number changes nothing beside it."""
+    ops = backend() if backend is Reference else backend(F32)
+    router = Linear(randn(1, 3, 33, dtype=ops.dtype).repeat_interleave(3, 0))
+    x = torch.cat([randn(2, 5, 33), torch.zeros(1, 33), torch.full((1, 33), math.nan)]).to(ops.dtype)
+    weights = mixture_of(ops, 3, router=router)
+    found = ops.experts(x, weights, Experts(9, 2, Mlp(20)))
+    best = (x[:6] @ router.weight[::3].T).argmax(1).tolist()
+    assert len(set(best[:5])) > 1
+    for row, group in enumerate(best):
+        first = weights.experts_up[3 * group : 3 * group + 2], weights.experts_down[3 * group : 3 * group + 2]
+        two = replace(weights, router=ops.pack(Linear(router.weight[:2])), experts_up=first[0], experts_down=first[1])
+        torch.testing.assert_close(found[row, None], ops.experts(x[row, None], two, Experts(2, 2, Mlp(20))))
+    assert found[6].isnan().all() and found[:6].isfinite().all()
+
+
+@dataclass(frozen=True)
+class Newer(Experts):
+    """Has a field that the kernels do not know."""
+
+    limit: float = 7.0
+
+
+@pytest.mark.parametrize("case", ["forms", "fields"])
+def test_mixtures_that_the_kernels_do_not_know(case: str) -> None:
+    """They run one operation at a time, and so do models with them."""
+    bench, x = Bench("mixtral", F32), randn(1, 7, 40)
+    own = bench.weights.layers[0]
+    experts = bench.spec.layers[0].mlp
+    assert isinstance(experts, Experts)
+    if case == "forms":
+        other = Bench("mixtral", F32, "int8").weights.layers[0].experts_up[2]
+        own = replace(own, experts_up=(*own.experts_up[:2], other, *own.experts_up[3:]))
+    else:
+        experts = Newer(experts.count, experts.top_k, experts.mlp)
+    spec = replace(bench.spec, layers=(replace(bench.spec.layers[0], mlp=experts), *bench.spec.layers[1:]))
+    weights = replace(bench.weights, layers=(own, *bench.weights.layers[1:]))
+    assert torch.equal(bits(bench.ops.experts(x, own, experts)), bits(TorchOps.experts(bench.ops, x, own, experts)))
+    runner, seq = Runner(spec, weights, bench.ops, 4), text_of(0, [1, 2, 3])
+    runner.memory.open(seq)
+    work = [Work(seq, 3)]
+    assert runner.forward(Batch.pack(work, [EMPTY], runner.memory.reserve(work, [EMPTY]))).argmax.min() >= 0
+    assert not bench.ops.segments
 
 
 @pytest.mark.parametrize("quant", [None, "int8:outliers=3"])
@@ -1075,9 +1157,6 @@ def of_form(made: Quantized, words: list[str], seed: int) -> Quantized:
     else:
         made, low = replace(made, scale=halves(groups)), {"low": halves(groups)}
     return replace(made, codes=drawn, wide="wide" in words, **(low if "low" in words else {}))
-
-
-FORMS = ["", "wide", "low", "tops", "low tops", "wide tops", "wide low tops"]
 
 
 @DTYPES

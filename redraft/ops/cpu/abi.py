@@ -49,9 +49,16 @@ class Heads(ctypes.Structure):
     _fields_ = [("count", NUMBER), ("window", NUMBER), ("rotary", NUMBER), ("scale", REAL), ("softcap", REAL)]
 
 
+class Experts(ctypes.Structure):
+    _fields_ = [
+        ("up", ctypes.POINTER(Linear)), ("down", ctypes.POINTER(Linear)), ("router", Linear), ("gate", Linear), ("count", NUMBER),
+        ("top_k", NUMBER), ("renormalise", NUMBER), ("shared", NUMBER), ("activation", NUMBER), ("shared_activation", NUMBER),
+    ]  # fmt: skip
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
-        ("qkv", Linear), ("out", Linear), ("up", Linear), ("down", Linear),
+        ("qkv", Linear), ("out", Linear), ("up", Linear), ("down", Linear), ("experts", ctypes.POINTER(Experts)),
         ("attn_norm", POINTER), ("attn_norm_bias", POINTER), ("mlp_norm", POINTER), ("mlp_norm_bias", POINTER),
         ("attn_post", POINTER), ("mlp_post", POINTER), ("q_norm", POINTER), ("k_norm", POINTER), ("heads", Heads),
         ("eps", REAL), ("qk_eps", REAL), ("post_eps", REAL), ("residual", REAL), ("rms", NUMBER), ("qk_rms", NUMBER), ("post_rms", NUMBER),
@@ -101,6 +108,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_linear": (NUMBER, _LINEAR, _ROWS, _ROWS, NUMBER, NUMBER),
     "rd_head": (NUMBER, _ROWS, POINTER, POINTER, REAL, NUMBER, NUMBER, _LINEAR, POINTER, SIZE, NUMBER, POINTER, POINTER),
     "rd_norm": (NUMBER, _ROWS, _ROWS, POINTER, POINTER, REAL, NUMBER, NUMBER),
+    "rd_route": (NUMBER, _ROWS, NUMBER, NUMBER, NUMBER, POINTER),
+    "rd_experts": (NUMBER, ctypes.POINTER(Experts), _ROWS, _ROWS),
     "rd_cap": (NUMBER, _ROWS, _ROWS, REAL),
     "rd_low_rank": (NUMBER, _ROWS, _ROWS, ctypes.POINTER(LowRank), POINTER, SIZE),
     "rd_activate": (NUMBER, _ROWS, _ROWS, NUMBER, NUMBER),

@@ -21,7 +21,7 @@ namespace {
 #include "rows_impl.h"
 #undef DOT_BF16  // processors with AMX multiply float32 twice as fast as pairs of bf16
 #include "attend_impl.h"
-const Kernels kernels{"amx", takes, tile_pieces, tile_linear, norm, copy, quantize, activate, cap, low_rank, rope, contenders, products, &ATTEND};
+const Kernels kernels{"amx", takes, tile_pieces, tile_linear, norm, copy, quantize, activate, cap, low_rank, route, rope, contenders, products, &ATTEND};
 }  // namespace
 const Kernels* amx_kernels() { return &kernels; }
 }  // namespace redraft

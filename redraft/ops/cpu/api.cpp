@@ -139,6 +139,12 @@ BORDER int rd_cap(const Rows* x, const Rows* y, float limit) {
         });
     });
 }
+BORDER int rd_route(const Rows* x, int keep, int renormalise, int rounded, Best* chosen) {
+    return guarded([&] { kernels().route({*x, chosen, keep, renormalise, Kind(rounded)}, 0, x->rows); });
+}
+BORDER int rd_experts(const Experts* experts, const Rows* x, const Rows* y) {
+    return guarded([&] { run_experts(kernels(), *experts, *x, *y); });
+}
 BORDER int rd_rope(const Rows* x, int64_t heads, int64_t size, const float* cos, const float* sin) {
     return guarded([&] {
         run([&](int worker, int workers) {

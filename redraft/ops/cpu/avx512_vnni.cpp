@@ -13,7 +13,7 @@ namespace {
 #include "linear_impl.h"
 #include "rows_impl.h"
 #include "attend_impl.h"
-const Kernels kernels{"avx512_vnni", takes, pieces, linear, norm, copy, quantize, activate, cap, low_rank, rope, contenders, products, &ATTEND};
+const Kernels kernels{"avx512_vnni", takes, pieces, linear, norm, copy, quantize, activate, cap, low_rank, route, rope, contenders, products, &ATTEND};
 }  // namespace
 const Kernels* avx512_vnni_kernels() { return &kernels; }
 }  // namespace redraft

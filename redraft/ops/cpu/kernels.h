@@ -126,6 +126,15 @@ struct LowRank {
     Kind kind;     // of a and b
 };
 
+// The experts of rows: the `keep` largest of the softmax of x, of equal ones the lowest index first. chosen: [rows][keep], by ascending
+// index; values: their chances, divided by the sum of these from the largest on if `renormalise`, then rounded.
+struct RouteJob {
+    Rows x;                 // float32, strided
+    Best* chosen;
+    int32_t keep, renormalise;
+    Kind rounded;
+};
+
 // The rows of one sequence and its pages; everything that does not depend on the layer.
 struct Seq {
     int32_t first, rows, chain_rows;  // rows of the batch; the first chain_rows are chain rows, the others nodes
@@ -223,6 +232,7 @@ struct Kernels {
     void (*activate)(const Rows& x, const Rows& y, Activation, int32_t gated, int64_t first, int64_t last);
     void (*cap)(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last);  // y = limit * tanh(x / limit)
     void (*low_rank)(const Rows& x, const Rows& y, const LowRank&, int64_t row);  // adds the term to a row of y, and rounds
+    void (*route)(const RouteJob&, int64_t first, int64_t last);             // rows
     // x [T, heads * size] strided, in place: head h of row r is rotated by cos, sin [T][size / 2] (half-split pairs)
     void (*rope)(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last);
     int64_t (*contenders)(uint64_t key, const int64_t* ids, const double* values, int64_t count, int64_t* places);  // [CONTENDERS]

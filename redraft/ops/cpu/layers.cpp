@@ -9,48 +9,11 @@
 #include <map>
 #include <vector>
 
-#include "arena.h"
+#include "mlp.h"
 #include "pack.h"
-#include "threads.h"
 
 namespace redraft {
 namespace {
-
-// Tiles of the input rows of a linear layer, in the form that it needs.
-struct Feed {
-    Rows tiles{};
-    Coded coded{};
-
-    bool codes() const { return tiles.kind == I8; }
-};
-
-class Feeds {  // a buffer for each linear layer of a decoder layer that may be filled while another is read
-public:
-    Feed of(const Kernels& kernels, const Linear& w, int64_t rows) {
-        const Kind kind = kernels.takes(w.kind);
-        const int64_t per_step = w.kind == F32 ? 1 : w.kind == BF16 ? 2 : 4;
-        Feed feed;
-        feed.tiles = {nullptr, rows, w.steps() * per_step, 0, kind};
-        feed.tiles.data = tiles_.of(feed.tiles.size());
-        if (kind == I8) {
-            const int64_t groups = rows * w.groups();
-            feed.coded = {scale_.of<float>(rows), factors_.of<float>(groups), sums_.of<int32_t>(groups), outliers_.of<float>(rows * w.outliers)};
-        }
-        return feed;
-    }
-
-private:
-    Buffer tiles_, scale_, factors_, sums_, outliers_;
-};
-
-void fill(const Kernels& kernels, const Linear& w, const Rows& x, const Feed& feed, Share rows) {
-    if (feed.codes()) kernels.quantize(x, w, feed.tiles, feed.coded, rows.first, rows.last);
-    else kernels.copy(x, feed.tiles, rows.first, rows.last);
-}
-
-LinearJob job_of(const Linear& w, const Feed& feed, const Rows& y, Kind rounded) {
-    return {w, feed.tiles, feed.coded, y, rounded, NONE, 0, nullptr, 0};
-}
 
 struct Scratch {  // of one worker: sums of a panel
     std::vector<Buffer> of_worker;
@@ -63,8 +26,8 @@ struct Scratch {  // of one worker: sums of a panel
 };
 
 Scratch scratch;
-Feeds feeds[4];
-Buffer buffers[4];
+Feeds feeds[2];
+Buffer buffers[3];
 
 // For each repeated job: a segment or head (by its address) and the number of rows, rounded up to a power of two.
 constexpr int64_t FEW = 32;  // rows; jobs with more rows always use all workers
@@ -82,7 +45,6 @@ void run_paced(const void* what, int64_t first, int64_t last, int64_t rows, cons
     else run(job, pace_of(what, first, last, rows));
 }
 
-Rows strided(uint8_t* data, int64_t rows, int64_t cols, Kind kind) { return {data, rows, cols, cols * bytes_of(kind), kind}; }
 Rows columns(const Rows& x, int64_t first, int64_t count) { return {x.data + first * bytes_of(x.kind), x.rows, count, x.stride, x.kind}; }
 
 }  // namespace
@@ -144,14 +106,21 @@ void write_keys(const AttendKernels& kernels, const Step& step, int64_t layer, c
     }
 }
 
+void run_experts(const Kernels& kernels, const Experts& experts, const Rows& x, const Rows& y) {
+    scratch.grow(threads(), x.rows);
+    prepare_mixture(kernels, experts, x.rows, x.cols, x.kind);
+    run([&](int worker, int workers) {
+        mix({kernels, worker, workers, x, Rows{}, scratch.at(worker, x.rows)}, experts, x, y);
+    });
+}
+
 void run_linear(const Kernels& kernels, const Linear& w, const Rows& x, const Rows& y, Activation activation, bool add) {
     const Feed feed = feeds[0].of(kernels, w, x.rows);
     scratch.grow(threads(), x.rows);
     run([&](int worker, int workers) {
         fill(kernels, w, x, feed, Share(x.rows, worker, workers));
         barrier();
-        LinearJob job = job_of(w, feed, y, y.kind);
-        job.activation = activation;
+        LinearJob job = job_of(w, feed, y, y.kind, activation);
         job.add = add;
         const Share own(kernels.pieces(w), worker, workers);
         kernels.linear(job, own.first, own.last, scratch.at(worker, x.rows));
@@ -222,48 +191,26 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
     for (int64_t i = first; i < last; i++) {  // all buffers get their size before workers run
         const Layer& l = layers[i];
         feeds[0].of(kernels, l.qkv, rows), feeds[1].of(kernels, l.out, rows);
-        feeds[2].of(kernels, l.up, rows), feeds[3].of(kernels, l.down, rows);
         const int64_t q_size = l.heads.count * pool.size, k_size = pool.kv_heads * pool.size;
-        int64_t wanted[] = {h.cols, q_size + 2 * k_size, q_size, l.down.ins};
-        for (int b = 0; b < 4; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
+        int64_t wanted[] = {h.cols, q_size + 2 * k_size, q_size};
+        for (int b = 0; b < 3; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
+        prepare_mlp(kernels, l, rows, h.cols, kind);
     }
     for (int64_t s = 0; s < count; s++) attention(s).prepare(*kernels.attend, *steps[s].plan, layers[first].heads.count, threads());
     return [=, &kernels, &pool](int worker, int workers) {
-        const Share own(rows, worker, workers);
-        float* sums = scratch.at(worker, rows);
-        // The norm of h as the input of w: written as tiles directly, or as rows first if codes are made of them.
-        const auto normed = [&](const Layer& layer, const uint8_t* weight, const uint8_t* bias, const Linear& w, const Feed& feed, const Rows& rows_of) {
-            NormJob job{h, feed.codes() ? rows_of : feed.tiles, weight, bias, layer.eps, layer.rms, kind, layer.gains};
-            kernels.norm(job, own.first, own.last);
-            if (feed.codes()) fill(kernels, w, rows_of, feed, own);
-        };
-        const auto panels = [&](LinearJob job) {
-            const Share mine(kernels.pieces(job.w), worker, workers);
-            kernels.linear(job, mine.first, mine.last, sums);
-        };
-        // Adds w x to h, at once or by way of `made` and a norm. Every worker then goes on with its own rows.
-        const auto added = [&](const Layer& layer, const Linear& w, const Feed& feed, const uint8_t* post, const Rows& made) {
-            const bool direct = !post && layer.residual == 1;
-            LinearJob job = job_of(w, feed, direct ? h : made, kind);
-            job.add = direct;
-            panels(job);
-            barrier();
-            if (!direct) kernels.norm({made, h, post, nullptr, layer.post_eps, layer.post_rms, kind, layer.gains, layer.residual, 1}, own.first, own.last);
-        };
+        const Worker w{kernels, worker, workers, h, strided(buffers[0].of(0), rows, h.cols, kind), scratch.at(worker, rows)};
+        const Share own = w.own;
         for (int64_t i = first; i < last; i++) {
             const Layer& l = layers[i];
             const int64_t q_size = l.heads.count * pool.size, k_size = pool.kv_heads * pool.size;
             const Feed for_qkv = feeds[0].of(kernels, l.qkv, rows), for_out = feeds[1].of(kernels, l.out, rows);
-            const Feed for_up = feeds[2].of(kernels, l.up, rows), for_down = feeds[3].of(kernels, l.down, rows);
-            const Rows norms = strided(buffers[0].of(0), rows, h.cols, kind);
             const Rows qkv = strided(buffers[1].of(0), rows, q_size + 2 * k_size, kind);
             const Rows seen = strided(buffers[2].of(0), rows, q_size, kind);
-            const Rows inner = strided(buffers[3].of(0), rows, l.down.ins, kind);
 
-            normed(l, l.attn_norm, l.attn_norm_bias, l.qkv, for_qkv, norms);
-            if (l.parallel) normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_up, norms);
+            w.normed(l, l.attn_norm, l.attn_norm_bias, l.qkv, for_qkv);
+            if (l.parallel) norm_for_mlp(w, l);
             barrier();
-            panels(job_of(l.qkv, for_qkv, qkv, kind));
+            w.panels(job_of(l.qkv, for_qkv, qkv, kind));
             barrier();
 
             const Rows q = columns(qkv, 0, q_size), k = columns(qkv, q_size, k_size), v = columns(qkv, q_size + k_size, k_size);
@@ -288,21 +235,8 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();
-            added(l, l.out, for_out, l.attn_post, norms);
-
-            if (!l.parallel) {
-                normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_up, norms);
-                barrier();
-            }
-            LinearJob job = job_of(l.up, for_up, for_down.codes() ? inner : for_down.tiles, kind);
-            job.activation = l.activation;
-            panels(job);
-            barrier();
-            if (for_down.codes()) {
-                fill(kernels, l.down, inner, for_down, own);
-                barrier();
-            }
-            added(l, l.down, for_down, l.mlp_post, norms);
+            w.added(l, l.out, for_out, l.attn_post);
+            mlp(w, l);
         }
         barrier();
     };

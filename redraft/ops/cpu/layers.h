@@ -11,8 +11,18 @@ struct Heads {
     float scale, softcap;
 };
 
+// A mixture of experts, see core/spec.py. up, down: [count + shared], the shared expert last, the others with one kind, group and number
+// of outliers. router, gate: of the kind of the model; gate without panels: the shared expert has none.
+struct Experts {
+    const Linear *up, *down;
+    Linear router, gate;
+    int32_t count, top_k, renormalise, shared;
+    Activation activation, shared_activation;
+};
+
 struct Layer {
     Linear qkv, out, up, down;
+    const Experts* experts;      // null: up and down are the mlp; otherwise these are unused
     const uint8_t *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *attn_post, *mlp_post, *q_norm, *k_norm;  // null: none
     Heads heads;
     float eps, qk_eps, post_eps, residual;  // residual: factor of what is added to the hidden states
@@ -54,6 +64,9 @@ void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last
 
 // y = x W^T + bias, x and y rows of the model's kind; h: the target of a sum (`add`).
 void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Activation, bool add);
+
+// y = the output of a mixture for rows x.
+void run_experts(const Kernels&, const Experts&, const Rows& x, const Rows& y);
 
 // The head: the indices of the `keep` largest outputs of the rows of norm.x that `wanted` lists, [count][keep].
 void run_head(const Kernels&, NormJob norm, const Linear&, const int32_t* wanted, int64_t count, int32_t keep, int32_t* best, int32_t* argmax);

@@ -134,6 +134,44 @@ void activate(const Rows& x, const Rows& y, Activation activation, int32_t gated
         });
 }
 
+// Numbers c..c + N - 1 of a row of float32, -infinity after its end.
+inline Vec logits_at(const Rows& x, int64_t r, int64_t c) {
+    const int64_t live = x.cols - c;
+    const Vec v = read_some(x.at(r, c), F32, live);
+    return live < Vec::N ? keep_where((1u << live) - 1, v, set1(-__builtin_inff())) : v;
+}
+
+void route(const RouteJob& j, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        Vec most = set1(-__builtin_inff()), total = zero();
+        for (int64_t c = 0; c < j.x.cols; c += Vec::N) most = maximum(logits_at(j.x, r, c), most);  // without NaN
+        const Vec peak = set1(largest(most));
+        const auto power = [&](int64_t c) {
+            const Vec below = logits_at(j.x, r, c) - peak;
+            return exponential(below) + maximum(zero(), below);  // the last: NaN stays NaN
+        };
+        for (int64_t c = 0; c < j.x.cols; c += Vec::N) total = total + power(c);
+        const Vec all = set1(sum(total));
+        Best* best = j.chosen + r * j.keep;
+        for (int32_t i = 0; i < j.keep; i++) best[i] = {-__builtin_inff(), -1};
+        for (int64_t c = 0; c < j.x.cols; c += Vec::N) {
+            alignas(64) float chances[Vec::N];
+            store(chances, power(c) / all);
+            for (int64_t i = 0; i < Vec::N && c + i < j.x.cols; i++) insert(best, j.keep, {chances[i], int32_t(c + i)});
+        }
+        float kept = 0;
+        for (int32_t i = 0; i < j.keep; i++) kept += best[i].value;
+        for (int32_t i = 0; i < j.keep; i++) {
+            alignas(64) float share[Vec::N];
+            store(share, rounded(set1(j.renormalise ? best[i].value / kept : best[i].value), j.rounded));
+            const Best one{share[0], best[i].index};
+            int32_t at = i;
+            for (; at > 0 && best[at - 1].index > one.index; at--) best[at] = best[at - 1];
+            best[at] = one;
+        }
+    }
+}
+
 void cap(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; r++) row_of(x, y, r, [&](Vec v, int64_t, int64_t) { return capped(v, limit); });
 }

@@ -36,6 +36,7 @@ void run(const std::function<void(int worker, int workers)>& job, Pace& pace);
 // The contiguous share of a worker of n items: [first, last).
 struct Share {
     int64_t first, last;
+    Share(int64_t from, int64_t to) : first(from), last(to) {}
     Share(int64_t n, int worker, int workers) : first(n * worker / workers), last(n * (worker + 1) / workers) {}
 };
 

@@ -1,5 +1,5 @@
-// Stand-alone test of all kernels but attention. No library, one instruction set, reported by the flags:
-//   g++ -std=c++17 -O1 -ffp-contract=off -mavx2 -mfma -mf16c kernels_test.cpp ../pack.cpp ../layers.cpp ../attend.cpp ../threads.cpp -pthread
+// Stand-alone test of all kernels but attention, and of mixtures of experts. No library, one instruction set, reported by the flags:
+//   g++ -std=c++17 -O1 -ffp-contract=off -mavx2 -mfma -mf16c kernels_test.cpp ../pack.cpp ../layers.cpp ../mlp.cpp ../attend.cpp ../threads.cpp -pthread
 //   (or -mavx512f -mavx512bw -mavx512dq -mavx512vl too, or -mavx512bf16 -mavx512vnni too; with -fsanitize=address,undefined or thread)
 // kernels_test [seed [rounds]]: results against definitions in double, those of codes bit for bit; every row alone and every panel
 // alone gives the same bits; nothing beside what is to be written changes. Buffers are as long as their contents, to the byte.
@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <immintrin.h>
 #include <limits>
 #include <random>
@@ -39,7 +40,7 @@ namespace {
 
 #include "../linear_impl.h"
 #include "../rows_impl.h"
-const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, cap, low_rank, rope, contenders, nullptr};
+const Kernels kernels{"tested", takes, pieces, linear, norm, copy, quantize, activate, cap, low_rank, route, rope, contenders, nullptr};
 }  // namespace
 }  // namespace redraft
 
@@ -766,6 +767,108 @@ void test_rope(int64_t rows, int64_t heads, int64_t size, Kind kind) {
     check(good && x.gaps_untouched(), shape("rope", rows, heads, size, kind));
 }
 
+// ---- mixtures of experts
+
+void test_route(int64_t rows, int64_t count, Kind kind) {
+    Matrix x(rows, count, F32, false, dice.below(3));
+    x.fill(kind, dice.of({1.0f, 30.0f}));
+    for (int64_t r = 0; r < rows; r++)  // equal numbers, and some that are none
+        for (int64_t c = 1; c < count; c++)
+            if (dice.chance(0.3)) put_number(x.rows.at(r, c), F32, x.at(r, c - 1));
+    const int64_t odd = dice.below(rows + 1);
+    if (odd < rows) put_number(x.rows.at(odd, dice.below(count)), F32, dice.of({NOT_A_NUMBER, INFINITY}));
+    const int32_t keep = int32_t(dice.between(1, count)), renormalise = int32_t(dice.below(2));
+    vector<Best> found(rows * keep), again(found);
+    route({x.rows, found.data(), keep, renormalise, kind}, 0, rows);
+    for (int64_t r = rows - 1; r >= 0; r--) route({x.rows, again.data(), keep, renormalise, kind}, r, r + 1);
+    bool good = true, order = true;
+    for (int64_t r = 0; r < rows; r++) {
+        vector<double> chances;
+        double most = -INFINITY, total = 0, kept = 0;
+        for (int64_t c = 0; c < count; c++) most = std::fmax(most, x.at(r, c));
+        for (int64_t c = 0; c < count; c++) chances.push_back(std::exp(x.at(r, c) - most)), total += chances.back();
+        const Best* own = found.data() + r * keep;
+        for (int32_t i = 0; i < keep; i++) kept += chances[own[i].index] / total;
+        for (int32_t i = 0; i < keep; i++) {
+            const double expected = chances[own[i].index] / total / (renormalise ? kept : 1);
+            good &= r == odd ? std::isnan(own[i].value) : close(own[i].value, expected, expected * (slack(kind) + 0x1p-16) + 1e-30);
+            order &= i == 0 || own[i].index > own[i - 1].index;
+        }
+        for (int64_t c = 0, at = 0; c < count && r != odd; c++) {  // the others are smaller, or equal and later
+            if (at < keep && own[at].index == c) {
+                at++;
+                continue;
+            }
+            for (int32_t i = 0; i < keep; i++) {
+                const double mine = chances[own[i].index] / total, other = chances[c] / total;
+                order &= mine >= other * (1 - 1e-6) - 1e-37 && (own[i].index < c || x.at(r, own[i].index) != x.at(r, c));
+            }
+        }
+    }
+    check(good, shape("route: shares", rows, keep, count, kind));
+    check(order, shape("route: order", rows, keep, count, kind));
+    check(!std::memcmp(found.data(), again.data(), found.size() * sizeof(Best)), shape("route: row by row", rows, keep, count, kind));
+}
+
+// A row of a mixture as single products: rounded and added in ascending order of experts, the shared one last.
+vector<float> mixed_alone(const Experts& m, const Rows& x, int64_t row, Kind kind) {
+    const auto product = [&](const Linear& w, const Matrix& from, int64_t cols, Kind to, Activation activation) {
+        Matrix made(1, cols, to, false);
+        run_linear(kernels, w, from.rows, made.rows, activation, false);
+        return made;
+    };
+    Matrix one(1, x.cols, kind, false), logits(1, m.count, F32, false);
+    std::memcpy(one.rows.data, x.at(row, 0), size_t(x.cols * bytes_of(kind)));
+    const Matrix given = product(m.router, one, m.count, kind, NONE);
+    for (int64_t e = 0; e < m.count; e++) put_number(logits.rows.at(0, e), F32, given.at(0, e));
+    vector<Best> chosen(m.top_k);
+    route({logits.rows, chosen.data(), m.top_k, m.renormalise, kind}, 0, 1);
+    if (m.shared) chosen.push_back({m.gate.panels ? product(m.gate, one, 1, kind, SIGMOID).at(0, 0) : 1, m.count});
+    vector<float> out(x.cols, 0.0f);
+    for (const Best& own : chosen) {
+        const Linear &up = m.up[own.index], &down = m.down[own.index];
+        const Matrix inner = product(up, one, down.ins, kind, own.index == m.count ? m.shared_activation : m.activation);
+        const Matrix made = product(down, inner, x.cols, kind, NONE);
+        for (int64_t c = 0; c < x.cols; c++) out[c] = nearest(out[c] + nearest(made.at(0, c) * own.value, kind), kind);
+    }
+    return out;
+}
+
+void test_mixture(int64_t rows, int64_t cols, int64_t hidden, Kind kind, Kind numbers) {
+    const int32_t count = int32_t(dice.between(1, 9)), group = int32_t(16 * dice.between(1, 4)), outliers = kind == numbers ? 0 : int32_t(dice.below(2));
+    const bool gated = dice.chance(0.5), shared = dice.chance(0.5), biased = dice.chance(0.5);
+    std::deque<Weights> made;
+    const auto linear = [&](int64_t outs, int64_t ins, Kind of, bool pairs) {
+        const bool codes = of != numbers;
+        made.emplace_back(outs, ins, of, pairs, biased, codes && of != I8 ? group : 0, codes ? outliers : 0);
+        return made.back().c;
+    };
+    vector<Linear> ups, downs;
+    for (int32_t e = 0; e < count + shared; e++) {
+        const int64_t own = e == count ? hidden + 9 : hidden;
+        ups.push_back(linear(gated ? 2 * own : own, cols, kind, gated));
+        downs.push_back(linear(cols, own, kind, false));
+    }
+    Experts m{ups.data(), downs.data(), linear(count, cols, numbers, false), Linear{}, count, int32_t(dice.between(1, count)), int32_t(dice.below(2)), shared, dice.of({SILU, GELU_TANH}), dice.of({SILU, RELU})};
+    if (dice.chance(0.5)) m.gate = linear(1, cols, numbers, false);
+    Matrix x(rows, cols, numbers, false, dice.below(3)), first(rows, cols, numbers, false, dice.below(3));
+    x.fill(numbers);
+    for (const int workers : {1, 2, 3}) {
+        Matrix y(first);
+        set_threads(workers);
+        run_experts(kernels, m, x.rows, y.rows);
+        if (workers == 1) std::memcpy(first.memory.data(), y.memory.data(), y.memory.size());
+        check(first.memory == y.memory && y.gaps_untouched(), shape("mixture: threads", rows, workers, cols, kind));
+    }
+    set_threads(1);
+    bool good = true;
+    for (int64_t r = 0; r < rows; r++) {
+        const vector<float> expected = mixed_alone(m, x.rows, r, numbers);
+        for (int64_t c = 0; c < cols; c++) good &= first.at(r, c) == expected[c] || (std::isnan(expected[c]) && std::isnan(first.at(r, c)));
+    }
+    check(good, shape("mixture: rows alone", rows, cols, hidden, kind));
+}
+
 // ---- threads
 
 void test_threads(int workers) {
@@ -843,6 +946,8 @@ void round_of_tests() {
         test_low_rank(dice.between(1, 20), some_ins(), some_outs(), numbers);
         test_cap(some_rows(), some_ins(), numbers);
         test_rope(some_rows(), dice.between(1, 5), 2 * dice.between(1, 40), numbers);
+        test_route(some_rows(), some_ins(), numbers);
+        for (const Kind kind : {numbers, I8, I4, G8}) test_mixture(some_rows(), some_ins(), some_ins(), kind, numbers);
     }
     test_copy(some_rows(), some_ins());
 }
