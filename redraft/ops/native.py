@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -149,6 +150,7 @@ class NativePlan:
     groups: list[NativeGroup] = field(default_factory=list)
     seen: dict[int, WeightSums] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
+    adapters: abi.Adapters | None = None
 
 
 class NativeOps(TorchOps):
@@ -169,6 +171,7 @@ class NativeOps(TorchOps):
         self._layouts: dict[str, str] = {"": ""}  # name of a format -> its layout
         self._sided: set[str] = set()  # formats with side data
         self._segments: dict[int, Any] = {}
+        self._terms: WeakKeyDictionary[Any, tuple[NDArray[np.int32], abi.Adapter]] = WeakKeyDictionary()
         self._mixtures: dict[tuple[int, Experts], abi.Experts | None] = {}
         self._models: dict[int, NativeModel] = {}
         self._wholes: dict[tuple[int, int], abi.Model | None] = {}
@@ -564,22 +567,40 @@ class NativeOps(TorchOps):
 
     def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: TorchPool, plan: NativePlan) -> Tensor | None:
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
-        if (
-            not h.shape[0]
-            or plan.batch.adapters.count(None) < len(plan.batch.adapters)
-            or any(group.readers or group.writers for group in plan.groups)
-        ):
+        if not h.shape[0] or any(group.readers or group.writers for group in plan.groups):
             return None
-        segment = self._segment(spec, weights, plan.model)
-        if segment is None:
+        segment, adapters = self._segment(spec, weights, plan.model), self._adapters(plan)
+        if segment is None or (adapters and any(layer.parallel for layer in spec.layers)):
             return None
         out = h.clone(memory_format=torch.contiguous_format) if first else h
         for group in plan.groups:
             self._place(group, pool)
         steps = [group.step for group in plan.groups]
         step = steps[0] if len(steps) == 1 else (abi.Step * len(steps))(*steps)
-        self._call("rd_run", segment, first, last, step, len(steps), self._rows(out))
+        self._call("rd_run", segment, first, last, step, len(steps), adapters, self._rows(out))
         return out
+
+    def _adapters(self, plan: NativePlan) -> abi.Adapters | None:
+        """The adapters of a batch in the form of the kernels, made once for each plan."""
+        batch = plan.batch
+        if batch.adapters.count(None) == len(batch.adapters):
+            return None
+        if plan.adapters is None:
+            distinct = list(dict.fromkeys(adapter for adapter in batch.adapters if adapter is not None))
+            places = [-1 if adapter is None else distinct.index(adapter) for adapter in batch.adapters]
+            of_row = np.repeat(np.array(places, np.int32), np.diff(batch.starts))
+            every = (abi.Adapter * len(distinct))(*map(self._adapter, distinct))
+            plan.kept += of_row, every
+            plan.adapters = abi.Adapters(of_row.ctypes.data, every)
+        return plan.adapters
+
+    def _adapter(self, adapter: Any) -> abi.Adapter:
+        if adapter not in self._terms:
+            parts = [layer.get(name, ()) for layer in adapter.layers for name in ("qkv", "out", "up", "down")]
+            terms = [self._low_rank(term) for part in parts for term in part]
+            starts = np.cumsum([0, *map(len, parts)]).astype(np.int32)
+            self._terms[adapter] = starts, abi.Adapter((abi.LowRank * len(terms))(*terms), starts.ctypes.data)
+        return self._terms[adapter][1]
 
     def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: TorchPool, taps: Taps) -> ForwardResult | None:
         """A whole pass in one call. Returns None if a tap, a sequence or the model needs more than one."""

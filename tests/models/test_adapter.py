@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redraft import LLM
+from redraft import LLM, SamplingParams
+from redraft.ops import library
+from redraft.ops.native import NativeOps
 from tests import adapters, checkpoints
 
 PROMPTS = ["once upon a time", "def f(x):", "the cat sat on the mat and the cat", "a"]
@@ -50,3 +52,29 @@ def test_an_adapter_equals_merged_weights(form: dict[str, Any], base: Path, tmp_
         bound = 1e-9 if options.get("backend") == "reference" else 2e-4
         assert np.allclose(own, expected, rtol=0, atol=bound)
         assert not np.allclose(own, plain, rtol=0, atol=0.01)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"quant": "int8"}, {"quant": "int4:group=32"}], ids=str)
+def test_layers_in_one_call_have_the_bits_of_single_operations(
+    options: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also rows of the model itself in a batch with adapters, and an adapter alone."""
+    folders = {f"a{i}": adapters.make(tmp_path / f"a{i}", base, seed=i, rank=3 + 7 * i) for i in range(2)}
+    llm = LLM(str(base), draft="none", cache_memory=CACHE, prefix_sharing=False, lora=folders, **options)
+    chosen = [SamplingParams(temperature=0, max_tokens=8, logprobs=3, lora=name) for name in ("a0", "a1", None, "a0")]
+
+    def found(one: bool) -> list[Any]:
+        if not one:
+            outputs = llm.generate(PROMPTS, chosen)
+        else:
+            outputs = [llm.generate([prompt], [params])[0] for prompt, params in zip(PROMPTS, chosen, strict=True)]
+        return [[(place.logprob, place.top) for place in output.outputs[0].logprobs] for output in outputs]
+
+    calls, run = [], NativeOps.run
+    monkeypatch.setattr(NativeOps, "run", lambda *given: calls.append(run(*given)) or calls[-1])
+    whole = found(one=False)
+    assert calls and all(call is not None for call in calls)
+    assert found(one=True) == whole
+    monkeypatch.setattr(NativeOps, "run", lambda *given: None)
+    assert found(one=False) == whole

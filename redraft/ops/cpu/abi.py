@@ -37,6 +37,14 @@ class LowRank(ctypes.Structure):
     _fields_ = [("a", POINTER), ("b", POINTER), ("ins", SIZE), ("outs", SIZE), ("first", SIZE), ("rank", NUMBER), ("kind", NUMBER)]
 
 
+class Adapter(ctypes.Structure):
+    _fields_ = [("terms", ctypes.POINTER(LowRank)), ("starts", POINTER)]
+
+
+class Adapters(ctypes.Structure):
+    _fields_ = [("of_row", POINTER), ("every", ctypes.POINTER(Adapter))]
+
+
 class Pool(ctypes.Structure):
     _fields_ = [
         ("data", POINTER), ("block_bytes", SIZE), ("unit_bytes", SIZE), ("per_block", SIZE), ("values", SIZE),
@@ -120,7 +128,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_plan_free": (None, POINTER),
     "rd_attend": (NUMBER, _STEP, NUMBER, ctypes.POINTER(Heads), POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
     "rd_products": (NUMBER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
-    "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, SIZE, _ROWS),
+    "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, SIZE, ctypes.POINTER(Adapters), _ROWS),
     "rd_step": (NUMBER, ctypes.POINTER(Model), ctypes.c_char_p, NUMBER, POINTER, POINTER),
 }
 

@@ -183,7 +183,7 @@ void run_head(const Kernels& kernels, NormJob norm, const Linear& w, const int32
 
 namespace {
 // The job of each worker. Buffers have their final sizes when all jobs of a call are made, so workers find their addresses.
-auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h) {
+auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, const Adapters* adapters, Rows h) {
     const int64_t rows = h.rows;
     const Kind kind = h.kind;
     const Pool& pool = steps->pool;  // the same heads in all of them
@@ -194,11 +194,11 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
         const int64_t q_size = l.heads.count * pool.size, k_size = pool.kv_heads * pool.size;
         int64_t wanted[] = {h.cols, q_size + 2 * k_size, q_size};
         for (int b = 0; b < 3; b++) buffers[b].of(rows * wanted[b] * bytes_of(kind));
-        prepare_mlp(kernels, l, rows, h.cols, kind);
+        prepare_mlp(kernels, l, rows, h.cols, kind, adapters);
     }
     for (int64_t s = 0; s < count; s++) attention(s).prepare(*kernels.attend, *steps[s].plan, layers[first].heads.count, threads());
     return [=, &kernels, &pool](int worker, int workers) {
-        const Worker w{kernels, worker, workers, h, strided(buffers[0].of(0), rows, h.cols, kind), scratch.at(worker, rows)};
+        const Worker w{kernels, worker, workers, h, strided(buffers[0].of(0), rows, h.cols, kind), scratch.at(worker, rows), adapters};
         const Share own = w.own;
         for (int64_t i = first; i < last; i++) {
             const Layer& l = layers[i];
@@ -212,6 +212,7 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
             barrier();
             w.panels(job_of(l.qkv, for_qkv, qkv, kind));
             barrier();
+            w.adapt(i, QKV, for_qkv.codes() ? w.norms : for_qkv.tiles, qkv);
 
             const Rows q = columns(qkv, 0, q_size), k = columns(qkv, q_size, k_size), v = columns(qkv, q_size + k_size, k_size);
             const auto norm_head = [&](const Rows& one, const uint8_t* weight) {
@@ -235,16 +236,16 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
             barrier();
             fill(kernels, l.out, seen, for_out, own);
             barrier();
-            w.added(l, l.out, for_out, l.attn_post);
-            mlp(w, l);
+            w.added(l, l.out, for_out, l.attn_post, i, OUT, seen);
+            mlp(w, l, i);
         }
         barrier();
     };
 }
 }  // namespace
 
-void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h) {
-    run_paced(layers, first, last, h.rows, segment_job(kernels, layers, first, last, steps, count, h));
+void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, const Adapters* adapters, Rows h) {
+    run_paced(layers, first, last, h.rows, segment_job(kernels, layers, first, last, steps, count, adapters, h));
 }
 
 void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, int32_t keep, int32_t* best, float* logits) {
@@ -273,7 +274,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
     float* turns = angles->of<float>(2 * rotaries.count * rows * rotaries.half);
     const Step step{rows, count, seqs->data(), model.pool, Pool{}, turns, nullptr, rotaries.half, nullptr, 0, plan};
     std::vector<Best> found = none_found(wanted, keep);
-    const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, h);
+    const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, nullptr, h);
     const NormJob norm{h, Rows{}, model.norm, model.norm_bias, model.eps, model.rms, kind, model.gains};
     const Rows all{reinterpret_cast<uint8_t*>(logits), wanted, model.head.outs, int64_t(sizeof(float)) * model.head.outs, F32};
     const auto head = head_job(kernels, norm, model.head, logit_rows, wanted, all, keep, found.data());

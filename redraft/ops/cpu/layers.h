@@ -32,6 +32,18 @@ struct Layer {
     Activation activation;
 };
 
+// The low-rank terms of the rows of a pass. of_row [rows]: the adapter of each, -1 for none. Those of a part of layer l of an adapter are
+// terms[starts[4 l + part]] up to terms[starts[4 l + part + 1]].
+enum AdaptedPart { QKV, OUT, UP, DOWN };
+struct Adapter {
+    const LowRank* terms;
+    const int32_t* starts;
+};
+struct Adapters {
+    const int32_t* of_row;
+    const Adapter* every;
+};
+
 // Sequences of a forward pass whose pages have the same formats. rows: those of the pass, whose cos and then sin of every rotary are
 // turns, [rows][half]. far: null, or the rotations of queries for keys before a window, in the same layout. plan: made by
 // plan_attention.
@@ -59,8 +71,8 @@ void find_turns(const Rotaries&, const int32_t* positions, int64_t rows, float* 
 // Buffers shared by all calls, one for each step of a pass; one job runs at a time.
 Attention& attention(int64_t i = 0);
 
-// steps: together they hold all sequences of the pass.
-void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, Rows h);
+// steps: together they hold all sequences of the pass. adapters: null for none; then no layer is parallel.
+void run_layers(const Kernels&, const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, const Adapters* adapters, Rows h);
 
 // y = x W^T + bias, x and y rows of the model's kind; h: the target of a sum (`add`).
 void run_linear(const Kernels&, const Linear&, const Rows& x, const Rows& y, Activation, bool add);

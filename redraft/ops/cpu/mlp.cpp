@@ -7,22 +7,26 @@ namespace redraft {
 namespace {
 
 Feeds for_router, for_ups[2], for_downs[2];  // of a plain mlp or all experts, and of the shared expert
-Buffer inners[2], inputs, outputs, products, logits, gates, bests, lists;
+Buffer inners[2], ups, inputs, outputs, products, logits, gates, bests, lists;
 
 constexpr int64_t FEW = 8;   // rows that every worker routes alone, because a barrier would take longer
 constexpr int64_t READ = 8;  // rows whose products take as long as the reads of their weights
 
-void run_dense(const Worker& w, const Layer& l) {
+void run_dense(const Worker& w, const Layer& l, int64_t layer) {
     const Feed up = for_ups[0].of(w.kernels, l.up, w.h.rows), down = for_downs[0].of(w.kernels, l.down, w.h.rows);
     const Rows inner = strided(inners[0].of(0), w.h.rows, l.down.ins, w.h.kind);
+    const Rows input = up.codes() ? w.norms : up.tiles, activated = down.codes() ? inner : down.tiles;
+    const Rows both = w.adapters ? strided(ups.of(0), w.h.rows, l.up.outs, w.h.kind) : activated;
     if (!l.parallel) barrier();
-    w.panels(job_of(l.up, up, down.codes() ? inner : down.tiles, w.h.kind, l.activation));
+    w.panels(job_of(l.up, up, both, w.h.kind, w.adapters ? NONE : l.activation));
     barrier();
-    if (down.codes()) {
-        fill(w.kernels, l.down, inner, down, w.own);
-        barrier();
+    if (w.adapters) {
+        w.adapt(layer, UP, input, both);
+        w.kernels.activate(both, activated, l.activation, l.up.gated, w.own.first, w.own.last);
     }
-    w.added(l, l.down, down, l.mlp_post);
+    if (down.codes()) fill(w.kernels, l.down, inner, down, w.own);
+    if (w.adapters || down.codes()) barrier();
+    w.added(l, l.down, down, l.mlp_post, layer, DOWN, activated);
 }
 
 // The places of the work of a mixture: the chosen rows in ascending order of experts, those of an expert in order of rows; then all rows,
@@ -173,13 +177,14 @@ void prepare_mixture(const Kernels& kernels, const Experts& experts, int64_t row
     Mixture(kernels, experts, rows, cols, kind, 0, threads());
 }
 
-void prepare_mlp(const Kernels& kernels, const Layer& l, int64_t rows, int64_t cols, Kind kind) {
+void prepare_mlp(const Kernels& kernels, const Layer& l, int64_t rows, int64_t cols, Kind kind, bool adapted) {
     if (l.experts) {
         inputs.of(rows * cols * bytes_of(kind)), outputs.of(rows * cols * bytes_of(kind));
         return prepare_mixture(kernels, *l.experts, rows, cols, kind);
     }
     for_ups[0].of(kernels, l.up, rows), for_downs[0].of(kernels, l.down, rows);
     inners[0].of(rows * l.down.ins * bytes_of(kind));
+    if (adapted) ups.of(rows * l.up.outs * bytes_of(kind));
 }
 
 void mix(const Worker& w, const Experts& experts, const Rows& x, const Rows& out) {
@@ -191,9 +196,9 @@ void norm_for_mlp(const Worker& w, const Layer& l) {
     else w.normed(l, l.mlp_norm, l.mlp_norm_bias, l.up, for_ups[0].of(w.kernels, l.up, w.h.rows));
 }
 
-void mlp(const Worker& w, const Layer& l) {
+void mlp(const Worker& w, const Layer& l, int64_t layer) {
     if (!l.parallel) norm_for_mlp(w, l);
-    if (!l.experts) return run_dense(w, l);
+    if (!l.experts) return run_dense(w, l, layer);
     const Rows out = strided(outputs.of(0), w.h.rows, w.h.cols, w.h.kind);
     mix(w, *l.experts, strided(inputs.of(0), w.h.rows, w.h.cols, w.h.kind), out);
     w.add(l, out, l.mlp_post);

@@ -58,6 +58,7 @@ struct Worker {
     Rows h;       // hidden states
     Rows norms;   // room for as many rows
     float* sums;  // [rows][64]
+    const Adapters* adapters = nullptr;
     Share own = Share(h.rows, at, count);
 
     // The norm of h as the input of w: written as tiles directly, or as rows first if codes are made of them.
@@ -72,14 +73,24 @@ struct Worker {
         const Share mine(kernels.pieces(job.w), at, count);
         kernels.linear(job, mine.first, mine.last, sums);
     }
+    // Adds the terms of this worker's rows to y, the product of x.
+    void adapt(int64_t layer, AdaptedPart part, const Rows& x, const Rows& y) const {
+        for (int64_t r = own.first; adapters && r < own.last; r++) {
+            if (adapters->of_row[r] < 0) continue;
+            const Adapter& one = adapters->every[adapters->of_row[r]];
+            for (int64_t t = one.starts[4 * layer + part]; t < one.starts[4 * layer + part + 1]; t++) kernels.low_rank(x, y, one.terms[t], r);
+        }
+    }
     // Adds w x to h, at once or by way of `norms`. Every worker then goes on with its own rows.
-    void added(const Layer& l, const Linear& w, const Feed& feed, const uint8_t* post) const {
-        const bool direct = !post && l.residual == 1;
+    void added(const Layer& l, const Linear& w, const Feed& feed, const uint8_t* post, int64_t layer, AdaptedPart part, const Rows& x) const {
+        const bool direct = !post && l.residual == 1 && !adapters;
         LinearJob job = job_of(w, feed, direct ? h : norms, h.kind);
         job.add = direct;
         panels(job);
         barrier();
-        if (!direct) add(l, norms, post);
+        if (direct) return;
+        adapt(layer, part, x, norms);
+        add(l, norms, post);
     }
     void add(const Layer& l, const Rows& made, const uint8_t* post) const {
         kernels.norm({made, h, post, nullptr, l.post_eps, l.post_rms, h.kind, l.gains, l.residual, 1}, own.first, own.last);
