@@ -9,7 +9,7 @@ for LLMs, 2023, arXiv 2308.09723.
 3. group=adaptive: start with one group per output. Halve the groups while the mean of max |w| over all groups falls at least by the
    factor `alpha`, down to 64 columns.
 
-Differs: activation rows are 8-bit codes with one scale per row; the paper multiplies 16-bit rows. The head has 8-bit codes unless
+Differs: activation rows are 8-bit codes (ops/quantized.py); the paper multiplies 16-bit rows. The head has 8-bit codes unless
 `head` is set. The paper's symmetric rounding, codes -7..7 with max |w| / 7, gave 17 to 31 % more divergence from the float32 model in
 each of 8 measurements (two models, two kinds of text, groups of 32 and 64). Adaptive group sizes are 64 times a power of two, so the
 last group can be shorter; the paper uses divisors. The size is chosen for queries, keys and values together, and for gate and up
