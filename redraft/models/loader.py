@@ -275,6 +275,8 @@ def read(
             del stored, kept
         elif (found := _NORM.fullmatch(name)) and _above_one(checkpoint.spec, found["part"]):
             tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32)) + 1
+        elif name.endswith(".sink_logits"):
+            tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32))
         else:
             tensors[name] = filled(name)
     if checkpoint.spec.tied and "lm_head.weight" in checkpoint.tensors.tensors:
@@ -355,6 +357,7 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
             mlp_post_norm=norm(f"{at}.mlp_post_norm"),
             q_norm=norm(f"{at}.q_norm"),
             k_norm=norm(f"{at}.k_norm"),
+            sink_logits=tensors.get(f"{at}.sink_logits"),
             up=linears.get(f"{at}.up"),
             down=linears.get(f"{at}.down"),
             router=router,

@@ -9,6 +9,7 @@ namespace redraft {
 struct Heads {
     int32_t count, window, rotary;
     float scale, softcap;
+    const float* sink_logits;
 };
 
 struct Layer {
@@ -17,7 +18,8 @@ struct Layer {
     Heads heads;
     float eps, qk_eps, post_eps, residual;  // residual: factor of what is added to the hidden states
     int32_t rms, qk_rms, post_rms;
-    int32_t together, parallel;  // together: q_norm and k_norm are of all heads as one vector; parallel: the mlp reads the layer's input
+    int32_t together, apart;     // q_norm and k_norm are of all heads as one vector; have gains for each head
+    int32_t parallel;            // the mlp reads the layer's input
     Kind gains;                  // of the weights of norms
     Activation activation;
 };
