@@ -67,6 +67,8 @@ def test_numbers_are_those_of_the_format(tmp_path: Path) -> None:
         theirs = convert_moe_packed_tensors(*(drawn[f"{PREFIX}.{part}_proj_{one}"] for one in ("blocks", "scales")), dtype=torch.float32)
         assert torch.equal(tensors.read(f"{PREFIX}.{part}_proj"), theirs)
         assert torch.equal(tensors.read(f"{PREFIX}.{part}_proj", 3), theirs[3])
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(tensors.read(f"{PREFIX}.{part}_proj", 3, dtype).to(dtype), theirs[3].to(dtype))
 
 
 def test_what_stays_packed_has_the_same_numbers(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from redraft.ops.quantized import Quantized, is_exact
 
 GROUP, BIAS, NO_NUMBER = 32, 127, 255  # numbers that share a scale; of its exponent; its code that is no number
 DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # twice the numbers of E2M1
+PAIRS = torch.stack([DOUBLED.repeat(16), DOUBLED.repeat_interleave(16)], 1)  # of each byte
 
 
 class Mxfp4:
@@ -52,8 +53,8 @@ class Mxfp4:
         if name not in self.made:
             return self.raw.read(name, part, dtype)
         doubled, exponents = self._numbers(name, part)
-        wide = torch.promote_types(dtype, torch.float32)
-        numbers: Tensor = doubled.to(wide).unflatten(-1, (-1, GROUP)) * _power(exponents, wide)[..., None]
+        wide = torch.float32 if dtype == torch.float16 else dtype  # others hold all numbers that are below their largest
+        numbers: Tensor = doubled.to(wide).unflatten(-1, (-1, GROUP)) * _power(exponents).to(wide)[..., None]
         return numbers.flatten(-2).mT
 
     def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
@@ -62,8 +63,8 @@ class Mxfp4:
         if name not in self.made or len(source.names) > 1 or source.place is None or not source.transposed:
             return None
         codes, exponents = self._numbers(name, source.place[0])
-        scale = _power(exponents, torch.float32).half()
-        if not torch.equal(scale.float(), _power(exponents, torch.float32)):
+        scale = _power(exponents).half()
+        if not torch.equal(scale.float(), _power(exponents)):
             return None
         found = Quantized(codes, scale, codes.shape[1], torch.float32, GROUP, bias, wide=True)
         if not is_exact(found):
@@ -75,10 +76,9 @@ class Mxfp4:
         blocks, scales = self.raw.read(f"{name}_blocks", part), self.raw.read(f"{name}_scales", part)
         if (scales == NO_NUMBER).any():
             raise CheckpointError(f"{self.made[name].file}: {name}_scales: a scale of {NO_NUMBER} is no number")
-        both = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-3)
-        return DOUBLED[both.int()], scales.int() - BIAS - 1
+        return PAIRS.index_select(0, blocks.flatten().int()).view(*blocks.shape[:-2], -1), scales.int() - BIAS - 1
 
 
-def _power(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+def _power(exponents: Tensor) -> Tensor:
     """2 to the exponents, exact."""
-    return torch.ldexp(torch.ones_like(exponents, dtype=dtype), exponents)
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
