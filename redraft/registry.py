@@ -99,6 +99,7 @@ FAMILIES: dict[str, str] = {
     "Gemma3ForConditionalGeneration": "redraft.models.gemma3:WITH_VISION",
     "GPT2LMHeadModel": "redraft.models.gpt2:FAMILY",
     "GPTNeoXForCausalLM": "redraft.models.gpt_neox:FAMILY",
+    "GptOssForCausalLM": "redraft.models.gpt_oss:FAMILY",
     "GraniteForCausalLM": "redraft.models.granite:FAMILY",
     "GraniteMoeForCausalLM": "redraft.models.granite_moe:FAMILY",
     "LlamaForCausalLM": "redraft.models.llama:FAMILY",
@@ -124,6 +125,7 @@ STORED: dict[str, str] = {
     "compressed-tensors": "redraft.models.stored.compressed_tensors:CompressedTensors",
     "fp8": "redraft.models.stored.fp8:Fp8",
     "gptq": "redraft.models.stored.gptq:Gptq",
+    "mxfp4": "redraft.models.stored.mxfp4:Mxfp4",
 }
 
 

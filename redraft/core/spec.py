@@ -6,11 +6,12 @@ Canonical weights by name (shapes in brackets; H heads, K kv heads, D head size,
     embed [V, hidden]        positions [context, hidden] (learned positions only)     head [V, hidden] (untied only)
     final_norm.weight (.bias)
     layers.N.attn_norm.weight (.bias)     layers.N.qkv.weight [(H + 2 K) D, hidden] (.bias)    layers.N.out.weight [hidden, H D] (.bias)
-    layers.N.q_norm.weight [D]            layers.N.k_norm.weight [D]    of one norm over all heads: [H D] and [K D]
+    layers.N.q_norm.weight [D]            layers.N.k_norm.weight [D]    of one norm over all heads, or one for each: [H D] and [K D]
+    layers.N.sink_logits [H]
     layers.N.mlp_norm.weight (.bias)      layers.N.attn_post_norm.weight, layers.N.mlp_post_norm.weight (post norms only)
     layers.N.up.weight [2 I, hidden] gate rows first when gated, [I, hidden] otherwise (.bias)
     layers.N.down.weight [hidden, I] (.bias)
-    layers.N.router.weight [E, hidden]    layers.N.experts.E.up.weight, layers.N.experts.E.down.weight as without experts
+    layers.N.router.weight [E, hidden] (.bias)    layers.N.experts.E.up.weight, layers.N.experts.E.down.weight as without experts
     layers.N.shared.up.weight, layers.N.shared.down.weight              layers.N.shared_gate.weight [1, hidden]
 """
 
@@ -57,19 +58,27 @@ class Rotary:
         return 2 * len(self.frequencies)
 
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+
+
 @dataclass(frozen=True)
 class Mlp:
+    """limit: None, or gates are at most, and ups within plus and minus this, before the activation; shift: then added to ups. Both belong
+    to gated mlps."""
+
     hidden: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
+    limit: float | None = None
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
 class Experts:
     """A mixture of experts: the softmax of the router's logits, of which the `top_k` largest are used, renormalised to sum 1 if
-    `renormalise`. shared: an mlp that all rows use beside the chosen experts; gated: its output is multiplied by the sigmoid of a
-    number that each row gives."""
+    `renormalise`, which is the softmax of these logits alone. shared: an mlp that all rows use beside the chosen experts; gated: its
+    output is multiplied by the sigmoid of a number that each row gives; router_bias: the router's logits have a bias."""
 
     count: int
     top_k: int
@@ -77,13 +86,15 @@ class Experts:
     renormalise: bool = True
     shared: Mlp | None = None
     gated: bool = False
+    router_bias: bool = False
 
 
 @dataclass(frozen=True)
 class Attention:
     """Self-attention over the pages of the text. window: a row at position p sees keys at positions > p - window, None for all;
-    qk_norm: a norm of queries and keys before rotary, for each head, or of all heads as one vector if `norm_heads_together`; scale: of
-    the scores, None for 1 / sqrt(head_dim); softcap: scores s become softcap * tanh(s / softcap)."""
+    qk_norm: a norm of queries and keys before rotary, for each head, with gains of its own if `norm_heads_apart`, or of all heads as one
+    vector if `norm_heads_together`; scale: of the scores, None for 1 / sqrt(head_dim); softcap: scores s become softcap * tanh(s /
+    softcap); sink_logits: each query head has a learned logit, which is one more score of its softmax, of a slot without a value."""
 
     heads: int
     kv_heads: int
@@ -96,6 +107,8 @@ class Attention:
     norm_heads_together: bool = False
     scale: float | None = None
     softcap: float | None = None
+    norm_heads_apart: bool = False
+    sink_logits: bool = False
 
     @property
     def score_scale(self) -> float:
@@ -244,9 +257,12 @@ class ModelSpec:
             linear(f"{at}.out", h, mixer.heads * mixer.head_dim, mixer.out_bias)
             if mixer.qk_norm is not None:
                 for name, heads in (("q", mixer.heads), ("k", mixer.kv_heads)):
-                    norm(f"{at}.{name}_norm", mixer.qk_norm, mixer.head_dim * (heads if mixer.norm_heads_together else 1))
+                    many = mixer.norm_heads_together or mixer.norm_heads_apart
+                    norm(f"{at}.{name}_norm", mixer.qk_norm, mixer.head_dim * (heads if many else 1))
+            if mixer.sink_logits:
+                out[f"{at}.sink_logits"] = (mixer.heads,)
             if isinstance(layer.mlp, Experts):
-                linear(f"{at}.router", layer.mlp.count, h, False)
+                linear(f"{at}.router", layer.mlp.count, h, layer.mlp.router_bias)
                 each = {f"{at}.experts.{e}": layer.mlp.mlp for e in range(layer.mlp.count)}
                 if layer.mlp.shared is not None:
                     each[f"{at}.shared"] = layer.mlp.shared

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from redraft.core.spec import Experts, LayerSpec, Mlp, Norm
 from redraft.models.mixers import MIXERS
-from redraft.ops.backend import Backend, LayerWeights, LinearWeights, NormWeights
+from redraft.ops.backend import Backend, LayerWeights, LinearWeights, NormWeights, limited
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
@@ -43,4 +43,4 @@ def _feed_forward(x: Tensor, layer: LayerSpec, weights: LayerWeights, backend: B
 
 def _mlp(x: Tensor, mlp: Mlp, up: LinearWeights | None, down: LinearWeights | None, backend: Backend) -> Tensor:
     assert up is not None and down is not None
-    return backend.linear(backend.activate(backend.linear(x, up), mlp.activation, mlp.gated), down)
+    return backend.linear(backend.activate(limited(backend.linear(x, up), mlp), mlp.activation, mlp.gated), down)

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
+from redraft.core.spec import Activation, Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.config import Config, Family
 from redraft.models.rotary import context, halves, rotary, turned_dims
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
     "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",

@@ -289,6 +289,8 @@ def read(
             del kept
         elif (found := _NORM.fullmatch(name)) and _above_one(checkpoint.spec, found["part"]):
             tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32)) + 1
+        elif name.endswith(".sink_logits"):
+            tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32))
         else:
             tensors[name] = filled(name)
     if checkpoint.spec.tied and "embed" in tensors and "lm_head.weight" in checkpoint.tensors.tensors:
@@ -368,6 +370,7 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
             mlp_post_norm=norm(f"{at}.mlp_post_norm"),
             q_norm=norm(f"{at}.q_norm"),
             k_norm=norm(f"{at}.k_norm"),
+            sink_logits=tensors.get(f"{at}.sink_logits"),
             up=linears.get(f"{at}.up"),
             down=linears.get(f"{at}.down"),
             router=router,

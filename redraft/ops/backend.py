@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from redraft.core.batch import Batch
 from redraft.core.sequence import Space
-from redraft.core.spec import Attention, Experts, ModelSpec, Norm
+from redraft.core.spec import Attention, Experts, Mlp, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.ops.format import Array, Arrays, Format
@@ -122,6 +122,7 @@ class LayerWeights:
     mlp_post_norm: NormWeights | None = None
     q_norm: NormWeights | None = None
     k_norm: NormWeights | None = None
+    sink_logits: Tensor | None = None  # [heads], in float32 or better
     up: LinearWeights | None = None
     down: LinearWeights | None = None
     router: LinearWeights | None = None
@@ -159,6 +160,18 @@ class Weights:
 
         walk(tuple(vars(self).values()))
         return sum(seen.values())
+
+
+def limited(x: Tensor, mlp: Mlp) -> Tensor:
+    """x [T, 2 hidden], gates and then ups, within the limit of `mlp` and shifted. Each number depends on itself only."""
+    if mlp.limit is None and not mlp.shift:
+        return x
+    import torch
+
+    gate, up = x.chunk(2, -1)
+    if mlp.limit is not None:
+        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+    return torch.cat([gate, up + mlp.shift], -1)
 
 
 class WeightSums(NamedTuple):
@@ -340,9 +353,12 @@ class Backend(Protocol):
         """x [T, heads, D], rotated by the position of each row."""
         ...
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
+    def attend(
+        self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any, sink_logits: Tensor | None = None
+    ) -> Tensor:
         """Writes the keys and values of this step to layer `index` of the pool, then attends: q [T, H, D] -> [T, H * D]. The pages and
-        views of the batch define what each row sees. The statistics requested from plan() are added up in `plan`."""
+        views of the batch define what each row sees. The statistics requested from plan() are added up in `plan`. sink_logits: see
+        Attention; they take their share of the weights, also in statistics."""
         ...
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:

@@ -489,23 +489,34 @@ class NativeOps(TorchOps):
             self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: NativePlan) -> Tensor:  # type: ignore[override]
-        out = q.new_empty(len(q), layer.heads * layer.head_dim)
-        for group in plan.groups if len(q) else ():
-            self._attend_group(index, layer, q, k, v, out, pool, group, plan)
-        return out
-
-    def _attend_group(
+    def attend(  # type: ignore[override]
         self,
         index: int,
         layer: Attention,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        pool: TorchPool,
+        plan: NativePlan,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        heads = _heads(layer, plan.model, sink_logits)
+        out = q.new_empty(len(q), layer.heads * layer.head_dim)
+        for group in plan.groups if len(q) else ():
+            self._attend_group(index, layer, heads, q, k, v, out, pool, group)
+        return out
+
+    def _attend_group(
+        self,
+        index: int,
+        layer: Attention,
+        heads: abi.Heads,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         out: Tensor,
         pool: TorchPool,
         group: NativeGroup,
-        plan: NativePlan,
     ) -> None:
         """Attends the rows of the group's sequences."""
         for writer in group.writers:  # keys and side data must be written before a read selects by them
@@ -514,7 +525,7 @@ class NativeOps(TorchOps):
         q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
         self._place(group, pool)
         rows = (self._rows(x) for x in (q, k, v, out))
-        self._call("rd_attend", group.step, index, _heads(layer, plan.model), picked, *rows)
+        self._call("rd_attend", group.step, index, heads, picked, *rows)
         del kept
 
     def _picks(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
@@ -678,9 +689,10 @@ class NativeOps(TorchOps):
         before, after, heads = layer.norm or Norm(), layer.post_norm or Norm(), mixer.qk_norm or Norm()
         return abi.Layer(
             own.qkv.c, own.out.c, *parts,
-            at(norms[0]), at(norms[0], True), at(norms[1]), at(norms[1], True), *map(at, norms[2:]), _heads(mixer, model),
-            before.eps, heads.eps, after.eps, layer.residual, *(int(norm.kind == "rms") for norm in (before, heads, after)),
-            int(mixer.norm_heads_together), int(layer.parallel), *kinds, activation,
+            at(norms[0]), at(norms[0], True), at(norms[1]), at(norms[1], True), *map(at, norms[2:]),
+            _heads(mixer, model, own.sink_logits), before.eps, heads.eps, after.eps, layer.residual,
+            *(int(norm.kind == "rms") for norm in (before, heads, after)),
+            int(mixer.norm_heads_together), int(mixer.norm_heads_apart), int(layer.parallel), *kinds, activation,
         )  # fmt: skip
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
@@ -727,9 +739,13 @@ class NativeOps(TorchOps):
             raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: invalid arguments")
 
 
-def _heads(layer: Attention, model: NativeModel) -> abi.Heads:
-    rotary = -1 if layer.rotary is None else model.turns[id(layer.rotary)]
-    return abi.Heads(layer.heads, layer.window or 0, rotary, layer.score_scale, layer.softcap or 0.0)
+def _heads(layer: Attention, model: NativeModel, sink_logits: Tensor | None) -> abi.Heads:
+    """sink_logits must live as long as the result."""
+    rotary, logits = -1 if layer.rotary is None else model.turns[id(layer.rotary)], None
+    if sink_logits is not None:
+        assert sink_logits.dtype == torch.float32 and sink_logits.is_contiguous()
+        logits = sink_logits.data_ptr()
+    return abi.Heads(layer.heads, layer.window or 0, rotary, layer.score_scale, layer.softcap or 0.0, logits)
 
 
 def _feed_forward(mlp: Mlp | Experts, own: LayerWeights, kind: int) -> tuple[Any, ...] | None:

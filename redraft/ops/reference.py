@@ -32,6 +32,7 @@ from redraft.ops.backend import (
     WeightSums,
     argmax,
     best_first,
+    limited,
 )
 from redraft.ops.format import PAGE, Arrays, Format, plain
 from redraft.ops.quantized import POWERS, Quantized
@@ -220,6 +221,8 @@ class Reference:
                 return gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up
             case "gelu_tanh":
                 return F.gelu(gate, approximate="tanh") * up
+            case "quick_gelu":
+                return gate * torch.sigmoid(1.702 * gate) * up
             case "relu":
                 return gate.clamp(min=0) * up
             case "sigmoid":
@@ -231,7 +234,17 @@ class Reference:
             return x
         return turned(x, layer.rotary, plan.positions[:, None, None]) * _scales(x, layer.rotary)
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: ReferencePool, plan: ReferencePlan) -> Tensor:
+    def attend(
+        self,
+        index: int,
+        layer: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pool: ReferencePool,
+        plan: ReferencePlan,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         out = torch.zeros(q.shape[0], layer.heads, layer.head_dim, dtype=self.dtype)
         for s in range(len(plan.batch.tree_starts)):
             own = slice(int(plan.batch.starts[s]), int(plan.batch.starts[s + 1]))
@@ -239,7 +252,7 @@ class Reference:
             text.write(k[own], v[own])  # all rows are written before any is read
             text.hold()
             for r in range(own.start, own.stop):
-                out[r] = text.attend(r, q[r], plan)
+                out[r] = text.attend(r, q[r], plan, sink_logits)
         return out.view(q.shape[0], -1)
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
@@ -256,7 +269,8 @@ class Reference:
             values, order = chances[t].sort(descending=True, stable=True)  # of equal ones the lowest expert first
             share = values[: experts.top_k] / (values[: experts.top_k].sum() if experts.renormalise else 1)
             for e, p in sorted(zip(order[: experts.top_k].tolist(), share, strict=True)):
-                inner = self.activate(self.linear(x[t, None], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
+                inner = limited(self.linear(x[t, None], weights.experts_up[e]), experts.mlp)
+                inner = self.activate(inner, experts.mlp.activation, experts.mlp.gated)
                 out[t] += p * self.linear(inner, weights.experts_down[e])[0]
         return out
 
@@ -386,7 +400,7 @@ class SequenceAttention:
             where = {slot: p for slot, p in where.items() if p < window.sinks or mine - p < window.recent}
         return where
 
-    def attend(self, r: int, q: Tensor, plan: ReferencePlan) -> Tensor:
+    def attend(self, r: int, q: Tensor, plan: ReferencePlan, sink_logits: Tensor | None) -> Tensor:
         """The output of row r: q [H, D] -> [H, D]. Adds its statistics to the plan."""
         mine = int(self.batch.positions[r])
         seen = [self.visible(r, head) for head in range(self.heads)]
@@ -405,8 +419,9 @@ class SequenceAttention:
                 scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h]) * self.layer.score_scale
                 if self.layer.softcap is not None:
                     scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
-                weights[head, g, slots] = scores.softmax(0)
-                out[h] = scores.softmax(0) @ values[slots]
+                own = scores if sink_logits is None else torch.cat([scores, sink_logits[h, None]])
+                weights[head, g, slots] = own.softmax(0)[: len(slots)]
+                out[h] = weights[head, g, slots] @ values[slots]
         for i, watch in enumerate(plan.watches.get(self.s, ())):
             if mine >= watch.since:
                 self._note(watch, r, weights.mean(1), seen, WeightSums(*(part[i] for part in plan.seen[self.s])))

@@ -40,6 +40,7 @@ from redraft.ops.backend import (
     WeightSums,
     argmax,
     best_first,
+    limited,
 )
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
 from redraft.ops.quantized import Quantized, product
@@ -451,6 +452,8 @@ class TorchOps:
                 out = F.gelu(gate)
             case "gelu_tanh":
                 out = F.gelu(gate, approximate="tanh")
+            case "quick_gelu":
+                out = gate * torch.sigmoid(1.702 * gate)
             case "relu":
                 out = F.relu(gate)
             case "sigmoid":
@@ -475,7 +478,17 @@ class TorchOps:
         cos, sin = angles.cos() * factors, angles.sin() * factors
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: TorchPool, plan: TorchPlan) -> Tensor:
+    def attend(
+        self,
+        index: int,
+        layer: Attention,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pool: TorchPool,
+        plan: TorchPlan,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         heads, size = layer.kv_heads, layer.head_dim
         share = layer.heads // heads
         for writer in plan.writers:
@@ -493,7 +506,7 @@ class TorchOps:
             rows = q if group.rows is None else q[group.rows]
             rows = rows.view(group.count, group.width, heads, share, size).permute(0, 2, 3, 1, 4)
             rows = rows.reshape(group.count, heads, share * group.width, size)
-            seen = _attended(rows, held[0], held[1], group.masks[layer.window], layer)
+            seen = _attended(rows, held[0], held[1], group.masks[layer.window], layer, sink_logits)
             seen = seen.view(group.count, heads, share, group.width, size).permute(0, 3, 1, 2, 4)
             seen = seen.reshape(group.count * group.width, heads * share * size)
             if group.kept is None or group.real is None:
@@ -506,7 +519,7 @@ class TorchOps:
         assert out is not None, "an empty batch has no attention"
         for it in plan.lone:
             rows = q[it.rows].view(-1, heads, share, size).permute(1, 2, 0, 3)
-            out[it.rows] = self._attend_alone(index, layer, rows, pool, it).permute(2, 0, 1, 3).flatten(1)
+            out[it.rows] = self._attend_alone(index, layer, rows, pool, it, sink_logits).permute(2, 0, 1, 3).flatten(1)
         return out
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
@@ -530,7 +543,9 @@ class TorchOps:
         for name, entry in entries.items():
             stored.arrays[name][at] = entry
 
-    def _attend_alone(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, it: LoneSequence) -> Tensor:
+    def _attend_alone(
+        self, index: int, layer: Attention, q: Tensor, pool: TorchPool, it: LoneSequence, sink_logits: Tensor | None
+    ) -> Tensor:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
@@ -541,20 +556,20 @@ class TorchOps:
         small = it.view.read is not None and not turned and not it.encoded.numel() and self._few(picked, it.slots)
         weights = None
         if small and not any(stored.format.arrays[name].whole for name in stored.codes):
-            out = self._gathered(index, layer, q, picked, small, stored, it)
+            out = self._gathered(index, layer, q, picked, small, stored, it, sink_logits)
         elif stored.exact and not turned and not it.encoded.numel():
             if it.view.read is not None:
                 mask = self._additive(picked, share)
             held = stored.take(stored.codes, it.units[index])
             keys, values = (held[name].view(1, heads, it.slots, size) for name in ("keys", "values"))
-            out = _attended(q.reshape(1, heads, share * rows, size), keys, values, mask, layer)
+            out = _attended(q.reshape(1, heads, share * rows, size), keys, values, mask, layer, sink_logits)
         else:
             sources = self._sources(index, pool, it)
-            weights = self._weights(index, layer, q, picked, sources, it)
+            weights = self._weights(index, layer, q, picked, sources, it, sink_logits)
             out = _mix(sources, weights.flatten(1, 2))
         if it.watches and it.first < rows:
             if weights is None:
-                watched = self._weights(index, layer, q[:, :, it.first :], picked, self._sources(index, pool, it), it)
+                watched = self._weights(index, layer, q[:, :, it.first :], picked, self._sources(index, pool, it), it, sink_logits)
             else:
                 watched = weights[:, :, it.first :]
             self._note(index, watched.mean(1), seen[:, it.first :], it)
@@ -610,7 +625,15 @@ class TorchOps:
         return count if picked.shape[1] * picked.shape[2] * count < slots else 0
 
     def _gathered(
-        self, index: int, layer: Attention, q: Tensor, picked: Tensor, count: int, stored: FormatStore, it: LoneSequence
+        self,
+        index: int,
+        layer: Attention,
+        q: Tensor,
+        picked: Tensor,
+        count: int,
+        stored: FormatStore,
+        it: LoneSequence,
+        sink_logits: Tensor | None,
     ) -> Tensor:
         """Attention over the picked slots, gathered for every row, and for every query head if their slots differ."""
         heads, share, rows, size = q.shape
@@ -624,7 +647,10 @@ class TorchOps:
         held = {name: entry.reshape(some, count // PAGE, PAGE, *entry.shape[2:]) for name, entry in got.items()}
         mine = q.view(heads, apart, share // apart, rows, size).transpose(2, 3).reshape(some, share // apart, size).to(self._wide())
         scores = _settled(stored.codec.scores(held, mine), layer)
-        weights = scores.masked_fill_(~(chosen.values > 0).view(some, 1, count), float("-inf")).softmax(-1)
+        scores = scores.masked_fill_(~(chosen.values > 0).view(some, 1, count), float("-inf"))
+        if sink_logits is not None:
+            sink_logits = sink_logits.view(heads, apart, 1, -1).expand(-1, -1, rows, -1).reshape(some, -1)
+        weights = _softmax(scores, sink_logits)
         mixed = stored.codec.mix(held, weights).reshape(heads, apart, rows, share // apart, size)
         return mixed.transpose(2, 3).reshape(q.shape)
 
@@ -633,7 +659,16 @@ class TorchOps:
         formats = [(pool.formats[name], units) for name, units in [*found, (it.view.format, it.units[index])]]
         return [(stored.codec, stored.take(stored.codes, units), units.shape[1]) for stored, units in formats]
 
-    def _weights(self, index: int, layer: Attention, q: Tensor, picked: Tensor, sources: list[PageSource], it: LoneSequence) -> Tensor:
+    def _weights(
+        self,
+        index: int,
+        layer: Attention,
+        q: Tensor,
+        picked: Tensor,
+        sources: list[PageSource],
+        it: LoneSequence,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
         """Attention weights [K, G, R, slots] of the last R rows, in float32 or better."""
         _, share, rows, _ = q.shape
         q, picked = q.to(self._wide()), picked[:, :, -rows:]
@@ -650,7 +685,8 @@ class TorchOps:
             sinks = it.where[index if len(it.where) > 1 else 0][:, None, : turned.shape[-1]] < it.window.sinks
             front.copy_(torch.where(sinks, turned, front))
         scores = _settled(scores.reshape(-1, share, rows, scores.shape[-1]), layer)
-        return scores.masked_fill_(~picked, float("-inf")).softmax(-1)
+        scores = scores.masked_fill_(~picked, float("-inf"))
+        return _softmax(scores, None if sink_logits is None else sink_logits.view(-1, share, 1).expand(-1, -1, rows))
 
     def _note(self, index: int, weights: Tensor, seen: Tensor, it: LoneSequence) -> None:
         """Adds up the watched statistics of weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
@@ -674,7 +710,8 @@ class TorchOps:
         out = torch.zeros_like(x)
         for e in chosen.unique().tolist():
             rows, place = (chosen == e).nonzero(as_tuple=True)
-            inner = self.activate(self.linear(x[rows], weights.experts_up[e]), experts.mlp.activation, experts.mlp.gated)
+            inner = limited(self.linear(x[rows], weights.experts_up[e]), experts.mlp)
+            inner = self.activate(inner, experts.mlp.activation, experts.mlp.gated)
             out.index_add_(0, rows, self.linear(inner, weights.experts_down[e]) * share[rows, place, None])
         return out
 
@@ -725,12 +762,23 @@ def tree_rows(batch: Batch) -> list[int]:
     return [0, *ends]
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layer: Attention) -> Tensor:
-    """Attention of q [S, K, R, D] over k and v [S, K, n, D], with an additive mask."""
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layer: Attention, sink_logits: Tensor | None) -> Tensor:
+    """Attention of q [S, K, R, D] over k and v [S, K, n, D], with an additive mask. R: those of a kv head's first query head come first."""
+    if sink_logits is not None:  # one more slot: a key of zeros has score 0, to which the mask adds the logit
+        k, v, share = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), layer.heads // layer.kv_heads
+        column = sink_logits.to(mask.dtype).view(-1, share, 1).expand(-1, -1, q.shape[2] // share).reshape(1, -1, q.shape[2], 1)
+        mask = torch.cat([part.expand(*q.shape[:2], -1, -1) for part in (mask, column)], -1)
     if layer.softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.score_scale)
     scores = _settled((q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)), layer)
     return (scores + mask).softmax(-1).to(q.dtype) @ v
+
+
+def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """The weights of scores [..., n]. sink_logits: [...], the score of one more slot, whose weight is left out."""
+    if sink_logits is None:
+        return scores.softmax(-1)
+    return torch.cat([scores, sink_logits[..., None].to(scores.dtype)], -1).softmax(-1)[..., :-1]
 
 
 def _settled(products: Tensor, layer: Attention) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights as their file stores them: quantized matrices of GGUF, GPTQ, AWQ and compressed-tensors are multiplied without being decoded.
+"""Weights as their file stores them: quantized matrices are multiplied without being decoded.
 
 Rows of activations become 8-bit codes, as ops/quantized.py defines. Matrices in a form that no kernel multiplies are decoded, as without
 this method. It is the default for such files on native kernels.

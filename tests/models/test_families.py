@@ -115,6 +115,31 @@ def test_mixtral() -> None:
     assert up.otherwise is not None and up.otherwise.place == (4, 5)
 
 
+def test_gpt_oss() -> None:
+    model = spec("gpt-oss")
+    layer, mixer = model.layers[0], model.attention[0]
+    mlp = Mlp(40, "quick_gelu", gated=True, bias=True, limit=0.6, shift=1.0)
+    assert layer.mlp == Experts(5, 2, mlp, renormalise=True, router_bias=True)
+    assert mixer.sink_logits and mixer.qkv_bias and mixer.out_bias
+    assert [one.window for one in model.attention] == [9, None, 9]
+    assert mixer.rotary is not None and mixer.rotary.scale > 1 and model.context == 32 * 4096
+    up = model.source("layers.2.experts.3.up.weight")
+    assert up.names == ("model.layers.2.mlp.experts.gate_up_proj",) and up.place == (3, 5) and up.transposed
+    assert up.order == (*range(0, 80, 2), *range(1, 80, 2)) == model.source("layers.2.experts.3.up.bias").order
+    assert model.shapes()["layers.1.sink_logits"] == (4,) and model.shapes()["layers.1.router.bias"] == (5,)
+    assert [one.window for one in spec("gpt-oss", layer_types=["full_attention"] * 3, sliding_window=None).attention] == [None] * 3
+
+
+def test_stablelm_with_heads_apart() -> None:
+    model = spec("stablelm-parallel")
+    assert model.layers[0].parallel and model.source("layers.1.mlp_norm.weight").names == ("model.layers.1.input_layernorm.weight",)
+    assert model.attention[0].norm_heads_apart and model.shapes()["layers.0.k_norm.weight"] == (32,)
+    assert "layers.0.k_norm.bias" not in model.shapes()
+    gains = model.source("layers.2.k_norm.weight")
+    assert gains.names == tuple(f"model.layers.2.self_attn.k_layernorm.norms.{head}.weight" for head in (0, 1))
+    assert gains.order[:16] == (0, 1, *range(4, 10), 2, 3, *range(10, 16))
+
+
 def test_gpt2() -> None:
     model = spec("gpt2")
     layer, mixer = model.layers[0], model.attention[0]
@@ -249,8 +274,11 @@ def test_a_part_of_a_head_with_a_scaling() -> None:
         ("mistral", {"layer_types": ["sliding_attention"] * 3}, Unsupported, "layer_types"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, Unsupported, "chunked_attention"),
         ("llama-biases", {"partial_rotary_factor": 0.4}, Unsupported, "partial_rotary_factor = 0.4: llama models rotate whole heads"),
-        ("stablelm", {"use_parallel_residual": True}, Unsupported, "use_parallel_residual"),
-        ("stablelm", {"qk_layernorm": True}, Unsupported, "qk_layernorm"),
+        ("gpt-oss", {"swiglu_alpha": 1.5}, Unsupported, "swiglu_alpha = 1.5: only 1.702"),
+        ("gpt-oss", {"hidden_act": "gelu"}, Unsupported, "hidden_act = 'gelu': only silu"),
+        ("gpt-oss", {"swiglu_limit": 0.0}, CheckpointError, "swiglu_limit = 0.0: must be a positive number"),
+        ("gpt-oss", {"sliding_window": None}, CheckpointError, "sliding_window = None"),
+        ("gpt-oss", {"num_experts_per_tok": 6}, CheckpointError, "num_experts_per_tok = 6: must be 1 to 5"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, Unsupported, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, Unsupported, "scale_attn_weights"),
         ("gpt2", {"add_cross_attention": True}, Unsupported, "add_cross_attention"),

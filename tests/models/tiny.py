@@ -31,6 +31,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _KINDS = {_SLIDING: {"rope_type": "default", "rope_theta": 100.0}, _FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}
 _GEMMA = {"head_dim": 8, "sliding_window": 11, "pad_token_id": 0}
 _FACTORS = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+_OSS = {"head_dim": 8, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9, "swiglu_limit": 0.6}
 _FALCON = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
 _LONG = {
     "original_max_position_embeddings": 24, "rope_parameters":
@@ -65,6 +66,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("Phi3", {**_BASE, "pad_token_id": 0, "sliding_window": 11, "num_key_value_heads": 4}),
     "phi3-partial": ("Phi3", {**_BASE, "pad_token_id": 0, "hidden_size": 32, "partial_rotary_factor": 0.5}),
     "stablelm": ("StableLm", {**_BASE, "hidden_size": 64}),
+    "stablelm-parallel": ("StableLm", {**_BASE, "hidden_size": 64, "use_parallel_residual": True, "qk_layernorm": True}),
     "stablelm-biases": ("StableLm", {**_BASE, "hidden_size": 48, "use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "phi3-longrope": ("Phi3", {**_BASE, "pad_token_id": 0, "hidden_size": 32, "partial_rotary_factor": 0.5, **_LONG}),
     "gemma2": ("Gemma2", {**_BASE, **_GEMMA, "query_pre_attn_scalar": 13, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
@@ -87,6 +89,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Moe",
         {**_BASE, **{k: v for k, v in _EXPERTS.items() if k != "head_dim"}, "shared_expert_intermediate_size": 28, "norm_topk_prob": True},
     ),
+    "gpt-oss": ("GptOss", {**_BASE, **_OSS}),
+    "gpt-oss-plain": ("GptOss", {**_BASE, **_OSS, "attention_bias": False, "rope_parameters": {**_ROPE, "rope_type": "default"}}),
     "gpt2": ("GPT2", _GPT2),
     "gpt2-untied": ("GPT2", {**_GPT2, "tie_word_embeddings": False, "n_inner": 50}),
 }

@@ -128,7 +128,7 @@ def test_norm(kind: Any, dtype: torch.dtype, rows: int, size: int, middle: float
 
 @DTYPES
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"])
 def test_activate(activation: str, gated: bool, dtype: torch.dtype) -> None:
     for rows, size in ((1, 1), (7, 40), (33, 65)):
         x = (4 * randn(rows, rows, size * (1 + gated))).to(dtype)
@@ -259,6 +259,7 @@ DEFINED = [
     "int8, narrow layer",
     "encoded pages, window",
 ]
+DEFINED += [f"{name}, sink logits" for name in ("no view", "shared, both windows", "int8", "read, window")]
 DEFINED += ["read, window", "read of encoded pages", "read behind the chunk, int8"]
 
 
@@ -387,6 +388,7 @@ class Shape(NamedTuple):
     still: bool = False  # the middle layer is not rotated
     shared: Mlp | None = None  # an expert of all rows
     gated: bool = True  # it has a gate
+    router_bias: bool = False
     post_norm: Norm | None = None
     layer: Mapping[str, Any] = MappingProxyType({})  # other fields of the layers
     mixer: Mapping[str, Any] = MappingProxyType({})  # and of their attention
@@ -416,6 +418,14 @@ FAMILIES |= {
         4, 2, 8, 40, Mlp(36, "gelu_tanh", bias=True), experts=5, shared=Mlp(28, "gelu"), gated=False, layer={"parallel": True}
     ),
     "granite-moe": Shape(4, 2, 8, 40, Mlp(36, "relu", gated=False), experts=3, post_norm=Norm(), layer={"residual": 0.4}),
+    "stablelm": Shape(
+        6, 2, 12, 36, Mlp(50), Norm("layer", biased=False), qk_norm=True, layer={"parallel": True}, mixer={"norm_heads_apart": True}
+    ),
+    "sinks": Shape(4, 2, 8, 40, Mlp(52), window=11, mixer={"sink_logits": True}),
+    "gpt-oss": Shape(
+        6, 2, 12, 36, Mlp(30, "quick_gelu", bias=True, limit=1.5, shift=1.0), biases=True, window=11, experts=5, router_bias=True,
+        mixer={"sink_logits": True},
+    ),
     "cohere": Shape(4, 2, 8, 40, Mlp(52), Norm("layer", biased=False), layer={"parallel": True}, spec={"logit_scale": 0.3}),
 }  # fmt: skip
 VOCAB, CONTEXT, LAYERS = 133, 700, 3
@@ -443,7 +453,9 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
 
     near, far = rotary(100.0), None if shape.still else rotary(900.0 if shape.window else 100.0)
     gated = shape.shared is not None and shape.gated
-    mlp = Experts(shape.experts, 2, shape.mlp, shared=shape.shared, gated=gated) if shape.experts else shape.mlp
+    mlp: Mlp | Experts = shape.mlp
+    if shape.experts:
+        mlp = Experts(shape.experts, 2, shape.mlp, shared=shape.shared, gated=gated, router_bias=shape.router_bias)
     qk = replace(shape.norm, eps=1e-6) if shape.qk_norm else None
     layers = tuple(
         LayerSpec(
@@ -461,7 +473,7 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
 
     def layer_of(layer: Attention) -> LayerWeights:
         before, after = spec.layers[0].norm, shape.post_norm
-        wide = (shape.heads, shape.kv_heads) if layer.norm_heads_together else (1, 1)
+        wide = (shape.heads, shape.kv_heads) if layer.norm_heads_together or layer.norm_heads_apart else (1, 1)
         made = LayerWeights(
             **{"attn_norm": weigh(shape.hidden, before)} if before else {},
             qkv=linear(layer.qkv_rows, shape.hidden, shape.biases, 3.0),
@@ -469,11 +481,12 @@ def model(family: str, seed: int = 0) -> tuple[ModelSpec, Weights]:
             **{"mlp_norm": weigh(shape.hidden, before)} if before else {},
             **{f"{name}_post_norm": weigh(shape.hidden, after) for name in ("attn", "mlp") if after},
             **{f"{name}_norm": weigh(shape.size * heads, qk) for name, heads in zip("qk", wide, strict=True) if qk},
+            **{"sink_logits": 4 * rand(shape.heads)} if layer.sink_logits else {},
         )
         ups, downs = mlps(shape.mlp.hidden * (1 + shape.mlp.gated), shape.hidden), mlps(shape.hidden, shape.mlp.hidden)
         if not shape.experts:
             return replace(made, up=ups[0], down=downs[0])
-        made = replace(made, router=linear(shape.experts, shape.hidden, False, 3.0), experts_up=ups, experts_down=downs)
+        made = replace(made, router=linear(shape.experts, shape.hidden, shape.router_bias, 3.0), experts_up=ups, experts_down=downs)
         if shape.shared is None:
             return made
         up, down = linear(2 * shape.shared.hidden, shape.hidden, False), linear(shape.hidden, shape.shared.hidden, False)
@@ -519,7 +532,7 @@ def cast(weights: Weights, ops: NativeOps, quant: str = "", norm: Norm | None = 
         parts |= {name: None if (one := getattr(own, name)) is None else ops.pack(typed(one)) for name in ("router", "shared_gate")}
         parts |= {"shared_up": packed(own.shared_up, True), "shared_down": packed(own.shared_down)}
         parts |= {"experts_up": tuple(packed(one, gated) for one in own.experts_up), "experts_down": tuple(map(packed, own.experts_down))}
-        layers.append(LayerWeights(**parts))
+        layers.append(LayerWeights(**parts, sink_logits=own.sink_logits))
     positions = None if weights.positions is None else weights.positions.to(ops.dtype)
     return Weights(weights.embed.to(ops.dtype), packed(weights.head), normed(weights.final_norm), tuple(layers), positions)
 
@@ -790,6 +803,7 @@ def test_a_row_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype, s
     [
         *(("llama", quant) for quant in ("int8", "int4", "outliers", "low tops")),
         *(("mixtral", "outliers"), ("gemma", "wide"), ("shared", "int8"), ("mixtral", "int4"), ("shared", "low tops")),
+        *(("gpt-oss", ""), ("gpt-oss", "int8")),
     ],
 )
 @DTYPES
@@ -845,7 +859,7 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
     ("family", "quant"),
     [
         *((family, "") for family in ("llama", "qwen3", "gpt2", "mixtral", "shared", "gemma", "olmo", "granite", "neox", "cohere")),
-        *((family, "") for family in ("beside", "granite-moe")),
+        *((family, "") for family in ("beside", "granite-moe", "stablelm", "sinks")),
         *(("mixtral", "int8"), ("shared", "int4"), ("mixtral", "outliers"), ("shared", "wide low tops")),
         *(("mistral", "int8"), ("llama", "int4"), ("gemma", "int8"), ("granite", "low"), ("cohere", "wide tops"), ("olmo", "int4")),
     ],

@@ -167,6 +167,7 @@ class Case:
     scale: float = 1.0
     shipped: bool = False  # codecs
     late: bool = False  # the chunk reads all
+    sink_logits: tuple[float, ...] = ()  # of query heads
 
     def view(self, stored: int) -> View | None:
         view = View(self.format, self.encoded, self.window, self.read if stored or not self.late else None)
@@ -215,6 +216,8 @@ class World:
         self.main.encoded = [[] for _ in range(lanes)]
         self.other = Text(Case(), self.take(Space(), 1, 5), [0], [[]], [[]])
         self.found: list[Tensor] = []
+        wide = torch.promote_types(ops.dtype, torch.float32)
+        self.sink_logits = torch.tensor(case.sink_logits, dtype=wide) if case.sink_logits else None
 
     def take(self, space: Space, lanes: int, count: int) -> list[list[int]]:
         """`count` zeroed pages for each lane, in mixed order."""
@@ -248,7 +251,7 @@ class World:
         outs, total = [], len(batch.tokens)
         for i, layer in enumerate(self.spec.attention):
             q, k, v = (self.rand(total, heads, SIZE) for heads in (HEADS * SHARE, HEADS, HEADS))
-            outs.append(self.ops.attend(i, layer, 2 * q, k, v, self.pool, plan))
+            outs.append(self.ops.attend(i, layer, 2 * q, k, v, self.pool, plan, self.sink_logits))
         self.found += outs
         noted = self.ops.watched(plan)
         assert set(noted) == set(watches)
@@ -381,7 +384,13 @@ CASES = {
     "read of int8 and encoded pages, both windows": Case(
         PER_HEAD, "int8", "blocks", window=Window(4, 40), layer=60, read=Even(by_head=True), watch=(MASS,)
     ),
+    "no view": Case(layer=12),
 }
+LEARNED = (
+    "no view", "shared, evicted, watched", "shared, both windows", "per head, window, evicted, watched", "int8", "encoded pages, window",
+    "read by position", "read, few, by query head", "read, window", "read of int8, few",
+)  # fmt: skip
+CASES |= {f"{name}, sink logits": replace(CASES[name], sink_logits=(0.5, -30.0, 2.0, 40.0)) for name in LEARNED}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -422,6 +431,15 @@ def test_the_comparison_has_power(fault: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(TorchOps, "_alone", lambda *args: replace(it := honest(*args), **wrong(it)))
     with pytest.raises(AssertionError):
         compare(CASES[name], TorchOps(torch.float64), 1e-9)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_logits_of_heads_are_seen(name: str) -> None:
+    """Those of two query heads of a kv head swapped."""
+    case = CASES[f"{name}, sink logits"]
+    swapped = program(TorchOps(torch.float64), replace(case, sink_logits=(-30.0, 0.5, 2.0, 40.0))).found
+    right = defined(case, torch.float64).found
+    assert max(float((one - other).abs().max()) for one, other in zip(right, swapped, strict=True) if one.numel()) > 0.1
 
 
 @pytest.mark.parametrize("name", ["per head, evicted", "int8, evicted, window", "read", "read of int8", "read of encoded pages"])

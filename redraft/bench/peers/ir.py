@@ -72,10 +72,12 @@ def write_tokenizer(made: Path, folder: Path) -> None:
 
 def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
     for layer, mixer in zip(spec.layers, spec.attention, strict=True):
-        plain = isinstance(layer.mlp, Mlp) and layer.mlp.gated and layer.mlp.activation == "silu"
+        plain = isinstance(layer.mlp, Mlp) and layer.mlp == Mlp(layer.mlp.hidden, bias=layer.mlp.bias)
         turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim and not mixer.rotary.still
         usual = layer == LayerSpec(mixer, layer.mlp, layer.norm)
-        usual = usual and mixer == replace(mixer, scale=None, softcap=None, norm_heads_together=False)
+        usual = usual and mixer == replace(
+            mixer, scale=None, softcap=None, norm_heads_together=False, norm_heads_apart=False, sink_logits=False
+        )
         if not (plain and turned and usual) or _norm(layer).kind != "rms" or mixer.window is not None or spec.embed_scale != 1.0:
             raise Unsupported(
                 f"no OpenVINO graph for this {spec.family}: only layers as in Llama, of RMS norms, rotary heads and a gated SiLU, without "

@@ -229,10 +229,10 @@ class _Meter:
 
     run = forward
 
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor, pool: Any, plan: Any) -> Tensor:
+    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
         groups = q.unflatten(1, (layer.kv_heads, -1))
         self.sums[index] += (groups.abs().double().mean(2) * k.abs().double()).sum(0)
-        return self._backend.attend(index, layer, q, k, v, pool, plan)
+        return self._backend.attend(index, layer, q, k, *rest)
 
 
 # ---- the hash of the model

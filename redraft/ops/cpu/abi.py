@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 F32, BF16, I8, I4, G8 = range(5)
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "sigmoid": 5}
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "sigmoid": 5, "quick_gelu": 6}
 PANEL, LINE = 64, 64
 
 POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -54,7 +54,7 @@ class Pool(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    _fields_ = [("count", NUMBER), ("window", NUMBER), ("rotary", NUMBER), ("scale", REAL), ("softcap", REAL)]
+    _fields_ = [("count", NUMBER), ("window", NUMBER), ("rotary", NUMBER), ("scale", REAL), ("softcap", REAL), ("sink_logits", POINTER)]
 
 
 class Experts(ctypes.Structure):
@@ -70,7 +70,7 @@ class Layer(ctypes.Structure):
         ("attn_norm", POINTER), ("attn_norm_bias", POINTER), ("mlp_norm", POINTER), ("mlp_norm_bias", POINTER),
         ("attn_post", POINTER), ("mlp_post", POINTER), ("q_norm", POINTER), ("k_norm", POINTER), ("heads", Heads),
         ("eps", REAL), ("qk_eps", REAL), ("post_eps", REAL), ("residual", REAL), ("rms", NUMBER), ("qk_rms", NUMBER), ("post_rms", NUMBER),
-        ("together", NUMBER), ("parallel", NUMBER), ("gains", NUMBER), ("activation", NUMBER),
+        ("together", NUMBER), ("apart", NUMBER), ("parallel", NUMBER), ("gains", NUMBER), ("activation", NUMBER),
     ]  # fmt: skip
 
 

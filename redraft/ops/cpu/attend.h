@@ -1,7 +1,8 @@
 // Paged attention without its arithmetic: the tasks of rows and pages, their workers, and the memory of partial results.
 //
 // The result of a row is a function of its visible keys in path order only: 32 in a page, GROUP pages in a group, pages one after
-// another within a group, groups merged from left to right. The choice of which rows are read together therefore changes no bit.
+// another within a group, groups merged from left to right, after a sink logit if there is one. The choice of which rows are read
+// together therefore changes no bit.
 #pragma once
 #include "kernels.h"
 

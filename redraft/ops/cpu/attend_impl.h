@@ -19,6 +19,7 @@ constexpr int64_t WIDE = 2 * Vec::N;              // columns of a tile
 constexpr int HIGH = Vec::N == 16 ? 12 : 6;       // rows of a tile whose sums fill the registers
 constexpr int64_t MOST_ROWS = 256;                // of a task
 constexpr float LOWEST = -3e38f;                  // the largest score of a query that reads nothing
+constexpr float LOG2_E = 1.44269504f;             // from powers of e to powers of two
 
 #if defined(__AVX512F__)
 inline Vec low_pairs(Vec a, Vec b) { return {_mm512_unpacklo_ps(a.v, b.v)}; }
@@ -523,12 +524,14 @@ inline void clear(float* p, int64_t count) {
     for (int64_t i = 0; i < count; i += Vec::N) store(p + i, zero());
 }
 
-inline void begin(const Mixed& to, int64_t count, int64_t padded) {
+// The results of queries before their groups. sink_logits: null, or those of `heads` query heads, which queries have in turn.
+inline void begin(const Mixed& to, int64_t count, int64_t padded, const float* sink_logits, int64_t heads) {
     for (int64_t q = 0; q < count; q += Vec::N) {
         store(to.most + q, set1(LOWEST));
         store(to.rounded + q, zero());
         store(to.exact + q, zero());
     }
+    for (int64_t q = 0; sink_logits && q < count; q++) to.most[q] = sink_logits[q % heads] * LOG2_E, to.rounded[q] = to.exact[q] = 1.0f;
     clear(to.mix, count * padded);
 }
 
@@ -584,7 +587,7 @@ public:
     Task(const AttendJob& job, const AttendShape& shape, const AttendRow* rows, int64_t count, int64_t kv_head, const uint8_t* const* then,
          const Partials& partials, float* memory)
         : job_(job), pool_(job.pool), shape_(shape), partials_(partials), rows_(rows), then_(then), count_(count), kv_head_(kv_head),
-          share_(shape.share), queries_(count * shape.share), factor_((job.softcap ? 1.0f : job.scale) * 1.44269504f) {
+          share_(shape.share), queries_(count * shape.share), factor_((job.softcap ? 1.0f : job.scale) * LOG2_E) {
         carve(shape, memory, &s_);
         paired_ = PAIRS && pool_.kind == BF16 && job.q.kind == BF16 && job.out.kind == BF16 && !job.encoded.data;
         words_ = paired_ ? pool_.size / 2 : pool_.size;
@@ -607,7 +610,7 @@ public:
     }
 
     void all_groups() {
-        begin(s_.whole, queries_, shape_.padded);
+        begin(s_.whole, queries_, shape_.padded, job_.sink_logits ? job_.sink_logits + kv_head_ * share_ : nullptr, share_);
         for (int64_t group = 0; group * SPAN < most_seen_; group++) {
             attend_group(group, true);
             merge(s_.whole, s_.group, queries_, shape_.padded);
@@ -1050,7 +1053,7 @@ inline void attend_merge(const AttendJob& job, const AttendShape& shape, const A
     carve(shape, scratch, &s);
     for (int64_t head = 0, count; head < job.heads; head += count) {
         count = at_most(job.heads - head, shape.queries);
-        begin(s.whole, count, shape.padded);
+        begin(s.whole, count, shape.padded, job.sink_logits ? job.sink_logits + head : nullptr, count);
         for (int64_t group = 0; group < groups; group++)
             merge(s.whole, partials.groups.from((row.partial + group) * job.heads + head, shape.padded), count, shape.padded);
         write_results(job, job.seqs[row.seq].first + row.row, head, count, s.whole, shape.padded, partials);

@@ -20,7 +20,7 @@ constexpr int64_t RANKS = 16, MOST_RANKS = 1024;  // of low-rank terms
 constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, G8 = 4 };  // I4, G8: codes with a scale for each group of columns
-enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, SIGMOID = 5 };
+enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, SIGMOID = 5, QUICK_GELU = 6 };
 
 INLINE constexpr int64_t bytes_of(Kind kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
 
@@ -217,6 +217,7 @@ struct AttendJob {
     const float* far = nullptr;       // cos, then sin, [T][half]: rotate queries for keys at positions < sinks
     int64_t half = 0;
     const Picked* picked = nullptr;   // [count], or null: every row reads all slots that it sees
+    const float* sink_logits = nullptr;  // [heads], or null: the score of one more slot of each query head, which has no value
 };
 
 struct AttendKernels;  // attend.h

@@ -77,7 +77,7 @@ void find_turns(const Rotaries& rotaries, const int32_t* positions, int64_t rows
 
 AttendJob attend_job(const Step& step, int layer, const Heads& heads, const Rows& q, const Rows& out) {
     AttendJob job{step.seqs, step.count, step.pool, step.encoded, layer, heads.count, heads.window, q, out, heads.scale, heads.softcap};
-    job.watched = step.watched, job.watches = step.watches, job.half = step.half;
+    job.watched = step.watched, job.watches = step.watches, job.half = step.half, job.sink_logits = heads.sink_logits;
     if (step.far && heads.rotary >= 0) job.far = step.far + 2 * heads.rotary * step.rows * step.half;
     return job;
 }
@@ -219,8 +219,10 @@ auto segment_job(const Kernels& kernels, const Layer* layers, int64_t first, int
                 kernels.norm({one, one, weight, nullptr, l.qk_eps, l.qk_rms, kind, l.gains}, own.first, own.last);
             };
             if (l.q_norm && l.together) norm_head(q, l.q_norm), norm_head(k, l.k_norm);
-            for (int64_t head = 0; l.q_norm && !l.together && head < l.heads.count + pool.kv_heads; head++)
-                norm_head(columns(qkv, head * pool.size, pool.size), head < l.heads.count ? l.q_norm : l.k_norm);
+            for (int64_t head = 0; l.q_norm && !l.together && head < l.heads.count + pool.kv_heads; head++) {
+                const int64_t other = head - l.heads.count, gains = l.apart * pool.size * bytes_of(l.gains);  // bytes from head to head
+                norm_head(columns(qkv, head * pool.size, pool.size), other < 0 ? l.q_norm + head * gains : l.k_norm + other * gains);
+            }
             if (l.heads.rotary >= 0) {
                 const int64_t each = rows * steps->half;
                 const float* cos = steps->turns + 2 * l.heads.rotary * each;

@@ -9,6 +9,7 @@ namespace redraft {
 struct Heads {
     int32_t count, window, rotary;
     float scale, softcap;
+    const float* sink_logits;
 };
 
 // A mixture of experts, see core/spec.py. up, down: [count + shared], the shared expert last, the others with one kind, group and number
@@ -27,7 +28,8 @@ struct Layer {
     Heads heads;
     float eps, qk_eps, post_eps, residual;  // residual: factor of what is added to the hidden states
     int32_t rms, qk_rms, post_rms;
-    int32_t together, parallel;  // together: q_norm and k_norm are of all heads as one vector; parallel: the mlp reads the layer's input
+    int32_t together, apart;     // q_norm and k_norm are of all heads as one vector; have gains for each head
+    int32_t parallel;            // the mlp reads the layer's input
     Kind gains;                  // of the weights of norms
     Activation activation;
 };

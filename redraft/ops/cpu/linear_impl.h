@@ -408,6 +408,7 @@ inline Vec activated(Vec x, Activation activation) {
         }
         case RELU: return maximum(x, zero());
         case SIGMOID: return set1(1.0f) / (set1(1.0f) + exponential(zero() - x));
+        case QUICK_GELU: return x / (set1(1.0f) + exponential(set1(-1.702f) * x));
         default: return x;
     }
 }

@@ -356,6 +356,7 @@ struct Setting {
     Pool block{};                  // without data where nothing is encoded
     vector<double> frequencies{};  // by which queries turn back for sinks; none: they do not turn
     float softcap = 0;
+    vector<float> sink_logits{};   // of query heads; none: no such scores
 };
 
 // Numbers of rows [heads * size], as floats of what was written.
@@ -423,7 +424,8 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
         sparse = sparse || picked.back().bits;
     }
     const AttendJob job{seqs.data(), int64_t(seqs.size()), pool, setting.block, setting.layer, setting.heads, setting.window, q.rows, out.rows,
-                        setting.scale, setting.softcap, &watched, noted != nullptr, half ? far.data() : nullptr, half, sparse ? picked.data() : nullptr};
+                        setting.scale, setting.softcap, &watched, noted != nullptr, half ? far.data() : nullptr, half, sparse ? picked.data() : nullptr,
+                        setting.sink_logits.empty() ? nullptr : setting.sink_logits.data()};
     static Attention memory;
     AttendPlan plan = plan_attention(seqs.data(), job.count, pool, setting.heads, choices);
     plan.ends = noted ? total : 0;
@@ -481,7 +483,8 @@ vector<double> weights_of(const Setting& setting, const Text& text, int64_t row,
             keep_float(held, BF16, float(x));
             x = as_float(held, BF16);
         }
-    double most = -INFINITY, total = 0;
+    const double sink = setting.sink_logits.empty() ? -INFINITY : double(setting.sink_logits[size_t(h)]);
+    double most = sink;
     for (const Slot& one : slots) {
         double s = 0;
         const vector<double>& mine = text.recent && one.position < text.sinks ? far : q;
@@ -491,6 +494,7 @@ vector<double> weights_of(const Setting& setting, const Text& text, int64_t row,
         scores.push_back(queries.reads(&text, row, h, one.index) ? s : -INFINITY);
         most = std::max(most, scores.back());
     }
+    double total = sink == -INFINITY ? 0 : std::exp(sink - most);
     for (double& s : scores) total += s = s == -INFINITY ? 0 : std::exp(s - most);
     for (double& s : scores) s = total == 0 ? 0 : s / total;
     return scores;
@@ -594,6 +598,8 @@ struct World {
         Kind kind = random.of({F32, BF16});
         if (number % 4 == 2) kind = I8;
         if (random.chance(0.3)) setting.softcap = random.of({0.5f, 3.0f, 50.0f});
+        Random own{std::mt19937_64(~number)};  // so that the rest of a world does not depend on these
+        for (int32_t h = 0; number % 3 && h < setting.heads; h++) setting.sink_logits.push_back(own.of({1.0f, 1.0f, 20.0f}) * own.normal());
         if (number % 2) kind = setting.q_kind = setting.out_kind = BF16;  // as in most engines; such products may be added in pairs
         const int32_t half = random.of({size / 2, size / 2, 2, 0});
         for (int32_t k = 0; k < half; k++) setting.frequencies.push_back(std::pow(100.0, -double(k) / half));

@@ -165,6 +165,7 @@ double activated_exactly(double x, Activation activation) {
         case GELU_TANH: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
         case RELU: return x > 0 ? x : 0;
         case SIGMOID: return 1 / (1 + std::exp(-x));
+        case QUICK_GELU: return x / (1 + std::exp(-1.702 * x));
         default: return x;
     }
 }
@@ -677,7 +678,7 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
 }
 
 void test_activate(int64_t rows, int64_t cols, Kind kind) {
-    const Activation activation = dice.of({SILU, GELU, GELU_TANH, RELU, SIGMOID});
+    const Activation activation = dice.of({SILU, GELU, GELU_TANH, RELU, SIGMOID, QUICK_GELU});
     const bool gated = dice.chance(0.5);
     Matrix x(rows, gated ? 2 * cols : cols, kind, false, dice.below(3)), y(rows, cols, kind, dice.chance(0.3), dice.below(3)), again(y);
     x.fill(kind, dice.of({1.0f, 30.0f}));

@@ -1,0 +1,84 @@
+"""MXFP4: 4-bit floating point (E2M1) with a power of two (E8M0) for each 32 numbers. Rouhani et al., Microscaling Data Formats for Deep
+Learning, 2023, arXiv:2310.10537, as GPT-OSS stores its experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.core.spec import WeightSource
+from redraft.errors import CheckpointError
+from redraft.models.checkpoint import STORED, Safetensors, TensorInfo
+from redraft.ops.quantized import Quantized, is_exact
+
+GROUP, BIAS, NO_NUMBER = 32, 127, 255  # numbers that share a scale; of its exponent; its code that is no number
+DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # twice the numbers of E2M1
+PAIRS = torch.stack([DOUBLED.repeat(16), DOUBLED.repeat_interleave(16)], 1)  # of each byte
+
+
+class Mxfp4:
+    """A TensorSource. A tensor [matrices, ins, outs] is stored as `_blocks` u8 [matrices, outs, ins / 32, 16], the first of two numbers
+    in the low half of a byte, and `_scales` u8 [matrices, outs, ins / 32]. Other tensors are as they are."""
+
+    dtypes = STORED
+
+    def __init__(self, raw: Safetensors, fields: dict[str, Any], where: Path) -> None:
+        self.raw, self.index = raw, raw.index
+        self.made = {name.removesuffix("_blocks"): self._info(name) for name in raw.tensors if name.endswith("_blocks")}
+        used = {f"{name}_{part}" for name in self.made for part in ("blocks", "scales")}
+        self.tensors = {name: info for name, info in raw.tensors.items() if name not in used} | self.made
+
+    def _info(self, blocks: str) -> TensorInfo:
+        file, shape, _ = self.raw.tensors[blocks]
+        scales = f"{blocks.removesuffix('_blocks')}_scales"
+        if len(shape) != 4 or shape[3] != GROUP // 2:
+            raise CheckpointError(f"{file}: {blocks} has shape {list(shape)}, expected [matrices, outs, groups, {GROUP // 2}]")
+        if scales not in self.raw.tensors:
+            raise CheckpointError(f"{self.index}: missing tensor {scales}")
+        if (found := self.raw.tensors[scales].shape) != shape[:3]:
+            raise CheckpointError(f"{self.raw.tensors[scales].file}: {scales} has shape {list(found)}, expected {list(shape[:3])}")
+        for name in (blocks, scales):
+            if (dtype := self.raw.tensors[name].dtype) != "U8":
+                raise CheckpointError(f"{self.raw.tensors[name].file}: {name} has dtype {dtype}, expected U8")
+        return TensorInfo(file, (shape[0], shape[2] * GROUP, shape[1]), "F32")
+
+    @property
+    def files(self) -> list[Path]:
+        return self.raw.files
+
+    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        if name not in self.made:
+            return self.raw.read(name, part, dtype)
+        doubled, exponents = self._numbers(name, part)
+        wide = torch.float32 if dtype == torch.float16 else dtype  # others hold all numbers that are below their largest
+        numbers: Tensor = doubled.to(wide).unflatten(-1, (-1, GROUP)) * _power(exponents).to(wide)[..., None]
+        return numbers.flatten(-2).mT
+
+    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+        """Codes of 8 bits with a scale for each group: the same numbers."""
+        name = source.names[0]
+        if name not in self.made or len(source.names) > 1 or source.place is None or not source.transposed:
+            return None
+        codes, exponents = self._numbers(name, source.place[0])
+        scale = _power(exponents).half()
+        if not torch.equal(scale.float(), _power(exponents)):
+            return None
+        found = Quantized(codes, scale, codes.shape[1], torch.float32, GROUP, bias, wide=True)
+        if not is_exact(found):
+            return None
+        return found.reordered(source.order) if source.order else found
+
+    def _numbers(self, name: str, part: int | slice | None) -> tuple[Tensor, Tensor]:
+        """Twice the numbers, int8 [..., outs, ins], and the exponents of their scales, halved, int32 [..., outs, ins / 32]."""
+        blocks, scales = self.raw.read(f"{name}_blocks", part), self.raw.read(f"{name}_scales", part)
+        if (scales == NO_NUMBER).any():
+            raise CheckpointError(f"{self.made[name].file}: {name}_scales: a scale of {NO_NUMBER} is no number")
+        return PAIRS.index_select(0, blocks.flatten().int()).view(*blocks.shape[:-2], -1), scales.int() - BIAS - 1
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """2 to the exponents, exact."""
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
