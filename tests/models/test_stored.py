@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redraft import LLM
-from redraft.errors import CheckpointError, Unsupported
+from redraft.errors import CheckpointError, RedraftError, Unsupported
 from redraft.models import loader
 from redraft.models.checkpoint import Safetensors
 from redraft.ops import library
@@ -239,3 +242,62 @@ def test_a_plain_folder_has_none(tmp_path: Path) -> None:
     assert (
         isinstance(checkpoint.tensors, Safetensors) and checkpoint.tensors.packed(checkpoint.sources["layers.0.qkv.weight"], None) is None
     )
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8), st.lists(st.integers(-3, 300), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+    st.sampled_from(["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "int-quantized", "pack-quantized", "group", "channel", 4, 8, 128, -1]),
+)  # fmt: skip
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all fields."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, own in inner for path in ((*at, key), *_places(own, (*at, key)))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("stored")
+    return {name: written(name, root / name)[0] for name in FORMATS}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_field_or_tensor_is_read_or_refused_in_one_line(name: str, folders: dict[str, Path], data: st.DataObject) -> None:
+    """A field of quantization_config with another value or none, or a tensor of another shape, dtype or none."""
+    raw = json.loads((folders[name] / "config.json").read_text())
+    tensors = load_file(folders[name] / "model.safetensors")
+    if data.draw(st.booleans(), label="field"):
+        *path, last = data.draw(st.sampled_from(_places(raw["quantization_config"])), label="place")
+        holder = raw["quantization_config"]
+        for key in path:
+            holder = holder[key]
+        if data.draw(st.booleans(), label="removed") and isinstance(holder, dict):
+            del holder[last]
+        else:
+            holder[last] = data.draw(VALUES, label="value")
+    else:
+        key = data.draw(st.sampled_from(sorted(key for key in tensors if "layers.0" in key)), label="tensor")
+        change = data.draw(st.sampled_from(["gone", "shorter", "flat", "int32", "float32", "empty"]), label="change")
+        found = tensors.pop(key)
+        changed = {
+            "shorter": lambda: found[: len(found) // 2],
+            "flat": lambda: found.flatten(),
+            "int32": lambda: found.to(torch.int32),
+            "float32": lambda: found.float(),
+            "empty": lambda: found[:0],
+        }
+        if change != "gone":
+            tensors[key] = changed[change]().contiguous()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "config.json").write_text(json.dumps(raw))
+        save_file(tensors, folder / "model.safetensors")
+        try:
+            loader.read(loader.inspect(folder, quant=AsStored()), as_stored=True)
+            loader.read(loader.inspect(folder))
+        except RedraftError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
