@@ -247,7 +247,8 @@ def test_a_plain_folder_has_none(tmp_path: Path) -> None:
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8), st.lists(st.integers(-3, 300), max_size=3),
     st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
-    st.sampled_from(["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "int-quantized", "pack-quantized", "group", "channel", 4, 8, 128, -1]),
+    st.sampled_from(["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "int-quantized", "pack-quantized", "group", "channel"]),
+    st.sampled_from([4, 8, 128, -1]),
 )  # fmt: skip
 
 
@@ -300,4 +301,7 @@ def test_a_changed_field_or_tensor_is_read_or_refused_in_one_line(name: str, fol
             loader.read(loader.inspect(folder, quant=AsStored()), as_stored=True)
             loader.read(loader.inspect(folder))
         except RedraftError as error:
-            assert "\n" not in str(error) and len(str(error)) < 400
+            said = str(error)
+        else:
+            said = ""
+    assert "\n" not in said and len(said) < 400
