@@ -20,6 +20,7 @@ def make(
     whole: tuple[str, ...] = (),
     rank: int = 4,
     alpha: float = 8,
+    size: float = 1.0,
     seed: int = 0,
     modules: tuple[str, ...] = MODULES,
     **config: Any,
@@ -35,7 +36,7 @@ def make(
             outs, ins = weight.shape
             own = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), rank)
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(own, ins, generator=g) / ins**0.5
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outs, own, generator=g) / own**0.5
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outs, own, generator=g) * size / own**0.5
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     raw = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
