@@ -43,9 +43,8 @@ def main() -> None:
     base = speeds["the model"]
     for name, found in speeds.items():
         ratios = sorted(own / other for own, other in zip(found, base, strict=True))
-        print(
-            f"{name:20} {statistics.median(found):7.1f} tokens/s   {statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) of the model"
-        )
+        share = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) of the model"
+        print(f"{name:20} {statistics.median(found):7.1f} tokens/s   {share}")
 
 
 if __name__ == "__main__":
