@@ -659,7 +659,7 @@ void test_quantize(int64_t rows, int64_t cols, Kind kind) {
         const float inverse = std::isfinite(127.0f / most) ? 127.0f / most : 0.0f;
         good &= scale[r] == most / 127.0f;
         vector<float> powers(size_t(groups), 1);
-        for (int64_t g = 0; g < groups && !shift; g++) {
+        for (int64_t g = 0; g < w.groups(); g++) {
             int32_t sum = 0;
             float here = 0;
             for (int64_t c = g * group; c < cols && c < (g + 1) * group; c++) here = std::fmax(here, std::fabs(without.at(r, c)));
