@@ -44,7 +44,7 @@ from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
 from redraft.weights.int4 import by_group
 from redraft.weights.quant import by_output
-from tests.models import tiny
+from tests.checkpoints import tiny_llama
 from tests.ops import test_backends, test_views
 
 if why_not := library.why_not():
@@ -1082,12 +1082,12 @@ def test_mixtures_that_the_kernels_do_not_know(case: str) -> None:
 )
 def test_a_mixture_from_its_files(family: str, quant: str | None, tmp_path: Path) -> None:
     """Every backend gives the same greedy texts. Native texts are the same alone, in a batch and with drafts, also sampled."""
-    folder = str(tiny.save(family, tmp_path))
+    folder = str(tiny_llama(tmp_path, family=family))
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     sampled = SamplingParams(temperature=1, seed=5, max_tokens=30, ignore_eos=True)
-    prompts, texts = [[5, 9, 3, 5, 9, 3, 5], [7], [2, 8] * 9, [4, 4, 30]], {}
+    prompts, texts = ["def f(x):", "a", "one two three " * 3, "class A:"], {}
 
-    def run(llm: LLM, params: SamplingParams, some: list[list[int]]) -> list[list[int]]:
+    def run(llm: LLM, params: SamplingParams, some: list[str]) -> list[list[int]]:
         return [out.outputs[0].token_ids for out in llm.generate(some, params)]
 
     for backend in ("native", "torch", "reference"):
