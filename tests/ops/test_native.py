@@ -865,7 +865,8 @@ def test_a_long_shared_prefix_is_read_once_with_the_same_bits(dtype: torch.dtype
     ],
 )
 def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: torch.dtype, threads: Callable[[int], None]) -> None:
-    """Chunks of prompts, decodes, and trees whose tail an earlier pass began; one call for all layers and the head, or several."""
+    """Chunks of prompts, decodes, and trees whose tail an earlier pass began; one call for all layers and the head, several, or one for
+    each operation."""
     bench, dice = Bench(family, dtype, quant), random.Random(8)
     table = bench.runner.memory.paged.table
     texts = [text_of(i, [dice.randrange(VOCAB) for _ in range(n)]) for i, n in enumerate((70, 40, 3, 550))]
@@ -879,17 +880,18 @@ def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: 
         batch = Batch.pack(works, trees, pages)
         for taps in (Taps(), Taps(top_k=5), Taps(logits=True), Taps(top_k=3, logits=True)):
             outs = []
-            for bench.ops.passes in (True, False):
+            for bench.ops.whole, bench.ops.passes in ((True, True), (True, False), (False, False)):
                 before = bench.ops.segments
                 threads(dice.choice([1, 2, 3]))
                 outs.append(bench.runner.forward(batch, taps))
-                assert bench.ops.segments - before == 1, "not one call"
-            one, other = outs
-            assert one.argmax.tolist() == other.argmax.tolist() and len(one.argmax) == len(batch.logit_rows)
-            assert (one.top_k is None) == (other.top_k is None) == (not taps.top_k)
-            assert one.top_k is None or other.top_k is None or np.array_equal(one.top_k, other.top_k)
-            assert (one.logits is None) == (other.logits is None) == (not taps.logits)
-            assert one.logits is None or other.logits is None or torch.equal(bits(one.logits), bits(other.logits))
+                assert bench.ops.segments - before == bench.ops.whole, "not one call"
+            one = outs[0]
+            for other in outs[1:]:
+                assert one.argmax.tolist() == other.argmax.tolist() and len(one.argmax) == len(batch.logit_rows)
+                assert (one.top_k is None) == (other.top_k is None) == (not taps.top_k)
+                assert one.top_k is None or other.top_k is None or np.array_equal(one.top_k, other.top_k)
+                assert (one.logits is None) == (other.logits is None) == (not taps.logits)
+                assert one.logits is None or other.logits is None or torch.equal(bits(one.logits), bits(other.logits))
 
     compare([69, 38, 2, 300], [EMPTY] * 4)
     table.commit([Work(seq, n) for seq, n in zip(texts, [69, 38, 2, 300], strict=True)], [Accepted()] * 4)
@@ -1088,19 +1090,31 @@ def test_mixtures_that_the_kernels_do_not_know(case: str) -> None:
     assert not bench.ops.segments
 
 
-@pytest.mark.parametrize("quant", [None, "int8:outliers=3"])
-def test_a_mixture_from_its_files(quant: str | None, tmp_path: Path) -> None:
-    """Every backend gives the same greedy texts, alone and in a batch."""
-    folder = str(tiny_llama(tmp_path / "mixtral", family="mixtral"))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+@pytest.mark.parametrize(
+    ("family", "quant"),
+    [("mixtral", None), ("mixtral", "int8:outliers=3"), ("qwen2-moe", "int4"), ("granite-moe", None), ("qwen3-moe-mixed", "int8")],
+)
+def test_a_mixture_from_its_files(family: str, quant: str | None, tmp_path: Path) -> None:
+    """Every backend gives the same greedy texts. Native texts are the same alone, in a batch and with drafts, also sampled."""
+    folder = str(tiny_llama(tmp_path, family=family))
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    sampled = SamplingParams(temperature=1, seed=5, max_tokens=30, ignore_eos=True)
     prompts, texts = ["def f(x):", "a", "one two three " * 3, "class A:"], {}
+
+    def run(llm: LLM, params: SamplingParams, some: list[str]) -> list[list[int]]:
+        return [out.outputs[0].token_ids for out in llm.generate(some, params)]
+
     for backend in ("native", "torch", "reference"):
-        llm = LLM(folder, backend=backend, dtype="auto", quant=quant, draft="none", threads=1, cache_memory=1 << 22)
-        texts[backend] = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+        llm = LLM(folder, backend=backend, dtype="float32", quant=quant, draft="none", threads=1, cache_memory=1 << 22)
+        texts[backend] = run(llm, greedy, prompts)
         if backend == "native":
-            experts = llm.runner.weights.layers[0].experts_up + llm.runner.weights.layers[0].experts_down
+            experts = llm.runner.weights.layers[1].experts_up + llm.runner.weights.layers[1].experts_down
             assert len(experts) == 10 and all(isinstance(one, Packed) for one in experts)
-            assert [llm.generate([one], params)[0].outputs[0].token_ids for one in prompts] == texts[backend]
+            for params in (greedy, sampled):
+                alone = [run(llm, params, [one])[0] for one in prompts]
+                for draft in ("none", "token-recycling", "ngram"):
+                    other = LLM(folder, backend=backend, dtype="float32", quant=quant, draft=draft, threads=2, cache_memory=1 << 22)
+                    assert run(other, params, prompts) == alone, draft
     assert texts["native"] == texts["torch"] == texts["reference"]
     assert len({tuple(text) for text in texts["native"]}) == len(prompts)
 
