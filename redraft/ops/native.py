@@ -8,6 +8,7 @@ method selects slots in Python, from products that the kernels compute.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -463,7 +464,7 @@ class NativeOps(TorchOps):
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         key = id(weights), experts
         if key not in self._mixtures:
-            self._mixtures[key] = _mixture(replace(experts, shared=None, gated=False), weights, self.kind)
+            self._mixtures[key] = _mixture(replace(experts, shared=None, gated=False), weights, self.dtype)
             weakref.finalize(weights, self._mixtures.pop, key, None)
         mixture = self._mixtures[key]
         if mixture is None:
@@ -671,7 +672,7 @@ class NativeOps(TorchOps):
         return self._segments[id(weights)]
 
     def _layer(self, layer: LayerSpec, own: LayerWeights, model: NativeModel) -> abi.Layer | None:
-        mixer, forward = layer.mixer, _feed_forward(layer.mlp, own, self.kind)
+        mixer, forward = layer.mixer, _feed_forward(layer.mlp, own, self.dtype)
         if forward is None or not isinstance(own.qkv, Packed) or not isinstance(own.out, Packed):
             return None
         assert isinstance(mixer, Attention)
@@ -748,10 +749,10 @@ def _heads(layer: Attention, model: NativeModel, sink_logits: Tensor | None) -> 
     return abi.Heads(layer.heads, layer.window or 0, rotary, layer.score_scale, layer.softcap or 0.0, logits)
 
 
-def _feed_forward(mlp: Mlp | Experts, own: LayerWeights, kind: int) -> tuple[Any, ...] | None:
+def _feed_forward(mlp: Mlp | Experts, own: LayerWeights, dtype: torch.dtype) -> tuple[Any, ...] | None:
     """up, down, experts and activation of abi.Layer; None if the kernels cannot run them."""
     if isinstance(mlp, Experts):
-        mixture = _mixture(mlp, own, kind)
+        mixture = _mixture(mlp, own, dtype)
         return None if mixture is None else (abi.Linear(), abi.Linear(), ctypes.pointer(mixture), abi.ACTIVATIONS["none"])
     plain = _mlp(mlp, own.up, own.down)
     return None if plain is None else (*plain, None, abi.ACTIVATIONS[mlp.activation])
@@ -765,11 +766,13 @@ def _mlp(mlp: Mlp, up: LinearWeights | None, down: LinearWeights | None) -> tupl
     return (up.c, down.c) if same else None
 
 
-def _mixture(experts: Experts, own: LayerWeights, kind: int) -> abi.Experts | None:
+def _mixture(experts: Experts, own: LayerWeights, dtype: torch.dtype) -> abi.Experts | None:
     """A mixture in the form of the kernels; None if these cannot run it."""
-    mlp, shared = experts.mlp, experts.shared
-    known = Experts(experts.count, experts.top_k, mlp, experts.renormalise, shared, experts.gated)
-    pairs = [_mlp(mlp, up, down) for up, down in zip(own.experts_up, own.experts_down, strict=True)]
+    mlp, shared, kind = experts.mlp, experts.shared, KINDS[dtype]
+    known = Experts(experts.count, experts.top_k, mlp, experts.renormalise, shared, experts.gated, experts.router_bias)
+    limit = math.inf if mlp.limit is None else torch.tensor(mlp.limit, dtype=dtype).item()
+    unlimited = replace(mlp, limit=None, shift=0.0)
+    pairs = [_mlp(unlimited, up, down) for up, down in zip(own.experts_up, own.experts_down, strict=True)]
     pairs += [] if shared is None else [_mlp(shared, own.shared_up, own.shared_down)]
     found = [pair for pair in pairs if pair is not None]
     plain = [own.router, *([own.shared_gate] if experts.gated else [])]
@@ -781,6 +784,7 @@ def _mixture(experts: Experts, own: LayerWeights, kind: int) -> abi.Experts | No
     return abi.Experts(
         ups, downs, rows[0], rows[1] if experts.gated else abi.Linear(), experts.count, experts.top_k, experts.renormalise,
         shared is not None, abi.ACTIVATIONS[mlp.activation], 0 if shared is None else abi.ACTIVATIONS[shared.activation],
+        limit, mlp.shift,
     )  # fmt: skip
 
 

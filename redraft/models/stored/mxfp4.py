@@ -57,6 +57,9 @@ class Mxfp4:
         numbers: Tensor = doubled.to(wide).unflatten(-1, (-1, GROUP)) * _power(exponents).to(wide)[..., None]
         return numbers.flatten(-2).mT
 
+    def packed_bytes(self, source: WeightSource) -> int | None:
+        return None
+
     def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
         """Codes of 8 bits with a scale for each group: the same numbers."""
         name = source.names[0]

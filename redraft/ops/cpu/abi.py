@@ -61,6 +61,7 @@ class Experts(ctypes.Structure):
     _fields_ = [
         ("up", ctypes.POINTER(Linear)), ("down", ctypes.POINTER(Linear)), ("router", Linear), ("gate", Linear), ("count", NUMBER),
         ("top_k", NUMBER), ("renormalise", NUMBER), ("shared", NUMBER), ("activation", NUMBER), ("shared_activation", NUMBER),
+        ("limit", REAL), ("shift", REAL),
     ]  # fmt: skip
 
 

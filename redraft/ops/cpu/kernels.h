@@ -103,6 +103,9 @@ struct LinearJob {
     int32_t add;
     Best* best;             // [rows][keep]
     int32_t keep;
+    float limit = __builtin_inff(), shift = 0;  // gated with an activation: gates are at most limit, ups within it, and shift is added to these
+
+    INLINE bool bounded() const { return limit != __builtin_inff() || shift != 0; }
 };
 
 // y = the norm of x; or y = y + factor * norm, each step rounded.

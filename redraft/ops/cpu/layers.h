@@ -19,6 +19,7 @@ struct Experts {
     Linear router, gate;
     int32_t count, top_k, renormalise, shared;
     Activation activation, shared_activation;
+    float limit, shift;  // of the experts but the shared one, see LinearJob
 };
 
 struct Layer {

@@ -458,7 +458,7 @@ Settle settle_of(Case which, Kind y, Kind rounded) {
     return y == BF16 ? settle_of<W, BF16, BF16>(which) : rounded == BF16 ? settle_of<W, F32, BF16>(which) : settle_of<W, F32, F32>(which);
 }
 Settle settle_of(const LinearJob& j) {  // null: none of the frequent cases
-    if (j.w.outliers || (j.w.gated ? j.activation != SILU || j.add : j.activation != NONE)) return nullptr;
+    if (j.w.outliers || j.bounded() || (j.w.gated ? j.activation != SILU || j.add : j.activation != NONE)) return nullptr;
     const Case which = j.w.gated ? SWIGLU : j.add ? ADD : WRITE;
     if (j.w.kind == I8) return settle_of<I8>(which, j.y.kind, j.rounded);
     return j.w.grouped() ? settle_of<I4>(which, j.y.kind, j.rounded) : settle_of<F32>(which, j.y.kind, j.rounded);
@@ -498,6 +498,7 @@ void settle(const LinearJob& job, Piece piece, float* sums) {
     // the padding of a tile is written too: those sums are zero
     const int64_t end = halves ? up : j.y.stride ? j.y.cols : j.y.lines() * per_line;
     const Settle frequent = settle_of(j);
+    const Vec limit = set1(j.limit);
     for (int64_t at = piece.first; at < stop && p * wide + at < end; at += Vec::N) {
         const int64_t c = p * wide + at, count = end - c;
         const Outputs own(j, p, at), other(j, p, j.w.gated ? at + wide : at);
@@ -507,8 +508,13 @@ void settle(const LinearJob& job, Piece piece, float* sums) {
         }
         for (int64_t r = 0; r < j.x.rows; r++) {
             Vec y = own.of(r, sums);
+            if (j.bounded()) y = minimum(limit, rounded(y, j.rounded));  // NaN stays
             if (j.activation != NONE) y = activated(rounded(y, j.rounded), j.activation);
-            if (fused) y = y * rounded(other.of(r, sums), j.rounded);
+            if (fused) {
+                Vec beside = rounded(other.of(r, sums), j.rounded);
+                if (j.bounded()) beside = rounded(maximum(zero() - limit, minimum(limit, beside)) + set1(j.shift), j.rounded);
+                y = y * beside;
+            }
             if (halves) write_some(j.y.at(r, up + c), kind, other.of(r, sums), count);
             uint8_t* to = j.y.at(r, c);
             if (j.add) y = read_some(to, kind, count) + rounded(y, j.rounded);

@@ -69,7 +69,9 @@ public:
         });
         barrier();
         panels(m.up, w.sums, [&](const Part& part) {
-            return job_of(part.up, part.for_up, part.for_down.codes() ? part.inner : part.for_down.tiles, kind_, part.activation);
+            LinearJob job = job_of(part.up, part.for_up, part.for_down.codes() ? part.inner : part.for_down.tiles, kind_, part.activation);
+            if (&part.up < m.up + m.count) job.limit = m.limit, job.shift = m.shift;
+            return job;
         });
         barrier();
         if (downs_[0].codes() || downs_[m.shared].codes()) {
