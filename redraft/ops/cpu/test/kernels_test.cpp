@@ -828,7 +828,15 @@ vector<float> mixed_alone(const Experts& m, const Rows& x, int64_t row, Kind kin
     vector<float> out(x.cols, 0.0f);
     for (const Best& own : chosen) {
         const Linear &up = m.up[own.index], &down = m.down[own.index];
-        const Matrix inner = product(up, one, down.ins, kind, own.index == m.count ? m.shared_activation : m.activation);
+        Matrix inner = product(up, one, down.ins, kind, own.index == m.count ? m.shared_activation : m.activation);
+        if (own.index < m.count && (m.limit < INFINITY || m.shift)) {  // gates and ups first, limited one by one
+            Matrix both = product(up, one, up.outs, kind, NONE);
+            for (int64_t c = 0; c < up.outs; c++) {
+                const float x = both.at(0, c), limited = c < down.ins ? std::fmin(x, m.limit) : nearest(std::fmax(-m.limit, std::fmin(x, m.limit)) + m.shift, kind);
+                put_number(both.rows.at(0, c), kind, limited);
+            }
+            activate(both.rows, inner.rows, m.activation, true, 0, 1);
+        }
         const Matrix made = product(down, inner, x.cols, kind, NONE);
         for (int64_t c = 0; c < x.cols; c++) out[c] = nearest(out[c] + nearest(made.at(0, c) * own.value, kind), kind);
     }
@@ -850,7 +858,8 @@ void test_mixture(int64_t rows, int64_t cols, int64_t hidden, Kind kind, Kind nu
         ups.push_back(linear(gated ? 2 * own : own, cols, kind, gated));
         downs.push_back(linear(cols, own, kind, false));
     }
-    Experts m{ups.data(), downs.data(), linear(count, cols, numbers, false), Linear{}, count, int32_t(dice.between(1, count)), int32_t(dice.below(2)), shared, dice.of({SILU, GELU_TANH}), dice.of({SILU, RELU})};
+    Experts m{ups.data(), downs.data(), linear(count, cols, numbers, false), Linear{}, count, int32_t(dice.between(1, count)), int32_t(dice.below(2)), shared, dice.of({SILU, GELU_TANH}), dice.of({SILU, RELU}), INFINITY, 0};
+    if (gated && dice.chance(0.5)) m.limit = nearest(0.7f, numbers), m.shift = float(dice.below(2));
     if (dice.chance(0.5)) m.gate = linear(1, cols, numbers, false);
     Matrix x(rows, cols, numbers, false, dice.below(3)), first(rows, cols, numbers, false, dice.below(3));
     x.fill(numbers);
