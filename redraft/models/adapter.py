@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,14 +23,16 @@ from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.spec import ModelSpec, WeightSource
-from redraft.errors import CheckpointError, Unsupported, shown
+from redraft.errors import CheckpointError, Unsupported, did_you_mean, shown
 from redraft.models.checkpoint import STORED, TensorFile
 from redraft.models.config import read_json
 from redraft.ops.backend import Adapted, LayerWeights, LowRank
 
+TITLE = "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685"
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LANES = 16  # `a` is filled with zeros up to a multiple of this rank
 LARGEST_RANK = 1024
+LARGEST_ALPHA = 1e6
 
 _LINEAR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<part>qkv|out|up|down)\.weight")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -40,12 +43,13 @@ _HARMLESS = {
     "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _READ = {"alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"}
+_PREFIXES = ("base_model", "decoder", "gpt_neox", "language_model", "model", "transformer")
 _INITS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base model's weights
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter in memory. digest: of its files' contents; spec: of the model that it belongs to; layers: for each layer, the name of a
+    """An adapter in memory. digest: of what it adds; spec: of the model that it belongs to; layers: for each layer, the name of a
     LayerWeights field -> its terms."""
 
     name: str
@@ -55,7 +59,20 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        return sum(term.a.nbytes + term.b.nbytes for layer in self.layers for terms in layer.values() for term in terms)
+        return sum(term.a.nbytes + term.b.nbytes for term in self.terms())
+
+    def terms(self) -> Iterator[LowRank]:
+        return (term for layer in self.layers for terms in layer.values() for term in terms)
+
+    def salted(self, salt: str) -> str:
+        """The salt of a request in the prefix cache: keys and values of an adapter are its own, also under a name that was another's. The
+        digest comes first, so that no salt of a request without an adapter is equal."""
+        return f"{self.digest}\0{salt}"
+
+
+def unknown(name: Any, adapters: Mapping[str, Adapter]) -> str:
+    """The error about a name that none of the adapters has."""
+    return f"lora = {shown(name)}: " + (did_you_mean(str(name), list(adapters)) if adapters else "no adapter is loaded")
 
 
 def own_rows(batch: Batch, device: torch.device | str = "cpu") -> list[tuple[Adapter, Tensor]]:
@@ -90,34 +107,45 @@ class _Target(NamedTuple):
     source: WeightSource
 
 
-def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu") -> Adapter:
+def read(
+    name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Adapter:
     """The adapter in a PEFT folder. spec: of the loaded model; named: the same with the names of a Hugging Face checkpoint; dtype: of the
     model. CheckpointError or Unsupported, one line each, names the file and what is wrong."""
+    folder = Path(os.path.expanduser(folder))
     file = folder / CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: no adapter: it has no {CONFIG}")
-    config = read_json(file)
-    _check(file, config)
-    if not (folder / TENSORS).is_file():
-        why = f"holds {PICKLED} only, which could run code; save it as {TENSORS}" if (folder / PICKLED).exists() else f"has no {TENSORS}"
-        raise CheckpointError(f"{folder}: {why}")
+    try:
+        if not file.is_file():
+            raise CheckpointError(f"{shown(str(folder))}: no adapter: it has no {CONFIG}")
+        config = read_json(file)
+        _check(file, config)
+        if not (folder / TENSORS).is_file():
+            pickled = (folder / PICKLED).exists()
+            why = f"holds {PICKLED} only, which could run code; save it as {TENSORS}" if pickled else f"has no {TENSORS}"
+            raise CheckpointError(f"{folder}: {why}")
+    except OSError as error:  # the name is too long, or a folder on the way cannot be read
+        raise CheckpointError(f"{shown(str(folder))}: {error.strerror}") from None
     stored = TensorFile(folder / TENSORS)
     modules: dict[str, dict[str, str]] = {}
     for tensor in stored.tensors:
         if (found := _TENSOR.fullmatch(tensor)) is None:
             raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers of the decoder are applied")
-        modules.setdefault(found["module"], {})[found["side"]] = tensor
+        sides = modules.setdefault(_bare(found["module"]), {})
+        if found["side"] in sides:
+            raise CheckpointError(f"{stored.file}: {shown(tensor)} is there twice, also as {shown(sides[found['side']])}")
+        sides[found["side"]] = tensor
+    if not modules:
+        raise CheckpointError(f"{stored.file}: holds no tensors")
     targets = dict(_targets(spec, named))
     layers: list[dict[str, tuple[LowRank, ...]]] = [{} for _ in spec.layers]
     for module, sides in modules.items():
-        target = _find(targets, module)
+        target = targets.get(module)
         if target is None:
-            raise Unsupported(f"{stored.file}: {shown(module)} is adapted: only query, key, value, output and MLP projections are")
+            allowed = "only query, key, value, output and MLP projections of this model's layers can be"
+            raise Unsupported(f"{stored.file}: {shown(module)} is adapted: {allowed}")
         term = _term(stored, module, sides, target, config, file, dtype)
         layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), _to(term, device))
-    if not modules:
-        raise CheckpointError(f"{stored.file}: holds no tensors")
-    return Adapter(name, _digest(file, stored.file), spec, tuple(layers))
+    return Adapter(name, _digest(layers), spec, tuple(layers))
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:
@@ -131,14 +159,18 @@ def _check(file: Path, config: dict[str, Any]) -> None:
     if saved := config.get("modules_to_save"):
         raise Unsupported(f"{file}: modules_to_save = {shown(saved)}: modules that are trained as a whole are not applied")
     if (init := config.get("init_lora_weights", True)) not in _INITS:
-        raise Unsupported(f"{file}: init_lora_weights = {shown(init)}: it changes the base model; allowed: true, false, gaussian, orthogonal, eva")
+        raise Unsupported(
+            f"{file}: init_lora_weights = {shown(init)}: it changes the base model; allowed: true, false, gaussian, orthogonal, eva"
+        )
+    if not isinstance(rooted := config.get("use_rslora", False), bool):
+        raise CheckpointError(f"{file}: use_rslora = {shown(rooted)}: must be true or false")
     for field, value in config.items():
         if value and field not in _HARMLESS | _READ:
             raise Unsupported(f"{file}: {shown(field)} = {shown(value)}: this kind of adapter is not applied")
 
 
 def _targets(spec: ModelSpec, named: ModelSpec) -> Iterator[tuple[str, _Target]]:
-    """The name of each module, without the prefix of the family, and what it is here."""
+    """The bare name of each module, and what it is here."""
     for name, shape in spec.shapes().items():
         if (found := _LINEAR.fullmatch(name)) is None:
             continue
@@ -146,15 +178,17 @@ def _targets(spec: ModelSpec, named: ModelSpec) -> Iterator[tuple[str, _Target]]
         counts = source.rows or (shape[0] // len(source.names),) * len(source.names)
         for part, count in zip(source.names, counts, strict=True):
             begin, end = end, end + count
-            module = part.removeprefix(named.prefix).removesuffix(".weight")
-            yield module, _Target(int(found["layer"]), found["part"], range(begin, end), shape[0], shape[1], source)
+            yield (
+                _bare(part.removesuffix(".weight")),
+                _Target(int(found["layer"]), found["part"], range(begin, end), shape[0], shape[1], source),
+            )
 
 
-def _find(targets: Mapping[str, _Target], module: str) -> _Target | None:
-    """By the name without its first parts: prefixes differ between classes of transformers."""
-    while module not in targets and "." in module:
-        module = module.partition(".")[2]
-    return targets.get(module)
+def _bare(module: str) -> str:
+    """The name without its first parts, which differ between classes of transformers and say nothing. Those of other models in the same
+    checkpoint, such as a vision encoder, stay."""
+    first, dot, rest = module.partition(".")
+    return _bare(rest) if dot and first in _PREFIXES else module
 
 
 def _term(
@@ -164,10 +198,10 @@ def _term(
         raise CheckpointError(f"{stored.file}: {module}: lora_{missing.pop()}.weight is missing")
     if target.source.skip or target.source.place:
         raise Unsupported(f"{stored.file}: {shown(module)} is adapted: a part of a stored tensor cannot be")
-    rank, factor = _scaling(module, config, file)
-    a, b = (
-        _matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank)))
-    )
+    found = _TENSOR.fullmatch(sides["A"])
+    assert found is not None
+    rank, factor = _scaling(found["module"], config, file)
+    a, b = (_matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank))))
     places = np.array(target.rows)  # of the outputs in the layer
     if target.source.order:
         order = np.array(target.source.order)  # where each output is stored
@@ -178,7 +212,10 @@ def _term(
     wide[torch.from_numpy(places - first)] = b.double() * factor
     filled = torch.zeros(target.ins, -(-rank // LANES) * LANES, dtype=dtype)
     filled[:, :rank] = a.T
-    return LowRank(filled, wide.T.to(dtype).contiguous(), first)
+    term = LowRank(filled, wide.T.to(dtype).contiguous(), first)
+    if not all(bool(part.isfinite().all()) for part in (term.a, term.b)):
+        raise CheckpointError(f"{stored.file}: {module}: numbers of lora_A, or of lora_B times lora_alpha / r, are too large for {dtype}")
+    return term
 
 
 def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
@@ -194,7 +231,7 @@ def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, float]:
-    """(rank, factor) of a module."""
+    """(rank, factor) of a module, whose name is as in the file, because patterns may begin with its first parts."""
 
     def of(field: str, pattern: str) -> Any:
         named = config.get(pattern) or {}
@@ -204,15 +241,15 @@ def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, floa
             try:
                 if re.match(rf"(.*\.)?({key})$", module):
                     return value
-            except re.error:
+            except (re.error, OverflowError, RecursionError):
                 raise CheckpointError(f"{file}: {pattern}: {shown(key)} is no regular expression") from None
         return config.get(field, 8)
 
     rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise CheckpointError(f"{file}: r = {shown(rank)}: must be 1 to {LARGEST_RANK}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: lora_alpha = {shown(alpha)}: must be a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+        raise CheckpointError(f"{file}: lora_alpha = {shown(alpha)}: must be a number of at most {LARGEST_ALPHA:g}")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -220,8 +257,12 @@ def _to(term: LowRank, device: torch.device | str) -> LowRank:
     return LowRank(term.a.to(device), term.b.to(device), term.first)
 
 
-def _digest(*files: Path) -> str:
+def _digest(layers: list[dict[str, tuple[LowRank, ...]]]) -> str:
     found = hashlib.sha256()
-    for file in files:
-        found.update(file.read_bytes())
+    for i, layer in enumerate(layers):
+        for part, terms in sorted(layer.items()):
+            for term in sorted(terms, key=lambda term: term.first):
+                found.update(f"{i} {part} {term.first} {[*term.a.shape, *term.b.shape]}".encode())
+                for tensor in (term.a, term.b):
+                    found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:32]

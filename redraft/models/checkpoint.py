@@ -71,10 +71,7 @@ class TensorFile:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        try:
-            self._opened: Any = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
+        self._opened = _open(file)
         self.tensors: dict[str, TensorInfo] = {}
         for name in self._opened.keys():  # noqa: SIM118 - not a mapping
             part = self._opened.get_slice(name)
@@ -86,6 +83,13 @@ class TensorFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.file}: {name}: {first_line(error)}") from None
         return found
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
 
 
 class Safetensors:

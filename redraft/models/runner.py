@@ -68,7 +68,9 @@ class Runner:
 
         If some sequences skip a layer, the rows of the others run alone. A skipped layer passes hidden states on unchanged.
         """
-        if any(adapter is not None and adapter.spec is not self.spec for adapter in batch.adapters):  # of the model that this one drafts for
+        if any(
+            adapter is not None and adapter.spec is not self.spec for adapter in batch.adapters
+        ):  # of the model that this one drafts for
             batch = replace(batch, adapters=[None] * len(batch.adapters))
         if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
             out = self.backend.forward(batch, self.spec, self.weights, self.memory.pool, taps)
