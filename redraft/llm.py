@@ -237,15 +237,15 @@ class LLM:
             output.prompt, output.before = new, before
         return outputs
 
-    def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True) -> list[F64]:
+    def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True, lora: str | None = None) -> list[F64]:
         """f64[hidden] for each prompt: hidden states after the final norm, of its last token ("last") or the mean of all
-        ("mean"); of length 1 if `normalize`. InvalidInput names a prompt that is refused."""
+        ("mean"); of length 1 if `normalize`; lora: the name of a loaded adapter. InvalidInput names a prompt that is refused."""
         if not isinstance(pooling, str) or pooling not in ("last", "mean"):
             raise InvalidInput(f"pooling = {shown(pooling)}: last or mean is allowed")
         if not isinstance(normalize, bool):
             raise InvalidInput(f"normalize = {shown(normalize)}: True or False is allowed")
         many, single = inputs.prompts_of(prompts)
-        params = SamplingParams(temperature=0, max_tokens=1, draft="none")
+        params = SamplingParams(temperature=0, max_tokens=1, draft="none", lora=lora)
         outputs: list[RequestOutput] = []
         try:
             for i, prompt in enumerate(many):

@@ -187,6 +187,7 @@ CALLS: dict[str, Callable[[LLM, Any], Any]] = {
     "embed [x]": lambda llm, x: llm.embed([x, x]),
     "embed pooling": lambda llm, x: llm.embed("a", x),
     "embed normalize": lambda llm, x: llm.embed("a", normalize=x),
+    "embed lora": lambda llm, x: llm.embed("a", lora=x),
     "load_lora": lambda llm, x: llm.load_lora(x, "none"),
     "load_lora folder": lambda llm, x: llm.load_lora("a", x),
     "unload_lora": lambda llm, x: llm.unload_lora(x),
