@@ -76,8 +76,8 @@ def _folder(here: Service, name: str) -> Path:
     """Refused (404) if there is no such folder in --lora-dir, or if it or its files lie elsewhere."""
     assert here.config.lora_dir is not None
     folder, top = here.config.lora_dir / name, here.config.lora_dir.resolve()
-    inside = folder.resolve().parent == top and folder.is_dir()
-    if not inside or not all((folder / file).resolve().parent.parent == top for file in (adapter.CONFIG, adapter.TENSORS)):
+    files = [(folder / file).resolve() for file in (adapter.CONFIG, adapter.TENSORS)]
+    if not folder.is_dir() or not all(file.parent.parent == top for file in files):
         log.warning("no adapter is loaded from %s: it is no folder there, or leads elsewhere", folder)
         raise Refused(404, f"no adapter {name!r} in the folder of this server's adapters", "lora_name", "model_not_found")
     return folder

@@ -44,6 +44,9 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (top / "a" / "files").mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (top / "a" / "files" / file).symlink_to(top / "elsewhere" / "away" / file)
+    adapters.make(top / "a" / "half", base)
+    (top / "a" / "half" / "adapter_model.safetensors").unlink()
+    (top / "a" / "half" / "adapter_model.safetensors").symlink_to(top / "elsewhere" / "away" / "adapter_model.safetensors")
     adapters.make(top / "a" / "dora", base, use_dora=True)
     (top / "a" / "cut").mkdir()
     (top / "a" / "cut" / "adapter_config.json").write_bytes((top / "a" / "x" / "adapter_config.json").read_bytes())
@@ -219,7 +222,7 @@ def test_a_link_within_the_folder_is_followed(server: Live, plain: LLM) -> None:
 NAMES = [
     ("", 400), (".", 400), ("..", 400), ("../elsewhere/away", 400), ("/etc", 400), ("a/../x", 400), ("x/", 400), ("x\0", 400), (".x", 400),
     ("x" * 65, 400), ("x y", 400), ("~root", 400), ("%2e%2e", 400), ("..\\elsewhere", 400), ("tiny", 400), ("same", 400),
-    ("none", 404), ("linked", 404), ("files", 404), ("file", 404), ("..away", 400), ("x\n", 400), ("\u202ex", 400),
+    ("none", 404), ("linked", 404), ("files", 404), ("half", 404), ("file", 404), ("..away", 400), ("x\n", 400), ("\u202ex", 400),
 ]  # fmt: skip
 
 
