@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -75,9 +76,9 @@ async def _load(here: Service, name: str, deadline: float) -> None:
 def _folder(here: Service, name: str) -> Path:
     """Refused (404) if there is no such folder in --lora-dir, or if it or its files lie elsewhere."""
     assert here.config.lora_dir is not None
-    folder, top = here.config.lora_dir / name, here.config.lora_dir.resolve()
-    files = [(folder / file).resolve() for file in (adapter.CONFIG, adapter.TENSORS)]
-    if not folder.is_dir() or not all(file.parent.parent == top for file in files):
+    folder, top = here.config.lora_dir / name, os.path.realpath(here.config.lora_dir)
+    files = [Path(os.path.realpath(folder / file)) for file in (adapter.CONFIG, adapter.TENSORS)]  # unlike Path's, they never raise
+    if not os.path.isdir(folder) or not all(file.parent.parent == Path(top) for file in files):
         log.warning("no adapter is loaded from %s: it is no folder there, or leads elsewhere", folder)
         raise Refused(404, f"no adapter {name!r} in the folder of this server's adapters", "lora_name", "model_not_found")
     return folder

@@ -41,6 +41,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         adapters.make(top / name, base, seed=seed)
     (top / "a" / "linked").symlink_to(top / "elsewhere" / "away")
     (top / "a" / "inside").symlink_to(top / "a" / "x")
+    (top / "a" / "loop").symlink_to(top / "a" / "loop")
     (top / "a" / "files").mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (top / "a" / "files" / file).symlink_to(top / "elsewhere" / "away" / file)
@@ -223,6 +224,7 @@ NAMES = [
     ("", 400), (".", 400), ("..", 400), ("../elsewhere/away", 400), ("/etc", 400), ("a/../x", 400), ("x/", 400), ("x\0", 400), (".x", 400),
     ("x" * 65, 400), ("x y", 400), ("~root", 400), ("%2e%2e", 400), ("..\\elsewhere", 400), ("tiny", 400), ("same", 400),
     ("none", 404), ("linked", 404), ("files", 404), ("half", 404), ("file", 404), ("..away", 400), ("x\n", 400), ("\u202ex", 400),
+    ("loop", 404), ("\U0001d400" * 64, 404),
 ]  # fmt: skip
 
 
