@@ -100,7 +100,7 @@ class SamplingParams(Settings):
     draft: str | None = Field(None, description="name:option=value of this request's drafter; None: the engine's")
     verify: str | None = Field(None, description="name:option=value of this request's verifier; None: the engine's")
     draft_rows: int | None = Field(None, ge=0, description="maximum of drafted nodes in a step; None: the engine's")
-    lora: str | None = Field(None, description="name of a loaded adapter (--lora NAME=PATH); None: the model itself")
+    lora: str | None = Field(None, description="name of a loaded adapter; None: the model itself")
     provenance: bool = Field(False, description="return the drafter that proposed each token and the tree of each step")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
@@ -182,9 +182,9 @@ class ModelConfig(Settings):
         for text in value:
             name, equals, folder = text.partition("=")
             if not (ADAPTER_NAME.fullmatch(name) and equals and folder):
-                raise ValueError("must be NAME=FOLDER, with a name of letters, digits, '.', '-' and '_'")
+                raise ValueError(f"{shown(text)} is not NAME=FOLDER, with a name of at most 64 letters, digits, '.', '-' and '_'")
             if name in names:
-                raise ValueError(f"{name} is given twice")
+                raise ValueError(f"the name {name} is given twice")
             names.append(name)
         return value
 

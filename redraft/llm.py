@@ -20,7 +20,7 @@ from redraft.core.tree import F64
 from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
-from redraft.errors import InvalidInput, RedraftError, Unsupported, did_you_mean, shown
+from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
 from redraft.guarantee import weakest
 from redraft.inputs import Conversation, Params, Patch, Prompt
 from redraft.models import adapter, generation, loader
@@ -87,12 +87,12 @@ class LLM:
             draft_model=config.draft_model,
             quant=checkpoint.quant,
         )
-        self._checkpoint = checkpoint
+        self._named = checkpoint.named
+        self._turns = Turns()
         for name, folder in config.model.adapters.items():
             self.load_lora(name, folder)
         self.engine = self._engine(setup.scheduler, setup.drafter)
         self._engines = WeakSet([self.engine])  # of this LLM and its siblings
-        self._turns = Turns()
         self._numbers = itertools.count()
         self._inboxes: dict[str, deque[Event]] = {}  # request id -> what its caller has not taken yet
 
@@ -120,21 +120,24 @@ class LLM:
         return sorted(self.runner.adapters)
 
     def load_lora(self, name: str, folder: str | Path) -> None:
-        """Reads a LoRA adapter, a folder that PEFT wrote; requests choose it with lora=name. InvalidInput if the name is taken or has other
-        characters than letters, digits, '.', '-' and '_'; CheckpointError or Unsupported, one line, names what is wrong in the folder."""
+        """Reads a LoRA adapter, a folder that PEFT wrote; requests choose it with lora=name. Requests of other threads continue meanwhile.
+        InvalidInput if the name is taken or has other characters than letters, digits, '.', '-' and '_'; CheckpointError or Unsupported,
+        one line, names what is wrong in the folder."""
         if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
             raise InvalidInput(f"lora = {shown(name)}: must be at most 64 letters, digits, '.', '-' and '_', not '.' first")
-        if name in self.runner.adapters:
-            raise InvalidInput(f"lora = {shown(name)}: an adapter of this name is loaded; unload it first")
-        checkpoint, backend = self._checkpoint, self.runner.backend
-        found = adapter.read(name, Path(folder), checkpoint.spec, checkpoint.named, backend)
-        self.runner.adapters[name] = found
+        if not isinstance(folder, str | Path):
+            raise InvalidInput(f"folder is a {type(folder).__name__}: a path is needed")
+        if name not in self.runner.adapters:
+            backend = self.runner.backend
+            found = adapter.read(name, folder, self.runner.spec, self._named, backend)
+            if self.runner.adapters.setdefault(name, found) is found:
+                return
+        raise InvalidInput(f"lora = {shown(name)}: an adapter of this name is loaded; unload it first")
 
     def unload_lora(self, name: str) -> None:
         """New requests can no longer choose the adapter; those under way finish with it. InvalidInput if there is none of this name."""
-        if not isinstance(name, str) or name not in self.runner.adapters:
-            raise InvalidInput(f"lora = {shown(name)}: {did_you_mean(str(name), self.runner.adapters)}")
-        del self.runner.adapters[name]
+        if not isinstance(name, str) or self.runner.adapters.pop(name, None) is None:
+            raise InvalidInput(adapter.unknown(name, self.runner.adapters))
 
     @property
     def guarantee(self) -> Guarantee:
@@ -234,15 +237,15 @@ class LLM:
             output.prompt, output.before = new, before
         return outputs
 
-    def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True) -> list[F64]:
+    def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True, lora: str | None = None) -> list[F64]:
         """f64[hidden] for each prompt: hidden states after the final norm, of its last token ("last") or the mean of all
-        ("mean"); of length 1 if `normalize`. InvalidInput names a prompt that is refused."""
+        ("mean"); of length 1 if `normalize`; lora: the name of a loaded adapter. InvalidInput names a prompt that is refused."""
         if not isinstance(pooling, str) or pooling not in ("last", "mean"):
             raise InvalidInput(f"pooling = {shown(pooling)}: last or mean is allowed")
         if not isinstance(normalize, bool):
             raise InvalidInput(f"normalize = {shown(normalize)}: True or False is allowed")
         many, single = inputs.prompts_of(prompts)
-        params = SamplingParams(temperature=0, max_tokens=1, draft="none")
+        params = SamplingParams(temperature=0, max_tokens=1, draft="none", lora=lora)
         outputs: list[RequestOutput] = []
         try:
             for i, prompt in enumerate(many):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2 stores these as [in, out]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,8 +33,8 @@ def make(
         module = name.removesuffix(".weight")
         if whole and module.endswith(whole):
             tensors[f"base_model.model.{name}"] = weight + torch.randn(weight.shape, generator=g) * 0.1
-        elif module.endswith(modules):
-            outs, ins = weight.shape
+        elif weight.ndim == 2 and module.endswith(modules):
+            outs, ins = weight.T.shape if module.endswith(TRANSPOSED) else weight.shape
             own = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), rank)
             tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(own, ins, generator=g) / ins**0.5
             tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outs, own, generator=g) * size / own**0.5
@@ -59,6 +60,7 @@ def merged(folder: Path, base: Path, adapter: Path) -> Path:
         alpha = next((r for key, r in config.get("alpha_pattern", {}).items() if key in module), config["lora_alpha"])
         factor = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         added = tensors[name.replace("lora_A", "lora_B")].double() @ a.double()
-        weights[f"{module}.weight"] = weights[f"{module}.weight"].double() + factor * added
+        added = factor * (added.T if module.endswith(TRANSPOSED) else added)
+        weights[f"{module}.weight"] = weights[f"{module}.weight"].double() + added
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     return folder

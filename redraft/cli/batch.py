@@ -163,7 +163,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         return {"prompt": given}
     if not isinstance(given, dict):
         raise InvalidInput(f"a string or an object is needed, not {json.dumps(given)[:40]}")
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value is not None or name == "lora"}  # null: without an adapter
 
 
 def _id(value: Any) -> str | int | None:

@@ -34,7 +34,7 @@ def _bench() -> None:  # with a callback typer keeps the verb's name even if the
 
 
 @bench.command("cache")
-@takes(engine=ENGINE.without("draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing"))
+@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing"))
 def cache(
     model: Model = "embedded",
     texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more; a folder is a source.")] = None,

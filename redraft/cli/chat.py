@@ -47,11 +47,13 @@ def chat(
 ) -> None:
     """Talk to a model that has a chat template.
 
-    /help lists the commands. Ctrl-C stops a reply, Ctrl-D leaves. If input is piped in, each line is a turn.
+    /help lists the commands. Ctrl-C stops a reply, Ctrl-D leaves. If input is piped in, each line is a turn. With --lora
+    the first adapter replies.
     """
     template = options.chat_template(chat_template)
     config = engine_config(model, engine)
     SamplingParams(**sampling)
+    sampling = options.adapted(sampling, config)
     from redraft.llm import LLM
 
     llm = LLM(config=config)
@@ -125,7 +127,8 @@ def _command(talk: Conversation, line: str) -> bool:
 
 def _reply(llm: LLM, talk: Conversation, text: str, params: SamplingParams) -> None:
     prompt = talk.prompt_with(text)
-    cached = llm.runner.memory.match(prompt, "")
+    adapter = None if params.lora is None else llm.runner.adapters[params.lora]
+    cached = llm.runner.memory.match(prompt, "" if adapter is None else adapter.salted(""))
     shown = show(llm, prompt, params)
     _note(shown.summary(llm, params, f"{cached} of {len(prompt)} prompt tokens cached"))
     talk.add(text, shown.texts[0])

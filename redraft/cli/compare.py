@@ -11,7 +11,7 @@ import typer
 from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, names, takes
 
 
-@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "prefix_sharing"))
+@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("lora", "draft", "prefix_sharing"))
 def compare(
     model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, messages or turns; else our own suite.")] = None,

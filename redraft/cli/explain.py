@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import typer
 
 from redraft import registry
 from redraft.card import Card, Guarantee
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+from redraft.cli.options import ENGINE, SAMPLING, Given, Model, adapted, engine_config, takes
 from redraft.columns import fold, width
 from redraft.config import EngineConfig, SamplingParams
 
@@ -39,7 +40,8 @@ class Part:
 def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> None:
     """Print the step for a configuration, and the part that does each line.
 
-    For each part: what it requests from the model, its guarantee, options and paper. Reads headers, not weights.
+    For each part: what it requests from the model, its guarantee, options and paper. Reads headers, not weights;
+    adapters are read whole.
     """
     config = engine_config(model, engine)
     params = SamplingParams(**sampling)
@@ -50,7 +52,7 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     setup = Setup.of(config)
     config = setup.config
     defaults = setup.checkpoint.defaults if config.model.generation_config == "auto" else {}
-    params = SamplingParams(**generation.over(defaults, sampling))
+    params = SamplingParams(**generation.over(defaults, adapted(sampling, config)))
     parts = _parts(config, setup, _engine(config, setup), params)
     for line in [*_model(config, setup, parts), ""]:
         _print(line)
@@ -124,6 +126,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
     runner = [
         f"runner: backend {backend.name} on {backend.device}; segments of layers: {', '.join(segments)}",
         *(f"  {part} requests {_requested(taps)}" for part, taps in requests.items()),
+        *_adapters(config, setup, params),
     ]
     chosen = [type(processor).__name__ for processor in work.seq.state[engine.sampler]]
     sampler = f"sampler: {'greedy' if params.greedy else 'argmax of processed logits and noise'}; processors: {', '.join(chosen) or 'none'}"
@@ -139,6 +142,18 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
         "policies": _policies(engine, params),
         "verifier": _registered("verifier", "verify", config.verify, engine.verifier.own),
     }
+
+
+def _adapters(config: EngineConfig, setup: Setup, params: SamplingParams) -> Iterator[str]:
+    from redraft.models import adapter
+    from redraft.models.memory import size
+
+    checkpoint = setup.checkpoint
+    for name, folder in config.model.adapters.items():
+        found = adapter.read(name, folder, checkpoint.spec, checkpoint.named, setup.backend)
+        chosen = ", which the request chose" if name == params.lora else ""
+        ranks = sorted({len(term.b) for term in found.terms()})
+        yield f"  adapter {name}{chosen}: ranks {', '.join(map(str, ranks))}; {size(found.bytes)}; {adapter.TITLE}"
 
 
 def _work(engine: Engine, params: SamplingParams) -> Any:

@@ -50,18 +50,20 @@ def generate(
 ) -> None:
     """Answer a prompt by the model's chat template, or continue it if there is none.
 
-    The text goes to stdout as it is generated, statistics go to stderr. In a terminal, accepted drafts are green.
+    The text goes to stdout as it is generated, statistics go to stderr. In a terminal, accepted drafts are green. With
+    --lora the first adapter is used.
 
-    Each line of --prompts is a string or an object: prompt, messages or prompt_token_ids, and optionally id and
-    sampling options such as max_tokens. Each gives one line of results, in the same order: id, text, token_ids,
-    finish_reason, usage, seed, error. A wrong line gets an error and the others finish; the exit code is then 1.
-    Results are written as they finish, so Ctrl-C keeps the lines that are complete.
+    Each line of --prompts is a string or an object: prompt, messages or prompt_token_ids, and optionally id, sampling
+    options such as max_tokens, and lora, the name of an adapter (null: none). Each gives one line of results, in the
+    same order: id, text, token_ids, finish_reason, usage, seed, error. A wrong line gets an error and the others finish;
+    the exit code is then 1. Results are written as they finish, so Ctrl-C keeps the lines that are complete.
     """
     template = options.chat_template(chat_template)
     if raw and template is not None:
         raise InvalidInput("--raw and --chat-template exclude each other")
     chosen = engine_config(model or "embedded", engine) if config is None else engine_of(config, {"model": model, **engine})
     SamplingParams(**sampling)
+    sampling = options.adapted(sampling, chosen)
     if prompts is not None:
         raise typer.Exit(_batch(chosen, prompts, output, prompt, sampling, template, raw=raw, overwrite=overwrite))
     if output is not None or overwrite:

@@ -1,4 +1,4 @@
-"""Flags of vLLM and llama.cpp, and the options of Redraft to use instead."""
+"""Flags of vLLM, SGLang and llama.cpp, and the options of Redraft to use instead."""
 
 from __future__ import annotations
 
@@ -50,6 +50,9 @@ OURS = {  # their flag -> ours; suggested only if the verb has it
     "-b": "--token-budget",
     "-ub": "--token-budget",
     "--scheduling-policy": "--scheduler",
+    "--lora-modules": "--lora",
+    "--lora-paths": "--lora",
+    "--lora-scaled": "--lora",
     "--speculative-config": "--draft, --draft-model and --draft-rows",
     "--spec-type": "--draft",
     "--spec-draft-model": "--draft-model",
@@ -83,6 +86,11 @@ WITHOUT = {  # their flags without a counterpart -> why
     "--enforce-eager": "there are no CUDA graphs to switch off",
     "--enable-chunked-prefill": "prompts are always read in chunks, of --token-budget rows",
     "--enable-prefix-caching": "equal prefixes are computed once unless --no-prefix-sharing is given",
+    "--enable-lora": "--lora NAME=FOLDER is enough, or --lora-dir and --admin-key of redraft serve",
+    "--max-loras": "a batch may hold any number of adapters",
+    "--max-cpu-loras": "all adapters stay in memory until they are unloaded",
+    "--max-lora-rank": "adapters of every rank up to 1024 are applied",
+    "--fully-sharded-loras": "Redraft runs on one device, chosen by --device",
     "--swap-space": "nothing is swapped; a preempted request is computed again",
     "-cnv": "that is the command 'redraft chat'",
     "--conversation": "that is the command 'redraft chat'",

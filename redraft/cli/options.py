@@ -69,6 +69,11 @@ def engine_config(model: str, given: Given) -> EngineConfig:
     return EngineConfig.of(model=model, **{**DEFAULTS, **given})
 
 
+def adapted(sampling: Given, config: EngineConfig) -> Given:
+    """The sampling options of requests of a verb that serves nobody else: they choose the first adapter."""
+    return {"lora": next(iter(config.model.adapters)), **sampling} if config.model.lora else sampling
+
+
 def names(text: str | None) -> tuple[str, ...]:
     """Names with commas between them; "none" is no name."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip() not in ("", "none"))
@@ -129,8 +134,10 @@ def _parameter(name: str, field: FieldInfo, group: OptionGroup) -> inspect.Param
         flag = f"{flag}/--no-{flag[2:]}"
     elif default not in (None, (), "", False):
         text = f"{text} (default: {default})".strip()
-    option = typer.Option(flag, help=text, rich_help_panel=group.heading, show_default=False, hidden=group.hidden)
     kind: Any = _type(field.annotation)
+    each = typing.get_args(kind)  # of an option that is repeated
+    shown = f"<{each[0].__name__}>" if each else None  # typer's own <list[str]> makes a column so wide that names are cut
+    option = typer.Option(flag, help=text, rich_help_panel=group.heading, show_default=False, hidden=group.hidden, metavar=shown)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 

@@ -145,10 +145,10 @@ def build(settings: Layer) -> tuple[EngineConfig, ServeConfig]:
     values = {field: setting.value for field, setting in settings.items()}
     model = values.pop("model", "embedded")
     try:
-        return (
-            engine_config(model, {field: value for field, value in values.items() if field in ENGINE.fields}),
-            ServeConfig(**{field: value for field, value in values.items() if field in SERVER.fields}),
-        )
+        engine = engine_config(model, {field: value for field, value in values.items() if field in ENGINE.fields})
+        server = ServeConfig(**{field: value for field, value in values.items() if field in SERVER.fields})
+        server.check_names(model, engine.model.adapters)
+        return engine, server
     except InvalidInput as error:
         named = re.match(r"\w+\.(\w+)", str(error))
         if named is None:  # about several
@@ -173,6 +173,8 @@ def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:
         value = getattr(holder, field)
         if name == "api_key":
             value = f"({len(value)} key{'' if len(value) == 1 else 's'})"
+        elif name == "admin_key" and value is not None:
+            value = "(a key)"
         elif name == "chat_template" and value is not None:
             value = settings[name].value  # the name of the file instead of its text
         text = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)

@@ -100,7 +100,8 @@ class Shown:
         length = f", mean acceptance length {1 + self.accepted / self.steps:.2f}" if self.steps else ""
         rate = f", {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
-        policies = [text for text in (llm.config.model.quant, params.keep, params.codec, params.read, params.depth) if text]
+        adapter = params.lora and f"lora {params.lora}"
+        policies = [text for text in (llm.config.model.quant, adapter, params.keep, params.codec, params.read, params.depth) if text]
         how = [llm.runner.backend.name, llm.config.draft, *policies, llm.guarantee_of(params).label, draw, *notes]
         lines = [f"{self.tokens} new tokens{rate}{length}", ", ".join(how)]
         if self.stopped:

@@ -11,7 +11,10 @@ from redraft.cli.compare import complete
 from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
 
 
-@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "draft_rows", "prefix_sharing"))
+@takes(
+    sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"),
+    engine=ENGINE.without("lora", "draft", "draft_rows", "prefix_sharing"),
+)
 def tune(
     model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, messages or turns; else our own suite.")] = None,

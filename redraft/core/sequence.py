@@ -111,7 +111,7 @@ class Request:
     wants: Wants = NO_WANTS  # the prompt log-probabilities of `params` are added
     pooled: tuple[F64, int] | None = None  # (sum or last row, rows so far) of wants.pooling
     admitted: float | None = None  # time of the first run, in seconds of time.monotonic
-    adapter: Any = None  # what changes the model's weights for this request, set at admission from params.lora (models/adapter.py)
+    adapter: Any = None  # what changes the model's weights for this request, else that of params.lora (models/adapter.py)
     reuse: str = ""  # the method that reuses the cache of `before`; empty for none
     before: list[int] = field(default_factory=list)  # the text before the edits
     reused_tokens: int = 0  # tokens reused from the cache of `before`

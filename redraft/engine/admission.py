@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence as Seq
+from typing import cast
 
 from redraft.core.noise import sample_seed
 from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
-from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported, did_you_mean, shown
+from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
+from redraft.models.adapter import Adapter, unknown
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
 
@@ -31,17 +33,17 @@ class Admission:
     def admit(self, request: Request) -> Sequence:
         """The request's first sequence. Chooses a seed if the request has none. On InvalidInput (PromptTooLong) nothing has changed."""
         self._check(request)
-        params, salt = request.params, request.salt
+        params, salt, adapter = request.params, request.salt, request.adapter
+        chosen = self._adapter(request)
         if params.seed is None:
             request.params = params.but(seed=secrets.randbits(63))
-        if params.lora is not None:
-            request.adapter = self.runner.adapters[params.lora]
-            request.salt += f"\0{request.adapter.digest}"  # its keys and values are its own, also under a name that was another's
+        if chosen is not None:
+            request.adapter, request.salt = chosen, chosen.salted(salt)
         try:
             seq = self.sequence(request, 0)
             self._check_length(seq)
         except Exception:
-            request.params, request.salt, request.adapter = params, salt, None
+            request.params, request.salt, request.adapter = params, salt, adapter
             request.sequences.clear()
             raise
         return seq
@@ -73,13 +75,20 @@ class Admission:
 
     # ---- checks
 
+    def _adapter(self, request: Request) -> Adapter | None:
+        """The adapter of the request, which may bring one that is no longer loaded. InvalidInput if there is none of the chosen name."""
+        name, found = request.params.lora, cast("Adapter | None", request.adapter)
+        if name is not None and found is None:
+            found = self.runner.adapters.get(name)  # in one step, because other threads load and unload
+            if found is None:
+                raise InvalidInput(unknown(name, self.runner.adapters))
+        return found
+
     def _check(self, request: Request) -> None:
         params, prompt = request.params, request.prompt
         if not prompt:
             raise InvalidInput("prompt is empty: at least one token is needed")
         self._check_ids("prompt_token_ids", prompt)
-        if params.lora is not None and params.lora not in self.runner.adapters:
-            raise InvalidInput(f"lora = {shown(params.lora)}: {did_you_mean(params.lora, self.runner.adapters)}")
         plan = self.policies.check(params, request.reuse)
         if request.reuse and request.wants.whole_prompt:
             name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"

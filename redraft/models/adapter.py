@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,14 +24,16 @@ from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.spec import ModelSpec, WeightSource
-from redraft.errors import CheckpointError, Unsupported, shown
+from redraft.errors import CheckpointError, Unsupported, did_you_mean, shown
 from redraft.models.checkpoint import STORED, TensorFile
 from redraft.models.config import read_json
 from redraft.ops.backend import Adapted, Backend, ForwardResult, LayerWeights, Linear, LinearWeights, LowRank
 
+TITLE = "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685"
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LANES = 16  # `a` is filled with zeros up to a multiple of this rank
 LARGEST_RANK = 1024
+LARGEST_ALPHA = 1e6
 
 _LINEAR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<part>qkv|out|up|down)\.weight")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -41,13 +44,14 @@ _HARMLESS = {
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _READ = {"alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "r", "rank_pattern", "use_rslora"}
+_PREFIXES = ("base_model", "decoder", "gpt_neox", "language_model", "model", "transformer")
 _INITS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base model's weights
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter in memory. digest: of its files' contents; spec: of the model that it belongs to; layers: for each layer, the name of a
-    LayerWeights field -> its terms; embed, head: in place of the model's, or None."""
+    """An adapter in memory. digest: of what it adds and replaces; spec: of the model that it belongs to; layers: for each layer, the name
+    of a LayerWeights field -> its terms; embed, head: in place of the model's, or None."""
 
     name: str
     digest: str
@@ -55,6 +59,23 @@ class Adapter:
     layers: tuple[Mapping[str, tuple[LowRank, ...]], ...]
     embed: Tensor | None = None
     head: LinearWeights | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.a.nbytes + term.b.nbytes for term in self.terms())
+
+    def terms(self) -> Iterator[LowRank]:
+        return (term for layer in self.layers for terms in layer.values() for term in terms)
+
+    def salted(self, salt: str) -> str:
+        """The salt of a request in the prefix cache: keys and values of an adapter are its own, also under a name that was another's. The
+        digest comes first, so that no salt of a request without an adapter is equal."""
+        return f"{self.digest}\0{salt}"
+
+
+def unknown(name: Any, adapters: Mapping[str, Adapter]) -> str:
+    """The error about a name that none of the adapters has."""
+    return f"lora = {shown(name)}: " + (did_you_mean(str(name), list(adapters)) if adapters else "no adapter is loaded")
 
 
 def own_rows(batch: Batch, device: torch.device | str = "cpu") -> list[tuple[Adapter, Tensor]]:
@@ -119,27 +140,37 @@ class _Target(NamedTuple):
     source: WeightSource
 
 
-def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, backend: Backend) -> Adapter:
+def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backend: Backend) -> Adapter:
     """The adapter in a PEFT folder. spec: of the loaded model; named: the same with the names of a Hugging Face checkpoint.
     CheckpointError or Unsupported, one line each, names the file and what is wrong."""
+    folder = Path(os.path.expanduser(folder))
     file = folder / CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: no adapter: it has no {CONFIG}")
-    config = read_json(file)
-    _check(file, config)
-    if not (folder / TENSORS).is_file():
-        why = f"holds {PICKLED} only, which could run code; save it as {TENSORS}" if (folder / PICKLED).exists() else f"has no {TENSORS}"
-        raise CheckpointError(f"{folder}: {why}")
+    try:
+        if not file.is_file():
+            raise CheckpointError(f"{shown(str(folder))}: no adapter: it has no {CONFIG}")
+        config = read_json(file)
+        _check(file, config)
+        if not (folder / TENSORS).is_file():
+            pickled = (folder / PICKLED).exists()
+            why = f"holds {PICKLED} only, which could run code; save it as {TENSORS}" if pickled else f"has no {TENSORS}"
+            raise CheckpointError(f"{folder}: {why}")
+    except OSError as error:  # the name is too long, or a folder on the way cannot be read
+        raise CheckpointError(f"{shown(str(folder))}: {error.strerror}") from None
     stored = TensorFile(folder / TENSORS)
     modules: dict[str, dict[str, str]] = {}
     whole: dict[str, Tensor] = {}
     for tensor in stored.tensors:
         if (part := _whole(tensor, named)) is not None:
-            whole[part] = _matrix(stored, tensor, (spec.vocab, spec.hidden)).to(backend.dtype)
-        elif (found := _TENSOR.fullmatch(tensor)) is not None:
-            modules.setdefault(found["module"], {})[found["side"]] = tensor
-        else:
+            whole[part] = _matrix(stored, tensor, (spec.vocab, spec.hidden)).to(backend.device, backend.dtype)
+            continue
+        if (found := _TENSOR.fullmatch(tensor)) is None:
             raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers, embeddings and heads are applied")
+        sides = modules.setdefault(_bare(found["module"]), {})
+        if found["side"] in sides:
+            raise CheckpointError(f"{stored.file}: {shown(tensor)} is there twice, also as {shown(sides[found['side']])}")
+        sides[found["side"]] = tensor
+    if not modules and not whole:
+        raise CheckpointError(f"{stored.file}: holds no tensors")
     if spec.tied and len(whole) == 1 and config.get("ensure_weight_tying"):
         whole = dict.fromkeys(("embed", "head"), *whole.values())
     if "embed" in whole and spec.learned_positions:
@@ -147,16 +178,15 @@ def read(name: str, folder: Path, spec: ModelSpec, named: ModelSpec, backend: Ba
     targets = dict(_targets(spec, named))
     layers: list[dict[str, tuple[LowRank, ...]]] = [{} for _ in spec.layers]
     for module, sides in modules.items():
-        target = _find(targets, module)
+        target = targets.get(module)
         if target is None:
-            raise Unsupported(f"{stored.file}: {shown(module)} is adapted: only query, key, value, output and MLP projections are")
-        term = LowRank(*_term(stored, module, sides, target, config, file, backend))
+            allowed = "only query, key, value, output and MLP projections of this model's layers can be"
+            raise Unsupported(f"{stored.file}: {shown(module)} is adapted: {allowed}")
+        term = _term(stored, module, sides, target, config, file, backend)
         layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), term)
-    if not modules and not whole:
-        raise CheckpointError(f"{stored.file}: holds no tensors")
-    embed, head = (whole[part].to(backend.device) if part in whole else None for part in ("embed", "head"))
+    embed, head = whole.get("embed"), whole.get("head")
     packed = None if head is None else backend.pack(Linear(head))
-    return Adapter(name, _digest(file, stored.file), spec, tuple(layers), embed, packed)
+    return Adapter(name, _digest(layers, whole), spec, tuple(layers), embed, packed)
 
 
 def _whole(tensor: str, named: ModelSpec) -> str | None:
@@ -181,13 +211,15 @@ def _check(file: Path, config: dict[str, Any]) -> None:
         raise Unsupported(
             f"{file}: init_lora_weights = {shown(init)}: it changes the base model; allowed: true, false, gaussian, orthogonal, eva"
         )
+    if not isinstance(rooted := config.get("use_rslora", False), bool):
+        raise CheckpointError(f"{file}: use_rslora = {shown(rooted)}: must be true or false")
     for field, value in config.items():
         if value and field not in _HARMLESS | _READ:
             raise Unsupported(f"{file}: {shown(field)} = {shown(value)}: this kind of adapter is not applied")
 
 
 def _targets(spec: ModelSpec, named: ModelSpec) -> Iterator[tuple[str, _Target]]:
-    """The name of each module, without the prefix of the family, and what it is here."""
+    """The bare name of each module, and what it is here."""
     for name, shape in spec.shapes().items():
         if (found := _LINEAR.fullmatch(name)) is None:
             continue
@@ -195,25 +227,29 @@ def _targets(spec: ModelSpec, named: ModelSpec) -> Iterator[tuple[str, _Target]]
         counts = source.rows or (shape[0] // len(source.names),) * len(source.names)
         for part, count in zip(source.names, counts, strict=True):
             begin, end = end, end + count
-            module = part.removeprefix(named.prefix).removesuffix(".weight")
-            yield module, _Target(int(found["layer"]), found["part"], range(begin, end), shape[0], shape[1], source)
+            yield (
+                _bare(part.removesuffix(".weight")),
+                _Target(int(found["layer"]), found["part"], range(begin, end), shape[0], shape[1], source),
+            )
 
 
-def _find(targets: Mapping[str, _Target], module: str) -> _Target | None:
-    """By the name without its first parts: prefixes differ between classes of transformers."""
-    while module not in targets and "." in module:
-        module = module.partition(".")[2]
-    return targets.get(module)
+def _bare(module: str) -> str:
+    """The name without its first parts, which differ between classes of transformers and say nothing. Those of other models in the same
+    checkpoint, such as a vision encoder, stay."""
+    first, dot, rest = module.partition(".")
+    return _bare(rest) if dot and first in _PREFIXES else module
 
 
 def _term(
     stored: TensorFile, module: str, sides: dict[str, str], target: _Target, config: dict[str, Any], file: Path, backend: Backend
-) -> tuple[Tensor, Tensor, int]:
+) -> LowRank:
     if missing := {"A", "B"} - sides.keys():
         raise CheckpointError(f"{stored.file}: {module}: lora_{missing.pop()}.weight is missing")
     if target.source.skip or target.source.place:
         raise Unsupported(f"{stored.file}: {shown(module)} is adapted: a part of a stored tensor cannot be")
-    rank, factor = _scaling(module, config, file)
+    found = _TENSOR.fullmatch(sides["A"])
+    assert found is not None
+    rank, factor = _scaling(found["module"], config, file)
     a, b = (_matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank))))
     places = np.array(target.rows)  # of the outputs in the layer
     if target.source.order:
@@ -225,7 +261,12 @@ def _term(
     wide[torch.from_numpy(places - first)] = b.double() * factor
     filled = torch.zeros(target.ins, -(-rank // LANES) * LANES, dtype=backend.dtype)
     filled[:, :rank] = a.T
-    return filled.to(backend.device), wide.T.to(backend.device, backend.dtype).contiguous(), first
+    term = LowRank(filled.to(backend.device), wide.T.to(backend.device, backend.dtype).contiguous(), first)
+    if not all(bool(part.isfinite().all()) for part in (term.a, term.b)):
+        raise CheckpointError(
+            f"{stored.file}: {module}: numbers of lora_A, or of lora_B times lora_alpha / r, are too large for {backend.dtype}"
+        )
+    return term
 
 
 def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
@@ -241,7 +282,7 @@ def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
 
 
 def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, float]:
-    """(rank, factor) of a module."""
+    """(rank, factor) of a module, whose name is as in the file, because patterns may begin with its first parts."""
 
     def of(field: str, pattern: str) -> Any:
         named = config.get(pattern) or {}
@@ -251,20 +292,30 @@ def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, floa
             try:
                 if re.match(rf"(.*\.)?({key})$", module):
                     return value
-            except re.error:
+            except (re.error, OverflowError, RecursionError):
                 raise CheckpointError(f"{file}: {pattern}: {shown(key)} is no regular expression") from None
         return config.get(field, 8)
 
     rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise CheckpointError(f"{file}: r = {shown(rank)}: must be 1 to {LARGEST_RANK}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{file}: lora_alpha = {shown(alpha)}: must be a number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+        raise CheckpointError(f"{file}: lora_alpha = {shown(alpha)}: must be a number of at most {LARGEST_ALPHA:g}")
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _digest(*files: Path) -> str:
+def _digest(layers: list[dict[str, tuple[LowRank, ...]]], whole: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
-    for file in files:
-        found.update(file.read_bytes())
+    for i, layer in enumerate(layers):
+        for part, terms in sorted(layer.items()):
+            for term in sorted(terms, key=lambda term: term.first):
+                found.update(f"{i} {part} {term.first} {[*term.a.shape, *term.b.shape]}".encode())
+                for tensor in (term.a, term.b):
+                    found.update(_raw(tensor))
+    for part, tensor in sorted(whole.items()):
+        found.update(part.encode() + _raw(tensor))
     return found.hexdigest()[:32]
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from redraft import __version__
 from redraft.llm import LLM
-from redraft.serve import documents, openai, operations
+from redraft.serve import adapters, documents, openai, operations
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, clean
 from redraft.serve.limits import Limits, answer
@@ -34,9 +34,10 @@ def app(llm: LLM, config: ServeConfig) -> FastAPI:
         await here.shell.stop()
 
     made = FastAPI(title="Redraft", version=__version__, lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None)
-    made.state.service, made.state.endpoints = here, operations.endpoints(openai.router, operations.router)
-    made.include_router(openai.router)
-    made.include_router(operations.router)
+    routers = (openai.router, adapters.router, operations.router)
+    made.state.service, made.state.endpoints = here, operations.endpoints(*routers)
+    for router in routers:
+        made.include_router(router)
     documents.describe(made, config)
     _answer_errors(made)
     made.add_middleware(Limits, config=config)

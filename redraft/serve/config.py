@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from redraft import registry
 from redraft.config import Settings
+from redraft.errors import InvalidInput
 
 WEEK = 7 * 24 * 3600.0
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -33,6 +35,13 @@ class ServeConfig(Settings):
         exclude=True,
         description="a key that clients must send, repeated for more; none: no key is needed. The list of processes shows it to others:"
         " prefer the environment or a file",
+    )
+    lora_dir: Path | None = Field(None, description="folder whose subfolders, LoRA adapters, may be loaded at run time with the admin key")
+    admin_key: str | None = Field(
+        None,
+        repr=False,
+        exclude=True,
+        description="the key that loads and unloads adapters of --lora-dir, and nothing else; prefer the environment or a file",
     )
     allow_origins: tuple[str, ...] = Field((), description="origin of web pages that may use the server (CORS), repeated for more; *: all")
     served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
@@ -71,11 +80,30 @@ class ServeConfig(Settings):
         for text in value:
             if not text.strip():
                 raise ValueError("an empty string is not allowed")
-            if info.field_name == "api_key" and not re.fullmatch(r"[!-~]+", text):
-                raise ValueError("a key has visible ASCII characters only, without spaces")
+            if info.field_name == "api_key":
+                _check_key(text)
             if info.field_name == "allow_origins" and not ORIGIN.fullmatch(text):
                 raise ValueError(f"{text!r} is neither * nor scheme://host[:port]")
         return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _key(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check_key(value)
+        return value
+
+    @field_validator("lora_dir")
+    @classmethod
+    def _folder(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        path = _home(value)
+        try:
+            next(path.iterdir(), None)
+        except OSError as error:
+            raise ValueError(_reason(error)) from None
+        return path
 
     @field_validator("keep", "codec", "read", "depth")
     @classmethod
@@ -130,7 +158,31 @@ class ServeConfig(Settings):
     def _pair(self) -> Self:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile must be given together or not at all")
+        if self.admin_key is not None and self.admin_key in self.api_key:
+            raise ValueError("admin_key is an api_key too: clients could load adapters")
         return self
+
+    @property
+    def loads(self) -> bool:
+        """Whether adapters can be loaded at run time."""
+        return self.lora_dir is not None and self.admin_key is not None
+
+    def names(self, model: str) -> tuple[str, ...]:
+        """What clients call the model."""
+        name = model.rstrip("/").rsplit("/", 1)[-1] if model.startswith(("/", ".", "~")) else model
+        return self.served_model_name or (name,)
+
+    def check_names(self, model: str, adapters: Iterable[str]) -> None:
+        """InvalidInput if an adapter has a name of the model."""
+        if name := next((name for name in adapters if name in self.names(model)), None):
+            raise InvalidInput(f"ModelConfig.lora = {name!r}: is a name of the model too; choose another, or another --served-model-name")
+
+
+def _check_key(text: str) -> None:
+    if not text.strip():
+        raise ValueError("an empty string is not allowed")
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("a key has visible ASCII characters only, without spaces")
 
 
 def _home(path: str | Path) -> Path:

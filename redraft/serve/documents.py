@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import ErrorReply
-from redraft.serve.limits import OPEN
+from redraft.serve.limits import ADMIN, OPEN
 
 STATUSES = {
     400: "the request is wrong: param names the field",
     401: "no valid key",
-    403: "a web page or host that this server does not serve",
-    404: "no such model",
+    403: "a web page or host that this server does not serve, or loading at run time is off",
+    404: "no such model or adapter",
     408: "the request did not arrive in time",
     413: "the body is too large",
     429: "too many requests wait: Retry-After says how long to wait",
@@ -29,7 +29,7 @@ STATUSES = {
 }
 ALWAYS = (400, 401, 403, 408, 413, 431, 500)  # of any operation; 401 only if keys are set and the operation needs one
 WORKING = (404, 429, 503, 504)  # runs in the engine
-KEY = "key"
+KEY, ADMIN_KEY = "key", "admin key"
 
 
 class Form(BaseModel):
@@ -248,7 +248,7 @@ class Model(Form):
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None = Field(description="of an adapter, the model that it changes")
     max_model_len: int
     permission: list[str]
 
@@ -256,6 +256,12 @@ class Model(Form):
 class Models(Form):
     object: Literal["list"]
     data: list[Model]
+
+
+class Unloaded(Form):
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
 
 
 class Tokens(Form):
@@ -306,6 +312,7 @@ class CacheInfo(Form):
 class ServerInfo(Form):
     version: str
     models: list[str]
+    adapters: list[str]
     family: str
     max_model_len: int
     backend: str
@@ -348,26 +355,28 @@ def describe(app: FastAPI, config: ServeConfig) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            _correct(plain(), bool(config.api_key))
+            _correct(plain(), config)
         assert app.openapi_schema is not None
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _correct(document: dict[str, Any], keys: bool) -> None:
+def _correct(document: dict[str, Any], config: ServeConfig) -> None:
     parts = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which are never sent
         parts["schemas"].pop(name, None)
     for chunk in (CompletionChunk, ChatChunk):
         made = chunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
         parts["schemas"] |= made.pop("$defs", {}) | {chunk.__name__: made}
-    if keys:
-        parts["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer"}}
+    schemes = ([KEY] if config.api_key else []) + ([ADMIN_KEY] if config.loads else [])
+    if schemes:
+        parts["securitySchemes"] = {name: {"type": "http", "scheme": "bearer"} for name in schemes}
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            if not keys or path in OPEN:
+            needed = ADMIN_KEY if config.loads and path in ADMIN else KEY
+            if needed not in schemes or path in OPEN:
                 operation["responses"].pop("401", None)
             else:
-                operation["security"] = [{KEY: []}]
+                operation["security"] = [{needed: []}]

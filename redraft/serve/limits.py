@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Sequence as Seq
 from time import monotonic
 from typing import Any
 
@@ -17,8 +18,12 @@ from redraft.serve.errors import Refused, refused
 from redraft.serve.origins import Origins
 
 OPEN = ("", "/", "/health", "/ready", "/version", "/metrics")  # answered without a key
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # answered with the admin key only
+ADMITTED = "redraft.admin"  # key of the scope: the request had that key
+ENDED = "redraft.ended"  # key of the scope: what to call when the answer has ended
 REFUSED = "redraft.refused"  # key of the scope: the error of its body, because FastAPI turns any error of reading into a plain 400
 ABORT = "redraft.abort"  # key of the scope's state: cuts the connection off
+LOADS = "adapters are loaded at run time only by a server that was started with --lora-dir and --admin-key"
 LINGER = 2.0  # seconds for which a refused body is still received, so that the client reads the answer
 
 log = logging.getLogger("redraft.serve")
@@ -34,6 +39,7 @@ class Limits:
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self.app, self.config = app, config
         self.keys = [key.encode() for key in config.api_key]
+        self.admin = [] if config.admin_key is None else [config.admin_key.encode()]
         self.origins = Origins(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +72,8 @@ class Limits:
             if begun:
                 return  # half an answer: uvicorn closes the connection
             await answer(reply)(scope, receive, send)
+        finally:
+            scope.get(ENDED, _nothing)()
 
     async def _admit(self, scope: Scope, receive: Receive) -> None:
         headers = dict(scope["headers"])
@@ -74,12 +82,14 @@ class Limits:
             raise Refused(400, "Content-Length and Transfer-Encoding exclude each other", headers={"Connection": "close"})
         self.origins.check(scope, headers)
         scope["redraft.key"] = ""
-        if self.keys and scope["method"] != "OPTIONS" and scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            matches = [hmac.compare_digest(given.strip(), key) for key in self.keys]  # compares all keys, so that times are equal
-            if scheme.lower() != b"bearer" or not any(matches):
-                raise Refused(401, "a key of this server is needed: Authorization: Bearer KEY", code="invalid_api_key")
-            scope["redraft.key"] = given.strip().decode("latin-1")
+        path, asks = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"] != "OPTIONS"
+        if asks and path in ADMIN and self.config.loads:
+            _authorized(headers, self.admin, "the admin key")
+            scope[ADMITTED] = True
+        elif asks and self.keys and path not in OPEN:
+            scope["redraft.key"] = _authorized(headers, self.keys, "a key").decode("latin-1")
+        if asks and path in ADMIN and not self.config.loads:
+            raise Refused(403, LOADS)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self.config.max_body:
             if b"expect" not in headers:  # else the client waits for permission and sends nothing
@@ -119,6 +129,15 @@ class Limits:
 
     def _large(self) -> Refused:
         return Refused(413, f"the body has more than {self.config.max_body} bytes", headers={"Connection": "close"})
+
+
+def _authorized(headers: Mapping[bytes, bytes], keys: Seq[bytes], needed: str) -> bytes:
+    """The key of the request, if it is one of these; else Refused (401)."""
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    matches = [hmac.compare_digest(given.strip(), key) for key in keys]  # compares all keys, so that times are equal
+    if scheme.lower() != b"bearer" or not any(matches):
+        raise Refused(401, f"{needed} of this server is needed: Authorization: Bearer KEY", code="invalid_api_key")
+    return given.strip()
 
 
 async def _drain(receive: Receive) -> None:

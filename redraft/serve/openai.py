@@ -31,7 +31,7 @@ async def completions(http: Request, body: schema.CompletionRequest) -> Response
     """Continues a prompt, or several."""
     here = service(http)
     deadline = here.deadline
-    here.known(body.model)
+    lora = here.chosen(http, body.model)
     _check_stream(body)
     within("logprobs", body.logprobs, here.config.max_logprobs)
     drop = body.max_tokens == 0
@@ -47,6 +47,7 @@ async def completions(http: Request, body: schema.CompletionRequest) -> Response
         logprobs=likeliest,
         prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0) if body.echo and body.logprobs is not None else None,
         provenance=body.provenance,
+        lora=lora,
     )
     prompts = await here.prompts.read(body.prompt, deadline, special=body.add_special_tokens is not False, texts=bool(body.echo))
     name = f"cmpl-{secrets.token_hex(12)}"
@@ -59,7 +60,7 @@ async def chat(http: Request, body: schema.ChatRequest) -> Response:
     """Replies to a conversation."""
     here = service(http)
     deadline = here.deadline
-    here.known(body.model)
+    lora = here.chosen(http, body.model)
     _check_stream(body)
     within("top_logprobs", body.top_logprobs, here.config.max_logprobs)
     if body.top_logprobs and not body.logprobs:
@@ -69,7 +70,7 @@ async def chat(http: Request, body: schema.ChatRequest) -> Response:
     requested = (body.top_logprobs or 0) if body.logprobs else None
     likeliest = max(requested or 0, ALTERNATIVES + 1) if body.provenance else requested
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = here.params(body, max_tokens=max_tokens, logprobs=likeliest, provenance=body.provenance)
+    params = here.params(body, max_tokens=max_tokens, logprobs=likeliest, provenance=body.provenance, lora=lora)
     prompt = await here.prompts.conversation(body, deadline)
     wanted = here.wanted(body, params, id=f"chatcmpl-{secrets.token_hex(12)}", chat=True, logprobs=requested)
     return await here.reply(http, body, [prompt], params, wanted, deadline)
@@ -79,16 +80,17 @@ async def chat(http: Request, body: schema.ChatRequest) -> Response:
 async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
     """A vector for each text."""
     here = service(http)
-    deadline, model = here.deadline, here.known(body.model)
+    deadline, lora = here.deadline, here.chosen(http, body.model)
+    model = body.model or here.names[0]
     size = here.llm.runner.spec.hidden
     if body.dimensions not in (None, size):
         raise Refused(400, f"dimensions = {body.dimensions}: this model has {size}, and fewer are not supported", "dimensions")
     pool = Pooling(body.pooling or "last")
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0, lora=lora)
     prompts = await here.prompts.read(body.input, deadline, field="input")
     submissions, data = [], []
     for at in range(0, len(prompts), here.config.max_queue):  # as many at a time as may wait
-        some = await here.submit(prompts[at : at + here.config.max_queue], params, http.scope["redraft.key"], body, deadline, pool)
+        some = await here.submit(prompts[at : at + here.config.max_queue], params, http, body, deadline, pool)
         writer = Writer(Wanted("", model, False), here.llm.tokenizer, some, [""] * len(some))
         await unless_gone(http.receive, whole(writer, deadline), partial(here.shell.forget, *some))
         submissions += some
@@ -105,14 +107,14 @@ async def embeddings(http: Request, body: schema.EmbeddingRequest) -> Response:
 async def models(http: Request) -> dict[str, Any]:
     """The names of what is served."""
     here = service(http)
-    return {"object": "list", "data": [_model(here, name) for name in here.names]}
+    return {"object": "list", "data": [about(here, name) for name in (*here.names, *here.llm.loras)]}
 
 
 @router.get("/v1/models/{model:path}", **answers(documents.Model, 404))
 async def model(http: Request, model: str) -> dict[str, Any]:
     """One of them."""
     here = service(http)
-    return _model(here, here.known(model))
+    return about(here, here.known(model))
 
 
 @router.post("/tokenize", **answers(documents.Tokens, 404, 504))
@@ -151,6 +153,9 @@ def _check_stream(body: schema.Sampled) -> None:
         raise Refused(400, "stream_options needs stream", "stream_options")
 
 
-def _model(here: Service, name: str) -> dict[str, Any]:
-    about = {"object": "model", "created": here.began, "owned_by": "redraft", "root": here.names[0], "parent": None}
-    return {"id": name, **about, "max_model_len": here.llm.max_model_len, "permission": []}
+def about(here: Service, name: str) -> dict[str, Any]:
+    """The description of a model; the parent of an adapter is the model that it changes."""
+    base = here.names[0]
+    root, parent = (base, None) if name in here.names else (name, base)
+    found = {"object": "model", "created": here.began, "owned_by": "redraft", "root": root, "parent": parent}
+    return {"id": name, **found, "max_model_len": here.llm.max_model_len, "permission": []}

@@ -67,6 +67,7 @@ async def server_info(http: Request) -> dict[str, Any]:
     return {
         "version": __version__,
         "models": list(here.names),
+        "adapters": here.llm.loras,
         "family": spec.family,
         "max_model_len": llm.max_model_len,
         "backend": backend.name,

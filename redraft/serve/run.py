@@ -110,7 +110,7 @@ def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) 
         policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}
         llm.engine.policies.check(SamplingParams(**policies))  # a conflict is an error now, not for the first client
         made = server(llm, serve)
-        names = ", ".join(made.service.names)
+        names = ", ".join([*made.service.names, *(f"{name} (adapter)" for name in llm.loras)])
         typer.echo("\n".join(line for one in described(llm, names) for line in fold(one, width())), err=True)
         if made.ignores_sigint:
             typer.echo("SIGINT is ignored, as in background jobs of a script: stop the server with SIGTERM", err=True)

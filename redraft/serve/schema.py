@@ -25,6 +25,7 @@ LACKING = {
     "guided_json": "grammars", "guided_regex": "grammars", "guided_choice": "grammars",
     "guided_grammar": "grammars", "structured_outputs": "grammars", "use_beam_search": "beam search", "web_search_options": "web search",
     "reasoning_effort": "reasoning effort", "length_penalty": "beam search", "chat_template": "templates from clients",
+    "lora_path": "paths from clients",
 }  # fmt: skip
 NEUTRAL: dict[str, Any] = {"best_of": 1, "tool_choice": "none", "function_call": "none", "suffix": "", "modalities": ["text"]}
 NO_FIELDS: dict[str, Any] = {"additionalProperties": {"type": "null"}}  # fields that are not described may be null
@@ -264,3 +265,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     model: str | None = Field(None, max_length=400)
     tokens: list[Token] = Field(max_length=1 << 20)
+
+
+class AdapterRequest(Body):
+    lora_name: str = Field(max_length=400, description="name of a subfolder of --lora-dir, and of the adapter as a model")

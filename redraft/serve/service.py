@@ -8,6 +8,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -23,11 +24,12 @@ from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling, Wants
 from redraft.errors import PromptTooLong, RedraftError
 from redraft.llm import LLM
+from redraft.models.adapter import Adapter
 from redraft.serve import schema
 from redraft.serve.choices import FIELDS, checked
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, refused
-from redraft.serve.limits import unless_gone
+from redraft.serve.limits import ENDED, unless_gone
 from redraft.serve.metrics import Metrics
 from redraft.serve.prompts import Prompt, Prompts
 from redraft.serve.reply import Wanted, Writer
@@ -35,6 +37,7 @@ from redraft.serve.shell import Shell, Submission
 from redraft.serve.stream import EventStream, lines, whole
 
 PREDICTED = "aggressive"  # the drafter of a request's prediction
+ADAPTER = "redraft.adapter"  # key of the scope: the adapter of the request, or None
 SALTED = 16  # characters of a key's hash
 SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
@@ -49,13 +52,14 @@ class Service:
 
     def __init__(self, llm: LLM, config: ServeConfig) -> None:
         self.llm, self.config = llm, config
-        name = llm.name.rstrip("/").rsplit("/", 1)[-1] if llm.name.startswith(("/", ".", "~")) else llm.name
-        self.names = config.served_model_name or (name,)
+        config.check_names(llm.name, llm.loras)
+        self.names = config.names(llm.name)
         self.metrics = Metrics(config.metrics_prefix, self.names[0])
         self.shell = Shell(llm.engine, self.metrics, max_queue=config.max_queue)
         self.metrics.watch(llm.engine)
         self.prompts = Prompts(llm, config)
         self.began = int(time.time())
+        self.uses: Counter[Adapter] = Counter()  # requests under way with each adapter
         self._numbers = itertools.count()
 
     @property
@@ -66,9 +70,28 @@ class Service:
     # ---- what a body requests
 
     def known(self, model: str | None) -> str:
-        if model is None or model in self.names:
+        """The name, of the model or of an adapter, by which the reply calls what answers."""
+        if model is None or model in self.names or model in self.llm.runner.adapters:
             return model or self.names[0]
-        raise Refused(404, f"no model {model!r} here; there is {', '.join(self.names)}", "model", "model_not_found")
+        raise Refused(404, f"no model {model!r} here; there is {', '.join([*self.names, *self.llm.loras])}", "model", "model_not_found")
+
+    def chosen(self, http: Request, model: str | None) -> str | None:
+        """The name of the adapter that the request chose as its model. The request keeps it until its reply has ended, also if it is
+        unloaded meanwhile."""
+        name = self.known(model)
+        adapter = None if name in self.names else self.llm.runner.adapters[name]
+        http.scope[ADAPTER] = adapter
+        if adapter is None:
+            return None
+        self.uses[adapter] += 1
+
+        def release() -> None:
+            self.uses[adapter] -= 1
+            if not self.uses[adapter]:
+                del self.uses[adapter]
+
+        http.scope[ENDED] = release
+        return adapter.name
 
     def params(self, body: schema.Sampled, **more: Any) -> SamplingParams:
         """The request's sampling parameters, then the checkpoint's defaults."""
@@ -115,7 +138,7 @@ class Service:
 
     def wanted(self, body: schema.Sampled, params: SamplingParams, **more: Any) -> Wanted:
         return Wanted(
-            model=self.known(body.model),
+            model=body.model or self.names[0],
             role=self.config.response_role,
             prompt_logprobs=body.prompt_logprobs,
             token_ids=bool(body.return_token_ids),
@@ -128,17 +151,19 @@ class Service:
     # ---- to the engine and back
 
     async def submit(
-        self, prompts: list[Prompt], params: SamplingParams, key: str, body: Any, deadline: float, pool: Pooling = Pooling.NONE
+        self, prompts: list[Prompt], params: SamplingParams, http: Request, body: Any, deadline: float, pool: Pooling = Pooling.NONE
     ) -> list[Submission]:
         """Queues all prompts or none."""
         if isinstance(params.prediction, str):
             params = params.but(prediction=tuple(await self.prompts.prediction(params.prediction, deadline)))
+        key, adapter = http.scope["redraft.key"], http.scope[ADAPTER]
         salt = hashlib.sha256(key.encode()).hexdigest()[:SALTED] if key else ""
         salt += f"/{body.cache_salt}" if body.cache_salt else ""
         requests = []
         for prompt in prompts:
             name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-            requests.append(sequence.Request(name, prompt.tokens, params, salt, priority=body.priority or 0, wants=Wants(pooling=pool)))
+            options = {"priority": body.priority or 0, "wants": Wants(pooling=pool), "adapter": adapter}
+            requests.append(sequence.Request(name, prompt.tokens, params, salt, **options))
         try:
             return await self.shell.submit(*requests)
         except PromptTooLong as error:
@@ -170,7 +195,7 @@ class Service:
         self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, wanted: Wanted, deadline: float
     ) -> Response:
         """The whole answer, or a stream of it."""
-        submissions = await self.submit(prompts, params, http.scope["redraft.key"], body, deadline)
+        submissions = await self.submit(prompts, params, http, body, deadline)
         writer = Writer(wanted, self.llm.tokenizer, submissions, [prompt.text for prompt in prompts])
         headers = {"X-Request-Id": wanted.id}
         if body.stream:

@@ -145,6 +145,32 @@ def test_values_arrive_as_they_were_meant(
     assert "k1" not in err
 
 
+@pytest.mark.parametrize("way", ["flag", "variable", "list", "text"])
+def test_adapters_and_the_admin_key(
+    redraft: Serve, ran: Configs, file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+) -> None:
+    given = ("french=./fr", "legal=/srv/a=b") if way != "text" else ("french=./fr",)
+    arguments: list[str] = []
+    if way == "flag":
+        arguments = [word for text in given for word in ("--lora", text)]
+        arguments += ["--lora-dir", str(tmp_path), "--admin-key", "secret-1"]
+    elif way == "variable":
+        for name, text in {"LORA": ", ".join(given), "LORA_DIR": str(tmp_path), "ADMIN_KEY": "secret-1"}.items():
+            monkeypatch.setenv(f"REDRAFT_{name}", text)
+    else:
+        loras = "".join(f"\n- {text}" for text in given) if way == "list" else f" {given[0]}"
+        arguments = ["--config", file(f"lora:{loras}\nlora-dir: {tmp_path}\nadmin-key: secret-1\n")]
+    code, _, err = redraft("serve", *arguments)
+    assert code == 0, err
+    ((engine, server),) = ran
+    assert engine.model.adapters == dict(text.split("=", 1) for text in given)
+    assert (server.lora_dir, server.admin_key, server.loads) == (tmp_path, "secret-1", True)
+    origin = {"flag": "command line", "variable": "environment"}.get(way, "file")
+    assert shown(err, "lora") == (", ".join(given), origin)
+    assert shown(err, "admin-key") == ("(a key)", origin)
+    assert "secret" not in err
+
+
 def test_what_is_on_in_the_file_is_off_by_flag(redraft: Serve, ran: Configs, file: Callable[[str], str]) -> None:
     redraft("serve", "--config", file("access-log: true"), "--no-access-log")
     redraft("serve", "--config", file("access-log: false"), "--access-log")
@@ -171,6 +197,21 @@ def test_what_is_on_in_the_file_is_off_by_flag(redraft: Serve, ran: Configs, fil
         ([], {"MAX_NUM_BATCHED_TOKENS": "9", "TOKEN_BUDGET": "9"}, None, "are one option: give one of them"),
         ([], {"CONFIG": "/none.yaml"}, None, "REDRAFT_CONFIG /none.yaml: No such file"),
         (["--config", "/none.yaml"], {"CONFIG": "/other.yaml"}, None, "--config /none.yaml: No such file"),
+        (["--lora", "french"], {}, None, "--lora = ['french']: 'french' is not NAME=FOLDER, with a name of "),
+        (["--lora", "a b=c"], {}, None, "--lora = ['a b=c']: 'a b=c' is not NAME=FOLDER"),
+        (["--lora", "a=b", "--lora", "a=c"], {}, None, ": the name a is given twice"),
+        (["--lora", "embedded=a"], {}, None, "--lora = 'embedded': is a name of the model too"),
+        (["./some/model", "--lora", "model=a"], {}, None, "--lora = 'model': is a name of the model too"),
+        (["--lora-dir", "/none"], {}, None, "--lora-dir = "),
+        (["--admin-key", "secret one"], {}, None, "--admin-key = (hidden): a key has"),
+        ([], {"ADMIN_KEY": ""}, None, "REDRAFT_ADMIN_KEY = (hidden): an empty string"),
+        ([], {"LORA": "a=b,c"}, None, "REDRAFT_LORA = ['a=b', 'c']: 'c' is not NAME=FOLDER"),
+        ([], {"LORA": "x=a", "SERVED_MODEL_NAME": "m,x"}, None, "REDRAFT_LORA = 'x': is a name of the model too"),
+        ([], {}, "lora: [a=b, c]", "serve.yaml: lora = ['a=b', 'c']: 'c' is not"),
+        ([], {}, "lora: {a: b}", "serve.yaml: lora takes one value, not a mapping"),
+        ([], {}, "admin-key: [secret-1]", "serve.yaml: admin-key takes one value, not a list"),
+        ([], {}, "admin-key: 5", "serve.yaml: admin-key = (hidden): "),
+        (["--admin-key", "secret", "--api-key", "secret"], {}, None, "admin_key is an api_key too"),
         ([], {}, "port: 70000", "serve.yaml: port = 70000: "),
         ([], {}, "max_model_len: 1", "serve.yaml: max-model-len = 1: "),
         ([], {}, "prot: 1", "serve.yaml: unknown option 'prot': did you mean 'port'"),

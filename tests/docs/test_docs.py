@@ -55,7 +55,7 @@ def test_the_drafters_of_adding_run(name: str, options: str, temperature: float,
 
 
 SEAMS = {"--draft": "draft", "--verify": "verify", "--keep": "keep", "--codec": "codec", "--read": "read", "--quant": "quant"}
-PLACEHOLDER = re.compile(r"\./my-[a-z-]+(\.jsonl?|\.html|\.yaml)?")  # what a reader replaces
+PLACEHOLDER = re.compile(r"(tuned=)?\./my-[a-z-]+(\.jsonl?|\.html|\.yaml)?")  # what a reader replaces
 TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
 
 

@@ -19,6 +19,7 @@ BODIES = (
     schema.EmbeddingRequest,
     schema.TokenizeRequest,
     schema.DetokenizeRequest,
+    schema.AdapterRequest,
     schema.StreamOptions,
     schema.SpeculationChoice,
     schema.CacheChoice,
