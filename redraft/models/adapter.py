@@ -31,7 +31,6 @@ from redraft.ops.backend import Adapted, Backend, ForwardResult, LayerWeights, L
 
 TITLE = "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685"
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-LANES = 16  # `a` is filled with zeros up to a multiple of this rank
 LARGEST_RANK = 1024
 LARGEST_ALPHA = 1e6
 
@@ -110,8 +109,10 @@ def headed(
 ) -> ForwardResult:
     """What the head gives, with the rows of adapters that have their own from theirs. head: computes all rows with another head."""
     for adapter, rows in chosen:
+        if adapter.head is None:
+            continue
         own = np.flatnonzero(np.isin(batch.logit_rows, rows.cpu().numpy()))
-        if adapter.head is None or not len(own):
+        if not len(own):
             continue
         other, places = head(adapter.head), torch.from_numpy(own)
         argmax, top_k, logits = out.argmax.copy(), out.top_k, out.logits
@@ -259,9 +260,7 @@ def _term(
     first, last = int(places[0]), int(places[-1]) + 1
     wide = torch.zeros(last - first, rank, dtype=torch.float64)
     wide[torch.from_numpy(places - first)] = b.double() * factor
-    filled = torch.zeros(target.ins, -(-rank // LANES) * LANES, dtype=backend.dtype)
-    filled[:, :rank] = a.T
-    term = LowRank(filled.to(backend.device), wide.T.to(backend.device, backend.dtype).contiguous(), first)
+    term = LowRank(a.to(backend.device, backend.dtype).contiguous(), wide.T.to(backend.device, backend.dtype).contiguous(), first)
     if not all(bool(part.isfinite().all()) for part in (term.a, term.b)):
         raise CheckpointError(
             f"{stored.file}: {module}: numbers of lora_A, or of lora_B times lora_alpha / r, are too large for {backend.dtype}"

@@ -68,8 +68,8 @@ class PackedWeights(Protocol):
 
 
 class LowRank(NamedTuple):
-    """What is added to the outputs first..first + n of a linear layer: (x a[:, :rank]) b. a: [ins, rank up to a multiple of 16]; b:
-    [rank, n], with the factor of the adapter. Both in the dtype of the model; sums are in float32 (float64 in the reference)."""
+    """What is added to the outputs first..first + n of a linear layer: (x a^T) b. a: [rank, ins]; b: [rank, n], with
+    the factor of the adapter. Both contiguous and in the dtype of the model; sums are in float32 (float64 in the reference)."""
 
     a: Tensor
     b: Tensor

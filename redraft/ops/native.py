@@ -450,7 +450,7 @@ class NativeOps(TorchOps):
         self._call("rd_low_rank", self._rows(x), self._rows(y), self._low_rank(term), rows.data_ptr(), len(rows))
 
     def _low_rank(self, term: LowRank) -> abi.LowRank:
-        (ins, _), (rank, outs) = term.a.shape, term.b.shape
+        (rank, ins), (_, outs) = term.a.shape, term.b.shape
         return abi.LowRank(term.a.data_ptr(), term.b.data_ptr(), ins, outs, term.first, rank, self.kind)
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:

@@ -210,7 +210,7 @@ class Reference:
         return y if weights.bias is None else y + weights.bias
 
     def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
-        y[rows, term.first : term.first + term.b.shape[1]] += x[rows] @ term.a[:, : len(term.b)] @ term.b
+        y[rows, term.first : term.first + term.b.shape[1]] += x[rows] @ term.a.T @ term.b
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
         gate, up = x.chunk(2, -1) if gated else (x, 1.0)

@@ -439,7 +439,7 @@ class TorchOps:
 
     def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
         wide = torch.promote_types(y.dtype, torch.float32)
-        added = x[rows].to(wide) @ term.a[:, : len(term.b)].to(wide) @ term.b.to(wide)
+        added = x[rows].to(wide) @ term.a.to(wide).T @ term.b.to(wide)
         part = y[:, term.first : term.first + term.b.shape[1]]
         part[rows] = (part[rows].to(wide) + added).to(y.dtype)
 

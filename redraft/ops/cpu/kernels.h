@@ -16,7 +16,7 @@ constexpr int64_t LINE = 64;   // bytes of a row in a tile
 constexpr int64_t TALL = 16;   // rows of a tile
 constexpr int64_t PAGE = 32;   // slots of a page
 constexpr int64_t CONTENDERS = 16;  // tokens so near to the largest sum that numpy decides; ops/native.py
-constexpr int64_t RANKS = 16, MOST_RANKS = 1024;  // of low-rank terms
+constexpr int64_t MOST_RANKS = 1024;  // of low-rank terms
 constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, G8 = 4 };  // I4, G8: codes with a scale for each group of columns
@@ -120,8 +120,7 @@ struct NormJob {
     int32_t add = 0;
 };
 
-// What is added to the outputs first..first + outs of a linear layer: (x a) b. a [ins][width], width: the rank up to a multiple of RANKS,
-// filled with zeros; b [rank][outs].
+// What is added to the outputs first..first + outs of a linear layer: (x a^T) b. a [rank][ins]; b [rank][outs].
 struct LowRank {
     const uint8_t *a, *b;
     int64_t ins, outs, first;

@@ -176,38 +176,48 @@ void cap(const Rows& x, const Rows& y, float limit, int64_t first, int64_t last)
     for (int64_t r = first; r < last; r++) row_of(x, y, r, [&](Vec v, int64_t, int64_t) { return capped(v, limit); });
 }
 
-// Sums over inputs are four chains, of every fourth input, which are added at the end; sums over ranks are one chain.
-void low_rank(const Rows& x, const Rows& y, const LowRank& w, int64_t row) {
-    constexpr int V = RANKS / Vec::N;
-    const int64_t width = (w.rank + RANKS - 1) / RANKS * RANKS, size = bytes_of(w.kind);
-    alignas(64) float ranks[MOST_RANKS], some[RANKS];
-    for (int64_t j = 0; j < width; j += RANKS) {
-        Vec sums[4][V];
-        for (auto& chain : sums)
-            for (Vec& one : chain) one = zero();
-        for (int64_t begin = 0; begin < w.ins; begin += RANKS) {
-            const int64_t live = w.ins - begin < RANKS ? w.ins - begin : RANKS;
-            for (int v = 0; v < V; v++)
-                if (v * Vec::N < live) store(some + v * Vec::N, read_some(x.at(row, begin + v * Vec::N), x.kind, live - v * Vec::N));
-            const uint8_t* from = w.a + (begin * width + j) * size;
-            for (int64_t i = 0; i < live; i++, from += width * size)
-                for (int v = 0; v < V; v++) sums[i % 4][v] = fma(set1(some[i]), read(from + v * Vec::N * size, w.kind), sums[i % 4][v]);
-        }
-        for (int v = 0; v < V; v++) store(ranks + j + v * Vec::N, (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]));
+// A sum over inputs is one chain for each lane of a register, added in the order of `sum`; a sum over ranks is one chain.
+template <Kind K, int N>
+INLINE void ranks_of(const Rows& x, const LowRank& w, int64_t row, int64_t first, float* to) {  // N of them
+    Vec sums[N];
+    for (Vec& one : sums) one = zero();
+    for (int64_t c = 0; c < w.ins; c += Vec::N) {
+        const int64_t live = w.ins - c;
+        const Vec v = read_some(x.at(row, c), x.kind, live);
+        for (int i = 0; i < N; i++) sums[i] = fma(v, read_some(w.a + ((first + i) * w.ins + c) * bytes_of(K), K, live), sums[i]);
     }
-    for (int64_t o = 0; o < w.outs; o += 4 * Vec::N) {
+    for (int i = 0; i < N; i++) to[first + i] = sum(sums[i]);
+}
+
+template <Kind K>
+void low_rank_of(const Rows& x, const Rows& y, const LowRank& w, int64_t row) {
+    constexpr int64_t SIZE = bytes_of(K);
+    alignas(64) float ranks[MOST_RANKS];
+    int64_t some = 0;
+    for (; some + 8 <= w.rank; some += 8) ranks_of<K, 8>(x, w, row, some, ranks);
+    for (; some < w.rank; some++) ranks_of<K, 1>(x, w, row, some, ranks);
+    const auto add = [&](Vec added, int64_t o) {
+        const int64_t live = w.outs - o;
+        uint8_t* to = y.at(row, w.first + o);
+        write_some(to, y.kind, read_some(to, y.kind, live) + added, live);
+    };
+    int64_t o = 0;
+    for (; o + 4 * Vec::N <= w.outs; o += 4 * Vec::N) {
         Vec added[4] = {zero(), zero(), zero(), zero()};
-        const uint8_t* from = w.b + o * size;
-        for (int64_t j = 0; j < w.rank; j++, from += w.outs * size)
-            for (int v = 0; v < 4; v++)
-                if (o + v * Vec::N < w.outs) added[v] = fma(set1(ranks[j]), read_some(from + v * Vec::N * size, w.kind, w.outs - o - v * Vec::N), added[v]);
-        for (int v = 0; v < 4; v++) {
-            const int64_t at = o + v * Vec::N, live = w.outs - at;
-            if (live <= 0) break;
-            uint8_t* to = y.at(row, w.first + at);
-            write_some(to, y.kind, read_some(to, y.kind, live) + added[v], live);
-        }
+        const uint8_t* from = w.b + o * SIZE;
+        for (int64_t j = 0; j < w.rank; j++, from += w.outs * SIZE)
+            for (int v = 0; v < 4; v++) added[v] = fma(set1(ranks[j]), read(from + v * Vec::N * SIZE, K), added[v]);
+        for (int v = 0; v < 4; v++) add(added[v], o + v * Vec::N);
     }
+    for (; o < w.outs; o += Vec::N) {
+        Vec added = zero();
+        for (int64_t j = 0; j < w.rank; j++) added = fma(set1(ranks[j]), read_some(w.b + (j * w.outs + o) * SIZE, K, w.outs - o), added);
+        add(added, o);
+    }
+}
+
+void low_rank(const Rows& x, const Rows& y, const LowRank& w, int64_t row) {
+    w.kind == BF16 ? low_rank_of<BF16>(x, y, w, row) : low_rank_of<F32>(x, y, w, row);
 }
 
 void rope(const Rows& x, int64_t heads, int64_t size, const float* cos, const float* sin, int64_t first, int64_t last) {
