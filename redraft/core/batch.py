@@ -173,12 +173,9 @@ class Batch:
 
     @property
     def plain(self) -> bool:
-        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers as they are."""
+        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers."""
         count, pages = len(self.views), self.pages
-        return (
-            self.views.count(None) == self.layers.count(None) == self.adapters.count(None) == count
-            and pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
-        )
+        return self.views.count(None) == self.layers.count(None) == pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
         """A batch of the chosen sequences without logit rows, and i32[rows]: the rows of this batch that it holds."""

@@ -581,7 +581,9 @@ class NativeOps(TorchOps):
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
         if not h.shape[0] or any(group.readers or group.writers for group in plan.groups):
             return None
-        segment, adapters = self._segment(spec, weights, plan.model), self._adapters(plan)
+        if plan.adapters is None:
+            plan.adapters = self._adapters(plan.batch, plan.kept)
+        segment, adapters = self._segment(spec, weights, plan.model), plan.adapters
         if segment is None or (adapters and any(layer.parallel for layer in spec.layers)):
             return None
         out = h.clone(memory_format=torch.contiguous_format) if first else h
@@ -592,19 +594,16 @@ class NativeOps(TorchOps):
         self._call("rd_run", segment, first, last, step, len(steps), adapters, self._rows(out))
         return out
 
-    def _adapters(self, plan: NativePlan) -> abi.Adapters | None:
-        """The adapters of a batch in the form of the kernels, made once for each plan."""
-        batch = plan.batch
+    def _adapters(self, batch: Batch, kept: list[Any]) -> abi.Adapters | None:
+        """The adapters of a batch in the form of the kernels, None for none. kept: gets the memory that they point to."""
         if batch.adapters.count(None) == len(batch.adapters):
             return None
-        if plan.adapters is None:
-            distinct = list(dict.fromkeys(adapter for adapter in batch.adapters if adapter is not None))
-            places = [-1 if adapter is None else distinct.index(adapter) for adapter in batch.adapters]
-            of_row = np.repeat(np.array(places, np.int32), np.diff(batch.starts))
-            every = (abi.Adapter * len(distinct))(*map(self._adapter, distinct))
-            plan.kept += of_row, every
-            plan.adapters = abi.Adapters(of_row.ctypes.data, every)
-        return plan.adapters
+        distinct = list(dict.fromkeys(adapter for adapter in batch.adapters if adapter is not None))
+        places = [-1 if adapter is None else distinct.index(adapter) for adapter in batch.adapters]
+        of_row = np.repeat(np.array(places, np.int32), np.diff(batch.starts))
+        every = (abi.Adapter * len(distinct))(*map(self._adapter, distinct))
+        kept += of_row, every
+        return abi.Adapters(of_row.ctypes.data, every)
 
     def _adapter(self, adapter: Any) -> abi.Adapter:
         if adapter not in self._terms:
@@ -615,11 +614,14 @@ class NativeOps(TorchOps):
         return self._terms[adapter][1]
 
     def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: TorchPool, taps: Taps) -> ForwardResult | None:
-        """A whole pass in one call. Returns None if a tap, a sequence or the model needs more than one."""
+        """A whole pass in one call. Returns None if a tap, a sequence, an adapter or the model needs more than one."""
         if taps.hidden or taps.attention or not batch.plain or not len(batch.tokens):
             return None
-        model = self._whole(spec, weights, pool)
-        if model is None:
+        if any(adapter is not None and (adapter.embed is not None or adapter.head is not None) for adapter in batch.adapters):
+            return None
+        model, kept = self._whole(spec, weights, pool), list[Any]()
+        adapters = self._adapters(batch, kept)
+        if model is None or (adapters and any(layer.parallel for layer in spec.layers)):
             return None
         count, view = len(batch.logit_rows), batch.pages
         starts, nodes = batch.starts.tolist(), batch.visible
@@ -635,7 +637,8 @@ class NativeOps(TorchOps):
         keep = min(max(1, taps.top_k), model.head.outs)
         found = np.empty(count * (keep + 1), np.int32)
         logits = torch.empty(count, model.head.outs) if taps.logits else None
-        self._call("rd_step", model, given, keep, found.__array_interface__["data"][0], None if logits is None else logits.data_ptr())
+        at = found.__array_interface__["data"][0]
+        self._call("rd_step", model, given, adapters, keep, at, None if logits is None else logits.data_ptr())
         return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None, logits)
 
     def _whole(self, spec: ModelSpec, weights: Weights, pool: TorchPool) -> abi.Model | None:

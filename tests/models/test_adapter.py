@@ -299,10 +299,13 @@ def test_layers_in_one_call_have_the_bits_of_single_operations(
             outputs = [llm.generate([prompt], [params])[0] for prompt, params in zip(PROMPTS, chosen, strict=True)]
         return [[(place.logprob, place.top) for place in output.outputs[0].logprobs] for output in outputs]
 
-    calls, run = [], NativeOps.run
-    monkeypatch.setattr(NativeOps, "run", lambda *given: calls.append(run(*given)) or calls[-1])
     whole = found(one=False)
-    assert calls and all(call is not None for call in calls)
-    assert found(one=True) == whole
-    monkeypatch.setattr(NativeOps, "run", lambda *given: None)
+    for name in ("forward", "run"):  # the whole pass, then segments, then single operations
+        calls: list[Any] = []
+        method = getattr(NativeOps, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(NativeOps, name, lambda *given, method=method, calls=calls: calls.append(method(*given)) or calls[-1])
+            assert found(one=True) == found(one=False) == whole
+        assert calls and all(call is not None for call in calls)
+        monkeypatch.setattr(NativeOps, name, lambda *given: None)
     assert found(one=False) == whole

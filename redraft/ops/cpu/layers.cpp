@@ -250,7 +250,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
     run_paced(layers, first, last, h.rows, segment_job(kernels, layers, first, last, steps, count, adapters, h));
 }
 
-void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, int32_t keep, int32_t* best, float* logits) {
+void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, const Adapters* adapters, int32_t keep, int32_t* best, float* logits) {
     static auto* seqs = new std::vector<Seq>();
     static auto* plan = new AttendPlan();
     static auto *states = new Buffer(), *angles = new Buffer();
@@ -276,7 +276,7 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
     float* turns = angles->of<float>(2 * rotaries.count * rows * rotaries.half);
     const Step step{rows, count, seqs->data(), model.pool, Pool{}, turns, nullptr, rotaries.half, nullptr, 0, plan};
     std::vector<Best> found = none_found(wanted, keep);
-    const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, nullptr, h);
+    const auto layers = segment_job(kernels, model.layers, 0, model.count, &step, 1, adapters, h);
     const NormJob norm{h, Rows{}, model.norm, model.norm_bias, model.eps, model.rms, kind, model.gains};
     const Rows all{reinterpret_cast<uint8_t*>(logits), wanted, model.head.outs, int64_t(sizeof(float)) * model.head.outs, F32};
     const auto head = head_job(kernels, norm, model.head, logit_rows, wanted, all, keep, found.data());
