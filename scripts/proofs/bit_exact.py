@@ -1,6 +1,7 @@
 """Native kernels: same seed, same text, without any tolerance: under every cache policy, with every lossless drafter, in batches of 1 to
 16 of one policy or of several, in chunks of 1 to 512 rows, greedy and sampled, in float32, bfloat16 and quantized weights, on one and
-two threads, over prefixes that other requests of any policy left in the cache.
+two threads, over prefixes that other requests of any policy left in the cache; with --adapters, texts of several LoRA adapters and of the
+model in the same batches. A GGUF file runs as it is stored.
 
 Each text is compared token by token with what an engine that shares no prefixes writes without a drafter, alone, its prompt in one
 chunk, on one thread. A condition is drawn at random (--seed) until --tokens were compared. The proof fails where a text differs, where
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.proofs.identity import DRAFT_MODELS, MODELS, cut_prompts
+from tests.adapters import make
 
 NUMBERS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
@@ -83,17 +85,19 @@ class Result:
 class Proof:
     """One model in one form of numbers. Expected texts are made when they are first needed, by an engine of their own."""
 
-    def __init__(self, model: str, numbers: str, prompts: int, new: int, profile: Path) -> None:
+    def __init__(self, model: str, numbers: str, prompts: int, new: int, place: Path, adapters: int) -> None:
         from redraft import LLM, SamplingParams
 
         self.model, self.numbers, self.new, self.params = model, numbers, new, SamplingParams
         where = str(MODELS.get(model, model))
-        options = {"backend": "native", "threads": 1, "max_model_len": 256, "cache_fraction": 0.05, **NUMBERS[numbers]}
+        made = {f"a{i}": make(place / f"a{i}", Path(where), seed=i, rank=4 + 6 * i, size=0.1) for i in range(adapters)}
+        self.adapters = [None, *made]
+        options = {"backend": "native", "threads": 1, "max_model_len": 256, "cache_fraction": 0.05, "lora": made, **NUMBERS[numbers]}
         self.llm = LLM(where, draft_model=DRAFT_MODELS.get(model), **options)
         self.alone = LLM(where, draft="none", prefix_sharing=False, **options)
         story = model.startswith(("babyllama", "stories"))
         self.prompts = cut_prompts(self.llm.tokenizer, story, prompts)
-        self.profile = self._calibrate(profile)
+        self.profile = self._calibrate(place / "profile.safetensors")
         self.drafters = [*ALONE, *(WITH_A_SECOND_MODEL if model in DRAFT_MODELS else ())]
         self.expected: dict[tuple[str, str, int], list[int]] = {}
 
@@ -104,7 +108,8 @@ class Proof:
 
     def of(self, policy: str, sampling: str, i: int) -> Any:
         options = {seam: text.format(profile=self.profile) for seam, text in POLICIES[policy].items()}
-        return self.params(**SAMPLING[sampling], max_tokens=self.new, ignore_eos=True, seed=i, **options)
+        lora = self.adapters[i % len(self.adapters)]
+        return self.params(**SAMPLING[sampling], max_tokens=self.new, ignore_eos=True, seed=i, lora=lora, **options)
 
     def text(self, policy: str, sampling: str, i: int) -> list[int]:
         key = policy, sampling, i
@@ -143,13 +148,13 @@ class Proof:
         result.conditions += 1
 
 
-def run(model: str, numbers: str, tokens: int, minutes: float, seed: int, prompts: int, new: int) -> Result:
+def run(model: str, numbers: str, tokens: int, minutes: float, seed: int, prompts: int, new: int, adapters: int) -> Result:
     """One process's work, until so many tokens were compared or so many minutes are over. Prints how far it is once a minute."""
     import numpy as np
 
     rng, result = np.random.default_rng([seed, *model.encode(), *numbers.encode()]), Result()
     with tempfile.TemporaryDirectory() as folder:
-        proof = Proof(model, numbers, prompts, new, Path(folder) / "profile.safetensors")
+        proof = Proof(model, numbers, prompts, new, Path(folder), adapters)
         began = printed = time.perf_counter()
         while result.tokens.total() < tokens and (now := time.perf_counter()) - began < 60 * minutes:
             proof.run(rng, result)
@@ -183,13 +188,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--new", type=int, default=64, help="tokens of a text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapters", type=int, default=0, help="random LoRA adapters beside the model")
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args()
     jobs = [(model, numbers) for model in chosen.model or ("embedded", "pilot-16m") for numbers in chosen.numbers or NUMBERS]
     each = -(-chosen.tokens // len(jobs))
     began, total = time.perf_counter(), Result()
     with multiprocessing.get_context("spawn").Pool(chosen.processes, maxtasksperchild=1) as pool:
-        waiting = [(job, pool.apply_async(run, (*job, each, chosen.minutes, chosen.seed, chosen.prompts, chosen.new))) for job in jobs]
+        rest = each, chosen.minutes, chosen.seed, chosen.prompts, chosen.new, chosen.adapters
+        waiting = [(job, pool.apply_async(run, (*job, *rest))) for job in jobs]
         for (model, numbers), handle in waiting:
             one = handle.get()
             seen = f"{one.tokens.total():>9,} tokens, {one.conditions:>4} conditions"
