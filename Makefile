@@ -12,7 +12,7 @@ demo: install
 	@if $(BIN)/redraft get smollm2; then \
 	  $(BIN)/redraft generate smollm2 -p "What is a stack? Answer in two sentences." --max-tokens 80 --temperature 0; \
 	else echo "SmolLM2 cannot be downloaded here; the demo goes on with the embedded model"; fi
-	$(BIN)/redraft compare --draft auto --limit 6 --max-tokens 64 --rounds 3 --temperature 0
+	$(BIN)/redraft compare --draft auto --limit 6 --max-tokens 128 --rounds 3 --temperature 0
 
 test: install
 	scripts/check

@@ -116,15 +116,10 @@ def _log_softmax(x: Any) -> Any:
 
 
 def _speed(llm: LLM, prompt: list[int], count: int) -> float:
-    """Tokens/s after the first one."""
-
-    def seconds(tokens: int) -> float:
-        began = time.perf_counter()
-        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-        return time.perf_counter() - began
-
-    first = seconds(1)
-    return count / max(seconds(count + 1) - first, 1e-9)
+    """Tokens/s after the first one, of one text."""
+    params = SamplingParams(temperature=0, max_tokens=count + 1, ignore_eos=True)
+    stamps = [time.perf_counter() for delta in llm.stream({"prompt_token_ids": prompt}, params) if delta.token_ids]
+    return count / (stamps[-1] - stamps[0])
 
 
 def show(console: Console, options: QuantOptions, found: list[Way]) -> None:
