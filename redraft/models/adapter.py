@@ -162,7 +162,11 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
     whole: dict[str, Tensor] = {}
     for tensor in stored.tensors:
         if (part := _whole(tensor, named)) is not None:
+            if part in whole:
+                raise CheckpointError(f"{stored.file}: {shown(tensor)} is there twice, under two names")
             whole[part] = _matrix(stored, tensor, (spec.vocab, spec.hidden)).to(backend.device, backend.dtype)
+            if not bool(whole[part].isfinite().all()):
+                raise CheckpointError(f"{stored.file}: {tensor} holds numbers that are too large for {backend.dtype}")
             continue
         if (found := _TENSOR.fullmatch(tensor)) is None:
             raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers, embeddings and heads are applied")
@@ -192,12 +196,9 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
 
 def _whole(tensor: str, named: ModelSpec) -> str | None:
     """The weight that a tensor replaces as a whole: embed, head or none."""
-    module = re.sub(r"(\.modules_to_save)?(\.default)?\.weight$", "", tensor)
-    for part in ("embed", "head"):
-        own = "lm_head" if part == "head" and named.tied else named.source(part).names[0].removeprefix(named.prefix).removesuffix(".weight")
-        if module == own or module.endswith(f".{own}"):
-            return part
-    return None
+    module = _bare(re.sub(r"(\.modules_to_save)?(\.default)?\.weight$", "", tensor))
+    names = {part: "lm_head.weight" if part == "head" and named.tied else named.source(part).names[0] for part in ("embed", "head")}
+    return next((part for part, name in names.items() if _bare(name.removesuffix(".weight")) == module), None)
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:

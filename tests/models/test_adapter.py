@@ -87,7 +87,17 @@ def test_every_form_of_stored_matrices_equals_merged_weights(family: str, tmp_pa
     whole = adapters.merged(tmp_path / "merged", own, made)
     found, expected, plain = (logprobs(*one, backend="reference") for one in ((own, made), (whole,), (own,)))
     assert np.allclose(found, expected, rtol=0, atol=1e-9)
+    assert np.allclose(logprobs(own, made, dtype="float32"), expected, rtol=0, atol=1e-3)
     assert not np.allclose(found, plain, rtol=0, atol=0.01)
+
+
+def test_a_tied_embedding_is_the_head_too_if_the_adapter_says_so(tmp_path: Path) -> None:
+    own = checkpoints.tiny_llama(tmp_path / "base", family="qwen3")
+    made = adapters.make(tmp_path / "lora", own, whole=("embed_tokens",), modules=("v_proj",), ensure_weight_tying=True)
+    alone = adapters.make(tmp_path / "alone", own, whole=("embed_tokens",), modules=("v_proj",))
+    whole = adapters.merged(tmp_path / "merged", own, made)  # tied, so its head changes as well
+    assert np.allclose(logprobs(own, made, backend="reference"), logprobs(whole, backend="reference"), rtol=0, atol=1e-9)
+    assert not np.allclose(logprobs(own, alone, backend="reference"), logprobs(whole, backend="reference"), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama2", "gpt2"])
@@ -161,6 +171,24 @@ REFUSED: list[tuple[str, Change, type[RedraftError], str]] = [
         "embedding_A",
     ),
     ("whole head", lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(9, 64)}), CheckpointError, r"shape \[9, 64\]"),
+    (
+        "whole head twice",
+        lambda t: [t.update({f"base_model.model.lm_head.{part}weight": torch.ones(259, 64)}) for part in ("", "modules_to_save.")],
+        CheckpointError,
+        "twice, under two names",
+    ),
+    (
+        "whole head of large numbers",
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.full((259, 64), 1e300, dtype=torch.float64)}),
+        CheckpointError,
+        "too large for torch.float32",
+    ),
+    (
+        "another model's embedding",
+        lambda t: t.update({"base_model.model.vision.embed_tokens.weight": torch.ones(259, 64)}),
+        Unsupported,
+        "only lora_A",
+    ),
     ("whole norm", lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}), Unsupported, "only lora_A and lora_B"),
     ("magnitude", lambda t: t.update({f"{Q}.lora_magnitude_vector.weight": torch.ones(64)}), Unsupported, "only lora_A and lora_B"),
     ("layer", lambda t: t.update({Q.replace("layers.0", "layers.7") + ".lora_A.weight": torch.ones(4, 64)}), Unsupported, "layers.7"),
