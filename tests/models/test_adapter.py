@@ -337,3 +337,15 @@ def test_layers_in_one_call_have_the_bits_of_single_operations(
         assert calls and all(call is not None for call in calls)
         monkeypatch.setattr(NativeOps, name, lambda *given: None)
     assert found(one=False) == whole
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
+@pytest.mark.parametrize("family", ["gpt-neox", "cohere"])
+def test_parallel_layers_of_codes_have_the_bits_of_single_operations(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and mlp read the layer's input at the same time, so neither may overwrite it before the terms have read it."""
+    own = checkpoints.tiny_llama(tmp_path / "base", family=family)
+    made = adapters.make(tmp_path / "lora", own, modules=FAMILIES[family])
+    found = logprobs(own, made, quant="int8")
+    for name in ("forward", "run"):
+        monkeypatch.setattr(NativeOps, name, lambda *given: None)
+    assert logprobs(own, made, quant="int8") == found
