@@ -140,7 +140,8 @@ class Sequence:
     sync_point: a value of `stored` that no step may cross; the engine sets it (the end of max_tokens or of the context, the fork of
     n > 1, the next decision of a policy). synced: `stored` when the engine last published pages and set sync_point. state: what
     `begin` of each opened plugin returned. fault: why the text continues without drafts, empty if it does not. speculation: the
-    opened drafter and verifier. drafts: the largest number of nodes that a step may draft. shareable_tokens: the number of leading
+    opened drafter and verifier. drafts: the largest number of nodes that a step may draft. rest: the number of further steps in which
+    its drafter, which sets it, need not be asked nor see the step. shareable_tokens: the number of leading
     tokens with pages that depend on these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
     once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted.
     """
@@ -161,6 +162,7 @@ class Sequence:
     fault: str = ""
     speculation: Any = None
     drafts: int = UNLIMITED
+    rest: int = 0
     spans: list[Span] = field(default_factory=list)
     source: Sequence | None = None
     reuse_searched: bool = False

@@ -70,9 +70,9 @@ def fits(part: OpenDrafter) -> bool:
 
 class State(list[Any]):
     """The states of the drafters without a whole compiled form. text: the address of the compiled state, 0 after the end; seen: the tokens
-    that it has; active: the drafters that may draft, as bits; quiet, rest: see planner.States."""
+    that it has; active: the drafters that may draft, as bits; quiet, learned: see planner.States."""
 
-    text = seen = active = quiet = rest = 0
+    text = seen = active = quiet = learned = 0
     seq: Sequence
 
 
@@ -184,21 +184,25 @@ class CompiledPlanner(Planner):
                 self.c.rd_give(self.planner, state.text, part, parents.ctypes.data, own.ctypes.data, buckets.ctypes.data, len(tree))
 
     def _learn(self, result: StepResult, prices: Prices | None) -> None:
-        states: list[State] = []
+        learning: list[tuple[Sequence, State]] = []
         came: list[int] = []
         tokens: list[int] = []
         paths: list[int] = []
         for work, tree, accepted in zip(result.work, result.trees, result.accepted, strict=True):
             state: State | None = work.seq.state.get(self)
             if state is not None:
-                states.append(state)
-                came += (state.text, len(accepted.tokens), len(tree), len(accepted.path), 0)
+                seq, new = work.seq, len(accepted.tokens)
+                learning.append((seq, state))
+                came += (state.text, new, len(tree), len(accepted.path), 1 + len(seq.tokens) - new - state.learned, 0, 0)
                 tokens += accepted.tokens
                 paths += accepted.path
-        table, new, kept = array("q", came), array("i", tokens), array("i", paths)
-        self.c.rd_learn_drafts(self.planner, address(table), len(states), address(new), address(kept), *(prices or UNKNOWN))
-        for state, active in zip(states, table[4::5], strict=True):
+        table, read, kept = array("q", came), array("i", tokens), array("i", paths)
+        self.c.rd_learn_drafts(self.planner, address(table), len(learning), address(read), address(kept), *(prices or UNKNOWN))
+        for (seq, state), active, wait in zip(learning, table[5::7], table[6::7], strict=True):
             state.active = active
+            if prices is not None:
+                seq.rest = max(seq.rest, wait)
+                state.learned = len(seq.tokens)
 
     # ---- what it learned
 

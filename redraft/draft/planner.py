@@ -6,7 +6,8 @@
    texts + sum of the path probabilities, and its time cost(rows + k). The k with the most tokens per second is drafted, also 0. All k
    are looked at, because costs have steps, until no further node can win.
 4. After the step, every place on the accepted path corrects `Acceptance`, and the time of the step corrects the cost model.
-5. The longer a text keeps no drafted token, the more rarely it is looked at, because looking takes time too.
+5. The longer a text keeps no drafted token, the more rarely it is looked at, because looking takes time too. A text whose drafters
+   have all stopped is not looked at until one of them is tried again.
 
 The greedy tree is that of DySpec (Yunfan Xiong, Ruoyu Zhang, Yanzeng Li, Lei Zou: DySpec: Faster Speculative Decoding with Dynamic
 Token Tree Structure, 2024, arXiv 2410.11744). The choice by time follows Sequoia (Zhuoming Chen, Avner May, Ruslan Svirschevski,
@@ -43,9 +44,13 @@ LIKELIEST = 0.9  # chance of a child, before it is known
 FALL = 0.85  # of the next node's probability from node to node, at least, where the search asks whether a further one can pay
 AHEAD = 48  # further nodes that the search looks ahead
 FURTHER = [(1 - FALL**m) / (1 - FALL) for m in range(AHEAD + 1)]  # the sum of so many further ones, relative to the first
-NO_BUDGET = Budget(0, 0)
 FIXED_NODES = 4  # drafted nodes a sequence where time must not decide
-QUIET, LONGEST_REST = 8, 8  # a text that kept nothing for n steps is looked at again after 1 + n // QUIET, at most LONGEST_REST
+QUIET, LOOKS = (
+    8,
+    0.5,
+)  # a text that kept nothing for n steps rests for n // q of them, q: QUIET, fewer if q looks take more than LOOKS steps
+LONGEST_REST, LOOKING = 15, 0.01  # steps that it rests at most, fewer if looks then take less than this share of all time
+LOOK_RATE = 0.1  # weight of a step in the mean share of drafting
 
 
 class Node:
@@ -74,7 +79,7 @@ class States(list[Any]):
 
     payoff: Payoff
     quiet: int = 0  # steps since a drafted token was kept
-    rest: int = 0  # steps until it is looked at again
+    learned: int = 0  # tokens when the payoff last learned a step; a step without drafts has one
     root: Node | None = None  # of the last draft
     mood: float = 0.0  # added to the log-odds of every candidate: this text is more or less predictable than others
 
@@ -102,7 +107,7 @@ class Planner(Wrapper):
         self.kinds = frozenset({Kind.FIXED})
         self._began = self._spent = self._observed = 0.0  # when the step began, and the time that drafting and learning took
         self._order = count()
-        self._resting = False  # whether no text was looked at in this step
+        self._share = 0.05  # of drafting in the time of a step
         self._stepped = False  # whether a step was made: a kept cost model knows times before
         self._left = list(MEASURED)  # sizes that this round has not timed yet
         self._round: dict[tuple[int, int], float] = {}
@@ -127,21 +132,20 @@ class Planner(Wrapper):
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         self._began = self.clock()
-        given, resting = [], 0
-        for seq, budget in zip(seqs, budgets, strict=True):
-            if min(budget) > 0:
-                state = seq.state[self]
-                state.quiet += 1
-                if state.rest:  # 5.
-                    state.rest -= 1
-                    budget, resting = NO_BUDGET, resting + 1
-                elif self.timed:
-                    state.rest = min(state.quiet // QUIET, LONGEST_REST - 1)
-            given.append(budget)
-        self._resting = resting == len(seqs)
-        trees = [EMPTY] * len(seqs) if self._resting else self._plan(seqs, given)
+        if self.timed:
+            quiet, longest = self._rhythm()
+            for seq, budget in zip(seqs, budgets, strict=True):
+                if min(budget) > 0:  # 5.
+                    state = seq.state[self]
+                    seq.rest = min(state.quiet // quiet, longest)
+                    state.quiet += 1 + seq.rest
+        trees = self._plan(seqs, budgets)
         self._spent = self.clock() - self._began
         return trees
+
+    def _rhythm(self) -> tuple[int, int]:
+        """After how many quiet steps a text rests for one, and the longest rest."""
+        return max(1, min(QUIET, int(LOOKS / max(self._share, LOOKING)))), min(LONGEST_REST, int(self._share / LOOKING))
 
     def _plan(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         trees = [EMPTY] * len(seqs)
@@ -242,14 +246,11 @@ class Planner(Wrapper):
         )
 
     def observe(self, result: StepResult) -> None:  # 4.
-        if self._resting:
-            return
         began = self.clock()
         super().observe(result)
         for work, accepted in zip(result.work, result.accepted, strict=True):
             if accepted.path and self in work.seq.state:
-                state = work.seq.state[self]
-                state.quiet = state.rest = 0
+                work.seq.state[self].quiet = work.seq.rest = 0
         self._learn(result, self._prices(result, began) if self.timed else None)
         self._observed = self.clock() - began
 
@@ -264,12 +265,16 @@ class Planner(Wrapper):
         cost.observe(rows, cached, texts, began - self._began - self._spent)
         self._stepped = True
         plain = cost.seconds(texts, cached, texts) or 0.0
-        full = cost.seconds(rows, cached, texts) or 0.0
-        return Prices(plain / texts, (full - plain) / drafted if drafted else 0.0, (self._spent + self._observed) / texts)
+        node = ((cost.seconds(rows, cached, texts) or 0.0) - plain) / drafted if drafted else 0.0
+        drafting = self._spent + self._observed
+        if plain:
+            self._share += LOOK_RATE * (drafting / plain - self._share)
+        return Prices(plain / texts, node, drafting / texts)
 
     def _learn(self, result: StepResult, prices: Prices | None) -> None:
         for work, tree, accepted in zip(result.work, result.trees, result.accepted, strict=True):
-            states: States | None = work.seq.state.get(self)
+            seq = work.seq
+            states: States | None = seq.state.get(self)
             if states is None:
                 continue
             node, surprise = states.root, 0.0
@@ -280,7 +285,10 @@ class Planner(Wrapper):
                 node = node.below.get(token)
             states.mood = min(max(states.mood + MOOD_RATE * surprise, -LARGEST_MOOD), LARGEST_MOOD)
             if prices is not None:
-                states.payoff.add(tree, accepted.path, prices)
+                steps = 1 + len(seq.tokens) - len(accepted.tokens) - states.learned
+                states.payoff.add(tree, accepted.path, prices, steps)
+                states.learned = len(seq.tokens)
+                seq.rest = max(seq.rest, states.payoff.wait)
 
     def idle(self, seconds: Seconds) -> bool:
         """Times one step, until the cost model has seen ROUNDS rounds. Begins only after a first reply. A round counts at once."""

@@ -189,8 +189,9 @@ class Recycler(Stateless):
                     rows.append(root)
                     rows += [first + node for node in reversed(accepted.path)]
                 rows.append(root)
+        chosen = rows[0] if len(rows) == 1 else rows  # numpy is slow with a list
         if rows:
-            self.matrix[batch.tokens[batch.logit_rows[rows]]] = result.out.top_k[rows, : self.matrix.shape[1]]  # 4.
+            self.matrix[batch.tokens[batch.logit_rows[chosen]]] = result.out.top_k[chosen, : self.matrix.shape[1]]  # 4.
 
     def snapshot(self) -> I32:
         return self.matrix.copy()

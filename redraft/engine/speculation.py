@@ -61,6 +61,7 @@ class Drafters:
             raise _unfit(unfit, text or type(own).__name__, verifier)
         self.own, self.method = Guard(own, runner.spec.vocab, text), None if text is None else registry.create("draft", text)
         self.runner, self.sampler, self.verifier, self.opened = runner, sampler, verifier, opened
+        self.awake = True  # whether a text of this step is looked at
 
     # ---- a request
 
@@ -118,8 +119,9 @@ class Drafters:
 
     def taps(self, seqs: Iterable[Sequence]) -> Taps:
         found = NO_TAPS
-        for drafter in {self.of(seq) for seq in seqs}:
-            found |= drafter.taps
+        if self.awake:
+            for drafter in {self.of(seq) for seq in seqs}:
+                found |= drafter.taps
         return found
 
     def begin(self, seq: Sequence) -> None:
@@ -132,17 +134,26 @@ class Drafters:
         self.of(seq).end(seq)
 
     def propose(self, work: Seq[Work], budgets: Seq[Budget]) -> list[TokenTree]:
+        """While all texts rest, drafters are not asked and see nothing of the step."""
         trees = [EMPTY] * len(work)
-        for drafter, members in _groups(work, self.of).items():
-            some = drafter.propose([work[i].seq for i in members], [budgets[i] for i in members])
-            for i, tree in zip(members, some, strict=True):
-                trees[i] = tree
+        self.awake = False
+        for one in work:
+            if one.seq.rest:
+                one.seq.rest -= 1
+            else:
+                self.awake = True
+        if self.awake:
+            for drafter, members in _groups(work, self.of).items():
+                some = drafter.propose([work[i].seq for i in members], [budgets[i] for i in members])
+                for i, tree in zip(members, some, strict=True):
+                    trees[i] = tree
         return trees
 
     def observe(self, result: StepResult) -> None:
         """Passes the whole step to each drafter of its sequences."""
-        for drafter in _groups(result.work, self.of):
-            drafter.observe(result)
+        if self.awake:
+            for drafter in _groups(result.work, self.of):
+                drafter.observe(result)
 
     def snapshot(self) -> Any:
         return self.own.snapshot()

@@ -116,5 +116,6 @@ class Scheduler:
 
 
 def _depth(seq: Sequence) -> int:
-    """The largest depth of a draft: 0 for a prompt in progress, without a drafter, and if only one more token fits."""
-    return max(0, seq.sync_point - len(seq.tokens)) if seq.drafts and seq.pending == 1 and not seq.fault else 0
+    """The largest depth of a draft: 0 for a prompt in progress, without a drafter or while it rests, and if only one more token fits."""
+    asked = seq.drafts and not seq.rest and seq.pending == 1 and not seq.fault
+    return max(0, seq.sync_point - len(seq.tokens)) if asked else 0

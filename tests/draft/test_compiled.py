@@ -72,7 +72,9 @@ class Traffic:
         self.log: list[Any] = []
 
     def clock(self) -> float:
-        return next(self.ticks) * 1e-3
+        """Asked four times a step: drafting and learning take a hundredth of the model's time."""
+        steps, part = divmod(next(self.ticks), 4)
+        return steps + (0.0, 0.01, 0.99, 1.0)[part]
 
     def begin(self) -> None:
         rng = self.rng
@@ -98,7 +100,9 @@ class Traffic:
         rng, seqs = self.rng, list(self.seqs)
         if self.table is not None:
             self.table[rng.randrange(VOCAB)] = rng.sample(range(VOCAB), 4) if rng.random() < 0.9 else [-1] * 4
-        budgets = [Budget(rng.choice([0, 3, 15, 15]), rng.choice([1, 4, 15])) for _ in seqs]
+        budgets = [Budget(0 if seq.rest else rng.choice([0, 3, 15, 15]), rng.choice([1, 4, 15])) for seq in seqs]
+        for seq in seqs:
+            seq.rest = max(0, seq.rest - 1)
         trees = self.planner.propose(seqs, budgets)
         accepted = []
         for seq, tree, budget in zip(seqs, trees, budgets, strict=True):
@@ -119,7 +123,7 @@ class Traffic:
         self.planner.observe(StepResult([Work(seq, 1) for seq in seqs], trees, batch, accepted, None, None))  # type: ignore[arg-type]
         for seq, tree in zip(seqs, trees, strict=True):
             arrays = [tree.tokens, tree.parents, *([] if tree.origins is None else [tree.origins, tree.scores])]
-            self.log.append((seq.id, *(array.tolist() for array in arrays), list(self.planner.stopped(seq))))
+            self.log.append((seq.id, *(array.tolist() for array in arrays), list(self.planner.stopped(seq)), seq.rest))
 
     def run(self, steps: int) -> None:
         rng = self.rng
@@ -150,6 +154,7 @@ class Traffic:
 @pytest.mark.parametrize("kinds", ["snt", "s", "n", "t", "sntc", "c"])
 @pytest.mark.parametrize(("timed", "slope"), [(True, 0.02), (True, 0.15), (True, 0.6), (False, 0.1)])
 def test_both_forms_draft_the_same_nodes(kinds: str, timed: bool, slope: float) -> None:
+    drafted = 0
     for seed in range(3):
         python, compiled = (Traffic(kinds, form, seed, timed, slope) for form in (False, True))
         python.run(120)
@@ -158,7 +163,8 @@ def test_both_forms_draft_the_same_nodes(kinds: str, timed: bool, slope: float) 
         assert compiled.planner.acceptance.snapshot() == python.planner.acceptance.snapshot()
         assert compiled.planner.cost.shape == python.planner.cost.shape
         assert compiled.planner.bytes == python.planner.bytes
-        assert any(entry[1] for entry in python.log) or slope > 0.5
+        drafted += sum(len(entry[1]) for entry in python.log)
+    assert drafted or slope > 0.5
 
 
 def test_a_drafter_that_offers_tokens_without_a_compiled_form_does_not_fit() -> None:
@@ -183,7 +189,7 @@ def test_a_long_repetition_stays_cheap() -> None:
     for _ in range(3000):
         (tree,) = found.propose([seq], [Budget(2, 2)])
         seq.tokens.append(7)
-        seq.state[found].quiet = seq.state[found].rest = 0  # as if the drafts were kept
+        seq.state[found].quiet = 0  # as if the drafts were kept
     assert tree.tokens.tolist() == [7, 7]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.payoff import CREDIT, LONGEST_PAUSE, PATIENCE, PAUSE, Payoff, Prices
@@ -61,6 +62,20 @@ def test_gains_count_up_to_a_limit_and_shorten_the_pauses() -> None:
             payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.0))
             length -= 1
         assert length == 0
+
+
+def test_the_debt_that_it_may_have_halves_twice() -> None:
+    payoff = Payoff(1)
+    debts = []
+    for _ in range(4):
+        debt = 0.0
+        while payoff.active():
+            payoff.add(drafted(0), (), Prices(TOKEN, 0.001, 0.0))
+            debt += 0.001
+        debts.append(debt)
+        payoff.add(EMPTY, (), Prices(TOKEN, 0.0, 0.0), payoff.wait)
+        assert payoff.wait == 0
+    assert debts == pytest.approx([PATIENCE, PATIENCE / 2, PATIENCE / 4, PATIENCE / 4], abs=0.003)
 
 
 def test_it_comes_back_if_it_pays_again() -> None:

@@ -15,6 +15,7 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.acceptance import Acceptance, Candidate
 from redraft.draft.drafter import Stateless
+from redraft.draft.payoff import PAUSE
 from redraft.draft.planner import FIXED_NODES, LONGEST_REST, MARGIN, MEASURED, QUIET, ROUNDS, Planner
 
 
@@ -123,11 +124,22 @@ def test_without_an_exact_verifier_the_size_is_fixed_and_no_time_is_read() -> No
         assert not found.idle(lambda rows, cached: 1 / 0)
 
 
-def stepped(planner: Planner, seq: Sequence, tree: TokenTree, path: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+def stepped(planner: Planner, seq: Sequence, tree: TokenTree | None, path: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """tree: None if it rested; then the planner does not see the step."""
     seq.tokens += tokens
     seq.stored = len(seq.tokens) - 1
+    if tree is None:
+        return
     batch: Any = SimpleNamespace(tokens=[0] * (1 + len(tree)))
     planner.observe(StepResult([Work(seq, 1)], [tree], batch, [Accepted(path, tokens)], None, None))  # type: ignore[arg-type]
+
+
+def looked_at(planner: Planner, seq: Sequence, budget: Budget) -> TokenTree | None:
+    """As the engine does: while its only text rests, the planner is not asked."""
+    if seq.rest:
+        seq.rest -= 1
+        return None
+    return planner.propose([seq], [budget])[0]
 
 
 def test_drafts_that_do_not_pay_stop_and_the_statistics_say_so() -> None:
@@ -135,41 +147,73 @@ def test_drafts_that_do_not_pay_stop_and_the_statistics_say_so() -> None:
     found = planner((0.9,), 0.1, clock=lambda: time)  # believes in 0.9, but nothing comes true
     seq = sequence([1, 2, 3], stored=2)
     seq.state[found] = found.begin(seq)
-    drafts = 0
+    drafts = stopped = 0
     for _ in range(100):
-        (tree,) = found.propose([seq], [Budget(8, 8)])
-        time += 0.01 * (1 + 0.1 * len(tree))
-        drafts += len(tree) > 0
+        tree = looked_at(found, seq, Budget(8, 8))
+        time += 0.01 * (1 + 0.1 * len(tree or ()))
+        drafts += bool(tree)
         stepped(found, seq, tree, (), (99,))
-    assert drafts < 12 and list(found.stopped(seq)) == ["offers"]
+        stopped += list(found.stopped(seq)) == ["offers"]
+    assert 0 < drafts < 12 and stopped > 80
     assert found.cost.seconds(1, 0, 0) == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("timed", [True, False])
-def test_a_text_that_keeps_nothing_is_looked_at_rarely(timed: bool) -> None:
-    found = planner((0.9,), 0.0, timed=timed, clock=lambda: 0.0)  # nothing takes time, so the guard stops no drafter
+@pytest.mark.parametrize(("drafting", "looks", "longest"), [(0.0, QUIET, 0), (0.035, QUIET, 3), (0.12, 4, 12), (1.0, 1, LONGEST_REST)])
+def test_a_text_that_keeps_nothing_is_looked_at_the_more_rarely_the_dearer_a_look_is(
+    timed: bool, drafting: float, looks: int, longest: int
+) -> None:
+    ticks = count()
+
+    def clock() -> float:
+        steps, part = divmod(next(ticks), 4)
+        return steps * (1 + drafting) + (0.0, drafting, 1 + drafting, 1 + drafting)[part]
+
+    found = planner((0.9,), 0.0, timed=timed, clock=clock)
     seq, other = sequence([1, 2, 3], stored=2), sequence([1, 2, 3], stored=2)
     for one in (seq, other):
         one.state[found] = found.begin(one)
+        one.state[found].payoff.balance[0] = 1e9  # so the guard stops no drafter
 
-    def looks(steps: int) -> list[bool]:
+    def rests(steps: int) -> list[int]:
+        """How long it rests after each look."""
         seen = []
         for _ in range(steps):
-            (tree,) = found.propose([seq], [Budget(2, 2)])
-            seen.append(len(tree) > 0)
+            resting = seq.rest
+            tree = looked_at(found, seq, Budget(2, 2))
+            assert bool(tree) == (resting == 0)
+            if not resting:
+                seen.append(seq.rest)
             stepped(found, seq, tree, (), (99,))
+            seq.state[found].payoff.balance[0] = 1e9
         return seen
 
+    found._share = drafting
     found.propose([seq], [Budget(0, 0)])  # a step without a budget says nothing
-    assert looks(QUIET) == [True] * QUIET
-    wanted = [False, True] * 4 + [False, False, True] * 3
-    assert looks(len(wanted)) == (wanted if timed else [True] * len(wanted))
-    assert [len(tree) > 0 for tree in found.propose([seq, other], [Budget(2, 2)] * 2)] == [not timed, True], "each by itself"
-    assert looks(400)[-2 * LONGEST_REST :].count(True) == (2 if timed else 2 * LONGEST_REST)
-    while not len(tree := found.propose([seq], [Budget(2, 2)])[0]):
-        stepped(found, seq, tree, (), (99,))
+    stepped(found, seq, EMPTY, (), (99,))
+    assert rests(looks) == [0] * looks
+    assert max(rests(400)) == (longest if timed else 0)
+    seq.rest = 0
+    (tree,) = found.propose([seq], [Budget(2, 2)])
     stepped(found, seq, tree, (0,), (10, 99))
-    assert looks(QUIET) == [True] * QUIET, "something was kept"
+    assert rests(looks) == [0] * looks, "something was kept"
+    assert other.rest == 0
+
+
+def test_a_text_rests_while_all_its_drafters_are_stopped() -> None:
+    found = planner((0.9,), 0.3, clock=lambda: 0.0)
+    seq = sequence([1, 2, 3], stored=2)
+    state = seq.state[found] = found.begin(seq)
+    found.cost.unit, found._stepped, found._share = 0.01, True, 0.0
+    state.payoff.balance[0] = -1e9
+    stepped(found, seq, looked_at(found, seq, Budget(8, 8)), (), (99,))
+    assert list(found.stopped(seq)) == ["offers"] and seq.rest == PAUSE
+    for _ in range(PAUSE):
+        assert looked_at(found, seq, Budget(8, 8)) is None
+        stepped(found, seq, None, (), (99,))
+    tree = looked_at(found, seq, Budget(8, 8))
+    stepped(found, seq, tree, (), (99,))
+    assert list(found.stopped(seq)) == [] and looked_at(found, seq, Budget(8, 8)), "its pause is over"
 
 
 def test_candidates_that_were_not_drafted_are_learned_from_too() -> None:

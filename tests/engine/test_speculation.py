@@ -272,6 +272,55 @@ def test_the_fault_of_one_drafter_is_no_other_drafters(culprit: str) -> None:
     assert faults.pop("1").startswith(f"{culprit}: ValueError: cannot") and not any(faults.values())
 
 
+# ---- texts that rest
+
+
+class Resting(RandomTrees):
+    """Lets every text rest for `steps` steps after each that it drafted for, and writes down what it is asked and shown."""
+
+    taps = Taps(top_k=3)
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(plain.VOCAB, seed=5, right=0.8, known=TEXTS)
+        self.steps, self.asked, self.seen = steps, [], []  # type: ignore[var-annotated]
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
+        drafting = [seq.id for seq, budget in zip(seqs, budgets, strict=True) if min(budget) > 0]
+        for seq in seqs:
+            seq.rest = self.steps if seq.id in drafting else seq.rest
+        self.asked.append(drafting)
+        return super().propose(seqs, budgets)
+
+    def observe(self, result: Any) -> None:
+        assert result.out.top_k is not None
+        self.seen.append([work.seq.id for work in result.work])
+
+
+def test_while_all_texts_rest_the_drafter_is_neither_asked_nor_shown_the_step(made_up: dict[str, Registered]) -> None:
+    drafter = Resting(3)
+    made_up["resting"] = Registered(lambda sampler: drafter)
+    made, steps = engine(backend="torch"), []
+    forward = made.runner.forward
+
+    def counted(batch: Any, taps: Taps) -> Any:
+        steps.append(taps.top_k)
+        return forward(batch, taps)
+
+    made.runner.forward = counted  # type: ignore[method-assign]
+    found = drive(made, [request(0, draft="resting")], [0])
+    assert found.texts == {"0": TEXTS["0", 0]} and found.accepted
+    assert len(drafter.asked) == len(drafter.seen) == sum(top_k == 3 for top_k in steps) < len(steps)
+    assert steps[-8:-4].count(3) == 1, "one in four"
+
+
+def test_a_text_that_rests_has_no_budget_beside_one_that_does_not(made_up: dict[str, Registered]) -> None:
+    drafter = Resting(2)
+    made_up["resting"] = Registered(lambda sampler: drafter)
+    found = drive(engine(backend="torch"), [request(i, draft="resting") for i in range(2)], [0, 3])
+    assert found.texts == {str(i): TEXTS[str(i), 0] for i in range(2)}
+    assert any(len(asked) == 1 for asked in drafter.asked) and any(len(seen) == 2 for seen in drafter.seen)
+
+
 # ---- opened methods
 
 

@@ -17,7 +17,7 @@ constexpr int AHEAD = 48, FIXED_NODES = 4;
 constexpr double MOOD_RATE = 0.1, LARGEST_MOOD = 3.0;
 constexpr int DEPTHS = 8, MOST = 1000;  // acceptance.py
 constexpr double SURE = 0.01;
-constexpr double PATIENCE = 0.5, CREDIT = 8.0;  // payoff.py
+constexpr double PATIENCE = 0.5, LEAST = 0.25, CREDIT = 8.0;  // payoff.py
 constexpr int PAUSE = 16, LONGEST_PAUSE = 256;
 
 std::array<double, AHEAD + 1> further() {
@@ -93,7 +93,7 @@ struct Asked {
 };
 
 struct Came {
-    int64_t text, tokens, drafted, kept, active;
+    int64_t text, tokens, drafted, kept, steps, active, wait;
 };
 
 struct Output {
@@ -182,8 +182,8 @@ class Planner {
             text.mood = std::min(std::max(text.mood + MOOD_RATE * surprise, -LARGEST_MOOD), LARGEST_MOOD);
     }
 
-    // One step of a text with `drafted` nodes, of which those of `path` were kept.
-    void pay(Planned& text, int drafted, const int32_t* path, int kept, double token, double node, double drafting) {
+    // One step of a text with `drafted` nodes, of which those of `path` were kept; steps: so many have passed with it since the last call.
+    void pay(Planned& text, int drafted, const int32_t* path, int kept, int steps, double token, double node, double drafting) {
         Payoff& payoff = text.payoff;
         if (int(text.origins.size()) != drafted) drafted = kept = 0;
         uint32_t lost = 0;
@@ -195,7 +195,7 @@ class Planner {
             for (int i = 0; i < kept; i++) payoff.balance[text.origins[path[i]]] += token;
             for (int i = 0; i < parts; i++) {
                 if (!(text.active >> i & 1)) continue;
-                if (payoff.balance[i] < -PATIENCE * token) lost |= 1u << i;
+                if (payoff.balance[i] < -PATIENCE * token * std::max(LEAST, double(PAUSE) / payoff.pause[i])) lost |= 1u << i;
                 else if (payoff.balance[i] >= CREDIT * token) payoff.balance[i] = CREDIT * token, payoff.pause[i] = PAUSE;
             }
         }
@@ -205,7 +205,7 @@ class Planner {
                 payoff.pause[i] = std::min(2 * payoff.pause[i], LONGEST_PAUSE);
                 payoff.balance[i] = 0;
             } else if (payoff.left[i]) {
-                payoff.left[i]--;
+                payoff.left[i] = std::max(0, payoff.left[i] - steps);
             }
             text.active = payoff.left[i] ? text.active & ~(1u << i) : text.active | 1u << i;
         }
@@ -353,15 +353,17 @@ BORDER int64_t rd_plan_drafts(
 }
 
 // tokens and paths: those of all texts, one after the other. token, node, drafting: see Prices in payoff.py; token < 0: unknown. The
-// drafters that go on are written to `active` of each text.
+// drafters that go on are written to `active` of each text, and the steps until one is tried again to `wait`.
 BORDER void rd_learn_drafts(
     Planner* planner, Came* came, int32_t texts, const Token* tokens, const int32_t* paths, double token, double node, double drafting) {
     for (int s = 0; s < texts; s++) {
         auto& text = *reinterpret_cast<Planned*>(came[s].text);
         planner->learn(text, tokens, int(came[s].tokens));
-        if (token >= 0) planner->pay(text, int(came[s].drafted), paths, int(came[s].kept), token, node, drafting);
+        if (token >= 0) planner->pay(text, int(came[s].drafted), paths, int(came[s].kept), int(came[s].steps), token, node, drafting);
         tokens += came[s].tokens;
         paths += came[s].kept;
         came[s].active = text.active;
+        const auto& left = text.payoff.left;
+        came[s].wait = text.active ? 0 : *std::min_element(left.begin(), left.begin() + planner->parts);
     }
 }
