@@ -189,7 +189,7 @@ class Dialogue:
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
-    return bool(tokenizer.hf.chat_template)
+    return bool(tokenizer.has_template)
 
 
 def compare(

@@ -24,7 +24,7 @@ class Prompting:
 
     @classmethod
     def of(cls, llm: LLM, template: str | None, *, raw: bool) -> Prompting:
-        instruct = bool(llm.tokenizer.hf.chat_template) and llm.name not in CONTINUES
+        instruct = llm.tokenizer.has_template and llm.name not in CONTINUES
         return cls(llm.tokenizer, not raw and (template is not None or instruct), template)
 
     def text(self, prompt: str) -> list[int]:

@@ -79,7 +79,7 @@ class VocabTrim(Options):
             raise Unsupported(f"vocabtrim:draft={self.draft}: this drafter has no second model to trim")
         vocabulary = sampler.vocabulary
         tokenizer = Tokenizer(runner.source)
-        always = {*vocabulary.eos, *tokenizer.hf.all_special_ids}
+        always = {*vocabulary.eos, *tokenizer.special_ids}
         always.update(token for one in ALWAYS for token in tokenizer.encode(one, special=False))
         keep = frequent(tokenizer.encode(self._read(), special=False), self.keep, vocabulary.size)  # 1.
         keep = np.union1d(keep, [token for token in always if token < vocabulary.size])  # 2.

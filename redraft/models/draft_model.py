@@ -57,7 +57,7 @@ def check_vocabulary(target: Path, draft: Path) -> None:
     """CheckpointError if the tokenizers give any token different ids. It names both models and the first difference."""
     if target == draft:
         return
-    ours, theirs = (dict(Tokenizer(path).hf.get_vocab()) for path in (target, draft))
+    ours, theirs = (Tokenizer(path).vocabulary.ids() for path in (target, draft))
     if ours == theirs:
         return
     by_id = [{place: token for token, place in vocabulary.items()} for vocabulary in (ours, theirs)]

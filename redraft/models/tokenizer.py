@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template, through transformers. Nothing from the checkpoint is executed."""
+"""The checkpoint's tokenizer and chat template. Nothing from the checkpoint is executed, except its template, in a sandbox."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from redraft.errors import CheckpointError, InvalidInput, RedraftError
-from redraft.models.config import first_line, read_json
-from redraft.models.gguf import file, vocabulary
+from redraft.models import chat_template, vocabulary
+from redraft.models.config import first_line
+from redraft.models.gguf import file
+from redraft.models.gguf import vocabulary as gguf_vocabulary
 
 Message = Mapping[str, Any]
 
@@ -49,28 +51,31 @@ class Tokenizer:
     """Text to ids and back. CheckpointError if the folder or GGUF file has no tokenizer that can be read."""
 
     def __init__(self, path: Path) -> None:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        self.hf: Any
         try:
-            if path.is_file():
-                self.hf = vocabulary.tokenizer(file.read(path))
-            else:
-                self.hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True, config=_named(path))
+            self.vocabulary = gguf_vocabulary.read(file.read(path)) if path.is_file() else vocabulary.read(path)
         except RedraftError:
             raise
         except Exception as error:  # the many formats raise anything
             raise CheckpointError(f"{path}: no tokenizer that can be read: {first_line(error)}") from None
-        self._fast = getattr(self.hf, "backend_tokenizer", None)
         self.encode("")  # the first call completes the tokenizer's state, after which threads may share it
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    @property
+    def special_ids(self) -> list[int]:
+        return self.vocabulary.special_ids
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return bool(self.vocabulary.templates)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text. `special`: with the tokens that the checkpoint puts around every text. A text that begins with <s> gets no
         second <s>."""
         try:
-            ids: list[int] = list(self.hf(text, add_special_tokens=special)["input_ids"])
+            ids = self.vocabulary.encode(text, special)
         except (UnicodeEncodeError, TypeError):  # the second from tokenizers in Rust
             raise InvalidInput("the text has half of a surrogate pair, which UTF-8 cannot encode") from None
         return ids[1:] if special and self._first and ids[:2] == self._first * 2 else ids
@@ -78,30 +83,34 @@ class Tokenizer:
     @cached_property
     def _first(self) -> list[int]:
         """The token that the checkpoint puts before every text, as a list; empty if there is none."""
-        first = self.hf.bos_token_id
-        return [first] if first is not None and list(self.hf("a")["input_ids"])[:1] == [first] else []
+        first = self.vocabulary.id("bos_token")
+        return [first] if first is not None and self.vocabulary.encode("a", True)[:1] == [first] else []
+
+    def template(self, given: str | None = None, tools: Any = None) -> str:
+        """The source of a chat template: `given`, the checkpoint's of that name, or its own for conversations with or without tools."""
+        own = self.vocabulary.templates
+        if given is not None:
+            return own.get(given, given)
+        if not own:
+            raise InvalidInput("this checkpoint has no chat template: give plain prompts, or a template of your own")
+        found = own.get("tool_use" if tools is not None and "tool_use" in own else "default")
+        if found is None:
+            raise InvalidInput(f"chat template: the checkpoint has several and no default: {', '.join(sorted(own))}; name one")
+        return found
 
     def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
         """A conversation as text, by the checkpoint's template or by `template`. variables: further variables of the template, or
-        arguments of transformers' apply_chat_template such as continue_final_message.
+        arguments of chat_template.render such as continue_final_message.
 
         A message has a role and a content. Other fields that are None or empty count as not given. The role developer becomes system
         if the template does not know it. Tool calls and tool results go to the template as transformers documents them, so arguments
         are objects. InvalidInput names a message that is malformed or that the template does not know.
         """
-        if not (template or self.hf.chat_template):
-            raise InvalidInput("this checkpoint has no chat template: give plain prompts, or a template of your own")
-        try:
-            source = str(self.hf.get_chat_template(template, variables.get("tools")))
-        except ValueError as error:  # several templates, none of them the default
-            raise InvalidInput(f"chat template: {error}") from None
+        source = self.template(template, variables.get("tools"))
         prepared = [_message(i, message, source) for i, message in enumerate(messages)]
+        given = {**self.vocabulary.named, **variables, "add_generation_prompt": add_generation_prompt}
         try:
-            return str(
-                self.hf.apply_chat_template(
-                    prepared, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template, **variables
-                )
-            )
+            return chat_template.render(source, prepared, **given)
         except Exception as error:  # from jinja, or from the template itself
             raise InvalidInput(f"messages: the chat template refuses them: {error}") from None
 
@@ -110,17 +119,18 @@ class Tokenizer:
         return self.encode(self.render(messages, **options), special=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self._text(ids, skip=True)
+        return self.vocabulary.decode(ids, skip=True)
 
     def decode_all(self, ids: list[int]) -> str:
         """Text with special tokens."""
-        return self._text(ids, skip=False)
+        return self.vocabulary.decode(ids, skip=False)
 
     @cached_property
     def decoder(self) -> Decoder:
         """`decode`, with the facts that decoding token by token needs."""
-        special = {token: self.hf.convert_ids_to_tokens(token) for token in self.hf.all_special_ids}
-        special |= {token: str(added) for token, added in self.hf.added_tokens_decoder.items() if added.special}
+        words = self.vocabulary
+        special = {token: words.spelling(token) or "" for token in words.special_ids}
+        special |= {token: spelling for token, (spelling, left_out) in words.added.items() if left_out}
         return Decoder(self.decode, self._byte_tokens, lambda token: token in special or self._lacks(token), frozenset(special.values()))
 
     @cached_property
@@ -130,24 +140,20 @@ class Tokenizer:
 
     def _lacks(self, token: int) -> bool:
         """Whether the vocabulary lacks an id. Models may have more ids than their tokenizer."""
-        return self.hf.convert_ids_to_tokens(token) is None
+        return self.vocabulary.spelling(token) is None
 
     @cached_property
     def _byte_tokens(self) -> frozenset[int]:
-        if self._fast is None or '"ByteFallback"' not in json.dumps(json.loads(self._fast.to_str()).get("decoder")):
+        if '"ByteFallback"' not in self.vocabulary.decoder:
             return frozenset()
-        return frozenset(token for piece, token in self.hf.get_vocab().items() if _BYTE.fullmatch(piece))
-
-    def _text(self, ids: list[int], *, skip: bool) -> str:
-        decoder = self.hf if self._fast is None else self._fast  # the Rust tokenizer is ten times faster
-        return str(decoder.decode(ids, skip_special_tokens=skip))
+        return frozenset(token for piece, token in self.vocabulary.ids().items() if _BYTE.fullmatch(piece))
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token adds to a text. They may be a part of a character."""
-        piece: str | None = self.hf.convert_ids_to_tokens(token)
+        piece = self.vocabulary.spelling(token)
         if piece is None:  # the model has more ids than the tokenizer
             return b""
-        if token in self._whole or self._fast is None:
+        if token in self._whole or not self.vocabulary.decoder:
             return piece.encode()
         if self._byte_level:
             table = _byte_table()
@@ -158,31 +164,18 @@ class Tokenizer:
     @cached_property
     def _whole(self) -> frozenset[int]:
         """Tokens that are spelled in plain text in the vocabulary."""
-        return frozenset({*self.hf.all_special_ids, *self.hf.added_tokens_decoder})
+        return frozenset({*self.special_ids, *self.vocabulary.added})
 
     @cached_property
     def _byte_level(self) -> bool:
         """Whether letters of the vocabulary stand for bytes, as in GPT-2."""
-        return self._fast is not None and '"ByteLevel"' in json.dumps(json.loads(self._fast.to_str()).get("decoder"))
+        return '"ByteLevel"' in self.vocabulary.decoder
 
     def spellings(self, word: str) -> list[list[int]]:
         """The ids of a word at the start of a text and after a space, to ban both."""
         texts = (word, " " + word.lstrip()) if word.strip() else (word,)
         found = [self.encode(text, special=False) for text in texts]
         return [ids for i, ids in enumerate(found) if ids and ids not in found[:i]]
-
-
-def _named(path: Path) -> Any:
-    """A config with the name of the model's type alone, if the folder names its tokenizer's class: the configuration classes of
-    transformers load PyTorch's compiler, which takes seconds. None: transformers needs the whole config."""
-    from transformers import PretrainedConfig
-
-    config, own = path / "config.json", path / "tokenizer_config.json"
-    if not (config.exists() and own.exists() and read_json(own).get("tokenizer_class")):
-        return None
-    raw = read_json(config)
-    kind = type("Named", (PretrainedConfig,), {"model_type": str(raw.get("model_type", ""))})
-    return kind(name_or_path=str(path), **{name: raw[name] for name in ("tokenizer_class", "model_name") if name in raw})
 
 
 def _neutral(value: Any) -> bool:

@@ -13,12 +13,14 @@ from typing import Any, cast
 
 from redraft.errors import RedraftError
 from redraft.llm import LLM
+from redraft.models import chat_template
 from redraft.serve import schema
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, refused
 
 SLACK = 2  # a tokenizer may normalize a text to fewer characters before it reads it
 INPUTS = 2048  # texts of one request for embeddings
+FOREIGN = frozenset({"chat_template", "conversation", "tokenize", "return_dict"})  # of transformers' call; here they would do nothing
 LATE = "the request took longer than this server allows"
 
 
@@ -39,7 +41,7 @@ class Prompts:
         self.context, self.vocab = llm.max_model_len, llm.runner.spec.vocab
         self._longest = max(len(self.tokenizer.bytes_of(token)) for token in range(self.vocab))
         self._thread = ThreadPoolExecutor(1, "redraft-tokenizer")
-        self._arguments = _arguments(self.tokenizer.render) | _arguments(self.tokenizer.hf.apply_chat_template)
+        self._arguments = _arguments(self.tokenizer.render) | _arguments(chat_template.render) | FOREIGN
 
     async def read(
         self,
@@ -104,7 +106,7 @@ class Prompts:
         try:
             text = self.tokenizer.render(messages, **options)
         except RedraftError as error:
-            raise refused(error, str(self.config.chat_template or self.tokenizer.hf.chat_template)) from None
+            raise refused(error, self.config.chat_template or "", *self.tokenizer.vocabulary.templates.values()) from None
         except RecursionError:
             raise Refused(400, "messages: the arguments of a tool call are nested too deeply", "messages") from None
         return Prompt(self.tokenizer.encode(self._fitting(text, "messages"), special=False), text)
@@ -120,4 +122,4 @@ class Prompts:
 
 def _arguments(function: Any) -> frozenset[str]:
     """The names of its parameters, including `self`."""
-    return frozenset(inspect.signature(function.__func__).parameters)
+    return frozenset(inspect.signature(getattr(function, "__func__", function)).parameters)

@@ -282,7 +282,7 @@ class Writer:
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.hf.all_special_ids)
+        return frozenset(self.tokenizer.special_ids)
 
     def _top(self, one: TopLogprobs) -> dict[str, float]:
         """The likeliest tokens and the chosen one. Of tokens with the same text, only the likeliest."""

@@ -91,7 +91,7 @@ def test_what_no_text_may_lack_stays_too(llm: LLM, text: Path) -> None:
     _, opened = trimmed(llm, text, 1)
     counts = np.bincount(llm.tokenizer.encode(TEXT, special=False))
     forced = {token for one in "\n0123456789" for token in llm.tokenizer.encode(one, special=False)}
-    forced |= {*llm.eos, *llm.tokenizer.hf.all_special_ids}
+    forced |= {*llm.eos, *llm.tokenizer.special_ids}
     assert set(opened.keep.tolist()) == forced | {int(counts.argmax())}
     assert len(forced) > 10
 

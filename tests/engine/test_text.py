@@ -77,7 +77,7 @@ LENGTH = 22
 def streams(tokenizer: Tokenizer) -> list[list[int]]:
     """Random ids, some of which the tokenizer lacks, and special tokens. Half of the streams are mostly text."""
     rng, found = np.random.default_rng(3), []
-    size = len(tokenizer.hf)
+    size = len(tokenizer)
     known = [tokenizer.encode(text, special=False) for text in ("🎉🎉", "\n\n", *TEXTS)]
     for i in range(STREAMS):
         ids = rng.integers(0, size + 2, LENGTH).tolist()
@@ -85,7 +85,7 @@ def streams(tokenizer: Tokenizer) -> list[list[int]]:
             own, at = known[rng.integers(len(known))], int(rng.integers(LENGTH))
             ids[at : at + len(own)] = own
         found.append(ids[:LENGTH])
-    eos = tokenizer.hf.eos_token_id
+    eos = tokenizer.vocabulary.id("eos_token")
     divided = [one for token in [*known[0], *known[1], known[0][0], 5] for one in (token, eos)]  # a special token after every token
     return [*found, (known[0] * 3)[:LENGTH], (known[1] * 3)[:LENGTH], divided[:LENGTH]]
 
@@ -100,7 +100,7 @@ def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, skip: bool) -> 
     """For every prompt and every length of the output, compared with the tokenizer's own `decode` of the whole."""
     decode = tokenizer.decoder if skip else tokenizer.decoder_all
     for ids in streams(tokenizer):
-        whole = [tokenizer.hf.decode(ids[:end], skip_special_tokens=skip) for end in range(len(ids) + 1)]
+        whole = [tokenizer.vocabulary.decode(ids[:end], skip) for end in range(len(ids) + 1)]
         for first in range(len(ids)):
             reader, reported = PartialText.start(ids[:first], decode), ""
             for end in range(first + 1, len(ids) + 1):
@@ -123,7 +123,7 @@ def test_the_context_decides_what_a_space_is(tmp_path: Path) -> None:
     tokenizer = KINDS["SentencePiece BPE with byte fallback"](tmp_path)
     decode = tokenizer.decoder
     said, cat = tokenizer.encode("the cat", special=False), tokenizer.encode("cat", special=False)
-    special = [tokenizer.hf.eos_token_id] * 80
+    special = [tokenizer.vocabulary.id("eos_token")] * 80
     for prompt in (said + special, said + special[:1]):
         assert PartialText.start(prompt, decode).extend(prompt + cat, decode, last=True).done == " cat"
     reader = PartialText.start(said, decode)
@@ -193,7 +193,7 @@ def test_a_stop_string_with_a_special_token(tmp_path: Path, kind: str, size: int
 def test_a_special_token_spelled_in_letters_is_a_stop_string_too(tmp_path: Path) -> None:
     tokenizer = KINDS["byte-level BPE"](tmp_path)
     ids = [one for text in ("the", " cat", "<", "/", "s", ">", " sat") for one in tokenizer.encode(text, special=False)]
-    assert tokenizer.hf.eos_token_id not in ids
+    assert tokenizer.vocabulary.id("eos_token") not in ids
     assert stopped(tokenizer, ids, len(tokenizer.encode("the", special=False)), [1] * 99, stop=["</s>"])[0] == " cat"
 
 

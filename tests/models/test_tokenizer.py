@@ -61,12 +61,12 @@ def test_bytes_of_the_embedded_model() -> None:
 
 def test_an_id_that_the_tokenizer_lacks_is_nothing(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
-    assert tokenizer.bytes_of(len(tokenizer.hf) + 7) == b""
+    assert tokenizer.bytes_of(len(tokenizer) + 7) == b""
 
 
 def test_a_text_begins_once(tmp_path: Path) -> None:
     tokenizer = byte_level(tmp_path)
-    first = tokenizer.hf.bos_token_id
+    first = tokenizer.vocabulary.id("bos_token")
     assert tokenizer.encode("a")[0] == first != tokenizer.encode("a")[1]
     assert tokenizer.encode("<s>a") == tokenizer.encode("a")
     assert tokenizer.encode("<s><s>a") == [first, *tokenizer.encode("a")], "what the user wrote twice stays"
@@ -79,7 +79,7 @@ def test_where_nothing_is_put_before_a_text_nothing_is_taken_away(tmp_path: Path
     made = Fast.from_file(str(tmp_path / "tokenizer.json"))
     made.post_processor = processors.ByteLevel()
     tokenizer = save(tmp_path, made)
-    first = tokenizer.hf.bos_token_id
+    first = tokenizer.vocabulary.id("bos_token")
     assert tokenizer.encode("<s><s>a")[:2] == [first, first] and tokenizer.encode("a")[0] != first
 
 

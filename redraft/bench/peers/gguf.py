@@ -74,7 +74,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except OSError:
         raise Unsupported(f"{folder}: GGUF files need a tokenizer.json, and there is none") from None
-    model, bos = whole["model"], tokenizer.hf.bos_token_id
+    model, bos = whole["model"], tokenizer.vocabulary.id("bos_token")
     parts = _parts(whole["pre_tokenizer"], "pretokenizers")
     cuts = [part["pattern"].get("Regex") for part in parts if part["type"] == "Split" and part["behavior"] == "Isolated"]
     level = parts[-1] if parts and parts[-1]["type"] == "ByteLevel" else {}
@@ -100,7 +100,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         cut=_CUTS[cut or ""],
         begins=bool(around),
         bos=bos,
-        eos=tokenizer.hf.eos_token_id,
+        eos=tokenizer.vocabulary.id("eos_token"),
     )
 
 

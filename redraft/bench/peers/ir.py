@@ -23,7 +23,6 @@ from redraft.bench.shapes import cache_folder
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
-from redraft.models.tokenizer import Tokenizer
 
 VERSION = 2  # version of the graph; each version has its own folder
 KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -65,7 +64,8 @@ def write_tokenizer(made: Path, folder: Path) -> None:
     """The checkpoint's tokenizer beside its model. OpenVINO GenAI compares the tokenizers of a model and its draft model."""
     if not (made / "openvino_tokenizer.xml").exists():
         openvino, package = importlib.import_module("openvino"), importlib.import_module("openvino_tokenizers")
-        both = package.convert_tokenizer(Tokenizer(folder).hf, with_detokenizer=True)
+        whole = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        both = package.convert_tokenizer(whole, with_detokenizer=True)
         for model, name in zip(both, ("tokenizer", "detokenizer"), strict=True):
             openvino.save_model(model, made / f"openvino_{name}.xml")
 

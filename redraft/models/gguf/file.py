@@ -9,6 +9,7 @@ numbers, and accepts strings that are cut. The header is read here instead: ever
 
 from __future__ import annotations
 
+import glob
 import math
 import mmap
 import re
@@ -19,6 +20,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +85,26 @@ def read(path: Path) -> Contents:
     """The headers of a file or of the split set that it belongs to. CheckpointError or Unsupported, one line each, names the file and
     what is wrong."""
     path = first(path)
+    key = _state(path)
+    if (found := _KEPT.get(key)) is None:
+        found = _KEPT[key] = _whole(path)
+    return found
+
+
+_KEPT: WeakValueDictionary[Any, Contents] = WeakValueDictionary()  # what was read and is still in use, by the states of its files
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    """Path, inode, size and time of change of a file or of all files of a set."""
+    split = _SPLIT.fullmatch(path.name)
+    files = sorted(path.parent.glob(f"{glob.escape(split['stem'])}-*-of-{split['count']}{SUFFIX}")) if split else [path]
+    try:
+        return tuple((file, now.st_ino, now.st_size, now.st_mtime_ns) for file in files for now in [file.stat()])
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def _whole(path: Path) -> Contents:
     fields, records = _read(path)
     split = _SPLIT.fullmatch(path.name)
     count = fields.get("split.count", 0)

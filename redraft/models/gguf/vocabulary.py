@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata as a fast tokenizer of transformers.
+"""The tokenizer in a GGUF file's metadata.
 
 transformers can read a GGUF tokenizer itself. That is not used: it takes GPT-2's words for pre-tokenizers that it does not know, among
 them SmolLM2's, so texts with numbers may get other ids than in llama.cpp, and versions of it differ.
@@ -11,6 +11,7 @@ from typing import Any
 
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.gguf.file import Contents
+from redraft.models.vocabulary import Vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 _SPACE = "\u2581"
@@ -51,12 +52,12 @@ def ends(found: Contents) -> Iterator[int]:
     yield from sorted(id for id in ids if type(id) is int)
 
 
-def tokenizer(found: Contents) -> Any:
+def read(found: Contents) -> Vocabulary:
     """CheckpointError or Unsupported names what is missing, damaged or unknown."""
-    return _Vocabulary(found).made()
+    return _Reader(found).made()
 
 
-class _Vocabulary:
+class _Reader:
     def __init__(self, found: Contents) -> None:
         self.found, self.path = found, found.path
         self.model = self.get("model")
@@ -85,9 +86,7 @@ class _Vocabulary:
             raise CheckpointError(f"{self.path}: tokenizer.ggml.{name}: one number for each of the {len(self.tokens)} tokens is needed")
         return list(found)
 
-    def made(self) -> Any:
-        from transformers import PreTrainedTokenizerFast
-
+    def made(self) -> Vocabulary:
         build = {"gpt2": self._byte_level, "llama": self._sentencepiece}.get(self.model)
         if build is None:
             raise Unsupported(f"{self.path}: tokenizer.ggml.model = {shown(self.model)}; known: gpt2, llama")
@@ -98,12 +97,8 @@ class _Vocabulary:
         named |= {"unk": self._id("unknown", 0 if spm else None), "pad": self._id("padding", None)}
         begins = self.get("add_bos_token", spm or self.get("pre") in _WHOLE_WORDS)
         self._surround(made, named["bos"] if begins else None, named["eos"] if self.get("add_eos_token", False) else None)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=made,
-            clean_up_tokenization_spaces=False,
-            chat_template=self._template(),
-            **{f"{name}_token": self.tokens[id] for name, id in named.items() if id is not None},
-        )
+        spelled = {f"{name}_token": self.tokens[id] for name, id in named.items() if id is not None}
+        return Vocabulary(made, spelled, templates=self._templates())
 
     def _id(self, name: str, otherwise: int | None) -> int | None:
         id = self.get(f"{name}_token_id", otherwise)
@@ -184,9 +179,8 @@ class _Vocabulary:
         named = [(self.tokens[id], id) for id in {bos, eos} - {None} if id is not None]
         made.post_processor = processors.TemplateProcessing(single=[*before, "$A", *after], special_tokens=named)
 
-    def _template(self) -> Any:
-        """The chat template, or all of them by name."""
+    def _templates(self) -> dict[str, str]:
+        """The chat templates by name."""
         start, fields = "tokenizer.chat_template", self.found.fields
         found = {key.removeprefix(start).removeprefix(".") or "default": value for key, value in fields.items() if key.startswith(start)}
-        found = {name: value for name, value in found.items() if isinstance(value, str) and name != "s"}
-        return found.get("default") if set(found) <= {"default"} else found
+        return {name: value for name, value in found.items() if isinstance(value, str) and name != "s"}

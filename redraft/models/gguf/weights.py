@@ -18,6 +18,7 @@ class Gguf:
     """The tensors of a file or split set, decoded when they are read. records: what is stored, by name."""
 
     def __init__(self, found: file.Contents) -> None:
+        self.contents = found  # kept as long as weights are read, so that the tokenizer's reader finds it
         self.records, self.index = found.records, found.path
         self.dtypes = file.kinds()
         self.tensors = {

@@ -92,6 +92,16 @@ def test_reading_needs_little_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_a_header_in_use_is_read_once_and_again_after_a_change(tmp_path: Path) -> None:
+    path = files.tensors(tmp_path / "m.gguf", ("a", np.zeros((2, 32), np.float32), Kind.F32))
+    first = file.read(path)
+    assert file.read(path) is first
+    files.tensors(path, ("b", np.zeros((3, 32), np.float32), Kind.F32))
+    assert list(file.read(path).records) == ["b"] and list(first.records) == ["a"]
+    del first
+    assert not [kept for kept in file._KEPT.values() if kept.path == path], "nobody uses it any more"
+
+
 # ---- damaged files
 
 

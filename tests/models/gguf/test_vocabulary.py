@@ -36,10 +36,11 @@ def same(ours: Tokenizer, theirs: Tokenizer) -> None:
             assert ours.encode(text, special=special) == theirs.encode(text, special=special), text
         ids = theirs.encode(text)
         assert ours.decode(ids) == theirs.decode(ids) and ours.decode_all(ids) == theirs.decode_all(ids)
-    assert ours.hf.get_vocab() == theirs.hf.get_vocab()
-    for name in ("bos_token_id", "eos_token_id", "chat_template"):
-        assert getattr(ours.hf, name) == getattr(theirs.hf, name)
-    for token in range(len(theirs.hf)):
+    assert ours.vocabulary.ids() == theirs.vocabulary.ids()
+    for name in ("bos_token", "eos_token"):
+        assert ours.vocabulary.id(name) == theirs.vocabulary.id(name)
+    assert ours.vocabulary.templates == theirs.vocabulary.templates
+    for token in range(len(theirs)):
         assert ours.bytes_of(token) == theirs.bytes_of(token)
 
 
@@ -70,7 +71,7 @@ def test_sentencepiece_ids_are_those_of_the_folder(tmp_path: Path) -> None:
 def test_sentencepiece_without_a_space_before_the_text(tmp_path: Path) -> None:
     _, ours = both(tmp_path, kinds.sentencepiece, lambda writer, own: sentencepiece(writer, own, add_add_space_prefix=False))
     assert ours.decode(ours.encode("the cat")) == "the cat"
-    assert ours.hf.convert_ids_to_tokens(ours.encode("the cat"))[:2] == ["<s>", "the"]
+    assert [ours.vocabulary.spelling(token) for token in ours.encode("the cat")[:2]] == ["<s>", "the"]
 
 
 # pre-tokenizer -> how it cuts a text, as the models' own tokenizers do
@@ -88,7 +89,7 @@ def test_text_is_cut_into_words(pre: str, tmp_path: Path) -> None:
     checkpoints.tiny_llama(tmp_path)
     made = Tokenizer(files.vocabulary(tmp_path / "m.gguf", lambda writer: files.byte_level(writer, tmp_path, pre)))
     text = "it's 2024 IT'S x²...\n\n  y"
-    found = made.hf.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    found = made.vocabulary.fast.pre_tokenizer.pre_tokenize_str(text)
     assert [text[begin:end] for _, (begin, end) in found] == CUT[pre]
 
 
