@@ -26,7 +26,6 @@ from redraft.inputs import Conversation, Params, Patch, Prompt
 from redraft.models import adapter, generation, loader
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
-from redraft.ops.backend import Feature
 from redraft.outputs import CacheMiss, CompletionOutput, Delta, RequestOutput
 from redraft.sample.sampler import Sampler
 from redraft.setup import Setup, scheduler_of
@@ -76,7 +75,7 @@ class LLM:
         self.defaults = checkpoint.defaults if config.model.generation_config == "auto" else {}
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
-        weights = loader.read(checkpoint, setup.backend.device, setup.backend.pack, Feature.GROUPED in setup.backend.features)
+        weights = loader.read(checkpoint, setup.backend)
         self.runner = Runner(
             checkpoint.spec,
             weights,

@@ -32,7 +32,7 @@ from redraft.bench.peers.process import Lost, Worker
 from redraft.config import AUTO, EngineConfig, ModelConfig
 from redraft.core.spec import Experts, ModelSpec
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod, did_you_mean
-from redraft.models import loader
+from redraft.ops.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from redraft.weights.quant import Quantizer
@@ -383,7 +383,7 @@ def amount(found: Comparison, engine: Engine, measure: str) -> float:
     if measure == "decode":
         cached = found.options.context + found.options.tokens / 2
         dtype = str(engine.facts["dtype"])
-        return _weight_bytes(found, engine) + cache_bytes(found.spec, cached, loader.DTYPES[dtype].itemsize)
+        return _weight_bytes(found, engine) + cache_bytes(found.spec, cached, DTYPES[dtype].itemsize)
     return linear_flops(found.spec, found.options.prefill)
 
 
@@ -415,7 +415,7 @@ def least(found: Comparison, engine: Engine, rows: int) -> list[float | None]:
     """The least seconds of a step of `rows` rows, one for each round: to read weights and cache, or to compute the linear layers and the
     head of all rows."""
     dtype, spec = str(engine.facts["dtype"]), found.spec
-    size = _weight_bytes(found, engine) + cache_bytes(spec, found.options.context, loader.DTYPES[dtype].itemsize)
+    size = _weight_bytes(found, engine) + cache_bytes(spec, found.options.context, DTYPES[dtype].itemsize)
     flops = 2 * rows * (_linear_weights(spec) + spec.vocab * spec.hidden)
     pairs = zip(engine.reads.get("steps", []), found.limits.found.get("peak", []))
     return [least_seconds(size, flops, reads, peak["flops_per_second"], _kind(engine)) if reads and peak else None for reads, peak in pairs]
@@ -433,7 +433,7 @@ def linears(spec: ModelSpec) -> Iterator[tuple[tuple[int, ...], float]]:
 
 def read_bytes(spec: ModelSpec, dtype: str, quant: str | None = None) -> float:
     """Bytes of weights that one token must read. Embedding rows, norms and biases are too few to count."""
-    kind = loader.DTYPES[dtype]
+    kind = DTYPES[dtype]
     if quant is None:
         return _linear_weights(spec) * kind.itemsize + spec.vocab * spec.hidden * kind.itemsize
     quantizer: Quantizer = registry.create("quant", quant)

@@ -39,6 +39,7 @@ from redraft.errors import InvalidInput
 from redraft.kv.store import Store
 from redraft.kv.table import PageTable
 from redraft.ops.backend import Backend, Linear
+from redraft.ops.torch_arrays import as_array
 
 COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
 COPIES = 1024  # at most, because many copies of a tiny weight take too long
@@ -259,7 +260,7 @@ def _linears(
     lines = []
     dtype = limits.KINDS[options.dtype]
     copies = min(COPIES, max(1, -(-options.cold // (outs * ins * dtype.itemsize))))
-    plain = Linear((torch.randn(outs, ins) / ins**0.5).to(dtype))
+    plain = Linear(as_array((torch.randn(outs, ins) / ins**0.5).to(dtype)))
     for quant in ("", *options.quants):
         stored: Any = plain
         size = float(outs * ins * dtype.itemsize)
@@ -280,10 +281,8 @@ def _linears(
 def _copy(weights: Any) -> Any:
     """A copy with its own memory, so that copies do not share cache lines."""
     if isinstance(weights, Linear):
-        return Linear(weights.weight.clone())
-    return dataclasses.replace(
-        weights, **{f.name: v.clone() for f in dataclasses.fields(weights) if isinstance(v := getattr(weights, f.name), Tensor)}
-    )
+        return Linear(weights.weight.copy())
+    return dataclasses.replace(weights, **{name: array.copy() for name, array in weights.arrays.items()})
 
 
 def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[], object]:

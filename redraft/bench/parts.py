@@ -14,6 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -61,7 +62,7 @@ class Part(NamedTuple):
 class Handed(TorchOps):
     """Notes each operation that reaches the torch backend. In `Trial` it is between NativeOps and TorchOps."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dtype: Any, device: torch.device | str = "cpu") -> None:
         self.handed: set[str] = set()
         super().__init__(dtype, device)
 
@@ -87,7 +88,7 @@ class Copy:
     """A small network with random weights on disk, with the layers of `spec`."""
 
     spec: ModelSpec
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     folder: Path
 
     def checkpoint(self, quant: Any = None) -> Checkpoint:
@@ -101,7 +102,7 @@ class Copy:
     def handed(self, quant: Any = None, seam: str = "", name: str = "") -> set[str]:
         """The operations that PyTorch ran for the tokens after a prompt, with a policy if one is named. RedraftError if it cannot run."""
         backend, prompt = Trial(self.dtype), [i % WIDTH for i in range(PROMPT)]
-        runner = Runner(self.spec, loader.read(self.checkpoint(quant), "cpu", backend.pack), backend, PAGES, sharing=False, quant=quant)
+        runner = Runner(self.spec, loader.read(self.checkpoint(quant), backend), backend, PAGES, sharing=False, quant=quant)
         policy = {seam: self._policy(runner, seam, name, prompt)} if seam else {}
         engine = _engine(runner)
         engine.add(Request("trial", prompt, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, **policy)))

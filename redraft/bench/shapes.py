@@ -24,6 +24,7 @@ from redraft.core.spec import ModelSpec
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, did_you_mean
 from redraft.models import loader, packages
 from redraft.models.memory import size
+from redraft.ops.torch_arrays import dtype_of
 
 Tick = Callable[[str], None]
 
@@ -174,7 +175,7 @@ def folder_name(model: str, config: dict[str, Any]) -> str:
 def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = SHARD, tick: Tick = lambda what: None) -> None:
     """A checkpoint of random weights in `folder`: safetensors in files of at most `shard` bytes or one tensor, and a tokenizer."""
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    spec, dtype = _spec(folder), loader.DTYPES[str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")]
+    spec, dtype = _spec(folder), dtype_of(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     _check(folder, spec, dtype)
     for name in TOKENIZER:
         shutil.copyfile(loader.resolve("embedded") / name, folder / name)

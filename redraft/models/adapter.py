@@ -28,6 +28,7 @@ from redraft.errors import CheckpointError, Unsupported, did_you_mean, shown
 from redraft.models.checkpoint import STORED, TensorFile
 from redraft.models.config import read_json
 from redraft.ops.backend import Adapted, Backend, ForwardResult, LayerWeights, Linear, LinearWeights, LowRank
+from redraft.ops.torch_arrays import as_tensor
 
 TITLE = "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685"
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -275,7 +276,7 @@ def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
         raise CheckpointError(f"{stored.file}: {name} has dtype {info.dtype}, expected {', '.join(STORED)}")
     if info.shape != shape:
         raise CheckpointError(f"{stored.file}: {name} has shape {list(info.shape)}, expected {list(shape)}")
-    found = stored.read(name)
+    found = as_tensor(stored.read(name))
     if not bool(found.isfinite().all()):
         raise CheckpointError(f"{stored.file}: {name} holds infinite or undefined numbers")
     return found

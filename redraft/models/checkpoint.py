@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
+import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.config import first_line, read_json
+from redraft.ops.dtypes import DTYPES, Numbers
 from redraft.ops.quantized import Quantized
 
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = {"F64": DTYPES["float64"], "F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
+FLOAT32 = DTYPES["float32"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -52,12 +55,12 @@ class TensorSource(Protocol):
         """The files of the tensors, sorted."""
         ...
 
-    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor, or a part of it along the first dimension, as stored; numbers that are stored in no dtype of PyTorch are decoded to
-        `dtype`. CheckpointError names file and tensor."""
+    def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
+        """A tensor, or a part of it along the first dimension, as stored; numbers that are stored in no type of numpy or ml_dtypes are
+        decoded to `dtype`. CheckpointError names file and tensor."""
         ...
 
-    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+    def packed(self, source: WeightSource, bias: Numbers | None) -> Quantized | None:
         """The weight of these tensors as it is stored, if it is quantized in a form that kernels multiply; else None."""
         ...
 
@@ -72,7 +75,7 @@ class TensorFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            opened: Any = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="np")  # knows bfloat16, because ml_dtypes is imported
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
         self._opened = opened
@@ -81,11 +84,23 @@ class TensorFile:
             part = self._opened.get_slice(name)
             self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
 
-    def read(self, name: str, part: int | slice | None = None) -> Tensor:
+    def read(self, name: str, part: int | slice | None = None) -> Numbers:
         try:
-            found: Tensor = self._opened.get_tensor(name) if part is None else self._opened.get_slice(name)[part]
+            if self.tensors[name].dtype == "F8_E4M3":
+                whole = self._float8(name)
+                return whole if part is None else whole[part]
+            found: Numbers = self._opened.get_tensor(name) if part is None else self._opened.get_slice(name)[part]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.file}: {name}: {first_line(error)}") from None
+        return found
+
+    def _float8(self, name: str) -> Numbers:
+        """safetensors looks for this type in numpy, which does not have it."""
+        with self.file.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            begin, end = header[name]["data_offsets"]
+            stored = np.fromfile(file, np.uint8, end - begin, offset=begin)
+        found: Numbers = stored.view(ml_dtypes.float8_e4m3fn).reshape(self.tensors[name].shape)
         return found
 
 
@@ -106,10 +121,10 @@ class Safetensors:
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.tensors.values()})
 
-    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         return self._files[self.tensors[name].file].read(name, part)
 
-    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+    def packed(self, source: WeightSource, bias: Numbers | None) -> Quantized | None:
         return None
 
     def packed_bytes(self, source: WeightSource) -> int | None:

@@ -8,7 +8,7 @@ from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
 from redraft.models import loader, memory, mixers
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
-from redraft.ops.backend import Feature
+from redraft.ops.dtypes import name_of
 
 SHARE = 0.5  # the draft model's pool takes at most this part of what is free after the weights
 
@@ -34,8 +34,7 @@ def load_draft_model(target: Runner, model: str | None) -> Runner:
 
 def _load(target: Runner, path: Path) -> Runner:
     backend = target.backend
-    dtype = next(name for name, one in loader.DTYPES.items() if one == backend.dtype)
-    checkpoint = loader.inspect(path, dtype, backend.device, target.quant)
+    checkpoint = loader.inspect(path, name_of(backend.dtype), backend.device, target.quant)
     if target.source is not None:
         check_vocabulary(target.source, path)
     elif checkpoint.spec.vocab != target.spec.vocab:
@@ -49,7 +48,7 @@ def _load(target: Runner, path: Path) -> Runner:
     if blocks < 1:
         needed = memory.size(checkpoint.weight_bytes)
         raise OutOfMemory(f"{path}: the draft model does not fit beside the target: weights {needed}, free {memory.size(free)}")
-    weights = loader.read(checkpoint, backend.device, backend.pack, Feature.GROUPED in backend.features)
+    weights = loader.read(checkpoint, backend)
     return Runner(checkpoint.spec, weights, backend, blocks, sharing=target.memory.paged.table.sharing, source=path)
 
 

@@ -6,13 +6,13 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft import registry
 from redraft.core.spec import Experts, Mlp, ModelSpec, WeightSource
@@ -24,18 +24,15 @@ from redraft.models.generation import read_defaults, read_eos
 from redraft.models.gguf import config as gguf_config
 from redraft.models.gguf import file as gguf_file
 from redraft.models.gguf.weights import Gguf
-from redraft.ops.backend import LayerWeights, Linear, LinearWeights, NormWeights, Weights
+from redraft.ops.backend import Backend, Feature, LayerWeights, Linear, LinearWeights, NormWeights, Weights
+from redraft.ops.dtypes import DTYPES, Numbers, at_least_float32
 from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:
     from redraft.weights.quant import Quantizer, Role
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-
 _EMBEDDED = {"embedded": "target", "embedded-draft": "draft"}
 _SHIPPED = "the model 'embedded' ships with Redraft"
-
-Pack = Callable[[LinearWeights, bool], LinearWeights]  # Backend.pack
 
 _DOWNLOADED = ["model*.safetensors", INDEX, "*.json", "*.jinja", "tokenizer*", "*.txt", "*.model"]
 CONFIG = "config.json"
@@ -59,7 +56,7 @@ class Checkpoint:
 
     path: Path
     spec: ModelSpec
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     eos_ids: tuple[int, ...]
     sources: dict[str, WeightSource] = field(repr=False)
     named: ModelSpec = field(repr=False)
@@ -194,7 +191,7 @@ def _architecture(names: Any) -> str:
 def inspect(
     path: Path,
     dtype: str = "auto",
-    device: torch.device | str = "cpu",
+    device: Any = "cpu",
     quant: Quantizer | None = None,
     max_model_len: int | None = None,
 ) -> Checkpoint:
@@ -224,7 +221,7 @@ def inspect(
     spec = _without_prefix(spec, tensors)
     sources = {name: _check(where, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
     _check_nothing_left(spec, sources, tensors)
-    chosen = _dtype(config, dtype, torch.device(device), tensors.tensors[sources["embed"].names[0]])
+    chosen = _dtype(config, dtype, str(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
     return Checkpoint(path, spec, chosen, eos_ids, sources, named, tensors, quant)
 
@@ -247,28 +244,35 @@ def _bare(spec: ModelSpec, source: WeightSource) -> WeightSource:
 
 def read(
     checkpoint: Checkpoint,
-    device: torch.device | str = "cpu",
-    pack: Pack = lambda weights, gated: weights,
-    as_stored: bool = False,
+    backend: Backend | None = None,
+    *,
+    as_stored: bool | None = None,
 ) -> Weights:
-    """The weights of an inspected checkpoint, in its `dtype`. Each is filled in place from the mapped files. The checkpoint's `quant`
-    and then `pack` (Backend.pack) give a linear weight its final form before the next weight is read, so that at most one weight is
-    in memory twice at any time. as_stored: weights that are stored quantized are not decoded, if the quantizer keeps them."""
+    """The weights of an inspected checkpoint, in its `dtype`, for a backend; None: as numpy arrays. Each is filled in place from the
+    mapped files. The checkpoint's `quant` and then Backend.pack give a linear weight its final form before the next weight is read, so
+    that at most one weight is in memory twice at any time. as_stored: weights that are stored quantized are not decoded, if the quantizer
+    keeps them; None: if the backend multiplies them as fast as others."""
+    pack = backend.pack if backend else lambda weights, gated: weights
+    place = backend.place if backend else lambda array: array
+    if as_stored is None:
+        as_stored = backend is not None and Feature.GROUPED in backend.features
     as_stored = as_stored and checkpoint.keeps
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Numbers] = {}
     linears: dict[str, LinearWeights] = {}
     shapes = checkpoint.spec.shapes()
 
-    def filled(name: str) -> Tensor:
-        out = torch.empty(shapes[name], dtype=checkpoint.dtype, device=device)
+    def filled(name: str) -> Numbers:
+        out = np.empty(shapes[name], checkpoint.dtype)
         source = checkpoint.sources[name]
         for (part, target), heads in zip(_parts(source, out), source.paired or [0] * len(source.names), strict=True):
             chosen = source.place[0] if source.place else slice(source.skip, None) if source.skip else None
             found = checkpoint.tensors.read(part, chosen, checkpoint.dtype)
             if heads:
-                target.unflatten(0, (heads, 2, -1)).copy_(found.unflatten(0, (heads, -1, 2)).transpose(1, 2))
+                rest = target.shape[1:]
+                target.reshape(heads, 2, -1, *rest)[:] = found.reshape(heads, -1, 2, *rest).swapaxes(1, 2)
             else:
-                target.copy_(found.T if source.transposed else found)
+                with np.errstate(over="ignore", invalid="ignore"):  # large numbers become infinite, NaN stays
+                    target[:] = found.T if source.transposed else found
         return out[list(source.order)] if source.order else out
 
     # biases and norms come first, because matrices are packed together with them; then the largest, so its copy meets no other weights
@@ -288,21 +292,26 @@ def read(
                 tensors[name] = filled(name)
             del kept
         elif (found := _NORM.fullmatch(name)) and _above_one(checkpoint.spec, found["part"]):
-            tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32)) + 1
+            tensors[name] = filled(name).astype(at_least_float32(checkpoint.dtype)) + 1
         elif name.endswith(".sink_logits"):
-            tensors[name] = filled(name).to(torch.promote_types(checkpoint.dtype, torch.float32))
+            tensors[name] = filled(name).astype(at_least_float32(checkpoint.dtype))
         else:
             tensors[name] = filled(name)
     if checkpoint.spec.tied and "embed" in tensors and "lm_head.weight" in checkpoint.tensors.tensors:
         saved = checkpoint.tensors.read("lm_head.weight")
-        if not torch.equal(saved.to(tensors["embed"]), tensors["embed"]):
+        if not np.array_equal(saved.astype(checkpoint.dtype), tensors["embed"]):
             raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
     if checkpoint.spec.tied and "head" not in linears:
         stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
+        shared = isinstance(stored, Linear)
+        if shared:
+            tensors["embed"] = place(tensors["embed"])  # once for both
+            stored = Linear(tensors["embed"])
         linears["head"] = head = pack(stored, False)
-        if isinstance(stored, Linear) and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
-            del tensors["embed"], stored
-    return _assemble(checkpoint.spec, tensors, linears)
+        if shared and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
+            del tensors["embed"]
+        del stored
+    return _assemble(checkpoint.spec, {name: place(array) for name, array in tensors.items()}, linears)
 
 
 def _gated(spec: ModelSpec, linear: re.Match[str]) -> bool:
@@ -322,7 +331,7 @@ def _above_one(spec: ModelSpec, part: str) -> bool:
     return norm is not None and norm.above_one
 
 
-def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linear, tensors: dict[str, Tensor]) -> LinearWeights:
+def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linear, tensors: dict[str, Numbers]) -> LinearWeights:
     """The weights as the checkpoint's `quant` stores them. linear: the match of their name; None: the tied head."""
     part = linear["part"] if linear else None
     if checkpoint.quant is None or part in _NEVER_QUANTIZED:
@@ -330,9 +339,9 @@ def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linea
     norm = f"{linear['layer']}.{_NORMS[part]}" if linear and part in _NORMS else None if part else "final_norm"
     gains = None
     if norm is not None and f"{norm}.weight" in tensors:
-        gains = tensors[f"{norm}.weight"].abs()
+        gains = abs(tensors[f"{norm}.weight"])
         if (shift := tensors.get(f"{norm}.bias")) is not None:
-            gains = gains + shift.abs()
+            gains = gains + abs(shift)
     try:
         return checkpoint.quant.quantize(weights, "layer" if part else "head", gains)
     except Unsupported as error:
@@ -340,9 +349,8 @@ def _stored(checkpoint: Checkpoint, linear: re.Match[str] | None, weights: Linea
 
 
 def meta_weights(checkpoint: Checkpoint) -> Weights:
-    """The weights on the meta device: shapes only, nothing is read. For a Runner that only describes itself."""
-    shapes = checkpoint.spec.shapes().items()
-    tensors = {name: torch.empty(shape, dtype=checkpoint.dtype, device="meta") for name, shape in shapes}
+    """Weights with shapes only, nothing is read. For a Runner that only describes itself."""
+    tensors = {name: _empty(shape, checkpoint.dtype) for name, shape in checkpoint.spec.shapes().items()}
     linears: dict[str, LinearWeights] = {"head": Linear(tensors["embed"])}
     for name, tensor in tensors.items():
         if linear := _LINEAR.fullmatch(name):
@@ -351,7 +359,12 @@ def meta_weights(checkpoint: Checkpoint) -> Weights:
     return _assemble(checkpoint.spec, tensors, linears)
 
 
-def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, LinearWeights]) -> Weights:
+def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Numbers:
+    """An array without memory of its own."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _assemble(spec: ModelSpec, tensors: dict[str, Any], linears: dict[str, LinearWeights]) -> Weights:
     """Weights from named parts. Without `embed`, the head is tied and holds the embedding's numbers."""
 
     def norm(name: str) -> NormWeights | None:
@@ -392,10 +405,11 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Tensor], linears: dict[str, Li
     )
 
 
-def _parts(source: WeightSource, out: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _parts(source: WeightSource, out: Numbers) -> Iterator[tuple[str, Numbers]]:
     """(name of a stored tensor, the view of the weight that it fills), for each tensor of a weight."""
     rows = source.rows or [len(out) // len(source.names)] * len(source.names)
-    yield from zip(source.names, out.split(list(rows)), strict=True)
+    ends = list(accumulate(rows))
+    yield from zip(source.names, (out[end - count : end] for end, count in zip(ends, rows, strict=True)), strict=True)
 
 
 def _check(where: Path, tensors: TensorSource, name: str, source: WeightSource, shape: tuple[int, ...]) -> WeightSource:
@@ -404,7 +418,7 @@ def _check(where: Path, tensors: TensorSource, name: str, source: WeightSource, 
     found = tensors.tensors
     while source.names[0] not in found and source.otherwise and source.otherwise.names[0] in found:
         source = source.otherwise
-    for part, target in _parts(source, torch.empty(shape, device="meta")):
+    for part, target in _parts(source, _empty(shape)):
         if part not in found:
             why = " (tie_word_embeddings is false)" if name == "head" else ""
             raise CheckpointError(f"{tensors.index}: missing tensor {part}{why}")
@@ -429,14 +443,14 @@ def _check_nothing_left(spec: ModelSpec, sources: dict[str, WeightSource], tenso
         raise CheckpointError(f"{tensors.tensors[first].file}: {len(left)} tensors unknown to a {spec.family} model, the first is {first}")
 
 
-def _dtype(config: Config, requested: str, device: torch.device, embed: TensorInfo) -> torch.dtype:
+def _dtype(config: Config, requested: str, device: str, embed: TensorInfo) -> np.dtype[Any]:
     if requested != "auto":
         if requested not in DTYPES:
             raise InvalidInput(f"dtype = {requested!r}: allowed are auto, {', '.join(DTYPES)}")
         return DTYPES[requested]
     named = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)).removeprefix("torch.")
     own = DTYPES[named] if named in DTYPES else STORED[embed.dtype]
-    return torch.float32 if own == torch.float16 and device.type == "cpu" else own
+    return DTYPES["float32"] if own == np.float16 and device.startswith("cpu") else own
 
 
 def _progress(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:

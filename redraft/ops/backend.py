@@ -35,10 +35,10 @@ class Feature(StrEnum):
 
 
 class Linear(NamedTuple):
-    """weight [out, in], bias [out] or None."""
+    """weight [out, in], bias [out] or None: numpy arrays, or those of a backend."""
 
-    weight: Tensor
-    bias: Tensor | None = None
+    weight: Any
+    bias: Any = None
 
     @property
     def outs(self) -> int:
@@ -47,11 +47,11 @@ class Linear(NamedTuple):
     @property
     def meta(self) -> bool:
         """Whether the weight has a shape only, without numbers."""
-        return self.weight.is_meta
+        return not any(self.weight.strides) if isinstance(self.weight, np.ndarray) else bool(self.weight.is_meta)
 
     def rows(self, keep: NDArray[Any]) -> Linear:
         """The layer with these outputs only, unpacked."""
-        dense = self.weight.to_dense() if self.weight.is_mkldnn else self.weight  # a layout of a backend, see Backend.pack
+        dense = self.weight.to_dense() if getattr(self.weight, "is_mkldnn", False) else self.weight  # a layout, see Backend.pack
         return Linear(dense[keep], None if self.bias is None else self.bias[keep])
 
 
@@ -145,13 +145,11 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        from torch import Tensor
-
         seen: dict[int, int] = {}
 
         def walk(value: Any) -> None:
-            if isinstance(value, Tensor):
-                seen[id(value)] = value.numel() * value.element_size()
+            if hasattr(value, "nbytes"):
+                seen[id(value)] = value.nbytes
             elif is_dataclass(value):  # a layer, or a linear layer in the form of a backend
                 walk(tuple(vars(value).values()))
             elif isinstance(value, tuple | dict):
@@ -311,9 +309,13 @@ class Backend(Protocol):
         """The device tensors of one step: rows, positions, places, masks. Raises Unsupported, with its name, for a missing feature."""
         ...
 
+    def place(self, array: NDArray[Any]) -> Any:
+        """An array of a checkpoint in the form that this backend computes with, which may share its memory."""
+        ...
+
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
-        """The form of a weight that is fastest for `linear`. Called once at load, for one weight at a time. gated: the first half of the
-        outputs are gates of the second half."""
+        """The form of a weight, of numpy arrays or placed, that is fastest for `linear`. Called once at load, for one weight at a time.
+        gated: the first half of the outputs are gates of the second half."""
         ...
 
     @property

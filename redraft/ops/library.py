@@ -110,9 +110,9 @@ def why_not() -> str:
     return reason
 
 
-def serves(dtype: str | torch.dtype, device: str | torch.device, spec: ModelSpec | None = None) -> tuple[str, str]:
+def serves(dtype: Any, device: str | torch.device, spec: ModelSpec | None = None) -> tuple[str, str]:
     """The backend for a model with this dtype on this device, 'native' or 'torch', and the reason. spec: the model, if known."""
-    name, place = str(dtype).removeprefix("torch."), str(device)
+    name, place = str(dtype).removeprefix("torch."), str(device)  # numpy's types and PyTorch's
     if place.partition(":")[0] != "cpu":
         return "torch", f"native kernels run on the cpu, not on {place}"
     if name not in NATIVE_DTYPES:

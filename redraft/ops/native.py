@@ -46,6 +46,7 @@ from redraft.ops.backend import (
 from redraft.ops.cpu import abi
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
 from redraft.ops.quantized import Quantized
+from redraft.ops.torch_arrays import as_tensors, dtype_of
 from redraft.ops.torch_ops import LoneSequence, TorchOps, Writer, lend_threads, tree_rows
 from redraft.ops.torch_pool import FormatStore, TorchPool
 
@@ -160,7 +161,8 @@ class NativeOps(TorchOps):
     name = "native"
     features: frozenset[Feature] = TorchOps.features | {Feature.RUN, Feature.BIT_EXACT, Feature.GROUPED}
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dtype: Any = torch.float32, device: torch.device | str = "cpu") -> None:
+        dtype = dtype_of(dtype)
         serves, why = library.serves(dtype, device)
         loaded = library.load()
         if serves != self.name or loaded is None:
@@ -205,6 +207,7 @@ class NativeOps(TorchOps):
     # ---- weights
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
+        weights = as_tensors(weights)
         if isinstance(weights, Quantized):
             return self._pack_codes(weights, gated)
         assert isinstance(weights, Linear)

@@ -25,9 +25,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the cards of methods are read without loading it
-    import torch
-    from numpy.typing import NDArray
+import numpy as np
+from array_api_compat import array_namespace
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # weights are numpy arrays until a backend has them
     from torch import Tensor
 
 LARGEST_CODE = 127  # of rows, and of weights with one scale for each output
@@ -47,23 +49,23 @@ class Quantized:
     codes: int8 [outs, ins], or uint8 [outs, (ins + 1) / 2] if halved: the low half of a byte is column 2 i, the high half 2 i + 1, each
     stored as code + 8, with lows as it is; scale: float32 [outs], or float16 [outs, groups]; group: the number of columns that share a
     scale (the last group may be shorter); columns: i64 [n], ascending; side: [outs, n] in the dtype of the model; wide: codes of groups
-    have 8 bits, not 4; low: as scale, None for 0.
+    have 8 bits, not 4; low: as scale, None for 0. Arrays of numpy, or of a backend; dtype: that of the model.
 
     top, bottom: float16 [outs, groups / per], shared by `per` groups. Then scale and low are int8, factors of them.
     """
 
-    codes: Tensor
-    scale: Tensor
+    codes: Any
+    scale: Any
     ins: int
-    dtype: torch.dtype
+    dtype: Any
     group: int = 0
-    bias: Tensor | None = None
-    columns: Tensor | None = None
-    side: Tensor | None = None
+    bias: Any = None
+    columns: Any = None
+    side: Any = None
     wide: bool = False
-    low: Tensor | None = None
-    top: Tensor | None = None
-    bottom: Tensor | None = None
+    low: Any = None
+    top: Any = None
+    bottom: Any = None
     per: int = 1
 
     @property
@@ -77,40 +79,40 @@ class Quantized:
     @property
     def grouped(self) -> bool:
         """Whether each group has a scale, not each output."""
-        return self.scale.ndim == 2
+        return bool(self.scale.ndim == 2)
 
     @property
     def offset(self) -> int:
         """What halved codes have added."""
         return -LOW if self.low is None else 0
 
-    def scales(self) -> Tensor:
+    def scales(self) -> Any:
         """scale(o, g), float32 [outs, groups]."""
         return self._times(self.scale, self.top)
 
-    def lows(self) -> Tensor | None:
+    def lows(self) -> Any:
         """low(o, g), float32 [outs, groups]."""
         return None if self.low is None else self._times(self.low, self.bottom)
 
-    def _times(self, factor: Tensor, of: Tensor | None) -> Tensor:
-        return factor.float() if of is None else factor.float() * of.float().repeat_interleave(self.per, 1)[:, : factor.shape[1]]
+    def _times(self, factor: Any, of: Any) -> Any:
+        return _float32(factor) if of is None else _float32(factor) * _repeated(_float32(of), self.per)[:, : factor.shape[1]]
 
     @property
     def is_halved(self) -> bool:
-        return not self.codes.dtype.is_signed
+        return str(self.codes.dtype).endswith("uint8")
 
     @property
     def meta(self) -> bool:
-        return self.codes.is_meta
+        return bool(getattr(self.codes, "is_meta", False))
 
     @property
-    def tensors(self) -> list[Tensor]:
-        every = (self.codes, self.scale, self.bias, self.columns, self.side, self.low, self.top, self.bottom)
-        return [tensor for tensor in every if tensor is not None]
+    def arrays(self) -> dict[str, Any]:
+        every = {name: getattr(self, name) for name in ("codes", "scale", "bias", "columns", "side", "low", "top", "bottom")}
+        return {name: array for name, array in every.items() if array is not None}
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        return sum(array.nbytes for array in self.arrays.values())
 
     def rows(self, keep: NDArray[Any]) -> Quantized:
         """The layer with these outputs only."""
@@ -120,62 +122,69 @@ class Quantized:
 
     def reordered(self, order: tuple[int, ...]) -> Quantized:
         """The outputs in another order; the bias has it already."""
-        import numpy as np
-
         return replace(self.rows(np.asarray(order)), bias=self.bias)
 
     def halved(self) -> Quantized:
         """The layer with two codes in a byte, if codes have 4 bits."""
-        import torch
-        import torch.nn.functional as F
-
         if not self.grouped or self.wide or self.is_halved:
             return self
-        codes = (F.pad(self.codes, (0, self.ins % 2)) + self.offset).to(torch.uint8)
-        return replace(self, codes=codes[:, ::2] | codes[:, 1::2] << 4)
+        xp = array_namespace(self.codes)
+        codes = xp.astype(self.codes + self.offset, xp.uint8)
+        high = codes[:, 1::2]
+        if self.ins % 2:  # the half of no column has code 0
+            high = xp.concat([high, xp.full((self.outs, 1), self.offset, dtype=xp.uint8, device=codes.device)], axis=1)
+        return replace(self, codes=codes[:, ::2] | high << 4)
 
-    def whole(self) -> Tensor:
+    def whole(self) -> Any:
         """The codes as int8 [outs, ins], halved or not."""
-        import torch
-
         if not self.is_halved:
             return self.codes
-        both = torch.stack([self.codes & 15, self.codes >> 4], -1).flatten(1)[:, : self.ins]
-        return both.to(torch.int8) - self.offset
+        xp = array_namespace(self.codes)
+        both = xp.reshape(xp.stack([self.codes & 15, self.codes >> 4], axis=-1), (self.outs, -1))[:, : self.ins]
+        return xp.astype(both, xp.int8) - self.offset
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Any:
         """The decoded matrix, float32 [outs, ins]."""
 
-        def spread(numbers: Tensor) -> Tensor:
-            return numbers.repeat_interleave(self.group, 1)[:, : self.ins] if self.grouped else numbers[:, None]
+        def spread(numbers: Any) -> Any:
+            return _repeated(numbers, self.group)[:, : self.ins] if self.grouped else numbers[:, None]
 
-        found = self.whole().float() * spread(self.scales())
+        found = _float32(self.whole()) * spread(self.scales())
         if (lows := self.lows()) is not None:
             found += spread(lows)
         if self.columns is not None and self.side is not None:
-            found[:, self.columns] = self.side.float()
+            found[:, self.columns] = _float32(self.side)
         return found
 
 
+def _float32(x: Any) -> Any:
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float32)
+
+
+def _repeated(x: Any, times: int) -> Any:
+    """Each column so many times."""
+    return array_namespace(x).repeat(x, times, axis=1)
+
+
+@np.errstate(all="ignore")  # scales may be infinite
 def is_exact(weights: Quantized) -> bool:
     """Whether the product is the one that this module defines, also where pairs are added in 16 bits and the fma is a float64 sum."""
     if (weights.wide or not weights.grouped) and int(weights.whole().min()) < -LARGEST_CODE:
         return False
     if not weights.grouped:
-        return bool(weights.scale.isfinite().all())
-    total = weights.scales().abs().sum(1) * weights.group
+        return bool(array_namespace(weights.scale).isfinite(weights.scale).all())
+    total = abs(weights.scales()).sum(1) * weights.group
     lows = weights.lows()
-    beside = 0 if lows is None else lows.abs().sum(1) * weights.group
+    beside = 0 if lows is None else abs(lows).sum(1) * weights.group
     if float((total * (LARGEST_CODE if weights.wide else HIGHEST) + beside).max()) * LARGEST_CODE < LARGEST_TOTAL:
         return True  # whatever the codes are
-    total = replace(weights, columns=None, low=None).dense().abs().sum(1)
+    total = abs(replace(weights, columns=None, low=None).dense()).sum(1)
     return float((total + beside).max()) * LARGEST_CODE < LARGEST_TOTAL
 
 
-def joined(parts: list[Quantized], bias: Tensor | None) -> Quantized | None:
+def joined(parts: list[Quantized], bias: Any) -> Quantized | None:
     """The outputs of several weights as one; None if their forms differ."""
-    import torch
-
     first = parts[0]
 
     def forms(one: Quantized) -> tuple[Any, ...]:
@@ -184,7 +193,7 @@ def joined(parts: list[Quantized], bias: Tensor | None) -> Quantized | None:
     if any(forms(one) != forms(first) for one in parts):
         return None
     names = [name for name in ("codes", "scale", "low", "top", "bottom") if getattr(first, name) is not None]
-    whole: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in parts]) for name in names}
+    whole: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in parts]) for name in names}
     return replace(first, bias=bias, **whole)
 
 

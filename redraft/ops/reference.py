@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,10 @@ from redraft.ops.backend import (
     best_first,
     limited,
 )
+from redraft.ops.dtypes import Numbers
 from redraft.ops.format import PAGE, Arrays, Format, plain
 from redraft.ops.quantized import POWERS, Quantized
+from redraft.ops.torch_arrays import as_tensor, as_tensors, dtype_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Reference:
     features = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
     mixers: frozenset[type] = frozenset({Attention})
 
-    def __init__(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dtype: Any = torch.float64, device: torch.device | str = "cpu") -> None:
+        dtype = dtype_of(dtype)
         if dtype != torch.float64 or torch.device(device).type != "cpu":
             raise Unsupported(f"backend 'reference' computes in float64 on the CPU only, not {dtype} on {device}")
         self.dtype, self.device = dtype, torch.device(device)
@@ -186,7 +190,11 @@ class Reference:
     def draw(self, key: int, ids: I64, values: F64) -> int:
         return draw(key, ids, values)
 
+    def place(self, array: Numbers) -> Tensor:
+        return as_tensor(array)
+
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
+        weights = as_tensors(weights)
         return weights.halved() if isinstance(weights, Quantized) else weights
 
     def embed(self, weights: Weights, plan: ReferencePlan) -> Tensor:
@@ -206,7 +214,7 @@ class Reference:
         if isinstance(weights, Quantized):
             return torch.stack([quantized_row(row, weights) for row in x]) if len(x) else x.new_empty(0, weights.shape[0])
         assert isinstance(weights, Linear), "a weight in the form of another backend"
-        y = x @ weights.weight.T
+        y: Tensor = x @ weights.weight.T
         return y if weights.bias is None else y + weights.bias
 
     def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:

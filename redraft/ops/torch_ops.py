@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,8 +42,10 @@ from redraft.ops.backend import (
     best_first,
     limited,
 )
+from redraft.ops.dtypes import Numbers
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
 from redraft.ops.quantized import Quantized, product
+from redraft.ops.torch_arrays import as_tensor, as_tensors, dtype_of
 from redraft.ops.torch_pool import FormatStore, TorchPool, by_head, units_of
 
 PACKED_FOR = 16  # rows; this layout works for any number of rows, a layout for a single row works for that only
@@ -140,8 +142,9 @@ class TorchOps:
     features: frozenset[Feature] = frozenset({Feature.PER_LAYER, Feature.PER_HEAD})
     mixers: frozenset[type] = frozenset({Attention})
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        self.dtype, self.device = dtype, torch.device(device)
+    def __init__(self, dtype: Any = torch.float32, device: torch.device | str = "cpu") -> None:
+        """dtype: PyTorch's or numpy's."""
+        self.dtype, self.device = dtype_of(dtype), torch.device(device)
         take_threads_back()
 
     def block_bytes(self, spec: ModelSpec) -> int:
@@ -416,8 +419,12 @@ class TorchOps:
     def draw(self, key: int, ids: I64, values: F64) -> int:
         return draw(key, ids, values)
 
+    def place(self, array: Numbers) -> Tensor:
+        return as_tensor(array, self.device)
+
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         """On the CPU, the blocked layout of oneDNN. 17 rows then cost 1.7 times as much as one row, instead of 2.3 (docs/log.md)."""
+        weights = as_tensors(weights, self.device)
         if isinstance(weights, Quantized):
             return weights.halved()
         assert isinstance(weights, Linear)

@@ -19,17 +19,17 @@ together. The paper's alpha is unknown: at 2 no weight of the tested models is s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput, Unsupported
+from redraft.ops.dtypes import Numbers
 from redraft.ops.quantized import HIGH, LOW, Quantized, is_exact
 from redraft.weights.quant import Role, by_output, by_output_bytes, check_head, parts, rounded
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from redraft.ops.backend import Linear
 
 SIZES = ("32", "64", "128")
@@ -62,14 +62,14 @@ class FineQuant:
             raise InvalidInput(f"int4:alpha={self.alpha}: must be above 0")
         check_head("int4", self.head, "int8", "int4", "none")
 
-    def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear | Quantized:
+    def quantize(self, weights: Linear, role: Role, gains: Numbers | None = None) -> Linear | Quantized:
         if role == "head" and self.head == "none":
             return weights
         if role == "head" and self.head == "int8":
             return by_output(weights)
         return by_group(weights, self.size(weights.weight))
 
-    def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
+    def bytes(self, outs: int, ins: int, dtype: np.dtype[Any], role: Role) -> int:
         if role == "head" and self.head == "none":
             return outs * ins * dtype.itemsize
         if role == "head" and self.head == "int8":
@@ -77,44 +77,43 @@ class FineQuant:
         smallest = MIN_GROUP if self.group == ADAPTIVE else int(self.group)
         return outs * (-(-ins // 2) + 2 * -(-ins // smallest))
 
-    def size(self, weight: Tensor) -> int:
+    def size(self, weight: Numbers) -> int:
         """The columns of a group of this weight."""
         return adapted(weight, self.alpha) if self.group == ADAPTIVE else int(self.group)
 
 
 def by_group(weights: Linear, group: int) -> Quantized:
-    import torch
-    import torch.nn.functional as F
-
     weight, bias = weights
     outs, ins = weight.shape
     groups = -(-ins // group)
-    codes = torch.empty(outs, ins, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(outs, groups, dtype=torch.float16, device=weight.device)
+    codes, scale = np.empty((outs, ins), np.int8), np.empty((outs, groups), np.float16)
     for rows, w in parts(weight):
-        cut = F.pad(w, (0, groups * group - ins)).view(len(w), groups, group)
-        largest = cut.gather(2, cut.abs().argmax(2, keepdim=True))
-        scale[rows] = (largest / torch.full_like(largest, LOW)).squeeze(2).half()  # 1.
-        codes[rows] = rounded(cut / scale[rows, :, None].float(), LOW, HIGH).view(len(w), -1)[:, :ins]  # 2.
+        cut = _padded(w, groups * group).reshape(len(w), groups, group)
+        largest = np.take_along_axis(cut, np.abs(cut).argmax(2, keepdims=True), 2)
+        with np.errstate(over="ignore"):
+            scale[rows] = (largest / np.float32(LOW))[:, :, 0]  # 1.
+        codes[rows] = rounded(cut, scale[rows, :, None].astype(np.float32), LOW, HIGH).reshape(len(w), -1)[:, :ins]  # 2.
     made = Quantized(codes, scale, ins, weight.dtype, group, bias)
     if not is_exact(made):
         raise Unsupported("the weights are too large: a group's scale, or a row's product with them, leaves the range of 4-bit codes")
     return made
 
 
-def adapted(weight: Tensor, alpha: float) -> int:
-    """3. The columns of an adaptive group."""
-    import torch
-    import torch.nn.functional as F
+def _padded(w: Numbers, columns: int) -> Numbers:
+    """With columns of zeros at the end."""
+    return np.pad(w, ((0, 0), (0, columns - w.shape[1]))) if columns > w.shape[1] else w
 
-    ins = weight.shape[1]
-    finest = [F.pad(w, (0, -ins % MIN_GROUP)).view(len(w), -1, MIN_GROUP).abs().amax(2) for _, w in parts(weight)]
-    ranges = [torch.cat(finest)]  # of groups of 64, 128 ... columns: float32 [outs, groups]
-    while ranges[-1].shape[1] > 1:
-        ranges.append(F.pad(ranges[-1], (0, ranges[-1].shape[1] % 2)).unflatten(1, (-1, 2)).amax(2))
+
+def adapted(weight: Numbers, alpha: float) -> int:
+    """3. The columns of an adaptive group."""
+    wide = -(-weight.shape[1] // MIN_GROUP) * MIN_GROUP
+    finest = [np.abs(_padded(w, wide)).reshape(len(w), -1, MIN_GROUP).max(2) for _, w in parts(weight)]
+    ranges = [np.concatenate(finest)]  # of groups of 64, 128 ... columns: float32 [outs, groups]
+    while (groups := ranges[-1].shape[1]) > 1:
+        ranges.append(_padded(ranges[-1], groups + groups % 2).reshape(len(ranges[-1]), -1, 2).max(2))
     size = MIN_GROUP << len(ranges) - 1
     for child, parent in zip(ranges[-2::-1], ranges[:0:-1], strict=True):
-        if not child.double().mean() * alpha <= parent.double().mean():
+        if not child.mean(dtype=np.float64) * alpha <= parent.mean(dtype=np.float64):
             break
         size //= 2
     return size

@@ -17,16 +17,16 @@ outlier columns are exact, not computed from codes. The head is quantized unless
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
+from redraft.ops.dtypes import Numbers
 from redraft.weights.quant import Role, by_output, by_output_bytes, check_head
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from redraft.ops.backend import Linear
     from redraft.ops.quantized import Quantized
 
@@ -51,15 +51,15 @@ class LLMInt8:
             raise InvalidInput(f"int8:outliers={self.outliers}: must be 0 or more")
         check_head("int8", self.head, "int8", "none")
 
-    def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear | Quantized:
+    def quantize(self, weights: Linear, role: Role, gains: Numbers | None = None) -> Linear | Quantized:
         if role == "head" and self.head == "none":
             return weights
         columns = None
         if self.outliers and gains is not None:
-            columns = gains.float().argsort(descending=True, stable=True)[: self.outliers].sort().values  # 1.
+            columns = np.sort(np.argsort(-gains.astype(np.float32), kind="stable")[: self.outliers])  # 1.
         return by_output(weights, columns)  # 2. 3.
 
-    def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
+    def bytes(self, outs: int, ins: int, dtype: np.dtype[Any], role: Role) -> int:
         if role == "head" and self.head == "none":
             return outs * ins * dtype.itemsize
         return by_output_bytes(outs, ins) + min(self.outliers, ins) * (outs * dtype.itemsize + 8)

@@ -7,16 +7,16 @@ this method. It is the default for such files on native kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.weights.quant import Role
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    import numpy as np
 
     from redraft.ops.backend import Linear
+    from redraft.ops.dtypes import Numbers
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class AsStored:
         summary="quantized files as they are; their default on a CPU",
     )
 
-    def quantize(self, weights: Linear, role: Role, gains: Tensor | None = None) -> Linear:
+    def quantize(self, weights: Linear, role: Role, gains: Numbers | None = None) -> Linear:
         return weights
 
-    def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: Role) -> int:
+    def bytes(self, outs: int, ins: int, dtype: np.dtype[Any], role: Role) -> int:
         return outs * ins * dtype.itemsize

@@ -118,11 +118,12 @@ class Bench:
 
         from redraft import LLM, SamplingParams
         from redraft.models import loader
+        from redraft.ops.reference import Reference
 
         torch.set_num_threads(1)
         self.task = task
         # the checkpoint's weights, for the dense recompute and for margins; read now, because a training run may replace the file
-        self.weights = loader.read(loader.inspect(MODELS[task.model], "float64"))
+        self.weights = loader.read(loader.inspect(MODELS[task.model], "float64"), Reference())
         self.draft_models: dict[Path, Any] = {}
         self.llm = LLM(str(MODELS[task.model]), dtype=task.dtype, threads=1, max_model_len=256, cache_fraction=0.1)
         story = task.model.startswith(("babyllama", "stories"))

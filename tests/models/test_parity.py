@@ -18,6 +18,7 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY
 from redraft.models import loader
 from redraft.models.runner import Runner
+from tests.arrays import PLACED
 from tests.models import tiny
 
 PROMPT = torch.randint(3, tiny.V, (45,), generator=torch.Generator().manual_seed(5)).tolist()  # two pages
@@ -112,7 +113,9 @@ def test_rope_is_read_as_transformers_reads_it(kind: str, written: str, folder: 
     with torch.inference_mode():
         want = torch.log_softmax(model(torch.tensor([PROMPT])).logits[0].double(), -1)
     checkpoint = loader.inspect(path, "float64")
-    runner = Runner(checkpoint.spec, loader.read(checkpoint), registry.load(registry.BACKENDS["reference"])(torch.float64), blocks=4)
+    runner = Runner(
+        checkpoint.spec, loader.read(checkpoint, PLACED), registry.load(registry.BACKENDS["reference"])(torch.float64), blocks=4
+    )
     assert (torch.log_softmax(logits(runner, 7), -1) - want).abs().max() < 1e-3
     original = 32 if written.endswith("no length") else 16
     assert checkpoint.context == {"linear": 96, "yarn": 4 * original, "llama3": 32 if original < 32 else 8 * 32}[kind]

@@ -23,8 +23,10 @@ from redraft.models import loader
 from redraft.models.checkpoint import Safetensors
 from redraft.ops import library
 from redraft.ops.quantized import Quantized
+from redraft.ops.torch_arrays import as_tensor
 from redraft.weights.stored import AsStored
 from tests import checkpoints
+from tests.arrays import PLACED
 
 GROUP = 32
 Write = Callable[[str, Tensor, np.random.Generator], tuple[dict[str, Tensor], Tensor]]  # -> what is stored, and the numbers that it means
@@ -168,8 +170,8 @@ def test_numbers_are_those_of_the_formula(name: str, tmp_path: Path) -> None:
     folder, plain = written(name, tmp_path / name)
     checkpoint = loader.inspect(folder, "float32")
     for key, value in plain.items():
-        assert torch.equal(checkpoint.tensors.read(key).float(), value.float()), key
-    weights = loader.read(checkpoint)
+        assert torch.equal(as_tensor(checkpoint.tensors.read(key)).float(), value.float()), key
+    weights = loader.read(checkpoint, PLACED)
     parts = [plain[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
     assert torch.equal(weights.layers[1].qkv.weight, torch.cat(parts))  # type: ignore[union-attr]
 
@@ -178,7 +180,7 @@ def test_numbers_are_those_of_the_formula(name: str, tmp_path: Path) -> None:
 def test_what_stays_packed_has_the_same_numbers(name: str, tmp_path: Path) -> None:
     folder, plain = written(name, tmp_path / name)
     checkpoint = loader.inspect(folder, quant=AsStored())
-    weights = loader.read(checkpoint, as_stored=True)
+    weights = loader.read(checkpoint, PLACED, as_stored=True)
     qkv, down = weights.layers[1].qkv, weights.layers[1].down
     assert isinstance(qkv, Quantized) == isinstance(down, Quantized) == FORMATS[name][2]
     if isinstance(qkv, Quantized):

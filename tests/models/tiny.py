@@ -12,6 +12,7 @@ import transformers
 from redraft.core.spec import ModelSpec
 from redraft.models import loader
 from redraft.ops.backend import Weights
+from tests.arrays import PLACED
 
 transformers.utils.logging.disable_progress_bar()  # saving would show a progress bar in output that tests compare
 
@@ -126,7 +127,7 @@ def save(name: str, folder: Path, seed: int = 0, shard: str = "1GB", dtype: torc
 
 def load(folder: Path, dtype: str = "auto") -> tuple[ModelSpec, Weights]:
     checkpoint = loader.inspect(folder, dtype)
-    return checkpoint.spec, loader.read(checkpoint)
+    return checkpoint.spec, loader.read(checkpoint, PLACED)
 
 
 def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:

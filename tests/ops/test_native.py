@@ -42,8 +42,7 @@ from redraft.ops.backend import ForwardResult, LayerWeights, Linear, LinearWeigh
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
 from redraft.ops.torch_ops import TorchOps
-from redraft.weights.int4 import by_group
-from redraft.weights.quant import by_output
+from tests.arrays import by_group, by_output
 from tests.checkpoints import tiny_llama
 from tests.ops import test_backends, test_views
 

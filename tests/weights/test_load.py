@@ -20,9 +20,12 @@ from redraft.models import loader, memory
 from redraft.models.draft_model import load_draft_model
 from redraft.ops.backend import Linear, Weights
 from redraft.ops.quantized import Quantized, product
+from redraft.ops.torch_arrays import as_tensor
 from redraft.ops.torch_ops import TorchOps
 from redraft.setup import Setup
-from redraft.weights.quant import by_output, by_output_bytes
+from redraft.weights.quant import by_output as by_output_of_arrays
+from redraft.weights.quant import by_output_bytes
+from tests.arrays import by_output, same
 from tests.checkpoints import tiny_llama
 from tests.contracts.identity import complete
 from tests.models import tiny
@@ -41,12 +44,12 @@ class Watching:
     seen: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     alive: list[int] = field(default_factory=list)
 
-    def quantize(self, weights: Linear, role: str, gains: torch.Tensor | None = None) -> Quantized:
+    def quantize(self, weights: Linear, role: str, gains: Any = None) -> Quantized:
         self.alive.append(sum(ref() is not None for ref in self.seen))
-        self.asked.append((role, tuple(weights.weight.shape), gains))
+        self.asked.append((role, tuple(weights.weight.shape), None if gains is None else as_tensor(gains)))
         if weights.weight.shape[0] != tiny.V or role == "layer":  # the embedding of a tied head stays
             self.seen.append(weakref.ref(weights.weight))
-        return by_output(weights)
+        return by_output_of_arrays(weights)
 
     def bytes(self, outs: int, ins: int, dtype: torch.dtype, role: str) -> int:
         return by_output_bytes(outs, ins)
@@ -59,7 +62,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read(folder: Path, quant: Any, dtype: str = "float32") -> tuple[loader.Checkpoint, Weights]:
     checkpoint = loader.inspect(folder, dtype, "cpu", quant)
-    return checkpoint, loader.read(checkpoint, "cpu", TorchOps(checkpoint.dtype).pack)
+    return checkpoint, loader.read(checkpoint, TorchOps(checkpoint.dtype))
 
 
 # ---- loading
@@ -81,7 +84,7 @@ def test_one_weight_at_a_time_each_with_its_bias_and_the_gains_in_front(family: 
     for held, before in zip(weights.layers, plain.layers, strict=True):
         for part in ("qkv", "out", "up", "down"):
             one, other = getattr(held, part), getattr(before, part)
-            assert all(torch.equal(a, b) for a, b in zip(one.tensors, by_output(other).tensors, strict=True))
+            assert same(one, by_output(other))
     for norm, name in ((plain.layers[1].attn_norm, "qkv"), (plain.layers[1].mlp_norm, "up")):
         gain = norm.weight.abs() + (0 if norm.bias is None else norm.bias.abs())
         shape = tuple(getattr(plain.layers[1], name).weight.shape)
@@ -97,7 +100,7 @@ def test_the_estimate_is_what_is_held(family: str, quant: str, tmp_path: Path) -
         pytest.skip("not registered")
     folder = tiny.save(family, tmp_path / family)
     checkpoint = loader.inspect(folder, "float64", "cpu", registry.create("quant", quant))
-    weights = loader.read(checkpoint, "cpu", TorchOps(torch.float64).pack)
+    weights = loader.read(checkpoint, TorchOps(torch.float64))
     assert weights.bytes <= checkpoint.weight_bytes
     assert weights.bytes == checkpoint.weight_bytes or "adaptive" in quant or "outliers" in quant
     assert checkpoint.weight_bytes < loader.inspect(folder, "float64").weight_bytes
@@ -127,7 +130,7 @@ def test_every_expert_is_a_weight_of_its_own(tmp_path: Path) -> None:
             assert len(ours) == 5
             for one, other in zip(ours, theirs, strict=True):
                 assert isinstance(one, Quantized) and isinstance(other, Linear)
-                assert all(torch.equal(a, b) for a, b in zip(one.tensors, by_output(other).tensors, strict=True))
+                assert same(one, by_output(other))
         gains = [found for _, shape, found in watching.asked if shape == (80, 24) and found is not None]
         assert sum(torch.equal(found, before.mlp_norm.weight.abs()) for found in gains) == 5
     assert checkpoint.weight_bytes == weights.bytes

@@ -12,6 +12,7 @@ from redraft.card import Guarantee
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
 from redraft.ops.backend import Linear
 from redraft.ops.quantized import Quantized, product
+from tests.arrays import quantize, same
 
 # Options of a method that are tested in addition to the defaults.
 FORMS = {
@@ -36,7 +37,7 @@ def weight(outs: int, ins: int, seed: int = 0, dtype: torch.dtype = torch.float3
 
 
 def quantized(text: str, weights: Linear, role: str = "layer", gains: torch.Tensor | None = None) -> Quantized:
-    found = made(text).quantize(weights, role, gains)
+    found = quantize(made(text), weights, role, gains)
     assert isinstance(found, Quantized)
     return found
 
@@ -62,18 +63,18 @@ def test_every_shape_and_its_size(text: str, role: Any, outs: int, ins: int) -> 
     method, gains = made(text), torch.arange(ins).float()
     weights = weight(outs, ins, dtype=torch.bfloat16)
     before = weights.weight.clone()
-    found = method.quantize(weights, role, gains)
+    found = quantize(method, weights, role, gains)
     assert torch.equal(weights.weight, before), "the weight itself is left alone"
     reported = method.bytes(outs, ins, torch.bfloat16, role)
     if found is weights:
         assert reported == 2 * outs * ins
         return
-    assert found.shape == (outs, ins) and found.dtype == torch.bfloat16 and found.bias is weights.bias
+    assert found.shape == (outs, ins) and found.dtype == torch.bfloat16 and torch.equal(found.bias, weights.bias)
     held = found.halved().bytes - 2 * outs
     assert held <= reported and (held == reported or "adaptive" in text)
     assert found.codes.abs().max() <= 127
-    again = method.quantize(weights, role, gains)
-    assert all(torch.equal(a, b) for a, b in zip(found.tensors, again.tensors, strict=True))
+    again = quantize(method, weights, role, gains)
+    assert same(found, again)
 
 
 @pytest.mark.parametrize("text", EVERY)
@@ -117,7 +118,7 @@ def test_what_is_not_finite_is_refused(text: str) -> None:
         weights = weight(4, 40)
         weights.weight[1, 3] = bad
         with pytest.raises(Unsupported, match="not finite in float32"):
-            made(text).quantize(weights, "layer")
+            quantize(made(text), weights)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_adaptive_groups() -> None:
     plain, damaged = weight(64, 1024, bias=False), planted(600)
     never, always = (quantized(f"int4:group=adaptive,alpha={alpha}", damaged) for alpha in ("inf", "1"))
     assert never.scale.shape == (64, 1) and always.scale.shape == (64, 16)
-    assert all(torch.equal(a, b) for a, b in zip(always.tensors, quantized("int4:group=64", damaged).tensors, strict=True))
+    assert same(always, quantized("int4:group=64", damaged))
     method = "int4:group=adaptive,alpha=1.2"
     kept, split = quantized(method, plain), quantized(method, damaged)
     assert kept.group == 1024 and split.group < 512
@@ -250,4 +251,4 @@ def test_weights_beyond_float16_scales_are_refused() -> None:
     weights = weight(2, 64, bias=False)
     weights.weight[0, 0] = 1e6
     with pytest.raises(Unsupported, match="leaves the range of 4-bit codes"):
-        made("int4").quantize(weights, "layer")
+        quantize(made("int4"), weights)

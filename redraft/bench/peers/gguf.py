@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.bench.shapes import cache_folder
 from redraft.core.spec import Mlp, ModelSpec
@@ -24,6 +23,7 @@ from redraft.models import loader
 from redraft.models.gguf import vocabulary
 from redraft.models.gguf.names import PARTS, TOP
 from redraft.models.tokenizer import Tokenizer
+from redraft.ops.dtypes import Numbers, name_of
 
 FAMILIES = ("llama", "qwen2")
 _CUTS = {"": "gpt-2", **{vocabulary.CUTS[name][0]: name for name in ("llama-bpe", "qwen2")}}  # "": the expression of ByteLevel
@@ -136,7 +136,7 @@ def _tokenizer(writer: Any, words: Vocabulary, size: int) -> None:
 def _write(path: Path, found: loader.Checkpoint, words: Vocabulary | None) -> None:
     gguf: Any = importlib.import_module("gguf")  # an optional package
     kinds = gguf.GGMLQuantizationType
-    matrix = {torch.bfloat16: kinds.BF16, torch.float16: kinds.F16, torch.float32: kinds.F32}[found.dtype]
+    matrix = {"bfloat16": kinds.BF16, "float16": kinds.F16, "float32": kinds.F32}[name_of(found.dtype)]
     writer: Any = gguf.GGUFWriter(path, found.spec.family)
     _header(writer, found.spec, loader.read_config(found.path))
     if words is None:
@@ -145,7 +145,7 @@ def _write(path: Path, found: loader.Checkpoint, words: Vocabulary | None) -> No
         _tokenizer(writer, words, found.spec.vocab)
     for write in (False, True):  # first the headers, then the numbers one by one
         for name, tensor in _tensors(found):
-            data = (tensor.to(found.dtype) if tensor.ndim > 1 else tensor.float()).contiguous().view(torch.uint8).numpy()
+            data = np.ascontiguousarray(tensor.astype(found.dtype if tensor.ndim > 1 else np.float32)).view(np.uint8)
             if write:
                 writer.write_tensor_data(data)
             else:
@@ -181,13 +181,13 @@ def _theta(config: Any) -> float:
     return float(theta)
 
 
-def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Numbers]]:
     spec, layer = found.spec, found.spec.attention[0]
     assert layer.rotary is not None
-    plain = _theta(loader.read_config(found.path)) ** (-torch.arange(0, layer.head_dim, 2, dtype=torch.float64) / layer.head_dim)
-    factors = plain / torch.tensor(layer.rotary.frequencies, dtype=torch.float64)
-    if not torch.allclose(factors, torch.ones_like(factors)):
-        yield "rope_freqs.weight", factors.float()
+    plain = _theta(loader.read_config(found.path)) ** (-np.arange(0, layer.head_dim, 2) / layer.head_dim)
+    factors = plain / np.array(layer.rotary.frequencies)
+    if not np.allclose(factors, 1):
+        yield "rope_freqs.weight", factors.astype(np.float32)
     for name, source in found.sources.items():
         _, at, part, kind = name.split(".") if name not in TOP else ("", "", "", "")
         names = [f"blk.{at}.{one}.{kind}" for one in PARTS[part]] if part else [TOP[name]]
@@ -195,5 +195,5 @@ def _tensors(found: loader.Checkpoint) -> Iterator[tuple[str, Tensor]]:
             tensor = found.tensors.read(stored)
             heads = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(target.split(".")[-2], 0)
             if heads and spec.family == "llama":  # llama.cpp pairs neighbours, checkpoints pair the halves of a head
-                tensor = tensor.unflatten(0, (heads, 2, layer.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+                tensor = tensor.reshape(heads, 2, layer.head_dim // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
             yield target, tensor

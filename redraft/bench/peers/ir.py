@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from redraft.bench.shapes import cache_folder
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
+from redraft.ops.dtypes import DTYPES, name_of
 
 VERSION = 2  # version of the graph; each version has its own folder
-KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+KINDS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 ov: Any = None  # an optional package
 op: Any = None
@@ -70,7 +70,7 @@ def write_tokenizer(made: Path, folder: Path) -> None:
             openvino.save_model(model, made / f"openvino_{name}.xml")
 
 
-def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
+def _check(spec: ModelSpec, dtype: np.dtype[Any]) -> None:
     for layer, mixer in zip(spec.layers, spec.attention, strict=True):
         plain = isinstance(layer.mlp, Mlp) and layer.mlp == Mlp(layer.mlp.hidden, bias=layer.mlp.bias)
         turned = mixer.rotary is not None and mixer.rotary.dim == mixer.head_dim and not mixer.rotary.still
@@ -83,8 +83,8 @@ def _check(spec: ModelSpec, dtype: torch.dtype) -> None:
                 f"no OpenVINO graph for this {spec.family}: only layers as in Llama, of RMS norms, rotary heads and a gated SiLU, without "
                 "windows and other factors"
             )
-    if dtype not in KINDS:
-        raise Unsupported(f"no OpenVINO graph in {str(dtype).removeprefix('torch.')}")
+    if name_of(dtype) not in KINDS:
+        raise Unsupported(f"no OpenVINO graph in {name_of(dtype)}")
 
 
 def _norm(layer: LayerSpec) -> Norm:
@@ -208,15 +208,14 @@ class _Graph:
         """One stored tensor. Matrices are in the run's dtype, vectors in float32."""
         stored = self.found.sources[name].names[part]
         tensor = self.found.tensors.read(stored)
-        kind = self.found.dtype if tensor.ndim > 1 else torch.float32
-        tensor = tensor.to(kind).contiguous()
-        data = tensor.view(torch.uint8).numpy()
+        kind = self.found.dtype if tensor.ndim > 1 else DTYPES["float32"]
+        data = np.ascontiguousarray(tensor.astype(kind))
         self.held.append(data)
         node = op.constant(
-            ov.Tensor(data.view(np.uint16) if kind.itemsize == 2 else data.view(np.float32), tensor.shape, getattr(ov.Type, KINDS[kind])),
+            ov.Tensor(data.view(np.uint16) if kind.itemsize == 2 else data, tensor.shape, getattr(ov.Type, KINDS[name_of(kind)])),
             shared_memory=True,
         )
-        return node if kind == torch.float32 else op.convert(node, "f32")
+        return node if kind == np.float32 else op.convert(node, "f32")
 
 
 def number(value: Any) -> Any:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from redraft.bench.peers.ir import KINDS, converted, write_tokenizer
 from redraft.bench.peers.peer import ASSISTANT, LOOKUP, Job, ended, timed
 from redraft.models import loader
+from redraft.ops.dtypes import name_of
 
 FUSED = ("FullyConnected", "RMS", "RoPE", "ScaledDotProductAttention", "Concatenation")  # of the angles; one of the last stays
-CAPABILITIES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}  # KINDS in the plugin's list of what it can
+CAPABILITIES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}  # KINDS in the plugin's list of what it can
 SPECULATION = {LOOKUP: {"num_assistant_tokens": 5, "max_ngram_size": 3}, ASSISTANT: {"num_assistant_tokens": 5}}  # as in GenAI's samples
 
 
@@ -149,12 +149,13 @@ class OpenVinoGenAi:
         return made
 
 
-def properties(job: Job, dtype: torch.dtype) -> dict[str, Any]:
+def properties(job: Job, dtype: np.dtype[Any]) -> dict[str, Any]:
     """Of the CPU plugin. A type that the processor does not have is several times slower than float32, or refused."""
     able = importlib.import_module("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     # the plugin chooses by the processor and oneDNN by this setting, so BF16 may be refused
     bound = "BF16" not in os.environ.get("ONEDNN_MAX_CPU_ISA", "BF16")
-    computed = KINDS[dtype] if CAPABILITIES[dtype] in able and not bound else "f32"
+    name = name_of(dtype)
+    computed = KINDS[name] if CAPABILITIES[name] in able and not bound else "f32"
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,

@@ -14,6 +14,7 @@ from torch import Tensor
 from redraft.bench.peers.peer import ASSISTANT, LOOKUP, PLAIN, Job, ended, timed
 from redraft.errors import Unsupported
 from redraft.models import loader
+from redraft.ops.torch_arrays import dtype_of
 
 PREDICTED = 10  # tokens of one prompt lookup, the value of transformers' documentation; it has no default
 
@@ -25,7 +26,7 @@ class Transformers:
         self.job = job
         torch.set_num_threads(job.threads)
         transformers.utils.logging.set_verbosity_error()
-        dtype = loader.inspect(loader.resolve(job.folder), job.dtype).dtype
+        dtype = dtype_of(loader.inspect(loader.resolve(job.folder), job.dtype).dtype)
         self.model = self._load(job.folder, dtype)
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=list(job.stop) or None, pad_token_id=0)
         self.modes: dict[str, dict[str, Any]] = {PLAIN: {}, LOOKUP: {"prompt_lookup_num_tokens": PREDICTED}}

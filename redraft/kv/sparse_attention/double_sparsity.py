@@ -276,11 +276,12 @@ def _config(source: Path) -> bytes:
 
 def _in_files(source: Path) -> Iterator[Weight]:
     from redraft.models import loader
+    from redraft.ops.torch_arrays import as_tensor
 
     stored = loader.inspect(source).tensors
     for name, info in sorted(stored.tensors.items()):
         if info.shape:
-            yield name, info.shape, stored.read(name, slice(0, _sampled(stored.read(name, slice(0, 1)))))
+            yield name, info.shape, as_tensor(stored.read(name, slice(0, _sampled(as_tensor(stored.read(name, slice(0, 1)))))))
 
 
 def _in_memory(value: Any, name: str = "weights") -> Iterator[Weight]:

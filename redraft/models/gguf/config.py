@@ -290,10 +290,8 @@ _FAMILIES: dict[str, Callable[[_Keys], Config]] = {
 }  # fmt: skip
 
 
-def _dtype(found: Contents) -> Any:
-    """The dtype of the matrices if all have the same plain type, else bfloat16."""
-    import torch
-
-    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+def _dtype(found: Contents) -> str:
+    """The name of the dtype of the matrices if all have the same plain type, else bfloat16."""
+    plain = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     stored = {record.kind.name for record in found.records.values() if len(record.shape) > 1}
-    return plain.get(stored.pop(), torch.bfloat16) if len(stored) == 1 else torch.bfloat16
+    return plain.get(stored.pop(), "bfloat16") if len(stored) == 1 else "bfloat16"

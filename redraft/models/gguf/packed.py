@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from redraft.core.spec import WeightSource
 from redraft.models.gguf.file import Record
+from redraft.ops.dtypes import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact
 
 U8 = NDArray[np.uint8]
@@ -112,7 +111,7 @@ def _form(records: list[Record], source: WeightSource) -> Form | None:
     return FORMS["Q8_0"] if kinds <= _SIMPLE else FORMS["Q6_K"]._replace(lows=True) if kinds <= _BLOCKS else None
 
 
-def quantized(records: list[Record], source: WeightSource, bias: Tensor | None) -> Quantized | None:
+def quantized(records: list[Record], source: WeightSource, bias: Numbers | None) -> Quantized | None:
     """The weight of these tensors; None if they have no common form, or one that the kernels do not multiply exactly. The rows are those
     of `source`."""
     form = _form(records, source)
@@ -129,8 +128,8 @@ def quantized(records: list[Record], source: WeightSource, bias: Tensor | None) 
     whole = Part(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))  # type: ignore[arg-type]
     if source.order:
         whole = Part(*(None if array is None else array[list(source.order)] for array in whole))  # type: ignore[arg-type]
-    codes, rest = torch.from_numpy(whole.codes), _tensors(whole)
-    made = Quantized(codes, ins=codes.shape[1], dtype=torch.float32, group=form.group, bias=bias, wide=form.wide, per=form.per or 1, **rest)
+    codes, dtype, rest = whole.codes, DTYPES["float32"], _arrays(whole)
+    made = Quantized(codes, ins=codes.shape[1], dtype=dtype, group=form.group, bias=bias, wide=form.wide, per=form.per or 1, **rest)
     return made if is_exact(made) else None
 
 
@@ -155,9 +154,9 @@ def _fitted(part: Part, own: Form, form: Form) -> Part:
     return part
 
 
-def _tensors(part: Part) -> dict[str, Any]:
+def _arrays(part: Part) -> dict[str, Any]:
     arrays = {name: getattr(part, name) for name in _NAMES}
-    return {name: None if array is None else torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return {name: None if array is None else np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _unpaired(rows: int, heads: int) -> NDArray[np.int64] | slice:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.core.spec import WeightSource
-from redraft.models.checkpoint import TensorInfo
+from redraft.models.checkpoint import FLOAT32, TensorInfo
 from redraft.models.gguf import file, names
 from redraft.models.gguf.packed import packed_bytes, quantized
+from redraft.ops.dtypes import Numbers
 from redraft.ops.quantized import Quantized
 
 
@@ -31,25 +32,27 @@ class Gguf:
     def files(self) -> list[Path]:
         return sorted({record.file for record in self.records.values()})
 
-    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         record = self.records[name]
         if len(record.shape) == 1:
             whole = self._decoded(record, 0, 1, dtype)[0]
-            return whole if part is None else whole[part]
+            some: Numbers = whole if part is None else whole[part]
+            return some
         inner = len(record.data) // record.shape[0]  # rows of one entry of the first dimension
         if isinstance(part, int):
             return self._decoded(record, part * inner, (part + 1) * inner, dtype).reshape(record.shape[1:])
         begin, end, _ = (part or slice(None)).indices(record.shape[0])
         return self._decoded(record, begin * inner, end * inner, dtype).reshape(-1, *record.shape[1:])
 
-    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+    def packed(self, source: WeightSource, bias: Numbers | None) -> Quantized | None:
         return quantized([self.records[name] for name in source.names], source, bias)
 
     def packed_bytes(self, source: WeightSource) -> int | None:
         return packed_bytes([self.records[name] for name in source.names], source)
 
-    def _decoded(self, record: file.Record, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(max(0, end - begin), record.shape[-1], dtype=dtype)
+    def _decoded(self, record: file.Record, begin: int, end: int, dtype: np.dtype[Any]) -> Numbers:
+        out = np.empty((max(0, end - begin), record.shape[-1]), dtype)
         for rows, numbers in file.decode(record, begin, end):
-            out[rows.start - begin : rows.stop - begin] = torch.from_numpy(numbers)
+            with np.errstate(all="ignore"):  # large numbers become infinite, NaN stays
+                out[rows.start - begin : rows.stop - begin] = numbers
         return out

@@ -3,9 +3,10 @@ stores it."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import numpy as np
 
 from redraft.models.stored.source import Matrix, Stored, four_bits
+from redraft.ops.dtypes import Numbers
 from redraft.ops.quantized import Quantized
 
 ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the place in a word of each of eight neighbouring outputs
@@ -28,8 +29,8 @@ class Awq(Stored):
         ins, words = self.shape(name)
         return Matrix(module, 8 * words, ins)
 
-    def weight(self, found: Matrix) -> Quantized | Tensor:
+    def weight(self, found: Matrix) -> Quantized | Numbers:
         size, groups = self.groups(found, self.size)
-        codes = self.words(found, "qweight")[..., ORDER].reshape(found.ins, found.outs).T.contiguous()
+        codes = np.ascontiguousarray(self.words(found, "qweight")[..., ORDER].reshape(found.ins, found.outs).T)
         zeros = self.words(found, "qzeros", (groups, found.outs // 8))[..., ORDER].reshape(groups, found.outs).T
-        return four_bits(codes, self.tensor(found, "scales", (groups, found.outs)).T.contiguous(), zeros, size)
+        return four_bits(codes, np.ascontiguousarray(self.tensor(found, "scales", (groups, found.outs)).T), zeros, size)

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.stored.source import Matrix, Stored, four_bits
+from redraft.ops.dtypes import DTYPES, Numbers
 from redraft.ops.quantized import LARGEST_CODE, Quantized
 
 _FORMATS = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
@@ -50,26 +50,28 @@ class CompressedTensors(Stored):
             return Matrix(module, *info.shape)
         return None
 
-    def weight(self, found: Matrix) -> Quantized | Tensor:
+    def weight(self, found: Matrix) -> Quantized | Numbers:
         if self.bits == 4:
             size, groups = self.groups(found, self.size)
             if self.has(found, "weight_g_idx"):
                 raise Unsupported(f"{self.index}: {found.module}.weight_g_idx: columns in the order of their importance are not read")
             codes = self.words(found, "weight_packed").reshape(found.outs, found.ins)
-            zero = torch.full((found.outs, groups), 8, dtype=torch.int8)
+            zero = np.full((found.outs, groups), 8, np.int8)
             if self.has(found, "weight_zero_point"):
                 words = self.words(found, "weight_zero_point", (-(-found.outs // 8), groups))
-                zero = words.transpose(1, 2).reshape(-1, groups)[: found.outs]
+                zero = words.swapaxes(1, 2).reshape(-1, groups)[: found.outs]
             return four_bits(codes, self.tensor(found, "weight_scale", (found.outs, groups)), zero, size)
-        scale = self.tensor(found, "weight_scale").float()
-        if scale.numel() not in (1, found.outs):
+        scale = self.tensor(found, "weight_scale").astype(np.float32)
+        if scale.size not in (1, found.outs):
             raise CheckpointError(f"{self.index}: {found.module}.weight_scale has shape {list(scale.shape)}, expected [{found.outs}, 1]")
-        codes, scale = self.tensor(found, "weight", None, ("I8", "F8_E4M3")), scale.reshape(-1, 1).expand(found.outs, 1)
-        if codes.dtype != torch.int8:
-            return codes.float() * scale
+        codes, scale = self.tensor(found, "weight", None, ("I8", "F8_E4M3")), np.broadcast_to(scale.reshape(-1, 1), (found.outs, 1))
+        if codes.dtype != np.int8:
+            decoded: Numbers = codes.astype(np.float32) * scale
+            return decoded
         if self.has(found, "weight_zero_point") or int(codes.min()) < -LARGEST_CODE:
-            shift: Tensor | float = 0.0
+            shift: Numbers | float = 0.0
             if self.has(found, "weight_zero_point"):
-                shift = self.tensor(found, "weight_zero_point", None, ("I8", "I32")).float().reshape(-1, 1)
-            return (codes.float() - shift) * scale
-        return Quantized(codes, scale[:, 0].contiguous(), found.ins, torch.float32)
+                shift = self.tensor(found, "weight_zero_point", None, ("I8", "I32")).astype(np.float32).reshape(-1, 1)
+            shifted: Numbers = (codes.astype(np.float32) - shift) * scale
+            return shifted
+        return Quantized(codes, np.ascontiguousarray(scale[:, 0]), found.ins, DTYPES["float32"])

@@ -3,10 +3,11 @@ them. DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, arXiv:2412.19437. They ar
 
 from __future__ import annotations
 
-from torch import Tensor
+import numpy as np
 
 from redraft.errors import CheckpointError, shown
 from redraft.models.stored.source import Matrix, Stored
+from redraft.ops.dtypes import Numbers
 
 
 class Fp8(Stored):
@@ -26,8 +27,9 @@ class Fp8(Stored):
         info = self.raw.tensors[name]
         return Matrix(module, *info.shape) if part == "weight" and info.dtype == "F8_E4M3" and len(info.shape) == 2 else None
 
-    def weight(self, found: Matrix) -> Tensor:
+    def weight(self, found: Matrix) -> Numbers:
         rows, columns = self.block
-        scales = self.tensor(found, "weight_scale_inv", (-(-found.outs // rows), -(-found.ins // columns))).float()
-        wide = scales.repeat_interleave(rows, 0)[: found.outs].repeat_interleave(columns, 1)[:, : found.ins]
-        return self.tensor(found, "weight", None, ("F8_E4M3",)).float() * wide
+        scales = self.tensor(found, "weight_scale_inv", (-(-found.outs // rows), -(-found.ins // columns))).astype(np.float32)
+        wide = scales.repeat(rows, 0)[: found.outs].repeat(columns, 1)[:, : found.ins]
+        decoded: Numbers = self.tensor(found, "weight", None, ("F8_E4M3",)).astype(np.float32) * wide
+        return decoded

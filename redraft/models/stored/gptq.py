@@ -3,11 +3,11 @@ AutoGPTQ and GPTQModel store it."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.errors import CheckpointError, shown
 from redraft.models.stored.source import Matrix, Stored, four_bits
+from redraft.ops.dtypes import Numbers
 from redraft.ops.quantized import Quantized
 
 
@@ -29,16 +29,16 @@ class Gptq(Stored):
         rows, outs = self.shape(name)
         return Matrix(module, outs, 8 * rows)
 
-    def weight(self, found: Matrix) -> Quantized | Tensor:
+    def weight(self, found: Matrix) -> Quantized | Numbers:
         size, groups = self.groups(found, self.size)
-        codes = self.words(found, "qweight").transpose(1, 2).reshape(found.ins, found.outs).T.contiguous()
+        codes = np.ascontiguousarray(self.words(found, "qweight").swapaxes(1, 2).reshape(found.ins, found.outs).T)
         zeros = self.words(found, "qzeros", (groups, found.outs // 8)).reshape(groups, found.outs).T + self.plus
-        scales = self.tensor(found, "scales", (groups, found.outs)).T.contiguous()
-        of = torch.arange(found.ins) // size
+        scales = np.ascontiguousarray(self.tensor(found, "scales", (groups, found.outs)).T)
+        of = np.arange(found.ins) // size
         if self.has(found, "g_idx"):
-            given = self.tensor(found, "g_idx", (found.ins,), ("I32", "I64")).long()
+            given = self.tensor(found, "g_idx", (found.ins,), ("I32", "I64")).astype(np.int64)
             if not ((given >= 0) & (given < groups)).all():
                 raise CheckpointError(f"{self.index}: {found.module}.g_idx = {shown(given.tolist())}: groups 0 to {groups - 1} are allowed")
-            if not torch.equal(given, of):  # columns in the order of their importance: decoded
-                return (codes.float() - zeros.float()[:, given]) * scales.float()[:, given]
+            if not np.array_equal(given, of):  # columns in the order of their importance: decoded
+                return (codes.astype(np.float32) - zeros.astype(np.float32)[:, given]) * scales.astype(np.float32)[:, given]
         return four_bits(codes, scales, zeros, size)

@@ -6,17 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError
-from redraft.models.checkpoint import STORED, Safetensors, TensorInfo
+from redraft.models.checkpoint import FLOAT32, STORED, Safetensors, TensorInfo
+from redraft.ops.dtypes import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact
 
 GROUP, BIAS, NO_NUMBER = 32, 127, 255  # numbers that share a scale; of its exponent; its code that is no number
-DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)  # twice the numbers of E2M1
-PAIRS = torch.stack([DOUBLED.repeat(16), DOUBLED.repeat_interleave(16)], 1)  # of each byte
+DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the numbers of E2M1
+PAIRS = np.stack([np.tile(DOUBLED, 16), DOUBLED.repeat(16)], 1)  # of each byte
 
 
 class Mxfp4:
@@ -49,39 +49,42 @@ class Mxfp4:
     def files(self) -> list[Path]:
         return self.raw.files
 
-    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         if name not in self.made:
             return self.raw.read(name, part, dtype)
         doubled, exponents = self._numbers(name, part)
-        wide = torch.float32 if dtype == torch.float16 else dtype  # others hold all numbers that are below their largest
-        numbers: Tensor = doubled.to(wide).unflatten(-1, (-1, GROUP)) * _power(exponents).to(wide)[..., None]
-        return numbers.flatten(-2).mT
+        wide = FLOAT32 if dtype == np.float16 else dtype  # others hold all numbers that are below their largest
+        with np.errstate(over="ignore"):
+            numbers = doubled.astype(wide).reshape(*doubled.shape[:-1], -1, GROUP) * _power(exponents).astype(wide)[..., None]
+        decoded: Numbers = numbers.reshape(doubled.shape).swapaxes(-1, -2)
+        return decoded
 
     def packed_bytes(self, source: WeightSource) -> int | None:
         return None
 
-    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+    def packed(self, source: WeightSource, bias: Numbers | None) -> Quantized | None:
         """Codes of 8 bits with a scale for each group: the same numbers."""
         name = source.names[0]
         if name not in self.made or len(source.names) > 1 or source.place is None or not source.transposed:
             return None
         codes, exponents = self._numbers(name, source.place[0])
-        scale = _power(exponents).half()
-        if not torch.equal(scale.float(), _power(exponents)):
+        with np.errstate(over="ignore"):
+            scale = _power(exponents).astype(np.float16)
+        if not np.array_equal(scale.astype(np.float32), _power(exponents)):
             return None
-        found = Quantized(codes, scale, codes.shape[1], torch.float32, GROUP, bias, wide=True)
+        found = Quantized(codes, scale, codes.shape[1], DTYPES["float32"], GROUP, bias, wide=True)
         if not is_exact(found):
             return None
         return found.reordered(source.order) if source.order else found
 
-    def _numbers(self, name: str, part: int | slice | None) -> tuple[Tensor, Tensor]:
+    def _numbers(self, name: str, part: int | slice | None) -> tuple[Numbers, Numbers]:
         """Twice the numbers, int8 [..., outs, ins], and the exponents of their scales, halved, int32 [..., outs, ins / 32]."""
         blocks, scales = self.raw.read(f"{name}_blocks", part), self.raw.read(f"{name}_scales", part)
         if (scales == NO_NUMBER).any():
             raise CheckpointError(f"{self.made[name].file}: {name}_scales: a scale of {NO_NUMBER} is no number")
-        return PAIRS.index_select(0, blocks.flatten().int()).view(*blocks.shape[:-2], -1), scales.int() - BIAS - 1
+        return PAIRS[blocks].reshape(*blocks.shape[:-2], -1), scales.astype(np.int32) - BIAS - 1
 
 
-def _power(exponents: Tensor) -> Tensor:
-    """2 to the exponents, exact."""
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+def _power(exponents: Numbers) -> Numbers:
+    """2 to the exponents, float32, exact."""
+    return np.ldexp(np.float32(1), exponents)

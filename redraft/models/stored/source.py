@@ -6,12 +6,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported, shown
-from redraft.models.checkpoint import STORED, Safetensors, TensorInfo
+from redraft.models.checkpoint import FLOAT32, STORED, Safetensors, TensorInfo
+from redraft.ops.dtypes import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact, joined
 
 
@@ -52,7 +52,7 @@ class Stored:
         """The matrix whose codes are in this tensor."""
         raise NotImplementedError
 
-    def weight(self, found: Matrix) -> Quantized | Tensor:
+    def weight(self, found: Matrix) -> Quantized | Numbers:
         """The matrix [outs, ins] as it is stored, or float32 numbers if no kernel multiplies this form."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Stored:
     def files(self) -> list[Path]:
         return self.raw.files
 
-    def read(self, name: str, part: int | slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         found = self.matrices.get(name)
         if found is None:
             return self.raw.read(name, part, dtype)
@@ -68,7 +68,7 @@ class Stored:
         dense = weight.dense() if isinstance(weight, Quantized) else weight
         return dense if part is None else dense[part]
 
-    def packed(self, source: WeightSource, bias: Tensor | None) -> Quantized | None:
+    def packed(self, source: WeightSource, bias: Numbers | None) -> Quantized | None:
         if source.place or source.transposed or any(source.paired) or any(name not in self.matrices for name in source.names):
             return None
         found = [self.weight(self.matrices[name]) for name in source.names]
@@ -81,7 +81,7 @@ class Stored:
 
     # ---- for subclasses
 
-    def tensor(self, found: Matrix, part: str, shape: tuple[int, ...] | None = None, dtypes: Collection[str] = STORED) -> Tensor:
+    def tensor(self, found: Matrix, part: str, shape: tuple[int, ...] | None = None, dtypes: Collection[str] = STORED) -> Numbers:
         """A tensor of a matrix. CheckpointError if it is missing or has another shape or dtype."""
         name = f"{found.module}.{part}"
         if name not in self.raw.tensors:
@@ -93,7 +93,7 @@ class Stored:
             raise CheckpointError(f"{info.file}: {name} has dtype {info.dtype}, expected {' or '.join(dtypes)}")
         return self.raw.read(name)
 
-    def words(self, found: Matrix, part: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def words(self, found: Matrix, part: str, shape: tuple[int, ...] | None = None) -> Numbers:
         """The 4-bit numbers [..., 8] in a tensor of int32."""
         return nibbles(self.tensor(found, part, shape, ("I32",)))
 
@@ -127,17 +127,20 @@ class Stored:
         return size, found.ins // size
 
 
-def nibbles(words: Tensor) -> Tensor:
+def nibbles(words: Numbers) -> Numbers:
     """int32 [..., n] -> int8 [..., n, 8]: the eight 4-bit numbers of each word, the lowest first."""
-    return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).to(torch.int8)
+    return (words[..., None] >> np.arange(0, 32, 4, dtype=np.int32) & 15).astype(np.int8)
 
 
-def four_bits(codes: Tensor, scale: Tensor, zeros: Tensor, group: int) -> Quantized | Tensor:
+def four_bits(codes: Numbers, scale: Numbers, zeros: Numbers, group: int) -> Quantized | Numbers:
     """The weight (code - zero) * scale: codes int8 [outs, ins] of 0 to 15, scale and zeros [outs, groups]."""
-    half = scale.half()
-    if not torch.equal(half.float(), scale.float()):  # a scale in bfloat16 may be outside of float16
-        return (codes.float() - zeros.float().repeat_interleave(group, 1)) * scale.float().repeat_interleave(group, 1)
+    whole = scale.astype(np.float32)
+    with np.errstate(over="ignore"):
+        half = whole.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), whole):  # a scale in bfloat16 may be outside of float16
+        decoded: Numbers = (codes.astype(np.float32) - zeros.astype(np.float32).repeat(group, 1)) * whole.repeat(group, 1)
+        return decoded
     ins = codes.shape[1]
     if (zeros == 8).all():
-        return Quantized(codes - 8, half, ins, torch.float32, group)
-    return Quantized(codes, half, ins, torch.float32, group, low=-zeros.to(torch.int8), bottom=half)
+        return Quantized(codes - 8, half, ins, DTYPES["float32"], group)
+    return Quantized(codes, half, ins, DTYPES["float32"], group, low=-zeros.astype(np.int8), bottom=half)

@@ -18,6 +18,7 @@ from redraft.models.gguf.file import Record
 from redraft.models.gguf.packed import FORMS, packed_bytes, quantized
 from redraft.ops import library
 from redraft.ops.quantized import Quantized, product
+from redraft.ops.torch_arrays import as_tensors
 from tests import checkpoints
 from tests.models.gguf import files
 
@@ -48,7 +49,9 @@ def decoded(one: Record) -> torch.Tensor:
 def whole(records: list[Record], source: WeightSource | None = None) -> Quantized:
     found = quantized(records, source or WeightSource(("x",)), None)
     assert found is not None
-    return found
+    placed = as_tensors(found)
+    assert isinstance(placed, Quantized)
+    return placed
 
 
 @pytest.mark.parametrize("kind", FORMS)

@@ -1,0 +1,66 @@
+"""Weights of tests: as tensors of PyTorch for comparisons, and as the numpy arrays that readers and quantizers have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from redraft.ops.backend import Feature, Linear, LinearWeights
+from redraft.ops.dtypes import DTYPES, name_of
+from redraft.ops.quantized import Quantized
+from redraft.ops.torch_arrays import as_array, as_tensor, as_tensors
+from redraft.weights import int4, quant
+
+
+class Placed:
+    """The part of a backend that loading uses: tensors of PyTorch, unpacked."""
+
+    features: frozenset[Feature] = frozenset()
+
+    def place(self, array: Any) -> torch.Tensor:
+        return as_tensor(array)
+
+    def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
+        return as_tensors(weights)
+
+
+PLACED: Any = Placed()
+
+
+def numbers(given: torch.Tensor) -> NDArray[Any]:
+    """The same numbers, in memory of their own."""
+    return as_array(given).copy()
+
+
+def numpy_form(weights: LinearWeights) -> Any:
+    """A linear layer of tensors as numpy arrays."""
+    if isinstance(weights, Quantized):
+        arrays: Any = {name: numbers(array) for name, array in weights.arrays.items()}
+        return replace(weights, dtype=DTYPES[name_of(weights.dtype)], **arrays)
+    assert isinstance(weights, Linear)
+    return Linear(numbers(weights.weight), None if weights.bias is None else numbers(weights.bias))
+
+
+def quantize(method: Any, weights: Linear, role: Any = "layer", gains: torch.Tensor | None = None) -> Any:
+    """What a quantizer makes of a weight of tensors, as tensors; `weights` itself if it leaves the weight as it is."""
+    given = numpy_form(weights)
+    found = method.quantize(given, role, None if gains is None else numbers(gains))
+    return weights if found is given else as_tensors(found)
+
+
+def by_output(weights: Linear, columns: torch.Tensor | None = None) -> Any:
+    """weights/quant.py's, of tensors."""
+    return as_tensors(quant.by_output(numpy_form(weights), None if columns is None else numbers(columns)))
+
+
+def by_group(weights: Linear, group: int) -> Any:
+    """weights/int4.py's, of tensors."""
+    return as_tensors(int4.by_group(numpy_form(weights), group))
+
+
+def same(one: Quantized, other: Quantized) -> bool:
+    """Whether two quantized weights of tensors have the same numbers."""
+    return one.arrays.keys() == other.arrays.keys() and all(torch.equal(array, other.arrays[name]) for name, array in one.arrays.items())
