@@ -121,7 +121,7 @@ class LLM:
     def load_lora(self, name: str, folder: str | Path) -> None:
         """Reads a LoRA adapter, a folder that PEFT wrote; requests choose it with lora=name. Requests of other threads continue meanwhile.
         InvalidInput if the name is taken or has other characters than letters, digits, '.', '-' and '_'; CheckpointError or Unsupported,
-        one line, names what is wrong in the folder."""
+        one line, names what is wrong in the folder, OutOfMemory how much memory it needs."""
         if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
             raise InvalidInput(f"lora = {shown(name)}: must be at most 64 letters, digits, '.', '-' and '_', not '.' first")
         if not isinstance(folder, str | Path):

@@ -16,15 +16,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.spec import ModelSpec, WeightSource
-from redraft.errors import CheckpointError, Unsupported, did_you_mean, shown
+from redraft.errors import CheckpointError, OutOfMemory, Unsupported, did_you_mean, shown
+from redraft.models import memory
 from redraft.models.checkpoint import STORED, TensorFile
 from redraft.models.config import read_json
 from redraft.ops.backend import Adapted, Backend, ForwardResult, LayerWeights, Linear, LinearWeights, LowRank
@@ -34,6 +37,9 @@ TITLE = "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LARGEST_RANK = 1024
 LARGEST_ALPHA = 1e6
+LONGEST_NAME = 1024  # characters of a tensor's name
+LONGEST_PATTERN = 200  # characters of a key of rank_pattern or alpha_pattern
+LONGEST_MATCHING = 10.0  # seconds for all keys of a pattern
 
 _LINEAR = re.compile(r"layers\.(?P<layer>\d+)\.(?P<part>qkv|out|up|down)\.weight")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -144,7 +150,7 @@ class _Target(NamedTuple):
 
 def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backend: Backend) -> Adapter:
     """The adapter in a PEFT folder. spec: of the loaded model; named: the same with the names of a Hugging Face checkpoint.
-    CheckpointError or Unsupported, one line each, names the file and what is wrong."""
+    CheckpointError or Unsupported, one line each, names the file and what is wrong; OutOfMemory has the figures."""
     folder = Path(os.path.expanduser(folder))
     file = folder / CONFIG
     try:
@@ -159,9 +165,13 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
     except OSError as error:  # the name is too long, or a folder on the way cannot be read
         raise CheckpointError(f"{shown(str(folder))}: {error.strerror}") from None
     stored = TensorFile(folder / TENSORS)
+    _check_room(folder, stored, backend)
     modules: dict[str, dict[str, str]] = {}
+    names: dict[str, str] = {}  # of modules as in the file, because patterns may begin with their first parts
     whole: dict[str, Tensor] = {}
     for tensor in stored.tensors:
+        if len(tensor) > LONGEST_NAME:
+            raise CheckpointError(f"{stored.file}: {shown(tensor)}: a name has at most {LONGEST_NAME} characters")
         if (part := _whole(tensor, named)) is not None:
             if part in whole:
                 raise CheckpointError(f"{stored.file}: {shown(tensor)} is there twice, under two names")
@@ -171,7 +181,9 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
             continue
         if (found := _TENSOR.fullmatch(tensor)) is None:
             raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers, embeddings and heads are applied")
-        sides = modules.setdefault(_bare(found["module"]), {})
+        bare = _bare(found["module"])
+        names[bare] = found["module"]
+        sides = modules.setdefault(bare, {})
         if found["side"] in sides:
             raise CheckpointError(f"{stored.file}: {shown(tensor)} is there twice, also as {shown(sides[found['side']])}")
         sides[found["side"]] = tensor
@@ -182,17 +194,30 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
     if "embed" in whole and spec.learned_positions:
         raise Unsupported(f"{stored.file}: embeddings of a model with learned positions are not replaced")
     targets = dict(_targets(spec, named))
+    ranks, alphas = (_matched(file, config, field, list(names.values())) for field in ("rank_pattern", "alpha_pattern"))
     layers: list[dict[str, tuple[LowRank, ...]]] = [{} for _ in spec.layers]
     for module, sides in modules.items():
         target = targets.get(module)
         if target is None:
             allowed = "only query, key, value, output and MLP projections of this model's layers can be"
             raise Unsupported(f"{stored.file}: {shown(module)} is adapted: {allowed}")
-        term = _term(stored, module, sides, target, config, file, backend)
+        if missing := {"A", "B"} - sides.keys():
+            raise CheckpointError(f"{stored.file}: {module}: lora_{missing.pop()}.weight is missing")
+        full = names[module]
+        rank, factor = _scaling(ranks.get(full, config.get("r", 8)), alphas.get(full, config.get("lora_alpha", 8)), config, file)
+        term = _term(stored, module, sides, target, rank, factor, backend)
         layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), term)
     embed, head = whole.get("embed"), whole.get("head")
     packed = None if head is None else backend.pack(Linear(head))
     return Adapter(name, _digest(layers, whole), spec, tuple(layers), embed, packed)
+
+
+def _check_room(folder: Path, stored: TensorFile, backend: Backend) -> None:
+    """OutOfMemory unless the tensors fit: in the dtype of the model, and the largest, while it is read, also as stored and in float64."""
+    counts = [math.prod(info.shape) for info in stored.tensors.values()]
+    needed = sum(counts) * backend.dtype.itemsize + 2 * max(counts, default=0) * torch.float64.itemsize
+    if needed > (free := memory.limits(backend.device)):
+        raise OutOfMemory(f"{folder}: the adapter does not fit: it needs {memory.size(needed)}, free {memory.size(free)}")
 
 
 def _whole(tensor: str, named: ModelSpec) -> str | None:
@@ -243,16 +268,9 @@ def _bare(module: str) -> str:
     return _bare(rest) if dot and first in _PREFIXES else module
 
 
-def _term(
-    stored: TensorFile, module: str, sides: dict[str, str], target: _Target, config: dict[str, Any], file: Path, backend: Backend
-) -> LowRank:
-    if missing := {"A", "B"} - sides.keys():
-        raise CheckpointError(f"{stored.file}: {module}: lora_{missing.pop()}.weight is missing")
+def _term(stored: TensorFile, module: str, sides: dict[str, str], target: _Target, rank: int, factor: float, backend: Backend) -> LowRank:
     if target.source.skip or target.source.place:
         raise Unsupported(f"{stored.file}: {shown(module)} is adapted: a part of a stored tensor cannot be")
-    found = _TENSOR.fullmatch(sides["A"])
-    assert found is not None
-    rank, factor = _scaling(found["module"], config, file)
     a, b = (_matrix(stored, sides[side], shape) for side, shape in (("A", (rank, target.ins)), ("B", (len(target.rows), rank))))
     places = np.array(target.rows)  # of the outputs in the layer
     if target.source.order:
@@ -282,22 +300,38 @@ def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
     return found
 
 
-def _scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, float]:
-    """(rank, factor) of a module, whose name is as in the file, because patterns may begin with its first parts."""
+def _matched(file: Path, config: dict[str, Any], field: str, modules: list[str]) -> dict[str, Any]:
+    """The values of modules whose name, or the end of it, a key of `rank_pattern` or `alpha_pattern` matches: that of the first such key.
+    Keys are regular expressions. Rust's engine, which comes with pydantic, takes time linear in the name; a hostile key can keep Python's
+    busy for ever."""
+    named = config.get(field) or {}
+    if not isinstance(named, dict):
+        raise CheckpointError(f"{file}: {field} = {shown(named)}: must be an object")
+    found: dict[str, Any] = {}
+    end = monotonic() + LONGEST_MATCHING
 
-    def of(field: str, pattern: str) -> Any:
-        named = config.get(pattern) or {}
-        if not isinstance(named, dict):
-            raise CheckpointError(f"{file}: {pattern} = {shown(named)}: must be an object")
-        for key, value in named.items():
-            try:
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return value
-            except (re.error, OverflowError, RecursionError):
-                raise CheckpointError(f"{file}: {pattern}: {shown(key)} is no regular expression") from None
-        return config.get(field, 8)
+    def check_time() -> None:
+        if monotonic() > end:
+            raise CheckpointError(f"{file}: {field}: its {len(named)} keys take more than {LONGEST_MATCHING:g} seconds to match")
 
-    rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
+    for key, value in named.items():
+        if len(key) > LONGEST_PATTERN:
+            raise CheckpointError(f"{file}: {field}: {shown(key)} has {len(key)} characters: at most {LONGEST_PATTERN} are allowed")
+        try:
+            pattern = SchemaValidator(core_schema.str_schema(pattern=rf"^(?:(.*\.)?({key})$)"))
+        except SchemaError:
+            kind = "no regular expression, or one that is not read: too large, with look-around or with references to groups"
+            raise CheckpointError(f"{file}: {field}: {shown(key)} is {kind}") from None
+        check_time()
+        for module in modules:
+            check_time()
+            if module not in found and pattern.isinstance_python(module):
+                found[module] = value
+    return found
+
+
+def _scaling(rank: Any, alpha: Any, config: dict[str, Any], file: Path) -> tuple[int, float]:
+    """(rank, factor)"""
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise CheckpointError(f"{file}: r = {shown(rank)}: must be 1 to {LARGEST_RANK}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:

@@ -25,6 +25,7 @@ _SIZES = {  # integers from 1 to a largest value
     ), (1 << 31) - 1),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"), 10_000),
 }  # fmt: skip
+_LARGEST = 1 << 26  # bytes of a JSON file
 _EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
 _NULL = ("sliding_window", "num_key_value_heads", "head_dim", "n_inner")  # sizes for which null has a meaning
 
@@ -66,6 +67,8 @@ class Family(NamedTuple):
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. CheckpointError names the file."""
     try:
+        if (size := file.stat().st_size) > _LARGEST:
+            raise CheckpointError(f"{file}: has {size} bytes: at most {_LARGEST} are read")
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last for deep nesting
         raise CheckpointError(f"{file}: not readable as JSON: {first_line(error)}") from None

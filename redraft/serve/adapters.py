@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from redraft.config import ADAPTER_NAME
-from redraft.errors import RedraftError
+from redraft.errors import OutOfMemory, RedraftError
 from redraft.models import adapter
 from redraft.serve import documents, schema
 from redraft.serve.documents import answers
@@ -70,7 +70,7 @@ async def _load(here: Service, name: str, deadline: float) -> None:
     except RedraftError as error:
         folder = f"{here.config.lora_dir}/{name}"
         text = str(error).replace(f"{folder}/", "").replace(folder, name)
-        raise Refused(400, without_paths(text), "lora_name") from None
+        raise Refused(503 if isinstance(error, OutOfMemory) else 400, without_paths(text), "lora_name") from None
 
 
 def _folder(here: Service, name: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from redraft import LLM, SamplingParams
-from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
-from redraft.models import adapter, loader
+from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, RedraftError, Unsupported
+from redraft.models import adapter, checkpoint, loader, memory
 from redraft.ops import library
 from redraft.ops.native import NativeOps
 from redraft.ops.torch_ops import TorchOps
@@ -128,8 +130,8 @@ def rename(made: Path, to: Callable[..., str]) -> None:
 
 
 def read(base: Path, made: Path) -> adapter.Adapter:
-    checkpoint = loader.inspect(base, "float32")
-    return adapter.read("x", made, checkpoint.spec, checkpoint.named, TorchOps(torch.float32))
+    model = loader.inspect(base, "float32")
+    return adapter.read("x", made, model.spec, model.named, TorchOps(torch.float32))
 
 
 def test_the_digest_is_that_of_the_numbers(base: Path, tmp_path: Path) -> None:
@@ -157,8 +159,13 @@ REFUSED: list[tuple[str, Change, type[RedraftError], str]] = [
     ("rank as a text", {"r": "4"}, CheckpointError, "r = '4'"),
     ("pattern of ranks", {"rank_pattern": ["q_proj"]}, CheckpointError, "rank_pattern = .*must be an object"),
     ("rank in a pattern", {"rank_pattern": {"q_proj": 9}}, CheckpointError, r"expected \[9, 64\]"),
-    ("expression", {"rank_pattern": {"q_proj(": 4}}, CheckpointError, "no regular expression"),
+    ("expression", {"rank_pattern": {"q_proj(": 4}}, CheckpointError, "rank_pattern: 'q_proj\\(' is no regular expression"),
     ("huge expression", {"rank_pattern": {"q{99999999999999}": 4}}, CheckpointError, "no regular expression"),
+    ("large expression", {"rank_pattern": {"((q{1,999}){1,999}){1,999}": 4}}, CheckpointError, "no regular expression, or .* too large"),
+    ("look-ahead", {"alpha_pattern": {"(?=q)q_proj": 4}}, CheckpointError, "alpha_pattern: .* look-around"),
+    ("long expression", {"alpha_pattern": {"q" * 201: 4}}, CheckpointError, "alpha_pattern: 'q+[.]{3} has 201 characters: at most 200"),
+    ("long name", lambda t: t.update({f"{'model.' * 999}x.lora_A.weight": torch.ones(4, 64)}), CheckpointError, "at most 1024 characters"),
+    ("long name of a whole module", lambda t: t.update({f"{'model.' * 999}x.weight": torch.ones(9)}), CheckpointError, "at most 1024"),
     ("alpha", {"lora_alpha": "8"}, CheckpointError, "lora_alpha = '8': must be a number"),
     ("huge alpha", {"lora_alpha": 10**400}, CheckpointError, "lora_alpha = 10+"),
     ("alpha is not a number", {"lora_alpha": float("nan")}, CheckpointError, "lora_alpha = nan"),
@@ -221,6 +228,41 @@ def test_what_is_refused_is_named_in_one_line(change: Change, kind: type[Redraft
     assert "\n" not in str(error.value) and str(made) in str(error.value)
 
 
+def test_a_pattern_matches_as_in_peft() -> None:
+    modules = [f"model.layers.{i}.{part}_proj" for i in (0, 1, 10) for part in ("self_attn.q", "self_attn.v", "mlp.down")]
+    keys = ["q_proj", "proj", "layers.1.self_attn.q_proj", "^layers.0.mlp.down_proj", "^model.layers.0.mlp.down_proj", ".*", "v_proj$",
+            r"layers\.\d+\.self_attn\.(q|v)_proj", r"[^.]+", "x)|(.*v_proj", ""]  # fmt: skip
+    for key in keys:
+        expected = [module for module in modules if re.match(rf"(.*\.)?({key})$", module)]  # peft.utils.get_pattern_key
+        assert list(adapter._matched(Path("x"), {"rank_pattern": {key: 3}}, "rank_pattern", modules)) == expected
+    assert adapter._matched(Path("x"), {"r": {"q_proj": 1, ".*": 2, "proj": 3}}, "r", modules[:2]) == {modules[0]: 1, modules[1]: 2}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_no_pattern_takes_long(field: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's engine needs ten seconds and more for this key, and for some keys it has no end."""
+    made = adapters.make(tmp_path / "lora", base, modules=("q_proj",), **{field: {"(.*.*.*.*.*.*.*.*.*)Q": 4}})
+    begun = time.monotonic()
+    assert len([*read(base, made).terms()]) == 3
+    assert time.monotonic() - begun < 2
+    monkeypatch.setattr(adapter, "LONGEST_MATCHING", 0)
+    with pytest.raises(CheckpointError, match=f"adapter_config.json: {field}: its 1 keys take more than 0 seconds to match"):
+        read(base, made)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_it_is_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = adapters.make(tmp_path / "lora", base)
+    counts = [tensor.numel() for tensor in load_file(made / adapter.TENSORS).values()]
+    needed = 4 * sum(counts) + 16 * max(counts)
+    monkeypatch.setattr(memory, "limits", lambda device: needed)
+    assert read(base, made).bytes == 4 * sum(counts)
+    monkeypatch.setattr(memory, "limits", lambda device: needed - 1)
+    monkeypatch.setattr(checkpoint.TensorFile, "read", lambda *given: pytest.fail("is read"))
+    sizes = f"it needs {memory.size(needed)}, free {memory.size(needed - 1)}"
+    with pytest.raises(OutOfMemory, match=rf"lora: the adapter does not fit: {sizes}$"):
+        read(base, made)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
 def test_experts_are_refused(family: str, tmp_path: Path) -> None:
     own = checkpoints.tiny_llama(tmp_path / "base", family=family)
@@ -242,6 +284,10 @@ def test_files_that_are_missing_pickled_or_damaged(base: Path, tmp_path: Path) -
         read(base, made)
     (made / adapter.PICKLED).write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=r"holds adapter_model\.bin only, which could run code"):
+        read(base, made)
+    with (made / adapter.CONFIG).open("r+b") as file:
+        file.truncate(1 << 40)  # no such disk is needed
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: has 1099511627776 bytes: at most 67108864 are read"):
         read(base, made)
     (made / adapter.CONFIG).write_text("{")
     with pytest.raises(CheckpointError, match="not readable as JSON"):

@@ -17,6 +17,7 @@ import pytest
 
 from redraft import LLM
 from redraft.errors import InvalidInput
+from redraft.models import memory
 from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
 from tests import adapters, checkpoints
@@ -246,6 +247,14 @@ def test_an_adapter_that_cannot_be_applied_leaves_nothing(name: str, message: st
         answer = server.ask("POST", LOAD, {"lora_name": name}, **ADMIN)
         assert refused(answer, 400, message)["param"] == "lora_name"
     assert complete(server, "a", model=name).status == 404
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "limits", lambda device: 1 << 10)
+        answer = server.ask("POST", LOAD, {"lora_name": "z"}, **ADMIN)
+    assert refused(answer, 503, "z: the adapter does not fit: it needs ", ", free 1 KiB")["param"] == "lora_name"
+    assert complete(server, "a", model="z").status == 404
 
 
 @pytest.mark.parametrize(
