@@ -73,9 +73,11 @@ class Checkpoint:
         return self.quant is not None and getattr(self.quant, "keeps", False)
 
     def stores_codes(self) -> bool:
-        """Whether there are such weights."""
-        names = ("down", "qkv", "up", "out", "experts.0.down")
-        found = (self.sources.get(f"layers.0.{name}.weight") for name in names)
+        """Whether there are such weights. The first and the last layer may be stored otherwise than those between."""
+        count = len(self.spec.layers)
+        places = dict.fromkeys((count // 2, 0, count - 1))
+        names = (f"layers.{i}.{part}.weight" for i in places for part in ("down", "qkv", "up", "out", "experts.0.down"))
+        found = (self.sources.get(name) for name in names)
         return any(source is not None and self.tensors.packed(source, None) is not None for source in found)
 
     @property

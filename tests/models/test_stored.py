@@ -147,14 +147,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Write, bool]] = {  # quantization_confi
 }
 
 
-def written(name: str, folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A tiny Llama whose matrices of layers are stored so, and all its numbers by name."""
+def written(name: str, folder: Path, skipped: tuple[int, ...] = ()) -> tuple[Path, dict[str, Tensor]]:
+    """A tiny Llama whose matrices of layers, but for the skipped ones, are stored so, and all its numbers by name."""
     own = checkpoints.tiny_llama(folder, hidden_size=64, intermediate_size=96)
     file = own / "model.safetensors"
     fields, write, _ = FORMATS[name]
     rng, stored, plain = np.random.default_rng(0), {}, {}
     for key, value in load_file(file).items():
-        if value.ndim == 2 and ".layers." in key:
+        if value.ndim == 2 and ".layers." in key and int(key.split(".")[2]) not in skipped:
             some, plain[key] = write(key.removesuffix(".weight"), value.float(), rng)
             stored |= some
         else:
@@ -201,6 +201,22 @@ def test_drafts_and_batches_change_no_text(name: str, tmp_path: Path) -> None:
         return every
 
     assert texts("copyspec") == texts("none")
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
+@pytest.mark.parametrize("plain", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_layers_that_are_not_quantized(plain: tuple[int, ...], tmp_path: Path) -> None:
+    """Quantizers may leave out some layers, often the first and the last. The others stay packed by default."""
+    folder, dense = written("gptq", tmp_path / "own", skipped=plain)
+    llm = LLM(str(folder), cache_memory=1 << 22, draft="none")
+    found = [getattr(layer.down, "c").group for layer in llm.runner.weights.layers]  # noqa: B009
+    assert found == [0 if i in plain else GROUP for i in range(3)]
+    decoded = loader.read(loader.inspect(folder, "float32")).layers
+    assert all(torch.equal(decoded[i].down.weight, dense[f"model.layers.{i}.mlp.down_proj.weight"]) for i in range(3))  # type: ignore[union-attr]
+    texts = [
+        [one.outputs[0].token_ids for one in llm.generate(["a", "def f(x):"], max_tokens=24, draft=draft)] for draft in ("none", "copyspec")
+    ]
+    assert texts[0] == texts[1]
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
