@@ -189,8 +189,9 @@ class LLM:
         """One RequestOutput for each prompt. fields: of SamplingParams.
 
         A single prompt that is refused raises InvalidInput (PromptTooLong), or Unsupported if this model or backend cannot
-        serve what it chose. In a list, RequestOutput.error says why a prompt was refused, and the rest finish. A bad type
-        of `prompts` or of a field raises InvalidInput at once.
+        serve what it chose; RedraftError says so if the model's output is not a number. In a list, RequestOutput.error says
+        why a prompt was refused or its text ended so, and the rest finish. A bad type of `prompts` or of a field raises
+        InvalidInput at once.
         """
         many, single = inputs.prompts_of(prompts)
         return self._whole(many, inputs.params_of(len(many), sampling_params, fields), single)
@@ -203,11 +204,11 @@ class LLM:
         return self._whole(prompts, inputs.params_of(len(many), sampling_params, fields), single)
 
     def stream(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> Generator[Delta]:
-        """The same as `generate`, piece by piece, with the same errors. A Delta with finish_reason "error" reports a refused
+        """The same as `generate`, piece by piece, with the same errors. A Delta with finish_reason "error" reports such a
         prompt of a list. Closing the iterator aborts what is not finished."""
         many, single = inputs.prompts_of(prompts)
         outputs = self._submit(many, inputs.params_of(len(many), sampling_params, fields), single)
-        deltas = self._deltas(outputs)
+        deltas = self._deltas(outputs, single)
         next(deltas)  # enters its try block, so that an iterator that is never read aborts its requests too
         return deltas
 
@@ -253,7 +254,7 @@ class LLM:
                     outputs += self._submit([pooled], [params], single=True)
                 except RedraftError as error:
                     raise type(error)(str(error) if single or len(many) == 1 else f"prompts[{i}]: {error}") from None
-            for _ in self._run(outputs):
+            for _ in self._run(outputs, single=True):
                 pass
         finally:
             self._end(outputs)
@@ -264,7 +265,7 @@ class LLM:
     def _whole(self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], single: bool) -> list[RequestOutput]:
         outputs = self._submit(prompts, params, single)
         try:
-            for _ in self._run(outputs):
+            for _ in self._run(outputs, single):
                 pass
         finally:
             self._end(outputs)
@@ -283,14 +284,17 @@ class LLM:
             with InterruptBetween(), self._turns:
                 more = self.engine.idle()
 
-    def _deltas(self, outputs: list[RequestOutput]) -> Generator[Delta]:
+    def _deltas(self, outputs: list[RequestOutput], single: bool) -> Generator[Delta]:
         place = {output.request_id: i for i, output in enumerate(outputs)}
         try:
             yield cast(Delta, None)  # taken by `stream`
             for i, output in enumerate(outputs):
                 if output.error is not None:
                     yield Delta(i, 0, "", [], [], [], "error", Stats(), output.error)
-            for event in self._run(outputs):
+            for event in self._run(outputs, single):
+                if event.error is not None:
+                    yield Delta(place[event.request.id], 0, "", [], [], [], "error", Stats(), str(event.error))
+                    continue
                 reason = None if event.reason is None else str(event.reason)
                 where = place[event.request.id], event.index
                 yield Delta(*where, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats.copy())
@@ -360,8 +364,9 @@ class LLM:
 
     # ---- the engine, shared by threads: each holds it for a turn, and Ctrl-C waits for the end of the turn
 
-    def _run(self, outputs: Iterable[RequestOutput]) -> Iterator[Event]:
-        """Steps the engine until all are finished. A step may find events of other callers; they go to their inboxes."""
+    def _run(self, outputs: Iterable[RequestOutput], single: bool) -> Iterator[Event]:
+        """Steps the engine until all are finished. A step may find events of other callers; they go to their inboxes. In a list, an error
+        about one text becomes its `error`."""
         mine = {output.request_id: output for output in outputs if output.error is None}
         while not all(output.finished for output in mine.values()):
             with InterruptBetween(), self._turns:
@@ -370,9 +375,13 @@ class LLM:
             if aborted:
                 return
             for event in news:
-                if event.error is not None:
+                output = mine[event.request.id]
+                if event.error is None:
+                    self._apply(event, output)
+                elif single or not isinstance(event.error, RedraftError):
                     raise event.error
-                self._apply(event, mine[event.request.id])
+                else:
+                    output.error, output.outputs = str(event.error), []
                 yield event
 
     def _news(self, mine: dict[str, RequestOutput]) -> list[Event]:

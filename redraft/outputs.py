@@ -42,7 +42,8 @@ class CacheMiss:
 
 @dataclass
 class RequestOutput:
-    """One prompt and its n texts. If a prompt of a list was refused, `error` says why and `outputs` is empty.
+    """One prompt and its n texts. If a prompt of a list was refused, or the model's output for it is not a number, `error` says so and
+    `outputs` is empty.
 
     cached_tokens: prompt tokens found in the prefix cache; cache_miss: the difference that ended the match, None without one
     (requests with a codec, per-head eviction or a read with data of its own do not use the prefix cache); reused_tokens: tokens

@@ -15,9 +15,13 @@ import pytest
 import torch
 
 from redraft import LLM, Patch, SamplingParams, registry
+from redraft.bench import compare
+from redraft.bench.compare import PromptGroup
+from redraft.bench.prompts import Prompt
 from redraft.config import EngineConfig
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod
+from tests import adapters
 from tests.checkpoints import tiny_llama
 from tests.contracts.identity import complete
 
@@ -237,6 +241,29 @@ def test_missing_and_corrupt_checkpoints(path: Path, tmp_path: Path) -> None:
 
 
 # ---- errors within a step
+
+
+def test_in_a_list_a_text_of_no_numbers_tells_so_and_the_rest_finish(path: Path, tmp_path: Path) -> None:
+    llm = LLM(str(path), dtype="float32", draft="none", cache_memory=1 << 22, lora={"x": adapters.make(tmp_path / "x", path, size=1e30)})
+    truth, params = texts(llm), [SAMPLED, SAMPLED.but(lora="x"), SAMPLED]
+    first, broken, last = llm.generate(PROMPTS, params)
+    assert (
+        broken.outputs == []
+        and broken.finished
+        and re.fullmatch(r"the model's output after token \d+ is NaN or infinite", broken.error or "")
+    )
+    assert [one.outputs[0].token_ids for one in (first, last)] == truth[::2]
+    streamed: list[list[int]] = [[], [], []]
+    reasons = {}
+    for delta in llm.stream(PROMPTS, params):
+        streamed[delta.prompt] += delta.token_ids
+        reasons[delta.prompt] = delta.finish_reason, delta.error
+    assert streamed == [truth[0], [], truth[2]] and reasons[1] == ("error", broken.error)
+    with pytest.raises(RedraftError, match="NaN or infinite"):
+        llm.generate(PROMPTS[1], params[1])
+    with pytest.raises(RedraftError, match="NaN or infinite"):
+        compare.generate(llm, PromptGroup("x", 0, tuple(Prompt(one, "x", prompt=one) for one in PROMPTS), tuple(params)))
+    assert llm.engine.memory.used() == 0 and not llm.engine.has_work
 
 
 class Bang(Exception):

@@ -433,6 +433,8 @@ def generate(llm: LLM, group: PromptGroup) -> Run:
         run.generated += count
         run.generating += seconds
         for i, ids, output in zip(active, prompts, outputs, strict=True):
+            if output.error is not None and output.request is not None:  # it ended in the middle
+                raise RedraftError(output.error)
             if output.error is not None:  # it no longer fits the context
                 dialogues[i].open = False
                 continue
