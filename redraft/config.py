@@ -193,6 +193,13 @@ class ModelConfig(Settings):
         """The folder of each adapter, by name."""
         return {name: folder for name, _, folder in (text.partition("=") for text in self.lora)}
 
+    def only_adapter(self) -> str | None:
+        """The name of the only adapter, which all requests of a measurement have; None without one. InvalidInput if there are several."""
+        if len(self.lora) > 1:
+            given = shown(list(self.lora))
+            raise InvalidInput(f"ModelConfig.lora = {given}: one adapter is measured at a time, {len(self.lora)} are given")
+        return next(iter(self.adapters), None)
+
 
 AUTO = "auto"
 _UNITS = {"": 1, "b": 1} | {

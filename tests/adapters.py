@@ -29,7 +29,7 @@ def make(
     """An adapter of every matrix of `base` whose name ends like one of `modules`; `whole`: modules that are replaced."""
     g = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, weight in load_file(base / "model.safetensors").items():
+    for name, weight in (pair for file in sorted(base.glob("*.safetensors")) for pair in load_file(file).items()):
         module = name.removesuffix(".weight")
         if whole and module.endswith(whole):
             tensors[f"base_model.model.{name}"] = weight + torch.randn(weight.shape, generator=g) * 0.1

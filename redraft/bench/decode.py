@@ -85,7 +85,8 @@ ISAS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """context, tokens, prefill, rows, repeats: see Job. redraft: options of each redraft engine; against: names of peers."""
+    """context, tokens, prefill, rows, repeats: see Job. redraft: options of each redraft engine, which may have one adapter for all its
+    texts; against: names of peers."""
 
     redraft: tuple[Mapping[str, Any], ...] = ({},)
     against: tuple[str, ...] = ("transformers",)
@@ -120,6 +121,7 @@ class DecodeOptions:
         for own in self.redraft:
             try:
                 config = EngineConfig.of(**{"dtype": self.dtype, **own})
+                config.model.only_adapter()
             except InvalidInput as error:
                 raise InvalidInput(f"{_own_name(own)}: {error}") from None
             if config.model.backend not in ("auto", *registry.BACKENDS):
@@ -267,7 +269,12 @@ def _engines(options: DecodeOptions) -> tuple[list[Engine], Engine, dict[str, st
 
 
 def _own_name(own: Mapping[str, Any]) -> str:
-    return " ".join(["redraft", *(f"{name}={value}" for name, value in own.items())])
+    return " ".join(["redraft", *(f"{name}={','.join(value) if isinstance(value, list) else value}" for name, value in own.items())])
+
+
+def _adapter(engine: Engine) -> tuple[str, ...]:
+    """NAME=FOLDER of its adapter, if it has one."""
+    return ModelConfig(lora=engine.options.get("lora", ())).lora
 
 
 def _job(spec: ModelSpec, folder: Path, o: DecodeOptions) -> Job:
@@ -314,7 +321,7 @@ def _explain(found: Comparison, job: Job) -> None:
     """The first token where a text differs from the base's, and the difference of the two tokens in the base's logits."""
     for engine in found.engines[1:]:
         mine, its = found.base.tokens, engine.tokens
-        if not mine or not its or (at := first_difference(mine, its)) is None:
+        if not mine or not its or _adapter(engine) != _adapter(found.base) or (at := first_difference(mine, its)) is None:
             continue
         engine.differs = {"token": at, "expected": mine[at], "found": its[at], "margin": None, "near": None}
         if found.base.worker is not None and not found.stopped:  # after Ctrl-C it may be in the middle of a measurement
@@ -592,6 +599,8 @@ def notes(found: Comparison) -> Iterator[str]:
 
 def _text(engine: Engine, base: Engine) -> str:
     differs = engine.differs
+    if _adapter(engine) != _adapter(base):
+        return f"its text is not compared with that of {base.name}, because their adapters differ"
     if differs is None:
         return f"the same {len(base.tokens)} greedy tokens as {base.name}"
     at = f"greedy text differs from {base.name}'s at token {differs['token'] + 1} of {len(base.tokens)}"

@@ -24,6 +24,7 @@ from redraft.core.sequence import Request, Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY
 from redraft.llm import LLM
+from redraft.models.adapter import Adapter
 from redraft.sample.processors.processor import F64, Row
 
 NEAR_TIE = 1e-4  # float32: the largest difference of two logits that rounding may put in another order
@@ -95,11 +96,11 @@ def examine(llm: LLM, name: str, turn: int, prompt: list[int], plain: list[int],
     return Divergence(name, turn, at, plain[at], text[at], margin, worst, near)
 
 
-def rows(llm: LLM, tokens: list[int]) -> Iterator[F64]:
-    """Raw logits, f64[V], after each token, from causal chunks of the plain runner, which must be idle."""
+def rows(llm: LLM, tokens: list[int], adapter: Adapter | None = None) -> Iterator[F64]:
+    """Raw logits, f64[V], after each token, from causal chunks of the plain runner with this adapter. The runner must be idle."""
     runner = llm.runner
     params = SamplingParams(prompt_logprobs=0)  # so that the logits of every chain row are computed
-    seq = Sequence(-1, Request("replay", tokens, params), 0, tokens, len(tokens), 0, sync_point=len(tokens))
+    seq = Sequence(-1, Request("replay", tokens, params, adapter=adapter), 0, tokens, len(tokens), 0, sync_point=len(tokens))
     runner.memory.open(seq)
     try:
         while seq.pending:
@@ -125,7 +126,8 @@ class _Replay:
 
     def rows(self) -> Iterator[F64]:
         """Raw logits, f64[V], before each token of the text, from causal chunks of the plain runner."""
-        yield from islice(rows(self.llm, [*self.prompt, *self.text[:-1]]), len(self.prompt) - 1, None)
+        adapter = None if self.params.lora is None else self.llm.runner.adapters[self.params.lora]
+        yield from islice(rows(self.llm, [*self.prompt, *self.text[:-1]], adapter), len(self.prompt) - 1, None)
 
     def weigh(self, logits: F64, i: int) -> Row:
         """Processed logits with the noise of the token at place i of the text."""

@@ -94,6 +94,7 @@ def document(comparison: Comparison, options: CompareOptions, rows: list[Row], s
         "tolerance": tolerance_label(llm.runner.backend.dtype),
         "verify": llm.config.verify,
         "schedule": llm.config.schedule.model_dump(),
+        "lora": list(llm.config.model.lora),
     }
     return {
         "model": llm.name,
@@ -179,8 +180,9 @@ def heading(comparison: Comparison, options: CompareOptions) -> list[str]:
     machine, params, backend = hardware(), llm.params(options.params), llm.runner.backend
     rounds, threads = comparison.rounds, backend.threads
     quant = f", weights {llm.config.model.quant}" if llm.config.model.quant else ""
+    adapter = f", adapter {params.lora}" if params.lora else ""
     lines = [
-        f"{llm.name}, {dtype_name(comparison)}{quant}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
+        f"{llm.name}, {dtype_name(comparison)}{quant}{adapter}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
         f"batch {options.batch}, {comparison.outputs} prompts, {rounds} round{'s' * (rounds > 1)}",
         f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend, "
         f"PyTorch {machine['torch']}",

@@ -37,6 +37,7 @@ from redraft.core.tree import F64, TokenTree
 from redraft.engine.idle import forward_seconds
 from redraft.errors import InvalidInput, PromptTooLong
 from redraft.llm import LLM
+from redraft.models.adapter import Adapter
 
 AUTO = "auto"
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # draft rows that are considered
@@ -289,7 +290,8 @@ def tune(llm: LLM, options: TuneOptions, prompts: Seq[Prompt], tick: Tick, annou
         raise InvalidInput(f"max_tokens = {params.max_tokens}: every text ends after its first token, so there is nothing to draft")
     siblings, refused = bench.opened(llm, options)
     announce(plain.total * (2 * len(siblings) + options.rounds * (2 + options.best)))
-    curve = step_times(llm, llm.engine.scheduler.draft_total + options.batch, max(map(len, plain.batches)), plain.context)
+    rows, texts = llm.engine.scheduler.draft_total + options.batch, max(map(len, plain.batches))
+    curve = step_times(llm, rows, texts, plain.context, None if params.lora is None else llm.runner.adapters[params.lora])
     entries, profiles = {}, {}
     for draft, sibling in siblings.items():
         entries[draft] = opened(draft, sibling, groups, tick)
@@ -330,15 +332,15 @@ def profiled(entry: Entry, groups: Seq[PromptGroup], tick: Tick) -> Profile:
     return profile
 
 
-def step_times(llm: LLM, rows: int, texts: int, cached: int) -> list[Point]:
-    """ms of a forward pass over `texts` texts with `cached` tokens each, or as many texts as rows; of 1 to at least `rows` rows where the
-    context and the memory hold them; the median of several turns, their minimum and maximum."""
+def step_times(llm: LLM, rows: int, texts: int, cached: int, adapter: Adapter | None = None) -> list[Point]:
+    """ms of a forward pass over `texts` texts with `cached` tokens each, or as many texts as rows, and with this adapter; of 1 to at least
+    `rows` rows where the context and the memory hold them; the median of several turns, their minimum and maximum."""
     last = next((knot for knot in KNOTS if knot >= max(rows, STEPS)), KNOTS[-1])
     sizes = [knot for knot in KNOTS if knot <= last]
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for turn in range(TIMES + 1):
         for size in sizes:
-            seconds = forward_seconds(llm.engine, size, cached, min(size, texts))
+            seconds = forward_seconds(llm.engine, size, cached, min(size, texts), adapter)
             if turn and seconds is not None:  # the first one is not counted, nor what does not fit
                 times[size].append(1000 * seconds)
     return [Point(size, median(found), min(found), max(found)) for size, found in times.items() if found]

@@ -90,6 +90,7 @@ def cache(
 
 
 @bench.command("decode")
+@takes(adapter=ENGINE.only("lora"))
 def decode(
     model: Annotated[str, SHAPE] = "llama-3.2-1b",
     against: Annotated[
@@ -113,18 +114,23 @@ def decode(
     seed: Annotated[int, typer.Option(help="The prompt is drawn from it.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds after which an engine without output is stopped.")] = 600.0,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+    *,
+    adapter: Given,
 ) -> None:
     """Measure decode, prefill and steps of many rows against other engines: same weights, same threads, own processes, in turns.
 
     Speeds are compared with the read bandwidth and the arithmetic peak of the same run, and a step with its limit: the time to
     read weights and cache or to compute the products, whichever is longer. Tables go to stdout, the progress bar to stderr.
+
+    With --lora, given once, the redraft engines have this adapter, which other engines and the limits leave out. To see what it
+    takes: --redraft "" --redraft lora=NAME=FOLDER.
     """
     from rich.console import Console
 
     from redraft.bench import decode as measurement
     from redraft.bench import files, report
 
-    common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None}
+    common = {name: value for name, value in (("backend", backend), ("quant", quant)) if value is not None} | adapter
     options = measurement.DecodeOptions(
         redraft=measurement.own_engines(common, redraft or []),
         against=names(against),

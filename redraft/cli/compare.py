@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, names, takes
+from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, measured, names, takes
 
 
-@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("lora", "draft", "prefix_sharing"))
+@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "prefix_sharing"))
 def compare(
     model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, messages or turns; else our own suite.")] = None,
@@ -46,7 +46,8 @@ def compare(
     Runs are interleaved and repeated. The table has tokens a second, the speed-up with its spread, tokens a step, whether
     the text is the plain loop's, and how repetitive it is. The second table has the same without the reading of prompts,
     and the lower bounds of the speed-ups; the third, auto beside the fastest other method. Tables go to stdout; the estimated
-    duration and the progress go to stderr. After Ctrl-C the tables and the file hold what was measured.
+    duration and the progress go to stderr. After Ctrl-C the tables and the file hold what was measured. With --lora, given
+    once, all prompts have this adapter.
 
     With --against every engine has its own process and they take turns. All get the same weights, ids, threads and lengths.
     The table has tokens a second of each engine and mode, Redraft's best beside it, and how many texts are Redraft's.
@@ -66,7 +67,9 @@ def compare(
     from redraft.llm import LLM
 
     every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
-    params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    # With prefix sharing the second method would not read the prompt.
+    config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": bench.BASELINE, "prefix_sharing": False})
+    params = SamplingParams(**{**measured(sampling, config), "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     drafts = tuple(draft or (every if against is None else ["auto"]))
     chosen = suite.load(prompts, category or None, limit, turns=turns, chat=chat)
     if warm_limit is not None and warm_limit < 1:
@@ -114,8 +117,6 @@ def compare(
             engines.show(Console(width=width()), beside, options, peers)
             keep(lambda: engines.document(beside, options, peers, source), beside.stopped)
         return
-    # With prefix sharing the second method would not read the prompt.
-    config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": bench.BASELINE, "prefix_sharing": False})
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
         comparison = bench.compare(LLM(config=config), options, chosen, tick, announce)
     with InterruptBetween():  # a second Ctrl-C must not lose the results

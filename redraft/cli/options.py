@@ -40,6 +40,9 @@ class OptionGroup(NamedTuple):
     def without(self, *names: str) -> OptionGroup:
         return self._replace(fields={name: field for name, field in self.fields.items() if name not in names})
 
+    def only(self, *names: str) -> OptionGroup:
+        return self._replace(fields={name: self.fields[name] for name in names})
+
 
 NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance", "lora")  # the engine's own are
 SAMPLING = OptionGroup(
@@ -72,6 +75,12 @@ def engine_config(model: str, given: Given) -> EngineConfig:
 def adapted(sampling: Given, config: EngineConfig) -> Given:
     """The sampling options of requests of a verb that serves nobody else: they choose the first adapter."""
     return {"lora": next(iter(config.model.adapters)), **sampling} if config.model.lora else sampling
+
+
+def measured(sampling: Given, config: EngineConfig) -> Given:
+    """The sampling options of requests of a measurement: all choose the adapter, of which there may be only one."""
+    name = config.model.only_adapter()
+    return sampling if name is None else {**sampling, "lora": name}
 
 
 def names(text: str | None) -> tuple[str, ...]:

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from redraft.cli.compare import complete
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, takes
+from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, measured, takes
 
 
 @takes(
     sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"),
-    engine=ENGINE.without("lora", "draft", "draft_rows", "prefix_sharing"),
+    engine=ENGINE.without("draft", "draft_rows", "prefix_sharing"),
 )
 def tune(
     model: Model = "embedded",
@@ -39,6 +39,7 @@ def tune(
 
     Measured are the time of a step by its rows, how many drafts each drafter gets accepted, and then the speed of the best
     candidates by these figures, interleaved with the plain loop. If none beats it in every round, the settings say draft: none.
+    With --lora, given once, all prompts have this adapter.
 
     The table goes to stdout and the settings to --yaml; without --yaml the settings go to stdout and the table to stderr.
     """
@@ -55,14 +56,14 @@ def tune(
     from redraft.engine.interrupt import InterruptBetween
     from redraft.llm import LLM
 
-    params = SamplingParams(**{**sampling, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    # With prefix sharing the second candidate would not read the prompt.
+    config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": BASELINE, "prefix_sharing": False})
+    params = SamplingParams(**{**measured(sampling, config), "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     options = bench.TuneOptions(tuple(draft or training_free()), params, rounds, batch, lenient=not draft, best=best)
     chosen = suite.load(prompts, category or None, limit)
     for name, path in (("yaml", yaml), ("html", html)):
         if path is not None:
             files.check_writable(path, name)
-    # With prefix sharing the second candidate would not read the prompt.
-    config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": BASELINE, "prefix_sharing": False})
     progress = Console(stderr=True)
 
     def say(text: str) -> None:

@@ -15,16 +15,17 @@ from redraft.core.tree import EMPTY, TokenTree
 
 if TYPE_CHECKING:
     from redraft.engine.engine import Engine
+    from redraft.models.adapter import Adapter
 
 
-def forward_seconds(engine: Engine, rows: int, cached: int = 0, texts: int = 1) -> float | None:
+def forward_seconds(engine: Engine, rows: int, cached: int = 0, texts: int = 1, adapter: Adapter | None = None) -> float | None:
     """The time of one forward pass of `rows` rows, spread evenly over `texts` texts (as many rows or more) with `cached` tokens each: the
-    last token of a text and a draft that is a chain. Nothing computed the cached keys and values. None if that does not fit into the
-    context or the free memory."""
-    runner, prompt = engine.runner, [0] * (cached + 1)
+    last token of a text and a draft that is a chain, with this adapter. Nothing computed the cached keys and values. None if that does not
+    fit into the context or the free memory."""
+    runner, prompt, greedy = engine.runner, [0] * (cached + 1), SamplingParams(temperature=0)
     sizes = [rows // texts + (i < rows % texts) for i in range(texts)]
     seqs = [
-        Sequence(i, Request("", prompt, SamplingParams(temperature=0), salt="\0idle"), 0, list(prompt), len(prompt), 0, cached + size)
+        Sequence(i, Request("", prompt, greedy, salt="\0idle", adapter=adapter), 0, list(prompt), len(prompt), 0, cached + size)
         for i, size in enumerate(sizes)
     ]
     needed = sum(runner.memory.need(seq, cached + size) for seq, size in zip(seqs, sizes, strict=True))

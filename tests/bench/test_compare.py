@@ -31,6 +31,7 @@ from redraft.card import Guarantee
 from redraft.cli.main import run as command
 from redraft.columns import width
 from redraft.errors import InvalidInput, PromptTooLong, UnknownMethod
+from tests import adapters
 from tests.bench import fakes
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, seed=3, ignore_eos=True)
@@ -327,6 +328,34 @@ def test_the_margin_is_the_distance_of_the_two_tokens(plain: LLM, monkeypatch: p
     assert close.near_tie and close.margin == pytest.approx(gap, abs=1e-5) and close.worst == pytest.approx(gap, abs=1e-5)
     monkeypatch.setattr(divergence, "NEAR_TIE", gap - 1e-3)
     assert not examine(plain, "p", 0, [5, 6, 7], text, [*text[:3], second], params).near_tie
+
+
+@pytest.fixture(scope="module")
+def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"x={adapters.make(tmp_path_factory.mktemp('adapters') / 'x', folder)}"
+
+
+def test_a_text_is_examined_with_its_adapter(folder: Path, lora: str) -> None:
+    adapted, params = load(folder, lora=lora), SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, lora="x")
+    text = adapted.generate([{"prompt_token_ids": [5, 6, 7]}], params)[0].outputs[0].token_ids
+    wrong = [*text[:2], (text[2] + 1) % 60, *text[3:]]
+    worst = examine(adapted, "p", 0, [5, 6, 7], wrong, text, params).worst
+    without = examine(adapted, "p", 0, [5, 6, 7], wrong, text, params.but(lora=None)).worst
+    assert worst is not None and worst < 1e-4
+    assert without is not None and without > 1e-2
+
+
+def test_the_command_measures_with_an_adapter(
+    folder: Path, file: Path, lora: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str | None] = set()
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda llm, group, state: seen.update(p.lora for p in group.params) or measure(llm, group, state))
+    words = f"--prompts {file} --draft guess --max-tokens 5 --rounds 1 --dtype float32 --lora {lora} --json {tmp_path}/out.json"
+    assert command(["compare", str(folder), *words.split()]) == 0
+    assert seen == {"x"} and ", adapter x, temperature" in " ".join(capsys.readouterr().out.split())
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert settings["lora"] == [lora] and settings["params"]["lora"] == "x"
 
 
 def test_a_token_at_the_cut_of_a_filter_is_a_near_tie_only_within_the_tolerance(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,6 +774,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("--warm-limit 3", "warm_limit = 3: is for the prompts of warm, and there are none"),
         ("--turns 0", "turns = 0: must be 1 or more"),
         ("--draft none", "is the plain loop"),
+        ("--lora x=a --lora y=b", "--lora = ['x=a', 'y=b']: one adapter is measured at a time, 2 are given"),
+        ("--lora x=a --against transformers", "lora = 'x': cannot be used with against"),
     ],
 )
 def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, reported: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from redraft.bench.peers.process import Lost, Worker
 from redraft.engine import engine as engines
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod
 from redraft.models import loader
+from tests import adapters
 from tests.bench.test_shapes import CONFIG
 from tests.bench.workers import Fake
 
@@ -88,6 +89,39 @@ def test_redraft_and_transformers_say_the_same(
     assert own["rounds"]["decode"][0]["tokens"] == own["rounds"]["decode"][1]["tokens"]
     assert len(set(own["rounds"]["decode"][0]["tokens"])) > 1  # a repeated token would hide differences
     assert own["summary"]["decode"]["speed_of_base"] == {"median": 1, "low": 1, "high": 1}
+
+
+def test_steps_with_an_adapter(redraft: Callable[..., Ran], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_engines", small_limits(decode._engines))
+    own = f"x={adapters.make(tmp_path / 'x', Path(model))}"
+    found = tmp_path / "found.json"
+    small = [model, *SMALL, "--rounds", "1", "--json", str(found)]
+    code, out, err = redraft("bench", "decode", *small, "--lora", own)
+    assert code == 0 and "transformers: its text is not compared" in " ".join(out.split()), err
+    (with_it,) = [one for one in json.loads(found.read_text())["engines"] if one["name"] == f"redraft lora={own}"]
+    code, out, err = redraft("bench", "decode", *small, "--against", "none", "--redraft", "", "--redraft", f"lora={own}")
+    assert code == 0, err
+    without, again = json.loads(found.read_text())["engines"]
+    texts = [one["rounds"]["decode"][0]["tokens"] for one in (with_it, again, without)]
+    assert texts[0] == texts[1] != texts[2]
+    assert without["text_differs"] is again["text_differs"] is None
+    assert f"redraft lora={own}: its text is not compared with that of redraft, because their adapters differ" in " ".join(out.split())
+
+
+def test_every_measurement_has_the_adapter(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redraft.bench.peers.redraft import Redraft
+
+    threads = torch.get_num_threads()
+    try:
+        peer = Redraft(job(model, options={"lora": [f"x={adapters.make(tmp_path / 'x', Path(model))}"]}))
+    finally:
+        torch.set_num_threads(threads)
+    forward, seen = peer.runner.forward, set[Any]()
+    monkeypatch.setattr(peer.runner, "forward", lambda batch, *taps: seen.update(batch.adapters) or forward(batch, *taps))
+    for ask in (peer.decode, peer.prefill, peer.steps, lambda: peer.generate(PLAIN, [5, 6], 3), lambda: peer.margin([5, 6], 7, 8)):
+        seen.clear()
+        ask()
+        assert seen == {peer.runner.adapters["x"]}
 
 
 def small_limits(make: Callable[[DecodeOptions], Any]) -> Callable[[DecodeOptions], Any]:
@@ -392,6 +426,8 @@ def test_own_engines() -> None:
         ({"redraft": ({"backend": "torhc"},)}, "no backend 'torhc': did you mean 'torch'"),
         ({"redraft": ({"bakend": "torch"},)}, "unknown option 'bakend': did you mean 'backend'"),
         ({"redraft": ({"quant": "int9"},)}, "no quant method 'int9': did you mean 'int"),
+        ({"redraft": ({"lora": ["x=a", "y=b"]},)}, "one adapter is measured at a time, 2 are given"),
+        ({"redraft": ({"lora": "x"},)}, "'x' is not NAME=FOLDER"),
         ({"isa": "avx"}, "isa = 'avx': did you mean 'avx"),
         ({"rows": (4, 1)}, "rows = 4,1: ascending numbers"),
         ({"rounds": 0}, "rounds = 0: must be 1 or more"),

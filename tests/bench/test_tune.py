@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from redraft.bench.tune import Candidate, Profile, Record, Tuned, TuneOptions, c
 from redraft.cli.serve import build, engine_of, load
 from redraft.cli.tune import training_free
 from redraft.engine.idle import forward_seconds
+from tests import adapters
 from tests.bench import fakes, html_page
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -128,7 +130,7 @@ def test_steps_are_recorded_as_the_engine_counts_them(plain: LLM) -> None:
 
 def test_times_of_steps(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(tune, "forward_seconds", lambda engine, *given: calls.append(given) or given[0] * len(calls) / 1e3)
+    monkeypatch.setattr(tune, "forward_seconds", lambda engine, *given: calls.append(given[:3]) or given[0] * len(calls) / 1e3)
     found = tune.step_times(plain, 9, 4, 30)
     assert [point.x for point in found] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32]
     assert len(calls) == len(found) * (tune.TIMES + 1) and {cached for _, cached, _ in calls} == {30}
@@ -138,7 +140,9 @@ def test_times_of_steps(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (point.low, point.y, point.high) == pytest.approx((times[0], times[len(times) // 2], times[-1]))
 
 
-def test_a_timed_step_has_these_rows_texts_and_cached_tokens(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timed_step_has_these_rows_texts_and_cached_tokens(
+    plain: LLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
     forward = plain.runner.forward
     monkeypatch.setattr(plain.runner, "forward", lambda batch, taps: seen.append(batch) or forward(batch, taps))
@@ -147,6 +151,11 @@ def test_a_timed_step_has_these_rows_texts_and_cached_tokens(plain: LLM, monkeyp
     assert len(batch.tokens) == 7 and [int(root) for root in batch.roots] == [0, 3, 5]
     assert sorted(batch.positions.tolist()) == [20, 20, 20, 21, 21, 21, 22]
     assert forward_seconds(plain.engine, 8, plain.max_model_len, 4) is None
+    plain.load_lora("x", adapters.make(tmp_path / "x", folder))
+    own = plain.runner.adapters["x"]
+    plain.unload_lora("x")
+    assert (forward_seconds(plain.engine, 3, 20, 2, own) or 0) > 0
+    assert [one.adapters for one in seen] == [[None] * 3, [own] * 2]
     plain.runner.memory.check()
     assert not plain.runner.memory.paged.table._held
 
@@ -261,9 +270,27 @@ def test_without_a_file_stdout_has_the_settings_alone(words: list[str], redraft:
     assert all(line.startswith("#") or ": " in line for line in out.splitlines() if line)
 
 
+def test_an_adapter_is_in_every_step_and_in_the_file(
+    words: list[str], folder: Path, tmp_path: Path, redraft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, seen = f"x={adapters.make(tmp_path / 'x', folder)}", Counter[bool]()
+    timed, measure = tune.forward_seconds, bench.measure
+    monkeypatch.setattr(tune, "forward_seconds", lambda engine, *given: seen.update([given[3].name == "x"]) or timed(engine, *given))
+    monkeypatch.setattr(
+        bench, "measure", lambda llm, group, state: seen.update(one.lora == "x" for one in group.params) or measure(llm, group, state)
+    )
+    code, _, err = redraft(*words, "--lora", own, "--yaml", f"{tmp_path}/a.yaml")
+    assert code == 0, err
+    assert seen[True] and not seen[False]
+    engine, _ = build(load(tmp_path / "a.yaml", "--config"))
+    assert engine.model.adapters == {"x": str(tmp_path / "x")}
+    assert ", adapter x," in (tmp_path / "a.yaml").read_text().replace("\n# ", " ")
+
+
 @pytest.mark.parametrize(
     ("options", "reported"),
     [
+        ("--lora x=a --lora y=b", "one adapter is measured at a time, 2 are given"),
         ("--yaml /nowhere/a.yaml", "yaml = /nowhere/a.yaml: there is no folder /nowhere"),
         ("--html /", "html = /: is a folder"),
         ("--rounds 1", "rounds = 1: must be 2 or more"),

@@ -77,7 +77,7 @@ def test_version(redraft: Callable[..., Ran]) -> None:
         (["explain", "--lora", "x=/none/y"], 1, "'/none/y': no adapter: it has no adapter_config.json"),
         (["serve", "--lora-modules", "x=y"], 2, "--lora-modules is --lora here"),
         (["serve", "--enable-lora"], 2, "no option --enable-lora: --lora NAME=FOLDER is enough"),
-        (["compare", "--lora", "x=y"], 2, "no option --lora"),
+        (["bench", "cache", "--lora", "x=y"], 2, "no option --lora"),
         (["chatt"], 2, "'chat'"),
         (["generate", "--cache-memory", "2G"], 2, "--cache-memory = '2G': a whole number of bytes, or a size in KB, MB, GB"),
         (["generate", "--cache-memory", "0MB"], 2, "--cache-memory = '0MB': must be at least 1"),

@@ -32,6 +32,7 @@ class Redraft:
         given = {"threads": job.threads, "dtype": job.dtype, "token_budget": max(512, job.prefill), "max_model_len": job.longest}
         fixed = {"model": job.folder, "max_seqs": 1, "prefix_sharing": False, "draft": "none"}
         self.llm = LLM(config=EngineConfig.of(**{**given, **own, **fixed}))
+        self.lora = self.llm.config.model.only_adapter()
         self.modes: dict[str, tuple[LLM, Any]] = {}
         self.runner = self.llm.runner
         backend = self.runner.backend
@@ -53,7 +54,7 @@ class Redraft:
     # ---- measurements
 
     def decode(self) -> dict[str, Any]:
-        params = SamplingParams(temperature=0, max_tokens=self.job.tokens + 1, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=self.job.tokens + 1, ignore_eos=True, lora=self.lora)
         stamps, tokens = [], []
         inside: list[Any] = []
         for delta in self.llm.stream({"prompt_token_ids": self.job.prompt(self.job.context)}, params):
@@ -96,7 +97,7 @@ class Redraft:
         if state is not None:
             llm.engine.drafter.restore(state)
         policies, stop = self.job.options.get("policies", {}), self.job.stop
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, stop_token_ids=stop, **policies)
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, stop_token_ids=stop, lora=self.lora, **policies)
         begun = time.perf_counter()
         (output,) = llm.generate({"prompt_token_ids": prompt}, params)
         took = time.perf_counter() - begun
@@ -118,13 +119,15 @@ class Redraft:
     # ---- one forward pass
 
     def _prefill(self) -> float:
-        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, lora=self.lora)
         begun = time.perf_counter()
         self.llm.generate({"prompt_token_ids": self.job.prompt(self.job.prefill)}, params)
         return time.perf_counter() - begun
 
     def _open(self, tokens: list[int]) -> Sequence:
-        seq = Sequence(-1, Request("bench", tokens, SamplingParams(temperature=0)), 0, tokens, len(tokens), 0, sync_point=UNLIMITED)
+        adapter = None if self.lora is None else self.runner.adapters[self.lora]
+        request = Request("bench", tokens, SamplingParams(temperature=0), adapter=adapter)
+        seq = Sequence(-1, request, 0, tokens, len(tokens), 0, sync_point=UNLIMITED)
         self.runner.memory.open(seq)
         return seq
 
