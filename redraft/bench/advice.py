@@ -103,8 +103,20 @@ class Advice:
             "the expected tokens/s are from one pass of each drafter and the times of steps, relative to the plain loop",
             "tokens/s, speed-up: measured, medians of the rounds; min-max: of the speed-up, for none of tokens/s",
             f"kept at depth: share of steps that kept so many drafts or more; rows of a step: {self.setting}",
+            *self.dropped(),
             *notes(self.tuned.comparison, self.options, self.rows),
         ]
+
+    def dropped(self) -> list[str]:
+        """The drafters that were not measured, in a line with the reason; nothing if there are none."""
+        left = set(self.tuned.profiles) - {one.draft for one in self.tuned.candidates}
+        best: dict[str, float] = {}
+        for one in self.tuned.expectations:
+            if one.draft in left:
+                best[one.draft] = max(best.get(one.draft, 0.0), one.speedup)
+        named = [f"{draft} {speedup:.2f}x" for draft, speedup in sorted(best.items(), key=lambda pair: -pair[1])]
+        named += [f"{draft} (no step)" for draft in sorted(left - best.keys())]
+        return [f"not measured, because slower than the {self.options.best} best by expectation: {', '.join(named)}"] if named else []
 
     @property
     def setting(self) -> str:

@@ -218,6 +218,7 @@ BESIDE_WIDTHS = (-8, -11, 6, 11, 9, -28)
 NAME = 20  # columns of a category's name
 REASONS = ("category", "state", "tokens", "time", "generation", "min-max", "")
 REASON_WIDTHS = (-NAME, -8, 7, 6, 11, 11, -9)
+VERDICTS = "pays: faster than the plain loop in every round; slower: slower in every round"
 COLUMNS = 80
 
 
@@ -299,6 +300,7 @@ def _reasons(rows: Seq[Row]) -> Iterator[Text]:
         figures = f"{row.mean_acceptance_length:.2f}", f"{took:.2f}", f"{speed.speedup:.2f}x", _spread(speed)
         name = row.category or ""
         yield Text(_cells((name if len(name) <= NAME else f"{name[: NAME - 1]}…", row.mode, *figures, verdict), REASON_WIDTHS))
+    yield Text(VERDICTS)
 
 
 def _spread(speed: Row | Speed) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,17 @@ def test_an_adapter_is_in_every_step_and_in_the_file(
 def test_wrong_input_is_one_line_before_anything_is_loaded(options: str, reported: str, redraft: Any) -> None:
     code, _, err = redraft("tune", "/no/such/model", *options.split())
     assert code == 2 and reported in err and err.count("\n") == 1
+
+
+def test_drafters_that_were_not_measured_are_named_with_their_expectation(plain: LLM) -> None:
+    found = advice(plain, [[1.0] * 3, FASTER, SLOWER])
+    assert not [note for note in found.notes() if note.startswith("not measured")]
+    others = [candidate("ngram", rows, speedup, 1.0) for rows, speedup in ((1, 0.8), (2, 0.9))] + [candidate("copyspec", 1, 1.1, 1.0)]
+    profiles = {**found.tuned.profiles, "ngram": profile(), "copyspec": profile(), "token-recycling": Profile()}
+    found.tuned = replace(found.tuned, profiles=profiles, expectations=[*found.tuned.expectations, *others])
+    (note,) = [note for note in found.notes() if note.startswith("not measured")]
+    assert note.endswith("slower than the 4 best by expectation: copyspec 1.10x, ngram 0.90x, token-recycling (no step)")
+    assert f"- {note}" in " ".join(" ".join(found.text()).split())
 
 
 @pytest.mark.parametrize(("batch", "small"), [(1, 0), (2, 4)])
