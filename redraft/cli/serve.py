@@ -164,13 +164,13 @@ def engine_of(path: Path, given: Mapping[str, Any]) -> EngineConfig:
 
 
 def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:
-    """Writes the configuration to stderr, one field on each line."""
-    typer.echo(f"redraft {__version__} serves with", err=True)
-    homes = EngineConfig._homes()
+    """Writes the model, its quantization, the address and what is no default to stderr, one field on each line."""
+    typer.echo(f"redraft {__version__} serves with the defaults and", err=True)
+    defaults, always = build({}), ("model", "quant", *(("host", "port") if server.uds is None else ()))
     for name in FIELDS:
-        part, field = homes.get(name, ("", name))
-        holder: Any = server if name in SERVER.fields else getattr(engine, part) if part else engine
-        value = getattr(holder, field)
+        value = _value(engine, server, name)
+        if name not in always and value == _value(*defaults, name):
+            continue
         if name == "api_key":
             value = f"({len(value)} key{'' if len(value) == 1 else 's'})"
         elif name == "admin_key" and value is not None:
@@ -180,6 +180,12 @@ def show(engine: EngineConfig, server: ServeConfig, settings: Layer) -> None:
         text = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
         text = text or "none" if text.isprintable() else f"({len(text)} characters)"
         typer.echo(f"  {_key(name):18} {text:24} {settings[name].layer if name in settings else 'default'}", err=True)
+
+
+def _value(engine: EngineConfig, server: ServeConfig, name: str) -> Any:
+    part, field = EngineConfig._homes().get(name, ("", name))
+    holder: Any = server if name in SERVER.fields else getattr(engine, part) if part else engine
+    return getattr(holder, field)
 
 
 def _field(name: str) -> FieldInfo:

@@ -63,10 +63,18 @@ def test_nothing_given(redraft: Serve, ran: Configs) -> None:
     code, out, err = redraft("serve")
     assert (code, out) == (0, "")
     assert ran == [(EngineConfig.of(model="embedded", draft="auto"), ServeConfig())]
-    lines = err.splitlines()
-    assert len(lines) == 1 + len(SERVER.fields) + len(ENGINE.fields) + 1  # heading, model
-    assert all(line.endswith(" default") for line in lines[1:])
-    assert shown(err, "draft") == ("auto", "default")
+    assert [line.split() for line in err.splitlines()[1:]] == [
+        ["model", "embedded", "default"],
+        ["quant", "auto", "default"],
+        ["host", "127.0.0.1", "default"],
+        ["port", "8000", "default"],
+    ]
+
+
+def test_only_what_differs_is_shown(redraft: Serve, ran: Configs, file: Callable[[str], str], tmp_path: Path) -> None:
+    path = file("max-n: 3\nmax-stop: 16\ndraft: auto\nprefix-sharing: false\n")
+    _, _, err = redraft("serve", "--config", path, "--uds", str(tmp_path / "socket"), "--quant", "int8", "--max-body", "4194304")
+    assert re.findall(r"^  (\S+)", err, re.M) == ["model", "quant", "prefix-sharing", "uds", "max-n"]
 
 
 def test_the_code_of_the_server_is_that_of_the_command(redraft: Serve, ran: Configs) -> None:
@@ -84,13 +92,13 @@ def test_command_line_over_environment_over_file_over_default(
     assert code == 0
     assert engine == EngineConfig.of(model="c", draft="self-skip", max_seqs=3, threads=1)
     assert server == ServeConfig(port=4, host="two", max_n=1)
-    origins = {name: shown(err, name) for name in ("model", "port", "host", "max-n", "max-body", "max-seqs", "threads")}
+    origins = {name: shown(err, name) for name in ("model", "port", "host", "max-n", "quant", "max-seqs", "threads")}
     assert origins == {
         "model": ("c", "command line"),
         "port": ("4", "command line"),
         "host": ("two", "environment"),
         "max-n": ("1", "file"),
-        "max-body": ("4194304", "default"),
+        "quant": ("auto", "default"),
         "max-seqs": ("3", "command line"),
         "threads": ("1", "file"),
     }
