@@ -43,7 +43,7 @@ def _one_line(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"])) or cls.__name__
     if first["type"] == "extra_forbidden":
-        return f"unknown option {name!r} of {cls.__name__}: {did_you_mean(name, cls.model_fields)}"
+        return f"unknown option {shown(name)} of {cls.__name__}: {did_you_mean(name, cls.model_fields)}"
     field = cls.model_fields.get(name)
     message = (
         _allowed(field) if field and first["type"].startswith(("greater_than", "less_than")) else first["msg"].removeprefix("Value error, ")
@@ -262,7 +262,7 @@ class EngineConfig(Settings):
         homes = cls._homes()
         for name, value in flat.items():
             if name not in homes:
-                raise InvalidInput(f"unknown option {name!r}: {did_you_mean(name, homes)}")
+                raise InvalidInput(f"unknown option {shown(name)}: {did_you_mean(name, homes)}")
             part, field = homes[name]
             parts[part][field] = str(value) if isinstance(value, Path) else value
         return cls(

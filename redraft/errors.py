@@ -23,15 +23,22 @@ __all__ = [
     "RedraftError",
     "UnknownMethod",
     "Unsupported",
+    "bounded",
     "did_you_mean",
     "shown",
 ]
 
 MAX_VALUE = 200  # characters of a value in an error, at most
+MAX_MESSAGE = 1000  # of a whole error, which may quote several
+
+CUT = " [...] "
 
 
 class RedraftError(Exception):
-    """Base of everything Redraft raises on purpose; its text is one line for the user."""
+    """Base of everything Redraft raises on purpose; its text is one line for the user, of at most MAX_MESSAGE characters."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*(bounded(one) if isinstance(one, str) else one for one in given))
 
 
 class InvalidInput(RedraftError, ValueError):
@@ -63,6 +70,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+
+
+def bounded(message: str) -> str:
+    """The message without its middle if it is longer than MAX_MESSAGE: the field stands first, what is allowed last."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    half = (MAX_MESSAGE - len(CUT)) // 2
+    return f"{message[:half]}{CUT}{message[-half:]}"
 
 
 def shown(value: Any) -> str:

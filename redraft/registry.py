@@ -136,7 +136,7 @@ def load(target: str) -> Any:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UnknownMethod:
-    return UnknownMethod(f"no {what} {name!r}: {did_you_mean(name, known)}")
+    return UnknownMethod(f"no {what} {shown(name)}: {did_you_mean(name, known)}")
 
 
 def method(seam: str, name: str) -> type:

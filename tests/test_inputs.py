@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from redraft import LLM, EngineConfig, Patch, RequestOutput, SamplingParams
+from redraft import LLM, EngineConfig, Patch, RequestOutput, SamplingParams, registry
 from redraft.config import is_utf8
-from redraft.errors import InvalidInput, RedraftError, shown
+from redraft.errors import MAX_MESSAGE, InvalidInput, RedraftError, shown
 from redraft.inputs import integer
 from tests.checkpoints import tiny_llama
 
@@ -130,6 +130,18 @@ class Unshowable:
 class Lines:
     def __repr__(self) -> str:
         return "a\nb" * 999
+
+
+def test_an_error_is_bounded_whatever_it_quotes() -> None:
+    error = InvalidInput(f"field = {'x' * 5000}: must be small")
+    assert len(str(error)) <= MAX_MESSAGE and str(error).startswith("field = xxx") and str(error).endswith("xxx: must be small")
+    whole = "y" * MAX_MESSAGE
+    assert str(RedraftError(whole)) == whole
+    with pytest.raises(InvalidInput) as caught:
+        registry.create("draft", "z" * 5000)
+    assert len(str(caught.value)) <= MAX_MESSAGE and str(caught.value).endswith(max(registry.METHODS["draft"]))
+    known = str(registry.unknown("architecture", "none", registry.FAMILIES))
+    assert all(name in known for name in registry.FAMILIES), "the longest list of names is not cut"
 
 
 def test_shown_is_one_short_line() -> None:

@@ -14,7 +14,7 @@ import typer
 from redraft import __version__, registry
 from redraft.cli import habits
 from redraft.cli.options import as_flag
-from redraft.errors import InvalidInput, RedraftError
+from redraft.errors import InvalidInput, RedraftError, bounded
 
 VERBS = ("generate", "chat", "compare", "tune", "methods", "explain", "calibrate", "doctor", "get", "serve")
 
@@ -68,7 +68,7 @@ def _usage(error: Any, typed: Seq[str]) -> str:
 
 def _fail(message: str, code: int) -> int:
     if message:  # empty if the help was printed
-        typer.echo(f"error: {' '.join(message.split())}", err=True)
+        typer.echo(f"error: {bounded(' '.join(message.split()))}", err=True)
     return code
 
 

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from redraft.errors import InvalidInput
+from redraft.errors import InvalidInput, shown
 from redraft.serve.config import ServeConfig
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -30,6 +30,8 @@ def listen(serve: ServeConfig) -> list[socket.socket]:
                 absent = error  # such as ::1 of localhost, where IPv6 is off
         if absent is not None and not made:
             raise absent
+    except UnicodeError:
+        raise InvalidInput(f"host = {shown(serve.host)}: is no name of a host") from None
     except OSError as error:
         for one in made:
             one.close()

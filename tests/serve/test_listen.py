@@ -34,6 +34,8 @@ def test_a_name_of_several_addresses_has_one_port() -> None:
 def test_a_host_that_is_not_here() -> None:
     with pytest.raises(InvalidInput, match=r"host = '192\.0\.2\.1'"):
         listen(ServeConfig(host="192.0.2.1", port=0))
+    with pytest.raises(InvalidInput, match=r"host = 'x+\.\.\.: is no name of a host"):
+        listen(ServeConfig(host="x" * 300, port=0))
 
 
 def test_a_unix_socket_and_what_is_left_of_one(tmp_path: Path) -> None:
