@@ -25,6 +25,7 @@ _SIZES = {  # integers from 1 to a largest value
     ), (1 << 31) - 1),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"), 10_000),
 }  # fmt: skip
+_COUNTS = ("max_window_layers",)  # integers from 0
 _LARGEST = 1 << 26  # bytes of a JSON file
 _EPSILONS = ("rms_norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
 _NULL = ("sliding_window", "num_key_value_heads", "head_dim", "n_inner")  # sizes for which null has a meaning
@@ -44,6 +45,9 @@ def filled(config: Config, defaults: Mapping[str, Any]) -> Config:
             optional |= name == "sliding_window" and value == 0 and not getattr(config, "use_sliding_window", True)  # Qwen2-MoE's
             if not optional and (type(value) is not int or not 0 < value <= _SIZES[name]):
                 raise CheckpointError(f"{name} = {shown(value)}: must be an integer from 1 to {_SIZES[name]}")
+        elif name in _COUNTS:
+            if value is not None and (type(value) is not int or value < 0):
+                raise CheckpointError(f"{name} = {shown(value)}: must be an integer, 0 or more")
         elif name in _EPSILONS:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise CheckpointError(f"{name} = {shown(value)}: must be a number from 0 to 1")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.config import SamplingParams
-from redraft.errors import CheckpointError, InvalidInput, Unsupported
+from redraft.errors import CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models.config import read_json
 from redraft.models.gguf import file as gguf
 from redraft.models.gguf.config import sampling
@@ -50,14 +50,15 @@ _REFUSED_WHEN_SAMPLING: dict[str, Callable[[Any], bool]] = {
 _REFUSED_WHEN_GREEDY: dict[str, Callable[[Any], bool]] = {"penalty_alpha": lambda value: value > 0}
 
 
-def read_eos(folder: Path, otherwise: Any, vocab: int) -> tuple[int, ...]:
-    """The ids that end a text: the file's, else `otherwise` (from config.json). Ids outside the vocabulary are dropped."""
+def read_eos(folder: Path, otherwise: Any, where: Path, vocab: int) -> tuple[int, ...]:
+    """The ids that end a text: the file's, else `otherwise`, which the file `where` holds. Ids outside the vocabulary are dropped."""
     file = folder / FILE
     eos = read_json(file).get("eos_token_id") if file.exists() else None
-    eos = otherwise if eos is None else eos
+    if eos is None:
+        eos, file = otherwise, where
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id = {eos!r} is neither a token id nor a list of token ids")
+        raise CheckpointError(f"{file}: eos_token_id = {shown(eos)} is neither a token id nor a list of token ids")
     return tuple(i for i in ids if 0 <= i < vocab)
 
 
@@ -104,15 +105,14 @@ def _refuse(raw: dict[str, Any]) -> None:
         try:
             changed = name in raw and changes(raw[name])
         except TypeError:
-            raise CheckpointError(f"{name} = {raw[name]!r}: not a number") from None
+            raise CheckpointError(f"{name} = {shown(raw[name])}: not a number") from None
         if changed:
             raise _unsupported(name, raw[name])
 
 
 def _unsupported(name: str, value: Any) -> Unsupported:
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     how = "generation_config='none' (--generation-config none) ignores all sampling fields of this file"
-    return Unsupported(f"{name} = {shown} changes the text and is not supported; {how}")
+    return Unsupported(f"{name} = {shown(value)} changes the text and is not supported; {how}")
 
 
 def _bias(raw: dict[str, Any], eos_ids: tuple[int, ...], vocab: int) -> dict[int, float]:
@@ -126,20 +126,20 @@ def _bias(raw: dict[str, Any], eos_ids: tuple[int, ...], vocab: int) -> dict[int
 
 def _list(name: str, raw: dict[str, Any]) -> list[Any]:
     if not isinstance(found := raw.get(name, []), list):
-        raise CheckpointError(f"{name} = {found!r}: a list is needed")
+        raise CheckpointError(f"{name} = {shown(found)}: a list is needed")
     return found
 
 
 def _pairs(bias: Any) -> list[tuple[list[int], float]]:
     """sequence_bias as pairs. In JSON it is a list of pairs, because keys of an object cannot be lists."""
     if not isinstance(bias, list) or not all(isinstance(one, list) and len(one) == 2 for one in bias):
-        raise CheckpointError(f"sequence_bias = {bias!r}: a list of [[token ids], bias] is needed")
+        raise CheckpointError(f"sequence_bias = {shown(bias)}: a list of [[token ids], bias] is needed")
     return [(ids, amount) for ids, amount in bias]
 
 
 def _single(name: str, raw: dict[str, Any], ids: Any, vocab: int) -> int:
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{name} = {raw[name]!r}: {ids!r} is not a list of token ids")
+        raise CheckpointError(f"{name} = {shown(raw[name])}: {shown(ids)} is not a list of token ids")
     if len(ids) != 1:
         raise _unsupported(name, raw[name])
     if not 0 <= ids[0] < vocab:

@@ -224,7 +224,7 @@ def inspect(
     sources = {name: _check(where, tensors, name, spec.source(name), shape) for name, shape in spec.shapes().items()}
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, str(device), tensors.tensors[sources["embed"].names[0]])
-    eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), spec.vocab)
+    eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), where, spec.vocab)
     return Checkpoint(path, spec, chosen, eos_ids, sources, named, tensors, quant)
 
 

@@ -122,9 +122,15 @@ def test_values_out_of_range(fields: dict[str, Any], named: str, tmp_path: Path)
 
 
 def test_where_a_text_ends(tmp_path: Path) -> None:
-    assert read_eos(tmp_path, 4, VOCAB) == (4,)
+    where = tmp_path / "config.json"
+    assert read_eos(tmp_path, 4, where, VOCAB) == (4,)
+    with pytest.raises(CheckpointError, match=r"/config\.json: eos_token_id = '</s>' is neither"):
+        read_eos(tmp_path, "</s>", where, VOCAB)
     tiny.edit(tmp_path, generation.FILE, eos_token_id=[2, 5, 999])
-    assert read_eos(tmp_path, 4, VOCAB) == (2, 5)  # 999 is no token of this vocabulary
+    assert read_eos(tmp_path, 4, where, VOCAB) == (2, 5)  # 999 is no token of this vocabulary
+    tiny.edit(tmp_path, generation.FILE, eos_token_id="x")
+    with pytest.raises(CheckpointError, match=r"/generation_config\.json: eos_token_id = 'x' is neither"):
+        read_eos(tmp_path, 4, where, VOCAB)
 
 
 def test_given_fields_over_the_checkpoints() -> None:

@@ -230,6 +230,11 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
         "num_attention_heads = -1: must be an integer from 1",
     ),
     "negative kv heads": (lambda f: tiny.edit(f, num_key_value_heads=-1), CheckpointError, "num_key_value_heads = -1: must be"),
+    "fewer windows than none": (
+        lambda f: tiny.edit(f, max_window_layers=-1),
+        CheckpointError,
+        "config.json: max_window_layers = -1: must be an integer, 0 or more",
+    ),
     "huge": (lambda f: tiny.edit(f, hidden_size=10**30), CheckpointError, "hidden_size = 1000.*: must be an integer from 1"),
     "no heads": (lambda f: tiny.edit(f, num_attention_heads=0), CheckpointError, "config.json: "),
     "unknown architecture": (lambda f: tiny.edit(f, architectures=["BertModel"]), Unsupported, "'BertModel'.*LlamaForCausalLM"),
@@ -294,6 +299,11 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "corrupt index": (lambda f: index(f, ["a"]), CheckpointError, "index.json: no weight_map"),
     "index that leaves": (lambda f: index(f, {"a": "../other.safetensors"}), CheckpointError, "outside the folder"),
     "index without a shard": (lambda f: shard(f, forget), CheckpointError, "index.json: missing tensor"),
+    "bad eos of the config": (
+        lambda f: (tiny.edit(f, eos_token_id="</s>"), (f / "generation_config.json").unlink(missing_ok=True)),
+        CheckpointError,
+        "/config.json: eos_token_id = '</s>'",
+    ),
     "bad eos": (lambda f: tiny.edit(f, "generation_config.json", eos_token_id=["</s>"]), CheckpointError, "eos_token_id"),
 }
 
