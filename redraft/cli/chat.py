@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
-SHARE = 4  # without --max-tokens a reply takes at most 1 / SHARE of the context, so that more turns fit
+SHARE = 4  # without --max-tokens a reply takes at most 1 / SHARE of the context, so that more turns fit, or the checkpoint's own limit
 COMMAND = re.compile(r"(/\w*)(?:\s+(.*))?", re.DOTALL)  # a path such as /usr/bin is not a command
 COMMANDS = {
     "/help": "this list",
@@ -57,7 +57,8 @@ def chat(
     from redraft.llm import LLM
 
     llm = LLM(config=config)
-    params = SamplingParams(**{"max_tokens": max(1, llm.max_model_len // SHARE), "seed": secrets.randbits(32), **sampling})
+    share = max(1, llm.max_model_len // SHARE)
+    params = SamplingParams(**{"max_tokens": min(share, llm.defaults.get("max_tokens", share)), "seed": secrets.randbits(32), **sampling})
     talk = Conversation(Prompting(llm.tokenizer, True, template))
     talk.set_system(system)
     if sys.stdin.isatty():

@@ -1,7 +1,8 @@
 """generation_config.json: where a text ends, and the default sampling parameters of a checkpoint.
 
-Every field of transformers' GenerationConfig that changes a text is applied or refused. These are ignored, because they belong to the
-caller: limits of length and time, what is returned, the kind of cache, and drafting. Unknown fields are ignored as well.
+Every field of transformers' GenerationConfig that changes a text is applied or refused. max_new_tokens limits texts of requests without a
+max_tokens of their own. These are ignored, because they belong to the caller: other limits of length and time, what is returned, the
+kind of cache, and drafting. Unknown fields are ignored as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FILE = "generation_config.json"
 
 # field of the file -> field of SamplingParams
 _SAME = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")}
-_APPLIED = {**_SAME, "min_new_tokens": "min_tokens", "stop_strings": "stop"}
+_APPLIED = {**_SAME, "min_new_tokens": "min_tokens", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
 
 # unsupported field -> whether a value changes the text
 _REFUSED: dict[str, Callable[[Any], bool]] = {
@@ -89,12 +90,14 @@ def read_defaults(folder: Path, eos_ids: tuple[int, ...], vocab: int) -> dict[st
 
 def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of SamplingParams in `given`, then those in a checkpoint's `defaults`. logit_bias merges by token. A given max_tokens
-    lowers a default min_tokens."""
+    lowers a default min_tokens, and a given min_tokens raises a default max_tokens."""
     found = {**defaults, **given}
     if "logit_bias" in defaults:
         found["logit_bias"] = {**defaults["logit_bias"], **given.get("logit_bias", {})}
     if "min_tokens" in defaults and "min_tokens" not in given and (max_tokens := given.get("max_tokens")) is not None:
         found["min_tokens"] = min(defaults["min_tokens"], max_tokens)
+    if "max_tokens" in defaults and "max_tokens" not in given and (min_tokens := given.get("min_tokens")) is not None:
+        found["max_tokens"] = max(defaults["max_tokens"], min_tokens)
     return found
 
 

@@ -16,6 +16,7 @@ import pytest
 from redraft import LLM, SamplingParams
 from tests.checkpoints import tiny_llama
 from tests.cli.conftest import Ran, start
+from tests.models.tiny import edit
 
 OPTIONS = ("--temperature", "0", "--max-tokens", "20", "--ignore-eos", "--dtype", "float32")
 
@@ -37,6 +38,17 @@ def test_each_line_is_a_turn_of_one_conversation(redraft: Callable[..., Ran], ti
     cached = [int(n) for n in re.findall(r"(\d+) of \d+ prompt tokens cached", err)]
     assert cached[0] == 0
     assert cached[1] >= 32, "the first turn's pages serve the second"
+
+
+def test_a_reply_is_as_long_as_the_checkpoint_says(redraft: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_llama(tmp_path)
+    edit(folder, "generation_config.json", max_new_tokens=3)
+    (short,) = LLM(str(folder), dtype="float32").chat([{"role": "user", "content": "hello"}], temperature=0, max_tokens=3, ignore_eos=True)
+    for words in ([], ["--max-tokens", "5"]):
+        piped("hello\n", monkeypatch)
+        code, out, _ = redraft("chat", str(folder), "--temperature", "0", "--ignore-eos", "--dtype", "float32", *words)
+        assert code == 0 and out.startswith(short.outputs[0].text)
+        assert (out.removesuffix("\n") == short.outputs[0].text.removesuffix("\n")) == (not words)
 
 
 def test_commands(redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

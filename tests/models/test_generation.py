@@ -33,6 +33,7 @@ APPLIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "top_p 0": ({"top_p": 0, "do_sample": True}, {"top_k": 1}),
     "top_p 0.0": ({"top_p": 0.0, "top_k": 30}, {"top_k": 1}),
     "least length": ({"min_new_tokens": 5}, {"min_tokens": 5}),
+    "most length": ({"max_new_tokens": 7, "max_length": 3}, {"max_tokens": 7}),
     "stop string": ({"stop_strings": "END"}, {"stop": "END"}),
     "stop strings": ({"stop_strings": ["a", "b"]}, {"stop": ["a", "b"]}),
     "suppressed tokens": ({"suppress_tokens": [3, 7]}, {"logit_bias": {3: -math.inf, 7: -math.inf}}),
@@ -87,7 +88,7 @@ def test_filters_of_sampling_change_no_greedy_text(tmp_path: Path) -> None:
 
 # Fields that change no text, or that belong to the caller: limits, what is returned, the kind of cache, drafting.
 LEFT_OUT = {
-    "max_length", "max_new_tokens", "max_time", "early_stopping", "length_penalty", "diversity_penalty", "do_sample", "use_mtp",
+    "max_length", "max_time", "early_stopping", "length_penalty", "diversity_penalty", "do_sample", "use_mtp",
     "use_cache", "prefill_chunk_size", "cache_implementation", "cache_config", "max_cache_len", "renormalize_logits",
     "remove_invalid_values", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
     "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_assistant",
@@ -111,6 +112,8 @@ def test_no_field_of_transformers_is_forgotten() -> None:
         ({"no_repeat_ngram_size": "many"}, "no_repeat_ngram_size = 'many': not a number"),
         ({"suppress_tokens": [999]}, "suppress_tokens: 999 is not a token id in 0..60"),
         ({"sequence_bias": {"a": 1}}, r"sequence_bias = \{'a': 1\}"),
+        ({"max_new_tokens": 0}, "SamplingParams.max_tokens = 0"),
+        ({"max_new_tokens": 3, "min_new_tokens": 4}, "min_tokens = 4 is more than max_tokens = 3"),
         ({"stop_strings": ""}, "an empty string is not allowed"),
         ({"suppress_tokens": 4}, "suppress_tokens = 4"),
         ({"bad_words_ids": [4]}, r"bad_words_ids = \[4\]"),
@@ -139,6 +142,21 @@ def test_given_fields_over_the_checkpoints() -> None:
     found = generation.over(own, {"logit_bias": {4: 2.0}, "max_tokens": 5})
     assert found == {"logit_bias": {3: -math.inf, 4: 2.0}, "min_tokens": 5, "temperature": 0.5, "max_tokens": 5}
     assert generation.over({}, {"max_tokens": 5}) == {"max_tokens": 5}
+    limited = {"max_tokens": 9}
+    assert generation.over(limited, {"max_tokens": 20}) == {"max_tokens": 20}
+    assert generation.over(limited, {"min_tokens": 20}) == {"max_tokens": 20, "min_tokens": 20}
+    assert generation.over(limited, {"max_tokens": None}) == {"max_tokens": None}, "the rest of the context"
+
+
+def test_a_model_that_limits_its_texts(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    tiny.edit(folder, generation.FILE, max_new_tokens=4)
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    llm = LLM(str(folder), dtype="float32")
+    lengths = [len(llm.generate("hi", one)[0].outputs[0].token_ids) for one in (params, params.but(max_tokens=6), params.but(min_tokens=5))]
+    assert lengths == [4, 6, 5]
+    (free,) = LLM(str(folder), dtype="float32", generation_config="none").generate("hi", params)
+    assert len(free.outputs[0].token_ids) > 6
 
 
 def test_a_model_that_suppresses_tokens(tmp_path: Path) -> None:
