@@ -60,6 +60,18 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def busy() -> str:
+    """A warning if the load average of other processes is above half the cores; else nothing. This process counts with its own seconds."""
+    try:
+        others = os.getloadavg()[0] - time.process_time() / 60
+    except (AttributeError, OSError):  # another system
+        return ""
+    cores = os.cpu_count() or 1
+    if others <= cores / 2:
+        return ""
+    return f"this machine is busy, load {others:.1f} by others on {cores} cores: figures may be too slow"
+
+
 def commit() -> str | None:
     """The commit of this checkout, with "-dirty" if files differ; None outside a checkout."""
 

@@ -110,6 +110,8 @@ def compare(
             say("stopped: the table holds what was measured before")
             raise typer.Exit(130)
 
+    if warning := report.busy():
+        say(warning)
     if peers is not None:
         with report.bar(progress, engines.ticks(len(chosen), options, peers)) as tick:
             beside = engines.compare(model, options, peers, chosen, tick)

@@ -73,6 +73,8 @@ def tune(
     def announce(seconds: float) -> None:
         say(f"estimated duration: about {duration(seconds)}, from one pass of the plain loop; longer if drafters are slower")
 
+    if warning := report.busy():
+        say(warning)
     with report.bar(progress, bench.ticks(len(chosen), options)) as tick:
         tuned = bench.tune(LLM(config=config), options, chosen, tick, announce)
     with InterruptBetween():  # a second Ctrl-C must not lose the results

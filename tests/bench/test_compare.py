@@ -785,6 +785,28 @@ def test_wrong_input_is_one_line_before_anything_is_loaded(words: str, reported:
     assert reported in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(("load", "busy"), [(0.9, False), (2.0, False), (2.6, True), (30.0, True)])
+def test_a_busy_machine_is_reported(load: float, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 99.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr("time.process_time", lambda: 30.0)  # 0.5 of the load
+    assert not busy or f"busy, load {load - 0.5:.1f} by others on 4 cores" in report.busy()
+    assert bool(report.busy()) == busy
+    monkeypatch.delattr(os, "getloadavg")
+    assert report.busy() == ""
+
+
+@pytest.mark.parametrize("verb", ["compare", "tune"])
+def test_the_commands_say_first_that_the_machine_is_busy(
+    verb: str, folder: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for warning in ("busy, so busy", ""):
+        monkeypatch.setattr(report, "busy", lambda warning=warning: warning)
+        words = f"--prompts {file} --draft guess --max-tokens 5 --rounds 2 --dtype float32 --limit 2"
+        assert command([verb, str(folder), *words.split()]) == 0
+        assert capsys.readouterr().err.startswith("busy, so busy\nestimated" if warning else "estimated")
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(UnknownMethod):
         CompareOptions(("nothing-like-it",), PARAMS)
