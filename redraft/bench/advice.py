@@ -116,7 +116,7 @@ class Advice:
                 best[one.draft] = max(best.get(one.draft, 0.0), one.speedup)
         named = [f"{draft} {speedup:.2f}x" for draft, speedup in sorted(best.items(), key=lambda pair: -pair[1])]
         named += [f"{draft} (no step)" for draft in sorted(left - best.keys())]
-        return [f"not measured, because slower than the {self.options.best} best by expectation: {', '.join(named)}"] if named else []
+        return [f"not measured, below the best {self.options.best} by expectation: {', '.join(named)}"] if named else []
 
     @property
     def setting(self) -> str:

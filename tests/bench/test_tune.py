@@ -313,7 +313,7 @@ def test_drafters_that_were_not_measured_are_named_with_their_expectation(plain:
     profiles = {**found.tuned.profiles, "ngram": profile(), "copyspec": profile(), "token-recycling": Profile()}
     found.tuned = replace(found.tuned, profiles=profiles, expectations=[*found.tuned.expectations, *others])
     (note,) = [note for note in found.notes() if note.startswith("not measured")]
-    assert note.endswith("slower than the 4 best by expectation: copyspec 1.10x, ngram 0.90x, token-recycling (no step)")
+    assert note.endswith("below the best 4 by expectation: copyspec 1.10x, ngram 0.90x, token-recycling (no step)")
     assert f"- {note}" in " ".join(" ".join(found.text()).split())
 
 
