@@ -109,7 +109,7 @@ class LLM:
         made.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
         drafter = registry.create("draft", made.config.draft)
         with InterruptBetween(), self._turns:
-            made.engine = made._engine(scheduler_of(made.config, self.runner.backend.device), drafter)
+            made.engine = made._engine(scheduler_of(made.config, str(self.runner.backend.device)), drafter)
             self._engines.add(made.engine)
         return made
 

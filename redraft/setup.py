@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
-
-import torch
 
 from redraft import registry
 from redraft.config import AUTO, EngineConfig
 from redraft.core.spec import ModelSpec
 from redraft.draft.drafter import Drafter
-from redraft.errors import CheckpointError, InvalidInput, Unsupported
+from redraft.errors import CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models import loader, memory, mixers
 from redraft.ops import library
 from redraft.ops.backend import Backend, Feature
@@ -54,17 +54,17 @@ class Setup:
         return cls(config, drafter, scheduler, checkpoint, backend, max_model_len, blocks)
 
 
-def scheduler_of(config: EngineConfig, device: torch.device) -> Scheduler:
+def scheduler_of(config: EngineConfig, device: str) -> Scheduler:
     """The scheduler with the budgets of `config`. Budgets that are not given follow from the device."""
     schedule = config.schedule
-    total = schedule.draft_total if schedule.draft_total is not None else 128 if device.type == "cuda" else 32
+    total = schedule.draft_total if schedule.draft_total is not None else 128 if device.startswith("cuda") else 32
     given = "max_seqs" in schedule.model_fields_set
     max_seqs = schedule.max_seqs if given else min(schedule.max_seqs, schedule.token_budget)
     budgets = {"token_budget": schedule.token_budget, "max_seqs": max_seqs, "draft_rows": schedule.draft_rows}
     return cast(Scheduler, registry.create("sched", schedule.scheduler, draft_total=total, **budgets))
 
 
-def _checkpoint(config: EngineConfig, device: torch.device) -> loader.Checkpoint:
+def _checkpoint(config: EngineConfig, device: str) -> loader.Checkpoint:
     """The checkpoint's headers. The draft model's path is checked even if no drafter uses it."""
     quant = None if config.model.quant in (None, AUTO) else registry.create("quant", config.model.quant)
     chosen = config.model.backend
@@ -87,7 +87,7 @@ def _as_stored(checkpoint: loader.Checkpoint, backend: Backend) -> str | None:
     return next((name for name in registry.METHODS["quant"] if getattr(registry.method("quant", name), "keeps", False)), None)
 
 
-def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: torch.device) -> Backend:
+def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: str) -> Backend:
     """The backend that `config` names. "auto" is native if it serves both models, else torch."""
     chosen = config.model.backend
     if chosen == "auto":
@@ -99,7 +99,7 @@ def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: torch.
     return backend
 
 
-def _draft_spec(config: EngineConfig, device: torch.device) -> list[ModelSpec]:
+def _draft_spec(config: EngineConfig, device: str) -> list[ModelSpec]:
     """The draft model's spec; empty without a draft model. Errors in its files are raised later, when it is loaded."""
     if config.draft_model is None:
         return []
@@ -109,15 +109,25 @@ def _draft_spec(config: EngineConfig, device: torch.device) -> list[ModelSpec]:
         return []
 
 
-def _device(name: str) -> torch.device:
+GPUS = (
+    "/dev/nvidiactl",
+    "/dev/nvmap",
+    "/dev/kfd",
+    "/dev/dxg",
+)  # there if this process may use a GPU: importing PyTorch to ask it takes a second
+
+
+def _device(name: str) -> str:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidInput(f"device = {name!r}: auto, cpu, cuda or cuda:N is allowed")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput(f"device = {name!r}: PyTorch finds no CUDA device here")
-    return device
+        return "cuda" if any(Path(gpu).exists() for gpu in GPUS) and _has_cuda() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise InvalidInput(f"device = {shown(name)}: auto, cpu, cuda or cuda:N is allowed")
+    if name != "cpu" and not _has_cuda():
+        raise InvalidInput(f"device = {shown(name)}: PyTorch finds no CUDA device here")
+    return name
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

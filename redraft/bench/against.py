@@ -144,7 +144,7 @@ def compare(model: str, options: CompareOptions, against: Against, prompts: Seq[
     settings = dict(against.engine)
     threads = settings.pop("threads", None) or available()
     checkpoint = loader.inspect(folder, settings.pop("dtype", "auto"))
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    dtype = str(checkpoint.dtype)
     tokenizer, tokens = Tokenizer(folder), options.params.max_tokens or 0
     context = min(checkpoint.spec.context, settings.pop("max_model_len", None) or checkpoint.spec.context)
     ids = [Dialogue(prompt, tokenizer).ids() for prompt in prompts]

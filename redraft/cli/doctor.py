@@ -86,7 +86,7 @@ def _model(name: str, checkpoint: Checkpoint, progress: Console) -> Facts:
         "name": name,
         "family": spec.family,
         "layers": len(spec.layers),
-        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dtype": str(checkpoint.dtype),
         "weight_bytes": checkpoint.weight_bytes,
         "bytes_per_token": _bytes_per_token(checkpoint),
         "serves": library.serves(checkpoint.dtype, "cpu", spec),

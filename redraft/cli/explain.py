@@ -103,7 +103,7 @@ def _model(config: EngineConfig, setup: Setup, parts: dict[str, Part]) -> list[s
     from redraft.models.memory import size
 
     checkpoint, spec = setup.checkpoint, setup.checkpoint.spec
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    dtype = str(checkpoint.dtype)
     pool = size(setup.blocks * setup.backend.block_bytes(spec))
     weakest = max(part.guarantee for part in parts.values() if part.guarantee is not None)
     return [

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from redraft.config import CacheConfig
 from redraft.errors import OutOfMemory
 from redraft.models.loader import Checkpoint
 
 
-def limits(device: torch.device | str = "cpu") -> int:
+def limits(device: Any = "cpu") -> int:
     """Bytes that this process may still use on `device`: what the machine has free, or less if a container (cgroup v2 or v1) allows
     less."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     return max(0, min([_machine(), *_cgroups()]))
 
@@ -39,7 +39,7 @@ def pool_blocks(
     cannot hold one sequence of max_model_len tokens and a page for its draft.
     """
     weights = checkpoint.weight_bytes
-    held = f"weights {size(weights)} ({str(checkpoint.dtype).removeprefix('torch.')}), free {size(free)}"
+    held = f"weights {size(weights)} ({checkpoint.dtype}), free {size(free)}"
     if weights > free:
         raise OutOfMemory(f"{checkpoint.path}: the weights do not fit: {held}")
     one = -(-max_model_len // page) + 1

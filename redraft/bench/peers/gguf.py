@@ -32,7 +32,7 @@ _CUTS = {"": "gpt-2", **{vocabulary.CUTS[name][0]: name for name in ("llama-bpe"
 def converted(folder: Path, dtype: str, *, tokenizer: bool = False) -> Path:
     """The file, from the cache folder or written into it. tokenizer: include the checkpoint's, which must be byte-level BPE."""
     found = loader.inspect(folder, dtype)
-    kind = str(found.dtype).removeprefix("torch.")
+    kind = str(found.dtype)
     if found.spec.family not in FAMILIES or kind not in ("bfloat16", "float16", "float32"):
         raise Unsupported(
             f"GGUF files are written for {', '.join(FAMILIES)} in bfloat16, float16 or float32, not {found.spec.family} in {kind}"

@@ -37,7 +37,7 @@ def converted(folder: Path, dtype: str, *, genai: bool = False) -> Path:
         raise Unsupported(f"{folder}: a GGUF file; OpenVINO is measured with folders only")
     found = loader.inspect(folder, dtype)
     _check(found.spec, found.dtype)
-    kind = str(found.dtype).removeprefix("torch.")
+    kind = str(found.dtype)
     files = sorted((str(file), file.stat().st_mtime_ns) for file in found.tensors.files)
     name = hashlib.sha256(repr((VERSION, folder.resolve(), files)).encode()).hexdigest()[:10]
     made = cache_folder() / "openvino" / f"{folder.resolve().name}-{kind}{'-genai' * genai}-{name}"
