@@ -19,8 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from redraft.card import Card, Guarantee
 from redraft.errors import Unsupported
+from redraft.ops.arrays import cast, dots, mixed, namespace, same_library, wide
 from redraft.ops.format import INT4_BLOCKS, PAGE, Array, Arrays
 from redraft.options import Options, number
 
@@ -63,16 +66,14 @@ class Int4Units:
     name = "int4"
     layout = INT4_BLOCKS
 
-    def __init__(self, head_dim: int, dtype: torch.dtype, block: int) -> None:
-        import torch
-
+    def __init__(self, head_dim: int, dtype: torch.dtype | np.dtype[Any], block: int) -> None:
         if head_dim % 2:
             raise Unsupported(f"codec 'int4' packs two channels into a byte, but the head size {head_dim} is odd")
         self.dtype, self.block = dtype, block
-        channels, tokens = Array((head_dim,), dtype, whole=True), Array((PAGE,), dtype)
+        channels, tokens, packed = Array((head_dim,), dtype, whole=True), Array((PAGE,), dtype), same_library(dtype, "uint8")
         self.arrays: Mapping[str, Array] = {
-            "keys": Array((PAGE, head_dim // 2), torch.uint8, whole=True),  # a key code is valid with the grid of its page only
-            "values": Array((PAGE, head_dim // 2), torch.uint8),
+            "keys": Array((PAGE, head_dim // 2), packed, whole=True),  # a key code is valid with the grid of its page only
+            "values": Array((PAGE, head_dim // 2), packed),
             "key_scales": channels,
             "key_zeros": channels,
             "value_scales": tokens,
@@ -93,49 +94,44 @@ class Int4Units:
             "value_zeros": value_zeros,
         }
 
+    @np.errstate(all="ignore")
     def _encode(self, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
         """x [..., 32, D] -> codes [..., 32, D / 2], scales and zeros of groups along dimension `along`."""
-        import torch
-
-        x = x.to(_wide(self.dtype))
-        low, high = x.aminmax(dim=along, keepdim=True)  # 1.
-        scales, zeros = ((high - low) / STEPS).to(self.dtype), low.to(self.dtype)  # 2.
-        codes = ((x - zeros) / scales).nan_to_num_(0, 0, 0).round_().clamp_(0, STEPS).to(torch.uint8)
-        first, second = codes.chunk(2, -1)
-        return first | second << 4, scales.squeeze(along), zeros.squeeze(along)  # 3.
+        xp, exact = namespace(x), wide(self.dtype)
+        x = cast(x, exact)
+        low, high = xp.min(x, axis=along, keepdims=True), xp.max(x, axis=along, keepdims=True)  # 1.
+        scales, zeros = cast((high - low) / STEPS, self.dtype), cast(low, self.dtype)  # 2.
+        steps = xp.nan_to_num((x - cast(zeros, exact)) / cast(scales, exact), nan=0.0, posinf=0.0, neginf=0.0)
+        codes = cast(xp.clip(xp.round(steps), 0, STEPS), xp.uint8)
+        half = codes.shape[-1] // 2
+        packed = codes[..., :half] | codes[..., half:] << 4
+        return packed, xp.squeeze(scales, axis=along), xp.squeeze(zeros, axis=along)  # 3.
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
-        import torch
-
-        found = q.new_empty(*q.shape[:2], held["keys"].shape[1], PAGE)
-        run = max(1, ROOM // max(1, q.numel()))
-        parts = (found.split(run, 2), *(held[name].split(run, 1) for name in ("keys", "key_scales", "key_zeros")))
-        for some, codes, scales, zeros in zip(*parts, strict=True):
-            products = (q[:, None] * scales[:, :, None].to(q.dtype)) @ _unpack(codes, q.dtype).mT  # [K, run, R, 32]
-            torch.add(products.transpose(1, 2), (q @ zeros.to(q.dtype).mT)[..., None], out=some)  # 4.
-        return found.flatten(2)
+        xp, (heads, rows, size), count = namespace(q), q.shape, held["keys"].shape[1]
+        found, run = [], max(1, ROOM // max(1, heads * rows * size))
+        for at in range(0, count, run):
+            codes, scales, zeros = (held[name][:, at : at + run] for name in ("keys", "key_scales", "key_zeros"))
+            products = dots(q[:, None] * cast(scales, q.dtype)[:, :, None], _unpack(codes, q.dtype))  # [K, run, R, 32]
+            some = xp.permute_dims(products, (0, 2, 1, 3)) + dots(q, cast(zeros, q.dtype))[..., None]  # 4.
+            found.append(some.reshape(heads, rows, -1))
+        return xp.concat(found, axis=-1)
 
     def mix(self, held: Arrays, weights: Tensor) -> Tensor:
-        scales, zeros = (held[name].flatten(1)[:, None].to(weights.dtype) for name in ("value_scales", "value_zeros"))
-        codes = _unpack(held["values"], weights.dtype).flatten(1, 2)
-        return (weights * scales) @ codes + weights @ zeros.mT  # 5.
+        heads, _, slots = weights.shape
+        scales, zeros = (cast(held[name], weights.dtype).reshape(heads, 1, slots) for name in ("value_scales", "value_zeros"))
+        codes = _unpack(held["values"], weights.dtype).reshape(heads, slots, -1)
+        return mixed(weights * scales, codes) + dots(weights, zeros)  # 5.
 
     def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
-        wide, found = _wide(self.dtype), []
-        for name, along in (("key", -2), ("value", -1)):
-            scales, zeros = (held[f"{name}_{part}"].to(wide).unsqueeze(along) for part in ("scales", "zeros"))
-            found.append((_unpack(held[f"{name}s"], wide) * scales + zeros).to(self.dtype))
+        exact, found = wide(self.dtype), []
+        for name, along in (("key", np.s_[..., None, :]), ("value", np.s_[..., None])):
+            scales, zeros = (cast(held[f"{name}_{part}"], exact)[along] for part in ("scales", "zeros"))
+            found.append(cast(_unpack(held[f"{name}s"], exact) * scales + zeros, self.dtype))
         return found[0], found[1]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    import torch
-
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
+def _unpack(packed: Tensor, dtype: torch.dtype | np.dtype[Any]) -> Tensor:
     """Bytes [..., D / 2] -> codes [..., D]."""
-    import torch
-
-    return torch.cat([packed & STEPS, packed >> 4], -1).to(dtype)
+    found: Tensor = cast(namespace(packed).concat([packed & STEPS, packed >> 4], axis=-1), dtype)
+    return found

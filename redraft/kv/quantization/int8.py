@@ -23,7 +23,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from redraft.card import Card, Guarantee
+from redraft.ops.arrays import cast, dots, mixed, namespace, same_library, wide, widened
 from redraft.ops.format import INT8_VECTORS, PAGE, Array, Arrays
 
 if TYPE_CHECKING:
@@ -62,11 +65,9 @@ class Int8Units:
     block = 0
     layout = INT8_VECTORS
 
-    def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
-        import torch
-
+    def __init__(self, head_dim: int, dtype: torch.dtype | np.dtype[Any]) -> None:
         self.dtype = dtype
-        codes, scales = Array((PAGE, head_dim), torch.int8), Array((PAGE,), torch.float32)
+        codes, scales = Array((PAGE, head_dim), same_library(dtype, "int8")), Array((PAGE,), same_library(dtype, "float32"))
         self.arrays: Mapping[str, Array] = {"keys": codes, "values": codes, "key_scales": scales, "value_scales": scales}
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -77,30 +78,24 @@ class Int8Units:
     pack = store
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
-        scales = held["key_scales"].flatten(1).to(q.dtype)
-        return (q @ held["keys"].flatten(1, 2).to(q.dtype).mT).mul_(scales[:, None])  # 3.
+        scales = cast(held["key_scales"], q.dtype).reshape(len(q), 1, -1)
+        return dots(q, cast(held["keys"], q.dtype).reshape(len(q), -1, q.shape[-1])) * scales  # 3.
 
     def mix(self, held: Arrays, weights: Tensor) -> Tensor:
-        scales = held["value_scales"].flatten(1).to(weights.dtype)
-        shares = (weights * scales[:, None]).masked_fill_(weights == 0, 0)  # 0 x NaN is NaN
-        return shares @ held["values"].flatten(1, 2).to(weights.dtype)  # 4.
+        scales = cast(held["value_scales"], weights.dtype).reshape(len(weights), 1, -1)
+        shares = namespace(weights).where(weights == 0, weights, weights * scales)  # 0 x NaN is NaN
+        return mixed(shares, cast(held["values"], weights.dtype).reshape(len(weights), weights.shape[-1], -1))  # 4.
 
     def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
-        keys, values = (held[f"{name}s"] * held[f"{name}_scales"][..., None].to(_wide(self.dtype)) for name in ("key", "value"))
-        return keys.to(self.dtype), values.to(self.dtype)
+        exact = wide(self.dtype)
+        keys, values = (cast(held[f"{name}s"], exact) * cast(held[f"{name}_scales"], exact)[..., None] for name in ("key", "value"))
+        return cast(keys, self.dtype), cast(values, self.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    import torch
-
-    return torch.promote_types(dtype, torch.float32)
-
-
+@np.errstate(all="ignore")
 def _encode(x: Tensor) -> tuple[Tensor, Tensor]:
-    import torch
-
-    x = x.to(_wide(x.dtype))
-    scales = (x.abs().amax(-1) / LARGEST_CODE).float()  # 1.
-    scales = scales.where(scales.isinf(), scales.clamp(max=LARGEST_SCALE))
-    steps = (x / scales[..., None]).nan_to_num_(0, 0, 0)  # code 0 where the scale is 0 or not finite; 0 times the scale is then 0 or NaN
-    return steps.round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scales  # 2.
+    xp, x = namespace(x), widened(x)
+    scales = cast(xp.max(xp.abs(x), axis=-1) / LARGEST_CODE, xp.float32)  # 1.
+    scales = xp.where(xp.isinf(scales), scales, xp.clip(scales, max=LARGEST_SCALE))
+    steps = xp.nan_to_num(x / scales[..., None], nan=0.0, posinf=0.0, neginf=0.0)  # 0 where the scale is 0 or not finite
+    return cast(xp.clip(xp.round(steps), -LARGEST_CODE, LARGEST_CODE), xp.int8), scales  # 2.

@@ -27,6 +27,8 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy as np
+
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
@@ -35,6 +37,8 @@ from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.spec import Attention
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
+from redraft.ops import arrays
+from redraft.ops.arrays import array, kth_largest, namespace, numpy_dtype
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
@@ -97,7 +101,7 @@ class DoubleSparsity(Options):
         profile = Profile.load(path)
         if profile.model != model:
             raise InvalidInput(f"{METHOD}:profile={path}: made for the model with hash {profile.model}, this one has {model}")
-        return Labels(profile.channels(count).to(runner.backend.device), self.tokens, self.dense, self.sinks)
+        return Labels(profile.channels(count), self.tokens, self.dense, self.sinks)
 
     @staticmethod
     def calibrate(runner: Runner, texts: Seq[Seq[int]], samples: int = 256) -> Profile:
@@ -120,7 +124,7 @@ class DoubleSparsity(Options):
             own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
             own.memory.free(seq)
         tokens_run = sum(map(len, chosen))
-        return Profile((meter.sums / tokens_run).float().cpu(), model_hash(runner), len(texts), tokens_run)
+        return Profile(meter.means(tokens_run), model_hash(runner), len(texts), tokens_run)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,18 +139,20 @@ class Profile:
 
     def channels(self, count: int) -> Tensor:
         """i64 [L, K, count], ascending: the channels with the largest scores; of equal scores the lower channel."""
-        order = self.scores.sort(dim=-1, descending=True, stable=True).indices  # 2.
-        return order[..., :count].sort(-1).values
+        xp = namespace(self.scores)
+        order = xp.argsort(self.scores, axis=-1, descending=True, stable=True)  # 2.
+        channels: Tensor = xp.sort(order[..., :count], axis=-1)
+        return channels
 
     def save(self, path: Path | None = None) -> Path:
         """Writes a safetensors file, by default where `open` looks for it; returns its path."""
-        from safetensors.torch import save_file
+        from safetensors.numpy import save_file
 
         path = path or place(self.model)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"method": METHOD, "model": self.model, "texts": str(self.texts), "tokens": str(self.tokens)}
         partial = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"scores": self.scores.contiguous()}, partial, metadata)
+        save_file({"scores": np.ascontiguousarray(array(self.scores))}, partial, metadata)
         partial.replace(path)  # no reader ever sees a partial file
         return path
 
@@ -190,7 +196,7 @@ class Labels:
         return {"labels": Array((PAGE, self.channels.shape[-1]), dtype)}
 
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
-        return {"labels": keys.gather(2, self.channels[index].expand(len(keys), -1, -1))}  # 3.
+        return {"labels": _channels(keys, self.channels[index])}  # 3.
 
     def summarize(self, keys: Tensor) -> dict[str, Tensor]:
         """Nothing, because labels are stored with each key."""
@@ -198,28 +204,35 @@ class Labels:
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """[K, G, R, n], or [K, 1, R, n] in the layers that read all keys."""
-
         if index < self.dense:
             return seen[:, None]
-        chosen = self.channels[index][:, None, None].expand(*q.shape[:3], -1)
-        scores = products(q.gather(3, chosen).flatten(1, 2), held["labels"].flatten(1, 2)).unflatten(1, q.shape[1:3])  # 4.
-        scores = scores.masked_fill((where < self.sinks)[:, None, None], inf)  # by position, because a lane may start later in the text
-        scores = scores.masked_fill((where[:, None] == at[:, None])[:, None], inf).masked_fill(~seen[:, None], -inf)
-        last = scores.topk(min(self.tokens, scores.shape[-1])).values[..., -1:]
+        xp, (heads, group, rows, _) = namespace(q), q.shape
+        chosen = _channels(q, self.channels[index][:, None, None])
+        labels = held["labels"].reshape(heads, -1, chosen.shape[-1])
+        scores = products(chosen.reshape(heads, group * rows, -1), labels).reshape(heads, group, rows, -1)  # 4.
+        first = (where < self.sinks)[:, None]  # by position, because a lane may start later in the text
+        always = (first | (where[:, None] == at[:, None]))[:, None]
+        scores = xp.where(seen[:, None], xp.where(always, inf, scores), -inf)
+        last = kth_largest(scores, min(self.tokens, scores.shape[-1]))
         above, equal = scores > last, scores == last
-        room = self.tokens - above.sum(-1, keepdim=True)  # of equal scores the lower slots
+        room = self.tokens - above.sum(-1)[..., None]  # of equal scores the lower slots
         found: Tensor = seen[:, None] & (above | (equal & (equal.cumsum(-1) <= room)))
         return found
 
 
+def _channels(x: Any, chosen: Any) -> Any:
+    """Some channels of x [..., D]: i64 [..., c] of the same or fewer leading dimensions -> [..., c]."""
+    xp = namespace(x)
+    places = xp.asarray(chosen, device=arrays.device(x))
+    return xp.take_along_axis(x, xp.broadcast_to(places, (*x.shape[:-1], places.shape[-1])), axis=-1)
+
+
 class _Meter:
-    """Wraps the backend of a runner and adds up |q_c * k_c| of every token that enters attention. sums: f64 [L, K, D]."""
+    """Wraps the backend of a runner and adds up |q_c * k_c| of every token that enters attention. sums: f64 [K, D] of layers."""
 
     def __init__(self, runner: Runner) -> None:
-        import torch
-
-        spec, self._backend = runner.spec, runner.backend
-        self.sums = torch.zeros(len(spec.attention), spec.kv_heads, spec.head_dim, dtype=torch.float64, device=self._backend.device)
+        self._backend = runner.backend
+        self.sums: dict[int, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -230,9 +243,17 @@ class _Meter:
     run = forward
 
     def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        groups = q.unflatten(1, (layer.kv_heads, -1))
-        self.sums[index] += (groups.abs().double().mean(2) * k.abs().double()).sum(0)
+        xp = namespace(q)
+        rows, keys = (arrays.cast(xp.abs(x), xp.float64) for x in (q, k))
+        means = xp.mean(rows.reshape(len(k), layer.kv_heads, -1, layer.head_dim), axis=2)
+        self.sums[index] = self.sums.get(index, 0.0) + xp.sum(means * keys, axis=0)
         return self._backend.attend(index, layer, q, k, *rest)
+
+    def means(self, tokens: int) -> Any:
+        """f32 [L, K, D], on the CPU."""
+        sums = [self.sums[index] for index in sorted(self.sums)]
+        xp = namespace(sums[0])
+        return xp.asarray(arrays.cast(xp.stack(sums) / tokens, xp.float32), device="cpu")
 
 
 # ---- the hash of the model
@@ -249,8 +270,6 @@ def model_hash(runner: Runner) -> str:
     """The sha256 of the config and of the name, dtype, shape and first rows (64 KiB) of each stored tensor, in the order of names. A
     checkpoint of any size takes well under a second. The hash does not depend on sharding or on the dtype in which the model runs.
     For weights without a checkpoint it hashes the spec and the weights in memory."""
-    import torch
-
     digest = sha256()
     if runner.source is None:
         digest.update(repr(runner.spec).encode())
@@ -259,8 +278,8 @@ def model_hash(runner: Runner) -> str:
         digest.update(_config(runner.source))
         weights = _in_files(runner.source)
     for name, shape, rows in weights:
-        digest.update(f"{name} {rows.dtype} {shape}".encode())
-        digest.update(rows.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} torch.{numpy_dtype(rows.dtype)} {shape}".encode())
+        digest.update(array(rows).tobytes())
     return digest.hexdigest()
 
 
@@ -285,10 +304,8 @@ def _in_files(source: Path) -> Iterator[Weight]:
 
 
 def _in_memory(value: Any, name: str = "weights") -> Iterator[Weight]:
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
-        yield name, tuple(value.shape), _first_rows(value.to_dense() if value.is_mkldnn else value)
+    if hasattr(value, "nbytes"):  # an array or a tensor
+        yield name, tuple(value.shape), _first_rows(value.to_dense() if getattr(value, "is_mkldnn", False) else value)
     elif isinstance(value, tuple):
         for i, part in enumerate(value):
             yield from _in_memory(part, f"{name}.{i}")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
+from redraft.ops.arrays import namespace
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
@@ -88,28 +89,29 @@ class PageTopK(Options):
         return {}
 
     def summarize(self, keys: Tensor) -> dict[str, Tensor]:
-        parts = keys.unflatten(1, (-1, self.logical))  # 1.
-        return {"low": parts.amin(2), "high": parts.amax(2)}
+        xp, parts = namespace(keys), keys.reshape(len(keys), -1, self.logical, keys.shape[-1])  # 1.
+        return {"low": xp.min(parts, axis=2), "high": xp.max(parts, axis=2)}
 
     def bounds(self, q: Tensor, held: Arrays, products: Products) -> Tensor:
         """[K, G, R, n / logical]: upper bounds of q [K, G, R, D] times any key in each part of a page, in float32 or better."""
-        low, high = (held[name].flatten(1, 2) for name in ("low", "high"))
-        rows = q.flatten(1, 2)
-        found: Tensor = products(rows.clamp(min=0), high) + products(rows.clamp(max=0), low)  # 2.
-        bounds: Tensor = found.unflatten(1, q.shape[1:3])
-        return bounds
+        heads, group, count, size = q.shape
+        xp, rows = namespace(q), q.reshape(heads, -1, size)
+        low, high = (held[name].reshape(heads, -1, size) for name in ("low", "high"))
+        zero = xp.zeros_like(rows)
+        above, below = xp.where(rows < 0, zero, rows), xp.where(rows > 0, zero, rows)
+        found: Tensor = products(above, high) + products(below, low)  # 2.
+        return found.reshape(heads, group, count, -1)
 
     def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
         """[K, 1, R, n]. It chooses among the pages of which the row sees every slot, all older than the page of the row itself. In every
         step their bounds are known and they hold no tentative slot. All other visible slots are read."""
-        import torch
-
+        xp, (heads, rows, slots) = namespace(q), seen.shape
         newest = (at // PAGE * PAGE)[:, None]
-        old: Tensor = (seen & (where[:, None] < newest)).unflatten(2, (-1, PAGE)).all(-1)  # [K, R, n / 32]
-        scores = self.bounds(q, held, products).unflatten(3, (-1, PAGE // self.logical)).amax((1, 4))  # 3.
-        first = (where < PAGE * self.sinks).unflatten(1, (-1, PAGE)).all(-1)  # by position, because a lane may start later in the text
-        scores = scores.masked_fill(first[:, None], inf)
-        order = scores.masked_fill(~old, -inf).sort(dim=-1, descending=True, stable=True).indices  # lower pages first
-        best = order[..., : self.tokens // PAGE - 1]  # 4.
-        read = torch.scatter(~old, -1, best, True)
-        return (seen & read.repeat_interleave(PAGE, -1))[:, None]
+        old = xp.all((seen & (where[:, None] < newest)).reshape(heads, rows, -1, PAGE), axis=-1)  # [K, R, n / 32]
+        scores = xp.max(self.bounds(q, held, products).reshape(heads, -1, rows, slots // PAGE, PAGE // self.logical), axis=(1, 4))  # 3.
+        first = xp.all((where < PAGE * self.sinks).reshape(heads, -1, PAGE), axis=-1)  # by position: a lane may start later in the text
+        scores = xp.where(old, xp.where(first[:, None], inf, scores), -inf)
+        place = xp.argsort(xp.argsort(scores, axis=-1, descending=True, stable=True), axis=-1)  # of a page; lower pages first
+        read = xp.repeat(~old | (place < self.tokens // PAGE - 1), PAGE, axis=-1)  # 4.
+        found: Tensor = (seen & read)[:, None]
+        return found

@@ -1,0 +1,102 @@
+"""What backends with NumPy's arrays and backends with PyTorch's tensors share: one form of small computations for both.
+
+Arrays and tensors keep their library. Importing this module does not import PyTorch. dtypes of NumPy and PyTorch have the same names;
+bfloat16 of NumPy is that of ml_dtypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import ml_dtypes  # registers bfloat16 and the 8-bit formats with NumPy
+import numpy as np
+from numpy.typing import NDArray
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def namespace(x: Any) -> Any:
+    """The functions of the library of `x` under the names of the array API standard."""
+    return array_api_compat.array_namespace(x)
+
+
+def array(x: Any) -> NDArray[Any]:
+    """An array or tensor as an array, not copied unless it lies on a GPU. bfloat16 stays bfloat16."""
+    if isinstance(x, np.ndarray):
+        return x
+    import torch
+
+    dtype, tensor = numpy_dtype(x.dtype), x.detach().cpu()
+    if dtype.isbuiltin == 1:
+        return np.asarray(tensor.numpy())
+    return np.asarray(tensor.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize]).numpy().view(dtype))
+
+
+def numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """NumPy's dtype with the name of a dtype of NumPy or PyTorch."""
+    return np.dtype(str(dtype).removeprefix("torch.")) if not isinstance(dtype, np.dtype) else dtype
+
+
+def same_library(dtype: Any, name: str) -> Any:
+    """The dtype `name` of the library of `dtype`."""
+    if isinstance(dtype, np.dtype):
+        return np.dtype(name)
+    import torch
+
+    return getattr(torch, name)
+
+
+def wide(dtype: Any) -> Any:
+    """float32 or better: the dtype in which numbers of this dtype are computed."""
+    return same_library(dtype, "float32") if dtype.itemsize < 4 else dtype
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """x in this dtype of its library."""
+    return x.astype(dtype, copy=False) if isinstance(x, np.ndarray) else x.to(dtype)
+
+
+def widened(x: Any) -> Any:
+    """x in float32 or better."""
+    return cast(x, wide(x.dtype))
+
+
+def dots(a: Any, b: Any) -> Any:
+    """a [..., R, D] times b [..., n, D] -> [..., R, n]. With NumPy an element depends on its two vectors only: einsum adds the products
+    of one element after the other, while a matrix product's order depends on the number of rows."""
+    return np.einsum("...rd,...nd->...rn", a, b) if isinstance(a, np.ndarray) else a @ b.mT
+
+
+def mixed(weights: Any, values: Any) -> Any:
+    """weights [..., R, n] times values [..., n, D] -> [..., R, D]. With NumPy the terms of an element are added in order, so weights of
+    0 change nothing wherever they are."""
+    return np.einsum("...rn,...nd->...rd", weights, values) if isinstance(weights, np.ndarray) else weights @ values
+
+
+def total(x: Any) -> NDArray[Any]:
+    """The sums [..., 1] of an array [..., n], added in order, so zeros change nothing wherever they are."""
+    sums: NDArray[Any] = np.cumsum(x, -1)[..., -1:]
+    return sums
+
+
+def times(x: Any, factor: float) -> Any:
+    """x times a number, rounded once."""
+    return cast(widened(x) * widened(x).dtype.type(factor), x.dtype) if isinstance(x, np.ndarray) else x * factor
+
+
+def replaced(x: Any, rows: Any, values: Any) -> Any:
+    """A copy of x with other values in these rows."""
+    made = namespace(x).asarray(x, copy=True)
+    made[rows] = values
+    return made
+
+
+def kth_largest(x: Any, k: int) -> Any:
+    """The k-th largest number of each vector of x [..., n]: [..., 1]. NaN is above all numbers."""
+    return np.partition(x, -k)[..., -k, None] if isinstance(x, np.ndarray) else x.topk(k).values[..., -1:]
+
+
+def device(x: Any) -> Any:
+    """Where x lies."""
+    return array_api_compat.device(x)
