@@ -85,6 +85,7 @@ PROCESSORS: dict[str, str] = {
 
 BACKENDS: dict[str, str] = {
     "native": "redraft.ops.native:NativeOps",
+    "numpy": "redraft.ops.numpy_ops:NumpyOps",
     "reference": "redraft.ops.reference:Reference",
     "torch": "redraft.ops.torch_ops:TorchOps",
 }

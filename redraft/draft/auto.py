@@ -95,7 +95,7 @@ def cost_of(runner: Any) -> CostModel:
         kv=float(sum(4 * one.kv_heads * one.head_dim for one in attention)),  # two numbers of 2 bytes
         cell=float(sum(4 * one.heads * one.head_dim for one in attention)),
     )
-    flat = backend.device.type != "cpu" or isa == "amx"
+    flat = str(backend.device) != "cpu" or isa == "amx"
     key = (
         repr(spec),
         str(runner.quant),

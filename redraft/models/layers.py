@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from redraft.core.spec import Experts, LayerSpec, Mlp, Norm
 from redraft.models.mixers import MIXERS
+from redraft.ops.arrays import times
 from redraft.ops.backend import Backend, LayerWeights, LinearWeights, NormWeights, limited
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
@@ -26,7 +28,8 @@ def _normed(x: Tensor, weights: NormWeights | None, norm: Norm | None, backend: 
 
 def _added(h: Tensor, y: Tensor, post: NormWeights | None, layer: LayerSpec, backend: Backend) -> Tensor:
     y = _normed(y, post, layer.post_norm, backend)
-    return h + (y if layer.residual == 1.0 else y * layer.residual)
+    added: Tensor = h + (y if layer.residual == 1.0 else times(y, layer.residual))
+    return added
 
 
 def _feed_forward(x: Tensor, layer: LayerSpec, weights: LayerWeights, backend: Backend) -> Tensor:

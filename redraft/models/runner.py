@@ -8,22 +8,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.core.batch import Batch
 from redraft.core.spec import Attention, LayerSpec, ModelSpec
 from redraft.core.taps import NO_TAPS, Taps
-from redraft.core.tree import F64
+from redraft.core.tree import F64, I64
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.table import PageTable
 from redraft.models import mixers
 from redraft.models.adapter import Adapter, adapted, embedded, headed, own_rows
 from redraft.models.layers import decoder_layer
+from redraft.ops.arrays import array, namespace, replaced, times
 from redraft.ops.backend import Backend, Feature, ForwardResult, Weights, WeightSums
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from redraft.weights.quant import Quantizer
 
 
@@ -74,7 +76,7 @@ class Runner:
         if Feature.RUN in self.backend.features:  # PyTorch does little here, and to enter its mode costs more than the mode saves
             out = self.backend.forward(batch, self.spec, self.weights, self.memory.pool, taps)
             return self._scaled(self._forward(batch, taps) if out is None else out)
-        with torch.inference_mode():
+        with self.backend.mode():
             return self._scaled(self._forward(batch, taps))
 
     def _scaled(self, out: ForwardResult) -> ForwardResult:
@@ -82,7 +84,7 @@ class Runner:
         factor, limit, logits = self.spec.logit_scale, self.spec.logit_softcap, out.logits
         if logits is None or (factor == 1.0 and limit is None):
             return out
-        logits = logits * factor
+        logits = times(logits, factor)
         return out._replace(logits=logits if limit is None else self.backend.cap(logits, limit))
 
     def _forward(self, batch: Batch, taps: Taps) -> ForwardResult:
@@ -91,7 +93,7 @@ class Runner:
         parts, adapters = _Parts(self, batch, taps), own_rows(batch, backend.device)
         h = embedded(backend.embed(weights, plan), batch, adapters)
         if spec.embed_scale != 1.0:
-            h = h * torch.tensor(spec.embed_scale, dtype=h.dtype).item()
+            h = times(h, float(namespace(h).asarray(spec.embed_scale, dtype=h.dtype)))
         hidden = {}
         whole = parts.whole and Feature.RUN in backend.features
         for first, last in self.segments(taps):
@@ -104,7 +106,7 @@ class Runner:
                 if part is None:
                     h = self._layer(i, h, plan, adapters)
                 elif len(part.rows):
-                    h = h.index_copy(0, part.rows, self._layer(i, h[part.rows], part.plan, part.adapters))
+                    h = replaced(h, part.rows, self._layer(i, h[part.rows], part.plan, part.adapters))
             if last - 1 in taps.hidden:
                 hidden[last - 1] = h
         out = headed(
@@ -122,11 +124,11 @@ class Runner:
         weights = adapted(self.weights.layers[i], i, adapters)
         return decoder_layer(h, index, self.spec.layers[i], weights, self.backend, memory.pool, plan)
 
-    @torch.inference_mode()
     def normed(self, hidden: Tensor) -> F64:
         """f64[T, hidden]: states after the last layer, normed as the head reads them."""
-        rows = self.backend.norm(hidden, self.weights.final_norm, self.spec.final_norm)
-        return rows.double().cpu().numpy()
+        with self.backend.mode():
+            rows = self.backend.norm(hidden, self.weights.final_norm, self.spec.final_norm)
+            return array(rows).astype(np.float64)
 
     def segments(self, taps: Taps) -> Iterator[tuple[int, int]]:
         """(first, last) of runs of layers, one for each backend call. Cuts after every tapped layer and around layers without attention."""
@@ -144,7 +146,7 @@ class _Part(NamedTuple):
     """Some of a batch's sequences: their indices, their rows, their own plan and adapters."""
 
     places: tuple[int, ...]
-    rows: Tensor
+    rows: I64
     plan: Any
     adapters: list[tuple[Adapter, Tensor]]
 
@@ -168,8 +170,7 @@ class _Parts:
             part, rows = self.batch.only(places)
             watched = {i: self.taps.attention[s] for i, s in enumerate(places) if s in self.taps.attention}
             plan = self.runner.backend.plan(part, self.runner.spec, Taps(attention=watched)) if places else None
-            device = self.runner.backend.device
-            self.made[places] = _Part(places, torch.from_numpy(rows).long().to(device), plan, own_rows(part, device))
+            self.made[places] = _Part(places, rows.astype(np.int64), plan, own_rows(part, self.runner.backend.device))
         return self.made[places]
 
     def watched(self, plan: Any) -> dict[int, WeightSums]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from redraft.core.sequence import Space
 from redraft.core.spec import Attention, Experts, Mlp, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
+from redraft.ops.arrays import array, cast, device, namespace, widened
 from redraft.ops.format import Array, Arrays, Format
 from redraft.ops.quantized import Quantized
 
@@ -164,12 +166,13 @@ def limited(x: Tensor, mlp: Mlp) -> Tensor:
     """x [T, 2 hidden], gates and then ups, within the limit of `mlp` and shifted. Each number depends on itself only."""
     if mlp.limit is None and not mlp.shift:
         return x
-    import torch
-
-    gate, up = x.chunk(2, -1)
+    xp, half = namespace(x), x.shape[-1] // 2
+    gate, up = x[..., :half], x[..., half:]
     if mlp.limit is not None:
-        gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
-    return torch.cat([gate, up + mlp.shift], -1)
+        most = xp.asarray(mlp.limit, dtype=x.dtype, device=device(x))
+        gate, up = xp.where(gate > most, most, gate), xp.where(up > most, most, xp.where(up < -most, -most, up))
+    found: Tensor = xp.concat([gate, cast(up + mlp.shift, x.dtype)], axis=-1)
+    return found
 
 
 class WeightSums(NamedTuple):
@@ -178,8 +181,8 @@ class WeightSums(NamedTuple):
     chain: [w, L, K, slots], summed over the chain rows at positions >= since; nodes: [w, N, L, K, slots], one entry for each tree
     row."""
 
-    chain: Tensor
-    nodes: Tensor
+    chain: Any
+    nodes: Any
 
 
 class ForwardResult(NamedTuple):
@@ -196,7 +199,11 @@ class ForwardResult(NamedTuple):
 
 def argmax(logits: Tensor) -> I32:
     """ForwardResult.argmax for rows of logits."""
-    best = logits.argmax(-1, keepdim=True)  # a NaN counts as the largest
+    if isinstance(logits, np.ndarray):
+        rows = widened(logits)
+        best = rows.argmax(-1)  # a NaN counts as the largest
+        return np.where(np.take_along_axis(rows, best[..., None], -1)[..., 0] < np.inf, best, -1).astype(np.int32)
+    best = logits.argmax(-1, keepdim=True)
     number = logits.gather(-1, best) < float("inf")
     found: I32 = best.masked_fill(~number, -1).squeeze(-1).int().cpu().numpy()
     return found
@@ -206,8 +213,13 @@ def best_first(logits: Tensor, k: int) -> I32:
     """i32[R, k]: the ids of the k largest logits of each row, by descending value, then by ascending id. NaN is above all numbers. On a
     GPU, PyTorch chooses which of equal logits at the cut are among the k."""
     k = min(k, logits.shape[-1])
-    if logits.device.type == "cpu" and k * PART <= logits.shape[-1]:
-        return _best_of_parts(logits.float().numpy() if logits.dtype.itemsize < 4 else logits.numpy(), k)
+    if str(device(logits)) == "cpu":
+        rows = widened(logits)
+        if k * PART <= logits.shape[-1]:
+            return _best_of_parts(array(rows), k)
+        if isinstance(rows, np.ndarray):
+            keys = np.where(np.isnan(rows), np.inf, rows)
+            return np.argsort(-keys, axis=-1, kind="stable")[..., :k].astype(np.int32)
     values, ids = logits.topk(k, dim=-1)
     ids, order = ids.sort(dim=-1)
     order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
@@ -268,6 +280,10 @@ class Backend(Protocol):
 
     def allocate(self, spec: ModelSpec, blocks: int) -> Any:
         """The pool of pages: `blocks` blocks of 32 tokens, for all layers with attention and their kv heads."""
+        ...
+
+    def mode(self) -> AbstractContextManager[Any]:
+        """The context in which passes run one operation at a time."""
         ...
 
     def block_bytes(self, spec: ModelSpec) -> int:

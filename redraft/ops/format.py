@@ -13,20 +13,21 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the cards of methods are read without loading it
+    import numpy as np
     import torch
     from torch import Tensor
 
 PAGE = 32
 ALIGN = 16  # bytes
 
-Arrays = Mapping[str, "Tensor"]  # the arrays of units: name -> [..., *shape]
+Arrays = Mapping[str, Any]  # the arrays of units: name -> [..., *shape]
 
 
 class Array(NamedTuple):
     """One array of a unit. shape[0] is PAGE, one entry for each slot, unless `whole`: then the array belongs to the whole page."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Any  # of the library of the backend's arrays
     whole: bool = False
 
     @property
@@ -91,6 +92,6 @@ class Format:
         return found
 
 
-def plain(dtype: torch.dtype, head_dim: int) -> dict[str, Array]:
+def plain(dtype: torch.dtype | np.dtype[Any], head_dim: int) -> dict[str, Array]:
     """The arrays of unencoded keys and values."""
     return {name: Array((PAGE, head_dim), dtype) for name in ("keys", "values")}

@@ -45,9 +45,10 @@ from redraft.ops.backend import (
 )
 from redraft.ops.cpu import abi
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
+from redraft.ops.places import LoneSequence, Writer, tree_rows
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_arrays import as_tensors, dtype_of
-from redraft.ops.torch_ops import LoneSequence, TorchOps, Writer, lend_threads, tree_rows
+from redraft.ops.torch_ops import TorchOps, lend_threads
 from redraft.ops.torch_pool import FormatStore, TorchPool
 
 KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}

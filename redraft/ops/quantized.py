@@ -26,8 +26,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
+
+from redraft.ops.arrays import cast, device, namespace
 
 if TYPE_CHECKING:  # weights are numpy arrays until a backend has them
     from torch import Tensor
@@ -128,7 +129,7 @@ class Quantized:
         """The layer with two codes in a byte, if codes have 4 bits."""
         if not self.grouped or self.wide or self.is_halved:
             return self
-        xp = array_namespace(self.codes)
+        xp = namespace(self.codes)
         codes = xp.astype(self.codes + self.offset, xp.uint8)
         high = codes[:, 1::2]
         if self.ins % 2:  # the half of no column has code 0
@@ -139,7 +140,7 @@ class Quantized:
         """The codes as int8 [outs, ins], halved or not."""
         if not self.is_halved:
             return self.codes
-        xp = array_namespace(self.codes)
+        xp = namespace(self.codes)
         both = xp.reshape(xp.stack([self.codes & 15, self.codes >> 4], axis=-1), (self.outs, -1))[:, : self.ins]
         return xp.astype(both, xp.int8) - self.offset
 
@@ -158,13 +159,12 @@ class Quantized:
 
 
 def _float32(x: Any) -> Any:
-    xp = array_namespace(x)
-    return xp.astype(x, xp.float32)
+    return cast(x, namespace(x).float32)
 
 
 def _repeated(x: Any, times: int) -> Any:
     """Each column so many times."""
-    return array_namespace(x).repeat(x, times, axis=1)
+    return namespace(x).repeat(x, times, axis=1)
 
 
 @np.errstate(all="ignore")  # scales may be infinite
@@ -173,7 +173,7 @@ def is_exact(weights: Quantized) -> bool:
     if (weights.wide or not weights.grouped) and int(weights.whole().min()) < -LARGEST_CODE:
         return False
     if not weights.grouped:
-        return bool(array_namespace(weights.scale).isfinite(weights.scale).all())
+        return bool(namespace(weights.scale).isfinite(weights.scale).all())
     total = abs(weights.scales()).sum(1) * weights.group
     lows = weights.lows()
     beside = 0 if lows is None else abs(lows).sum(1) * weights.group
@@ -199,83 +199,85 @@ def joined(parts: list[Quantized], bias: Any) -> Quantized | None:
 
 def row_codes(x: Tensor, columns: Tensor | None, group: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Steps 1 and 2: the codes int8 [T, ins], s, float32 [T, 1], and with groups their powers, float32 [T, groups]."""
-    import torch
-
-    v = x.float()
+    xp = namespace(x)
+    v: Any = xp.astype(x, xp.float32, copy=columns is not None)
     if columns is not None:
-        v = v.index_fill(1, columns, 0)
-    m = v.abs().amax(1, keepdim=True)
-    largest = torch.full_like(m, LARGEST_CODE)  # a tensor, because PyTorch may turn division by a number into a multiplication
+        v[:, columns] = 0
+    m = xp.max(xp.abs(v), axis=1, keepdims=True)
+    largest = xp.full_like(m, LARGEST_CODE)  # an array, because PyTorch may turn division by a number into a multiplication
     r = largest / m
-    r = torch.where(r.isfinite(), r, 0)
+    r = xp.where(xp.isfinite(r), r, xp.zeros_like(r))
     powers = None
     if group:
         powers = _powers(v, m, group)
-        v = v * powers.repeat_interleave(group, 1)[:, : v.shape[1]]
-    return (v * r).round_().nan_to_num_(0).to(torch.int8), m / largest, powers
+        v = v * xp.repeat(powers, group, axis=1)[:, : v.shape[1]]
+    codes = xp.nan_to_num(xp.round(v * r), nan=0.0)
+    return cast(codes, xp.int8), m / largest, powers
 
 
-def _powers(v: Tensor, m: Tensor, group: int) -> Tensor:
-    import torch
-    import torch.nn.functional as F
-
-    most = F.pad(v.abs(), (0, -v.shape[1] % group)).unflatten(1, (-1, group)).amax(2)
-    powers = torch.tensor(POWERS, device=v.device)
+def _powers(v: Any, m: Any, group: int) -> Any:
+    xp = namespace(v)
+    padding = xp.zeros((len(v), -v.shape[1] % group), dtype=v.dtype, device=device(v))
+    most = xp.max(xp.concat([xp.abs(v), padding], axis=1).reshape(len(v), -1, group), axis=2)
+    powers = xp.asarray(POWERS, dtype=xp.float32, device=device(v))
     fits = most[..., None] * powers <= m[..., None]
-    return powers[(fits.sum(-1) - 1).clamp(min=0)]  # none fits NaN
+    return powers[xp.clip(fits.sum(-1) - 1, min=0)]  # none fits NaN
 
 
 def product(x: Tensor, weights: Quantized) -> Tensor:
     """x [T, ins] -> [T, outs]: the product that this module defines."""
+    xp = namespace(x)
     if not len(x):
-        return x.new_empty(0, weights.shape[0])
+        return xp.zeros((0, weights.outs), dtype=x.dtype, device=device(x))  # type: ignore[no-any-return]
     codes, s, powers = row_codes(x, weights.columns, weights.group if weights.grouped else 0)
-    y = _sums(codes, weights.codes).float() * (s * weights.scale) if powers is None else _by_group(codes, powers, weights).mul_(s)
+    whole = powers is None
+    y: Any = cast(_sums(codes, weights.codes), xp.float32) * (s * weights.scale) if whole else _by_group(codes, powers, weights) * s
     if weights.columns is not None and weights.side is not None:  # 4.
-        for column, side in zip(weights.columns.tolist(), weights.side.T.float(), strict=True):
-            y += x[:, column, None].float() * side
+        for column, side in zip(weights.columns.tolist(), cast(weights.side.T, xp.float32), strict=True):
+            y += cast(x[:, column, None], xp.float32) * side
     if weights.bias is not None:  # 5.
-        y += weights.bias.float()
-    return y.to(x.dtype)
+        y += cast(weights.bias, xp.float32)
+    found: Tensor = cast(y, x.dtype)
+    return found
 
 
-def _by_group(codes: Tensor, powers: Tensor, weights: Quantized) -> Tensor:
+def _by_group(codes: Any, powers: Any, weights: Quantized) -> Any:
     """The totals of step 3, float32 [T, outs]."""
-    import torch
-    import torch.nn.functional as F
-
-    total = torch.zeros(len(codes), weights.shape[0], device=codes.device)
-    scales, lows = weights.scales().T.double(), weights.lows()
+    xp = namespace(codes)
+    total = xp.zeros((len(codes), weights.outs), dtype=xp.float32, device=device(codes))
+    scales, lows = cast(weights.scales(), xp.float64), weights.lows()
+    if lows is not None:
+        lows = cast(lows, xp.float64)
     parts = [(codes, weights.codes)]
     if weights.is_halved:  # stored codes are 8 too large; the sums of the row correct that below
-        codes = F.pad(codes, (0, weights.ins % 2))
-        parts = [
-            (codes[:, ::2].contiguous(), (weights.codes & 15).view(torch.int8)),
-            (codes[:, 1::2].contiguous(), (weights.codes >> 4).view(torch.int8)),
-        ]
+        if weights.ins % 2:
+            codes = xp.concat([codes, xp.zeros_like(codes[:, :1])], axis=1)
+        parts = [(codes[:, ::2], cast(weights.codes & 15, xp.int8)), (codes[:, 1::2], cast(weights.codes >> 4, xp.int8))]
     width = weights.group // len(parts)
-    for g, scale in enumerate(scales):
+    for g in range(scales.shape[1]):
         own = slice(g * width, (g + 1) * width)
-        acc = torch.stack([_sums(x[:, own], w[:, own]) for x, w in parts]).sum(0, dtype=torch.int32)
-        sums = codes[:, g * weights.group : (g + 1) * weights.group].sum(1, keepdim=True, dtype=torch.int32)
+        acc = sum(_sums(x[:, own], w[:, own]) for x, w in parts)
+        sums = xp.sum(codes[:, g * weights.group : (g + 1) * weights.group], axis=1, keepdims=True, dtype=xp.int32)
         if weights.is_halved:
             acc -= weights.offset * sums
-        power = powers[:, g, None].double()
-        total = (acc.double() / power * scale + total.double()).float()
+        power = cast(powers[:, g, None], xp.float64)
+        total = cast(cast(acc, xp.float64) / power * scales[:, g] + cast(total, xp.float64), xp.float32)
         if lows is not None:
-            total = (sums.double() / power * lows[:, g].double() + total.double()).float()
+            total = cast(cast(sums, xp.float64) / power * lows[:, g] + cast(total, xp.float64), xp.float32)
     return total
 
 
-def _sums(x: Tensor, w: Tensor) -> Tensor:
+def _sums(x: Any, w: Any) -> Any:
     """The exact product of int8 [T, n] and int8 [outs, n]: int32 [T, outs]."""
-    import torch
+    xp = namespace(x)
+    if xp.__name__.endswith("torch") and x.device.type == "cpu" and x.shape[1] >= MIN_COLUMNS and _integer_product_is_exact():
+        import torch
 
-    if x.device.type == "cpu" and x.shape[1] >= MIN_COLUMNS and _integer_product_is_exact():
-        return torch._int_mm(x, w.T)
-    found = torch.zeros(len(x), len(w), dtype=torch.int32, device=x.device)
-    for some, others in zip(x.split(EXACT_COLUMNS, 1), w.split(EXACT_COLUMNS, 1), strict=True):
-        found += (some.float() @ others.float().T).to(torch.int32)
+        return torch._int_mm(x.contiguous(), w.T)
+    found = xp.zeros((len(x), len(w)), dtype=xp.int32, device=device(x))
+    for at in range(0, x.shape[1], EXACT_COLUMNS):
+        own = slice(at, at + EXACT_COLUMNS)
+        found += cast(cast(x[:, own], xp.float32) @ cast(w[:, own], xp.float32).T, xp.int32)
     return found
 
 

@@ -100,6 +100,9 @@ class Reference:
             raise Unsupported(f"backend 'reference' computes in float64 on the CPU only, not {dtype} on {device}")
         self.dtype, self.device = dtype, torch.device(device)
 
+    def mode(self) -> torch.inference_mode:
+        return torch.inference_mode()
+
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
 

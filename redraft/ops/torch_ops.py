@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -24,8 +24,9 @@ from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
-from redraft.core.view import View, Watch, Window
+from redraft.core.view import Watch
 from redraft.errors import Unsupported
+from redraft.ops import places
 from redraft.ops.backend import (
     Adapted,
     Feature,
@@ -44,9 +45,10 @@ from redraft.ops.backend import (
 )
 from redraft.ops.dtypes import Numbers
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
+from redraft.ops.places import LoneSequence, Writer, tree_bits, tree_rows
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.torch_arrays import as_tensor, as_tensors, dtype_of
-from redraft.ops.torch_pool import FormatStore, TorchPool, by_head, units_of
+from redraft.ops.torch_pool import FormatStore, TorchPool
 
 PACKED_FOR = 16  # rows; this layout works for any number of rows, a layout for a single row works for that only
 MAX_GROUPED_ROWS = 48  # a sequence with more rows forms a group of its own
@@ -66,51 +68,6 @@ class TorchGroup:
     rows: Tensor | None = None
     kept: Tensor | None = None
     real: Tensor | None = None
-
-
-@dataclass
-class Writer:
-    """Where to write the rows of sequences that are attended alone, for one format: units, offsets i64[L, rows, K]."""
-
-    format: str
-    rows: Tensor
-    units: Tensor
-    offsets: Tensor
-
-
-@dataclass
-class LoneSequence:
-    """A sequence that is attended alone. If all lanes are equal, lengths and where are [1, 1, ...] instead of [L, K, ...].
-
-    encoded, units: i64[L, K, m] and i64[L, K, n], the units of 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R],
-    positions of the rows; where: i64[L, K, slots], positions of the slots, None if not needed; tail: bool[R, 2 + tail], the slots of
-    the tail that rows see, after a column for committed slots (True) and before a column for padding (False); window: None if it
-    hides nothing in this step; near: the number of leading slots that contain all sinks to score with rotated queries; deepest: the
-    largest position of a row; chain: chain rows of this step; first: the first watched row; masks, turns: caches shared by layers.
-    """
-
-    place: int
-    rows: slice
-    view: View
-    encoded: Tensor
-    units: Tensor
-    lengths: Tensor
-    at: Tensor
-    where: Tensor | None
-    tail: Tensor
-    window: Window | None
-    near: int
-    deepest: int
-    chain: int
-    watches: tuple[Watch, ...]
-    first: int
-    seen: WeightSums
-    masks: dict[int | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    turns: dict[Rotary, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @property
-    def slots(self) -> int:
-        return PAGE * (self.encoded.shape[2] + self.units.shape[2])
 
 
 PageSource = tuple[PageCodec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
@@ -146,6 +103,9 @@ class TorchOps:
         """dtype: PyTorch's or numpy's."""
         self.dtype, self.device = dtype_of(dtype), torch.device(device)
         take_threads_back()
+
+    def mode(self) -> torch.inference_mode:
+        return torch.inference_mode()
 
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
@@ -318,7 +278,7 @@ class TorchOps:
             mine[:rows, length : length + rows] = np.tri(rows, dtype=bool)
             if z > t:
                 nodes = view.tail[s] + rows + z - t - chain
-                mine[rows : z - a, length + chain : length + chain + nodes] = _bits(batch, visible_from[s], z - t, nodes)
+                mine[rows : z - a, length + chain : length + chain + nodes] = tree_bits(batch, visible_from[s], z - t, nodes)
             if window is not None:
                 held, tail = view.positions[s], batch.tails[s]
                 where = np.full(slots, np.iinfo(np.int64).max // 2)
@@ -332,68 +292,17 @@ class TorchOps:
     # ---- the plan of sequences that are attended alone
 
     def _writers(self, batch: Batch, lone: list[int], layers: int, heads: int) -> list[Writer]:
-        view = batch.pages
-        of: dict[str, list[tuple[NDArray[np.integer], ...]]] = {}
-        for s in lone:
-            a, z = int(batch.starts[s]), int(batch.starts[s + 1])
-            slot = view.lengths[s][:, None] + view.tail[s] + np.arange(z - a)
-            pages = np.take_along_axis(view.pages[s], slot // PAGE - view.encoded[s].shape[1], 1)
-            parts = units_of(pages, view.kinds[s], layers, heads), by_head(slot % PAGE, view.kinds[s], layers, heads)
-            name = "" if (chosen := batch.views[s]) is None else chosen.format
-            of.setdefault(name, []).append((np.arange(a, z), *(part.swapaxes(1, 2) for part in parts)))
-        made = []
-        for name, found in of.items():
-            rows, units, offsets = zip(*found, strict=True)
-            made.append(Writer(name, *self._uploads([np.concatenate(rows), np.concatenate(units, 1), np.concatenate(offsets, 1)])))
-        return made
+        found = places.writers(batch, lone, layers, heads)
+        return [Writer(one.format, *self._uploads([one.rows, one.units, one.offsets])) for one in found]
 
     def _alone(self, batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], first: int) -> LoneSequence:
-        layers, heads, pages, chosen = len(spec.attention), spec.kv_heads, batch.pages, batch.views[s] or View()
-        a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
-        kind, lengths, chain, rows = pages.kinds[s], pages.lengths[s].astype(np.int64), pages.chain[s], t - a
-        at, tail = batch.positions[a:z].astype(np.int64), pages.tail[s] + z - a
-        bits = _bits(batch, first, z - t, tail - chain)
-        see = np.zeros((z - a, tail + 2), bool)
-        see[:, 0] = True
-        see[:rows, 1 : rows + 1] = np.tri(rows, dtype=bool)
-        see[rows:, 1 : chain + 1] = True
-        see[rows:, chain + 1 : -1] = bits
-        deepest = int(at.max())
-        window = chosen.window if chosen.window and deepest + 1 > sum(chosen.window) else None  # in force
-        windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.attention)
-        located = windows or chosen.read is not None  # positions are needed
-        positions = pages.positions[s] if located else None
-        # lanes need separate entries only if their lengths or needed positions differ
-        apart = len(set(lengths.tolist())) > 1 or (positions is not None and kind != Lanes.SHARED)
-        held = -(-(lengths + tail) // PAGE) - pages.encoded[s].shape[1]
-        inside = np.arange(held.max()) < held[:, None]
-        # padding must point at memory that this sequence owns
-        table = np.where(inside, pages.pages[s][:, : held.max()], pages.pages[s][:, :1])
-        slots = PAGE * (pages.encoded[s].shape[1] + table.shape[1])
-        where, near = np.zeros((len(lengths) if apart else 1, slots if located else 0), np.int64), 0
-        if located:
-            for lane, (line, n) in enumerate(zip(where, lengths.tolist(), strict=False)):
-                line[:n] = np.arange(n) if positions is None else positions[lane]
-                line[n : n + tail] = batch.tails[s]
-                if window is not None and (line[: n + tail] < window.sinks).any():
-                    near = max(near, 1 + int(np.flatnonzero(line[: n + tail] < window.sinks)[-1]))
-        head = (layers, heads) if apart else (1, 1)
-        up = self._uploads(
-            [
-                units_of(pages.encoded[s], kind, layers, heads),
-                units_of(table, kind, layers, heads),
-                by_head(lengths[:, None] if apart else lengths[:1, None], kind if apart else Lanes.SHARED, *head),
-                at,
-                by_head(where, kind if apart else Lanes.SHARED, *head),
-            ]
-        )
-        since = min((watch.since for watch in watches), default=0)
-        shape = layers, heads, int(lengths.max()) + tail
-        seen = [torch.zeros(len(watches), *n, *shape, dtype=self._wide(), device=self.device) for n in ((), (z - t,))]
-        return LoneSequence(
-            place=s, rows=slice(a, z), view=chosen, encoded=up[0], units=up[1], lengths=up[2], at=up[3], where=up[4] if located else None,
-            tail=torch.from_numpy(see).to(self.device), window=window, near=near, deepest=deepest, chain=rows, watches=watches,
-            first=min(max(0, since - int(at[0])), rows), seen=WeightSums(*seen),
+        it = places.alone(batch, s, spec, watches, first)
+        some = [it.encoded, it.units, it.lengths, it.at, *([] if it.where is None else [it.where])]
+        encoded, units, lengths, at, *where = self._uploads(some)
+        seen = WeightSums(*(torch.zeros(part.shape, dtype=self._wide(), device=self.device) for part in it.seen))
+        return replace(
+            it, encoded=encoded, units=units, lengths=lengths, at=at, where=where[0] if where else None,
+            tail=torch.from_numpy(it.tail).to(self.device), seen=seen,
         )  # fmt: skip
 
     # ---- the operations
@@ -588,14 +497,15 @@ class TorchOps:
         if reach not in it.masks or it.lengths.shape[0] > 1:
             seen = self._seen(index, layer, it)
             it.masks[reach] = seen, self._additive(seen[:, None], share)
-        return it.masks[reach]
+        masks: tuple[Tensor, Tensor] = it.masks[reach]
+        return masks
 
     def _seen(self, index: int, layer: Attention, it: LoneSequence) -> Tensor:
         """bool [K or 1, R, slots]: the slots that rows see."""
         reach = None if layer.window is None or it.deepest < layer.window else layer.window
         lane = index if it.lengths.shape[0] > 1 else 0
         column = (torch.arange(it.slots, device=self.device) - it.lengths[lane] + 1).clamp_(0, it.tail.shape[1] - 1)
-        seen = it.tail[:, column].transpose(0, 1)
+        seen: Tensor = it.tail[:, column].transpose(0, 1)
         if it.where is not None:
             where = it.where[lane][:, None]
             distance = it.at[:, None] - where
@@ -763,12 +673,6 @@ def take_threads_back() -> None:
         torch.set_num_threads(_lent.pop())
 
 
-def tree_rows(batch: Batch) -> list[int]:
-    """The first row of each sequence in `batch.visible`, and the end."""
-    ends: list[int] = np.cumsum(batch.starts[1:] - batch.tree_starts).tolist()
-    return [0, *ends]
-
-
 def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, layer: Attention, sink_logits: Tensor | None) -> Tensor:
     """Attention of q [S, K, R, D] over k and v [S, K, n, D], with an additive mask. R: those of a kv head's first query head come first."""
     if sink_logits is not None:  # one more slot: a key of zeros has score 0, to which the mask adds the logit
@@ -792,12 +696,6 @@ def _settled(products: Tensor, layer: Attention) -> Tensor:
     """The scores of dot products, in place."""
     scores = products.mul_(layer.score_scale)
     return scores if layer.softcap is None else scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
-
-
-def _bits(batch: Batch, first: int, rows: int, nodes: int) -> NDArray[np.bool_]:
-    """bool[rows, nodes]: the ancestors of tree rows from `first` on."""
-    own = batch.visible[first : first + rows]
-    return np.unpackbits(own.astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :nodes].astype(bool)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -28,10 +28,12 @@ class Exact:
     pack = store
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
-        return q @ held["keys"].flatten(1, 2).to(q.dtype).mT
+        found: Tensor = q @ held["keys"].flatten(1, 2).to(q.dtype).mT
+        return found
 
     def mix(self, held: Arrays, weights: Tensor) -> Tensor:
-        return weights @ held["values"].flatten(1, 2).to(weights.dtype)
+        found: Tensor = weights @ held["values"].flatten(1, 2).to(weights.dtype)
+        return found
 
     def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
         return held["keys"], held["values"]
@@ -118,20 +120,3 @@ class TorchPool:
         layers, heads = self.data.shape[1:3]
         count = {Lanes.SHARED: layers * heads, Lanes.PER_LAYER: heads, Lanes.PER_HEAD: 1}[space.lanes]
         return pages.astype(np.int64)[:, None] * count + np.arange(count)
-
-
-def units_of(pages: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.int64]:
-    """The units i64[L, K, n] of pages [lanes, n]."""
-    own = np.arange(layers * heads).reshape(layers, heads, 1)
-    match kind:
-        case Lanes.SHARED:
-            return pages.astype(np.int64) * (layers * heads) + own
-        case Lanes.PER_LAYER:
-            return pages.astype(np.int64)[:, None] * heads + own[:1]
-    return pages.astype(np.int64).reshape(layers, heads, -1)
-
-
-def by_head(lanes: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.integer]:
-    """[lanes, n] -> [L, K, n]"""
-    apart = {Lanes.SHARED: (1, 1), Lanes.PER_LAYER: (layers, 1), Lanes.PER_HEAD: (layers, heads)}[kind]
-    return np.broadcast_to(lanes.reshape(*apart, -1), (layers, heads, lanes.shape[1]))

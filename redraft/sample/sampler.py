@@ -11,7 +11,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from redraft import registry
 from redraft.config import SamplingParams
@@ -24,6 +23,7 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import I32, TokenTree
 from redraft.errors import RedraftError
+from redraft.ops.arrays import array, device
 from redraft.ops.backend import ForwardResult
 from redraft.sample.processors.processor import F64, I64, Ending, Processor, Row, Vocabulary, weigh
 
@@ -201,10 +201,11 @@ class TargetDistribution:
             return
         assert self.out.logits is not None, "logits were not requested: see Sampler.needs"
         logits, places = self.out.logits, list(rows)
-        if logits.device.type != "cpu":
-            logits, places = logits[torch.as_tensor(places, device=logits.device)].cpu(), list(range(len(places)))
+        if str(device(logits)) != "cpu":
+            logits, places = logits[places].cpu(), list(range(len(places)))
+        fetched = array(logits)
         for place in places:
-            yield logits[place].to(torch.float64, copy=True).numpy()
+            yield fetched[place].astype(np.float64)
 
     def _owners(self, rows: Seq[int]) -> tuple[list[int], list[int]]:
         """For each logit row: its row in the batch, and the place of its sequence in the batch. Raises NotNumbers."""

@@ -11,18 +11,20 @@ from redraft.ops import reference, torch_ops
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 from tests.contracts import plain
+from tests.ops.faced import Faced
 
 BLOCKS = 5
 
 
-def filled(ops: Reference | TorchOps) -> torch_ops.TorchPool | reference.ReferencePool:
+def filled(ops: Reference | TorchOps | Faced) -> torch_ops.TorchPool | reference.ReferencePool:
     pool = ops.allocate(plain.tiny()[0], BLOCKS)
     pool.data.copy_(torch.randn(pool.data.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     return pool
 
 
-def test_torch_zeroes_and_moves_as_the_reference_does() -> None:
-    fast, slow = TorchOps(torch.float64), Reference()
+@pytest.mark.parametrize("backend", [TorchOps, Faced])
+def test_a_backend_zeroes_and_moves_as_the_reference_does(backend: type[TorchOps] | type[Faced]) -> None:
+    fast, slow = backend(torch.float64), Reference()
     pools = filled(fast), filled(slow)
     rng = np.random.default_rng(0)
     for ops, pool in zip((fast, slow), pools, strict=True):
@@ -36,7 +38,7 @@ def test_torch_zeroes_and_moves_as_the_reference_does() -> None:
 
 
 def test_moves_are_gathered_before_they_are_scattered() -> None:
-    for ops in (TorchOps(torch.float64), Reference()):
+    for ops in (TorchOps(torch.float64), Faced(torch.float64), Reference()):
         pool = filled(ops)
         before = pool.data.clone()
         ops.move(pool, Space(), np.array([10, 11, 40], np.int32), np.array([11, 40, 10], np.int32))
@@ -44,9 +46,9 @@ def test_moves_are_gathered_before_they_are_scattered() -> None:
             assert torch.equal(pool.data[dst // 32, :, :, :, dst % 32], before[src // 32, :, :, :, src % 32])
 
 
-@pytest.mark.parametrize("backend", [Reference, TorchOps])
+@pytest.mark.parametrize("backend", [Reference, TorchOps, Faced])
 @pytest.mark.parametrize("kind", [Lanes.PER_LAYER, Lanes.PER_HEAD])
-def test_pages_of_other_lanes_are_zeroed_and_moved(kind: Lanes, backend: type[Reference] | type[TorchOps]) -> None:
+def test_pages_of_other_lanes_are_zeroed_and_moved(kind: Lanes, backend: type[Reference] | type[TorchOps] | type[Faced]) -> None:
     ops = backend(torch.float64)
     pool = filled(ops)
     before = pool.data.clone()

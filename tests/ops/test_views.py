@@ -1,4 +1,4 @@
-"""The slots that rows see through views: torch_ops against reference, and both against the definitions."""
+"""The slots that rows see through views: torch_ops and numpy_ops against reference, and all against the definitions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ from redraft.ops.backend import Products, WeightSums
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from tests.ops.faced import Faced, tensor
 
 LAYERS, HEADS, SHARE, SIZE = 2, 2, 2, 8
 BLOCKS = 60
 CHUNK = 88  # with the chain of 3 and the path of 4 behind it, the last decoded row fills a page
-Ops = Reference | TorchOps
+Ops = Reference | TorchOps | Faced
+FAST: dict[str, Callable[[torch.dtype], TorchOps | Faced]] = {"torch": TorchOps, "numpy": Faced}
 
 
 def model(window: int | None = None, *, size: int = SIZE, scale: float = 1.0) -> ModelSpec:
@@ -341,7 +343,7 @@ def defined(case: Case, dtype: torch.dtype) -> World:
     return program(Reference(), case, dtype)
 
 
-def compare(case: Case, fast: TorchOps, tolerance: float) -> None:
+def compare(case: Case, fast: TorchOps | Faced, tolerance: float) -> None:
     right = program(fast, case, fast.dtype).found
     left = defined(case, fast.dtype).found
     assert len(left) == len(right)
@@ -393,19 +395,27 @@ LEARNED = (
 CASES |= {f"{name}, sink logits": replace(CASES[name], sink_logits=(0.5, -30.0, 2.0, 40.0)) for name in LEARNED}
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", CASES)
-def test_torch_computes_what_the_reference_defines(name: str) -> None:
-    compare(CASES[name], TorchOps(torch.float64), 1e-12)
+def test_a_backend_computes_what_the_reference_defines(name: str, backend: str) -> None:
+    compare(CASES[name], FAST[backend](torch.float64), 1e-12)
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "blocks" in case.encoded or case.format == "int8"])
+def test_with_the_codecs_that_are_shipped(name: str, backend: str) -> None:
+    compare(replace(CASES[name], shipped=True), FAST[backend](torch.float64), 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
     "name", ["per head, window, evicted, watched", "int8, evicted, window", "encoded pages, window", "read by position"]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float, backend: str) -> None:
     """Both get the same keys and values, rounded to the dtype. Weights near 1 / t may fall on either side of it."""
     case = CASES[name]
-    compare(replace(case, watch=tuple(w for w in case.watch if w.statistic == "mass")), TorchOps(dtype), tolerance)
+    compare(replace(case, watch=tuple(w for w in case.watch if w.statistic == "mass")), FAST[backend](dtype), tolerance)
 
 
 FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
@@ -442,14 +452,16 @@ def test_the_logits_of_heads_are_seen(name: str) -> None:
     assert max(float((one - other).abs().max()) for one, other in zip(right, swapped, strict=True) if one.numel()) > 0.1
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", ["per head, evicted", "int8, evicted, window", "read", "read of int8", "read of encoded pages"])
-def test_pages_hold_what_the_reference_says(name: str) -> None:
+def test_pages_hold_what_the_reference_says(name: str, backend: str) -> None:
     """Codes, scales, side data and whole arrays are equal after writes, moves, encoding and summaries."""
-    fast, slow = program(TorchOps(torch.float64), CASES[name]), defined(CASES[name], torch.float64)
+    fast, slow = program(FAST[backend](torch.float64), CASES[name]), defined(CASES[name], torch.float64)
     for fmt, pages in ((fast.case.format, fast.main.pages), (fast.case.encoded, fast.main.encoded)):
         units = torch.tensor(pages, dtype=torch.long).flatten()
         left, right = fast.pool.formats[fmt], slow.pool.formats[fmt]
-        for array, held in left.take(left.arrays, units).items():
+        for array, held in left.take(left.arrays, units.numpy() if backend == "numpy" else units).items():
+            held = tensor(held)
             assert torch.equal(held, right.arrays[array][units]) and (held.any() or array == "peak" or not len(units)), array
 
 
@@ -520,7 +532,7 @@ def turn(x: Tensor, rotary: Rotary, by: float) -> Tensor:
     return torch.cat([made.real, made.imag], -1) * rotary.scale
 
 
-@pytest.mark.parametrize("ops", [TorchOps(torch.float64), Reference()], ids=["torch", "reference"])
+@pytest.mark.parametrize("ops", [TorchOps(torch.float64), Reference(), Faced(torch.float64)], ids=["torch", "reference", "numpy"])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float) -> None:
     """Form 5 of StreamingLLM against form 3: keys stored unrotated; at every step the i-th key of the cache is rotated to i, the query to
@@ -556,7 +568,10 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
             assert (weights @ v[cache, h // SHARE] - found[p, h]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [(Reference, torch.float64), (TorchOps, torch.float64), (TorchOps, torch.float32)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(Reference, torch.float64), *((fast, dtype) for fast in FAST.values() for dtype in (torch.float64, torch.float32))],
+)
 @pytest.mark.parametrize("delta", [3, -5, 100_003])
 def test_keys_that_move_by_delta_are_keys_of_that_position(backend: type[Ops], dtype: torch.dtype, delta: int) -> None:
     """A key has the factor of YaRN once, angles are exact at large positions, and values and layers without rotary do not change."""
@@ -582,7 +597,7 @@ def test_keys_that_move_by_delta_are_keys_of_that_position(backend: type[Ops], d
     assert torch.equal(found[:, :, 1], raw[:, :, 1].to(dtype)) and torch.equal(found[2], raw[2].to(dtype))
 
 
-@pytest.mark.parametrize("ops", [TorchOps(torch.float64), Reference()], ids=["torch", "reference"])
+@pytest.mark.parametrize("ops", [TorchOps(torch.float64), Reference(), Faced(torch.float64)], ids=["torch", "reference", "numpy"])
 def test_a_codec_is_attention_over_what_it_gives_back(ops: Ops) -> None:
     """int8 pages against plain pages that hold the decoded keys and values."""
     spec, fmt, codec = model(), formats(torch.float64, None)["int8"], Int8(torch.float64)
@@ -649,7 +664,7 @@ def test_plain_units_are_the_pages_of_the_lane_kinds() -> None:
     assert torch.equal(torch.stack([got["keys"], got["values"]], 1).view(pool.data.shape), pool.data)
 
 
-@pytest.mark.parametrize("ops", [TorchOps(torch.float32), Reference()], ids=["torch", "reference"])
+@pytest.mark.parametrize("ops", [TorchOps(torch.float32), Reference(), Faced(torch.float32)], ids=["torch", "reference", "numpy"])
 def test_a_unit_larger_than_a_block_is_refused_by_name(ops: Ops) -> None:
     pool = ops.allocate(model(), 2)
     with pytest.raises(Unsupported, match="format 'huge': a unit takes 512000 bytes"):
@@ -657,14 +672,15 @@ def test_a_unit_larger_than_a_block_is_refused_by_name(ops: Ops) -> None:
 
 
 def test_an_unknown_statistic_is_refused_by_name() -> None:
-    for ops in (TorchOps(torch.float64), Reference()):
+    for ops in (TorchOps(torch.float64), Reference(), Faced(torch.float64)):
         with pytest.raises(Unsupported, match="statistic 'variance'"):
             program(ops, Case(watch=(Watch("variance"),)))
 
 
-def test_mass_adds_up_to_the_rows() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_mass_adds_up_to_the_rows(backend: str) -> None:
     """A chunk of 88 rows gives a sum of 88 to the slots of each head, a row of the tree 1."""
-    world = program(TorchOps(torch.float64), Case(PER_HEAD, watch=(MASS,)))
+    world = program(FAST[backend](torch.float64), Case(PER_HEAD, watch=(MASS,)))
     seen = [WeightSums(*pair) for pair in zip(world.found[2::4], world.found[3::4], strict=True)]
     assert [s.nodes.shape[1] for s in seen] == [0, 4, 3, 0]
     for noted, rows in zip(seen, (CHUNK, 3, 0, 1), strict=True):

@@ -24,6 +24,7 @@ from redraft.core.tree import F64, I32, I64
 from redraft.core.view import Watch
 from redraft.errors import InvalidInput
 from redraft.kv.eviction.eviction import StatelessEviction
+from redraft.ops.arrays import array
 from redraft.ops.backend import WeightSums
 from redraft.options import Options, number
 
@@ -68,8 +69,8 @@ class Tally:
         Columns and rows of other nodes, and padding, do not count.
         """
         statistics, lanes, _ = self.sums.shape
-        rows = seen.chain.double() + seen.nodes[:, list(path[skip:])].double().sum(1)
-        new = rows.reshape(statistics, lanes, -1).cpu().numpy()
+        chain, nodes = (array(part).astype(np.float64) for part in (seen.chain, seen.nodes[:, list(path[skip:])]))
+        new = (chain + nodes.sum(1)).reshape(statistics, lanes, -1)
         lane, width = np.arange(lanes), int(ends.max())
         self.widen(width + len(path))
         self.sums[..., :width] += np.where(np.arange(width) < ends[:, None], new[..., :width], 0.0)

@@ -115,13 +115,15 @@ class Int4Units:
             products = dots(q[:, None] * cast(scales, q.dtype)[:, :, None], _unpack(codes, q.dtype))  # [K, run, R, 32]
             some = xp.permute_dims(products, (0, 2, 1, 3)) + dots(q, cast(zeros, q.dtype))[..., None]  # 4.
             found.append(some.reshape(heads, rows, -1))
-        return xp.concat(found, axis=-1)
+        scores: Tensor = xp.concat(found, axis=-1)
+        return scores
 
     def mix(self, held: Arrays, weights: Tensor) -> Tensor:
         heads, _, slots = weights.shape
         scales, zeros = (cast(held[name], weights.dtype).reshape(heads, 1, slots) for name in ("value_scales", "value_zeros"))
         codes = _unpack(held["values"], weights.dtype).reshape(heads, slots, -1)
-        return mixed(weights * scales, codes) + dots(weights, zeros)  # 5.
+        found: Tensor = mixed(weights * scales, codes) + dots(weights, zeros)  # 5.
+        return found
 
     def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
         exact, found = wide(self.dtype), []

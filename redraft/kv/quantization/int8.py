@@ -79,12 +79,14 @@ class Int8Units:
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
         scales = cast(held["key_scales"], q.dtype).reshape(len(q), 1, -1)
-        return dots(q, cast(held["keys"], q.dtype).reshape(len(q), -1, q.shape[-1])) * scales  # 3.
+        found: Tensor = dots(q, cast(held["keys"], q.dtype).reshape(len(q), -1, q.shape[-1])) * scales  # 3.
+        return found
 
     def mix(self, held: Arrays, weights: Tensor) -> Tensor:
         scales = cast(held["value_scales"], weights.dtype).reshape(len(weights), 1, -1)
         shares = namespace(weights).where(weights == 0, weights, weights * scales)  # 0 x NaN is NaN
-        return mixed(shares, cast(held["values"], weights.dtype).reshape(len(weights), weights.shape[-1], -1))  # 4.
+        found: Tensor = mixed(shares, cast(held["values"], weights.dtype).reshape(len(weights), weights.shape[-1], -1))  # 4.
+        return found
 
     def decode(self, held: Arrays) -> tuple[Tensor, Tensor]:
         exact = wide(self.dtype)

@@ -23,6 +23,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from hashlib import sha256
+from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -161,7 +162,7 @@ class Profile:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="pt" if find_spec("torch") else "np") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("method") != METHOD:
                     raise CheckpointError(f"{path}: not a profile of {METHOD}")
