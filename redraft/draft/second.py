@@ -22,6 +22,7 @@ from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, F64, I64, Kind, TokenTree
 from redraft.draft.drafter import DraftSampler, Stateless
 from redraft.draft.sketch import Sketch, TreeDrafter
+from redraft.ops.arrays import array, largest, log_sum_exp
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
@@ -130,11 +131,10 @@ class TreeGrower(Stateless):
             candidates = LIKELIEST
         if 0 < candidates < logits.shape[1]:
             if greedy:  # nothing is sampled, so probabilities only express confidence: keep them those of the whole vocabulary
-                totals = logits.double().logsumexp(-1).tolist()
-            logits, likeliest = logits.topk(candidates, sorted=False)
-            places = likeliest.cpu().numpy()
+                totals = list(log_sum_exp(logits))
+            logits, places = largest(logits, candidates)
         rows = np.full((len(logits), vocab), -np.inf)
-        np.put_along_axis(rows, places if self.kept is None else self.kept[places], logits.double().cpu().numpy(), 1)
+        np.put_along_axis(rows, places if self.kept is None else self.kept[places], array(logits).astype(np.float64), 1)
         return list(zip(rows, totals, strict=True))
 
     def _pack(self, works: list[Work], trees: list[TokenTree], pages: PageView) -> Batch:

@@ -97,6 +97,24 @@ def kth_largest(x: Any, k: int) -> Any:
     return np.partition(x, -k)[..., -k, None] if isinstance(x, np.ndarray) else x.topk(k).values[..., -1:]
 
 
+def largest(x: Any, k: int) -> tuple[Any, NDArray[Any]]:
+    """The k largest numbers of each vector of x [..., n] and their places, in any order."""
+    if isinstance(x, np.ndarray):
+        at = np.argpartition(x, -k)[..., -k:]
+        return np.take_along_axis(x, at, -1), at
+    values, places = x.topk(k, sorted=False)
+    return values, array(places)
+
+
+def log_sum_exp(x: Any) -> list[float]:
+    """Of each row of x [T, n], in float64."""
+    rows = cast(x, namespace(x).float64)
+    if not isinstance(rows, np.ndarray):
+        return rows.logsumexp(-1).tolist()  # type: ignore[no-any-return]
+    most = rows.max(-1, keepdims=True, initial=-np.inf)
+    return (np.log(np.exp(rows - most).sum(-1)) + most[:, 0]).tolist()  # type: ignore[no-any-return]
+
+
 def device(x: Any) -> Any:
     """Where x lies."""
     return array_api_compat.device(x)

@@ -126,7 +126,7 @@ def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
 def second(
     made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, blocks: int | None = None, context: int = 256
 ) -> SecondModelDrafter:
-    head = runner.weights.head.weight
+    head = torch.as_tensor(runner.weights.head.weight)
     noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
     weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))
     spec = replace(runner.spec, context=context)

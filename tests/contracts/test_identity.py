@@ -48,7 +48,14 @@ REFERENCE = [
 ]
 
 
-@pytest.mark.parametrize("condition", TORCH + REFERENCE, ids=str)
+NUMPY = [
+    *(Condition(drafter, "filtered", "numpy", chunk=24, arrivals=CROWD, pool=SMALL, lanes=ALL_LANES) for drafter in DRAFTERS),
+    *(Condition(drafter, "sampled", "numpy", arrivals=(0, 3), lanes=ALL_LANES) for drafter in REGISTERED),
+    Condition("oracle", "sampled", "numpy", arrivals=(0, 0, 3), window=9, lanes=ALL_LANES),
+]
+
+
+@pytest.mark.parametrize("condition", TORCH + REFERENCE + NUMPY, ids=str)
 def test_the_text_is_the_definitions(condition: Condition) -> None:
     seen = check(condition)
     if condition.drafter == "none":

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from redraft import LLM, SamplingParams
 from redraft.engine.policies import Policies
 from redraft.ops import library
+from redraft.ops.arrays import array
 from redraft.ops.backend import Feature
 from tests.contracts.test_policies import SINGLE, ids
 
@@ -27,6 +28,8 @@ BACKENDS = [
     ("native", "bfloat16"),
     ("torch", "float32"),
     ("torch", "bfloat16"),
+    ("numpy", "float32"),
+    ("numpy", "bfloat16"),
     ("reference", "float64"),
 ]
 LATE = ("keep", "streaming-llm:sinks=2,recent=40")
@@ -41,7 +44,7 @@ def engine(backend: str, dtype: str) -> LLM:
 
 
 @cache
-def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
+def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[np.ndarray]]:
     """The result of a request without a policy in a new engine, and the blocks of its prompt."""
     llm = engine(backend, dtype)
     llm.engine.memory.paged.table.forget()
@@ -50,10 +53,10 @@ def alone(backend: str, dtype: str, new: int) -> tuple[Any, list[torch.Tensor]]:
     return wanted, blocks(llm, wanted.prompt_token_ids)
 
 
-def blocks(llm: LLM, tokens: list[int]) -> list[torch.Tensor]:
+def blocks(llm: LLM, tokens: list[int]) -> list[np.ndarray]:
     """The cached blocks of a text, in text order."""
     nodes = llm.engine.memory.paged.table.prefix.walk(tokens, "")
-    return [llm.engine.memory.paged.store.pool.data[node.page].clone() for node in nodes]
+    return [array(llm.engine.memory.paged.store.pool.data)[node.page].copy() for node in nodes]
 
 
 def ask(llm: LLM, new: int, **policy: Any) -> Any:
@@ -61,8 +64,8 @@ def ask(llm: LLM, new: int, **policy: Any) -> Any:
     return llm.generate(repeated, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=2, **policy))[0]
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=[" ".join(pair) for pair in BACKENDS])

@@ -22,7 +22,7 @@ from tests.arrays import PLACED
 from tests.models import tiny
 
 PROMPT = torch.randint(3, tiny.V, (45,), generator=torch.Generator().manual_seed(5)).tolist()  # two pages
-BACKENDS = {"torch": torch.float32, "reference": torch.float64}
+BACKENDS = {"torch": torch.float32, "numpy": torch.float32, "reference": torch.float64}
 SHARE = 1e-4  # of the largest logit
 
 
@@ -48,7 +48,7 @@ def logits(runner: Runner, rows: int) -> torch.Tensor:
         result = runner.forward(Batch.pack(work, [EMPTY], pages), Taps(logits=True))
         assert result.logits is not None
         assert result.argmax.tolist() == result.logits.argmax(-1).tolist()
-        out.append(result.logits.double())
+        out.append(torch.as_tensor(result.logits).double())
         runner.memory.move(runner.memory.commit(work, [Accepted()]))
     runner.memory.free(seq)
     runner.memory.check()

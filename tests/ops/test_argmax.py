@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from redraft import LLM, SamplingParams
 from redraft.core.taps import Taps
 from redraft.ops import library
+from redraft.ops.arrays import array
 from redraft.ops.backend import PART, argmax, best_first
 from redraft.sample.sampler import NotNumbers
 from tests.checkpoints import tiny_llama
 
 NATIVE = library.PATH.exists() and library.load() is not None
-KINDS = [("reference", "float64"), ("torch", "float32"), ("torch", "bfloat16")]
+KINDS = [("reference", "float64"), ("torch", "float32"), ("torch", "bfloat16"), ("numpy", "float32"), ("numpy", "bfloat16")]
 KINDS += [("native", "float32"), ("native", "bfloat16")] if NATIVE else []
 NAN, INF = float("nan"), float("inf")
 
@@ -41,6 +42,8 @@ def test_of_rows(dtype: torch.dtype) -> None:
     rows = [[1, 3, 3, -INF], [NAN, 3, 3, 0], [0, 3, NAN, 5], [INF, 3, 0, 0], [-INF, -INF, -INF, 2], [INF, NAN, 0, 0]]
     assert argmax(torch.tensor(rows, dtype=dtype)).tolist() == [1, -1, -1, -1, 3, -1]
     assert argmax(torch.zeros(0, 4, dtype=dtype)).tolist() == []
+    assert argmax(array(torch.tensor(rows, dtype=dtype))).tolist() == [1, -1, -1, -1, 3, -1]
+    assert argmax(array(torch.zeros(0, 4, dtype=dtype))).tolist() == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -51,6 +54,7 @@ def test_the_best_of_rows_are_those_of_a_sort(dtype: torch.dtype) -> None:
             exact = logits.to(dtype)
             found = best_first(exact, k)
             sort = [sorted(range(size), key=lambda i, row=row: (-row[i], i))[:k] for row in exact.tolist()]  # type: ignore[misc]
+            assert best_first(array(exact), k).tolist() == sort
             if k * PART <= size:
                 assert found.tolist() == sort
             assert [[row[i] for i in ids] for row, ids in zip(exact.tolist(), found)] == [
@@ -58,7 +62,7 @@ def test_the_best_of_rows_are_those_of_a_sort(dtype: torch.dtype) -> None:
             ]
     odd = torch.zeros(1, 500)
     odd[0, 77] = NAN
-    assert best_first(odd, 2).tolist() == [[77, 0]]
+    assert best_first(odd, 2).tolist() == best_first(array(odd), 2).tolist() == best_first(array(odd), 20)[:, :2].tolist() == [[77, 0]]
 
 
 def damaged(path: Path, where: str) -> Path:

@@ -1,4 +1,4 @@
-"""torch_ops against reference, the definition: the same random programs of chunks, decodes, trees and growing tails."""
+"""torch_ops and numpy_ops against reference, the definition: the same random programs of chunks, decodes, trees and growing tails."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,15 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
+from redraft.ops.arrays import array
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
+from redraft.ops.numpy_ops import NumpyOps
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from tests.ops.faced import tensor
 
 VOCAB, HIDDEN, SIZE = 37, 32, 8
+FAST: dict[str, Callable[[torch.dtype], TorchOps | NumpyOps]] = {"torch": TorchOps, "numpy": NumpyOps}
 
 
 def model(*, window: int | None = None, experts: bool = False, norm: str = "rms", seed: int = 0) -> tuple[ModelSpec, Weights]:
@@ -61,16 +67,19 @@ def model(*, window: int | None = None, experts: bool = False, norm: str = "rms"
     return spec, Weights(rand(VOCAB, HIDDEN) * 6, Linear(3 * rand(VOCAB, HIDDEN)), weigh(), tuple(made))
 
 
-def cast(weights: Weights, backend: TorchOps) -> Weights:
+def cast(weights: Weights, backend: TorchOps | NumpyOps) -> Weights:
     """The weights in the dtype and layout of the backend."""
+
+    def typed(part: torch.Tensor) -> Any:
+        return array(part).astype(backend.dtype) if isinstance(backend, NumpyOps) else part.to(backend.dtype)
 
     def walk(value: object) -> object:
         if isinstance(value, torch.Tensor):
-            return value.to(backend.dtype)
+            return typed(value)
         if isinstance(value, Linear):
-            return backend.pack(Linear(*(None if part is None else part.to(backend.dtype) for part in value)))
+            return backend.pack(Linear(*(None if part is None else typed(part) for part in value)))
         if isinstance(value, NormWeights):
-            return NormWeights(*(None if part is None else part.to(backend.dtype) for part in value))
+            return NormWeights(*(None if part is None else typed(part) for part in value))
         if isinstance(value, LayerWeights):
             return LayerWeights(**{name: walk(part) for name, part in vars(value).items()})
         return tuple(map(walk, value)) if isinstance(value, tuple) else value
@@ -134,14 +143,15 @@ def forward(runner: Runner, work: list[Work], trees: list[TokenTree]) -> torch.T
     assert out.logits is not None
     assert out.top_k is not None
     assert (out.top_k[:, 0] == out.argmax).all()
-    return out.logits
+    return tensor(out.logits)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.12)])
-def test_torch_computes_what_the_reference_defines(dtype: torch.dtype, tolerance: float, window: int | None) -> None:
+def test_a_backend_computes_what_the_reference_defines(dtype: torch.dtype, tolerance: float, window: int | None, backend: str) -> None:
     spec, weights = model(window=window)
-    fast = TorchOps(dtype)
+    fast = FAST[backend](dtype)
     left = Runner(spec, weights, Reference(), 40)
     right = Runner(spec, cast(weights, fast), fast, 40)
     for one, other in program(left, right, seed=1):
@@ -149,18 +159,20 @@ def test_torch_computes_what_the_reference_defines(dtype: torch.dtype, tolerance
         assert (one - other.double()).abs().max() <= tolerance * one.abs().max()
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("experts", "norm"), [(True, "rms"), (False, "layer")])
-def test_experts_and_layer_norm(experts: bool, norm: str) -> None:
+def test_experts_and_layer_norm(experts: bool, norm: str, backend: str) -> None:
     spec, weights = model(experts=experts, norm=norm)
-    fast = TorchOps(torch.float64)
+    fast = FAST[backend](torch.float64)
     for one, other in program(Runner(spec, weights, Reference(), 40), Runner(spec, cast(weights, fast), fast, 40), seed=2):
         assert (one - other).abs().max() <= 1e-12 * one.abs().max()
 
 
-def test_more_than_64_nodes() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_more_than_64_nodes(backend: str) -> None:
     """Ancestors that need more than one word."""
     spec, weights = model()
-    fast = TorchOps(torch.float64)
+    fast = FAST[backend](torch.float64)
     pairs = program(Runner(spec, weights, Reference(), 60), Runner(spec, cast(weights, fast), fast, 60), seed=5, largest=100)
     assert max(len(one) for one, _ in pairs) > 80
     for one, other in pairs:
