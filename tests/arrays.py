@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from redraft.ops.arrays import DTYPES, array, name_of
 from redraft.ops.backend import Feature, Linear, LinearWeights
-from redraft.ops.dtypes import DTYPES, name_of
 from redraft.ops.quantized import Quantized
-from redraft.ops.torch_arrays import as_array, as_tensor, as_tensors
+from redraft.ops.torch_arrays import as_tensor, as_tensors
 from redraft.weights import int4, quant
 
 
@@ -32,7 +32,7 @@ PLACED: Any = Placed()
 
 def numbers(given: torch.Tensor) -> NDArray[Any]:
     """The same numbers, in memory of their own."""
-    return as_array(given).copy()
+    return array(given).copy()
 
 
 def numpy_form(weights: LinearWeights) -> Any:

@@ -32,7 +32,7 @@ from redraft.bench.peers.process import Lost, Worker
 from redraft.config import AUTO, EngineConfig, ModelConfig
 from redraft.core.spec import Experts, ModelSpec
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod, did_you_mean
-from redraft.ops.dtypes import DTYPES
+from redraft.ops.arrays import DTYPES
 
 if TYPE_CHECKING:
     from redraft.weights.quant import Quantizer

@@ -38,8 +38,8 @@ from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import InvalidInput
 from redraft.kv.store import Store
 from redraft.kv.table import PageTable
+from redraft.ops.arrays import array
 from redraft.ops.backend import Backend, Linear
-from redraft.ops.torch_arrays import as_array
 
 COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
 COPIES = 1024  # at most, because many copies of a tiny weight take too long
@@ -260,7 +260,7 @@ def _linears(
     lines = []
     dtype = limits.KINDS[options.dtype]
     copies = min(COPIES, max(1, -(-options.cold // (outs * ins * dtype.itemsize))))
-    plain = Linear(as_array((torch.randn(outs, ins) / ins**0.5).to(dtype)))
+    plain = Linear(array((torch.randn(outs, ins) / ins**0.5).to(dtype)))
     for quant in ("", *options.quants):
         stored: Any = plain
         size = float(outs * ins * dtype.itemsize)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.config import first_line, read_json
-from redraft.ops.dtypes import DTYPES, Numbers
+from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import Quantized
 
 STORED = {"F64": DTYPES["float64"], "F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}

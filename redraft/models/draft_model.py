@@ -8,7 +8,7 @@ from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
 from redraft.models import loader, memory, mixers
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
-from redraft.ops.dtypes import name_of
+from redraft.ops.arrays import name_of
 
 SHARE = 0.5  # the draft model's pool takes at most this part of what is free after the weights
 

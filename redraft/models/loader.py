@@ -24,8 +24,8 @@ from redraft.models.generation import read_defaults, read_eos
 from redraft.models.gguf import config as gguf_config
 from redraft.models.gguf import file as gguf_file
 from redraft.models.gguf.weights import Gguf
+from redraft.ops.arrays import DTYPES, Numbers, wide
 from redraft.ops.backend import Backend, Feature, LayerWeights, Linear, LinearWeights, NormWeights, Weights
-from redraft.ops.dtypes import DTYPES, Numbers, at_least_float32
 from redraft.ops.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -294,9 +294,9 @@ def read(
                 tensors[name] = filled(name)
             del kept
         elif (found := _NORM.fullmatch(name)) and _above_one(checkpoint.spec, found["part"]):
-            tensors[name] = filled(name).astype(at_least_float32(checkpoint.dtype)) + 1
+            tensors[name] = filled(name).astype(wide(checkpoint.dtype)) + 1
         elif name.endswith(".sink_logits"):
-            tensors[name] = filled(name).astype(at_least_float32(checkpoint.dtype))
+            tensors[name] = filled(name).astype(wide(checkpoint.dtype))
         else:
             tensors[name] = filled(name)
     if checkpoint.spec.tied and "embed" in tensors and "lm_head.weight" in checkpoint.tensors.tensors:

@@ -13,7 +13,12 @@ import ml_dtypes  # registers bfloat16 and the 8-bit formats with NumPy
 import numpy as np
 from numpy.typing import NDArray
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16), "bfloat16": BFLOAT16, "float32": np.dtype(np.float32), "float64": np.dtype(np.float64)
+}  # fmt: skip
+
+Numbers = NDArray[Any]
 
 
 def namespace(x: Any) -> Any:
@@ -33,9 +38,14 @@ def array(x: Any) -> NDArray[Any]:
     return np.asarray(tensor.view({1: torch.uint8, 2: torch.int16}[dtype.itemsize]).numpy().view(dtype))
 
 
+def name_of(dtype: Any) -> str:
+    """Of a dtype of NumPy or PyTorch."""
+    return str(dtype).removeprefix("torch.")
+
+
 def numpy_dtype(dtype: Any) -> np.dtype[Any]:
     """NumPy's dtype with the name of a dtype of NumPy or PyTorch."""
-    return np.dtype(str(dtype).removeprefix("torch.")) if not isinstance(dtype, np.dtype) else dtype
+    return np.dtype(name_of(dtype)) if not isinstance(dtype, np.dtype) else dtype
 
 
 def same_library(dtype: Any, name: str) -> Any:

@@ -172,6 +172,9 @@ class NumpyOps:
     def draw(self, key: int, ids: I64, values: F64) -> int:
         return draw(key, ids, values)
 
+    def place(self, given: Any) -> Any:
+        return array(given)
+
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         """Arrays, with the memory of tensors of PyTorch."""
         if isinstance(weights, Quantized):

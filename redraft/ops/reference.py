@@ -19,6 +19,7 @@ from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.core.view import View, Watch
 from redraft.errors import Unsupported
+from redraft.ops.arrays import Numbers
 from redraft.ops.backend import (
     Adapted,
     Feature,
@@ -35,7 +36,6 @@ from redraft.ops.backend import (
     best_first,
     limited,
 )
-from redraft.ops.dtypes import Numbers
 from redraft.ops.format import PAGE, Arrays, Format, plain
 from redraft.ops.quantized import POWERS, Quantized
 from redraft.ops.torch_arrays import as_tensor, as_tensors, dtype_of

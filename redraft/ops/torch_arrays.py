@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redraft.ops.arrays import BFLOAT16, Numbers, name_of
 from redraft.ops.backend import Linear, LinearWeights
-from redraft.ops.dtypes import BFLOAT16, Numbers, name_of
 from redraft.ops.quantized import Quantized
 
 
@@ -30,13 +30,6 @@ def as_tensor(array: Numbers | Tensor, device: torch.device | str = "cpu") -> Te
     bits = array.view(np.int16) if array.dtype == BFLOAT16 else array
     found = torch.from_numpy(bits)
     return (found.view(torch.bfloat16) if bits is not array else found).to(device)
-
-
-def as_array(given: Tensor) -> Numbers:
-    """A tensor of the CPU as an array with the same memory."""
-    given = given.detach().contiguous()
-    found: Numbers = given.view(torch.int16).numpy().view(BFLOAT16) if given.dtype == torch.bfloat16 else given.numpy()
-    return found
 
 
 def as_tensors(weights: LinearWeights, device: torch.device | str = "cpu") -> LinearWeights:

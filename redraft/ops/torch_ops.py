@@ -27,6 +27,7 @@ from redraft.core.tree import F64, I32, I64
 from redraft.core.view import Watch
 from redraft.errors import Unsupported
 from redraft.ops import places
+from redraft.ops.arrays import Numbers
 from redraft.ops.backend import (
     Adapted,
     Feature,
@@ -43,7 +44,6 @@ from redraft.ops.backend import (
     best_first,
     limited,
 )
-from redraft.ops.dtypes import Numbers
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
 from redraft.ops.places import LoneSequence, Writer, tree_bits, tree_rows
 from redraft.ops.quantized import Quantized, product

@@ -25,7 +25,7 @@ import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput, Unsupported
-from redraft.ops.dtypes import Numbers
+from redraft.ops.arrays import Numbers
 from redraft.ops.quantized import HIGH, LOW, Quantized, is_exact
 from redraft.weights.quant import Role, by_output, by_output_bytes, check_head, parts, rounded
 

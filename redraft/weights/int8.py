@@ -23,7 +23,7 @@ import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
-from redraft.ops.dtypes import Numbers
+from redraft.ops.arrays import Numbers
 from redraft.weights.quant import Role, by_output, by_output_bytes, check_head
 
 if TYPE_CHECKING:

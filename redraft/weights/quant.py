@@ -9,7 +9,7 @@ import numpy as np
 
 from redraft.card import Card
 from redraft.errors import InvalidInput, Unsupported
-from redraft.ops.dtypes import Numbers
+from redraft.ops.arrays import Numbers
 from redraft.ops.quantized import LARGEST_CODE, Quantized
 
 if TYPE_CHECKING:

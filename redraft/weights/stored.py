@@ -15,8 +15,8 @@ from redraft.weights.quant import Role
 if TYPE_CHECKING:
     import numpy as np
 
+    from redraft.ops.arrays import Numbers
     from redraft.ops.backend import Linear
-    from redraft.ops.dtypes import Numbers
 
 
 @dataclass(frozen=True)

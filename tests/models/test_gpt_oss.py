@@ -18,9 +18,9 @@ from redraft.config import SamplingParams
 from redraft.errors import CheckpointError
 from redraft.models import loader
 from redraft.ops import library
+from redraft.ops.arrays import DTYPES
 from redraft.ops.backend import Linear
 from redraft.ops.cpu import abi
-from redraft.ops.dtypes import DTYPES
 from redraft.ops.quantized import Quantized
 from redraft.ops.torch_arrays import as_tensor, dtype_of
 from redraft.weights.stored import AsStored

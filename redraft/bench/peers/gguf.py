@@ -23,7 +23,7 @@ from redraft.models import loader
 from redraft.models.gguf import vocabulary
 from redraft.models.gguf.names import PARTS, TOP
 from redraft.models.tokenizer import Tokenizer
-from redraft.ops.dtypes import Numbers, name_of
+from redraft.ops.arrays import Numbers, name_of
 
 FAMILIES = ("llama", "qwen2")
 _CUTS = {"": "gpt-2", **{vocabulary.CUTS[name][0]: name for name in ("llama-bpe", "qwen2")}}  # "": the expression of ByteLevel

@@ -22,7 +22,7 @@ from redraft.bench.shapes import cache_folder
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm
 from redraft.errors import Unsupported
 from redraft.models import loader
-from redraft.ops.dtypes import DTYPES, name_of
+from redraft.ops.arrays import DTYPES, name_of
 
 VERSION = 2  # version of the graph; each version has its own folder
 KINDS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}

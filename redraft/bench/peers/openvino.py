@@ -18,7 +18,7 @@ import numpy as np
 from redraft.bench.peers.ir import KINDS, converted, write_tokenizer
 from redraft.bench.peers.peer import ASSISTANT, LOOKUP, Job, ended, timed
 from redraft.models import loader
-from redraft.ops.dtypes import name_of
+from redraft.ops.arrays import name_of
 
 FUSED = ("FullyConnected", "RMS", "RoPE", "ScaledDotProductAttention", "Concatenation")  # of the angles; one of the last stays
 CAPABILITIES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}  # KINDS in the plugin's list of what it can

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from redraft.core.spec import WeightSource
 from redraft.models.gguf.file import Record
-from redraft.ops.dtypes import DTYPES, Numbers
+from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact
 
 U8 = NDArray[np.uint8]

@@ -11,7 +11,7 @@ from redraft.core.spec import WeightSource
 from redraft.models.checkpoint import FLOAT32, TensorInfo
 from redraft.models.gguf import file, names
 from redraft.models.gguf.packed import packed_bytes, quantized
-from redraft.ops.dtypes import Numbers
+from redraft.ops.arrays import Numbers
 from redraft.ops.quantized import Quantized
 
 

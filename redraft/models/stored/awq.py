@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from redraft.models.stored.source import Matrix, Stored, four_bits
-from redraft.ops.dtypes import Numbers
+from redraft.ops.arrays import Numbers
 from redraft.ops.quantized import Quantized
 
 ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # the place in a word of each of eight neighbouring outputs

@@ -10,7 +10,7 @@ import numpy as np
 
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.stored.source import Matrix, Stored, four_bits
-from redraft.ops.dtypes import DTYPES, Numbers
+from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import LARGEST_CODE, Quantized
 
 _FORMATS = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"

@@ -7,7 +7,7 @@ import numpy as np
 
 from redraft.errors import CheckpointError, shown
 from redraft.models.stored.source import Matrix, Stored, four_bits
-from redraft.ops.dtypes import Numbers
+from redraft.ops.arrays import Numbers
 from redraft.ops.quantized import Quantized
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError
 from redraft.models.checkpoint import FLOAT32, STORED, Safetensors, TensorInfo
-from redraft.ops.dtypes import DTYPES, Numbers
+from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact
 
 GROUP, BIAS, NO_NUMBER = 32, 127, 255  # numbers that share a scale; of its exponent; its code that is no number

@@ -11,7 +11,7 @@ import numpy as np
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.checkpoint import FLOAT32, STORED, Safetensors, TensorInfo
-from redraft.ops.dtypes import DTYPES, Numbers
+from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact, joined
 
 

@@ -22,7 +22,7 @@ from redraft.models import loader
 from redraft.models.gguf import file
 from redraft.models.gguf.weights import Gguf
 from redraft.models.tokenizer import Tokenizer
-from redraft.ops.dtypes import BFLOAT16
+from redraft.ops.arrays import BFLOAT16
 from redraft.ops.torch_arrays import as_tensor
 from tests import checkpoints
 from tests.models.gguf import files
