@@ -31,7 +31,7 @@ from redraft.models.loader import Checkpoint
 from redraft.models.runner import Runner
 from redraft.ops import library
 from redraft.ops.native import NativeOps
-from redraft.ops.torch_ops import TorchOps
+from redraft.ops.numpy_ops import NumpyOps
 from redraft.sample.sampler import Sampler
 
 WIDTH = 256  # hidden size, MLP size and vocabulary of the copy
@@ -59,7 +59,7 @@ class Part(NamedTuple):
     why: str = ""
 
 
-class Handed(TorchOps):
+class Handed(NumpyOps):
     """Notes each operation that reaches the torch backend. In `Trial` it is between NativeOps and TorchOps."""
 
     def __init__(self, dtype: Any, device: torch.device | str = "cpu") -> None:

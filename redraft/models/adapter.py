@@ -20,18 +20,17 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from pydantic_core import SchemaError, SchemaValidator, core_schema
-from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.spec import ModelSpec, WeightSource
+from redraft.core.tree import I64
 from redraft.errors import CheckpointError, OutOfMemory, Unsupported, did_you_mean, shown
 from redraft.models import memory
 from redraft.models.checkpoint import STORED, TensorFile
 from redraft.models.config import read_json
+from redraft.ops.arrays import Numbers, array, numpy_dtype, replaced
 from redraft.ops.backend import Adapted, Backend, ForwardResult, LayerWeights, Linear, LinearWeights, LowRank
-from redraft.ops.torch_arrays import as_tensor
 
 TITLE = "LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685"
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -63,7 +62,7 @@ class Adapter:
     digest: str
     spec: ModelSpec
     layers: tuple[Mapping[str, tuple[LowRank, ...]], ...]
-    embed: Tensor | None = None
+    embed: Any = None
     head: LinearWeights | None = None
 
     @property
@@ -84,16 +83,16 @@ def unknown(name: Any, adapters: Mapping[str, Adapter]) -> str:
     return f"lora = {shown(name)}: " + (did_you_mean(str(name), list(adapters)) if adapters else "no adapter is loaded")
 
 
-def own_rows(batch: Batch, device: torch.device | str = "cpu") -> list[tuple[Adapter, Tensor]]:
+def own_rows(batch: Batch) -> list[tuple[Adapter, I64]]:
     """The adapters of a batch, each with its rows, i64."""
     rows: dict[Adapter, list[int]] = {}
     for s, adapter in enumerate(batch.adapters):
         if adapter is not None:
             rows.setdefault(adapter, []).extend(range(int(batch.starts[s]), int(batch.starts[s + 1])))
-    return [(adapter, torch.tensor(own, device=device)) for adapter, own in rows.items()]
+    return [(adapter, np.array(own, np.int64)) for adapter, own in rows.items()]
 
 
-def adapted(weights: LayerWeights, layer: int, chosen: list[tuple[Adapter, Tensor]]) -> LayerWeights:
+def adapted(weights: LayerWeights, layer: int, chosen: list[tuple[Adapter, I64]]) -> LayerWeights:
     """The weights of a layer with the terms of these adapters for their rows."""
     changed: dict[str, Any] = {}
     for name in {name for adapter, _ in chosen for name in adapter.layers[layer]}:
@@ -102,34 +101,32 @@ def adapted(weights: LayerWeights, layer: int, chosen: list[tuple[Adapter, Tenso
     return replace(weights, **changed) if changed else weights
 
 
-def embedded(h: Tensor, batch: Batch, chosen: list[tuple[Adapter, Tensor]]) -> Tensor:
+def embedded(h: Any, batch: Batch, chosen: list[tuple[Adapter, I64]]) -> Any:
     """The embeddings h [T, hidden] with those of adapters that have their own."""
     for adapter, rows in chosen:
         if adapter.embed is not None:
-            tokens = torch.from_numpy(batch.tokens).to(rows.device)[rows]
-            h = h.index_copy(0, rows, adapter.embed.index_select(0, tokens))
+            h = replaced(h, rows, adapter.embed[batch.tokens[rows].astype(np.int64)])
     return h
 
 
 def headed(
-    out: ForwardResult, batch: Batch, chosen: list[tuple[Adapter, Tensor]], head: Callable[[LinearWeights], ForwardResult]
+    out: ForwardResult, batch: Batch, chosen: list[tuple[Adapter, I64]], head: Callable[[LinearWeights], ForwardResult]
 ) -> ForwardResult:
     """What the head gives, with the rows of adapters that have their own from theirs. head: computes all rows with another head."""
     for adapter, rows in chosen:
         if adapter.head is None:
             continue
-        own = np.flatnonzero(np.isin(batch.logit_rows, rows.cpu().numpy()))
+        own = np.flatnonzero(np.isin(batch.logit_rows, rows))
         if not len(own):
             continue
-        other, places = head(adapter.head), torch.from_numpy(own)
+        other = head(adapter.head)
         argmax, top_k, logits = out.argmax.copy(), out.top_k, out.logits
         argmax[own] = other.argmax[own]
         if top_k is not None and other.top_k is not None:
             top_k = top_k.copy()
             top_k[own] = other.top_k[own]
         if logits is not None and other.logits is not None:
-            places = places.to(logits.device)
-            logits = logits.index_copy(0, places, other.logits[places])
+            logits = replaced(logits, own, other.logits[own])
         out = out._replace(argmax=argmax, top_k=top_k, logits=logits)
     return out
 
@@ -168,16 +165,17 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
     _check_room(folder, stored, backend)
     modules: dict[str, dict[str, str]] = {}
     names: dict[str, str] = {}  # of modules as in the file, because patterns may begin with their first parts
-    whole: dict[str, Tensor] = {}
+    whole: dict[str, Numbers] = {}
+    dtype = numpy_dtype(backend.dtype)
     for tensor in stored.tensors:
         if len(tensor) > LONGEST_NAME:
             raise CheckpointError(f"{stored.file}: {shown(tensor)}: a name has at most {LONGEST_NAME} characters")
         if (part := _whole(tensor, named)) is not None:
             if part in whole:
                 raise CheckpointError(f"{stored.file}: {shown(tensor)} is there twice, under two names")
-            whole[part] = _matrix(stored, tensor, (spec.vocab, spec.hidden)).to(backend.device, backend.dtype)
-            if not bool(whole[part].isfinite().all()):
-                raise CheckpointError(f"{stored.file}: {tensor} holds numbers that are too large for {backend.dtype}")
+            whole[part] = _rounded(_matrix(stored, tensor, (spec.vocab, spec.hidden)), dtype)
+            if not np.isfinite(whole[part]).all():
+                raise CheckpointError(f"{stored.file}: {tensor} holds numbers that are too large for {dtype}")
             continue
         if (found := _TENSOR.fullmatch(tensor)) is None:
             raise Unsupported(f"{stored.file}: {shown(tensor)}: only lora_A and lora_B of linear layers, embeddings and heads are applied")
@@ -207,7 +205,7 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
         rank, factor = _scaling(ranks.get(full, config.get("r", 8)), alphas.get(full, config.get("lora_alpha", 8)), config, file)
         term = _term(stored, module, sides, target, rank, factor, backend)
         layers[target.layer][target.part] = (*layers[target.layer].get(target.part, ()), term)
-    embed, head = whole.get("embed"), whole.get("head")
+    embed, head = (None if part not in whole else backend.place(whole[part]) for part in ("embed", "head"))
     packed = None if head is None else backend.pack(Linear(head))
     return Adapter(name, _digest(layers, whole), spec, tuple(layers), embed, packed)
 
@@ -215,7 +213,7 @@ def read(name: str, folder: str | Path, spec: ModelSpec, named: ModelSpec, backe
 def _check_room(folder: Path, stored: TensorFile, backend: Backend) -> None:
     """OutOfMemory unless the tensors fit: in the dtype of the model, and the largest, while it is read, also as stored and in float64."""
     counts = [math.prod(info.shape) for info in stored.tensors.values()]
-    needed = sum(counts) * backend.dtype.itemsize + 2 * max(counts, default=0) * torch.float64.itemsize
+    needed = sum(counts) * backend.dtype.itemsize + 2 * max(counts, default=0) * np.dtype(np.float64).itemsize
     if needed > (free := memory.limits(backend.device)):
         raise OutOfMemory(f"{folder}: the adapter does not fit: it needs {memory.size(needed)}, free {memory.size(free)}")
 
@@ -276,26 +274,30 @@ def _term(stored: TensorFile, module: str, sides: dict[str, str], target: _Targe
     if target.source.order:
         order = np.array(target.source.order)  # where each output is stored
         places = np.flatnonzero((order >= target.rows.start) & (order < target.rows.stop))
-        b = b[torch.from_numpy(order[places] - target.rows.start)]
+        b = b[order[places] - target.rows.start]
     first, last = int(places[0]), int(places[-1]) + 1
-    wide = torch.zeros(last - first, rank, dtype=torch.float64)
-    wide[torch.from_numpy(places - first)] = b.double() * factor
-    term = LowRank(a.to(backend.device, backend.dtype).contiguous(), wide.T.to(backend.device, backend.dtype).contiguous(), first)
-    if not all(bool(part.isfinite().all()) for part in (term.a, term.b)):
-        raise CheckpointError(
-            f"{stored.file}: {module}: numbers of lora_A, or of lora_B times lora_alpha / r, are too large for {backend.dtype}"
-        )
-    return term
+    spread, dtype = np.zeros((last - first, rank)), numpy_dtype(backend.dtype)
+    spread[places - first] = b.astype(np.float64) * factor
+    a, b = _rounded(a, dtype), _rounded(spread.T, dtype)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise CheckpointError(f"{stored.file}: {module}: numbers of lora_A, or of lora_B times lora_alpha / r, are too large for {dtype}")
+    return LowRank(backend.place(a), backend.place(b), first)
 
 
-def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Tensor:
+def _rounded(numbers: Numbers, dtype: np.dtype[Any]) -> Numbers:
+    """Contiguous, in memory of its own."""
+    with np.errstate(over="ignore"):
+        return np.array(numbers, dtype, order="C")
+
+
+def _matrix(stored: TensorFile, name: str, shape: tuple[int, int]) -> Numbers:
     info = stored.tensors[name]
     if info.dtype not in STORED:
         raise CheckpointError(f"{stored.file}: {name} has dtype {info.dtype}, expected {', '.join(STORED)}")
     if info.shape != shape:
         raise CheckpointError(f"{stored.file}: {name} has shape {list(info.shape)}, expected {list(shape)}")
-    found = as_tensor(stored.read(name))
-    if not bool(found.isfinite().all()):
+    found = stored.read(name)
+    if not np.isfinite(found).all():
         raise CheckpointError(f"{stored.file}: {name} holds infinite or undefined numbers")
     return found
 
@@ -339,18 +341,17 @@ def _scaling(rank: Any, alpha: Any, config: dict[str, Any], file: Path) -> tuple
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def _digest(layers: list[dict[str, tuple[LowRank, ...]]], whole: Mapping[str, Tensor]) -> str:
+def _digest(layers: list[dict[str, tuple[LowRank, ...]]], whole: Mapping[str, Numbers]) -> str:
     found = hashlib.sha256()
     for i, layer in enumerate(layers):
         for part, terms in sorted(layer.items()):
             for term in sorted(terms, key=lambda term: term.first):
                 found.update(f"{i} {part} {term.first} {[*term.a.shape, *term.b.shape]}".encode())
-                for tensor in (term.a, term.b):
-                    found.update(_raw(tensor))
-    for part, tensor in sorted(whole.items()):
-        found.update(part.encode() + _raw(tensor))
+                found.update(_raw(term.a) + _raw(term.b))
+    for part, numbers in sorted(whole.items()):
+        found.update(part.encode() + _raw(numbers))
     return found.hexdigest()[:32]
 
 
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _raw(numbers: Any) -> bytes:
+    return array(numbers).tobytes()

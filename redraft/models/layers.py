@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redraft.core.spec import Experts, LayerSpec, Mlp, Norm
 from redraft.models.mixers import MIXERS
-from redraft.ops.arrays import times
+from redraft.ops.arrays import Tensor, times
 from redraft.ops.backend import Backend, LayerWeights, LinearWeights, NormWeights, limited
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:

@@ -20,12 +20,10 @@ from redraft.kv.table import PageTable
 from redraft.models import mixers
 from redraft.models.adapter import Adapter, adapted, embedded, headed, own_rows
 from redraft.models.layers import decoder_layer
-from redraft.ops.arrays import array, namespace, replaced, times
+from redraft.ops.arrays import Tensor, array, namespace, replaced, times
 from redraft.ops.backend import Backend, Feature, ForwardResult, Weights, WeightSums
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from redraft.weights.quant import Quantizer
 
 
@@ -90,7 +88,7 @@ class Runner:
     def _forward(self, batch: Batch, taps: Taps) -> ForwardResult:
         backend, spec, weights = self.backend, self.spec, self.weights
         plan = backend.plan(batch, spec, taps)
-        parts, adapters = _Parts(self, batch, taps), own_rows(batch, backend.device)
+        parts, adapters = _Parts(self, batch, taps), own_rows(batch)
         h = embedded(backend.embed(weights, plan), batch, adapters)
         if spec.embed_scale != 1.0:
             h = times(h, float(namespace(h).asarray(spec.embed_scale, dtype=h.dtype)))
@@ -119,7 +117,7 @@ class Runner:
             return out
         return out._replace(hidden=hidden, attention=parts.watched(plan) if taps.attention else {})
 
-    def _layer(self, i: int, h: Tensor, plan: Any, adapters: list[tuple[Adapter, Tensor]]) -> Tensor:
+    def _layer(self, i: int, h: Tensor, plan: Any, adapters: list[tuple[Adapter, I64]]) -> Tensor:
         memory, index = self._places[i]
         weights = adapted(self.weights.layers[i], i, adapters)
         return decoder_layer(h, index, self.spec.layers[i], weights, self.backend, memory.pool, plan)
@@ -148,7 +146,7 @@ class _Part(NamedTuple):
     places: tuple[int, ...]
     rows: I64
     plan: Any
-    adapters: list[tuple[Adapter, Tensor]]
+    adapters: list[tuple[Adapter, I64]]
 
 
 class _Parts:
@@ -170,7 +168,7 @@ class _Parts:
             part, rows = self.batch.only(places)
             watched = {i: self.taps.attention[s] for i, s in enumerate(places) if s in self.taps.attention}
             plan = self.runner.backend.plan(part, self.runner.spec, Taps(attention=watched)) if places else None
-            self.made[places] = _Part(places, rows.astype(np.int64), plan, own_rows(part, self.runner.backend.device))
+            self.made[places] = _Part(places, rows.astype(np.int64), plan, own_rows(part))
         return self.made[places]
 
     def watched(self, plan: Any) -> dict[int, WeightSums]:

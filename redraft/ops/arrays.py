@@ -19,6 +19,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 
 Numbers = NDArray[Any]
+Tensor = Any
+"""Numbers of the backend in use: an array of NumPy or a tensor of PyTorch."""
 
 
 def namespace(x: Any) -> Any:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,9 @@ from redraft.core.sequence import Space
 from redraft.core.spec import Attention, Experts, Mlp, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
-from redraft.ops.arrays import array, cast, device, namespace, widened
+from redraft.ops.arrays import Tensor, array, cast, device, namespace, widened
 from redraft.ops.format import Array, Arrays, Format
 from redraft.ops.quantized import Quantized
-
-if TYPE_CHECKING:  # the cards of methods are read without loading it
-    import torch
-    from torch import Tensor
 
 
 class Feature(StrEnum):
@@ -73,8 +69,8 @@ class LowRank(NamedTuple):
     """What is added to the outputs first..first + n of a linear layer: (x a^T) b. a: [rank, ins]; b: [rank, n], with
     the factor of the adapter. Both contiguous and in the dtype of the model; sums are in float32 (float64 in the reference)."""
 
-    a: Tensor
-    b: Tensor
+    a: Any
+    b: Any
     first: int
 
 
@@ -83,7 +79,7 @@ class Adapted:
     """A linear layer with low-rank terms for some rows of the input: (i64 rows, term)."""
 
     base: LinearWeights
-    terms: tuple[tuple[Tensor, LowRank], ...]
+    terms: tuple[tuple[I64, LowRank], ...]
 
     @property
     def outs(self) -> int:
@@ -244,14 +240,14 @@ def _best_of_parts(rows: NDArray[Any], k: int) -> I32:
     return found
 
 
-Products = Callable[["Tensor", "Tensor"], "Tensor"]  # Backend.products
+Products = Callable[[Tensor, Tensor], Tensor]  # Backend.products
 
 
 class Select(Protocol):
     """An opened sparse attention method, as used by backends. Its side data are arrays of the unit. Per-slot arrays are filled on
     write, whole arrays when a page is full and committed. K kv heads, G query heads of each, R rows, n slots."""
 
-    def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]: ...
+    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]: ...
 
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
         """The entries [T, K, ...] of the per-slot arrays for keys [T, K, D] of layer `index`, in the form that attention reads."""
@@ -273,8 +269,8 @@ class Backend(Protocol):
     """Rows T, features in the last dimension. `pool` and `plan` are opaque outside the backend."""
 
     name: str
-    dtype: torch.dtype
-    device: torch.device
+    dtype: Any  # of NumPy or PyTorch
+    device: Any
     features: frozenset[Feature]
     mixers: frozenset[type]  # the mixers that it computes, see core/spec.py
 
@@ -347,7 +343,7 @@ class Backend(Protocol):
         """The same place as draw() of core/noise.py, fast for a whole vocabulary."""
         ...
 
-    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: I64, term: LowRank) -> None:
         """Adds a term to these rows of y [T, outs], the product of x [T, ins], and rounds."""
         ...
 

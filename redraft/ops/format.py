@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-if TYPE_CHECKING:  # the cards of methods are read without loading it
-    import numpy as np
-    import torch
-    from torch import Tensor
+from redraft.ops.arrays import Tensor
 
 PAGE = 32
 ALIGN = 16  # bytes
@@ -92,6 +89,6 @@ class Format:
         return found
 
 
-def plain(dtype: torch.dtype | np.dtype[Any], head_dim: int) -> dict[str, Array]:
+def plain(dtype: Any, head_dim: int) -> dict[str, Array]:
     """The arrays of unencoded keys and values."""
     return {name: Array((PAGE, head_dim), dtype) for name in ("keys", "values")}

@@ -1,6 +1,7 @@
 """Compiled kernels on the CPU (ops/cpu). They are bit-exact, and one call runs all layers of a step.
 
-Native and PyTorch share the page layout, so page operations between steps are written once. The kernels attend every view: windows,
+The page layout is that of the NumPy backend, whose operations do what no kernel does: page operations between steps, and codes of groups
+that no kernel reads. The kernels attend every view: windows,
 codes of 8 and 4 bits, sparse reads. The result of a row does not depend on other rows or on the grouping into steps. A sparse attention
 method selects slots in Python, from products that the kernels compute.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,9 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from redraft.core.batch import Batch
 from redraft.core.noise import draw
@@ -30,6 +30,7 @@ from redraft.core.tree import F64, I64
 from redraft.core.view import Watch
 from redraft.errors import Unsupported
 from redraft.ops import library
+from redraft.ops.arrays import BFLOAT16, Numbers, array, numpy_dtype
 from redraft.ops.backend import (
     Feature,
     ForwardResult,
@@ -44,14 +45,14 @@ from redraft.ops.backend import (
     best_first,
 )
 from redraft.ops.cpu import abi
+from redraft.ops.cpu.abi import address
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
+from redraft.ops.numpy_ops import Floats, NumpyOps
+from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned
 from redraft.ops.places import LoneSequence, Writer, tree_rows
 from redraft.ops.quantized import Quantized
-from redraft.ops.torch_arrays import as_tensors, dtype_of
-from redraft.ops.torch_ops import TorchOps, lend_threads
-from redraft.ops.torch_pool import FormatStore, TorchPool
 
-KINDS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
+KINDS = {np.dtype(np.float32): abi.F32, BFLOAT16: abi.BF16}
 STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
 PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # the arrays of a unit after its keys
@@ -66,8 +67,8 @@ class Packed:
     """A linear layer in panels. panels: u8 [panels, steps, 64, 4]; extra: the other arrays that `c` points to, by field name."""
 
     c: abi.Linear
-    panels: Tensor
-    extra: dict[str, Tensor]
+    panels: Numbers
+    extra: dict[str, Numbers]
 
     @property
     def outs(self) -> int:
@@ -80,26 +81,28 @@ class Packed:
     def rows(self, keep: NDArray[Any]) -> Linear | Quantized:
         """The layer with these outputs only, unpacked."""
         assert not self.c.gated, "gates and other outputs alternate, so rows cannot be selected"
-        own = torch.as_tensor(keep)
-        bias = self.extra["bias"][own] if "bias" in self.extra else None
+        bias, own = self.extra["bias"][keep] if "bias" in self.extra else None, keep
+        codes = self.panels
         if self.c.kind == abi.I4:
-            codes = torch.stack([self.panels & 15, self.panels >> 4], 2).flatten(1, 2).to(torch.int8) - (0 if self.c.lows else 8)
-        else:
-            codes = self.panels
-        dense = codes.transpose(1, 2).flatten(0, 1)[own].flatten(1)
+            both = np.stack([codes & 15, codes >> 4], 2)
+            codes = both.reshape(len(codes), -1, *codes.shape[2:]).astype(np.int8) - np.int8(0 if self.c.lows else 8)
+        dense = _flat(codes.swapaxes(1, 2))[own]
+        dense = dense.reshape(len(dense), -1)
         if self.c.kind in (abi.I8, abi.I4, abi.G8):
-            columns, side = (self.extra["columns"].long(), _of_outputs(self.extra["side"])[own]) if self.c.outliers else (None, None)
-            dense = dense.view(torch.int8)[:, : self.c.ins]
+            columns, side = (
+                (self.extra["columns"].astype(np.int64), _of_outputs(self.extra["side"])[own]) if self.c.outliers else (None, None)
+            )
+            dense = dense.view(np.int8)[:, : self.c.ins]
             parts = {name: _of_outputs(self.extra[name])[own] for name in ARRANGED if name in self.extra}
             tops = {"scale": parts["factors"], "top": parts["scales"]} if self.c.factors else {"scale": parts.get("scales")}
             lows = {"low": parts["offsets"], "bottom": parts["lows"]} if self.c.offsets else {"low": parts.get("lows")}
             held = {"scale": self.extra["scale"][own]} if self.c.kind == abi.I8 else {**tops, **lows}
             return Quantized(
-                dense, ins=self.c.ins, dtype=torch.float32, group=self.c.group, bias=bias, columns=columns, side=side,
+                dense, ins=self.c.ins, dtype=np.dtype(np.float32), group=self.c.group, bias=bias, columns=columns, side=side,
                 wide=self.c.kind == abi.G8, per=self.c.per, **held,
             )  # fmt: skip
-        dtype = torch.float32 if self.c.kind == abi.F32 else torch.bfloat16
-        return Linear(dense.view(dtype)[:, : self.c.ins].contiguous(), None if bias is None else bias.to(dtype))
+        dtype = np.dtype(np.float32) if self.c.kind == abi.F32 else BFLOAT16
+        return Linear(np.ascontiguousarray(dense.view(dtype)[:, : self.c.ins]), None if bias is None else bias.astype(dtype))
 
 
 @dataclass
@@ -156,21 +159,20 @@ class NativePlan:
     adapters: abi.Adapters | None = None
 
 
-class NativeOps(TorchOps):
+class NativeOps(NumpyOps):
     """The native backend. Raises Unsupported, with the reason, if the kernels do not support this dtype, device or machine."""
 
     name = "native"
-    features: frozenset[Feature] = TorchOps.features | {Feature.RUN, Feature.BIT_EXACT, Feature.GROUPED}
+    features: frozenset[Feature] = NumpyOps.features | {Feature.RUN, Feature.BIT_EXACT, Feature.GROUPED}
 
-    def __init__(self, dtype: Any = torch.float32, device: torch.device | str = "cpu") -> None:
-        dtype = dtype_of(dtype)
-        serves, why = library.serves(dtype, device)
+    def __init__(self, dtype: Any = np.float32, device: Any = "cpu") -> None:
+        serves, why = library.serves(numpy_dtype(dtype), device)
         loaded = library.load()
         if serves != self.name or loaded is None:
             raise Unsupported(f"backend 'native': {why}")
         super().__init__(dtype, device)
         self.library, self.c = loaded, abi.bind(loaded.c)
-        self.kind = KINDS[dtype]
+        self.kind = KINDS[self.dtype]
         self.inside = 0.0  # seconds spent in kernels so far
         self._layouts: dict[str, str] = {"": ""}  # name of a format -> its layout
         self._sided: set[str] = set()  # formats with side data
@@ -180,7 +182,10 @@ class NativeOps(TorchOps):
         self._models: dict[int, NativeModel] = {}
         self._wholes: dict[tuple[int, int], abi.Model | None] = {}
         self._pools: weakref.WeakKeyDictionary[FormatStore, abi.Pool] = weakref.WeakKeyDictionary()
-        lend_threads()  # two pools of spinning threads are 40 times slower
+        if "torch" in sys.modules:
+            from redraft.ops.torch_ops import lend_threads
+
+            lend_threads()  # two pools of spinning threads are 40 times slower
 
     @property
     def threads(self) -> int:
@@ -195,7 +200,7 @@ class NativeOps(TorchOps):
             raise Unsupported(f"backend 'native': {why}")
         return super().block_bytes(spec)
 
-    def define(self, pool: TorchPool, fmt: Format) -> int:
+    def define(self, pool: NumpyPool, fmt: Format) -> int:
         layout = "" if fmt.codec is None else getattr(fmt.codec, "layout", "of its own")
         if layout not in LAYOUTS:
             raise Unsupported(f"codec {fmt.name!r}: backend 'native' has no attention kernel for its codes; use backend 'torch'")
@@ -208,24 +213,23 @@ class NativeOps(TorchOps):
     # ---- weights
 
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
-        weights = as_tensors(weights)
         if isinstance(weights, Quantized):
             return self._pack_codes(weights, gated)
         assert isinstance(weights, Linear)
-        weight, bias = weights
+        weight, bias = array(weights.weight), weights.bias
         c = abi.Linear(outs=weight.shape[0], ins=weight.shape[1], kind=self.kind, gated=gated)
         panels = self._panels(c)
-        weight = weight.to(self.dtype).contiguous()
-        self._call("rd_pack", c, weight.data_ptr(), panels.data_ptr())
+        weight = np.ascontiguousarray(weight, self.dtype)
+        self._call("rd_pack", c, address(weight), address(panels))
         return Packed(c, panels, self._floats(c, bias=bias))
 
     def _pack_codes(self, weights: Quantized, gated: bool) -> LinearWeights:
         if weights.group % 16:
-            return weights.halved()  # PyTorch computes groups that are no multiple of 16
+            return super().pack(weights)  # groups that are no multiple of 16
         outs, ins = weights.shape
         kind = abi.I8 if not weights.grouped else abi.G8 if weights.wide else abi.I4
         c = abi.Linear(outs=outs, ins=ins, kind=kind, group=weights.group, gated=gated, per=weights.per)
-        codes, panels = weights.whole().contiguous(), self._panels(c)
+        codes, panels = np.ascontiguousarray(array(weights.whole())), self._panels(c)
         extra = self._floats(c, bias=weights.bias)
         if weights.grouped:
             tops, lows = weights.top is not None, weights.bottom is not None
@@ -236,52 +240,50 @@ class NativeOps(TorchOps):
                 lows=weights.bottom if lows else weights.low,
                 offsets=weights.low if lows else None,
             )
-            self._call("rd_pack_groups", c, codes.data_ptr(), panels.data_ptr())
+            self._call("rd_pack_groups", c, address(codes), address(panels))
         else:
-            sums = torch.empty(len(panels) * abi.PANEL, dtype=torch.int32)
-            self._call("rd_pack_int8", c, codes.data_ptr(), panels.data_ptr(), sums.data_ptr())
-            c.sums, extra["sums"] = sums.data_ptr(), sums
+            sums = np.empty(len(panels) * abi.PANEL, np.int32)
+            self._call("rd_pack_int8", c, address(codes), address(panels), address(sums))
+            c.sums, extra["sums"] = address(sums), sums
             extra |= self._floats(c, scale=weights.scale)
         if weights.columns is not None and weights.side is not None:
-            parts = [self._floats(c, side=part)["side"].view(-1, abi.PANEL) for part in weights.side.T]
-            columns, side = weights.columns.int(), torch.stack(parts, 1)
-            c.outliers, c.columns, c.side = len(columns), columns.data_ptr(), side.data_ptr()
+            parts = [self._floats(c, side=part)["side"].reshape(-1, abi.PANEL) for part in array(weights.side).T]
+            columns, side = array(weights.columns).astype(np.int32), np.stack(parts, 1)
+            c.outliers, c.columns, c.side = len(columns), address(columns), address(side)
             extra |= {"columns": columns, "side": side}
         return Packed(c, panels, extra)
 
-    def _panels(self, c: abi.Linear) -> Tensor:
+    def _panels(self, c: abi.Linear) -> Numbers:
         """Memory for the panels, on huge pages if it fills at least one."""
         size = self.c.rd_panel_bytes(c)
         grain = HUGE if size >= HUGE else abi.LINE
-        memory = torch.empty(size + grain, dtype=torch.uint8)
-        start = -memory.data_ptr() % grain
-        panels = memory[start : start + size]
+        panels = aligned(size, grain)
         if size >= HUGE:
-            self.c.rd_huge(panels.data_ptr(), size)
-        c.panels = panels.data_ptr()
-        return panels.view(-(-c.outs // abi.PANEL), -1, abi.PANEL, 4)
+            self.c.rd_huge(address(panels), size)
+        c.panels = address(panels)
+        return panels.reshape(-(-c.outs // abi.PANEL), -1, abi.PANEL, 4)
 
-    def _arranged(self, c: abi.Linear, **given: Tensor | None) -> dict[str, Tensor]:
+    def _arranged(self, c: abi.Linear, **given: Any) -> dict[str, Numbers]:
         """Copies numbers [outs, n] to [panels, n, 64], in the order of the panels."""
         made = {}
         for name, values in given.items():
             if values is not None:
-                values = values.contiguous()
-                made[name] = torch.empty(-(-c.outs // abi.PANEL), values.shape[1], abi.PANEL, dtype=values.dtype)
-                at, count = made[name].data_ptr(), values.shape[1]
-                self._call("rd_arrange", c, values.data_ptr(), values.element_size(), count, at)
+                values = np.ascontiguousarray(array(values))
+                made[name] = np.empty((-(-c.outs // abi.PANEL), values.shape[1], abi.PANEL), values.dtype)
+                at, count = address(made[name]), values.shape[1]
+                self._call("rd_arrange", c, address(values), values.itemsize, count, at)
                 setattr(c, name, at)
         return made
 
-    def _floats(self, c: abi.Linear, **given: Tensor | None) -> dict[str, Tensor]:
+    def _floats(self, c: abi.Linear, **given: Any) -> dict[str, Numbers]:
         """Copies numbers of outputs to the order of the panels."""
         made = {}
         for name, values in given.items():
             if values is not None:
-                values = values.float().contiguous()
-                made[name] = torch.empty(-(-c.outs // abi.PANEL) * abi.PANEL)
-                self._call("rd_pack_floats", c, values.data_ptr(), made[name].data_ptr())
-                setattr(c, name, made[name].data_ptr())
+                values = np.ascontiguousarray(array(values), np.float32)
+                made[name] = np.empty(-(-c.outs // abi.PANEL) * abi.PANEL, np.float32)
+                self._call("rd_pack_floats", c, address(values), address(made[name]))
+                setattr(c, name, address(made[name]))
         return made
 
     # ---- the plan
@@ -395,13 +397,13 @@ class NativeOps(TorchOps):
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
             shape = len(spec.attention), spec.kv_heads, slots
-            chain, nodes = (torch.zeros(len(wanted), *own, *shape, dtype=torch.float64) for own in ((), (z - t,)))
+            chain, nodes = (np.zeros((len(wanted), *own, *shape)) for own in ((), (z - t,)))
             seen = found[member] = WeightSums(chain, nodes)
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
                     raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use {' or '.join(STATISTICS)}")
                 low = STATISTICS.index(watch.statistic)
-                lines += abi.WATCHED.pack(seen.chain[i].data_ptr(), seen.nodes[i].data_ptr(), slots, member, watch.since, low, 0)
+                lines += abi.WATCHED.pack(address(seen.chain[i]), address(seen.nodes[i]), slots, member, watch.since, low, 0)
         watched = np.frombuffer(lines, np.uint8)
         kept.append(watched)
         step.watched, step.watches = watched.ctypes.data, len(lines) // abi.WATCHED.size
@@ -420,52 +422,51 @@ class NativeOps(TorchOps):
         places = places[:found]
         return int(places[draw(key, ids[places], values[places])])  # with numpy's logarithm, as everywhere
 
-    def embed(self, weights: Weights, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def embed(self, weights: Weights, plan: NativePlan) -> Floats:  # type: ignore[override]
         batch, embed = plan.batch, weights.embed
         if isinstance(embed, Packed):
-            x = torch.empty(len(batch.tokens), embed.c.ins, dtype=self.dtype)
-            self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), self.kind, x.data_ptr())
+            x = np.empty((len(batch.tokens), embed.c.ins), self.dtype)
+            self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), self.kind, address(x))
         else:
-            assert isinstance(embed, Tensor), "an embedding in the form of another backend"
-            x = embed.index_select(0, torch.from_numpy(batch.tokens))
-        return x if weights.positions is None else x + weights.positions.index_select(0, torch.from_numpy(batch.positions))
+            x = array(embed)[batch.tokens]
+        return x if weights.positions is None else x + array(weights.positions)[batch.positions]
 
-    def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        if not x.numel():
+    def norm(self, x: Floats, weights: NormWeights, norm: Norm) -> Floats:
+        out = np.empty(x.shape, x.dtype)
+        if not x.size:
             return out
-        flat = x.contiguous().view(-1, x.shape[-1])
-        bias = None if weights.bias is None else weights.bias.data_ptr()
-        to = self._rows(out.view(-1, x.shape[-1]))
-        gains = KINDS[weights.weight.dtype]
-        self._call("rd_norm", self._rows(flat), to, weights.weight.data_ptr(), bias, norm.eps, int(norm.kind == "rms"), gains)
+        flat, weight = np.ascontiguousarray(x).reshape(-1, x.shape[-1]), array(weights.weight)
+        bias = None if weights.bias is None else address(array(weights.bias))
+        to = self._rows(out.reshape(-1, x.shape[-1]))
+        self._call("rd_norm", self._rows(flat), to, address(weight), bias, norm.eps, int(norm.kind == "rms"), KINDS[weight.dtype])
         return out
 
-    def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
+    def linear(self, x: Floats, weights: LinearWeights) -> Floats:
         if not isinstance(weights, Packed):
             return super().linear(x, weights)
-        x, out = x.contiguous(), x.new_empty(len(x), weights.c.outs)  # Rows holds only an address, so x must live until the call returns
+        # Rows holds only an address, so x must live until the call returns
+        x, out = np.ascontiguousarray(x), np.empty((len(x), weights.c.outs), x.dtype)
         if len(x):
             self._call("rd_linear", weights.c, self._rows(x), self._rows(out), abi.ACTIVATIONS["none"], 0)
         return out
 
-    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
-        x = x.contiguous()
-        self._call("rd_low_rank", self._rows(x), self._rows(y), self._low_rank(term), rows.data_ptr(), len(rows))
+    def add_low_rank(self, y: Floats, x: Floats, rows: I64, term: LowRank) -> None:
+        x = np.ascontiguousarray(x)
+        self._call("rd_low_rank", self._rows(x), self._rows(y), self._low_rank(term), address(rows), len(rows))
 
     def _low_rank(self, term: LowRank) -> abi.LowRank:
         (rank, ins), (_, outs) = term.a.shape, term.b.shape
-        return abi.LowRank(term.a.data_ptr(), term.b.data_ptr(), ins, outs, term.first, rank, self.kind)
+        return abi.LowRank(address(term.a), address(term.b), ins, outs, term.first, rank, self.kind)
 
-    def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:
+    def activate(self, x: Floats, activation: str, gated: bool) -> Floats:
         if activation not in abi.ACTIVATIONS:
             raise Unsupported(f"activation {activation!r}")
-        x, out = x.contiguous(), x.new_empty(len(x), x.shape[1] // 2 if gated else x.shape[1])
+        x, out = np.ascontiguousarray(x), np.empty((len(x), x.shape[1] // 2 if gated else x.shape[1]), x.dtype)
         if len(x):
             self._call("rd_activate", self._rows(x), self._rows(out), abi.ACTIVATIONS[activation], int(gated))
         return out
 
-    def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
+    def experts(self, x: Floats, weights: LayerWeights, experts: Experts) -> Floats:
         key = id(weights), experts
         if key not in self._mixtures:
             self._mixtures[key] = _mixture(replace(experts, shared=None, gated=False), weights, self.dtype)
@@ -473,40 +474,41 @@ class NativeOps(TorchOps):
         mixture = self._mixtures[key]
         if mixture is None:
             return super().experts(x, weights, experts)
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        x, out = np.ascontiguousarray(x), np.empty(x.shape, x.dtype)
         if len(x):
             self._call("rd_experts", mixture, self._rows(x), self._rows(out))
         return out
 
-    def _route(self, logits: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
-        logits, found = logits.float(), torch.empty(len(logits), experts.top_k, 2, dtype=torch.int32)  # in the layout of Best
+    def _route(self, logits: Floats, experts: Experts) -> tuple[Floats, I64]:
+        logits = np.ascontiguousarray(logits, np.float32)
+        found = np.empty((len(logits), experts.top_k, 2), np.int32)  # in the layout of Best
         if len(logits):
             rows = abi.Rows.of(logits, abi.F32)
-            self._call("rd_route", rows, experts.top_k, int(experts.renormalise), self.kind, found.data_ptr())
-        return found[..., 0].view(torch.float32).to(self.dtype), found[..., 1]
+            self._call("rd_route", rows, experts.top_k, int(experts.renormalise), self.kind, address(found))
+        return found[..., 0].view(np.float32).astype(self.dtype), found[..., 1].astype(np.int64)
 
-    def rope(self, x: Tensor, layer: Attention, plan: NativePlan) -> Tensor:  # type: ignore[override]
+    def rope(self, x: Floats, layer: Attention, plan: NativePlan) -> Floats:  # type: ignore[override]
         if layer.rotary is None:
             return x
-        out = x.contiguous() if not x.is_contiguous() else x.clone()
+        out = np.array(x, order="C")
         if len(x):
             cos, sin = plan.turns[plan.model.turns[id(layer.rotary)]]
-            self._call("rd_rope", self._rows(out.view(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
+            self._call("rd_rope", self._rows(out.reshape(len(x), -1)), x.shape[1], x.shape[2], cos.ctypes.data, sin.ctypes.data)
         return out
 
     def attend(  # type: ignore[override]
         self,
         index: int,
         layer: Attention,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pool: TorchPool,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        pool: NumpyPool,
         plan: NativePlan,
-        sink_logits: Tensor | None = None,
-    ) -> Tensor:
+        sink_logits: Any = None,
+    ) -> Floats:
         heads = _heads(layer, plan.model, sink_logits)
-        out = q.new_empty(len(q), layer.heads * layer.head_dim)
+        out = np.empty((len(q), layer.heads * layer.head_dim), q.dtype)
         for group in plan.groups if len(q) else ():
             self._attend_group(index, layer, heads, q, k, v, out, pool, group)
         return out
@@ -516,62 +518,62 @@ class NativeOps(TorchOps):
         index: int,
         layer: Attention,
         heads: abi.Heads,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        pool: TorchPool,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        out: Floats,
+        pool: NumpyPool,
         group: NativeGroup,
     ) -> None:
         """Attends the rows of the group's sequences."""
         for writer in group.writers:  # keys and side data must be written before a read selects by them
             self._write(index, k[writer.rows], v[writer.rows], pool.formats[writer.format], writer)
         picked, kept = self._picks(index, layer, q, pool, group) if group.readers else (None, None)
-        q, k, v = (x.contiguous().view(len(x), -1) for x in (q, k, v))
+        q, k, v = (np.ascontiguousarray(x).reshape(len(x), -1) for x in (q, k, v))
         self._place(group, pool)
         rows = (self._rows(x) for x in (q, k, v, out))
         self._call("rd_attend", group.step, index, heads, picked, *rows)
         del kept
 
-    def _picks(self, index: int, layer: Attention, q: Tensor, pool: TorchPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
+    def _picks(self, index: int, layer: Attention, q: Floats, pool: NumpyPool, group: NativeGroup) -> tuple[bytes, list[Any]]:
         """The slots that rows read, in the form of the kernels, and the memory that it points to."""
         heads, share = layer.kv_heads, layer.heads // layer.kv_heads
         lines, kept = b"", []
         for it in group.readers:
-            rows = q[it.rows].view(-1, heads, share, layer.head_dim).permute(1, 2, 0, 3)
-            picked = self._picked(index, rows, self._seen(index, layer, it), pool, it).permute(2, 0, 1, 3)
-            bits = np.ascontiguousarray(np.packbits(picked.numpy(), axis=-1, bitorder="little"))  # packbits keeps Fortran order
+            rows = q[it.rows].reshape(-1, heads, share, layer.head_dim).transpose(1, 2, 0, 3)
+            picked = self._picked(index, rows, self._seen(index, layer, it), pool, it).transpose(2, 0, 1, 3)
+            bits = np.ascontiguousarray(np.packbits(picked, axis=-1, bitorder="little"))  # packbits keeps Fortran order
             lines += abi.PICKED.pack(bits.ctypes.data, bits.shape[-1] // 4, picked.shape[2])
             kept.append(bits)
         return lines, kept
 
-    def cap(self, x: Tensor, limit: float) -> Tensor:
-        x = x.float().contiguous()
-        out = torch.empty_like(x)
-        if x.numel():
+    def cap(self, x: Floats, limit: float) -> Floats:
+        x = np.ascontiguousarray(x, np.float32)
+        out = np.empty(x.shape, x.dtype)
+        if x.size:
             self._call("rd_cap", abi.Rows.of(x, abi.F32), abi.Rows.of(out, abi.F32), limit)
         return out
 
-    def products(self, a: Tensor, b: Tensor) -> Tensor:
-        a, b = a.float().contiguous(), b.float().contiguous()
-        out = torch.empty(len(a), a.shape[1], b.shape[1])
-        if out.numel():
-            self._call("rd_products", a.data_ptr(), b.data_ptr(), *a.shape[:2], *b.shape[1:], out.data_ptr())
+    def products(self, a: Floats, b: Floats) -> Floats:
+        a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+        out = np.empty((len(a), a.shape[1], b.shape[1]), np.float32)
+        if out.size:
+            self._call("rd_products", address(a), address(b), *a.shape[:2], *b.shape[1:], address(out))
         return out
 
-    def _place(self, group: NativeGroup, pool: TorchPool) -> None:
+    def _place(self, group: NativeGroup, pool: NumpyPool) -> None:
         """Sets the addresses of the units of the group's formats."""
         group.step.pool = self._pool_of(pool, group.format, group.step.pool)
         if group.encoded:
             group.step.encoded = self._pool_of(pool, group.encoded, group.step.pool)
 
-    def _pool_of(self, pool: TorchPool, name: str, like: abi.Pool) -> abi.Pool:
+    def _pool_of(self, pool: NumpyPool, name: str, like: abi.Pool) -> abi.Pool:
         stored = pool.formats[name]
         found = self._pools.get(stored)
         if found is None:
             offsets, kind = stored.format.offsets(), LAYOUTS[self._layouts[name]]
             found = self._pools[stored] = abi.Pool(
-                data=pool.data.data_ptr() + offsets["keys"], block_bytes=pool.data[0].nbytes, unit_bytes=stored.format.bytes,
+                data=address(pool.data) + offsets["keys"], block_bytes=pool.data[0].nbytes, unit_bytes=stored.format.bytes,
                 per_block=stored.per_block, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
                 kind=self.kind if kind is None else kind, numbers=self.kind,
                 **{at: offsets[at] - offsets["keys"] for at in PARTS if at in offsets},
@@ -581,7 +583,7 @@ class NativeOps(TorchOps):
     def watched(self, plan: NativePlan) -> Mapping[int, WeightSums]:  # type: ignore[override]
         return plan.seen
 
-    def run(self, first: int, last: int, h: Tensor, spec: ModelSpec, weights: Weights, pool: TorchPool, plan: NativePlan) -> Tensor | None:
+    def run(self, first: int, last: int, h: Floats, spec: ModelSpec, weights: Weights, pool: NumpyPool, plan: NativePlan) -> Floats | None:
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
         if not h.shape[0] or any(group.readers or group.writers for group in plan.groups):
             return None
@@ -590,7 +592,7 @@ class NativeOps(TorchOps):
         segment, adapters = self._segment(spec, weights, plan.model), plan.adapters
         if segment is None or (adapters and any(layer.parallel for layer in spec.layers)):
             return None
-        out = h.clone(memory_format=torch.contiguous_format) if first else h
+        out = np.array(h, order="C") if first else h
         for group in plan.groups:
             self._place(group, pool)
         steps = [group.step for group in plan.groups]
@@ -617,7 +619,7 @@ class NativeOps(TorchOps):
             self._terms[adapter] = starts, abi.Adapter((abi.LowRank * len(terms))(*terms), starts.ctypes.data)
         return self._terms[adapter][1]
 
-    def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: TorchPool, taps: Taps) -> ForwardResult | None:
+    def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: NumpyPool, taps: Taps) -> ForwardResult | None:
         """A whole pass in one call. Returns None if a tap, a sequence, an adapter or the model needs more than one."""
         if taps.hidden or taps.attention or not batch.plain or not len(batch.tokens):
             return None
@@ -640,12 +642,12 @@ class NativeOps(TorchOps):
         given = b"".join(parts)
         keep = min(max(1, taps.top_k), model.head.outs)
         found = np.empty(count * (keep + 1), np.int32)
-        logits = torch.empty(count, model.head.outs) if taps.logits else None
+        logits = np.empty((count, model.head.outs), np.float32) if taps.logits else None
         at = found.__array_interface__["data"][0]
-        self._call("rd_step", model, given, adapters, keep, at, None if logits is None else logits.data_ptr())
+        self._call("rd_step", model, given, adapters, keep, at, None if logits is None else address(logits))
         return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None, logits)
 
-    def _whole(self, spec: ModelSpec, weights: Weights, pool: TorchPool) -> abi.Model | None:
+    def _whole(self, spec: ModelSpec, weights: Weights, pool: NumpyPool) -> abi.Model | None:
         """A model in the form of the kernels; None if they cannot run all of it."""
         key = id(weights), id(pool)
         if key not in self._wholes:
@@ -654,18 +656,19 @@ class NativeOps(TorchOps):
                 weakref.finalize(one, self._wholes.pop, key, None)
         return self._wholes[key]
 
-    def _made(self, spec: ModelSpec, weights: Weights, pool: TorchPool) -> abi.Model | None:
+    def _made(self, spec: ModelSpec, weights: Weights, pool: NumpyPool) -> abi.Model | None:
         head, norm, embed, model = weights.head, weights.final_norm, weights.embed, self._model(spec)
-        rows = embed.data_ptr() if isinstance(embed, Tensor) and embed.dtype == self.dtype and embed.is_contiguous() else None
+        plain = isinstance(embed, np.ndarray) and embed.dtype == self.dtype and embed.flags.c_contiguous
+        rows = address(embed) if plain else None
         if not isinstance(head, Packed) or weights.positions is not None or not (rows or embed is head):
             return None
         segment = self._segment(spec, weights, model)
         if segment is None:
             return None
         return abi.Model(
-            segment, len(segment), norm.weight.numel(), rows, norm.weight.data_ptr(),
-            None if norm.bias is None else norm.bias.data_ptr(), head.c, model.rotaries, self._pool_of(pool, "", model.pool),
-            spec.final_norm.eps, torch.tensor(spec.embed_scale, dtype=self.dtype).item(), int(spec.final_norm.kind == "rms"), self.kind,
+            segment, len(segment), norm.weight.size, rows, address(norm.weight),
+            None if norm.bias is None else address(norm.bias), head.c, model.rotaries, self._pool_of(pool, "", model.pool),
+            spec.final_norm.eps, float(self.dtype.type(spec.embed_scale)), int(spec.final_norm.kind == "rms"), self.kind,
             KINDS[norm.weight.dtype],
         )  # fmt: skip
 
@@ -692,7 +695,7 @@ class NativeOps(TorchOps):
 
         def at(norm: NormWeights | None, bias: bool = False) -> int | None:
             found = None if norm is None else norm.bias if bias else norm.weight
-            return None if found is None else found.data_ptr()
+            return None if found is None else address(found)
 
         before, after, heads = layer.norm or Norm(), layer.post_norm or Norm(), mixer.qk_norm or Norm()
         return abi.Layer(
@@ -703,40 +706,40 @@ class NativeOps(TorchOps):
             int(mixer.norm_heads_together), int(mixer.norm_heads_apart), int(layer.parallel), *kinds, activation,
         )  # fmt: skip
 
-    def head(self, x: Tensor, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
-        head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, x.contiguous()
+    def head(self, x: Floats, weights: Weights, final: Norm, plan: NativePlan, taps: Taps) -> ForwardResult:  # type: ignore[override]
+        head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, np.ascontiguousarray(x)
         if not isinstance(head, Packed) or taps.logits:
-            rows = x if len(wanted) == x.shape[0] else x.index_select(0, torch.from_numpy(wanted))
+            rows = x if len(wanted) == x.shape[0] else x[wanted]
             return self._result(self._logits(self.norm(rows, norm, final), head), taps)
         count, keep = len(wanted), min(max(1, taps.top_k), head.outs)
         found = np.empty(count * (keep + 1), np.int32)
         likeliest, best = found[:count], found[count:].reshape(count, keep)
         if count:
-            bias, gains = None if norm.bias is None else norm.bias.data_ptr(), KINDS[norm.weight.dtype]
-            how = norm.weight.data_ptr(), bias, final.eps, int(final.kind == "rms"), gains
+            bias, gains = None if norm.bias is None else address(norm.bias), KINDS[norm.weight.dtype]
+            how = address(norm.weight), bias, final.eps, int(final.kind == "rms"), gains
             at: int = found.ctypes.data
             self._call("rd_head", self._rows(x), *how, head.c, wanted.tobytes(), count, keep, at + 4 * count, at)
         return ForwardResult(likeliest, best if taps.top_k else None)
 
     @staticmethod
-    def _result(logits: Tensor, taps: Taps) -> ForwardResult:
+    def _result(logits: Floats, taps: Taps) -> ForwardResult:
         if not taps.top_k:
             return ForwardResult(argmax(logits), None, logits if taps.logits else None)
         top_k = best_first(logits, taps.top_k)  # its first is the largest, and argmax would take as long again
-        largest = logits.numpy()[np.arange(len(top_k)), top_k[:, 0]]
+        largest = logits[np.arange(len(top_k)), top_k[:, 0]]
         likeliest = np.where(largest < np.inf, top_k[:, 0], np.int32(-1))
         return ForwardResult(likeliest, top_k, logits if taps.logits else None)
 
-    def _logits(self, x: Tensor, head: LinearWeights) -> Tensor:
+    def _logits(self, x: Floats, head: LinearWeights) -> Floats:
         """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""
         if not isinstance(head, Packed):
             return self.linear(x, head)
-        x, out = x.contiguous(), x.new_empty(len(x), head.c.outs, dtype=torch.float32)
+        x, out = np.ascontiguousarray(x), np.empty((len(x), head.c.outs), np.float32)
         if len(x):
             self._call("rd_linear", head.c, self._rows(x), abi.Rows.of(out, abi.F32), abi.ACTIVATIONS["none"], 0)
         return out
 
-    def _rows(self, x: Tensor) -> abi.Rows:
+    def _rows(self, x: Floats) -> abi.Rows:
         return abi.Rows.of(x, self.kind)
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -747,16 +750,16 @@ class NativeOps(TorchOps):
             raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: invalid arguments")
 
 
-def _heads(layer: Attention, model: NativeModel, sink_logits: Tensor | None) -> abi.Heads:
+def _heads(layer: Attention, model: NativeModel, sink_logits: Any) -> abi.Heads:
     """sink_logits must live as long as the result."""
     rotary, logits = -1 if layer.rotary is None else model.turns[id(layer.rotary)], None
     if sink_logits is not None:
-        assert sink_logits.dtype == torch.float32 and sink_logits.is_contiguous()
-        logits = sink_logits.data_ptr()
+        assert sink_logits.dtype == np.float32 and sink_logits.flags.c_contiguous
+        logits = address(sink_logits)
     return abi.Heads(layer.heads, layer.window or 0, rotary, layer.score_scale, layer.softcap or 0.0, logits)
 
 
-def _feed_forward(mlp: Mlp | Experts, own: LayerWeights, dtype: torch.dtype) -> tuple[Any, ...] | None:
+def _feed_forward(mlp: Mlp | Experts, own: LayerWeights, dtype: np.dtype[Any]) -> tuple[Any, ...] | None:
     """up, down, experts and activation of abi.Layer; None if the kernels cannot run them."""
     if isinstance(mlp, Experts):
         mixture = _mixture(mlp, own, dtype)
@@ -773,11 +776,11 @@ def _mlp(mlp: Mlp, up: LinearWeights | None, down: LinearWeights | None) -> tupl
     return (up.c, down.c) if same else None
 
 
-def _mixture(experts: Experts, own: LayerWeights, dtype: torch.dtype) -> abi.Experts | None:
+def _mixture(experts: Experts, own: LayerWeights, dtype: np.dtype[Any]) -> abi.Experts | None:
     """A mixture in the form of the kernels; None if these cannot run it."""
     mlp, shared, kind = experts.mlp, experts.shared, KINDS[dtype]
     known = Experts(experts.count, experts.top_k, mlp, experts.renormalise, shared, experts.gated, experts.router_bias)
-    limit = math.inf if mlp.limit is None else torch.tensor(mlp.limit, dtype=dtype).item()
+    limit = math.inf if mlp.limit is None else float(dtype.type(mlp.limit))
     unlimited = replace(mlp, limit=None, shift=0.0)
     pairs = [_mlp(unlimited, up, down) for up, down in zip(own.experts_up, own.experts_down, strict=True)]
     pairs += [] if shared is None else [_mlp(shared, own.shared_up, own.shared_down)]
@@ -795,6 +798,11 @@ def _mixture(experts: Experts, own: LayerWeights, dtype: torch.dtype) -> abi.Exp
     )  # fmt: skip
 
 
-def _of_outputs(arranged: Tensor) -> Tensor:
+def _of_outputs(arranged: Numbers) -> Numbers:
     """[panels, n, 64] -> [panels * 64, n]"""
-    return arranged.transpose(1, 2).flatten(0, 1)
+    return _flat(arranged.swapaxes(1, 2))
+
+
+def _flat(x: Numbers) -> Numbers:
+    """The first two dimensions as one."""
+    return x.reshape(-1, *x.shape[2:])

@@ -46,12 +46,13 @@ from redraft.ops.backend import (
     limited,
 )
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
-from redraft.ops.numpy_pool import FormatStore, NumpyPool
+from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned
 from redraft.ops.places import LoneSequence, Writer, tree_rows
 from redraft.ops.quantized import Quantized, product
 
 Floats = Any  # an array of numbers of the backend's dtype or better
 DTYPES = "float32", "bfloat16", "float64"
+LINE = 64  # bytes of a line of a cache
 BLOCK = 1 << 17  # numbers of a weight that are widened and multiplied at once; they fit into a cache
 
 PageSource = tuple[PageCodec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
@@ -93,7 +94,9 @@ class NumpyOps:
 
     def allocate(self, spec: ModelSpec, blocks: int) -> NumpyPool:
         # not zeroed, because each page is zeroed when it is allocated, and untouched memory costs nothing
-        pool = NumpyPool(np.empty((blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim), self.dtype), spec)
+        shape = blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
+        memory = aligned(math.prod(shape) * self.dtype.itemsize, LINE)
+        pool = NumpyPool(memory.view(self.dtype).reshape(shape), spec)
         self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
         return pool
 

@@ -18,6 +18,13 @@ from redraft.ops.arrays import dots, mixed
 from redraft.ops.format import Arrays, Format, PageCodec
 
 
+def aligned(size: int, grain: int) -> NDArray[np.uint8]:
+    """Memory of `size` bytes that begins at a multiple of `grain`; untouched memory costs nothing."""
+    memory = np.empty(size + grain, np.uint8)
+    start = -memory.__array_interface__["data"][0] % grain
+    return memory[start : start + size]
+
+
 class Exact:
     """Unencoded keys and values, with the methods of a codec."""
 

@@ -23,15 +23,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.ops.arrays import cast, device, namespace
-
-if TYPE_CHECKING:  # weights are numpy arrays until a backend has them
-    from torch import Tensor
+from redraft.ops.arrays import Tensor, cast, device, namespace
 
 LARGEST_CODE = 127  # of rows, and of weights with one scale for each output
 LOW, HIGH = -8, 7  # the range of 4-bit codes with one scale for each group, without lows
@@ -228,7 +225,7 @@ def product(x: Tensor, weights: Quantized) -> Tensor:
     """x [T, ins] -> [T, outs]: the product that this module defines."""
     xp = namespace(x)
     if not len(x):
-        return xp.zeros((0, weights.outs), dtype=x.dtype, device=device(x))  # type: ignore[no-any-return]
+        return xp.zeros((0, weights.outs), dtype=x.dtype, device=device(x))
     codes, s, powers = row_codes(x, weights.columns, weights.group if weights.grouped else 0)
     whole = powers is None
     y: Any = cast(_sums(codes, weights.codes), xp.float32) * (s * weights.scale) if whole else _by_group(codes, powers, weights) * s

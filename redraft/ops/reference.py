@@ -220,7 +220,7 @@ class Reference:
         y: Tensor = x @ weights.weight.T
         return y if weights.bias is None else y + weights.bias
 
-    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: I64, term: LowRank) -> None:
         y[rows, term.first : term.first + term.b.shape[1]] += x[rows] @ term.a.T @ term.b
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:

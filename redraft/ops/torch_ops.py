@@ -353,7 +353,7 @@ class TorchOps:
             return x.new_empty(0, weights.weight.shape[0])
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weights.weight, weights.bias, "none", [], ""))
 
-    def add_low_rank(self, y: Tensor, x: Tensor, rows: Tensor, term: LowRank) -> None:
+    def add_low_rank(self, y: Tensor, x: Tensor, rows: I64, term: LowRank) -> None:
         wide = torch.promote_types(y.dtype, torch.float32)
         added = x[rows].to(wide) @ term.a.to(wide).T @ term.b.to(wide)
         part = y[:, term.first : term.first + term.b.shape[1]]

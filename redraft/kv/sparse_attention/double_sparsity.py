@@ -248,7 +248,8 @@ class _Meter:
         rows, keys = (arrays.cast(xp.abs(x), xp.float64) for x in (q, k))
         means = xp.mean(rows.reshape(len(k), layer.kv_heads, -1, layer.head_dim), axis=2)
         self.sums[index] = self.sums.get(index, 0.0) + xp.sum(means * keys, axis=0)
-        return self._backend.attend(index, layer, q, k, *rest)
+        found: Tensor = self._backend.attend(index, layer, q, k, *rest)
+        return found
 
     def means(self, tokens: int) -> Any:
         """f32 [L, K, D], on the CPU."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from redraft.core.spec import Attention, ModelSpec
 from redraft.errors import Unsupported
 from redraft.models.mixers.attention import attention
+from redraft.ops.arrays import Tensor
 from redraft.ops.backend import Backend, LayerWeights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Mix(Protocol):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redraft.core.spec import Attention, Norm
-from redraft.ops.arrays import namespace
+from redraft.ops.arrays import Tensor, namespace
 from redraft.ops.backend import Backend, LayerWeights, NormWeights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def attention(x: Tensor, index: int, mixer: Attention, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 F32, BF16, I8, I4, G8 = range(5)
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "sigmoid": 5, "quick_gelu": 6}
@@ -16,13 +13,20 @@ PANEL, LINE = 64, 64
 POINTER, SIZE, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
+def address(x: Any) -> int:
+    """Of the numbers of an array of numpy; several times faster than x.ctypes."""
+    at: int = x.__array_interface__["data"][0]
+    return at
+
+
 class Rows(ctypes.Structure):
     _fields_ = [("data", POINTER), ("rows", SIZE), ("cols", SIZE), ("stride", SIZE), ("kind", NUMBER)]
 
     @classmethod
-    def of(cls, x: Tensor, kind: int) -> Rows:
-        """x [T, cols]; its last dimension must be contiguous."""
-        return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0) * x.element_size(), kind)
+    def of(cls, x: Any, kind: int) -> Rows:
+        """x [T, cols], an array of numpy; its last dimension must be contiguous."""
+        rows, cols = x.shape
+        return cls(address(x), rows, cols, x.strides[0] if rows > 1 else cols * x.itemsize, kind)
 
 
 class Linear(ctypes.Structure):
