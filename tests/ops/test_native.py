@@ -39,8 +39,10 @@ from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.ops import library
 from redraft.ops.backend import ForwardResult, LayerWeights, Linear, LinearWeights, NormWeights, Weights, WeightSums
+from redraft.ops.numpy_ops import NumpyOps
 from redraft.ops.quantized import Quantized, product
 from redraft.ops.reference import Reference, quantized_row
+from redraft.ops.torch_arrays import as_tensor
 from redraft.ops.torch_ops import TorchOps
 from tests.arrays import by_group, by_output
 from tests.checkpoints import tiny_llama
@@ -49,7 +51,9 @@ from tests.ops import test_backends, test_views
 if why_not := library.why_not():
     pytest.skip(f"no native kernels: {why_not}", allow_module_level=True)
 
-from redraft.ops.native import NativeOps, Packed
+from redraft.ops.native import Packed
+from tests.ops.tensors import Tensors as NativeOps
+from tests.ops.tensors import tensors
 
 F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
@@ -278,14 +282,14 @@ def test_every_view(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     queries that were rounded once more where they were turned for sinks."""
     case = replace(VIEWS[name], watch=WATCHES if dtype == F32 else WATCHES[:2])
     torchs = test_views.program(TorchOps(dtype), case, dtype)
-    monkeypatch.setattr(TorchOps, "attend", lambda *_: pytest.fail("PyTorch attended"))
+    monkeypatch.setattr(NumpyOps, "attend", lambda *_: pytest.fail("NumPy attended"))
     threads(2)
     mine = test_views.program(NativeOps(dtype), case, dtype)
     near(mine, torchs, 1e-5 if dtype == F32 else 0.01)
     for form, pages in ((case.format, mine.main.pages), (case.encoded, mine.main.encoded)):
         left, right, units = mine.pool.formats[form], torchs.pool.formats[form], torch.tensor(pages, dtype=torch.long).flatten()
-        for array, held in left.take(left.arrays, units).items():
-            assert torch.equal(held, right.take([array], units)[array]), array
+        for array, held in left.take(left.arrays, units.numpy()).items():
+            assert torch.equal(as_tensor(held), right.take([array], units)[array]), array
 
 
 @pytest.mark.parametrize("name", DEFINED)
@@ -343,7 +347,9 @@ def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None
         batch = replace(Batch.pack([work([1] * 69, stored=5)], [EMPTY], pages), views=[View("int8")])
         keys, values = x.to(dtype)
         ops.attend(0, layer, torch.zeros(64, 2, 20, dtype=dtype), keys, values, pool, ops.plan(batch, spec))
-        taken.append(pool.formats["int8"].take(fmt.arrays, torch.tensor([1, 4, 2])))
+        units: Any = torch.tensor([1, 4, 2])
+        held = pool.formats["int8"].take(fmt.arrays, units if isinstance(ops, TorchOps) else units.numpy())
+        taken.append({name: as_tensor(array) for name, array in held.items()})
     for name, array in taken[1].items():
         assert torch.equal(taken[0][name].nan_to_num(7), array.nan_to_num(7)), name
         assert torch.equal(taken[0][name].isnan(), array.isnan())
@@ -552,7 +558,7 @@ class Switched(NativeOps):
         return done
 
     def experts(self, *args: Any) -> Tensor:
-        return super().experts(*args) if self.whole else TorchOps.experts(self, *args)
+        return super().experts(*args) if self.whole else tensors(NumpyOps.experts(self.inner, *map(self.arrays, args)))
 
 
 # ---- bits
@@ -1023,12 +1029,13 @@ def test_experts(dtype: torch.dtype, rows: int, top_k: int, renormalise: bool, q
     packed = mixture_of(ops, seed, quant, gated)
     ops.use_threads(workers)
     found = ops.experts(x, packed, mixture)
-    assert torch.equal(bits(found), bits(TorchOps.experts(ops, x, packed, mixture)))
+    apart = NumpyOps.experts(ops.inner, *map(ops.arrays, (x, packed, mixture)))
+    assert torch.equal(bits(found), bits(tensors(apart)))
     for i in range(rows):
         assert torch.equal(bits(ops.experts(x[i : i + 1], packed, mixture)[0]), bits(found[i]))
     assert torch.equal(bits(ops.experts(x.flip(0), packed, mixture).flip(0)), bits(found))
     logits = ops.linear(x, packed.router)  # type: ignore[arg-type]
-    share, chosen = ops._route(logits, mixture)
+    share, chosen = map(tensors, ops._route(arrays(logits), mixture))
     chances = logits.double().softmax(-1)
     kept = chances.gather(1, chosen.long())
     assert (kept.amin(1) >= chances.topk(top_k).values[:, -1] * (1 - 1e-5)).all() and (chosen.diff() > 0).all()
@@ -1081,7 +1088,7 @@ def test_mixtures_that_the_kernels_do_not_know(case: str) -> None:
         experts = Newer(experts.count, experts.top_k, experts.mlp)
     spec = replace(bench.spec, layers=(replace(bench.spec.layers[0], mlp=experts), *bench.spec.layers[1:]))
     weights = replace(bench.weights, layers=(own, *bench.weights.layers[1:]))
-    assert torch.equal(bits(bench.ops.experts(x, own, experts)), bits(TorchOps.experts(bench.ops, x, own, experts)))
+    assert torch.equal(bits(bench.ops.experts(x, own, experts)), bits(tensors(NumpyOps.experts(bench.ops.inner, *map(bench.ops.arrays, (x, own, experts))))))
     runner, seq = Runner(spec, weights, bench.ops, 4), text_of(0, [1, 2, 3])
     runner.memory.open(seq)
     work = [Work(seq, 3)]
@@ -1288,7 +1295,7 @@ def test_rows_are_given_back(biased: bool, outs: int, ins: int) -> None:
         weights = Linear(randn(3, outs, ins, dtype=dtype), None if bias is None else bias.to(dtype))
         packed = NativeOps(dtype).pack(weights)
         assert isinstance(packed, Packed)
-        some = packed.rows(keep)
+        some = tensors(packed.rows(keep))
         assert isinstance(some, Linear)
         for found, expected in zip(some, weights.rows(keep), strict=True):
             assert (found is None) == (expected is None)
@@ -1296,7 +1303,7 @@ def test_rows_are_given_back(biased: bool, outs: int, ins: int) -> None:
     for group, outliers, form in ((0, 0, ""), (32, 0, ""), (128, 0, ""), (0, 5, ""), (32, 1, ""), *((32, 0, form) for form in FORMS[1:])):
         weights8, ops, x = codes(outs, ins, group, biased, 3, outliers, form), NativeOps(), randn(4, 3, ins)
         part: Any = ops.pack(weights8)
-        few = part.rows(keep)
+        few = tensors(part.rows(keep))
         assert isinstance(few, Quantized)
         assert torch.equal(few.whole(), weights8.whole()[keep]) and torch.equal(few.dense(), weights8.dense()[keep])
         if weights8.columns is not None and weights8.side is not None:

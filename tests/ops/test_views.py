@@ -207,7 +207,7 @@ class World:
         self.ops, self.case, self.rounded = ops, case, rounded
         self.spec = model(case.layer, scale=case.scale)
         self.pool = ops.allocate(self.spec, BLOCKS)
-        self.pool.data.fill_(math.nan)  # nothing may be read that was not zeroed or written
+        self.pool.data[...] = math.nan  # nothing may be read that was not zeroed or written
         self.per_block = {Space(Lanes.SHARED): 1, Space(Lanes.PER_HEAD): LAYERS * HEADS, Space(Lanes.PER_LAYER): LAYERS}
         for name, fmt in formats(ops.dtype, case.read, case.shipped).items():
             self.per_block[Space(Lanes.PER_HEAD, name)] = ops.define(self.pool, fmt)
