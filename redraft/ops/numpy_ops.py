@@ -238,8 +238,8 @@ class NumpyOps:
                 exact = gate.astype(np.float64)
                 out = (0.5 * exact * (1 + _erf(exact / math.sqrt(2)))).astype(gate.dtype)
             case "gelu_tanh":
-                inner = np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate))
-                out = 0.5 * gate * (1 + inner)
+                inner = gate + 0.044715 * gate * gate * gate
+                out = gate * _sigmoid(2 * math.sqrt(2 / math.pi) * inner)  # sigmoid(2 y) = (1 + tanh(y)) / 2
             case "quick_gelu":
                 out = gate * _sigmoid(1.702 * gate)
             case "relu":
