@@ -152,7 +152,8 @@ class ModelConfig(Settings):
     )
     backend: str = Field(
         "auto",
-        description="native (compiled, CPU), torch or reference (float64, the definition); auto: native if supported, else torch",
+        description="native (compiled, CPU), torch, numpy (CPU, slow) or reference (float64, the definition); auto: native if supported,"
+        " else torch",
     )
     lora: tuple[str, ...] = Field((), description="NAME=FOLDER of a LoRA adapter (PEFT) that requests may choose, repeated for more")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and output; None: the checkpoint's context")

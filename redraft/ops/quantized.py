@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.ops.arrays import Tensor, cast, device, namespace
+from redraft.ops.arrays import Tensor, cast, device, dots, namespace
 
 LARGEST_CODE = 127  # of rows, and of weights with one scale for each output
 LOW, HIGH = -8, 7  # the range of 4-bit codes with one scale for each group, without lows
@@ -274,7 +274,7 @@ def _sums(x: Any, w: Any) -> Any:
     found = xp.zeros((len(x), len(w)), dtype=xp.int32, device=device(x))
     for at in range(0, x.shape[1], EXACT_COLUMNS):
         own = slice(at, at + EXACT_COLUMNS)
-        found += cast(cast(x[:, own], xp.float32) @ cast(w[:, own], xp.float32).T, xp.int32)
+        found += cast(dots(cast(x[:, own], xp.float32), cast(w[:, own], xp.float32)), xp.int32)
     return found
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from redraft.ops import quantized
+from redraft.ops.arrays import array
+from redraft.ops.numpy_ops import NumpyOps
 from redraft.ops.quantized import LOW, Quantized, product
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 
 F32 = np.float32
+NUMPY = NumpyOps("float32")
 
 
 def random(outs: int, ins: int, group: int = 0, *, columns: int = 0, bias: bool = True, seed: int = 0, form: str = "") -> Quantized:
@@ -107,7 +110,7 @@ FORMS = ["", "wide", "low", "tops", "low tops", "wide tops", "wide low tops"]
 @pytest.mark.parametrize("columns", [0, 3])
 @pytest.mark.parametrize(("outs", "ins", "group"), SHAPES)
 def test_each_bit_is_the_definition(outs: int, ins: int, group: int, columns: int, form: str) -> None:
-    """Groups larger than ins, ins that no group divides, odd ins; outlier columns; packed or not; all forms; both backends."""
+    """Groups larger than ins, ins that no group divides, odd ins; outlier columns; packed or not; all forms; all backends."""
     if form and not group:
         pytest.skip("a form of groups")
     w, x = random(outs, ins, group, columns=columns, form=form), rows(4, ins)
@@ -118,6 +121,7 @@ def test_each_bit_is_the_definition(outs: int, ins: int, group: int, columns: in
         assert np.array_equal(backend.linear(x, form).numpy(), expected)
         assert np.array_equal(Reference().linear(x.double(), form).numpy(), expected.astype(np.float64))
     assert np.array_equal(backend.linear(x, backend.pack(w)).numpy(), expected)
+    assert np.array_equal(NUMPY.linear(x.numpy(), NUMPY.pack(w)), expected)
 
 
 def one_sided() -> tuple[torch.Tensor, Quantized]:
@@ -176,6 +180,8 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(w: Quantized, dtype: torch.d
         assert torch.equal(product(x[i : i + 1], w)[0], every[i])
     for first, last in ((0, 2), (3, 20), (5, 38)):
         assert torch.equal(product(x[first:last], w), every[first:last])
+    if dtype != torch.float16:
+        assert array(every).tobytes() == NUMPY.linear(array(x), NUMPY.pack(w)).tobytes()
     neighbours = torch.cat([x[:1], rows(3, 200, seed=9).to(dtype) * 1e4])
     assert torch.equal(product(neighbours, w)[0], every[0])
 
@@ -190,7 +196,8 @@ def test_rows_of_zeros_tiny_and_huge_numbers(group: int) -> None:
     x[4, 3], x[5, 3] = float("nan"), float("inf")
     with np.errstate(over="ignore"):
         expected = np.stack([defined(row, w) for row in x[[0, 1, 2, 3, 6]]])
-    for y in (product(x, w), product(x, w.halved()), Reference().linear(x.double(), w).float()):
+    mine = torch.from_numpy(NUMPY.linear(x.numpy(), NUMPY.pack(w)))
+    for y in (product(x, w), product(x, w.halved()), mine, Reference().linear(x.double(), w).float()):
         assert np.array_equal(y[[0, 1, 2, 3, 6]].numpy(), expected)
         assert torch.equal(y[0], w.bias)
         assert y[4:6].isnan().all()
