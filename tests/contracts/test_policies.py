@@ -111,6 +111,14 @@ def test_alone_with_drafts_and_chunks(one: tuple[tuple[str, str], ...], draft: s
         assert draft != "oracle" or (seen.accepted and seen.rejected)
 
 
+@pytest.mark.parametrize("one", SINGLE, ids=ids)
+def test_on_numpy(one: tuple[tuple[str, str], ...]) -> None:
+    for i, chunk in enumerate((11, 512)):
+        request = requests([dict(one)], i + 1)[i]
+        seen = drive(engine(drafter("oracle", {(request.id, 0): alone(one, i)}), backend="numpy", chunk=chunk), [request], [0])
+        assert tuple(seen.texts[request.id]) == alone(one, i) and seen.accepted and seen.rejected
+
+
 @pytest.mark.parametrize("pool", [60, 9])
 @pytest.mark.parametrize("draft", ["none", "oracle"])
 def test_all_policies_in_one_batch(draft: str, pool: int) -> None:

@@ -22,9 +22,10 @@ def _logits(backend: str, window: int) -> torch.Tensor:
     pages = made.memory.reserve([Work(seq, 6)], [tree])
     logits = made.runner.forward(Batch.pack([Work(seq, 6)], [tree], pages), Taps(logits=True)).logits
     assert logits is not None
-    return logits
+    return torch.as_tensor(logits)
 
 
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
 @pytest.mark.parametrize("window", [6, 7, 8, 9])
-def test_a_window_counts_from_the_deepest_node(window: int) -> None:
-    torch.testing.assert_close(_logits("torch", window), _logits("reference", window), rtol=0, atol=1e-10)
+def test_a_window_counts_from_the_deepest_node(window: int, backend: str) -> None:
+    torch.testing.assert_close(_logits(backend, window), _logits("reference", window), rtol=0, atol=1e-10)
