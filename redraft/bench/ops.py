@@ -72,6 +72,8 @@ class OpsOptions:
         for name in self.backends:
             if name not in registry.BACKENDS:
                 raise registry.unknown("backend", name, registry.BACKENDS)
+            if name == "numpy":
+                raise InvalidInput("backend 'numpy' is not measured: its operations take no tensors")
         if self.dtype not in limits.KINDS:
             raise InvalidInput(f"dtype = {self.dtype!r}: allowed are {', '.join(limits.KINDS)}")
         for name, values, low in (("rows", self.rows, 1), ("cached", self.cached, 1), ("shared", (self.shared,), 0)):
@@ -85,7 +87,7 @@ class OpsOptions:
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        return self.backends or tuple(name for name in registry.BACKENDS if name != "reference")
+        return self.backends or tuple(name for name in registry.BACKENDS if name not in ("numpy", "reference"))
 
 
 @dataclass

@@ -146,8 +146,11 @@ class Weights:
         seen: dict[int, int] = {}
 
         def walk(value: Any) -> None:
-            if hasattr(value, "nbytes"):
-                seen[id(value)] = value.nbytes
+            if isinstance(value, np.ndarray):
+                seen[value.ctypes.data] = value.nbytes
+            elif hasattr(value, "element_size"):  # a tensor; some have no address
+                at = 0 if value.is_mkldnn or value.is_meta else value.data_ptr()
+                seen[at or id(value)] = value.numel() * value.element_size()
             elif is_dataclass(value):  # a layer, or a linear layer in the form of a backend
                 walk(tuple(vars(value).values()))
             elif isinstance(value, tuple | dict):
@@ -269,8 +272,8 @@ class Backend(Protocol):
     """Rows T, features in the last dimension. `pool` and `plan` are opaque outside the backend."""
 
     name: str
-    dtype: Any  # of NumPy or PyTorch
-    device: Any
+    dtype: Any  # of NumPy or PyTorch, whichever its arrays are of
+    device: Any  # as PyTorch names it
     features: frozenset[Feature]
     mixers: frozenset[type]  # the mixers that it computes, see core/spec.py
 

@@ -6,7 +6,8 @@ slot order, so slots that the row does not see change nothing; norms reduce rows
 element the same bits at every place of an array (tests/ops/test_numpy.py checks this on the machine that runs it). Matrix products of
 quantized weights are exact sums of integers. One thread computes.
 
-Every sequence is attended alone, with the index arrays of ops/places.py. Weights may be tensors of PyTorch, whose memory is then shared.
+Every sequence is attended alone, with the index arrays of ops/places.py. A sparse read selects slots, but all are multiplied. Weights may
+be tensors of PyTorch, whose memory is then shared.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def attention(x: Tensor, index: int, mixer: Attention, weights: LayerWeights, ba
         assert weights.q_norm is not None and weights.k_norm is not None
         q, k = qkv[:, :keys], qkv[:, keys:values]
         q, k = (_normed(one, own, mixer, mixer.qk_norm, backend) for one, own in ((q, weights.q_norm), (k, weights.k_norm)))
-        q, k = (backend.rope(one.reshape(rows, -1, mixer.head_dim) if rows else one, mixer, plan) for one in (q, k))
+        q, k = (backend.rope(one.reshape(rows, -1, mixer.head_dim), mixer, plan) for one in (q, k))
     v = qkv[:, values:]
     return backend.linear(backend.attend(index, mixer, q, k, v, pool, plan, weights.sink_logits), weights.out)
 
