@@ -1088,7 +1088,10 @@ def test_mixtures_that_the_kernels_do_not_know(case: str) -> None:
         experts = Newer(experts.count, experts.top_k, experts.mlp)
     spec = replace(bench.spec, layers=(replace(bench.spec.layers[0], mlp=experts), *bench.spec.layers[1:]))
     weights = replace(bench.weights, layers=(own, *bench.weights.layers[1:]))
-    assert torch.equal(bits(bench.ops.experts(x, own, experts)), bits(tensors(NumpyOps.experts(bench.ops.inner, *map(bench.ops.arrays, (x, own, experts))))))
+    assert torch.equal(
+        bits(bench.ops.experts(x, own, experts)),
+        bits(tensors(NumpyOps.experts(bench.ops.inner, *map(bench.ops.arrays, (x, own, experts))))),
+    )
     runner, seq = Runner(spec, weights, bench.ops, 4), text_of(0, [1, 2, 3])
     runner.memory.open(seq)
     work = [Work(seq, 3)]
