@@ -85,6 +85,8 @@ class TensorFile:
             self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
 
     def read(self, name: str, part: int | slice | None = None) -> Numbers:
+        if isinstance(part, slice):  # numpy's reader refuses ends beyond the tensor
+            part = slice(*part.indices(self.tensors[name].shape[0]))
         try:
             if self.tensors[name].dtype == "F8_E4M3":
                 whole = self._float8(name)

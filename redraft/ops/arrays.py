@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import array_api_compat
-import ml_dtypes  # registers bfloat16 and the 8-bit formats with NumPy
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,7 +47,7 @@ def name_of(dtype: Any) -> str:
 
 def numpy_dtype(dtype: Any) -> np.dtype[Any]:
     """NumPy's dtype with the name of a dtype of NumPy or PyTorch."""
-    return np.dtype(name_of(dtype)) if not isinstance(dtype, np.dtype) else dtype
+    return np.dtype(dtype if isinstance(dtype, np.dtype | type) else name_of(dtype))
 
 
 def same_library(dtype: Any, name: str) -> Any:

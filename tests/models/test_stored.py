@@ -211,7 +211,7 @@ def test_layers_that_are_not_quantized(plain: tuple[int, ...], tmp_path: Path) -
     llm = LLM(str(folder), cache_memory=1 << 22, draft="none")
     found = [getattr(layer.down, "c").group for layer in llm.runner.weights.layers]  # noqa: B009
     assert found == [0 if i in plain else GROUP for i in range(3)]
-    decoded = loader.read(loader.inspect(folder, "float32")).layers
+    decoded = loader.read(loader.inspect(folder, "float32"), PLACED).layers
     assert all(torch.equal(decoded[i].down.weight, dense[f"model.layers.{i}.mlp.down_proj.weight"]) for i in range(3))  # type: ignore[union-attr]
     texts = [
         [one.outputs[0].token_ids for one in llm.generate(["a", "def f(x):"], max_tokens=24, draft=draft)] for draft in ("none", "copyspec")
