@@ -1,7 +1,7 @@
 """Which parts of a checkpoint, and which policies, run in compiled kernels.
 
 This is found by trial, not from a list. A small copy of the network with random weights generates a few tokens, once for each kind of
-layer, quantization and policy. Every operation that the native backend passes on to the torch backend is noted.
+layer, quantization and policy. Every operation that the native backend passes on to the NumPy backend is noted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ONCE = "embedding", "head"  # once for each model, not for each layer
 
 
 class Part(NamedTuple):
-    """backend: native, torch or not tried; why: the operations that PyTorch runs, or the reason."""
+    """backend: native, numpy or not tried; why: the operations that NumPy runs, or the reason."""
 
     name: str
     backend: str
@@ -60,9 +60,9 @@ class Part(NamedTuple):
 
 
 class Handed(NumpyOps):
-    """Notes each operation that reaches the torch backend. In `Trial` it is between NativeOps and TorchOps."""
+    """Notes each operation that reaches the NumPy backend. In `Trial` it is between NativeOps and NumpyOps."""
 
-    def __init__(self, dtype: Any, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dtype: Any, device: Any = "cpu") -> None:
         self.handed: set[str] = set()
         super().__init__(dtype, device)
 
@@ -100,7 +100,7 @@ class Copy:
         return self.handed()
 
     def handed(self, quant: Any = None, seam: str = "", name: str = "") -> set[str]:
-        """The operations that PyTorch ran for the tokens after a prompt, with a policy if one is named. RedraftError if it cannot run."""
+        """The operations that NumPy ran for the tokens after a prompt, with a policy if one is named. RedraftError if it cannot run."""
         backend, prompt = Trial(self.dtype), [i % WIDTH for i in range(PROMPT)]
         runner = Runner(self.spec, loader.read(self.checkpoint(quant), backend), backend, PAGES, sharing=False, quant=quant)
         policy = {seam: self._policy(runner, seam, name, prompt)} if seam else {}
@@ -150,7 +150,7 @@ def _of_layer(copy: Copy, layer: LayerSpec, which: str) -> Iterator[Part]:
     }
     for name, called in OPERATIONS.items():
         if name not in absent:
-            yield Part(called if called in ONCE else called + which, "torch" if name in handed else "native")
+            yield Part(called if called in ONCE else called + which, "numpy" if name in handed else "native")
 
 
 def _tried(copy: Copy, what: str, **options: Any) -> Part:
@@ -158,7 +158,7 @@ def _tried(copy: Copy, what: str, **options: Any) -> Part:
         handed = copy.handed(**options) - copy.plain
     except RedraftError as error:
         return Part(what, "not tried", str(error))
-    return Part(what, "torch" if handed else "native", ", ".join(OPERATIONS[one] for one in OPERATIONS if one in handed))
+    return Part(what, "numpy" if handed else "native", ", ".join(OPERATIONS[one] for one in OPERATIONS if one in handed))
 
 
 def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], folder: Path) -> Copy:

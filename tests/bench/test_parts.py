@@ -54,7 +54,7 @@ def test_what_the_backend_passes_on_is_noticed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(NativeOps, "run", lambda *_: None)
     monkeypatch.setattr(NativeOps, "forward", lambda *_: None)
     got = found(checkpoint)
-    assert (got["norms (2 layers from 0)"].backend, got["norms (layer 2)"].backend) == ("torch", "torch")
+    assert (got["norms (2 layers from 0)"].backend, got["norms (layer 2)"].backend) == ("numpy", "numpy")
     assert got["attention (layer 2)"].backend == "native" and "head (layer 2)" not in got
 
 

@@ -242,7 +242,7 @@ def test_a_codec_gives_the_codes_of_pytorch(name: str, make: Callable[..., Any])
 def test_sparse_reads_choose_as_with_pytorch(name: str) -> None:
     at = scene(2, [list(range(120))] * 2, 120, chain=2, parents=[-1, 0, 0, -1, 3, 1, 5] if name == "tree" else [])
     where = (at.seen, at.where, at.at)
-    labels = Labels(torch.tensor([[[0, 3, 6], [1, 2, 7]]]), 24, 0, 1)
+    labels = Labels(np.array([[[0, 3, 6], [1, 2, 7]]]), 24, 0, 1)
     held = {"labels": labels.fill(0, at.keys.transpose(0, 1))["labels"].transpose(0, 1).unflatten(1, (-1, 32))}
     tops = PageTopK(tokens=96, sinks=0)
     bounds = {n: x.unflatten(0, (2, -1)) for n, x in tops.summarize(at.keys.unflatten(1, (-1, 32)).flatten(0, 1)).items()}

@@ -17,19 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.errors import Unsupported
-from redraft.ops.arrays import cast, dots, mixed, namespace, same_library, wide
+from redraft.ops.arrays import Tensor, cast, dots, mixed, namespace, same_library, wide
 from redraft.ops.format import INT4_BLOCKS, PAGE, Array, Arrays
 from redraft.options import Options, number
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 STEPS = 15
 ROOM = 2**22  # elements of scaled queries at once; each page has its own, so a chunk of many rows would need too much memory
@@ -66,7 +62,7 @@ class Int4Units:
     name = "int4"
     layout = INT4_BLOCKS
 
-    def __init__(self, head_dim: int, dtype: torch.dtype | np.dtype[Any], block: int) -> None:
+    def __init__(self, head_dim: int, dtype: Any | np.dtype[Any], block: int) -> None:
         if head_dim % 2:
             raise Unsupported(f"codec 'int4' packs two channels into a byte, but the head size {head_dim} is odd")
         self.dtype, self.block = dtype, block
@@ -133,7 +129,7 @@ class Int4Units:
         return found[0], found[1]
 
 
-def _unpack(packed: Tensor, dtype: torch.dtype | np.dtype[Any]) -> Tensor:
+def _unpack(packed: Tensor, dtype: Any | np.dtype[Any]) -> Tensor:
     """Bytes [..., D / 2] -> codes [..., D]."""
     found: Tensor = cast(namespace(packed).concat([packed & STEPS, packed >> 4], axis=-1), dtype)
     return found

@@ -21,17 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from redraft.card import Card, Guarantee
-from redraft.ops.arrays import cast, dots, mixed, namespace, same_library, wide, widened
+from redraft.ops.arrays import Tensor, cast, dots, mixed, namespace, same_library, wide, widened
 from redraft.ops.format import INT8_VECTORS, PAGE, Array, Arrays
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 LARGEST_CODE = 127
 LARGEST_SCALE = 2.679388e36  # its product with LARGEST_CODE is still a finite float32
@@ -65,7 +61,7 @@ class Int8Units:
     block = 0
     layout = INT8_VECTORS
 
-    def __init__(self, head_dim: int, dtype: torch.dtype | np.dtype[Any]) -> None:
+    def __init__(self, head_dim: int, dtype: Any | np.dtype[Any]) -> None:
         self.dtype = dtype
         codes, scales = Array((PAGE, head_dim), same_library(dtype, "int8")), Array((PAGE,), same_library(dtype, "float32"))
         self.arrays: Mapping[str, Array] = {"keys": codes, "values": codes, "key_scales": scales, "value_scales": scales}

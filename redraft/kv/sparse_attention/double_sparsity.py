@@ -23,12 +23,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from hashlib import sha256
-from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
@@ -39,14 +39,11 @@ from redraft.core.spec import Attention
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.ops import arrays
-from redraft.ops.arrays import array, kth_largest, namespace, numpy_dtype
+from redraft.ops.arrays import Tensor, array, kth_largest, namespace, numpy_dtype
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from redraft.models.runner import Runner
     from redraft.ops.backend import Backend, Products
 
@@ -133,17 +130,14 @@ class Profile:
     """scores: f32 [L, K, D], the mean |q_c * k_c| of every channel; model: the hash of the calibrated model; texts, tokens: the number
     of texts and tokens of the calibration."""
 
-    scores: Tensor
+    scores: NDArray[np.float32]
     model: str
     texts: int
     tokens: int
 
-    def channels(self, count: int) -> Tensor:
+    def channels(self, count: int) -> NDArray[np.int64]:
         """i64 [L, K, count], ascending: the channels with the largest scores; of equal scores the lower channel."""
-        xp = namespace(self.scores)
-        order = xp.argsort(self.scores, axis=-1, descending=True, stable=True)  # 2.
-        channels: Tensor = xp.sort(order[..., :count], axis=-1)
-        return channels
+        return np.sort(np.argsort(-self.scores, axis=-1, kind="stable")[..., :count], axis=-1)  # 2.
 
     def save(self, path: Path | None = None) -> Path:
         """Writes a safetensors file, by default where `open` looks for it; returns its path."""
@@ -162,7 +156,7 @@ class Profile:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(path, framework="pt" if find_spec("torch") else "np") as file:
+            with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("method") != METHOD:
                     raise CheckpointError(f"{path}: not a profile of {METHOD}")
@@ -178,7 +172,7 @@ class Profile:
 class Labels:
     """The opened method. channels: i64 [L, K, c], the label channels."""
 
-    channels: Tensor
+    channels: NDArray[np.int64]
     tokens: int
     dense: int
     sinks: int
@@ -193,7 +187,7 @@ class Labels:
     def dense_up_to(self) -> int:
         return self.tokens
 
-    def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]:
+    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
         return {"labels": Array((PAGE, self.channels.shape[-1]), dtype)}
 
     def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
@@ -251,11 +245,9 @@ class _Meter:
         found: Tensor = self._backend.attend(index, layer, q, k, *rest)
         return found
 
-    def means(self, tokens: int) -> Any:
-        """f32 [L, K, D], on the CPU."""
-        sums = [self.sums[index] for index in sorted(self.sums)]
-        xp = namespace(sums[0])
-        return xp.asarray(arrays.cast(xp.stack(sums) / tokens, xp.float32), device="cpu")
+    def means(self, tokens: int) -> NDArray[np.float32]:
+        """f32 [L, K, D]"""
+        return (np.stack([array(self.sums[index]) for index in sorted(self.sums)]) / tokens).astype(np.float32)
 
 
 # ---- the hash of the model
@@ -297,12 +289,11 @@ def _config(source: Path) -> bytes:
 
 def _in_files(source: Path) -> Iterator[Weight]:
     from redraft.models import loader
-    from redraft.ops.torch_arrays import as_tensor
 
     stored = loader.inspect(source).tensors
     for name, info in sorted(stored.tensors.items()):
         if info.shape:
-            yield name, info.shape, as_tensor(stored.read(name, slice(0, _sampled(as_tensor(stored.read(name, slice(0, 1)))))))
+            yield name, info.shape, stored.read(name, slice(0, _sampled(stored.read(name, slice(0, 1)))))
 
 
 def _in_memory(value: Any, name: str = "weights") -> Iterator[Weight]:
@@ -322,4 +313,4 @@ def _first_rows(stored: Tensor) -> Tensor:
 
 def _sampled(row: Tensor) -> int:
     """The number of rows of this size that enter the hash."""
-    return max(1, SAMPLE // max(1, row.nbytes))
+    return max(1, SAMPLE // max(1, int(row.nbytes)))

@@ -23,14 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
-from redraft.ops.arrays import namespace
+from redraft.ops.arrays import Tensor, namespace
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from redraft.ops.backend import Products
 
 
@@ -80,7 +77,7 @@ class PageTopK(Options):
     def dense_up_to(self) -> int:
         return self.tokens
 
-    def arrays(self, head_dim: int, dtype: torch.dtype) -> dict[str, Array]:
+    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
         bounds = Array((PAGE // self.logical, head_dim), dtype, whole=True)
         return {"low": bounds, "high": bounds}
 
