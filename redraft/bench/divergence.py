@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
+import ml_dtypes
 import numpy as np
-import torch
 
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
@@ -25,6 +26,7 @@ from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY
 from redraft.llm import LLM
 from redraft.models.adapter import Adapter
+from redraft.ops.arrays import array, numpy_dtype
 from redraft.sample.processors.processor import F64, Row
 
 NEAR_TIE = 1e-4  # float32: the largest difference of two logits that rounding may put in another order
@@ -34,21 +36,26 @@ SPACINGS = 2.0
 CHUNK = 64
 
 
-def tolerance(dtype: torch.dtype, logits: F64) -> float:
-    """The largest gap to the plain model's choice that counts as a near-tie. float64: 0."""
-    if dtype is torch.float64:
+def tolerance(dtype: Any, logits: F64) -> float:
+    """The largest gap to the plain model's choice that counts as a near-tie. float64: 0. dtype: of NumPy or PyTorch."""
+    if numpy_dtype(dtype) == np.float64:
         return 0.0
-    if dtype is torch.float32:
+    if numpy_dtype(dtype) == np.float32:
         return NEAR_TIE
-    return SPACINGS * torch.finfo(dtype).eps * float(np.abs(logits[np.isfinite(logits)]).max())
+    return SPACINGS * _spacing(dtype) * float(np.abs(logits[np.isfinite(logits)]).max())
 
 
-def tolerance_label(dtype: torch.dtype) -> str:
-    if dtype is torch.float64:
+def _spacing(dtype: Any) -> float:
+    """Of the numbers from 1 on."""
+    return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps)  # type: ignore[no-untyped-call]
+
+
+def tolerance_label(dtype: Any) -> str:
+    if numpy_dtype(dtype) == np.float64:
         return "none"
-    if dtype is torch.float32:
+    if numpy_dtype(dtype) == np.float32:
         return f"a margin under {NEAR_TIE:g}"
-    return f"a margin under {100 * SPACINGS * torch.finfo(dtype).eps:.1f} % of the row's largest logit"
+    return f"a margin under {100 * SPACINGS * _spacing(dtype):.1f} % of the row's largest logit"
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def rows(llm: LLM, tokens: list[int], adapter: Adapter | None = None) -> Iterato
             assert out.logits is not None and len(out.logits) == work[0].rows
             runner.memory.move(runner.memory.commit(work, [Accepted()]))
             for row in out.logits:
-                yield row.to(torch.float64).cpu().numpy()
+                yield array(row).astype(np.float64)
     finally:
         runner.memory.free(seq)
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from redraft import __version__
@@ -20,6 +21,7 @@ from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.llm import LLM
+from redraft.ops.arrays import array
 from redraft.ops.backend import ForwardResult
 
 
@@ -48,7 +50,7 @@ class Redraft:
         }
         if getattr(self.runner.quant, "keeps", False):
             weights = self.runner.weights
-            embedding = weights.embed.nbytes if isinstance(weights.embed, torch.Tensor) else 0
+            embedding = weights.embed.nbytes if hasattr(weights.embed, "nbytes") else 0
             self.facts["stored_bytes"] = weights.bytes - embedding
 
     # ---- measurements
@@ -113,7 +115,7 @@ class Redraft:
         finally:
             self.runner.memory.free(seq)
         assert logits is not None
-        row = logits[0].double().cpu().numpy()
+        row = array(logits)[0].astype(np.float64)
         return {"margin": float(row[expected] - row[found]), "near": tolerance(self.runner.backend.dtype, row)}
 
     # ---- one forward pass
