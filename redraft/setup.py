@@ -128,6 +128,8 @@ def _device(name: str) -> str:
 
 
 def _has_cuda() -> bool:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return False
     return torch.cuda.is_available()

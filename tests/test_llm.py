@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from redraft.bench.prompts import Prompt
 from redraft.config import EngineConfig
 from redraft.engine.interrupt import InterruptBetween
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod
+from redraft.ops import library
 from tests import adapters
 from tests.checkpoints import tiny_llama
 from tests.contracts.identity import complete
@@ -498,3 +501,34 @@ def test_edits_of_edits_and_several_texts_of_one() -> None:
 def test_edit_names_what_is_wrong(patch: Any, options: dict[str, Any]) -> None:
     with pytest.raises((InvalidInput, UnknownMethod), match=r"patch\[0\] = |patch of type str|no reuse method|^reuse = 3"):
         LLM("embedded").edit("x = 1 + 2\n", patch, **options)
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())
+from redraft import LLM
+
+llm = LLM("embedded", quant="int8", device="cpu", threads=1)
+for chosen in ({}, {"codec": "int8"}, {"codec": "int4"}, {"keep": "streaming-llm"}, {"read": "page-top-k"}, {"draft": "draft-model"}):
+    found = llm.generate("import os\\n", max_tokens=12, temperature=0.7, seed=1, logprobs=1, **chosen)[0].outputs[0]
+    print(found.token_ids, found.logprobs)
+print([float(x) for x in llm.embed("def f(x):")[0]][:4], any(name.partition(".")[0] in ("torch", "transformers") for name in sys.modules))
+"""
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
+def test_the_native_path_needs_no_pytorch() -> None:
+    """Drafts, policies, quantization, sampling and embeddings, as if it were not installed: the same numbers as with it."""
+    alone = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    beside = WITHOUT.replace("sys.meta_path.insert(0, Missing())", "import torch")
+    with_it = subprocess.run([sys.executable, "-c", beside], capture_output=True, text=True, check=True)
+    *same, last = alone.stdout.splitlines()
+    *others, _ = with_it.stdout.splitlines()
+    assert same == others and len(same) == 6 and last.endswith("False")
