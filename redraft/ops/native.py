@@ -48,7 +48,7 @@ from redraft.ops.cpu import abi
 from redraft.ops.cpu.abi import address
 from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
 from redraft.ops.numpy_ops import Floats, NumpyOps
-from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned
+from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned, lines
 from redraft.ops.places import LoneSequence, Writer, tree_rows
 from redraft.ops.quantized import Quantized
 
@@ -242,7 +242,7 @@ class NativeOps(NumpyOps):
             )
             self._call("rd_pack_groups", c, address(codes), address(panels))
         else:
-            sums = np.empty(len(panels) * abi.PANEL, np.int32)
+            sums = lines((len(panels) * abi.PANEL,), np.int32)
             self._call("rd_pack_int8", c, address(codes), address(panels), address(sums))
             c.sums, extra["sums"] = address(sums), sums
             extra |= self._floats(c, scale=weights.scale)
@@ -269,7 +269,7 @@ class NativeOps(NumpyOps):
         for name, values in given.items():
             if values is not None:
                 values = np.ascontiguousarray(array(values))
-                made[name] = np.empty((-(-c.outs // abi.PANEL), values.shape[1], abi.PANEL), values.dtype)
+                made[name] = lines((-(-c.outs // abi.PANEL), values.shape[1], abi.PANEL), values.dtype)
                 at, count = address(made[name]), values.shape[1]
                 self._call("rd_arrange", c, address(values), values.itemsize, count, at)
                 setattr(c, name, at)
@@ -281,7 +281,7 @@ class NativeOps(NumpyOps):
         for name, values in given.items():
             if values is not None:
                 values = np.ascontiguousarray(array(values), np.float32)
-                made[name] = np.empty(-(-c.outs // abi.PANEL) * abi.PANEL, np.float32)
+                made[name] = lines((-(-c.outs // abi.PANEL) * abi.PANEL,), np.float32)
                 self._call("rd_pack_floats", c, address(values), address(made[name]))
                 setattr(c, name, address(made[name]))
         return made

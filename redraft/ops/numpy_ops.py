@@ -47,13 +47,12 @@ from redraft.ops.backend import (
     limited,
 )
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
-from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned
+from redraft.ops.numpy_pool import FormatStore, NumpyPool, lines
 from redraft.ops.places import LoneSequence, Writer, tree_rows
 from redraft.ops.quantized import Quantized, product
 
 Floats = Any  # an array of numbers of the backend's dtype or better
 DTYPES = "float32", "bfloat16", "float64"
-LINE = 64  # bytes of a line of a cache
 BLOCK = 1 << 17  # numbers of a weight that are widened and multiplied at once; they fit into a cache
 
 PageSource = tuple[PageCodec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
@@ -96,8 +95,7 @@ class NumpyOps:
     def allocate(self, spec: ModelSpec, blocks: int) -> NumpyPool:
         # not zeroed, because each page is zeroed when it is allocated, and untouched memory costs nothing
         shape = blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
-        memory = aligned(math.prod(shape) * self.dtype.itemsize, LINE)
-        pool = NumpyPool(memory.view(self.dtype).reshape(shape), spec)
+        pool = NumpyPool(lines(shape, self.dtype), spec)
         self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
         return pool
 
@@ -107,8 +105,11 @@ class NumpyOps:
 
     def zero(self, pool: NumpyPool, pages: list[tuple[Space, int]]) -> None:
         for space, page in pages:
-            stored = pool.formats[space.format]
-            stored.bytes[stored.at(pool.units(space, np.array([page], np.int32)))] = 0
+            if space == Space():
+                pool.data[page] = 0  # one piece of memory
+            else:
+                stored = pool.formats[space.format]
+                stored.bytes[stored.at(pool.units(space, np.array([page], np.int32)))] = 0
 
     def move(self, pool: NumpyPool, space: Space, src: I32, dst: I32, delta: int = 0) -> None:
         assert not delta or space == Space(), f"{space}: keys are rotated in plain shared pages only"

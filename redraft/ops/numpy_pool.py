@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -17,12 +18,21 @@ from redraft.ops import arrays
 from redraft.ops.arrays import dots, mixed
 from redraft.ops.format import Arrays, Format, PageCodec
 
+LINE = 64  # bytes of a line of a cache
+
 
 def aligned(size: int, grain: int) -> NDArray[np.uint8]:
     """Memory of `size` bytes that begins at a multiple of `grain`; untouched memory costs nothing."""
     memory = np.empty(size + grain, np.uint8)
     start = -memory.__array_interface__["data"][0] % grain
     return memory[start : start + size]
+
+
+def lines(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """An array without values that begins with a line of a cache: a vector of NumPy's own arrays often lies in two lines."""
+    kind = np.dtype(dtype)
+    found: NDArray[Any] = aligned(prod(shape) * kind.itemsize, LINE).view(kind).reshape(shape)
+    return found
 
 
 class Exact:
