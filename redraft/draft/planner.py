@@ -45,10 +45,8 @@ FALL = 0.85  # of the next node's probability from node to node, at least, where
 AHEAD = 48  # further nodes that the search looks ahead
 FURTHER = [(1 - FALL**m) / (1 - FALL) for m in range(AHEAD + 1)]  # the sum of so many further ones, relative to the first
 FIXED_NODES = 4  # drafted nodes a sequence where time must not decide
-QUIET, LOOKS = (
-    8,
-    0.5,
-)  # a text that kept nothing for n steps rests for n // q of them, q: QUIET, fewer if q looks take more than LOOKS steps
+QUIET = 8  # a text that kept nothing for n steps rests for n // q of them; q is QUIET, or less so that
+LOOKS = 0.5  # q looks take at most so many steps
 LONGEST_REST, LOOKING = 15, 0.01  # steps that it rests at most, fewer if looks then take less than this share of all time
 LOOK_RATE = 0.1  # weight of a step in the mean share of drafting
 

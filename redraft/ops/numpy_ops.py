@@ -184,8 +184,7 @@ class NumpyOps:
         """Arrays, with the memory of tensors of PyTorch."""
         if isinstance(weights, Quantized):
             halved = weights.halved()
-            parts = {name: getattr(halved, name) for name in ("codes", "scale", "bias", "columns", "side", "low", "top", "bottom")}
-            held: dict[str, Any] = {name: None if part is None else array(part) for name, part in parts.items()}
+            held: dict[str, Any] = {name: array(part) for name, part in halved.arrays.items()}
             return replace(halved, **held)
         assert isinstance(weights, Linear)
         own: list[Any] = [None if part is None else np.ascontiguousarray(cast(array(part), self.dtype)) for part in weights]

@@ -26,7 +26,7 @@ from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 from redraft.ops.numpy_ops import NumpyOps
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
-from tests.ops.faced import tensor
+from tests.ops.tensors import tensor
 
 VOCAB, HIDDEN, SIZE = 37, 32, 8
 FAST: dict[str, Callable[[torch.dtype], TorchOps | NumpyOps]] = {"torch": TorchOps, "numpy": NumpyOps}

@@ -31,7 +31,7 @@ from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 from tests.kv.sparse_attention import scene
 from tests.ops import test_backends, test_views
-from tests.ops.faced import Faced, tensor
+from tests.ops.tensors import Faced, tensor
 from tests.ops.test_backends import VOCAB
 
 DTYPES = "float32", "bfloat16", "float64"

@@ -11,7 +11,7 @@ from redraft.ops import reference, torch_ops
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
 from tests.contracts import plain
-from tests.ops.faced import Faced
+from tests.ops.tensors import Faced
 
 BLOCKS = 5
 

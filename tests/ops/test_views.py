@@ -29,7 +29,7 @@ from redraft.ops.backend import Products, WeightSums
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
-from tests.ops.faced import Faced, tensor
+from tests.ops.tensors import Faced, tensor
 
 LAYERS, HEADS, SHARE, SIZE = 2, 2, 2, 8
 BLOCKS = 60
