@@ -41,9 +41,10 @@ class NextDistribution:
             ids, values = ids[alive], values[alive]
         self.ids, self._noise, self._target, self._gumbel = ids, noise, target, noise_of
         self._order: list[int] = []
-        if total is None and len(ids):
+        if len(ids):  # what was changed after `total` was taken, as by a bias, must not make probabilities above 1
             best = values.max()
-            total = best + np.log(np.exp(values - best).sum())
+            own = best + np.log(np.exp(values - best).sum())
+            total = own if total is None else max(total, own)
         self.logq: F64 = values if total is None else values - total
 
     @cached_property
