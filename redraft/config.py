@@ -15,9 +15,10 @@ ADAPTER_NAME = re.compile(r"(?!\.)[\w.-]{1,64}")
 
 
 class Settings(BaseModel):
-    """A frozen pydantic model whose errors are one line: field, value, what is allowed."""
+    """A frozen pydantic model whose errors are one line: field, value, what is allowed. Its checks are compiled when it is first made,
+    so that --help, which reads the fields only, is fast."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), arbitrary_types_allowed=False, defer_build=True)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -139,6 +140,25 @@ class SamplingParams(Settings):
         return self.temperature == 0
 
 
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{unit}": base ** (i + 1) for unit, base in (("b", 1000), ("ib", 1024)) for i, letter in enumerate("kmgt")
+}
+
+
+def _bytes(value: Any) -> Any:
+    """A size such as 2GB (10^9 bytes each), 1.5GiB (2^30) or a whole number of bytes, as an integer."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([a-z]*)", value.strip().lower(), re.ASCII) if isinstance(value, str) else None
+    unit = _UNITS.get(found[2]) if found else None
+    if found is None or unit is None or (unit == 1 and "." in found[1]):
+        raise ValueError("a whole number of bytes, or a size in KB, MB, GB, TB, KiB, MiB, GiB or TiB is needed, such as 2GB")
+    return int(found[1]) * unit if "." not in found[1] else int(float(found[1]) * unit)
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]  # int after validation; text may have a unit
+
+
 class ModelConfig(Settings):
     """Which checkpoint, and how its weights are stored and computed."""
 
@@ -162,6 +182,12 @@ class ModelConfig(Settings):
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of all engines of the process; None: as many as the process may use"
+    )
+    weight_cache: Bytes | None = Field(
+        None,
+        ge=0,
+        description="most bytes of packed weights that are kept on disk, so that a model starts faster the next time; 0: none; None: "
+        "REDRAFT_WEIGHT_CACHE, else 8GiB",
     )
 
     @field_validator("quant")
@@ -203,23 +229,6 @@ class ModelConfig(Settings):
 
 
 AUTO = "auto"
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{unit}": base ** (i + 1) for unit, base in (("b", 1000), ("ib", 1024)) for i, letter in enumerate("kmgt")
-}
-
-
-def _bytes(value: Any) -> Any:
-    """A size such as 2GB (10^9 bytes each), 1.5GiB (2^30) or a whole number of bytes, as an integer."""
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) ?([a-z]*)", value.strip().lower(), re.ASCII) if isinstance(value, str) else None
-    unit = _UNITS.get(found[2]) if found else None
-    if found is None or unit is None or (unit == 1 and "." in found[1]):
-        raise ValueError("a whole number of bytes, or a size in KB, MB, GB, TB, KiB, MiB, GiB or TiB is needed, such as 2GB")
-    return int(found[1]) * unit if "." not in found[1] else int(float(found[1]) * unit)
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes)]  # int after validation; text may have a unit
 
 
 class CacheConfig(Settings):
@@ -247,9 +256,9 @@ class SchedulerConfig(Settings):
 class EngineConfig(Settings):
     """All of an engine's configuration. `EngineConfig.of(model=..., draft=..., token_budget=...)` takes flat names."""
 
-    model: ModelConfig = ModelConfig()
-    cache: CacheConfig = CacheConfig()
-    schedule: SchedulerConfig = SchedulerConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    schedule: SchedulerConfig = Field(default_factory=SchedulerConfig)
     draft: str = Field("none", description="name:option=value of a drafter; auto: one that speeds up this machine")
     draft_model: str | None = Field(
         None, description="the checkpoint of drafters with a draft model; with the embedded model the embedded draft model"

@@ -23,9 +23,10 @@ from redraft.engine.output import Event, Stats
 from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
 from redraft.guarantee import weakest
 from redraft.inputs import Conversation, Params, Patch, Prompt
-from redraft.models import adapter, generation, loader
+from redraft.models import adapter, generation, packs
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
+from redraft.ops.backend import Feature
 from redraft.outputs import CacheMiss, CompletionOutput, Delta, RequestOutput
 from redraft.sample.sampler import Sampler
 from redraft.setup import Setup, scheduler_of
@@ -75,7 +76,7 @@ class LLM:
         self.defaults = checkpoint.defaults if config.model.generation_config == "auto" else {}
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
-        weights = loader.read(checkpoint, setup.backend)
+        weights = packs.read(checkpoint, setup.backend, config.model.weight_cache)
         self.runner = Runner(
             checkpoint.spec,
             weights,
@@ -85,6 +86,7 @@ class LLM:
             source=checkpoint.path,
             draft_model=config.draft_model,
             quant=checkpoint.quant,
+            weight_cache=config.model.weight_cache,
         )
         self._named = checkpoint.named
         self._turns = Turns()
@@ -145,17 +147,27 @@ class LLM:
         config = self.config
         return weakest(draft=config.draft, verify=config.verify, sched=config.schedule.scheduler)
 
-    def guarantee_of(self, params: SamplingParams, reuse: str | None = None) -> Guarantee:
-        """The guarantee for one request, compared with the plain loop over the checkpoint's weights. reuse: as given to `edit`."""
+    def guarantee_of(self, params: SamplingParams, reuse: str | None = None, *, weights: bool = True) -> Guarantee:
+        """The guarantee for one request, compared with the plain loop over the checkpoint's weights, or, with weights=False, over the
+        same quantized ones. reuse: as given to `edit`."""
         params, config = self.params(params), self.config
         return weakest(
             draft=config.draft if params.draft is None else params.draft,
             verify=config.verify if params.verify is None else params.verify,
             sched=config.schedule.scheduler,
-            quant=config.model.quant,
+            quant=config.model.quant if weights else None,
             reuse=reuse,
             **{seam: getattr(params, seam) for seam in POLICIES},
         )
+
+    def promise(self, params: SamplingParams) -> str:
+        """What the last line of a command says of `guarantee_of`: of the methods, and apart from these of the weights, if they are
+        quantized. On a backend whose rows do not have the bits that they have alone, two tokens that are nearly as likely may change
+        places, if its numbers have fewer than 64 bits."""
+        backend, quant, methods = self.runner.backend, self.config.model.quant, self.guarantee_of(params, weights=False)
+        exact = Feature.BIT_EXACT in backend.features or backend.dtype.itemsize > 4 or methods >= Guarantee.NEAR
+        stored = f", weights {quant} ({weakest(quant=quant).label})" if quant else ""
+        return f"{methods.label}{'' if exact else ' but for near-ties'}{stored}"
 
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
         verifier = registry.create("verify", self.config.verify)

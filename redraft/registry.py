@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from redraft.errors import InvalidInput, UnknownMethod, did_you_mean, shown
+from redraft.errors import InvalidInput, UnknownMethod, Unsupported, did_you_mean, shown
 
 METHODS: dict[str, dict[str, str]] = {
     "draft": {
@@ -83,6 +83,7 @@ PROCESSORS: dict[str, str] = {
     "typical-p": "redraft.sample.processors.typical_p:TypicalP",
 }
 
+NEEDS_TORCH = "it needs PyTorch, which is not installed: pip install 'redraft[torch]'"
 BACKENDS: dict[str, str] = {
     "native": "redraft.ops.native:NativeOps",
     "numpy": "redraft.ops.numpy_ops:NumpyOps",
@@ -134,6 +135,18 @@ def load(target: str) -> Any:
     """The object that "module:name" points to."""
     module, name = target.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def backend(name: str) -> Any:
+    """The class of a backend. Raises UnknownMethod for an unknown name, Unsupported where its package is not installed."""
+    if name not in BACKENDS:
+        raise unknown("backend", name, BACKENDS)
+    try:
+        return load(BACKENDS[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise Unsupported(f"backend = {name!r}: {NEEDS_TORCH}") from None
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UnknownMethod:

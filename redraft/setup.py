@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import re
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from redraft import registry
+from redraft.columns import fold, width
 from redraft.config import AUTO, EngineConfig
 from redraft.core.spec import ModelSpec
 from redraft.draft.drafter import Drafter
@@ -16,6 +20,8 @@ from redraft.models import loader, memory, mixers
 from redraft.ops import library
 from redraft.ops.backend import Backend, Feature
 from redraft.sched.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Setup:
         checkpoint = _checkpoint(config, device)
         backend = _backend(config, checkpoint, device)
         if config.model.quant == AUTO:
-            name = _as_stored(checkpoint, backend)
+            name = as_stored(checkpoint, backend.features)
             checkpoint = replace(checkpoint, quant=registry.create("quant", name) if name else None)
             config = config.but(model=config.model.but(quant=name))
         mixers.check(checkpoint.spec, backend)
@@ -68,8 +74,8 @@ def _checkpoint(config: EngineConfig, device: str) -> loader.Checkpoint:
     """The checkpoint's headers. The draft model's path is checked even if no drafter uses it."""
     quant = None if config.model.quant in (None, AUTO) else registry.create("quant", config.model.quant)
     chosen = config.model.backend
-    if chosen not in ("auto", *registry.BACKENDS):
-        raise registry.unknown("backend", chosen, ("auto", *registry.BACKENDS))
+    if chosen != "auto":
+        registry.backend(chosen)
     path = loader.resolve(config.model.model)
     if config.draft_model is not None:
         loader.resolve(config.draft_model)
@@ -80,20 +86,25 @@ def _checkpoint(config: EngineConfig, device: str) -> loader.Checkpoint:
     return found
 
 
-def _as_stored(checkpoint: loader.Checkpoint, backend: Backend) -> str | None:
-    """The quantization that keeps weights as they are stored, if they are quantized and products with them are as fast as others."""
-    if Feature.GROUPED not in backend.features or not checkpoint.stores_codes():
+def as_stored(checkpoint: loader.Checkpoint, features: Set[Feature]) -> str | None:
+    """The quantization that keeps weights as they are stored, if they are quantized and a backend with these features multiplies them as
+    fast as others."""
+    if Feature.GROUPED not in features or not checkpoint.stores_codes():
         return None
     return next((name for name in registry.METHODS["quant"] if getattr(registry.method("quant", name), "keeps", False)), None)
 
 
 def _backend(config: EngineConfig, checkpoint: loader.Checkpoint, device: str) -> Backend:
-    """The backend that `config` names. "auto" is native if it serves both models, else torch."""
+    """The backend that `config` names. "auto" is the native one if it serves both models."""
     chosen = config.model.backend
     if chosen == "auto":
-        specs = [checkpoint.spec, *_draft_spec(config, device)]
-        chosen = "native" if all(library.serves(checkpoint.dtype, device, spec)[0] == "native" for spec in specs) else "torch"
-    backend: Backend = registry.load(registry.BACKENDS[chosen])(checkpoint.dtype, device)
+        served = [library.serves(checkpoint.dtype, device, spec) for spec in (checkpoint.spec, *_draft_spec(config, device))]
+        chosen, why = next((other for other in served if other[0] != "native"), served[0])
+        if chosen == "torch" and importlib.util.find_spec("torch") is None:
+            raise Unsupported(f"dtype = {config.model.dtype!r}: {registry.NEEDS_TORCH}")
+        if device == "cpu" and library.load() is None:
+            _warn(f"backend {chosen!r} computes, which is slow: {why}")
+    backend: Backend = registry.backend(chosen)(checkpoint.dtype, device)
     if config.model.threads is not None:
         backend.use_threads(config.model.threads)
     return backend
@@ -109,6 +120,10 @@ def _draft_spec(config: EngineConfig, device: str) -> list[ModelSpec]:
         return []
 
 
+def _warn(line: str) -> None:
+    log.warning("%s", "\n".join(fold(line, width())))
+
+
 GPUS = (
     "/dev/nvidiactl",
     "/dev/nvmap",
@@ -118,18 +133,23 @@ GPUS = (
 
 
 def _device(name: str) -> str:
+    installed = importlib.util.find_spec("torch") is not None
     if name == "auto":
-        return "cuda" if any(Path(gpu).exists() for gpu in GPUS) and _has_cuda() else "cpu"
+        if not any(Path(gpu).exists() for gpu in GPUS):
+            return "cpu"
+        if not installed:
+            _warn(f"device 'cpu' computes. There may be a GPU here, but {registry.NEEDS_TORCH}")
+        return "cuda" if installed and _has_cuda() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise InvalidInput(f"device = {shown(name)}: auto, cpu, cuda or cuda:N is allowed")
+    if name != "cpu" and not installed:
+        raise Unsupported(f"device = {shown(name)}: {registry.NEEDS_TORCH}")
     if name != "cpu" and not _has_cuda():
         raise InvalidInput(f"device = {shown(name)}: PyTorch finds no CUDA device here")
     return name
 
 
 def _has_cuda() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
+    import torch
+
     return torch.cuda.is_available()

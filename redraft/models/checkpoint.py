@@ -14,10 +14,16 @@ from safetensors import SafetensorError, safe_open
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported
 from redraft.models.config import first_line, read_json
+from redraft.models.mapped import Mapped
 from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import Quantized
 
 STORED = {"F64": DTYPES["float64"], "F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
+NUMPY: dict[str, np.dtype[Any]] = STORED | {
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16), "U32": np.dtype(np.uint32), "U64": np.dtype(np.uint64), "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}  # fmt: skip
 FLOAT32 = DTYPES["float32"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +61,11 @@ class TensorSource(Protocol):
         """The files of the tensors, sorted."""
         ...
 
+    @property
+    def mapped(self) -> Collection[Mapped]:
+        """These files as they were opened."""
+        ...
+
     def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         """A tensor, or a part of it along the first dimension, as stored; numbers that are stored in no type of numpy or ml_dtypes are
         decoded to `dtype`. CheckpointError names file and tensor."""
@@ -75,34 +86,24 @@ class TensorFile:
     def __init__(self, file: Path) -> None:
         self.file = file
         try:
-            opened: Any = safe_open(file, framework="np")  # knows bfloat16, because ml_dtypes is imported
-        except (SafetensorError, OSError) as error:
+            with safe_open(file, framework="np"):  # checks the header and the size
+                pass
+            self.mapped = Mapped(file)
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{file}: not a whole safetensors file: {first_line(error)}") from None
-        self._opened = opened
-        self.tensors: dict[str, TensorInfo] = {}
-        for name in self._opened.keys():  # noqa: SIM118 - not a mapping
-            part = self._opened.get_slice(name)
-            self.tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+        begin = 8 + int.from_bytes(self.mapped.data[:8], "little")
+        header = json.loads(self.mapped.data[8:begin])
+        header.pop("__metadata__", None)
+        self.tensors = {name: TensorInfo(file, tuple(one["shape"]), one["dtype"]) for name, one in header.items()}
+        self._at = {name: begin + one["data_offsets"][0] for name, one in header.items()}
 
     def read(self, name: str, part: int | slice | None = None) -> Numbers:
-        if isinstance(part, slice):  # numpy's reader refuses ends beyond the tensor
-            part = slice(*part.indices(self.tensors[name].shape[0]))
-        try:
-            if self.tensors[name].dtype == "F8_E4M3":
-                whole = self._float8(name)
-                return whole if part is None else whole[part]
-            found: Numbers = self._opened.get_tensor(name) if part is None else self._opened.get_slice(name)[part]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.file}: {name}: {first_line(error)}") from None
-        return found
-
-    def _float8(self, name: str) -> Numbers:
-        """safetensors looks for this type in numpy, which does not have it."""
-        with self.file.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            begin, end = header[name]["data_offsets"]
-            stored = np.fromfile(file, np.uint8, end - begin, offset=begin)
-        found: Numbers = stored.view(ml_dtypes.float8_e4m3fn).reshape(self.tensors[name].shape)
+        info = self.tensors[name]
+        if info.dtype not in NUMPY:
+            raise CheckpointError(f"{self.file}: {name} has dtype {info.dtype}; known: {', '.join(NUMPY)}")
+        whole = self.mapped.array(NUMPY[info.dtype], info.shape, self._at[name])
+        found = np.array(whole if part is None else whole[part])
+        self.mapped.forget()
         return found
 
 
@@ -122,6 +123,10 @@ class Safetensors:
     @property
     def files(self) -> list[Path]:
         return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def mapped(self) -> list[Mapped]:
+        return [one.mapped for one in self._files.values()]
 
     def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         return self._files[self.tensors[name].file].read(name, part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
-from redraft.models import loader, memory, mixers
+from redraft.models import loader, memory, mixers, packs
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 from redraft.ops.arrays import name_of
@@ -48,7 +48,7 @@ def _load(target: Runner, path: Path) -> Runner:
     if blocks < 1:
         needed = memory.size(checkpoint.weight_bytes)
         raise OutOfMemory(f"{path}: the draft model does not fit beside the target: weights {needed}, free {memory.size(free)}")
-    weights = loader.read(checkpoint, backend)
+    weights = packs.read(checkpoint, backend, target.weight_cache)
     return Runner(checkpoint.spec, weights, backend, blocks, sharing=target.memory.paged.table.sharing, source=path)
 
 

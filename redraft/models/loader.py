@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,8 @@ class Checkpoint:
     """What headers and JSON files say, before weights are read.
 
     path: the folder, or the GGUF file, of a split set the first; eos_ids: the tokens that end a text; sources: canonical name of a
-    weight -> its tensors in the files; named: the spec with the names of a Hugging Face checkpoint, also for a GGUF file.
+    weight -> its tensors in the files; named: the spec with the names of a Hugging Face checkpoint, also for a GGUF file; stored:
+    `quantization_config` of a folder.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Checkpoint:
     named: ModelSpec = field(repr=False)
     tensors: TensorSource = field(repr=False)
     quant: Quantizer | None = None
+    stored: dict[str, Any] | None = None
 
     @property
     def context(self) -> int:
@@ -83,17 +85,21 @@ class Checkpoint:
     @property
     def weight_bytes(self) -> int:
         """Of all weights in `dtype`; with `quant` an upper bound."""
-        size = 0
-        for name, shape in self.spec.shapes().items():
-            linear = _LINEAR.fullmatch(name)
-            role: Role = "layer" if linear and linear["part"] else "head"
-            plain = linear is None or linear["part"] in _NEVER_QUANTIZED
-            size += math.prod(shape) * self.dtype.itemsize if plain else self._linear_bytes(name, shape, role)
-        if self.spec.tied:
-            shape = self.spec.vocab, self.spec.hidden
-            head, embedding = self._linear_bytes("embed", shape, "head"), math.prod(shape) * self.dtype.itemsize
-            size += head if head < embedding else 0  # else the head is the embedding itself
-        return size
+        size = sum(map(self.bytes_of, self.spec.shapes()))
+        head = self.head_bytes if self.spec.tied else 0
+        return size + (head if head < self.bytes_of("embed") else 0)  # else the head is the embedding itself
+
+    def bytes_of(self, name: str) -> int:
+        """Of one weight; with `quant` an upper bound."""
+        shape, linear = self.spec.shapes()[name], _LINEAR.fullmatch(name)
+        if linear is None or linear["part"] in _NEVER_QUANTIZED:
+            return math.prod(shape) * self.dtype.itemsize
+        return self._linear_bytes(name, shape, "layer" if linear["part"] else "head")
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the head of a model whose embedding has its numbers."""
+        return self._linear_bytes("embed", (self.spec.vocab, self.spec.hidden), "head")
 
     def _linear_bytes(self, name: str, shape: tuple[int, ...], role: Role) -> int:
         if self.keeps and (found := self.tensors.packed_bytes(self.sources[name])) is not None:
@@ -215,7 +221,8 @@ def inspect(
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a field is missing or out of range
         raise CheckpointError(f"{where}: {first_line(error)}") from None
     tensors: TensorSource = Gguf(contents) if contents else Safetensors(path)
-    if isinstance(tensors, Safetensors) and (fields := getattr(config, "quantization_config", None)):
+    fields = None if contents else getattr(config, "quantization_config", None)
+    if isinstance(tensors, Safetensors) and fields:
         tensors = registry.load(registry.STORED[fields["quant_method"]])(tensors, fields, where)
     named = spec
     if contents:
@@ -225,7 +232,7 @@ def inspect(
     _check_nothing_left(spec, sources, tensors)
     chosen = _dtype(config, dtype, str(device), tensors.tensors[sources["embed"].names[0]])
     eos_ids = read_eos(path, getattr(config, "eos_token_id", family.eos), where, spec.vocab)
-    return Checkpoint(path, spec, chosen, eos_ids, sources, named, tensors, quant)
+    return Checkpoint(path, spec, chosen, eos_ids, sources, named, tensors, quant, fields)
 
 
 def _without_prefix(spec: ModelSpec, tensors: TensorSource) -> ModelSpec:
@@ -244,12 +251,19 @@ def _bare(spec: ModelSpec, source: WeightSource) -> WeightSource:
     return replace(source, names=names, otherwise=source.otherwise and _bare(spec, source.otherwise))
 
 
-def read(
-    checkpoint: Checkpoint,
-    backend: Backend | None = None,
-    *,
-    as_stored: bool | None = None,
-) -> Weights:
+class Parts(NamedTuple):
+    """The weights of a model by canonical names. Without the tensor `embed`, the head is tied and holds the embedding's numbers."""
+
+    tensors: dict[str, Any]
+    linears: dict[str, LinearWeights]
+
+
+def read(checkpoint: Checkpoint, backend: Backend | None = None, *, as_stored: bool | None = None) -> Weights:
+    """All weights; see `parts`."""
+    return assemble(checkpoint.spec, parts(checkpoint, backend, as_stored))
+
+
+def parts(checkpoint: Checkpoint, backend: Backend | None = None, as_stored: bool | None = None) -> Parts:
     """The weights of an inspected checkpoint, in its `dtype`, for a backend; None: as numpy arrays. Each is filled in place from the
     mapped files. The checkpoint's `quant` and then Backend.pack give a linear weight its final form before the next weight is read, so
     that at most one weight is in memory twice at any time. as_stored: weights that are stored quantized are not decoded, if the quantizer
@@ -264,8 +278,12 @@ def read(
     shapes = checkpoint.spec.shapes()
 
     def filled(name: str) -> Numbers:
-        out = np.empty(shapes[name], checkpoint.dtype)
         source = checkpoint.sources[name]
+        if len(source.names) == 1 and not (source.place or source.transposed or any(source.paired) or source.order or source.skip):
+            found = checkpoint.tensors.read(source.names[0], None, checkpoint.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return found.astype(checkpoint.dtype, "C", copy=False)
+        out = np.empty(shapes[name], checkpoint.dtype)
         for (part, target), heads in zip(_parts(source, out), source.paired or [0] * len(source.names), strict=True):
             chosen = source.place[0] if source.place else slice(source.skip, None) if source.skip else None
             found = checkpoint.tensors.read(part, chosen, checkpoint.dtype)
@@ -276,6 +294,23 @@ def read(
                 with np.errstate(over="ignore", invalid="ignore"):  # large numbers become infinite, NaN stays
                     target[:] = found.T if source.transposed else found
         return out[list(source.order)] if source.order else out
+
+    def tie() -> None:
+        """The head of a model whose embedding has its numbers."""
+        if "lm_head.weight" in checkpoint.tensors.tensors:
+            saved = checkpoint.tensors.read("lm_head.weight")
+            if not np.array_equal(saved.astype(checkpoint.dtype), tensors["embed"]):
+                raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
+        if "head" in linears:
+            return
+        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
+        shared = isinstance(stored, Linear)
+        if shared:
+            tensors["embed"] = place(tensors["embed"])  # once for both
+            stored = Linear(tensors["embed"])
+        linears["head"] = head = pack(stored, False)
+        if shared and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
+            del tensors["embed"]
 
     # biases and norms come first, because matrices are packed together with them; then the largest, so its copy meets no other weights
     order = sorted(shapes, key=lambda name: (len(shapes[name]) > 1, -math.prod(shapes[name])))
@@ -299,21 +334,9 @@ def read(
             tensors[name] = filled(name).astype(wide(checkpoint.dtype))
         else:
             tensors[name] = filled(name)
-    if checkpoint.spec.tied and "embed" in tensors and "lm_head.weight" in checkpoint.tensors.tensors:
-        saved = checkpoint.tensors.read("lm_head.weight")
-        if not np.array_equal(saved.astype(checkpoint.dtype), tensors["embed"]):
-            raise CheckpointError(f"{checkpoint.path}: lm_head.weight differs from the embedding, but tie_word_embeddings is true")
-    if checkpoint.spec.tied and "head" not in linears:
-        stored = _stored(checkpoint, None, Linear(tensors["embed"]), tensors)
-        shared = isinstance(stored, Linear)
-        if shared:
-            tensors["embed"] = place(tensors["embed"])  # once for both
-            stored = Linear(tensors["embed"])
-        linears["head"] = head = pack(stored, False)
-        if shared and not isinstance(head, Linear):  # the head holds the same numbers, so the embedding is dropped
-            del tensors["embed"]
-        del stored
-    return _assemble(checkpoint.spec, {name: place(array) for name, array in tensors.items()}, linears)
+        if name == "embed" and checkpoint.spec.tied and name in tensors:
+            tie()
+    return Parts({name: place(array) for name, array in tensors.items()}, linears)
 
 
 def _gated(spec: ModelSpec, linear: re.Match[str]) -> bool:
@@ -358,7 +381,7 @@ def meta_weights(checkpoint: Checkpoint) -> Weights:
         if linear := _LINEAR.fullmatch(name):
             base = linear["base"] or name
             linears[base] = Linear(tensor, tensors.get(f"{base}.bias"))
-    return _assemble(checkpoint.spec, tensors, linears)
+    return assemble(checkpoint.spec, Parts(tensors, linears))
 
 
 def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Numbers:
@@ -366,8 +389,9 @@ def _empty(shape: tuple[int, ...], dtype: Any = np.float32) -> Numbers:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _assemble(spec: ModelSpec, tensors: dict[str, Any], linears: dict[str, LinearWeights]) -> Weights:
-    """Weights from named parts. Without `embed`, the head is tied and holds the embedding's numbers."""
+def assemble(spec: ModelSpec, parts: Parts) -> Weights:
+    """Weights from named parts. KeyError names one that is missing."""
+    tensors, linears = parts
 
     def norm(name: str) -> NormWeights | None:
         return NormWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) if f"{name}.weight" in tensors else None
@@ -396,12 +420,10 @@ def _assemble(spec: ModelSpec, tensors: dict[str, Any], linears: dict[str, Linea
             experts_down=tuple(linears[f"{one}.down"] for one in experts),
         )
 
-    final = norm("final_norm")
-    assert final
     return Weights(
         embed=tensors["embed"] if "embed" in tensors else linears["head"],
         head=linears["head"],
-        final_norm=final,
+        final_norm=NormWeights(tensors["final_norm.weight"], tensors.get("final_norm.bias")),
         layers=tuple(layer(f"layers.{i}", own.mlp) for i, own in enumerate(spec.layers)),
         positions=tensors.get("positions"),
     )

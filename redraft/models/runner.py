@@ -32,7 +32,7 @@ class Runner:
 
     memory: of all layers, None for `blocks` blocks of pages; source: the checkpoint's folder, None for weights from elsewhere;
     draft_model: the default checkpoint of drafters with a draft model; quant: how linear weights are stored, also those of draft
-    models; draft_models: the draft models loaded so far, by folder.
+    models; draft_models: the draft models loaded so far, by folder; weight_cache: see `packs.read`, for draft models.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class Runner:
         source: Path | None = None,
         draft_model: str | None = None,
         quant: Quantizer | None = None,
+        weight_cache: int | None = None,
     ) -> None:
         """Raises Unsupported if the engine cannot serve this model on this backend."""
         mixers.check(spec, backend)
         self.spec, self.weights, self.backend = spec, weights, backend
-        self.source, self.draft_model, self.quant = source, draft_model, quant
+        self.source, self.draft_model, self.quant, self.weight_cache = source, draft_model, quant, weight_cache
         self.draft_models: dict[Path, Runner] = {}
         self.adapters: dict[str, Adapter] = {}  # that requests may choose, by name
         self.memory = Paged(backend, spec, blocks, sharing=sharing) if memory is None else memory

@@ -30,6 +30,7 @@ class Feature(StrEnum):
     RUN = "a segment of layers, or a whole pass, in one call"
     GROUPED = "quantized weights with a scale for each group of columns, as fast as others"
     BIT_EXACT = "an output element does not depend on rows, threads or neighbours"
+    KEPT = "packed weights that a file can hold"
 
 
 class Linear(NamedTuple):
@@ -331,6 +332,20 @@ class Backend(Protocol):
     def pack(self, weights: LinearWeights, gated: bool = False) -> LinearWeights:
         """The form of a weight, of numpy arrays or placed, that is fastest for `linear`. Called once at load, for one weight at a time.
         gated: the first half of the outputs are gates of the second half."""
+        ...
+
+    @property
+    def layout(self) -> str:
+        """Feature.KEPT: names the form of packed weights: with the same kernels, a backend of this layout can read them."""
+        ...
+
+    def kept(self, weights: LinearWeights) -> tuple[dict[str, int], dict[str, NDArray[Any]]] | None:
+        """Feature.KEPT: the numbers and arrays of a packed weight, by name. None if this weight has a form that no file can hold."""
+        ...
+
+    def restored(self, numbers: Mapping[str, int], arrays: Mapping[str, NDArray[Any]]) -> LinearWeights:
+        """Feature.KEPT: the packed weight that `kept` took apart. It shares the memory of the arrays, which begin with a line of the cache
+        and may be read-only. TypeError, KeyError or ValueError if they do not fit together."""
         ...
 
     @property

@@ -1,6 +1,6 @@
 """Loads the shared library of the native kernels from `redraft/ops/cpu`, if it exists, and declares the types of its functions.
 
-Importing this module loads nothing; `load` loads the library once. If `load` returns None, `why_not` says why, and PyTorch is used.
+Importing this module loads nothing; `load` loads the library once. If `load` returns None, `why_not` says why, and another backend serves.
 
 Environment: REDRAFT_ISA (avx2, avx512, avx512_vnni, avx512_bf16, amx) selects a lower instruction set, for tests;
 OMP_NUM_THREADS limits the threads.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,15 +21,14 @@ from typing import TYPE_CHECKING, Any
 from redraft.errors import InvalidInput
 
 if TYPE_CHECKING:
-    import torch
-
     from redraft.core.spec import ModelSpec
 
-__all__ = ["PATH", "Library", "default_threads", "load", "serves", "why_not"]
+__all__ = ["PATH", "Library", "default_threads", "fingerprint", "load", "serves", "why_not"]
 
 PATH = Path(__file__).parent / "cpu" / "_kernels.so"
 PEAKS = ("float32", "bfloat16", "int8")  # in the order of peak.h
 NATIVE_DTYPES = ("float32", "bfloat16")
+PORTABLE_DTYPES = ("float32", "bfloat16", "float64")  # of NumPy's backend
 
 TEXT, NUMBER, REAL, POINTER, SIZE = ctypes.c_char_p, ctypes.c_int, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those of the arguments
@@ -110,23 +111,36 @@ def why_not() -> str:
     return reason
 
 
-def serves(dtype: Any, device: str | torch.device, spec: ModelSpec | None = None) -> tuple[str, str]:
-    """The backend for a model with this dtype on this device, 'native' or 'torch', and the reason. spec: the model, if known."""
-    name, place = str(dtype).removeprefix("torch."), str(device)  # numpy's types and PyTorch's
+def serves(dtype: Any, device: Any, spec: ModelSpec | None = None) -> tuple[str, str]:
+    """The backend for a model with this dtype on this device, and the reason: 'native', or else 'torch', or 'numpy' where PyTorch is not
+    installed and NumPy's backend has the dtype. spec: the model, if known."""
+    why = _refused(dtype, device, spec)
+    if not why:
+        library = load()
+        assert library is not None
+        return "native", f"compiled kernels for {library.isa}"
+    portable = str(device) == "cpu" and _name(dtype) in PORTABLE_DTYPES and importlib.util.find_spec("torch") is None
+    return "numpy" if portable else "torch", why
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")  # numpy's types and PyTorch's
+
+
+def _refused(dtype: Any, device: Any, spec: ModelSpec | None) -> str:
+    """Why the native backend does not serve; empty if it does."""
+    name, place = _name(dtype), str(device)
     if place.partition(":")[0] != "cpu":
-        return "torch", f"native kernels run on the cpu, not on {place}"
+        return f"native kernels run on the cpu, not on {place}"
     if name not in NATIVE_DTYPES:
-        return "torch", f"native kernels support {' and '.join(NATIVE_DTYPES)}, not {name}"
+        return f"native kernels support {' and '.join(NATIVE_DTYPES)}, not {name}"
     if spec is not None and any(layer.rotary is not None and layer.rotary.dim != layer.head_dim for layer in spec.attention):
-        return "torch", "native kernels rotate whole heads only"
+        return "native kernels rotate whole heads only"
     if spec is not None and spec.head_dim % 2:
-        return "torch", f"native kernels support even head sizes only, not {spec.head_dim}"
+        return f"native kernels support even head sizes only, not {spec.head_dim}"
     if spec is not None and len({layer.heads for layer in spec.attention}) > 1:
-        return "torch", "native kernels need the same number of heads in all layers"
-    library = load()
-    if library is None:
-        return "torch", why_not()
-    return "native", f"compiled kernels for {library.isa}"
+        return "native kernels need the same number of heads in all layers"
+    return why_not()
 
 
 def default_threads() -> int:
@@ -134,6 +148,12 @@ def default_threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number for each nesting level
     return min(cores, int(first)) if first.isdecimal() and int(first) > 0 else cores
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Of the compiled kernels: other ones have other times, and perhaps another layout of weights."""
+    return hashlib.sha256(PATH.read_bytes()).hexdigest() if PATH.exists() else ""
 
 
 @functools.cache

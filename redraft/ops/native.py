@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,7 @@ from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64
 from redraft.core.view import Watch
 from redraft.errors import Unsupported
-from redraft.ops import library
+from redraft.ops import library, pytorch
 from redraft.ops.arrays import BFLOAT16, Numbers, array, numpy_dtype
 from redraft.ops.backend import (
     Feature,
@@ -163,7 +162,7 @@ class NativeOps(NumpyOps):
     """The native backend. Raises Unsupported, with the reason, if the kernels do not support this dtype, device or machine."""
 
     name = "native"
-    features: frozenset[Feature] = NumpyOps.features | {Feature.RUN, Feature.BIT_EXACT, Feature.GROUPED}
+    features: frozenset[Feature] = NumpyOps.features | {Feature.RUN, Feature.BIT_EXACT, Feature.GROUPED, Feature.KEPT}
 
     def __init__(self, dtype: Any = np.float32, device: Any = "cpu") -> None:
         serves, why = library.serves(numpy_dtype(dtype), device)
@@ -182,7 +181,7 @@ class NativeOps(NumpyOps):
         self._models: dict[int, NativeModel] = {}
         self._wholes: dict[tuple[int, int], abi.Model | None] = {}
         self._pools: weakref.WeakKeyDictionary[FormatStore, abi.Pool] = weakref.WeakKeyDictionary()
-        if "torch" in sys.modules:
+        if pytorch.loaded() is not None:
             from redraft.ops.torch_ops import lend_threads
 
             lend_threads()  # two pools of spinning threads are 40 times slower
@@ -251,6 +250,24 @@ class NativeOps(NumpyOps):
             columns, side = array(weights.columns).astype(np.int32), np.stack(parts, 1)
             c.outliers, c.columns, c.side = len(columns), address(columns), address(side)
             extra |= {"columns": columns, "side": side}
+        return Packed(c, panels, extra)
+
+    @property
+    def layout(self) -> str:
+        return self.library.isa
+
+    def kept(self, weights: LinearWeights) -> tuple[dict[str, int], dict[str, Numbers]] | None:
+        if not isinstance(weights, Packed):
+            return None
+        return {name: int(getattr(weights.c, name)) for name in abi.SIZES}, {"panels": weights.panels, **weights.extra}
+
+    def restored(self, numbers: Mapping[str, int], arrays: Mapping[str, Numbers]) -> Packed:
+        c, extra = abi.Linear(**{name: numbers[name] for name in abi.SIZES}), dict(arrays)
+        panels = extra.pop("panels")
+        if panels.nbytes != self.c.rd_panel_bytes(c):
+            raise ValueError(f"panels of {panels.nbytes} bytes: {self.c.rd_panel_bytes(c)} are needed")
+        for name, numbers_of in arrays.items():
+            setattr(c, name, address(numbers_of))
         return Packed(c, panels, extra)
 
     def _panels(self, c: abi.Linear) -> Numbers:

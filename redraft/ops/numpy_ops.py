@@ -47,12 +47,12 @@ from redraft.ops.backend import (
     limited,
 )
 from redraft.ops.format import PAGE, Arrays, Format, PageCodec, plain
+from redraft.ops.library import PORTABLE_DTYPES
 from redraft.ops.numpy_pool import FormatStore, NumpyPool, lines
 from redraft.ops.places import LoneSequence, Writer, tree_rows
 from redraft.ops.quantized import Quantized, product
 
 Floats = Any  # an array of numbers of the backend's dtype or better
-DTYPES = "float32", "bfloat16", "float64"
 BLOCK = 1 << 17  # numbers of a weight that are widened and multiplied at once; they fit into a cache
 
 PageSource = tuple[PageCodec, Arrays, int]  # the codec, the arrays [K, units, ...] and the number of units of pages of one format
@@ -81,8 +81,8 @@ class NumpyOps:
     def __init__(self, dtype: Any = np.float32, device: Any = "cpu") -> None:
         """dtype: of NumPy or PyTorch, or its name."""
         name = dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
-        if name not in DTYPES or str(device) != "cpu":
-            raise Unsupported(f"backend 'numpy' computes in {', '.join(DTYPES)} on the CPU only, not {name} on {device}")
+        if name not in PORTABLE_DTYPES or str(device) != "cpu":
+            raise Unsupported(f"backend 'numpy' computes in {', '.join(PORTABLE_DTYPES)} on the CPU only, not {name} on {device}")
         self.dtype: np.dtype[Any] = numpy_dtype(name)
         self.device = "cpu"
 

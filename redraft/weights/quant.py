@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from redraft.ops.backend import Linear
 
 Role = Literal["layer", "head"]
-ROOM = 1 << 24  # the most float32 numbers in memory at once, independent of the weight's size
+ROOM = 1 << 18  # the most float32 numbers at once, so that they stay in the processor's caches
 
 
 class Quantizer(Protocol):

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from redraft import kept
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
@@ -254,10 +255,8 @@ class _Meter:
 
 
 def place(model: str) -> Path:
-    """The default path of the profile of a model: in REDRAFT_CACHE, else in XDG_CACHE_HOME/redraft, else in ~/.cache/redraft."""
-    own, common = os.environ.get("REDRAFT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else (Path(common) if common else Path.home() / ".cache") / "redraft"
-    return root.expanduser() / METHOD / f"{model}.safetensors"
+    """The default path of the profile of a model; see `kept`."""
+    return kept.folder(METHOD) / f"{model}.safetensors"
 
 
 def model_hash(runner: Runner) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import math
-import mmap
 import re
 import struct
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redraft.errors import CheckpointError, Unsupported, shown
+from redraft.models.mapped import Mapped
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType as Kind
@@ -60,11 +60,17 @@ class Record(NamedTuple):
 @dataclass(frozen=True)
 class Contents:
     """What the headers of a file, or of a split set, say. path: the file, or the first of the set. fields: metadata by key, arrays of
-    numbers as numpy arrays, others as lists."""
+    numbers as numpy arrays, others as lists. mapped: the files."""
 
     path: Path
     fields: dict[str, Any]
     records: dict[str, Record]
+    mapped: tuple[Mapped, ...]
+
+    def forget(self) -> None:
+        """See Mapped."""
+        for file in self.mapped:
+            file.forget()
 
 
 def first(path: Path) -> Path:
@@ -105,7 +111,8 @@ def _state(path: Path) -> tuple[Any, ...]:
 
 
 def _whole(path: Path) -> Contents:
-    fields, records = _read(path)
+    fields, records, one = _read(path)
+    mapped = [one]
     split = _SPLIT.fullmatch(path.name)
     count = fields.get("split.count", 0)
     if type(count) is not int:
@@ -113,7 +120,7 @@ def _whole(path: Path) -> Contents:
     if count not in (0, 1) and split is None:
         raise CheckpointError(f"{path}: is a part of {count} files, but its name does not end in -00001-of-{count:05}{SUFFIX}")
     if split is None:
-        return Contents(path, fields, records)
+        return Contents(path, fields, records, tuple(mapped))
     if int(split["count"]) != count or fields.get("split.no") != 0:
         where = f"split.no = {shown(fields.get('split.no'))}, split.count = {shown(count)}"
         raise CheckpointError(f"{path}: {where}: 0 and {int(split['count'])} are expected by its name")
@@ -121,7 +128,8 @@ def _whole(path: Path) -> Contents:
         part = path.with_name(f"{split['stem']}-{no + 1:05}-of-{split['count']}{SUFFIX}")
         if not part.exists():
             raise CheckpointError(f"{path}: missing part {part.name}")
-        own, more = _read(part)
+        own, more, one = _read(part)
+        mapped.append(one)
         if own.get("split.no") != no:
             raise CheckpointError(f"{part}: split.no = {shown(own.get('split.no'))}: {no} is expected by its name")
         if both := sorted(set(records) & set(more)):
@@ -129,7 +137,7 @@ def _whole(path: Path) -> Contents:
         records |= more
     if (total := fields.get("split.tensors.count", len(records))) != len(records):
         raise CheckpointError(f"{path}: split.tensors.count = {shown(total)}, but the parts hold {len(records)} tensors")
-    return Contents(path, fields, records)
+    return Contents(path, fields, records, tuple(mapped))
 
 
 def decode(record: Record, begin: int = 0, end: int | None = None) -> Iterator[tuple[slice, NDArray[np.float32]]]:
@@ -184,23 +192,21 @@ def kinds() -> list[str]:
     return [one.name for one in GGMLQuantizationType if not isinstance(_kind(one.value), str)]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Record]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Record], Mapped]:
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if not size:
-                raise CheckpointError(f"{path}: is empty")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not path.stat().st_size:
+            raise CheckpointError(f"{path}: is empty")
+        mapped = Mapped(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    return _Header(path, mapped).read()
+    return *_Header(path, mapped).read(), mapped
 
 
 class _Header:
     """Reads the header of one file, from the beginning on."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.at = path, data, 0
+    def __init__(self, path: Path, mapped: Mapped) -> None:
+        self.path, self.mapped, self.data, self.at = path, mapped, mapped.data, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, Record]]:
         if self._bytes(4, "the magic") != MAGIC:
@@ -319,7 +325,7 @@ class _Header:
             if begin + length > len(self.data):
                 where = f"bytes {begin} to {begin + length} of a file of {len(self.data)}"
                 raise CheckpointError(f"{self.path}: tensor {shown(name)} is not whole: {where}")
-            data = np.frombuffer(self.data, np.uint8, length, begin).reshape(rows, -1)
+            data = self.mapped.array(np.uint8, (rows, length // rows), begin)
             records[name] = Record(self.path, name, shape, kind, data)
             spans.append((begin, begin + length, name))
         spans.sort()

@@ -11,6 +11,7 @@ from redraft.core.spec import WeightSource
 from redraft.models.checkpoint import FLOAT32, TensorInfo
 from redraft.models.gguf import file, names
 from redraft.models.gguf.packed import packed_bytes, quantized
+from redraft.models.mapped import Mapped
 from redraft.ops.arrays import Numbers
 from redraft.ops.quantized import Quantized
 
@@ -32,6 +33,10 @@ class Gguf:
     def files(self) -> list[Path]:
         return sorted({record.file for record in self.records.values()})
 
+    @property
+    def mapped(self) -> tuple[Mapped, ...]:
+        return self.contents.mapped
+
     def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         record = self.records[name]
         if len(record.shape) == 1:
@@ -45,7 +50,9 @@ class Gguf:
         return self._decoded(record, begin * inner, end * inner, dtype).reshape(-1, *record.shape[1:])
 
     def packed(self, source: WeightSource, bias: Numbers | None) -> Quantized | None:
-        return quantized([self.records[name] for name in source.names], source, bias)
+        found = quantized([self.records[name] for name in source.names], source, bias)
+        self.contents.forget()
+        return found
 
     def packed_bytes(self, source: WeightSource) -> int | None:
         return packed_bytes([self.records[name] for name in source.names], source)
@@ -55,4 +62,5 @@ class Gguf:
         for rows, numbers in file.decode(record, begin, end):
             with np.errstate(all="ignore"):  # large numbers become infinite, NaN stays
                 out[rows.start - begin : rows.stop - begin] = numbers
+        self.contents.forget()
         return out

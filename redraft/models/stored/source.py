@@ -11,6 +11,7 @@ import numpy as np
 from redraft.core.spec import WeightSource
 from redraft.errors import CheckpointError, Unsupported, shown
 from redraft.models.checkpoint import FLOAT32, STORED, Safetensors, TensorInfo
+from redraft.models.mapped import Mapped
 from redraft.ops.arrays import DTYPES, Numbers
 from redraft.ops.quantized import Quantized, is_exact, joined
 
@@ -59,6 +60,10 @@ class Stored:
     @property
     def files(self) -> list[Path]:
         return self.raw.files
+
+    @property
+    def mapped(self) -> list[Mapped]:
+        return self.raw.mapped
 
     def read(self, name: str, part: int | slice | None = None, dtype: np.dtype[Any] = FLOAT32) -> Numbers:
         found = self.matrices.get(name)

@@ -37,6 +37,9 @@ class Linear(ctypes.Structure):
     ]  # fmt: skip
 
 
+SIZES = tuple(field[0] for field in Linear._fields_ if field[1] is not POINTER)  # the fields that are numbers
+
+
 class LowRank(ctypes.Structure):
     _fields_ = [("a", POINTER), ("b", POINTER), ("ins", SIZE), ("outs", SIZE), ("first", SIZE), ("rank", NUMBER), ("kind", NUMBER)]
 

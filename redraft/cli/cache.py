@@ -1,0 +1,62 @@
+"""`redraft cache`: the packed weights that are kept on disk."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from redraft.columns import width
+from redraft.errors import InvalidInput, shown
+
+if TYPE_CHECKING:
+    from redraft.models.packs import Entry
+
+
+def cache(
+    action: Annotated[str | None, typer.Argument(help="clear: remove all of them.", metavar="[clear]", show_default=False)] = None,
+) -> None:
+    """List the packed weights that are kept on disk, so that models start faster, or remove them.
+
+    They lie in ~/.cache/redraft/weights (XDG_CACHE_HOME and REDRAFT_CACHE change that). --weight-cache 8GiB of other commands limits them,
+    --weight-cache 0 uses none.
+    """
+    if action not in (None, "clear"):
+        raise InvalidInput(f"cache {shown(action)}: 'clear' is allowed, or nothing")
+    from redraft.models import packs
+    from redraft.models.memory import size
+
+    found = packs.entries() if action is None else packs.clear()
+    total = f"{len(found)} file{'s' * (len(found) != 1)}, {size(sum(one.bytes for one in found))}"
+    if action is not None:
+        typer.echo(f"removed {total}")
+        return
+    for line in _table(found, width()):
+        typer.echo(line)
+    typer.echo(total)
+
+
+def _table(found: list[Entry], columns: int) -> list[str]:
+    """A line for each file, as wide as the terminal. Of a long path the end is shown."""
+    from redraft.models.memory import size
+
+    rows = [("last used", "size", "form", "model")] if found else []
+    for one in found:
+        used = datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
+        model = one.model or one.path.name
+        rows.append(
+            (
+                used,
+                size(one.bytes),
+                one.form or ("unfinished" if one.path.suffix == ".part" else "damaged"),
+                model if model.isprintable() else repr(model),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else []
+    left = columns - sum(widths) - 6
+    lines = []
+    for used, amount, form, model in rows:
+        model = model if len(model) <= left else f"...{model[3 - left :]}"
+        lines.append(f"{used:{widths[0]}}  {amount:>{widths[1]}}  {form:{widths[2]}}  {model}")
+    return lines
