@@ -6,7 +6,6 @@ next, in an order that rotates. A call of an engine's own interface is timed, fr
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from redraft.models.tokenizer import Tokenizer
 
 PEERS: dict[str, tuple[Package, tuple[str, ...]]] = {  # the modes of each peer; llama-cpp-python has no draft models
     "transformers": (
-        Package("redraft.bench.peers.transformers:Transformers", "transformers", "transformers"),
+        Package("redraft.bench.peers.transformers:Transformers", "transformers torch", "transformers torch"),
         (PLAIN, LOOKUP, ASSISTANT),
     ),
     "llama.cpp": (Package("redraft.bench.peers.llama_cpp:LlamaCppPython", "llama_cpp", "llama-cpp-python gguf"), (PLAIN, LOOKUP)),
@@ -191,7 +190,7 @@ def _rows(options: CompareOptions, against: Against, settings: Mapping[str, Any]
     rows, missing = [Row(own, mode) for mode in (PLAIN, *options.drafts)], {}
     for name in against.peers:
         package, modes = PEERS[name]
-        if importlib.util.find_spec(package.module) is None:
+        if not package.installed:
             missing[name] = package.pip
             continue
         files = {"assistant": against.assistant and str(loader.resolve(against.assistant)), "gguf": against.gguf and str(against.gguf)}

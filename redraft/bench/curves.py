@@ -123,7 +123,7 @@ def span(one: Interval) -> str:
 def show(console: Console, llm: LLM, options: CacheOptions, measured: Measured) -> None:
     machine = report.hardware()
     dtype = str(llm.runner.backend.dtype).removeprefix("torch.")
-    console.print(Text(f"{llm.name}, {dtype}; {machine['cpu']}, PyTorch {machine['torch']}", style="bold"))
+    console.print(Text(f"{llm.name}, {dtype}; {machine['cpu']}{report.beside_pytorch(machine)}", style="bold"))
     parts = [part for result in measured.results for part in _scores(result)]
     if measured.footprints:
         parts.append(_memory(measured.footprints))

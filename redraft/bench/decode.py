@@ -32,6 +32,7 @@ from redraft.bench.peers.process import Lost, Worker
 from redraft.config import AUTO, EngineConfig, ModelConfig
 from redraft.core.spec import Experts, ModelSpec
 from redraft.errors import InvalidInput, RedraftError, UnknownMethod, did_you_mean
+from redraft.ops import pytorch
 from redraft.ops.arrays import DTYPES
 
 if TYPE_CHECKING:
@@ -45,16 +46,21 @@ LIMITS = "redraft.bench.peers.limits:Limits"
 
 
 class Package(NamedTuple):
-    """target: the peer's class; module: what it needs; pip: packages to install; beyond: the part of it that `--isa` does not limit."""
+    """target: the peer's class; modules: what it needs, with spaces between them; pip: packages to install; beyond: the part of it that
+    `--isa` does not limit."""
 
     target: str
-    module: str
+    modules: str
     pip: str
     beyond: str = ""
 
+    @property
+    def installed(self) -> bool:
+        return all(importlib.util.find_spec(module) for module in self.modules.split())
+
 
 PEERS: dict[str, Package] = {
-    "transformers": Package("redraft.bench.peers.transformers:Transformers", "transformers", "transformers"),
+    "transformers": Package("redraft.bench.peers.transformers:Transformers", "transformers torch", "transformers torch"),
     "llama.cpp": Package("redraft.bench.peers.llama_cpp:LlamaCpp", "llama_cpp", "llama-cpp-python gguf", "it"),
     "openvino": Package("redraft.bench.peers.openvino:OpenVino", "openvino", "openvino", "its attention and norms"),
 }
@@ -124,8 +130,8 @@ class DecodeOptions:
                 config.model.only_adapter()
             except InvalidInput as error:
                 raise InvalidInput(f"{_own_name(own)}: {error}") from None
-            if config.model.backend not in ("auto", *registry.BACKENDS):
-                raise registry.unknown("backend", config.model.backend, registry.BACKENDS)
+            if config.model.backend != "auto":
+                registry.backend(config.model.backend)
             if config.model.quant not in (None, AUTO):
                 registry.create("quant", config.model.quant)
 
@@ -142,11 +148,11 @@ def available() -> int:
 
 def own_engines(common: Mapping[str, Any], several: Seq[str]) -> tuple[Mapping[str, Any], ...]:
     """Options of the redraft engines: one for each "name=value,name=value", in addition to common ones. Without any: the default
-    backend, and the torch backend if that is another one."""
+    backend, and the torch backend if that is another one and PyTorch is installed."""
     if several:
         return tuple({**common, **_named(text)} for text in several)
     default = ModelConfig.model_fields["backend"].default
-    return (dict(common),) if common or default == "torch" else ({}, {"backend": "torch"})
+    return (dict(common),) if common or default == "torch" or pytorch.version() is None else ({}, {"backend": "torch"})
 
 
 def _named(text: str) -> dict[str, str]:
@@ -257,13 +263,13 @@ def _engines(options: DecodeOptions) -> tuple[list[Engine], Engine, dict[str, st
     engines = [Engine(_own_name(own), OWN, own) for own in options.redraft]
     missing = {}
     for name in options.against:
-        target, module, pip, beyond = PEERS[name]
-        if importlib.util.find_spec(module) is None:
-            missing[name] = pip
-        elif options.isa and beyond:
-            engines.append(Engine(f"{name} (beyond {options.isa})", target, {}, beyond=beyond))
+        package = PEERS[name]
+        if not package.installed:
+            missing[name] = package.pip
+        elif options.isa and package.beyond:
+            engines.append(Engine(f"{name} (beyond {options.isa})", package.target, {}, beyond=package.beyond))
         else:
-            engines.append(Engine(name, target, {}))
+            engines.append(Engine(name, package.target, {}))
     size = {} if options.buffer is None else {"bytes": options.buffer, "side": 64}
     return engines, Engine("limits", LIMITS, size), missing
 

@@ -14,16 +14,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
 from typing import Any
 
-import torch
+import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from redraft import registry
 from redraft.bench import report, shapes
@@ -38,7 +38,8 @@ from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import InvalidInput
 from redraft.kv.store import Store
 from redraft.kv.table import PageTable
-from redraft.ops.arrays import array
+from redraft.ops import pytorch
+from redraft.ops.arrays import DTYPES, Numbers, numpy_dtype
 from redraft.ops.backend import Backend, Linear
 
 COLD = 512 << 20  # bytes of all copies of one weight: more than CPU caches hold
@@ -70,10 +71,7 @@ class OpsOptions:
 
     def __post_init__(self) -> None:
         for name in self.backends:
-            if name not in registry.BACKENDS:
-                raise registry.unknown("backend", name, registry.BACKENDS)
-            if name == "numpy":
-                raise InvalidInput("backend 'numpy' is not measured: its operations take no tensors")
+            registry.backend(name)
         if self.dtype not in limits.KINDS:
             raise InvalidInput(f"dtype = {self.dtype!r}: allowed are {', '.join(limits.KINDS)}")
         for name, values, low in (("rows", self.rows, 1), ("cached", self.cached, 1), ("shared", (self.shared,), 0)):
@@ -103,6 +101,7 @@ class Line:
     kind: str
     floor: dict[str, Any]
     run: Callable[[], object] = field(repr=False)
+    mode: Callable[[], AbstractContextManager[Any]] = field(repr=False)  # of the backend, around all calls of `run`
     seconds: list[float] = field(default_factory=list)
     count: int = 1
     limits: list[float] = field(default_factory=list)
@@ -164,7 +163,7 @@ class Measured:
 
 def measure(model: str, options: OpsOptions, tick: Tick = lambda what: None) -> Measured:
     """Measures one operation after another. `tick` is called for each round of an operation."""
-    spec, dtype = shapes.spec_of(model), limits.KINDS[options.dtype]
+    spec, dtype = shapes.spec_of(model), DTYPES[options.dtype]
     limits.use_threads(options.threads)
     backends, refused = _backends(options, dtype)
     found, held = Measured(model, options, [], refused), limits.buffer(options.cold)
@@ -190,13 +189,13 @@ def _nothing() -> None:
     pass
 
 
-def _backends(options: OpsOptions, dtype: torch.dtype) -> tuple[dict[str, Backend], dict[str, str]]:
+def _backends(options: OpsOptions, dtype: np.dtype[Any]) -> tuple[dict[str, Backend], dict[str, str]]:
     from redraft.errors import Unsupported
 
     found, refused = {}, {}
     for name in options.chosen:
         try:
-            found[name] = registry.load(registry.BACKENDS[name])(dtype, torch.device("cpu"))
+            found[name] = registry.backend(name)(dtype, "cpu")
         except Unsupported as error:
             refused[name] = str(error)
     if not found:
@@ -226,25 +225,25 @@ def _operations(spec: ModelSpec, options: OpsOptions, backends: dict[str, Backen
 # ---- turns
 
 
-def _take_turns(lines: list[Line], options: OpsOptions, held: Tensor, tick: Callable[[int], None]) -> None:
+def _take_turns(lines: list[Line], options: OpsOptions, held: Numbers, tick: Callable[[int], None]) -> None:
     """Measures all backends in each round, in an order that rotates. Beside each measurement the buffer `held` is read."""
     for turn in range(options.rounds + 1):
         if turn:
             tick(turn)
-        torch.set_num_threads(options.threads)
+        pytorch.use_threads(options.threads)
         peaks = limits.peaks()
         first = turn % len(lines)
         for line in lines[first:] + lines[:first]:
-            torch.set_num_threads(1 if line.backend.startswith("native") else options.threads)
-            took = _sample(line.run) - (_sample(line.empty) if line.empty else 0)
-            torch.set_num_threads(options.threads)
+            pytorch.use_threads(1 if line.backend.startswith("native") else options.threads)
+            with line.mode():
+                took = _sample(line.run) - (_sample(line.empty) if line.empty else 0)
+            pytorch.use_threads(options.threads)
             reads = limits.bandwidth(held, 1)
             if turn:  # the first round warms up
                 line.seconds.append(took)
                 line.limits.append(limits.least_seconds(line.bytes, line.flops, reads, peaks, line.kind))
 
 
-@torch.inference_mode()
 def _sample(run: Callable[[], object]) -> float:
     count, begun = 0, time.perf_counter()
     while (took := time.perf_counter() - begun) < SAMPLE or not count:
@@ -260,9 +259,9 @@ def _linears(
     title: str, outs: int, ins: int, count: int, options: OpsOptions, backends: dict[str, Backend], floor: dict[str, Any]
 ) -> list[Line]:
     lines = []
-    dtype = limits.KINDS[options.dtype]
+    dtype, generator = DTYPES[options.dtype], np.random.default_rng(0)
     copies = min(COPIES, max(1, -(-options.cold // (outs * ins * dtype.itemsize))))
-    plain = Linear(array((torch.randn(outs, ins) / ins**0.5).to(dtype)))
+    plain = Linear(shapes.normal(generator, (outs, ins), dtype, deviation=ins**-0.5))
     for quant in ("", *options.quants):
         stored: Any = plain
         size = float(outs * ins * dtype.itemsize)
@@ -272,11 +271,11 @@ def _linears(
         for name, backend in backends.items():
             packed = [backend.pack(_copy(stored)) for _ in range(copies)]
             for rows in options.rows:
-                run = _linear(backend, torch.randn(rows, ins).to(dtype), cycle(packed))
+                run = _linear(backend, backend.place(shapes.normal(generator, (rows, ins), dtype)), cycle(packed))
                 label = f"{name} {quant}".strip()
                 kind = "int8" if quant else options.dtype
                 named = title, label, f"{rows} row{'s' * (rows > 1)}"
-                lines.append(Line(*named, size, 2.0 * rows * outs * ins, kind, floor, run, count=count, rows=rows))
+                lines.append(Line(*named, size, 2.0 * rows * outs * ins, kind, floor, run, backend.mode, count=count, rows=rows))
     return sorted(lines, key=lambda line: line.rows)  # lines to compare are next to each other
 
 
@@ -287,7 +286,7 @@ def _copy(weights: Any) -> Any:
     return dataclasses.replace(weights, **{name: array.copy() for name, array in weights.arrays.items()})
 
 
-def _linear(backend: Backend, x: Tensor, weights: Iterator[Any]) -> Callable[[], object]:
+def _linear(backend: Backend, x: Any, weights: Iterator[Any]) -> Callable[[], object]:
     return lambda: backend.linear(x, next(weights))
 
 
@@ -300,7 +299,7 @@ def _attention(
     shared = most_seqs > 1
     several = [(TEXTS, 1)] if cached <= TEXTS_CACHED else []
     cases = [(1, 1), (most_seqs, 1)] if shared else [*((1, rows) for rows in ATTENDED), *several]
-    lines, layer, width = [], spec.attention[0], limits.KINDS[options.dtype].itemsize
+    lines, layer, width = [], spec.attention[0], DTYPES[options.dtype].itemsize
 
     for count, rows in cases:
         for name, backend in backends.items():
@@ -309,7 +308,7 @@ def _attention(
             flops = 4.0 * count * rows * (cached + (rows + 1) / 2) * layer.heads * spec.head_dim
             case = f"{count} sequence{'s' * (count > 1)}, {rows} row{'s' * (rows > 1)}"
             run, empty = (_attend(backend, spec, some, count, rows, shared) for some in (cached, 1))
-            lines.append(Line(title, name, case, size, flops, options.dtype, floor, run, empty=empty))
+            lines.append(Line(title, name, case, size, flops, options.dtype, floor, run, backend.mode, empty=empty))
     return lines
 
 
@@ -336,8 +335,9 @@ def _attend(backend: Backend, spec: ModelSpec, cached: int, count: int, rows: in
     store.zero(pages.fresh)
     plan = backend.plan(Batch.pack(works, [tree] * count, pages), spec)
     turn = cycle(range(len(spec.attention)))
-    layer, size = spec.attention[0], (count * rows, spec.head_dim)
-    q, k, v = (torch.randn(size[0], heads, size[1]).to(backend.dtype) for heads in (layer.heads, spec.kv_heads, spec.kv_heads))
+    layer, generator = spec.attention[0], np.random.default_rng(0)
+    wanted = [(count * rows, heads, spec.head_dim) for heads in (layer.heads, spec.kv_heads, spec.kv_heads)]
+    q, k, v = (backend.place(shapes.normal(generator, shape, numpy_dtype(backend.dtype))) for shape in wanted)
     return lambda: backend.attend(i := next(turn), spec.attention[i], q, k, v, store.pool, plan)
 
 

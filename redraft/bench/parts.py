@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from redraft import registry
+from redraft.bench.shapes import normal
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, WeightSource
@@ -80,7 +80,7 @@ for _name in OPERATIONS:
 
 
 class Trial(NativeOps, Handed):
-    """Native operations. What they pass to `super()` is noted before it reaches TorchOps."""
+    """Native operations. What they pass to `super()` is noted before it reaches NumpyOps."""
 
 
 @dataclass
@@ -165,9 +165,9 @@ def _copy(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], folder: Path) -
     spec = checkpoint.spec
     learned = None if spec.learned_positions is None else PROMPT + 64
     small = replace(spec, vocab=WIDTH, hidden=WIDTH, context=PROMPT + 64, layers=tuple(map(_small, layers)), learned_positions=learned)
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     folder.mkdir()
-    save_file({name: torch.randn(shape, generator=generator) / 16 for name, shape in small.shapes().items()}, folder / SINGLE)
+    save_file({name: normal(generator, shape, deviation=1 / 16) for name, shape in small.shapes().items()}, folder / SINGLE)
     return Copy(small, checkpoint.dtype, folder)
 
 

@@ -111,6 +111,8 @@ def _parse(line: str, number: int, at: str) -> Prompt:
         raise InvalidInput(f"{at}: not JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError):
         raise InvalidInput(f"{at}: not JSON that can be read: a number or a nesting is too long") from None
+    if isinstance(value, str):
+        value = {"prompt": value}
     if not isinstance(value, dict):
         raise InvalidInput(f"{at}: {_short(value)} is not an object")
     for key in value:

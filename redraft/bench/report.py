@@ -16,7 +16,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -28,24 +27,25 @@ from redraft.bench.results import CHOOSER, ENOUGH, LOW_REPEAT, Row, Speed
 from redraft.card import Guarantee
 from redraft.columns import fold
 from redraft.engine.policies import SEAMS
-from redraft.ops import library
+from redraft.ops import library, pytorch
+from redraft.setup import GPUS
 
 DISTRIBUTION = Path(__file__).resolve().parents[1]
 EVERY = 5.0  # seconds between two lines of progress without a terminal
 
 
 def hardware() -> dict[str, Any]:
-    """cpu (model name), cores (logical, that this process may use), threads (PyTorch's), kernels and native_threads (of the native
-    library, null where there is none), gpu (or null), torch, python."""
-    native = library.load()
+    """cpu (model name), cores (logical, that this process may use), threads (PyTorch's, null if it is not loaded), kernels and
+    native_threads (of the native library, null where there is none), gpu (or null), torch (its version, or null), python."""
+    native, torch = library.load(), pytorch.facts()
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": torch["torch_threads"],
         "kernels": native.isa if native else None,
         "native_threads": native.threads if native else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
+        "gpu": pytorch.gpu() if any(Path(device).exists() for device in GPUS) else None,
+        "torch": torch["torch"],
         "python": platform.python_version(),
     }
 
@@ -196,13 +196,18 @@ def heading(comparison: Comparison, options: CompareOptions) -> list[str]:
     lines = [
         f"{llm.name}, {dtype_name(comparison)}{quant}{adapter}, temperature {params.temperature:g}, {params.max_tokens} new tokens, "
         f"batch {options.batch}, {comparison.outputs} prompts, {rounds} round{'s' * (rounds > 1)}",
-        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend, "
-        f"PyTorch {machine['torch']}",
+        f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend"
+        + beside_pytorch(machine),
     ]
     if chosen := [f"{seam} {text}" for seam in SEAMS if (text := getattr(params, seam))]:
         weakest = llm.guarantee_of(params).label
         lines.append(f"all under {', '.join(chosen)}, {weakest}; the guarantees below are towards the plain loop under the same")
     return lines
+
+
+def beside_pytorch(machine: Mapping[str, Any]) -> str:
+    """The end of a line about `hardware()`: the version of PyTorch, if it is installed."""
+    return f", PyTorch {machine['torch']}" if machine["torch"] else ""
 
 
 Draw = Callable[[Row], Iterable[Text]]  # the lines of a row

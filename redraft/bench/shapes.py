@@ -15,23 +15,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
+from safetensors.numpy import save_file
 
 from redraft import registry
 from redraft.core.spec import ModelSpec
-from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, did_you_mean
+from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, did_you_mean, shown
 from redraft.models import loader, packages
+from redraft.models.checkpoint import FLOAT32
 from redraft.models.memory import size
-from redraft.ops.torch_arrays import dtype_of
+from redraft.ops.arrays import DTYPES, Numbers, name_of
 
 Tick = Callable[[str], None]
 
+BLOCK = 1 << 20  # numbers that are drawn at once
 SHARD = 512 << 20  # bytes of a file; writing weights needs about as much memory
 SPREAD = 0.02  # standard deviation of embeddings, head, biases and of norms around 1
 GAIN = 1.2  # of matrices: sqrt(inputs) times their deviation. At 1 or less greedy texts repeat one token; far above, rounding errors grow
-VERSION = 1  # version of the drawing; each version has its own folder
+VERSION = 2  # version of the drawing; each version has its own folder
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 _LLAMA: dict[str, Any] = {
@@ -109,7 +110,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def cache_folder() -> Path:
-    """REDRAFT_CACHE, else ~/.cache/redraft."""
+    """See `kept`."""
     return packages.folder().parent
 
 
@@ -175,7 +176,10 @@ def folder_name(model: str, config: dict[str, Any]) -> str:
 def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = SHARD, tick: Tick = lambda what: None) -> None:
     """A checkpoint of random weights in `folder`: safetensors in files of at most `shard` bytes or one tensor, and a tokenizer."""
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    spec, dtype = _spec(folder), dtype_of(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    named = name_of(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if named not in DTYPES:
+        raise InvalidInput(f"dtype = {shown(named)}: allowed are {', '.join(DTYPES)}")
+    spec, dtype = _spec(folder), DTYPES[named]
     _check(folder, spec, dtype)
     for name in TOKENIZER:
         shutil.copyfile(loader.resolve("embedded") / name, folder / name)
@@ -183,10 +187,9 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = S
     total = sum(math.prod(shape) for shape in spec.shapes().values()) * dtype.itemsize
     written = 0
     files: list[tuple[str, list[str]]] = []
-    held: dict[str, Tensor] = {}
+    held: dict[str, Numbers] = {}
     for i, (name, shape, distribution) in enumerate(_stored(spec)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        tensor = torch.empty(shape, dtype=dtype).normal_(*distribution, generator=generator)
+        tensor = normal(np.random.default_rng((seed, i)), shape, dtype, *distribution)
         if held and sum(one.nbytes for one in held.values()) + tensor.nbytes > shard:
             files.append(_save(folder, held, len(files)))
             held = {}
@@ -198,13 +201,24 @@ def write(folder: Path, config: dict[str, Any], *, seed: int = 0, shard: int = S
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
 
 
+def normal(
+    generator: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT32, mean: float = 0.0, deviation: float = 1.0
+) -> Numbers:
+    """Numbers of a normal distribution, drawn in float32, block after block, so that little more memory is needed than they take."""
+    drawn = np.empty(math.prod(shape), dtype)
+    for at in range(0, len(drawn), BLOCK):
+        part = generator.standard_normal(min(BLOCK, len(drawn) - at), np.float32)
+        drawn[at : at + BLOCK] = mean + deviation * part
+    return drawn.reshape(shape)
+
+
 def _spec(folder: Path) -> ModelSpec:
     config = loader.read_config(folder)
     spec: ModelSpec = registry.load(registry.FAMILIES[config.architectures[0]]).spec(config)
     return spec
 
 
-def _check(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
+def _check(folder: Path, spec: ModelSpec, dtype: np.dtype[Any]) -> None:
     words = json.loads((loader.resolve("embedded") / TOKENIZER[0]).read_text(encoding="utf-8"))["model"]["vocab"]
     if spec.vocab < len(words):
         raise InvalidInput(f"vocab_size = {spec.vocab}: the tokenizer for random weights has {len(words)} tokens")
@@ -228,7 +242,7 @@ def _stored(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[float
             yield part, stored[::-1] if source.transposed else stored, distribution
 
 
-def _save(folder: Path, tensors: dict[str, Tensor], number: int) -> tuple[str, list[str]]:
+def _save(folder: Path, tensors: dict[str, Numbers], number: int) -> tuple[str, list[str]]:
     file = f"model-{number + 1:05d}.safetensors"
     save_file(tensors, folder / file, {"format": "pt"})
     return file, list(tensors)

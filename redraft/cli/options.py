@@ -14,7 +14,6 @@ from pydantic.fields import FieldInfo
 
 from redraft.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams, SchedulerConfig
 from redraft.errors import InvalidInput
-from redraft.serve.config import ServeConfig
 
 MODEL = typer.Argument(help="A folder, a GGUF file, a hub id (repo@revision) or 'embedded' (default).", metavar="MODEL", show_default=False)
 Model = Annotated[str, MODEL]
@@ -90,6 +89,10 @@ def names(text: str | None) -> tuple[str, ...]:
 
 def chat_template(value: str | None) -> str | None:
     """The text of --chat-template. InvalidInput if it is neither a template nor a file with one."""
+    if value is None:
+        return None
+    from redraft.serve.config import ServeConfig
+
     try:
         return ServeConfig(chat_template=value).chat_template
     except InvalidInput as error:

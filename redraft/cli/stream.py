@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
-
-from redraft.engine.text import PartialText
-from redraft.models.tokenizer import Decoder
 
 if TYPE_CHECKING:
     from redraft.config import SamplingParams
     from redraft.llm import LLM
+    from redraft.models.tokenizer import Decoder
     from redraft.outputs import Delta
 
 Part = tuple[str, bool]  # a piece of text and whether an accepted draft brought it
@@ -34,6 +31,8 @@ class Colours:
     """Marks the characters of one text that came from accepted drafts. A character of several tokens counts as its last token."""
 
     def __init__(self, prompt: list[int], decode: Decoder) -> None:
+        from redraft.engine.text import PartialText
+
         self.decode = decode
         self._tokens, self._text = list(prompt), PartialText.start(prompt, decode)
         self._ends: list[tuple[int, bool]] = []  # (end of the token's text, drafted) of tokens not wholly shown
@@ -62,6 +61,8 @@ class Screen:
     """Standard output."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         console = Console()
         self.terminal = console.is_terminal
         self.coloured = console.is_terminal and not console.no_color and console.color_system is not None
@@ -101,8 +102,8 @@ class Shown:
         rate = f", {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
         adapter = params.lora and f"lora {params.lora}"
-        policies = [text for text in (llm.config.model.quant, adapter, params.keep, params.codec, params.read, params.depth) if text]
-        how = [llm.runner.backend.name, llm.config.draft, *policies, llm.guarantee_of(params).label, draw, *notes]
+        policies = [text for text in (adapter, params.keep, params.codec, params.read, params.depth) if text]
+        how = [llm.runner.backend.name, llm.config.draft, *policies, llm.promise(params), draw, *notes]
         lines = [f"{self.tokens} new tokens{rate}{length}", ", ".join(how)]
         if self.stopped:
             named = ", ".join(f"{name} in {count}" for name, count in self.stopped.items())

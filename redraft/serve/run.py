@@ -100,7 +100,10 @@ def described(llm: LLM, names: str) -> list[str]:
     backend, blocks = llm.runner.backend, llm.runner.memory.blocks
     drafts = f"draft {llm.config.draft} with {llm.config.schedule.draft_rows} rows"
     cache = f"cache of {size(blocks * backend.block_bytes(llm.runner.spec))}, {blocks * PAGE} tokens"
-    return [f"{names}: backend {backend.name}, {drafts}, {llm.guarantee.label}", f"{cache}; texts of up to {llm.max_model_len} tokens"]
+    return [
+        f"{names}: backend {backend.name}, {drafts}, {llm.promise(SamplingParams())}",
+        f"{cache}; texts of up to {llm.max_model_len} tokens",
+    ]
 
 
 def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) -> int:

@@ -61,7 +61,7 @@ def test_engines_take_turns_and_who_fails_is_named(folder: Path, monkeypatch: py
             "writes": (writes, ("plain", "odd", "broken")),
             "faints": (writes._replace(target=f"{HERE}:Faints"), ("plain", "odd")),
             "refuses": (writes._replace(target=f"{HERE}:Refuses"), ("plain",)),
-            "absent": (writes._replace(module="no_such_module", pip="absent-package"), ("plain",)),
+            "absent": (writes._replace(modules="json no_such_module", pip="absent-package"), ("plain",)),
         },
     )
     chosen, against = options(), Against(("writes", "faints", "refuses", "absent"), engine={"threads": 1, "quant": "int8"})
@@ -107,6 +107,7 @@ def test_engines_take_turns_and_who_fails_is_named(folder: Path, monkeypatch: py
     assert odd["rounds"][0][1]["tokens"] == [0] and document["rows"][5]["tokens_per_second"] is None
 
 
+@pytest.mark.torch
 def test_redraft_and_transformers_say_the_same_in_every_mode(folder: Path, tmp_path: Path, redraft: Callable[..., Ran]) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
     prompts.write_text("".join(json.dumps({"id": p.id, "prompt": p.prompt}) + "\n" for p in PROMPTS[:2]))
@@ -127,6 +128,7 @@ def test_redraft_and_transformers_say_the_same_in_every_mode(folder: Path, tmp_p
     assert "transformers" in text and f"written to {out}" in err.replace("\n", "")
 
 
+@pytest.mark.torch
 def test_a_text_ends_with_the_first_stop_token_in_every_engine(folder: Path) -> None:
     whole = bench.compare(str(folder), options(rounds=1, ignore_eos=True), Against(()), PROMPTS[:1])
     tokens = whole.base.runs[0][0]["tokens"]
@@ -209,6 +211,7 @@ def test_options_are_checked() -> None:
         Against(("transformers",), gguf=Path(__file__)).check(options())
 
 
+@pytest.mark.torch
 def test_registered_peers_lead_somewhere() -> None:
     for package, modes in bench.PEERS.values():
         assert "generate" in registry.load(package.target).does and modes[:2] == ("plain", "prompt lookup")

@@ -302,7 +302,7 @@ SAMPLINGS = [
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_plain_models_own_text_has_no_gap(plain: LLM, sampling: dict[str, Any]) -> None:
-    params = SamplingParams(max_tokens=75, seed=11, **sampling)  # more than one chunk of the replay
+    params = SamplingParams(max_tokens=75, seed=11, ignore_eos=True, **sampling)  # more than one chunk of the replay
     prompt = [5, 6, 7, 8]
     text = plain.generate([{"prompt_token_ids": prompt}], params)[0].outputs[0].token_ids
     wrong = [*text[:2], (text[2] + 1) % 60, *text[3:]]
@@ -418,7 +418,7 @@ def test_the_estimated_duration_is_that_of_the_measurements(
 
     bench.compare(plain, CompareOptions(("spy", "copyspec"), params, rounds=2, batch=batch), prompts, announce=announce)
     ((seconds, start),) = found
-    assert start > 0 and seconds == pytest.approx(clock.now - start, rel=0.02)  # a reply is not read back token for token
+    assert start > 0 and seconds == pytest.approx(clock.now - start, rel=0.04)  # a reply is not read back token for token
 
 
 def test_the_estimate_is_not_too_short_where_the_warm_up_says_little() -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from redraft.bench.peers.llama_cpp import LlamaCppPython
 from redraft.bench.peers.peer import Job
-from redraft.bench.peers.transformers import Transformers
 from tests.bench import fakes
 from tests.models import tiny
 
@@ -18,8 +17,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("mode", ["plain", "prompt lookup"])
 def test_it_generates_what_transformers_generates(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from redraft.bench.peers.transformers import Transformers
+
     monkeypatch.setenv("REDRAFT_CACHE", str(tmp_path / "cache"))
     job = Job(str(fakes.checkpoint(tmp_path / "model")), "float32", 1, tiny.V, 20, 12, 20, (1,), stop=(5,))
     expected = [Transformers(job).generate("plain", prompt, 12)["tokens"] for prompt in ([7, 8, 9, 7, 8], [7, 8, 11])]

@@ -96,7 +96,7 @@ def test_its_pipelines_generate_what_transformers_generates(mode: str, tmp_path:
 
 @installed
 def test_it_is_converted_once(tmp_path: Path) -> None:
-    folder = tiny.save("qwen2", tmp_path / "model", dtype=torch.bfloat16)
+    folder = tiny.saved("qwen2", tmp_path / "model", dtype="bfloat16")
     file = ir.converted(folder, "auto")
     before = file.stat().st_mtime_ns
     assert ir.converted(folder, "auto") == file and file.stat().st_mtime_ns == before
@@ -105,7 +105,7 @@ def test_it_is_converted_once(tmp_path: Path) -> None:
         and ir.converted(folder, "float32") != file
         and len(list((tmp_path / "cache/openvino").iterdir())) == 3
     )
-    tiny.save("qwen2", folder, seed=1, dtype=torch.bfloat16)
+    tiny.saved("qwen2", folder, seed=1, dtype="bfloat16")
     assert ir.converted(folder, "auto") != file
 
 

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint are found by trial: operations that the native backend passes on to PyTorch are noted."""
+"""The parts of a checkpoint are found by trial: operations that the native backend passes on to NumPy are noted."""
 
 from __future__ import annotations
 

@@ -119,6 +119,12 @@ def test_categories(mixed: Path) -> None:
 # errors
 
 
+def test_a_text_alone_is_a_prompt(tmp_path: Path) -> None:
+    """As `generate --prompts` takes it."""
+    (tmp_path / "p.jsonl").write_text('"class A"\n{"prompt": "def b"}\n')
+    assert [(prompt.id, prompt.prompt) for prompt in load(tmp_path / "p.jsonl")] == [("1", "class A"), ("2", "def b")]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

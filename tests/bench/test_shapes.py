@@ -12,6 +12,7 @@ import transformers
 from redraft.bench import shapes
 from redraft.errors import InvalidInput
 from redraft.models import loader
+from tests.arrays import PLACED
 from tests.models import tiny
 
 SMALL = {"vocab_size": 4096, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,7 +51,7 @@ def test_every_family_loads_here_and_in_transformers(family: str, tmp_path: Path
     made = tmp_path / "made"
     made.mkdir()
     shapes.write(made, config)
-    spec, weights = tiny.load(made)
+    spec, weights = tiny.load(made, backend=PLACED)
     other = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     assert torch.equal(other.get_input_embeddings().weight, weights.embed)
     assert weights.final_norm.weight.mean() == pytest.approx(1, abs=0.02)
@@ -78,7 +79,7 @@ def test_small_files_hold_the_same_numbers_as_one(tmp_path: Path) -> None:
         shapes.write(folder, CONFIG, seed=seed, shard=shard)
     files = [len(list(folder.glob("*.safetensors"))) for folder in folders]
     assert files[0] == 1 and files[1] > 2
-    one, many, other = (tiny.load(folder)[1] for folder in folders)
+    one, many, other = (tiny.load(folder, backend=PLACED)[1] for folder in folders)
     assert torch.equal(one.embed, many.embed) and torch.equal(one.layers[1].qkv.weight, many.layers[1].qkv.weight)
     assert not torch.equal(one.embed, other.embed)
     assert not torch.equal(one.layers[0].qkv.weight, one.layers[1].qkv.weight)
@@ -96,3 +97,5 @@ def test_unknown_names_and_small_vocabularies_are_reported(tmp_path: Path) -> No
         shapes.checkpoint("llama-3.2-1")
     with pytest.raises(InvalidInput, match="vocab_size = 61: the tokenizer for random weights has 4096 tokens"):
         shapes.checkpoint(str(written(tmp_path / "mine", {**CONFIG, "vocab_size": 61})))
+    with pytest.raises(InvalidInput, match="dtype = 'int8': allowed are float16, bfloat16, float32, float64"):
+        shapes.checkpoint(str(written(tmp_path / "other", {**CONFIG, "dtype": "int8"})))

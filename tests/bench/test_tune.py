@@ -261,7 +261,9 @@ def test_the_command_writes_a_file_that_generate_and_serve_accept(
     assert found["dtype"] == "float32" and found["draft"] in ("none", "auto", "ngram")
     engine, _ = build(load(tmp_path / "a.yaml", "--config"))
     assert engine.draft == found["draft"]
-    code, out, err = redraft("generate", "--config", f"{tmp_path}/a.yaml", "--prompt", "w5 w6", "--max-tokens", "3", "--raw")
+    code, out, err = redraft(
+        "generate", "--config", f"{tmp_path}/a.yaml", "--prompt", "w5 w6", "--max-tokens", "3", "--raw", "--ignore-eos"
+    )
     assert code == 0 and out and f", {found['draft']}, same-text" in err.replace("\n", ", ")
 
 

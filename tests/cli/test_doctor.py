@@ -13,7 +13,7 @@ import pytest
 
 from redraft.bench.parts import Part
 from redraft.cli import doctor
-from redraft.ops import library
+from redraft.ops import library, pytorch
 from tests.cli.conftest import Ran
 
 native = pytest.mark.skipif(not library.PATH.exists() or library.load() is None, reason="no native library")
@@ -44,8 +44,18 @@ def test_it_says_what_serves_and_measures(redraft: Callable[..., Ran], tmp_path:
     assert list(facts["peaks"]) == ["float32", "bfloat16", "int8"]
     assert facts["peaks"]["float32"]["flops"] > 0
     assert 0 < facts["cpu_share"] <= 1
-    for text in ("read bandwidth", "GB/s", "peak float32", "huge pages", "tokens/s without drafts", loaded.isa, str(facts["torch"])):
+    for text in ("read bandwidth", "GB/s", "peak float32", "huge pages", "tokens/s without drafts", loaded.isa, facts["torch"] or ""):
         assert text in out
+
+
+@native
+def test_pytorch_is_named_only_if_it_is_installed(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for version, threads, printed in (("2.5.1", 3, ["2.5.1", "3 of PyTorch"]), ("2.5.1", None, ["2.5.1"]), (None, None, [])):
+        monkeypatch.setattr(pytorch, "facts", lambda: {"torch": version, "torch_threads": threads, "torch_isa": None})  # noqa: B023
+        code, out, _ = redraft("doctor", "--json", str(tmp_path / "facts.json"))
+        facts = json.loads((tmp_path / "facts.json").read_text())
+        assert (code, facts["torch"], facts["torch_threads"]) == (0, version, threads)
+        assert all(text in out for text in printed) and out.count("PyTorch") == len(printed), "its name stands beside both"
 
 
 def test_without_the_library_it_says_why(redraft: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -53,11 +63,12 @@ def test_without_the_library_it_says_why(redraft: Callable[..., Ran], monkeypatc
     code, out, _ = redraft("doctor", "--json", str(tmp_path / "facts.json"))
     assert code == 0
     assert "none: it was not compiled" in out
-    assert "torch: it was not compiled" in out
+    other = "torch" if pytorch.version() else "numpy"
+    assert f"{other}: it was not compiled" in out
     assert "not measured" in out
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["library"] is None and facts["read_bytes_per_second"] is None
-    assert {one["backend"] for one in facts["serves"]} == {"torch"}
+    assert {one["backend"] for one in facts["serves"]} == {other}
 
 
 @native

@@ -19,7 +19,7 @@ ANSI = re.compile("\x1b\\[[0-9;]*m")
 STATS = re.compile(
     r"(\d+) new tokens, [\d.]+ tokens/s, mean acceptance length ([\d.]+)\n"
     r"(?:stopped where drafts did not pay: [^:]* steps\n)?"  # the line may be broken anywhere
-    r"(?:native|torch), (\S+), same-text, (greedy|seed \d+), (raw prompt|chat template)\n"
+    r"(?:native|torch|numpy), (\S+), same-text, (greedy|seed \d+), (raw prompt|chat template)\n"
 )
 
 

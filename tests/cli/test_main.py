@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from redraft import __version__
-from redraft.cli import habits
+from redraft.cli import habits, main
 from redraft.cli.main import app
+from redraft.ops import library
 from tests.cli.conftest import Ran
+from tests.test_llm import MISSING
 
 LIGHT = """
 import sys
@@ -27,7 +28,7 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["generate", "--help"], ["serve", "--help"], ["methods"], ["methods", "token-recycling"], ["--version"]],
+    [["--help"], ["generate", "--help"], ["serve", "--help"], ["methods"], ["methods", "token-recycling"], ["cache"], ["--version"]],
     ids=" ".join,
 )
 def test_help_and_methods_import_nothing_heavy(arguments: list[str]) -> None:
@@ -36,10 +37,82 @@ def test_help_and_methods_import_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout
 
 
+LAZY = """
+import sys
+from redraft.cli.main import run
+assert run([*sys.argv[2:], "--help"]) == 0
+found = [name for name in sys.argv[1].split(",") if name in sys.modules]
+assert not found, found
+"""
+ENGINE = "numpy,redraft.engine,redraft.llm,redraft.models.loader,redraft.ops"
+
+
+@pytest.mark.parametrize("verb", ["", *main.VERBS, "bench decode", "bench serve"])
+def test_help_imports_no_engine_and_without_a_verb_no_options(verb: str) -> None:
+    forbidden = ENGINE if verb else f"{ENGINE},pydantic,redraft.config,redraft.cli.options"
+    done = subprocess.run([sys.executable, "-c", LAZY, forbidden, *verb.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Usage: " in done.stdout, done.stderr
+
+
+EVERY = """
+import importlib, pkgutil
+import redraft.bench, redraft.cli
+found = [one.name for top in (redraft.bench, redraft.cli) for one in pkgutil.walk_packages(top.__path__, f"{top.__name__}.")]
+for name in found:
+    if name != "redraft.bench.peers.transformers":  # it measures what it imports
+        importlib.import_module(name)
+print(*found)
+"""
+
+
+def test_no_measurement_and_no_verb_imports_pytorch() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING + EVERY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {f"redraft.cli.{verb}" for verb in main.VERBS} | {"redraft.bench.peers.limits"} <= set(done.stdout.split())
+
+
+RUN = """
+from redraft.bench import ops
+from redraft.cli import doctor, main
+doctor.BUFFER = ops.limits.BUFFER = 4 << 20
+doctor.ROUNDS = ops.COPIES = 2
+ops.limits.peaks = lambda *side: {"float32": 1e11}
+raise SystemExit(main.run())
+"""
+FEW = "--rounds 1 --threads 1"
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        ("doctor embedded", "native library"),
+        ("explain --draft token-recycling", "runner: backend native on cpu"),
+        ("calibrate --texts README.md --samples 1 --output {folder}/profile", "{folder}/profile"),
+        ("compare --draft copyspec --limit 1 --rounds 1 --max-tokens 4", "native backend"),
+        ("tune --draft copyspec --limit 1 --rounds 2 --max-tokens 4 --best 1", "draft: "),
+        (f"bench ops embedded --backend native --quant int4 --rows 1 --cached 32 --shared 32 {FEW}", "all linear layers of a step"),
+        (f"bench quant --texts README.md --tokens 32 --length 32 --decoded 2 {FEW}", "int8"),
+        ("bench cache --texts README.md --limit 2 --length 100 --memory 0 --turns 1 --policy codec=int8", "perplexity"),
+    ],
+    ids=lambda value: " ".join(value.split()[:2]),
+)
+def test_a_measurement_needs_no_pytorch(command: str, printed: str, tmp_path: Path) -> None:
+    words, root = command.format(folder=tmp_path).split(), Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", f"{MISSING}{RUN}", *words], capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert printed.format(folder=tmp_path) in done.stdout
+
+
 def test_help_names_every_verb(redraft: Callable[..., Ran]) -> None:
     code, out, _ = redraft("--help")
     assert code == 0
     assert all(f" {verb} " in out for verb in ("generate", "chat", "compare", "methods", "explain"))
+
+
+@pytest.mark.parametrize("name", main.VERBS)
+def test_the_line_of_a_verb_is_the_first_of_its_help(name: str) -> None:
+    assert main.VERBS[name] == " ".join(main.verb(name).help.split("\n\n")[0].split())
 
 
 def test_version(redraft: Callable[..., Ran]) -> None:
@@ -143,7 +216,7 @@ def test_only_near_flags_are_suggested(redraft: Callable[..., Ran], flag: str, e
 
 
 def test_the_answers_name_options_that_exist() -> None:
-    verbs = get_command(app).commands.values()  # type: ignore[attr-defined]
+    verbs = map(main.verb, main.VERBS)
     known = {name for verb in verbs for parameter in verb.params for name in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.strip(",") for ours in habits.OURS.values() for word in ours.split() if word.startswith("--")} <= known
     assert not set(habits.OURS) & set(habits.WITHOUT)

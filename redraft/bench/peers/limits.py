@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from redraft.bench.peers.peer import Job
 from redraft.models import memory
-from redraft.ops import library
+from redraft.ops import library, pytorch
+from redraft.ops.arrays import Numbers
 
 BUFFER = 2 << 30  # bytes; the last-level cache of some machines holds hundreds of MiB
 SIDE = 2048  # rows of the square matrices that are multiplied to measure the peak
-KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = "float32", "bfloat16"
 
 
 class Limits:
@@ -41,45 +42,46 @@ def limits(size: int | None = None, side: int = SIDE) -> dict[str, Any]:
     return {"bytes_per_second": bandwidth(buffer(size)), "flops_per_second": peaks(side), **how()}
 
 
-def how() -> dict[str, str]:
-    """Measures with the native kernels if they are compiled, else with PyTorch."""
+def how() -> dict[str, str | None]:
+    """Measures with the native kernels if they are compiled, else with NumPy."""
     native = library.load()
-    return {
-        "how": "PyTorch" if native is None else "the native kernels",
-        "isa": native.isa if native else torch.backends.cpu.get_cpu_capability(),
-    }
+    return {"how": "NumPy" if native is None else "the native kernels", "isa": None if native is None else native.isa}
 
 
 def use_threads(count: int) -> None:
-    torch.set_num_threads(count)
+    pytorch.use_threads(count)
     if (native := library.load()) is not None:
         native.set_threads(count)
 
 
-def buffer(size: int | None = None) -> Tensor:
+def buffer(size: int | None = None) -> Numbers:
     """A buffer of 2 GiB, or of a quarter of the free memory if that is less. All its pages are resident."""
-    held = torch.empty((size or min(BUFFER, memory.limits() // 4)) // 8, dtype=torch.int64)
+    held = np.empty((size or min(BUFFER, memory.limits() // 4)) // 8, np.int64)
     if (native := library.load()) is not None:
-        native.fill(held.data_ptr(), held.nbytes)
+        native.fill(held.ctypes.data, held.nbytes)
     else:
-        held.fill_(1)
+        held.fill(1)
     return held
 
 
-def bandwidth(held: Tensor, repeats: int = 4) -> float:
+def bandwidth(held: Numbers, repeats: int = 4) -> float:
     """Bytes a second that all threads together read from the buffer; the best of several passes."""
     if (native := library.load()) is not None:
-        return native.read_bandwidth(held.data_ptr(), held.nbytes, repeats)
-    return held.nbytes / _best(lambda: held.sum(), repeats)
+        return native.read_bandwidth(held.ctypes.data, held.nbytes, repeats)
+    threads = library.default_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        parts = np.array_split(held, threads)
+        return held.nbytes / _best(lambda: list(pool.map(np.sum, parts)), repeats)
 
 
 def peaks(side: int = SIDE) -> dict[str, float]:
-    """Operations a second by number format: of native kernels in registers, else the best of several large matrix products. Formats
-    without an instruction on this machine are left out."""
+    """Operations a second by number format: of native kernels in registers, else the best of several large matrix products of NumPy.
+    Formats without an instruction on this machine, or in NumPy, are left out."""
     if (native := library.load()) is not None:
         found = {kind: native.peak(kind) for kind in (*KINDS, "int8")}
         return {kind: flops for kind, flops in found.items() if flops}
-    return {kind: _product(dtype, side) for kind, dtype in KINDS.items()}
+    matrix = np.ones((side, side), np.float32)
+    return {"float32": 2 * side**3 / _best(lambda: matrix @ matrix, 5)}  # one more, because the first is slower
 
 
 def least_seconds(size: float, flops: float, bandwidth: float, peaks: Mapping[str, float], kind: str) -> float:
@@ -90,12 +92,6 @@ def least_seconds(size: float, flops: float, bandwidth: float, peaks: Mapping[st
 def peak_of(peaks: Mapping[str, float], kind: str) -> float:
     """Operations a second in this number format, which is computed in float32 if this machine has no instruction for it."""
     return peaks.get(kind) or peaks["float32"]
-
-
-def _product(dtype: torch.dtype, side: int, repeats: int = 4) -> float:
-    a, b = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
-    torch.mm(a, b)
-    return 2 * side**3 / _best(lambda: torch.mm(a, b), repeats)
 
 
 def _best(run: Callable[[], object], repeats: int) -> float:

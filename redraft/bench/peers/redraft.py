@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from redraft import __version__
 from redraft.bench.divergence import tolerance
@@ -21,7 +20,8 @@ from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.llm import LLM
-from redraft.ops.arrays import array
+from redraft.ops import pytorch
+from redraft.ops.arrays import array, name_of
 from redraft.ops.backend import ForwardResult
 
 
@@ -41,12 +41,10 @@ class Redraft:
         self.facts: dict[str, Any] = {
             "version": __version__,
             "backend": backend.name,
-            "dtype": str(backend.dtype).removeprefix("torch."),
+            "dtype": name_of(backend.dtype),
             "features": sorted(backend.features),
             "quant": self.llm.config.model.quant,
-            "torch": torch.__version__,
-            "torch_threads": torch.get_num_threads(),
-            "torch_isa": torch.backends.cpu.get_cpu_capability(),
+            **pytorch.facts(),
         }
         if getattr(self.runner.quant, "keeps", False):
             weights = self.runner.weights
