@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2 stores these as [in, out]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,17 +27,21 @@ def make(
     **config: Any,
 ) -> Path:
     """An adapter of every matrix of `base` whose name ends like one of `modules`; `whole`: modules that are replaced."""
-    g = torch.Generator().manual_seed(seed)
+    dice = np.random.default_rng(seed)
+
+    def rand(*shape: int) -> Any:
+        return dice.standard_normal(shape, np.float32)
+
     tensors = {}
     for name, weight in (pair for file in sorted(base.glob("*.safetensors")) for pair in load_file(file).items()):
         module = name.removesuffix(".weight")
         if whole and module.endswith(whole):
-            tensors[f"base_model.model.{name}"] = weight + torch.randn(weight.shape, generator=g) * 0.1
+            tensors[f"base_model.model.{name}"] = weight + rand(*weight.shape) * np.float32(0.1)
         elif weight.ndim == 2 and module.endswith(modules):
             outs, ins = weight.T.shape if module.endswith(TRANSPOSED) else weight.shape
             own = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), rank)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(own, ins, generator=g) / ins**0.5
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(outs, own, generator=g) * size / own**0.5
+            tensors[f"base_model.model.{module}.lora_A.weight"] = rand(own, ins) / np.float32(ins**0.5)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = rand(outs, own) * np.float32(size / own**0.5)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     raw = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(modules), "bias": "none"}
@@ -59,8 +63,8 @@ def merged(folder: Path, base: Path, adapter: Path) -> Path:
         rank = next((r for key, r in config.get("rank_pattern", {}).items() if key in module), config["r"])
         alpha = next((r for key, r in config.get("alpha_pattern", {}).items() if key in module), config["lora_alpha"])
         factor = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        added = tensors[name.replace("lora_A", "lora_B")].double() @ a.double()
+        added = tensors[name.replace("lora_A", "lora_B")].astype(np.float64) @ a.astype(np.float64)
         added = factor * (added.T if module.endswith(TRANSPOSED) else added)
-        weights[f"{module}.weight"] = weights[f"{module}.weight"].double() + added
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+        weights[f"{module}.weight"] = weights[f"{module}.weight"] + added
+    save_file({name: np.ascontiguousarray(weight) for name, weight in weights.items()}, folder / "model.safetensors")
     return folder

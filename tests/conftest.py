@@ -2,9 +2,13 @@
 output that is compared."""
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +23,41 @@ os.environ["COLUMNS"] = "200"  # wide enough that no line of a table is broken
 SLOW = "tests/ops/test_kernels.py", "tests/contracts/"  # files that begin first, so that no worker is left with one at the end
 
 
+TORCH = find_spec("torch") is not None
+IMPORTS_TORCH = re.compile(r"^(import|from) (torch\b|safetensors\.torch|redraft\.ops\.(torch_|reference))", re.MULTILINE)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
+    for item in items:
+        if not TORCH and (item.get_closest_marker("torch") or {"torch", "reference"} & set(_backends(item))):
+            item.add_marker(pytest.mark.skip(reason="needs PyTorch"))
+
+
+def _backends(item: pytest.Item) -> Iterator[Any]:
+    """The backends that the parameters of a test name."""
+    for name, value in (item.callspec.params if hasattr(item, "callspec") else {}).items():
+        yield value if name == "backend" else value.get("backend") if isinstance(value, dict) else getattr(value, "backend", None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not TORCH:
+        config.option.ignore = [*(config.option.ignore or ()), *map(str, _left_out(config))]
+
+
+def _left_out(config: pytest.Config) -> list[Path]:
+    """A file that imports PyTorch by itself is left out where it is not installed."""
+    files = (file for folder in ("redraft", "tests") for file in (config.rootpath / folder).rglob("*.py"))
+    return sorted(file for file in files if IMPORTS_TORCH.search(file.read_text()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if TORCH or hasattr(config, "workerinput"):
+        return
+    left = {file: count for file in _left_out(config) if (count := file.read_text().count("\ndef test_"))}
+    terminalreporter.write_line(f"not run, they need PyTorch: {sum(left.values())} test functions in {len(left)} files")
+    for file, count in left.items():
+        terminalreporter.write_line(f"  {file.relative_to(config.rootpath)}: {count}")
 
 
 @pytest.fixture

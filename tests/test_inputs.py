@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from redraft import LLM, EngineConfig, Patch, RequestOutput, SamplingParams, registry
 from redraft.config import is_utf8
@@ -39,13 +39,22 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
+def tensors(*values: Any) -> list[Any]:
+    """Of PyTorch, where it is installed."""
+    if find_spec("torch") is None:
+        return []
+    import torch
+
+    return [torch.tensor(value) for value in values]
+
+
 # ---- forms
 
 
 def test_every_form_of_a_prompt(llm: LLM) -> None:
     ids = llm.tokenizer.encode("abc")
     truth = tokens(llm.generate("abc", **SHORT))
-    forms = ["abc", ids, tuple(ids), np.array(ids), torch.tensor(ids), {"prompt": "abc"}, {"prompt_token_ids": ids}]
+    forms = ["abc", ids, tuple(ids), np.array(ids), *tensors(ids), {"prompt": "abc"}, {"prompt_token_ids": ids}]
     forms += [{"prompt": "other", "prompt_token_ids": np.array(ids)}, {"prompt": "abc", "prompt_token_ids": None, "context": np.int64(2)}]
     for form in forms:
         assert tokens(llm.generate(form, **SHORT)) == truth
@@ -79,8 +88,8 @@ def test_keywords_are_fields_of_sampling_params(llm: LLM) -> None:
 
 
 def test_integers() -> None:
-    assert [integer(one) for one in (3, np.int64(3), np.uint8(3), torch.tensor(3))] == [3] * 4
-    bad = [True, np.True_, 3.0, "3", np.array([3]), torch.tensor([3]), torch.tensor([[3]]), torch.tensor(3.5), None]
+    assert {integer(one) for one in (3, np.int64(3), np.uint8(3), *tensors(3))} == {3}
+    bad = [True, np.True_, 3.0, "3", np.array([3]), *tensors([3], [[3]], 3.5), None]
     assert [integer(one) for one in bad] == [None] * len(bad)
 
 
@@ -156,7 +165,7 @@ def odd() -> list[Any]:
     prompts = [{}, {1: 2}, {"prompt": 3}, {"prompt_token_ids": "ab"}, {"prompt_token_ids": [[1]]}, {"prompt": "a", "context": "1"}]
     prompts += [{"prompt": "a", "before": [3.5]}, {"prompt": "a", "reuse": 3}, {"prompt": "a", "pool": 1}]
     chats = [{"messages": 3}, {"messages": [3]}, {"role": 3}, [{"role": 3, "content": 3}], [{1: 2}], [[{"role": "user"}], 3]]
-    arrays = [np.array(5), np.array([1.5]), np.array([[1, 2]]), np.array(["a"]), np.array([None]), torch.tensor(1), torch.tensor([1.5])]
+    arrays = [np.array(5), np.array([1.5]), np.array([[1, 2]]), np.array(["a"]), np.array([None]), *tensors(1, [1.5])]
     strange = [object(), Unshowable(), Lines(), len, int, iter([1.5]), (one for one in [object()])]
     strange += [{1}, frozenset({"a"}), range(3), Path("a"), Patch(0, 1, HALF), Patch(1, 0, "a"), SamplingParams(), EngineConfig()]
     return [*plain, *nested, *prompts, *chats, *arrays, *strange]

@@ -7,12 +7,17 @@ Each text is compared token by token with what an engine that shares no prefixes
 chunk, on one thread. A condition is drawn at random (--seed) until --tokens were compared. The proof fails where a text differs, where
 a drafter never had a token accepted or one rejected, where a lossy policy changed no text, and where no prefix was reused after
 a policy.
+
+With --beside PYTHON, every text of every policy is written by this interpreter and by PYTHON, which may lack PyTorch, each with its own
+default drafter, in one batch; the proof fails where a text differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import subprocess
 import sys
 import tempfile
 import time
@@ -165,6 +170,43 @@ def run(model: str, numbers: str, tokens: int, minutes: float, seed: int, prompt
     return result
 
 
+def written(model: str, numbers: str, prompts: int, new: int) -> list[list[int]]:
+    """The texts of all prompts under every policy and way of sampling, in batches of one way, with the default drafter."""
+    with tempfile.TemporaryDirectory() as folder:
+        proof, found = Proof(model, numbers, prompts, new, Path(folder), 0), []
+        for sampling in SAMPLING:
+            asked = [(policy, i) for policy in POLICIES for i in range(len(proof.prompts))]
+            outputs = proof.llm.generate(
+                [{"prompt_token_ids": proof.prompts[i]} for _, i in asked], [proof.of(policy, sampling, i) for policy, i in asked]
+            )
+            found += [output.outputs[0].token_ids for output in outputs]
+    return found
+
+
+TEXTS = """
+import json, sys
+from scripts.proofs.bit_exact import written
+model, numbers, prompts, new = sys.argv[1:]
+print(json.dumps([written(model, numbers, int(prompts), int(new)), "torch" in sys.modules]))
+"""
+
+
+def beside(python: str, jobs: list[tuple[str, str]], prompts: int, new: int) -> int:
+    """The number of texts of the two interpreters that differ."""
+    faults = 0
+    for model, numbers in jobs:
+        both = []
+        for one in (sys.executable, python):
+            command = [one, "-c", TEXTS, model, numbers, str(prompts), str(new)]
+            both.append(json.loads(subprocess.run(command, cwd=Path(__file__).parents[2], check=True, stdout=subprocess.PIPE).stdout))
+        (own, _), (other, loaded) = both
+        differ = sum(a != b for a, b in zip(own, other, strict=True))
+        said = f"{sum(map(len, own)):,} tokens of {len(own)} texts, {differ} differ; PyTorch {'loaded' if loaded else 'not loaded'} beside"
+        print(f"{Path(model).name:12} {numbers:9} {said}", flush=True)
+        faults += differ
+    return faults
+
+
 def judged(total: Result) -> list[str]:
     """What was not proved."""
     faults = list(total.faults)
@@ -190,8 +232,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapters", type=int, default=0, help="random LoRA adapters beside the model")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--beside", metavar="PYTHON", help="compare with the texts of another environment's interpreter")
     chosen = parser.parse_args()
     jobs = [(model, numbers) for model in chosen.model or ("embedded", "pilot-16m") for numbers in chosen.numbers or NUMBERS]
+    if chosen.beside:
+        sys.exit(bool(beside(chosen.beside, jobs, chosen.prompts, chosen.new)))
     each = -(-chosen.tokens // len(jobs))
     began, total = time.perf_counter(), Result()
     with multiprocessing.get_context("spawn").Pool(chosen.processes, maxtasksperchild=1) as pool:

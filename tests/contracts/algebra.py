@@ -8,12 +8,12 @@ drawn from a draft distribution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from redraft.core.distribution import TopLogprobs
 from redraft.core.noise import Stream, gumbel, key, uniform
@@ -171,8 +171,16 @@ def chi_square_p(counts: np.ndarray, expected: np.ndarray) -> float:
     expected = np.append(expected[~rare], expected[rare].sum())
     counts, expected = counts[expected > 0], expected[expected > 0]
     statistic = ((counts - expected) ** 2 / expected).sum()
-    half = torch.tensor([(len(counts) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
+    return upper_tail(float(statistic), len(counts) - 1)
+
+
+def upper_tail(statistic: float, freedom: int) -> float:
+    """Of the chi-square distribution: the regularised upper gamma function of freedom / 2 and statistic / 2, which is a finite sum."""
+    if (half := statistic / 2) <= 0:
+        return 1.0
+    powers = np.arange(freedom / 2 - 1, -0.25, -1)
+    first = math.erfc(math.sqrt(half)) if freedom % 2 else 0.0
+    return first + sum(math.exp(power * math.log(half) - half - math.lgamma(power + 1)) for power in powers)
 
 
 def check_distribution(

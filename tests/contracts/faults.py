@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from redraft import registry
 from redraft.core.noise import Stream, key
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Sequence
@@ -16,8 +17,7 @@ from redraft.core.spec import ModelSpec
 from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
-from redraft.ops.torch_ops import TorchOps
-from redraft.ops.torch_pool import TorchPool
+from tests.arrays import BACKEND
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -88,14 +88,15 @@ def moves_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
     """New pages keep their old contents, here NaN."""
-    allocate = TorchOps.allocate
+    backend = registry.backend(BACKEND)
+    allocate = backend.allocate
 
-    def filled(ops: TorchOps, spec: ModelSpec, blocks: int) -> TorchPool:
+    def filled(ops: Any, spec: ModelSpec, blocks: int) -> Any:
         pool = allocate(ops, spec, blocks)
-        pool.data.fill_(torch.nan)
+        pool.data[:] = np.nan
         return pool
 
-    patch.setattr(TorchOps, "allocate", filled)
+    patch.setattr(backend, "allocate", filled)
     patch.setattr(Store, "zero", lambda store, fresh: None)
 
 

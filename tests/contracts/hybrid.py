@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from redraft.models.runner import Runner
 from redraft.ops.backend import LayerWeights, Linear, Weights
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from tests.arrays import placed
 from tests.contracts import plain
 from tests.kv.state import State
 
@@ -70,13 +72,15 @@ def gated(x: Tensor, index: int, mixer: Gated, weights: LayerWeights, backend: A
     return mixed
 
 
-def defined(rows: Tensor, mixer: Gated) -> Tensor:
+def defined(rows: plain.Numbers, mixer: Gated) -> plain.Numbers:
     """The definition: one row after the other."""
-    state, found = torch.zeros(mixer.state, dtype=rows.dtype), []
+    state, found = np.zeros(mixer.state), []
     for row in rows:
-        state = step(state, row)
+        gate, value = np.split(row, 2)
+        gate = 1 / (1 + np.exp(-gate))
+        state = gate * state + (1 - gate) * np.tanh(value + np.roll(state, 1))
         found.append(state)
-    return torch.stack(found)
+    return np.stack(found)
 
 
 MIXERS[Gated] = gated
@@ -87,10 +91,10 @@ plain.MIXERS[Gated] = defined
 def tiny() -> tuple[ModelSpec, Weights]:
     """plain.tiny with recurrent layers before, between and after its attention layers. Two recurrent layers are adjacent."""
     spec, weights = plain.tiny(layers=3)
-    generator = torch.Generator().manual_seed(7)
+    dice = np.random.default_rng(7)
 
     def rand(rows: int, cols: int, scale: float) -> Linear:
-        return Linear(torch.randn(rows, cols, generator=generator, dtype=torch.float64) * scale / math.sqrt(cols))
+        return Linear(dice.standard_normal((rows, cols)) * scale / math.sqrt(cols))
 
     def recurrent(like: LayerWeights) -> LayerWeights:
         return replace(like, qkv=rand(2 * SIZE, spec.hidden, 3.0), out=rand(spec.hidden, SIZE, 0.5))
@@ -104,4 +108,4 @@ def runner(backend: str, blocks: int, *, sharing: bool = True) -> Runner:
     spec, weights = tiny()
     made = BACKENDS[backend](torch.float64, "cpu")
     memory = Memories(Paged(made, spec, blocks, sharing=sharing), State(spec, 40 * blocks, blocks, sharing=sharing))
-    return Runner(spec, weights, made, blocks, memory=memory)
+    return Runner(spec, placed(made, weights), made, blocks, memory=memory)

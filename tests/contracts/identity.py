@@ -9,7 +9,7 @@ from functools import cache, lru_cache, partial
 from random import Random
 from typing import cast
 
-import torch
+import numpy as np
 
 from redraft import registry
 from redraft.config import SamplingParams
@@ -20,8 +20,10 @@ from redraft.engine.engine import Engine
 from redraft.engine.output import Event, checked
 from redraft.errors import InvalidInput
 from redraft.models.runner import Runner
+from redraft.ops.arrays import array
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import Sampler
+from tests.arrays import BACKEND, placed
 from tests.contracts import plain
 from tests.contracts.drafters import FullFanOut, RandomTrees
 
@@ -46,7 +48,7 @@ class Condition:
 
     drafter: str = "none"
     sampling: str = "greedy"
-    backend: str = "torch"
+    backend: str = BACKEND
     chunk: int = 512
     arrivals: tuple[int, ...] = (0,)
     pool: int = 40
@@ -92,12 +94,13 @@ def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: i
 
 
 def engine(
-    drafter: OpenDrafter | str | Opener = "none", *, backend: str = "torch", window: int | None = None, pool: int = 40,
+    drafter: OpenDrafter | str | Opener = "none", *, backend: str = BACKEND, window: int | None = None, pool: int = 40,
     sharing: bool = True, scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, layers: int = 2, **options: object
 ) -> Engine:  # fmt: skip
     """An engine with the tiny model, float64. drafter: an opened drafter, a registered name, or a function that opens one."""
     spec, weights = plain.tiny(window, layers=layers)
-    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool, sharing=sharing)
+    own = registry.backend(backend)("float64")
+    runner = Runner(spec, placed(own, weights), own, pool, sharing=sharing)
     verifier = registry.create("verify", str(options.pop("verify", "coupled")))
     sampler = Sampler(spec.vocab, frozenset(options.get("eos", ())), drafts=verifier.drafts)  # type: ignore[call-overload]
     if isinstance(drafter, str):
@@ -126,9 +129,9 @@ def opened_by_name(name: str, runner: Runner, sampler: Sampler) -> OpenDrafter:
 def second(
     made: SecondModel, runner: Runner, sampler: Sampler, *, off: float = 0.4, blocks: int | None = None, context: int = 256
 ) -> SecondModelDrafter:
-    head = torch.as_tensor(runner.weights.head.weight)
-    noise = torch.randn(head.shape, generator=torch.Generator().manual_seed(3), dtype=head.dtype)
-    weights = replace(runner.weights, head=Linear(head + off * head.std() * noise))
+    head = array(runner.weights.head.weight)
+    noise = np.random.default_rng(3).standard_normal(head.shape)
+    weights = replace(runner.weights, head=Linear(runner.backend.place(head + off * head.std() * noise)))
     spec = replace(runner.spec, context=context)
     return SecondModelDrafter(
         made,

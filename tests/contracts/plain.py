@@ -9,27 +9,28 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
 
 from redraft.config import SamplingParams
 from redraft.core.noise import Stream, gumbel, key
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
+from redraft.ops.arrays import array
 from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
+
+Numbers = NDArray[np.float64]
 
 VOCAB = 24
 
 
 @lru_cache
-def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[ModelSpec, Weights]:
+def tiny(window: int | None = None, seed: int = 15, layers: int = 2) -> tuple[ModelSpec, Weights]:
     """A random Llama-like model, float64. The head is untied, and queries and keys are large, so attention selects few tokens. So
     texts are varied and depend on every earlier token."""
     hidden, heads, kv_heads, size, inner = 32, 4, 2, 8, 48
-    generator = torch.Generator().manual_seed(seed)
+    dice = np.random.default_rng(seed)
 
-    def rand(*shape: int, scale: float) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+    def rand(*shape: int, scale: float) -> Numbers:
+        return dice.standard_normal(shape) * scale
 
     def norm() -> NormWeights:
         return NormWeights(1 + rand(hidden, scale=0.1))
@@ -56,55 +57,64 @@ def tiny(window: int | None = None, seed: int = 0, layers: int = 2) -> tuple[Mod
     return spec, Weights(rand(VOCAB, hidden, scale=1.0), Linear(head), norm(), tuple(made))
 
 
-def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Tensor:
-    """[T, V] in the dtype of the weights; Llama-like models only (RMS norm, gated SiLU, rotary, optional window), whose mixers are in
-    MIXERS."""
-    x = weights.embed[torch.as_tensor(list(tokens))]
+def logits(spec: ModelSpec, weights: Weights, tokens: Seq[int]) -> Numbers:
+    """[T, V] from weights of any library in float64; Llama-like models only (RMS norm, gated SiLU, rotary, optional window), whose mixers
+    are in MIXERS."""
+    x = array(weights.embed)[list(tokens)]
     for layer, w in zip(spec.layers, weights.layers, strict=True):
-        x = x + _linear(MIXERS[type(layer.mixer)](_linear(_rms(x, w.attn_norm, layer.norm), w.qkv), layer.mixer), w.out)
-        assert w.up is not None and w.down is not None
-        gate, up = _linear(_rms(x, w.mlp_norm, layer.norm), w.up).chunk(2, -1)
-        x = x + _linear(F.silu(gate) * up, w.down)
-    return _linear(_rms(x, weights.final_norm, spec.final_norm), weights.head)
+        x = x + linear(MIXERS[type(layer.mixer)](linear(rms(x, w.attn_norm, layer.norm), w.qkv), layer.mixer), w.out)
+        x = x + mlp(rms(x, w.mlp_norm, layer.norm), w)
+    return linear(rms(x, weights.final_norm, spec.final_norm), weights.head)
 
 
-def _attention(qkv: Tensor, mixer: Attention) -> Tensor:
-    at, h, k, d = torch.arange(len(qkv)), mixer.heads, mixer.kv_heads, mixer.head_dim
-    q, keys, values = qkv.view(len(at), h + 2 * k, d).split([h, k, k], 1)
-    q, keys = _turn(q, mixer, at), _turn(keys, mixer, at)
-    keys, values = keys.repeat_interleave(h // k, 1), values.repeat_interleave(h // k, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
+def attention(qkv: Numbers, mixer: Attention, at: NDArray[np.int64] | None = None) -> Numbers:
+    """at: the positions of the rows, if they are not all of a text."""
+    at = np.arange(len(qkv)) if at is None else at
+    h, k, d = mixer.heads, mixer.kv_heads, mixer.head_dim
+    q, keys, values = np.split(qkv.reshape(len(at), h + 2 * k, d), [h, h + k], 1)
+    q, keys = turn(q, mixer, at), turn(keys, mixer, at)
+    keys, values = keys.repeat(h // k, 1), values.repeat(h // k, 1)
+    scores = np.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
     behind = at[:, None] - at[None, :]
-    seen = (behind >= 0) & (behind < (mixer.window or len(at) + 1))
-    mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), values)
-    return mixed.reshape(len(at), h * d)
+    seen = (behind >= 0) & (behind < (mixer.window or behind.max(initial=0) + 1))
+    return np.einsum("hqk,khd->qhd", softmax(np.where(seen, scores, -math.inf)), values).reshape(len(at), h * d)
 
 
 # the input projection of all rows -> what the output projection gets
-MIXERS: dict[type, Callable[[Tensor, Any], Tensor]] = {Attention: _attention}
+MIXERS: dict[type, Callable[[Numbers, Any], Numbers]] = {Attention: attention}
 
 
-def _linear(x: Tensor, weights: Linear) -> Tensor:
-    packed = weights.weight.is_mkldnn  # a backend's own layout, see Backend.pack
-    return F.linear(x, weights.weight.to_dense() if packed else weights.weight, weights.bias)
+def linear(x: Numbers, weights: Linear) -> Numbers:
+    made: Numbers = x @ array(weights.weight).T
+    return made if weights.bias is None else made + array(weights.bias)
 
 
-def _rms(x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * weights.weight
+def mlp(x: Numbers, weights: LayerWeights) -> Numbers:
+    assert weights.up is not None and weights.down is not None
+    gate, up = np.split(linear(x, weights.up), 2, -1)
+    return linear(gate / (1 + np.exp(-gate)) * up, weights.down)
 
 
-def _turn(x: Tensor, mixer: Attention, at: Tensor) -> Tensor:
+def rms(x: Numbers, weights: NormWeights, norm: Norm) -> Numbers:
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + norm.eps) * array(weights.weight)
+
+
+def softmax(x: Numbers) -> Numbers:
+    raised = np.exp(x - x.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
+
+
+def turn(x: Numbers, mixer: Attention, at: NDArray[np.int64]) -> Numbers:
     assert mixer.rotary is not None
-    angles = at.double()[:, None, None] * torch.tensor(mixer.rotary.frequencies, dtype=torch.float64)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    angles = at[:, None, None] * np.array(mixer.rotary.frequencies)
+    a, b = np.split(x, 2, -1)
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
 
 
-def draw(row: Tensor, params: SamplingParams, seed: int, tokens: Seq[int]) -> tuple[int, float]:
+def draw(row: Numbers, params: SamplingParams, seed: int, tokens: Seq[int]) -> tuple[int, float]:
     """The token drawn after `tokens`, with repetition penalty, temperature and top-p, and its margin. The margin is the smaller of
     two distances: to the second best token (after noise), and from the last kept token to the first dropped token."""
-    x = row.double().numpy().copy()
+    x = row.copy()
     for token in set(tokens):
         x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
     if params.temperature == 0:
@@ -136,7 +146,6 @@ def _gap(values: np.ndarray) -> float:
     return float(first - second)
 
 
-@torch.inference_mode()
 def generate(
     spec: ModelSpec, weights: Weights, prompt: Seq[int], params: SamplingParams, *, seed: int | None = None, eos: Iterable[int] = ()
 ) -> list[int]:

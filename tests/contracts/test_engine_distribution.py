@@ -33,7 +33,7 @@ def distribution() -> dict[tuple[int, ...], float]:
         longer = {}
         for text, chance in found.items():
             tokens = [*PROMPT, *text]
-            x = plain.logits(spec, weights, tokens)[-1].numpy().copy()
+            x = plain.logits(spec, weights, tokens)[-1].copy()
             for token in set(tokens):
                 x[token] = x[token] / PARAMS.repetition_penalty if x[token] > 0 else x[token] * PARAMS.repetition_penalty
             best = np.argsort(-x, kind="stable")[: PARAMS.top_k]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
+from redraft import registry
 from redraft.kv.store import Store
-from redraft.ops.torch_ops import TorchOps
+from redraft.ops.arrays import array
 from redraft.sample.sampler import NotNumbers
+from tests.arrays import BACKEND
 from tests.contracts import plain
 from tests.contracts.faults import FAULTS, Plant, page_not_zeroed
 from tests.contracts.identity import Condition, Different, check
@@ -27,6 +29,7 @@ def test_a_planted_fault_is_noticed(plant: Plant, monkeypatch: pytest.MonkeyPatc
         check(SAMPLED, strict=False)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("plant", [plant for plant in FAULTS if plant is not page_not_zeroed], ids=lambda plant: plant.__name__)
 def test_the_definition_notices_it_too(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
@@ -39,4 +42,4 @@ def test_zeroing_is_what_keeps_old_nans_out(monkeypatch: pytest.MonkeyPatch) -> 
     page_not_zeroed(monkeypatch)
     monkeypatch.setattr(Store, "zero", zero)
     check(SAMPLED)
-    assert torch.isnan(TorchOps(torch.float64).allocate(plain.tiny()[0], 1).data).all()
+    assert np.isnan(array(registry.backend(BACKEND)("float64").allocate(plain.tiny()[0], 1).data)).all()

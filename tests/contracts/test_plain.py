@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
 from redraft.config import SamplingParams
 from tests.contracts import plain
@@ -33,12 +33,12 @@ def test_each_prompt_and_seed_has_its_own_text() -> None:
 def test_a_window_is_felt() -> None:
     ids = list(prompts()[0])
     full, cut = (plain.logits(*plain.tiny(window), ids) for window in (None, 9))
-    assert torch.equal(full[:9], cut[:9])
-    assert (full[9:] - cut[9:]).abs().amax(1).min() > 1e-3
+    np.testing.assert_array_equal(full[:9], cut[:9])
+    assert abs(full[9:] - cut[9:]).max(1).min() > 1e-3
 
 
 def test_draw_tells_its_margin() -> None:
-    row = torch.tensor([1.0, 3.0, 2.5, -1.0], dtype=torch.float64)
+    row = np.array([1.0, 3.0, 2.5, -1.0])
     assert plain.draw(row, SamplingParams(temperature=0), 0, [0]) == (1, 0.5)
     only = SamplingParams(temperature=1, top_p=0.1)
     assert plain.draw(row, only, 0, [0])[0] == 1

@@ -15,6 +15,7 @@ from redraft.core.sequence import Request
 from redraft.errors import Unsupported
 from redraft.guarantee import weakest
 from redraft.llm import LLM
+from tests.arrays import BACKEND, DEFINITION
 from tests.contracts import identity, plain
 from tests.contracts.identity import Run, drafter, drive, prompts
 
@@ -75,7 +76,7 @@ def requests(policies: list[dict[str, str]], count: int) -> list[Request]:
 def alone(policies: tuple[tuple[str, str], ...], i: int) -> tuple[int, ...]:
     """Request i alone: float64, one row a step, no drafts. The first two texts of each policy alone are the reference's, which is slow."""
     request = requests([dict(policies)], i + 1)[i]
-    backend = "reference" if i < 2 and len(policies) < 2 else "torch"
+    backend = DEFINITION if i < 2 and len(policies) < 2 else BACKEND
     return tuple(drive(engine(backend=backend, chunk=1, sharing=False), [request], [0]).texts[request.id])
 
 
@@ -193,7 +194,7 @@ def test_a_format_that_comes_again_leaves_what_is_stored() -> None:
     first = SamplingParams(temperature=0, max_tokens=30, seed=1, codec="int4:block=32")
     second = first.but(codec="int4:block=64")
     prompt = list(prompts()[0][:40])
-    for backend in ("reference", "torch"):
+    for backend in {DEFINITION, BACKEND}:
         by_itself = drive(engine(backend=backend), [Request("0", prompt, first)], [0]).texts["0"]
         both = drive(engine(backend=backend), [Request("0", prompt, first), Request("1", prompt, second)], [0, 10])
         assert both.texts["0"] == by_itself

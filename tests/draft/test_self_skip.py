@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from redraft import registry
 from redraft.config import SamplingParams
@@ -21,6 +20,7 @@ from redraft.draft.self_skip import SelfSkip, Skipping
 from redraft.engine.engine import Engine
 from redraft.engine.output import checked
 from redraft.errors import InvalidInput
+from redraft.ops.arrays import array
 from tests.contracts import plain
 from tests.contracts.algebra import LEAST_P, chi_square_p
 from tests.contracts.identity import SAMPLING, Run, drive, prompts
@@ -116,7 +116,7 @@ def test_every_draft_is_what_the_kept_layers_say_and_the_text_is_the_plain_one(b
     assert (seen.texts["0"] == expected(0, sampling)[:14]) == (depth == "none")
 
 
-@pytest.mark.parametrize(("arrivals", "chunk", "pool"), [((0, 1, 3, 3), 24, 40), ((0, 0, 2, 5), 24, 6), ((0,) * 4, 512, 8)])
+@pytest.mark.parametrize(("arrivals", "chunk", "pool"), [((0, 1, 3, 3), 24, 40), ((0, 0, 2, 5), 24, 6), ((0,) * 4, 512, 7)])
 @pytest.mark.parametrize("skip", [2, 4])
 def test_chunks_batches_and_preemption_change_nothing(arrivals: tuple[int, ...], chunk: int, pool: int, skip: int) -> None:
     made = engine(SelfSkip(skip=skip, length=6).open, chunk=chunk, pool=pool)
@@ -145,7 +145,7 @@ def distribution() -> dict[tuple[int, int], float]:
     """The probability of every text of two tokens after prompt 3."""
 
     def following(text: tuple[int, ...]) -> list[tuple[tuple[int, ...], float]]:
-        x = plain.logits(*deep(), [*prompts()[3], *text])[-1].numpy()
+        x = plain.logits(*deep(), [*prompts()[3], *text])[-1]
         best = np.argsort(-x, kind="stable")[: DISTRIBUTION.top_k]
         weigh = np.exp((x[best] - x[best].max()) / DISTRIBUTION.temperature)
         return [((*text, int(token)), float(w)) for token, w in zip(best, weigh / weigh.sum(), strict=True)]
@@ -293,7 +293,7 @@ def test_fresh_pages_are_zeroed() -> None:
     found = []
     for left in (0.0, float("nan")):
         made = engine(SelfSkip(skip=4, length=6).open)
-        made.memory.paged.store.pool.data.fill_(left)
+        made.memory.paged.store.pool.data[:] = left
         found.append(drive(made, requests(SAMPLING["sampled"], 3), (0, 0, 0)))
         check_texts(found[-1], "sampled")
     assert found[0].accepted and (found[0].accepted, found[0].rejected) == (found[1].accepted, found[1].rejected)
@@ -341,7 +341,7 @@ def test_a_trimmed_head_drafts_its_tokens_only_and_leaves_the_targets_alone() ->
     made.drafter.own.drafter.propose = noted  # type: ignore[method-assign]
     seen = drive(made, requests(SAMPLING["sampled"], 2), (0, 0))
     check_texts(seen, "sampled")
-    assert seen.accepted and drafted <= set(keep.tolist()) and torch.equal(made.runner.weights.head.weight, head)
+    assert seen.accepted and drafted <= set(keep.tolist()) and np.array_equal(array(made.runner.weights.head.weight), array(head))
 
 
 def test_one_candidate_is_the_likeliest_token() -> None:

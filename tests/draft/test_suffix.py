@@ -168,7 +168,7 @@ def test_it_was_wrong_somewhere_and_the_text_is_the_definitions() -> None:
 
 
 def test_a_second_request_is_drafted_from_the_first() -> None:
-    llm = LLM("embedded", draft="suffix", draft_rows=4, backend="torch")
+    llm = LLM("embedded", draft="suffix", draft_rows=4)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     first, second = (llm.generate("def read_config(path):", params)[0].outputs[0] for _ in range(2))
     assert second.token_ids == first.token_ids

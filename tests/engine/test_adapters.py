@@ -68,6 +68,7 @@ def test_a_batch_of_adapters_equals_each_alone_to_the_bit(dtype: str, temperatur
             assert texts(llm.generate(*params)) == expected, (draft, more)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("draft", ["none", "copyspec", "token-recycling"])
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_a_batch_equals_each_alone_on_pytorch(draft: str, temperature: float, base: Path, made: dict[str, Path]) -> None:

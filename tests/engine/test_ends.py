@@ -62,7 +62,7 @@ def test_min_tokens_holds_stop_strings_off(drafted: bool, least: int) -> None:
 
 @pytest.mark.parametrize("drafted", DRAFTED)
 def test_a_stream_never_shows_what_may_become_a_stop_string(drafted: bool) -> None:
-    stop = "stop\N{LATIN SMALL LETTER E WITH ACUTE}"  # three tokens or more; its beginning occurs earlier without the rest
+    stop = "stop\N{GRINNING FACE}"  # three tokens or more; its beginning occurs earlier without the rest
     _, text = stopped((stop,))
     events = finish(made(drafted), Request("r", list(PROMPT), SAMPLED.but(stop=(stop,))))["r"]
     shown = ""

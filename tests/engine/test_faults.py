@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from redraft import registry
 from redraft.config import SamplingParams
@@ -20,6 +19,7 @@ from redraft.kv.eviction import eviction as seam
 from redraft.models.runner import Runner
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import NotNumbers, Sampler
+from tests.arrays import DEFINITION, placed
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import engine
@@ -353,14 +353,15 @@ def damaged(value: float, backend: str, where: str = "embed") -> Engine:
     """A model that computes `value` for texts with token 19, or at one id of the head."""
     spec, weights = plain.tiny()
     if where == "embed":
-        embed = weights.embed.clone()
+        embed = weights.embed.copy()
         embed[19] = value
         weights = replace(weights, embed=embed)
     else:
-        head = weights.head.weight.clone()
+        head = weights.head.weight.copy()
         head[7] = value
         weights = replace(weights, head=Linear(head))
-    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), 40)
+    own = registry.backend(backend)("float64")
+    runner = Runner(spec, placed(own, weights), own, 40)
     verifier = registry.create("verify", "coupled")
     sampler = Sampler(spec.vocab, frozenset())
     made = registry.create("sched", "sarathi")
@@ -368,7 +369,7 @@ def damaged(value: float, backend: str, where: str = "embed") -> Engine:
     return Engine(runner, made, drafter, verifier, sampler, max_model_len=128)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "numpy"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_no_number_ends_its_own_text(backend: str, value: float, temperature: float) -> None:
@@ -388,7 +389,7 @@ def test_no_number_ends_its_own_text(backend: str, value: float, temperature: fl
     assert reported == expected
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "numpy"])
 @pytest.mark.parametrize("temperature", [0, 0.9])
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_one_row_of_the_head_is_enough(backend: str, temperature: float, logprobs: int | None) -> None:
@@ -399,7 +400,7 @@ def test_one_row_of_the_head_is_enough(backend: str, temperature: float, logprob
 
 def test_an_embedding_that_is_no_number() -> None:
     for pool in (Pooling.LAST, Pooling.MEAN):
-        made = damaged(np.nan, "reference")
+        made = damaged(np.nan, DEFINITION)
         params = SamplingParams(temperature=0, max_tokens=1, seed=1)
         requests = [Request(str(i), list(prompt), params, wants=Wants(pooling=pool)) for i, prompt in enumerate([[1, 2, 3], [4, 19, 5]])]
         for request in requests:

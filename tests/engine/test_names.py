@@ -46,8 +46,10 @@ def test_the_search_would_find_one() -> None:
 
 WITHOUT = """
 import os, sys
-import numpy, torch  # once for all: the processes below begin with them
+import numpy  # once for all: the processes below begin with it, and with the backend
 from redraft import registry
+from tests.arrays import BACKEND
+registry.backend(BACKEND)
 
 def without(name):
     target = registry.METHODS["draft"].pop(name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from redraft.config import SamplingParams
 from redraft.core.noise import sample_seed
@@ -26,7 +26,7 @@ def made(known: dict[tuple[str, int], list[int]], drafted: bool, **options: Any)
 # ---- n
 
 
-@pytest.mark.parametrize("pool", [40, 6])
+@pytest.mark.parametrize("pool", [40, 5])
 @pytest.mark.parametrize("drafted", DRAFTED)
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1], PROMPT + PROMPT[:6]], ids=["27", "1", "33"])
 def test_n_texts_are_n_requests_with_their_seeds(prompt: list[int], drafted: bool, pool: int) -> None:
@@ -36,7 +36,7 @@ def test_n_texts_are_n_requests_with_their_seeds(prompt: list[int], drafted: boo
     together = made({("r", i): text for i, text in enumerate(texts)}, drafted, pool=pool)
     seen = drive(together, [Request("r", list(prompt), SAMPLED.but(n=n))], [0])
     assert [seen.texts[f"r/{i}"] for i in range(n)] == texts
-    assert bool(seen.preempted) == (pool == 6) or len(prompt) == 1
+    assert bool(seen.preempted) == (pool == 5) or len(prompt) == 1
     if drafted:
         assert seen.accepted and seen.rejected
 
@@ -61,8 +61,8 @@ def test_n_beyond_max_seqs_waits() -> None:
 # ---- logprobs
 
 
-def dense(tokens: list[int]) -> torch.Tensor:
-    return plain.logits(*plain.tiny(), tokens).log_softmax(-1)
+def dense(tokens: list[int]) -> plain.Numbers:
+    return np.log(plain.softmax(plain.logits(*plain.tiny(), tokens)))
 
 
 @pytest.mark.parametrize("pool", [40, 5])

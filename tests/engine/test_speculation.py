@@ -126,7 +126,7 @@ def request(i: int, **changes: Any) -> Request:
 
 def alone(i: int, drafter: str = "none", **changes: Any) -> list[int]:
     name = str(i) if changes.get("n", 1) == 1 else f"{i}/0"
-    return drive(engine(partial(identity.opened_by_name, drafter), backend="torch"), [request(i, **changes)], [0]).texts[name]
+    return drive(engine(partial(identity.opened_by_name, drafter)), [request(i, **changes)], [0]).texts[name]
 
 
 MIXED: list[dict[str, Any]] = [
@@ -149,7 +149,7 @@ MIXED: list[dict[str, Any]] = [
 @pytest.mark.parametrize(("pool", "chunk"), [(40, 512), (40, 9), (8, 512), (6, 20)])
 def test_every_text_of_a_mixture_is_the_plain_loops(drafter: str, pool: int, chunk: int) -> None:
     mixed = [one for one in MIXED if one.get("draft") != "self-skip"]  # the tiny model has two layers
-    made = engine(drafter, backend="torch", pool=pool, chunk=chunk)
+    made = engine(drafter, pool=pool, chunk=chunk)
     seen = drive(made, [request(i, **one) for i, one in enumerate(mixed)], [0, 0, 1, 1, 1, 2, 3, 5, 8, 8, 9])
     assert seen.texts == {str(i): TEXTS[str(i), 0] for i in range(len(mixed))}
     assert seen.accepted and seen.rejected and (seen.preempted or pool > 6)
@@ -167,7 +167,7 @@ def test_self_skip_beside_others() -> None:
 
 @pytest.mark.parametrize("pool", [40, 7])
 def test_siblings_draft_as_their_request_chose(pool: int) -> None:
-    made = engine(RandomTrees(plain.VOCAB, seed=1), backend="torch", pool=pool)
+    made = engine(RandomTrees(plain.VOCAB, seed=1), pool=pool)
     mixed: list[dict[str, Any]] = [{"n": 3}, {"n": 2, "draft": "token-recycling"}, {"n": 3, "draft": "none"}, {"draft": "oracle"}]
     seen = drive(made, [request(i, **one) for i, one in enumerate(mixed)], [0, 0, 1, 2])
     for i, one in enumerate(mixed):
@@ -189,8 +189,8 @@ def test_coins_fall_as_they_do_alone(pool: int, chunk: int) -> None:
     """Draws and drafts depend on the position only, so the other requests of a batch change nothing. (Except for a prompt that is cut
     before its last token: then the first token has a draft.)"""
     mixed = [*TOSSING, {}, {"draft": "oracle"}]
-    expected = [drive(engine(backend="torch"), [request(i, **one)], [0]).texts[str(i)] for i, one in enumerate(mixed)]
-    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), backend="torch", pool=pool, chunk=chunk)
+    expected = [drive(engine(), [request(i, **one)], [0]).texts[str(i)] for i, one in enumerate(mixed)]
+    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), pool=pool, chunk=chunk)
     seen = drive(made, [request(i, **one) for i, one in enumerate(mixed)], [0, 0, 0, 1, 1, 2, 3])
     assert bool(seen.preempted) == (pool == 6)
     found = [seen.texts[str(i)] for i in range(len(mixed))]
@@ -226,7 +226,7 @@ class Watcher:
 
 
 def test_the_budget_is_shared_among_those_that_draft() -> None:
-    made = engine(backend="torch")
+    made = engine()
     made.scheduler = registry.create("sched", "sarathi", token_budget=512, max_seqs=8, draft_rows=8, draft_total=12)
     watcher = Watcher(made)
     chosen: list[dict[str, Any]] = [{}, {"draft": "none"}, {"draft": "wrong"}, {"draft": "wrong", "draft_rows": 0}, {"draft": "mute"}]
@@ -245,7 +245,7 @@ def test_the_budget_is_shared_among_those_that_draft() -> None:
 
 
 def test_taps_are_those_of_the_texts_in_the_step() -> None:
-    made = engine(RandomTrees(plain.VOCAB, seed=1), backend="torch")
+    made = engine(RandomTrees(plain.VOCAB, seed=1))
     watcher = Watcher(made)
     made.add(request(0))
     made.add(request(1, draft="tapping", max_tokens=3))
@@ -259,7 +259,7 @@ def test_taps_are_those_of_the_texts_in_the_step() -> None:
 
 @pytest.mark.parametrize("culprit", ["deaf", "mute"])
 def test_the_fault_of_one_drafter_is_no_other_drafters(culprit: str) -> None:
-    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS), backend="torch")
+    made = engine(RandomTrees(plain.VOCAB, seed=4, right=0.8, known=TEXTS))
     for i, one in enumerate([{}, {"draft": culprit}, {"draft": "token-recycling"}, {"draft": "none"}]):
         made.add(request(i, **one))
     reported: dict[str, list[int]] = {}
@@ -299,7 +299,7 @@ class Resting(RandomTrees):
 def test_while_all_texts_rest_the_drafter_is_neither_asked_nor_shown_the_step(made_up: dict[str, Registered]) -> None:
     drafter = Resting(3)
     made_up["resting"] = Registered(lambda sampler: drafter)
-    made, steps = engine(backend="torch"), []
+    made, steps = engine(), []
     forward = made.runner.forward
 
     def counted(batch: Any, taps: Taps) -> Any:
@@ -316,7 +316,7 @@ def test_while_all_texts_rest_the_drafter_is_neither_asked_nor_shown_the_step(ma
 def test_a_text_that_rests_has_no_budget_beside_one_that_does_not(made_up: dict[str, Registered]) -> None:
     drafter = Resting(2)
     made_up["resting"] = Registered(lambda sampler: drafter)
-    found = drive(engine(backend="torch"), [request(i, draft="resting") for i in range(2)], [0, 3])
+    found = drive(engine(), [request(i, draft="resting") for i in range(2)], [0, 3])
     assert found.texts == {str(i): TEXTS[str(i), 0] for i in range(2)}
     assert any(len(asked) == 1 for asked in drafter.asked) and any(len(seen) == 2 for seen in drafter.seen)
 
@@ -325,7 +325,7 @@ def test_a_text_that_rests_has_no_budget_beside_one_that_does_not(made_up: dict[
 
 
 def test_what_a_drafter_learned_stays(made_up: dict[str, Registered]) -> None:
-    made = engine(backend="torch")
+    made = engine()
     drive(made, [request(0, draft="token-recycling")], [0])
     guard = made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter  # type: ignore[union-attr]
     assert guard is not None
@@ -333,12 +333,12 @@ def test_what_a_drafter_learned_stays(made_up: dict[str, Registered]) -> None:
     assert made.drafter.own.never_drafts and not guard.never_drafts
     again = drive(made, [request(0, draft="token-recycling")], [0])
     assert made.drafter.check(SAMPLED.but(draft="token-recycling")).drafter.drafter is learned  # type: ignore[union-attr]
-    first = drive(engine(backend="torch"), [request(0, draft="token-recycling")], [0])
+    first = drive(engine(), [request(0, draft="token-recycling")], [0])
     assert again.texts == first.texts and again.accepted > first.accepted, "it learned the text the first time"
 
 
 def test_the_one_unused_longest_goes_and_none_in_use() -> None:
-    made = engine(backend="torch")
+    made = engine()
     made.opened.max_count = 4
     texts = [f"token-recycling:k={k}" for k in range(1, 7)]
 
@@ -365,7 +365,7 @@ def test_the_one_unused_longest_goes_and_none_in_use() -> None:
 
 
 def test_two_spellings_of_a_choice_are_one(made_up: dict[str, Registered]) -> None:
-    made = engine("token-recycling", draft="token-recycling", backend="torch")
+    made = engine("token-recycling", draft="token-recycling")
     spelled = ["token-recycling:k=4", " token-recycling : k = 4", "(token-recycling:k=04)"]
     guards = {made.drafter.check(SAMPLED.but(draft=text)).drafter for text in spelled}  # type: ignore[union-attr]
     assert len(guards) == made.opened.count == 1
@@ -373,7 +373,7 @@ def test_two_spellings_of_a_choice_are_one(made_up: dict[str, Registered]) -> No
 
 
 def test_finished_texts_hold_no_drafter() -> None:
-    made = engine(backend="torch")
+    made = engine()
     asked = [request(0, draft="token-recycling", n=2), request(1, draft="token-recycling", max_tokens=99)]
     made.add(asked[1])
     drive(made, asked[:1], [0])
@@ -381,7 +381,7 @@ def test_finished_texts_hold_no_drafter() -> None:
 
 
 def test_one_is_opened_for_each_noise(made_up: dict[str, Registered]) -> None:
-    made = engine(backend="torch")
+    made = engine()
     for _ in range(3):
         made.drafter.check(SAMPLED.but(draft="single"))
         made.drafter.check(SAMPLED.but(draft="single", verify="rejection"))
@@ -392,7 +392,7 @@ def test_one_is_opened_for_each_noise(made_up: dict[str, Registered]) -> None:
 
 
 def test_the_engines_own_serves_who_names_it() -> None:
-    made = engine(backend="torch")
+    made = engine()
     spec = made.runner.spec
     named = Engine(made.runner, made.scheduler, NoDraft(), made.verifier.own, made.sampler, max_model_len=64, draft="none")
     assert named.drafter.check(SAMPLED.but(draft="none", verify="coupled")) == speculation.Speculation(None, None)
@@ -415,7 +415,7 @@ def test_the_engines_own_serves_who_names_it() -> None:
     ],
 )
 def test_refusals_name_both_parts(params: dict[str, str], error: type[Exception], words: Seq[str]) -> None:
-    made = engine(backend="torch")
+    made = engine()
     with pytest.raises(error) as refused:
         made.add(request(0, **params))
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
@@ -423,9 +423,9 @@ def test_refusals_name_both_parts(params: dict[str, str], error: type[Exception]
 
 
 def test_a_drafter_made_by_hand_draws_with_one_noise() -> None:
-    made = engine(lambda runner, sampler: Tossed(sampler, Kind.SINGLE), backend="torch")
+    made = engine(lambda runner, sampler: Tossed(sampler, Kind.SINGLE))
     with pytest.raises(Unsupported, match="rejection needs another kind of noise than drafter Tossed draws with"):
         made.add(request(0, verify="rejection"))
-    fixed = engine(RandomTrees(plain.VOCAB), backend="torch")
+    fixed = engine(RandomTrees(plain.VOCAB))
     fixed.add(request(0, verify="rejection"))
     fixed.abort("0")

@@ -24,6 +24,7 @@ from redraft.models.runner import Runner
 from redraft.ops.format import Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from tests.arrays import placed
 from tests.contracts import hybrid
 from tests.contracts import plain as definition
 from tests.kv.state import State
@@ -173,8 +174,10 @@ def test_a_fork_that_fails_in_one_memory_leaves_none_open(monkeypatch: pytest.Mo
 # ---- between engines
 
 
-def runner(backend: Any, blocks: int = 20) -> Runner:
-    return Runner(*definition.tiny(), backend(torch.float64), blocks)
+def runner(backend: Any, blocks: int = 20, layers: int = 2) -> Runner:
+    spec, weights = definition.tiny(layers=layers)
+    own = backend(torch.float64)
+    return Runner(spec, placed(own, weights), own, blocks)
 
 
 @pytest.mark.parametrize("lanes", Lanes)
@@ -248,4 +251,4 @@ def test_what_does_not_fit_is_not_open() -> None:
     there.memory.check()
     assert there.memory.used() == 0 and moved.stored == 0
     with pytest.raises(Unsupported, match=r"^cannot import the cache of a model with 2 layers, .* into a model with 3 layers, "):
-        Runner(*definition.tiny(layers=3), TorchOps(torch.float64), 9).memory.import_(moved, here.memory.export(seq))
+        runner(TorchOps, 9, layers=3).memory.import_(moved, here.memory.export(seq))

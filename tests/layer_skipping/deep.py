@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import numpy as np
 
 from redraft import registry
 from redraft.config import SamplingParams
@@ -21,6 +18,7 @@ from redraft.engine.engine import Engine
 from redraft.models.runner import Runner
 from redraft.ops.backend import LayerWeights, Linear, Weights
 from redraft.sample.sampler import Sampler
+from tests.arrays import BACKEND, placed
 from tests.contracts import plain
 from tests.contracts.identity import prompts
 
@@ -42,33 +40,24 @@ def _weaker(layer: LayerWeights, power: float) -> LayerWeights:
     return replace(layer, out=Linear(layer.out.weight * power), down=Linear(layer.down.weight * power))
 
 
-@torch.inference_mode()
-def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> Tensor:
+def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> plain.Numbers:
     """[T, V]: plain.logits of the deep model if row t runs only the layers runs[t] and stores keys only in these."""
     spec, weights = deep(power)
-    x = weights.embed[torch.as_tensor(list(tokens))]
+    x = weights.embed[list(tokens)]
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        at = torch.tensor([t for t, layers in enumerate(runs) if i in layers])
-        mixer = spec.attention[i]
-        h, k, d = mixer.heads, mixer.kv_heads, mixer.head_dim
-        qkv = F.linear(plain._rms(x[at], w.attn_norm, layer.norm), w.qkv.weight).view(len(at), h + 2 * k, d)
-        q, keys, values = qkv.split([h, k, k], 1)
-        q, keys = plain._turn(q, mixer, at), plain._turn(keys, mixer, at).repeat_interleave(h // k, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, keys) / math.sqrt(d)
-        scores = scores.masked_fill(at[None] > at[:, None], -math.inf)
-        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(h // k, 1))
-        y = x[at] + F.linear(mixed.reshape(len(at), h * d), w.out.weight)
-        assert w.up is not None and w.down is not None
-        gate, up = F.linear(plain._rms(y, w.mlp_norm, layer.norm), w.up.weight).chunk(2, -1)
-        x = x.index_copy(0, at, y + F.linear(F.silu(gate) * up, w.down.weight))
-    return F.linear(plain._rms(x, weights.final_norm, spec.final_norm), weights.head.weight)
+        at = np.array([t for t, layers in enumerate(runs) if i in layers])
+        qkv = plain.linear(plain.rms(x[at], w.attn_norm, layer.norm), w.qkv)
+        x[at] += plain.linear(plain.attention(qkv, spec.attention[i], at), w.out)
+        x[at] += plain.mlp(plain.rms(x[at], w.mlp_norm, layer.norm), w)
+    return plain.linear(plain.rms(x, weights.final_norm, spec.final_norm), weights.head)
 
 
-def engine(open_drafter: Callable[[Runner, Sampler], Any] | None = None, *, backend: str = "torch", power: float = 0.3, pool: int = 40,
+def engine(open_drafter: Callable[[Runner, Sampler], Any] | None = None, *, backend: str = BACKEND, power: float = 0.3, pool: int = 40,
            chunk: int = 512, verify: str = "coupled", rows: int = 8, eos: tuple[int, ...] = ()) -> Engine:  # fmt: skip
     """An engine with the deep model, float64."""
     spec, weights = deep(power)
-    runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(torch.float64, "cpu"), pool)
+    made = registry.backend(backend)("float64")
+    runner = Runner(spec, placed(made, weights), made, pool)
     verifier = registry.create("verify", verify)
     sampler = Sampler(spec.vocab, frozenset(eos), drafts=verifier.drafts)
     opened = open_drafter(runner, sampler) if open_drafter else registry.create("draft", "none").open(runner, sampler)

@@ -7,12 +7,13 @@ from functools import cache
 
 import pytest
 
+from redraft import registry
 from redraft.card import Guarantee
 from redraft.errors import InvalidInput
 from redraft.guarantee import weakest
 from redraft.layer_skipping.layer_skip import UnifiedLayerSkipping
 from redraft.ops.backend import Feature
-from redraft.ops.torch_ops import TorchOps
+from tests.arrays import BACKEND
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import SAMPLING, drive, prompts
@@ -121,7 +122,8 @@ def test_rows_behind_a_given_context_skip_although_they_are_prompt() -> None:
 def test_pages_of_skipping_rows_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompt again, now with all layers: it must not match the blocks that the first text wrote after its prompt. Only a
     backend that promises bits publishes the blocks before."""
-    monkeypatch.setattr(TorchOps, "features", TorchOps.features | {Feature.BIT_EXACT})
+    own = registry.backend(BACKEND)
+    monkeypatch.setattr(own, "features", own.features | {Feature.BIT_EXACT})
     made = engine()
     (first,) = requests(SAMPLING["greedy"].but(depth=HALF), 1)
     text = drive(made, [first], (0,)).texts["0"]

@@ -6,22 +6,23 @@ import json
 import re
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from redraft import LLM, SamplingParams
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, RedraftError, Unsupported
 from redraft.models import adapter, checkpoint, loader, memory
 from redraft.ops import library
 from redraft.ops.native import NativeOps
-from redraft.ops.torch_ops import TorchOps
+from redraft.ops.numpy_ops import NumpyOps
 from tests import adapters, checkpoints
 from tests.models.gguf import files
 
@@ -41,6 +42,9 @@ def logprobs(model: Path, lora: Path | None = None, **options: Any) -> list[list
     return [[value for place in output.outputs[0].logprobs for _, value in sorted(place.top)] for output in outputs]
 
 
+INSTALLED = find_spec("torch") is not None
+EXACT: dict[str, Any] = {"backend": "reference"} if INSTALLED else {"backend": "numpy", "dtype": "float64"}
+TORCH: list[dict[str, Any]] = [{"dtype": "float32", "backend": "torch"}] if INSTALLED else []
 FORMS: list[dict[str, Any]] = [
     {},
     {"rank": 3, "alpha": 16, "use_rslora": True},
@@ -55,9 +59,9 @@ FORMS: list[dict[str, Any]] = [
 def test_an_adapter_equals_merged_weights(form: dict[str, Any], base: Path, tmp_path: Path) -> None:
     made = adapters.make(tmp_path / "lora", base, **form)
     whole = adapters.merged(tmp_path / "merged", base, made)
-    for options in ({"backend": "reference"}, {"dtype": "float32"}, {"dtype": "float32", "backend": "torch"}):
+    for options in ({"dtype": "float32"}, {"dtype": "float32", "backend": "numpy"}, EXACT, *TORCH):
         own, expected, plain = logprobs(base, made, **options), logprobs(whole, **options), logprobs(base, **options)
-        bound = 1e-9 if options.get("backend") == "reference" else 1e-3
+        bound = 1e-9 if options is EXACT else 1e-3
         assert np.allclose(own, expected, rtol=0, atol=bound)
         assert not np.allclose(own, plain, rtol=0, atol=0.01)
 
@@ -87,7 +91,7 @@ def test_every_form_of_stored_matrices_equals_merged_weights(family: str, tmp_pa
     made = adapters.make(tmp_path / "lora", own, modules=FAMILIES[family], rank=5)
     assert len(load_file(made / adapter.TENSORS)) >= 2 * 3 * len(FAMILIES[family])
     whole = adapters.merged(tmp_path / "merged", own, made)
-    found, expected, plain = (logprobs(*one, backend="reference") for one in ((own, made), (whole,), (own,)))
+    found, expected, plain = (logprobs(*one, **EXACT) for one in ((own, made), (whole,), (own,)))
     assert np.allclose(found, expected, rtol=0, atol=1e-9)
     assert np.allclose(logprobs(own, made, dtype="float32"), expected, rtol=0, atol=1e-3)
     assert not np.allclose(found, plain, rtol=0, atol=0.01)
@@ -98,8 +102,8 @@ def test_a_tied_embedding_is_the_head_too_if_the_adapter_says_so(tmp_path: Path)
     made = adapters.make(tmp_path / "lora", own, whole=("embed_tokens",), modules=("v_proj",), ensure_weight_tying=True)
     alone = adapters.make(tmp_path / "alone", own, whole=("embed_tokens",), modules=("v_proj",))
     whole = adapters.merged(tmp_path / "merged", own, made)  # tied, so its head changes as well
-    assert np.allclose(logprobs(own, made, backend="reference"), logprobs(whole, backend="reference"), rtol=0, atol=1e-9)
-    assert not np.allclose(logprobs(own, alone, backend="reference"), logprobs(whole, backend="reference"), rtol=0, atol=1e-3)
+    assert np.allclose(logprobs(own, made, **EXACT), logprobs(whole, **EXACT), rtol=0, atol=1e-9)
+    assert not np.allclose(logprobs(own, alone, **EXACT), logprobs(whole, **EXACT), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama2", "gpt2"])
@@ -131,7 +135,7 @@ def rename(made: Path, to: Callable[..., str]) -> None:
 
 def read(base: Path, made: Path) -> adapter.Adapter:
     model = loader.inspect(base, "float32")
-    return adapter.read("x", made, model.spec, model.named, TorchOps(torch.float32))
+    return adapter.read("x", made, model.spec, model.named, NumpyOps("float32"))
 
 
 def test_the_digest_is_that_of_the_numbers(base: Path, tmp_path: Path) -> None:
@@ -146,7 +150,7 @@ def test_the_digest_is_that_of_the_numbers(base: Path, tmp_path: Path) -> None:
 # ---- what is refused
 
 Q, K = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.layers.1.self_attn.k_proj"
-Change = dict[str, Any] | Callable[[dict[str, torch.Tensor]], Any]
+Change = dict[str, Any] | Callable[[dict[str, NDArray[Any]]], Any]
 REFUSED: list[tuple[str, Change, type[RedraftError], str]] = [
     ("DoRA", {"use_dora": True}, Unsupported, "use_dora = true"),
     ("another kind", {"peft_type": "IA3"}, Unsupported, "peft_type = 'IA3': only LORA"),
@@ -164,51 +168,98 @@ REFUSED: list[tuple[str, Change, type[RedraftError], str]] = [
     ("large expression", {"rank_pattern": {"((q{1,999}){1,999}){1,999}": 4}}, CheckpointError, "no regular expression, or .* too large"),
     ("look-ahead", {"alpha_pattern": {"(?=q)q_proj": 4}}, CheckpointError, "alpha_pattern: .* look-around"),
     ("long expression", {"alpha_pattern": {"q" * 201: 4}}, CheckpointError, "alpha_pattern: 'q+[.]{3} has 201 characters: at most 200"),
-    ("long name", lambda t: t.update({f"{'model.' * 999}x.lora_A.weight": torch.ones(4, 64)}), CheckpointError, "at most 1024 characters"),
-    ("long name of a whole module", lambda t: t.update({f"{'model.' * 999}x.weight": torch.ones(9)}), CheckpointError, "at most 1024"),
+    (
+        "long name",
+        lambda t: t.update({f"{'model.' * 999}x.lora_A.weight": np.ones((4, 64), np.float32)}),
+        CheckpointError,
+        "at most 1024 characters",
+    ),
+    (
+        "long name of a whole module",
+        lambda t: t.update({f"{'model.' * 999}x.weight": np.ones((9,), np.float32)}),
+        CheckpointError,
+        "at most 1024",
+    ),
     ("alpha", {"lora_alpha": "8"}, CheckpointError, "lora_alpha = '8': must be a number"),
     ("huge alpha", {"lora_alpha": 10**400}, CheckpointError, "lora_alpha = 10+"),
     ("alpha is not a number", {"lora_alpha": float("nan")}, CheckpointError, "lora_alpha = nan"),
     ("rsLoRA", {"use_rslora": "yes"}, CheckpointError, "use_rslora = 'yes'"),
-    ("head", lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}), Unsupported, "'lm_head' is adapted"),
+    (
+        "head",
+        lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.ones((4, 64), np.float32)}),
+        Unsupported,
+        "'lm_head' is adapted",
+    ),
     (
         "embedding",
-        lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 9)}),
+        lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 9), np.float32)}),
         Unsupported,
         "embedding_A",
     ),
-    ("whole head", lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(9, 64)}), CheckpointError, r"shape \[9, 64\]"),
+    (
+        "whole head",
+        lambda t: t.update({"base_model.model.lm_head.weight": np.ones((9, 64), np.float32)}),
+        CheckpointError,
+        r"shape \[9, 64\]",
+    ),
     (
         "whole head twice",
-        lambda t: [t.update({f"base_model.model.lm_head.{part}weight": torch.ones(259, 64)}) for part in ("", "modules_to_save.")],
+        lambda t: [
+            t.update({f"base_model.model.lm_head.{part}weight": np.ones((259, 64), np.float32)}) for part in ("", "modules_to_save.")
+        ],
         CheckpointError,
         "twice, under two names",
     ),
     (
         "whole head of large numbers",
-        lambda t: t.update({"base_model.model.lm_head.weight": torch.full((259, 64), 1e300, dtype=torch.float64)}),
+        lambda t: t.update({"base_model.model.lm_head.weight": np.full((259, 64), 1e300)}),
         CheckpointError,
         "too large for float32",
     ),
     (
         "another model's embedding",
-        lambda t: t.update({"base_model.model.vision.embed_tokens.weight": torch.ones(259, 64)}),
+        lambda t: t.update({"base_model.model.vision.embed_tokens.weight": np.ones((259, 64), np.float32)}),
         Unsupported,
         "only lora_A",
     ),
-    ("whole norm", lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)}), Unsupported, "only lora_A and lora_B"),
-    ("magnitude", lambda t: t.update({f"{Q}.lora_magnitude_vector.weight": torch.ones(64)}), Unsupported, "only lora_A and lora_B"),
-    ("layer", lambda t: t.update({Q.replace("layers.0", "layers.7") + ".lora_A.weight": torch.ones(4, 64)}), Unsupported, "layers.7"),
-    ("shape of A", lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 63)}), CheckpointError, r"\[4, 63\], expected \[4, 64\]"),
-    ("shape of B", lambda t: t.update({f"{K}.lora_B.weight": torch.ones(64, 4)}), CheckpointError, r"\[64, 4\], expected \[32, 4\]"),
-    ("vector", lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4)}), CheckpointError, r"shape \[4\]"),
+    (
+        "whole norm",
+        lambda t: t.update({"base_model.model.model.norm.weight": np.ones((64,), np.float32)}),
+        Unsupported,
+        "only lora_A and lora_B",
+    ),
+    (
+        "magnitude",
+        lambda t: t.update({f"{Q}.lora_magnitude_vector.weight": np.ones((64,), np.float32)}),
+        Unsupported,
+        "only lora_A and lora_B",
+    ),
+    (
+        "layer",
+        lambda t: t.update({Q.replace("layers.0", "layers.7") + ".lora_A.weight": np.ones((4, 64), np.float32)}),
+        Unsupported,
+        "layers.7",
+    ),
+    (
+        "shape of A",
+        lambda t: t.update({f"{Q}.lora_A.weight": np.ones((4, 63), np.float32)}),
+        CheckpointError,
+        r"\[4, 63\], expected \[4, 64\]",
+    ),
+    (
+        "shape of B",
+        lambda t: t.update({f"{K}.lora_B.weight": np.ones((64, 4), np.float32)}),
+        CheckpointError,
+        r"\[64, 4\], expected \[32, 4\]",
+    ),
+    ("vector", lambda t: t.update({f"{Q}.lora_A.weight": np.ones((4,), np.float32)}), CheckpointError, r"shape \[4\]"),
     ("no A", lambda t: t.pop(f"{Q}.lora_A.weight"), CheckpointError, "q_proj: lora_A.weight is missing"),
     ("no B", lambda t: t.pop(f"{Q}.lora_B.weight"), CheckpointError, "q_proj: lora_B.weight is missing"),
-    ("twice", lambda t: t.update({f"{Q}.lora_A.default.weight": torch.ones(4, 64)}), CheckpointError, "is there twice"),
-    ("NaN", lambda t: t[f"{Q}.lora_A.weight"].view(-1)[3:4].fill_(float("nan")), CheckpointError, "infinite or undefined"),
-    ("infinity", lambda t: t[f"{Q}.lora_B.weight"].view(-1)[3:4].fill_(float("inf")), CheckpointError, "infinite or undefined"),
-    ("overflow", lambda t: t[f"{Q}.lora_B.weight"].fill_(3e38), CheckpointError, "too large for float32"),
-    ("integers", lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}), CheckpointError, "has dtype I32"),
+    ("twice", lambda t: t.update({f"{Q}.lora_A.default.weight": np.ones((4, 64), np.float32)}), CheckpointError, "is there twice"),
+    ("NaN", lambda t: t[f"{Q}.lora_A.weight"].reshape(-1)[3:4].fill(float("nan")), CheckpointError, "infinite or undefined"),
+    ("infinity", lambda t: t[f"{Q}.lora_B.weight"].reshape(-1)[3:4].fill(float("inf")), CheckpointError, "infinite or undefined"),
+    ("overflow", lambda t: t[f"{Q}.lora_B.weight"].fill(3e38), CheckpointError, "too large for float32"),
+    ("integers", lambda t: t.update({f"{Q}.lora_A.weight": np.ones((4, 64), np.int32)}), CheckpointError, "has dtype I32"),
     ("nothing", lambda t: t.clear(), CheckpointError, "holds no tensors"),
 ]
 
@@ -252,7 +303,7 @@ def test_no_pattern_takes_long(field: str, base: Path, tmp_path: Path, monkeypat
 
 def test_an_adapter_that_does_not_fit_is_refused_before_it_is_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = adapters.make(tmp_path / "lora", base)
-    counts = [tensor.numel() for tensor in load_file(made / adapter.TENSORS).values()]
+    counts = [tensor.size for tensor in load_file(made / adapter.TENSORS).values()]
     needed = 4 * sum(counts) + 16 * max(counts)
     monkeypatch.setattr(memory, "limits", lambda device: needed)
     assert read(base, made).bytes == 4 * sum(counts)
@@ -348,7 +399,7 @@ def test_a_name_is_taken_once(base: Path, tmp_path: Path) -> None:
 
 def test_embeddings_have_the_adapter(base: Path, tmp_path: Path) -> None:
     made = adapters.make(tmp_path / "lora", base)
-    options: dict[str, Any] = {"cache_memory": CACHE, "backend": "reference"}
+    options: dict[str, Any] = {"cache_memory": CACHE, **EXACT}
     llm, whole = LLM(str(base), lora={"x": made}, **options), LLM(str(adapters.merged(tmp_path / "merged", base, made)), **options)
     for pooling in ("last", "mean"):
         found, plain = llm.embed(PROMPTS, pooling, lora="x"), llm.embed(PROMPTS, pooling)

@@ -151,6 +151,7 @@ def test_gpt2() -> None:
     assert not model.source("layers.1.qkv.bias").transposed
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("theta", "context", "rope"),
     [
@@ -233,6 +234,7 @@ def test_longrope_needs_a_factor_for_each_pair(factors: Any) -> None:
         rotary.rotary(rope(rope_type="longrope", long_factor=[2.0] * 4, short_factor=factors), 8)
 
 
+@pytest.mark.torch
 def test_scalings_that_depend_on_the_longest_text() -> None:
     """The whole engine has one: `max_model_len`, else the context."""
     config = rope(rope_type="longrope", long_factor=[2.0, 4.0], short_factor=[1.0, 1.0], original_max_position_embeddings=50)

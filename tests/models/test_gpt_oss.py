@@ -126,8 +126,8 @@ def test_codes_without_their_config_are_refused(tmp_path: Path) -> None:
 
 def test_sink_logits_stay_wide(tmp_path: Path) -> None:
     """In float32 or better, with the numbers of the file."""
-    folder = tiny.save("gpt-oss", tmp_path / "own", dtype=torch.bfloat16)
-    _, weights = tiny.load(folder)
+    folder = tiny.saved("gpt-oss", tmp_path / "own", dtype="bfloat16")
+    _, weights = tiny.load(folder, backend=PLACED)
     found, stored = weights.layers[1].sink_logits, load_file(folder / "model.safetensors")["model.layers.1.self_attn.sinks"]
     assert found is not None and weights.layers[1].qkv.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
     assert found.dtype == torch.float32 and torch.equal(found, stored.float())

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from redraft.errors import CheckpointError, InvalidInput, RedraftError, Unsupported
 from redraft.models import loader
+from redraft.ops.arrays import BFLOAT16
 from redraft.ops.backend import Weights
 from tests.models import tiny
 
@@ -31,11 +33,11 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "model"))
 
 
-def flat(weights: Weights) -> list[torch.Tensor]:
-    out: list[torch.Tensor] = []
+def flat(weights: Weights) -> list[NDArray[Any]]:
+    out: list[NDArray[Any]] = []
 
     def walk(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, np.ndarray):
             out.append(value)
         elif isinstance(value, tuple | list):
             for item in value:
@@ -48,7 +50,7 @@ def flat(weights: Weights) -> list[torch.Tensor]:
 
 
 def same(one: Weights, other: Weights) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
+    return all(np.array_equal(a, b) for a, b in zip(flat(one), flat(other), strict=True))
 
 
 # ---- accepted
@@ -56,16 +58,16 @@ def same(one: Weights, other: Weights) -> bool:
 
 def test_every_number_arrives(made: Path) -> None:
     spec, weights = tiny.load(made, dtype="float64")
-    state = {name: value.double() for name, value in tiny.model("llama2").state_dict().items()}
+    state = load_file(made / WEIGHTS)
     at = "model.layers.1"
     layer = weights.layers[1]
-    assert torch.equal(layer.qkv.weight, torch.cat([state[f"{at}.self_attn.{p}_proj.weight"] for p in "qkv"]))
+    assert np.array_equal(layer.qkv.weight, np.concatenate([state[f"{at}.self_attn.{p}_proj.weight"] for p in "qkv"]))
     assert layer.up is not None and layer.down is not None
-    assert torch.equal(layer.up.weight, torch.cat([state[f"{at}.mlp.gate_proj.weight"], state[f"{at}.mlp.up_proj.weight"]]))
-    assert torch.equal(layer.down.weight, state[f"{at}.mlp.down_proj.weight"])
-    assert torch.equal(weights.head.weight, state["lm_head.weight"])
-    assert all(tensor.is_contiguous() for tensor in flat(weights))
-    assert sum(t.numel() for t in flat(weights)) == sum(v.numel() for v in state.values())
+    assert np.array_equal(layer.up.weight, np.concatenate([state[f"{at}.mlp.gate_proj.weight"], state[f"{at}.mlp.up_proj.weight"]]))
+    assert np.array_equal(layer.down.weight, state[f"{at}.mlp.down_proj.weight"])
+    assert np.array_equal(weights.head.weight, state["lm_head.weight"])
+    assert all(tensor.flags.c_contiguous and tensor.dtype == np.float64 for tensor in flat(weights))
+    assert sum(t.size for t in flat(weights)) == sum(v.size for v in state.values())
     assert spec == loader.inspect(made).spec
 
 
@@ -79,7 +81,7 @@ def test_inspect_tells_without_reading(made: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_shards(made: Path, tmp_path: Path) -> None:
-    sharded = tiny.save("llama2", tmp_path / "sharded", shard="12KB")
+    sharded = tiny.saved("llama2", tmp_path / "sharded", shard="12KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     assert same(tiny.load(sharded)[1], tiny.load(made)[1])
 
@@ -89,7 +91,7 @@ def test_tied_and_untied(tmp_path: Path) -> None:
     _, weights = tiny.load(tied)
     assert weights.head.weight is weights.embed
     tensors = load_file(tied / WEIGHTS)
-    copy = tensors["model.embed_tokens.weight"].clone()
+    copy = tensors["model.embed_tokens.weight"].copy()
     save_file({**tensors, "lm_head.weight": copy}, tied / WEIGHTS)
     assert same(tiny.load(tied)[1], weights)  # some checkpoints also hold the tied head
     save_file({**tensors, "lm_head.weight": copy + 1}, tied / WEIGHTS)
@@ -102,12 +104,12 @@ def test_tied_and_untied(tmp_path: Path) -> None:
 
 
 def test_dtypes(tmp_path: Path) -> None:
-    stored = tiny.save("llama2", tmp_path / "bf16", dtype=torch.bfloat16)
+    stored = tiny.saved("llama2", tmp_path / "bf16", dtype="bfloat16")
     assert loader.inspect(stored).dtype == "bfloat16"
     _, weights = tiny.load(stored, dtype="float64")
-    exact = tiny.model("llama2").to(torch.bfloat16).double()
-    assert weights.embed.dtype == torch.float64
-    assert torch.equal(weights.embed, exact.model.embed_tokens.weight)
+    exact = tiny.numbers("model.embed_tokens.weight", (tiny.V, 24), 0).astype(BFLOAT16).astype(np.float64)
+    assert weights.embed.dtype == np.float64
+    assert np.array_equal(weights.embed, exact)
     tiny.edit(stored, dtype=None)
     assert loader.inspect(stored).dtype == "bfloat16"  # taken from the tensors
     tiny.edit(stored, dtype="float16")
@@ -121,7 +123,7 @@ def test_gpt2_names_with_and_without_prefix_and_masks(tmp_path: Path) -> None:
     folder = tiny.save("gpt2", tmp_path / "gpt2")
     _, weights = tiny.load(folder)
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(folder / WEIGHTS).items()}
-    masks = {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    masks = {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32), "h.0.attn.masked_bias": np.array(-1e4, np.float32)}
     save_file({**tensors, **masks}, folder / WEIGHTS)
     assert same(tiny.load(folder)[1], weights)
 
@@ -151,7 +153,7 @@ def test_tensors_without_the_prefix(name: str, tmp_path: Path) -> None:
     if "experts" not in last:
         with pytest.raises(CheckpointError, match=f"missing tensor {last}"):
             loader.inspect(folder)
-    tensors(folder, lambda t: t.update({f"{prefix}{last}": torch.zeros(1)}))
+    tensors(folder, lambda t: t.update({f"{prefix}{last}": np.zeros(1, np.float32)}))
     with pytest.raises(CheckpointError, match=r"missing tensor (model|transformer)\."):
         loader.inspect(folder)  # half of the names
 
@@ -159,7 +161,7 @@ def test_tensors_without_the_prefix(name: str, tmp_path: Path) -> None:
 def test_what_is_left_over_without_the_prefix_is_named(folder: Path) -> None:
     tensors(folder, lambda t: [t.update({key.removeprefix("model."): t.pop(key)}) for key in list(t)])
     tiny.load(folder)
-    tensors(folder, lambda t: t.update({"layers.0.extra": torch.zeros(1)}))
+    tensors(folder, lambda t: t.update({"layers.0.extra": np.zeros(1, np.float32)}))
     with pytest.raises(CheckpointError, match=r"1 tensors unknown to a llama model, the first is layers\.0\.extra"):
         loader.inspect(folder)
 
@@ -175,7 +177,7 @@ def test_generation_config(folder: Path) -> None:
 # ---- refused
 
 
-def tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def tensors(folder: Path, change: Callable[[dict[str, NDArray[Any]]], object]) -> None:
     stored = load_file(folder / WEIGHTS)
     change(stored)
     save_file(stored, folder / WEIGHTS)
@@ -188,7 +190,7 @@ def cut(folder: Path) -> None:
 
 def shard(folder: Path, spoil: Callable[[Path], None]) -> None:
     (folder / WEIGHTS).unlink()
-    tiny.save("llama2", folder, shard="12KB")
+    tiny.saved("llama2", folder, shard="12KB")
     spoil(folder)
 
 
@@ -275,18 +277,22 @@ BAD: dict[str, tuple[Callable[[Path], object], type[RedraftError], str]] = {
     "missing tensor": (lambda f: tensors(f, lambda t: t.pop(DOWN)), CheckpointError, f"model.safetensors: missing tensor {DOWN}"),
     "missing first part": (lambda f: tensors(f, lambda t: t.pop(Q)), CheckpointError, f"missing tensor {Q}"),
     "wrong shape": (
-        lambda f: tensors(f, lambda t: t.update({DOWN: torch.zeros(24, 41)})),
+        lambda f: tensors(f, lambda t: t.update({DOWN: np.zeros((24, 41), np.float32)})),
         CheckpointError,
         rf"{DOWN} has shape \[24, 41\], expected \[24, 40\]",
     ),
     "wrong shares of qkv": (  # their sum is right
-        lambda f: tensors(f, lambda t: t.update({Q: torch.zeros(12, 24), Q.replace("q_proj", "k_proj"): torch.zeros(24, 24)})),
+        lambda f: tensors(
+            f, lambda t: t.update({Q: np.zeros((12, 24), np.float32), Q.replace("q_proj", "k_proj"): np.zeros((24, 24), np.float32)})
+        ),
         CheckpointError,
         rf"{Q} has shape \[12, 24\], expected \[24, 24\]",
     ),
-    "dtype": (lambda f: tensors(f, lambda t: t.update({Q: torch.zeros(24, 24, dtype=torch.int8)})), Unsupported, f"{Q} has dtype I8"),
+    "dtype": (lambda f: tensors(f, lambda t: t.update({Q: np.zeros((24, 24), np.int8)})), Unsupported, f"{Q} has dtype I8"),
     "extra tensors": (
-        lambda f: tensors(f, lambda t: t.update({"model.layers.0.b": torch.zeros(1), "model.layers.0.a": torch.zeros(1)})),
+        lambda f: tensors(
+            f, lambda t: t.update({"model.layers.0.b": np.zeros(1, np.float32), "model.layers.0.a": np.zeros(1, np.float32)})
+        ),
         CheckpointError,
         "2 tensors unknown to a llama model, the first is model.layers.0.a",
     ),
@@ -319,7 +325,7 @@ def test_refused_in_one_line(case: str, folder: Path) -> None:
 
 def test_rotary_buffers_are_harmless(folder: Path) -> None:
     _, weights = tiny.load(folder)
-    tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)}))
+    tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3, np.float32)}))
     assert same(tiny.load(folder)[1], weights)
 
 

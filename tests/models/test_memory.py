@@ -6,15 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from redraft.config import CacheConfig
 from redraft.errors import OutOfMemory
 from redraft.models import memory
 
 GIB, MIB = 1 << 30, 1 << 20
-CHECKPOINT: Any = SimpleNamespace(path=Path("m"), weight_bytes=2 * GIB, dtype=torch.float32)
+CHECKPOINT: Any = SimpleNamespace(path=Path("m"), weight_bytes=2 * GIB, dtype=np.dtype(np.float32))
 
 
 def blocks(free: int, length: int = 1000, seqs: int = 64, **cache: Any) -> int:

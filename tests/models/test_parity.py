@@ -69,7 +69,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
     path = folder / name
     if not path.exists():
         tiny.save(name, path)
-    spec, weights = tiny.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."))
+    spec, weights = tiny.load(path, dtype=str(BACKENDS[backend]).removeprefix("torch."), backend=PLACED)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(BACKENDS[backend]), blocks=4)
     for rows in (len(PROMPT), 7, 1) if backend == "torch" else (len(PROMPT), 7):
         close(logits(runner, rows), expected(name))
@@ -78,7 +78,7 @@ def test_logits_equal_transformers(name: str, backend: str, folder: Path) -> Non
 def test_the_bound_sees_a_wrong_window(folder: Path) -> None:
     """The must-fail control: one key too many in the window is far outside the bound."""
     path = tiny.save("mistral", folder / "wrong", sliding_window=12)
-    spec, weights = tiny.load(path, dtype="float32")
+    spec, weights = tiny.load(path, dtype="float32", backend=PLACED)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS["torch"])(torch.float32), blocks=4)
     with pytest.raises(AssertionError):
         close(logits(runner, 7), expected("mistral"))
@@ -138,7 +138,7 @@ def test_the_text_model_beside_a_vision_encoder(folder: Path) -> None:
         for name, value in model.named_parameters():
             value.copy_(float(value.ndim == 1 and name.endswith("weight")) + 0.3 * torch.randn(value.shape, generator=generator))
     model.save_pretrained(folder / "vision")
-    spec, weights = tiny.load(folder / "vision", dtype="float64")
+    spec, weights = tiny.load(folder / "vision", dtype="float64", backend=PLACED)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS["reference"])(torch.float64), blocks=4)
     with torch.inference_mode():
         close(logits(runner, 7), model(torch.tensor([PROMPT])).logits[0].double())

@@ -1,18 +1,24 @@
-"""Tiny random checkpoints of every family, made and saved by transformers, which is the oracle of these tests."""
+"""Tiny random checkpoints of every family, made by transformers, which is the oracle of these tests. Llama-like ones are also written
+without PyTorch, which transformers' models need: the same files, as test_tiny.py checks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-import torch
+import numpy as np
+import pytest
 import transformers
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from redraft.core.spec import ModelSpec
 from redraft.models import loader
 from redraft.ops.backend import Weights
-from tests.arrays import PLACED
+from tests.arrays import ARRAYS
 
 transformers.utils.logging.disable_progress_bar()  # saving would show a progress bar in output that tests compare
 
@@ -107,27 +113,81 @@ def architecture(name: str) -> str:
     return f"{prefix}{'LMHeadModel' if prefix == 'GPT2' else 'ForCausalLM'}"
 
 
+def numbers(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """The weight `key`: no zero biases and norms of ones, so that a test sees if a weight is left out."""
+    offset = 1.0 if len(shape) == 1 and key.endswith("weight") else 0.0
+    drawn = np.random.default_rng([seed, crc32(key.encode())]).standard_normal(shape, np.float32)
+    return np.float32(offset) + np.float32(0.3) * drawn
+
+
+def config(name: str, **changes: Any) -> Any:
+    return config_class(name)(**{**FAMILIES[name][1], **changes})
+
+
 def model(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A float32 model without zero biases and norms of ones, so that a test sees if a weight is left out."""
-    config = config_class(name)(**{**FAMILIES[name][1], **changes})
-    made = getattr(transformers, architecture(name))(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    """A float32 model of transformers. The test is skipped where PyTorch is not installed."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+
+    made = getattr(transformers, architecture(name))(config(name, **changes)).eval()
     with torch.no_grad():
         for key, value in made.named_parameters():
-            offset = 1.0 if value.ndim == 1 and key.endswith("weight") else 0.0
-            value.copy_(offset + 0.3 * torch.randn(value.shape, generator=generator))
+            value.copy_(torch.from_numpy(numbers(key, tuple(value.shape), seed)))
     return made
 
 
-def save(name: str, folder: Path, seed: int = 0, shard: str = "1GB", dtype: torch.dtype | None = None, **changes: Any) -> Path:
-    made = model(name, seed, **changes)
-    (made.to(dtype) if dtype else made).save_pretrained(folder, max_shard_size=shard)
+def save(name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """The checkpoint in float32 and one file."""
+    if FAMILIES[name][0] not in LLAMA_LIKE:
+        return saved(name, folder, seed, **changes)
+    made = config(name, **changes)
+    made.architectures, made.dtype = [architecture(name)], "float32"
+    made.save_pretrained(folder)
+    save_file({key: numbers(key, shape, seed) for key, shape in _shapes(made)}, folder / "model.safetensors", {"format": "pt"})
+    ids = {key: getattr(made, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if getattr(made, key, None) is not None}
+    transformers.GenerationConfig(**ids).save_pretrained(folder)
     return folder
 
 
-def load(folder: Path, dtype: str = "auto") -> tuple[ModelSpec, Weights]:
+def saved(name: str, folder: Path, seed: int = 0, shard: str = "1GB", dtype: str = "float32", **changes: Any) -> Path:
+    """The checkpoint as transformers saves it. shard: size of a file at most."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    model(name, seed, **changes).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+LLAMA_LIKE = "Llama", "Mistral", "Qwen2", "Qwen3"
+
+
+def _shapes(made: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors of a Llama-like checkpoint."""
+    hidden, inner = made.hidden_size, made.intermediate_size
+    size = getattr(made, "head_dim", None) or hidden // made.num_attention_heads
+    q, kv = made.num_attention_heads * size, made.num_key_value_heads * size
+    family = made.model_type
+    biased = {"q": family == "qwen2", "k": family == "qwen2", "v": family == "qwen2", "o": False}
+    if getattr(made, "attention_bias", False):
+        biased = dict.fromkeys(biased, True)
+    yield "model.embed_tokens.weight", (made.vocab_size, hidden)
+    for i in range(made.num_hidden_layers):
+        for part, shape in {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}.items():
+            yield f"model.layers.{i}.self_attn.{part}_proj.weight", shape
+            if biased[part]:
+                yield f"model.layers.{i}.self_attn.{part}_proj.bias", shape[:1]
+        for part, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            yield f"model.layers.{i}.mlp.{part}_proj.weight", shape
+            if getattr(made, "mlp_bias", False):
+                yield f"model.layers.{i}.mlp.{part}_proj.bias", shape[:1]
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        for norm, width in [*((norm, hidden) for norm in norms), *((f"self_attn.{x}_norm", size) for x in "qk" if family == "qwen3")]:
+            yield f"model.layers.{i}.{norm}.weight", (width,)
+    yield "model.norm.weight", (hidden,)
+    if not made.tie_word_embeddings:
+        yield "lm_head.weight", (made.vocab_size, hidden)
+
+
+def load(folder: Path, dtype: str = "auto", backend: Any = ARRAYS) -> tuple[ModelSpec, Weights]:
     checkpoint = loader.inspect(folder, dtype)
-    return checkpoint.spec, loader.read(checkpoint, PLACED)
+    return checkpoint.spec, loader.read(checkpoint, backend)
 
 
 def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:

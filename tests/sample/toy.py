@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from redraft.core.batch import Batch
 from redraft.core.noise import mix
@@ -26,7 +25,7 @@ def begun(sampler, tokens, prompt_len=None, seed=0, **params):
     return seq
 
 
-def step(sampler, seqs, trees=None, logits=toy_logits, dtype=torch.float64):
+def step(sampler, seqs, trees=None, logits=toy_logits, place=np.asarray):
     """The distribution of one step in which every sequence runs all pending tokens."""
     trees = trees or [EMPTY] * len(seqs)
     works = [Work(seq, seq.pending) for seq in seqs]
@@ -40,5 +39,5 @@ def step(sampler, seqs, trees=None, logits=toy_logits, dtype=torch.float64):
         rows.append(logits(context, sampler.vocabulary.size))
     table = np.asarray(rows)
     # numpy's argmax: the lowest id wins ties, as ForwardResult promises
-    out = ForwardResult(table.argmax(-1).astype(np.int32), logits=torch.tensor(table, dtype=dtype))
+    out = ForwardResult(table.argmax(-1).astype(np.int32), logits=place(table))
     return sampler.distribution(out, batch, works, trees)

@@ -21,6 +21,7 @@ from redraft.models import memory
 from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
 from tests import adapters, checkpoints
+from tests.arrays import BACKEND
 from tests.serve.raw import Answer, Live, live, post
 
 PROMPT = "the cat sat on the mat and the cat sat on the log"
@@ -59,7 +60,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(base: Path, **options: Any) -> LLM:
-    return LLM(str(base), dtype="float64", backend="torch", cache_memory=1 << 23, draft="copyspec", **options)
+    return LLM(str(base), dtype="float64", backend=BACKEND, cache_memory=1 << 23, draft="copyspec", **options)
 
 
 @pytest.fixture(scope="module")

@@ -667,6 +667,7 @@ def hidden(llm: LLM) -> list[np.ndarray]:
         return [model(torch.tensor([llm.tokenizer.encode(one)])).last_hidden_state[0].double().numpy() for one in TEXTS]
 
 
+@pytest.mark.torch
 def test_embeddings_are_hugging_face_s_hidden_states(client: openai.OpenAI, hidden: list[np.ndarray]) -> None:
     for pooling in ("last", "mean"):
         got = client.embeddings.create(model="embedded", input=TEXTS, extra_body={"pooling": pooling})

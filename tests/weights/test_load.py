@@ -25,7 +25,7 @@ from redraft.ops.torch_ops import TorchOps
 from redraft.setup import Setup
 from redraft.weights.quant import by_output as by_output_of_arrays
 from redraft.weights.quant import by_output_bytes
-from tests.arrays import by_output, same
+from tests.arrays import PLACED, by_output, same
 from tests.checkpoints import tiny_llama
 from tests.contracts.identity import complete
 from tests.models import tiny
@@ -73,7 +73,7 @@ def test_one_weight_at_a_time_each_with_its_bias_and_the_gains_in_front(family: 
     """Tied and untied heads, RMSNorm and LayerNorm, biases."""
     folder, watching = tiny.save(family, tmp_path / family), Watching()
     checkpoint, weights = read(folder, watching)
-    plain = tiny.load(folder, dtype="float32")[1]
+    plain = tiny.load(folder, dtype="float32", backend=PLACED)[1]
     assert watching.alive == [0] * len(watching.asked), "an earlier weight is still held"
     assert len(watching.asked) == 4 * len(weights.layers) + 1
     assert [role for role, _, _ in watching.asked].count("head") == 1
@@ -121,7 +121,7 @@ def test_every_expert_is_a_weight_of_its_own(tmp_path: Path) -> None:
     watching, hub, fused = Watching(), tmp_path / "hub", tmp_path / "fused"
     tiny.save("mixtral", hub)
     checkpoint, weights = read(hub, watching)
-    plain = tiny.load(hub, dtype="float32")[1]
+    plain = tiny.load(hub, dtype="float32", backend=PLACED)[1]
     assert watching.alive == [0] * len(watching.asked), "an earlier weight is still held"
     assert len(watching.asked) == (2 + 2 * 5) * len(weights.layers) + 1
     assert weights.layers[0].router is not None and not isinstance(weights.layers[0].router, Quantized)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import CachePlan, Sequence
@@ -132,7 +131,7 @@ def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt
                     tree[w, k, lane, end + j] = given(statistic, lane, row, stored + rows + depth[j] + salt)
     shape = (len(watches), LAYERS, HEADS, width) if len(before) == LANES else (len(watches), 1, len(before), width)
     folded = (len(watches), nodes, *shape[1:])
-    return WeightSums(torch.from_numpy(chain).reshape(shape), torch.from_numpy(tree).reshape(folded))
+    return WeightSums(chain.reshape(shape), tree.reshape(folded))
 
 
 def one_by_one(length: int) -> Iterator[Step]:

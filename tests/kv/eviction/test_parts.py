@@ -5,7 +5,6 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 
 from redraft.core.testing import sequence
@@ -29,7 +28,7 @@ def test_a_trigger_is_due_when_all_is_taken(budget: int, data: st.DataObject) ->
 
 def seen(chain: list[list[list[float]]], nodes: list[list[list[list[float]]]]) -> WeightSums:
     """chain [w][lanes][slots], nodes [w][N][lanes][slots], of one layer."""
-    return WeightSums(torch.tensor(chain, dtype=torch.float32)[:, None], torch.tensor(nodes, dtype=torch.float32)[:, :, None])
+    return WeightSums(np.array(chain, np.float32)[:, None], np.array(nodes, np.float32)[:, :, None])
 
 
 def test_a_tally_follows_the_path() -> None:
@@ -51,9 +50,11 @@ def test_a_tally_follows_the_path() -> None:
 
 def test_a_tally_without_tree_or_path() -> None:
     tally = Tally.start(0, np.array([1]), 2)
-    tally.add(WeightSums(torch.ones(2, 1, 1, 3), torch.zeros(2, 0, 1, 1, 3)), np.array([3]), (), 0)
+    tally.add(WeightSums(np.ones((2, 1, 1, 3), np.float32), np.zeros((2, 0, 1, 1, 3), np.float32)), np.array([3]), (), 0)
     assert tally.sums[..., :3].tolist() == [[[1.0] * 3]] * 2
-    tally.add(WeightSums(torch.ones(2, 1, 1, 5), torch.full((2, 1, 1, 1, 5), 9.0)), np.array([4]), (), 0)  # the node was rejected
+    tally.add(
+        WeightSums(np.ones((2, 1, 1, 5), np.float32), np.full((2, 1, 1, 1, 5), 9.0, np.float32)), np.array([4]), (), 0
+    )  # the node was rejected
     assert tally.sums[0, 0, :5].tolist() == [2, 2, 2, 1, 0]
 
 
@@ -112,7 +113,7 @@ def test_a_commit_that_was_not_observed_is_no_hole() -> None:
     seq = sequence([0] * 9)
     seq.state[policy] = policy.begin(seq)
     seq.stored = 2
-    policy.observe(seq, WeightSums(torch.tensor([[[[1.0, 2]]]]), torch.zeros(1, 0, 1, 1, 2)), 2, ())
+    policy.observe(seq, WeightSums(np.array([[[[1.0, 2]]]], np.float32), np.zeros((1, 0, 1, 1, 2), np.float32)), 2, ())
     seq.stored = 4
     kept = policy.decide(seq, list)
     assert kept is not None and kept[0].tolist() == [1, 3]

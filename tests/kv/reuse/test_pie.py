@@ -13,6 +13,7 @@ from redraft.core.sequence import Pooling, Request, Wants
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.reuse.pie import PIE
+from tests.arrays import BACKEND
 from tests.contracts import identity, plain
 from tests.contracts.identity import drive
 
@@ -69,7 +70,7 @@ def test_spans_are_equal_tokens_in_order(old: list[int], new: list[int], refresh
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=list(EDITS))
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference", "numpy"])
 def test_one_layer_is_exact(edit: tuple[int, int, int], backend: str) -> None:
     """Keys and values of the first layer depend on token and position only, so reuse is exact there."""
     new = edited(*edit)
@@ -89,7 +90,7 @@ def test_a_wrong_rotation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     move = Store.move
     monkeypatch.setattr(Store, "move", lambda store, moves: move(store, [one._replace(delta=0) for one in moves]))
     with pytest.raises(AssertionError):
-        test_one_layer_is_exact((40, 3, 9), "torch")
+        test_one_layer_is_exact((40, 3, 9), BACKEND)
 
 
 def test_an_edit_behind_everything_is_the_prefix_cache() -> None:

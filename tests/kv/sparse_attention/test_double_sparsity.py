@@ -28,6 +28,7 @@ from redraft.ops.backend import Linear
 from redraft.ops.format import PAGE
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from tests.arrays import placed
 from tests.checkpoints import tiny_llama
 from tests.contracts import plain
 from tests.kv.sparse_attention import Scene, alone, register, scene, texts
@@ -47,6 +48,7 @@ SCENES = {
 ALL = torch.arange(8).expand(1, 2, -1)
 SOME = torch.tensor([[[0, 3, 6], [1, 2, 7]]])
 TEXTS = [[(7 * i * i + i) % plain.VOCAB for i in range(40)], [(5 * i * i * i + 2) % plain.VOCAB for i in range(25)]]
+REFERENCE = Reference()
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def runner(**changes: Any) -> Runner:
     spec, weights = plain.tiny()
-    return Runner(replace(spec, **changes), weights, Reference(), 4)
+    return Runner(replace(spec, **changes), placed(REFERENCE, weights), REFERENCE, 4)
 
 
 def side(labels: Labels, at: Scene) -> dict[str, Tensor]:
@@ -157,13 +159,13 @@ def test_scores_are_weighed_in_float32() -> None:
 # ---- calibration
 
 
-def captured(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> list[tuple[Tensor, Tensor]]:
+def captured(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> list[tuple[plain.Numbers, plain.Numbers]]:
     """Rotated queries and keys of each layer, from the dense definition."""
     spec, weights = plain.tiny()
-    made: list[Tensor] = []
-    turn = plain._turn
+    made: list[plain.Numbers] = []
+    turn = plain.turn
     with monkeypatch.context() as patch:
-        patch.setattr(plain, "_turn", lambda *given: made.append(turn(*given)) or made[-1])
+        patch.setattr(plain, "turn", lambda *given: made.append(turn(*given)) or made[-1])
         plain.logits(spec, weights, tokens)
     return list(zip(made[::2], made[1::2], strict=True))
 
@@ -171,13 +173,13 @@ def captured(monkeypatch: pytest.MonkeyPatch, tokens: list[int]) -> list[tuple[T
 @pytest.mark.parametrize("backend", [Reference(), TorchOps(torch.float64)], ids=["reference", "torch"])
 def test_a_profile_is_the_mean_product_of_each_channel(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     spec, weights = plain.tiny()
-    profile = DoubleSparsity.calibrate(Runner(spec, weights, backend, 4), TEXTS)
+    profile = DoubleSparsity.calibrate(Runner(spec, placed(backend, weights), backend, 4), TEXTS)
     wanted = torch.zeros(2, 2, 8, dtype=torch.float64)
     for text in TEXTS:
         for layer, (q, k) in enumerate(captured(monkeypatch, text)):
             for head in range(2):
                 for of in (2 * head, 2 * head + 1):
-                    wanted[layer, head] += (q[:, of] * k[:, head]).abs().sum(0) / 2
+                    wanted[layer, head] += torch.from_numpy(q[:, of] * k[:, head]).abs().sum(0) / 2
     torch.testing.assert_close(torch.from_numpy(profile.scores).double(), wanted / 65, rtol=1e-6, atol=0)
     assert (profile.texts, profile.tokens) == (2, 65)
     for count in (1, 3, 8):
@@ -270,7 +272,7 @@ def test_where_profiles_are_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_the_hash_follows_the_weights_and_the_config_and_nothing_else(tmp_path: Path) -> None:
     def hashed(folder: str, **changes: Any) -> str:
-        return model_hash(SimpleNamespace(source=tiny.save("llama2", tmp_path / folder, **changes)))  # type: ignore[arg-type]
+        return model_hash(SimpleNamespace(source=(tiny.saved if "shard" in changes else tiny.save)("llama2", tmp_path / folder, **changes)))  # type: ignore[arg-type]
 
     one = hashed("one")
     assert hashed("again") == hashed("sharded", shard="8KB") == one
@@ -278,7 +280,11 @@ def test_the_hash_follows_the_weights_and_the_config_and_nothing_else(tmp_path: 
     spec, weights = plain.tiny()
     last = weights.layers[-1]
     changed = replace(weights, layers=(*weights.layers[:-1], replace(last, out=Linear(last.out.weight + 1e-9))))
-    assert model_hash(Runner(spec, weights, Reference(), 1)) == model_hash(runner()) != model_hash(Runner(spec, changed, Reference(), 1))
+    assert (
+        model_hash(Runner(spec, placed(REFERENCE, weights), REFERENCE, 1))
+        == model_hash(runner())
+        != model_hash(Runner(spec, placed(REFERENCE, changed), REFERENCE, 1))
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +312,7 @@ def test_a_factor_beyond_the_channels_is_refused() -> None:
 
 def test_the_text_is_the_same_however_it_was_made() -> None:
     spec, weights = plain.tiny()
-    DoubleSparsity.calibrate(Runner(spec, weights, Reference(), 4), TEXTS).save()
+    DoubleSparsity.calibrate(Runner(spec, placed(REFERENCE, weights), REFERENCE, 4), TEXTS).save()
     sparse = "double-sparsity:tokens=24,factor=2,dense=1"
     full, some = texts("none").texts["0"], texts(sparse).texts["0"]
     assert texts("double-sparsity:tokens=160,factor=8,dense=0").texts["0"] == full != some

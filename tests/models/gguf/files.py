@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}  # llama.cpp's names that are not transformers'
 
@@ -79,7 +79,7 @@ def _header(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
 
 
 def _tensors(folder: Path, raw: dict[str, Any], architecture: str) -> list[tuple[str, NDArray[np.float32]]]:
-    stored = {name: value.float().numpy() for name, value in load_file(folder / "model.safetensors").items()}
+    stored = {name: value.astype(np.float32) for name, value in load_file(folder / "model.safetensors").items()}
     layers = raw.get("num_hidden_layers") or raw["n_layer"]
     named = gguf.get_tensor_name_map(next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), layers)
     found = []

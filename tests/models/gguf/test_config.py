@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(path: Path, backend: str = "torch", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    spec, weights = tiny.load(path, str(dtype).removeprefix("torch."))
+    spec, weights = tiny.load(path, str(dtype).removeprefix("torch."), backend=PLACED)
     runner = Runner(spec, weights, registry.load(registry.BACKENDS[backend])(dtype), blocks=4)
     return logits(runner, 45)
 
