@@ -215,6 +215,7 @@ CALLS: dict[str, Callable[[LLM, Any], Any]] = {
     "params": lambda llm, x: llm.params(x),
     "guarantee_of": lambda llm, x: llm.guarantee_of(x),
     "guarantee_of reuse": lambda llm, x: llm.guarantee_of(SamplingParams(), x),
+    "promise": lambda llm, x: llm.promise(x),
     "config": lambda llm, x: LLM(config=x) if x is not None and not isinstance(x, EngineConfig) else None,
 }
 COUNT = len(odd())
