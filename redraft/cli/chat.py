@@ -48,7 +48,7 @@ def chat(
     """Talk to a model that has a chat template.
 
     /help lists the commands. Ctrl-C stops a reply, Ctrl-D leaves. If input is piped in, each line is a turn. With --lora
-    the first adapter replies.
+    the first adapter replies. Unless --max-tokens says otherwise, a reply takes at most a quarter of the context.
     """
     template = options.chat_template(chat_template)
     config = engine_config(model, engine)
