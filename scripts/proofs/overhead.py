@@ -46,7 +46,12 @@ def model(backend: Any) -> tuple[ModelSpec, Weights]:
     spec = ModelSpec(VOCAB, HIDDEN, 1024, (LayerSpec(mixer, Mlp(MLP)),) * LAYERS, Norm(), False, lambda name: WeightSource((name,)))
     made = tuple(
         LayerWeights(
-            norm(), linear(mixer.qkv_rows, HIDDEN), linear(HIDDEN, HIDDEN), norm(), up=linear(2 * MLP, HIDDEN), down=linear(HIDDEN, MLP)
+            attn_norm=norm(),
+            qkv=linear(mixer.qkv_rows, HIDDEN),
+            out=linear(HIDDEN, HIDDEN),
+            mlp_norm=norm(),
+            up=linear(2 * MLP, HIDDEN),
+            down=linear(HIDDEN, MLP),
         )
         for _ in range(LAYERS)
     )
