@@ -506,6 +506,25 @@ def test_edit_names_what_is_wrong(patch: Any, options: dict[str, Any]) -> None:
         LLM("embedded").edit("x = 1 + 2\n", patch, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"backend": "numpy", "dtype": "bfloat16"}, "same-text"),
+        ({"backend": "numpy", "quant": "int8"}, "same-text, weights int8 (lossy)"),
+        ({"backend": "torch", "dtype": "bfloat16"}, "same-text but for near-ties"),
+        ({"backend": "torch", "dtype": "float64"}, "same-text"),
+        ({"backend": "reference"}, "same-text"),
+    ],
+    ids=str,
+)
+def test_a_promise_is_what_the_backend_keeps(options: dict[str, Any], said: str) -> None:
+    llm = LLM("embedded", cache_memory=1 << 22, max_model_len=64, **options)
+    assert llm.promise(SamplingParams()) == said
+    assert llm.promise(SamplingParams(keep="streaming-llm")) == said.replace("same-text but for near-ties", "lossy").replace(
+        "same-text", "lossy"
+    )
+
+
 MISSING = """
 import sys
 from importlib.machinery import PathFinder

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Kind
+from rich.console import Console
 
 from redraft.bench.parts import Part
 from redraft.cli import doctor
+from redraft.models import loader
 from redraft.ops import library, pytorch
+from tests import checkpoints
 from tests.cli.conftest import Ran
+from tests.models.gguf import files
 
 native = pytest.mark.skipif(not library.PATH.exists() or library.load() is None, reason="no native library")
 
@@ -149,3 +154,15 @@ def test_a_model_is_shown_part_by_part(redraft: Callable[..., Ran], tiny: str, t
 def test_a_wrong_model_is_one_line(redraft: Callable[..., Ran], tmp_path: Path) -> None:
     code, out, err = redraft("doctor", str(tmp_path / "none"))
     assert (code, out, err.count("\n")) == (1, "", 1)
+
+
+@pytest.mark.skipif(bool(library.why_not()), reason="no native kernels")
+def test_a_file_that_runs_as_it_is_stored_is_read_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("redraft.bench.parts.parts", lambda checkpoint: iter(()))
+    read = {}
+    for kind in (Kind.F16, Kind.Q8_0):
+        file = files.write(
+            checkpoints.tiny_llama(tmp_path / kind.name, hidden_size=64, intermediate_size=128), tmp_path / f"{kind.name}.gguf", kind
+        )
+        read[kind] = doctor._model("m", loader.inspect(file, "bfloat16"), Console(quiet=True))["bytes_per_token"]
+    assert 0.5 < read[Kind.Q8_0] / read[Kind.F16] < 0.6, "8 bits and a scale for 32 numbers, instead of 16"
