@@ -4,9 +4,9 @@ There is one file for each checkpoint, form of its weights (quantization and dty
 header has a key of all that decides the arrays. A file with another key is not used but written anew. The key covers
 
 - the content of the checkpoint, by the state of its files (see Mapped.state). A hash of all bytes would take as long as what the cache
-  saves, and a hash that is remembered for a state is no safer than the state. The state is taken from the open files, whose bytes are
-  read. Packed weights are written only if the checkpoint was not changed meanwhile, nor shortly before. What is not noticed: a program
-  that maps a checkpoint and writes to this memory while models start;
+  saves, so it is made only where times say nothing; a hash that is remembered for a state is no safer than the state. The state is taken
+  from the open files, whose bytes are read. Packed weights are written only if the checkpoint was not changed meanwhile, nor shortly
+  before. What is not noticed: a program that maps a checkpoint and writes to this memory while models start;
 - what is made of it: the spec, the quantization and the dtype;
 - what makes it: the compiled kernels, the modules that read, quantize and pack, and the versions of the libraries that decode.
 
