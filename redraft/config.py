@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -63,9 +64,91 @@ def _allowed(field: FieldInfo) -> str:
     return f"must be {' and '.join(found)}"
 
 
+class Grammar(NamedTuple):
+    """What a text must be. kind: json (a schema), json_object, regex, choice or grammar (Lark or GBNF); text: of that form, of json and
+    choice as JSON."""
+
+    kind: str
+    text: str
+
+
+FORMS = ("json", "json_object", "regex", "choice", "grammar")  # of structured outputs
+
+
+def _grammar(value: Any) -> Any:
+    """From {"json": ...}, {"regex": ...} and so on: exactly one of them."""
+    if value is None or isinstance(value, Grammar):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"an object with one of {', '.join(FORMS)} is needed")
+    if unknown := [name for name in value if name not in FORMS]:
+        raise ValueError(f"unknown field {shown(unknown[0])}: {', '.join(FORMS)} are allowed")
+    given = {name: one for name, one in value.items() if one is not None and one is not False}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(FORMS)} is needed, not {', '.join(given) or 'none'}")
+    ((kind, text),) = given.items()
+    return Grammar(kind, _CHECKS[kind](text))
+
+
+OPEN = {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
+
+
+def closed(schema: Any) -> Any:
+    """A JSON schema whose objects have no properties but those that are named. Objects that say themselves what else they may have, or
+    that several schemas describe, stay as they are."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(found.get(name), dict):
+            found[name] = {key: closed(one) for key, one in found[name].items()}
+    for name in ("items", "prefixItems", "anyOf", "oneOf"):
+        if name in found:
+            found[name] = closed(found[name])
+    return {**found, "additionalProperties": False} if isinstance(found.get("properties"), dict) and not OPEN & found.keys() else found
+
+
+def _schema(value: Any) -> str:
+    """A JSON schema as text: given as text, as an object or as a model of pydantic, whose objects are closed."""
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        value = closed(value.model_json_schema())
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(found, dict | bool):
+            raise ValueError
+        return json.dumps(found)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"json: a JSON schema is needed, as an object or as its text, which is no JSON: {error}") from None
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("json: a JSON schema is needed, as an object or as its text") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value or not is_utf8(value):
+        raise ValueError("regex, grammar: a text is needed")
+    return value
+
+
+def _choices(value: Any) -> str:
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) and one and is_utf8(one) for one in value):
+        raise ValueError("choice: a list of texts is needed, none of them empty")
+    return json.dumps(list(value))
+
+
+def _true(value: Any) -> str:
+    if value is not True:
+        raise ValueError("json_object: true is needed")
+    return ""
+
+
+_CHECKS = {"json": _schema, "json_object": _true, "regex": _text, "choice": _choices, "grammar": _text}
+
+
 class SamplingParams(Settings):
     """How one request is sampled and when it ends. The order of the processors is fixed: bias, bad words, min tokens,
-    penalties, temperature, top-k, top-p, min-p, typical-p."""
+    penalties, temperature, grammar, top-k, top-p, min-p, typical-p."""
 
     n: int = Field(1, ge=1, le=1024, description="how many texts for the prompt")
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0 is greedy")
@@ -93,6 +176,9 @@ class SamplingParams(Settings):
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
     prediction: str | tuple[int, ...] | None = Field(
         None, description="a text that the output may resemble, such as a text to edit: a hint for drafters that copy, not a constraint"
+    )
+    structured_outputs: Annotated[Grammar | None, BeforeValidator(_grammar)] = Field(
+        None, description="what the text must be: one of json (a schema), json_object, regex, choice, grammar (Lark or GBNF), as a dict"
     )
     keep: str | None = Field(None, description="name:option=value of a method that evicts tokens from the cache")
     codec: str | None = Field(None, description="name:option=value of a method that quantizes the cache")

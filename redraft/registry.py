@@ -77,6 +77,7 @@ PROCESSORS: dict[str, str] = {
     "min-tokens": "redraft.sample.processors.min_tokens:MinTokens",
     "penalties": "redraft.sample.processors.penalties:Penalties",
     "temperature": "redraft.sample.processors.temperature:Temperature",
+    "grammar": "redraft.sample.processors.grammar:FollowGrammar",
     "top-k": "redraft.sample.processors.top_k:TopK",
     "top-p": "redraft.sample.processors.top_p:TopP",
     "min-p": "redraft.sample.processors.min_p:MinP",
@@ -129,6 +130,23 @@ STORED: dict[str, str] = {
     "gptq": "redraft.models.stored.gptq:Gptq",
     "mxfp4": "redraft.models.stored.mxfp4:Mxfp4",
 }
+
+
+# Formats in which models write tool calls and reasoning, in the order in which a chat template is searched for their marks
+TOOL_PARSERS: dict[str, str] = {
+    "deepseek": "redraft.serve.parsers.deepseek:DeepSeek",
+    "gpt-oss": "redraft.serve.parsers.gpt_oss:HarmonyCalls",
+    "mistral": "redraft.serve.parsers.mistral:Mistral",
+    "granite": "redraft.serve.parsers.granite:Granite",
+    "hermes": "redraft.serve.parsers.hermes:Hermes",
+    "llama3": "redraft.serve.parsers.llama3:Llama3",
+}
+REASONING_PARSERS: dict[str, str] = {
+    "gpt-oss": "redraft.serve.parsers.gpt_oss:Harmony",
+    "magistral": "redraft.serve.parsers.magistral:Magistral",
+    "think": "redraft.serve.parsers.think:Think",
+}
+NO_PARSER = "none"  # the name that switches a parser off
 
 
 def load(target: str) -> Any:

@@ -119,8 +119,8 @@ class Batch:
 
     @classmethod
     def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
-        """Packs the pending chain and then the draft of every sequence. Rows that draw a token and all nodes need logits; so do all
-        rows of the prompt when the request wants prompt_logprobs."""
+        """Packs the pending chain and then the draft of every sequence. Rows that draw a token and all nodes need logits; so do rows
+        of the prompt when the request wants prompt_logprobs."""
         tokens: list[int] = []
         positions: list[int] = []
         starts, tree_starts = [0], []
@@ -129,7 +129,7 @@ class Batch:
         bits: list[U64] = []
         words = max((t.ancestors().shape[1] for t in trees if t is not EMPTY), default=0)
         for w, tree, tail in zip(work, trees, pages.tail, strict=True):
-            seq, at = w.seq, len(tokens)
+            seq = w.seq
             rows = 0 if tail else w.rows  # only the first forward of a tail packs the chain
             tokens += seq.tokens[seq.stored : seq.stored + rows]
             positions += range(seq.stored, seq.stored + rows)
@@ -141,15 +141,15 @@ class Batch:
                 own = tree.ancestors()[w.first :]
                 bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
             starts.append(len(tokens))
-            if seq.wants_prompt_logits and rows > 1:
-                logit_rows += range(at, tree_starts[-1] - 1)
-            last = tree_starts[-1] - 1
+            last, asked = tree_starts[-1] - 1, w.prompt_rows if rows else 0
+            if asked > 1:
+                logit_rows += range(last + 1 - asked, last)
             if w.done:
                 roots.append(len(logit_rows) if rows else -1)
                 logit_rows += range(last if rows else tree_starts[-1], len(tokens))
             else:
                 roots.append(-1)
-                if seq.wants_prompt_logits and last + 1 > at:
+                if asked:
                     logit_rows.append(last)
         lists = tokens, positions, starts, tree_starts, logit_rows, roots
         whole = np.array([*chain.from_iterable(lists)], np.int32)  # one array, because each conversion of a list takes long

@@ -27,6 +27,14 @@ class Work(NamedTuple):
         """Whether the last pending token runs and the sequence draws a token after it. Valid until the commit."""
         return self.seq.stored + self.rows == len(self.seq.tokens) and self.seq.request.wants.new_tokens
 
+    @property
+    def prompt_rows(self) -> int:
+        """How many of the last rows need logits because the request wants log-probabilities of its prompt. Valid until the commit."""
+        seq, wants = self.seq, self.seq.request.wants
+        if wants.prompt_logprobs is None or seq.stored >= seq.prompt_len - 1:
+            return 0
+        return max(0, min(self.rows, seq.stored + self.rows - (wants.logprobs_from - 1)))
+
 
 class Budget(NamedTuple):
     """At most `rows` drafted nodes, none deeper than `depth`."""
@@ -63,7 +71,8 @@ class Accepted(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """All results of a step, for drafters and policies that learn from them. `out` is the ForwardResult of the backend."""
+    """All results of a step, for drafters and policies that learn from them. `out` is the ForwardResult of the backend; proposed: the
+    trees as the drafters made them, where constraints changed some."""
 
     work: list[Work]
     trees: list[TokenTree]
@@ -71,3 +80,16 @@ class StepResult(NamedTuple):
     accepted: list[Accepted]
     out: Any
     distribution: Distribution
+    proposed: list[TokenTree] | None = None
+
+    def own(self, s: int) -> tuple[TokenTree, tuple[int, ...]]:
+        """The tree that the drafter of sequence s proposed, and the nodes of it that were accepted."""
+        tree, accepted = self.trees[s] if self.proposed is None else self.proposed[s], self.accepted[s]
+        if tree is self.trees[s]:
+            return tree, accepted.path
+        path: list[int] = []
+        for token in accepted.tokens[: len(accepted.path)]:
+            if (node := tree.child(path[-1] if path else -1, token)) < 0:
+                break
+            path.append(node)
+        return tree, tuple(path)

@@ -75,19 +75,23 @@ class Pooling(StrEnum):
 
 class Wants(NamedTuple):
     """The results that a request wants for its prompt. prompt_logprobs: return the log-probability of each token and of this many
-    likeliest tokens, None for none; pooling: return the hidden states as one vector and generate no new tokens."""
+    likeliest tokens, None for none; pooling: return the hidden states as one vector and generate no new tokens; logprobs_from: the
+    first token that needs a log-probability."""
 
     prompt_logprobs: int | None = None
     pooling: Pooling = Pooling.NONE
+    logprobs_from: int = 1
 
     @property
     def new_tokens(self) -> bool:
         return not self.pooling
 
     @property
-    def whole_prompt(self) -> bool:
-        """Whether every row of the prompt must run. Then no row may come from the prefix cache."""
-        return self.prompt_logprobs is not None or self.pooling is Pooling.MEAN
+    def skippable(self) -> int:
+        """The number of leading rows of the prompt that need not run, so that they may come from the prefix cache."""
+        if self.pooling is Pooling.MEAN:
+            return 0
+        return UNLIMITED if self.prompt_logprobs is None else self.logprobs_from - 1
 
 
 class FinishReason(StrEnum):
@@ -118,7 +122,7 @@ class Request:
     miss: Any = None  # where the prompt differs from the prefix cache, see PrefixTree.miss
     context: int | None = None  # tokens that count as given, None for the prompt; policies treat later tokens as new text
     sequences: list[Sequence] = field(default_factory=list)
-    prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # one entry for each prompt token, the first None
+    prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # of each prompt token, None before wants.logprobs_from
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
 
     def __post_init__(self) -> None:
@@ -141,7 +145,8 @@ class Sequence:
     n > 1, the next decision of a policy). synced: `stored` when the engine last published pages and set sync_point. state: what
     `begin` of each opened plugin returned. fault: why the text continues without drafts, empty if it does not. speculation: the
     opened drafter and verifier. drafts: the largest number of nodes that a step may draft. rest: the number of further steps in which
-    its drafter, which sets it, need not be asked nor see the step. shareable_tokens: the number of leading
+    its drafter, which sets it, need not be asked nor see the step. constrained: whether the request has a constraint, which drafts tokens
+    of its own. shareable_tokens: the number of leading
     tokens with pages that depend on these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
     once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted.
     """
@@ -163,6 +168,7 @@ class Sequence:
     speculation: Any = None
     drafts: int = UNLIMITED
     rest: int = 0
+    constrained: bool = False
     spans: list[Span] = field(default_factory=list)
     source: Sequence | None = None
     reuse_searched: bool = False
@@ -174,11 +180,6 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
-
-    @property
-    def wants_prompt_logits(self) -> bool:
-        """Whether the request wants logits of prompt rows that are still pending."""
-        return self.request.wants.prompt_logprobs is not None and self.stored < self.prompt_len - 1
 
     @property
     def pending(self) -> int:

@@ -188,14 +188,15 @@ class CompiledPlanner(Planner):
         came: list[int] = []
         tokens: list[int] = []
         paths: list[int] = []
-        for work, tree, accepted in zip(result.work, result.trees, result.accepted, strict=True):
+        for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
             state: State | None = work.seq.state.get(self)
             if state is not None:
                 seq, new = work.seq, len(accepted.tokens)
+                tree, path = result.own(s)
                 learning.append((seq, state))
-                came += (state.text, new, len(tree), len(accepted.path), 1 + len(seq.tokens) - new - state.learned, 0, 0)
+                came += (state.text, new, len(tree), len(path), 1 + len(seq.tokens) - new - state.learned, 0, 0)
                 tokens += accepted.tokens
-                paths += accepted.path
+                paths += path
         table, read, kept = array("q", came), array("i", tokens), array("i", paths)
         self.c.rd_learn_drafts(self.planner, address(table), len(learning), address(read), address(kept), *(prices or UNKNOWN))
         for (seq, state), active, wait in zip(learning, table[5::7], table[6::7], strict=True):

@@ -246,8 +246,8 @@ class Planner(Wrapper):
     def observe(self, result: StepResult) -> None:  # 4.
         began = self.clock()
         super().observe(result)
-        for work, accepted in zip(result.work, result.accepted, strict=True):
-            if accepted.path and self in work.seq.state:
+        for s, work in enumerate(result.work):
+            if result.accepted[s].path and self in work.seq.state and result.own(s)[1]:
                 work.seq.state[self].quiet = work.seq.rest = 0
         self._learn(result, self._prices(result, began) if self.timed else None)
         self._observed = self.clock() - began
@@ -270,7 +270,7 @@ class Planner(Wrapper):
         return Prices(plain / texts, node, drafting / texts)
 
     def _learn(self, result: StepResult, prices: Prices | None) -> None:
-        for work, tree, accepted in zip(result.work, result.trees, result.accepted, strict=True):
+        for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
             seq = work.seq
             states: States | None = seq.state.get(self)
             if states is None:
@@ -284,7 +284,7 @@ class Planner(Wrapper):
             states.mood = min(max(states.mood + MOOD_RATE * surprise, -LARGEST_MOOD), LARGEST_MOOD)
             if prices is not None:
                 steps = 1 + len(seq.tokens) - len(accepted.tokens) - states.learned
-                states.payoff.add(tree, accepted.path, prices, steps)
+                states.payoff.add(*result.own(s), prices, steps)
                 states.learned = len(seq.tokens)
                 seq.rest = max(seq.rest, states.payoff.wait)
 

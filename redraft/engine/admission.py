@@ -90,7 +90,7 @@ class Admission:
             raise InvalidInput("prompt is empty: at least one token is needed")
         self._check_ids("prompt_token_ids", prompt)
         plan = self.policies.check(params, request.reuse)
-        if request.reuse and request.wants.whole_prompt:
+        if request.reuse and request.wants.skippable < len(prompt):
             name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
             raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, but reuse skips parts of it")
         self.drafter.check(params)

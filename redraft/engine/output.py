@@ -80,7 +80,8 @@ class Provenance:
 @dataclass(frozen=True, slots=True)
 class Event:
     """New tokens of one text. drafted[i]: whether tokens[i] was an accepted draft; reason: in the last event of the text; provenance:
-    one entry a token, if requested; error: what ended the whole request early. No event of the request follows an error."""
+    one entry a token, if requested; error: what ended the whole request early, no event of the request follows it; stop: the stop
+    string that ended the text, None without one."""
 
     request: Request
     index: int
@@ -92,6 +93,7 @@ class Event:
     stats: Stats
     provenance: list[Provenance] = field(default_factory=list)
     error: Exception | None = None
+    stop: str | None = None
 
     @classmethod
     def failed(cls, request: Request, error: Exception) -> Event:
@@ -218,10 +220,9 @@ class Outputs:
         """Each prompt row gives the entry of the next token. Rows that run again after preemption add nothing."""
         seq, entries = w.seq, w.seq.request.prompt_logprobs
         first, last = int(result.batch.starts[s]), int(result.batch.tree_starts[s])
-        wanted = [r for r in range(first, last) if len(entries) <= int(result.batch.positions[r]) + 1 < seq.prompt_len]
         if not entries:
-            entries.append(None)
-            wanted = [r for r in range(first, last) if int(result.batch.positions[r]) + 1 < seq.prompt_len]
+            entries += [None] * min(seq.request.wants.logprobs_from, seq.prompt_len)
+        wanted = [r for r in range(first, last) if len(entries) <= int(result.batch.positions[r]) + 1 < seq.prompt_len]
         if wanted:
             place = {row: i for i, row in enumerate(result.batch.logit_rows.tolist())}
             ids = [seq.tokens[int(result.batch.positions[r]) + 1] for r in wanted]
@@ -257,15 +258,14 @@ class Outputs:
 
     def _event(self, seq: Sequence, output: Output) -> Event:
         reported, ended = output.reported_tokens, seq.reason is not None
-        text = ""
+        text, stop = "", output.stop if seq.reason is FinishReason.STOP else None
         if output.reader is not None:
-            stop = output.stop if seq.reason is FinishReason.STOP else None
             text = output.reader.take(seq.tokens, ended=ended, stop=stop, include=seq.params.include_stop_str_in_output)
         output.reported_tokens = seq.generated
         new = slice(reported, seq.generated)
         tokens = seq.tokens[seq.prompt_len + reported :]
         rest = output.drafted[new], output.logprobs[new], seq.reason, output.stats, output.provenance[new]
-        return Event(seq.request, seq.index, tokens, text, *rest)
+        return Event(seq.request, seq.index, tokens, text, *rest, stop=stop and stop.string)
 
 
 def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) -> list[Provenance]:

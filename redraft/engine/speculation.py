@@ -24,6 +24,8 @@ from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
 from redraft.verify.verifier import Verifier
 
+NOTHING = Budget(0, 0)
+
 
 class Speculation(NamedTuple):
     """The drafter and verifier that a request chose. None: the engine's own."""
@@ -62,6 +64,7 @@ class Drafters:
         self.own, self.method = Guard(own, runner.spec.vocab, text), None if text is None else registry.create("draft", text)
         self.runner, self.sampler, self.verifier, self.opened = runner, sampler, verifier, opened
         self.awake = True  # whether a text of this step is looked at
+        self._proposed: list[TokenTree] | None = None  # before constraints changed some
 
     # ---- a request
 
@@ -108,8 +111,9 @@ class Drafters:
         return self.own if chosen is None or chosen.drafter is None else chosen.drafter
 
     def names(self, seq: Sequence) -> Seq[str]:
-        """Names of the drafters that TokenTree.origins indexes."""
-        return self.of(seq).names
+        """Names of the drafters that TokenTree.origins indexes; the last one is the request's constraint, if it has one."""
+        own, constraint = self.of(seq).names, self.sampler.constraint(seq)
+        return own if constraint is None else (*own, constraint.name)
 
     def stopped(self, seq: Sequence) -> Seq[str]:
         """Names of the drafters that do not draft for this text at the moment, because they did not pay."""
@@ -135,22 +139,36 @@ class Drafters:
 
     def propose(self, work: Seq[Work], budgets: Seq[Budget]) -> list[TokenTree]:
         """While all texts rest, drafters are not asked and see nothing of the step."""
-        trees = [EMPTY] * len(work)
+        trees, own = [EMPTY] * len(work), list(budgets)
         self.awake = False
-        for one in work:
+        for i, one in enumerate(work):
             if one.seq.rest:
                 one.seq.rest -= 1
+                own[i] = NOTHING
             else:
                 self.awake = True
         if self.awake:
             for drafter, members in _groups(work, self.of).items():
-                some = drafter.propose([work[i].seq for i in members], [budgets[i] for i in members])
+                some = drafter.propose([work[i].seq for i in members], [own[i] for i in members])
                 for i, tree in zip(members, some, strict=True):
                     trees[i] = tree
-        return trees
+        return self._fitted(work, budgets, trees)
+
+    def _fitted(self, work: Seq[Work], budgets: Seq[Budget], trees: list[TokenTree]) -> list[TokenTree]:
+        """The trees as the constraints of their requests change them."""
+        fitted = list(trees)
+        for i, (one, budget) in enumerate(zip(work, budgets, strict=True)):
+            if one.done and (constraint := self.sampler.constraint(one.seq)) is not None:
+                if budget.rows > 0 and budget.depth > 0:
+                    fitted[i] = constraint.fit(one.seq, trees[i], budget, len(self.of(one.seq).names))
+                constraint.prepare(one.seq)
+        self._proposed = trees if any(old is not new for old, new in zip(trees, fitted, strict=True)) else None
+        return fitted
 
     def observe(self, result: StepResult) -> None:
         """Passes the whole step to each drafter of its sequences."""
+        if self._proposed is not None:
+            result = result._replace(proposed=self._proposed)
         if self.awake:
             for drafter in _groups(result.work, self.of):
                 drafter.observe(result)

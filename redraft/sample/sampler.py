@@ -6,7 +6,7 @@ the row's logits, the parameters, the row's path, the seed and the position. So 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from redraft.core.tree import I32, TokenTree
 from redraft.errors import RedraftError
 from redraft.ops.arrays import array, device
 from redraft.ops.backend import ForwardResult
-from redraft.sample.processors.processor import F64, I64, Ending, Processor, Row, Vocabulary, weigh
+from redraft.sample.processors.processor import F64, I64, Constraint, Ending, Processor, Row, Vocabulary, weigh
 
 Chosen = tuple[Processor, ...]  # a request's processors in the registry's order; kept in seq.state[sampler]
 
@@ -42,7 +42,7 @@ class Sampler:
     """vocab: size of the logits; eos: the model's end-of-text ids; encode: the token id sequences that spell a bad word,
     None without a tokenizer; drafts: the noise stream for drafters that sample, chosen by the verifier (Verifier.drafts);
     exact: no tree changes a text, see Verifier; draw: that of core/noise.py, or a backend's with the same results; bytes_of: the bytes
-    that a token adds to a text, None without a tokenizer."""
+    that a token adds to a text, None without a tokenizer; plain, special: see Vocabulary."""
 
     def __init__(
         self,
@@ -53,9 +53,11 @@ class Sampler:
         draw: Callable[[int, I64, F64], int] = draw,
         bytes_of: Callable[[int], bytes] | None = None,
         exact: bool = True,
+        plain: Callable[[str], list[int]] | None = None,
+        special: Iterable[int] = (),
     ) -> None:
         self.processors: tuple[type[Processor], ...] = tuple(map(registry.load, registry.PROCESSORS.values()))
-        self.vocabulary = Vocabulary(vocab, eos, encode, bytes_of)
+        self.vocabulary = Vocabulary(vocab, eos, encode, bytes_of, plain, frozenset(special))
         self.ids: I64 = np.arange(vocab)
         self.drafts, self.exact = drafts, exact
         self.draw = draw
@@ -70,13 +72,19 @@ class Sampler:
         return tuple(processor for processor in made if processor is not None)
 
     def begin(self, seq: Sequence) -> Chosen:
-        return self.check(seq.params)
+        chosen = self.check(seq.params)
+        seq.constrained = any(isinstance(one, Constraint) for one in chosen)
+        return chosen
 
     def fork(self, state: Chosen, seq: Sequence) -> Chosen:
         return self.begin(seq)  # processors recompute their counts from seq.tokens
 
     def end(self, state: Chosen) -> None:
         pass
+
+    def constraint(self, seq: Sequence) -> Constraint | None:
+        """The processor that knows which drafts are in vain; None without one."""
+        return next((one for one in seq.state[self] if isinstance(one, Constraint)), None) if seq.constrained else None
 
     def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
         """Whether a processor of the request declares the text complete after seq.tokens and `tokens`."""
@@ -90,7 +98,7 @@ class Sampler:
     def _reads_logits(self, work: Work) -> bool:
         seq, params = work.seq, work.seq.params
         draws = work.done and (not params.greedy or bool(seq.state[self]) or params.logprobs is not None)
-        return draws or seq.wants_prompt_logits
+        return draws or bool(work.prompt_rows)
 
     def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
         """Applies the request's processors to the logits after seq.tokens and `drafted`. Both the target and draft models are
@@ -143,7 +151,7 @@ class TargetDistribution:
         if self.out.logits is None and min(drawn, default=0) >= 0:  # nothing needs more, see Sampler.needs
             return drawn
         packed, owners = self._owners(rows)
-        processed = [i for i, s in enumerate(owners) if not self._argmax_suffices(self.work[s].seq)]
+        processed = [i for i, s in enumerate(owners) if not self._argmax_suffices(s, packed[i], drawn[i])]
         fetched = self._fetch([rows[i] for i in processed])
         for i, values in zip(processed, fetched, strict=True):
             row = self._row(values, owners[i], packed[i])
@@ -192,8 +200,13 @@ class TargetDistribution:
             found.append(TopLogprobs(token, float(own - total), int(rank), likeliest))
         return found
 
-    def _argmax_suffices(self, seq: Sequence) -> bool:
-        return seq.params.greedy and not seq.state[self.sampler]
+    def _argmax_suffices(self, s: int, packed: int, argmax: int) -> bool:
+        """Whether the processors leave the likeliest token as it is. A constraint that allows it does."""
+        seq = self.work[s].seq
+        if not seq.params.greedy:
+            return False
+        chosen = seq.state[self.sampler]
+        return all(isinstance(one, Constraint) and one.allows(seq, self._drafted(s, packed), argmax) for one in chosen)
 
     def _fetch(self, rows: Seq[int]) -> Iterator[F64]:
         """Float64 copies of these rows of logits, one at a time, after one transfer from the device."""
@@ -220,6 +233,10 @@ class TargetDistribution:
         return key(seq.seed, stream, int(self.batch.positions[packed]) + 1)
 
     def _row(self, values: F64, s: int, packed: int) -> Row:
+        return self.sampler.row(values, self.work[s].seq, self._drafted(s, packed))
+
+    def _drafted(self, s: int, packed: int) -> list[int]:
+        """The drafted tokens on the path of a row, which may be that of a node."""
         tree, first_node = self.trees[s], int(self.batch.tree_starts[s])
         nodes = tree.path_to(self.work[s].first + packed - first_node) if packed >= first_node else []
-        return self.sampler.row(values, self.work[s].seq, tree.tokens[nodes].tolist() if nodes else [])
+        return tree.tokens[nodes].tolist() if nodes else []

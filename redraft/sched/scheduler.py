@@ -96,8 +96,9 @@ class Scheduler:
                 if len(run) + len(admit) == self.max_seqs or left <= 0:
                     break
                 salt = seq.request.salt
-                shares = seq.cache.lanes is Lanes.SHARED and not seq.request.wants.whole_prompt  # only shared lanes attach pages
-                tokens = seq.tokens[: seq.shareable_tokens + 1]  # at most all but the last of them match
+                skippable = min(seq.shareable_tokens, seq.request.wants.skippable)
+                shares = seq.cache.lanes is Lanes.SHARED and skippable  # only shared lanes attach pages
+                tokens = seq.tokens[: skippable + 1]  # at most all but the last of them match
                 matched = table.match(tokens, salt) if shares else 0
                 cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
                 if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # the match would cost more copies than it saves
@@ -116,6 +117,7 @@ class Scheduler:
 
 
 def _depth(seq: Sequence) -> int:
-    """The largest depth of a draft: 0 for a prompt in progress, without a drafter or while it rests, and if only one more token fits."""
-    asked = seq.drafts and not seq.rest and seq.pending == 1 and not seq.fault
+    """The largest depth of a draft: 0 for a prompt in progress, without a drafter or while it rests, and if only one more token fits. A
+    constraint drafts also while the drafter rests."""
+    asked = seq.drafts and seq.pending == 1 and (seq.constrained or not (seq.rest or seq.fault))
     return max(0, seq.sync_point - len(seq.tokens)) if asked else 0

@@ -26,6 +26,7 @@ def steps(draw):
         prompt_len = draw(st.integers(1, length))
         w = work(range(50, 50 + length), stored=stored, rows=rows, prompt_logprobs=draw(st.sampled_from([None, 0, 2])))
         w.seq.prompt_len = prompt_len
+        w.seq.request.wants = w.seq.request.wants._replace(logprobs_from=draw(st.sampled_from([1, 2, 5, 12])))
         n = draw(st.sampled_from([0, 1, 3, 9, 70])) if w.done else 0
         parents = [draw(st.integers(max(-1, i - 4), i - 1)) for i in range(n)]
         works.append(w)
@@ -43,7 +44,8 @@ def test_rows_by_definition(step):
         asks = w.seq.params.prompt_logprobs is not None and w.seq.stored < w.seq.prompt_len - 1
         for r in range(w.rows):
             last = r == w.rows - 1
-            rows.append((w.seq.tokens[w.seq.stored + r], w.seq.stored + r, [], asks or (last and w.done), s if last and w.done else None))
+            wanted = (asks and w.seq.stored + r + 1 >= w.seq.request.wants.logprobs_from) or (last and w.done)
+            rows.append((w.seq.tokens[w.seq.stored + r], w.seq.stored + r, [], wanted, s if last and w.done else None))
         for node in range(len(tree)):
             path = tree.path_to(node)
             rows.append((int(tree.tokens[node]), w.seq.stored + w.rows - 1 + len(path), path, True, None))

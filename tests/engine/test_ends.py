@@ -45,6 +45,13 @@ def test_stop_strings_end_the_text_before_them(drafted: bool, size: int) -> None
         assert kept == (TEXT[:count], text + stop, "stop")
 
 
+def test_the_last_event_names_the_stop_string() -> None:
+    found, end = [s for s in substrings(4) if "\N{REPLACEMENT CHARACTER}" not in s][2], TEXT[6]
+    for params, named in ((SAMPLED.but(stop=("never", found)), found), (SAMPLED.but(stop_token_ids=(end,)), None), (SAMPLED, None)):
+        *events, last = finish(made(False), Request("r", list(PROMPT), params))["r"]
+        assert last.stop == named and all(event.stop is None for event in events)
+
+
 @pytest.mark.parametrize("drafted", DRAFTED)
 def test_of_several_stop_strings_the_first_counts(drafted: bool) -> None:
     stops = tuple(s for s in substrings(4) if "\N{REPLACEMENT CHARACTER}" not in s)[2:8]

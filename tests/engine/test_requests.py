@@ -9,7 +9,7 @@ import pytest
 
 from redraft.config import SamplingParams
 from redraft.core.noise import sample_seed
-from redraft.core.sequence import FinishReason, Request
+from redraft.core.sequence import FinishReason, Request, Wants
 from redraft.engine.engine import Engine
 from tests.contracts import plain
 from tests.contracts.identity import drive, engine
@@ -90,6 +90,23 @@ def test_logprobs_are_those_of_the_raw_logits(drafted: bool, chunk: int, pool: i
                 assert [t for t, _ in entry.top] == order[:k]
                 assert [p for _, p in entry.top] == pytest.approx([row[t].item() for t in order[:k]], abs=1e-9)
     assert bool(several.preemptions) == (pool == 5 and chunk > 9) or chunk == 9
+
+
+@pytest.mark.parametrize("chunk", [512, 9])
+@pytest.mark.parametrize("begin", [1, 40, 64, 80, 81, 90])
+def test_rows_before_the_first_wanted_log_probability_may_come_from_the_prefix_cache(begin: int, chunk: int) -> None:
+    params, prompt = SamplingParams(temperature=0, max_tokens=1), PROMPT * 3
+    several = made({}, False, pool=40, chunk=chunk)
+    whole = Request("whole", list(prompt), params.but(prompt_logprobs=1))
+    part = Request("part", list(prompt), params, wants=Wants(prompt_logprobs=1, logprobs_from=begin))
+    finish(several, whole)
+    finish(several, part)
+    assert whole.cached_tokens == 0 and len(prompt) == 81
+    assert part.cached_tokens is not None and part.cached_tokens < begin and bool(part.cached_tokens) == (begin > 1)
+    assert part.prompt_logprobs[:begin] == [None] * min(begin, 81)
+    for found, known in zip(part.prompt_logprobs[begin:], whole.prompt_logprobs[begin:], strict=True):
+        assert found is not None and known is not None
+        assert (found.token, found.rank) == (known.token, known.rank) and found.logprob == pytest.approx(known.logprob, abs=1e-9)
 
 
 # ---- abort

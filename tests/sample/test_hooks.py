@@ -103,9 +103,12 @@ def test_the_others_work_without_one(name: str, monkeypatch: pytest.MonkeyPatch)
     module = registry.PROCESSORS[name].split(":")[0]
     monkeypatch.setattr(registry, "PROCESSORS", {key: target for key, target in registry.PROCESSORS.items() if key != name})
     monkeypatch.setitem(sys.modules, module, None)  # importing it raises
-    fields = {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "min_tokens": 2, "presence_penalty": 0.5}
-    sampler = Sampler(V, frozenset({0}), lambda text: [[4]])
-    seq = begun(sampler, [1, 2], logit_bias={3: 1.0}, bad_words="x", **fields)
-    assert len(seq.state[sampler]) == len(registry.PROCESSORS) == 8
-    row = sampler.row(np.random.default_rng(mix(1)).normal(size=V), seq, [])
-    assert len(row.ids) and np.isfinite(row.values).any()
+    fields = {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "presence_penalty": 0.5}
+    sampler = Sampler(V, frozenset({0}), lambda text: [[4]], bytes_of=lambda token: b"%c" % (96 + token), plain=lambda text: [1])
+    either = {"min-tokens": {"min_tokens": 2}, "grammar": {"structured_outputs": {"regex": "[a-c]+"}}}
+    for one, more in either.items():
+        seq = begun(sampler, [1, 2], logit_bias={3: 1.0}, bad_words="x", **fields, **more)
+        wanted = registry.PROCESSORS.keys() - either.keys() | {one}
+        assert len(seq.state[sampler]) == len(wanted & registry.PROCESSORS.keys()) == (9 if name in either.keys() - {one} else 8)
+        row = sampler.row(np.random.default_rng(mix(1)).normal(size=V), seq, [])
+        assert len(row.ids) and np.isfinite(row.values).any()

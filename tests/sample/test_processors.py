@@ -111,7 +111,7 @@ def test_nothing_to_do_costs_nothing():
 
 def test_order_is_the_documented_one():
     names = [processor.__name__ for processor in Sampler(V, EOS).processors]
-    assert names == ["Bias", "BadWords", "MinTokens", "Penalties", "Temperature", "TopK", "TopP", "MinP", "TypicalP"]
+    assert names == ["Bias", "BadWords", "MinTokens", "Penalties", "Temperature", "FollowGrammar", "TopK", "TopP", "MinP", "TypicalP"]
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_logprobs_of_the_raw_logits(logits, token, k):
         wanted = np.asarray(raw) - np.logaddexp.reduce(raw)
         order = plain.by_rank(raw)
         assert found.token == own_token
-        np.testing.assert_allclose(found.logprob, wanted[own_token], rtol=1e-12)
+        np.testing.assert_allclose(found.logprob, wanted[own_token], rtol=1e-12, atol=1e-14)
         assert found.rank == order.index(own_token) + 1
         assert [i for i, _ in found.top] == order[:k]
         np.testing.assert_allclose([p for _, p in found.top], wanted[order[:k]], rtol=1e-12, atol=1e-15)

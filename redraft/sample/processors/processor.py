@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redraft.config import SamplingParams
+from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
+from redraft.core.tree import TokenTree
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -25,13 +27,23 @@ BUCKETS = 1024
 @dataclass(frozen=True)
 class Vocabulary:
     """size: the number of ids; eos: the ids that end a text; encode: all token id sequences that spell a text, for example with
-    and without a leading space; bytes_of: the bytes that a token adds to a text, possibly part of a character. encode and
-    bytes_of are None without a tokenizer."""
+    and without a leading space; bytes_of: the bytes that a token adds to a text, possibly part of a character; plain: the ids of a
+    text, without special tokens around it; special: ids that are no text. encode, bytes_of and plain are None without a tokenizer."""
 
     size: int
     eos: frozenset[int]
     encode: Callable[[str], list[list[int]]] | None = None
     bytes_of: Callable[[int], bytes] | None = None
+    plain: Callable[[str], list[int]] | None = None
+    special: frozenset[int] = frozenset()
+    _shared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def shared(self, kind: Callable[[Vocabulary], S]) -> S:
+        """What `kind` makes of this vocabulary. It is made once, for all processors."""
+        if kind not in self._shared:
+            self._shared.setdefault(kind, kind(self))
+        found: S = self._shared[kind]
+        return found
 
 
 @dataclass(slots=True)
@@ -75,6 +87,25 @@ class Ending(ABC):
     @abstractmethod
     def finished(self, seq: Sequence, tokens: Seq[int]) -> bool:
         """Whether the text is complete after seq.tokens and `tokens`, without an end-of-text token. min_tokens takes precedence."""
+
+
+class Constraint(ABC):
+    """A processor that drops tokens and changes no logits, so that it can also say which drafts are in vain. name: of the tokens that it
+    drafts itself, in statistics."""
+
+    name: str
+
+    @abstractmethod
+    def allows(self, seq: Sequence, drafted: Seq[int], token: int) -> bool:
+        """Whether `token` may follow seq.tokens and `drafted`."""
+
+    @abstractmethod
+    def prepare(self, seq: Sequence) -> None:
+        """Begins to compute what the row after seq.tokens will need, while the model runs."""
+
+    @abstractmethod
+    def fit(self, seq: Sequence, tree: TokenTree, budget: Budget, origin: int) -> TokenTree:
+        """A tree without nodes that cannot be accepted, and with tokens that must follow. `origin`: of the nodes that it adds."""
 
 
 class Path(Generic[S]):
