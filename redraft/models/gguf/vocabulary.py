@@ -34,6 +34,10 @@ CUTS: dict[str, tuple[str, ...]] = {
     "tekken": (_TEKKEN,),
 }
 _WHOLE_WORDS = (*_LLAMA3, "tekken")  # a word that is a token is not merged from bytes; and a text begins with bos
+_MARKS = {  # for filling in the middle -> names in the file, the older ones last
+    "prefix": ("fim_pre", "prefix"), "suffix": ("fim_suf", "suffix"), "middle": ("fim_mid", "middle"),
+    "repository": ("fim_rep",), "file": ("fim_sep",), "pad": ("fim_pad",),
+}  # fmt: skip
 _COMPOSED = ("qwen2",)  # the models' own tokenizers compose letters and accents first (NFC)
 
 # control tokens that end a text, as in llama.cpp; files name only one of them
@@ -98,7 +102,11 @@ class _Reader:
         begins = self.get("add_bos_token", spm or self.get("pre") in _WHOLE_WORDS)
         self._surround(made, named["bos"] if begins else None, named["eos"] if self.get("add_eos_token", False) else None)
         spelled = {f"{name}_token": self.tokens[id] for name, id in named.items() if id is not None}
-        return Vocabulary(made, spelled, templates=self._templates())
+        return Vocabulary(made, spelled, templates=self._templates(), marks=self._marks())
+
+    def _marks(self) -> dict[str, int]:
+        found = {mark: [self._id(name, None) for name in names] for mark, names in _MARKS.items()}
+        return {mark: next(id for id in ids if id is not None) for mark, ids in found.items() if any(id is not None for id in ids)}
 
     def _id(self, name: str, otherwise: int | None) -> int | None:
         id = self.get(f"{name}_token_id", otherwise)
