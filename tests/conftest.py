@@ -3,6 +3,7 @@ output that is compared."""
 
 import os
 import re
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ SLOW = "tests/ops/test_kernels.py", "tests/contracts/"  # files that begin first
 
 
 TORCH = find_spec("torch") is not None
+CHROMIUM = shutil.which("chromium")
+BROWSER = CHROMIUM is not None and find_spec("playwright") is not None
 IMPORTS_TORCH = re.compile(r"^(import|from) (torch\b|safetensors\.torch|redraft\.ops\.(torch_|reference))", re.MULTILINE)
 
 
@@ -32,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not TORCH and (item.get_closest_marker("torch") or {"torch", "reference"} & set(_backends(item))):
             item.add_marker(pytest.mark.skip(reason="needs PyTorch"))
+        if not BROWSER and item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.skip(reason="needs Chromium and playwright"))
 
 
 def _backends(item: pytest.Item) -> Iterator[Any]:
@@ -52,12 +57,15 @@ def _left_out(config: pytest.Config) -> list[Path]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if TORCH or hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
         return
-    left = {file: count for file in _left_out(config) if (count := file.read_text().count("\ndef test_"))}
-    terminalreporter.write_line(f"not run, they need PyTorch: {sum(left.values())} test functions in {len(left)} files")
-    for file, count in left.items():
-        terminalreporter.write_line(f"  {file.relative_to(config.rootpath)}: {count}")
+    in_browser = (file for file in (config.rootpath / "tests").rglob("*_in_chromium.py"))
+    lacking = ([] if TORCH else [("PyTorch", _left_out(config))]) + ([] if BROWSER else [("Chromium and playwright", sorted(in_browser))])
+    for what, files in lacking:
+        left = {file: count for file in files if (count := file.read_text().count("\ndef test_"))}
+        terminalreporter.write_line(f"not run, they need {what}: {sum(left.values())} test functions in {len(left)} files")
+        for file, count in left.items():
+            terminalreporter.write_line(f"  {file.relative_to(config.rootpath)}: {count}")
 
 
 @pytest.fixture
