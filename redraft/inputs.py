@@ -15,10 +15,12 @@ from redraft.errors import InvalidInput, shown
 
 Prompt = str | Seq[int] | Mapping[str, Any]
 Conversation = Seq[Mapping[str, Any]]
+Tools = Seq[Mapping[str, Any]]
 Params = SamplingParams | Seq[SamplingParams | None] | None
 
 SOURCES = ("prompt", "prompt_token_ids", "messages")
 OPTIONS = ("context", "before", "reuse", "wants")
+FILLED = ("suffix", "tools")  # what stands after the gap that follows a prompt; what a conversation may call
 PROMPT = "a string, a list of token ids, or a mapping with prompt, prompt_token_ids or messages"
 
 
@@ -66,13 +68,13 @@ def params_of(count: int, given: Any, fields: Mapping[str, Any]) -> list[Samplin
 
 
 def fields_of(prompt: Any) -> dict[str, Any]:
-    """One prompt as a mapping of SOURCES and OPTIONS. The values of OPTIONS are checked, None counts as not given."""
+    """One prompt as a mapping of SOURCES, FILLED and OPTIONS. The values of the latter two are checked, None counts as not given."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
     if not isinstance(prompt, Mapping):
         return {"prompt_token_ids": elements(prompt, "prompt", PROMPT)}
-    if unknown := [name for name in prompt if name not in (*SOURCES, *OPTIONS)]:
-        allowed = "prompt, prompt_token_ids, messages, context, before and reuse are allowed"
+    if unknown := [name for name in prompt if name not in (*SOURCES, *FILLED, *OPTIONS)]:
+        allowed = "prompt, prompt_token_ids, messages, suffix, tools, context, before and reuse are allowed"
         raise InvalidInput(f"prompt has an unknown key {shown(unknown[0])}: {allowed}")
     fields = {name: value for name, value in prompt.items() if value is not None}
     if not fields.keys() & set(SOURCES):
@@ -84,12 +86,17 @@ def fields_of(prompt: Any) -> dict[str, Any]:
 def _check_options(fields: dict[str, Any]) -> None:
     kinds: dict[str, tuple[type, str]] = {
         "prompt": (str, "a string"),
+        "suffix": (str, "a string"),
         "reuse": (str, "the name of a reuse method"),
         "wants": (Wants, "a Wants, as LLM.embed gives it,"),
     }
     for name, (kind, needed) in kinds.items():
         if name in fields and not isinstance(fields[name], kind):
             raise InvalidInput(f"{name} = {shown(fields[name])}: {needed} is needed")
+    if "suffix" in fields and not ("prompt" in fields and fields.keys().isdisjoint(("prompt_token_ids", "messages"))):
+        raise InvalidInput("suffix: only a prompt that is a text has one")
+    if "tools" in fields and not ("messages" in fields and fields.keys().isdisjoint(("prompt_token_ids", "prompt"))):
+        raise InvalidInput("tools: only a conversation has them")
     if "context" in fields:
         fields["context"] = integer(context := fields["context"])
         if fields["context"] is None:
@@ -116,6 +123,16 @@ def messages_of(given: Any) -> list[Mapping[str, Any]]:
             raise InvalidInput(f"messages[{i}] = {shown(message)}: a mapping with role and content is needed")
     if not found:
         raise InvalidInput("messages is empty: at least one message is needed")
+    return found
+
+
+def tools_of(given: Any) -> list[Mapping[str, Any]]:
+    """Functions that a conversation may call, in OpenAI's form."""
+    found = elements(given, "tools", "a list of tools")
+    for i, tool in enumerate(found):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidInput(f'tools[{i}] = {shown(tool)}: {{"type": "function", "function": {{"name": ...}}}} is needed')
     return found
 
 

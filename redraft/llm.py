@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, cast
 from weakref import WeakSet
@@ -22,8 +22,8 @@ from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
 from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
 from redraft.guarantee import weakest
-from redraft.inputs import Conversation, Params, Patch, Prompt
-from redraft.models import adapter, generation, packs
+from redraft.inputs import Conversation, Params, Patch, Prompt, Tools
+from redraft.models import adapter, fill, generation, packs
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Tokenizer
 from redraft.ops.backend import Feature
@@ -48,6 +48,7 @@ class LLM:
 
     Prompts: a string, a list of token ids, or a mapping with `prompt`, `prompt_token_ids` or `messages`; or a list of
     these. A mapping may add `context`: n. Cache policies then treat the prompt's tokens after the first n as generated.
+    {"prompt": ..., "suffix": ...} fills in the middle: the text is what stands between the two.
 
     Parameters: a SamplingParams, a list with one for each prompt, or its fields as keywords. An object and keywords
     together are refused.
@@ -76,6 +77,7 @@ class LLM:
         self.defaults = checkpoint.defaults if config.model.generation_config == "auto" else {}
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
+        self.weight_bytes = checkpoint.weight_bytes
         weights = packs.read(checkpoint, setup.backend, config.model.weight_cache)
         self.runner = Runner(
             checkpoint.spec,
@@ -140,6 +142,11 @@ class LLM:
         if not isinstance(name, str) or self.runner.adapters.pop(name, None) is None:
             raise InvalidInput(adapter.unknown(name, self.runner.adapters))
 
+    @cached_property
+    def fill(self) -> fill.Fill:
+        """How prompts with a suffix are written. Unsupported if the vocabulary has no tokens for it."""
+        return fill.find(self.tokenizer)
+
     @property
     def guarantee(self) -> Guarantee:
         """The guarantee for requests that choose no methods of their own, compared with the plain loop over the same weights, also
@@ -173,8 +180,9 @@ class LLM:
         verifier = registry.create("verify", self.config.verify)
         tokenizer, spec = self.tokenizer, self.runner.spec
         sampler = Sampler(
-            spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.draw, tokenizer.bytes_of, verifier.exact
-        )
+            spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.draw, tokenizer.bytes_of, verifier.exact,
+            partial(tokenizer.encode, special=False), tokenizer.left_out,
+        )  # fmt: skip
         return Engine(
             self.runner,
             scheduler,
@@ -208,11 +216,14 @@ class LLM:
         many, single = inputs.prompts_of(prompts)
         return self._whole(many, inputs.params_of(len(many), sampling_params, fields), single)
 
-    def chat(self, messages: Conversation | Seq[Conversation], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
+    def chat(
+        self, messages: Conversation | Seq[Conversation], sampling_params: Params = None, *, tools: Tools | None = None, **fields: Any
+    ) -> list[RequestOutput]:
         """Replies to one conversation or a list of them, by the checkpoint's chat template. Else like `generate`; a prompt
-        {"messages": [...]} gives `generate` and `stream` the same conversation."""
+        {"messages": [...], "tools": [...]} gives `generate` and `stream` the same conversation. tools: functions in OpenAI's form, which
+        the template describes to the model. A call is in the text, in the model's own format; the server parses it."""
         many, single = inputs.conversations_of(messages)
-        prompts = [{"messages": one} for one in many]
+        prompts = [{"messages": one, "tools": tools} for one in many]
         return self._whole(prompts, inputs.params_of(len(many), sampling_params, fields), single)
 
     def stream(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> Generator[Delta]:
@@ -308,8 +319,8 @@ class LLM:
                     yield Delta(place[event.request.id], 0, "", [], [], [], "error", Stats(), str(event.error))
                     continue
                 reason = None if event.reason is None else str(event.reason)
-                where = place[event.request.id], event.index
-                yield Delta(*where, event.text, event.tokens, event.drafted, event.logprobs, reason, event.stats.copy())
+                what = place[event.request.id], event.index, event.text, event.tokens, event.drafted, event.logprobs
+                yield Delta(*what, reason, event.stats.copy(), provenance=event.provenance)
         finally:
             self._end(outputs)
         self.calibrate(SPARE)
@@ -340,6 +351,8 @@ class LLM:
         if isinstance(chosen.prediction, str):
             chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
         output.prompt_token_ids = self._tokens(fields)
+        if "suffix" in fields:
+            chosen = self.fill.params(chosen)
         options = {name: fields[name] for name in inputs.OPTIONS if name in fields}
         request = Request(output.request_id, output.prompt_token_ids, chosen, **options)
         with InterruptBetween(), self._turns:
@@ -356,8 +369,11 @@ class LLM:
         if "prompt_token_ids" in fields:
             return inputs.token_ids(fields["prompt_token_ids"])
         if "messages" in fields:
-            rendered = self.tokenizer.render(inputs.messages_of(fields["messages"]))
+            variables: dict[str, Any] = {"tools": inputs.tools_of(fields["tools"])} if "tools" in fields else {}
+            rendered = self.tokenizer.render(inputs.messages_of(fields["messages"]), **variables)
             return self.tokenizer.encode(inputs.text_of(rendered, "messages"), special=False)
+        if "suffix" in fields:
+            return self.fill.tokens(inputs.text_of(fields["prompt"], "prompt"), inputs.text_of(fields["suffix"], "suffix"))
         return self._encode(fields["prompt"], "prompt")
 
     def _encode(self, text: str, name: str) -> list[int]:
@@ -426,6 +442,7 @@ class LLM:
         one.text += event.text
         one.token_ids += event.tokens
         one.drafted += event.drafted
+        one.provenance += event.provenance
         one.stats = event.stats
         if one.logprobs is not None:
             one.logprobs += event.logprobs

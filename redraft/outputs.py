@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 from redraft.core.distribution import TopLogprobs
 from redraft.core.sequence import Request
-from redraft.engine.output import Stats
+from redraft.engine.output import Provenance, Stats
 
 
 @dataclass
 class CompletionOutput:
-    """One text. drafted[i]: token i was an accepted draft; stats: steps, drafted, accepted, mean_acceptance_length."""
+    """One text. drafted[i]: token i was an accepted draft; stats: steps, drafted, accepted, mean_acceptance_length; provenance: the
+    origin of each token, if requested."""
 
     index: int
     text: str = ""
@@ -20,6 +21,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     drafted: list[bool] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
+    provenance: list[Provenance] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a stream. prompt: the prompt's index in the list; index: the text's index among the prompt's n texts."""
+    """A piece of a stream. prompt: the prompt's index in the list; index: the text's index among the prompt's n texts; provenance: as in
+    CompletionOutput."""
 
     prompt: int
     index: int
@@ -83,3 +86,4 @@ class Delta:
     finish_reason: str | None
     stats: Stats
     error: str | None = None
+    provenance: list[Provenance] = field(default_factory=list)

@@ -75,6 +75,20 @@ def test_conversations_are_prompts_too(llm: LLM) -> None:
     assert tokens([good]) == truth and "messages[0]" in str(bad.error) and "messages is empty" in str(empty.error)
 
 
+def test_tools_are_described_to_the_model() -> None:
+    llm = LLM("embedded", draft="none", cache_memory=1 << 26)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    (plain,), (shown,) = llm.chat(MESSAGES, **SHORT), llm.chat(MESSAGES, tools=tools, **SHORT)
+    assert "weather" in llm.tokenizer.decode_all(shown.prompt_token_ids)
+    assert "weather" not in llm.tokenizer.decode_all(plain.prompt_token_ids)
+    assert shown.prompt_token_ids == llm.generate({"messages": MESSAGES, "tools": tools}, **SHORT)[0].prompt_token_ids
+    for wrong in (3, [3], [{"type": "function"}], [{"function": {"name": 3}}]):
+        with pytest.raises(InvalidInput, match="tools"):
+            llm.chat(MESSAGES, tools=wrong, **SHORT)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="tools: only a conversation has them"):
+        llm.generate({"prompt": "abc", "tools": tools}, **SHORT)
+
+
 def test_keywords_are_fields_of_sampling_params(llm: LLM) -> None:
     truth = tokens(llm.generate("abc", SamplingParams(**SHORT)))
     assert tokens(llm.generate("abc", **SHORT)) == truth

@@ -90,6 +90,15 @@ def test_a_stream_joins_to_what_generate_gives(llm: LLM) -> None:
             assert len(one.drafted) == len(one.token_ids) == one.stats.steps + one.stats.accepted
 
 
+def test_a_text_and_its_pieces_have_the_provenance_that_was_requested(llm: LLM) -> None:
+    params = GREEDY.but(provenance=True, draft="token-recycling")
+    (whole,) = llm.generate(PROMPTS[1], params)[0].outputs
+    pieces = list(llm.stream(PROMPTS[1], params))
+    for sources, drafted in [(whole.provenance, whole.drafted), *((piece.provenance, piece.drafted) for piece in pieces)]:
+        assert [bool(source.drafter) for source in sources] == drafted
+    assert not any(delta.provenance for delta in llm.stream(PROMPTS[1], GREEDY))
+
+
 def test_closing_a_stream_frees_what_it_held(llm: LLM) -> None:
     stream = llm.stream(PROMPTS, SAMPLED)
     next(iter(stream))

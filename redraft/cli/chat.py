@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from redraft.cli import options
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, Template, engine_config, takes
+from redraft.cli.options import ENGINE, SAMPLING, STRUCTURE, Given, Model, Template, engine_config, takes
 from redraft.cli.prompting import Prompting
 from redraft.cli.stream import folded, show
 from redraft.config import SamplingParams
@@ -36,13 +36,14 @@ COMMANDS = {
 }
 
 
-@takes(sampling=SAMPLING.without("n"), engine=ENGINE)
+@takes(sampling=SAMPLING.without("n"), structure=STRUCTURE, engine=ENGINE)
 def chat(
     model: Model = "embedded",
     system: Annotated[str | None, typer.Option(help="The system message.", show_default=False)] = None,
     chat_template: Template = None,
     *,
     sampling: Given,
+    structure: Given,
     engine: Given,
 ) -> None:
     """Talk to a model that has a chat template.
@@ -52,6 +53,7 @@ def chat(
     """
     template = options.chat_template(chat_template)
     config = engine_config(model, engine)
+    sampling = {**sampling, **options.structured(structure)}
     SamplingParams(**sampling)
     sampling = options.adapted(sampling, config)
     from redraft.llm import LLM

@@ -8,10 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, measured, names, takes
+from redraft.cli.options import ENGINE, SAMPLING, STRUCTURE, Given, Model, engine_config, measured, names, structured, takes
 
 
-@takes(sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"), engine=ENGINE.without("draft", "prefix_sharing"))
+@takes(
+    sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"),
+    structure=STRUCTURE,
+    engine=ENGINE.without("draft", "prefix_sharing"),
+)
 def compare(
     model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, messages or turns; else our own suite.")] = None,
@@ -39,6 +43,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Write one page with plots to this file.")] = None,
     *,
     sampling: Given,
+    structure: Given,
     engine: Given,
 ) -> None:
     """Measure drafters against the plain loop, on the same prompts and in the same process.
@@ -69,7 +74,8 @@ def compare(
     every = [name for name in registry.METHODS["draft"] if name != bench.BASELINE and complete(name)]
     # With prefix sharing the second method would not read the prompt.
     config = engine_config(model, {"max_seqs": max(64, batch), **engine, "draft": bench.BASELINE, "prefix_sharing": False})
-    params = SamplingParams(**{**measured(sampling, config), "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
+    given = {**measured(sampling, config), **structured(structure)}
+    params = SamplingParams(**{**given, "max_tokens": max_tokens, "temperature": temperature, "seed": seed})
     drafts = tuple(draft or (every if against is None else ["auto"]))
     chosen = suite.load(prompts, category or None, limit, turns=turns, chat=chat)
     if warm_limit is not None and warm_limit < 1:

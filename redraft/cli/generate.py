@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from redraft.bench import files
 from redraft.cli import options
-from redraft.cli.options import ENGINE, MODEL, SAMPLING, Given, Template, engine_config, takes
+from redraft.cli.options import ENGINE, MODEL, SAMPLING, STRUCTURE, Given, Template, engine_config, structured, takes
 from redraft.cli.prompting import Prompting
 from redraft.cli.stream import Screen, show
 from redraft.config import SamplingParams
@@ -31,20 +32,27 @@ PROMPT = '''class Stack:
 QUESTION = "Explain in two sentences what a stack is in programming."  # the example for a model with a chat template
 
 
-@takes(sampling=SAMPLING, engine=ENGINE)
+@takes(sampling=SAMPLING, structure=STRUCTURE, engine=ENGINE)
 def generate(
     model: Annotated[str | None, MODEL] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; else what is piped in, or an example.")] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="The text after the new text: fill in what stands between --prompt and it.", metavar="TEXT")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     chat_template: Template = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts, JSON lines.", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="With --prompts: the file of results; else stdout.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="--output may replace a file.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a page with the origin of every token, which opens offline.", metavar="FILE.html")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A YAML file of options, as for serve; of them the engine's are used.", metavar="FILE")
     ] = None,
     *,
     sampling: Given,
+    structure: Given,
     engine: Given,
 ) -> None:
     """Answer a prompt by the model's chat template, or continue it if there is none.
@@ -58,14 +66,21 @@ def generate(
     the exit code is then 1. Results are written as they finish, so Ctrl-C keeps the lines that are complete.
     """
     template = options.chat_template(chat_template)
+    if trace is not None:
+        if prompts is not None:
+            raise InvalidInput("--trace and --prompts exclude each other: a trace shows one prompt")
+        files.check_writable(trace, "trace")
     if raw and template is not None:
         raise InvalidInput("--raw and --chat-template exclude each other")
+    if suffix is not None and (template is not None or prompts is not None):
+        raise InvalidInput(f"--suffix and {'--prompts' if template is None else '--chat-template'} exclude each other")
     if config is None:
         chosen = engine_config(model or "embedded", engine)
     else:
         from redraft.cli.serve import engine_of
 
         chosen = engine_of(config, {"model": model, **engine})
+    sampling = {**sampling, **structured(structure)}
     SamplingParams(**sampling)
     sampling = options.adapted(sampling, chosen)
     if prompts is not None:
@@ -75,13 +90,19 @@ def generate(
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
         prompt = prompt or None
-    _one(chosen, prompt, sampling, template, raw=raw)
+    _one(chosen, prompt, suffix, sampling, template, trace, raw=raw)
 
 
-def _one(config: Any, prompt: str | None, sampling: Given, template: str | None, *, raw: bool) -> None:
+def _one(
+    config: Any, prompt: str | None, suffix: str | None, sampling: Given, template: str | None, trace: Path | None, *, raw: bool
+) -> None:
     llm = _load(config)
-    prompting = Prompting.of(llm, template, raw=raw)
+    prompting = Prompting.of(llm, template, raw=raw or suffix is not None)
     params = SamplingParams(**{"seed": secrets.randbits(32), **sampling})
+    if trace is not None:
+        from redraft.cli.trace import traced
+
+        params = traced(params)
     example = prompt is None
     if prompt is None:
         prompt = QUESTION if prompting.chat else PROMPT
@@ -89,8 +110,15 @@ def _one(config: Any, prompt: str | None, sampling: Given, template: str | None,
         typer.secho(prompt, dim=True, nl=prompting.chat or params.n > 1)
     elif example:  # whoever did not write it should see it
         typer.echo(prompt, err=True)
-    shown = show(llm, prompting.text(prompt), params)
-    typer.echo(shown.summary(llm, params, "chat template" if prompting.chat else "raw prompt"), err=True)
+    tokens, kind = prompting.text(prompt), "chat template" if prompting.chat else "raw prompt"
+    if suffix is not None:
+        tokens, params, kind = llm.fill.tokens(prompt, suffix), llm.fill.params(params), "filled in the middle"
+    shown = show(llm, tokens, params)
+    typer.echo(shown.summary(llm, params, kind), err=True)
+    if trace is not None:
+        from redraft.cli.trace import write
+
+        write(trace, llm, prompt, params, shown, chat=prompting.chat)
     if shown.interrupted:
         raise typer.Exit(130)
 

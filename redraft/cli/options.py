@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import typer
 from pydantic.fields import FieldInfo
 
 from redraft.config import CacheConfig, EngineConfig, ModelConfig, SamplingParams, SchedulerConfig
-from redraft.errors import InvalidInput
+from redraft.errors import InvalidInput, shown
 
 MODEL = typer.Argument(help="A folder, a GGUF file, a hub id (repo@revision) or 'embedded' (default).", metavar="MODEL", show_default=False)
 Model = Annotated[str, MODEL]
@@ -21,6 +23,11 @@ Template = Annotated[
     str | None,
     typer.Option("--chat-template", help="A Jinja file, or the template itself; else the checkpoint's.", show_default=False),
 ]
+FORM_FLAGS = {
+    "structured_outputs.json": "--json-schema", "structured_outputs.regex": "--regex", "structured_outputs.choice": "--choice",
+    "structured_outputs.grammar": "--grammar",
+}  # fmt: skip
+WRITTEN_OUT = re.compile(r"^\s*\{|::=|^\s*\??start\s*:|\n")  # a schema or a grammar, and no path of a file
 Given = dict[str, Any]  # the options of a group that the user gave, by field name
 
 
@@ -43,11 +50,22 @@ class OptionGroup(NamedTuple):
         return self._replace(fields={name: self.fields[name] for name in names})
 
 
-NOT_OFFERED = ("logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance", "lora")  # the engine's own are
+NOT_OFFERED = (  # of draft, verify and draft_rows the engine's own are; STRUCTURE has structured_outputs
+    "logit_bias", "logprobs", "prompt_logprobs", "draft", "verify", "draft_rows", "provenance", "lora", "structured_outputs",
+)  # fmt: skip
 SAMPLING = OptionGroup(
     "Sampling",
     {name: field for name, field in SamplingParams.model_fields.items() if name not in NOT_OFFERED},
     pairs=False,  # the longer column of names would cut some of them in 80 columns
+)
+STRUCTURE = OptionGroup(
+    "What the text must be",
+    {
+        "json_schema": FieldInfo(annotation=str, default=None, description="file of a JSON schema that the text matches, or the schema"),
+        "regex": FieldInfo(annotation=str, default=None, description="regular expression that the whole text matches"),
+        "choice": FieldInfo(annotation=tuple[str, ...], default=(), description="a text that is allowed, repeated for more"),
+        "grammar": FieldInfo(annotation=str, default=None, description="file of a grammar, in Lark's form or GBNF, or the grammar"),
+    },
 )
 ENGINE = OptionGroup(
     "Engine",
@@ -76,6 +94,22 @@ def adapted(sampling: Given, config: EngineConfig) -> Given:
     return {"lora": next(iter(config.model.adapters)), **sampling} if config.model.lora else sampling
 
 
+def structured(given: Given) -> Given:
+    """The sampling option for what the text must be. InvalidInput if the file of a schema or grammar cannot be read."""
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise InvalidInput(f"{' and '.join(f'--{name}'.replace('_', '-') for name in given)} exclude each other")
+    ((name, value),) = given.items()
+    if name in ("json_schema", "grammar") and not WRITTEN_OUT.search(value):
+        try:
+            value = Path(value).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise InvalidInput(f"--{name.replace('_', '-')} = {shown(value)}: cannot be read: {why}") from None
+    return {"structured_outputs": {"json" if name == "json_schema" else name: value}}
+
+
 def measured(sampling: Given, config: EngineConfig) -> Given:
     """The sampling options of requests of a measurement: all choose the adapter, of which there may be only one."""
     name = config.model.only_adapter()
@@ -101,6 +135,9 @@ def chat_template(value: str | None) -> str | None:
 
 def as_flag(message: str) -> str:
     """An error about a field, with the field's option in place of its name."""
+    for kind, flag in FORM_FLAGS.items():
+        if message.startswith(kind):
+            return flag + message.removeprefix(kind)
     name, equals, rest = message.partition(" = ")
     return f"{FLAGS.get(name, name)}{equals}{rest}"
 

@@ -85,7 +85,7 @@ class Screen:
 
 @dataclass
 class Shown:
-    """The generated texts, by sample, and figures for the summary."""
+    """The generated texts, by sample, and figures for the summary. pieces: with the seconds until each, if tokens have a provenance."""
 
     seconds: float = 0.0
     interrupted: bool = False
@@ -95,6 +95,7 @@ class Shown:
     accepted: int = 0
     fault: str = ""
     stopped: dict[str, int] = field(default_factory=dict)
+    pieces: dict[int, list[tuple[float, Delta]]] = field(default_factory=lambda: defaultdict(list))
 
     def summary(self, llm: LLM, params: SamplingParams, *notes: str) -> str:
         """Lines of at most COLUMNS characters: what was generated, how, and any `notes`."""
@@ -140,6 +141,8 @@ def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
                     ended.add(delta.index)
                 screen.write(held.pop(current, []))
                 shown.seconds = time.perf_counter() - start
+                if params.provenance:
+                    shown.pieces[delta.index].append((shown.seconds, delta))
                 while current in ended and current < n - 1:
                     current += 1
                     screen.end_line()

@@ -148,3 +148,21 @@ def test_statistics_fit_80_columns(redraft: Callable[..., Ran], tiny: str) -> No
     code, _, err = redraft("generate", tiny, "--prompt", "hello", *policies, "--max-tokens", "3", "--verify", "coupled")
     assert code == 0 and "layer-skip:speedup=1.2" in err
     assert max(map(len, err.splitlines())) <= 80
+
+
+def test_what_stands_between_two_texts(redraft: Callable[..., Ran], tmp_path: Path) -> None:
+    marked = str(tiny_llama(tmp_path / "marked", marks=("<fim_prefix>", "<fim_suffix>", "<fim_middle>")))
+    sampled = ("--temperature", "0", "--max-tokens", "8", "--ignore-eos", "--dtype", "float32")
+    code, out, err = redraft("generate", marked, "--prompt", "def ", "--suffix", "():", *sampled)
+    (expected,) = LLM(marked, dtype="float32").generate({"prompt": "def ", "suffix": "():"}, temperature=0, max_tokens=8, ignore_eos=True)
+    assert (code, out.removesuffix("\n")) == (0, expected.outputs[0].text.removesuffix("\n"))
+    assert "filled in the middle" in err
+
+
+def test_a_suffix_needs_a_model_with_marks_and_one_prompt(redraft: Callable[..., Ran], tiny: str, tmp_path: Path) -> None:
+    code, _, err = redraft("generate", tiny, "--prompt", "a", "--suffix", "b")
+    assert code == 1 and "suffix: this model has no tokens that mark the text" in err
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"a"\n')
+    _, _, err = redraft("generate", tiny, "--prompts", str(file), "--suffix", "b")
+    assert "--suffix and --prompts exclude each other" in err
