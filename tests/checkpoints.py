@@ -13,13 +13,14 @@ from tests.models import tiny
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
-def tiny_llama(path: Path, *, family: str = "llama2", chat: bool = True, **changes: Any) -> Path:
-    """A Llama of three layers in `path`, with one token for each byte; `changes` are fields of its config. Greedy by default."""
+def tiny_llama(path: Path, *, family: str = "llama2", chat: bool = True, marks: tuple[str, ...] = (), **changes: Any) -> Path:
+    """A Llama of three layers in `path`, with one token for each byte; `marks` are further special tokens, `changes` fields of its
+    config. Greedy by default."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, *marks])}
     tiny.save(family, path, **{"vocab_size": len(vocabulary), "max_position_embeddings": 256, **changes})
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", *marks])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

@@ -68,6 +68,7 @@ def expected() -> set[str]:
     data = [
         package / "py.typed",
         package / "draft/prior.json",
+        *(package / "serve/page").glob("*"),
         *(package / "embedded").glob("*/*"),
         *(package / "bench/suites").glob("*.jsonl"),
     ]

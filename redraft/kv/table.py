@@ -153,6 +153,10 @@ class PageTable:
         """Blocks that hold at least one page of an open sequence."""
         return self.blocks - self.available()
 
+    def shared(self) -> int:
+        """Pages that more than one open sequence lists. Any thread may ask."""
+        return sum(count > 1 for count in list(self._pools[Space()].refs.values()))
+
     def reset_peak(self) -> None:
         self.peak = self.used()
 

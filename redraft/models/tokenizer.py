@@ -18,6 +18,7 @@ from redraft.models import chat_template, vocabulary
 from redraft.models.config import first_line
 from redraft.models.gguf import file
 from redraft.models.gguf import vocabulary as gguf_vocabulary
+from redraft.models.tool_text import as_text
 
 Message = Mapping[str, Any]
 
@@ -78,10 +79,10 @@ class Tokenizer:
             ids = self.vocabulary.encode(text, special)
         except (UnicodeEncodeError, TypeError):  # the second from tokenizers in Rust
             raise InvalidInput("the text has half of a surrogate pair, which UTF-8 cannot encode") from None
-        return ids[1:] if special and self._first and ids[:2] == self._first * 2 else ids
+        return ids[1:] if special and self.first and ids[:2] == self.first * 2 else ids
 
     @cached_property
-    def _first(self) -> list[int]:
+    def first(self) -> list[int]:
         """The token that the checkpoint puts before every text, as a list; empty if there is none."""
         first = self.vocabulary.id("bos_token")
         return [first] if first is not None and self.vocabulary.encode("a", True)[:1] == [first] else []
@@ -98,19 +99,35 @@ class Tokenizer:
             raise InvalidInput(f"chat template: the checkpoint has several and no default: {', '.join(sorted(own))}; name one")
         return found
 
-    def render(self, messages: Seq[Message], *, add_generation_prompt: bool = True, template: str | None = None, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Seq[Message],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        tools_as_text: bool = False,
+        **variables: Any,
+    ) -> str:
         """A conversation as text, by the checkpoint's template or by `template`. variables: further variables of the template, or
-        arguments of chat_template.render such as continue_final_message.
+        arguments of chat_template.render such as continue_final_message and tools.
 
         A message has a role and a content. Other fields that are None or empty count as not given. The role developer becomes system
-        if the template does not know it. Tool calls and tool results go to the template as transformers documents them, so arguments
-        are objects. InvalidInput names a message that is malformed or that the template does not know.
+        if the template does not know it. Tools, tool calls and tool results go to the template as transformers documents them, so
+        arguments are objects, or text if the template can add them to text only. If the template lacks what the conversation needs of
+        them, or with tools_as_text, all of them become text (tool_text.py). InvalidInput names a message that is malformed or that the
+        template refuses.
         """
-        source = self.template(template, variables.get("tools"))
+        tools = variables.get("tools")
+        source = self.template(template, tools)
         prepared = [_message(i, message, source) for i, message in enumerate(messages)]
+        if tools_as_text or _lacks_tools(source, prepared, tools):
+            prepared, variables = as_text(prepared, tools), variables | {"tools": None}
         given = {**self.vocabulary.named, **variables, "add_generation_prompt": add_generation_prompt}
         try:
-            return chat_template.render(source, prepared, **given)
+            try:
+                return chat_template.render(source, prepared, **given)
+            except TypeError:  # as if text and an object were added
+                return chat_template.render(source, _with_arguments_as_text(prepared), **given)
         except Exception as error:  # from jinja, or from the template itself
             raise InvalidInput(f"messages: the chat template refuses them: {error}") from None
 
@@ -128,10 +145,15 @@ class Tokenizer:
     @cached_property
     def decoder(self) -> Decoder:
         """`decode`, with the facts that decoding token by token needs."""
-        words = self.vocabulary
-        special = {token: words.spelling(token) or "" for token in words.special_ids}
-        special |= {token: spelling for token, (spelling, left_out) in words.added.items() if left_out}
+        special = self.left_out
         return Decoder(self.decode, self._byte_tokens, lambda token: token in special or self._lacks(token), frozenset(special.values()))
+
+    @cached_property
+    def left_out(self) -> dict[int, str]:
+        """The ids of special tokens, which `decode` leaves out, and their spellings."""
+        words = self.vocabulary
+        found = {token: words.spelling(token) or "" for token in words.special_ids}
+        return found | {token: spelling for token, (spelling, left_out) in words.added.items() if left_out}
 
     @cached_property
     def decoder_all(self) -> Decoder:
@@ -199,15 +221,23 @@ def _message(i: int, message: Message, template: str) -> dict[str, Any]:
         raise InvalidInput(f"messages[{i}].content = None: only an assistant message with tool_calls has no content")
     if found["role"] == "developer" and not _knows(template, "developer"):
         found["role"] = "system"
-    if found["role"] == "tool" and not _knows(template, "tool"):
-        raise InvalidInput(
-            f"messages[{i}].role = 'tool': the chat template does not know tool results; system, user and assistant are allowed"
-        )
     if calls:
-        if "tool_calls" not in _without_comments(template):
-            raise InvalidInput(f"messages[{i}].tool_calls: the chat template does not know tool calls")
         found["tool_calls"] = _tool_calls(f"messages[{i}].tool_calls", calls)
     return found
+
+
+def _lacks_tools(template: str, messages: Seq[Message], tools: Any) -> bool:
+    """Whether the template lacks something of tools that this conversation has."""
+    return (
+        (bool(tools) and not knows_tools(template))
+        or (any(message["role"] == "tool" for message in messages) and not _knows(template, "tool"))
+        or (any("tool_calls" in message for message in messages) and "tool_calls" not in _without_comments(template))
+    )
+
+
+def knows_tools(template: str) -> bool:
+    """Whether a chat template describes the tools that it is given."""
+    return re.search(r"\btools\b", _without_comments(template)) is not None
 
 
 def _knows(template: str, role: str) -> bool:
@@ -233,6 +263,16 @@ def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
             raise InvalidInput(f"{place}[{i}].function.arguments = {reprlib.repr(arguments)}: a JSON object is needed")
         found.append({**call, "function": {**function, "arguments": dict(arguments)}})
     return found
+
+
+def _with_arguments_as_text(messages: Seq[dict[str, Any]]) -> list[dict[str, Any]]:
+    def changed(call: Any) -> Any:
+        function = call["function"]
+        return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        message | {"tool_calls": [*map(changed, message["tool_calls"])]} if "tool_calls" in message else message for message in messages
+    ]
 
 
 @cache

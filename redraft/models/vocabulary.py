@@ -74,12 +74,14 @@ EXTRA = ("additional_special_tokens", "extra_special_tokens")
 @dataclass(frozen=True)
 class Vocabulary:
     """fast: a tokenizer of the library tokenizers; named: bos_token, eos_token, ... and their spellings, variables of chat templates;
-    extra: further special tokens; templates: chat templates, of which "default" is used where none is named."""
+    extra: further special tokens; templates: chat templates, of which "default" is used where none is named; marks: ids for filling in the
+    middle, as the file names them: prefix, suffix, middle, repository, file, pad."""
 
     fast: Any
     named: Mapping[str, str] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
     templates: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fast.no_truncation()

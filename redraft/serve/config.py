@@ -46,6 +46,8 @@ class ServeConfig(Settings):
     allow_origins: tuple[str, ...] = Field((), description="origin of web pages that may use the server (CORS), repeated for more; *: all")
     served_model_name: tuple[str, ...] = Field((), description="what clients call the model, repeated for more; none: the model's name")
     chat_template: str | None = Field(None, description="a Jinja file, or the template itself; None: the checkpoint's")
+    tool_call_parser: str | None = Field(None, description="format of tool calls, or none; not given: chosen by the template")
+    reasoning_parser: str | None = Field(None, description="format of reasoning, or none; not given: chosen by the template")
     response_role: str = Field("assistant", min_length=1, description="role of the replies of a chat")
     keep: str | None = Field(None, description="name:option=value of a method that evicts from the cache, if a request names none")
     codec: str | None = Field(None, description="name:option=value of a method that quantizes the cache, likewise")
@@ -61,6 +63,8 @@ class ServeConfig(Settings):
     max_n: int = Field(16, ge=1, le=1024, description="texts of one request")
     max_logprobs: int = Field(20, ge=0, le=1024, description="likeliest tokens that a request may get at each position")
     max_stop: int = Field(16, ge=0, le=1024, description="stop strings of one request")
+    stored_responses: int = Field(1024, ge=0, le=1_000_000, description="responses of /v1/responses kept in memory; 0: none")
+    stored_bytes: int = Field(64 << 20, ge=0, le=1 << 40, description="bytes of all these; those unused for longest are dropped first")
     metrics_prefix: str = Field(
         "redraft:",
         pattern=r"^([a-zA-Z_:][a-zA-Z0-9_:]*)?$",
@@ -111,6 +115,14 @@ class ServeConfig(Settings):
         if value is None or value == "none":
             return None
         registry.create(str(info.field_name), value)
+        return value
+
+    @field_validator("tool_call_parser", "reasoning_parser")
+    @classmethod
+    def _parser(cls, value: str | None, info: ValidationInfo) -> str | None:
+        known = [*(registry.TOOL_PARSERS if info.field_name == "tool_call_parser" else registry.REASONING_PARSERS), registry.NO_PARSER]
+        if value is not None and value not in known:
+            raise ValueError(f"{', '.join(known)} are allowed")
         return value
 
     @field_validator("ssl_keyfile", "ssl_certfile", "uds")

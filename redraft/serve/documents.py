@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from redraft.serve.config import ServeConfig
 from redraft.serve.errors import ErrorReply
-from redraft.serve.limits import ADMIN, OPEN
+from redraft.serve.limits import ADMIN, OPEN, key_header
 
 STATUSES = {
     400: "the request is wrong: param names the field",
@@ -30,6 +30,8 @@ STATUSES = {
 ALWAYS = (400, 401, 403, 408, 413, 431, 500)  # of any operation; 401 only if keys are set and the operation needs one
 WORKING = (404, 429, 503, 504)  # runs in the engine
 KEY, ADMIN_KEY = "key", "admin key"
+CHUNKS: list[type[BaseModel]] = []  # forms of events, which no operation has as its answer
+DONE = "or an ErrorReply, that of the last is [DONE]"
 
 
 class Form(BaseModel):
@@ -83,6 +85,7 @@ class Alternative(Form):
 class Origin(Alternative):
     """The source of a token."""
 
+    bytes: list[int] | None = Field(None, description="of a token that ends within a character or begins in one; else it is left out")
     step: int
     origin: str = Field(description="the drafter that proposed it, or model")
     rank: int
@@ -115,7 +118,7 @@ class Piece(Form):
     """Fields that whole texts and pieces of streams have in common."""
 
     index: int
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     provenance: list[Origin] | None = None
@@ -182,15 +185,42 @@ class ChatLogprobs(Form):
     refusal: None
 
 
+class Called(Form):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it")
+
+
+class Call(Form):
+    id: str
+    type: Literal["function"]
+    function: Called
+
+
 class Reply(Form):
     role: str
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
+
+
+class CalledPiece(Form):
+    name: str | None = Field(None, description="in the first piece of a call")
+    arguments: str
+
+
+class CallPiece(Form):
+    index: int
+    id: str | None = Field(None, description="in the first piece of a call, as is the type")
+    type: Literal["function"] | None = None
+    function: CalledPiece
 
 
 class Delta(Form):
     role: str | None = None
-    content: str
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallPiece] | None = None
 
 
 class ChatChoice(Piece):
@@ -264,15 +294,21 @@ class Unloaded(Form):
     deleted: Literal[True]
 
 
+class TokenPiece(Form):
+    id: int
+    piece: str | list[int] = Field(description="its text, or its bytes if these are no text")
+
+
 class Tokens(Form):
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: list[int] | list[TokenPiece]
     token_strs: list[str] | None = None
 
 
 class Detokenized(Form):
     prompt: str
+    content: str = Field(description="the same")
 
 
 class Endpoint(Form):
@@ -326,6 +362,7 @@ class ServerInfo(Form):
     scheduler: dict[str, Any]
     cache: CacheInfo
     policies: dict[str, str | None]
+    parsers: dict[str, str | None] = Field(description="formats of tool_calls and of reasoning")
     methods: dict[str, list[str]]
     limits: dict[str, float]
 
@@ -333,19 +370,32 @@ class ServerInfo(Form):
 # ---- the document
 
 
-def answers(reply: type[Form] | None, *statuses: int, text: str = "the answer", chunk: type[Form] | None = None) -> dict[str, Any]:
-    """Arguments of an endpoint's decorator. reply: None for plain text; chunk: the form of a stream's events."""
+def answers(
+    reply: Any,
+    *statuses: int,
+    text: str = "the answer",
+    chunk: type[BaseModel] | None = None,
+    last: str = DONE,
+    stream: str = "text/event-stream",
+    error: type[BaseModel] = ErrorReply,
+    html: bool = False,
+) -> dict[str, Any]:
+    """Arguments of an endpoint's decorator. reply: a Form, or None for plain text; chunk: the form of a stream's events; last: how a
+    stream ends; stream: its media type; error: the form of errors; html: browsers get a page."""
     good: dict[str, Any] = {"description": text}
     if reply is None:
         good["content"] = {"text/plain": {"schema": {"type": "string"}}}
     else:
         good["model"] = reply
     if chunk is not None:
-        events = f"server-sent events; the data of each is a {chunk.__name__} or an ErrorReply, that of the last is [DONE]"
-        good["content"] = {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+        CHUNKS.append(chunk)
+        events = "server-sent events; the data of each is" if stream == "text/event-stream" else "lines of JSON; each is"
+        good["content"] = {stream: {"schema": {"type": ["string", "object"], "description": f"{events} a {chunk.__name__} {last}"}}}
+    if html:
+        good["content"] = {"text/html": {"schema": {"type": "string"}}}
     responses: dict[int, dict[str, Any]] = {200: good}
     for status in sorted({*ALWAYS, *statuses}):
-        responses[status] = {"model": ErrorReply, "description": STATUSES[status]}
+        responses[status] = {"model": error, "description": STATUSES[status]}
     return {"response_model": None, "responses": responses}
 
 
@@ -366,17 +416,20 @@ def _correct(document: dict[str, Any], config: ServeConfig) -> None:
     parts = document["components"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which are never sent
         parts["schemas"].pop(name, None)
-    for chunk in (CompletionChunk, ChatChunk):
+    for chunk in CHUNKS:
         made = chunk.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
         parts["schemas"] |= made.pop("$defs", {}) | {chunk.__name__: made}
     schemes = ([KEY] if config.api_key else []) + ([ADMIN_KEY] if config.loads else [])
     if schemes:
         parts["securitySchemes"] = {name: {"type": "http", "scheme": "bearer"} for name in schemes}
     for path, operations in document["paths"].items():
+        header = key_header(path).decode()
+        if header and KEY in schemes:
+            parts["securitySchemes"][header] = {"type": "apiKey", "in": "header", "name": header}
         for operation in operations.values():
             operation["responses"].pop("422", None)
             needed = ADMIN_KEY if config.loads and path in ADMIN else KEY
             if needed not in schemes or path in OPEN:
                 operation["responses"].pop("401", None)
             else:
-                operation["security"] = [{needed: []}]
+                operation["security"] = [{needed: []}, *([{header: []}] if header else [])]

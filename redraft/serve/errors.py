@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from redraft.errors import CheckpointError, OutOfMemory, PromptTooLong, RedraftError
 from redraft.sample.sampler import NotNumbers
 
+FORMS: dict[str, Callable[[Refused], dict[str, Any]]] = {}  # begin of a path -> the form of its errors, if it is not OpenAI's
 MAX_MESSAGE = 400  # characters of a message, which may quote what the client sent
+POINTER = "#/"  # begins a place in a JSON document
 HIDDEN = "(path)"  # replaces a path of this machine
 PATH = re.compile(r"""[^\s'"([{<=]*[/\\][^\s'"]*(?<![])}>,:;.])""")  # a word with a separator of paths, its punctuation aside
+T = TypeVar("T")
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -66,6 +70,29 @@ class Refused(Exception):
         return {"error": error.model_dump()}
 
 
+def body_of(error: Refused, path: str) -> dict[str, Any]:
+    """The body of the answer, in the form of the interface to which the path belongs."""
+    form = next((form for begin, form in FORMS.items() if path.startswith(begin)), None)
+    return error.body if form is None else form(error)
+
+
+def renamed(error: Refused, names: Mapping[str, str]) -> Refused:
+    """The same error with the names that fields have in another interface. names: field, or the begin of one -> its name there."""
+    for old, new in names.items():
+        if error.param is not None and (error.param == old or error.param.startswith(old + ".")):
+            message = new + error.message.removeprefix(old) if error.message.startswith(old) else error.message
+            return replace(error, message=message, param=new)
+    return error
+
+
+async def renaming(reply: Awaitable[T], names: Mapping[str, str]) -> T:
+    """The reply, or its error with the names that fields have in another interface."""
+    try:
+        return await reply
+    except (Refused, RedraftError) as error:
+        raise renamed(refused(error), names) from None
+
+
 def refused(error: Exception, *known: str) -> Refused:
     """The reply to an exception: its text if it is meant for users, else a fixed text. known: texts whose words a reply may contain,
     such as the client's own."""
@@ -86,8 +113,8 @@ def refused(error: Exception, *known: str) -> Refused:
 
 
 def without_paths(text: str, *known: str) -> str:
-    """`text` with HIDDEN for each word that may be a path and is in none of the known texts."""
-    hidden = PATH.sub(lambda word: word[0] if any(word[0] in one for one in known) else HIDDEN, text)
+    """`text` with HIDDEN for each word that may be a path and is in none of the known texts. A place in a schema is none."""
+    hidden = PATH.sub(lambda word: word[0] if word[0].startswith(POINTER) or any(word[0] in one for one in known) else HIDDEN, text)
     if hidden != text:
         log.warning("replied without its paths: %s", text)
     return hidden

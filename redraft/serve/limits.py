@@ -14,11 +14,13 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from redraft.serve.config import ServeConfig
-from redraft.serve.errors import Refused, refused
+from redraft.serve.errors import Refused, body_of, refused
 from redraft.serve.origins import Origins
 
 OPEN = ("", "/", "/health", "/ready", "/version", "/metrics")  # answered without a key
+PAGE = "/page/"  # begins the paths of the page's files, which need no key either
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # answered with the admin key only
+KEY_HEADERS: dict[str, bytes] = {}  # begin of a path -> a header that may hold the key there, besides Authorization
 ADMITTED = "redraft.admin"  # key of the scope: the request had that key
 ENDED = "redraft.ended"  # key of the scope: what to call when the answer has ended
 REFUSED = "redraft.refused"  # key of the scope: the error of its body, because FastAPI turns any error of reading into a plain 400
@@ -71,7 +73,7 @@ class Limits:
                 log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
             if begun:
                 return  # half an answer: uvicorn closes the connection
-            await answer(reply)(scope, receive, send)
+            await answer(reply, scope)(scope, receive, send)
         finally:
             scope.get(ENDED, _nothing)()
 
@@ -86,8 +88,8 @@ class Limits:
         if asks and path in ADMIN and self.config.loads:
             _authorized(headers, self.admin, "the admin key")
             scope[ADMITTED] = True
-        elif asks and self.keys and path not in OPEN:
-            scope["redraft.key"] = _authorized(headers, self.keys, "a key").decode("latin-1")
+        elif asks and self.keys and path not in OPEN and not path.startswith(PAGE):
+            scope["redraft.key"] = _authorized(headers, self.keys, "a key", key_header(path)).decode("latin-1")
         if asks and path in ADMIN and not self.config.loads:
             raise Refused(403, LOADS)
         length = headers.get(b"content-length", b"0")
@@ -131,13 +133,23 @@ class Limits:
         return Refused(413, f"the body has more than {self.config.max_body} bytes", headers={"Connection": "close"})
 
 
-def _authorized(headers: Mapping[bytes, bytes], keys: Seq[bytes], needed: str) -> bytes:
-    """The key of the request, if it is one of these; else Refused (401)."""
-    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-    matches = [hmac.compare_digest(given.strip(), key) for key in keys]  # compares all keys, so that times are equal
-    if scheme.lower() != b"bearer" or not any(matches):
-        raise Refused(401, f"{needed} of this server is needed: Authorization: Bearer KEY", code="invalid_api_key")
-    return given.strip()
+def key_header(path: str) -> bytes:
+    """The header that may hold the key of a request to this path, besides Authorization; empty if there is none."""
+    return next((header for begin, header in KEY_HEADERS.items() if path.startswith(begin)), b"")
+
+
+def _authorized(headers: Mapping[bytes, bytes], keys: Seq[bytes], needed: str, header: bytes = b"") -> bytes:
+    """The key of the request, if it is one of these; else Refused (401). header: one that may hold it instead; if a request has both,
+    both must hold one of these."""
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    given = [bearer.strip()] if scheme.lower() == b"bearer" else []
+    if header and header in headers:
+        given.append(headers[header].strip())
+    matches = [[hmac.compare_digest(one, key) for key in keys] for one in given]  # compares all keys, so that times are equal
+    if not given or not all(any(several) for several in matches):
+        other = f", or {header.decode()}: KEY" if header else ""
+        raise Refused(401, f"{needed} of this server is needed: Authorization: Bearer KEY{other}", code="invalid_api_key")
+    return given[0]
 
 
 async def _drain(receive: Receive) -> None:
@@ -153,11 +165,12 @@ def _nothing() -> None:
     pass
 
 
-def answer(error: Refused) -> Any:
+def answer(error: Refused, scope: Scope) -> Any:
     from starlette.responses import JSONResponse
 
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    return JSONResponse(error.body, error.status, headers=headers | error.headers)
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return JSONResponse(body_of(error, path), error.status, headers=headers | error.headers)
 
 
 async def gone(receive: Receive) -> None:

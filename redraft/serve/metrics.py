@@ -46,6 +46,8 @@ class Metrics:
         self.running = gauge("num_requests_running", "Texts that run.")
         self.waiting = gauge("num_requests_waiting", "Texts that wait, including preempted ones.")
         self.usage = gauge("kv_cache_usage_perc", "Share of the cache in use, 0 to 1.")
+        self.shared = gauge("kv_cache_shared_pages", "Pages that several texts read.")
+        self.published = gauge("kv_cache_published_pages", "Pages that later prompts with the same beginning may read.")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that started.").labels(**self._labels)
         self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**self._labels)
         self.queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.").labels(**self._labels)
@@ -73,6 +75,8 @@ class Metrics:
         self.running.set_function(lambda: len(engine.running))
         self.waiting.set_function(lambda: len(engine.waiting))
         self.usage.set_function(lambda: engine.memory.used() / engine.memory.blocks)
+        self.shared.set_function(engine.memory.paged.table.shared)
+        self.published.set_function(lambda: len(engine.memory.paged.table.prefix.nodes))
         self.opened.set_function(lambda: engine.opened.count)
         self.opened_bytes.set_function(lambda: engine.opened.bytes)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from redraft import __version__, registry
-from redraft.serve import documents
+from redraft.serve import documents, page
 from redraft.serve.choices import FIELDS, public
 from redraft.serve.config import ServeConfig
 from redraft.serve.documents import answers
@@ -19,10 +19,19 @@ from redraft.serve.service import service
 router = APIRouter()
 
 
-@router.get("/", **answers(documents.Index))
-async def index(http: Request) -> dict[str, Any]:
-    """The endpoints of this server."""
-    return {"name": "redraft", "version": __version__, "endpoints": http.app.state.endpoints}
+@router.get("/", **answers(documents.Index, html=True))
+async def index(http: Request) -> Response:
+    """The endpoints of this server; a browser gets the page."""
+    if page.wanted(http):
+        return page.sent(http, "index.html")
+    found = {"name": "redraft", "version": __version__, "endpoints": http.app.state.endpoints}
+    return JSONResponse(found, headers={"Vary": "Accept"})
+
+
+@router.head("/", include_in_schema=False)
+async def alive() -> Response:
+    """Whether the server answers, as Ollama's program asks."""
+    return Response()
 
 
 @router.get("/health", **answers(documents.Healthy, 503))
@@ -85,6 +94,7 @@ async def server_info(http: Request) -> dict[str, Any]:
             "prefix_sharing": config.cache.prefix_sharing,
         },
         "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
+        "parsers": here.prompts.formats.names,
         "methods": {seam: sorted(registry.METHODS[seam]) for seam in FIELDS},
         "limits": here.config.model_dump(include={"max_queue", "request_timeout", "max_body", "max_n", "max_logprobs", "max_stop"}),
     }
@@ -104,7 +114,7 @@ def _policy(config: ServeConfig, seam: str) -> str | None:
 
 def endpoints(*routers: APIRouter) -> list[dict[str, str]]:
     """Method, path and purpose of each route."""
-    routes = [route for one in routers for route in one.routes if isinstance(route, APIRoute)]
+    routes = [route for one in routers for route in one.routes if isinstance(route, APIRoute) and route.include_in_schema]
     return [
         {"method": method, "path": route.path.replace(":path", ""), "about": (route.description or "").partition("\n")[0]}
         for route in routes

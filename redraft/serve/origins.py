@@ -12,6 +12,7 @@ from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused
 
 JSON = b"application/json"
+FORM = b"application/x-www-form-urlencoded"  # what `curl -d` declares whatever it sends
 READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -26,7 +27,7 @@ class Origins:
         self.hosts = {config.host.lower(), *(_name(origin.partition("://")[2]) for origin in self.allowed)}
 
     def check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
-        """Refused (403) names the header. A body without a content type is declared to be JSON."""
+        """Refused (403) names the header. A body without a content type, or with that of a form, is declared to be JSON."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self.local and host and "*" not in self.allowed and not (_loopback(name := _name(host)) or name in self.hosts):
             raise Refused(403, f"Host {host!r}: this server answers on loopback only; --allow-origins names others")
@@ -36,8 +37,9 @@ class Origins:
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and not {origin, "*"} & self.allowed and (not host or origin.partition("://")[2] != host):
             raise Refused(403, f"Origin {origin!r}: its pages may not use this server; --allow-origins names allowed ones")
-        if b"content-type" not in headers:
-            scope["headers"] = [*scope["headers"], (b"content-type", JSON)]
+        if b"content-type" not in headers or kind == FORM:
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope["headers"] = [*others, (b"content-type", JSON)]
 
 
 def _name(host: str) -> str:

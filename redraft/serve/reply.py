@@ -1,32 +1,31 @@
-"""Replies in the forms of OpenAI's interface, from the engine's events."""
+"""The reply to a request, collected from the engine's events. The files of the interfaces give it their forms."""
 
 from __future__ import annotations
 
-import codecs
-import math
+import json
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from time import monotonic
+from typing import Any, ClassVar
 
-from redraft import __version__
 from redraft.core.distribution import TopLogprobs
-from redraft.core.sequence import Request
 from redraft.engine.output import Event, Provenance, Stats
 from redraft.models.tokenizer import Tokenizer
+from redraft.serve import provenance
+from redraft.serve.errors import Refused
+from redraft.serve.parsers.chain import Unspecial
+from redraft.serve.parsers.parser import Parser, Plain, Said
 from redraft.serve.shell import Submission
-
-FINGERPRINT = f"redraft-{__version__}"
-ALTERNATIVES = 4  # for each token, where provenance is requested
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The contents and form of a reply."""
+    """The contents of a reply. parser: makes what reads the text of each choice."""
 
-    id: str
-    model: str
-    chat: bool
+    id: str = ""
+    model: str = ""
     role: str = "assistant"
     logprobs: int | None = None  # likeliest tokens at each place
     prompt_logprobs: int | None = None  # of the prompt, likewise
@@ -37,18 +36,22 @@ class Wanted:
     usage: bool = False  # in a last chunk of a stream
     created: int = field(default_factory=lambda: int(time.time()))
     predicted: str = ""  # the name of the prediction's drafter in the statistics
+    parser: Callable[[], Parser] = Plain
+    hidden: Mapping[int, str] | None = None  # special tokens, with their spellings, that the parser need not see
 
 
 @dataclass
 class Choice:
-    """One text, or what an event adds to it."""
+    """One text, or what an event adds to it. said: the text as its parser reads it."""
 
     index: int
     text: str = ""
+    said: Said = field(default_factory=Said)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TopLogprobs] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
     reason: str | None = None
+    stop: str | None = None  # the stop string that ended the text
     stats: Stats = field(default_factory=Stats)
 
     def add(self, event: Event) -> None:
@@ -57,31 +60,24 @@ class Choice:
         self.logprobs += event.logprobs
         self.provenance += event.provenance
         self.reason = None if event.reason is None else str(event.reason)
+        self.stop = event.stop
         self.stats = event.stats
 
 
-@dataclass
-class Place:
-    """Where the next token begins in a text, in characters. A character of several tokens counts after the last one."""
+class Writer(ABC):
+    """The reply to one HTTP request with the prompts `submissions`. Choice i * n + j is text j of prompt i. A subclass gives the reply the
+    form of one interface, whole or as a stream."""
 
-    at: int
-    decoder: codecs.IncrementalDecoder = field(default_factory=partial(codecs.getincrementaldecoder("utf-8"), "replace"))
-
-    def step(self, raw: bytes) -> int:
-        begin = self.at
-        self.at += len(self.decoder.decode(raw))
-        return begin
-
-
-class Writer:
-    """The reply to one HTTP request with the prompts `submissions`. Choice i * n + j is text j of prompt i."""
+    media_type: ClassVar[str] = "text/event-stream"
+    alive: ClassVar[bytes] = b": still at work\n\n"  # sent while there is nothing else to send; may be empty
+    id_header: ClassVar[str] = "X-Request-Id"  # holds the reply's id
 
     def __init__(self, wanted: Wanted, tokenizer: Tokenizer, submissions: list[Submission], prompts: list[str]) -> None:
         self.wanted, self.tokenizer, self.submissions, self.prompts = wanted, tokenizer, submissions, prompts
         self.n = submissions[0].request.params.n
         self.choices = [Choice(i) for i in range(len(submissions) * self.n)]
-        self._places = [Place(len(prompt) if wanted.echo else 0) for prompt in prompts for _ in range(self.n)]
-        self._begun: set[int] = set()
+        self._parsers = [wanted.parser() for _ in self.choices]
+        self._unspecial = [Unspecial(wanted.hidden or {}) for _ in self.choices]
 
     def add(self, place: int, event: Event) -> Choice:
         """Adds an event of the request at this place. Returns the new part of its text."""
@@ -91,83 +87,46 @@ class Writer:
         else:
             new = Choice(index)
             new.add(event)
+        parser = self._parsers[index]
+        new.said = parser.feed(self._unspecial[index].feed(new.text, new.tokens, last=new.reason is not None))
+        if new.reason is not None:
+            new.said = new.said.followed_by(parser.end())
         whole = self.choices[index]
         whole.text += new.text
+        whole.said.add(new.said)
         whole.tokens += new.tokens
         whole.logprobs += new.logprobs
         whole.provenance += new.provenance
-        whole.reason, whole.stats = new.reason, new.stats
+        whole.reason, whole.stop, whole.stats = new.reason, new.stop, new.stats
         return new
 
-    # ---- whole replies
+    @property
+    def ended(self) -> bool:
+        return all(choice.reason for choice in self.choices)
 
+    # ---- the form of the interface
+
+    @abstractmethod
     def whole(self) -> dict[str, Any]:
-        reply = self._frame("chat.completion" if self.wanted.chat else "text_completion")
-        reply["choices"] = [self._choice(choice) for choice in self.choices]
-        reply |= {"usage": self.usage(), "metrics": self.metrics()}
-        requests = [submission.request for submission in self.submissions]
-        if self.wanted.chat:
-            if self.wanted.prompt_logprobs is not None:
-                reply["prompt_logprobs"] = self._prompt_logprobs(requests[0])
-            if self.wanted.token_ids:
-                reply["prompt_token_ids"] = requests[0].prompt
-        return reply
+        """The complete reply."""
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
-        request = self.submissions[choice.index // self.n].request
-        found: dict[str, Any] = {"index": choice.index, "finish_reason": choice.reason}
-        if self.wanted.chat:
-            found["message"] = {"role": self.wanted.role, "content": choice.text, "refusal": None}
-            found["logprobs"] = self._chat_logprobs(choice)
-        else:
-            prompt = self.prompts[choice.index // self.n] if self.wanted.echo else ""
-            found |= {"text": prompt + choice.text, "logprobs": self._completion_logprobs(choice, echo=self.wanted.echo)}
-            if self.wanted.token_ids:
-                found["prompt_token_ids"] = request.prompt
-            if self.wanted.prompt_logprobs is not None:
-                found["prompt_logprobs"] = self._prompt_logprobs(request)
-        return found | self._extra(choice)
+    def begin(self) -> bytes:
+        """What a stream sends before anything is generated."""
+        return b""
 
-    # ---- streams
+    @abstractmethod
+    def chunk(self, new: Choice) -> bytes:
+        """What a stream sends for a new part of a text; empty if nothing can be sent yet."""
 
-    def chunk(self, new: Choice) -> dict[str, Any] | None:
-        """One piece, None if nothing can be sent yet."""
-        first = new.index not in self._begun
-        place = new.index // self.n
-        ids = self.wanted.token_ids and new.tokens
-        if not (first or new.text or new.reason or (self.wanted.logprobs is not None and new.logprobs) or new.provenance or ids):
-            return None
-        self._begun.add(new.index)
-        reply = self._frame("chat.completion.chunk" if self.wanted.chat else "text_completion")
-        found: dict[str, Any] = {"index": new.index, "finish_reason": new.reason}
-        if self.wanted.chat:
-            delta = {"role": self.wanted.role} if first else {}
-            found |= {"delta": delta | {"content": new.text}, "logprobs": self._chat_logprobs(new)}
-        else:
-            echo = first and self.wanted.echo
-            found |= {
-                "text": (self.prompts[place] if echo else "") + new.text,
-                "logprobs": self._completion_logprobs(new, echo=echo),
-            }
-        if first and self.wanted.token_ids:
-            found["prompt_token_ids"] = self.submissions[place].request.prompt
-        reply["choices"] = [found | self._extra(new)]
-        if self.wanted.usage:
-            reply["usage"] = None
-        elif all(choice.reason for choice in self.choices):
-            reply["metrics"] = self.metrics()
-        return reply
+    @abstractmethod
+    def finish(self) -> bytes:
+        """What a stream sends when all texts have ended."""
 
-    def last(self) -> dict[str, Any]:
-        """The chunk of the usage."""
-        reply = self._frame("chat.completion.chunk" if self.wanted.chat else "text_completion")
-        return reply | {"choices": [], "usage": self.usage(), "metrics": self.metrics()}
+    @abstractmethod
+    def failed(self, error: Refused) -> bytes:
+        """What a stream sends, and nothing after it, if the request fails."""
 
-    # ---- parts
-
-    def _frame(self, kind: str) -> dict[str, Any]:
-        wanted = self.wanted
-        return {"id": wanted.id, "object": kind, "created": wanted.created, "model": wanted.model, "system_fingerprint": FINGERPRINT}
+    # ---- parts that forms have in common
 
     def usage(self) -> dict[str, Any]:
         prompt = sum(len(submission.request.prompt) for submission in self.submissions)
@@ -205,108 +164,47 @@ class Writer:
             "seeds": [submission.request.params.seed for submission in self.submissions],
         }  # fmt: skip
 
-    def _extra(self, new: Choice) -> dict[str, Any]:
+    def durations(self, index: int | None = None) -> tuple[float, float, float]:
+        """Seconds since the request arrived, those from its start in the engine to its first token, and those from there to its last. Of
+        all texts, or of the one with this index."""
+        some = self.submissions if index is None else [self.submissions[index // self.n]]
+        now, none = monotonic(), min(one.arrived for one in some)
+        begun = min((one.request.admitted for one in some if one.request.admitted is not None), default=none)
+        first = min((one.first for one in some if one.first is not None), default=begun)
+        ends = [time for one in some for text, time in one.last.items() if index is None or text == index % self.n]
+        return now - none, max(0.0, first - begun), max(0.0, max(ends, default=first) - first)
+
+    def extra(self, new: Choice) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.wanted.token_ids:
             found["token_ids"] = new.tokens
         if self.wanted.provenance:
-            found["provenance"] = [
-                self._origin(token, one, of) for token, one, of in zip(new.tokens, new.logprobs, new.provenance, strict=True)
-            ]
-            found["trees"] = [self._tree(one) for one in new.provenance if one.tree is not None]
+            found |= provenance.parts(self.tokenizer, new.tokens, new.logprobs, new.provenance)
         return found
 
-    def _origin(self, token: int, one: TopLogprobs, of: Provenance) -> dict[str, Any]:
-        beside = [(other, logprob) for other, logprob in one.top if other != token][:ALTERNATIVES]
-        return {
-            "token": self._text(token),
-            "token_id": token,
-            "step": of.step,
-            "origin": of.drafter or "model",
-            "probability": math.exp(one.logprob),
-            "rank": one.rank,
-            "alternatives": [
-                {"token": self._text(other), "token_id": other, "probability": math.exp(logprob)} for other, logprob in beside
-            ],
-        }
-
-    def _tree(self, of: Provenance) -> dict[str, Any]:
-        assert of.tree is not None
-        tree = of.tree
-        origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
-        nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), origins, strict=True)
-        shown = [
-            {"token": self._text(token), "token_id": token, "parent": parent, "origin": of.names[origin], "accepted": i in of.path}
-            for i, (token, parent, origin) in enumerate(nodes)
+    def token_logprobs(self, new: Choice) -> list[dict[str, Any]]:
+        """Each token with the likeliest at its place, in the form of OpenAI's chats."""
+        return [
+            self._token(one.token, one.logprob)
+            | {"top_logprobs": [self._token(token, logprob) for token, logprob in one.top[: self.wanted.logprobs]]}
+            for one in new.logprobs
         ]
-        return {"step": of.step, "nodes": shown}
 
-    def _chat_logprobs(self, new: Choice) -> dict[str, Any] | None:
-        if self.wanted.logprobs is None:
-            return None
-        content = []
-        for one in new.logprobs:
-            top = [self._entry(token, logprob) for token, logprob in one.top[: self.wanted.logprobs]]
-            content.append(self._entry(one.token, one.logprob) | {"top_logprobs": top})
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.tokenizer.bytes_of(token)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
-    def _completion_logprobs(self, new: Choice, *, echo: bool) -> dict[str, Any] | None:
-        if self.wanted.logprobs is None:
-            return None
-        number = new.index // self.n
-        request = self.submissions[number].request
-        entries: list[TopLogprobs | None] = [*new.logprobs]
-        tokens = [one.token for one in new.logprobs]
-        place, silent = self._places[new.index], self._special if request.params.skip_special_tokens else frozenset()
-        offsets = [place.step(b"" if token in silent else self.tokenizer.bytes_of(token)) for token in tokens]
-        if echo:
-            entries, tokens = [*request.prompt_logprobs, *entries], [*request.prompt, *tokens]
-            offsets = [*self._prompt_offsets(request.prompt, self.prompts[number]), *offsets]
-        logprobs = [None if one is None else _finite(one.logprob) for one in entries]
-        top = [None if one is None else self._top(one) for one in entries]
-        return {"tokens": [*map(self._text, tokens)], "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
-
-    def _prompt_offsets(self, tokens: list[int], text: str) -> list[int]:
-        """The place of each token of a prompt in its text, which may lack special tokens and the space that some tokenizers add."""
-        place, offsets = Place(0), []
-        for token in tokens:
-            raw = self.tokenizer.bytes_of(token)
-            if not text.startswith(raw.decode("utf-8", "ignore"), place.at):
-                raw = b"" if token in self._special else raw.removeprefix(b" ")
-            offsets.append(place.step(raw))
-        return offsets
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.special_ids)
-
-    def _top(self, one: TopLogprobs) -> dict[str, float]:
-        """The likeliest tokens and the chosen one. Of tokens with the same text, only the likeliest."""
-        top = dict(one.top[: self.wanted.logprobs]) | {one.token: one.logprob}
-        ranked = sorted(top.items(), key=lambda pair: pair[1])
-        return dict(reversed({self._text(token): _finite(logprob) for token, logprob in ranked}.items()))
-
-    def _prompt_logprobs(self, request: Request) -> list[dict[str, Any] | None]:
-        found: list[dict[str, Any] | None] = []
-        for one in request.prompt_logprobs:
-            if one is None:
-                found.append(None)
-                continue
-            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(one.top[: self.wanted.prompt_logprobs], 1)]
-            if one.token not in [token for token, _, _ in ranked]:
-                ranked.append((one.token, one.logprob, one.rank))
-            found.append({str(t): {"logprob": _finite(p), "rank": rank, "decoded_token": self._text(t)} for t, p, rank in ranked})
-        return found
-
-    def _text(self, token: int) -> str:
+    def text_of(self, token: int) -> str:
         return self.tokenizer.bytes_of(token).decode("utf-8", "replace")
 
 
-def _finite(logprob: float) -> float:
+def event(data: Any, name: str = "") -> bytes:
+    """A server-sent event with JSON data."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode("utf-8", "replace")
+
+
+def finite(logprob: float) -> float:
     """JSON has no -inf."""
     return max(logprob, -9999.0)
 

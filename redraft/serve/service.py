@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -18,31 +19,35 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from redraft import registry
-from redraft.config import SamplingParams
+from redraft.config import SamplingParams, closed
 from redraft.core import sequence
 from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling, Wants
 from redraft.errors import PromptTooLong, RedraftError
 from redraft.llm import LLM
 from redraft.models.adapter import Adapter
+from redraft.models.tokenizer import Tokenizer
 from redraft.serve import schema
 from redraft.serve.choices import FIELDS, checked
 from redraft.serve.config import ServeConfig
-from redraft.serve.errors import Refused, refused
+from redraft.serve.errors import Refused, refused, renamed
 from redraft.serve.limits import ENDED, unless_gone
 from redraft.serve.metrics import Metrics
 from redraft.serve.prompts import Prompt, Prompts
 from redraft.serve.reply import Wanted, Writer
 from redraft.serve.shell import Shell, Submission
-from redraft.serve.stream import EventStream, lines, whole
+from redraft.serve.stream import EventStream, ended, lines, whole
 
 PREDICTED = "aggressive"  # the drafter of a request's prediction
 ADAPTER = "redraft.adapter"  # key of the scope: the adapter of the request, or None
+FORMAT = {"structured_outputs.json": "response_format.json_schema.schema"}  # its name where OpenAI's field for it is given
 SALTED = 16  # characters of a key's hash
 SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
     "ignore_eos", "stop_token_ids", "bad_words", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs", "stop",
 )  # fmt: skip
+
+Write = Callable[[Tokenizer, list[Submission], list[str]], Writer]
 
 log = logging.getLogger("redraft.serve")
 
@@ -93,6 +98,12 @@ class Service:
         http.scope[ENDED] = release
         return adapter.name
 
+    def effort(self, wanted: str, field: str, tools: Any) -> dict[str, str]:
+        """The variable of the chat template for an effort of reasoning. Refused (400) names the field if the template does not know it."""
+        if "reasoning_effort" not in self.llm.tokenizer.template(self.config.chat_template, tools):
+            raise Refused(400, f"{field} = {wanted!r}: the chat template does not know an effort of reasoning", field)
+        return {"reasoning_effort": wanted}
+
     def params(self, body: schema.Sampled, **more: Any) -> SamplingParams:
         """The request's sampling parameters, then the checkpoint's defaults."""
         config, given = self.config, {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
@@ -104,7 +115,7 @@ class Service:
             given["seed"] = body.seed % (1 << 64)
         if body.logit_bias is not None:
             given["logit_bias"] = {int(token): amount for token, amount in body.logit_bias.items()}
-        given |= self._policies(body) | self._speculation(body)
+        given |= self._policies(body) | self._speculation(body) | _structure(body)
         return self.llm.params(SamplingParams(**given | {name: value for name, value in more.items() if value is not None}))
 
     def _policies(self, body: schema.Sampled) -> dict[str, str]:
@@ -162,25 +173,45 @@ class Service:
         requests = []
         for prompt in prompts:
             name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-            options = {"priority": body.priority or 0, "wants": Wants(pooling=pool), "adapter": adapter}
+            wants = Wants(pooling=pool) if prompt.scored is None else Wants(0, pool, prompt.scored)
+            options = {"priority": body.priority or 0, "wants": wants, "adapter": adapter}
             requests.append(sequence.Request(name, prompt.tokens, params, salt, **options))
         try:
+            if params.structured_outputs is not None:
+                await self.prompts.compiled(params, deadline)
             return await self.shell.submit(*requests)
         except PromptTooLong as error:
-            field = "input" if pool else "messages" if isinstance(body, schema.ChatRequest) else "prompt"
-            raise Refused(400, str(error), field, "context_length_exceeded") from None
+            raise Refused(400, str(error), prompts[0].field, "context_length_exceeded") from None
         except RedraftError as error:
             raise self._refused(error, params, body) from None
         except (OverflowError, MemoryError, OSError) as error:
             raise self._unopened(error, body) from error
 
+    async def read(
+        self, prompts: list[Prompt], http: Request, body: Any, deadline: float, lora: str | None, pool: Pooling = Pooling.NONE
+    ) -> list[Submission]:
+        """Runs prompts of which only what they want is needed, and no text. They wait for their turn, as many at a time as may wait."""
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, draft="none", draft_rows=0, seed=0, lora=lora)
+        found: list[Submission] = []
+        for at in range(0, len(prompts), self.config.max_queue):
+            some = await self.submit(prompts[at : at + self.config.max_queue], params, http, body, deadline, pool)
+            await unless_gone(http.receive, ended(some, deadline), partial(self.shell.forget, *some))
+            found += some
+        return found
+
     @staticmethod
     def _refused(error: RedraftError, params: SamplingParams, body: schema.Body) -> Refused:
         """The reply to an error of the engine, with the field of the method that it is about."""
-        found = refused(error, json.dumps(body.model_dump(exclude_none=True), ensure_ascii=False, default=str))
+        known = [json.dumps(body.model_dump(exclude_none=True), ensure_ascii=False, default=str)]
+        if params.structured_outputs is not None:
+            text = params.structured_outputs.text
+            known += [text, repr(text), f"/{text}/"]  # as the library's errors quote it
+        found = refused(error, *known)
         chosen = {field: text for seam, field in FIELDS.items() if (text := getattr(params, seam)) is not None}
         about = (field for field, text in chosen.items() if str(error).startswith(registry.parse(text)[0]))
-        return found if found.param is not None else replace(found, param=next(about, None))
+        if found.param is None:
+            return replace(found, param=next(about, None))
+        return renamed(found, FORMAT) if getattr(body, "response_format", None) is not None else found
 
     @staticmethod
     def _unopened(error: Exception, body: Any) -> Exception:
@@ -192,14 +223,14 @@ class Service:
         return Refused(400, f"{' and '.join(chosen)}: this server cannot open what the request chose; its log says why", chosen[0])
 
     async def reply(
-        self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, wanted: Wanted, deadline: float
+        self, http: Request, body: schema.Sampled, prompts: list[Prompt], params: SamplingParams, write: Write, deadline: float
     ) -> Response:
-        """The whole answer, or a stream of it."""
+        """The whole answer, or a stream of it. write: makes the writer of the reply's form."""
         submissions = await self.submit(prompts, params, http, body, deadline)
-        writer = Writer(wanted, self.llm.tokenizer, submissions, [prompt.text for prompt in prompts])
-        headers = {"X-Request-Id": wanted.id}
+        writer = write(self.llm.tokenizer, submissions, [prompt.text for prompt in prompts])
+        headers = {writer.id_header: writer.wanted.id}
         if body.stream:
-            return EventStream(self.shell, submissions, lines(writer, deadline, self.config.keep_alive), headers)
+            return EventStream(self.shell, writer, lines(writer, deadline, self.config.keep_alive), headers)
         forget = partial(self.shell.forget, *submissions)
         return JSONResponse(await unless_gone(http.receive, whole(writer, deadline), forget), headers=headers)
 
@@ -207,6 +238,19 @@ class Service:
 def service(http: Request) -> Service:
     """That of the application which a request came to."""
     return cast(Service, http.app.state.service)
+
+
+def _structure(body: schema.Sampled) -> dict[str, Any]:
+    """What the text must be: the fields of OpenAI and of vLLM for it."""
+    wanted, own = body.response_format, body.structured_outputs
+    if wanted is None or wanted.type == "text":
+        return {} if own is None else {"structured_outputs": own.model_dump(by_alias=True, exclude_none=True)}
+    if own is not None:
+        raise Refused(400, "structured_outputs and response_format exclude each other", "structured_outputs")
+    if wanted.json_schema is None:
+        return {"structured_outputs": {"json_object": True}}
+    schema_ = wanted.json_schema.schema_
+    return {"structured_outputs": {"json": closed(schema_) if wanted.json_schema.strict else schema_}}
 
 
 def within(name: str, value: int | None, limit: int) -> None:

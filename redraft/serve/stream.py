@@ -1,10 +1,9 @@
-"""Server-sent events: the pieces of a reply, comments while there is none, and an event for an error."""
+"""Streams: the pieces of a reply, signs of life while there is none, and an error if there is one."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from time import monotonic
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from redraft.engine.output import Event
 from redraft.serve.errors import Refused, refused
 from redraft.serve.limits import unless_gone
 from redraft.serve.prompts import LATE
 from redraft.serve.reply import Writer
 from redraft.serve.shell import Shell, Submission
-
-ALIVE = b": still at work\n\n"
-DONE = b"data: [DONE]\n\n"
 
 
 async def paced(source: AsyncIterator[Any], every: float, deadline: float) -> AsyncIterator[Any]:
@@ -90,45 +87,46 @@ async def together(submissions: list[Submission]) -> AsyncIterator[tuple[int, An
 
 async def whole(writer: Writer, deadline: float) -> dict[str, Any]:
     """The reply, when it is complete."""
-    async for received in paced(together(writer.submissions), 3600.0, deadline):
-        if received is not None:
-            place, events = received
-            for event in events:
-                writer.add(place, event)
+    await ended(writer.submissions, deadline, writer.add)
     return writer.whole()
 
 
+async def ended(submissions: list[Submission], deadline: float, add: Callable[[int, Event], Any] = lambda place, event: None) -> None:
+    """Waits until all texts have ended; Refused (504) at `deadline`. add: gets the index of the submission and each of its events."""
+    async for received in paced(together(submissions), 3600.0, deadline):
+        if received is not None:
+            place, events = received
+            for event in events:
+                add(place, event)
+
+
 async def lines(writer: Writer, deadline: float, every: float) -> AsyncGenerator[bytes]:
-    """The events of a stream."""
+    """The pieces of a stream."""
     try:
+        if sent := writer.begin():
+            yield sent
         async for received in paced(together(writer.submissions), every, deadline):
             if received is None:
-                yield ALIVE
-                continue
-            place, events = received
-            chunks = [writer.chunk(writer.add(place, event)) for event in events]
-            if sent := b"".join(map(_event, filter(None, chunks))):
+                sent = writer.alive
+            else:
+                place, events = received
+                sent = b"".join(writer.chunk(writer.add(place, event)) for event in events)
+            if sent:
                 yield sent
-        if writer.wanted.usage:
-            yield _event(writer.last())
+        last = writer.finish()
     except Exception as error:
-        yield _event(refused(error).body)
-    yield DONE
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+        last = writer.failed(refused(error))
+    yield last
 
 
 class EventStream(Response):
     """The response. It and its requests end as soon as the client has left."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, shell: Shell, submissions: list[Submission], content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(headers=headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, shell: Shell, writer: Writer, content: AsyncGenerator[bytes], headers: dict[str, str]) -> None:
+        headers = headers | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=writer.media_type)
         del self.headers["content-length"]
-        self.shell, self.submissions, self.content = shell, submissions, content
+        self.shell, self.submissions, self.content = shell, writer.submissions, content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._send(send), lambda: self.shell.forget(*self.submissions))

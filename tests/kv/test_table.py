@@ -172,6 +172,9 @@ def test_sharing_lists_the_same_pages_and_can_be_switched_off() -> None:
     assert listed(table, b)[:2] == listed(table, a)[:2] and listed(table, b)[2] != listed(table, a)[2]
     assert not set(listed(table, c)) & set(listed(table, a))
     assert table.used() == 4 + 3
+    assert table.shared() == 2
+    table.free(b)
+    assert table.shared() == 0
     off = EditableTable(8, LAYERS, HEADS, page=4, sharing=False)
     admit(off, make(1, range(10)))
     assert off.match(range(10), "") == 0 and off.idle_matched(range(10), "") == 0

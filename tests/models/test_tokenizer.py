@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,15 +132,52 @@ def test_tool_calls_and_results_reach_a_template_that_knows_them(chat: Tokenizer
     assert "<call>thermometer {}</call>" in chat.render(said, template=TOOLS)
 
 
-def test_a_template_that_does_not_know_tools(chat: Tokenizer) -> None:
-    """A template that would render unknown roles or calls wrongly: the messages are refused."""
-    said = [{"role": "user", "content": "warm?"}, {"role": "tool", "content": "21"}]
-    with pytest.raises(InvalidInput, match=r"messages\[1\].role = 'tool': the chat template does not know tool results"):
-        chat.render(said)
-    with pytest.raises(InvalidInput, match="does not know tool results"):
-        chat.render(said, template="{# 'tool' #}{{ messages[0].content }}")
-    with pytest.raises(InvalidInput, match=r"messages\[0\].tool_calls: the chat template does not know tool calls"):
-        chat.render([{"role": "assistant", "content": "", "tool_calls": [CALL]}])
+def test_arguments_are_text_for_a_template_that_adds_them_to_text(chat: Tokenizer) -> None:
+    template = "{% for m in messages %}{% for c in m.tool_calls %}{{ '<' + c.function.arguments + '>' }}{% endfor %}{% endfor %}"
+    said = [{"role": "assistant", "tool_calls": [CALL, CALL]}]
+    assert chat.render(said, template=template) == '<{"unit": "C"}><{"unit": "C"}>'
+    with pytest.raises(InvalidInput, match="refuses them: can only concatenate str"):
+        chat.render(said, template="{% for m in messages %}{{ '<' + m.tool_calls }}{% endfor %}")
+
+
+ASKED = '<tool_call>\n{"name": "thermometer", "arguments": {"unit": "C"}}\n</tool_call>'
+
+
+def answered(text: str) -> str:
+    return f"<tool_response>\n{text}\n</tool_response>"
+
+
+def test_calls_and_results_become_text_where_the_template_knows_none(chat: Tokenizer) -> None:
+    said: list[dict[str, Any]] = [
+        {"role": "user", "content": "warm?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": "21"},
+        {"role": "tool", "content": [{"type": "text", "text": "22"}]},
+        {"role": "user", "content": "And now?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "23"},
+    ]
+    template = (
+        "{# 'tool' tool_calls tools #}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}!{% endif %}{% endfor %}"
+    )
+    expected = f"[user]warm?[assistant]I look.\n{ASKED}\n{ASKED}[user]{answered('21')}\n{answered('22')}\nAnd now?"
+    expected += f"[assistant]{ASKED}[user]{answered('23')}"
+    before = repr(said)
+    assert chat.render(said, template=template) == expected
+    assert repr(said) == before, "the caller's messages are not changed"
+
+
+def test_tools_are_described_in_the_system_message_where_the_template_knows_none(chat: Tokenizer) -> None:
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("f", "g")]
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ tools }}"
+    given = {"template": template.replace("{{ tools }}", ""), "tools": tools}
+    got = chat.render([{"role": "user", "content": "hi"}], **given)
+    lines = "\n".join(map(json.dumps, tools))
+    assert got.startswith("[system]") and got.endswith("[user]hi") and f"<tools>\n{lines}\n</tools>" in got
+    system = chat.render([{"role": "developer", "content": "Be terse."}, {"role": "user", "content": "hi"}], **given)
+    assert system.startswith("[system]Be terse.\n\n") and system.removeprefix("[system]Be terse.\n\n") == got.removeprefix("[system]")
+    assert chat.render([{"role": "user", "content": "hi"}], template=template, tools=tools) == f"[user]hi{tools}"
+    assert chat.render([{"role": "user", "content": "hi"}], template=template, tools=tools, tools_as_text=True) == f"{got}None"
 
 
 def test_neutral_fields_of_a_message_count_as_not_given(chat: Tokenizer) -> None:

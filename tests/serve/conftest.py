@@ -6,6 +6,7 @@ import openai
 import pytest
 
 from redraft.llm import LLM
+from tests.checkpoints import tiny_llama
 from tests.serve.live import Live
 
 
@@ -26,6 +27,20 @@ def live(_live: Live) -> Iterator[Live]:
     """A server with default settings. After each test it must be idle and empty."""
     yield _live
     _live.settle()
+
+
+@pytest.fixture(scope="session")
+def _filling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    path = tiny_llama(tmp_path_factory.mktemp("filling") / "coder", marks=("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"))
+    with Live(LLM(str(path), dtype="float32", threads=1, cache_memory=4 << 20, draft="copyspec")) as live:
+        yield live
+
+
+@pytest.fixture
+def filling(_filling: Live) -> Iterator[Live]:
+    """A server whose model, called coder, has marks for filling in the middle."""
+    yield _filling
+    _filling.settle()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redraft import LLM
+from redraft import LLM, SamplingParams
 from redraft.errors import InvalidInput
 from redraft.models import memory
 from redraft.serve.app import app
@@ -142,6 +142,17 @@ def test_embeddings_have_the_adapter(server: Live, plain: LLM) -> None:
         found[name] = reply["data"][0]["embedding"]
         assert np.allclose(found[name], plain.embed(PROMPT, lora=name)[0], rtol=0, atol=1e-6)
     assert len({str(vector) for vector in found.values()}) == 3
+
+
+def test_scores_have_the_adapter(server: Live, plain: LLM) -> None:
+    tokens = plain.tokenizer.encode(PROMPT)
+    for model, name in (("tiny", None), ("x", "x"), ("y", "y")):
+        reply = server.ask("POST", "/score", {"text_1": "", "text_2": PROMPT, "model": model}, **KEY).json
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, lora=name)
+        entries = plain.generate({"prompt_token_ids": tokens}, params)[0].prompt_logprobs or []
+        known = [entry.logprob for entry in entries if entry is not None]
+        assert reply["model"] == model and len(known) == len(tokens) - 1
+        assert reply["data"][0]["score"] == pytest.approx(sum(known) / len(known), abs=1e-6)
 
 
 def test_requests_with_and_without_adapters_in_one_batch(server: Live, plain: LLM) -> None:

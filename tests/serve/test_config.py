@@ -47,6 +47,8 @@ def test_every_number_has_limits() -> None:
         ({"codec": "int8:x=1"}, "unknown option 'x' of int8"),
         ({"read": "page-top-k:pages"}, "is not option=value"),
         ({"depth": ""}, "no depth method ''"),
+        ({"tool_call_parser": "hermez"}, "ServeConfig.tool_call_parser = 'hermez': deepseek, "),
+        ({"reasoning_parser": "hermes"}, "gpt-oss, magistral, think, none are allowed"),
         ({"ssl_keyfile": "/none/key.pem"}, "ServeConfig.ssl_keyfile = '/none/key.pem': no such file"),
         ({"ssl_certfile": "/"}, "ServeConfig.ssl_certfile = '/': is a directory"),
         ({"ssl_keyfile": __file__}, "together or not at all"),

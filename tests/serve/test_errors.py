@@ -16,6 +16,7 @@ from redraft.serve.errors import refused, without_paths
         ("path=~/a/b: bad", "path=(path): bad"),
         ("in '/srv/a' and \"C:\\\\x\", (../y)", "in '(path)' and \"(path)\", ((path))"),
         ("no path at all: 3 < 4", "no path at all: 3 < 4"),
+        ("JSON schema: #/a/type: no type, in /srv/x", "JSON schema: #/a/type: no type, in (path)"),
     ],
 )
 def test_words_that_may_be_paths_are_hidden(text: str, shown: str) -> None:

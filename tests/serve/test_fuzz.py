@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from redraft import SamplingParams
-from scripts.proofs.fuzz import GOOD, PROMPT, SAMPLES, Client, Malformed, attack, malformed, slots, wrong
+from scripts.proofs.fuzz import GOOD, LACKED, PROMPT, SAMPLES, Client, Malformed, attack, malformed, slots, wrong
 from tests.serve.raw import Live, embedded, live
 
 SECRET = "not-to-be-shown"
@@ -40,7 +40,8 @@ def test_malformed_bodies_are_refused_and_the_next_good_request_is_answered(serv
 
 def test_samples_themselves_are_good(client: Client) -> None:
     for path, body in SAMPLES.items():
-        client.json("POST", path, body)
+        if path not in LACKED:
+            client.json("POST", path, body)
 
 
 def test_every_field_gets_a_wrong_type(client: Client) -> None:
@@ -48,7 +49,7 @@ def test_every_field_gets_a_wrong_type(client: Client) -> None:
     places = {(slot.path, slot.place) for slot in slots(document)}
     assert ("/v1/chat/completions", ("messages", 0, "content", 0, "text")) in places
     assert ("/v1/completions", ("speculation", "budget")) in places
-    sent = [one for one in islice(malformed(document, 4000, 0, large=10), 4000) if one.kind == "type"]
+    sent = [one for one in islice(malformed(document, 20000, 0, large=10), 20000) if one.kind == "type"]
     assert len({one.body for one in sent}) > len(places) * 5
 
 

@@ -706,9 +706,9 @@ def test_text_to_tokens_and_back(live: Live, llm: LLM) -> None:
         got = call(live, "/tokenize", {"prompt": given, "return_token_strs": True})
         assert got["tokens"] == llm.tokenizer.encode(given)
         assert (got["count"], got["max_model_len"], len(got["token_strs"])) == (len(got["tokens"]), llm.max_model_len, got["count"])
-        assert call(live, "/detokenize", {"tokens": got["tokens"]}) == {"prompt": "<s>" + given}
+        assert call(live, "/detokenize", {"tokens": got["tokens"]}) == {"prompt": "<s>" + given, "content": "<s>" + given}
         bare = call(live, "/tokenize", {"prompt": given, "add_special_tokens": False})["tokens"]
-        assert call(live, "/detokenize", {"tokens": bare}) == {"prompt": given}
+        assert call(live, "/detokenize", {"tokens": bare}) == {"prompt": given, "content": given}
     assert call(live, "/tokenize", {"messages": CHAT})["tokens"] == llm.tokenizer.encode_chat(CHAT)
 
 
@@ -718,6 +718,7 @@ def test_who_is_there(live: Live) -> None:
     assert call(live, "/version")["version"]
     info = call(live, "/server_info")
     assert (info["draft"], info["verify"], info["max_model_len"], info["models"]) == ("token-recycling", "coupled", 512, ["embedded"])
+    assert info["parsers"] == {"tool_calls": "hermes", "reasoning": None}
     assert "copyspec" in info["methods"]["draft"]
 
 
@@ -822,9 +823,8 @@ def test_fields_that_this_server_does_not_offer(client: openai.OpenAI) -> None:
     tool: Any = {"type": "function", "function": {"name": "f"}}
     given: list[tuple[str, Any]]
     given = [
-        ("tools", [tool]),
+        ("functions", [tool]),
         ("tool_choice", "auto"),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["audio"]),
         ("store", True),
     ]

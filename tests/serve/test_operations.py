@@ -41,7 +41,8 @@ def test_health_fails_while_a_step_does_not_end(server: Live) -> None:
 def test_opened_methods_are_counted_with_their_memory() -> None:
     metrics, opened = Metrics("x:", "m"), SimpleNamespace(count=3, bytes=4096)
     engine = SimpleNamespace(opened=opened, running=[], waiting=[], preemptions=0)
-    engine.memory = SimpleNamespace(used=lambda: 0, blocks=1)
+    table = SimpleNamespace(shared=lambda: 0, prefix=SimpleNamespace(nodes={}))
+    engine.memory = SimpleNamespace(used=lambda: 0, blocks=1, paged=SimpleNamespace(table=table))
     metrics.watch(engine)  # type: ignore[arg-type]
     text = "".join(line for line in metrics.exposition().decode().splitlines(True) if "opened_methods" in line)
     assert 'x:opened_methods{engine="0",model_name="m"} 3.0' in text

@@ -68,10 +68,12 @@ def test_calls_that_are_none(tools: Live, message: Any, param: str) -> None:
     assert (answer.status, answer.json["error"]["param"]) == (400, param)
 
 
-def test_a_template_without_tools_refuses_them(server: Live) -> None:
-    for messages, param in ((HISTORY, "messages.1.tool_calls"), ([ASK, HISTORY[2]], "messages.1.role")):
-        error = server.chat(messages=messages).json["error"]
-        assert error["param"] == param and "chat template" in error["message"]
+def test_a_template_without_tools_gets_them_as_text(server: Live) -> None:
+    got = rendered(server, HISTORY, tools=[{"type": "function", "function": {"name": "sensor", "strict": True}}])
+    assert '<tools>\n{"type": "function", "function": {"name": "sensor"}}\n</tools>' in got
+    assert '<tool_call>\n{"name": "sensor", "arguments": {"place": "x"}}\n</tool_call>' in got
+    assert "<tool_response>\n21\n</tool_response>" in got
+    assert server.chat(messages=HISTORY, max_tokens=2).status == 200
 
 
 def test_the_role_developer_is_system_where_the_template_has_none(tools: Live) -> None:

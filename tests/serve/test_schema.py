@@ -16,11 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 
-from redraft.serve import documents
+from redraft.serve import documents, messages_documents, responses_documents
 from redraft.serve.app import app
 from redraft.serve.config import ServeConfig
-from redraft.serve.errors import TYPES, ErrorReply
+from redraft.serve.errors import FORMS, TYPES, ErrorReply
 from redraft.serve.limits import OPEN
+from redraft.serve.llama_cpp_documents import LlamaError
+from redraft.serve.messages_documents import MessageError
+from redraft.serve.ollama_documents import OllamaError
 from redraft.serve.schema import near_field
 from tests.serve.raw import Live, embedded, live
 
@@ -28,6 +31,11 @@ KEY = "a-key"
 HI = [{"role": "user", "content": "hi"}]
 LEFT_OUT = ("positive_data_acceptance",)
 EXAMPLES = 10
+ERRORS = {
+    "/v1/messages": MessageError,
+    "/api/": OllamaError,
+    **dict.fromkeys(("/completion", "/infill", "/props", "/apply-template"), LlamaError),
+}
 
 schemathesis.checks.load_all_checks()
 
@@ -67,8 +75,17 @@ def test_no_answer_differs_from_the_document(server: Live, document: Any, path: 
         case.call_and_validate(excluded_checks=excluded, timeout=60)
 
     good()
-    if method == "POST" and path != "/reset_prefix_cache":  # the others have no input that could be wrong
+    if "requestBody" in document["paths"][path][method.lower()]:  # the others have no input that could be wrong
         bad()
+
+
+def test_errors_of_every_interface_have_its_form(server: Live) -> None:
+    for path in ("/v1/messages", "/api/chat", "/completion", "/completions", "/infill", "/apply-template"):
+        kind = next(kind for begin, kind in ERRORS.items() if path.startswith(begin))
+        for answer in (server.ask("POST", path, {"surprise": 1}), server.ask("POST", path, {"surprise": 1}, Authorization=f"Bearer {KEY}")):
+            assert answer.status in (400, 401)
+            kind.model_validate(answer.json)
+    assert set(ERRORS) == set(FORMS)
 
 
 def test_errors_have_one_form_and_nothing_else_is_promised(document: Any) -> None:
@@ -78,12 +95,17 @@ def test_errors_have_one_form_and_nothing_else_is_promised(document: Any) -> Non
             statuses = set(operation["responses"])
             assert "422" not in statuses and {"200", "400", "500"} <= statuses
             assert ("401" in statuses) == ("security" in operation) == (path not in OPEN)
+            of_messages = path.startswith("/v1/messages")
+            if "security" in operation:
+                assert operation["security"] == [{"key": []}, {"x-api-key": []}][: 1 + of_messages]
             for status in statuses - {"200"}:
                 form = operation["responses"][status]["content"]["application/json"]["schema"]
-                assert form == {"$ref": "#/components/schemas/ErrorReply"}
+                kind = next((kind for begin, kind in ERRORS.items() if path.startswith(begin)), ErrorReply)
+                assert form == {"$ref": f"#/components/schemas/{kind.__name__}"}
             for form in operation["responses"]["200"]["content"].values():
                 assert form["schema"] not in ({}, {"type": "object", "additionalProperties": True}), path
-    assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+    header = {"type": "apiKey", "in": "header", "name": "x-api-key"}
+    assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}, "x-api-key": header}
     assert set(documents.STATUSES) <= set(TYPES)
 
 
@@ -106,15 +128,31 @@ def test_other_methods_are_refused_and_the_right_ones_named(server: Live) -> Non
         ("/v1/completions", documents.CompletionChunk, {"prompt": ["a", "b"], "n": 2, "provenance": True, "return_token_ids": True}),
         ("/v1/chat/completions", documents.ChatChunk, {"messages": HI, "stream_options": {"include_usage": True}}),
         ("/v1/chat/completions", documents.ChatChunk, {"messages": HI, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/messages", messages_documents.MessageEvent, {"messages": HI}),
     ],
 )  # fmt: skip
 def test_events_of_streams_have_the_documented_forms(server: Live, document: Any, path: str, chunk: Any, body: Any) -> None:
     answer = server.ask("POST", path, {**body, "stream": True, "max_tokens": 6}, Authorization=f"Bearer {KEY}")
-    *events, last = answer.events()
-    assert events and last == "[DONE]"
-    for event in events:
+    events = answer.events()
+    assert len(events) > 1 and (events[-1] == "[DONE]") == (path != "/v1/messages")
+    for event in events[:-1]:
         chunk.model_validate(event, strict=True)
     assert chunk.__name__ in document["components"]["schemas"]
+
+
+def test_responses_and_their_events_have_the_documented_forms(server: Live, document: Any) -> None:
+    body = {"input": "hi", "max_output_tokens": 6, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "provenance": True}
+    whole = server.ask("POST", "/v1/responses", {**body, "return_token_ids": True}, Authorization=f"Bearer {KEY}").json
+    responses_documents.Response.model_validate(whole, strict=True)
+    events = server.ask("POST", "/v1/responses", {**body, "stream": True}, Authorization=f"Bearer {KEY}").events()
+    assert [event["type"] for event in (events[0], events[-1])] == ["response.created", "response.incomplete"]
+    for event in events:
+        responses_documents.ResponseEvent.model_validate(event, strict=True)
+    assert "ResponseEvent" in document["components"]["schemas"]
+    listed = server.ask("GET", f"/v1/responses/{whole['id']}/input_items", Authorization=f"Bearer {KEY}").json
+    responses_documents.InputItems.model_validate(listed, strict=True)
+    deleted = server.ask("DELETE", f"/v1/responses/{whole['id']}", Authorization=f"Bearer {KEY}").json
+    responses_documents.Deleted.model_validate(deleted, strict=True)
 
 
 def test_all_that_can_be_asked_for_has_the_documented_form(server: Live) -> None:
@@ -135,7 +173,7 @@ def test_all_that_can_be_asked_for_has_the_documented_form(server: Live) -> None
         ("max_token", {"prompt": "a"}, "max_tokens"),
         ("temprature", {"messages": []}, "temperature"),
         ("contents", {"role": "user"}, "content"),
-        ("contents", {"messages": []}, None),  # no body with messages has it
+        ("dimension", {"messages": []}, None),  # no body with messages has it
         ("xyz", {}, None),
     ],
 )

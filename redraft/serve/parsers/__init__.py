@@ -1,0 +1,1 @@
+"""Formats in which models write reasoning and tool calls."""
