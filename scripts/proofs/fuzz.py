@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LEFT_OUT = "positive_data_acceptance"
 PROMPT, NEW = "def add(", 16
 GOOD = {"prompt": PROMPT, "max_tokens": NEW, "temperature": 0}
-LEAKS = re.compile(r'/|Traceback|File "|\.py\b')  # no body sent below has any of them
+LEAKS = re.compile(r'(?<![#\w])/|Traceback|File "|\.py\b')  # no body sent below has any of them
 WRONG = (None, True, 7, -1.5, "x", "7", [], [[]], {}, {"x": 1}, [None], ["x", {}])
 NUMBERS = ("1e400", "-1e400", "1" * 400, "9" * 5000, "-" + "9" * 30, "1e-5000", "NaN", "Infinity", "-Infinity")
 DEPTH, LARGE = 100_000, 10_000_000
@@ -66,35 +66,59 @@ class Slot(NamedTuple):
 SAMPLES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a b", "max_tokens": 2, "stop": ["x"], "logit_bias": {"3": 1.0}, "stream_options": None},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/responses": {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2},
     "/v1/embeddings": {"input": ["a", "b"]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "hi"}]},
+    "/score": {"text_1": "a", "text_2": ["b", "c"]},
+    "/v1/score": {"queries": "a", "documents": ["b", "c"]},
+    "/rerank": {"query": "a", "documents": ["b", {"text": "c"}]},
+    "/v1/rerank": {"query": "a", "documents": ["b"], "top_n": 1},
+    "/v2/rerank": {"query": "a", "documents": ["b"]},
     "/tokenize": {"prompt": "a b"},
     "/detokenize": {"tokens": [3, 4]},
+    "/api/generate": {"model": "embedded", "prompt": "a b", "stream": False, "options": {"num_predict": 2}},
+    "/api/chat": {"model": "embedded", "messages": [{"role": "user", "content": "hi"}], "stream": False, "options": {"num_predict": 2}},
+    "/api/embed": {"model": "embedded", "input": ["a", "b"]},
+    "/api/show": {"model": "embedded"},
+    "/completion": {"prompt": "a b", "n_predict": 2, "logit_bias": [[3, 1.0]]},
+    "/completions": {"prompt": ["a", "b"], "n_predict": 2},
+    "/infill": {"input_prefix": "a", "input_suffix": "b", "n_predict": 2},
+    "/apply-template": {"messages": [{"role": "user", "content": "hi"}]},
 }
+LACKED = ("/infill",)  # samples that the embedded model cannot answer
+ERRORS = {  # begin of a path -> the fields of its errors; none for a text alone
+    "/api/": frozenset(), "/v1/messages": frozenset({"message", "type"}),
+    **dict.fromkeys(("/completion", "/infill", "/apply-template"), frozenset({"code", "message", "type"})),
+    "": frozenset({"message", "type", "param", "code"}),
+}  # fmt: skip
 
 
 def slots(document: dict[str, Any]) -> list[Slot]:
     """Every field of every body, including those of nested objects and the items of lists."""
     from redraft.serve.limits import ADMIN
 
-    parts, found = document["components"]["schemas"], []
+    parts, found = document["components"]["schemas"], dict[tuple[str, tuple[str | int, ...]], frozenset[str]]()
 
     def alternatives(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if "$ref" in schema:
             yield from alternatives(parts[schema["$ref"].rsplit("/", 1)[1]])
-        elif "anyOf" in schema:
-            for one in schema["anyOf"]:
+        elif several := schema.get("anyOf") or schema.get("oneOf"):
+            for one in several:
                 yield from alternatives(one)
         else:
             yield schema
 
-    def walk(path: str, place: tuple[str | int, ...], schema: dict[str, Any]) -> None:
+    def walk(path: str, place: tuple[str | int, ...], schema: dict[str, Any], *more: str) -> None:
         several = list(alternatives(schema))
         types = frozenset(kind for one in several for kind in _types(one))
         if place and types:
-            found.append(Slot(path, place, types))
+            found[path, place] = types.union(found.get((path, place), ()), more)
+        forms = [one["properties"] for one in several if "properties" in one]
+        for form in forms:
+            for name, inner in form.items():
+                walk(path, (*place, name), inner, *(["null"] if any(name not in other for other in forms) else []))
         for one in several:
-            for name, inner in one.get("properties", {}).items():
-                walk(path, (*place, name), inner)
             if isinstance(one.get("items"), dict) and len([other for other in several if "items" in other]) == 1:
                 walk(path, (*place, 0), one["items"])
 
@@ -102,7 +126,7 @@ def slots(document: dict[str, Any]) -> list[Slot]:
         body = operations.get("post", {}).get("requestBody")
         if body is not None and path not in ADMIN:  # which need a key that this server does not have
             walk(path, (), body["content"]["application/json"]["schema"])
-    return found
+    return [Slot(path, place, types) for (path, place), types in found.items()]
 
 
 def _types(schema: dict[str, Any]) -> list[str]:
@@ -134,7 +158,7 @@ def _put(path: str, place: tuple[str | int, ...], value: str) -> str:
     """The sample of the path with raw JSON at a place, which is created if it does not exist."""
     mark = "@@@"
     whole = json.loads(json.dumps(SAMPLES[path]))
-    if path == "/tokenize" and place[0] == "messages":
+    if path == "/tokenize" and place[0] in ("messages", "content"):
         whole.pop("prompt")
     at: Any = whole
     for part, after in zip(place, (*place[1:], None), strict=True):
@@ -164,10 +188,18 @@ def _head(path: str, *lines: str) -> bytes:
 
 def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = LARGE, key: str = "") -> Iterator[Malformed]:
     """`count` bodies. The kinds take turns; costly ones are rare."""
+    from redraft.serve.schema import LACKING
+
     rng, places = random.Random(seed), slots(document)
     keys = (f"Authorization: Bearer {key}",) if key else ()
     rng.shuffle(places)
-    wrong = ((slot, value) for _ in iter(int, 1) for slot in places for value in WRONG if not _fits(value, slot.types))
+    wrong = (
+        (slot, value)
+        for _ in iter(int, 1)
+        for slot in places
+        for value in WRONG
+        if not _fits(value, slot.types) and not (value == [] and slot.place[0] in LACKING)  # which counts as not given
+    )
     texts = [slot for slot in places if "string" in slot.types]
     free = {("chat_template_kwargs",), ("metadata",), ("logit_bias",)}  # objects with free keys
 
@@ -224,7 +256,7 @@ def malformed(document: dict[str, Any], count: int, seed: int, *, large: int = L
                 void = rng.choice([b"", b" ", b"null", b"0", b'""', b"[]", b"{}", b"\xef\xbb\xbf", b"\x00", b"[{}]", b"tru"])
                 return Malformed("empty", path, void)
             case 10:
-                other = rng.choice(["text/plain", "text/xml", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+                other = rng.choice(["text/plain", "text/xml", "multipart/form-data; boundary=x", "application/octet-stream"])
                 return Malformed("content type", path, body, rng.choice([other, "application", ";"]))
             case _:
                 broken = [
@@ -319,7 +351,9 @@ def wrong(one: Malformed, status: int, answer: bytes, secret: str) -> str:
         error = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):
         return f"not in the form of errors: {text[:200]!r}"
-    if set(error) != {"message", "type", "param", "code"} or not error["message"]:
+    fields = next(fields for begin, fields in ERRORS.items() if one.path.startswith(begin))
+    given = frozenset() if isinstance(error, str) else frozenset(error)
+    if (given != fields and not (one.raw and given == ERRORS[""])) or not (error if isinstance(error, str) else error["message"]):
         return f"not in the form of errors: {text[:200]!r}"
     if LEAKS.search(text) or (secret and secret in text):
         return f"shows internal details: {text[:400]!r}"

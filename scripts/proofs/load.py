@@ -2,7 +2,8 @@
 page is held afterwards.
 
 A server in this process (a thread with uvicorn, as in `redraft serve`) answers the clients of another process for a while: streams and
-whole replies, greedy and sampled, with their own drafters, budgets, predictions and cache policies, several texts, shared prefixes.
+whole replies, greedy and sampled, with their own drafters, budgets, predictions and cache policies, several texts, shared prefixes, under
+JSON schemas and regular expressions, and conversations that must call a tool.
 Some clients disconnect after a few chunks, some before the first, and some request more than the context holds. The pool is so small
 that texts are preempted. Then the idle server runs every answered request alone, and the texts are compared. Requests come from a
 fixed set of bodies, each with a seed, so each has one right answer.
@@ -43,10 +44,24 @@ KINDS = ("stay", "stay", "stay", "stay", "whole", "leave", "leave", "cancel", "l
 
 @dataclass(frozen=True)
 class Sent:
-    """A body, and whether its answers are compared."""
+    """A body, whether its answers are compared, and where it is sent."""
 
     body: dict[str, Any]
     compared: bool
+    path: str = "/v1/completions"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "sizes": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+STRUCTURES: list[Any] = [{"json": SCHEMA}, {"regex": "[a-f]{4,40}( = [0-9]+)?;"}, {"choice": ["return None", "pass", "raise"]}]
+TOOLS = [
+    {"type": "function", "function": {"name": "find", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}},
+]
 
 
 def bodies(count: int, seed: int, context: int) -> list[Sent]:
@@ -74,11 +89,18 @@ def bodies(count: int, seed: int, context: int) -> list[Sent]:
             speculation = None
         if rng.random() < 0.2:
             body["stop"] = [rng.choice(["\n\n", "return", "self"])]
+        if rng.random() < 0.25:
+            body["structured_outputs"] = rng.choice(STRUCTURES)
         if speculation is not None:
             body["speculation"] = speculation
         if cache is not None:
             body["cache"] = cache
-        made.append(Sent(body, not (isinstance(speculation, dict) and "verifier" in speculation)))
+        path = "/v1/completions"
+        if rng.random() < 0.2:
+            path, prompt = "/v1/chat/completions", body.pop("prompt")
+            body = {name: value for name, value in body.items() if name not in ("structured_outputs", "stop")}
+            body |= {"messages": [{"role": "user", "content": prompt}], "tools": TOOLS, "tool_choice": rng.choice(["required", "auto"])}
+        made.append(Sent(body, not (isinstance(speculation, dict) and "verifier" in speculation), path))
     return made
 
 
@@ -93,13 +115,16 @@ async def client(port: int, seconds: float, streams: int, seed: int, sent: list[
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     end = time.monotonic() + seconds
-    url = f"http://127.0.0.1:{port}/v1/completions"
+    server = f"http://127.0.0.1:{port}"
 
     async def one(session: aiohttp.ClientSession, rng: random.Random) -> None:
         kind, place = rng.choice(KINDS), rng.randrange(len(sent))
-        body = dict(sent[place].body, stream=kind != "whole")
+        body, url = dict(sent[place].body, stream=kind != "whole"), server + sent[place].path
         if kind == "long":
-            body["prompt"] = "word " * (2 * context)
+            if "prompt" in body:
+                body["prompt"] = "word " * (2 * context)
+            else:
+                body["messages"] = [{"role": "user", "content": "word " * (2 * context)}]
             body.pop("cache", None)  # some policies have no end of the context
         if kind == "cancel":
             try:
@@ -123,11 +148,11 @@ async def client(port: int, seconds: float, streams: int, seed: int, sent: list[
             if reply.status != 200:
                 wrong.append(f"{reply.status}: {(await reply.text())[:200]} {body}")
                 return
-            texts = [""] * body["n"]
+            parts: list[list[dict[str, Any]]] = [[] for _ in range(body["n"])]
             if kind == "whole":
                 for choice in (await reply.json())["choices"]:
-                    texts[choice["index"]] = choice["text"]
-                found.append((place, texts))
+                    parts[choice["index"]].append(choice)
+                found.append((place, [*map(said, parts)]))
                 counts["whole"] += 1
                 return
             left, ended = rng.randrange(1, 6) if kind == "leave" else None, False
@@ -142,7 +167,7 @@ async def client(port: int, seconds: float, streams: int, seed: int, sent: list[
                     wrong.append(f"in a stream: {data['error']} {body}")
                     return
                 for choice in data["choices"]:
-                    texts[choice["index"]] += choice["text"]
+                    parts[choice["index"]].append(choice)
                 if left is not None and (left := left - 1) == 0:
                     counts["left"] += 1
                     reply.close()
@@ -150,7 +175,7 @@ async def client(port: int, seconds: float, streams: int, seed: int, sent: list[
             if not ended:
                 wrong.append(f"a stream was cut off: {body}")
                 return
-            found.append((place, texts))
+            found.append((place, [*map(said, parts)]))
             counts["streamed"] += 1
 
     async def worker(number: int, session: aiohttp.ClientSession) -> None:
@@ -167,6 +192,17 @@ async def client(port: int, seconds: float, streams: int, seed: int, sent: list[
     return {"found": found, "counts": counts, "wrong": wrong}
 
 
+def said(parts: list[dict[str, Any]]) -> str:
+    """The text of a choice, whole or in the parts of a stream, and then its calls as their names and arguments."""
+    content, called = "", ""
+    for choice in parts:
+        message = {"content": choice["text"]} if "text" in choice else choice.get("message") or choice["delta"]
+        content += message.get("content") or ""
+        for call in message.get("tool_calls") or ():
+            called += call["function"].get("name", "") + call["function"]["arguments"]
+    return content + called
+
+
 async def alone(port: int, sent: list[Sent], places: list[int], report: Any) -> dict[int, list[str]]:
     """The same requests, one at a time."""
     import aiohttp
@@ -174,9 +210,9 @@ async def alone(port: int, sent: list[Sent], places: list[int], report: Any) -> 
     answers = {}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         for done, place in enumerate(places):
-            async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=sent[place].body) as reply:
+            async with session.post(f"http://127.0.0.1:{port}{sent[place].path}", json=sent[place].body) as reply:
                 choices = (await reply.json())["choices"]
-            answers[place] = [choice["text"] for choice in sorted(choices, key=lambda one: one["index"])]
+            answers[place] = [said([choice]) for choice in sorted(choices, key=lambda one: one["index"])]
             if done % 50 == 49:
                 report(f"{done + 1} of {len(places)} run alone")
     return answers
