@@ -150,11 +150,14 @@ class ResponseFormat(Body):
     lacking: ClassVar[dict[str, str]] = {}
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="with json_object, as llama.cpp has it: its schema")
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if (self.json_schema is None) != (self.type != "json_schema"):
             raise ValueError("json_schema: type json_schema needs it, and no other type takes it")
+        if self.schema_ is not None and self.type != "json_object":
+            raise ValueError("schema: only type json_object takes it; that of json_schema is in json_schema")
         return self
 
 

@@ -248,7 +248,8 @@ def _structure(body: schema.Sampled) -> dict[str, Any]:
     if own is not None:
         raise Refused(400, "structured_outputs and response_format exclude each other", "structured_outputs")
     if wanted.json_schema is None:
-        return {"structured_outputs": {"json_object": True}}
+        given = None if wanted.schema_ is None else {"type": "object"} | wanted.schema_
+        return {"structured_outputs": {"json_object": True} if given is None else {"json": closed(given)}}
     schema_ = wanted.json_schema.schema_
     return {"structured_outputs": {"json": closed(schema_) if wanted.json_schema.strict else schema_}}
 

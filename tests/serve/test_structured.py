@@ -80,6 +80,14 @@ def test_any_object_and_its_end(client: openai.OpenAI) -> None:
     assert text.startswith("{")
 
 
+def test_an_object_with_a_schema_as_llama_cpp_has_it(client: openai.OpenAI) -> None:
+    wanted: Any = {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
+    assert json.loads(chat(client, response_format=wanted).choices[0].message.content) == {"a": 1}
+    wanted["type"] = "text"
+    with pytest.raises(openai.BadRequestError, match="only type json_object takes it"):
+        chat(client, response_format=wanted)
+
+
 def test_tokens_that_the_grammar_forced_are_named(client: openai.OpenAI) -> None:
     reply = chat(client, response_format=SCHEMA, provenance=True, temperature=0)
     origins = {one["origin"] for one in reply.choices[0].provenance}
@@ -114,7 +122,6 @@ def test_tokens_that_the_grammar_forced_are_named(client: openai.OpenAI) -> None
             "response_format.json_schema.name",
             "name: field required",
         ),
-        ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format.schema", "schema'; did you mean 'json_schema'"),
         ({"response_format": "json_object"}, "response_format", "an object is allowed"),
         ({"structured_outputs": {"regex": "\\bword/s"}}, "structured_outputs.regex", r"regex = '\\\\bword/s': .*WordUnicode"),
         ({"structured_outputs": {"grammar": 'root ::= a\n\n"/"'}}, "structured_outputs.grammar", r"= 'root ::= a\\n\\n\"/\"': "),
