@@ -41,7 +41,8 @@ class OpenDrafter(Protocol):
         ...
 
     def observe(self, result: StepResult) -> None:
-        """Receives the result of the step. A sequence without a state of this drafter has stopped drafting or never drafted."""
+        """Receives the result of the step. A sequence without a state of this drafter has stopped drafting or never drafted. A constraint
+        may have changed trees: `result.own(s)` is what this drafter proposed."""
         ...
 
     def begin(self, seq: Sequence) -> Any:

@@ -9,26 +9,14 @@ from typing import Any, Literal
 from pydantic_core import from_json
 
 from redraft.engine.output import Event
+from redraft.serve import errors
 from redraft.serve.errors import FORMS, Refused, clean
 from redraft.serve.limits import KEY_HEADERS
 from redraft.serve.parsers.parser import CallPart, Said
 from redraft.serve.reply import Choice, Writer, event
 
 PATH = "/v1/messages"  # begins all paths of this interface
-TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
-    500: "api_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+TYPES = errors.TYPES | {500: "api_error", 503: "overloaded_error"}
 STARTS = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}
 DELTAS = {"text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"), "tool_use": ("input_json_delta", "partial_json")}
 

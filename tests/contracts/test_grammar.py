@@ -13,7 +13,10 @@ import pytest
 from redraft import registry
 from redraft.card import Guarantee
 from redraft.config import SamplingParams
-from redraft.errors import RedraftError, Unsupported
+from redraft.core.plan import Budget, StepResult
+from redraft.core.sequence import Sequence
+from redraft.core.tree import TokenTree
+from redraft.errors import RedraftError
 from redraft.llm import LLM
 
 SCHEMA = {
@@ -83,7 +86,7 @@ def alone(policy: int) -> list[list[list[int]]]:
 def opened(draft: str) -> LLM:
     try:
         return model().sibling(draft=draft)
-    except (Unsupported, RedraftError) as error:
+    except RedraftError as error:
         pytest.skip(f"{draft}: {error}")
 
 
@@ -131,3 +134,43 @@ def test_forced_tokens_are_drafted_and_named() -> None:
     assert 0 < kept <= checked
     (off,) = model().generate(PROMPTS[0], params)
     assert off.outputs[0].stats.drafted == 0, "without a drafter nothing is drafted"
+
+
+def test_a_drafter_learns_from_what_it_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = opened("union:parts=suffix+ngram")
+    drafter, seen = llm.engine.drafter.own.drafter, []
+    observe = drafter.observe
+
+    def observed(result: StepResult) -> None:
+        seen.extend((result.trees[s], *result.own(s), result.accepted[s]) for s in range(len(result.work)))
+        observe(result)
+
+    monkeypatch.setattr(drafter, "observe", observed)
+    texts(llm, requests())
+    changed = [(own, path, accepted) for tree, own, path, accepted in seen if own is not tree]
+    assert changed and any(path for _, path, _ in changed)
+    for own, path, accepted in changed:
+        assert own.origins is None or max(own.origins.tolist(), default=0) < 2, "nodes of the constraint are not the drafter's"
+        assert tuple(own.tokens[list(path)].tolist()) == accepted.tokens[: len(path)]
+
+
+def test_forced_tokens_are_drafted_while_the_drafter_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = opened("suffix")
+    guard, asked = llm.engine.drafter.own, []
+    propose = guard.propose
+
+    def proposed(seqs: list[Sequence], budgets: list[Budget]) -> list[TokenTree]:
+        asked.extend(budget for seq, budget in zip(seqs, budgets, strict=True) if seq.constrained and seq.generated > 2)
+        for seq in seqs:
+            seq.rest = 1000 if seq.constrained else 0
+        return propose(seqs, budgets)
+
+    monkeypatch.setattr(guard, "propose", proposed)
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, structured_outputs={"json": SCHEMA}),
+        SamplingParams(temperature=0, max_tokens=60),
+    ]
+    constrained, _ = llm.generate(PROMPTS[:2], params)
+    checked, kept = constrained.outputs[0].stats.by_drafter["grammar"]
+    assert 2 < kept <= checked and set(constrained.outputs[0].stats.by_drafter) == {"grammar"}
+    assert asked and set(asked) == {Budget(0, 0)}

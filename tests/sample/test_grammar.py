@@ -25,9 +25,9 @@ from tests.sample.toy import begun
 
 WORDS = [b"", b"<s>", b"a", b"b", b"ab", b"ba", b"abc", b"c", b"1", b"1x", b'"', b'{"', b'":', b" ", b"x", b"}", b"bb"]
 EOS = 1
-LANGUAGE = ["abc", "abab", "ab", "bbb", "a1cc", "bba", "b1x", "a1x", "bx1"]  # the whole language of the first tests
-REGEX = "abc|(ab){1,2}|bb[ab]|a1(cc|x)|b(1x|x1)"
-LARK = 'start: "ab" ("c" | "ab")? | "bb" /[ab]/ | "a1" ("cc" | "x") | "b" ("1x" | "x1")'
+LANGUAGE = ["abc", "abab", "ab", "bbb", "a1cc", "bba", "b1x", "a1x", "bx1", "cabab"]  # the whole language of the first tests
+REGEX = "abc|(ab){1,2}|bb[ab]|a1(cc|x)|b(1x|x1)|cabab"
+LARK = 'start: "ab" ("c" | "ab")? | "bb" /[ab]/ | "a1" ("cc" | "x") | "b" ("1x" | "x1") | "cabab"'
 
 
 def sampler(eos: tuple[int, ...] = (EOS,)) -> Sampler:
