@@ -111,10 +111,12 @@ class Request:
     prompt: list[int]
     params: SamplingParams
     salt: str = ""
+    leaves: bool = False  # its texts leave the engine after their first new tokens
     priority: int = 0  # lower values are admitted sooner and preempted later; equal values in order of arrival
     wants: Wants = NO_WANTS  # the prompt log-probabilities of `params` are added
     pooled: tuple[F64, int] | None = None  # (sum or last row, rows so far) of wants.pooling
-    admitted: float | None = None  # time of the first run, in seconds of time.monotonic
+    arrived: float | None = None  # time when it was added to the engine, in seconds of the engine's clock
+    admitted: float | None = None  # time of the first run, by the same clock
     adapter: Any = None  # what changes the model's weights for this request, else that of params.lora (models/adapter.py)
     reuse: str = ""  # the method that reuses the cache of `before`; empty for none
     before: list[int] = field(default_factory=list)  # the text before the edits
@@ -148,7 +150,8 @@ class Sequence:
     its drafter, which sets it, need not be asked nor see the step. constrained: whether the request has a constraint, which drafts tokens
     of its own. shareable_tokens: the number of leading
     tokens with pages that depend on these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
-    once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted.
+    once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted. arrives: the number of leading
+    tokens whose pages come from another engine when the text is admitted.
     """
 
     id: int
@@ -172,6 +175,7 @@ class Sequence:
     spans: list[Span] = field(default_factory=list)
     source: Sequence | None = None
     reuse_searched: bool = False
+    arrives: int = 0
 
     @property
     def context(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence as Seq
+from itertools import zip_longest
 from typing import cast
 
 from redraft.core.noise import sample_seed
 from redraft.core.sequence import UNLIMITED, Request, Sequence
+from redraft.engine.output import Progress
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
 from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
@@ -30,9 +32,11 @@ class Admission:
         self.max_model_len, self.spells = max_model_len, spells
         self._ids = 0
 
-    def admit(self, request: Request) -> Sequence:
-        """The request's first sequence. Chooses a seed if the request has none. On InvalidInput (PromptTooLong) nothing has changed."""
+    def admit(self, request: Request, progress: Seq[Progress] = ()) -> list[Sequence]:
+        """The request's first sequence, or all of them if `progress` says what each has already. Chooses a seed if the request has none.
+        On InvalidInput (PromptTooLong) nothing has changed."""
         self._check(request)
+        self._check_progress(request, progress)
         params, salt, adapter = request.params, request.salt, request.adapter
         chosen = self._adapter(request)
         if params.seed is None:
@@ -40,13 +44,16 @@ class Admission:
         if chosen is not None:
             request.adapter, request.salt = chosen, chosen.salted(salt)
         try:
-            seq = self.sequence(request, 0)
-            self._check_length(seq)
+            seqs = [self.sequence(request, index) for index in range(len(progress) or 1)]
+            self._check_length(seqs[0])
         except Exception:
             request.params, request.salt, request.adapter = params, salt, adapter
             request.sequences.clear()
             raise
-        return seq
+        for seq, before in zip(seqs, progress, strict=False):
+            seq.tokens += before.tokens
+            seq.sync_point = self.sync_point(seq)
+        return [seq for seq, before in zip_longest(seqs, progress) if before is None or not before.ended]
 
     def sequence(self, request: Request, index: int) -> Sequence:
         """A new sequence of an admitted request."""
@@ -106,6 +113,15 @@ class Admission:
         if params.stop and not self.spells:
             raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self.sampler.check(params)
+
+    def _check_progress(self, request: Request, progress: Seq[Progress]) -> None:
+        params = request.params
+        if progress and len(progress) != params.n:
+            raise InvalidInput(f"progress of {len(progress)} texts: the request has n = {params.n}")
+        if progress and (params.seed is None or not request.wants.new_tokens):
+            raise InvalidInput("progress: only a request with a seed, which generates text, can go on from what it has")
+        for i, before in enumerate(progress):
+            self._check_ids(f"progress[{i}]", before.tokens)
 
     def _check_ids(self, name: str, tokens: Seq[int]) -> None:
         for i, token in enumerate(tokens):

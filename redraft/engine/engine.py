@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from redraft.core.batch import Batch
 from redraft.core.plan import StepPlan, StepResult
 from redraft.core.sequence import PLAIN, FinishReason, Lanes, Request, Sequence
 from redraft.core.taps import Taps
+from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.admission import Admission
+from redraft.engine.arrivals import Arrivals
+from redraft.engine.departures import Departures, travels
 from redraft.engine.faults import Faults
 from redraft.engine.idle import forward_seconds
 from redraft.engine.opened import Opened
-from redraft.engine.output import Event, Outputs
+from redraft.engine.output import Event, Outputs, Progress
+from redraft.engine.parcel import Parcel, Source
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters, Verifiers
 from redraft.kv.table import PageTable
@@ -28,6 +32,15 @@ from redraft.models.tokenizer import Decoder
 from redraft.sample.sampler import NotNumbers, Sampler
 from redraft.sched.scheduler import Scheduler
 from redraft.verify.verifier import Verifier
+
+
+class Begun(NamedTuple):
+    """A step between its halves. batch: for the forward pass, which returns what `taps` asks for."""
+
+    plan: StepPlan
+    trees: list[TokenTree]
+    batch: Batch
+    taps: Taps
 
 
 class Engine:
@@ -46,16 +59,19 @@ class Engine:
         decode: Decoder | None = None,
         decode_all: Decoder | None = None,
         draft: str | None = None,
+        clock: Callable[[], float] = monotonic,
+        parks: bool = False,
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
-        the drafter's name in the statistics."""
+        the drafter's name in the statistics. clock: gives the time in seconds. parks: the default of add()."""
         self.runner, self.memory = runner, runner.memory
         self.scheduler, self.sampler = scheduler, sampler
         self.opened = Opened(self._in_use)  # methods that requests chose
         self.drafter, self.verifier = Drafters(drafter, runner, sampler, verifier, self.opened, draft), Verifiers(verifier)
         self.policies = Policies(runner, self.opened)
         self.admission = Admission(runner, sampler, self.drafter, self.policies, max_model_len=max_model_len, spells=decode is not None)
-        self.max_model_len, self.eos = max_model_len, frozenset(eos)
+        self.max_model_len, self.eos, self.clock = max_model_len, frozenset(eos), clock
+        self.departures, self.arrivals, self.parks = Departures(runner), Arrivals(runner), parks
         self.faults = Faults()
         self.outputs = Outputs(
             runner,
@@ -72,6 +88,7 @@ class Engine:
         self.running: list[Sequence] = []
         self.events: list[Event] = []  # not returned yet; an interrupt loses none
         self.preemptions = 0
+        self.blocked = False  # whether the waiting texts lack memory that parked ones hold
 
     @property
     def table(self) -> PageTable:
@@ -84,28 +101,48 @@ class Engine:
         """Runs one step and returns its events. If a part raises an Exception for one text, an Event with the error ends that request,
         and the others continue. Ctrl-C and other BaseExceptions are raised, and no text is lost. `only`: this text runs alone, see
         `isolate`."""
-        waiting, running = self._queues(only)
-        plan = StepPlan([], [])
-        if any(seq.reason for seq in running):
-            return self.emit()  # an interrupt came after the last commit: report its results first
+        begun = None
         try:
-            self.sync(running)  # for new sequences that start at a sync point, and after an interrupt
-            plan = self.scheduler.plan(self.faults.without(waiting), self.faults.without(running), self.memory)  # changes nothing yet
-            plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
-            if not plan.work:
+            begun = self.begin(only)
+            if begun is None:
                 return self.emit()
+            out = self.runner.forward(begun.batch, begun.taps)  # returns what sampler, drafter and policies request
+        except BaseException as error:
+            return self.isolate(error, begun, only)
+        return self.end(begun, out, only)
+
+    def begin(self, only: Sequence | None = None) -> Begun | None:
+        """The first half of a step: plans, drafts and reserves memory for the forward pass. None if there is nothing to run. Until `end`,
+        requests may be added, but not aborted."""
+        waiting, running = self._queues(only)
+        if any(seq.reason for seq in running):
+            return None  # an interrupt came after the last commit: report its results first
+        self.sync(running)  # for new sequences that start at a sync point, and after an interrupt
+        least = 0 if self.departures.parked else 1
+        plan = self.scheduler.plan(self.faults.without(waiting), self.faults.without(running), self.memory, least)  # changes nothing yet
+        plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
+        if not plan.work:
+            self.blocked = bool(self.departures.parked) and not self.running
+            return None
+        try:
             trees = self.drafter.propose(plan.work, plan.budgets)  # an empty tree without a budget or a draft
             pages = self.memory.reserve(plan.work, trees)  # every sequence's tentative tail
             batch = Batch.pack(plan.work, trees, pages)  # pending tokens and draft of every sequence
-            out = self.runner.forward(batch, self.taps(plan))  # returns what sampler, drafter and policies request
-            distribution = self.sampler.distribution(out, batch, plan.work, trees)  # lazy: rows are computed when a verifier visits them
-            accepted = self.outputs.cut(plan.work, self.verifier.accept(plan.work, trees, distribution))  # at the end of the text
-            moves = self.memory.commit(plan.work, accepted)  # keeps the accepted path and frees the rest; tokens and stored advance
+            return Begun(plan, trees, batch, self.taps(plan))
+        except BaseException:
+            self._discard(plan)
+            raise
+
+    def end(self, begun: Begun, out: Any, only: Sequence | None = None) -> list[Event]:
+        """The second half: verifies the draft, keeps the accepted path and returns the events. out: of the forward pass."""
+        (plan, trees, batch, _), work = begun, begun.plan.work
+        try:
+            distribution = self.sampler.distribution(out, batch, work, trees)  # lazy: rows are computed when a verifier visits them
+            accepted = self.outputs.cut(work, self.verifier.accept(work, trees, distribution))  # at the end of the text
+            moves = self.memory.commit(work, accepted)  # keeps the accepted path and frees the rest; tokens and stored advance
         except BaseException as error:
-            for seq in plan.seqs:
-                self.memory.discard(seq)
-            return self.isolate(error, only)
-        result = StepResult(plan.work, trees, batch, accepted, out, distribution)
+            return self.isolate(error, begun, only)
+        result = StepResult(work, trees, batch, accepted, out, distribution)
         self.outputs.record(result)
         try:
             self.memory.move(moves)
@@ -113,7 +150,7 @@ class Engine:
             for seq in plan.seqs:
                 if seq.reason is None:
                     self._preempt(seq)
-            return self.isolate(error, only)
+            return self.isolate(error, None, only)
         self.drafter.observe(result)
         self.policies.observe(result, self.faults)
         self.sync(plan.seqs)  # publishes full pages; at sync points policies decide and n > 1 forks
@@ -126,7 +163,7 @@ class Engine:
         matched. Returns the plan without sequences that failed."""
         for seq in plan.preempt:
             self._preempt(seq)
-        for seq, matched in plan.admit:
+        for seq, matched in sorted(plan.admit, key=lambda one: one[0].arrives > 0):  # what arrives may take pages that match others
             self.faults.call(seq, self._admit, seq, matched)
         return plan.only(self.faults.without(plan.seqs)) if self.faults.found else plan
 
@@ -135,7 +172,7 @@ class Engine:
         self.waiting.remove(seq)
         self._run(seq)
         if seq.request.admitted is None:
-            seq.request.admitted = monotonic()
+            seq.request.admitted = self.clock()
         if seq.request.cached_tokens is None:
             seq.request.cached_tokens = matched
             seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
@@ -178,22 +215,28 @@ class Engine:
                 self._run(child)
 
     def emit(self) -> list[Event]:
-        """Returns the new events of every text. Frees finished sequences and ends failed requests."""
+        """Returns the new events of every text. Frees finished sequences, parks those that leave and ends failed requests."""
+        leaving = []
         for seq in self.faults.without(self.running):
             if (event := self.faults.call(seq, self.outputs.event, seq)) is not None:
                 self.events.append(event)
+                if seq.request.leaves and event.reason is None:
+                    leaving.append(seq)
         for seq in [seq for seq in self.faults.without(self.running) if seq.reason]:
             self._leave(seq)
+        self._park(leaving)
         for request, error in list(self.faults.found.values()):
             self.abort(request.id)
             self.events.append(Event.failed(request, error))
         events, self.events = self.events, []
         return events
 
-    def isolate(self, error: BaseException, only: Sequence | None) -> list[Event]:
+    def isolate(self, error: BaseException, begun: Begun | None, only: Sequence | None) -> list[Event]:
         """Finds the texts at fault after a step that failed as a whole. If the error does not name one, each running text makes a step
         alone, then each waiting text until one runs. Texts that fail alone are at fault. If no text can step, the first waiting text
-        is at fault."""
+        is at fault. begun: the step, if it had begun and was not committed."""
+        if begun is not None:
+            self._discard(begun.plan)
         if not isinstance(error, Exception):
             raise error
         if (guilty := error.seq if isinstance(error, NotNumbers) else only) is not None:
@@ -210,6 +253,10 @@ class Engine:
             self.faults.add(self.waiting[0], error)
         return self.emit()
 
+    def _discard(self, plan: StepPlan) -> None:
+        for seq in plan.seqs:
+            self.memory.discard(seq)
+
     def _make_room(self, seq: Sequence) -> None:
         """If `seq` runs and lacks pages for a step, preempts other sequences, the last first."""
         others = [other for other in self.running if other is not seq and other.reason is None] if seq in self.running else []
@@ -224,16 +271,25 @@ class Engine:
 
     # ---- requests come and go
 
-    def add(self, request: Request) -> None:
-        """Checks a request and queues its first sequence. On InvalidInput (PromptTooLong) nothing has changed."""
-        seq = self.admission.admit(request)
-        self.outputs.open(seq)
-        self._wait(seq)
+    def add(self, request: Request, progress: Seq[Progress] = (), *, parks: bool | None = None) -> None:
+        """Checks a request and queues its first sequence. On InvalidInput (PromptTooLong) nothing has changed. progress: of each of its
+        texts, if it began in another engine; its events continue after that, and its texts are the same. parks: its texts leave this
+        engine after the event with their first new tokens; see ready(). None: as the engine's own `parks`."""
+        seqs = self.admission.admit(request, progress)
+        if request.arrived is None:
+            request.arrived = self.clock()
+        for seq in seqs:
+            self.outputs.open(seq)
+            if progress:
+                self.outputs.resume(seq, progress[seq.index].stats)
+            self._wait(seq)
+        self.blocked = False
+        request.leaves = self.parks if parks is None else parks
 
     def abort(self, request_id: str) -> bool:
         """Ends all texts of a request at once and frees their memory. Returns False if there is no such request. Errors of its parts
         are not reported."""
-        found = False
+        found, self.blocked = self.departures.forget(request_id), False
         for seq in [s for s in (*self.waiting, *self.running) if s.request.id == request_id]:
             found = True
             self._leave(seq)
@@ -248,7 +304,58 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self.faults.found or self.events)
+        """Whether a step may do something. Parked texts are no work, nor are those that wait for the memory of parked ones."""
+        return bool(self.running or self.faults.found or self.events or (self.waiting and not self.blocked))
+
+    # ---- requests change engines
+
+    def ready(self) -> list[str]:
+        """The requests whose texts are all parked or ended, each once. Their pages stay until forget()."""
+        return self.departures.ready()
+
+    def release(self, request_id: str) -> Parcel:
+        """What another engine needs to go on with a request that ready() named. May be called again until forget(). InvalidInput if there
+        is no such request."""
+        return self.departures.release(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Frees the pages of a released request, if it is still here."""
+        self.departures.forget(request_id)
+        self.blocked = False
+
+    def adopt(self, parcel: Parcel, source: Source) -> None:
+        """Goes on with a request that another engine released. Its texts wait like others. When one is admitted, the pages that the
+        prefix cache lacks are copied from `source`; if that fails, the text is computed again. See settled(). Unsupported if the parcel
+        comes from another model, InvalidInput as for add(); then nothing has changed."""
+        parcel.check(self.runner)
+        self.add(parcel.request, parcel.progress, parks=False)
+        for seq, stored in zip(parcel.request.sequences, parcel.stored, strict=True):
+            if stored is not None:
+                seq.stored = seq.arrives = len(seq.tokens) - 1
+                seq.sync_point, seq.stored = self.admission.sync_point(seq), 0
+                self.arrivals.expect(seq, stored, source)
+        self.arrivals.settle(parcel.request.id)
+
+    def settled(self) -> list[str]:
+        """The adopted requests that do not need their source any more, each once."""
+        return self.arrivals.settled()
+
+    def _park(self, seqs: Iterable[Sequence]) -> None:
+        for seq in seqs:
+            self.departures.park(seq, self.outputs.progress(seq))
+            self.outputs.close(seq)
+            self.running.remove(seq)
+            self.faults.call(seq, self._end if travels(seq) else self._stop, seq)
+            self.drafter.release(seq)
+        for request in self.departures.unready():
+            if not any(seq.request is request for seq in self.running):
+                for seq in [seq for seq in self.waiting if seq.request is request]:  # it lacked memory: another engine computes it
+                    self.departures.park(seq, self.outputs.progress(seq))
+                    self._leave(seq)
+                    self.blocked = False
+                self.departures.settle(request)
+
+    # ---- parts of both
 
     def _wait(self, seq: Sequence) -> None:
         """Queues it after all of the same or higher priority."""
@@ -270,10 +377,8 @@ class Engine:
         return self.memory.available() - sum(self.memory.need(seq, seq.pending) for seq in self.running)
 
     def _start(self, seq: Sequence, matched: int) -> None:
-        self.memory.open(seq)
+        self.arrivals.open(seq, matched)
         try:
-            if matched:
-                self.memory.attach(seq, matched)
             seq.state[self.sampler] = self.sampler.begin(seq)
             self.policies.begin(seq)
             self.drafter.begin(seq)
@@ -300,6 +405,10 @@ class Engine:
         """Ends plugin states and frees pages. The tokens stay."""
         self.memory.free(seq)
         seq.stored, seq.synced = 0, -1
+        self._end(seq)
+
+    def _end(self, seq: Sequence) -> None:
+        """Ends plugin states."""
         with ExitStack() as ends:  # all run, even if one raises
             ends.callback(seq.state.clear)
             if self.sampler in seq.state:
@@ -310,6 +419,7 @@ class Engine:
     def _leave(self, seq: Sequence) -> None:
         """Removes a sequence that finished or was aborted."""
         self.outputs.close(seq)
+        self.arrivals.drop(seq)
         if seq in self.running:
             self.running.remove(seq)
             self.faults.call(seq, self._stop, seq)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,8 +52,11 @@ class Stats:
         self.by_depth += [0] * (len(path) - len(self.by_depth))
         for depth in range(len(path)):
             self.by_depth[depth] += 1
-        origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
-        checked, kept = Counter(origins), Counter(origins[node] for node in path)
+        if tree.origins is None:
+            checked, kept = Counter({0: len(tree)}), Counter({0: len(path)})
+        else:
+            origins = tree.origins.tolist()
+            checked, kept = Counter(origins), Counter(origins[node] for node in path)
         for origin, count in checked.items():
             before = self.by_drafter.get(names[origin], (0, 0))
             self.by_drafter[names[origin]] = before[0] + count, before[1] + kept[origin]
@@ -75,6 +79,15 @@ class Provenance:
     tree: TokenTree | None = None
     names: Seq[str] = ()
     path: tuple[int, ...] = ()
+
+
+class Progress(NamedTuple):
+    """What a text has that began in another engine: the new tokens and the statistics of the last event that was received of it. ended:
+    whether that event was its last."""
+
+    tokens: list[int]
+    stats: Stats
+    ended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +166,21 @@ class Outputs:
     def open(self, seq: Sequence) -> None:
         self._of[seq.id] = Output(None if self.decode is None else Reader(seq.request.prompt, seq.params, self.decode, self.decode_all))
 
+    def resume(self, seq: Sequence, stats: Stats) -> None:
+        """The tokens that `seq` has were reported by another engine. What is kept of a token until it is reported is left empty."""
+        output, count = self._of[seq.id], seq.generated
+        output.stats, output.reported_tokens, output.drafted = stats.copy(), count, [False] * count
+        if seq.params.logprobs is not None:
+            output.logprobs = [TopLogprobs(0, 0.0, 0, ())] * count
+        if seq.params.provenance:
+            output.provenance = [Provenance(0, "")] * count
+        if output.reader is not None:
+            output.reader.take(seq.tokens, ended=False)
+
+    def progress(self, seq: Sequence) -> Progress:
+        """What another engine needs to go on with it."""
+        return Progress(seq.tokens[seq.prompt_len :], self._of[seq.id].stats.copy())
+
     def close(self, seq: Sequence) -> None:
         del self._of[seq.id]
 
@@ -163,23 +191,26 @@ class Outputs:
         return [self._cut(w.seq, found) if found.tokens else found for w, found in zip(work, accepted, strict=True)]
 
     def _cut(self, seq: Sequence, found: Accepted) -> Accepted:
-        params, output, limit = seq.params, self._of[seq.id], self.limit(seq)
+        params, output, before = seq.params, self._of[seq.id], seq.generated
+        last = self.limit(seq) - seq.prompt_len if params.max_tokens is None else min(self.limit(seq) - seq.prompt_len, params.max_tokens)
         stops = output.reader.search(seq.tokens, found.tokens) if params.stop and output.reader else repeat(None)
         output.stop = None
-        for i, (token, stop) in enumerate(zip(found.tokens, stops, strict=False)):
-            new = seq.generated + i + 1
-            reason = None
-            if stop is not None and new >= params.min_tokens:
-                output.stop, reason = stop, FinishReason.STOP
-            if new >= params.min_tokens and (token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)):
-                reason = FinishReason.STOP
-            if new >= params.min_tokens and self.finished(seq, found.tokens[: i + 1]):
-                reason = FinishReason.STOP
-            if reason is None and (new == params.max_tokens or seq.prompt_len + new == limit):
-                reason = FinishReason.LENGTH
+        for i, (_, stop) in enumerate(zip(found.tokens, stops, strict=False)):
+            new = before + i + 1
+            reason = FinishReason.LENGTH if new == last else None
+            if new >= params.min_tokens:
+                if stop is not None:
+                    output.stop, reason = stop, FinishReason.STOP
+                elif self._stops(seq, found.tokens[: i + 1]):
+                    reason = FinishReason.STOP
             if reason is not None:
                 return Accepted(found.path[:i], found.tokens[: i + 1], reason)
         return found
+
+    def _stops(self, seq: Sequence, new: tuple[int, ...]) -> bool:
+        """Whether the last of these new tokens ends the text."""
+        params, token = seq.params, new[-1]
+        return token in params.stop_token_ids or (token in self.eos and not params.ignore_eos) or self.finished(seq, new)
 
     # ---- what was just committed
 

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from redraft.core.sequence import Sequence, Space
 from redraft.core.tree import I32
+from redraft.kv.parcel import Incoming, StoredLane, StoredText
 from redraft.kv.table import Moves, PageTable, _Pool
 
 _NONE = np.zeros(0, np.int32)
@@ -21,17 +22,6 @@ class Encoding(NamedTuple):
     target: Space
     src: I32
     dst: I32
-
-
-class StoredText(NamedTuple):
-    """The committed state of a sequence, without the pages. lanes: for each lane its length, its number of encoded pages, its number of
-    summarised full pages, and the positions of its slots, None while slot i holds position i."""
-
-    tokens: tuple[int, ...]
-    space: Space
-    encoded: str
-    shareable_tokens: int
-    lanes: list[tuple[int, int, int, I32 | None]]
 
 
 class EditableTable(PageTable):
@@ -141,36 +131,63 @@ class EditableTable(PageTable):
         held.view = None
         return Moves(pool.space, self._places(theirs.pages, at), self._places(mine.pages, to), start - first)
 
-    def export(self, seq: Sequence) -> tuple[StoredText, I32, I32]:
-        """The committed state of an open sequence, its pages i32[n] and its encoded pages i32[m], lane after lane. The tail must be
-        empty."""
+    def export(self, seq: Sequence) -> StoredText:
+        """The committed state of an open sequence, without sums. The tail must be empty."""
         held = self._held[seq.id]
         assert not held.chain, f"sequence {seq.id}: export while a tail is open"
-        pages, encoded = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.encoded]
         lanes = [
-            (lane.length, len(lane.encoded), lane.summarized, None if lane.positions is None else lane.positions[: lane.length].copy())
+            StoredLane(
+                lane.length, len(lane.encoded), lane.summarized, None if lane.positions is None else lane.positions[: lane.length].copy()
+            )
             for lane in held.lanes
         ]
-        stored = StoredText(tuple(seq.tokens[: seq.stored]), held.pool.space, seq.cache.encoded, seq.shareable_tokens, lanes)
-        return stored, np.array(pages, np.int32), np.array(encoded, np.int32)
+        pages, codes = [page for lane in held.lanes for page in lane.pages], [page for lane in held.lanes for page in lane.encoded]
+        return StoredText(seq.stored, held.pool.space, seq.cache.encoded, seq.shareable_tokens, lanes, pages, codes, [], [])
 
-    def import_(self, seq: Sequence, stored: StoredText) -> tuple[I32, I32]:
-        """Opens `seq` with fresh pages for the export of another table, and returns the pages like export(). They must be written
-        before the next step. Raises OutOfPages, and does not open `seq`, if memory is short."""
-        held = self._fresh(seq)
-        assert seq.id not in self._held, f"sequence {seq.id} is open already"
-        assert tuple(seq.tokens[: len(stored.tokens)]) == stored.tokens, f"sequence {seq.id}: different text"
-        assert (held.pool.space, seq.cache.encoded) == (stored.space, stored.encoded), f"sequence {seq.id}: different space"
-        exact = [-(-length // self.page) - encoded for length, encoded, *_ in stored.lanes]
-        self._ensure({held.pool.space: sum(exact)} | ({held.encoded.space: sum(lane[1] for lane in stored.lanes)} if held.encoded else {}))
-        for lane, count, (length, encoded, summarized, positions) in zip(held.lanes, exact, stored.lanes, strict=True):
-            lane.pages = [self._take(held.pool) for _ in range(count)]
-            lane.encoded = [self._take(held.encoded) for _ in range(encoded)] if held.encoded else []
-            lane.length, lane.summarized, lane.positions = length, summarized, None if positions is None else positions.copy()
-        self._held[seq.id] = held
-        seq.stored, seq.shareable_tokens = len(stored.tokens), min(seq.shareable_tokens, stored.shareable_tokens)
+    def import_(self, seq: Sequence, stored: StoredText, attached: int) -> list[Incoming]:
+        """Opens `seq` with the export of another table: the first `attached` tokens (see match) in published pages of this one, the rest
+        in fresh pages. Returns the copies that must be made before the next step. Raises OutOfPages, and does not open `seq`, if memory is
+        short."""
+        fresh = self._fresh(seq)
+        assert len(seq.tokens) >= stored.tokens, f"sequence {seq.id}: {len(seq.tokens)} tokens, {stored.tokens} stored"
+        assert (fresh.pool.space, seq.cache.encoded) == (stored.space, stored.encoded), f"sequence {seq.id}: different space"
+        assert len(fresh.lanes) == len(stored.lanes), f"sequence {seq.id}: {len(stored.lanes)} lanes, {len(fresh.lanes)} here"
+        self.open(seq)
+        try:
+            self.attach(seq, attached)
+            held = self._held[seq.id]
+            lacking = [
+                -(-lane.length // self.page) - lane.encoded - len(own.pages) for lane, own in zip(stored.lanes, held.lanes, strict=True)
+            ]
+            codes = sum(lane.encoded for lane in stored.lanes)
+            self._ensure({held.pool.space: sum(lacking)} | ({held.encoded.space: codes} if held.encoded else {}))
+        except BaseException:
+            self.free(seq)
+            seq.stored = 0
+            raise
+        src: list[int] = []
+        dst: list[int] = []
+        sums: list[int] = []
+        at = 0
+        for own, lane, count in zip(held.lanes, stored.lanes, lacking, strict=True):
+            first = at + len(own.pages)
+            at = first + count
+            src += stored.pages[first:at]
+            sums += stored.page_sums[first:at]
+            taken = [self._take(held.pool) for _ in range(count)]
+            dst += taken
+            own.pages += taken
+            own.encoded = [self._take(held.encoded) for _ in range(lane.encoded)] if held.encoded else []
+            own.length, own.summarized = lane.length, lane.summarized
+            own.positions = None if lane.positions is None else lane.positions.copy()
+        held.view = None
+        seq.stored, seq.shareable_tokens = stored.tokens, min(seq.shareable_tokens, stored.shareable_tokens)
         self._mark()
-        return self.export(seq)[1:]
+        found = [Incoming(held.pool.space, np.array(src, np.int32), np.array(dst, np.int32), sums)]
+        if held.encoded is not None:
+            encoded = np.array([page for own in held.lanes for page in own.encoded], np.int32)
+            found.append(Incoming(held.encoded.space, np.array(stored.codes, np.int32), encoded, stored.code_sums))
+        return found
 
     def _loose(self, pool: _Pool, gone: list[int], wanted: int) -> list[int]:
         """At most `wanted` pages of `gone`, the pages that a lane gives up, that it may write. Raises OutOfPages if there are too few

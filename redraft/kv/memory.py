@@ -15,21 +15,24 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from redraft.core.batch import PageView, StateView
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Sequence
-from redraft.core.tree import TokenTree
+from redraft.core.sequence import Sequence, Space
+from redraft.core.tree import I32, TokenTree
+from redraft.kv.parcel import Read
 
 if TYPE_CHECKING:
     from redraft.kv.paged import Paged
+    from redraft.ops.format import Arrays
 
 View = TypeVar("View", covariant=True)
 
 
 class Memory(Protocol[View]):
     """The memory of the model's layers `layers`. pool: the tensors that their mixers read and write, in which layer layers[i] has
-    index i. blocks: the total number of blocks."""
+    index i. blocks: the total number of blocks. formats: names of page formats that belong to this memory only."""
 
     layers: tuple[int, ...]
     blocks: int
+    formats: frozenset[str]
 
     @property
     def pool(self) -> Any: ...
@@ -105,11 +108,16 @@ class Memory(Protocol[View]):
     # ---- between engines
 
     def export(self, seq: Sequence) -> Any:
-        """A copy of the committed state of an open sequence, for import_() into the memory of another engine with the same model."""
+        """Where the committed state of an open sequence lies: numbers only, valid until the sequence changes. The tail must be empty."""
         ...
 
-    def import_(self, seq: Sequence, parcel: Any) -> None:
-        """Opens `seq` with an exported state. Raises OutOfPages, and opens nothing, if it does not fit."""
+    def read(self, space: Space, pages: I32) -> Arrays:
+        """Copies of these pages, name -> [pages, *shape]. Any thread may read pages that an exported sequence holds."""
+        ...
+
+    def import_(self, seq: Sequence, stored: Any, attached: int, read: Read) -> None:
+        """Opens `seq` with an exported state: the first `attached` tokens from the prefixes of this memory, see attach(), the rest with
+        read() of the other memory. If it raises, `seq` is not open: OutOfPages if it does not fit, OSError if the copy failed."""
         ...
 
     def check(self) -> None:
@@ -190,8 +198,11 @@ class Memories:
     def export(self, seq: Sequence) -> list[Any]:
         return [memory.export(seq) for memory in self.members]
 
-    def import_(self, seq: Sequence, parcel: list[Any]) -> None:
-        self._open(seq, [partial(memory.import_, seq, own) for memory, own in zip(self.members, parcel, strict=True)])
+    def read(self, space: Space, pages: I32) -> Arrays:
+        return next((memory for memory in self.others if space.format in memory.formats), self.paged).read(space, pages)
+
+    def import_(self, seq: Sequence, stored: list[Any], attached: int, read: Read) -> None:
+        self._open(seq, [partial(memory.import_, seq, own, attached, read) for memory, own in zip(self.members, stored, strict=True)])
 
     def _open(self, seq: Sequence, opens: Seq[Callable[[], None]]) -> None:
         """Opens `seq` in all memories, or in none if one raises."""

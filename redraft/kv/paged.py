@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import Lanes, Sequence, Space
 from redraft.core.spec import ModelSpec
-from redraft.core.tree import TokenTree
-from redraft.errors import Unsupported
-from redraft.kv.edits import EditableTable, StoredText
+from redraft.core.tree import I32, TokenTree
+from redraft.kv.edits import EditableTable
 from redraft.kv.memory import Memory
+from redraft.kv.parcel import Lost, Read, StoredText
 from redraft.kv.store import Store
 from redraft.kv.table import Moves
-from redraft.ops.backend import Backend, Select
+from redraft.ops.backend import Backend, Room, Select
 from redraft.ops.format import Arrays, Format
-
-
-class Parcel(NamedTuple):
-    """The exported pages of one sequence. form: layers, kv heads, head size and dtype of the model; arrays, encoded: the contents of
-    its pages and of its encoded pages, lane after lane."""
-
-    form: str
-    stored: StoredText
-    arrays: Arrays
-    encoded: Arrays
 
 
 class Paged:
     """The Memory of all layers with attention: `blocks` blocks of 32 tokens."""
 
-    def __init__(self, backend: Backend, spec: ModelSpec, blocks: int, *, sharing: bool = True) -> None:
+    def __init__(self, backend: Backend, spec: ModelSpec, blocks: int, *, sharing: bool = True, room: Room | None = None) -> None:
         self.layers = tuple(sorted(layer for group in spec.memories() if group.kind == "pages" for layer in group.layers))
         self.blocks = blocks
         self.table = EditableTable(blocks, len(self.layers), spec.kv_heads, sharing=sharing)
-        self.store = Store(backend, spec, blocks)
-        self.form = f"{len(self.layers)} layers, {spec.kv_heads} kv heads of {spec.head_dim}, {backend.dtype}"
+        self.store = Store(backend, spec, blocks, room)
+        self.formats: frozenset[str] = frozenset()
 
     @property
     def paged(self) -> Paged:
@@ -140,20 +131,26 @@ class Paged:
 
     # ---- between engines
 
-    def export(self, seq: Sequence) -> Parcel:
-        stored, pages, encoded = self.table.export(seq)
-        space, codes = Space(seq.cache.lanes, seq.cache.format), Space(seq.cache.lanes, seq.cache.encoded)
-        return Parcel(self.form, stored, self.store.read(space, pages), self.store.read(codes, encoded) if seq.cache.encoded else {})
+    def export(self, seq: Sequence) -> StoredText:
+        found = self.table.export(seq)
+        codes = Space(seq.cache.lanes, seq.cache.encoded)
+        return found._replace(
+            page_sums=self.store.sums(found.space, np.array(found.pages, np.int32)),
+            code_sums=self.store.sums(codes, np.array(found.codes, np.int32)) if found.codes else [],
+        )
 
-    def import_(self, seq: Sequence, parcel: Parcel) -> None:
-        """Raises Unsupported if the parcel comes from a model of another form."""
-        if parcel.form != self.form:
-            raise Unsupported(f"cannot import the cache of a model with {parcel.form} into a model with {self.form}")
-        pages, encoded = self.table.import_(seq, parcel.stored)
+    def read(self, space: Space, pages: I32) -> Arrays:
+        """Lost if there are no such pages."""
+        if not self.table.has(space, pages):
+            raise Lost(f"{len(pages)} pages of {space.lanes}{space.format and ' '}{space.format} are not all in the pool")
+        return self.store.read(space, pages)
+
+    def import_(self, seq: Sequence, stored: StoredText, attached: int, read: Read) -> None:
+        """Raises OutOfPages; OSError if the contents cannot be read, Lost if they are not those that were exported."""
+        incoming = self.table.import_(seq, stored, attached)
         try:
-            self.store.write(Space(seq.cache.lanes, seq.cache.format), pages, parcel.arrays)
-            if seq.cache.encoded:
-                self.store.write(Space(seq.cache.lanes, seq.cache.encoded), encoded, parcel.encoded)
+            for one in incoming:
+                self.store.fill(one, read)
         except BaseException:
             self.free(seq)
             raise

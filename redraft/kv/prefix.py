@@ -84,9 +84,13 @@ class PrefixTree:
             depth, level = depth + 1, [below for node in level for below in node.children.values()]
         return Miss(start + same, tokens[start + same], child.key[1][same], depth * self.page)
 
+    def key(self, salt: str, tokens: Seq[int]) -> Key:
+        """The key of a page that is published."""
+        return salt, tuple(tokens)
+
     def insert(self, parent: Node, salt: str, tokens: Seq[int], page: int) -> Node:
         """The child of `parent` for these tokens: the existing one, or else a new one that publishes `page`."""
-        key = (salt, tuple(tokens))
+        key = self.key(salt, tokens)
         child = parent.children.get(key)
         if child is None:
             child = parent.children[key] = self.nodes[page] = Node(page, key, parent)

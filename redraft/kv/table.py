@@ -143,6 +143,11 @@ class PageTable:
         pool = self._pools.setdefault(space, _Pool(space, per_block, self._lanes[space.lanes]))
         assert pool.per_block == per_block, f"{space}: {per_block} pages a block, defined with {pool.per_block}"
 
+    def has(self, space: Space, pages: I32) -> bool:
+        """Whether these are ids of pages of a space."""
+        pool = self._pools.get(space)
+        return pool is not None and bool(((pages >= 0) & (pages < self.blocks * pool.per_block)).all())
+
     # ---- figures
 
     def available(self) -> int:
@@ -231,6 +236,10 @@ class PageTable:
             tokens = seq.tokens[i * self.page : (i + 1) * self.page]
             held.cursor = self.prefix.insert(held.cursor, seq.request.salt, tokens, lane.pages[i])
         held.published = full
+
+    def cursors(self, seqs: Iterable[Sequence]) -> list[Node]:
+        """The published page below which each of these open sequences publishes its next one, the root if it published none."""
+        return [self._held[seq.id].cursor for seq in seqs]
 
     def forget(self) -> int:
         """Frees the published pages that no lane lists, and returns their number. Listed pages stay shared."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,11 +18,11 @@ from redraft.core.tree import F64, I64
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.table import PageTable
-from redraft.models import mixers
+from redraft.models import identity, mixers
 from redraft.models.adapter import Adapter, adapted, embedded, headed, own_rows
 from redraft.models.layers import decoder_layer
 from redraft.ops.arrays import Tensor, array, namespace, replaced, times
-from redraft.ops.backend import Backend, Feature, ForwardResult, Weights, WeightSums
+from redraft.ops.backend import Backend, Feature, ForwardResult, Room, Weights, WeightSums
 
 if TYPE_CHECKING:
     from redraft.weights.quant import Quantizer
@@ -32,7 +33,8 @@ class Runner:
 
     memory: of all layers, None for `blocks` blocks of pages; source: the checkpoint's folder, None for weights from elsewhere;
     draft_model: the default checkpoint of drafters with a draft model; quant: how linear weights are stored, also those of draft
-    models; draft_models: the draft models loaded so far, by folder; weight_cache: see `packs.read`, for draft models.
+    models; draft_models: the draft models loaded so far, by folder; weight_cache: see `packs.read`, for draft models; room: gives
+    the pool its memory.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Runner:
         draft_model: str | None = None,
         quant: Quantizer | None = None,
         weight_cache: int | None = None,
+        room: Room | None = None,
     ) -> None:
         """Raises Unsupported if the engine cannot serve this model on this backend."""
         mixers.check(spec, backend)
@@ -55,7 +58,7 @@ class Runner:
         self.source, self.draft_model, self.quant, self.weight_cache = source, draft_model, quant, weight_cache
         self.draft_models: dict[Path, Runner] = {}
         self.adapters: dict[str, Adapter] = {}  # that requests may choose, by name
-        self.memory = Paged(backend, spec, blocks, sharing=sharing) if memory is None else memory
+        self.memory = Paged(backend, spec, blocks, sharing=sharing, room=room) if memory is None else memory
         self._cuts = {i for i, (a, b) in enumerate(pairwise((*spec.layers, None))) if not (_attends(a) and _attends(b))}
         self._places = {layer: (part, i) for part in self.memory.members for i, layer in enumerate(part.layers)}
 
@@ -63,6 +66,11 @@ class Runner:
     def table(self) -> PageTable:
         """The page table of the layers that own pages, to inspect."""
         return self.memory.paged.table
+
+    @cached_property
+    def form(self) -> dict[str, str]:
+        """What another engine must have in common with this one to read its cache."""
+        return identity.form(self)
 
     def forward(self, batch: Batch, taps: Taps = NO_TAPS) -> ForwardResult:
         """Embedding, segments of layers, and the head on the wanted rows. Writes keys and values of the rows that run.

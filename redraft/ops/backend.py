@@ -144,14 +144,18 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        seen: dict[int, int] = {}
+        return sum(x.nbytes if isinstance(x, np.ndarray) else x.numel() * x.element_size() for x in self.arrays())
+
+    def arrays(self) -> list[Tensor]:
+        """All arrays, in order, each once."""
+        seen: dict[int, Any] = {}
 
         def walk(value: Any) -> None:
             if isinstance(value, np.ndarray):
-                seen[value.ctypes.data] = value.nbytes
+                seen[value.ctypes.data] = value
             elif hasattr(value, "element_size"):  # a tensor; some have no address
                 at = 0 if value.is_mkldnn or value.is_meta else value.data_ptr()
-                seen[at or id(value)] = value.numel() * value.element_size()
+                seen[at or id(value)] = value
             elif is_dataclass(value):  # a layer, or a linear layer in the form of a backend
                 walk(tuple(vars(value).values()))
             elif isinstance(value, tuple | dict):
@@ -159,7 +163,7 @@ class Weights:
                     walk(item)
 
         walk(tuple(vars(self).values()))
-        return sum(seen.values())
+        return list(seen.values())
 
 
 def limited(x: Tensor, mlp: Mlp) -> Tensor:
@@ -244,6 +248,9 @@ def _best_of_parts(rows: NDArray[Any], k: int) -> I32:
     return found
 
 
+Room = Callable[[int], NDArray[np.uint8]]
+"""Memory of so many bytes, at a multiple of 64, which stays as long as the array. It may be read-only if nothing is written."""
+
 Products = Callable[[Tensor, Tensor], Tensor]  # Backend.products
 
 
@@ -278,8 +285,9 @@ class Backend(Protocol):
     features: frozenset[Feature]
     mixers: frozenset[type]  # the mixers that it computes, see core/spec.py
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> Any:
-        """The pool of pages: `blocks` blocks of 32 tokens, for all layers with attention and their kv heads."""
+    def allocate(self, spec: ModelSpec, blocks: int, room: Room | None = None) -> Any:
+        """The pool of pages: `blocks` blocks of 32 tokens, for all layers with attention and their kv heads. room: gives its memory.
+        Unsupported if this backend needs memory of its own."""
         ...
 
     def mode(self) -> AbstractContextManager[Any]:

@@ -39,6 +39,7 @@ from redraft.ops.backend import (
     LinearWeights,
     LowRank,
     NormWeights,
+    Room,
     Select,
     Weights,
     WeightSums,
@@ -92,10 +93,11 @@ class NumpyOps:
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> NumpyPool:
+    def allocate(self, spec: ModelSpec, blocks: int, room: Room | None = None) -> NumpyPool:
         # not zeroed, because each page is zeroed when it is allocated, and untouched memory costs nothing
         shape = blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
-        pool = NumpyPool(lines(shape, self.dtype), spec)
+        held = lines(shape, self.dtype) if room is None else room(blocks * self.block_bytes(spec)).view(self.dtype).reshape(shape)
+        pool = NumpyPool(held, spec)
         self.define(pool, Format("", plain(self.dtype, spec.head_dim)))
         return pool
 
@@ -133,11 +135,16 @@ class NumpyOps:
         return keys.reshape(got.shape)
 
     def read(self, pool: NumpyPool, space: Space, pages: I32) -> Arrays:
+        if space == Space():
+            return {"page": pool.data[pages]}  # one piece of memory each
         stored = pool.formats[space.format]
         return stored.take(stored.arrays, pool.units(space, pages))
 
     def write(self, pool: NumpyPool, space: Space, pages: I32, arrays: Arrays) -> None:
-        pool.formats[space.format].put(arrays, pool.units(space, pages))
+        if space == Space():
+            pool.data[pages] = arrays["page"]
+        else:
+            pool.formats[space.format].put(arrays, pool.units(space, pages))
 
     def encode(self, pool: NumpyPool, source: Space, target: Space, src: I32, dst: I32) -> None:
         old, new = pool.formats[source.format], pool.formats[target.format]

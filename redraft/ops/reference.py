@@ -29,6 +29,7 @@ from redraft.ops.backend import (
     LinearWeights,
     LowRank,
     NormWeights,
+    Room,
     Select,
     Weights,
     WeightSums,
@@ -106,7 +107,9 @@ class Reference:
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * 8
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> ReferencePool:
+    def allocate(self, spec: ModelSpec, blocks: int, room: Room | None = None) -> ReferencePool:
+        if room is not None:
+            raise Unsupported("backend 'reference' has its pool in memory of its own")
         data = torch.zeros(blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim, dtype=self.dtype)
         units = data.view(-1, 2, PAGE, spec.head_dim)
         exact = FormatStore(Format("", plain(self.dtype, spec.head_dim)), {"keys": units[:, 0], "values": units[:, 1]}, set())

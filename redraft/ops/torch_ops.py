@@ -37,6 +37,7 @@ from redraft.ops.backend import (
     LinearWeights,
     LowRank,
     NormWeights,
+    Room,
     Select,
     Weights,
     WeightSums,
@@ -110,7 +111,9 @@ class TorchOps:
     def block_bytes(self, spec: ModelSpec) -> int:
         return len(spec.attention) * spec.kv_heads * 2 * PAGE * spec.head_dim * self.dtype.itemsize
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> TorchPool:
+    def allocate(self, spec: ModelSpec, blocks: int, room: Room | None = None) -> TorchPool:
+        if room is not None:
+            raise Unsupported("backend 'torch' has its pool in memory of its own")
         # not zeroed, because each page is zeroed when it is allocated, and untouched memory costs nothing
         shape = blocks, len(spec.attention), spec.kv_heads, 2, PAGE, spec.head_dim
         pool = TorchPool(torch.empty(shape, dtype=self.dtype, device=self.device), spec)

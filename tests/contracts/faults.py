@@ -91,8 +91,8 @@ def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
     backend = registry.backend(BACKEND)
     allocate = backend.allocate
 
-    def filled(ops: Any, spec: ModelSpec, blocks: int) -> Any:
-        pool = allocate(ops, spec, blocks)
+    def filled(ops: Any, spec: ModelSpec, blocks: int, room: Any = None) -> Any:
+        pool = allocate(ops, spec, blocks, room)
         pool.data[:] = np.nan
         return pool
 

@@ -61,7 +61,8 @@ class Condition:
         kinds = "+".join(kind.value for kind in self.lanes)
         mix = "alone" if len(self.arrivals) == 1 else f"{len(self.arrivals)} requests"
         window = f" window {self.window}" if self.window else ""
-        return f"{self.backend} {self.drafter} {self.sampling} chunk {self.chunk} {mix} pool {self.pool} {kinds}{window}"
+        rules = f"{self.backend} {self.drafter} {self.sampling} {self.scheduler}"
+        return f"{rules} chunk {self.chunk} {mix} pool {self.pool} {kinds}{window}"
 
 
 @dataclass

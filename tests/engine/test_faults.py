@@ -312,7 +312,7 @@ def test_a_scheduler_that_raises_for_more_than_one(pool: int, drafted: bool) -> 
         def __init__(self, right: Any) -> None:
             self.right, self.max_seqs = right, right.max_seqs
 
-        def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Any) -> Any:
+        def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Any, least: int = 1) -> Any:
             if len(running) > 1:
                 raise Bang("plan")
             return self.right.plan(waiting, running, table)
@@ -334,7 +334,7 @@ def test_a_scheduler_that_raises(guilty: str | None, late: bool) -> None:
         def __init__(self, right: Any) -> None:
             self.right, self.max_seqs = right, right.max_seqs
 
-        def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Any) -> Any:
+        def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Any, least: int = 1) -> Any:
             for seq in [*waiting, *running]:
                 if guilty in (None, seq.request.id) and (seq.generated or not late):
                     raise Bang("plan")

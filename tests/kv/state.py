@@ -13,12 +13,15 @@ from torch import Tensor
 
 from redraft.core.batch import StateView
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Sequence
+from redraft.core.sequence import Sequence, Space
 from redraft.core.spec import ModelSpec
-from redraft.core.tree import TokenTree
+from redraft.core.tree import I32, TokenTree
+from redraft.kv.parcel import Read
 from redraft.kv.table import OutOfPages
+from redraft.ops.format import Arrays
 
 ZERO = 0  # the slot with the state before the first token
+FORMAT = "state"
 Key = tuple[str, tuple[int, ...]]  # salt, tokens
 
 
@@ -45,6 +48,7 @@ class State:
     def __init__(self, spec: ModelSpec, slots: int, blocks: int, page: int = 32, sharing: bool = True) -> None:
         (group,) = [group for group in spec.memories() if group.kind == "state"]
         self.layers, self.blocks, self.slots, self.page, self.sharing = group.layers, blocks, slots, page, sharing
+        self.formats = frozenset({FORMAT})
         self.pool: Tensor = torch.full((slots + 1, len(group.layers), *group.shape), torch.nan, dtype=torch.float64)
         self.pool[ZERO] = 0
         self.refs: Counter[int] = Counter()
@@ -191,12 +195,15 @@ class State:
 
     # ---- between engines
 
-    def export(self, seq: Sequence) -> Tensor:
-        return self.pool[self.held[seq.id].committed].clone()
+    def export(self, seq: Sequence) -> int:
+        return self.held[seq.id].committed
 
-    def import_(self, seq: Sequence, parcel: Tensor) -> None:
+    def read(self, space: Space, pages: I32) -> Arrays:
+        return {"state": self.pool[pages]}
+
+    def import_(self, seq: Sequence, stored: int, attached: int, read: Read) -> None:
         slot = self._take()
-        self.pool[slot] = parcel
+        self.pool[slot] = read(Space(format=FORMAT), np.array([stored], np.int32))["state"][0]
         self.held[seq.id] = Held(slot)
 
     def check(self) -> None:

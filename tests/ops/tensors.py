@@ -16,7 +16,7 @@ from redraft.core.spec import ModelSpec
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import I32
 from redraft.ops.arrays import array, numpy_dtype
-from redraft.ops.backend import ForwardResult, LayerWeights, Linear, LowRank, NormWeights, Products, Weights, WeightSums
+from redraft.ops.backend import ForwardResult, LayerWeights, Linear, LowRank, NormWeights, Products, Room, Weights, WeightSums
 from redraft.ops.format import Array, Format
 from redraft.ops.native import NativeOps
 from redraft.ops.numpy_ops import NumpyOps
@@ -157,8 +157,8 @@ class Faced(Tensors):
 
     kind = NumpyOps
 
-    def allocate(self, spec: ModelSpec, blocks: int) -> NumpyPool:
-        pool: NumpyPool = self.inner.allocate(spec, blocks)
+    def allocate(self, spec: ModelSpec, blocks: int, room: Room | None = None) -> NumpyPool:
+        pool: NumpyPool = self.inner.allocate(spec, blocks, room)
         pool.data = tensor(pool.data)
         return pool
 

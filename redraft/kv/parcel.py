@@ -1,0 +1,64 @@
+"""Where an engine keeps the committed state of a text, so that another engine can take it over. Numbers only; a source has the contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from redraft.core.sequence import Lanes, Space
+from redraft.core.tree import I32
+
+Read = Callable[[Space, I32], Mapping[str, Any]]
+"""Copies of the arrays of these pages in another engine's memory, name -> [pages, *shape]. OSError if they cannot be read."""
+
+
+class Lost(OSError):
+    """Pages that arrived are not those that were exported."""
+
+
+class StoredLane(NamedTuple):
+    """length: committed slots; encoded: pages in the format of encoded pages; summarized: full pages that were summarised; positions:
+    of the slots, None while slot i holds position i."""
+
+    length: int
+    encoded: int
+    summarized: int
+    positions: I32 | None
+
+
+class StoredText(NamedTuple):
+    """The committed state of an open sequence, valid until it changes. tokens: how many are stored; space, encoded: of its pages and its
+    encoded pages; pages, codes: their ids, lane after lane; page_sums, code_sums: CRC-32 of the contents of each, empty if unknown."""
+
+    tokens: int
+    space: Space
+    encoded: str
+    shareable_tokens: int
+    lanes: list[StoredLane]
+    pages: list[int]
+    codes: list[int]
+    page_sums: list[int]
+    code_sums: list[int]
+
+    def numbers(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        lanes = [lane._replace(positions=None if lane.positions is None else lane.positions.tolist()) for lane in self.lanes]
+        return {**self._asdict(), "lanes": [list(lane) for lane in lanes], "space": list(self.space)}
+
+    @classmethod
+    def of(cls, numbers: dict[str, Any]) -> StoredText:
+        """What numbers() returned."""
+        lanes, kind = numbers["lanes"], numbers["space"]
+        found = [StoredLane(n, encoded, done, None if at is None else np.array(at, np.int32)) for n, encoded, done, at in lanes]
+        return cls(**{**numbers, "lanes": found, "space": Space(Lanes(kind[0]), kind[1])})
+
+
+class Incoming(NamedTuple):
+    """Pages to copy from another memory: src of `space` there to dst here. sums: of their contents, empty if unknown."""
+
+    space: Space
+    src: I32
+    dst: I32
+    sums: list[int]
