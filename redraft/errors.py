@@ -6,6 +6,7 @@ RedraftError
 │   └── PromptTooLong       the prompt does not fit the context
 ├── CheckpointError         a model folder that cannot be loaded: what and where
 ├── OutOfMemory             weights or cache pool do not fit; with the figures
+├── Unavailable             what computes requests has stopped, or is not ready yet
 └── Unsupported             a backend, method or format that lacks what was requested, by name
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "OutOfMemory",
     "PromptTooLong",
     "RedraftError",
+    "Unavailable",
     "UnknownMethod",
     "Unsupported",
     "bounded",
@@ -59,6 +61,10 @@ class CheckpointError(RedraftError):
 
 class OutOfMemory(RedraftError):
     """Weights and cache pool exceed what the machine or container allows."""
+
+
+class Unavailable(RedraftError):
+    """What computes requests has stopped, or is not ready yet."""
 
 
 class Unsupported(RedraftError):

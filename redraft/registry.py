@@ -64,9 +64,17 @@ METHODS: dict[str, dict[str, str]] = {
         "int8": "redraft.weights.int8:LLMInt8",
         "stored": "redraft.weights.stored:AsStored",
     },
+    "route": {
+        "least-load": "redraft.sched.routers.least_load:LeastLoad",
+        "prefix-affinity": "redraft.sched.routers.prefix_affinity:PrefixAffinity",
+        "round-robin": "redraft.sched.routers.round_robin:RoundRobin",
+        "splitwise": "redraft.sched.routers.splitwise:Splitwise",
+    },
     "sched": {
         "fcfs": "redraft.sched.fcfs:FCFS",
+        "piggyback": "redraft.sched.piggyback:Piggyback",
         "sarathi": "redraft.sched.sarathi:Sarathi",
+        "spf": "redraft.sched.spf:ShortestPromptFirst",
     },
 }
 
@@ -233,10 +241,14 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
 
 
 def create(seam: str, text: str, **defaults: Any) -> Any:
-    """An instance from "name:option=value,...". `defaults` set options of the class that the text does not set.
+    """An instance of a method from "name:option=value,...". `defaults` set options of the class that the text does not set.
     Raises UnknownMethod for an unknown name or option, InvalidInput for a bad value."""
+    return build(method(seam, parse(text)[0]), text, **defaults)
+
+
+def build(cls: type, text: str, **defaults: Any) -> Any:
+    """An instance of this class, whatever the name in the text is; else as `create`."""
     name, given = parse(text)
-    cls = method(seam, name)
     known = options(cls)
     hints = _hints(cls)
     values: dict[str, Any] = {k: v for k, v in defaults.items() if k in known}

@@ -24,6 +24,7 @@ SEAMS = {
     "reuse": "Reuse: which spans come from elsewhere?",
     "depth": "Depth: which layers run?",
     "quant": "Weights: how are they stored?",
+    "route": "Routers: which worker runs a request?",
     "sched": "Schedulers: which requests run, with how many rows?",
 }
 

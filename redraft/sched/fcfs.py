@@ -8,8 +8,10 @@ Differs: the row budget bounds the length of a step. The cache is paged instead 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 from redraft.card import Card, Guarantee
@@ -27,5 +29,5 @@ class FCFS(Scheduler):
         summary="Whole prompts in order of arrival; for batch jobs",
     )
 
-    def order(self, running: Seq[Sequence]) -> list[Sequence]:
-        return list(running)
+    def order(self, running: Seq[Sequence], waiting: Seq[Sequence] = ()) -> Iterable[Sequence]:
+        return chain(running, waiting)

@@ -12,8 +12,10 @@ Differs: drafted nodes count as rows of the budget. A prompt is also cut at sync
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 from redraft.card import Card, Guarantee
@@ -31,6 +33,6 @@ class Sarathi(Scheduler):
         summary="Prompts in chunks beside decoding; the default",
     )
 
-    def order(self, running: Seq[Sequence]) -> list[Sequence]:
-        # 1. and 2. The sort is stable, so both groups stay in arrival order.
-        return sorted(running, key=lambda seq: seq.pending > 1)
+    def order(self, running: Seq[Sequence], waiting: Seq[Sequence] = ()) -> Iterable[Sequence]:
+        # 1. to 3. The sort is stable, so both groups stay in arrival order.
+        return chain(sorted(running, key=lambda seq: seq.pending > 1), waiting)

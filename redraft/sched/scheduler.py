@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -13,6 +14,7 @@ from redraft.card import Card
 from redraft.core.plan import Budget, StepPlan, Work
 from redraft.core.sequence import Lanes, Sequence
 from redraft.errors import InvalidInput
+from redraft.options import Options
 
 
 class Pages(Protocol):
@@ -28,8 +30,8 @@ class Pages(Protocol):
 
 
 @dataclass(frozen=True)
-class Scheduler:
-    """Base class of schedulers: budgets, preemption of the last arrivals, admission in arrival order.
+class Scheduler(Options):
+    """Base class of schedulers: budgets, preemption of the last arrivals, admission.
 
     token_budget: the most rows a step; max_seqs: the most running sequences; draft_rows: the most drafted nodes a sequence;
     draft_total: the most drafted nodes a step, shared evenly; watermark: the fraction of the pool that admission leaves free.
@@ -44,76 +46,98 @@ class Scheduler:
     card: ClassVar[Card]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.token_budget < self.max_seqs:
             raise InvalidInput(f"token_budget = {self.token_budget} is less than max_seqs = {self.max_seqs}: some texts would stall")
 
-    def order(self, running: Seq[Sequence]) -> list[Sequence]:
-        """The order in which running sequences get rows. A subclass defines it."""
+    def order(self, running: Seq[Sequence], waiting: Seq[Sequence] = ()) -> Iterable[Sequence]:
+        """All sequences in the order in which they get rows and, if they wait, are admitted. Both are given by priority, then arrival.
+        Sequences that draw tokens come before waiting ones. A subclass defines it."""
         raise NotImplementedError
 
-    def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Pages) -> StepPlan:
+    def chunk(self, left: int, prompts: int) -> int:
+        """The most rows of a prompt in this step. left: rows that are not given yet; prompts: how many prompts have got some."""
+        return left
+
+    def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Pages, least: int = 1) -> StepPlan:
+        """least: running texts that are not preempted; 0 if texts that do not run hold memory, because then one alone may lack some."""
         # 1. Every running text needs blocks for its pending rows. The last arrivals are preempted until these fit. Prompts in
         #    progress keep the blocks that admission set aside for them.
         run, preempt, free = list(running), [], table.available()
         needs = {seq.id: table.need(seq, seq.pending) for seq in run}
-        while len(run) > 1 and sum(needs[seq.id] for seq in run) > free:
+        while len(run) > least and sum(needs[seq.id] for seq in run) > free:
             victim = run.pop()
             preempt.append(victim)
             free += table.gain(victim)
         spare = free - sum(needs[seq.id] for seq in run)
 
         # 2. Sequences get rows in order. Drafts are shared evenly among decoding texts, and dropped first if blocks or rows are short.
-        ordered = self.order(run)
         drawing = sum(seq.pending == 1 for seq in run)
         room = max(0, self.token_budget - drawing)  # rows left after one for each decoding text
         if waiting or drawing < len(run):
             room //= 2  # drafts never take all rows from prompts
         depths = {seq.id: _depth(seq) for seq in run}
         drafts, drafting = min(self.draft_total, room), sum(depth > 0 for depth in depths.values())
-        left = self.token_budget - drafts
+        left, prompts = self.token_budget - drafts, 0
         work: list[Work] = []
         budgets: list[Budget] = []
-        for seq in ordered:
-            rows = min(seq.pending, seq.sync_point - seq.stored, left)
-            if rows <= 0:
-                continue
-            left -= rows
-            draft, depth = 0, depths[seq.id]
-            if depth:
-                draft = min(self.draft_rows, seq.drafts, drafts // drafting)
-                while draft and table.need(seq, rows + draft) - needs[seq.id] > spare:
-                    draft //= 2
-                spare -= table.need(seq, rows + draft) - needs[seq.id] if draft else 0
-                drafts, drafting = drafts - draft, drafting - 1
-            work.append(Work(seq, rows))
-            budgets.append(Budget(draft, depth if draft else 0))
-        left += drafts  # unused draft rows go to new requests
-
-        # 3. New requests in arrival order, while the whole prompt and one token fit. A request that does not fit blocks the queue.
         admit: list[tuple[Sequence, int]] = []
-        if not preempt:
-            for seq in waiting:
-                if len(run) + len(admit) == self.max_seqs or left <= 0:
-                    break
-                salt = seq.request.salt
-                skippable = min(seq.shareable_tokens, seq.request.wants.skippable)
-                shares = seq.cache.lanes is Lanes.SHARED and skippable  # only shared lanes attach pages
-                tokens = seq.tokens[: skippable + 1]  # at most all but the last of them match
-                matched = table.match(tokens, salt) if shares else 0
-                cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
-                if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # the match would cost more copies than it saves
-                    matched, cost = 0, alone
+        others, full = len(run), bool(preempt)  # running sequences without rows yet; whether nobody else is admitted
+        for seq in self.order(run, waiting):
+            if seq.id in needs:
+                others -= 1
+                pending = seq.pending
+                rows = min(pending, seq.sync_point - seq.stored, left if pending == 1 else self.chunk(left, prompts))
+                if rows <= 0:
+                    continue
+                left -= rows
+                prompts += pending > 1
+                draft, depth = 0, depths[seq.id]
+                if depth:
+                    draft = min(self.draft_rows, seq.drafts, drafts // drafting)
+                    while draft and table.need(seq, rows + draft) - needs[seq.id] > spare:
+                        draft //= 2
+                    spare -= table.need(seq, rows + draft) - needs[seq.id] if draft else 0
+                    drafts, drafting = drafts - draft, drafting - 1
+                work.append(Work(seq, rows))
+                budgets.append(Budget(draft, depth if draft else 0))
+                continue
+
+            # 3. New requests while the whole prompt and one token fit. A request that does not fit blocks those after it.
+            left, drafts = left + drafts, 0  # unused draft rows go to new requests
+            most = self.chunk(left, prompts)
+            full = full or most <= 0 or len(run) + len(admit) == self.max_seqs
+            if not full:
+                matched, cost = _match(seq, table)
                 reserve = int(self.watermark * table.blocks) if run or admit else 0
-                if cost > spare - reserve:
-                    break
-                spare -= cost
-                admit.append((seq, matched))
-                rows = min(len(seq.tokens) - matched, seq.sync_point - matched, left)
-                if rows > 0:
-                    left -= rows
-                    work.append(Work(seq, rows))
-                    budgets.append(Budget(0, 0))
+                full = cost > spare - reserve
+            if full:
+                if others:
+                    continue
+                break
+            spare -= cost
+            admit.append((seq, matched))
+            stored = max(matched, seq.arrives)
+            rows = min(len(seq.tokens) - stored, seq.sync_point - stored, most)
+            if rows > 0:
+                left -= rows
+                prompts += 1
+                work.append(Work(seq, rows))
+                budgets.append(Budget(0, 0))
         return StepPlan(work, budgets, admit, preempt)
+
+
+def _match(seq: Sequence, table: Pages) -> tuple[int, int]:
+    """The tokens of a waiting sequence to attach from the prefix cache, and the blocks that its admission takes."""
+    salt = seq.request.salt
+    skippable = min(seq.shareable_tokens, seq.request.wants.skippable)
+    shares = seq.cache.lanes is Lanes.SHARED and skippable  # only shared lanes attach pages
+    tokens = seq.tokens[: skippable + 1]  # at most all but the last of them match
+    matched = table.match(tokens, salt) if shares else 0
+    cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
+    if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # the match would cost more copies than it saves
+        matched, cost = 0, alone
+    return matched, cost
 
 
 def _depth(seq: Sequence) -> int:

@@ -39,6 +39,7 @@ class World:
     finished: list[Sequence] = field(default_factory=list)
     preempted: int = 0
     made: int = 0
+    now: float = 0.0  # a step takes a second
 
     def add(self, prompt: int, new: int, lanes: Lanes = Lanes.SHARED, salt: str = "") -> Sequence:
         self.made += 1
@@ -46,6 +47,7 @@ class World:
         request = Request(str(self.made), tokens, SamplingParams(max_tokens=new), salt)
         seq = Sequence(self.made, request, 0, list(tokens), prompt, 0, prompt + new - 1, cache=CachePlan(lanes=lanes))
         request.sequences.append(seq)
+        request.arrived = self.now
         self.waiting.append(seq)
         return seq
 
@@ -53,7 +55,10 @@ class World:
         return self.scheduler.plan(self.waiting, self.running, self.table)
 
     def step(self) -> StepPlan:
-        plan = self.plan()
+        plan, ordered = self.plan(), list(self.scheduler.order(self.running, self.waiting))
+        assert [seq for seq, _ in plan.admit] == [seq for seq in ordered if seq in self.waiting][: len(plan.admit)], (
+            "admission out of order"
+        )
         for seq in plan.preempt:
             self.running.remove(seq)
             self.table.free(seq)
@@ -61,7 +66,7 @@ class World:
             self.waiting.appendleft(seq)
             self.preempted += 1
         for seq, matched in plan.admit:
-            assert seq is self.waiting.popleft(), "admission out of order"
+            self.waiting.remove(seq)
             self.table.open(seq)
             self.table.attach(seq, matched)
             self.running.append(seq)
@@ -79,6 +84,7 @@ class World:
                 self.table.free(seq)
                 self.finished.append(seq)
         self.table.check()
+        self.now += 1
         return plan
 
     @staticmethod
@@ -110,6 +116,20 @@ def check_plan(plan: StepPlan, at: World, running: list[Sequence]) -> None:
         assert 0 <= budget.rows <= rules.draft_rows
         if budget.rows:
             assert w.done and 0 < budget.depth <= w.seq.sync_point - len(w.seq.tokens)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_sequence_is_ordered_once_and_those_that_draw_come_before_those_that_wait(name: str) -> None:
+    at = world(name, blocks=12, token_budget=40, max_seqs=6)
+    for i in range(9):
+        at.add(20 + 13 * i % 70, 30)
+    for _ in range(40):
+        ordered = list(at.scheduler.order(at.running, at.waiting))
+        assert sorted(seq.id for seq in ordered) == sorted(seq.id for seq in (*at.running, *at.waiting))
+        waits = [seq in at.waiting for seq in ordered]
+        behind = ordered[waits.index(True) :] if True in waits else []
+        assert not any(seq.pending == 1 for seq in behind if seq in at.running)
+        at.step()
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -160,8 +180,9 @@ def test_everyone_finishes_within_all_budgets(
     assert len(at.finished) == len(requests) and at.table.used() == 0
 
 
-def test_sarathi_never_stalls_a_text_in_progress() -> None:
-    at = world(token_budget=16, max_seqs=8, draft_rows=4, draft_total=8)
+@pytest.mark.parametrize("name", ["sarathi", "spf", "piggyback"])
+def test_a_text_in_progress_never_stalls(name: str) -> None:
+    at = world(name, token_budget=16, max_seqs=8, draft_rows=4, draft_total=8)
     for _ in range(3):
         at.add(3, 40)
     at.step()
@@ -182,6 +203,15 @@ def test_prompts_move_although_others_draft() -> None:
     for _ in range(12):
         at.step()
     assert late.generated, "drafts took the rows of a prompt"
+
+
+def test_unused_draft_rows_go_to_new_requests() -> None:
+    at = world(token_budget=16, max_seqs=8, draft_rows=2, draft_total=8)
+    at.add(10, 60)
+    at.step()
+    at.add(60, 5)
+    plan = at.plan()
+    assert [(work.rows, budget.rows) for work, budget in zip(plan.work, plan.budgets, strict=True)] == [(1, 2), (13, 0)]
 
 
 def test_fcfs_serves_in_arrival_order() -> None:
@@ -261,6 +291,16 @@ def test_a_matched_prefix_is_not_paid_twice() -> None:
     again.tokens[:] = again.request.prompt[:] = tokens
     plan = at.plan()
     assert plan.admit == [(again, 96)] and plan.work[0].rows == 4
+
+
+def test_what_arrives_from_another_engine_needs_memory_but_no_rows() -> None:
+    world = World(scheduler(token_budget=8, max_seqs=8), PageTable(4, 1, 1))
+    seq = world.add(70, 10)
+    assert world.plan().work[0].rows == 8
+    seq.arrives = 69
+    assert world.plan().work == [Work(seq, 1)]
+    world.table = PageTable(2, 1, 1)
+    assert not world.plan().admit
 
 
 def test_a_budget_that_would_stall_texts_is_refused() -> None:
