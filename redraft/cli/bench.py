@@ -212,6 +212,42 @@ def ops(
         progress.print(f"written to {json}")
 
 
+@bench.command("profile")
+@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing"))
+def profile(
+    model: Model = "embedded",
+    output: Annotated[Path, typer.Option(help="The file to write, for `redraft sim --cost`.")] = Path("measured.json"),
+    rounds: Annotated[int | None, typer.Option(help="Turns of each step; else 5, with --quick 3.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps with fewer cached tokens.")] = False,
+    seed: Annotated[int, typer.Option(help="Tokens and sizes are drawn from it.")] = 0,
+    *,
+    engine: Given,
+) -> None:
+    """Measure what a step takes on this machine, for the simulator: prompts in chunks, decoding texts, and both in one step.
+
+    A step takes a time for its rows, its texts, the pairs of a row and a token that it sees, and the tokens that are read. A fit
+    gives these times. The last line says how well it predicts steps that it does not know. The progress bar goes to stderr.
+    """
+    from rich.console import Console
+
+    from redraft.bench import files, report
+    from redraft.bench import profile as measurement
+    from redraft.llm import LLM
+
+    options = measurement.ProfileOptions.of(quick, rounds, seed)
+    files.check_writable(output, "output")
+    llm = LLM(config=engine_config(model, {**engine, "draft": "none"}))
+    planned = measurement.plan(llm, options)
+    progress = Console(stderr=True)
+    if warning := report.busy():
+        progress.print(warning)
+    with report.bar(progress, options.rounds * len(planned)) as tick:
+        cost = measurement.measure(llm, planned, options.rounds, tick).fit(measurement.about(llm))
+    measurement.show(_console(), cost)
+    files.write(output, cost.document())
+    progress.print(f"written to {output}")
+
+
 @bench.command("quant")
 def quant(
     model: Model = "embedded",

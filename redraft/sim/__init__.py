@@ -1,0 +1,1 @@
+"""The simulator: real engines, schedulers, page tables and routers over a measured cost of a step. No tensors, no model."""
