@@ -7,13 +7,12 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 from weakref import WeakSet
 
 from redraft import inputs, registry
-from redraft.card import Guarantee
 from redraft.config import ADAPTER_NAME, EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.sequence import Pooling, Request, Wants
 from redraft.core.tree import F64
@@ -21,22 +20,20 @@ from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
 from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
-from redraft.guarantee import weakest
+from redraft.front import Front
 from redraft.inputs import Conversation, Params, Patch, Prompt, Tools
-from redraft.models import adapter, fill, generation, packs
+from redraft.models import adapter, packs
 from redraft.models.runner import Runner
-from redraft.models.tokenizer import Tokenizer
-from redraft.ops.backend import Feature
+from redraft.ops.backend import Room
 from redraft.outputs import CacheMiss, CompletionOutput, Delta, RequestOutput
 from redraft.sample.sampler import Sampler
-from redraft.setup import Setup, scheduler_of
+from redraft.setup import scheduler_of
 from redraft.turns import Turns
 
 SPARE = 0.5  # seconds that measurements may take after a reply
-POLICIES = ("keep", "codec", "read", "depth")  # SamplingParams fields that name a method and have no default in the engine
 
 
-class LLM:
+class LLM(Front):
     """A loaded model with an engine.
 
     >>> from redraft import LLM, SamplingParams
@@ -45,6 +42,7 @@ class LLM:
 
     Options are the flat fields of EngineConfig (model, dtype, draft, verify, scheduler, token_budget, max_seqs,
     draft_rows, cache_memory ...). Raises CheckpointError, OutOfMemory, InvalidInput or Unsupported, one line each.
+    room: gives the cache its memory, so that other processes can read it.
 
     Prompts: a string, a list of token ids, or a mapping with `prompt`, `prompt_token_ids` or `messages`; or a list of
     these. A mapping may add `context`: n. Cache policies then treat the prompt's tokens after the first n as generated.
@@ -62,22 +60,9 @@ class LLM:
     thread only, between two steps.
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
-        if config is not None and (options or model is not None):
-            raise InvalidInput("LLM takes either a config or options, not both")
-        if config is None:
-            config = EngineConfig.of(**({} if model is None else {"model": model}), **options)
-        if not isinstance(config, EngineConfig):
-            raise InvalidInput(f"config is a {type(config).__name__}: EngineConfig is needed")
-        setup = Setup.of(config)
-        self.config = config = setup.config
-        checkpoint = setup.checkpoint
-        self.max_model_len = setup.max_model_len
-        self.tokenizer = Tokenizer(checkpoint.path)
-        self.defaults = checkpoint.defaults if config.model.generation_config == "auto" else {}
-        self.eos = frozenset(checkpoint.eos_ids)
-        self.name = config.model.model
-        self.weight_bytes = checkpoint.weight_bytes
+    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, room: Room | None = None, **options: Any) -> None:
+        super().__init__(model, config=config, **options)
+        setup, checkpoint, config = self.setup, self.setup.checkpoint, self.config
         weights = packs.read(checkpoint, setup.backend, config.model.weight_cache)
         self.runner = Runner(
             checkpoint.spec,
@@ -89,8 +74,8 @@ class LLM:
             draft_model=config.draft_model,
             quant=checkpoint.quant,
             weight_cache=config.model.weight_cache,
+            room=room,
         )
-        self._named = checkpoint.named
         self._turns = Turns()
         for name, folder in config.model.adapters.items():
             self.load_lora(name, folder)
@@ -118,9 +103,12 @@ class LLM:
         return made
 
     @property
-    def loras(self) -> list[str]:
-        """The names of the adapters that requests may choose."""
-        return sorted(self.runner.adapters)
+    def adapters(self) -> dict[str, Any]:
+        return self.runner.adapters
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.engine.sampler
 
     def load_lora(self, name: str, folder: str | Path) -> None:
         """Reads a LoRA adapter, a folder that PEFT wrote; requests choose it with lora=name. Requests of other threads continue meanwhile.
@@ -132,7 +120,7 @@ class LLM:
             raise InvalidInput(f"folder is a {type(folder).__name__}: a path is needed")
         if name not in self.runner.adapters:
             backend = self.runner.backend
-            found = adapter.read(name, folder, self.runner.spec, self._named, backend)
+            found = adapter.read(name, folder, self.runner.spec, self.setup.checkpoint.named, backend)
             if self.runner.adapters.setdefault(name, found) is found:
                 return
         raise InvalidInput(f"lora = {shown(name)}: an adapter of this name is loaded; unload it first")
@@ -142,52 +130,13 @@ class LLM:
         if not isinstance(name, str) or self.runner.adapters.pop(name, None) is None:
             raise InvalidInput(adapter.unknown(name, self.runner.adapters))
 
-    @cached_property
-    def fill(self) -> fill.Fill:
-        """How prompts with a suffix are written. Unsupported if the vocabulary has no tokens for it."""
-        return fill.find(self.tokenizer)
-
-    @property
-    def guarantee(self) -> Guarantee:
-        """The guarantee for requests that choose no methods of their own, compared with the plain loop over the same weights, also
-        if these are quantized; see `guarantee_of`."""
-        config = self.config
-        return weakest(draft=config.draft, verify=config.verify, sched=config.schedule.scheduler)
-
-    def guarantee_of(self, params: SamplingParams, reuse: str | None = None, *, weights: bool = True) -> Guarantee:
-        """The guarantee for one request, compared with the plain loop over the checkpoint's weights, or, with weights=False, over the
-        same quantized ones. reuse: as given to `edit`."""
-        params, config = self.params(params), self.config
-        return weakest(
-            draft=config.draft if params.draft is None else params.draft,
-            verify=config.verify if params.verify is None else params.verify,
-            sched=config.schedule.scheduler,
-            quant=config.model.quant if weights else None,
-            reuse=reuse,
-            **{seam: getattr(params, seam) for seam in POLICIES},
-        )
-
-    def promise(self, params: SamplingParams) -> str:
-        """What the last line of a command says of `guarantee_of`: of the methods, and apart from these of the weights, if they are
-        quantized. On a backend whose rows do not have the bits that they have alone, two tokens that are nearly as likely may change
-        places, if its numbers have fewer than 64 bits."""
-        backend, quant, methods = self.runner.backend, self.config.model.quant, self.guarantee_of(params, weights=False)
-        exact = Feature.BIT_EXACT in backend.features or backend.dtype.itemsize > 4 or methods >= Guarantee.NEAR
-        stored = f", weights {quant} ({weakest(quant=quant).label})" if quant else ""
-        return f"{methods.label}{'' if exact else ' but for near-ties'}{stored}"
-
     def _engine(self, scheduler: Any, drafter: Any) -> Engine:
-        verifier = registry.create("verify", self.config.verify)
-        tokenizer, spec = self.tokenizer, self.runner.spec
-        sampler = Sampler(
-            spec.vocab, self.eos, tokenizer.spellings, verifier.drafts, self.runner.backend.draw, tokenizer.bytes_of, verifier.exact,
-            partial(tokenizer.encode, special=False), tokenizer.left_out,
-        )  # fmt: skip
+        sampler, tokenizer = self._new_sampler(), self.tokenizer
         return Engine(
             self.runner,
             scheduler,
             drafter.open(self.runner, sampler),
-            verifier,
+            registry.create("verify", self.config.verify),
             sampler,
             max_model_len=self.max_model_len,
             eos=self.eos,
@@ -197,13 +146,6 @@ class LLM:
         )
 
     # ---- use
-
-    def params(self, params: SamplingParams | None = None) -> SamplingParams:
-        """The given fields, then those of the checkpoint's generation_config.json."""
-        if not isinstance(params, SamplingParams | None):
-            raise InvalidInput(f"params is a {type(params).__name__}: SamplingParams is needed")
-        given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
-        return SamplingParams(**generation.over(self.defaults, given))
 
     def generate(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
         """One RequestOutput for each prompt. fields: of SamplingParams.

@@ -46,11 +46,10 @@ async def unload_lora_adapter(http: Request, body: schema.AdapterRequest) -> dic
     """Unloads an adapter. New requests for it are refused at once; the answer comes when those under way have ended."""
     here = _admitted(http)
     deadline = here.deadline
-    found = here.llm.runner.adapters.get(body.lora_name)
+    found = here.llm.adapters.get(body.lora_name)
     if found is None:
         raise Refused(404, f"no adapter {body.lora_name!r} is loaded", "lora_name", "model_not_found")
-    here.llm.unload_lora(body.lora_name)
-    await unless_gone(http.receive, _ended(here, found, deadline))
+    await unless_gone(http.receive, _unload(here, body.lora_name, found, deadline))
     return {"id": body.lora_name, "object": "model", "deleted": True}
 
 
@@ -64,7 +63,7 @@ async def _load(here: Service, name: str, deadline: float) -> None:
     """In a thread, so that other requests continue. After the deadline the adapter may still come to be loaded."""
     try:
         async with asyncio.timeout(max(0.0, deadline - monotonic()) if deadline < float("inf") else None):
-            await asyncio.to_thread(here.llm.load_lora, name, _folder(here, name))
+            await here.host.load_lora(name, _folder(here, name))
     except TimeoutError:
         raise Refused(504, LATE) from None
     except RedraftError as error:
@@ -84,8 +83,11 @@ def _folder(here: Service, name: str) -> Path:
     return folder
 
 
-async def _ended(here: Service, found: adapter.Adapter, deadline: float) -> None:
-    while here.uses[found]:
-        if monotonic() >= deadline:
-            raise Refused(504, f"{LATE}: requests still use the adapter; new ones are refused")
-        await asyncio.sleep(TICK)
+async def _unload(here: Service, name: str, found: adapter.Adapter, deadline: float) -> None:
+    try:
+        async with asyncio.timeout(max(0.0, deadline - monotonic()) if deadline < float("inf") else None):
+            await here.host.unload_lora(name)
+            while here.uses[found]:
+                await asyncio.sleep(TICK)
+    except TimeoutError:
+        raise Refused(504, f"{LATE}: requests still use the adapter; new ones are refused") from None

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from redraft import __version__
+from redraft.front import Front
 from redraft.llm import LLM
 from redraft.serve import adapters, documents, llama_cpp, messages, ollama, openai, operations, page, responses, score
 from redraft.serve.config import ServeConfig
@@ -21,11 +22,16 @@ from redraft.serve.invalid import wrong
 from redraft.serve.limits import Limits, answer
 from redraft.serve.service import Service
 from redraft.serve.stored import Stored
+from redraft.workers.host import Host
+from redraft.workers.local import Local
 
 
-def app(llm: LLM, config: ServeConfig) -> FastAPI:
-    """The ASGI application over a loaded model."""
-    here = Service(llm, config)
+def app(llm: Front, config: ServeConfig, host: Host | None = None) -> FastAPI:
+    """The ASGI application over a loaded model, or over a host that computes the requests of `llm`."""
+    if host is None:
+        assert isinstance(llm, LLM), "a model without weights needs a host"
+        host = Local(llm)
+    here = Service(llm, host, config)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

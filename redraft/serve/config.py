@@ -53,6 +53,13 @@ class ServeConfig(Settings):
     codec: str | None = Field(None, description="name:option=value of a method that quantizes the cache, likewise")
     read: str | None = Field(None, description="name:option=value of a sparse attention method, likewise")
     depth: str | None = Field(None, description="name:option=value of a method that skips layers after the prompt, likewise")
+    replicas: int = Field(1, ge=1, le=1024, description="workers, processes that each load the model and share the requests")
+    instances: str | None = Field(
+        None, description="workers that each do a part of a request, such as prefill=1,decode=2: prompts here, the rest there"
+    )
+    ray: bool = Field(False, description="workers as actors of a Ray cluster, which is started if RAY_ADDRESS names none")
+    ray_address: str | None = Field(None, description="HOST:PORT of the Ray cluster for the workers, with a node on this machine")
+    router: str = Field("prefix-affinity", description="name:option=value of the method that chooses the worker of a request")
     max_queue: int = Field(256, ge=1, le=1_000_000, description="requests that may wait; further ones are refused (429)")
     request_timeout: float = Field(600.0, ge=0, le=WEEK, description="seconds from a request's arrival to its end; 0: no limit")
     idle_timeout: float = Field(60.0, gt=0, le=WEEK, description="seconds for which a client may neither read nor send")
@@ -117,6 +124,19 @@ class ServeConfig(Settings):
         registry.create(str(info.field_name), value)
         return value
 
+    @field_validator("instances")
+    @classmethod
+    def _instances(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"prefill=[1-9]\d{0,2},decode=[1-9]\d{0,2}", value, re.ASCII):
+            raise ValueError("prefill=N,decode=M is allowed, with numbers from 1 to 999")
+        return value
+
+    @field_validator("router")
+    @classmethod
+    def _router(cls, value: str) -> str:
+        registry.create("route", value)
+        return value
+
     @field_validator("tool_call_parser", "reasoning_parser")
     @classmethod
     def _parser(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -170,9 +190,26 @@ class ServeConfig(Settings):
     def _pair(self) -> Self:
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile must be given together or not at all")
+        if self.instances is not None and self.replicas > 1:
+            raise ValueError("replicas and instances exclude each other: instances gives the number of both kinds")
+        if self.instances is None and registry.create("route", self.router).open().any_stage:
+            raise ValueError(f"router = {self.router!r} splits requests: it needs instances, such as prefill=1,decode=1")
         if self.admin_key is not None and self.admin_key in self.api_key:
             raise ValueError("admin_key is an api_key too: clients could load adapters")
         return self
+
+    @property
+    def stages(self) -> dict[str, tuple[int, ...]]:
+        """The workers by name, each with the stages of a request that it runs: 0, or prompts 0 and the rest 1."""
+        if self.instances is None:
+            return {str(i): (0,) for i in range(self.replicas)}
+        counts = [int(part.partition("=")[2]) for part in self.instances.split(",")]
+        kinds = zip(("prefill", "decode"), counts, strict=True)
+        return {f"{kind}-{i}": (stage,) for stage, (kind, count) in enumerate(kinds) for i in range(count)}
+
+    @property
+    def on_ray(self) -> bool:
+        return self.ray or self.ray_address is not None
 
     @property
     def loads(self) -> bool:

@@ -345,6 +345,14 @@ class CacheInfo(Form):
     prefix_sharing: bool
 
 
+class WorkerInfo(Form):
+    name: str
+    ready: bool
+    starts: int
+    running: int
+    waiting: int
+
+
 class ServerInfo(Form):
     version: str
     models: list[str]
@@ -361,6 +369,7 @@ class ServerInfo(Form):
     guarantee: str
     scheduler: dict[str, Any]
     cache: CacheInfo
+    workers: list[WorkerInfo]
     policies: dict[str, str | None]
     parsers: dict[str, str | None] = Field(description="formats of tool_calls and of reasoning")
     methods: dict[str, list[str]]

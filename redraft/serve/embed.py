@@ -16,7 +16,7 @@ async def vectors(http: Request, body: schema.EmbeddingRequest) -> tuple[list[ND
     """f32[hidden] for each text, and the number of tokens of all."""
     here = service(http)
     deadline, lora = here.deadline, here.chosen(http, body.model)
-    size = here.llm.runner.spec.hidden
+    size = here.llm.spec.hidden
     if body.dimensions not in (None, size):
         raise Refused(400, f"dimensions = {body.dimensions}: this model has {size}, and fewer are not supported", "dimensions")
     prompts = await here.prompts.read(body.input, deadline, field="input")

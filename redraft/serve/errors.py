@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from redraft.errors import CheckpointError, OutOfMemory, PromptTooLong, RedraftError
+from redraft.errors import CheckpointError, OutOfMemory, PromptTooLong, RedraftError, Unavailable
 from redraft.sample.sampler import NotNumbers
 
 FORMS: dict[str, Callable[[Refused], dict[str, Any]]] = {}  # begin of a path -> the form of its errors, if it is not OpenAI's
@@ -101,6 +101,8 @@ def refused(error: Exception, *known: str) -> Refused:
             return error
         case OutOfMemory():
             return Refused(503, "out of memory for this request", headers={"Retry-After": "1"})
+        case Unavailable():
+            return Refused(503, str(error), headers={"Retry-After": "5"})
         case NotNumbers():
             return Refused(500, str(error), code="not_a_number")
         case CheckpointError():

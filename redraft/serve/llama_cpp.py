@@ -64,7 +64,7 @@ async def props(http: Request) -> dict[str, Any]:
     named = tokenizer.vocabulary.named
     return {
         "default_generation_settings": {"n_ctx": llm.max_model_len, "params": settings(llm.params(), llm.max_model_len)},
-        "total_slots": llm.engine.scheduler.max_seqs,
+        "total_slots": llm.scheduler.max_seqs,
         "model_alias": here.names[0],
         "model_path": here.names[0],
         "chat_template": tokenizer.template(here.config.chat_template) if here.config.chat_template or tokenizer.has_template else "",
@@ -117,8 +117,8 @@ async def _bias(here: Service, body: Options) -> dict[int, float] | None:
         if isinstance(spelled, str) and not (isinstance(body.logit_bias, dict) and spelled.isdigit()):
             (prompt,) = await here.prompts.read(spelled, here.deadline, special=False, field="logit_bias")
             found |= dict.fromkeys(prompt.tokens, added)
-        elif int(spelled) < here.llm.runner.spec.vocab:
+        elif int(spelled) < here.llm.spec.vocab:
             found[int(spelled)] = added
         else:
-            raise Refused(400, f"logit_bias: token {spelled} is not in 0..{here.llm.runner.spec.vocab - 1}", "logit_bias")
+            raise Refused(400, f"logit_bias: token {spelled} is not in 0..{here.llm.spec.vocab - 1}", "logit_bias")
     return found

@@ -105,7 +105,7 @@ async def tags(http: Request) -> dict[str, Any]:
 async def ps(http: Request) -> dict[str, Any]:
     """The models that are loaded: all of them, and for good."""
     here = service(http)
-    onto = here.llm.weight_bytes if str(here.llm.runner.backend.device).startswith("cuda") else 0
+    onto = here.llm.weight_bytes if str(here.llm.backend.device).startswith("cuda") else 0
     more = {"expires_at": NEVER, "size_vram": onto, "context_length": here.llm.max_model_len}
     return {"models": [_about(here, name) | more for name in (*here.names, *here.llm.loras)]}
 
@@ -115,7 +115,7 @@ async def show(http: Request, body: ShowRequest) -> dict[str, Any]:
     """What a model is and can do."""
     here = service(http)
     name = here.known(_served(here, body.model))
-    spec, template = here.llm.runner.spec, _template(here)
+    spec, template = here.llm.spec, _template(here)
     capabilities = ["completion", "embedding"] + (["tools"] if template else []) + (["thinking"] if _switches(template) else [])
     with suppress(Unsupported):
         capabilities += ["insert"] if here.llm.fill else []
@@ -190,7 +190,7 @@ def _new_tokens(options: Options | None) -> int | None:
 
 def _served(here: Service, name: str) -> str:
     """The server's name of a model that clients may call NAME or NAME:latest."""
-    known = {*here.names, *here.llm.runner.adapters}
+    known = {*here.names, *here.llm.adapters}
     return next((one for one in (name, name.removesuffix(LATEST), name + LATEST) if one in known), name)
 
 
@@ -238,18 +238,18 @@ def _about(here: Service, name: str) -> dict[str, Any]:
 
 
 def _details(here: Service, name: str) -> dict[str, Any]:
-    runner, quant, count = here.llm.runner, here.llm.config.model.quant, _count(here)
+    llm, quant, count = here.llm, here.llm.config.model.quant, _count(here)
     unit, letter = next((one for one in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if count >= one[0]), (1, ""))
     return {
         "parent_model": "" if name in here.names else here.names[0],
-        "format": "gguf" if runner.source is not None and runner.source.is_file() else "safetensors",
-        "family": runner.spec.family,
-        "families": [runner.spec.family],
+        "format": "gguf" if llm.source.is_file() else "safetensors",
+        "family": llm.spec.family,
+        "families": [llm.spec.family],
         "parameter_size": f"{count / unit:.1f}{letter}",
-        "quantization_level": public("quant", quant) if quant else str(runner.backend.dtype).removeprefix("torch."),
+        "quantization_level": public("quant", quant) if quant else str(llm.backend.dtype).removeprefix("torch."),
     }
 
 
 def _count(here: Service) -> int:
     """The number of parameters."""
-    return sum(math.prod(shape) for shape in here.llm.runner.spec.shapes().values())
+    return sum(math.prod(shape) for shape in here.llm.spec.shapes().values())

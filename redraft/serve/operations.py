@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
 from redraft import __version__, registry
+from redraft.ops.format import PAGE
 from redraft.serve import documents, page
 from redraft.serve.choices import FIELDS, public
 from redraft.serve.config import ServeConfig
@@ -50,7 +51,7 @@ async def health(http: Request) -> dict[str, str]:
 async def ready(http: Request) -> dict[str, str]:
     """Whether new requests are taken."""
     shell = service(http).shell
-    if shell.draining or not shell.alive:
+    if shell.draining or not shell.alive or not any(worker.ready for worker in shell.host.figures().values()):
         raise Refused(503, "no new requests are taken")
     return {"status": "ready"}
 
@@ -72,7 +73,7 @@ async def server_info(http: Request) -> dict[str, Any]:
     """What is served, and what a request may choose."""
     here = service(http)
     llm, config = here.llm, here.llm.config
-    spec, backend = llm.runner.spec, llm.runner.backend
+    spec, backend = llm.spec, llm.backend
     return {
         "version": __version__,
         "models": list(here.names),
@@ -89,10 +90,14 @@ async def server_info(http: Request) -> dict[str, Any]:
         "guarantee": llm.guarantee.label,
         "scheduler": config.schedule.model_dump(),
         "cache": {
-            "pages": llm.engine.memory.blocks,
-            "tokens_per_page": llm.engine.memory.paged.table.page,
+            "pages": llm.blocks * len(here.host.workers),
+            "tokens_per_page": PAGE,
             "prefix_sharing": config.cache.prefix_sharing,
         },
+        "workers": [
+            {"name": name, "ready": now.ready, "starts": now.starts, "running": now.running, "waiting": now.waiting}
+            for name, now in here.host.figures().items()
+        ],
         "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
         "parsers": here.prompts.formats.names,
         "methods": {seam: sorted(registry.METHODS[seam]) for seam in FIELDS},
@@ -104,7 +109,7 @@ async def server_info(http: Request) -> dict[str, Any]:
 async def reset_prefix_cache(http: Request) -> dict[str, int]:
     """Drops cached prefixes that no running text uses."""
     here = service(http)
-    return {"pages": await here.shell.call(here.llm.engine.memory.paged.table.forget)}
+    return {"pages": await here.host.forget_prefixes()}
 
 
 def _policy(config: ServeConfig, seam: str) -> str | None:

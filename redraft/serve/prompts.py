@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from redraft.config import SamplingParams
 from redraft.errors import RedraftError
-from redraft.llm import LLM
+from redraft.front import Front
 from redraft.models import chat_template
 from redraft.serve import schema
 from redraft.serve.config import ServeConfig
@@ -42,9 +42,9 @@ class Prompts:
     """Reads for a server of `llm`. All methods raise Refused (400) that names the field, and 504 after the deadline, which is a time
     of time.monotonic."""
 
-    def __init__(self, llm: LLM, config: ServeConfig) -> None:
-        self.llm, self.tokenizer, self.config, self._sampler = llm, llm.tokenizer, config, llm.engine.sampler
-        self.context, self.vocab = llm.max_model_len, llm.runner.spec.vocab
+    def __init__(self, llm: Front, config: ServeConfig) -> None:
+        self.llm, self.tokenizer, self.config, self._sampler = llm, llm.tokenizer, config, llm.sampler
+        self.context, self.vocab = llm.max_model_len, llm.spec.vocab
         self.formats = Formats(llm.tokenizer, config.chat_template, config.tool_call_parser, config.reasoning_parser)
         self._longest = max(len(self.tokenizer.bytes_of(token)) for token in range(self.vocab))
         self._thread = ThreadPoolExecutor(1, "redraft-tokenizer")

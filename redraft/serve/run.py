@@ -7,6 +7,8 @@ import contextlib
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Sequence as Seq
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -16,6 +18,8 @@ import uvicorn
 
 from redraft.columns import fold, width
 from redraft.config import EngineConfig, SamplingParams
+from redraft.errors import RedraftError
+from redraft.front import POLICIES, Front
 from redraft.llm import LLM
 from redraft.models.memory import size
 from redraft.ops.format import PAGE
@@ -25,13 +29,18 @@ from redraft.serve.connection import patient
 from redraft.serve.errors import Refused
 from redraft.serve.listen import BACKLOG
 from redraft.serve.service import Service
+from redraft.workers.host import Host
+from redraft.workers.ray_cluster import connect
+from redraft.workers.ray_link import actors_of
+from redraft.workers.several import workers_of
 
 GRACE = 2.0  # seconds for the last events of streams that are ended
 TICK = 0.05
 
 
 class Server(uvicorn.Server):
-    """First signal: no new requests; running ones may end within `shutdown_timeout` seconds. Second: all end now.
+    """First signal: no new requests; running ones may end within `shutdown_timeout` seconds. Second: all end now. SIGHUP: several workers
+    start again, one after the other.
 
     SIGINT stays ignored if it was when the process started, as in background jobs of a script."""
 
@@ -39,13 +48,42 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         self.dead = False
+        self._restarting: asyncio.Task[None] | None = None
         self.ignores_sigint = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         service.shell.stopped = self._stopped
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if len(self.service.host.workers) > 1 and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._restart)
+        if not await self._prepared():
+            self.dead = self.should_exit = True
+            return
         await super().startup(sockets)
         if sockets is not None:
             self._log_started_message(sockets)
+
+    async def _prepared(self) -> bool:
+        """Whether workers are there; a signal ends the waiting for them."""
+        host = self.service.host
+        task = asyncio.create_task(host.prepare())
+        while not task.done() and not self.should_exit:
+            await asyncio.wait([task], timeout=TICK)
+        if not task.done():
+            task.cancel()
+            await host.stop()
+            return False
+        if (error := task.exception()) is not None:
+            if not isinstance(error, RedraftError):
+                raise error
+            typer.echo("\n".join(fold(f"error: {error}", width())), err=True)
+            return False
+        return True
+
+    def _restart(self) -> None:
+        if not self.started:
+            return  # the workers are new
+        if self._restarting is None or self._restarting.done():
+            self._restarting = asyncio.create_task(self.service.host.restart())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig == signal.SIGINT and self.ignores_sigint:
@@ -71,9 +109,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def server(llm: LLM, serve: ServeConfig) -> Server:
+def server(llm: Front, serve: ServeConfig, host: Host | None = None) -> Server:
     """Not yet listening; its `run` serves until a signal."""
-    application = app(llm, serve)
+    application = app(llm, serve, host)
     config = uvicorn.Config(
         application,
         host=serve.host,
@@ -95,11 +133,13 @@ def server(llm: LLM, serve: ServeConfig) -> Server:
     return Server(config, application.state.service)
 
 
-def described(llm: LLM, names: str) -> list[str]:
+def described(llm: Front, names: str, workers: Seq[str]) -> list[str]:
     """What runs, and the size of its cache."""
-    backend, blocks = llm.runner.backend, llm.runner.memory.blocks
+    backend, blocks = llm.backend, llm.blocks
     drafts = f"draft {llm.config.draft} with {llm.config.schedule.draft_rows} rows"
-    cache = f"cache of {size(blocks * backend.block_bytes(llm.runner.spec))}, {blocks * PAGE} tokens"
+    cache = f"cache of {size(blocks * backend.block_bytes(llm.spec))}, {blocks * PAGE} tokens"
+    if len(workers) > 1:
+        cache = f"workers {', '.join(workers)}, each with a {cache}"
     return [
         f"{names}: backend {backend.name}, {drafts}, {llm.promise(SamplingParams())}",
         f"{cache}; texts of up to {llm.max_model_len} tokens",
@@ -108,18 +148,29 @@ def described(llm: LLM, names: str) -> list[str]:
 
 def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) -> int:
     """Serves on `sockets`, which listen already, until a signal. Then closes them. Returns 0, or 1 if the engine died."""
+    ending = contextlib.ExitStack()
     try:
-        llm = LLM(config=engine)
-        policies = {seam: getattr(serve, seam) for seam in ("keep", "codec", "read", "depth")}
-        llm.engine.policies.check(SamplingParams(**policies))  # a conflict is an error now, not for the first client
-        made = server(llm, serve)
+        policies = SamplingParams(**{seam: getattr(serve, seam) for seam in POLICIES})
+        llm: Front
+        if serve.on_ray:
+            machines = ending.enter_context(connect(serve.ray_address, len(serve.stages) * (engine.model.threads or 1)))
+            llm, host = actors_of(machines, engine, serve.stages, serve.router, policies, serve.step_timeout)
+            made = server(llm, serve, host)
+        elif len(serve.stages) > 1:
+            llm, host = workers_of(engine, serve.stages, serve.router, policies, serve.step_timeout)
+            made = server(llm, serve, host)
+        else:
+            llm = own = LLM(config=engine)
+            own.engine.policies.check(policies)  # a conflict is an error now, not for the first client
+            made = server(llm, serve)
         names = ", ".join([*made.service.names, *(f"{name} (adapter)" for name in llm.loras)])
-        typer.echo("\n".join(line for one in described(llm, names) for line in fold(one, width())), err=True)
+        typer.echo("\n".join(line for one in described(llm, names, made.service.host.workers) for line in fold(one, width())), err=True)
         if made.ignores_sigint:
             typer.echo("SIGINT is ignored, as in background jobs of a script: stop the server with SIGTERM", err=True)
         with contextlib.suppress(KeyboardInterrupt):
             made.run(sockets)
     finally:
+        ending.close()
         for one in sockets:
             one.close()
         if serve.uds is not None:

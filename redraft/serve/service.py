@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from redraft.core import sequence
 from redraft.core.noise import Stream
 from redraft.core.sequence import Pooling, Wants
 from redraft.errors import PromptTooLong, RedraftError
-from redraft.llm import LLM
+from redraft.front import Front
 from redraft.models.adapter import Adapter
 from redraft.models.tokenizer import Tokenizer
 from redraft.serve import schema
@@ -33,10 +34,11 @@ from redraft.serve.config import ServeConfig
 from redraft.serve.errors import Refused, refused, renamed
 from redraft.serve.limits import ENDED, unless_gone
 from redraft.serve.metrics import Metrics
-from redraft.serve.prompts import Prompt, Prompts
+from redraft.serve.prompts import LATE, Prompt, Prompts
 from redraft.serve.reply import Wanted, Writer
 from redraft.serve.shell import Shell, Submission
 from redraft.serve.stream import EventStream, ended, lines, whole
+from redraft.workers.host import Host
 
 PREDICTED = "aggressive"  # the drafter of a request's prediction
 ADAPTER = "redraft.adapter"  # key of the scope: the adapter of the request, or None
@@ -55,13 +57,12 @@ log = logging.getLogger("redraft.serve")
 class Service:
     """Its methods raise Refused or RedraftError for requests that cannot be answered."""
 
-    def __init__(self, llm: LLM, config: ServeConfig) -> None:
-        self.llm, self.config = llm, config
+    def __init__(self, llm: Front, host: Host, config: ServeConfig) -> None:
+        self.llm, self.host, self.config = llm, host, config
         config.check_names(llm.name, llm.loras)
         self.names = config.names(llm.name)
-        self.metrics = Metrics(config.metrics_prefix, self.names[0])
-        self.shell = Shell(llm.engine, self.metrics, max_queue=config.max_queue)
-        self.metrics.watch(llm.engine)
+        self.metrics = Metrics(config.metrics_prefix, self.names[0], host.workers, host.figures)
+        self.shell = Shell(host, self.metrics, max_queue=config.max_queue, max_seqs=llm.scheduler.max_seqs * len(host.workers))
         self.prompts = Prompts(llm, config)
         self.began = int(time.time())
         self.uses: Counter[Adapter] = Counter()  # requests under way with each adapter
@@ -76,7 +77,7 @@ class Service:
 
     def known(self, model: str | None) -> str:
         """The name, of the model or of an adapter, by which the reply calls what answers."""
-        if model is None or model in self.names or model in self.llm.runner.adapters:
+        if model is None or model in self.names or model in self.llm.adapters:
             return model or self.names[0]
         raise Refused(404, f"no model {model!r} here; there is {', '.join([*self.names, *self.llm.loras])}", "model", "model_not_found")
 
@@ -84,7 +85,7 @@ class Service:
         """The name of the adapter that the request chose as its model. The request keeps it until its reply has ended, also if it is
         unloaded meanwhile."""
         name = self.known(model)
-        adapter = None if name in self.names else self.llm.runner.adapters[name]
+        adapter = None if name in self.names else self.llm.adapters[name]
         http.scope[ADAPTER] = adapter
         if adapter is None:
             return None
@@ -96,7 +97,7 @@ class Service:
                 del self.uses[adapter]
 
         http.scope[ENDED] = release
-        return adapter.name
+        return str(adapter.name)
 
     def effort(self, wanted: str, field: str, tools: Any) -> dict[str, str]:
         """The variable of the chat template for an effort of reasoning. Refused (400) names the field if the template does not know it."""
@@ -179,13 +180,26 @@ class Service:
         try:
             if params.structured_outputs is not None:
                 await self.prompts.compiled(params, deadline)
-            return await self.shell.submit(*requests)
+            return await self._queued(requests, http, deadline)
         except PromptTooLong as error:
             raise Refused(400, str(error), prompts[0].field, "context_length_exceeded") from None
         except RedraftError as error:
             raise self._refused(error, params, body) from None
         except (OverflowError, MemoryError, OSError) as error:
             raise self._unopened(error, body) from error
+
+    async def _queued(self, requests: list[sequence.Request], http: Request, deadline: float) -> list[Submission]:
+        """Waits until a worker has them, which takes long if all workers start or hang."""
+        queueing = asyncio.ensure_future(self.shell.submit(*requests))
+        try:
+            async with asyncio.timeout(max(0.0, deadline - monotonic()) if deadline < float("inf") else None):
+                return cast("list[Submission]", await unless_gone(http.receive, queueing))
+        except BaseException as error:
+            if queueing.done() and not queueing.cancelled() and queueing.exception() is None:  # at the same moment
+                self.shell.forget(*queueing.result())
+            if isinstance(error, TimeoutError):
+                raise Refused(504, LATE) from None
+            raise
 
     async def read(
         self, prompts: list[Prompt], http: Request, body: Any, deadline: float, lora: str | None, pool: Pooling = Pooling.NONE

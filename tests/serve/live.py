@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import openai
 
-from redraft.llm import LLM
 from redraft.serve.config import ServeConfig
 from redraft.serve.run import server
 
@@ -28,9 +27,10 @@ def soon(what: Any, seconds: float = PATIENCE) -> None:
 class Live:
     """Serves `llm` on a free port within the block. Servers over siblings of one model may run together, but not be busy together."""
 
-    def __init__(self, llm: LLM, **settings: Any) -> None:
+    def __init__(self, llm: Any, host: Any = None, **settings: Any) -> None:
+        """llm: an LLM, or a model without weights for a `host`."""
         self.llm = llm
-        self.server = server(llm, ServeConfig(port=0, log_level="error", access_log=False, shutdown_timeout=0, **settings))
+        self.server = server(llm, ServeConfig(port=0, log_level="error", access_log=False, shutdown_timeout=0, **settings), host)
         self.service = self.server.service
         self.thread = threading.Thread(target=self.server.run, name="server")
 
@@ -54,8 +54,8 @@ class Live:
 
     def rest(self, until: threading.Event) -> None:
         """The engine's thread does nothing before that."""
-        loop = self.service.shell._loop
-        asyncio.run_coroutine_threadsafe(self.service.shell.call(lambda: until.wait(PATIENCE)), loop).result(PATIENCE)
+        loop = self.service.host.loop
+        asyncio.run_coroutine_threadsafe(self.service.host.call(lambda: until.wait(PATIENCE)), loop).result(PATIENCE)
 
     def settle(self) -> None:
         """After any traffic: nothing runs, nothing waits, no page is in use."""

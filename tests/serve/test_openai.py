@@ -1024,6 +1024,24 @@ def test_a_request_that_takes_too_long(llm: LLM) -> None:
         slow.settle()
 
 
+def test_a_request_that_the_engine_does_not_take_in_time(llm: LLM) -> None:
+    go = threading.Event()
+    with Live(llm.sibling(), request_timeout=0.3) as slow, slow.client() as client:
+        resting = threading.Thread(target=slow.rest, args=(go,))
+        resting.start()
+        soon(lambda: slow.service.host.thread.busy > 0)
+        try:
+            for stream in (False, True):
+                with pytest.raises(openai.InternalServerError) as error:
+                    complete(client, stream=stream, **LONG)
+                assert (error.value.status_code, error.value.type) == (504, "timeout_error")
+            assert not slow.service.shell.busy
+        finally:
+            go.set()
+            resting.join()
+        slow.settle()
+
+
 def test_a_stream_with_nothing_to_tell_says_that_it_lives(llm: LLM) -> None:
     """Comments are sent, which clients skip."""
     with Live(llm.sibling(), keep_alive=0.001) as live, live.client() as client:

@@ -29,7 +29,7 @@ def test_sigint_ends_a_server_unless_it_was_ignored_at_the_start(before: Any) ->
 
 def test_a_server_says_what_runs_and_how_large_its_cache_is() -> None:
     llm = LLM("embedded", backend="numpy", draft="copyspec", draft_rows=4, cache_memory="16MB", max_model_len=512)
-    first, second = described(llm, "toy")
+    first, second = described(llm, "toy", ("0",))
     assert first == f"toy: backend numpy, draft copyspec with 4 rows, {llm.guarantee.label}"
     blocks = llm.runner.memory.blocks
     bytes_held = size(blocks * llm.runner.backend.block_bytes(llm.runner.spec))

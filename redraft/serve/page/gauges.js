@@ -8,9 +8,9 @@ const BUSY = 1000; // milliseconds between two readings while a reply of this pa
 const IDLE = 10000;
 
 export class Gauges {
-  /** pages: of the cache. */
-  constructor(element, pages) {
-    [this.element, this.pages] = [element, pages];
+  /** pages: of the caches of all workers, which are equal; workers: how many there are. */
+  constructor(element, pages, workers) {
+    [this.element, this.pages, this.workers] = [element, pages, workers];
     this.batch = new Lines("Texts that run and wait", ["running", "waiting"]);
     this.tiles = make("dl", { class: "tiles three" });
     this.cache = make("div", {});
@@ -55,7 +55,7 @@ export class Gauges {
       tile("Batch", `${running}`, "Texts that run"),
       tile("Queue", `${waiting}`, "Texts that wait"),
     );
-    const used = Math.round(figure("kv_cache_usage_perc") * this.pages);
+    const used = Math.round((figure("kv_cache_usage_perc") / this.workers) * this.pages);
     const [shared, kept] = [figure("kv_cache_shared_pages"), figure("kv_cache_published_pages")];
     const hits = figure("prefix_cache_hits_total") / figure("prefix_cache_queries_total");
     this.cache.replaceChildren(

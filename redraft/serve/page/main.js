@@ -27,7 +27,7 @@ class Page {
     this.settings = new Settings($("settings-form"), info);
     this.conversation = new Conversation($("turns"), this);
     this.speed = new Lines("Tokens a second", ["tokens/s", "plain, estimated"]);
-    this.gauges = new Gauges($("gauges"), info.cache.pages);
+    this.gauges = new Gauges($("gauges"), info.cache.pages, info.workers.length);
     this.only = null;
     this.run = null;
     this.begun = null; // when the request of `run` was sent, while it is under way
