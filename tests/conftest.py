@@ -27,7 +27,9 @@ SLOW = "tests/ops/test_kernels.py", "tests/contracts/"  # files that begin first
 TORCH = find_spec("torch") is not None
 CHROMIUM = shutil.which("chromium")
 BROWSER = CHROMIUM is not None and find_spec("playwright") is not None
+RAY = find_spec("ray") is not None and find_spec("pyarrow") is not None
 IMPORTS_TORCH = re.compile(r"^(import|from) (torch\b|safetensors\.torch|redraft\.ops\.(torch_|reference))", re.MULTILINE)
+IMPORTS_RAY = re.compile(r"^(import|from) (pyarrow|ray)\b", re.MULTILINE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,22 +48,27 @@ def _backends(item: pytest.Item) -> Iterator[Any]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not TORCH:
-        config.option.ignore = [*(config.option.ignore or ()), *map(str, _left_out(config))]
+    for installed, imports in ((TORCH, IMPORTS_TORCH), (RAY, IMPORTS_RAY)):
+        if not installed:
+            config.option.ignore = [*(config.option.ignore or ()), *map(str, _left_out(config, imports))]
 
 
-def _left_out(config: pytest.Config) -> list[Path]:
-    """A file that imports PyTorch by itself is left out where it is not installed."""
+def _left_out(config: pytest.Config, imports: re.Pattern[str]) -> list[Path]:
+    """A file that imports a package by itself is left out where it is not installed."""
     files = (file for folder in ("redraft", "tests") for file in (config.rootpath / folder).rglob("*.py"))
-    return sorted(file for file in files if IMPORTS_TORCH.search(file.read_text()))
+    return sorted(file for file in files if imports.search(file.read_text()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     in_browser = (file for file in (config.rootpath / "tests").rglob("*_in_chromium.py"))
-    lacking = ([] if TORCH else [("PyTorch", _left_out(config))]) + ([] if BROWSER else [("Chromium and playwright", sorted(in_browser))])
-    for what, files in lacking:
+    lacking = [
+        (TORCH, "PyTorch", _left_out(config, IMPORTS_TORCH)),
+        (RAY, "Ray", _left_out(config, IMPORTS_RAY)),
+        (BROWSER, "Chromium and playwright", sorted(in_browser)),
+    ]
+    for what, files in ((what, files) for installed, what, files in lacking if not installed):
         left = {file: count for file in files if (count := file.read_text().count("\ndef test_"))}
         terminalreporter.write_line(f"not run, they need {what}: {sum(left.values())} test functions in {len(left)} files")
         for file, count in left.items():

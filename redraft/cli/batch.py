@@ -1,25 +1,25 @@
-"""Offline batches: a file of prompts in, a file of results out, both JSON lines."""
+"""Offline batches: a file of prompts in, a file of results out."""
 
 from __future__ import annotations
 
 import json
 import secrets
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from redraft.bench import files, report
+from redraft.cli import rows
 from redraft.cli.options import Given
 from redraft.cli.prompting import Prompting
+from redraft.cli.rows import Prompts
 from redraft.config import SamplingParams
-from redraft.errors import InvalidInput, RedraftError, did_you_mean
+from redraft.errors import InvalidInput, did_you_mean
 
 if TYPE_CHECKING:
     from redraft.llm import LLM
@@ -29,13 +29,15 @@ BLOCK = 1024  # lines that are submitted together, of which --max-seqs run at on
 FORMS = ("prompt", "messages", "prompt_token_ids")
 ABSENT = ("n", "logprobs", "prompt_logprobs", "provenance")  # fields of SamplingParams that a line of results has no place for
 FIELDS = tuple(name for name in SamplingParams.model_fields if name not in ABSENT)
+ALLOWED = ("id", *FORMS, *FIELDS)
 
 
 @dataclass
 class Result:
-    """One line of results: the number of its input line, and its text or its error."""
+    """One row of results: the index of its prompt in the file (0 the first), and its text or its error. name: as errors call it."""
 
-    line: int
+    index: int
+    name: str
     id: str | int | None = None
     prompt: list[int] = field(default_factory=list)
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -49,7 +51,7 @@ class Result:
         return self.error is not None or self.finish_reason is not None
 
     def fail(self, error: Exception | str) -> None:
-        self.error = f"line {self.line}: {str(error).removeprefix('SamplingParams.')}"
+        self.error = f"{self.name}: {str(error).removeprefix('SamplingParams.')}"
 
     def add(self, delta: Delta) -> None:
         if delta.error is not None:
@@ -59,9 +61,10 @@ class Result:
             self.token_ids += delta.token_ids
             self.finish_reason = delta.finish_reason
 
-    def json(self) -> str:
+    def row(self) -> dict[str, Any]:
         usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.token_ids)}
-        found = {
+        return {
+            "index": self.index,
             "id": self.id,
             "text": None if self.error else self.text,
             "token_ids": None if self.error else self.token_ids,
@@ -70,66 +73,62 @@ class Result:
             "seed": None if self.error else self.params.seed,
             "error": self.error,
         }
-        return json.dumps(found, ensure_ascii=False)
 
 
-def check(prompts: Path, output: Path | None, sampling: Given, *, overwrite: bool) -> int:
-    """The number of lines of `prompts`. InvalidInput where the files or the options cannot be used."""
-    if sampling.get("n", 1) != 1:
-        raise InvalidInput("--n and --prompts: a line has one text; repeat the line for more")
+def check(prompts: Path, output: Path | None, sampling: Given, *, overwrite: bool) -> Prompts:
+    """The prompts. InvalidInput where the files or the options cannot be used."""
+    one_text(sampling)
     if output is not None:
         files.check_writable(output, "--output")
         if output.exists() and prompts.exists() and output.samefile(prompts):
             raise InvalidInput(f"--output = {output}: is the file of --prompts")
         if output.exists() and not overwrite:
             raise InvalidInput(f"--output = {output}: exists; --overwrite replaces it")
-    try:
-        with prompts.open("rb") as file:
-            return sum(1 for _ in file)
-    except OSError as error:
-        raise InvalidInput(f"--prompts = {prompts}: {error.strerror}") from None
+    return rows.prompts(prompts, ALLOWED)
 
 
-def run(llm: LLM, prompting: Prompting, prompts: Path, output: Path | None, sampling: Given, count: int) -> int:
-    """Writes one line of results for each input line, in order. The exit code: 1 if any line has an error, 130 after Ctrl-C."""
+def one_text(sampling: Given) -> None:
+    if sampling.get("n", 1) != 1:
+        raise InvalidInput("--n and --prompts: a line has one text; repeat the line for more")
+
+
+def run(llm: LLM, prompting: Prompting, prompts: Prompts, output: Path | None, sampling: Given) -> int:
+    """Writes one row of results for each prompt, in order. The exit code: 1 if any row has an error, 130 after Ctrl-C."""
     from rich.console import Console
 
     written = failed = 0
     code = 0
     with ExitStack() as stack:
-        source = stack.enter_context(prompts.open("rb"))
-        target = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-        tick = stack.enter_context(report.bar(Console(stderr=True), count))
+        target = stack.enter_context(closing(rows.results(output, prompts.ids)))
+        tick = stack.enter_context(report.bar(Console(stderr=True), prompts.count))
         try:
-            for result in _results(llm, prompting, source, sampling):
-                _write(target, result)
-                written, failed = written + 1, failed + (result.error is not None)
-                tick("prompts")
+            for start in range(0, prompts.count, BLOCK):
+                for result in results(llm, prompting, named(prompts, start, start + BLOCK), sampling):
+                    target.write(result.row())
+                    written, failed = written + 1, failed + (result.error is not None)
+                    tick("prompts")
         except KeyboardInterrupt:
             code = 130
-    typer.echo(f"{written} of {count} lines written to {output or 'stdout'}, {failed} with an error", err=True)
+    summary = f"{written} of {prompts.count} {prompts.word}s written to {output or 'stdout'}, {failed} with an error"
+    typer.echo(summary, err=True)
     return code or int(failed > 0)
 
 
-def _write(target: TextIO, result: Result) -> None:
-    """A whole line."""
-    try:
-        target.write(result.json() + "\n")
-        target.flush()
-    except OSError as error:
-        raise RedraftError(f"the results cannot be written: {error.strerror}") from None
+def named(prompts: Prompts, start: int, stop: int) -> list[tuple[Result, bytes]]:
+    """Each row from `start` on, with the result that will be its own."""
+    lines = prompts.lines(start, stop)
+    return [(Result(start + i, f"{prompts.word} {prompts.first + start + i}"), line) for i, line in enumerate(lines)]
 
 
-def _results(llm: LLM, prompting: Prompting, source: Iterable[bytes], sampling: Given) -> Iterator[Result]:
-    """Yields lines in order, each as soon as it and all before it are done."""
-    lines = enumerate(source, 1)
-    while block := deque(_read(number, line, prompting, sampling) for number, line in islice(lines, BLOCK)):
-        sent = [result for result in block if not result.done]
-        yield from _ready(block)
-        with closing(llm.stream([{"prompt_token_ids": one.prompt} for one in sent], [one.params for one in sent])) as deltas:
-            for delta in deltas:
-                sent[delta.prompt].add(delta)
-                yield from _ready(block)
+def results(llm: LLM, prompting: Prompting, prompts: Iterable[tuple[Result, bytes]], sampling: Given) -> Iterator[Result]:
+    """Yields rows in order, each as soon as it and all before it are done."""
+    block = deque(_read(result, line, prompting, sampling) for result, line in prompts)
+    sent = [result for result in block if not result.done]
+    yield from _ready(block)
+    with closing(llm.stream([{"prompt_token_ids": one.prompt} for one in sent], [one.params for one in sent])) as deltas:
+        for delta in deltas:
+            sent[delta.prompt].add(delta)
+            yield from _ready(block)
 
 
 def _ready(block: deque[Result]) -> Iterator[Result]:
@@ -137,8 +136,7 @@ def _ready(block: deque[Result]) -> Iterator[Result]:
         yield block.popleft()
 
 
-def _read(number: int, line: bytes, prompting: Prompting, sampling: Given) -> Result:
-    result = Result(number)
+def _read(result: Result, line: bytes, prompting: Prompting, sampling: Given) -> Result:
     try:
         given = _parse(line)
         result.id = _id(given.pop("id", None))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from redraft.engine.engine import Engine
     from redraft.setup import Setup
 
-CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a call of a part in a line of Engine.step
+CALL = re.compile(r"self\.(\w+)\.\w+\(")  # a call of a part in a line of a step
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     for line in [*_model(config, setup, parts), ""]:
         _print(line)
     shown = set()
-    for line in textwrap.dedent(inspect.getsource(Engine.step)).splitlines():
+    code = "\n".join(inspect.getsource(part) for part in (Engine.step, Engine.begin, Engine.end))
+    for line in textwrap.dedent(code).splitlines():
         _print(line, bold=True)
         indent = " " * (len(line) - len(line.lstrip()) + 8)
         for name in CALL.findall(line):

@@ -41,9 +41,20 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     chat_template: Template = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, JSON lines.", show_default=False)] = None,
-    output: Annotated[Path | None, typer.Option(help="With --prompts: the file of results; else stdout.", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="--output may replace a file.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts, JSON lines or Parquet.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --prompts: the file of results, or the folder with --ray; else stdout.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="--output may replace results.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="With --prompts: on a Ray cluster, which is started if RAY_ADDRESS names none.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="The Ray cluster to use, which has a node on this machine.", metavar="HOST:PORT", show_default=False)
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="With --ray: the number of engines; else one for each node.", min=1, max=1024, show_default=False)
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write a page with the origin of every token, which opens offline.", metavar="FILE.html")
     ] = None,
@@ -62,8 +73,11 @@ def generate(
 
     Each line of --prompts is a string or an object: prompt, messages or prompt_token_ids, and optionally id, sampling
     options such as max_tokens, and lora, the name of an adapter (null: none). Each gives one line of results, in the
-    same order: id, text, token_ids, finish_reason, usage, seed, error. A wrong line gets an error and the others finish;
+    same order: index, id, text, token_ids, finish_reason, usage, seed, error. A wrong line gets an error and the others finish;
     the exit code is then 1. Results are written as they finish, so Ctrl-C keeps the lines that are complete.
+
+    With --ray, --output is a folder of files, in Parquet if its name ends with .parquet. The same command again continues
+    a run that was stopped, however it ended: each row of prompts has one row of results, with its index.
     """
     template = options.chat_template(chat_template)
     if trace is not None:
@@ -84,9 +98,16 @@ def generate(
     SamplingParams(**sampling)
     sampling = options.adapted(sampling, chosen)
     if prompts is not None:
-        raise typer.Exit(_batch(chosen, prompts, output, prompt, sampling, template, raw=raw, overwrite=overwrite))
-    if output is not None or overwrite:
-        raise InvalidInput("--output and --overwrite need --prompts")
+        if prompt is not None:
+            raise InvalidInput("--prompt and --prompts exclude each other")
+        if ray or ray_address is not None:
+            where = ray_address, replicas
+            raise typer.Exit(_distributed(chosen, prompts, output, sampling, template, where, raw=raw, overwrite=overwrite))
+        if replicas is not None:
+            raise InvalidInput("--replicas needs --ray")
+        raise typer.Exit(_batch(chosen, prompts, output, sampling, template, raw=raw, overwrite=overwrite))
+    if output is not None or overwrite or ray or ray_address is not None or replicas is not None:
+        raise InvalidInput("--output, --overwrite, --ray, --ray-address and --replicas need --prompts")
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
         prompt = prompt or None
@@ -123,24 +144,32 @@ def _one(
         raise typer.Exit(130)
 
 
-def _batch(
+def _batch(config: Any, prompts: Path, output: Path | None, sampling: Given, template: str | None, *, raw: bool, overwrite: bool) -> int:
+    from redraft.cli import batch
+
+    found = batch.check(prompts, output, sampling, overwrite=overwrite)
+    llm = _load(config)
+    return batch.run(llm, Prompting.of(llm, template, raw=raw), found, output, sampling)
+
+
+def _distributed(
     config: Any,
     prompts: Path,
     output: Path | None,
-    prompt: str | None,
     sampling: Given,
     template: str | None,
+    where: tuple[str | None, int | None],
     *,
     raw: bool,
     overwrite: bool,
 ) -> int:
-    from redraft.cli import batch
+    from redraft.cli import batch, distributed, rows
 
-    if prompt is not None:
-        raise InvalidInput("--prompt and --prompts exclude each other")
-    count = batch.check(prompts, output, sampling, overwrite=overwrite)
-    llm = _load(config)
-    return batch.run(llm, Prompting.of(llm, template, raw=raw), prompts, output, sampling, count)
+    batch.one_text(sampling)
+    if output is None:
+        raise InvalidInput("--ray needs --output, the folder of results")
+    found = rows.prompts(prompts, batch.ALLOWED)
+    return distributed.run(distributed.Job(config, template, raw, sampling), found, output, *where, overwrite=overwrite)
 
 
 def _load(config: Any) -> LLM:

