@@ -232,7 +232,7 @@ class Doomed:
         asyncio.get_running_loop().call_soon(receive, Ready(module.IDLE))
 
     def send(self, message: Any) -> None:
-        if isinstance(message, Add):
+        if isinstance(message, Add | Stop):
             self.kill()
 
     def kill(self) -> None:
