@@ -126,6 +126,12 @@ class Headless(Front):
     def adapters(self) -> Mapping[str, NamedAdapter]:
         return self._adapters
 
+    @property
+    def of_worker(self) -> EngineConfig:
+        """The configuration of each worker: its pool has the size that was found here."""
+        pool = self.blocks * self.backend.block_bytes(self.spec)
+        return self.config.but(cache=self.config.cache.but(memory=pool))
+
     def name_adapters(self, names: Iterable[str]) -> None:
         """Sets the adapters that requests may choose."""
         self._adapters = {name: self._adapters.get(name) or NamedAdapter(name) for name in names}

@@ -38,10 +38,8 @@ def actors_of(
     """As several.workers_of, with the workers on the nodes of a Ray cluster. InvalidInput if these have no room."""
     config, cpus, gpus = machines.placed(config, len(stages))
     front = Headless(config)
-    pool = front.blocks * front.backend.block_bytes(front.spec)
-    each = config.but(model=front.config.model, cache=config.cache.but(memory=pool))
     shares = len(set(stages.values())) > 1
-    begins = [Begin(name, each, None, check, own, shares=shares) for name, own in stages.items()]
+    begins = [Begin(name, front.of_worker, None, check, own, shares=shares) for name, own in stages.items()]
     link = partial(RayLink, cpus, gpus, secrets.token_bytes(SECRET))
     return front, Cluster(front, begins, registry.create("route", router).open(), link, step_timeout=step_timeout)
 

@@ -22,10 +22,8 @@ def workers_of(
     if config.cache.memory is None:
         config = config.but(cache=config.cache.but(fraction=config.cache.fraction / count))
     front = Headless(config)
-    pool = front.blocks * front.backend.block_bytes(front.spec)
-    each = config.but(model=front.config.model, cache=config.cache.but(memory=pool))
     begins = [
-        Begin(name, _placed(each, str(front.backend.device), i), cores, check, own, shares=len(set(stages.values())) > 1)
+        Begin(name, _placed(front.of_worker, str(front.backend.device), i), cores, check, own, shares=len(set(stages.values())) > 1)
         for i, ((name, own), cores) in enumerate(zip(stages.items(), _cores(count), strict=True))
     ]
     return front, Cluster(front, begins, registry.create("route", router).open(), Process, step_timeout=step_timeout)
