@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from redraft.core.layers import Between, Layers
 from redraft.core.plan import Work
 from redraft.core.sequence import PLAIN, Lanes, Sequence, Space
-from redraft.core.tree import EMPTY, I32, U64, TokenTree
+from redraft.core.tree import EMPTY, I32, I64, U64, TokenTree
 from redraft.core.view import View
 
 
@@ -72,7 +73,8 @@ class Batch:
     logits; roots: i32[S], the logit row of the last pending token of each sequence, -1 where the chunk ends earlier or an earlier
     forward of the same tail ran that token. Node i of sequence s has logit row roots[s] + 1 + i. views[s]: which slots the rows
     see, None for all; layers[s]: the layers that the rows run, None for all; adapters[s]: what changes the weights for the rows, None
-    for nothing (models/adapter.py).
+    for nothing (models/adapter.py); between[s]: what changes hidden states between layers, None for nothing; vectors: i64[n], rows that
+    start from a vector instead of their token's embedding, ascending, and these vectors [n, hidden].
 
     Positions and visibility are both given; neither is derived from the other. A row sees all committed slots, the chain and the
     nodes of its bits, except what its view and the window of its layer hide by position.
@@ -114,8 +116,10 @@ class Batch:
     logit_rows: I32
     roots: I32
     views: list[View | None]
-    layers: list[frozenset[int] | None]
+    layers: list[Layers | None]
     adapters: list[Any]
+    between: list[Between | None]
+    vectors: tuple[I64, Any] | None = None
 
     @classmethod
     def pack(cls, work: Seq[Work], trees: Seq[TokenTree], pages: PageView) -> Batch:
@@ -167,18 +171,22 @@ class Batch:
             wanted,
             root_rows,
             [_view(w.seq, positions[a:z]) for w, (a, z) in zip(work, spans, strict=True)],
-            [w.seq.cache.layers if w.seq.stored >= w.seq.context else None for w in work],
+            [w.seq.layers for w in work],
             [w.seq.request.adapter for w in work],
+            [w.seq.between for w in work],
+            _vectors(work, trees, pages.tail, starts, tree_starts),
         )
 
     @property
     def plain(self) -> bool:
-        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers."""
+        """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers, with nothing
+        between them."""
         count, pages = len(self.views), self.pages
-        return self.views.count(None) == self.layers.count(None) == pages.positions.count(None) == pages.kinds.count(Lanes.SHARED) == count
+        nothing = self.views.count(None), self.layers.count(None), self.between.count(None), pages.positions.count(None)
+        return pages.kinds.count(Lanes.SHARED) == count and nothing == (count,) * len(nothing)
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
-        """A batch of the chosen sequences without logit rows, and i32[rows]: the rows of this batch that it holds."""
+        """A batch of the chosen sequences without logit rows and vectors, and i32[rows]: the rows of this batch that it holds."""
         spans = [range(int(self.starts[s]), int(self.starts[s + 1])) for s in chosen]
         rows = np.fromiter((row for span in spans for row in span), np.int32)
         chains = [int(self.tree_starts[s] - self.starts[s]) for s in chosen]
@@ -201,6 +209,7 @@ class Batch:
                 [self.views[s] for s in chosen],
                 [self.layers[s] for s in chosen],
                 [self.adapters[s] for s in chosen],
+                [self.between[s] for s in chosen],
             ),
             rows,
         )
@@ -210,6 +219,23 @@ def _tail(w: Work, tree: TokenTree) -> I32:
     """Positions of all tentative slots, in slots of earlier forwards too."""
     root = w.seq.stored + w.rows - 1
     return np.concatenate([np.arange(w.seq.stored, root + 1), tree.depths() + root]).astype(np.int32)
+
+
+def _vectors(work: Seq[Work], trees: Seq[TokenTree], tails: Seq[int], starts: Seq[int], tree_starts: Seq[int]) -> tuple[I64, Any] | None:
+    """The rows of prompts that requests gave as vectors, and of nodes that start from vectors."""
+    found = []
+    for w, tree, tail, start, tree_start in zip(work, trees, tails, starts, tree_starts, strict=False):
+        given = w.seq.request.vectors
+        if given is not None and not tail and len(own := given[w.seq.stored : w.seq.stored + w.rows]):
+            places = np.flatnonzero(~np.isnan(own[:, 0]))
+            found.append((places + start, own[places]))
+        if tree.vectors is not None and (skipped := max(0, w.first - tree.drafts)) < len(tree.vectors):
+            nodes = np.arange(tree.drafts + skipped, len(tree))
+            found.append((nodes - w.first + tree_start, tree.vectors[skipped:]))
+    if not found:
+        return None
+    rows, vectors = zip(*found, strict=True)
+    return np.concatenate(rows), np.concatenate(vectors)
 
 
 def _view(seq: Sequence, positions: list[int]) -> View | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from redraft.core.tree import F64, I32, Probs
+
+Tensor = Any
 
 
 class TopLogprobs(NamedTuple):
@@ -40,6 +42,15 @@ class Distribution(Probs, Protocol):
 
     def choose(self, row: int, weights: F64) -> int:
         """A token drawn in proportion to `weights` (f64[V], any sum) with RESIDUAL noise of the row's position."""
+        ...
+
+    def states(self, rows: Seq[int], layer: int) -> Tensor:
+        """[R, hidden] in the model's dtype: outputs of a layer that the verifier's taps name, at these rows. The last layer's have no norm
+        yet."""
+        ...
+
+    def allows(self, row: int, token: int) -> bool:
+        """Whether the request's processors leave the token a chance at this row."""
         ...
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:

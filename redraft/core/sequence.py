@@ -10,13 +10,16 @@ import numpy as np
 
 from redraft.config import SamplingParams
 from redraft.core.distribution import TopLogprobs
-from redraft.core.tree import F64
+from redraft.core.layers import Between, Layers
+from redraft.core.tree import F32, F64
 from redraft.core.view import Window
 
 if TYPE_CHECKING:
     from redraft.kv.eviction.eviction import OpenEviction
     from redraft.kv.reuse.reuse import OpenReuse, Span
     from redraft.kv.sparse_attention.sparse_attention import OpenSparseAttention
+    from redraft.layer_skipping.layer_skipping import OpenLayerSkipping
+    from redraft.steer.steer import OpenSteer
 
 UNLIMITED = 1 << 30  # more tokens than any text has
 
@@ -45,7 +48,8 @@ class CachePlan:
     encode_every: the number of tokens after which full pages change from `format` to `encoded`. window: what rows see, None for all.
     max_slots: the largest number of committed slots of a lane. shareable_tokens: the number of leading tokens with pages that depend
     on these tokens only; the sequence may lower it. endless: positions may exceed the trained context, because distances within the
-    cache do not. layers: the layers that rows after the context run, None for all.
+    cache do not. depth: the layer skipping behind the context, None where all layers run. steer: what changes hidden states between
+    layers, None for nothing.
     """
 
     keep: OpenEviction | None = None
@@ -59,7 +63,8 @@ class CachePlan:
     max_slots: int = UNLIMITED
     shareable_tokens: int = UNLIMITED
     endless: bool = False
-    layers: frozenset[int] | None = None
+    depth: OpenLayerSkipping | None = None
+    steer: OpenSteer | None = None
 
 
 PLAIN = CachePlan()  # the whole cache, unencoded; every row reads all of it and runs all layers
@@ -122,6 +127,7 @@ class Request:
     before: list[int] = field(default_factory=list)  # the text before the edits
     reused_tokens: int = 0  # tokens reused from the cache of `before`
     miss: Any = None  # where the prompt differs from the prefix cache, see PrefixTree.miss
+    vectors: F32 | None = None  # [prompt, hidden]: stand in for the embeddings of the prompt's tokens, but for rows of NaN
     context: int | None = None  # tokens that count as given, None for the prompt; policies treat later tokens as new text
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # of each prompt token, None before wants.logprobs_from
@@ -151,7 +157,8 @@ class Sequence:
     of its own. shareable_tokens: the number of leading
     tokens with pages that depend on these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
     once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted. arrives: the number of leading
-    tokens whose pages come from another engine when the text is admitted.
+    tokens whose pages come from another engine when the text is admitted. layers: those that the next step's rows run, None for all.
+    between: what changes their hidden states between layers, None for nothing.
     """
 
     id: int
@@ -176,6 +183,8 @@ class Sequence:
     source: Sequence | None = None
     reuse_searched: bool = False
     arrives: int = 0
+    layers: Layers | None = None
+    between: Between | None = None
 
     @property
     def context(self) -> int:
@@ -184,6 +193,12 @@ class Sequence:
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def words(self) -> list[int]:
+        """The prompt's tokens, without those that only stand in for a vector."""
+        prompt, vectors = self.tokens[: self.prompt_len], self.request.vectors
+        return prompt if vectors is None else [token for token, (one, *_) in zip(prompt, vectors, strict=True) if np.isnan(one)]
 
     @property
     def pending(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import lru_cache
+from itertools import islice
 from operator import ge
 from typing import Protocol
 
@@ -53,6 +54,9 @@ class TokenTree:
     children; distributions: for sampled kinds, the distributions that children were drawn from, row i + 1 for the children of
     node i and row 0 for those of the root; draws: i32[D], the nodes in draw order, a node drawn twice twice, None for each node once
     in order; origins: u16[N], the member of a union that proposed each node; scores: f32[N], the confidence of the drafter.
+
+    vectors: f32[n, hidden]: the last n nodes start from these vectors instead of a token's embedding. They are no drafts: no token follows
+    them, verifiers do not meet them, and nothing of them is kept. A drafter reads what the target makes of them.
     """
 
     tokens: I32
@@ -62,6 +66,7 @@ class TokenTree:
     draws: I32 | None = None
     origins: U16 | None = None
     scores: F32 | None = None
+    vectors: F32 | None = None
     _children: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)
     _drawn: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
@@ -108,6 +113,23 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def drafts(self) -> int:
+        """The number of nodes that stand for tokens: the first ones."""
+        return len(self.tokens) - (0 if self.vectors is None else len(self.vectors))
+
+    def without_vectors(self) -> TokenTree:
+        """The nodes that stand for tokens. Their numbers are the same."""
+        if self.vectors is None:
+            return self
+        n = self.drafts
+        origins = None if self.origins is None else self.origins[:n]
+        scores = None if self.scores is None else self.scores[:n]
+        return replace(
+            self, tokens=self.tokens[:n], parents=self.parents[:n], kinds=self.kinds[: n + 1], origins=origins, scores=scores, vectors=None,
+            _children={}, _drawn={},
+        )  # fmt: skip
+
     def check(self, *, vocab: int, rows: int, depth: int) -> None:
         """Raises ValueError unless this is a tree of at most `rows` nodes and `depth` levels over `vocab` tokens."""
         n = len(self.tokens)
@@ -120,17 +142,23 @@ class TokenTree:
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)} instead of {wanted}{list(shape)}")
         if not n:
             return
-        tokens, parents = self.tokens.tolist(), self.parents.tolist()  # lists are faster than arrays of few nodes
+        tokens, parents, drafts = self.tokens.tolist(), self.parents.tolist(), n  # lists are faster than arrays of few nodes
+        if self.vectors is not None:
+            if self.vectors.ndim != 2 or not 0 < len(self.vectors) <= n or not np.isfinite(self.vectors).all():
+                raise ValueError(f"vectors {list(self.vectors.shape)} of {n} nodes: finite numbers [1 to {n}, hidden] are needed")
+            drafts = self.drafts
+            if any(self.kinds[drafts + 1 :].tolist()):
+                raise ValueError("a node that starts from a vector has children that were sampled")
         if min(tokens) < 0 or max(tokens) >= vocab:
             raise ValueError(f"a token outside 0..{vocab - 1}: {tokens}")
         if min(parents) < -1 or any(map(ge, parents, range(n))):
             raise ValueError(f"a node does not come after its parent: {parents}")
-        if len(set(zip(parents, tokens, strict=True))) < n:
+        if len(set(zip(parents[:drafts], tokens[:drafts], strict=True))) < drafts:
             raise ValueError("two siblings with the same token")
         if self.scores is not None and not (self.scores.shape == (n,) and self.scores.min() >= 0 and self.scores.max() <= 1.001):
             raise ValueError(f"scores must be {n} probabilities: {self.scores.tolist()}")
-        if self.draws is not None and set(self.draws.tolist()) != set(range(n)):
-            raise ValueError(f"draws must contain each of the {n} nodes at least once and nothing else: {self.draws.tolist()}")
+        if self.draws is not None and set(self.draws.tolist()) != set(range(drafts)):
+            raise ValueError(f"draws must contain each of the {drafts} nodes at least once and nothing else: {self.draws.tolist()}")
         if self.distributions is None and any(self.kinds.tolist()):
             raise ValueError("sampled children without the distribution that they were drawn from")
         if (deepest := max(self.depths().tolist())) > depth:
@@ -148,14 +176,14 @@ class TokenTree:
         """The child of `node` (-1: the root) with token `token`, or -1."""
         if not self._children and len(self.tokens):
             pairs = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
-            for i, pair in enumerate(pairs):
+            for i, pair in enumerate(islice(pairs, self.drafts)):
                 self._children.setdefault(pair, i)
         return self._children.get((node, token), -1)
 
     def drawn(self, node: int) -> list[int]:
         """The children of `node` (-1: the root) in draw order, each as often as it was drawn."""
         if not self._drawn and len(self.tokens):
-            for i in range(len(self.tokens)) if self.draws is None else self.draws.tolist():
+            for i in range(self.drafts) if self.draws is None else self.draws.tolist():
                 self._drawn.setdefault(int(self.parents[i]), []).append(i)
         return self._drawn.get(node, [])
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence as Seq
+from hashlib import sha256
 from itertools import zip_longest
 from typing import cast
 
 from redraft.core.noise import sample_seed
 from redraft.core.sequence import UNLIMITED, Request, Sequence
+from redraft.core.tree import F32
 from redraft.engine.output import Progress
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
@@ -16,6 +18,11 @@ from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
 from redraft.models.adapter import Adapter, unknown
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
+
+
+def salted(vectors: F32, salt: str) -> str:
+    """The salt of a prompt of vectors in the prefix cache, where their tokens only stand in for them."""
+    return f"{sha256(vectors.tobytes()).hexdigest()}\0{salt}"
 
 
 class Admission:
@@ -41,8 +48,10 @@ class Admission:
         chosen = self._adapter(request)
         if params.seed is None:
             request.params = params.but(seed=secrets.randbits(63))
+        if request.vectors is not None:
+            request.salt = salted(request.vectors, request.salt)
         if chosen is not None:
-            request.adapter, request.salt = chosen, chosen.salted(salt)
+            request.adapter, request.salt = chosen, chosen.salted(request.salt)
         try:
             seqs = [self.sequence(request, index) for index in range(len(progress) or 1)]
             self._check_length(seqs[0])
@@ -101,6 +110,8 @@ class Admission:
             name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
             raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, but reuse skips parts of it")
         self.drafter.check(params)
+        if request.vectors is not None:
+            self._check_vectors(request)
         if len(prompt) >= self.max_model_len and not (plan.endless and params.max_tokens is not None):
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
         self._check_ids("before", request.before)
@@ -113,6 +124,17 @@ class Admission:
         if params.stop and not self.spells:
             raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self.sampler.check(params)
+
+    def _check_vectors(self, request: Request) -> None:
+        vectors, hidden = request.vectors, self.runner.spec.hidden
+        assert vectors is not None
+        if vectors.shape != (len(request.prompt), hidden):
+            count = len(request.prompt)
+            raise InvalidInput(f"prompt_embeds of shape {list(vectors.shape)}: [{count}, {hidden}], tokens and hidden size, is needed")
+        if request.wants.prompt_logprobs is not None:
+            raise Unsupported("prompt_embeds: vectors have no log-probabilities, so prompt_logprobs is not possible")
+        if request.reuse:
+            raise Unsupported(f"prompt_embeds: reuse {request.reuse} compares tokens, and vectors are none")
 
     def _check_progress(self, request: Request, progress: Seq[Progress]) -> None:
         params = request.params

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from redraft.core.sequence import Request, Sequence
+from redraft.core.taps import NO_TAPS
 from redraft.engine.output import Progress, Stats
 from redraft.engine.parcel import Parcel
 from redraft.errors import InvalidInput, shown
@@ -21,8 +22,10 @@ class Parked(NamedTuple):
 
 
 def travels(seq: Sequence) -> bool:
-    """Whether the pages are all that a text has stored. A policy that evicts has a state of its own, so its texts are computed again."""
-    return seq.cache.keep is None
+    """Whether the pages are all that a text has stored. A policy that evicts or reads the context's states has a state of its own, so its
+    texts are computed again."""
+    depth = seq.cache.depth
+    return seq.cache.keep is None and (depth is None or depth.taps is NO_TAPS)
 
 
 class Departures:

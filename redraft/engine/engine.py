@@ -30,8 +30,11 @@ from redraft.kv.table import PageTable
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Decoder
 from redraft.sample.sampler import NotNumbers, Sampler
+from redraft.sched.draft_memory import DraftMemory
 from redraft.sched.scheduler import Scheduler
-from redraft.verify.verifier import Verifier
+from redraft.verify.verifier import Verifier, opened
+
+LOGIT = 4  # bytes, at least
 
 
 class Begun(NamedTuple):
@@ -61,12 +64,19 @@ class Engine:
         draft: str | None = None,
         clock: Callable[[], float] = monotonic,
         parks: bool = False,
+        draft_memory: int | None = None,
     ) -> None:
         """`decode` turns ids into text without special tokens, `decode_all` with them; None: outputs have no text. `draft`:
-        the drafter's name in the statistics. clock: gives the time in seconds. parks: the default of add()."""
+        the drafter's name in the statistics. clock: gives the time in seconds. parks: the default of add(). draft_memory: the most bytes
+        that the drafts of a step may take, None for no limit of their own."""
         self.runner, self.memory = runner, runner.memory
         self.scheduler, self.sampler = scheduler, sampler
+        self.draft_memory: DraftMemory | None = None
+        if draft_memory is not None:  # backends without numbers have no limit
+            row = runner.spec.vocab * max(LOGIT, runner.backend.dtype.itemsize)
+            self.draft_memory = DraftMemory(draft_memory, row, runner.memory.paged.store.block_bytes)
         self.opened = Opened(self._in_use)  # methods that requests chose
+        verifier = opened(verifier, runner)
         self.drafter, self.verifier = Drafters(drafter, runner, sampler, verifier, self.opened, draft), Verifiers(verifier)
         self.policies = Policies(runner, self.opened)
         self.admission = Admission(runner, sampler, self.drafter, self.policies, max_model_len=max_model_len, spells=decode is not None)
@@ -121,6 +131,8 @@ class Engine:
         least = 0 if self.departures.parked else 1
         plan = self.scheduler.plan(self.faults.without(waiting), self.faults.without(running), self.memory, least)  # changes nothing yet
         plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
+        if self.draft_memory is not None:
+            plan = self.draft_memory.cut(plan, self.memory, logits=self.taps(plan).logits)
         if not plan.work:
             self.blocked = bool(self.departures.parked) and not self.running
             return None
@@ -179,9 +191,8 @@ class Engine:
 
     def taps(self, plan: StepPlan) -> Taps:
         seqs = plan.seqs
-        requested = self.sampler.needs(plan.work) | self.drafter.taps(seqs) | self.outputs.taps(seqs)
-        watched = self.policies.watch(seqs)
-        return requested | Taps(attention=watched) if watched else requested
+        drafts = self.drafter.taps(seqs) | self.verifier.taps(seqs)
+        return self.sampler.needs(plan.work) | drafts | self.outputs.taps(seqs) | self.policies.taps(seqs)
 
     def sync(self, seqs: Iterable[Sequence]) -> None:
         """Publishes full pages and lets policies decide. A request for n texts forks once all but the last prompt token is stored. If

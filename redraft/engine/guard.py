@@ -26,10 +26,10 @@ MAX_FAULT = 300  # characters of a fault; the description of an invalid tree may
 
 
 class Guard:
-    """drafter: opened; vocab: number of token ids; name: in statistics."""
+    """drafter: opened; vocab: number of token ids; name: in statistics; hidden: the width of the vectors that nodes may start from."""
 
-    def __init__(self, drafter: OpenDrafter, vocab: int, name: str | None = None) -> None:
-        self.drafter, self.vocab, self.name = drafter, vocab, name or type(drafter).__name__
+    def __init__(self, drafter: OpenDrafter, vocab: int, name: str | None = None, hidden: int = 0) -> None:
+        self.drafter, self.vocab, self.name, self.hidden = drafter, vocab, name or type(drafter).__name__, hidden
         self.never_drafts: bool = getattr(drafter, "never_drafts", False)
         self.names: Seq[str] = getattr(drafter, "names", ()) or (self.name,)
         self.safe = SafeCalls(self._drop)
@@ -112,6 +112,8 @@ class Guard:
         if tree is None:
             raise ValueError("proposed None instead of a tree")
         tree.check(vocab=self.vocab, rows=budget.rows, depth=budget.depth)
+        if tree.vectors is not None and tree.vectors.shape[1] != self.hidden:
+            raise ValueError(f"vectors of {tree.vectors.shape[1]} numbers instead of {self.hidden}")
         if unknown := {*map(Kind, set(tree.kinds.tolist()))} - self.drafter.kinds - {Kind.FIXED}:
             raise ValueError(f"children made {', '.join(kind.name for kind in unknown)}, which are not in its declared kinds")
         origins = tree.origins

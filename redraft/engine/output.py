@@ -44,6 +44,7 @@ class Stats:
         self.steps += 1
         for name in stopped:
             self.stopped[name] = self.stopped.get(name, 0) + 1
+        tree = tree.without_vectors()
         if not len(tree):
             return
         self.drafts += 1
@@ -304,5 +305,6 @@ def _provenance(step: int, tree: TokenTree, found: Accepted, names: Seq[str]) ->
     origins = [0] * len(tree) if tree.origins is None else tree.origins.tolist()
     drafters = [*(names[origins[node]] for node in found.path), ""]
     made = [Provenance(step, drafter) for drafter in drafters[: len(found.tokens)]]
+    tree = tree.without_vectors()
     shown = tree if tree.distributions is None else replace(tree, distributions=None)  # they may be as large as the vocabulary
     return [replace(made[0], tree=shown, names=names, path=found.path), *made[1:]]

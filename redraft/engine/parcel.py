@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from redraft.core.sequence import Request, Space
 from redraft.core.tree import I32
+from redraft.engine.admission import salted
 from redraft.engine.output import Progress, Stats
 from redraft.errors import Unsupported, shown
 from redraft.kv.parcel import StoredText
@@ -37,6 +38,8 @@ class Parcel(NamedTuple):
     def made(cls, request: Request, progress: list[Progress], stored: list[Any], runner: Runner) -> Parcel:
         adapter = request.adapter
         salt = request.salt if adapter is None else request.salt.removeprefix(adapter.salted(""))
+        if request.vectors is not None:
+            salt = salt.removeprefix(salted(request.vectors, ""))
         copy = replace(request, salt=salt, adapter=None, leaves=False, sequences=[], prompt_logprobs=list(request.prompt_logprobs))
         return cls(copy, progress, stored, runner.form, "" if adapter is None else adapter.digest)
 

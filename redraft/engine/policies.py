@@ -12,7 +12,7 @@ from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
 from redraft.core.sequence import PLAIN, UNLIMITED, CachePlan, Lanes, Sequence
-from redraft.core.view import Watch
+from redraft.core.taps import NO_TAPS, Taps
 from redraft.engine.faults import SafeCalls
 from redraft.engine.opened import Opened
 from redraft.errors import Unsupported
@@ -24,8 +24,10 @@ from redraft.layer_skipping.layer_skipping import OpenLayerSkipping
 from redraft.models.runner import Runner
 from redraft.ops.backend import Feature
 from redraft.ops.format import Format, plain
+from redraft.steer.steer import OpenSteer
 
 SEAMS = ("keep", "codec", "read", "depth")
+CHOICES = (*SEAMS, "steer")
 FORMATS = 256  # page formats that may be defined; they stay as long as the pool
 
 
@@ -39,7 +41,7 @@ class Policies:
 
     def check(self, params: SamplingParams, reuse: str = "") -> CachePlan:
         """The plan that these parameters choose. Raises UnknownMethod, InvalidInput or Unsupported, one line each."""
-        texts = {seam: text for seam in SEAMS if (text := getattr(params, seam)) is not None}
+        texts = {seam: text for seam in CHOICES if (text := getattr(params, seam)) is not None}
         parts = {seam: self._open(seam, text) for seam, text in {**texts, **({"reuse": reuse} if reuse else {})}.items()}
         try:
             plan = self._plan(**parts) if parts else PLAIN
@@ -50,6 +52,8 @@ class Policies:
             raise Unsupported(f"reuse {reuse} takes over keys and values only, but this model has layers with another kind of memory")
         if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
             raise Unsupported(f"reuse {reuse} takes over plain pages; keep, codec and a read with data of its own store other pages")
+        if reuse and plan.depth is not None and plan.depth.taps is not NO_TAPS:
+            raise Unsupported(f"depth={params.depth} reads every row of the context, but reuse {reuse} skips parts of it")
         return plan
 
     def _open(self, seam: str, text: str) -> Any:
@@ -62,6 +66,7 @@ class Policies:
         codec: OpenCodec | None = None,
         read: OpenSparseAttention | None = None,
         depth: OpenLayerSkipping | None = None,
+        steer: OpenSteer | None = None,
         reuse: OpenReuse | None = None,
     ) -> CachePlan:
         spec = self.runner.spec
@@ -72,9 +77,8 @@ class Policies:
                 f"{spec.family} has {spec.learned_positions} learned positions, so keys cannot be renumbered by their place in the cache"
             )
         form, encoded = self._stored(codec, read)
-        policies = keep or codec or read or depth
+        policies = keep or codec or read or depth or steer
         plain_bits = not policies or Feature.BIT_EXACT in self.runner.backend.features  # as a plain request computes them
-        count = len(spec.layers)
         window = None if keep is None else keep.window
         return CachePlan(
             keep,
@@ -88,7 +92,8 @@ class Policies:
             max_slots=UNLIMITED if keep is None else keep.max_slots,
             shareable_tokens=0 if not plain_bits else UNLIMITED if keep is None else keep.shareable_tokens,
             endless=keep is not None and keep.endless and window is not None and sum(window) <= spec.context,
-            layers=None if depth is None or len(kept := depth.layers(count)) == count else kept,
+            depth=depth if depth is not None and depth.skips else None,
+            steer=steer,
         )
 
     def _stored(self, codec: OpenCodec | None, read: OpenSparseAttention | None) -> tuple[str, str]:
@@ -118,26 +123,48 @@ class Policies:
         """Gives a new sequence the plan that its request chose."""
         seq.cache = plan = self.check(seq.params, seq.request.reuse)
         seq.shareable_tokens = plan.shareable_tokens
-        if plan.layers is not None or plan.read is not None:
+        if plan.depth is not None or plan.read is not None:
             seq.shareable_tokens = min(seq.shareable_tokens, seq.context)
+        if plan.steer is not None:
+            seq.between = plan.steer.between(seq.context)
+            seq.shareable_tokens = min(seq.shareable_tokens, plan.steer.shareable_tokens(seq.context))
+        if plan.depth is not None and plan.depth.taps is not NO_TAPS:
+            seq.shareable_tokens = 0
 
     def parts(self, seq: Sequence) -> tuple[Any, ...]:
-        return seq.cache.keep, seq.cache.read, seq.cache.reuse
+        return seq.cache.keep, seq.cache.read, seq.cache.reuse, seq.cache.depth, seq.cache.steer
 
     def begin(self, seq: Sequence) -> None:
-        if (keep := seq.cache.keep) is not None:
-            seq.state[keep] = keep.begin(seq)
+        for policy in self._kept(seq):
+            seq.state[policy] = policy.begin(seq)
+        self._cross(seq)  # pages that the text found or that arrived may end behind a border
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
         child.reuse_searched = True  # its sibling already took over what there was
-        if (keep := seq.cache.keep) is not None:
-            child.state[keep] = keep.fork(seq.state[keep], child)
+        for policy in self._kept(seq):
+            child.state[policy] = policy.fork(seq.state[policy], child)
+        child.layers = seq.layers
 
     def end(self, seq: Sequence) -> None:
         self._release(seq)
-        seq.reuse_searched = False
-        if (keep := seq.cache.keep) is not None and keep in seq.state:
-            keep.end(seq.state.pop(keep))
+        seq.reuse_searched, seq.layers = False, None
+        for policy in self._kept(seq):
+            if policy in seq.state:
+                policy.end(seq.state.pop(policy))
+
+    @staticmethod
+    def _kept(seq: Sequence) -> list[Any]:
+        """The policies that keep a state of the sequence."""
+        return [policy for policy in (seq.cache.keep, seq.cache.depth) if policy is not None]
+
+    @staticmethod
+    def _cross(seq: Sequence) -> None:
+        """Sets the layers that the next rows run."""
+        if (depth := seq.cache.depth) is None or seq.stored < seq.context:
+            return
+        chosen = depth.plan(seq)
+        assert chosen.within(seq.layers) == chosen, f"sequence {seq.id} at {seq.stored}: rows run a layer that rows before them skipped"
+        seq.layers = chosen
 
     def take_over(self, seq: Sequence, spare: int) -> None:
         """Takes over the parts of the source text that are due at this position. Holds the source's pages while `spare` is not
@@ -185,29 +212,40 @@ class Policies:
             found.append(plan.keep.sync_point(seq))
         if plan.encoded:
             found.append((stored // plan.encode_every + 1) * plan.encode_every)
-        if (plan.read is not None or plan.layers is not None) and stored < seq.context:
+        if (plan.read is not None or plan.depth is not None) and stored < seq.context:
             found.append(seq.context)
+        elif plan.depth is not None:
+            found.append(plan.depth.border(seq))
         if plan.read is not None and plan.read.sync_every and stored >= seq.context:
             found.append((stored // plan.read.sync_every + 1) * plan.read.sync_every)
         return min(found)
 
     # ---- one step
 
-    def watch(self, seqs: Iterable[Sequence]) -> dict[int, tuple[Watch, ...]]:
-        found = {}
+    def taps(self, seqs: Iterable[Sequence]) -> Taps:
+        found, watched = NO_TAPS, {}
         for s, seq in enumerate(seqs):
-            if (keep := seq.cache.keep) is not None and (watch := keep.watch(seq)):
-                found[s] = watch
-        return found
+            keep, depth = seq.cache.keep, seq.cache.depth
+            if keep is not None and (watch := keep.watch(seq)):
+                watched[s] = watch
+            if depth is not None and seq.stored < seq.context:
+                found |= depth.taps
+        return found | Taps(attention=watched) if watched else found
 
     def observe(self, result: StepResult, safe: SafeCalls) -> None:
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
-            if (keep := work.seq.cache.keep) is not None:
-                safe.call(work.seq, keep.observe, work.seq, result.out.attention.get(s), work.rows, accepted.path)
+            seq, (keep, depth) = work.seq, (work.seq.cache.keep, work.seq.cache.depth)
+            if keep is not None:
+                safe.call(seq, keep.observe, seq, result.out.attention.get(s), work.rows, accepted.path)
+            if depth is not None and depth.taps is not NO_TAPS and seq.stored <= seq.context:
+                first = int(result.batch.starts[s])
+                rows = {layer: h[first : first + work.rows] for layer, h in result.out.hidden.items() if layer in depth.taps.hidden}
+                safe.call(seq, depth.observe, seq, rows)
 
     def sync(self, seq: Sequence) -> None:
-        """After a commit: evicts tokens, summarizes pages and encodes pages, as the plan says."""
+        """After a commit: sets the layers of the next rows, evicts tokens, summarizes pages and encodes pages, as the plan says."""
         plan, paged = seq.cache, self.runner.memory.paged
+        self._cross(seq)
         if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: paged.table.positions(seq))) is not None:
             paged.keep(seq, kept)
         if plan.read is not None and plan.read.sync_every:

@@ -22,7 +22,7 @@ from redraft.engine.opened import Opened
 from redraft.errors import Unsupported
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
-from redraft.verify.verifier import Verifier
+from redraft.verify.verifier import Verifier, opened
 
 NOTHING = Budget(0, 0)
 
@@ -39,6 +39,12 @@ class Verifiers:
 
     def __init__(self, own: Verifier) -> None:
         self.own = own
+
+    def taps(self, seqs: Iterable[Sequence]) -> Taps:
+        found = NO_TAPS
+        for verifier in {seq.speculation.verifier if seq.speculation else None for seq in seqs}:
+            found |= getattr(verifier or self.own, "taps", NO_TAPS)
+        return found
 
     def accept(self, work: Seq[Work], trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         groups = _groups(work, lambda seq: seq.speculation.verifier if seq.speculation else None)
@@ -57,12 +63,15 @@ class Drafters:
     """own: the engine's drafter, opened for `verifier`; `text`: "name:option=value,...", None if it was not made from a text."""
 
     def __init__(
-        self, own: OpenDrafter, runner: Runner, sampler: Sampler, verifier: Verifier, opened: Opened, text: str | None = None
+        self, own: OpenDrafter, runner: Runner, sampler: Sampler, verifier: Verifier, methods: Opened, text: str | None = None
     ) -> None:
         if unfit := own.kinds - verifier.supports:
             raise _unfit(unfit, text or type(own).__name__, verifier)
-        self.own, self.method = Guard(own, runner.spec.vocab, text), None if text is None else registry.create("draft", text)
-        self.runner, self.sampler, self.verifier, self.opened = runner, sampler, verifier, opened
+        self.own, self.method = (
+            Guard(own, runner.spec.vocab, text, runner.spec.hidden),
+            None if text is None else registry.create("draft", text),
+        )
+        self.runner, self.sampler, self.verifier, self.opened = runner, sampler, verifier, methods
         self.awake = True  # whether a text of this step is looked at
         self._proposed: list[TokenTree] | None = None  # before constraints changed some
 
@@ -72,7 +81,7 @@ class Drafters:
         """What these parameters choose; None if they choose neither. Raises UnknownMethod, InvalidInput or Unsupported, one line each."""
         if params.draft is None and params.verify is None:
             return None
-        verifier: Verifier = self.verifier if params.verify is None else registry.create("verify", params.verify)
+        verifier = self.verifier if params.verify is None else self._opened_verifier(params.verify)
         method = self.method if params.draft is None else registry.create("draft", params.draft)
         same_noise = (verifier.drafts, verifier.exact) == (self.verifier.drafts, self.verifier.exact)
         if method is None and not same_noise and self.own.drafter.kinds - {Kind.FIXED}:
@@ -87,9 +96,16 @@ class Drafters:
 
     def _open(self, name: str, method: Any, verifier: Verifier) -> Guard:
         def make() -> Guard:
-            return Guard(method.open(self.runner, self.sampler.for_drafts(verifier.drafts, verifier.exact)), self.runner.spec.vocab, name)
+            spec, made = self.runner.spec, method.open(self.runner, self.sampler.for_drafts(verifier.drafts, verifier.exact))
+            return Guard(made, spec.vocab, name, spec.hidden)
 
         return self.opened.get(f"draft = {name}", ("draft", method, verifier.drafts, verifier.exact), make, max_bytes(method, self.runner))
+
+    def _opened_verifier(self, name: str) -> Verifier:
+        method: Verifier = registry.create("verify", name)
+        if not hasattr(method, "open"):
+            return method
+        return self.opened.get(f"verify = {name}", ("verify", method), lambda: opened(method, self.runner))
 
     def fit(self, seq: Sequence) -> None:
         """Gives a new sequence the drafter and verifier that its request chose."""
@@ -104,7 +120,7 @@ class Drafters:
         seq.speculation = None
 
     def parts(self, seq: Sequence) -> tuple[Any, ...]:
-        return () if seq.speculation is None else (seq.speculation.drafter,)
+        return () if seq.speculation is None else seq.speculation
 
     def of(self, seq: Sequence) -> Guard:
         chosen: Speculation | None = seq.speculation
@@ -138,13 +154,15 @@ class Drafters:
         self.of(seq).end(seq)
 
     def propose(self, work: Seq[Work], budgets: Seq[Budget]) -> list[TokenTree]:
-        """While all texts rest, drafters are not asked and see nothing of the step."""
+        """While all texts rest, drafters are not asked and see nothing of the step. Those that read states see the last step of a rest,
+        because they draft from these in the next one."""
         trees, own = [EMPTY] * len(work), list(budgets)
         self.awake = False
         for i, one in enumerate(work):
             if one.seq.rest:
                 one.seq.rest -= 1
                 own[i] = NOTHING
+                self.awake = self.awake or (not one.seq.rest and bool(self.of(one.seq).taps.hidden))
             else:
                 self.awake = True
         if self.awake:

@@ -1,4 +1,4 @@
-"""One decoder layer. Only this Python code interprets a LayerSpec."""
+"""One decoder layer and its two halves. Only this Python code interprets a LayerSpec."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from redraft.ops.backend import Backend, LayerWeights, LinearWeights, NormWeight
 
 
 def decoder_layer(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
-    """h [T, hidden] -> [T, hidden]: the mixer, then the feed-forward part, added to h as the spec says. index, pool: see Mix."""
+    """h [T, hidden] -> [T, hidden]. index, pool: see Mix."""
+    return fed(h, attended(h, index, layer, weights, backend, pool, plan), layer, weights, backend)
+
+
+def attended(h: Tensor, index: int, layer: LayerSpec, weights: LayerWeights, backend: Backend, pool: Any, plan: Any) -> Tensor:
+    """The first half of a layer: h [T, hidden] with what the mixer makes of it added, as the spec says."""
     x = _normed(h, weights.attn_norm, layer.norm, backend)
     mixed = MIXERS[type(layer.mixer)](x, index, layer.mixer, weights, backend, pool, plan)
-    after = _added(h, mixed, weights.attn_post_norm, layer, backend)
+    return _added(h, mixed, weights.attn_post_norm, layer, backend)
+
+
+def fed(h: Tensor, after: Tensor, layer: LayerSpec, weights: LayerWeights, backend: Backend) -> Tensor:
+    """The second half: `after` [T, hidden], what the first half returned, with the feed-forward part added. h: the input of the layer."""
     x = _normed(h if layer.parallel else after, weights.mlp_norm, layer.norm, backend)
     return _added(after, _feed_forward(x, layer, weights, backend), weights.mlp_post_norm, layer, backend)
 

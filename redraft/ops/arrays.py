@@ -104,6 +104,14 @@ def replaced(x: Any, rows: Any, values: Any) -> Any:
     return made
 
 
+def like(values: Any, x: Any) -> Any:
+    """values, of NumPy or of the library of x, in that library, with the dtype and on the device of x."""
+    if isinstance(x, np.ndarray):
+        return array(values).astype(x.dtype, copy=False)
+    given = widened(values) if isinstance(values, np.ndarray) else values  # PyTorch cannot read NumPy's bfloat16
+    return namespace(x).asarray(given, dtype=x.dtype, device=device(x))
+
+
 def kth_largest(x: Any, k: int) -> Any:
     """The k-th largest number of each vector of x [..., n]: [..., 1]. NaN is above all numbers."""
     return np.partition(x, -k)[..., -k, None] if isinstance(x, np.ndarray) else x.topk(k).values[..., -1:]

@@ -377,12 +377,20 @@ class Backend(Protocol):
         """The embeddings [T, hidden] of the rows' tokens."""
         ...
 
+    def rows(self, table: Tensor | PackedWeights, ids: I32) -> Tensor:
+        """These rows [T, hidden] of Weights.embed."""
+        ...
+
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
         """x [..., D] -> the same shape, each vector normed alone."""
         ...
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Tensor:
         """x [T, ins] -> [T, outs]. Quantized weights give the bits that ops/quantized.py defines."""
+        ...
+
+    def logits(self, x: Tensor, head: LinearWeights) -> Tensor:
+        """x [T, ins] -> [T, outs] in the dtype of ForwardResult.logits."""
         ...
 
     def activate(self, x: Tensor, activation: str, gated: bool) -> Tensor:

@@ -440,13 +440,15 @@ class NativeOps(NumpyOps):
         return int(places[draw(key, ids[places], values[places])])  # with numpy's logarithm, as everywhere
 
     def embed(self, weights: Weights, plan: NativePlan) -> Floats:  # type: ignore[override]
-        batch, embed = plan.batch, weights.embed
-        if isinstance(embed, Packed):
-            x = np.empty((len(batch.tokens), embed.c.ins), self.dtype)
-            self._call("rd_rows", embed.c, batch.tokens.tobytes(), len(batch.tokens), self.kind, address(x))
-        else:
-            x = array(embed)[batch.tokens]
+        batch, x = plan.batch, self.rows(weights.embed, plan.batch.tokens)
         return x if weights.positions is None else x + array(weights.positions)[batch.positions]
+
+    def rows(self, table: Any, ids: Numbers) -> Floats:
+        if not isinstance(table, Packed):
+            return super().rows(table, ids)
+        x = np.empty((len(ids), table.c.ins), self.dtype)
+        self._call("rd_rows", table.c, ids.tobytes(), len(ids), self.kind, address(x))
+        return x
 
     def norm(self, x: Floats, weights: NormWeights, norm: Norm) -> Floats:
         out = np.empty(x.shape, x.dtype)
@@ -465,6 +467,15 @@ class NativeOps(NumpyOps):
         x, out = np.ascontiguousarray(x), np.empty((len(x), weights.c.outs), x.dtype)
         if len(x):
             self._call("rd_linear", weights.c, self._rows(x), self._rows(out), abi.ACTIVATIONS["none"], 0)
+        return out
+
+    def logits(self, x: Floats, head: LinearWeights) -> Floats:
+        """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""
+        if not isinstance(head, Packed):
+            return self.linear(x, head)
+        x, out = np.ascontiguousarray(x), np.empty((len(x), head.c.outs), np.float32)
+        if len(x):
+            self._call("rd_linear", head.c, self._rows(x), abi.Rows.of(out, abi.F32), abi.ACTIVATIONS["none"], 0)
         return out
 
     def add_low_rank(self, y: Floats, x: Floats, rows: I64, term: LowRank) -> None:
@@ -637,9 +648,14 @@ class NativeOps(NumpyOps):
         return self._terms[adapter][1]
 
     def forward(self, batch: Batch, spec: ModelSpec, weights: Weights, pool: NumpyPool, taps: Taps) -> ForwardResult | None:
-        """A whole pass in one call. Returns None if a tap, a sequence, an adapter or the model needs more than one."""
-        if taps.hidden or taps.attention or not batch.plain or not len(batch.tokens):
+        """A whole pass in one call. Returns None if a tap, a sequence, an adapter, a row or the model needs more than one."""
+        rows, last = len(batch.tokens), len(spec.layers) - 1
+        if taps.hidden - {last} or taps.attention or not batch.plain or not rows:
             return None
+        if batch.vectors is None and isinstance(weights.embed, Packed) and weights.embed is not weights.head:
+            return None
+        if batch.vectors is not None and len(batch.vectors[0]) < rows:
+            return None  # some rows start from embeddings, others do not
         if any(adapter is not None and (adapter.embed is not None or adapter.head is not None) for adapter in batch.adapters):
             return None
         model, kept = self._whole(spec, weights, pool), list[Any]()
@@ -661,8 +677,12 @@ class NativeOps(NumpyOps):
         found = np.empty(count * (keep + 1), np.int32)
         logits = np.empty((count, model.head.outs), np.float32) if taps.logits else None
         at = found.__array_interface__["data"][0]
-        self._call("rd_step", model, given, adapters, keep, at, None if logits is None else address(logits))
-        return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None, logits)
+        start = None if batch.vectors is None else np.ascontiguousarray(batch.vectors[1], self.dtype)
+        states = np.empty((rows, spec.hidden), self.dtype) if taps.hidden else None
+        into = (None if one is None else address(one) for one in (logits, start, states))
+        self._call("rd_pass", model, given, adapters, keep, at, *into)
+        hidden = {} if states is None else {last: states}
+        return ForwardResult(found[:count], found[count:].reshape(count, keep) if taps.top_k else None, logits, hidden)
 
     def _whole(self, spec: ModelSpec, weights: Weights, pool: NumpyPool) -> abi.Model | None:
         """A model in the form of the kernels; None if they cannot run all of it."""
@@ -677,7 +697,7 @@ class NativeOps(NumpyOps):
         head, norm, embed, model = weights.head, weights.final_norm, weights.embed, self._model(spec)
         plain = isinstance(embed, np.ndarray) and embed.dtype == self.dtype and embed.flags.c_contiguous
         rows = address(embed) if plain else None
-        if not isinstance(head, Packed) or weights.positions is not None or not (rows or embed is head):
+        if not isinstance(head, Packed) or weights.positions is not None or not (rows or isinstance(embed, Packed)):
             return None
         segment = self._segment(spec, weights, model)
         if segment is None:
@@ -727,7 +747,7 @@ class NativeOps(NumpyOps):
         head, norm, wanted, x = weights.head, weights.final_norm, plan.batch.logit_rows, np.ascontiguousarray(x)
         if not isinstance(head, Packed) or taps.logits:
             rows = x if len(wanted) == x.shape[0] else x[wanted]
-            return self._result(self._logits(self.norm(rows, norm, final), head), taps)
+            return self._result(self.logits(self.norm(rows, norm, final), head), taps)
         count, keep = len(wanted), min(max(1, taps.top_k), head.outs)
         found = np.empty(count * (keep + 1), np.int32)
         likeliest, best = found[:count], found[count:].reshape(count, keep)
@@ -746,15 +766,6 @@ class NativeOps(NumpyOps):
         largest = logits[np.arange(len(top_k)), top_k[:, 0]]
         likeliest = np.where(largest < np.inf, top_k[:, 0], np.int32(-1))
         return ForwardResult(likeliest, top_k, logits if taps.logits else None)
-
-    def _logits(self, x: Floats, head: LinearWeights) -> Floats:
-        """float32 [T, V]: unrounded sums, so rounding cannot make two logits equal."""
-        if not isinstance(head, Packed):
-            return self.linear(x, head)
-        x, out = np.ascontiguousarray(x), np.empty((len(x), head.c.outs), np.float32)
-        if len(x):
-            self._call("rd_linear", head.c, self._rows(x), abi.Rows.of(out, abi.F32), abi.ACTIVATIONS["none"], 0)
-        return out
 
     def _rows(self, x: Floats) -> abi.Rows:
         return abi.Rows.of(x, self.kind)

@@ -29,7 +29,7 @@ from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
 from redraft.errors import Unsupported
 from redraft.ops import places
-from redraft.ops.arrays import array, cast, dots, mixed, numpy_dtype, total, wide, widened
+from redraft.ops.arrays import Numbers, array, cast, dots, mixed, numpy_dtype, total, wide, widened
 from redraft.ops.backend import (
     Adapted,
     Feature,
@@ -198,8 +198,12 @@ class NumpyOps:
         return Linear(*own)
 
     def embed(self, weights: Weights, plan: NumpyPlan) -> Floats:
-        x: Floats = array(weights.embed)[plan.tokens]
+        x = self.rows(weights.embed, plan.tokens)
         return x if weights.positions is None else x + array(weights.positions)[plan.positions]
+
+    def rows(self, table: Any, ids: Numbers) -> Floats:
+        found: Floats = array(table)[ids]
+        return found
 
     @np.errstate(all="ignore")
     def norm(self, x: Floats, weights: NormWeights, norm: Norm) -> Floats:
@@ -228,6 +232,9 @@ class NumpyOps:
         if bias is not None:
             y += array(bias)
         return y.astype(x.dtype, copy=False)
+
+    def logits(self, x: Floats, head: LinearWeights) -> Floats:
+        return self.linear(x, head)
 
     def add_low_rank(self, y: Floats, x: Floats, rows: Any, term: LowRank) -> None:
         own, a, b = array(rows), array(term.a), array(term.b)
@@ -437,7 +444,7 @@ class NumpyOps:
         return np.asarray(np.tanh(rows / rows.dtype.type(limit)) * rows.dtype.type(limit))
 
     def head(self, x: Floats, weights: Weights, final: Norm, plan: NumpyPlan, taps: Taps) -> ForwardResult:
-        logits: Any = self.linear(self.norm(x[plan.logit_rows], weights.final_norm, final), weights.head)
+        logits: Any = self.logits(self.norm(x[plan.logit_rows], weights.final_norm, final), weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
 

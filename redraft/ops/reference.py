@@ -204,9 +204,12 @@ class Reference:
         return weights.halved() if isinstance(weights, Quantized) else weights
 
     def embed(self, weights: Weights, plan: ReferencePlan) -> Tensor:
-        assert isinstance(weights.embed, Tensor), "an embedding in the form of another backend"
-        x = weights.embed[plan.tokens]
+        x = self.rows(weights.embed, plan.batch.tokens)
         return x if weights.positions is None else x + weights.positions[plan.positions.long()]
+
+    def rows(self, table: Any, ids: I32) -> Tensor:
+        assert isinstance(table, Tensor), "an embedding in the form of another backend"
+        return table[torch.from_numpy(ids).long()]
 
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
         if norm.kind == "layer":
@@ -222,6 +225,9 @@ class Reference:
         assert isinstance(weights, Linear), "a weight in the form of another backend"
         y: Tensor = x @ weights.weight.T
         return y if weights.bias is None else y + weights.bias
+
+    def logits(self, x: Tensor, head: LinearWeights) -> Tensor:
+        return self.linear(x, head)
 
     def add_low_rank(self, y: Tensor, x: Tensor, rows: I64, term: LowRank) -> None:
         y[rows, term.first : term.first + term.b.shape[1]] += x[rows] @ term.a.T @ term.b
@@ -293,7 +299,7 @@ class Reference:
 
     def head(self, x: Tensor, weights: Weights, final: Norm, plan: ReferencePlan, taps: Taps) -> ForwardResult:
         rows = self.norm(x[torch.from_numpy(plan.batch.logit_rows).long()], weights.final_norm, final)
-        logits = self.linear(rows, weights.head)
+        logits = self.logits(rows, weights.head)
         top_k = best_first(logits, taps.top_k) if taps.top_k else None
         return ForwardResult(argmax(logits), top_k, logits if taps.logits else None)
 

@@ -315,6 +315,10 @@ class TorchOps:
         x = weights.embed.index_select(0, plan.tokens)
         return x if weights.positions is None else x + weights.positions.index_select(0, plan.positions)
 
+    def rows(self, table: Any, ids: I32) -> Tensor:
+        assert isinstance(table, Tensor), "an embedding in the form of another backend"
+        return table[torch.from_numpy(ids).long().to(self.device)]
+
     def norm(self, x: Tensor, weights: NormWeights, norm: Norm) -> Tensor:
         wide = x.to(weights.weight.dtype)  # gains above one may be wider than x
         if norm.kind == "layer":
@@ -355,6 +359,9 @@ class TorchOps:
         if not len(x):
             return x.new_empty(0, weights.weight.shape[0])
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weights.weight, weights.bias, "none", [], ""))
+
+    def logits(self, x: Tensor, head: LinearWeights) -> Tensor:
+        return self.linear(x, head)
 
     def add_low_rank(self, y: Tensor, x: Tensor, rows: I64, term: LowRank) -> None:
         wide = torch.promote_types(y.dtype, torch.float32)

@@ -23,7 +23,7 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import I32, TokenTree
 from redraft.errors import RedraftError
-from redraft.ops.arrays import array, device
+from redraft.ops.arrays import Tensor, array, device
 from redraft.ops.backend import ForwardResult
 from redraft.sample.processors.processor import F64, I64, Constraint, Ending, Processor, Row, Vocabulary, weigh
 
@@ -108,6 +108,21 @@ class Sampler:
             processor.apply(row)
         return row
 
+    def few(self, ids: I64, values: F64, seq: Sequence, drafted: list[int]) -> Row:
+        """As `row`, of some tokens only: ids i64[M], ascending; values f64[M], their logits, overwritten."""
+        chosen = seq.state[self]
+        if any(getattr(processor, "by_id", False) for processor in chosen):
+            whole = np.full(len(self.ids), -np.inf)
+            whole[ids] = values
+            row = self.row(whole, seq, drafted)
+            row.keep(np.flatnonzero(row.values > -np.inf))
+            return row
+        row = Row(ids, values, seq, drafted)
+        for processor in chosen:
+            if len(row.ids):  # a grammar may have dropped all
+                processor.apply(row)
+        return row
+
     def distribution(self, out: ForwardResult, batch: Batch, work: Seq[Work], trees: Seq[TokenTree]) -> TargetDistribution:
         """The distribution of the next token at each logit row of one step. Rows are computed on request."""
         return TargetDistribution(self, out, batch, work, trees, batch.roots)
@@ -127,6 +142,9 @@ class DraftView:
 
     def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
         return self.sampler.row(values, seq, drafted)
+
+    def few(self, ids: I64, values: F64, seq: Sequence, drafted: list[int]) -> Row:
+        return self.sampler.few(ids, values, seq, drafted)
 
 
 @dataclass(eq=False, slots=True)
@@ -186,6 +204,17 @@ class TargetDistribution:
         ids = np.flatnonzero(weights)
         noise = gumbel(self._key(self.work[owner].seq, Stream.RESIDUAL, packed), ids)
         return int(ids[(np.log(weights[ids]) + noise).argmax()])
+
+    def states(self, rows: Seq[int], layer: int) -> Tensor:
+        return self.out.hidden[layer][self.batch.logit_rows[np.asarray(rows, np.int64)].astype(np.int64)]
+
+    def allows(self, row: int, token: int) -> bool:
+        (packed,), (owner,) = self._owners([row])
+        if not self.work[owner].seq.state[self.sampler]:
+            return True
+        (values,) = self._fetch([row])
+        left = self._row(values, owner, packed)
+        return bool((left.values[left.ids == token] > -np.inf).any())
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
         """log softmax in float64 of the raw logits. Ranks start at 1; of equal logits the lowest id comes first."""

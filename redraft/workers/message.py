@@ -8,7 +8,7 @@ from redraft import errors
 from redraft.config import EngineConfig, SamplingParams
 from redraft.core.distribution import TopLogprobs
 from redraft.core.sequence import FinishReason, Request, Wants
-from redraft.core.tree import F64
+from redraft.core.tree import F32, F64
 from redraft.engine.output import Event, Progress, Provenance, Stats
 from redraft.errors import RedraftError
 from redraft.workers.host import Figures
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     reuse: str
     before: list[int]
     context: int | None
+    vectors: F32 | None = None
     progress: tuple[Progress, ...] = ()
 
     @classmethod
@@ -47,13 +48,14 @@ class Job(NamedTuple):
         if request.prompt_logprobs:
             params, wants = params.but(prompt_logprobs=None), wants._replace(prompt_logprobs=None)
         return cls(
-            key, request.prompt, params, request.salt, request.priority, wants, request.reuse, request.before, request.context, progress
+            key, request.prompt, params, request.salt, request.priority, wants, request.reuse, request.before, request.context,
+            request.vectors, progress,
         )  # fmt: skip
 
     def request(self) -> Request:
         return Request(
             self.key, self.prompt, self.params, self.salt, priority=self.priority, wants=self.wants, reuse=self.reuse, before=self.before,
-            context=self.context,
+            context=self.context, vectors=self.vectors,
         )  # fmt: skip
 
 

@@ -97,6 +97,21 @@ def test_a_growing_tail_packs_its_new_nodes_only():
     assert batch.pages is pages
 
 
+def test_nodes_that_start_from_vectors_are_named():
+    w, other = work(range(20, 25), stored=3), work(range(30, 33), stored=2)
+    tree = TokenTree.build([40, 41], [-1, 0], vocab=99, rows=9, depth=9)
+    vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
+    whole = TokenTree(
+        np.append(tree.tokens, [0, 0, 0]).astype(np.int32), np.append(tree.parents, [-1, 2, 1]).astype(np.int32), np.zeros(6, np.uint8),
+        vectors=vectors,
+    )  # fmt: skip
+    found = Batch.pack([other, w], [EMPTY, whole], view([other, w])).vectors
+    assert found is not None and found[0].tolist() == [5, 6, 7] and np.array_equal(found[1], vectors)
+    grown = [Work(w.seq, w.rows, first=3)]
+    found = Batch.pack(grown, [whole], replace(view(grown), tail=[5])).vectors
+    assert found is not None and found[0].tolist() == [0, 1] and np.array_equal(found[1], vectors[1:])
+
+
 def test_each_sequence_needs_a_tree():
     w = work([1, 2])
     with pytest.raises(ValueError, match="zip"):

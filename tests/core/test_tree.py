@@ -70,3 +70,18 @@ def test_a_drafters_bug_raises(tokens, parents, said):
 def test_different_lengths_raise():
     with pytest.raises(ValueError, match="zip"):
         TokenTree.build([1, 2], [-1], vocab=4, rows=9, depth=9)
+
+
+def test_nodes_that_start_from_vectors_are_no_drafts():
+    tree = TokenTree(
+        np.array([0, 5, 0, 0], np.int32), np.array([-1, 0, -1, 2], np.int32), np.zeros(5, np.uint8),
+        vectors=np.ones((2, 4), np.float32),
+    )  # fmt: skip
+    tree.check(vocab=6, rows=4, depth=2)
+    assert tree.drafts == 2 and tree.child(-1, 0) == 0 and tree.child(2, 0) == -1
+    assert tree.drawn(-1) == [0] and tree.drawn(2) == []
+    plain = tree.without_vectors()
+    assert plain.tokens.tolist() == [0, 5] and plain.parents.tolist() == [-1, 0] and plain.vectors is None and len(plain.kinds) == 3
+    for vectors in (np.ones((5, 4)), np.ones(4), np.full((2, 4), np.nan), np.ones((0, 4))):
+        with pytest.raises(ValueError, match="vectors"):
+            TokenTree(tree.tokens, tree.parents, tree.kinds, vectors=vectors.astype(np.float32)).check(vocab=6, rows=4, depth=2)

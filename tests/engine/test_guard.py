@@ -44,6 +44,8 @@ ABSURD: dict[str, Any] = {
     "log-probabilities": wrong([1, 2], [-1, 0], scores=[-0.1, -2.0]),
     "a score that is no number": wrong([1], [-1], scores=[float("nan")]),
     "a score too many": wrong([1], [-1], scores=[0.5, 0.5]),
+    "a vector of another width": replace(wrong([0], [-1]), vectors=np.zeros((1, 5), np.float32)),
+    "more vectors than nodes": replace(wrong([0], [-1]), vectors=np.zeros((2, 32), np.float32)),
     "no tree": None,
     "arrays of other lengths": TokenTree(np.array([1, 2], np.int32), np.array([-1], np.int32), np.zeros(3, np.uint8)),
     "no integers": TokenTree(np.array([1.5]), np.array([-1], np.int32), np.zeros(2, np.uint8)),  # type: ignore[arg-type]

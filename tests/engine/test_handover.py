@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from redraft.engine.parcel import Parcel
 from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.remote import PageServer, RemotePages
 from redraft.kv.shared import SharedMemory, SharedPages
+from redraft.models.trained import Trained, model_hash
 from tests.contracts import identity
 from tests.engine.test_resume import Received
 from tests.kv.reuse.test_pie import OLD, edited
@@ -127,6 +129,26 @@ def test_a_request_that_changes_engines_has_the_same_texts(llms: tuple[LLM, LLM]
     assert (len(whole.tokens[0]) > 1 and pair.figures[0] > 0) or case == "eviction"
     assert pair.figures[0] == 0 or case != "eviction"
     assert pair.figures[2] == 0 and len(request.prompt_logprobs) == (len(pair.prompt) if case == "prompt logprobs" else 0)
+
+
+def test_a_prompt_of_vectors_and_a_steered_text_change_engines(llms: tuple[LLM, LLM], pair: Pair, tmp_path: Path) -> None:
+    hidden = llms[0].spec.hidden
+    u = np.random.default_rng(1).standard_normal(hidden).astype(np.float32)
+    about = {"layer": 1, "context": 300.0, "prior": -300.0}
+    file = Trained("context-knob", model_hash(llms[0].runner), about, {"u": u}).save(tmp_path / "knob")
+    vectors = np.random.default_rng(2).standard_normal((len(pair.prompt), hidden)).astype(np.float32)
+    params = SamplingParams(temperature=0.7, seed=6, max_tokens=30)
+    found = set()
+    for steer in (None, f"context-knob:path={file}"):
+        for given in (None, vectors):
+            whole, request = Received(1), pair.request("r", params.but(steer=steer), vectors=given, salt="tenant")
+            parts = pair.run(request)
+            llms[0].engine.add(pair.request("whole", params.but(steer=steer), vectors=given, salt="tenant"))
+            finish(llms[0].engine, whole)
+            assert parts.tokens == whole.tokens
+            found.add(tuple(whole.tokens[0]))
+    assert len(found) == 4
+    assert pair.figures[0] > 0 and pair.figures[2] == 0
 
 
 def test_pages_that_are_there_are_not_copied(pair: Pair) -> None:

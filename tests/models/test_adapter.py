@@ -293,9 +293,9 @@ def test_a_pattern_matches_as_in_peft() -> None:
 def test_no_pattern_takes_long(field: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's engine needs ten seconds and more for this key, and for some keys it has no end."""
     made = adapters.make(tmp_path / "lora", base, modules=("q_proj",), **{field: {"(.*.*.*.*.*.*.*.*.*)Q": 4}})
-    begun = time.monotonic()
+    begun = time.process_time()
     assert len([*read(base, made).terms()]) == 3
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 5
     monkeypatch.setattr(adapter, "LONGEST_MATCHING", 0)
     with pytest.raises(CheckpointError, match=f"adapter_config.json: {field}: its 1 keys take more than 0 seconds to match"):
         read(base, made)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from redraft.ops.backend import LayerWeights, Linear, NormWeights, Weights
 from redraft.ops.numpy_ops import NumpyOps
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from tests.arrays import placed
 from tests.ops.tensors import tensor
 
 VOCAB, HIDDEN, SIZE = 37, 32, 8
@@ -218,3 +220,14 @@ def test_bfloat16_where_onednn_cannot_pack_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_rows_of_the_embedding_and_logits_of_any_state(backend: str) -> None:
+    weights, own = model()[1], FAST[backend](torch.float64)
+    placed_weights = placed(own, weights)
+    ids = np.array([3, 0, 3, VOCAB - 1], np.int32)
+    assert np.array_equal(array(own.rows(placed_weights.embed, ids)), array(weights.embed)[ids])
+    states = np.random.default_rng(0).standard_normal((4, HIDDEN))
+    expected = states @ array(weights.head.weight).T
+    np.testing.assert_allclose(array(own.logits(own.place(states), placed_weights.head)), expected, atol=1e-12)

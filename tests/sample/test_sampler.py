@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.plan import Work
 from redraft.core.taps import NO_TAPS, Taps
-from redraft.core.testing import view
+from redraft.core.testing import sequence, view
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.ops.arrays import DTYPES, array, name_of
 from redraft.ops.backend import ForwardResult
@@ -237,3 +238,28 @@ def test_a_fork_counts_for_itself():
     distribution = step(own, [seq, child])
     assert distribution.draw([0, 1]) == [plain.token(toy_logits(s.tokens, V), s.params, s.tokens, 2, 0) for s in (seq, child)]
     own.end(child.state[own])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=0.7, top_k=3),
+        SamplingParams(temperature=1, min_p=0.2),
+        SamplingParams(temperature=0.7, logit_bias={3: 5.0, 8: -np.inf}, repetition_penalty=1.3, presence_penalty=0.5),
+    ],
+)
+def test_few_tokens_are_processed_as_in_a_row_of_all(params: SamplingParams) -> None:
+    """If the others have no mass."""
+    sampler = Sampler(12, frozenset({3}))
+    seq = sequence([1, 3, 5, 8])
+    seq.request.params = params
+    seq.state[sampler] = sampler.begin(seq)
+    ids, values = np.array([2, 3, 5, 8, 11]), np.array([0.3, 1.0, 1.2, 2.0, -0.5])
+    whole = np.full(12, -np.inf)
+    whole[ids] = values
+    expected, found = sampler.row(whole.copy(), seq, [5]), sampler.few(ids, values.copy(), seq, [5])
+    left = expected.values > -np.inf
+    assert found.ids.tolist() == expected.ids[left].tolist() and len(found.ids)
+    assert np.allclose(found.values, expected.values[left])

@@ -62,12 +62,12 @@ def test_the_same_arrivals_give_the_same_run() -> None:
 
 def test_the_mean_wait_is_that_of_a_queue_with_equal_service_times() -> None:
     load, service = 0.5, 0.5
-    coming = [one._replace(prompt=8, output=1, blocks=()) for one in arrivals(15_000, rate=load / service)]
+    coming = [one._replace(prompt=8, output=1, blocks=()) for one in arrivals(5_000, rate=load / service)]
     scaled = coming[-1].at * load / service / len(coming)  # the drawn times, at the exact rate
     coming = [one._replace(at=one.at / scaled) for one in coming]
     records = run(cluster(cost=Linear(service, 0, 0, 0), sched="fcfs", max_seqs=1), coming)
     wait = float((records.column("first") - records.column("arrived")).mean())
-    assert wait == pytest.approx(service + load * service / (2 * (1 - load)), rel=0.02)
+    assert wait == pytest.approx(service + load * service / (2 * (1 - load)), rel=0.03)
 
 
 def test_a_request_that_is_too_long_is_refused_and_counted() -> None:

@@ -88,7 +88,7 @@ def test_limits_that_cannot_be_read(text: str) -> None:
 
 
 def test_the_rate_that_is_found_holds_the_limits_and_a_higher_one_does_not() -> None:
-    trace, limits = read("poisson:rate=1,prompt=200,output=20,requests=300"), Limits.parse("ttft=0.3")
+    trace, limits = read("poisson:rate=1,prompt=200,output=20,requests=120"), Limits.parse("ttft=0.3")
     best, tried = highest_rate(lambda rate: simulate(Configuration(), COST, trace.at_rate(rate), limits), 1.0)
     assert best is not None and best.held and best in tried
     failed = min(one.rate for one in tried if not one.held)
@@ -104,7 +104,7 @@ def test_no_rate_holds_a_limit_that_one_request_exceeds() -> None:
 
 
 def test_the_fewest_workers() -> None:
-    trace, limits = read("poisson:rate=300,prompt=200,output=20,requests=300"), Limits.parse("ttft=0.3")
+    trace, limits = read("poisson:rate=300,prompt=200,output=20,requests=120"), Limits.parse("ttft=0.3")
 
     def on(count: int) -> Figures:
         return simulate(Configuration(count, router="least-load"), COST, trace, limits)

@@ -39,7 +39,7 @@ def test_actors_that_are_killed_lose_nothing(llm: LLM, machines: RayCluster, sta
         return sum(len(found) for found, *_ in inbox.texts.values())
 
     async def main() -> None:
-        _, cluster = actors_of(machines, CONFIG.but(draft="token-recycling"), stages, "round-robin", PLAIN, 60.0)
+        _, cluster = actors_of(machines, CONFIG.but(draft="token-recycling"), stages, "round-robin", PLAIN, 600.0)
         await cluster.prepare()
         cluster.start(inbox.deliver, lambda error: None)
         inbox.expect(some := requests(llm, 21))
@@ -50,7 +50,7 @@ def test_actors_that_are_killed_lose_nothing(llm: LLM, machines: RayCluster, sta
             assert member.link is not None
             member.link.kill()
         await inbox.until(lambda: not inbox.left)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(600):
             while not all(member.ready for member in cluster.members):
                 await asyncio.sleep(0.05)
         assert not inbox.errors and inbox.texts == expected

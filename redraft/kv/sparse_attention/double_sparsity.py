@@ -17,10 +17,8 @@ they are stored for the first layers too; nothing is offloaded, so the query of 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from math import inf
@@ -30,7 +28,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft import kept
 from redraft.card import Card, Guarantee
 from redraft.config import SamplingParams
 from redraft.core.batch import Batch
@@ -39,8 +36,9 @@ from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.spec import Attention
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
+from redraft.models.trained import Trained, model_hash, place
 from redraft.ops import arrays
-from redraft.ops.arrays import Tensor, array, kth_largest, namespace, numpy_dtype
+from redraft.ops.arrays import Tensor, array, kth_largest, namespace
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
@@ -50,7 +48,6 @@ if TYPE_CHECKING:
 
 METHOD = "double-sparsity"
 PIECE = 512  # tokens of a text that run together
-SAMPLE = 1 << 16  # bytes of each weight that enter the hash of the model
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,12 @@ class DoubleSparsity(Options):
         count = runner.spec.head_dim // self.factor
         if not count:
             raise InvalidInput(f"{METHOD}:factor={self.factor}: must be {runner.spec.head_dim} or less, the number of channels of a key")
-        model = model_hash(runner)
-        path = self.profile.expanduser() if self.profile else place(model)
+        path = self.profile.expanduser() if self.profile else place(METHOD, model_hash(runner))
         if not path.exists():
             of = str(runner.source or "MODEL")
             raise InvalidInput(f"{METHOD}: no profile {path}; make one with: redraft calibrate {of} --method {METHOD} --texts FILE")
         profile = Profile.load(path)
-        if profile.model != model:
-            raise InvalidInput(f"{METHOD}:profile={path}: made for the model with hash {profile.model}, this one has {model}")
+        Trained(METHOD, profile.model, {}, {}).check(runner, path)
         return Labels(profile.channels(count), self.tokens, self.dense, self.sinks)
 
     @staticmethod
@@ -142,31 +137,20 @@ class Profile:
 
     def save(self, path: Path | None = None) -> Path:
         """Writes a safetensors file, by default where `open` looks for it; returns its path."""
-        from safetensors.numpy import save_file
-
-        path = path or place(self.model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"method": METHOD, "model": self.model, "texts": str(self.texts), "tokens": str(self.tokens)}
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        save_file({"scores": np.ascontiguousarray(array(self.scores))}, partial, metadata)
-        partial.replace(path)  # no reader ever sees a partial file
-        return path
+        about = {"texts": self.texts, "tokens": self.tokens}
+        return Trained(METHOD, self.model, about, {"scores": self.scores}).save(path or place(METHOD, self.model))
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        from safetensors import SafetensorError, safe_open
-
+        """CheckpointError if the file is damaged or of another method, or if all scores are 0."""
+        found = Trained.load(path, METHOD)
         try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("method") != METHOD:
-                    raise CheckpointError(f"{path}: not a profile of {METHOD}")
-                found = cls(file.get_tensor("scores"), metadata["model"], int(metadata["texts"]), int(metadata["tokens"]))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a complete profile of {METHOD}: {' '.join(str(error).split())}") from None
-        if not found.scores.any():
+            profile = cls(found.arrays["scores"], found.model, int(found.about["texts"]), int(found.about["tokens"]))
+        except KeyError as error:
+            raise CheckpointError(f"{path}: not a complete file of {METHOD}: {error}") from None
+        if not profile.scores.any():
             raise CheckpointError(f"{path}: all scores are 0: calibrate again")
-        return found
+        return profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,67 +233,3 @@ class _Meter:
     def means(self, tokens: int) -> NDArray[np.float32]:
         """f32 [L, K, D]"""
         return (np.stack([array(self.sums[index]) for index in sorted(self.sums)]) / tokens).astype(np.float32)
-
-
-# ---- the hash of the model
-
-
-def place(model: str) -> Path:
-    """The default path of the profile of a model; see `kept`."""
-    return kept.folder(METHOD) / f"{model}.safetensors"
-
-
-def model_hash(runner: Runner) -> str:
-    """The sha256 of the config and of the name, dtype, shape and first rows (64 KiB) of each stored tensor, in the order of names. A
-    checkpoint of any size takes well under a second. The hash does not depend on sharding or on the dtype in which the model runs.
-    For weights without a checkpoint it hashes the spec and the weights in memory."""
-    digest = sha256()
-    if runner.source is None:
-        digest.update(repr(runner.spec).encode())
-        weights = _in_memory(runner.weights)
-    else:
-        digest.update(_config(runner.source))
-        weights = _in_files(runner.source)
-    for name, shape, rows in weights:
-        digest.update(f"{name} torch.{numpy_dtype(rows.dtype)} {shape}".encode())
-        digest.update(array(rows).tobytes())
-    return digest.hexdigest()
-
-
-Weight = tuple[str, tuple[int, ...], "Tensor"]  # name, shape, first rows
-
-
-def _config(source: Path) -> bytes:
-    """config.json; for a GGUF file, which has none, the config that it gives."""
-    from redraft.models import loader
-
-    return repr(loader.read_config(source)).encode() if source.is_file() else (source / loader.CONFIG).read_bytes()
-
-
-def _in_files(source: Path) -> Iterator[Weight]:
-    from redraft.models import loader
-
-    stored = loader.inspect(source).tensors
-    for name, info in sorted(stored.tensors.items()):
-        if info.shape:
-            yield name, info.shape, stored.read(name, slice(0, _sampled(stored.read(name, slice(0, 1)))))
-
-
-def _in_memory(value: Any, name: str = "weights") -> Iterator[Weight]:
-    if hasattr(value, "nbytes"):  # an array or a tensor
-        yield name, tuple(value.shape), _first_rows(value.to_dense() if getattr(value, "is_mkldnn", False) else value)
-    elif isinstance(value, tuple):
-        for i, part in enumerate(value):
-            yield from _in_memory(part, f"{name}.{i}")
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _in_memory(getattr(value, field.name), f"{name}.{field.name}")
-
-
-def _first_rows(stored: Tensor) -> Tensor:
-    return stored[: _sampled(stored[:1])]
-
-
-def _sampled(row: Tensor) -> int:
-    """The number of rows of this size that enter the hash."""
-    return max(1, SAMPLE // max(1, int(row.nbytes)))

@@ -137,7 +137,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_attend": (NUMBER, _STEP, NUMBER, ctypes.POINTER(Heads), POINTER, _ROWS, _ROWS, _ROWS, _ROWS),
     "rd_products": (NUMBER, POINTER, POINTER, SIZE, SIZE, SIZE, SIZE, POINTER),
     "rd_run": (NUMBER, ctypes.POINTER(Layer), SIZE, SIZE, _STEP, SIZE, ctypes.POINTER(Adapters), _ROWS),
-    "rd_step": (NUMBER, ctypes.POINTER(Model), ctypes.c_char_p, ctypes.POINTER(Adapters), NUMBER, POINTER, POINTER),
+    "rd_pass": (NUMBER, ctypes.POINTER(Model), ctypes.c_char_p, ctypes.POINTER(Adapters), NUMBER, *[POINTER] * 4),
 }
 
 

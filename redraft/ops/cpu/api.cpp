@@ -206,6 +206,6 @@ BORDER int rd_products(const float* a, const float* b, int64_t heads, int64_t ro
 BORDER int rd_run(const Layer* layers, int64_t first, int64_t last, const Step* steps, int64_t count, const Adapters* adapters, const Rows* h) {
     return guarded([&] { run_layers(kernels(), layers, first, last, steps, count, adapters, *h); });
 }
-BORDER int rd_step(const Model* model, const int32_t* batch, const Adapters* adapters, int keep, int32_t* best, float* logits) {
-    return guarded([&] { run_step(kernels(), *model, batch, adapters, keep, best, logits); });
+BORDER int rd_pass(const Model* model, const int32_t* batch, const Adapters* adapters, int keep, int32_t* best, float* logits, const uint8_t* start, uint8_t* states) {
+    return guarded([&] { run_step(kernels(), *model, batch, adapters, keep, best, logits, {start, states}); });
 }

@@ -250,7 +250,7 @@ void run_layers(const Kernels& kernels, const Layer* layers, int64_t first, int6
     run_paced(layers, first, last, h.rows, segment_job(kernels, layers, first, last, steps, count, adapters, h));
 }
 
-void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, const Adapters* adapters, int32_t keep, int32_t* best, float* logits) {
+void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, const Adapters* adapters, int32_t keep, int32_t* best, float* logits, Ends ends) {
     static auto* seqs = new std::vector<Seq>();
     static auto* plan = new AttendPlan();
     static auto *states = new Buffer(), *angles = new Buffer();
@@ -282,15 +282,18 @@ void run_step(const Kernels& kernels, const Model& model, const int32_t* batch, 
     const auto head = head_job(kernels, norm, model.head, logit_rows, wanted, all, keep, found.data());
     run_paced(model.layers, 0, model.count + 1, rows, [&](int worker, int workers) {
         const Share own(rows, worker, workers);  // the rows that this worker norms and rotates
-        if (model.rows)
+        if (ends.start)
+            std::memcpy(h.at(own.first, 0), ends.start + own.first * h.stride, size_t((own.last - own.first) * h.stride));
+        else if (model.rows)
             for (int64_t r = own.first; r < own.last; r++) std::memcpy(h.at(r, 0), model.rows + tokens[r] * h.stride, size_t(h.stride));
         else
             rows_of(model.head, tokens + own.first, own.last - own.first, kind, h.at(own.first, 0));
-        if (model.embed_scale != 1) kernels.norm({h, h, nullptr, nullptr, 0, 1, kind, kind, model.embed_scale}, own.first, own.last);
+        if (model.embed_scale != 1 && !ends.start) kernels.norm({h, h, nullptr, nullptr, 0, 1, kind, kind, model.embed_scale}, own.first, own.last);
         turns_of(rotaries, positions, rows, own, turns);
         layers(worker, workers);
         if (wanted) head(worker, workers);
     });
+    if (ends.states) std::memcpy(ends.states, h.at(0, 0), size_t(rows * h.stride));
     merge(found, wanted, keep, best + wanted, best);
 }
 

@@ -102,8 +102,13 @@ struct Model {
 // A whole pass whose sequences have plain pages in shared lanes, one Seq each. batch: T rows, S sequences, R wanted rows, N node rows, W
 // words, 0; then visible u64 [N][W], tokens [T], positions [T], wanted rows [R]; then for each sequence its rows, chain_rows, tail, chain,
 // number of pages, length, pages, tail_at, see Seq. best: the largest output of each wanted row, -1 where a row has NaN or infinity, then
-// the `keep` largest, [R][keep]. logits: [R][outs], or null. adapters: as for run_layers.
-void run_step(const Kernels&, const Model&, const int32_t* batch, const Adapters* adapters, int32_t keep, int32_t* best, float* logits);
+// the `keep` largest, [R][keep]. logits: [R][outs], or null. adapters: as for run_layers. start: what the rows start from in place of their
+// embeddings, or null; states: gets what the last layer returns, or null; both [T][hidden] of the model's kind.
+struct Ends {
+    const uint8_t* start;
+    uint8_t* states;
+};
+void run_step(const Kernels&, const Model&, const int32_t* batch, const Adapters* adapters, int32_t keep, int32_t* best, float* logits, Ends);
 
 void write_keys(const AttendKernels&, const Step&, int64_t layer, const Rows& k, const Rows& v, int worker, int workers);
 

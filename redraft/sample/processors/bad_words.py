@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class BadWords:
     single: I64
     longer: tuple[tuple[list[int], int], ...]
     reach: int  # the number of last tokens that are compared
+    by_id: ClassVar[bool] = True
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:

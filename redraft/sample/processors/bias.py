@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from redraft.sample.processors.processor import F64, I64, Row, Vocabulary
 class Bias:
     ids: I64
     amounts: F64
+    by_id: ClassVar[bool] = True
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:

@@ -79,13 +79,13 @@ class FollowGrammar(Constraint, Ending):
             return tree  # its verifier needs every draw, and its drafter sampled with the grammar
         found: dict[Path, tuple[int, float]] = {}  # path -> (origin, score)
         self._force(seq, (), 1.0, found, origin, budget.depth)
-        kept = self._kept(seq, tree)
+        kept = self._kept(seq, tree.without_vectors())
         for path, source in kept.items():
             found.setdefault(path, source)
         inner = {path[:-1] for path in found}
         for leaf in [path for path in found if path not in inner][:LEAVES]:
             self._force(seq, leaf, found[leaf][1], found, origin, budget.depth)
-        if len(kept) == len(found) == len(tree):
+        if len(kept) == len(found) == tree.drafts:
             return tree
         return _tree(found, budget, scored=tree.scores is not None)
 

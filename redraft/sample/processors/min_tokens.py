@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from redraft.sample.processors.processor import I64, Row, Vocabulary
 class MinTokens:
     minimum: int
     ends: I64
+    by_id: ClassVar[bool] = True
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:

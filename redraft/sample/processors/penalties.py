@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Penalties:
     counts: dict[int, int] = field(default_factory=dict)
     upto: int = 0
     committed: tuple[I64, F64] = field(default_factory=lambda: (np.zeros(0, np.int64), np.zeros(0)))
+    by_id: ClassVar[bool] = True
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:
@@ -54,7 +55,7 @@ class Penalties:
         if self.upto == len(seq.tokens):
             return
         if self.upto < seq.prompt_len and self.repetition != 1:
-            self.counts |= dict.fromkeys(seq.tokens[self.upto : seq.prompt_len], 0)
+            self.counts |= dict.fromkeys(seq.words, 0)
         for token in seq.tokens[max(self.upto, seq.prompt_len) :]:
             self.counts[token] = self.counts.get(token, 0) + 1
         self.upto = len(seq.tokens)

@@ -69,7 +69,7 @@ class Row:
 class Processor(Protocol):
     """One processor of one request. It is built again after a preemption and for each of n texts. Its state may follow seq.tokens,
     which only grow, but not drafted tokens, which may be rejected; `Path` keeps the two apart. A processor that also ends texts
-    derives from `Ending`."""
+    derives from `Ending`. One that finds tokens by their id says so: `by_id = True`."""
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:

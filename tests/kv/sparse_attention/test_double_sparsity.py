@@ -4,7 +4,6 @@ from argparse import __file__ as first_text
 from dataclasses import replace
 from pathlib import Path
 from tarfile import __file__ as second_text
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ from redraft.core.plan import Work
 from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
-from redraft.kv.sparse_attention.double_sparsity import DoubleSparsity, Labels, Profile, model_hash, place
+from redraft.kv.sparse_attention.double_sparsity import DoubleSparsity, Labels, Profile
 from redraft.models.runner import Runner
+from redraft.models.trained import model_hash, place
 from redraft.ops import library
-from redraft.ops.backend import Linear
 from redraft.ops.format import PAGE
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
@@ -32,7 +31,6 @@ from tests.arrays import placed
 from tests.checkpoints import tiny_llama
 from tests.contracts import plain
 from tests.kv.sparse_attention import Scene, alone, register, scene, texts
-from tests.models import tiny
 
 products = TorchOps().products
 
@@ -247,7 +245,7 @@ def test_without_a_profile_the_error_says_how_to_make_one(own_cache: Path) -> No
 def test_the_profile_of_another_model_is_refused_with_both_hashes(tmp_path: Path) -> None:
     one, other = runner(), runner(context=99)
     path = DoubleSparsity.calibrate(one, TEXTS).save(tmp_path / "one.safetensors")
-    with pytest.raises(InvalidInput, match=f"made for the model with hash {model_hash(one)}, this one has {model_hash(other)}"):
+    with pytest.raises(InvalidInput, match=f"was made for the model with hash {model_hash(one)}, this one has {model_hash(other)}"):
         DoubleSparsity(profile=path).open(other)
 
 
@@ -256,35 +254,18 @@ def test_damaged_files_and_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "half").write_bytes(path.read_bytes()[:-9])
     save_file({"scores": torch.zeros(1)}, tmp_path / "other", {"method": "other", "model": "a", "texts": "1", "tokens": "1"})
     save_file({"scores": torch.zeros(1)}, tmp_path / "incomplete", {"method": "double-sparsity"})
-    for name, what in (("half", "a complete profile"), ("other", "a profile"), ("incomplete", "a complete profile")):
-        with pytest.raises(CheckpointError, match=rf"{name}: not {what} of double-sparsity"):
+    for name, what in (("half", "not a complete file"), ("other", "a file of other, not"), ("incomplete", "not a complete file")):
+        with pytest.raises(CheckpointError, match=rf"{name}: {what} of double-sparsity"):
             DoubleSparsity(profile=tmp_path / name).open(runner())
 
 
 def test_where_profiles_are_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("REDRAFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert place("abc") == tmp_path / "redraft" / "double-sparsity" / "abc.safetensors"
+    assert place("double-sparsity", "abc") == tmp_path / "redraft" / "double-sparsity" / "abc.safetensors"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert place("abc") == tmp_path / ".cache" / "redraft" / "double-sparsity" / "abc.safetensors"
-
-
-def test_the_hash_follows_the_weights_and_the_config_and_nothing_else(tmp_path: Path) -> None:
-    def hashed(folder: str, **changes: Any) -> str:
-        return model_hash(SimpleNamespace(source=(tiny.saved if "shard" in changes else tiny.save)("llama2", tmp_path / folder, **changes)))  # type: ignore[arg-type]
-
-    one = hashed("one")
-    assert hashed("again") == hashed("sharded", shard="8KB") == one
-    assert len({one, hashed("weights", seed=1), hashed("config", rope_theta=5e5)}) == 3
-    spec, weights = plain.tiny()
-    last = weights.layers[-1]
-    changed = replace(weights, layers=(*weights.layers[:-1], replace(last, out=Linear(last.out.weight + 1e-9))))
-    assert (
-        model_hash(Runner(spec, placed(REFERENCE, weights), REFERENCE, 1))
-        == model_hash(runner())
-        != model_hash(Runner(spec, placed(REFERENCE, changed), REFERENCE, 1))
-    )
+    assert place("double-sparsity", "abc") == tmp_path / ".cache" / "redraft" / "double-sparsity" / "abc.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from redraft import LLM
 from redraft.errors import CheckpointError
-from redraft.kv.sparse_attention.double_sparsity import model_hash
+from redraft.models.trained import model_hash
 from tests import checkpoints
 from tests.models.gguf import files
 
