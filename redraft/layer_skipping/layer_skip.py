@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
+from redraft.layer_skipping.layer_skipping import SameLayers
 from redraft.options import Options, number
 
 ROUNDING = 1e-9  # 33 / 1.1 should be 30, but is a little less in floating point
@@ -39,8 +40,9 @@ class UnifiedLayerSkipping(Options):
         summary="Skips layers after the prompt; for models tuned to it",
     )
 
-    def open(self, runner: Any) -> Self:
-        return self
+    def open(self, runner: Any) -> SameLayers:
+        count = len(runner.spec.layers)
+        return SameLayers(self.layers(count), count)  # 3.
 
     def layers(self, count: int) -> frozenset[int]:
         """The layers that run after the prompt, of `count`. Raises InvalidInput if fewer than two layers would run."""
@@ -56,4 +58,4 @@ class UnifiedLayerSkipping(Options):
         for layer in range(interval, count - 1, interval):
             if len(kept) < wanted:
                 kept.add(layer)
-        return frozenset(kept)  # 3. is Batch.layers
+        return frozenset(kept)

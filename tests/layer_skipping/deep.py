@@ -40,15 +40,17 @@ def _weaker(layer: LayerWeights, power: float) -> LayerWeights:
     return replace(layer, out=Linear(layer.out.weight * power), down=Linear(layer.down.weight * power))
 
 
-def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3) -> plain.Numbers:
-    """[T, V]: plain.logits of the deep model if row t runs only the layers runs[t] and stores keys only in these."""
+def logits(tokens: Seq[int], runs: Seq[frozenset[int]], power: float = 0.3, feeds: Seq[frozenset[int]] | None = None) -> plain.Numbers:
+    """[T, V]: plain.logits of the deep model if row t runs only the layers runs[t] and stores keys only in these. feeds: the layers whose
+    MLP it runs, if they are others."""
     spec, weights = deep(power)
     x = weights.embed[list(tokens)]
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-        at = np.array([t for t, layers in enumerate(runs) if i in layers])
-        qkv = plain.linear(plain.rms(x[at], w.attn_norm, layer.norm), w.qkv)
-        x[at] += plain.linear(plain.attention(qkv, spec.attention[i], at), w.out)
-        x[at] += plain.mlp(plain.rms(x[at], w.mlp_norm, layer.norm), w)
+        if at := [t for t, layers in enumerate(runs) if i in layers]:
+            qkv = plain.linear(plain.rms(x[at], w.attn_norm, layer.norm), w.qkv)
+            x[at] += plain.linear(plain.attention(qkv, spec.attention[i], np.array(at)), w.out)
+        if at := [t for t, layers in enumerate(feeds or runs) if i in layers]:
+            x[at] += plain.mlp(plain.rms(x[at], w.mlp_norm, layer.norm), w)
     return plain.linear(plain.rms(x, weights.final_norm, spec.final_norm), weights.head)
 
 

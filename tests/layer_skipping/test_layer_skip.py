@@ -109,7 +109,7 @@ def test_a_speedup_of_one_is_the_plain_text() -> None:
     asked = requests(SAMPLING["sampled"].but(depth="layer-skip:speedup=1"), 2)
     seen = drive(made, asked, (0, 0))
     assert seen.texts == {str(i): expected(i, "sampled", 1) for i in range(2)}
-    assert all(seq.cache.layers is None for request in asked for seq in request.sequences), "it costs nothing"
+    assert all(seq.cache.depth is None for request in asked for seq in request.sequences), "it costs nothing"
 
 
 def test_rows_behind_a_given_context_skip_although_they_are_prompt() -> None:
