@@ -42,16 +42,22 @@ class Acceptance:
         self.names = list(names)
         self.sets = 1 << len(names)
         weights: list[float] = [*prior.get("depth", [0.0] * DEPTHS)]
-        pairs = prior.get("sets", {})
+        pairs, buckets = prior.get("sets", {}), prior.get("buckets", {})
         words = [" ".join(name for i, name in enumerate(names) if number >> i & 1) for number in range(self.sets)]
-        weights += [pairs.get(f"{asked}|{agreed}", 0.0) for asked in words for agreed in words]
+        less = [" ".join(name for i, name in enumerate(names) if number >> i & 1 and name in buckets) for number in range(self.sets)]
+        exact = [pairs.get(f"{asked}|{agreed}") for asked in words for agreed in words]
+        without = [pairs.get(f"{asked}|{agreed}", 0.0) for asked in less for agreed in less]  # the drafters that the prior does not know
+        weights += [other if weight is None else weight for weight, other in zip(exact, without, strict=True)]
         self.first: list[int] = []  # feature of bucket 0 of each drafter
         for name, source in zip(names, sources, strict=True):
             self.first.append(len(weights))
-            known = prior.get("buckets", {}).get(name, ())
+            known = buckets.get(name, ())
             weights += known if len(known) == source.buckets else getattr(source, "prior", [0.0] * source.buckets)
         self.weights = array("d", weights)
         self.counts = array("i", [TRUST if weight else 0 for weight in weights])
+        for i, weight in enumerate(exact):
+            if weight is None:
+                self.counts[DEPTHS + i] = 0
 
     def candidates(self, depth: int, asked: int, merged: dict[int, list[int]], mood: float = 0.0) -> list[Candidate]:
         """The probabilities of all tokens that were offered at one place. depth: from 1; asked: the drafters that offer anything there, bit

@@ -17,7 +17,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from redraft import registry
 from redraft.card import Card, Guarantee
@@ -29,6 +29,7 @@ from redraft.draft.drafter import Drafter, max_bytes
 from redraft.draft.planner import Planner
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.kept import folder
+from redraft.models.trained import Trained
 from redraft.ops import library
 
 MOST_PARTS = 6  # the weights of agreement grow by a factor of four with each
@@ -37,9 +38,11 @@ DRAFT_MODEL = "draft-model"  # joins the parts if the engine has a draft model
 
 @dataclass(frozen=True)
 class Auto:
-    """parts: drafters joined by +, each with its options in parentheses. Those that this version does not have are left out."""
+    """parts: drafters joined by +, each with its options in parentheses. Those that this version does not have are left out. head: a
+    folder of `redraft train`; the drafter that it was trained for joins the parts."""
 
     parts: str = "suffix+ngram+token-recycling"
+    head: Path | None = None
 
     card: ClassVar[Card] = Card(
         "Planned drafts",
@@ -60,7 +63,17 @@ class Auto:
         texts = registry.split(self.parts, "+")
         default = self.parts == type(self).parts
         known = [text for text in texts if not default or registry.parse(text)[0] in registry.METHODS["draft"]]
-        return {text: registry.create("draft", text) for text in known}
+        made = {text: registry.create("draft", text) for text in known}
+        return made if self.head is None else {**made, **self.trained(self.head.expanduser())}
+
+    def trained(self, path: Path) -> dict[str, Drafter]:
+        """The drafter that reads this file."""
+        if not path.exists():
+            raise InvalidInput(f"auto:head={self.head}: no such file or folder")
+        name = Trained.reader(path)
+        if name not in registry.METHODS["draft"] or "path" not in registry.options(cls := registry.method("draft", name)):
+            raise InvalidInput(f"auto:head={self.head}: a file of {name}, which is no drafter with a trained file")
+        return {name: cast(Drafter, cls(path=path))}
 
     def max_bytes(self, runner: Any) -> int:
         return sum(max_bytes(part, runner) for part in self.made().values())

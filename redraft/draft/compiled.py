@@ -21,7 +21,7 @@ from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.draft.payoff import Prices
 from redraft.draft.planner import Planner
-from redraft.draft.source import Compiled, Source, Trees
+from redraft.draft.source import Compiled, Source
 
 NUMBER, SIZE, POINTER, REAL = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those of the arguments
@@ -36,6 +36,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those
     "rd_text": (POINTER, POINTER, SIZE, ctypes.c_char_p, SIZE, SIZE),
     "rd_text_end": (None, POINTER, POINTER, POINTER, SIZE),
     "rd_give": (None, POINTER, POINTER, NUMBER, POINTER, POINTER, POINTER, NUMBER),
+    "rd_charge": (None, POINTER, NUMBER, REAL),
     "rd_plan_drafts": (SIZE, POINTER, POINTER, NUMBER, POINTER, POINTER, SIZE, POINTER),
     "rd_learn_drafts": (None, POINTER, POINTER, NUMBER, POINTER, POINTER, REAL, REAL, REAL),
 }
@@ -84,7 +85,6 @@ class CompiledPlanner(Planner):
         self.c = library
         compiled = [getattr(part, "compiled", None) for part in parts]
         self.forms = [make(library) if make else Compiled(library.rd_trees(), False) for make in compiled]
-        self.trees = {i: source for i, source in enumerate(self.sources) if isinstance(source, Trees)}
         self.parts = tuple(part for part, form in zip(parts, self.forms, strict=True) if not form.whole)
         self._kept = [*parts, self.acceptance]  # compiled code reads their arrays
         sources = (ctypes.c_void_p * len(parts))(*(form.source for form in self.forms))
@@ -140,6 +140,7 @@ class CompiledPlanner(Planner):
     def _plan(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         asked: list[int] = []
         fresh: list[int] = []
+        asking: list[Sequence] = []
         rows = cached = room = 0
         for seq, (most, depth) in zip(seqs, budgets, strict=True):
             state: State = seq.state[self]
@@ -155,7 +156,9 @@ class CompiledPlanner(Planner):
             room += most
             asked += (state.text, most, depth, new)
             if self.trees and most and state.active:
-                self._give(seq, state)
+                asking.append(seq)
+        if asking:
+            self._give(asking)
         if room > len(self.found[0]) or len(seqs) > len(self.counts):
             self._room(2 * room, 2 * len(seqs))
         if self.timed:
@@ -175,13 +178,19 @@ class CompiledPlanner(Planner):
                 at += count
         return trees
 
-    def _give(self, seq: Sequence, state: State) -> None:
+    def _give(self, seqs: Seq[Sequence]) -> None:
         """Passes on the trees of the drafters that have no compiled form."""
-        for part, source in self.trees.items():
-            if state.active >> part & 1 and (place := source.start(seq)) is not None:
-                tree, buckets = place[0].tree, place[0].buckets
-                parents, own = np.ascontiguousarray(tree.parents), np.ascontiguousarray(tree.tokens)  # a drafter may return views
-                self.c.rd_give(self.planner, state.text, part, parents.ctypes.data, own.ctypes.data, buckets.ctypes.data, len(tree))
+        for part in self.trees:
+            asked = [(seq, seq.state[self].text) for seq in seqs if seq.state[self].active >> part & 1]
+            if not asked:
+                continue
+            places, seconds = self._starts(part, [seq for seq, _ in asked])
+            for (_, text), place in zip(asked, places, strict=True):
+                self.c.rd_charge(text, part, seconds)
+                if place is not None:
+                    tree, buckets = place[0].tree, place[0].buckets
+                    parents, own = np.ascontiguousarray(tree.parents), np.ascontiguousarray(tree.tokens)  # a drafter may return views
+                    self.c.rd_give(self.planner, text, part, parents.ctypes.data, own.ctypes.data, buckets.ctypes.data, len(tree))
 
     def _learn(self, result: StepResult, prices: Prices | None) -> None:
         learning: list[tuple[Sequence, State]] = []

@@ -18,6 +18,7 @@ from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64, Kind, TokenTree
+from redraft.errors import Unsupported
 
 Seconds = Callable[[int, int], float | None]
 """Runs a step of so many rows after so many cached tokens and returns its seconds, None if that does not fit into the memory or context."""
@@ -27,9 +28,10 @@ class OpenDrafter(Protocol):
     """An opened drafter. `taps`: the outputs of each forward pass that it reads; `kinds`: how it makes children.
 
     Optional, with the defaults of Stateless: `never_drafts`: it never proposes anything; `names`: the names that TokenTree.origins
-    index; `bytes`: the memory that it holds now, without shared models and without the state of requests; `stopped(seq)`: the names of
-    drafters that do not draft for this text at the moment, because they did not pay; `idle(seconds)`: uses a moment without requests for
-    one timed step at most, and returns whether there is more to do."""
+    index; `alone`: why it cannot be joined with other drafters, empty if it can; `bytes`: the memory that it holds now, without shared
+    models and without the state of requests; `stopped(seq)`: the names of drafters that do not draft for this text at the moment, because
+    they did not pay; `idle(seconds)`: uses a moment without requests for one timed step at most, and returns whether there is more to
+    do."""
 
     @property
     def taps(self) -> Taps: ...
@@ -93,6 +95,10 @@ class DraftSampler(Protocol):
         """Applies the request's processors to the logits after seq.tokens and `drafted`. values: f64[V], may be overwritten."""
         ...
 
+    def few(self, ids: I64, values: F64, seq: Sequence, drafted: list[int]) -> DraftRow:
+        """As `row`, of some tokens only: ids i64[M], ascending; values f64[M], may be overwritten."""
+        ...
+
 
 class Drafter(Protocol):
     """A registered drafter: hyper-parameters only. It may use `runner` and `sampler` (a DraftSampler).
@@ -116,6 +122,8 @@ class Wrapper:
 
     def __init__(self, parts: Seq[OpenDrafter]) -> None:
         self.parts = tuple(parts)
+        if why := next(filter(None, (getattr(part, "alone", "") for part in self.parts)), ""):
+            raise Unsupported(why)
         self.taps = NO_TAPS
         for part in self.parts:
             self.taps |= part.taps
@@ -174,6 +182,7 @@ class Stateless:
     kinds: frozenset[Kind] = frozenset({Kind.FIXED})
     never_drafts: ClassVar[bool] = False
     names: Seq[str] = ()
+    alone: ClassVar[str] = ""
 
     @property
     def bytes(self) -> int:

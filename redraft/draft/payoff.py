@@ -19,7 +19,7 @@ PAUSE, LONGEST_PAUSE = 16, 256  # steps
 
 class Prices(NamedTuple):
     """Seconds. token: of a token without drafts; node: what a drafted node added to the step; drafting: what the drafters needed for a
-    request."""
+    request together, without what was charged to single ones."""
 
     token: float
     node: float
@@ -47,6 +47,10 @@ class Payoff:
     def wait(self) -> int:
         """Steps until a drafter is tried again, 0 while one is active."""
         return 0 if self._active else min(self.left)
+
+    def charge(self, drafter: int, seconds: float) -> None:
+        """The time that a drafter alone took."""
+        self.balance[drafter] -= seconds
 
     def add(self, tree: TokenTree, path: Seq[int], prices: Prices, steps: int = 1) -> None:
         """One step; steps: so many have passed with it since the last call."""

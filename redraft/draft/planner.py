@@ -33,7 +33,7 @@ from redraft.core.tree import EMPTY, Kind, TokenTree
 from redraft.draft.acceptance import Acceptance, Candidate
 from redraft.draft.drafter import OpenDrafter, Seconds, Wrapper
 from redraft.draft.payoff import Payoff, Prices
-from redraft.draft.source import Source, source_of
+from redraft.draft.source import Source, Trees, source_of
 
 CACHED = 512
 MEASURED = (*((rows, 0) for rows in (1, 2, 3, 4, 5, 6, 8, 12, 16)), (1, CACHED), (8, CACHED))  # rows and cached tokens of timed steps
@@ -99,11 +99,14 @@ class Planner(Wrapper):
         acceptance: Acceptance | None = None,
     ) -> None:
         super().__init__(parts)
-        self.names, self.cost, self.timed, self.clock = names, cost, timed, clock
+        self.names, self.cost, self.timed = names, cost, timed
+        self.clock = self.timer = clock  # of steps, and of single drafters
         self.sources: list[Source] = [source_of(part) for part in parts]
+        self.trees = {i: source for i, source in enumerate(self.sources) if isinstance(source, Trees)}
         self.acceptance = acceptance or Acceptance(names, self.sources)
         self.kinds = frozenset({Kind.FIXED})
         self._began = self._spent = self._observed = 0.0  # when the step began, and the time that drafting and learning took
+        self._apart = 0.0  # of this, what was charged to single drafters
         self._order = count()
         self._share = 0.05  # of drafting in the time of a step
         self._stepped = False  # whether a step was made: a kept cost model knows times before
@@ -129,7 +132,7 @@ class Planner(Wrapper):
     # ---- a step
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
-        self._began = self.clock()
+        self._began, self._apart = self.clock(), 0.0
         if self.timed:
             quiet, longest = self._rhythm()
             for seq, budget in zip(seqs, budgets, strict=True):
@@ -148,6 +151,7 @@ class Planner(Wrapper):
     def _plan(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         trees = [EMPTY] * len(seqs)
         heap: list[Entry] = []
+        given = self._given([seq for seq, budget in zip(seqs, budgets, strict=True) if min(budget) > 0])
         rows = cached = limit = 0
         for s, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             states: States = seq.state[self]
@@ -157,13 +161,35 @@ class Planner(Wrapper):
             if min(budget) > 0 and (active := states.payoff.active()):
                 root = states.root = Node(s, -1, None, 1.0, 0)
                 root.mood = states.mood
-                root.places = [self.sources[i].start(seq) if i in active else None for i in range(len(self.sources))]
+                root.places = [
+                    None if i not in active else given[i, seq.id] if i in self.trees else source.start(seq)
+                    for i, source in enumerate(self.sources)
+                ]
                 self._expand(root, heap)
                 limit += budget.rows if self.timed else min(budget.rows, FIXED_NODES)
         if heap:
             for s, nodes in self._chosen(heap, budgets, rows, cached, limit).items():
                 trees[s] = self._tree(nodes)
         return trees
+
+    def _starts(self, part: int, seqs: Seq[Sequence]) -> tuple[list[Any], float]:
+        """The places of a drafter of trees, and the seconds that it took for each text. It may be slow, and pays for itself."""
+        began = self.timer()
+        places = self.trees[part].starts(seqs)
+        seconds = self.timer() - began
+        self._apart += seconds
+        return places, seconds / len(seqs)
+
+    def _given(self, seqs: Seq[Sequence]) -> dict[tuple[int, int], Any]:
+        """The places of the drafters of trees, by drafter and text."""
+        found: dict[tuple[int, int], Any] = {}
+        for part in self.trees:
+            if asked := [seq for seq in seqs if part in seq.state[self].payoff.active()]:
+                places, seconds = self._starts(part, asked)
+                for seq, place in zip(asked, places, strict=True):
+                    seq.state[self].payoff.charge(part, seconds)
+                    found[part, seq.id] = place
+        return found
 
     def _expand(self, node: Node, heap: list[Entry]) -> None:  # 1. and 2.
         """Asks the drafters for the candidates below a node."""
@@ -264,7 +290,7 @@ class Planner(Wrapper):
         self._stepped = True
         plain = cost.seconds(texts, cached, texts) or 0.0
         node = ((cost.seconds(rows, cached, texts) or 0.0) - plain) / drafted if drafted else 0.0
-        drafting = self._spent + self._observed
+        drafting = max(0.0, self._spent - self._apart) + self._observed
         if plain:
             self._share += LOOK_RATE * (drafting / plain - self._share)
         return Prices(plain / texts, node, drafting / texts)

@@ -2,6 +2,8 @@
 
 The second model has its own memory. While the target prefills a prompt, the second model reads the same tokens, one chunk a
 step. After that the tree's nodes are the tentative rows of the second model, and the nodes that the target accepts are committed.
+A drafter may give the second model a text of its own: another beginning (`_begins`), or tokens of another vocabulary (`_follow`,
+`_offer`, `_landed`).
 """
 
 from __future__ import annotations
@@ -34,12 +36,14 @@ LIKELIEST = 128  # candidate tokens at each node at temperature 0, so also the m
 @dataclass(eq=False, slots=True)
 class DraftState:
     """The state of one request. seq: the sequence in the drafting model's memory; sketch: the tree of this step; packed: the number
-    of its nodes that have run; work: the rows of text that ran before the tree."""
+    of its nodes that have run; work: the rows of text that ran before the tree; read: the number of the target's tokens that
+    seq.tokens stands for."""
 
     seq: Sequence
     sketch: Sketch | None = None
     work: Work | None = None
     packed: int = 0
+    read: int = 0
 
 
 _numbers = itertools.count()
@@ -90,6 +94,12 @@ class TreeGrower(Stateless):
         self.runner = copy(self.runner)  # same memory and layers
         self.runner.weights = replace(whole, head=self.runner.backend.pack(whole.head.rows(keep)))
         self.kept = keep
+
+    def swap(self, weights: Any) -> None:
+        """Drafts with other weights of the same shapes from now on. Other users of the model keep theirs."""
+        assert self.kept is None, "the head is trimmed"
+        self.runner = copy(self.runner)
+        self.runner.weights = weights
 
     def _grow(self, growing: list[tuple[int, DraftState, Iterator[None]]]) -> None:
         """Grows all trees level by level, until every generator is exhausted or adds no node."""
@@ -147,23 +157,18 @@ class SecondModelDrafter(TreeGrower):
     # ---- one request
 
     def begin(self, seq: Sequence) -> DraftState:
-        mirrored = mirror(seq, seq.tokens if self._knows(seq.tokens) else [])
-        self.memory.open(mirrored)
-        try:
-            if mirrored.tokens:
-                self.memory.attach(mirrored, self.memory.match(mirrored.tokens, seq.request.salt))
-        except BaseException:
-            self.memory.free(mirrored)
-            raise
-        return DraftState(mirrored)
+        tokens, read = self._begins(seq)
+        state = DraftState(self._mirror(seq, tokens), read=read)
+        self._open(state.seq)
+        return state
 
     def fork(self, state: DraftState, seq: Sequence) -> DraftState:
         self._forget(state)
-        mirrored = mirror(seq, state.seq.tokens)
+        mirrored = self._mirror(seq, state.seq.tokens)
         if self.memory.available() < 1:  # a fork copies the partial page; without a free block the model reads the text again
             return self.begin(seq)
         self.memory.fork(state.seq, mirrored)
-        return DraftState(mirrored)
+        return DraftState(mirrored, read=state.read)
 
     def end(self, state: DraftState) -> None:
         state.sketch = state.work = None
@@ -182,9 +187,9 @@ class SecondModelDrafter(TreeGrower):
             state: DraftState = seq.state[self]
             self._forget(state)
             mirrored = state.seq
-            if not self._knows(new := seq.tokens[len(mirrored.tokens) :]):
+            if not self._follow(state, seq):
                 continue
-            mirrored.tokens += new
+            budget = self._budget(budget)
             depth = min(budget.depth, self.runner.spec.context - len(mirrored.tokens))
             rows = min(mirrored.pending, left)
             whole = rows == mirrored.pending and min(budget.rows, depth) > 0
@@ -197,7 +202,7 @@ class SecondModelDrafter(TreeGrower):
             left, free = left - rows, free - need
             works.append(Work(mirrored, rows))
             if whole:
-                state.sketch = Sketch(seq, Budget(room, depth), self.method.kind, self.sampler)
+                state.sketch = self._sketch(state, seq, Budget(room, depth))
                 state.work, state.packed = works[-1], 0
             drafting.append((i, state) if whole else None)
         if not works:
@@ -216,8 +221,7 @@ class SecondModelDrafter(TreeGrower):
             at += done
         self._grow(growing)
         for i, state, _ in growing:
-            assert state.sketch is not None
-            trees[i] = state.sketch.tree()
+            trees[i] = self._offer(state, budgets[i])
         return trees
 
     def observe(self, result: StepResult) -> None:
@@ -227,22 +231,70 @@ class SecondModelDrafter(TreeGrower):
             state: DraftState | None = work.seq.state.get(self)
             if state is None or state.work is None or state.sketch is None:
                 continue
-            tree, node, path = state.sketch.tree(), -1, []
-            for token in accepted.tokens[:-1]:
-                node = tree.child(node, token)
-                if not 0 <= node < state.packed:
-                    break
-                path.append(node)
+            path, read = self._landed(state, accepted.tokens[:-1])
             works.append(state.work)
-            kept.append(Accepted(tuple(path), tuple(accepted.tokens[: len(path)])))
+            kept.append(Accepted(tuple(path), tuple(state.sketch.tokens[node] for node in path)))
+            state.read += read
             state.sketch = state.work = None
         self._commit(works, kept)
 
+    # ---- the second model's text
+
+    def _begins(self, seq: Sequence) -> tuple[list[int], int]:
+        """What the second model reads first, and the number of the target's tokens that this stands for."""
+        return (seq.tokens, len(seq.tokens)) if self._knows(seq, seq.tokens) else ([], 0)
+
+    def _mirror(self, seq: Sequence, tokens: Seq[int]) -> Sequence:
+        return mirror(seq, tokens)
+
+    def _follow(self, state: DraftState, seq: Sequence) -> bool:
+        """Adds the target's new tokens to the second model's text. False if it cannot."""
+        if not self._knows(seq, new := seq.tokens[state.read :]):
+            return False
+        state.seq.tokens += new
+        state.read += len(new)
+        return True
+
+    def _budget(self, budget: Budget) -> Budget:
+        """For the second model's own tree."""
+        return budget
+
+    def _sketch(self, state: DraftState, seq: Sequence, budget: Budget) -> Sketch:
+        return Sketch(seq, budget, self.method.kind, self.sampler)
+
+    def _offer(self, state: DraftState, budget: Budget) -> TokenTree:
+        """The finished tree, in the target's tokens."""
+        assert state.sketch is not None
+        return state.sketch.tree()
+
+    def _landed(self, state: DraftState, tokens: Seq[int]) -> tuple[list[int], int]:
+        """The path of the second model's own nodes for the target's next tokens, as far as they ran, and how many of these tokens it stands
+        for."""
+        assert state.sketch is not None
+        tree, node, path = state.sketch.tree(), -1, []
+        for token in tokens:
+            node = tree.child(node, token)
+            if not 0 <= node < state.packed:
+                break
+            path.append(node)
+        return path, len(path)
+
+    def _open(self, mirrored: Sequence) -> None:
+        """Opens a text with what the second model's prefix cache has of it."""
+        self.memory.open(mirrored)
+        try:
+            if mirrored.tokens:
+                self.memory.attach(mirrored, self.memory.match(mirrored.tokens, mirrored.request.salt))
+        except BaseException:
+            self.memory.free(mirrored)
+            raise
+
     # ---- the second model
 
-    def _knows(self, tokens: Seq[int]) -> bool:
-        """Whether the model has embeddings for them: checkpoints of one vocabulary are padded to different sizes."""
-        return max(tokens, default=0) < self.runner.spec.vocab
+    def _knows(self, seq: Sequence, tokens: Seq[int]) -> bool:
+        """Whether the model has embeddings for them: checkpoints of one vocabulary are padded to different sizes, and vectors in a prompt
+        are the target's own."""
+        return seq.request.vectors is None and max(tokens, default=0) < self.runner.spec.vocab
 
     def _commit(self, works: list[Work], accepted: list[Accepted]) -> None:
         if works:

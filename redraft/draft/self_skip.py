@@ -25,6 +25,7 @@ import numpy as np
 
 from redraft.card import Card, Guarantee
 from redraft.core.batch import Batch, PageView
+from redraft.core.layers import Layers
 from redraft.core.plan import Budget, Work
 from redraft.core.sequence import Sequence
 from redraft.core.tree import EMPTY, Kind, TokenTree
@@ -35,8 +36,16 @@ from redraft.errors import InvalidInput
 from redraft.options import number
 
 
+class LayerDrafter(TreeDrafter):
+    """Base class of drafters that run some of the target's layers."""
+
+    def layers(self, count: int) -> frozenset[int]:
+        """The layers, of a target with `count`. Raises InvalidInput if it has too few."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class SelfSkip(TreeDrafter):
+class SelfSkip(LayerDrafter):
     """skip: the number of skipped layers, None: half of those between the first and the last; length: the most tokens a step; stop:
     the probability of a rejection above which drafting stops, 1: never."""
 
@@ -82,11 +91,12 @@ class SelfSkip(TreeDrafter):
 
 
 class Skipping(TreeGrower):
-    """The opened form. It uses the target's model, memory and text, and keeps nothing between steps."""
+    """The opened form of drafters that run some of the target's layers. It uses the target's model, memory and text, and keeps nothing
+    between steps."""
 
-    def __init__(self, method: SelfSkip, runner: Any, sampler: DraftSampler) -> None:
+    def __init__(self, method: LayerDrafter, runner: Any, sampler: DraftSampler) -> None:
         super().__init__(method, runner, sampler)
-        self.layers = method.layers(len(runner.spec.layers))  # 1.
+        self.layers = Layers.whole(method.layers(len(runner.spec.layers)))  # 1.
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[Budget]) -> list[TokenTree]:
         """A chain for each sequence that draws a token in this step. All tentative rows are discarded on return, also after an
@@ -96,7 +106,7 @@ class Skipping(TreeGrower):
         for i, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             if seq.pending == 1 and min(budget) > 0:
                 sketch = Sketch(seq, budget, self.method.kind, self.sampler)
-                growing.append((i, DraftState(seq, sketch, Work(seq, 1)), self.method.grow(sketch)))
+                growing.append((i, DraftState(seq, sketch, Work(seq, 1)), self.grow(sketch)))
         if not growing:
             return trees
         sketches = [(i, state.sketch) for i, state, _ in growing if state.sketch is not None]
@@ -113,7 +123,14 @@ class Skipping(TreeGrower):
             trees[i] = sketch.tree()
         return trees
 
+    def grow(self, sketch: Sketch) -> Iterator[None]:
+        return self.method.grow(sketch)
+
+    def layers_of(self, seq: Sequence) -> Layers:
+        """The layers that draft for this text."""
+        return self.layers
+
     def _pack(self, works: list[Work], trees: list[TokenTree], pages: PageView) -> Batch:
         """A request with layer skipping has no keys in its skipped layers, so they cannot draft either."""
         batch = super()._pack(works, trees, pages)
-        return replace(batch, layers=[self.layers if own is None else self.layers & own for own in batch.layers])
+        return replace(batch, layers=[self.layers_of(w.seq).within(own) for w, own in zip(works, batch.layers, strict=True)])

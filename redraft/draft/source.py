@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence as Seq
+from math import log
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -62,6 +63,7 @@ class Compiled(NamedTuple):
 
 WIDTHS, DEPTHS = 4, 8  # ranks among siblings, and depths, that trees distinguish
 SCORES = 8  # classes of a score
+USUAL = 0.9  # how far the log-odds of tokens without other evidence are below 0, see prior.json
 MOST_TOKENS = 1 << 31  # the vocabulary is checked with the finished tree
 
 
@@ -70,14 +72,21 @@ class Trees:
     among its siblings and its depth. max_rows: the largest budget."""
 
     buckets = SCORES + WIDTHS * DEPTHS
+    prior = (*(log((2 * i + 1) / (2 * (SCORES - i) - 1)) + USUAL for i in range(SCORES)), *[0.0] * (WIDTHS * DEPTHS))  # scores come true
 
     def __init__(self, drafter: OpenDrafter, max_rows: int = 8) -> None:
         self.drafter, self.budget = drafter, Budget(max_rows, max_rows)
 
     def start(self, seq: Sequence) -> Any:
-        (tree,) = self.drafter.propose([seq], [self.budget])
-        tree.check(vocab=MOST_TOKENS, rows=self.budget.rows, depth=self.budget.depth)  # its arrays are read without further checks
-        return (_Children(tree), -1) if len(tree) else None
+        return self.starts([seq])[0]
+
+    def starts(self, seqs: Seq[Sequence]) -> list[Any]:
+        """The place after the tokens of each text. The drafter is asked once for all."""
+        found: list[Any] = []
+        for tree in self.drafter.propose(seqs, [self.budget] * len(seqs)):
+            tree.check(vocab=MOST_TOKENS, rows=self.budget.rows, depth=self.budget.depth)  # its arrays are read without further checks
+            found.append((_Children(tree), -1) if len(tree) else None)
+        return found
 
     def offers(self, place: Any) -> Seq[Offer]:
         children, node = place

@@ -28,10 +28,9 @@ from redraft.core.sequence import Sequence
 from redraft.core.tree import I64, TokenTree
 from redraft.draft.drafter import Drafter, OpenDrafter, Wrapper, max_bytes
 from redraft.errors import InvalidInput, Unsupported
+from redraft.models.frequent import kept
 from redraft.models.tokenizer import Tokenizer
 from redraft.options import Options, number
-
-ALWAYS = "\n0123456789"
 
 
 class WithHead(OpenDrafter, Protocol):
@@ -77,12 +76,8 @@ class VocabTrim(Options):
         opened = self.made().open(runner, sampler)
         if not hasattr(opened, "trim"):
             raise Unsupported(f"vocabtrim:draft={self.draft}: this drafter has no second model to trim")
-        vocabulary = sampler.vocabulary
-        tokenizer = Tokenizer(runner.source)
-        always = {*vocabulary.eos, *tokenizer.special_ids}
-        always.update(token for one in ALWAYS for token in tokenizer.encode(one, special=False))
-        keep = frequent(tokenizer.encode(self._read(), special=False), self.keep, vocabulary.size)  # 1.
-        keep = np.union1d(keep, [token for token in always if token < vocabulary.size])  # 2.
+        vocabulary, tokenizer = sampler.vocabulary, Tokenizer(runner.source)
+        keep = kept(tokenizer.encode(self._read(), special=False), self.keep, tokenizer, vocabulary.eos, vocabulary.size)  # 1., 2.
         return Trimmed(cast(WithHead, opened), keep, vocabulary.size)
 
     def _read(self) -> str:
@@ -92,11 +87,6 @@ class VocabTrim(Options):
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise InvalidInput(f"vocabtrim:text={self.text}: cannot be read ({reason})") from None
-
-
-def frequent(tokens: Seq[int], count: int, vocab: int) -> I64:
-    """i64[min(count, vocab)]: the most frequent of 0..vocab-1, ties by id."""
-    return np.argsort(-np.bincount(tokens, minlength=vocab)[:vocab], kind="stable")[:count]
 
 
 class Trimmed(Wrapper):

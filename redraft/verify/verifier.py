@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Seq
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from redraft.card import Card
 from redraft.core.distribution import Distribution
@@ -21,7 +21,10 @@ enumerate its outcomes."""
 
 class Verifier(Protocol):
     """A frozen dataclass. supports: the kinds of children that it can verify without bias; drafts: the noise stream for drafters that
-    sample, either the target's own or an independent stream; exact: no tree changes a text, so trees may depend on anything."""
+    sample, either the target's own or an independent stream; exact: no tree changes a text, so trees may depend on anything.
+
+    One that reads a trained file has `open(runner)`, which returns the verifier that runs. One that reads states has `taps`, the Taps
+    whose layers Distribution.states gives."""
 
     card: ClassVar[Card]
     supports: ClassVar[frozenset[Kind]]
@@ -31,6 +34,12 @@ class Verifier(Protocol):
     def accept(self, trees: Seq[TokenTree], distribution: Distribution) -> list[Accepted]:
         """One Accepted per sequence. It is empty if distribution.roots is -1: an unfinished prompt chunk draws no token."""
         ...
+
+
+def opened(verifier: Verifier, runner: Any) -> Verifier:
+    """The verifier that runs. Raises InvalidInput or CheckpointError if its file is missing or wrong."""
+    found: Verifier = verifier.open(runner) if hasattr(verifier, "open") else verifier
+    return found
 
 
 def follow(trees: Seq[TokenTree], distribution: Distribution, tokens: Callable[[dict[int, int]], list[int]]) -> list[Accepted]:

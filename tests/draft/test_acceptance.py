@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from redraft.draft.acceptance import DEPTHS, Acceptance
+from redraft.draft.source import Trees
 
 
 def sources(*buckets: int) -> list[Any]:
@@ -59,3 +60,22 @@ def test_a_prior_is_written_read_and_kept_for_other_sets_of_drafters() -> None:
     assert model.snapshot() != state
     model.restore(state)
     assert model.snapshot() == state
+
+
+def test_a_drafter_that_the_prior_does_not_know_changes_nothing_for_the_others() -> None:
+    prior = {"sets": {"a b|a": -1.0, "a b|a b": 0.75, "b|b": 0.5}, "buckets": {"a": [0.25], "b": [0.5, -0.5]}}
+    new = Acceptance(["a", "b", "c"], sources(1, 2, 1), prior)
+    old = Acceptance(["a", "b"], sources(1, 2), prior)
+    for asked, agreed in [(3, 1), (3, 3), (2, 2)]:
+        (before,), (after,) = (one.candidates(1, asked, {9: [agreed, one.first[0]]}) for one in (old, new))
+        (beside,) = new.candidates(1, asked | 4, {9: [agreed | 4, new.first[0]]})
+        assert before[1] == after[1] == beside[1] != 0.5
+    assert new.counts[8 + 3 * 8 + 1] > new.counts[8 + 7 * 8 + 5] == 0, "what is known without it is trusted less"
+
+
+def test_scores_of_trees_come_true_until_more_is_known() -> None:
+    trees = Trees(None)  # type: ignore[arg-type]
+    model = Acceptance(["head"], [trees], {"depth": [-0.9] * 8})
+    for bucket in range(8):
+        ((_, chance, _, _),) = model.candidates(1, 1, {5: [1, model.first[0] + bucket]})
+        assert chance == pytest.approx((bucket + 0.5) / 8)

@@ -56,7 +56,7 @@ class Traffic:
     """One planner and its texts. Everything random is drawn from `seed`, so two of them see the same."""
 
     def __init__(self, kinds: str, compiled: bool, seed: int, timed: bool, slope: float) -> None:
-        self.rng, self.ticks = random.Random(seed), count()
+        self.rng, self.ticks, self.asked = random.Random(seed), count(), count()
         made = parts(kinds)
         cost = CostModel([1 + slope * (knot - 1) for knot in KNOTS])
         given: dict[str, Any] = {"timed": timed, "clock": self.clock}
@@ -65,6 +65,7 @@ class Traffic:
             self.planner: Planner = CompiledPlanner(bind(loaded.c), list(kinds), made, cost, **given)  # type: ignore[arg-type]
         else:
             self.planner = Planner(list(kinds), made, cost, **given)
+        self.planner.timer = lambda: 0.003 * next(self.asked)  # a drafter of trees takes so long each time
         self.table = next((part.matrix for part in made if isinstance(part, Table)), None)
         self.seqs: list[Sequence] = []
         self.number = 0
@@ -233,3 +234,16 @@ def test_arrays_are_shared_with_the_python_form() -> None:
     weights = found.acceptance.weights
     found.acceptance.restore(([2.0] * len(weights), [0] * len(weights)))
     assert found.acceptance.weights is weights and np.asarray(weights).tolist() == [2.0] * len(weights)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_slow_drafter_of_trees_stops_alone(compiled: bool) -> None:
+    """Its time is its own: the others go on as beside a fast one."""
+    stopped = {}
+    for seconds in (0.003, 0.9):
+        made = Traffic("ntc", compiled, 3, True, 0.02)
+        made.planner.timer = lambda seconds=seconds, traffic=made: seconds * next(traffic.asked)  # type: ignore[misc]
+        made.run(150)
+        stopped[seconds] = [sum(name in names for *_, names, _ in made.log) for name in "ntc"]
+    assert stopped[0.9][2] > len(made.log) // 2 > stopped[0.003][2]
+    assert max(stopped[0.9][:2]) <= 1.2 * max(stopped[0.003][:2]), stopped

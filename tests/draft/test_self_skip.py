@@ -88,10 +88,10 @@ class Redrafting(Skipping):
         trees = super().propose(seqs, budgets)
         for seq, tree in zip(seqs, trees, strict=True):
             tokens = list(seq.tokens)
-            behind = ALL if seq.cache.layers is None else seq.cache.layers
+            behind = ALL if seq.layers is None else seq.layers.attention
             runs = [ALL] * seq.context + [behind] * (seq.stored - seq.context)
             for token in tree.tokens.tolist():
-                row = logits(tokens, [*runs[: seq.stored], *[self.layers & behind] * (len(tokens) - seq.stored)])[-1]
+                row = logits(tokens, [*runs[: seq.stored], *[self.layers.attention & behind] * (len(tokens) - seq.stored)])[-1]
                 drawn, margin = plain.draw(row, seq.params, seq.seed, tokens)
                 assert token == drawn or margin < 1e-9
                 tokens.append(token)

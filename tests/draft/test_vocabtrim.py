@@ -17,7 +17,7 @@ from redraft.core.sequence import Request
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.draft.second import SecondModelDrafter
-from redraft.draft.vocabtrim import Trimmed, VocabTrim, frequent
+from redraft.draft.vocabtrim import Trimmed, VocabTrim
 from redraft.engine.engine import Engine
 from redraft.errors import InvalidInput, UnknownMethod, Unsupported
 from redraft.models.draft_model import load_draft_model
@@ -76,15 +76,6 @@ def drafted(opened: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenTree]
 
 
 # ---- what is kept
-
-
-def test_the_most_frequent_stay_and_of_equal_ones_the_lowest_ids() -> None:
-    tokens = [5, 5, 5, 2, 2, 7, 1]
-    assert frequent(tokens, 1, 9).tolist() == [5]
-    assert frequent(tokens, 3, 9).tolist() == [5, 2, 1]
-    assert frequent(tokens, 6, 9).tolist() == [5, 2, 1, 7, 0, 3]
-    assert sorted(frequent(tokens, 99, 9).tolist()) == list(range(9))
-    assert frequent([], 2, 9).tolist() == [0, 1]
 
 
 def test_what_no_text_may_lack_stays_too(llm: LLM, text: Path) -> None:

@@ -346,6 +346,9 @@ BORDER void rd_give(
     give(*planner->sources[part], *text->readers[part], parents, tokens, buckets, count);
 }
 
+// The seconds that a drafter took for a text, beside those of all drafters together.
+BORDER void rd_charge(Planned* text, int32_t part, double seconds) { text->payoff.balance[part] -= seconds; }
+
 // cost: null where time must not decide.
 BORDER int64_t rd_plan_drafts(
     Planner* planner, const Asked* asked, int32_t texts, const Token* fresh, const Cost* cost, int64_t rows, const Output* out) {
