@@ -64,7 +64,8 @@ def separated_file(path: Path, source: str) -> list[Document]:
 
 def split(documents: list[Document], held_out: float = 0.02) -> tuple[list[Document], list[Document]]:
     """(training, held-out) documents. The hash of a text decides, so equal texts are never on both sides."""
-    training, held = [], []
+    training: list[Document] = []
+    held: list[Document] = []
     for document in documents:
         digest = hashlib.sha256(document.text.encode()).digest()
         (held if int.from_bytes(digest[:8], "big") < held_out * 2**64 else training).append(document)

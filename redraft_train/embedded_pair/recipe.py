@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig
 
-from train import corpus, export, pretrain
-from train import tokenizer as bpe
+from redraft_train.embedded_pair import corpus, export, pretrain
+from redraft_train.embedded_pair import tokenizer as bpe
 
 Documents = list[corpus.Document]
 
@@ -115,7 +115,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.recipe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m redraft_train.embedded_pair.recipe", description=__doc__)
     parser.add_argument("--peps", type=Path, required=True, help="PEPs separated by <|endoftext|> lines, .txt or .zst")
     parser.add_argument("--stdlib", type=Path, help="standard library (default: the running interpreter's)")
     parser.add_argument("--work", type=Path, default=Path(".train/embedded"), help="checkpoints and logs (%(default)s)")
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     arguments = parser.parse_args()
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:  # a process reads it only at its start
-        os.execve(sys.executable, [sys.executable, "-m", "train.recipe", *sys.argv[1:]], os.environ | ENVIRONMENT)
+        os.execve(sys.executable, [sys.executable, "-m", "redraft_train.embedded_pair.recipe", *sys.argv[1:]], os.environ | ENVIRONMENT)
     torch.set_num_threads(arguments.threads)
     try:
         training, held = load_documents(arguments.stdlib, arguments.peps)
@@ -135,7 +135,7 @@ def main() -> None:
             run = Run(replace(member, tokens=arguments.tokens or member.tokens), arguments.work, training, held)
             if not arguments.export:
                 run.trainer.run()
-            run.export(arguments.out, f"python -m train.recipe --peps {arguments.peps.name}")
+            run.export(arguments.out, f"python -m redraft_train.embedded_pair.recipe --peps {arguments.peps.name}")
     except (FileNotFoundError, ImportError, ValueError) as error:
         parser.error(str(error))
 

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from train import corpus, export, pretrain, recipe
-from train import tokenizer as bpe
+from redraft_train.embedded_pair import corpus, export, pretrain, recipe
+from redraft_train.embedded_pair import tokenizer as bpe
 
 CONTEXT = 16
 VOCABULARY = 300
@@ -171,7 +171,7 @@ def test_a_missing_corpus_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_export_loads_in_transformers_with_the_same_logits(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = pretrain.build(tiny(tokenizer.get_vocab_size()), seed=3)
-    result = export.Result(0, 100, {"peps": 6.0}, {"peps": 3.0}, "python -m train.recipe")
+    result = export.Result(0, 100, {"peps": 6.0}, {"peps": 3.0}, "python -m redraft_train.embedded_pair.recipe")
     folder = tmp_path / "target"
     export.write(model, tokenizer, result, folder)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.corpus import Mixture
+from redraft_train.embedded_pair.corpus import Mixture
 
 EVALUATION_BATCH = 8192
 """Tokens per forward pass when measuring the held-out loss."""
@@ -197,7 +197,8 @@ class Trainer:
 
 def optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices; AdamW for the embedding (tied to the head) and the norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return [

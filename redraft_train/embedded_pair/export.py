@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from train import tokenizer as bpe
+from redraft_train.embedded_pair import tokenizer as bpe
 
 TEMPERATURE = 0.5  # of the generation_config.json: what `redraft generate` samples with unless another is given
 
