@@ -184,6 +184,7 @@ class SamplingParams(Settings):
     codec: str | None = Field(None, description="name:option=value of a method that quantizes the cache")
     read: str | None = Field(None, description="name:option=value of a sparse attention method")
     depth: str | None = Field(None, description="name:option=value of a method that skips layers after the prompt")
+    steer: str | None = Field(None, description="name:option=value of a method that changes hidden states between layers")
     draft: str | None = Field(None, description="name:option=value of this request's drafter; None: the engine's")
     verify: str | None = Field(None, description="name:option=value of this request's verifier; None: the engine's")
     draft_rows: int | None = Field(None, ge=0, description="maximum of drafted nodes in a step; None: the engine's")
@@ -191,7 +192,7 @@ class SamplingParams(Settings):
     provenance: bool = Field(False, description="return the drafter that proposed each token and the tree of each step")
     skip_special_tokens: bool = Field(True, description="special tokens such as <s> are left out of the text")
 
-    @field_validator("keep", "codec", "read", "depth")
+    @field_validator("keep", "codec", "read", "depth", "steer")
     @classmethod
     def _none(cls, value: str | None) -> str | None:
         return None if value == "none" else value
@@ -336,6 +337,9 @@ class SchedulerConfig(Settings):
     draft_rows: int = Field(16, ge=0, description="maximum of drafted nodes of a sequence in a step; draft=auto: the drafter's own number")
     draft_total: int | None = Field(
         None, ge=0, description="maximum of drafted nodes in a step, shared evenly; None: 32 (CPU) or 128 (CUDA)"
+    )
+    draft_memory: Bytes | None = Field(
+        None, ge=0, description="most bytes of the drafts of a step: logits, masks, pages of the cache; None: no limit of their own"
     )
 
 

@@ -71,10 +71,15 @@ class Unsupported(RedraftError):
     """A feature that this part lacks; never skipped silently."""
 
 
+CLOSE = 0.75  # of the nearest name's likeness
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of an error about an unknown name: near names, else all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    best = [difflib.SequenceMatcher(None, one, name).ratio() for one in near]
+    near = [one for one, ratio in zip(near, best, strict=True) if ratio > CLOSE * best[0]]
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
 
 

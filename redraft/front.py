@@ -18,7 +18,7 @@ from redraft.ops.backend import Feature
 from redraft.sample.sampler import Sampler
 from redraft.setup import Setup
 
-POLICIES = ("keep", "codec", "read", "depth")  # SamplingParams fields that name a method and have no default in the engine
+POLICIES = ("keep", "codec", "read", "depth", "steer")  # SamplingParams fields that name a method and have no default in the engine
 
 
 class Front:

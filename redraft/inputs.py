@@ -11,17 +11,20 @@ import numpy as np
 
 from redraft.config import SamplingParams, is_utf8
 from redraft.core.sequence import Wants
+from redraft.core.tree import F32
 from redraft.errors import InvalidInput, shown
+from redraft.ops.arrays import array
 
 Prompt = str | Seq[int] | Mapping[str, Any]
 Conversation = Seq[Mapping[str, Any]]
 Tools = Seq[Mapping[str, Any]]
 Params = SamplingParams | Seq[SamplingParams | None] | None
 
-SOURCES = ("prompt", "prompt_token_ids", "messages")
+SOURCES = ("prompt", "prompt_token_ids", "messages", "prompt_embeds")
 OPTIONS = ("context", "before", "reuse", "wants")
 FILLED = ("suffix", "tools")  # what stands after the gap that follows a prompt; what a conversation may call
-PROMPT = "a string, a list of token ids, or a mapping with prompt, prompt_token_ids or messages"
+PROMPT = "a string, a list of token ids, or a mapping with prompt, prompt_token_ids, messages or prompt_embeds"
+STAND_IN = 0  # the token of a row that is a vector
 
 
 class Patch(NamedTuple):
@@ -74,11 +77,11 @@ def fields_of(prompt: Any) -> dict[str, Any]:
     if not isinstance(prompt, Mapping):
         return {"prompt_token_ids": elements(prompt, "prompt", PROMPT)}
     if unknown := [name for name in prompt if name not in (*SOURCES, *FILLED, *OPTIONS)]:
-        allowed = "prompt, prompt_token_ids, messages, suffix, tools, context, before and reuse are allowed"
+        allowed = "prompt, prompt_token_ids, prompt_embeds, messages, suffix, tools, context, before and reuse are allowed"
         raise InvalidInput(f"prompt has an unknown key {shown(unknown[0])}: {allowed}")
     fields = {name: value for name, value in prompt.items() if value is not None}
     if not fields.keys() & set(SOURCES):
-        raise InvalidInput("prompt has none of prompt, prompt_token_ids and messages: one is needed")
+        raise InvalidInput("prompt has none of prompt, prompt_token_ids, prompt_embeds and messages: one is needed")
     _check_options(fields)
     return fields
 
@@ -97,6 +100,8 @@ def _check_options(fields: dict[str, Any]) -> None:
         raise InvalidInput("suffix: only a prompt that is a text has one")
     if "tools" in fields and not ("messages" in fields and fields.keys().isdisjoint(("prompt_token_ids", "prompt"))):
         raise InvalidInput("tools: only a conversation has them")
+    if "prompt_embeds" in fields and not fields.keys().isdisjoint(("prompt", "messages")):
+        raise InvalidInput("prompt_embeds: beside it only prompt_token_ids are allowed, as many, for its rows of NaN")
     if "context" in fields:
         fields["context"] = integer(context := fields["context"])
         if fields["context"] is None:
@@ -113,6 +118,26 @@ def token_ids(given: Any, name: str = "prompt_token_ids") -> list[int]:
             raise InvalidInput(f"{name}[{i}] = {shown(value)}: not a token id")
         found.append(token)
     return found
+
+
+def vectors_of(given: Any, tokens: Seq[int] | None = None) -> tuple[list[int], F32]:
+    """A prompt of vectors [n, hidden], an array or a tensor: its tokens, and f32[n, hidden]. Rows of NaN start from their token of
+    `tokens`. The engine checks the hidden size."""
+    try:
+        given = array(given) if hasattr(given, "dtype") else np.asarray(given)
+        with np.errstate(over="ignore"):
+            found = np.ascontiguousarray(given, np.float32)
+    except (TypeError, ValueError, AttributeError):
+        raise InvalidInput(f"prompt_embeds of type {type(given).__name__}: an array of numbers is needed") from None
+    if found.ndim != 2 or not found.size or given.dtype.kind in "bcOSU":
+        raise InvalidInput(f"prompt_embeds of shape {list(found.shape)}: numbers of shape [tokens, hidden size] are needed")
+    if tokens is not None and len(tokens) != len(found):
+        raise InvalidInput(f"prompt_embeds has {len(found)} rows, but prompt_token_ids {len(tokens)} tokens: as many are needed")
+    absent = np.asarray(np.isnan(found).all(1))
+    if len(wrong := np.flatnonzero(~np.isfinite(found).all(1) & (~absent | (tokens is None)))):
+        needed = "rows of NaN need prompt_token_ids" if absent[wrong[0]] else "finite float32 numbers are needed"
+        raise InvalidInput(f"prompt_embeds[{wrong[0]}] holds NaN or infinity: {needed}")
+    return [STAND_IN if tokens is None or not gap else tokens[i] for i, gap in enumerate(absent.tolist())], found
 
 
 def messages_of(given: Any) -> list[Mapping[str, Any]]:

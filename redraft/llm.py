@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, Self, cast
 from weakref import WeakSet
 
+import numpy as np
+
 from redraft import inputs, registry
 from redraft.config import ADAPTER_NAME, EngineConfig, SamplingParams, SchedulerConfig
 from redraft.core.sequence import Pooling, Request, Wants
-from redraft.core.tree import F64
+from redraft.core.tree import F32, F64
 from redraft.engine.engine import Engine
 from redraft.engine.interrupt import InterruptBetween
 from redraft.engine.output import Event, Stats
+from redraft.engine.prepend import Prepend, embed
 from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
 from redraft.front import Front
 from redraft.inputs import Conversation, Params, Patch, Prompt, Tools
@@ -44,8 +47,10 @@ class LLM(Front):
     draft_rows, cache_memory ...). Raises CheckpointError, OutOfMemory, InvalidInput or Unsupported, one line each.
     room: gives the cache its memory, so that other processes can read it.
 
-    Prompts: a string, a list of token ids, or a mapping with `prompt`, `prompt_token_ids` or `messages`; or a list of
-    these. A mapping may add `context`: n. Cache policies then treat the prompt's tokens after the first n as generated.
+    Prompts: a string, a list of token ids, or a mapping with `prompt`, `prompt_token_ids`, `prompt_embeds` or `messages`; or a
+    list of these. prompt_embeds: an array [n, hidden] that takes the place of the tokens' embeddings; beside n prompt_token_ids its
+    rows of NaN start from their tokens. A mapping may add `context`: n. Cache policies then treat the prompt's tokens after the
+    first n as generated.
     {"prompt": ..., "suffix": ...} fills in the middle: the text is what stands between the two.
 
     Parameters: a SamplingParams, a list with one for each prompt, or its fields as keywords. An object and keywords
@@ -143,6 +148,7 @@ class LLM(Front):
             decode=tokenizer.decoder,
             decode_all=tokenizer.decoder_all,
             draft=self.config.draft,
+            draft_memory=self.config.schedule.draft_memory,
         )
 
     # ---- use
@@ -202,20 +208,39 @@ class LLM(Front):
             output.prompt, output.before = new, before
         return outputs
 
-    def embed(self, prompts: Prompt | Seq[Prompt], pooling: str = "last", *, normalize: bool = True, lora: str | None = None) -> list[F64]:
+    def embed(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        pooling: str = "last",
+        *,
+        normalize: bool = True,
+        lora: str | None = None,
+        prepend: str | Prepend | None = None,
+    ) -> list[F64]:
         """f64[hidden] for each prompt: hidden states after the final norm, of its last token ("last") or the mean of all
-        ("mean"); of length 1 if `normalize`; lora: the name of a loaded adapter. InvalidInput names a prompt that is refused."""
+        ("mean"); of length 1 if `normalize`; lora: the name of a loaded adapter. InvalidInput names a prompt that is refused.
+
+        prepend: options of token prepending such as "start=1,exit=7,out=-2" (engine/prepend.py). Each prompt is then a text, which is
+        written into a template, and its vector the state of the template's last token at `out`.
+        """
         if not isinstance(pooling, str) or pooling not in ("last", "mean"):
             raise InvalidInput(f"pooling = {shown(pooling)}: last or mean is allowed")
         if not isinstance(normalize, bool):
             raise InvalidInput(f"normalize = {shown(normalize)}: True or False is allowed")
         many, single = inputs.prompts_of(prompts)
         params = SamplingParams(temperature=0, max_tokens=1, draft="none", lora=lora)
+        if prepend is not None:
+            if pooling != "last":
+                raise InvalidInput(f"pooling = {shown(pooling)}: with prepend the vector is the last token's")
+            return self._prepended(many, prepend, lora, normalize=normalize)
         outputs: list[RequestOutput] = []
         try:
             for i, prompt in enumerate(many):
                 try:
-                    pooled = {"prompt_token_ids": self._tokens(inputs.fields_of(prompt)), "wants": Wants(pooling=Pooling(pooling))}
+                    fields = inputs.fields_of(prompt)
+                    source = {"prompt_embeds", "prompt_token_ids"} & fields.keys() if "prompt_embeds" in fields else ()
+                    pooled = {name: fields[name] for name in source} or {"prompt_token_ids": self._tokens(fields)}
+                    pooled["wants"] = Wants(pooling=Pooling(pooling))
                     outputs += self._submit([pooled], [params], single=True)
                 except RedraftError as error:
                     raise type(error)(str(error) if single or len(many) == 1 else f"prompts[{i}]: {error}") from None
@@ -224,6 +249,23 @@ class LLM(Front):
         finally:
             self._end(outputs)
         return [cast(Request, output.request).embedding(normalize) for output in outputs]
+
+    def _prepended(self, prompts: list[Any], given: str | Prepend, lora: str | None, *, normalize: bool) -> list[F64]:
+        if not isinstance(given, str | Prepend):
+            raise InvalidInput(f"prepend = {shown(given)}: options such as start=1,exit=7,out=-2 are needed")
+        method = given if isinstance(given, Prepend) else registry.build(Prepend, f"prepend:{given}")
+        used = None if lora is None else self.runner.adapters.get(lora)
+        if lora is not None and used is None:
+            raise InvalidInput(adapter.unknown(lora, self.runner.adapters))
+        texts = []
+        for i, prompt in enumerate(prompts):
+            fields = inputs.fields_of(prompt)
+            if set(fields) != {"prompt"}:
+                raise InvalidInput(f"prompts[{i}]: with prepend only a text is allowed")
+            texts.append(method.tokens(inputs.text_of(fields["prompt"], "prompt"), self.tokenizer))
+        with InterruptBetween(), self._turns:
+            found = embed(self.runner, method, texts, longest=self.max_model_len - 1, adapter=used)
+        return [one / max(float(np.linalg.norm(one)), 1e-12) if normalize else one for one in found]
 
     # ---- requests
 
@@ -292,11 +334,11 @@ class LLM(Front):
         chosen = self.params(params)
         if isinstance(chosen.prediction, str):
             chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
-        output.prompt_token_ids = self._tokens(fields)
+        output.prompt_token_ids, vectors = self._read(fields)
         if "suffix" in fields:
             chosen = self.fill.params(chosen)
         options = {name: fields[name] for name in inputs.OPTIONS if name in fields}
-        request = Request(output.request_id, output.prompt_token_ids, chosen, **options)
+        request = Request(output.request_id, output.prompt_token_ids, chosen, vectors=vectors, **options)
         with InterruptBetween(), self._turns:
             if any(other.has_work for other in self._engines if other is not self.engine):
                 raise Unsupported("a sibling of this LLM has requests under way: siblings share pages and run one at a time")
@@ -305,6 +347,13 @@ class LLM(Front):
         output.request, output.seed = request, request.params.seed
         output.guarantee = self.guarantee_of(chosen, request.reuse or None).label
         output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
+
+    def _read(self, fields: dict[str, Any]) -> tuple[list[int], F32 | None]:
+        """The token ids of a prompt, and its vectors if it has any."""
+        if "prompt_embeds" not in fields:
+            return self._tokens(fields), None
+        tokens = self._tokens(fields) if "prompt_token_ids" in fields else None
+        return inputs.vectors_of(fields["prompt_embeds"], tokens)
 
     def _tokens(self, fields: dict[str, Any]) -> list[int]:
         """The token ids of a prompt; see `inputs.fields_of`. Ids that are given come before text."""

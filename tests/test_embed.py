@@ -86,7 +86,7 @@ def test_bit_for_bit_however_it_ran(path: Path, backend: str, pooling: str) -> N
     first = load(path, backend, prefix_sharing=False)
     alone = [first.embed(prompts()[i], pooling, normalize=False)[0] for i in range(len(PROMPTS))]
     assert same(first.embed(prompts(), pooling, normalize=False), alone, backend), "a batch"
-    for budget in (7, 33):
+    for budget in (7,) if backend == "reference" else (7, 33):  # that one takes long
         llm = load(path, backend, token_budget=budget, draft="token-recycling", max_seqs=3)
         assert same(llm.embed(prompts(), pooling, normalize=False), alone, backend), "chunks"
         assert same(llm.embed(prompts()[::-1], pooling, normalize=False), alone[::-1], backend), "with cached prefixes"

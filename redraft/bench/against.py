@@ -25,7 +25,7 @@ from redraft.bench.peers.process import Lost, Raised
 from redraft.bench.prompts import Prompt
 from redraft.columns import fold
 from redraft.config import EngineConfig
-from redraft.engine.policies import SEAMS
+from redraft.engine.policies import CHOICES
 from redraft.errors import InvalidInput, PromptTooLong, RedraftError, UnknownMethod, did_you_mean
 from redraft.models import loader
 from redraft.models.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Against:
         params = options.params
         if not params.greedy:
             raise InvalidInput(f"temperature = {params.temperature:g}: must be 0 with against, because engines draw differently")
-        allowed = SHARED | set(SEAMS)
+        allowed = SHARED | set(CHOICES)
         if other := sorted(params.model_fields_set - allowed):
             value = getattr(params, other[0])
             raise InvalidInput(f"{other[0]} = {value!r}: cannot be used with against; {', '.join(sorted(allowed))} can")
@@ -185,7 +185,7 @@ def ticks(prompts: int, options: CompareOptions, against: Against) -> int:
 
 def _rows(options: CompareOptions, against: Against, settings: Mapping[str, Any]) -> tuple[list[Row], dict[str, str]]:
     """All modes of all engines that are installed, and the packages of the others."""
-    policies = {seam: text for seam in SEAMS if (text := getattr(options.params, seam))}
+    policies = {seam: text for seam in CHOICES if (text := getattr(options.params, seam))}
     own = Engine("redraft", OWN, {"generation_config": "none", **settings, "device": "cpu", "policies": policies})
     rows, missing = [Row(own, mode) for mode in (PLAIN, *options.drafts)], {}
     for name in against.peers:

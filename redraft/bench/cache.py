@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from redraft import registry
 from redraft.bench.tasks import Probe, Task
 from redraft.config import SamplingParams
-from redraft.core.sequence import Request
+from redraft.core.sequence import Request, Wants
 from redraft.engine.engine import Engine
 from redraft.engine.output import checked
 from redraft.engine.policies import SEAMS
@@ -293,7 +293,9 @@ def score(llm: LLM, task: Task, probes: Seq[Probe], choice: PolicyAtBudget, batc
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, **choice.params)
     for at in range(0, len(probes), batch):
         group = probes[at : at + batch]
-        outputs = llm.generate([{"prompt_token_ids": probe.ids, "context": probe.context} for probe in group], params)
+        wants = [Wants(logprobs_from=min(answer.first for answer in probe.answers)) for probe in group]
+        given = [{"prompt_token_ids": probe.ids, "context": probe.context, "wants": one} for probe, one in zip(group, wants)]
+        outputs = llm.generate(given, params)
         for probe, output in zip(group, outputs, strict=True):
             if output.error is not None or output.prompt_logprobs is None:
                 raise InvalidInput(f"{task.name}, {choice.label}: {output.error}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from redraft.card import Guarantee
 from redraft.core.distribution import Distribution
 from redraft.core.noise import Stream
 from redraft.core.plan import Accepted
@@ -70,9 +71,9 @@ class Gauged:
 
 def measured(llm: LLM, visits: int, run: Callable[[], object]) -> Share | None:
     """The acceptance of `llm`'s verifier over its bound in `run`, which generates and visits about `visits` nodes. None if it tests no
-    sampled drafts."""
+    sampled drafts or is lossy, because the bound is of lossless rules."""
     verifier: Any = llm.engine.verifier.own
-    if verifier.drafts is not Stream.DRAFT:
+    if verifier.drafts is not Stream.DRAFT or verifier.card.guarantee > Guarantee.SAME_DISTRIBUTION:
         return None
     gauged: Any = Gauged(verifier, every=max(1, visits // MAX_NODES))
     llm.engine.verifier.own = gauged

@@ -118,9 +118,12 @@ def _model(config: EngineConfig, setup: Setup, parts: dict[str, Part]) -> list[s
 def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingParams) -> dict[str, Part]:
     """Attribute of the engine -> its part in this configuration."""
     from redraft.core.plan import StepPlan
+    from redraft.core.taps import NO_TAPS
 
     work = _work(engine, params)
     requests = {"sampler": engine.sampler.needs([work]), f"drafter {config.draft}": engine.drafter.taps([work.seq])}
+    if (states := engine.verifier.taps([work.seq])) is not NO_TAPS:
+        requests[f"verifier {config.verify}"] = states
     union = engine.taps(StepPlan([work], []))
     segments = [f"{first}..{last - 1}" for first, last in engine.runner.segments(union)]
     backend = setup.backend
@@ -141,7 +144,7 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
         "runner": Part([*runner, *(stored.lines if stored else ())], stored.guarantee if stored else None),
         "sampler": Part([sampler]),
         "policies": _policies(engine, params),
-        "verifier": _registered("verifier", "verify", config.verify, engine.verifier.own),
+        "verifier": _registered("verifier", "verify", config.verify, registry.create("verify", config.verify)),
     }
 
 
@@ -169,11 +172,11 @@ def _work(engine: Engine, params: SamplingParams) -> Any:
 
 
 def _policies(engine: Engine, params: SamplingParams) -> Part:
-    """The policies that the request chose for cache and depth."""
-    from redraft.engine.policies import SEAMS
+    """The methods that the request chose for cache, depth and steering."""
+    from redraft.engine.policies import CHOICES
 
     engine.policies.check(params)
-    parts = [_registered(seam, seam, text, registry.create(seam, text)) for seam in SEAMS if (text := getattr(params, seam))]
+    parts = [_registered(seam, seam, text, registry.create(seam, text)) for seam in CHOICES if (text := getattr(params, seam))]
     if not parts:
         return Part(["policies: none; every row reads the whole cache, all layers run"])
     return Part([line for part in parts for line in part.lines], max(part.guarantee for part in parts if part.guarantee is not None))

@@ -1,10 +1,12 @@
 """The command `redraft`: one file for each verb. Every error that a user can cause is one line.
 
-A verb's file is imported when the verb is used, so that --help is fast; its function imports the engine.
+A verb's file is imported when the verb is used, so that --help is fast; its function imports the engine. Other packages add verbs
+by entry points of the group VERBS_OF_OTHERS, each of them (first line of the help, "module:function").
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence as Seq
 from typing import Annotated, Any, cast
@@ -33,12 +35,21 @@ VERBS = {  # name -> the first line of its help
     "bench": "Measure cache policies, decoding, single operations, or a server under load.",
 }
 
+VERBS_OF_OTHERS = "redraft.verbs"
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer exports one of click's errors; its base covers all
+
+
+@functools.cache
+def others() -> dict[str, tuple[str, str]]:
+    """The verbs that other packages add: name -> (first line of the help, "module:function")."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.load() for point in entry_points(group=VERBS_OF_OTHERS)}
 
 
 def verb(name: str) -> Any:
     """The command of a verb, whose file is imported."""
-    found = registry.load(f"redraft.cli.{name}:{name}")
+    found = registry.load(f"redraft.cli.{name}:{name}" if name in VERBS else others()[name][1])
     if not isinstance(found, typer.Typer):  # not a group of verbs
         found, function = typer.Typer(add_completion=False), found
         found.command(name)(function)
@@ -46,7 +57,17 @@ def verb(name: str) -> Any:
 
 
 class Verbs(TyperGroup):
-    """Holds the names and first lines of VERBS, and imports the verb that is used."""
+    """Holds the names and first lines of VERBS and of others(), and imports the verb that is used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *(name for name in others() if name not in VERBS)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in VERBS or cmd_name not in others():
+            return super().get_command(ctx, cmd_name)
+        made = typer.Typer(add_completion=False)
+        made.command(cmd_name, help=others()[cmd_name][0])(lambda: None)
+        return get_command(made)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)

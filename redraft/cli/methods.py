@@ -23,6 +23,7 @@ SEAMS = {
     "read": "Sparse reads: what is read this step?",
     "reuse": "Reuse: which spans come from elsewhere?",
     "depth": "Depth: which layers run?",
+    "steer": "Steering: what changes hidden states between layers?",
     "quant": "Weights: how are they stored?",
     "route": "Routers: which worker runs a request?",
     "sched": "Schedulers: which requests run, with how many rows?",

@@ -17,6 +17,7 @@ FIELDS = {
     "keep": "cache.keep",
     "codec": "cache.codec",
     "read": "cache.read",
+    "steer": "steer",
 }
 PARTS = 8  # drafters in one choice, including nested ones
 LARGEST_DRAFT = 64  # of a number in a drafter's options, because its tables grow with it

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from redraft.serve import schema
+from redraft.serve import schema, vectors
 from redraft.serve.chat import check_stream
 from redraft.serve.errors import Refused
 from redraft.serve.provenance import ALTERNATIVES
@@ -52,12 +52,15 @@ async def complete(
         **more,
     )
     special = body.add_special_tokens is not False
-    if body.suffix is None:
-        prompts = await here.prompts.read(body.prompt, deadline, special=special, texts=bool(body.echo))
+    given = body.prompt or ""
+    if body.prompt_embeds is not None:
+        prompts = vectors.prompts(body.prompt_embeds, here.llm.spec.hidden, here.config.max_queue)
+    elif body.suffix is None:
+        prompts = await here.prompts.read(given, deadline, special=special, texts=bool(body.echo))
     else:
         if body.echo:
             raise Refused(400, "suffix and echo exclude each other", "echo")
-        prompts = await here.prompts.filled(body.prompt, body.suffix, deadline, special=special, files=files, room=params.max_tokens or 1)
+        prompts = await here.prompts.filled(given, body.suffix, deadline, special=special, files=files, room=params.max_tokens or 1)
         params = here.llm.fill.params(params)
     wanted = here.wanted(body, params, id=f"{prefix}{secrets.token_hex(12)}", logprobs=body.logprobs, echo=bool(body.echo), drop=drop)
     return await here.reply(http, body, prompts, params, partial(form, wanted), deadline)

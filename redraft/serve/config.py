@@ -53,6 +53,7 @@ class ServeConfig(Settings):
     codec: str | None = Field(None, description="name:option=value of a method that quantizes the cache, likewise")
     read: str | None = Field(None, description="name:option=value of a sparse attention method, likewise")
     depth: str | None = Field(None, description="name:option=value of a method that skips layers after the prompt, likewise")
+    steer: str | None = Field(None, description="name:option=value of a method that changes hidden states between layers, likewise")
     replicas: int = Field(1, ge=1, le=1024, description="workers, processes that each load the model and share the requests")
     instances: str | None = Field(
         None, description="workers that each do a part of a request, such as prefill=1,decode=2: prompts here, the rest there"
@@ -116,7 +117,7 @@ class ServeConfig(Settings):
             raise ValueError(_reason(error)) from None
         return path
 
-    @field_validator("keep", "codec", "read", "depth")
+    @field_validator("keep", "codec", "read", "depth", "steer")
     @classmethod
     def _method(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None or value == "none":

@@ -98,7 +98,7 @@ async def server_info(http: Request) -> dict[str, Any]:
             {"name": name, "ready": now.ready, "starts": now.starts, "running": now.running, "waiting": now.waiting}
             for name, now in here.host.figures().items()
         ],
-        "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth")},
+        "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth", "steer")},
         "parsers": here.prompts.formats.names,
         "methods": {seam: sorted(registry.METHODS[seam]) for seam in FIELDS},
         "limits": here.config.model_dump(include={"max_queue", "request_timeout", "max_body", "max_n", "max_logprobs", "max_stop"}),

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, cast
 
 from redraft.config import SamplingParams
+from redraft.core.tree import F32
 from redraft.errors import RedraftError
 from redraft.front import Front
 from redraft.models import chat_template
@@ -30,12 +31,13 @@ LATE = "the request took longer than this server allows"
 @dataclass(frozen=True)
 class Prompt:
     """text: as given, or as rendered by the template; field: of the request that has it; scored: the first token whose log-probability
-    is wanted, None for none."""
+    is wanted, None for none; vectors: [tokens, hidden], that take the place of the tokens."""
 
     tokens: list[int]
     text: str
     field: str = "prompt"
     scored: int | None = None
+    vectors: F32 | None = None
 
 
 class Prompts:

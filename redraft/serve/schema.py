@@ -224,17 +224,32 @@ class Sampled(Generated):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
+    steer: Method | None = Field(None, description="name:option=value of a method that changes hidden states between layers, or none")
 
 
 class CompletionRequest(Sampled):
     best_of: Literal[1] | None = None
     use_beam_search: Literal[False] | None = None
-    prompt: LongText | list[LongText] | list[Token] | list[list[Token]]
+    prompt: LongText | list[LongText] | list[Token] | list[list[Token]] | None = None
+    prompt_embeds: LongText | list[LongText] | None = Field(
+        None, description="instead of prompt: vectors [tokens, hidden size], base64 of an npy or a safetensors file"
+    )
     suffix: LongText | None = Field(None, description="the text after the new text, which fills what is between; empty: none")
     max_tokens: int | None = Field(None, ge=0, lt=MAX_NUMBER, description="16 if it is not given; 0 only with echo")
     logprobs: int | None = Field(None, ge=0, le=1024)
     echo: bool | None = None
     add_special_tokens: bool | None = Field(None, description="add tokens such as <s> around the prompt, as the checkpoint does")
+
+    @model_validator(mode="after")
+    def _prompted(self) -> Self:
+        if self.prompt_embeds is None:
+            if self.prompt is None:
+                raise ValueError("prompt: field required")
+            return self
+        for name in ("prompt", "suffix", "echo"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: prompt_embeds excludes it")
+        return self
 
 
 class FunctionCall(Replied):

@@ -120,10 +120,10 @@ class Service:
         return self.llm.params(SamplingParams(**given | {name: value for name, value in more.items() if value is not None}))
 
     def _policies(self, body: schema.Sampled) -> dict[str, str]:
-        """Methods of the cache and of layer skipping: the request's choice, else the server's."""
+        """Methods of the cache, of layer skipping and of steering: the request's choice, else the server's."""
         found = {}
-        for seam in ("keep", "codec", "read", "depth"):
-            own, chosen = getattr(self.config, seam), getattr(body.cache, seam, None)
+        for seam in ("keep", "codec", "read", "depth", "steer"):
+            own, chosen = getattr(self.config, seam), getattr(body if seam == "steer" else body.cache, seam, None)
             if chosen is not None:
                 checked(seam, chosen, own)
             if chosen or own:
@@ -175,7 +175,7 @@ class Service:
         for prompt in prompts:
             name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
             wants = Wants(pooling=pool) if prompt.scored is None else Wants(0, pool, prompt.scored)
-            options = {"priority": body.priority or 0, "wants": wants, "adapter": adapter}
+            options = {"priority": body.priority or 0, "wants": wants, "adapter": adapter, "vectors": prompt.vectors}
             requests.append(sequence.Request(name, prompt.tokens, params, salt, **options))
         try:
             if params.structured_outputs is not None:
@@ -230,7 +230,7 @@ class Service:
     @staticmethod
     def _unopened(error: Exception, body: Any) -> Exception:
         """The reply if the engine cannot open what a request chose; `error` itself if the request chose nothing."""
-        chosen = [name for name in ("speculation", "cache") if isinstance(getattr(body, name, None), schema.Body)]
+        chosen = [name for name in ("speculation", "cache", "steer") if isinstance(getattr(body, name, None), schema.Body | str)]
         if not chosen:
             return error
         log.warning("what a request chose of %s cannot be opened", " and ".join(chosen), exc_info=error)

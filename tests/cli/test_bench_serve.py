@@ -87,14 +87,14 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"error": "no pages"}, "error event", "no pages"),
     ({"cut": 2}, "cut short", ""),
     ({"ended": False}, "cut short", "the stream ended before the text did"),
-    ({"hang": True}, "timeout", "no end within 0.5 s"),
+    ({"hang": True}, "timeout", "no end within 2 s"),
 ]
 
 
 @pytest.mark.parametrize(("fault", "kind", "words"), FAULTS, ids=[f"{kind}-{i}" for i, (_, kind, _) in enumerate(FAULTS)])
 def test_failures_are_counted_by_kind(redraft: Redraft, fake: Fake, tmp_path: Path, fault: dict[str, Any], kind: str, words: str) -> None:
     """All fail: exit code 1 with the first error."""
-    given = ["--num-prompts", "3", "--warmups", "0", "--timeout", "0.5" if "hang" in fault else "60"]
+    given = ["--num-prompts", "3", "--warmups", "0", "--timeout", "2" if "hang" in fault else "300"]
     given += ["--extra", json.dumps({"fake": fault})]
     code, out, err, found = serve(redraft, fake(), tmp_path / "out.json", *given)
     assert (code, found["completed"], found["failed"], found["failures"]) == (1, 0, 3, {kind: 3})
@@ -177,7 +177,7 @@ def test_no_answer_holds_up_the_next_request(redraft: Redraft, fake: Fake, tmp_p
                 server.gate.set()
 
     server.bodies = Opens()
-    given = ["--trace", str(trace), "--trace-scale", "100", "--warmups", "0", "--timeout", "30"]
+    given = ["--trace", str(trace), "--trace-scale", "100", "--warmups", "0", "--timeout", "300"]
     code, _, _, found = serve(redraft, server, tmp_path / "out.json", *given)
     assert (code, found["completed"], found["total_output_tokens"], found["request_rate"]) == (0, 20, 60, None)
     assert found["total_input_tokens"] == sum(range(20, 40)) and found["max_concurrent_requests"] == 20
@@ -197,7 +197,7 @@ def test_ctrl_c_prints_and_exits_130(fake: Fake, tmp_path: Path) -> None:
         process = start("bench", "serve", *given, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         until(lambda: len(server.bodies) == 3 and server.active == 2)  # the third is sent when the first has ended
         process.send_signal(signal.SIGINT)
-        reported, err = process.communicate(timeout=60)
+        reported, err = process.communicate(timeout=300)
         until(lambda: server.active == 0)
     assert process.returncode == 130, err
     assert b"1 completed, 0 failed, 2 not finished when interrupted" in reported and b"Traceback" not in err
@@ -206,7 +206,7 @@ def test_ctrl_c_prints_and_exits_130(fake: Fake, tmp_path: Path) -> None:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import openai
@@ -20,6 +21,19 @@ def llm() -> LLM:
 def _live(llm: LLM) -> Iterator[Live]:
     with Live(llm.sibling()) as live:
         yield live
+
+
+class Clock:
+    """ahead: seconds, added to the time that replies under way see. They are late when it exceeds request_timeout."""
+
+    ahead = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("redraft.serve.stream.monotonic", lambda: time.monotonic() + made.ahead)
+    return made
 
 
 @pytest.fixture

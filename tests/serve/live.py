@@ -13,12 +13,12 @@ import openai
 from redraft.serve.config import ServeConfig
 from redraft.serve.run import server
 
-PATIENCE = 30.0  # seconds; on an idle machine almost none are needed
+PATIENCE = 300.0  # seconds; on an idle machine almost none are needed
 
 
-def soon(what: Any, seconds: float = PATIENCE) -> None:
+def soon(what: Any) -> None:
     """Waits until `what()` is true."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < until, "it did not come to be so"
         time.sleep(0.005)
@@ -47,20 +47,25 @@ class Live:
         assert not self.service.shell.alive
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": PATIENCE, **options})
 
     def asynchronous(self, **options: Any) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, "timeout": PATIENCE, **options})
 
     def rest(self, until: threading.Event) -> None:
         """The engine's thread does nothing before that."""
         loop = self.service.host.loop
         asyncio.run_coroutine_threadsafe(self.service.host.call(lambda: until.wait(PATIENCE)), loop).result(PATIENCE)
 
+    def aborted(self) -> float:
+        """The number of requests that were ended because nobody waited for them."""
+        lines = self.service.metrics.exposition().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if "request_success_total{" in line and 'finished_reason="abort"' in line)
+
     def settle(self) -> None:
         """After any traffic: nothing runs, nothing waits, no page is in use."""
         engine = self.llm.engine
-        soon(lambda: not self.service.shell.busy and not engine.has_work, 5)
+        soon(lambda: not self.service.shell.busy and not engine.has_work)
         assert self.service.shell.alive
         assert not engine.outputs
         for runner in (engine.runner, *engine.runner.draft_models.values()):

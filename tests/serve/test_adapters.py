@@ -406,7 +406,7 @@ def test_others_continue_while_adapters_come_and_go(server: Live, plain: LLM) ->
 
     def ask(name: str | None) -> None:
         body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 24, "ignore_eos": True, "model": name or "tiny"}
-        with closing(HTTPConnection("127.0.0.1", server.port, timeout=60)) as one:
+        with closing(HTTPConnection("127.0.0.1", server.port, timeout=300)) as one:
             while not end.is_set() and not failed:
                 one.request("POST", "/v1/completions", json.dumps(body), KEY)
                 answer = one.getresponse()

@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": "What is a list?"}]
 
 
 def post(live: Live, path: str, body: Any) -> httpx.Response:
-    return httpx.post(f"{live.url}{path}", json=body, timeout=60)
+    return httpx.post(f"{live.url}{path}", json=body, timeout=300)
 
 
 def complete(live: Live, prompt: Any = CODE, **options: Any) -> Any:

@@ -26,7 +26,7 @@ RAW: TypeAdapter[Any] = TypeAdapter(anthropic.types.RawMessageStreamEvent)
 
 
 def connect(live: Live, **options: Any) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=live.url, **{"api_key": "none", "max_retries": 0, "timeout": 60.0, **options})
+    return anthropic.Anthropic(base_url=live.url, **{"api_key": "none", "max_retries": 0, "timeout": 300.0, **options})
 
 
 @pytest.fixture
@@ -183,7 +183,8 @@ def test_the_end_of_the_context_is_not_max_tokens(claude: anthropic.Anthropic, l
 
 def test_a_text_that_ends_by_itself(claude: anthropic.Anthropic, llm: LLM) -> None:
     """The model's end of text comes first for some seed."""
-    seed = next(seed for seed in range(200) if alone(llm, temperature=1, seed=seed, max_tokens=40).outputs[0].finish_reason == "stop")
+    seeds = (88, *range(200))  # with other weights of the model the search takes longer
+    seed = next(seed for seed in seeds if alone(llm, temperature=1, seed=seed, max_tokens=40).outputs[0].finish_reason == "stop")
     reply = say(claude, temperature=1, seed=seed, max_tokens=40)
     assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None)
 
@@ -478,14 +479,17 @@ def test_a_step_that_fails(live: Live, claude: anthropic.Anthropic, monkeypatch:
     assert said(say(claude))
 
 
-def test_a_client_that_leaves_a_stream(claude: anthropic.Anthropic) -> None:
+def test_a_client_that_leaves_a_stream(claude: anthropic.Anthropic, live: Live) -> None:
+    before = live.aborted()
     stream = claude.messages.create(**given(max_tokens=450, speculation="off"), stream=True)
     next(iter(stream))
     stream.close()
+    live.settle()
+    assert live.aborted() > before
 
 
 def test_a_server_that_is_slow_or_ends(llm: LLM) -> None:
-    with Live(llm.sibling(), request_timeout=1, keep_alive=0.001) as slow, connect(slow) as client:
+    with Live(llm.sibling(), keep_alive=0.001) as slow, connect(slow) as client:
         with client.messages.with_streaming_response.create(**given(), stream=True) as response:
             lines = list(response.iter_lines())
         at = lines.index("event: ping")

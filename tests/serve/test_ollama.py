@@ -31,12 +31,12 @@ GREEDY = {"temperature": 0, "num_predict": 24}
 
 @pytest.fixture
 def client(live: Live) -> Iterator[ollama.Client]:
-    with ollama.Client(host=live.url, timeout=60) as made:
+    with ollama.Client(host=live.url, timeout=300) as made:
         yield made
 
 
 def raw(live: Live, path: str, body: Any) -> httpx.Response:
-    return httpx.post(f"{live.url}{path}", json=body, timeout=60)
+    return httpx.post(f"{live.url}{path}", json=body, timeout=300)
 
 
 def refused(live: Live, path: str, body: Any) -> str:

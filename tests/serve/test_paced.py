@@ -14,13 +14,14 @@ from redraft.serve.errors import Refused
 from redraft.serve.stream import paced
 
 FAR = 3600.0
+SILENCE = object()
 
 
 class Source:
-    """Yields pieces, sleeps for numbers among them, raises exceptions. ended: it was closed."""
+    """Yields pieces, sleeps for numbers among them, waits at SILENCE until it was reported, raises exceptions. ended: it was closed."""
 
     def __init__(self, *pieces: Any) -> None:
-        self.pieces, self.ended = pieces, False
+        self.pieces, self.ended, self.reported = pieces, False, asyncio.Event()
 
     async def stream(self) -> AsyncIterator[str]:
         try:
@@ -29,6 +30,8 @@ class Source:
                     raise piece
                 if isinstance(piece, float):
                     await asyncio.sleep(piece)
+                elif piece is SILENCE:
+                    await self.reported.wait()
                 else:
                     yield piece
         finally:
@@ -41,6 +44,8 @@ def received(source: Source, every: float = FAR, deadline: float = FAR, most: in
         async with aclosing(paced(source.stream(), every, monotonic() + deadline)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
                 found.append(piece)
+                if piece is None:
+                    source.reported.set()
                 if len(found) == most:
                     break
         assert source.ended, "left running"
@@ -54,8 +59,8 @@ def test_all_pieces_come_in_order() -> None:
 
 
 def test_silence_is_reported_and_loses_nothing() -> None:
-    found = received(Source("a", 0.2, "b", "c"), every=0.05)
-    assert [piece for piece in found if piece] == ["a", "b", "c"] and found[1] is None
+    found = received(Source("a", SILENCE, "b", "c"), every=0.05)
+    assert [piece for piece in found if piece] == ["a", "b", "c"] and None in found
 
 
 def test_the_deadline_ends_it() -> None:

@@ -52,7 +52,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         if stripped:  # as a proxy does
             context.route(f"{url}**", lambda route: route.continue_(url=route.request.url.replace(stripped, "/", 1)))
         page = context.new_page()
-        page.set_default_timeout(20000)
+        page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if said.type == "error" and expected not in said.text else None)
         page.goto(url)
@@ -89,7 +89,12 @@ def send(page: Page, text: str = PROMPT, button: str = "#send") -> None:
 def done(page: Page) -> None:
     page.wait_for_selector("#send:visible")
     page.wait_for_function("() => !document.querySelector('[aria-busy]') && document.querySelector('.token')")
-    page.wait_for_timeout(50)  # a frame
+    frame(page)
+
+
+def frame(page: Page) -> None:
+    """What waits for the next frame has run."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def reply(page: Page, inside: str = "") -> str:
@@ -295,7 +300,7 @@ def test_a_run_is_saved_and_opened_again(page: Page, tmp_path: Path) -> None:
     assert page.locator(".token").count() == 0
     page.set_input_files("#file", saved)
     page.wait_for_selector(".verdict:visible")
-    page.wait_for_timeout(50)
+    frame(page)
     assert (reply(page, ".reply:first-child"), page.text_content(".verdict")) == (text, verdict)
 
 

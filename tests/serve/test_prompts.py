@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.raw import Live, live
+from tests.serve.raw import PATIENCE, Live, embedded, live
 
 TOOLS = (
     "{% for m in messages %}{% if m.role == 'tool' %}<{{ m.tool_call_id }}={{ m.content }}>{% else %}[{{ m.role }}]{{ m.content }}"
@@ -27,7 +27,7 @@ def tools() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Live]:
-    with live(request_timeout=1) as made:
+    with live() as made:
         yield made
 
 
@@ -95,16 +95,17 @@ def test_an_error_of_a_template_is_shown_without_paths() -> None:
     assert "user/assistant" in message and "srv" not in message
 
 
-def test_reading_a_prompt_ends_with_the_time_of_the_request(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    hold, encode = threading.Event(), server.llm.tokenizer.encode
+def test_reading_a_prompt_ends_with_the_time_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold, encode = threading.Event(), embedded().tokenizer.encode
 
     def slow(text: str, **given: Any) -> list[int]:
-        hold.wait(20)
+        hold.wait(PATIENCE)
         return encode(text, **given)
 
-    monkeypatch.setattr(server.llm.tokenizer, "encode", slow)
-    for answer in (server.complete("a"), server.chat(), server.ask("POST", "/tokenize", {"prompt": "a"})):
-        assert answer.status == 504 and answer.json["error"]["type"] == "timeout_error"
-    hold.set()
-    monkeypatch.undo()
-    assert server.complete("a", max_tokens=1).status == 200
+    with live(request_timeout=0.3) as server:
+        monkeypatch.setattr(server.llm.tokenizer, "encode", slow)
+        for answer in (server.complete("a"), server.chat(), server.ask("POST", "/tokenize", {"prompt": "a"})):
+            assert answer.status == 504 and answer.json["error"]["type"] == "timeout_error"
+        hold.set()
+        monkeypatch.undo()
+        server.until(lambda: server.complete("a", max_tokens=1).status == 200)

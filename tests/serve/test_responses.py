@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from redraft import SamplingParams
 from redraft.llm import LLM
 from redraft.serve import responses_documents as documents
+from tests.serve.conftest import Clock
 from tests.serve.live import Live
 
 ASK = "What is a list?"
@@ -155,10 +157,17 @@ def test_the_helper_for_streams(client: openai.OpenAI) -> None:
     assert final.output_text == "".join(deltas) == whole.output_text
 
 
-def test_a_stream_that_fails_ends_with_the_response(llm: LLM) -> None:
-    with Live(llm.sibling(), request_timeout=1) as slow, slow.client() as client:
-        step = slow.llm.engine.step
-        slow.llm.engine.step = lambda: (time.sleep(0.02), step())[1]  # type: ignore[assignment]
+def test_a_stream_that_fails_ends_with_the_response(llm: LLM, clock: Clock) -> None:
+    with Live(llm.sibling()) as slow, slow.client() as client:
+        step, steps = slow.llm.engine.step, itertools.count(1)
+
+        def late() -> Any:
+            """After the third step."""
+            time.sleep(0.02)
+            clock.ahead = 3600.0 if next(steps) > 3 else 0.0
+            return step()
+
+        slow.llm.engine.step = late  # type: ignore[method-assign]
         *_, last = ask(client, stream=True, **LONG)
         assert last["type"] == "response.failed" and last["response"]["error"]["code"] == "server_error"
         assert "took longer" in last["response"]["error"]["message"]
@@ -460,7 +469,7 @@ def test_a_server_stores_as_many_as_it_may(llm: LLM) -> None:
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "[" * 99_999}]}, "input.0.arguments", "JSON"),
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input.0.encrypted_content", "unknown field"),
         ({"input": "word " * 3000}, "input", "max_model_len"),
-        ({"input": [user("word")] * 5000}, "input", "4096"),
+        ({"input": [user("word")] * 4097}, "input", "4096"),
         ({"max_output_tokens": 0}, "max_output_tokens", "1"),
         ({"model": "nothing"}, "model", "embedded"),
         ({"extra_body": {"max_tokens": 5}}, "max_tokens", "max_output_tokens"),

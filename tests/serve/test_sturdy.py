@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from redraft.kv.eviction.streaming_llm import Streaming
+from tests.serve.conftest import Clock
 from tests.serve.raw import Live, embedded, live, post
 
 LONG = {"max_tokens": 140, "stop": None}
@@ -143,7 +144,14 @@ def test_a_slow_body(hasty: Live) -> None:
 
 
 def test_a_slow_head_however_it_trickles(hasty: Live) -> None:
-    one = hasty.raw(b"POST /tokenize HTTP/1.1\r\n")
+    answer = b""
+    while not answer:  # on a busy machine the connection may end before its first byte
+        answer = trickled(hasty.raw(b"POST /tokenize HTTP/1.1\r\n"))
+    assert answer.startswith(b"HTTP/1.1 408") and b"timeout_error" in answer
+
+
+def trickled(one: socket.socket) -> bytes:
+    """The answer to a head that goes on slowly."""
     answer = b""
     for letter in b"X-Long: " + b"y" * 1000:
         try:
@@ -155,18 +163,22 @@ def test_a_slow_head_however_it_trickles(hasty: Live) -> None:
         try:
             if answer := one.recv(4096):
                 break
+            break
         except BlockingIOError:
             pass
+        except ConnectionError:
+            break
         one.setblocking(True)
-    assert answer.startswith(b"HTTP/1.1 408") and b"timeout_error" in answer
     one.close()
+    return answer
 
 
 def test_idle_connections_are_closed(hasty: Live) -> None:
     assert everything(hasty.raw(b"")) == b""
-    assert everything(hasty.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")).startswith(
-        b"HTTP/1.1 200"
-    )  # and then the end of the file
+    answer = b""
+    while not answer.startswith(b"HTTP/1.1 200"):  # and then the end of the file
+        answer = everything(hasty.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+        assert answer[9:12] in (b"200", b"408", b"")  # on a busy machine the head may come too late
 
 
 def everything(one: socket.socket) -> bytes:
@@ -178,18 +190,22 @@ def everything(one: socket.socket) -> bytes:
     return answer
 
 
-def test_nonsense_is_answered_in_the_form_of_errors(hasty: Live) -> None:
+def test_nonsense_is_answered_in_the_form_of_errors(server: Live) -> None:
     for nonsense in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n"):
-        answer = everything(hasty.raw(nonsense))
+        answer = everything(server.raw(nonsense))
         assert answer.startswith(b"HTTP/1.1 400") and b'"invalid_request_error"' in answer
-    assert everything(hasty.raw(b"GET / HTTP/1.1\r\nX: " + b"y" * 100_000)).startswith(b"HTTP/1.1 431")
+    assert everything(server.raw(b"GET / HTTP/1.1\r\nX: " + b"y" * 100_000)).startswith(b"HTTP/1.1 431")
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_does_not_read_is_dropped(hasty: Live, stream: bool) -> None:
+def test_client_that_does_not_read_is_dropped(hasty: Live, brake: Brake, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     body = {"prompt": "def add(", "max_tokens": 140, "ignore_eos": True, "logprobs": 20, "stream": stream, "n": 8}
-    one = hasty.raw(post("/v1/completions", body), SO_RCVBUF=2048)
-    hasty.until(lambda: hasty.service.shell.busy > 0)
+    brake.on()
+    with monkeypatch.context() as patched:
+        patched.setattr(hasty.served.config.http_protocol_class, "idle_timeout", 60.0)  # a busy machine passes on the head late
+        one = hasty.raw(post("/v1/completions", body), SO_RCVBUF=2048)
+        hasty.until(lambda: hasty.service.shell.busy > 0)
+    brake.off()
     hasty.idle()
     hasty.until(lambda: not hasty.served.server_state.connections)
     answer = everything(one)  # what its kernel had taken already
@@ -214,14 +230,23 @@ def test_whoever_leaves_holds_nothing_behind_the_step_under_way(server: Live, br
 
 
 def test_a_request_that_takes_too_long(brake: Brake) -> None:
-    with live(request_timeout=1, keep_alive=0.03) as made:
+    with live(request_timeout=0.3) as made:
         brake.on()
         whole = made.complete("def add(", **LONG)
         assert whole.status == 504 and whole.json["error"]["type"] == "timeout_error"
-        got = made.complete("def add(", stream=True, **LONG).events()
-        assert got[-2]["error"]["type"] == "timeout_error" and got[-1] == "[DONE]"
         brake.off()
         made.idle()
+
+
+def test_a_stream_that_takes_too_long(server: Live, brake: Brake, clock: Clock) -> None:
+    brake.on()
+    answer = server.complete("def add(", stream=True, **LONG)
+    assert next(answer.lines()) == ": still at work"
+    clock.ahead = 3600.0
+    got = answer.events()
+    assert got[-2]["error"]["type"] == "timeout_error" and got[-1] == "[DONE]"
+    brake.off()
+    server.idle()
 
 
 def test_signs_of_life_while_there_is_nothing_to_tell(server: Live, brake: Brake) -> None:

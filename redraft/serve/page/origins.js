@@ -7,7 +7,7 @@ const LABELS = { model: "the model", aggressive: "predicted text" };
 const KNOWN = {
   suffix: [0, 0], ngram: [1, 1], "token-recycling": [2, 0], copyspec: [6, 1], "draft-model": [3, 0], aggressive: [4, 1], grammar: [5, 0],
   "self-skip": [7, 0], aded: [1, 0], dyspec: [3, 1], "rsd-c": [0, 1], "rsd-s": [6, 0], spectr: [2, 1], "optimal-multi-draft": [4, 0],
-  vocabtrim: [5, 1],
+  vocabtrim: [5, 1], omnidraft: [7, 1], online: [2, 2],
 };
 
 /** The name of an origin for readers. */
