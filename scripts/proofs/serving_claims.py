@@ -1,6 +1,6 @@
 """What papers claim of serving with many workers, in small, on simulated time. Without names all claims are run.
 
-Each line gives a ratio, the mean over seeds with its 95 % interval, and what it says about the claim. docs/claims.md quotes them.
+Each line gives a ratio, the mean over seeds with its 95 % interval, and what it says about the claim. docs/claims-serving.md quotes them.
 
 Example: scripts/prove serving-claims distserve --seeds 3
 """

@@ -249,11 +249,11 @@ def lines(runs: Seq[Ran], found: Ran, own: Seq[Ran]) -> list[Line]:
 
 
 def table(compared: Seq[Line]) -> Iterator[str]:
-    yield f"{'ms':<20}{'real':>9}{'smallest':>10}{'largest':>10}{'simulated':>11}{'ratio':>7}{'own':>7}"
+    yield f"{'ms':<22}{'real':>9}{'smallest':>9}{'largest':>9}{'simulated':>11}{'ratio':>7}{'own':>7}"
     for line in compared:
-        shown = "".join(f"{1000 * value:>{width}.1f}" for value, width in zip(_spread(line.runs), (9, 10, 10), strict=True))
+        shown = "".join(f"{1000 * value:>{width}.1f}" for value, width in zip(_spread(line.runs), (9, 9, 9), strict=True))
         name, mark = f"{METRICS[line.metric]}, {'median' if line.percent == 50 else f'P{line.percent}'}", "" if line.held else "  out"
-        yield f"{name:<20}{shown}{1000 * line.found:>11.1f}{line.ratio:>7.3f}{line.own_ratio:>7.3f}{mark}"
+        yield f"{name:<22}{shown}{1000 * line.found:>11.1f}{line.ratio:>7.3f}{line.own_ratio:>7.3f}{mark}"
 
 
 def _spread(runs: Seq[float]) -> tuple[float, float, float]:
