@@ -1,6 +1,7 @@
 """Set before other imports: one thread (two test runs on two cores must not compete), no network, no progress bars in
 output that is compared."""
 
+import gc
 import os
 import re
 import shutil
@@ -21,14 +22,18 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="redraft-tests-")  # meas
 os.environ["COLUMNS"] = "200"  # wide enough that no line of a table is broken
 
 
-SLOW = "tests/ops/test_kernels.py", "tests/contracts/"  # files that begin first, so that no worker is left with one at the end
+SLOW = "tests/ops/test_native.py", "tests/ops/test_kernels.py", "tests/contracts/", "tests/test_install.py", "tests/workers/"
+# files that begin first, so that no worker is left with one at the end
 
 
 TORCH = find_spec("torch") is not None
 CHROMIUM = shutil.which("chromium")
 BROWSER = CHROMIUM is not None and find_spec("playwright") is not None
 RAY = find_spec("ray") is not None and find_spec("pyarrow") is not None
-IMPORTS_TORCH = re.compile(r"^(import|from) (torch\b|safetensors\.torch|redraft\.ops\.(torch_|reference))", re.MULTILINE)
+TRAINS_WITHOUT = "budget|cli|conflicts|progress|states|texts|verbs"  # modules of redraft_train that do not import PyTorch
+IMPORTS_TORCH = re.compile(
+    rf"^(import|from) (torch\b|safetensors\.torch|redraft\.ops\.(torch_|reference)|redraft_train\.(?!({TRAINS_WITHOUT})\b))", re.MULTILINE
+)
 IMPORTS_RAY = re.compile(r"^(import|from) (pyarrow|ray)\b", re.MULTILINE)
 
 
@@ -39,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs PyTorch"))
         if not BROWSER and item.get_closest_marker("browser"):
             item.add_marker(pytest.mark.skip(reason="needs Chromium and playwright"))
+
+
+def pytest_collection_finish() -> None:
+    """What the collection made lives until the end, so collections of garbage need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _backends(item: pytest.Item) -> Iterator[Any]:

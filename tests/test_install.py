@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 TREE = Path(__file__).parents[1]
+PACKAGES = "redraft", "redraft_train"
 LIBRARY = "redraft/ops/cpu/_kernels.so"
 TOOLS = ("cmake", "ninja")
 
@@ -29,7 +30,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(TREE / name, copy / name)
     left_out = shutil.ignore_patterns("__pycache__", "*.safetensors", "_kernels.so")
-    shutil.copytree(TREE / "redraft", copy / "redraft", ignore=left_out)
+    for package in PACKAGES:
+        shutil.copytree(TREE / package, copy / package, ignore=left_out)
     for weights in (TREE / "redraft" / "embedded").rglob("*.safetensors"):
         (copy / weights.relative_to(TREE)).write_bytes(b"weights")
     (copy / LIBRARY).write_bytes(b"left over from an editable install")
@@ -53,7 +55,7 @@ def wheel(tree: Path, out: Path, **environment: str) -> tuple[set[str], str]:
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", "-w", str(out)]
     command += ["-C", "cmake.build-type=Quick", str(tree)]
     kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CXXFLAGS", "CMAKE_GENERATOR", "CMAKE_ARGS")}
-    run = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     (built,) = out.glob("*.whl")
     with zipfile.ZipFile(built) as archive:
@@ -72,18 +74,19 @@ def expected() -> set[str]:
         *(package / "embedded").glob("*/*"),
         *(package / "bench/suites").glob("*.jsonl"),
     ]
-    return {path.relative_to(TREE).as_posix() for path in [*package.rglob("*.py"), *data]}
+    code = [path for package in PACKAGES for path in (TREE / package).rglob("*.py")]
+    return {path.relative_to(TREE).as_posix() for path in [*code, *data]}
 
 
-def of_package(files: set[str]) -> set[str]:
-    return {name for name in files if name.startswith("redraft/")}
+def of_packages(files: set[str]) -> set[str]:
+    return {name for name in files if name.startswith(tuple(f"{package}/" for package in PACKAGES))}
 
 
 @pytest.mark.parametrize("how", ["none on PATH", "CXX names nothing"])
 def test_without_a_compiler_the_install_succeeds(tree: Path, tools: Path, tmp_path: Path, how: str) -> None:
     environment = {"PATH": str(tools)} if how == "none on PATH" else {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
     files, _ = wheel(tree, tmp_path, **environment)
-    assert of_package(files) == expected()
+    assert of_packages(files) == expected()
     assert any(name.endswith("entry_points.txt") for name in files)
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
@@ -91,6 +94,6 @@ def test_without_a_compiler_the_install_succeeds(tree: Path, tools: Path, tmp_pa
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
 def test_with_a_compiler_the_library_is_in_the_wheel(tree: Path, tmp_path: Path) -> None:
     files, name = wheel(tree, tmp_path)
-    assert of_package(files) - expected() == {LIBRARY}
+    assert of_packages(files) - expected() == {LIBRARY}
     assert expected() <= files
     assert name.startswith("redraft-") and "-py3-none-" in name and not name.endswith("-any.whl")

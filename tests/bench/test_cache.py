@@ -24,6 +24,7 @@ from redraft.core.tree import I32
 from redraft.errors import InvalidInput, UnknownMethod
 from redraft.kv.eviction.eviction import OpenEviction, StatelessEviction
 from redraft.kv.table import PageTable
+from redraft.layer_skipping.layer_skipping import SameLayers
 from tests.checkpoints import tiny_llama
 
 TEXT = "".join(chr(97 + i * i % 23) for i in range(3000))
@@ -137,11 +138,9 @@ class Top:
 
     card: ClassVar[Card] = Card("Top", "nobody, nothing, 2025", Guarantee.LOSSY)
 
-    def open(self, runner: Any) -> Top:
-        return self
-
-    def layers(self, count: int) -> frozenset[int]:
-        return frozenset({0, count - 1})
+    def open(self, runner: Any) -> SameLayers:
+        count = len(runner.spec.layers)
+        return SameLayers({0, count - 1}, count)
 
 
 # ---- policies and budgets

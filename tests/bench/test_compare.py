@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -800,6 +801,7 @@ def test_a_busy_machine_is_reported(load: float, busy: bool, monkeypatch: pytest
 def test_the_commands_say_first_that_the_machine_is_busy(
     verb: str, folder: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(report, "EVERY", math.inf)  # of the progress, which a slow machine would show before
     for warning in ("busy, so busy", ""):
         monkeypatch.setattr(report, "busy", lambda warning=warning: warning)
         words = f"--prompts {file} --draft guess --max-tokens 5 --rounds 2 --dtype float32 --limit 2"

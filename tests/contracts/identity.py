@@ -33,7 +33,7 @@ SAMPLING = {
     "filtered": SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_tokens=26),
 }
 
-DEEPER = {"self-skip": 3}  # layers of the tiny model for drafters that need more than 2
+DEEPER = {"del": 3, "s2d": 3, "self-skip": 3, "swift": 3}  # layers of the tiny model for drafters that need more than 2
 
 Opener = Callable[[Runner, Sampler], OpenDrafter]
 

@@ -42,7 +42,7 @@ def full_tree() -> TokenTree:
 @pytest.mark.parametrize("seed", range(3))
 def test_distribution_of_fixed_trees(verifier, seed):
     rng = np.random.default_rng(seed)
-    p_value, accepted = check_distribution(verifier, random_distributions(rng), random_tree(rng, 8), 50_000)
+    p_value, accepted = check_distribution(verifier, random_distributions(rng), random_tree(rng, 8), 30_000)
     assert p_value >= LEAST_P
     assert {len(a.path) for a in accepted} == {0, 1, 2}, "the tree must be rejected, partly and wholly accepted somewhere"
 
@@ -50,12 +50,12 @@ def test_distribution_of_fixed_trees(verifier, seed):
 @pytest.mark.parametrize("verifier", FIXED, ids=lambda v: v.card.title)
 def test_distribution_with_independent_noise(verifier):
     rng = np.random.default_rng(7)
-    assert check_distribution(verifier, random_distributions(rng), random_tree(rng, 8), 50_000, FreshDistribution)[0] >= LEAST_P
+    assert check_distribution(verifier, random_distributions(rng), random_tree(rng, 8), 30_000, FreshDistribution)[0] >= LEAST_P
 
 
 # ---- trees drawn from a draft's distribution, one for each sequence
 
-FOREST = 4000
+FOREST = 2500
 
 
 def drawn_p(verifier, kinds, draw=draw):
@@ -142,7 +142,7 @@ class PerRow:
 def test_control_one_draw_per_row_is_biased():
     rng = np.random.default_rng(0)
     distributions, tree = random_distributions(rng), random_tree(rng, 8)
-    assert check_distribution(PerRow(), distributions, tree, 50_000, FreshDistribution)[0] < LEAST_P
+    assert check_distribution(PerRow(), distributions, tree, 30_000, FreshDistribution)[0] < LEAST_P
 
 
 class NodeNoise(ToyDistribution):

@@ -75,4 +75,4 @@ def test_the_distribution_is_the_definitions(verifier: str) -> None:
 def test_coins_that_always_accept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TargetDistribution, "uniform", lambda distribution, rows, n: np.full((len(rows), n), 1e-9))
     verifier, drafter = next(iter(CHOSEN.items()))
-    assert p_value(drafter, verifier, 2500, first=2)[0] < LEAST_P
+    assert p_value(drafter, verifier, 1500, first=2)[0] < LEAST_P

@@ -26,12 +26,9 @@ TORCH = [
             [(512, (0,), 40), (11, (0,), 40), (512, MIXED, 40), (24, MIXED, 40), (512, CROWD, SMALL), (24, CROWD, SMALL)],
         )
     ),
-    *(
-        Condition(drafter, sampling, chunk=chunk, arrivals=arrivals, pool=pool)
-        for drafter, sampling, (chunk, arrivals, pool) in itertools.product(
-            REGISTERED, SAMPLING, [(512, (0,), 40), (24, MIXED, 40), (24, CROWD, SMALL)]
-        )
-    ),
+    *(Condition(drafter, sampling, chunk=24, arrivals=MIXED) for drafter, sampling in itertools.product(REGISTERED, SAMPLING)),
+    *(Condition(drafter, "greedy") for drafter in REGISTERED),
+    *(Condition(drafter, "filtered", chunk=24, arrivals=CROWD, pool=SMALL) for drafter in REGISTERED),
     Condition("none", chunk=1, arrivals=MIXED),
     *(Condition(drafter, "sampled", arrivals=CROWD, chunk=24, pool=SMALL, window=9) for drafter in (*DRAFTERS, *REGISTERED)),
     *(

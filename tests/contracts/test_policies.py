@@ -4,6 +4,7 @@ This holds for every drafter, chunk size, batch and pool. Policies without effec
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cache, partial
 
 import pytest
@@ -16,26 +17,31 @@ from redraft.errors import Unsupported
 from redraft.guarantee import weakest
 from redraft.llm import LLM
 from tests.arrays import BACKEND, DEFINITION
-from tests.contracts import identity, plain
+from tests.contracts import identity, plain, trained
 from tests.contracts.identity import Run, drafter, drive, prompts
 
 engine = partial(identity.engine, layers=4)
-SEAMS = ("keep", "codec", "read", "depth")
+SEAMS = ("keep", "codec", "read", "depth", "steer")
 # Options with which a method has an effect on texts of a hundred tokens. Other methods are tested with their defaults.
 BITING = {
     "ada-kv": "budget=32,recent=4,sinks=1,history=8",
+    "context-knob": f"path={trained.knob(4)}",
     "double-sparsity": None,  # needs a profile of the model: tests/kv/sparse_attention
+    "first": None,  # needs routers of the model: tests/layer_skipping
     "int4": "block=32",
     "layer-skip": "speedup=2",
     "page-top-k": "tokens=64,sinks=0",
     "scissorhands": "budget=32,recent=4,sinks=1,history=8",
+    "skip-decode": "least=2,over=8",
     "streaming-llm": "sinks=2,recent=14",
 }
 NEUTRAL = {
     "ada-kv": "budget=4096",
+    "context-knob": "strength=0",
     "layer-skip": "speedup=1",
     "page-top-k": "tokens=4096",
     "scissorhands": "budget=4096",
+    "skip-decode": "least=8",
     "streaming-llm": "recent=4096",
 }
 
@@ -86,7 +92,14 @@ def same(seen: Run, policies: list[tuple[tuple[str, str], ...]], count: int) -> 
 
 
 SINGLE = [(one,) for one in chosen(BITING)]
-ids = [" ".join(text for _, text in one) for one in SINGLE]
+
+
+def named(some: tuple[tuple[str, str], ...]) -> str:
+    """Without the folders of files, which every process makes anew."""
+    return " ".join(re.sub(r"=/[^,]*/", "=", text) for _, text in some)
+
+
+ids = list(map(named, SINGLE))
 
 
 @pytest.mark.parametrize("one", SINGLE, ids=ids)
@@ -144,7 +157,7 @@ def test_preempted_texts_start_again(one: tuple[tuple[str, str], ...]) -> None:
     assert dict(one).keys() & {"codec", "keep"}, "never preempted: nothing is shown"  # a small cache can fit without preemption
 
 
-@pytest.mark.parametrize("pair", pairs(), ids=lambda pair: " ".join(text for _, text in pair))
+@pytest.mark.parametrize("pair", pairs(), ids=named)
 def test_two_policies_together(pair: tuple[tuple[str, str], ...]) -> None:
     asked = requests([dict(pair), {}], 4)
     known = {(str(i), 0): alone(pair if i % 2 == 0 else (), i) for i in range(4)}

@@ -13,6 +13,7 @@ from redraft.engine.policies import Policies
 from redraft.ops import library
 from redraft.ops.arrays import array
 from redraft.ops.backend import Feature
+from tests.contracts import trained
 from tests.contracts.test_policies import SINGLE, ids
 
 PROMPT = """def area(width, height):
@@ -77,7 +78,7 @@ def test_a_plain_request_after_a_policy(policy: tuple[tuple[str, str], ...], bac
     assert len(expected) > 1
     shared = engine(backend, dtype)
     shared.engine.memory.paged.table.forget()
-    after = ask(shared, new, **dict(policy))
+    after = ask(shared, new, **trained.fitted(dict(policy), shared.runner))
     left = blocks(shared, after.prompt_token_ids + after.outputs[0].token_ids)
     if Feature.BIT_EXACT not in shared.runner.backend.features:
         assert not left, "only a backend that promises bits may publish"

@@ -25,7 +25,7 @@ def banned(text: str) -> set[str]:
 
 def files() -> Iterator[Path]:
     yield ROOT / "README.md"
-    for folder in ("redraft", "scripts", "tests", "train", "docs"):
+    for folder in ("redraft", "redraft_train", "scripts", "tests", "docs"):
         yield from (path for path in sorted((ROOT / folder).rglob("*")) if path.is_file() and path.suffix in SUFFIXES)
 
 
