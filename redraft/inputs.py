@@ -125,11 +125,13 @@ def vectors_of(given: Any, tokens: Seq[int] | None = None) -> tuple[list[int], F
     `tokens`. The engine checks the hidden size."""
     try:
         given = array(given) if hasattr(given, "dtype") else np.asarray(given)
+        if given.dtype.kind == "c":
+            raise TypeError
         with np.errstate(over="ignore"):
             found = np.ascontiguousarray(given, np.float32)
     except (TypeError, ValueError, AttributeError):
         raise InvalidInput(f"prompt_embeds of type {type(given).__name__}: an array of numbers is needed") from None
-    if found.ndim != 2 or not found.size or given.dtype.kind in "bcOSU":
+    if found.ndim != 2 or not found.size or given.dtype.kind in "bOSU":
         raise InvalidInput(f"prompt_embeds of shape {list(found.shape)}: numbers of shape [tokens, hidden size] are needed")
     if tokens is not None and len(tokens) != len(found):
         raise InvalidInput(f"prompt_embeds has {len(found)} rows, but prompt_token_ids {len(tokens)} tokens: as many are needed")

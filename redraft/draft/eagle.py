@@ -17,32 +17,31 @@ a fixed depth.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.core.tree import I32
 from redraft.draft.follower import Follower, Limits, normed
-from redraft.draft.trained_layers import COMMAND, TrainedLayers, max_bytes
-from redraft.errors import InvalidInput
+from redraft.draft.trained_file import TrainedFile
+from redraft.draft.trained_layers import TrainedLayers, max_bytes
 from redraft.ops.arrays import Tensor, namespace
-from redraft.options import Options, number
+from redraft.options import number
 
 METHOD = "eagle"
 
 
 @dataclass(frozen=True)
-class Eagle(Options):
+class Eagle(TrainedFile):
     """path: a folder that `redraft train` wrote, or its file; levels: the deepest drafted token; width: the nodes of a level that get
     children; least: the smallest probability of a path that is drafted; worth: tokens that a further level must promise, which costs
     about a tenth of a step."""
 
-    path: Path | None = None
     levels: int = number(6, ge=1)
     width: int = number(4, ge=1)
     least: float = number(0.05, ge=0, le=1)
     worth: float = number(0.15, ge=0)
 
+    holds: ClassVar[str] = "a trained head"
     card: ClassVar[Card] = Card(
         "EAGLE",
         "Li, Wei, Zhang, Zhang, EAGLE: Speculative Sampling Requires Rethinking Feature Uncertainty, 2024, arXiv 2401.15077; "
@@ -53,17 +52,12 @@ class Eagle(Options):
         summary="A trained layer guesses the next states; small batches",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None:
-            raise InvalidInput(f"eagle:path=none: must be a folder with a trained head; make one with: {COMMAND} eagle --out FOLDER")
-
     def max_bytes(self, runner: Any) -> int:
-        return max_bytes(METHOD, self.path, runner)
+        return max_bytes(self, runner)
 
     def open(self, runner: Any, sampler: Any) -> Drafting:
         """Raises InvalidInput if the head is missing or was trained for another model, CheckpointError if it is damaged, OutOfMemory."""
-        return Drafting(self, TrainedLayers.load(METHOD, self.path, runner), runner, sampler)
+        return Drafting(self, TrainedLayers.load(self, runner), runner, sampler)
 
 
 class Drafting(Follower):

@@ -10,23 +10,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from redraft import registry
 from redraft.core.plan import Budget, StepResult
 from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, F32, F64, I64, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.draft.template import Growth, HitRates, Offer
+from redraft.draft.trained_file import TrainedFile
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.models.trained import Trained
 from redraft.ops.arrays import Tensor, array, numpy_dtype
 from redraft.ops.backend import Linear, LinearWeights, best_first
-from redraft.options import Options, number
+from redraft.options import number
 
 if TYPE_CHECKING:
     from redraft.core.spec import ModelSpec
@@ -37,37 +36,19 @@ QUARTER = 0.25  # of the likeliest sibling's probability
 
 
 @dataclass(frozen=True)
-class TrainedHeads(Options):
+class TrainedHeads(TrainedFile):
     """path: the folder or file of `redraft train`; nodes: draft the likeliest nodes, at most so many a text, none with less than a
     quarter of the probability of its likeliest sibling; none: the nodes whose ranks were right most often."""
 
-    path: Path | None = None
     nodes: int | None = number(None, ge=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None:
-            name = registry.name_of(type(self))
-            raise InvalidInput(
-                f"{name}:path=none: must be a folder with trained heads; make one with: redraft train MODEL --head {name} --out FOLDER"
-            )
-
-    def load(self, runner: Runner) -> Trained:
-        """Raises InvalidInput if there is no such file or it was made for another model, CheckpointError if it is damaged."""
-        assert self.path is not None
-        path, name = self.path.expanduser(), registry.name_of(type(self))
-        if not path.exists():
-            raise InvalidInput(f"{name}:path={self.path}: no such file or folder")
-        trained = Trained.load(path, name)
-        trained.check(runner, path)
-        return trained
+    holds: ClassVar[str] = "trained heads"
 
     def max_bytes(self, runner: Any) -> int:
         """The numbers of the file and the rows of the LM head, in the dtype of the model."""
-        assert self.path is not None
         try:
-            arrays = Trained.load(self.path.expanduser(), registry.name_of(type(self))).arrays
-        except CheckpointError:
+            arrays = self.read().arrays
+        except (CheckpointError, InvalidInput):
             return 0  # `open` says why
         size = numpy_dtype(runner.backend.dtype).itemsize
         kept = len(arrays.get("kept", ())) * runner.spec.hidden

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
@@ -28,23 +27,24 @@ from redraft.core.sequence import Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import EMPTY, I32, TokenTree
 from redraft.draft.follower import Draft, Follower, Limits
-from redraft.draft.trained_layers import COMMAND, TrainedLayers, max_bytes
-from redraft.errors import CheckpointError, InvalidInput
+from redraft.draft.trained_file import TrainedFile
+from redraft.draft.trained_layers import TrainedLayers, max_bytes
+from redraft.errors import CheckpointError
 from redraft.ops.arrays import Tensor
-from redraft.options import Options, number
+from redraft.options import number
 
 METHOD = "kangaroo"
 
 
 @dataclass(frozen=True)
-class Kangaroo(Options):
+class Kangaroo(TrainedFile):
     """path: a folder that `redraft train` wrote, or its file; steps: the most tokens a step; eta: the probability of a token below which
     drafting stops."""
 
-    path: Path | None = None
     steps: int = number(6, ge=1)
     eta: float = number(0.6, ge=0)
 
+    holds: ClassVar[str] = "a trained adapter"
     card: ClassVar[Card] = Card(
         "Kangaroo",
         "Liu, Tang, Liu, Ni, Han, Wang, Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting, 2024, arXiv 2404.18911",
@@ -54,19 +54,12 @@ class Kangaroo(Options):
         summary="First layers with a trained adapter; deep models",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None:
-            raise InvalidInput(
-                f"{METHOD}:path=none: must be a folder with a trained adapter; make one with: {COMMAND} {METHOD} --out FOLDER"
-            )
-
     def max_bytes(self, runner: Any) -> int:
-        return max_bytes(METHOD, self.path, runner)
+        return max_bytes(self, runner)
 
     def open(self, runner: Any, sampler: Any) -> Hopping:
         """Raises InvalidInput if the adapter is missing or was trained for another model, CheckpointError if it is damaged, OutOfMemory."""
-        return Hopping(self, TrainedLayers.load(METHOD, self.path, runner), runner, sampler)
+        return Hopping(self, TrainedLayers.load(self, runner), runner, sampler)
 
 
 class Hopping(Follower):

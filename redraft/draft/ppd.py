@@ -22,7 +22,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,22 +34,22 @@ from redraft.core.tree import EMPTY, F32, TokenTree
 from redraft.draft.drafter import Stateless
 from redraft.draft.heads import Arrays
 from redraft.draft.template import Growth, HitRates, Offer
-from redraft.draft.trained_layers import COMMAND, read
+from redraft.draft.trained_file import TrainedFile
 from redraft.errors import CheckpointError, InvalidInput
-from redraft.options import Options, number
+from redraft.options import number
 
 METHOD = "ppd"
 
 
 @dataclass(frozen=True)
-class PPD(Options):
+class PPD(TrainedFile):
     """path: the folder or file of `redraft train`; ranks: the most tokens that are offered at a distance; least: the smallest probability
     of a token at its vector that is drafted."""
 
-    path: Path | None = None
     ranks: int = number(10, ge=1, le=64)
     least: float = number(0.0, ge=0, le=1)
 
+    holds: ClassVar[str] = "trained vectors"
     card: ClassVar[Card] = Card(
         "Parallel prompt decoding",
         "Chen, Luk, Yiu, Li, Mishchenko, et al., Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM "
@@ -61,21 +60,15 @@ class PPD(Options):
         summary="The target guesses ahead at trained vectors; idle GPUs",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None:
-            raise InvalidInput(f"ppd:path=none: must be a folder with trained vectors; make one with: {COMMAND} ppd --out FOLDER")
-
     def max_bytes(self, runner: Any) -> int:
         try:
-            return 4 * sum(int(one.size) for one in read(METHOD, self.path).arrays.values())
+            return 4 * sum(int(one.size) for one in self.read().arrays.values())
         except (CheckpointError, InvalidInput):
             return 0  # `open` says why
 
     def open(self, runner: Any, sampler: Any) -> PromptVectors:
         """Raises InvalidInput if there is no such file or it was made for another model, CheckpointError if it is damaged."""
-        trained = read(METHOD, self.path)
-        trained.check(runner, Path(self.path or ""))
+        trained = self.load(runner)
         arrays, hidden = Arrays(trained, self.path, runner), runner.spec.hidden
         stored = trained.arrays.get("vectors")
         count = 1 if stored is None or not stored.shape else max(1, stored.shape[0])

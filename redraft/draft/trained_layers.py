@@ -12,6 +12,7 @@ import numpy as np
 from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary, WeightSource
 from redraft.core.tree import I64
 from redraft.draft.heads import Arrays
+from redraft.draft.trained_file import TrainedFile
 from redraft.errors import CheckpointError, InvalidInput, OutOfMemory
 from redraft.models import loader, memory
 from redraft.models.runner import Runner
@@ -19,7 +20,6 @@ from redraft.models.trained import Trained
 from redraft.ops.arrays import numpy_dtype
 from redraft.ops.backend import LinearWeights
 
-COMMAND = "redraft train MODEL --head"
 SHARE = 0.5  # the pool of the layers takes at most this part of what is free
 NO_MLP = 32  # the width of an MLP of zeros, of a layer that has only attention
 
@@ -35,10 +35,9 @@ class TrainedLayers:
     bytes: int
 
     @classmethod
-    def load(cls, method: str, path: Path | None, target: Runner) -> TrainedLayers:
+    def load(cls, method: TrainedFile, target: Runner) -> TrainedLayers:
         """Raises InvalidInput if there is no file or it was made for another model, CheckpointError if it does not fit, OutOfMemory."""
-        trained, backend, spec = read(method, path), target.backend, target.spec
-        trained.check(target, Path(path or ""))
+        trained, path, backend, spec = method.load(target), method.path, target.backend, target.spec
         arrays = Arrays(trained, path, target)
         made = described(trained, path, spec)
         kept, whole = arrays.kept(target.weights.head.outs), target.weights.head
@@ -60,11 +59,11 @@ class TrainedLayers:
         return cls(runner, kept, arrays, _bytes(trained, target, made, blocks))
 
 
-def max_bytes(method: str, path: Path | None, target: Runner) -> int:
+def max_bytes(method: TrainedFile, target: Runner) -> int:
     """The most bytes that the layers of this file take, with their memory; 0 if there is no such file: `load` says why."""
     try:
-        trained = read(method, path)
-        made = described(trained, path, target.spec)
+        trained = method.read()
+        made = described(trained, method.path, target.spec)
     except (CheckpointError, InvalidInput):
         return 0
     return _bytes(trained, target, made, target.memory.paged.blocks)
@@ -73,14 +72,6 @@ def max_bytes(method: str, path: Path | None, target: Runner) -> int:
 def _bytes(trained: Trained, target: Runner, made: ModelSpec, blocks: int) -> int:
     numbers = sum(one.size for one in trained.arrays.values()) + len(trained.arrays.get("kept", ())) * target.spec.hidden
     return int(numbers) * numpy_dtype(target.backend.dtype).itemsize + blocks * target.backend.block_bytes(made)
-
-
-def read(method: str, path: Path | None) -> Trained:
-    """InvalidInput if there is no such file, CheckpointError if it is damaged."""
-    where = Path(path or "").expanduser()
-    if not where.exists():
-        raise InvalidInput(f"{method}:path={path}: no such file or folder; make one with: {COMMAND} {method} --out FOLDER")
-    return Trained.load(where, method)
 
 
 def described(trained: Trained, path: Path | None, target: ModelSpec) -> ModelSpec:

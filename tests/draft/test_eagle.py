@@ -115,7 +115,7 @@ def checked(runner: Any, sampler: Any) -> Checked:
     from redraft.draft.trained_layers import TrainedLayers
 
     made = registry.create("draft", text("eagle", ",least=0,worth=0,levels=3"))
-    return Checked(made, TrainedLayers.load("eagle", made.path, runner), runner, sampler)
+    return Checked(made, TrainedLayers.load(made, runner), runner, sampler)
 
 
 @pytest.mark.parametrize(("chunk", "arrivals", "pool"), [(512, (0,), 40), (24, (0, 1, 3, 3), 40), (24, (0, 1, 0, 1, 0), 5)])

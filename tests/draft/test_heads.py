@@ -245,7 +245,7 @@ def test_what_is_wrong_with_a_file_is_named(name: str, tmp_path: Path) -> None:
         registry.create("draft", name)
     with pytest.raises(InvalidInput, match=rf"^{name}:nodes=-1: must be 0 or more$"):
         registry.create("draft", f"{name}:path=x,nodes=-1")
-    with pytest.raises(InvalidInput, match=rf"^{name}:path=\S+nowhere: no such file or folder$"):
+    with pytest.raises(InvalidInput, match=rf"^{name}:path=\S+nowhere: no such file or folder; make one with"):
         opened(tmp_path / "nowhere")
     with pytest.raises(InvalidInput, match=rf"^{name}: \S+ was made for the model with hash abc, this one has {model_hash(runner)}$"):
         opened(saved(name, arrays, about, folder=tmp_path / "other", model="abc"))
@@ -321,7 +321,7 @@ def test_auto_finds_the_drafter_by_its_file(form: str) -> None:
 
 
 def test_a_head_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"^auto:head=\S+nowhere: no such file or folder$"):
+    with pytest.raises(InvalidInput, match=r"^auto:head=\S+nowhere: no such file or folder; make one with"):
         registry.create("draft", f"auto:head={tmp_path / 'nowhere'}")
     (tmp_path / "words").write_text("x")
     with pytest.raises(CheckpointError, match=r"words: not a trained file: "):

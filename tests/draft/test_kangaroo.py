@@ -48,7 +48,7 @@ class Checked(Hopping):
 
 def checked(runner: Any, sampler: Any) -> Checked:
     made = registry.create("draft", text("kangaroo", ",eta=0,steps=4"))
-    return Checked(made, TrainedLayers.load("kangaroo", made.path, runner), runner, sampler)
+    return Checked(made, TrainedLayers.load(made, runner), runner, sampler)
 
 
 @pytest.mark.parametrize(("chunk", "arrivals", "pool"), [(512, (0,), 40), (24, (0, 1, 3, 3), 40), (24, (0, 1, 0, 1, 0), 5)])
