@@ -321,7 +321,7 @@ def test_auto_finds_the_drafter_by_its_file(form: str) -> None:
 
 
 def test_a_head_that_is_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"^auto:head=\S+nowhere: no such file or folder; make one with"):
+    with pytest.raises(InvalidInput, match=r"^auto:head=\S+nowhere: no such file or folder$"):
         registry.create("draft", f"auto:head={tmp_path / 'nowhere'}")
     (tmp_path / "words").write_text("x")
     with pytest.raises(CheckpointError, match=r"words: not a trained file: "):
