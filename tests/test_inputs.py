@@ -14,7 +14,7 @@ import pytest
 from redraft import LLM, EngineConfig, Patch, RequestOutput, SamplingParams, registry
 from redraft.config import is_utf8
 from redraft.errors import MAX_MESSAGE, InvalidInput, RedraftError, shown
-from redraft.inputs import integer
+from redraft.inputs import integer, vectors_of
 from tests.checkpoints import tiny_llama
 
 HALF = "\ud800"  # half of a surrogate pair
@@ -266,3 +266,8 @@ def test_no_option_raises_anything_but_one_line(llm: LLM, field: str) -> None:
 def test_a_repetition_penalty_that_would_overflow_is_refused(penalty: float) -> None:
     with pytest.raises(InvalidInput, match=r"^SamplingParams.repetition_penalty = .*at least 0.01 and at most 100"):
         SamplingParams(repetition_penalty=penalty)
+
+
+def test_complex_numbers_are_no_vectors() -> None:
+    with pytest.raises(InvalidInput, match="prompt_embeds of type ndarray: an array of numbers is needed"):
+        vectors_of(np.zeros((2, 3), complex))
