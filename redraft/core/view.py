@@ -6,25 +6,42 @@ from typing import Any, NamedTuple
 
 
 class Window(NamedTuple):
-    """A row at position p sees keys at positions j < sinks or p - j < recent.
+    """A row at position p sees keys at positions j < sinks or p - j < recent. heads: [layer][kv head], whether it holds there; None: in
+    all. Rows of other heads see all keys.
 
-    Where E = p + 1 - sinks - recent > 0 tokens are hidden, the query is rotated to position p - E to score the keys at j < sinks.
+    turned: where E = p + 1 - sinks - recent > 0 tokens are hidden, the query is rotated to position p - E to score the keys at j < sinks.
     Distances are then those within the cache, and no distance exceeds sinks + recent.
     """
 
     sinks: int
     recent: int
+    turned: bool = True
+    heads: tuple[tuple[bool, ...], ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of keys that a row sees at most where it holds."""
+        return self.sinks + self.recent
+
+    def holds(self, layer: int, head: int) -> bool:
+        return self.heads is None or self.heads[layer][head]
 
 
 class Watch(NamedTuple):
     """A requested statistic of the attention weights of a sequence's rows at positions >= since. Let a be the weight that a row
-    gives to a slot, averaged over the query heads of a kv head, and t the number of slots that the row sees:
+    gives to a slot, averaged over the query heads of a kv head, m the largest weight that any of these heads gives, and t the number of
+    slots that the row sees:
 
-    "mass": a; "low": 1 where a < 1 / t, else 0.
+    "mass": a; "low": 1 where a < 1 / t, else 0; "above": 1 where m > threshold / t, else 0.
+
+    heads: [layer][query head], whether it counts; None: all do. The weights of others are 0. each: chain rows are not summed up.
     """
 
     statistic: str
     since: int = 0
+    threshold: float = 1.0
+    heads: tuple[tuple[bool, ...], ...] | None = None
+    each: bool = False
 
 
 class View(NamedTuple):

@@ -182,8 +182,8 @@ def limited(x: Tensor, mlp: Mlp) -> Tensor:
 class WeightSums(NamedTuple):
     """Statistics of the attention weights of one sequence, in float32 or better, for w watches in the order of Taps.attention. In a
     lane with n committed slots, slot j < n is committed, and slot j >= n is row j - n of the tail. Lanes are padded to the longest.
-    chain: [w, L, K, slots], summed over the chain rows at positions >= since; nodes: [w, N, L, K, slots], one entry for each tree
-    row."""
+    chain: [w, L, K, slots], summed over the chain rows at positions >= since, or [w, R, L, K, slots], one entry for each chain row, 0
+    before `since`, if the watches ask for each; nodes: [w, N, L, K, slots], one entry for each tree row."""
 
     chain: Any
     nodes: Any
@@ -316,13 +316,17 @@ class Backend(Protocol):
         and formats."""
         ...
 
+    def contents(self, pool: Any, space: Space, pages: I32) -> Arrays:
+        """Copies of all arrays of these pages, by their names in the format."""
+        ...
+
     def write(self, pool: Any, space: Space, pages: I32, arrays: Arrays) -> None:
         """Writes what read() returned, name -> [pages, *shape], into pages i32[n] of `space`."""
         ...
 
-    def encode(self, pool: Any, source: Space, target: Space, src: I32, dst: I32) -> None:
+    def encode(self, pool: Any, source: Space, target: Space, src: I32, dst: I32, lanes: I32) -> None:
         """Encodes whole pages src[i] of one space into pages dst[i] of another with the codec of the target format, and copies their
-        side data."""
+        side data. lanes: of each page, layer * kv heads + head."""
         ...
 
     def summarize(self, pool: Any, space: Space, pages: I32, read: Select) -> None:

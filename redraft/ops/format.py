@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
+from redraft.core.tree import I32
 from redraft.ops.arrays import Tensor
 
 PAGE = 32
@@ -33,7 +34,8 @@ class Array(NamedTuple):
         return -(-size // ALIGN) * ALIGN
 
 
-INT8_VECTORS, INT4_BLOCKS = "int8 vectors", "int4 blocks"  # see PageCodec
+INT8_VECTORS, THIN_KEYS = "int8 vectors", "thin keys"  # see PageCodec
+CODE_BLOCKS = {2: "2-bit blocks", 4: "4-bit blocks"}
 
 
 class PageCodec(Protocol):
@@ -41,16 +43,18 @@ class PageCodec(Protocol):
     rows of queries as [K, R, D].
 
     The attribute `layout` tells compiled kernels that they can read the codes. INT8_VECTORS: the arrays are `keys` and `values`, int8
-    [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/quantization/int8.py makes them for single tokens. INT4_BLOCKS:
-    the arrays are those of kv/quantization/int4.py for whole pages. A bit-exact backend refuses a codec with an unknown layout."""
+    [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/quantization/int8.py makes them for single tokens. CODE_BLOCKS:
+    the arrays are those of kv/quantization/kivi.py, with 2 or 4 bits, or of gear.py, for whole pages. THIN_KEYS: those of think.py. A
+    bit-exact backend refuses a codec with an unknown layout."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """The entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. Every read, also in the
         same step, uses the stored entries."""
         ...
 
-    def pack(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """All arrays [m, *shape] of m units, from their keys and values [m, 32, D]."""
+    def pack(self, keys: Tensor, values: Tensor, lanes: I32 | None = None) -> dict[str, Tensor]:
+        """All arrays [m, *shape] of m units, from their keys and values [m, 32, D]. lanes: layer * kv heads + head of each unit, None if
+        that is not known, which most codecs need not know."""
         ...
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:

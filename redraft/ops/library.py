@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redraft.errors import InvalidInput
+from redraft.ops.cpu.abi import SIZES_OF
 
 if TYPE_CHECKING:
     from redraft.core.spec import ModelSpec
@@ -33,6 +34,7 @@ PORTABLE_DTYPES = ("float32", "bfloat16", "float64")  # of NumPy's backend
 TEXT, NUMBER, REAL, POINTER, SIZE = ctypes.c_char_p, ctypes.c_int, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those of the arguments
     "rd_isa": (TEXT,),
+    "rd_sizes": (TEXT,),
     "rd_isa_compiled": (TEXT,),
     "rd_isa_detected": (TEXT,),
     "rd_isa_refused": (TEXT,),
@@ -178,6 +180,8 @@ def open_library(path: Path) -> tuple[Library | None, str]:
             return None, f"{path} is older than this code, it has no {name}: install again"
         function.restype, function.argtypes = returned, taken  # type: ignore[attr-defined]
     library = Library(path, c)
+    if library._text("rd_sizes") != SIZES_OF:
+        return None, f"{path} was compiled from other sources than this code: install again"
     if (refused := library._text("rd_isa_refused")) and os.environ.get("REDRAFT_ISA"):  # doctor unsets it after the library read it
         raise InvalidInput(refused)
     if library.isa == "none":

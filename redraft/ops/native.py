@@ -26,7 +26,7 @@ from redraft.core.sequence import Lanes
 from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Norm
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64
-from redraft.core.view import Watch
+from redraft.core.view import Watch, Window
 from redraft.errors import Unsupported
 from redraft.ops import library, pytorch
 from redraft.ops.arrays import BFLOAT16, Numbers, array, numpy_dtype
@@ -45,20 +45,22 @@ from redraft.ops.backend import (
 )
 from redraft.ops.cpu import abi
 from redraft.ops.cpu.abi import address
-from redraft.ops.format import INT4_BLOCKS, INT8_VECTORS, Format
+from redraft.ops.format import CODE_BLOCKS, INT8_VECTORS, THIN_KEYS, Format
 from redraft.ops.numpy_ops import Floats, NumpyOps
 from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned, lines
-from redraft.ops.places import LoneSequence, Writer, tree_rows
+from redraft.ops.places import STATISTICS, LoneSequence, Writer, chain_shape, tree_rows, unknown
 from redraft.ops.quantized import Quantized
 
 KINDS = {np.dtype(np.float32): abi.F32, BFLOAT16: abi.BF16}
-STATISTICS = "mass", "low"  # of attention weights; see Watch
 LANES = {Lanes.SHARED: 0, Lanes.PER_LAYER: 1, Lanes.PER_HEAD: 2}
-PARTS = "values", "key_scales", "value_scales", "key_zeros", "value_zeros"  # the arrays of a unit after its keys
+PARTS = [one[0] for one in abi.Pool._fields_ if one[1] is abi.SIZE and not one[0].endswith(("_bytes", "_block"))]  # arrays after the keys
 HUGE = 1 << 21  # bytes of a huge memory page
 ARRANGED = "scales", "lows", "factors", "offsets"  # arrays of groups, see kernels.h
+NO_WINDOW = Window(0, 0, turned=False)
 CONTENDERS = 16  # room for the places that rd_contenders finds, see kernels.h
-LAYOUTS = {"": None, INT8_VECTORS: abi.I8, INT4_BLOCKS: abi.I4}  # layouts that the kernels read; None: unencoded keys and values
+# layouts that the kernels read; None: unencoded keys and values
+LAYOUTS = {"": None, INT8_VECTORS: abi.I8, CODE_BLOCKS[2]: abi.I2, CODE_BLOCKS[4]: abi.I4, THIN_KEYS: abi.THIN}
+COUNTS = {"key_left": "rank", "key_outliers": "outliers", "channels": "kept"}  # lengths of arrays that they must know
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,20 +361,23 @@ class NativeOps(NumpyOps):
         kept.append(memory)
         seqs = []
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
-            pages, codes, held, pointers = view.pages[s], view.encoded[s], view.positions[s], 0
+            pages, codes, held = view.pages[s], view.encoded[s], view.positions[s]
+            pointers = logs = windowed = 0
             codes_at = pages_at + 4 * pages.size
             lengths_at = codes_at + 4 * codes.size
             tail_at = lengths_at + 4 * view.lengths[s].size
-            window = (chosen.window if (chosen := batch.views[s]) else None) or (0, 0)
+            window = (chosen.window if (chosen := batch.views[s]) else None) or NO_WINDOW
             if held is not None:
-                lanes = [np.ascontiguousarray(lane, np.int32) for lane in held]
-                lines = np.array([lane.ctypes.data for lane in lanes], np.int64)
-                kept += [lanes, lines]
-                pointers = lines.ctypes.data
+                pointers = _lanes([np.ascontiguousarray(lane, np.int32) for lane in held], kept)
+            if (given := view.logs[s]) is not None:
+                logs = _lanes([np.ascontiguousarray(lane, np.float32) for lane in given], kept)
+            if window.heads is not None:
+                kept.append(heads := np.array(window.heads, np.uint8))
+                windowed = address(heads)
             seqs.append(
                 abi.SEQ.pack(
-                    a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], *window, 0,
-                    pages_at, codes_at, lengths_at, pointers, bits, where + 4 * a, tail_at,
+                    a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], window.sinks,
+                    window.recent, window.turned, pages_at, codes_at, lengths_at, pointers, bits, where + 4 * a, tail_at, windowed, logs,
                 )
             )  # fmt: skip
             bits += 8 * words * (z - t)
@@ -390,13 +395,13 @@ class NativeOps(NumpyOps):
     def _far(self, batch: Batch, model: NativeModel, kept: list[Any]) -> int | None:
         """The address of cosines and sines that rotate queries back by the number of hidden positions, to score sinks; None if there is
         no window."""
-        if all(view is None or view.window is None for view in batch.views) or not model.rotaries.count:
+        if not any(view and view.window and view.window.turned for view in batch.views) or not model.rotaries.count:
             return None
         gone = np.zeros(len(batch.tokens), np.int32)
         for s, view in enumerate(batch.views):
             own = slice(int(batch.starts[s]), int(batch.starts[s + 1]))
-            if view is not None and view.window is not None:
-                gone[own] = np.maximum(0, batch.positions[own] + 1 - sum(view.window))
+            if view is not None and view.window is not None and view.window.turned:
+                gone[own] = np.maximum(0, batch.positions[own] + 1 - view.window.size)
         far = np.empty((model.rotaries.count, 2, len(gone), model.rotaries.half), np.float32)
         if far.size:
             self._call("rd_turns", model.plain_rotaries, (-gone).tobytes(), len(gone), far.ctypes.data)
@@ -414,13 +419,16 @@ class NativeOps(NumpyOps):
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
             slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
             shape = len(spec.attention), spec.kv_heads, slots
-            chain, nodes = (np.zeros((len(wanted), *own, *shape)) for own in ((), (z - t,)))
+            chain, nodes = np.zeros(chain_shape(wanted, t - a, shape)), np.zeros((len(wanted), z - t, *shape))
             seen = found[member] = WeightSums(chain, nodes)
             for i, watch in enumerate(wanted):
                 if watch.statistic not in STATISTICS:
-                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use {' or '.join(STATISTICS)}")
-                low = STATISTICS.index(watch.statistic)
-                lines += abi.WATCHED.pack(address(seen.chain[i]), address(seen.nodes[i]), slots, member, watch.since, low, 0)
+                    raise Unsupported(unknown(watch.statistic))
+                counts = None if watch.heads is None else np.array(watch.heads, np.uint8)
+                kept.append(counts)
+                of = watch.since, STATISTICS.index(watch.statistic), watch.each, watch.threshold, 0
+                at = address(seen.chain[i]), address(seen.nodes[i]), 0 if counts is None else address(counts)
+                lines += abi.WATCHED.pack(*at, slots, member, *of)
         watched = np.frombuffer(lines, np.uint8)
         kept.append(watched)
         step.watched, step.watches = watched.ctypes.data, len(lines) // abi.WATCHED.size
@@ -605,6 +613,7 @@ class NativeOps(NumpyOps):
                 per_block=stored.per_block, layers=like.layers, kv_heads=like.kv_heads, size=like.size,
                 kind=self.kind if kind is None else kind, numbers=self.kind,
                 **{at: offsets[at] - offsets["keys"] for at in PARTS if at in offsets},
+                **{count: stored.format.arrays[name].shape[0] for name, count in COUNTS.items() if name in offsets},
             )  # fmt: skip
         return found
 
@@ -776,6 +785,13 @@ class NativeOps(NumpyOps):
         self.inside += perf_counter() - began
         if failed:
             raise MemoryError(f"{name}: out of memory") if failed == 1 else RuntimeError(f"{name}: invalid arguments")
+
+
+def _lanes(lanes: list[NDArray[Any]], kept: list[Any]) -> int:
+    """The address of the addresses of lanes. kept: gets the memory."""
+    lines = np.array([address(lane) for lane in lanes], np.int64)
+    kept += [lanes, lines]
+    return address(lines)
 
 
 def _heads(layer: Attention, model: NativeModel, sink_logits: Any) -> abi.Heads:

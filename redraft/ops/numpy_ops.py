@@ -137,6 +137,9 @@ class NumpyOps:
     def read(self, pool: NumpyPool, space: Space, pages: I32) -> Arrays:
         if space == Space():
             return {"page": pool.data[pages]}  # one piece of memory each
+        return self.contents(pool, space, pages)
+
+    def contents(self, pool: NumpyPool, space: Space, pages: I32) -> Arrays:
         stored = pool.formats[space.format]
         return stored.take(stored.arrays, pool.units(space, pages))
 
@@ -146,10 +149,10 @@ class NumpyOps:
         else:
             pool.formats[space.format].put(arrays, pool.units(space, pages))
 
-    def encode(self, pool: NumpyPool, source: Space, target: Space, src: I32, dst: I32) -> None:
+    def encode(self, pool: NumpyPool, source: Space, target: Space, src: I32, dst: I32, lanes: I32) -> None:
         old, new = pool.formats[source.format], pool.formats[target.format]
         here, there = pool.units(source, src).ravel(), pool.units(target, dst).ravel()
-        new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here))), there)
+        new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here)), lanes), there)
         new.put(old.take([name for name in new.arrays if name not in new.codes and name in old.arrays], here), there)
 
     def summarize(self, pool: NumpyPool, space: Space, pages: I32, read: Select) -> None:
@@ -332,7 +335,7 @@ class NumpyOps:
         heads, share, rows, slots = weights.shape
         out = _mix(sources, weights.reshape(heads, share * rows, slots))
         if it.watches and it.first < rows:
-            self._note(index, weights[:, :, it.first :].mean(1), seen[:, it.first :], it)
+            places.note(index, weights[:, :, it.first :], seen[:, it.first :], it)
         return out.reshape(q.shape).astype(q.dtype)
 
     def _seen(self, index: int, layer: Attention, it: LoneSequence) -> NDArray[np.bool_]:
@@ -349,7 +352,10 @@ class NumpyOps:
             if reach is not None:
                 seen = seen & (distance < reach)
             if it.window is not None:
-                seen = seen & ((where < it.window.sinks) | (distance < it.window.recent))
+                inside = (where < it.window.sinks) | (distance < it.window.recent)
+                if it.window.heads is not None:
+                    inside = inside | ~np.array(it.window.heads[index])[:, None, None]
+                seen = seen & inside
         it.masks[reach] = seen
         return np.asarray(seen)
 
@@ -389,35 +395,23 @@ class NumpyOps:
         if it.near and layer.rotary is not None:
             assert it.window is not None and it.where is not None
             if layer.rotary not in it.turns:
-                gone = np.maximum(it.at + 1 - sum(it.window), 0)
+                gone = np.maximum(it.at + 1 - it.window.size, 0)
                 ones = [1.0] * len(layer.rotary.frequencies)  # q already has the scales of its rotary
                 it.turns[layer.rotary] = self._turns(layer.rotary, -gone, ones)
             far = _turn(q, *it.turns[layer.rotary]).reshape(heads, -1, size)
             turned = _scores(sources, far, -(-it.near // PAGE))
             near = turned.shape[-1]
             sinks = it.where[index if len(it.where) > 1 else 0][:, None, :near] < it.window.sinks
+            if it.window.heads is not None:
+                sinks = sinks & np.array(it.window.heads[index])[:, None, None]
             scores[..., :near] = np.where(sinks, turned, scores[..., :near])
         scores = scores.reshape(heads, share, rows, -1) * scores.dtype.type(layer.score_scale)
         if layer.softcap is not None:
             scores = self.cap(scores, layer.softcap)
+        if it.logs is not None:
+            scores = scores + it.logs[index if len(it.logs) > 1 else 0][:, None, None].astype(scores.dtype)
         sinks = None if sink_logits is None else sink_logits.reshape(heads, share, 1, 1).astype(scores.dtype)
         return _softmax(np.where(picked, scores, scores.dtype.type(-np.inf)), sinks)
-
-    def _note(self, index: int, weights: Floats, seen: NDArray[np.bool_], it: LoneSequence) -> None:
-        """Adds up the watched statistics of weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
-        at, chain, width = it.at[it.first :], it.chain - it.first, it.seen.chain.shape[-1]
-        weights, seen = weights[..., :width], seen[..., :width]
-        for i, watch in enumerate(it.watches):
-            match watch.statistic:
-                case "mass":
-                    found = weights
-                case "low":
-                    found = seen & (weights < (1 / seen.sum(-1, keepdims=True)).astype(weights.dtype))
-                case _:
-                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use mass or low")
-            found = found.astype(np.float64) * (at >= watch.since)[:, None]
-            it.seen.chain[i, index] = found[:, :chain].sum(1)
-            it.seen.nodes[i, :, index] = found[:, chain:].swapaxes(0, 1)
 
     def experts(self, x: Floats, weights: LayerWeights, experts: Experts) -> Floats:
         assert weights.router is not None

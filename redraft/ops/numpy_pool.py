@@ -41,7 +41,8 @@ class Exact:
     def store(self, keys: Any, values: Any) -> dict[str, Any]:
         return {"keys": keys, "values": values}
 
-    pack = store
+    def pack(self, keys: Any, values: Any, lanes: I32 | None = None) -> dict[str, Any]:
+        return self.store(keys, values)
 
     def scores(self, held: Arrays, q: Any) -> Any:
         return dots(q, _slots(held["keys"], q.dtype))

@@ -12,6 +12,8 @@ from redraft.core.batch import Batch
 from redraft.core.sequence import Lanes
 from redraft.core.spec import ModelSpec, Rotary
 from redraft.core.view import View, Watch, Window
+from redraft.errors import Unsupported
+from redraft.ops.arrays import cast, device, namespace
 from redraft.ops.backend import WeightSums
 from redraft.ops.format import PAGE
 
@@ -33,7 +35,8 @@ class LoneSequence:
     encoded, units: i64[L, K, m] and i64[L, K, n], the units of 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R],
     positions of the rows; where: i64[L, K, slots], positions of the slots, None if not needed; tail: bool[R, 2 + tail], the slots of
     the tail that rows see, after a column for committed slots (True) and before a column for padding (False); window: None if it
-    hides nothing in this step; near: the number of leading slots that contain all sinks to score with rotated queries; deepest: the
+    hides nothing in this step; logs: f32[L, K, slots], the logarithms of the numbers of tokens that slots stand for, None if all are 0;
+    near: the number of leading slots that contain all sinks to score with rotated queries; deepest: the
     largest position of a row; chain: chain rows of this step; first: the first watched row; masks, turns: caches shared by layers.
     """
 
@@ -47,6 +50,7 @@ class LoneSequence:
     where: Any | None
     tail: Any
     window: Window | None
+    logs: Any | None
     near: int
     deepest: int
     chain: int
@@ -92,12 +96,13 @@ def alone(batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], fir
     see[rows:, 1 : chain + 1] = True
     see[rows:, chain + 1 : -1] = bits
     deepest = int(at.max())
-    window = chosen.window if chosen.window and deepest + 1 > sum(chosen.window) else None  # in force
+    window = chosen.window if chosen.window and deepest + 1 > chosen.window.size else None  # in force
     windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.attention)
     located = windows or chosen.read is not None  # positions are needed
     positions = pages.positions[s] if located else None
     # lanes need separate entries only if their lengths or needed positions differ
-    apart = len(set(lengths.tolist())) > 1 or (positions is not None and kind != Lanes.SHARED)
+    given, some = pages.logs[s], window is not None and window.heads is not None
+    apart = some or len(set(lengths.tolist())) > 1 or ((positions is not None or given is not None) and kind != Lanes.SHARED)
     held = -(-(lengths + tail) // PAGE) - pages.encoded[s].shape[1]
     inside = np.arange(held.max()) < held[:, None]
     # padding must point at memory that this sequence owns
@@ -108,20 +113,65 @@ def alone(batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], fir
         for lane, (line, n) in enumerate(zip(where, lengths.tolist(), strict=False)):
             line[:n] = np.arange(n) if positions is None else positions[lane]
             line[n : n + tail] = batch.tails[s]
-            if window is not None and (line[: n + tail] < window.sinks).any():
+            if window is not None and window.turned and (line[: n + tail] < window.sinks).any():
                 near = max(near, 1 + int(np.flatnonzero(line[: n + tail] < window.sinks)[-1]))
-    head = (layers, heads) if apart else (1, 1)
+    logs = None if given is None else np.zeros((len(lengths) if apart else 1, slots), np.float32)
+    if given is not None and logs is not None:
+        for line, own in zip(logs, given, strict=False):
+            line[: len(own)] = own
+    head, own_kind = ((layers, heads), kind) if apart else ((1, 1), Lanes.SHARED)
     since = min((watch.since for watch in watches), default=0)
     shape = layers, heads, int(lengths.max()) + tail
     return LoneSequence(
         place=s, rows=slice(a, z), view=chosen,
         encoded=units_of(pages.encoded[s], kind, layers, heads), units=units_of(table, kind, layers, heads),
-        lengths=by_head(lengths[:, None] if apart else lengths[:1, None], kind if apart else Lanes.SHARED, *head), at=at,
-        where=by_head(where, kind if apart else Lanes.SHARED, *head) if located else None,
-        tail=see, window=window, near=near, deepest=deepest, chain=rows, watches=watches,
+        lengths=by_head(lengths[:, None] if apart else lengths[:1, None], own_kind, *head), at=at,
+        where=by_head(where, own_kind, *head) if located else None, tail=see, window=window,
+        logs=None if logs is None else by_head(logs, own_kind, *head), near=near, deepest=deepest, chain=rows, watches=watches,
         first=min(max(0, since - int(at[0])), rows),
-        seen=WeightSums(np.zeros((len(watches), *shape)), np.zeros((len(watches), z - t, *shape))),
+        seen=WeightSums(np.zeros(chain_shape(watches, rows, shape)), np.zeros((len(watches), z - t, *shape))),
     )  # fmt: skip
+
+
+def chain_shape(watches: tuple[Watch, ...], rows: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of WeightSums.chain. rows: chain rows of the step; shape: (L, K, slots)."""
+    each = {watch.each for watch in watches}
+    assert len(each) < 2, "watches of one sequence add up chain rows, or none of them does"
+    return (len(watches), rows, *shape) if True in each else (len(watches), *shape)
+
+
+def note(index: int, weights: Any, seen: Any, it: LoneSequence) -> None:
+    """Adds the watched statistics of weights [K, G, R, slots] and bool seen [K or 1, R, slots] of the last R rows, in layer `index`."""
+    xp, width, chain = namespace(weights), it.seen.nodes.shape[-1], it.chain - it.first
+    weights, seen = weights[..., :width], seen[..., :width]
+    for i, watch in enumerate(it.watches):
+        own = weights
+        if watch.heads is not None:
+            counts = np.array(watch.heads[index]).reshape(*weights.shape[:2], 1, 1)
+            own = own * xp.asarray(counts, dtype=own.dtype, device=device(own))
+        slots = xp.sum(seen, axis=-1, keepdims=True)
+        match watch.statistic:
+            case "mass":
+                found = xp.mean(own, axis=1)
+            case "low":
+                found = seen & (xp.mean(own, axis=1) < cast(1 / slots, own.dtype))
+            case "above":
+                found = seen & (xp.max(own, axis=1) > cast(watch.threshold / slots, own.dtype))
+            case _:
+                raise Unsupported(unknown(watch.statistic))
+        found = cast(found, it.seen.chain.dtype) * cast(it.at[it.first :] >= watch.since, it.seen.chain.dtype)[:, None]
+        if watch.each:
+            it.seen.chain[i, it.first : it.chain, index] = found[:, :chain].swapaxes(0, 1)
+        else:
+            it.seen.chain[i, index] = xp.sum(found[:, :chain], axis=1)
+        it.seen.nodes[i, :, index] = found[:, chain:].swapaxes(0, 1)
+
+
+STATISTICS = "mass", "low", "above"  # of attention weights; see Watch
+
+
+def unknown(statistic: str) -> str:
+    return f"attention statistic {statistic!r} is unknown; use {', '.join(STATISTICS)}"
 
 
 def tree_rows(batch: Batch) -> list[int]:
@@ -147,7 +197,7 @@ def units_of(pages: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -
     return pages.astype(np.int64).reshape(layers, heads, -1)
 
 
-def by_head(lanes: NDArray[np.integer], kind: Lanes, layers: int, heads: int) -> NDArray[np.integer]:
+def by_head(lanes: NDArray[Any], kind: Lanes, layers: int, heads: int) -> NDArray[Any]:
     """[lanes, n] -> [L, K, n]"""
     apart = {Lanes.SHARED: (1, 1), Lanes.PER_LAYER: (layers, 1), Lanes.PER_HEAD: (layers, heads)}[kind]
     return np.broadcast_to(lanes.reshape(*apart, -1), (layers, heads, lanes.shape[1]))

@@ -17,7 +17,7 @@ from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
-from redraft.core.view import View, Watch
+from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.ops.arrays import Numbers
 from redraft.ops.backend import (
@@ -38,6 +38,7 @@ from redraft.ops.backend import (
     limited,
 )
 from redraft.ops.format import PAGE, Arrays, Format, plain
+from redraft.ops.places import chain_shape, unknown
 from redraft.ops.quantized import POWERS, Quantized
 from redraft.ops.torch_arrays import as_tensor, as_tensors, dtype_of
 
@@ -149,19 +150,21 @@ class Reference:
         units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
         return {name: array[units] for name, array in pool.formats[space.format].arrays.items()}
 
+    contents = read
+
     def write(self, pool: ReferencePool, space: Space, pages: I32, arrays: Arrays) -> None:
         units = [unit for page in pages.tolist() for unit in pool.units(space, page)]
         for name, array in arrays.items():
             pool.formats[space.format].arrays[name][units] = array
 
-    def encode(self, pool: ReferencePool, source: Space, target: Space, src: I32, dst: I32) -> None:
+    def encode(self, pool: ReferencePool, source: Space, target: Space, src: I32, dst: I32, lanes: I32) -> None:
         old, new = pool.formats[source.format], pool.formats[target.format]
-        for s, d in zip(src.tolist(), dst.tolist(), strict=True):
+        for i, (s, d) in enumerate(zip(src.tolist(), dst.tolist(), strict=True)):
             for here, there in zip(pool.units(source, s), pool.units(target, d), strict=True):
                 keys, values = old.keys_values(here)
                 made: Arrays = {"keys": keys[None], "values": values[None]}
                 if new.format.codec is not None:
-                    made = new.format.codec.pack(keys[None], values[None])
+                    made = new.format.codec.pack(keys[None], values[None], lanes[i : i + 1])
                 for name in new.arrays:
                     if name in new.codes:
                         new.arrays[name][there] = made[name][0]
@@ -183,7 +186,8 @@ class Reference:
             rows = batch.pages.tail[s] + int(batch.starts[s + 1] - batch.starts[s])
             shape = len(spec.attention), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
             n = len(watches)
-            seen[s] = WeightSums(torch.zeros(n, *shape, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
+            chain = chain_shape(watches, int(batch.tree_starts[s] - batch.starts[s]), shape)
+            seen[s] = WeightSums(torch.zeros(*chain, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
         return ReferencePlan(batch, tokens, positions, taps.attention, seen)
 
     @property
@@ -416,7 +420,7 @@ class SequenceAttention:
         where |= {length + i: tail[i] for i in seen}
         if self.layer.window is not None:
             where = {slot: p for slot, p in where.items() if mine - p < self.layer.window}
-        if (window := self.view.window) is not None:
+        if (window := self.view.window) is not None and window.holds(self.index, head):
             where = {slot: p for slot, p in where.items() if p < window.sinks or mine - p < window.recent}
         return where
 
@@ -425,27 +429,34 @@ class SequenceAttention:
         mine = int(self.batch.positions[r])
         seen = [self.visible(r, head) for head in range(self.heads)]
         read = self._read(r, q, seen)
-        far, sinks = q, 0
-        if (window := self.view.window) is not None:
+        far, sinks, window = q, 0, self.view.window or Window(0, 0)
+        if self.view.window is not None and window.turned:
             sinks = window.sinks
-            far = turned(q, self.layer.rotary, -max(0, mine + 1 - window.sinks - window.recent))
+            far = turned(q, self.layer.rotary, -max(0, mine + 1 - window.size))
         out = torch.zeros_like(q)
         weights = torch.zeros(self.heads, self.share, self.slots, dtype=torch.float64)
         for head in range(self.heads):
             keys, values = self.held[head]
             for g in range(self.share):
                 h, slots = head * self.share + g, read[head][g]
-                turns = torch.tensor([seen[head][slot] < sinks for slot in slots])
+                turns = torch.tensor([seen[head][slot] < sinks and window.holds(self.index, head) for slot in slots])
                 scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h]) * self.layer.score_scale
                 if self.layer.softcap is not None:
                     scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
+                scores = scores + self.logs(head, slots)
                 own = scores if sink_logits is None else torch.cat([scores, sink_logits[h, None]])
                 weights[head, g, slots] = own.softmax(0)[: len(slots)]
                 out[h] = weights[head, g, slots] @ values[slots]
         for i, watch in enumerate(plan.watches.get(self.s, ())):
             if mine >= watch.since:
-                self._note(watch, r, weights.mean(1), seen, WeightSums(*(part[i] for part in plan.seen[self.s])))
+                self._note(watch, r, weights, seen, WeightSums(*(part[i] for part in plan.seen[self.s])))
         return out
+
+    def logs(self, head: int, slots: list[int]) -> Tensor:
+        """The logarithms of the numbers of tokens that these slots stand for."""
+        logs = self.batch.pages.logs[self.s]
+        own = [] if logs is None else logs[self.lanes[head]].tolist()
+        return torch.tensor([own[slot] if slot < len(own) else 0.0 for slot in slots], dtype=torch.float64)
 
     def _read(self, r: int, q: Tensor, seen: list[dict[int, int]]) -> list[list[list[int]]]:
         """The slots that row r reads, for each kv head and each of its query heads."""
@@ -464,14 +475,22 @@ class SequenceAttention:
         return [[row.nonzero().flatten().tolist() for row in head] for head in picked]
 
     def _note(self, watch: Watch, r: int, weights: Tensor, seen: list[dict[int, int]], to: WeightSums) -> None:
-        """Adds a statistic of weights [K, slots] of row r to chain [L, K, slots] or nodes [N, L, K, slots] of `to`."""
+        """Adds a statistic of weights [K, G, slots] of row r to chain [L, K, slots] or [R, L, K, slots], or to nodes [N, L, K, slots]."""
         for head, slots in enumerate(seen):
+            counts = [watch.heads is None or watch.heads[self.index][head * self.share + g] for g in range(self.share)]
             for slot in slots:
-                a = float(weights[head, slot])
-                if watch.statistic not in ("mass", "low"):
-                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use mass or low")
-                value = a if watch.statistic == "mass" else float(a < 1 / len(slots))
+                own = [float(weights[head, g, slot]) if counts[g] else 0.0 for g in range(self.share)]
+                match watch.statistic:
+                    case "mass":
+                        value = sum(own) / self.share
+                    case "low":
+                        value = float(sum(own) / self.share < 1 / len(slots))
+                    case "above":
+                        value = float(max(own) > watch.threshold / len(slots))
+                    case _:
+                        raise Unsupported(unknown(watch.statistic))
                 if r < self.tree_start:
-                    to.chain[self.index, head, slot] += value
+                    chain = to.chain[r - int(self.batch.starts[self.s])] if watch.each else to.chain
+                    chain[self.index, head, slot] += value
                 else:
                     to.nodes[r - self.tree_start, self.index, head, slot] = value

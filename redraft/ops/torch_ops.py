@@ -167,13 +167,15 @@ class TorchOps:
         stored = pool.formats[space.format]
         return stored.take(stored.arrays, self._upload(pool.units(space, pages)))
 
+    contents = read
+
     def write(self, pool: TorchPool, space: Space, pages: I32, arrays: Arrays) -> None:
         pool.formats[space.format].put(arrays, self._upload(pool.units(space, pages)))
 
-    def encode(self, pool: TorchPool, source: Space, target: Space, src: I32, dst: I32) -> None:
+    def encode(self, pool: TorchPool, source: Space, target: Space, src: I32, dst: I32, lanes: I32) -> None:
         old, new = pool.formats[source.format], pool.formats[target.format]
         here, there = self._upload(pool.units(source, src)).flatten(), self._upload(pool.units(target, dst)).flatten()
-        new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here))), there)
+        new.put(new.codec.pack(*old.codec.decode(old.take(old.codes, here)), lanes), there)
         new.put(old.take([name for name in new.arrays if name not in new.codes and name in old.arrays], here), there)
 
     def summarize(self, pool: TorchPool, space: Space, pages: I32, read: Select) -> None:
@@ -193,7 +195,9 @@ class TorchOps:
         layers, heads = len(spec.attention), spec.kv_heads
         rows = np.diff(batch.starts).tolist()
         lone = [
-            s for s, kind in enumerate(batch.pages.kinds) if kind is not Lanes.SHARED or batch.views[s] is not None or taps.attention.get(s)
+            s
+            for s, kind in enumerate(batch.pages.kinds)
+            if kind is not Lanes.SHARED or batch.views[s] is not None or batch.pages.logs[s] is not None or taps.attention.get(s)
         ]
         together = [s for s in range(len(rows)) if s not in lone]
         small = [s for s in together if rows[s] <= MAX_GROUPED_ROWS]
@@ -306,6 +310,7 @@ class TorchOps:
         return replace(
             it, encoded=encoded, units=units, lengths=lengths, at=at, where=where[0] if where else None,
             tail=torch.from_numpy(it.tail).to(self.device), seen=seen,
+            logs=None if it.logs is None else torch.from_numpy(it.logs.copy()).to(self.device),
         )  # fmt: skip
 
     # ---- the operations
@@ -475,15 +480,15 @@ class TorchOps:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
-        stored, turned = pool.formats[it.view.format], it.near > 0 and layer.rotary is not None
+        stored, weighed = pool.formats[it.view.format], (it.near > 0 and layer.rotary is not None) or it.logs is not None
         picked = seen[:, None]
         if it.view.read is not None:
             picked = self._picked(index, q, seen, pool, it)
-        small = it.view.read is not None and not turned and not it.encoded.numel() and self._few(picked, it.slots)
+        small = it.view.read is not None and not weighed and not it.encoded.numel() and self._few(picked, it.slots)
         weights = None
         if small and not any(stored.format.arrays[name].whole for name in stored.codes):
             out = self._gathered(index, layer, q, picked, small, stored, it, sink_logits)
-        elif stored.exact and not turned and not it.encoded.numel():
+        elif stored.exact and not weighed and not it.encoded.numel():
             if it.view.read is not None:
                 mask = self._additive(picked, share)
             held = stored.take(stored.codes, it.units[index])
@@ -498,7 +503,7 @@ class TorchOps:
                 watched = self._weights(index, layer, q[:, :, it.first :], picked, self._sources(index, pool, it), it, sink_logits)
             else:
                 watched = weights[:, :, it.first :]
-            self._note(index, watched.mean(1), seen[:, it.first :], it)
+            places.note(index, watched, seen[:, it.first :], it)
         return out.reshape(q.shape).to(q.dtype)
 
     def _visible(self, index: int, layer: Attention, share: int, it: LoneSequence) -> tuple[Tensor, Tensor]:
@@ -522,7 +527,10 @@ class TorchOps:
             if reach is not None:
                 seen = seen & (distance < reach)
             if it.window is not None:
-                seen = seen & ((where < it.window.sinks) | (distance < it.window.recent))
+                inside = (where < it.window.sinks) | (distance < it.window.recent)
+                if it.window.heads is not None:
+                    inside = inside | ~torch.tensor(it.window.heads[index], device=self.device)[:, None, None]
+                seen = seen & inside
         return seen
 
     def _additive(self, seen: Tensor, share: int) -> Tensor:
@@ -603,33 +611,21 @@ class TorchOps:
         if it.near and layer.rotary is not None:
             assert it.window is not None and it.where is not None
             if layer.rotary not in it.turns:
-                gone = (it.at + 1 - sum(it.window)).clamp(min=0)
+                gone = (it.at + 1 - it.window.size).clamp(min=0)
                 ones = [1.0] * len(layer.rotary.frequencies)  # q already has the scales of its rotary
                 it.turns[layer.rotary] = self._turns(layer.rotary, -gone, ones, self._wide())
             cos, sin = it.turns[layer.rotary]
             turned = _scores(sources, _turn(q, cos[-rows:], sin[-rows:]).flatten(1, 2), -(-it.near // PAGE))
             front = scores[..., : turned.shape[-1]]
             sinks = it.where[index if len(it.where) > 1 else 0][:, None, : turned.shape[-1]] < it.window.sinks
+            if it.window.heads is not None:
+                sinks = sinks & torch.tensor(it.window.heads[index], device=self.device)[:, None, None]
             front.copy_(torch.where(sinks, turned, front))
         scores = _settled(scores.reshape(-1, share, rows, scores.shape[-1]), layer)
+        if it.logs is not None:
+            scores = scores + it.logs[index if len(it.logs) > 1 else 0][:, None, None].to(scores.dtype)
         scores = scores.masked_fill_(~picked, float("-inf"))
         return _softmax(scores, None if sink_logits is None else sink_logits.view(-1, share, 1).expand(-1, -1, rows))
-
-    def _note(self, index: int, weights: Tensor, seen: Tensor, it: LoneSequence) -> None:
-        """Adds up the watched statistics of weights [K, R, slots] and bool seen [K or 1, R, slots] of the last R rows."""
-        at, chain, width = it.at[it.first :], it.chain - it.first, it.seen.chain.shape[-1]
-        weights, seen = weights[..., :width], seen[..., :width]
-        for i, watch in enumerate(it.watches):
-            match watch.statistic:
-                case "mass":
-                    found = weights
-                case "low":
-                    found = (seen & (weights < 1 / seen.sum(-1, keepdim=True).to(weights.dtype))).to(weights.dtype)
-                case _:
-                    raise Unsupported(f"attention statistic {watch.statistic!r} is unknown; use mass or low")
-            found = found * (at >= watch.since)[:, None]
-            it.seen.chain[i, index] = found[:, :chain].sum(1)
-            it.seen.nodes[i, :, index] = found[:, chain:].transpose(0, 1)
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         assert weights.router is not None

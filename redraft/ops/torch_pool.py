@@ -25,7 +25,8 @@ class Exact:
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         return {"keys": keys, "values": values}
 
-    pack = store
+    def pack(self, keys: Tensor, values: Tensor, lanes: I32 | None = None) -> dict[str, Tensor]:
+        return self.store(keys, values)
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
         found: Tensor = q @ held["keys"].flatten(1, 2).to(q.dtype).mT

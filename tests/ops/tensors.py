@@ -137,6 +137,9 @@ class Tensors:
     def summarize(self, pool: Any, space: Any, pages: I32, read: Any) -> None:
         self.inner.summarize(pool, space, pages, Method(read))
 
+    def write(self, pool: Any, space: Any, pages: I32, given: Any) -> None:
+        self.inner.write(pool, space, pages, both(given, array))
+
     def watched(self, plan: Any) -> Mapping[int, WeightSums]:
         return {s: WeightSums(tensors(seen.chain), tensors(seen.nodes)) for s, seen in self.inner.watched(plan).items()}
 

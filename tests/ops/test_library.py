@@ -79,6 +79,14 @@ def test_an_older_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
     assert "older than this code" in reason and "rd_of_tomorrow" in reason
 
 
+@native
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read structures at the wrong places."""
+    monkeypatch.setattr(library, "SIZES_OF", "24 120")
+    found, reason = library.open_library(library.PATH)
+    assert found is None and "was compiled from other sources" in reason
+
+
 def test_without_a_library_another_backend_serves_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_load", lambda: (None, "it is not there"))
     assert library.load() is None

@@ -38,6 +38,7 @@ from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
+from redraft.kv.slots import Kept, Merged
 from redraft.models.runner import Runner
 from redraft.ops import library
 from redraft.ops.backend import ForwardResult, LayerWeights, Linear, LinearWeights, NormWeights, Weights, WeightSums
@@ -256,6 +257,7 @@ VIEWS = {name: replace(case, shipped=True) for name, case in test_views.CASES.it
         Lanes.PER_HEAD, layer=2, evict=True, shipped=True
     ),  # a path is longer than its window
     "int8, narrow layer": test_views.Case(Lanes.PER_HEAD, "int8", layer=2, shipped=True),
+    "2-bit pages": test_views.Case(Lanes.PER_HEAD, "", "2-bit blocks", window=test_views.Window(4, 40), layer=30, shipped=True),
 }
 DEFINED = [
     "shared, window, evicted",
@@ -263,6 +265,7 @@ DEFINED = [
     "shared, both windows",
     "int8, narrow layer",
     "encoded pages, window",
+    "2-bit pages",
 ]
 DEFINED += [f"{name}, sink logits" for name in ("no view", "shared, both windows", "int8", "read, window")]
 DEFINED += ["read, window", "read of encoded pages", "read behind the chunk, int8"]
@@ -344,6 +347,7 @@ def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None
             [],
             [None],
             [np.zeros((1, 0), np.int32)],
+            [None],
         )
         ops.zero(pool, [(Space(Lanes.PER_HEAD, "int8"), page) for page in (1, 2, 4)])
         batch = replace(Batch.pack([work([1] * 69, stored=5)], [EMPTY], pages), views=[View("int8")])
@@ -359,7 +363,7 @@ def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None
 
 def test_an_unknown_statistic_is_refused_by_name() -> None:
     spec, batch = model("llama")[0], Batch.pack([work([1])], [EMPTY], view([work([1])]))
-    with pytest.raises(Unsupported, match=r"'high' is unknown; use mass or low$"):
+    with pytest.raises(Unsupported, match=r"'high' is unknown; use mass, low, above$"):
         NativeOps().plan(batch, spec, Taps(attention={0: (Watch("high"),)}))
 
 
@@ -573,16 +577,18 @@ def bits(x: Tensor) -> Tensor:
 @dataclass(eq=False)
 class Text:
     """A text in a runner. kept: the slots that each lane keeps once `cut` tokens are stored, None without an eviction. With a format of
-    encoded pages, full pages are encoded there. The context of a text ends there or never. layers: those that run behind the context."""
+    encoded pages, full pages are encoded there. The context of a text ends there or never. layers: those that run behind the context;
+    merged: new contents of kept slots."""
 
     seq: Sequence
     cut: int = 0
     kept: list[list[int]] | None = None
     layers: Layers | None = None
+    merged: Merged | None = None
 
     def sibling(self, tokens: list[int]) -> Text:
         own = self.seq
-        return Text(text_of(99, tokens, own.cache, own.context), self.cut, self.kept, self.layers)
+        return Text(text_of(99, tokens, own.cache, own.context), self.cut, self.kept, self.layers, self.merged)
 
     def work(self, rows: int, first: int = 0) -> Work:
         self.seq.layers = self.layers if self.seq.stored >= self.seq.context else None
@@ -685,7 +691,7 @@ def evict(runner: Runner, text: Text) -> None:
     if text.seq.stored != text.cut:
         return
     if text.kept is not None:
-        runner.memory.paged.keep(text.seq, text.kept)
+        runner.memory.paged.keep(text.seq, Kept(text.kept, text.merged))
     if text.seq.cache.encoded:
         runner.memory.paged.encode(text.seq)
 
@@ -717,17 +723,31 @@ class Reading(test_views.Even):
 LABELS, UNLABELLED = Reading(), Reading(8, labels=False)
 
 
+def merged(kept: list[list[int]], size: int, dice: random.Random) -> Merged:
+    """Random contents of some kept slots."""
+    pairs = [(lane, slot) for lane, slots in enumerate(kept) for slot in range(len(slots)) if dice.random() < 0.2]
+    lanes, slots = np.array(pairs, np.int32).reshape(-1, 2).T
+    keys, values = np.random.default_rng(dice.randrange(99)).standard_normal((2, len(pairs), size), np.float32)
+    return Merged(lanes, slots, keys, values, np.array([dice.randint(1, 9) for _ in pairs], np.int32))
+
+
 def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
     """Texts with common prefixes, all kinds of lanes, some evictions and all kinds of views; one may skip a layer."""
     stem = [dice.randrange(VOCAB) for _ in range(100)]
+    two_bits = [] if bench.spec.head_dim % 4 else ["2-bit blocks"]
     lanes = [Lanes.SHARED, Lanes.SHARED, dice.choice(list(Lanes)), dice.choice([Lanes.PER_LAYER, Lanes.PER_HEAD]), Lanes.PER_HEAD]
     texts = []
     for i, kind in enumerate(lanes):
         tokens = stem[: dice.choice([0, 40, 70, 100])] + [dice.randrange(VOCAB) for _ in range(dice.choice([1, 5, 30]))]
         form, encoded = "", ""
         if kind is Lanes.PER_HEAD:
-            form, encoded = dice.choice(["", "int8", "labelled"]), dice.choice(["", "blocks"])
-        window = dice.choice([None, Window(3, 20), Window(0, 9), Window(40, 30)]) if i else None
+            form, encoded = (
+                dice.choice(["", "int8", "labelled"]),
+                dice.choice(["", "blocks", *two_bits]),
+            )
+        some = tuple(tuple(dice.random() < 0.5 for _ in range(bench.spec.kv_heads)) for _ in range(LAYERS))
+        apart = Window(dice.choice([0, 3]), 20, turned=dice.random() < 0.3, heads=some)
+        window = dice.choice([None, Window(3, 20), Window(0, 9), Window(40, 30), apart]) if i else None
         read = dice.choice([None, UNLABELLED, replace(UNLABELLED, by_head=True)]) if i else None
         if form == "labelled" or (form and dice.random() < 0.5):
             read = dice.choice([LABELS, replace(LABELS, by_head=True)])
@@ -737,6 +757,8 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
         if kind is not Lanes.SHARED and not encoded and dice.random() < 0.7 and len(tokens) > 3:
             count = LAYERS * (bench.spec.kv_heads if kind is Lanes.PER_HEAD else 1)
             text.kept = [sorted(dice.sample(range(len(tokens)), dice.randint(1, len(tokens)))) for _ in range(count)]
+            if kind is Lanes.PER_HEAD and dice.random() < 0.5:
+                text.merged = merged(text.kept, bench.spec.head_dim, dice)
         texts.append(text)
     if dice.random() < 0.3:
         texts[-1].layers = Layers.whole({0, 2})

@@ -19,8 +19,8 @@ from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.errors import Unsupported
-from redraft.kv.quantization.int4 import Int4Units
 from redraft.kv.quantization.int8 import Int8Units
+from redraft.kv.quantization.kivi import CodeUnits
 from redraft.kv.sparse_attention.double_sparsity import Labels
 from redraft.kv.sparse_attention.page_top_k import PageTopK
 from redraft.models.runner import Runner
@@ -62,7 +62,7 @@ from redraft.core.spec import Attention, Experts, LayerSpec, Mlp, ModelSpec, Nor
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import TokenTree
-from redraft.kv.quantization.int4 import Int4Units
+from redraft.kv.quantization.kivi import CodeUnits
 from redraft.kv.quantization.int8 import Int8Units
 from redraft.kv.sparse_attention.page_top_k import PageTopK
 from redraft.models.layers import decoder_layer
@@ -88,11 +88,11 @@ weights = Weights(rand(9, 32), linear(9, 32), norm(), (one, two))
 assert weights.bytes > 10_000
 tree = TokenTree.build([1, 2, 3], [-1, 0, -1], vocab=9, rows=3, depth=3)
 pool = ops.allocate(spec, 4)
-for name, codec in (("int8", Int8Units(8, ops.dtype)), ("int4", Int4Units(8, ops.dtype, 32))):
+for name, codec in (("int8", Int8Units(8, ops.dtype)), ("int4", CodeUnits(8, ops.dtype, 32, 4))):
     ops.define(pool, Format(name, codec.arrays, codec))
 ops.zero(pool, [(Space(), 0), (Space(), 1)])
 pages = PageView(
-    [Lanes.SHARED], [np.array([[0, 1]], np.int32)], [np.zeros(1, np.int32)], [0], [40], [], [None], [np.zeros((1, 0), np.int32)]
+    [Lanes.SHARED], [np.array([[0, 1]], np.int32)], [np.zeros(1, np.int32)], [0], [40], [], [None], [np.zeros((1, 0), np.int32)], [None]
 )
 batch = Batch.pack([Work(sequence([1] * 40), 40)], [tree], pages)
 plan = ops.plan(batch, spec)
@@ -102,7 +102,8 @@ for i, layer in enumerate(layers):
 out = ops.head(h, weights, spec.final_norm, plan, Taps(logits=True, top_k=3))
 assert out.logits.shape == (4, 9) and out.argmax.min() >= 0 and (out.top_k[:, 0] == out.argmax).all()
 ops.move(pool, Space(), np.array([1], np.int32), np.array([33], np.int32), 5)
-ops.encode(pool, Space(Lanes.PER_HEAD), Space(Lanes.PER_HEAD, "int4"), np.array([0, 1], np.int32), np.array([9, 10], np.int32))
+both = [np.array(pages, np.int32) for pages in ([0, 1], [9, 10], [0, 1])]
+ops.encode(pool, Space(Lanes.PER_HEAD), Space(Lanes.PER_HEAD, "int4"), *both)
 assert "torch" not in sys.modules, "imports PyTorch"
 """
 
@@ -223,7 +224,11 @@ def test_the_bytes_of_the_pool_are_those_of_pytorch(name: str, shipped: bool) ->
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-@pytest.mark.parametrize("make", [Int8Units, lambda size, dtype: Int4Units(size, dtype, 32)], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    "make",
+    [Int8Units, lambda size, dtype: CodeUnits(size, dtype, 32, 4), lambda size, dtype: CodeUnits(size, dtype, 32, 2)],
+    ids=["int8", "int4", "int2"],
+)
 @pytest.mark.parametrize("name", DTYPES)
 def test_a_codec_gives_the_codes_of_pytorch(name: str, make: Callable[..., Any]) -> None:
     keys, values = draw(3, 32, 8, dtype=name), 1e-3 * draw(3, 32, 8, dtype=name, seed=1)

@@ -23,8 +23,9 @@ from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.core.view import View, Watch, Window
 from redraft.errors import Unsupported
-from redraft.kv.quantization.int4 import Int4Units
 from redraft.kv.quantization.int8 import Int8Units
+from redraft.kv.quantization.kivi import CodeUnits
+from redraft.kv.sparse_attention.sparse_attention import StatelessRead
 from redraft.ops.backend import Products, WeightSums
 from redraft.ops.format import PAGE, Array, Arrays, Format, plain
 from redraft.ops.reference import Reference
@@ -69,7 +70,8 @@ class Int8:
             found[f"{name}codes"], found[f"{name}scales"] = (x / scale[..., None]).round().to(torch.int8), scale
         return found
 
-    pack = store
+    def pack(self, keys: Tensor, values: Tensor, lanes: Any = None) -> dict[str, Tensor]:
+        return self.store(keys, values)
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
         return q @ held["codes"].flatten(1, 2).to(q.dtype).mT * held["scales"].flatten(1)[:, None].to(q.dtype)
@@ -96,7 +98,7 @@ class Blocks:
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         raise AssertionError("rows are never written into encoded pages")
 
-    def pack(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+    def pack(self, keys: Tensor, values: Tensor, lanes: Any = None) -> dict[str, Tensor]:
         channel = keys.float().abs().amax(-2).clamp(min=1e-6) / 7
         return {"k": (keys.float() / channel[:, None]).round().to(torch.int8), "channel": channel, "v": values}
 
@@ -112,7 +114,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Even:
+class Even(StatelessRead):
     """Reads every `every`th position, the newest, and, by side data, slots with a large first channel and pages with a large key."""
 
     every: int = 2
@@ -146,8 +148,11 @@ def formats(dtype: torch.dtype, read: Even | None, shipped: bool = False, size: 
     sides = (read,) if side else ()
     made = {"labelled": Format("labelled", plain(dtype, size) | side, None, sides)}
     if shipped:
-        int8, int4 = Int8Units(size, dtype), Int4Units(size, dtype, PAGE)
-        codecs: list[tuple[str, Any, Any]] = [("int8", int8, int8.arrays), ("blocks", int4, int4.arrays)]
+        blocks = {"blocks": CodeUnits(size, dtype, PAGE, 4)}
+        if size % 4 == 0:
+            blocks["2-bit blocks"] = CodeUnits(size, dtype, PAGE, 2)
+        opened: dict[str, Any] = {"int8": Int8Units(size, dtype), **blocks}
+        codecs: list[tuple[str, Any, Any]] = [(name, codec, codec.arrays) for name, codec in opened.items()]
     else:
         codecs = [(name, toy, toy.arrays()) for name, toy in (("int8", Int8(dtype)), ("blocks", Blocks(dtype)))]
     return made | {name: Format(name, {**arrays, **side}, codec, sides) for name, codec, arrays in codecs}
@@ -170,6 +175,7 @@ class Case:
     shipped: bool = False  # codecs
     late: bool = False  # the chunk reads all
     sink_logits: tuple[float, ...] = ()  # of query heads
+    merged: bool = False  # some kept slots stand for several tokens
 
     def view(self, stored: int) -> View | None:
         view = View(self.format, self.encoded, self.window, self.read if stored or not self.late else None)
@@ -189,15 +195,22 @@ class Text:
     edited: bool = False
 
     def view(self, tail: int, chain: int, rows: int) -> tuple[Any, ...]:
-        """The kind, pages, lengths, tail, chain, positions and encoded pages of a PageView."""
+        """The kind, pages, lengths, tail, chain, positions, encoded pages and logarithms of a PageView."""
         positions = [np.array(p, np.int32) for p in self.positions] if self.edited else None
         held = [-(-(n + tail + rows) // PAGE) - len(c) for n, c in zip(self.lengths, self.encoded, strict=True)]
         width = max(held)
         pages = [own[:n] + [10**6] * (width - n) for own, n in zip(self.pages, held, strict=True)]  # what lies behind is not ours
         return (
             self.case.kind, np.array(pages, np.int32), np.array(self.lengths, np.int32), tail, chain, positions,
-            np.array(self.encoded, np.int32).reshape(len(self.pages), -1),
+            np.array(self.encoded, np.int32).reshape(len(self.pages), -1), self.logs(),
         )  # fmt: skip
+
+    def logs(self) -> list[Any] | None:
+        """Every third slot that an eviction kept stands for several tokens, others in every lane."""
+        if not self.edited or not self.case.merged:
+            return None
+        where = [np.array(p) for p in self.positions]
+        return [np.where((p < CHUNK) & (p % 3 == i % 2), np.log(2 + p % 5 + 3 * i), 0).astype(np.float32) for i, p in enumerate(where)]
 
 
 class World:
@@ -245,8 +258,8 @@ class World:
             work.append(Work(seq, n, first))
             tail = n + first if first else 0
             views.append(text.view(tail, n, len(tree) - first if first else n + len(tree)))
-        kinds, pages, lengths, tails, chains, positions, encoded = map(list, zip(*views, strict=True))
-        batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, encoded))
+        kinds, pages, lengths, tails, chains, positions, encoded, logs = map(list, zip(*views, strict=True))
+        batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, encoded, logs))
         batch = replace(batch, views=[text.case.view(text.stored) for text in texts])
         watches = {s: text.case.watch for s, text in enumerate(texts) if text.case.watch}
         plan = self.ops.plan(batch, self.spec, Taps(attention=watches))
@@ -284,7 +297,9 @@ class World:
         for lane, n in enumerate(text.lengths):
             keep = [i for i in range(n) if dice.random() < 0.5 + 0.1 * (lane % 5) or i == n - 1]
             if window is not None:
-                keep = [i for i in range(n) if i < window.sinks or text.stored - i < window.recent + lane % 3]
+                heads = None if window.heads is None else [hold for layer in window.heads for hold in layer]
+                some = [i for i in range(n) if i < window.sinks or text.stored - i < window.recent + lane % 3]
+                keep = list(range(n)) if heads is not None and not heads[lane % len(heads)] else some
             src += [place(text, lane, slot) for slot in keep]
             dst += [place(text, lane, k) for k in range(len(keep))]
             text.positions[lane] = [text.positions[lane][slot] for slot in keep]
@@ -298,7 +313,8 @@ class World:
         fresh = self.take(target, len(text.pages), count)
         src = [page for lane in text.pages for page in lane[:count]]
         made = np.array([page for lane in fresh for page in lane], np.int32)
-        self.ops.encode(self.pool, Space(text.case.kind, text.case.format), target, np.array(src, np.int32), made)
+        lanes = np.repeat(np.arange(len(text.pages), dtype=np.int32), count)
+        self.ops.encode(self.pool, Space(text.case.kind, text.case.format), target, np.array(src, np.int32), made, lanes)
         text.encoded = [old + new for old, new in zip(text.encoded, fresh, strict=True)]
         text.pages = [lane[count:] for lane in text.pages]
 
@@ -355,7 +371,9 @@ def compare(case: Case, fast: TorchOps | Faced, tolerance: float) -> None:
 
 
 MASS, LOW = Watch("mass"), Watch("low", since=20)
+ABOVE, COUNT = Watch("above"), ((True, False, False, True), (False, False, True, True))
 PER_HEAD = Lanes.PER_HEAD
+SOME = Window(3, 18, turned=False, heads=((True, False), (False, True)))
 CASES = {
     "per head": Case(PER_HEAD),
     "per head, evicted": Case(PER_HEAD, evict=True),
@@ -386,11 +404,26 @@ CASES = {
     "read of int8 and encoded pages, both windows": Case(
         PER_HEAD, "int8", "blocks", window=Window(4, 40), layer=60, read=Even(by_head=True), watch=(MASS,)
     ),
+    "some heads": Case(PER_HEAD, window=SOME, evict=True, watch=(MASS, LOW)),
+    "some heads, turned": Case(PER_HEAD, window=SOME._replace(turned=True), evict=True, watch=(MASS,)),
+    "some heads, shared": Case(window=SOME, layer=12),
+    "some heads, read": Case(PER_HEAD, "labelled", read=Even(by_head=True), window=SOME, evict=True, watch=(MASS, LOW)),
+    "some heads, int8": Case(PER_HEAD, "int8", "blocks", window=SOME._replace(recent=40)),
+    "not turned": Case(window=Window(4, 20, turned=False), evict=True),
+    "merged": Case(PER_HEAD, evict=True, merged=True, watch=(MASS, LOW)),
+    "merged, shared": Case(evict=True, merged=True, layer=12),
+    "merged, some heads": Case(PER_HEAD, window=SOME, evict=True, merged=True),
+    "merged, turned": Case(PER_HEAD, window=Window(3, 18), evict=True, merged=True),
+    "merged, int8": Case(PER_HEAD, "int8", evict=True, merged=True, watch=(MASS,)),
+    "merged, read, few": Case(PER_HEAD, "labelled", read=Even(16, by_head=True, labels=False), evict=True, merged=True),
+    "watched above": Case(PER_HEAD, evict=True, watch=(Watch("above", since=20, threshold=2.0), MASS)),
+    "watched one by one": Case(PER_HEAD, window=SOME, evict=True, watch=(ABOVE._replace(each=True), MASS._replace(each=True, since=25))),
+    "some heads watched": Case(evict=True, watch=(MASS._replace(heads=COUNT), LOW._replace(heads=COUNT), ABOVE._replace(heads=COUNT))),
     "no view": Case(layer=12),
 }
 LEARNED = (
     "no view", "shared, evicted, watched", "shared, both windows", "per head, window, evicted, watched", "int8", "encoded pages, window",
-    "read by position", "read, few, by query head", "read, window", "read of int8, few",
+    "merged", "read by position", "read, few, by query head", "read, window", "read of int8, few",
 )  # fmt: skip
 CASES |= {f"{name}, sink logits": replace(CASES[name], sink_logits=(0.5, -30.0, 2.0, 40.0)) for name in LEARNED}
 
@@ -488,7 +521,9 @@ def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | Non
     for rows, tree in ((40, EMPTY), (100, EMPTY), (1, TREE), (1, EMPTY)):
         seq, total = sequence([0] * (stored + rows), stored=stored), rows + len(tree)
         held = [pages[:, : -(-(stored + total) // PAGE)]]
-        paged = PageView([kind], held, [np.full(lanes, stored, np.int32)], [0], [rows], [], [None], [np.zeros((lanes, 0), np.int32)])
+        paged = PageView(
+            [kind], held, [np.full(lanes, stored, np.int32)], [0], [rows], [], [None], [np.zeros((lanes, 0), np.int32)], [None]
+        )
         batch = replace(Batch.pack([Work(seq, rows)], [tree], paged), views=[view])
         plan = ops.plan(batch, spec, taps)
         for i, layer in enumerate(spec.attention):
@@ -549,7 +584,7 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
         work = Work(sequence([0] * (first + rows), stored=first), rows)
         lengths = [np.array([length], np.int32)]
         pages = PageView(
-            [Lanes.SHARED], [np.array([[0, 1]], np.int32)], lengths, [0], [rows], [], [positions], [np.zeros((1, 0), np.int32)]
+            [Lanes.SHARED], [np.array([[0, 1]], np.int32)], lengths, [0], [rows], [], [positions], [np.zeros((1, 0), np.int32)], [None]
         )
         batch = replace(Batch.pack([work], [EMPTY], pages), views=[View(window=Window(sinks, recent))])
         plan, own = ops.plan(batch, spec), slice(first, first + rows)
@@ -614,7 +649,7 @@ def test_a_codec_is_attention_over_what_it_gives_back(ops: Ops) -> None:
         pages = np.arange(8, dtype=np.int32).reshape(4, 2)
         batch = Batch.pack(
             [Work(sequence([0] * 37), 37)], [EMPTY],
-            PageView([PER_HEAD], [pages], [np.zeros(4, np.int32)], [0], [37], [], [None], [np.zeros((4, 0), np.int32)]),
+            PageView([PER_HEAD], [pages], [np.zeros(4, np.int32)], [0], [37], [], [None], [np.zeros((4, 0), np.int32)], [None]),
         )  # fmt: skip
         plan = ops.plan(replace(batch, views=[view]), spec)
         found.append(ops.attend(1, spec.attention[1], q, keys, values, pool, plan))

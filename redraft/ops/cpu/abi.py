@@ -6,7 +6,7 @@ import ctypes
 import struct
 from typing import Any
 
-F32, BF16, I8, I4, G8 = range(5)
+F32, BF16, I8, I4, G8, I2, THIN = range(7)
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "sigmoid": 5, "quick_gelu": 6}
 PANEL, LINE = 64, 64
 
@@ -56,7 +56,10 @@ class Pool(ctypes.Structure):
     _fields_ = [
         ("data", POINTER), ("block_bytes", SIZE), ("unit_bytes", SIZE), ("per_block", SIZE), ("values", SIZE),
         ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
-        ("key_scales", SIZE), ("value_scales", SIZE), ("key_zeros", SIZE), ("value_zeros", SIZE), ("numbers", NUMBER),
+        ("key_scales", SIZE), ("value_scales", SIZE), ("key_zeros", SIZE), ("value_zeros", SIZE),
+        ("key_left", SIZE), ("key_right", SIZE), ("value_left", SIZE), ("value_right", SIZE),
+        ("key_outliers", SIZE), ("key_places", SIZE), ("value_outliers", SIZE), ("value_places", SIZE), ("channels", SIZE),
+        ("numbers", NUMBER), ("rank", NUMBER), ("outliers", NUMBER), ("kept", NUMBER),
     ]  # fmt: skip
 
 
@@ -105,11 +108,15 @@ class Model(ctypes.Structure):
 BATCH = struct.Struct("6i")
 PLAIN = struct.Struct("5i")
 
-# In the order of kernels.h. Seq: twelve numbers and seven addresses; Watched: two addresses, a size and four numbers; Picked: an address
-# and two numbers.
-SEQ = struct.Struct("12i7P")
-WATCHED = struct.Struct("2Pq4i")
+# In the order of kernels.h. Seq: twelve numbers and nine addresses; Watched: three addresses, a size, four numbers, a float and a
+# number; Picked: an address and two numbers.
+SEQ = struct.Struct("12i9P")
+WATCHED = struct.Struct("3Pq4ifi")
 PICKED = struct.Struct("P2i")
+
+# In the order of rd_sizes in api.cpp.
+STRUCTURES = Rows, Linear, LowRank, Adapters, Pool, Heads, Experts, Layer, Step, Rotaries, Model
+SIZES_OF = " ".join(map(str, [*map(ctypes.sizeof, STRUCTURES), *(packed.size for packed in (SEQ, WATCHED, PICKED))]))
 
 _ROWS, _LINEAR, _STEP = (ctypes.POINTER(kind) for kind in (Rows, Linear, Step))
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # the type of the result, then those of the arguments

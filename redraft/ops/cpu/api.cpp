@@ -2,6 +2,7 @@
 // Failure.
 #include <cmath>
 #include <new>
+#include <string>
 #include <vector>
 
 #ifdef __linux__
@@ -67,6 +68,18 @@ NormJob norm_of(const Rows& x, const void* weight, const void* bias, float eps, 
 }
 
 }  // namespace
+
+// The sizes of what crosses this interface, in the order of SIZES_OF in abi.py. A library of other sources has other sizes.
+BORDER const char* rd_sizes() {
+    static const std::string sizes = [] {
+        std::string found;
+        for (size_t size : {sizeof(Rows), sizeof(Linear), sizeof(LowRank), sizeof(Adapters), sizeof(Pool), sizeof(Heads), sizeof(Experts),
+                            sizeof(Layer), sizeof(Step), sizeof(Rotaries), sizeof(Model), sizeof(Seq), sizeof(Watched), sizeof(Picked)})
+            found += (found.empty() ? "" : " ") + std::to_string(size);
+        return found;
+    }();
+    return sizes.c_str();
+}
 
 BORDER const char* rd_kernels() { return kernels_of(chosen_isa()) ? kernels().name : ""; }
 

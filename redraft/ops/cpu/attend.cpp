@@ -56,11 +56,11 @@ private:
     void measure(int64_t i) {
         const Seq& s = seqs_[i];
         const int32_t* end = s.lengths + lanes_of(s, pool_);
-        const int64_t keys = *std::max_element(s.lengths, end) + s.tail + s.rows;
-        groups_.push_back(ceil_div(keys, SPAN));
+        keys_.push_back(*std::max_element(s.lengths, end) + s.tail + s.rows);
+        groups_.push_back(ceil_div(keys_.back(), SPAN));
         full_.push_back(s.lanes == 0 && choices_.shared ? s.lengths[0] / SPAN : 0);
         most_groups_ = std::max(most_groups_, groups_.back());
-        if (s.recent) plan_.shape.turned = 1;
+        if (s.recent && s.turned) plan_.shape.turned = 1;
         const int64_t nodes = s.tail + s.rows - s.chain;
         if (s.rows > s.chain_rows) plan_.shape.tail = std::max(plan_.shape.tail, ceil_div(PAGE - 1 + nodes, PAGE) * PAGE);
     }
@@ -81,7 +81,7 @@ private:
         for (int64_t row = 0; row < seqs_[i].rows; row += block) {
             const int64_t end = std::min<int64_t>(row + block, seqs_[i].rows), first = int64_t(plan_.rows.size());
             for (int64_t r = row; r < end; r++) plan_.rows.push_back({int32_t(i), int32_t(r), -1});
-            const int64_t keys = seqs_[i].lengths[0] + end;  // the first rows of a chain see fewer
+            const int64_t keys = keys_[i] - seqs_[i].rows + end;  // the first rows of a chain see fewer
             add(first, end - row, -1, (end - row) * keys);
         }
     }
@@ -91,7 +91,6 @@ private:
         first_partial_[i] = plan_.partials;
         for (int32_t r = 0; r < seqs_[i].rows; r++) {
             plan_.waiting.push_back({i, r, int32_t(plan_.partials)});
-            plan_.groups.push_back(int32_t(groups_[i]));
             plan_.partials += groups_[i];
         }
     }
@@ -119,7 +118,7 @@ private:
         int64_t keys = 0;
         for (int32_t i : members) {
             const Seq& s = seqs_[i];
-            keys = std::max(keys, std::min(SPAN, s.lengths[0] + s.tail + s.rows - group * SPAN));
+            keys = std::max(keys, std::min(SPAN, keys_[i] - group * SPAN));
             for (int32_t r = 0; r < s.rows; r++) plan_.rows.push_back({i, r, int32_t(first_partial_[i] + r * groups_[i])});
         }
         const int64_t end = int64_t(plan_.rows.size());
@@ -148,7 +147,8 @@ private:
     AttendChoices choices_;
     AttendPlan plan_;
     int64_t most_rows_ = 1, most_groups_ = 0, waiting_ = 0;
-    std::vector<int64_t> groups_, full_, first_partial_, costs_;  // of sequences: groups, whole groups that may be shared; of tasks
+    std::vector<int64_t> keys_, groups_, full_, first_partial_;  // of sequences: slots of the longest lane, groups, whole groups to share
+    std::vector<int64_t> costs_;                                // of tasks
     std::vector<int32_t> split_;
 };
 
@@ -179,10 +179,20 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
 }
 
 namespace {
+// Slots of a lane, with tentative ones.
+int64_t slots_of(const AttendJob& job, const Seq& seq, int64_t kv_head) {
+    return length_of(seq, job.pool, job.layer, kv_head) + seq.tail + seq.rows;
+}
+
+// Whether the lane of this kv head ends before the task's group. The sequences of a task with several have SHARED lanes, with full pages.
+bool beyond(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head) {
+    return task.group > 0 && task.group * SPAN >= slots_of(job, job.seqs[plan.rows[task.first].seq], kv_head);
+}
+
 // The pages of a task's group, and null beyond them.
 void pages_of(const AttendJob& job, const AttendPlan& plan, const AttendTask& task, int64_t kv_head, const uint8_t** pages) {
     const Seq& seq = job.seqs[plan.rows[task.first].seq];
-    const int64_t first = std::max(task.group, 0) * GROUP, slots = length_of(seq, job.pool, job.layer, kv_head) + seq.tail + seq.rows;
+    const int64_t first = std::max(task.group, 0) * GROUP, slots = slots_of(job, seq, kv_head);
     for (int64_t i = 0; i < GROUP; i++)
         pages[i] = (first + i) * PAGE < slots ? find_unit(seq, job.pool, job.encoded, job.layer, kv_head, first + i).at : nullptr;
 }
@@ -191,7 +201,12 @@ void pages_of(const AttendJob& job, const AttendPlan& plan, const AttendTask& ta
 void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan& plan, Attention& memory, int worker, int workers) {
     float* scratch = memory.memory_ + worker * memory.per_worker_;
     const int64_t kv_heads = job.pool.kv_heads, items = int64_t(plan.tasks.size()) * kv_heads;
-    const auto claim = [&] { return memory.next_.fetch_add(1, std::memory_order_relaxed); };
+    const auto claim = [&] {
+        int64_t item = memory.next_.fetch_add(1, std::memory_order_relaxed);
+        while (item < items && beyond(job, plan, plan.tasks[item / kv_heads], item % kv_heads))
+            item = memory.next_.fetch_add(1, std::memory_order_relaxed);
+        return item;
+    };
     for (int64_t item = claim(), next; item < items; item = next) {
         const AttendTask& task = plan.tasks[item / kv_heads];
         const bool brief = task.group >= 0;  // claim early, to prefetch; not in a long task, as others could take it
@@ -207,8 +222,7 @@ void attend(const AttendKernels& kernels, const AttendJob& job, const AttendPlan
     }
     if (!plan.waiting.empty()) barrier();
     const Share share(int64_t(plan.waiting.size()), worker, workers);
-    for (int64_t i = share.first; i < share.last; i++)
-        kernels.merge(job, plan.shape, plan.waiting[i], plan.groups[i], memory.partials_, scratch);
+    for (int64_t i = share.first; i < share.last; i++) kernels.merge(job, plan.shape, plan.waiting[i], memory.partials_, scratch);
     if (!job.watches) return;
     barrier();
     for (int64_t i = 0; i < job.watches; i++) {

@@ -50,8 +50,8 @@ struct AttendKernels {
     // rows: those of the task. then: the pages, GROUP or null ones, that the worker reads next
     void (*task)(const AttendJob&, const AttendShape&, const AttendRow* rows, const AttendTask&, int64_t kv_head,
                  const uint8_t* const* then, const Partials&, float* scratch);
-    // Merges the groups of a row from left to right into the final result.
-    void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, int64_t groups, const Partials&, float* scratch);
+    // Merges the groups of a row from left to right into the final result: those of each lane, up to its end.
+    void (*merge)(const AttendJob&, const AttendShape&, const AttendRow&, const Partials&, float* scratch);
     // Converts a vector of numbers to codes and their scale.
     void (*encode)(const uint8_t* from, Kind, int64_t size, int8_t* codes, float* scale);
     // Adds the statistics of the slots of a group, after all rows are done.
@@ -71,7 +71,6 @@ struct AttendPlan {
     std::vector<AttendRow> rows;
     std::vector<AttendTask> tasks;    // the longest first
     std::vector<AttendRow> waiting;   // rows with groups to merge at the end
-    std::vector<int32_t> groups;      // the groups of each of them
     int64_t partials = 0;
     int64_t ends = 0;                 // rows of the batch if something is watched, else 0
 };

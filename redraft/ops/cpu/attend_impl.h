@@ -32,14 +32,14 @@ inline Vec quarters(const uint8_t* p, int64_t step) {
     const __m512 a = _mm512_insertf32x4(_mm512_castps128_ps512(quarter(0)), quarter(1), 1);
     return {_mm512_insertf32x4(_mm512_insertf32x4(a, quarter(2), 2), quarter(3), 3)};
 }
-// Of words of 32 bits: the bf16 numbers in their low and high halves, the signed byte i, the 4-bit number i.
+// Of words of 32 bits: the bf16 numbers in their low and high halves, the signed byte i, the bits of `mask` after so many others.
 inline Vec shifted(Vec x, int left) { return {_mm512_castsi512_ps(_mm512_sllv_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(left)))}; }
 inline Vec low_half(Vec x) { return shifted(x, 16); }
 inline Vec high_half(Vec x) { return {_mm512_and_ps(x.v, _mm512_castsi512_ps(_mm512_set1_epi32(int(0xffff0000))))}; }
 inline Vec byte_of(Vec x, int i) { return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_castps_si512(shifted(x, 24 - 8 * i).v), 24))}; }
-inline Vec nibble_of(Vec x, int i) {
-    const __m512i low = _mm512_srlv_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(4 * i));
-    return {_mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(15)))};
+inline Vec code_of(Vec x, int right, int mask) {
+    const __m512i low = _mm512_srlv_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(right));
+    return {_mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(mask)))};
 }
 inline float first_number(Vec x) { return _mm512_cvtss_f32(x.v); }
 template <class Both>
@@ -58,14 +58,14 @@ inline Vec quarters(const uint8_t* p, int64_t step) {
     const auto quarter = [&](int i) { return _mm_loadu_ps(reinterpret_cast<const float*>(p + i * step)); };
     return {_mm256_insertf128_ps(_mm256_castps128_ps256(quarter(0)), quarter(1), 1)};
 }
-// Of words of 32 bits: the bf16 numbers in their low and high halves, the signed byte i, the 4-bit number i.
+// Of words of 32 bits: the bf16 numbers in their low and high halves, the signed byte i, the bits of `mask` after so many others.
 inline Vec shifted(Vec x, int left) { return {_mm256_castsi256_ps(_mm256_sllv_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(left)))}; }
 inline Vec low_half(Vec x) { return shifted(x, 16); }
 inline Vec high_half(Vec x) { return {_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000))))}; }
 inline Vec byte_of(Vec x, int i) { return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_castps_si256(shifted(x, 24 - 8 * i).v), 24))}; }
-inline Vec nibble_of(Vec x, int i) {
-    const __m256i low = _mm256_srlv_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(4 * i));
-    return {_mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(15)))};
+inline Vec code_of(Vec x, int right, int mask) {
+    const __m256i low = _mm256_srlv_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(right));
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(mask)))};
 }
 inline float first_number(Vec x) { return _mm256_cvtss_f32(x.v); }
 template <class Both>
@@ -115,6 +115,7 @@ struct Line {
     int64_t low, near;         // the windows of the layer and the sequence show positions > low, and < sinks or > near
     bool all;                  // they hide nothing
     bool turned;               // with a window: keys before the end of its sinks are scored with the rotated query
+    const float* logs;         // of committed slots, or null: added to the scores
 
     bool sees(int64_t position) const { return position > low && (position < seq->sinks || position > near); }
 };
@@ -130,9 +131,11 @@ inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head)
     line.at = s.at[row.row];
     line.row = s.first + row.row;
     line.low = job.window ? line.at - job.window : NONE;
-    line.near = s.recent ? line.at - s.recent : NONE;
+    const bool windowed = s.recent && (!s.windowed || s.windowed[int64_t(job.layer) * job.pool.kv_heads + kv_head]);
+    line.near = windowed ? line.at - s.recent : NONE;
+    line.logs = s.logs ? s.logs[lane] : nullptr;
     line.all = line.low < 0 && line.near < s.sinks;
-    line.turned = job.far && s.recent && line.at + 1 > int64_t(s.sinks) + s.recent;
+    line.turned = job.far && windowed && s.turned && line.at + 1 > int64_t(s.sinks) + s.recent;
     if (row.row < s.chain_rows) {
         line.base = line.seen = line.straight = line.length + s.tail + row.row + 1;
         return line;
@@ -218,18 +221,25 @@ inline int64_t slots_seen(const Line& line) {
 
 // ---- pages as numbers
 
-inline int64_t row_bytes(const Pool& pool) { return pool.kind == I4 ? pool.size / 2 : pool.size * bytes_of(pool.kind); }
+constexpr int bits_of(Kind kind) { return kind == I2 ? 2 : 4; }  // of a code
 
-// A scale or a zero of a unit of 4-bit codes.
-inline Vec number_of(const Unit& unit, int64_t offset, int64_t i) {
+// Of a value.
+inline int64_t row_bytes(const Pool& pool) {
+    if (pool.kind == I4 || pool.kind == I2) return pool.size * bits_of(pool.kind) / 8;
+    return pool.size * bytes_of(pool.kind == THIN ? pool.numbers : pool.kind);
+}
+
+// A scale, a zero, a factor or an outlier of a unit.
+inline float number_at(const Unit& unit, int64_t offset, int64_t i) {
     const uint8_t* at = unit.at + offset + i * bytes_of(unit.pool->numbers);
     uint32_t bits = 0;
     float x;
     __builtin_memcpy(&bits, at, size_t(bytes_of(unit.pool->numbers)));
     if (unit.pool->numbers == BF16) bits <<= 16;
     __builtin_memcpy(&x, &bits, 4);
-    return set1(x);
+    return x;
 }
+inline Vec number_of(const Unit& unit, int64_t offset, int64_t i) { return set1(number_at(unit, offset, i)); }
 
 // Rows of a page, `bytes` long, as words of 4 bytes, transposed. Gives `put` one word of Vec::N slots at a time.
 template <class Put>
@@ -252,10 +262,53 @@ inline void turn_rows(const uint8_t* rows, int64_t bytes, Put put) {
         }
 }
 
+// Keys with some channels, transposed; the others are 0.
+inline void turn_thin(const Unit& unit, float* keys) {
+    const Pool& pool = *unit.pool;
+    const uint8_t* channels = unit.at + pool.channels;
+    for (int64_t i = 0; i < pool.size * PAGE; i += Vec::N) store(keys + i, zero());
+    turn_rows(unit.at, pool.kept * bytes_of(pool.numbers), [&](int64_t word, int64_t slot, Vec x) {
+        const auto put = [&](int64_t i, Vec numbers) { store(keys + channels[i] * PAGE + slot, numbers); };
+        if (pool.numbers == F32) return put(word, x);
+        put(2 * word, low_half(x));
+        if (2 * word + 1 < pool.kept) put(2 * word + 1, high_half(x));
+    });
+}
+
+// Adds the product of the factors and the outliers to transposed keys that were decoded from codes.
+inline void repair_keys(const Unit& unit, float* keys) {
+    const Pool& pool = *unit.pool;
+    for (int64_t j = 0; j < pool.rank; j++) {
+        const uint8_t* left = unit.at + pool.key_left + j * PAGE * bytes_of(pool.numbers);
+        for (int64_t slot = 0; slot < PAGE; slot += Vec::N) {
+            const Vec factors = read(left + slot * bytes_of(pool.numbers), pool.numbers);
+            for (int64_t channel = 0; channel < pool.size; channel++) {
+                float* p = keys + channel * PAGE + slot;
+                store(p, fma(factors, number_of(unit, pool.key_right, j * pool.size + channel), load(p)));
+            }
+        }
+    }
+    for (int64_t i = 0; i < pool.outliers * pool.size; i++)
+        keys[i % pool.size * PAGE + unit.at[pool.key_places + i]] += number_at(unit, pool.key_outliers, i);
+}
+
+// Adds the same to a decoded value.
+inline void repair_value(const Unit& unit, int64_t slot, float* to) {
+    const Pool& pool = *unit.pool;
+    for (int64_t j = 0; j < pool.rank; j++) {
+        const Vec factor = number_of(unit, pool.value_left, j * PAGE + slot);
+        const uint8_t* right = unit.at + pool.value_right + j * pool.size * bytes_of(pool.numbers);
+        for (int64_t c = 0; c < pool.size; c += Vec::N)
+            store(to + c, fma(factor, read_some(right + c * bytes_of(pool.numbers), pool.numbers, pool.size - c), load(to + c)));
+    }
+    for (int64_t i = slot * pool.outliers; i < (slot + 1) * pool.outliers; i++)
+        to[unit.at[pool.value_places + i]] += number_at(unit, pool.value_outliers, i);
+}
+
 // Keys of a unit, transposed: float32 [size][32], or, if paired, words of two bf16 numbers [size / 2][32].
 inline void turn_keys(const Unit& unit, bool paired, float* keys) {
     const Pool& pool = *unit.pool;
-    const int64_t size = pool.size, half = size / 2, bytes = row_bytes(pool);
+    const int64_t size = pool.size, bytes = row_bytes(pool);
     const auto put = [&](int64_t row, int64_t slot, Vec x) { store(keys + row * PAGE + slot, x); };
     if (pool.kind == F32 || paired) return turn_rows(unit.at, bytes, put);
     if (pool.kind == BF16)
@@ -268,22 +321,26 @@ inline void turn_keys(const Unit& unit, bool paired, float* keys) {
             const Vec scale = load(reinterpret_cast<const float*>(unit.at + pool.key_scales) + slot);
             for (int i = 0; i < 4 && 4 * word + i < size; i++) put(4 * word + i, slot, byte_of(x, i) * scale);
         });
+    if (pool.kind == THIN) return turn_thin(unit, keys);
+    const int bits = bits_of(pool.kind), parts = 8 / bits;
     turn_rows(unit.at, bytes, [&](int64_t word, int64_t slot, Vec x) {  // times the scale of the channel, plus its zero
-        for (int i = 0; i < 8 && 4 * word + i / 2 < half; i++) {
-            const int64_t channel = 4 * word + i / 2 + i % 2 * half;  // the second half is in the high halves of bytes
-            put(channel, slot, fma(nibble_of(x, i), number_of(unit, pool.key_scales, channel), number_of(unit, pool.key_zeros, channel)));
+        for (int i = 0; i < 4 * parts && 4 * word + i / parts < bytes; i++) {
+            const int64_t channel = 4 * word + i / parts + i % parts * bytes;  // the first channels are in the lowest bits of bytes
+            const Vec code = code_of(x, i / parts * 8 + i % parts * bits, (1 << bits) - 1);
+            put(channel, slot, fma(code, number_of(unit, pool.key_scales, channel), number_of(unit, pool.key_zeros, channel)));
         }
     });
+    repair_keys(unit, keys);
 }
 
-// Low or high halves of Vec::N bytes as numbers.
-inline Vec from_u4(const uint8_t* p, bool high) {
+// Some bits of Vec::N bytes as numbers.
+inline Vec from_bytes(const uint8_t* p, int right, int mask) {
 #if defined(__AVX512F__)
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm512_cvtepi32_ps(_mm512_and_si512(high ? _mm512_srli_epi32(bytes, 4) : bytes, _mm512_set1_epi32(15)))};
+    return code_of({_mm512_castsi512_ps(bytes)}, right, mask);
 #else
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return {_mm256_cvtepi32_ps(_mm256_and_si256(high ? _mm256_srli_epi32(bytes, 4) : bytes, _mm256_set1_epi32(15)))};
+    return code_of({_mm256_castsi256_ps(bytes)}, right, mask);
 #endif
 }
 
@@ -295,12 +352,13 @@ inline Vec read_codes(const int8_t* codes, int64_t count) {
     return from_i8(t);
 }
 
-// Numbers c .. of `size` 4-bit codes: the first half is in the low halves of bytes, the second in the high halves.
-inline Vec read_nibbles(const uint8_t* codes, int64_t c, int64_t size) {
-    const int64_t half = size / 2;
-    if (half % Vec::N == 0) return from_u4(codes + c % half, c >= half);
+// Numbers c .. of `size` codes of some bits: the first ones are in the lowest bits of bytes.
+inline Vec read_bits(const uint8_t* codes, int bits, int64_t c, int64_t size) {
+    const int64_t bytes = size * bits / 8;
+    const int mask = (1 << bits) - 1;
+    if (bytes % Vec::N == 0) return from_bytes(codes + c % bytes, int(c / bytes) * bits, mask);
     alignas(64) int8_t t[Vec::N] = {};
-    for (int64_t i = 0; i < Vec::N && c + i < size; i++) t[i] = int8_t(c + i < half ? codes[c + i] & 15 : codes[c + i - half] >> 4);
+    for (int64_t i = c; i < c + Vec::N && i < size; i++) t[i - c] = int8_t(codes[i % bytes] >> int(i / bytes) * bits & mask);
     return from_i8(t);
 }
 
@@ -328,11 +386,12 @@ inline void load_value(const Unit& unit, int64_t slot, int64_t padded, float* to
     if (pool.kind == I8) {
         const Vec scale = set1(reinterpret_cast<const float*>(unit.at + pool.value_scales)[slot]);
         unpack(size, padded, to, [&](int64_t c) { return read_codes(reinterpret_cast<const int8_t*>(from) + c, size - c) * scale; });
-    } else if (pool.kind == I4) {
+    } else if (pool.kind == I4 || pool.kind == I2) {
         const Vec scale = number_of(unit, pool.value_scales, slot), zeros = number_of(unit, pool.value_zeros, slot);
-        unpack(size, padded, to, [&](int64_t c) { return fma(read_nibbles(from, c, size), scale, zeros); });
+        unpack(size, padded, to, [&](int64_t c) { return fma(read_bits(from, bits_of(pool.kind), c, size), scale, zeros); });
+        repair_value(unit, slot, to);
     } else {
-        load_numbers(from, pool.kind, size, padded, to);
+        load_numbers(from, pool.kind == THIN ? pool.numbers : pool.kind, size, padded, to);
     }
 }
 
@@ -623,7 +682,8 @@ public:
     // Adds the statistics of the rows to the slots of a group.
     void watch(const Watched& watched, int64_t group) {
         float limits[MOST_ROWS];
-        for (int64_t i = 0; i < count_; i++) limits[i] = watched.low ? 1.0f / float(slots_seen(lines_[i])) : 0.0f;
+        const float share = watched.statistic == LOW ? 1.0f : watched.threshold;
+        for (int64_t i = 0; i < count_; i++) limits[i] = watched.statistic == MASS ? 0.0f : share / float(slots_seen(lines_[i]));
         const Seq& seq = *lines_[0].seq;
         const int64_t slots = lines_[0].length + seq.tail + seq.rows;  // of the lane, tentative ones included
         for (int64_t page = group * GROUP; page < (group + 1) * GROUP && page * PAGE < slots; page++) watch_page(watched, page, limits);
@@ -805,9 +865,24 @@ private:
                     float* p = out + q * STRIDE + c;
                     if (lines_[i].turned) store(p, keep_where(view.sinks[i] >> c, load(far + q * STRIDE + c), load(p)));
                 }
+        for (int64_t i = view.first; i < view.last; i++) weight(lines_[i], page, out + i * share_ * STRIDE);
         for (int64_t i = 0; view.loose && i < count_; i++)
             if (is_loose(i, place)) score_scattered(i, page, place);
     }
+
+    // Adds the logarithms of what the slots of a page stand for to the scores of the queries of a row.
+    void weight(const Line& line, int64_t page, float* out) const {
+        const int64_t first = page * PAGE, count = at_most(line.length - first, PAGE);
+        if (!line.logs || count <= 0) return;
+        alignas(64) float more[PAGE] = {};
+        __builtin_memcpy(more, line.logs + first, size_t(count * 4));
+        const Vec each = set1(score_of_log());
+        for (int64_t c = 0; c < PAGE; c += Vec::N) {
+            const Vec x = load(more + c) * each;
+            for (int64_t g = 0; g < share_; g++) store(out + g * STRIDE + c, load(out + g * STRIDE + c) + x);
+        }
+    }
+    float score_of_log() const { return LOG2_E / factor_; }  // scores are multiplied by factor_ later
 
     // Scores of all node rows with all slots of the pages with nodes: tail[query][slot - tail_first_].
     void score_tail() {
@@ -835,8 +910,9 @@ private:
         slots_of(line, page * PAGE, slots);
         for (int64_t k = 0; k < at_most(line.seen - page * PAGE, PAGE); k++) {
             const float* tail = line.turned && position_of(line, slots[k]) < line.seq->sinks ? s_.far_tail : s_.tail;
+            const float more = line.logs && slots[k] < line.length ? line.logs[slots[k]] * score_of_log() : 0.0f;
             for (int64_t q = i * share_; q < (i + 1) * share_; q++)
-                s_.p[q * STRIDE + place * PAGE + k] = tail[q * shape_.tail + slots[k] - tail_first_];
+                s_.p[q * STRIDE + place * PAGE + k] = tail[q * shape_.tail + slots[k] - tail_first_] + more;
         }
     }
 
@@ -995,29 +1071,36 @@ private:
         score_page(page, 0, nullptr);
         for (int64_t i = view.first; i < view.last; i++) {
             if (!bits[i]) continue;
-            alignas(64) float sums[PAGE];
+            alignas(64) float sums[PAGE], most[PAGE];
             clear(sums, PAGE);
+            clear(most, PAGE);
             for (int64_t g = 0; g < share_; g++) {
-                const auto [most, sum] = partials_.ends[lines_[i].row * job_.heads + kv_head_ * share_ + g];
+                if (watched.heads && !watched.heads[int64_t(job_.layer) * job_.heads + kv_head_ * share_ + g]) continue;
+                const auto [peak, sum] = partials_.ends[lines_[i].row * job_.heads + kv_head_ * share_ + g];
                 const uint32_t read = bits[i] & picked(i, g, page);
                 for (int64_t c = 0; c < PAGE; c += Vec::N) {
-                    const Vec x = power(fma(load(s_.p + (i * share_ + g) * STRIDE + c), set1(factor_), set1(-most))) / set1(sum);
-                    store(sums + c, load(sums + c) + keep_where(read >> c, x, zero()));
+                    const Vec x = power(fma(load(s_.p + (i * share_ + g) * STRIDE + c), set1(factor_), set1(-peak))) / set1(sum);
+                    const Vec own = keep_where(read >> c, x, zero());
+                    store(sums + c, load(sums + c) + own);
+                    store(most + c, maximum(load(most + c), own));
                 }
             }
-            note(watched, lines_[i], page * PAGE, bits[i], limits[i], sums);
+            note(watched, lines_[i], page * PAGE, bits[i], limits[i], sums, most);
         }
     }
 
-    void note(const Watched& watched, const Line& line, int64_t first, uint32_t bits, float limit, const float* sums) const {
+    void note(const Watched& watched, const Line& line, int64_t first, uint32_t bits, float limit, const float* sums,
+              const float* most) const {
         constexpr double STEPS = 4294967296.0;
         const int64_t block = int64_t(job_.layer) * pool_.kv_heads + kv_head_, node = line.row - line.seq->first - line.seq->chain_rows;
-        double* all = node < 0 ? watched.chain : watched.nodes + node * pool_.layers * pool_.kv_heads * watched.slots;
+        const int64_t all_slots = int64_t(pool_.layers) * pool_.kv_heads * watched.slots, row = line.row - line.seq->first;
+        double* all = node >= 0 ? watched.nodes + node * all_slots : watched.chain + (watched.each ? row * all_slots : 0);
         double* to = all + block * watched.slots + first;
         for (; bits; bits &= bits - 1) {
             const int i = __builtin_ctz(bits);
             const float weight = sums[i] / float(shape_.share);
-            to[i] += watched.low ? double(weight < limit) : __builtin_nearbyint(double(weight) * STEPS) / STEPS;
+            to[i] += watched.statistic == LOW ? double(weight < limit)
+                : watched.statistic == ABOVE ? double(most[i] > limit) : __builtin_nearbyint(double(weight) * STEPS) / STEPS;
         }
     }
 
@@ -1047,14 +1130,16 @@ inline void attend_task(const AttendJob& job, const AttendShape& shape, const At
     else one.one_group(task.group);
 }
 
-inline void attend_merge(const AttendJob& job, const AttendShape& shape, const AttendRow& row, int64_t groups, const Partials& partials,
-                         float* scratch) {
+inline void attend_merge(const AttendJob& job, const AttendShape& shape, const AttendRow& row, const Partials& partials, float* scratch) {
+    const Seq& seq = job.seqs[row.seq];
+    const int64_t most = seq.lanes == 2 ? shape.share : shape.queries;  // query heads whose lanes end at the same slot
     Scratch s;
     carve(shape, scratch, &s);
     for (int64_t head = 0, count; head < job.heads; head += count) {
-        count = at_most(job.heads - head, shape.queries);
+        count = at_most(job.heads - head, most);
+        const int64_t slots = length_of(seq, job.pool, job.layer, head / shape.share) + seq.tail + seq.rows;
         begin(s.whole, count, shape.padded, job.sink_logits ? job.sink_logits + head : nullptr, count);
-        for (int64_t group = 0; group < groups; group++)
+        for (int64_t group = 0; group * SPAN < slots; group++)
             merge(s.whole, partials.groups.from((row.partial + group) * job.heads + head, shape.padded), count, shape.padded);
         write_results(job, job.seqs[row.seq].first + row.row, head, count, s.whole, shape.padded, partials);
     }

@@ -19,7 +19,8 @@ constexpr int64_t CONTENDERS = 16;  // tokens so near to the largest sum that nu
 constexpr int64_t MOST_RANKS = 1024;  // of low-rank terms
 constexpr int64_t GROUP = 8;   // pages whose keys are attended one after another; groups are merged left to right
 
-enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, G8 = 4 };  // I4, G8: codes with a scale for each group of columns
+// I4, I2, G8: codes with a scale for each group; THIN: numbers of which some columns are missing
+enum Kind : int32_t { F32 = 0, BF16 = 1, I8 = 2, I4 = 3, G8 = 4, I2 = 5, THIN = 6 };
 enum Activation : int32_t { NONE = 0, SILU = 1, GELU = 2, GELU_TANH = 3, RELU = 4, SIGMOID = 5, QUICK_GELU = 6 };
 
 INLINE constexpr int64_t bytes_of(Kind kind) { return kind == F32 ? 4 : kind == BF16 ? 2 : 1; }
@@ -145,7 +146,7 @@ struct Seq {
     int32_t pages_per_lane, words;    // page ids of a lane; words of visibility of a node row
     int32_t encoded_per_lane;         // pages of codes, before `pages`
     int32_t sinks, recent;            // a row sees keys at positions < sinks or > its own - recent; recent 0: no such window
-    int32_t none;
+    int32_t turned;                   // 1: keys at positions < sinks are scored with the rotated query
     const int32_t* pages;             // [lanes][pages_per_lane]
     const int32_t* encoded;           // [lanes][encoded_per_lane]
     const int32_t* lengths;           // [lanes] committed slots
@@ -153,19 +154,29 @@ struct Seq {
     const uint64_t* visible;          // [node rows][words]: tentative nodes that the row sees
     const int32_t* at;                // [rows] positions of the rows
     const int32_t* tail_at;           // [tail + rows] positions of the tentative slots
+    const uint8_t* windowed;          // [layers][kv_heads] whether the window holds, or null: everywhere
+    const float* const* logs;         // [lanes] -> logarithm of the number of tokens of every committed slot, or null: all 0
 };
 
 // Where units are stored: unit u is at data + u / per_block * block_bytes + u % per_block * unit_bytes, and holds keys [32][size], then
-// values. I8: codes of vectors (redraft/kv/quantization/int8.py) with scales float32 [32]. I4: codes [32][size / 2], of keys by channel
-// and of values by slot (redraft/kv/quantization/int4.py), with scales and zeros of kind `numbers`.
+// values. I8: codes of vectors (redraft/kv/quantization/int8.py) with scales float32 [32]. I4, I2: codes [32][size / 2 or 4], of keys by
+// channel and of values by slot (redraft/kv/quantization/kivi.py), with scales and zeros of kind `numbers`; `rank` pairs of factors and
+// `outliers` numbers of each group are added to what they mean (redraft/kv/quantization/gear.py). THIN: keys [32][kept] of the channels
+// that `channels` names, and values [32][size], of kind `numbers` (redraft/kv/quantization/think.py).
 struct Pool {
     uint8_t* data;
     int64_t block_bytes, unit_bytes, per_block, values;  // values: bytes from the start of the unit
     int32_t layers, kv_heads, size;                    // size: of a head
     Kind kind;
-    int64_t key_scales, value_scales;                  // I8, I4: bytes from the start of the unit
-    int64_t key_zeros, value_zeros;                    // I4
-    Kind numbers;                                      // I4: of scales and zeros
+    int64_t key_scales, value_scales;                  // I8, I4, I2: bytes from the start of the unit
+    int64_t key_zeros, value_zeros;                    // I4, I2
+    int64_t key_left, key_right;                       // [rank][32], [rank][size] of kind `numbers`: factors of slots and of channels
+    int64_t value_left, value_right;
+    int64_t key_outliers, key_places;                  // [outliers][size] of kind `numbers`, and the slot of each in a byte
+    int64_t value_outliers, value_places;              // [32][outliers], and the channel of each
+    int64_t channels;                                  // THIN: bytes [kept]
+    Kind numbers;                                      // I4, I2, THIN
+    int32_t rank, outliers, kept;
 };
 
 // The unit of page `page` (an id of the lane kind) for a layer and kv head.
@@ -197,13 +208,18 @@ struct Picked {
     int32_t words, apart;
 };
 
-// A statistic of the attention weights of a sequence: the weight of a slot, averaged over the query heads of a kv head, or, if `low`, 1
-// where it is below 1 / the number of slots that the row sees. slots: of the longest lane, with tentative ones. Weights are counted in
-// steps of 2^-32, so sums in double are exact and do not depend on how rows are grouped into steps.
+// A statistic of the attention weights of a sequence: the weight of a slot, averaged over the query heads of a kv head (MASS); 1 where it is
+// below 1 / the number of slots that the row sees (LOW); 1 where the largest of the query heads is above threshold / that number (ABOVE).
+// slots: of the longest lane, with tentative ones. Weights are counted in steps of 2^-32, so sums in double are exact and do not depend on
+// how rows are grouped into steps.
+enum Statistic : int32_t { MASS = 0, LOW = 1, ABOVE = 2 };
 struct Watched {
     double *chain, *nodes;  // [layers][kv_heads][slots]: chain is summed over chain rows at positions >= `since`; nodes has one for each node row
+    const uint8_t* heads;   // [layers][query heads]: whether it counts, as weight 0 if not; null: all do
     int64_t slots;
-    int32_t seq, since, low, none;
+    int32_t seq, since, statistic, each;  // each: chain has one for each chain row too
+    float threshold;
+    int32_t none;
 };
 
 struct AttendJob {

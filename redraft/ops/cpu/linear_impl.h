@@ -542,6 +542,7 @@ void linear(const LinearJob& j, int64_t first, int64_t last, float* scratch) {
             case I8: run_piece<Lines<CodeStep>>(j, piece, scratch); break;
             case I4: run_piece<Groups<false>>(j, piece, scratch); break;
             case G8: run_piece<Groups<true>>(j, piece, scratch); break;
+            case I2: case THIN: break;  // of pages only
         }
         settle(j, piece, scratch);
     }

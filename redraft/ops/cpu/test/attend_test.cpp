@@ -107,16 +107,23 @@ struct Memory {
     std::unique_ptr<Block> bytes;
     vector<int32_t> blocks;
 
-    // Units of keys, then values, then scales and zeros; numbers: the kind of scales and zeros of 4-bit codes.
+    static bool coded(Kind kind) { return kind == I4 || kind == I2; }
+    static int64_t row_bytes(const Pool& p) {  // of a value
+        return coded(p.kind) ? p.size * bits_of(p.kind) / 8 : p.size * bytes_of(p.kind == THIN ? p.numbers : p.kind);
+    }
+
+    // Units of keys, then values, then scales and zeros; numbers: the kind of the numbers of pages of codes or with some channels.
     Memory(Random& random, int64_t count, int32_t layers, int32_t kv_heads, int32_t head_size, Kind kind, Kind numbers = F32) {
         pool.layers = layers, pool.kv_heads = kv_heads, pool.size = head_size, pool.kind = kind;
         pool.numbers = numbers;
-        pool.values = PAGE * head_size * bytes_of(kind) / (kind == I4 ? 2 : 1);
+        pool.values = PAGE * row_bytes(pool);
         pool.key_scales = 2 * pool.values;
-        const int64_t each = bytes_of(numbers), channels = kind == I4 ? head_size * each : 4 * PAGE;
+        const int64_t each = bytes_of(numbers), channels = coded(kind) ? head_size * each : 4 * PAGE;
         pool.value_scales = pool.key_scales + channels;
-        pool.key_zeros = pool.value_scales + (kind == I4 ? PAGE * each : 4 * PAGE), pool.value_zeros = pool.key_zeros + channels;
-        pool.unit_bytes = kind == I4 ? pool.value_zeros + PAGE * each : kind == I8 ? pool.key_zeros : pool.key_scales;
+        pool.key_zeros = pool.value_scales + (coded(kind) ? PAGE * each : 4 * PAGE), pool.value_zeros = pool.key_zeros + channels;
+        pool.unit_bytes = coded(kind) ? pool.value_zeros + PAGE * each : kind == I8 ? pool.key_zeros : pool.key_scales;
+        if (coded(kind)) repair(head_size / 8 % 3, head_size / 24 % 3);
+        if (kind == THIN) pool.kept = head_size - 3, pool.channels = pool.unit_bytes, pool.unit_bytes += head_size;
         pool.per_block = layers * kv_heads;
         pool.block_bytes = pool.per_block * pool.unit_bytes;
         size = size_t(count * pool.block_bytes);
@@ -124,6 +131,19 @@ struct Memory {
         pool.data = bytes->data;
         for (int64_t i = 0; i < count; i++) blocks.push_back(int32_t(i));
         std::shuffle(blocks.begin(), blocks.end(), random.engine);
+    }
+    void repair(int32_t rank, int32_t pairs) {
+        pool.rank = rank, pool.outliers = 2 * pairs;
+        const auto take = [&](int64_t count, int64_t each) {
+            const int64_t at = pool.unit_bytes;
+            pool.unit_bytes += (count * each + 15) / 16 * 16;
+            return at;
+        };
+        const int64_t each = bytes_of(pool.numbers);
+        pool.key_left = take(rank * PAGE, each), pool.key_right = take(rank * pool.size, each);
+        pool.value_left = take(rank * PAGE, each), pool.value_right = take(rank * pool.size, each);
+        pool.key_outliers = take(2 * pairs * pool.size, each), pool.key_places = take(2 * pairs * pool.size, 1);
+        pool.value_outliers = take(2 * pairs * PAGE, each), pool.value_places = take(2 * pairs * PAGE, 1);
     }
     int32_t block() {
         if (blocks.empty()) std::abort();
@@ -186,7 +206,7 @@ struct Text {
     const Pool& pool_of(int64_t slot) const { return in_block(slot) ? block->pool : memory->pool; }
     uint8_t* place(int64_t layer, int64_t head, int64_t slot, bool value) const {
         const Pool& p = pool_of(slot);
-        return unit(layer, head, slot) + (value ? p.values : 0) + slot % PAGE * p.size * bytes_of(p.kind) / (p.kind == I4 ? 2 : 1);
+        return unit(layer, head, slot) + (value ? p.values : 0) + slot % PAGE * Memory::row_bytes(p);
     }
     float* scale(int64_t layer, int64_t head, int64_t slot, bool value) const {
         return reinterpret_cast<float*>(unit(layer, head, slot) + (value ? memory->pool.value_scales : memory->pool.key_scales)) + slot % PAGE;
@@ -197,13 +217,32 @@ struct Text {
         const uint8_t* at = place(layer, head, slot, value) + d * bytes_of(kind);
         return kind == I8 ? float(int8_t(*at)) * *scale(layer, head, slot, value) : as_float(at, kind);
     }
-    // A byte holds the codes of channels d and d + size / 2; keys have a grid for each channel, values for each slot.
+    // A byte holds the codes of channels d, d + size * bits / 8 ...; keys have a grid for each channel, values for each slot.
     float coded_number(int64_t layer, int64_t head, int64_t slot, bool value, int64_t d) const {
         const Pool& p = block->pool;
-        const int64_t half = p.size / 2, each = bytes_of(p.numbers), at = (value ? slot % PAGE : d) * each;
-        const uint8_t byte = place(layer, head, slot, value)[d % half], *own = unit(layer, head, slot);
+        if (p.kind == THIN) return thin_number(layer, head, slot, value, d);
+        const int64_t part = Memory::row_bytes(p), each = bytes_of(p.numbers), at = (value ? slot % PAGE : d) * each;
+        const uint8_t byte = place(layer, head, slot, value)[d % part], *own = unit(layer, head, slot);
+        const int bits = bits_of(p.kind);
         const float scale = as_float(own + (value ? p.value_scales : p.key_scales) + at, p.numbers);
-        return float(d < half ? byte % 16 : byte / 16) * scale + as_float(own + (value ? p.value_zeros : p.key_zeros) + at, p.numbers);
+        float x = float(byte >> d / part * bits & ((1 << bits) - 1)) * scale + as_float(own + (value ? p.value_zeros : p.key_zeros) + at, p.numbers);
+        const auto number = [&](int64_t offset, int64_t i) { return as_float(own + offset + i * each, p.numbers); };
+        for (int64_t j = 0; j < p.rank; j++)
+            x += number(value ? p.value_left : p.key_left, j * PAGE + slot % PAGE) * number(value ? p.value_right : p.key_right, j * p.size + d);
+        for (int64_t i = 0; i < p.outliers; i++) {
+            const int64_t entry = value ? slot % PAGE * p.outliers + i : i * p.size + d;
+            if (own[(value ? p.value_places : p.key_places) + entry] == (value ? d : slot % PAGE)) x += number(value ? p.value_outliers : p.key_outliers, entry);
+        }
+        return x;
+    }
+    float thin_number(int64_t layer, int64_t head, int64_t slot, bool value, int64_t d) const {
+        const Pool& p = block->pool;
+        const uint8_t* own = unit(layer, head, slot);
+        const int64_t each = bytes_of(p.numbers);
+        if (value) return as_float(place(layer, head, slot, true) + d * each, p.numbers);
+        for (int64_t i = 0; i < p.kept; i++)
+            if (own[p.channels + i] == d) return as_float(own + (slot % PAGE * p.kept + i) * each, p.numbers);
+        return 0.0f;
     }
     uint8_t* unit(int64_t layer, int64_t head, int64_t slot) const {
         const Pool& p = pool_of(slot);
@@ -268,9 +307,19 @@ void fill_codes(Text& text, Random& random, float spread) {
         for (int64_t head = 0; head < p.kv_heads; head++)
             for (int64_t page = 0; page < text.encoded_per_lane; page++) {
                 uint8_t* unit = text.unit(layer, head, page * PAGE);
+                if (p.kind == THIN) {
+                    put(unit, 0, PAGE * p.kept, 0.0f, spread), put(unit, p.values, PAGE * p.size, 0.0f, 1.0f);
+                    for (int64_t i = 0; i < p.kept; i++) unit[p.channels + i] = uint8_t(i < p.kept / 2 ? i : i + 3);
+                    continue;
+                }
                 for (int64_t i = 0; i < p.key_scales; i++) unit[i] = uint8_t(random.below(256));
                 put(unit, p.key_scales, p.size, 0.2f * spread, 0.05f * spread), put(unit, p.key_zeros, p.size, -1.5f * spread, 0.3f * spread);
                 put(unit, p.value_scales, PAGE, 0.2f, 0.05f), put(unit, p.value_zeros, PAGE, -1.5f, 0.3f);
+                put(unit, p.key_left, p.rank * PAGE, 0.0f, 1.0f), put(unit, p.key_right, p.rank * p.size, 0.0f, 0.2f * spread);
+                put(unit, p.value_left, p.rank * PAGE, 0.0f, 1.0f), put(unit, p.value_right, p.rank * p.size, 0.0f, 0.2f);
+                put(unit, p.key_outliers, p.outliers * p.size, 0.0f, spread), put(unit, p.value_outliers, p.outliers * PAGE, 0.0f, 1.0f);
+                for (int64_t i = 0; i < p.outliers * p.size; i++) unit[p.key_places + i] = uint8_t(random.below(PAGE));
+                for (int64_t i = 0; i < p.outliers * PAGE; i++) unit[p.value_places + i] = uint8_t(random.below(p.size));
             }
 }
 
@@ -329,6 +378,7 @@ struct Part {
         seq.lengths = lengths.data(), seq.at = at.data(), seq.visible = visible.data(), seq.tail_at = tail_at.data();
         seq.positions = tables.empty() ? nullptr : tables.data();
         seq.encoded_per_lane = text->encoded_per_lane, seq.encoded = text->encoded.data(), seq.sinks = text->sinks, seq.recent = text->recent;
+        seq.turned = 1;
         return seq;
     }
     // Bits of what the rows read in a layer.
@@ -415,7 +465,7 @@ Result attended(const Pool& pool, const Setting& setting, vector<Part>& parts, c
         noted->slots = *std::max_element(parts[noted->part].lengths.begin(), parts[noted->part].lengths.end()) + seq.tail + seq.rows;
         const size_t block = size_t(pool.layers * pool.kv_heads * noted->slots);
         chain.resize(block), nodes.resize(block * size_t(seq.rows - seq.chain_rows));
-        watched = {chain.data(), nodes.data(), noted->slots, int32_t(noted->part), noted->since, noted->low, 0};
+        watched = {chain.data(), nodes.data(), nullptr, noted->slots, int32_t(noted->part), noted->since, noted->low ? LOW : MASS, 0, 1.0f, 0};
     }
     vector<Picked> picked;
     bool sparse = false;
@@ -605,14 +655,14 @@ struct World {
         for (int32_t k = 0; k < half; k++) setting.frequencies.push_back(std::pow(100.0, -double(k) / half));
         return Memory(random, 1500, 2, kv_heads, size, kind);
     }
-    static Memory block_for(Random& random, Setting& setting, const Pool& exact) {
-        Memory made(random, random.chance(0.5) ? 500 : 0, exact.layers, exact.kv_heads, exact.size, I4, random.of({F32, BF16}));
+    static Memory block_for(Random& random, Setting& setting, const Pool& exact, Kind kind) {
+        Memory made(random, random.chance(0.5) ? 500 : 0, exact.layers, exact.kv_heads, exact.size, kind, random.of({F32, BF16}));
         if (made.blocks.empty()) made.pool.data = nullptr;
         setting.block = made.pool;
         return made;
     }
 
-    explicit World(uint64_t number) : random{std::mt19937_64(number)}, memory(memory_for(random, setting, number)), block(block_for(random, setting, memory.pool)), seed(number) {
+    explicit World(uint64_t number) : random{std::mt19937_64(number)}, memory(memory_for(random, setting, number)), block(block_for(random, setting, memory.pool, number % 4 == 1 ? I2 : number % 4 == 3 ? THIN : I4)), seed(number) {
         const int64_t count = 1 + random.below(3);
         for (int64_t i = 0; i < count; i++) {
             texts.push_back(text(setting.block.data ? random.of({0, 1, 2, 2}) : random.of({0, 0, 1, 2})));
