@@ -12,7 +12,7 @@ import numpy as np
 from redraft.core.layers import Between, Layers
 from redraft.core.plan import Work
 from redraft.core.sequence import PLAIN, Lanes, Sequence, Space
-from redraft.core.tree import EMPTY, I32, I64, U64, TokenTree
+from redraft.core.tree import EMPTY, F32, I32, I64, U64, TokenTree
 from redraft.core.view import View
 
 
@@ -35,7 +35,8 @@ class PageView:
     lengths[s]: i32[lanes], committed slots; tail[s]: tentative rows that an earlier forward of the same tail wrote; chain[s]: chain
     rows of the whole tail, so node j has slot lengths + chain + j; fresh: pages that this reserve allocated and that must be zeroed;
     positions[s]: None while slot i holds position i, else one i32[length] for each lane; encoded[s]: i32[lanes, m], pages that hold the
-    first 32 m slots of a lane in the sequence's format of encoded pages, before pages[s]; states: one entry for each memory of fixed size.
+    first 32 m slots of a lane in the sequence's format of encoded pages, before pages[s]; logs[s]: the logarithms of the numbers
+    of tokens that slots stand for, f32[length] for each lane, None while all are 0; states: one entry for each memory of fixed size.
     """
 
     kinds: list[Lanes]
@@ -46,6 +47,7 @@ class PageView:
     fresh: list[tuple[Space, int]]
     positions: list[list[I32] | None]
     encoded: list[I32]
+    logs: list[list[F32] | None]
     states: tuple[StateView, ...] = ()
 
     def only(self, chosen: Seq[int]) -> PageView:
@@ -59,6 +61,7 @@ class PageView:
             [],
             [self.positions[s] for s in chosen],
             [self.encoded[s] for s in chosen],
+            [self.logs[s] for s in chosen],
             tuple(state.only(chosen) for state in self.states),
         )
 
@@ -145,16 +148,15 @@ class Batch:
                 own = tree.ancestors()[w.first :]
                 bits.append(own if own.shape[1] == words else np.pad(own, ((0, 0), (0, words - own.shape[1]))))
             starts.append(len(tokens))
-            last, asked = tree_starts[-1] - 1, w.prompt_rows if rows else 0
-            if asked > 1:
-                logit_rows += range(last + 1 - asked, last)
+            last = tree_starts[-1] - 1
+            asked = [starts[-2] + row for row in w.prompt_rows] if rows else []
             if w.done:
+                logit_rows += asked[:-1] if asked and asked[-1] == last else asked
                 roots.append(len(logit_rows) if rows else -1)
                 logit_rows += range(last if rows else tree_starts[-1], len(tokens))
             else:
                 roots.append(-1)
-                if asked:
-                    logit_rows.append(last)
+                logit_rows += asked
         lists = tokens, positions, starts, tree_starts, logit_rows, roots
         whole = np.array([*chain.from_iterable(lists)], np.int32)  # one array, because each conversion of a list takes long
         ends = accumulate(map(len, lists), initial=0)
@@ -246,5 +248,6 @@ def _view(seq: Sequence, positions: list[int]) -> View | None:
         return None
     deepest = max(positions, default=0)
     read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.dense_up_to else None
-    window = chosen.window if chosen.window is not None and deepest + 1 > sum(chosen.window) else None
+    read = None if read is None else seq.state.get(read, read)  # the text's own state selects
+    window = chosen.window if chosen.window is not None and deepest + 1 > chosen.window.size else None
     return View(chosen.format, chosen.encoded, window, read) if (chosen.format or chosen.encoded or window or read) else None

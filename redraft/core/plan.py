@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,12 +29,14 @@ class Work(NamedTuple):
         return self.seq.stored + self.rows == len(self.seq.tokens) and self.seq.request.wants.new_tokens
 
     @property
-    def prompt_rows(self) -> int:
-        """How many of the last rows need logits because the request wants log-probabilities of its prompt. Valid until the commit."""
+    def prompt_rows(self) -> list[int]:
+        """The rows that need logits because the request wants log-probabilities of the tokens after them. Valid until the commit."""
         seq, wants = self.seq, self.seq.request.wants
-        if wants.prompt_logprobs is None or seq.stored >= seq.prompt_len - 1:
-            return 0
-        return max(0, min(self.rows, seq.stored + self.rows - (wants.logprobs_from - 1)))
+        first, last = seq.stored + 1, min(seq.stored + self.rows + 1, seq.prompt_len)  # tokens
+        if wants.prompt_logprobs is None or first >= last:
+            return []
+        wanted = range(1, last) if wants.logprobs_of is None else wants.logprobs_of
+        return [token - first for token in wanted[bisect_left(wanted, first) : bisect_left(wanted, last)]]
 
 
 class Budget(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
     from redraft.steer.steer import OpenSteer
 
 UNLIMITED = 1 << 30  # more tokens than any text has
+
+
+class Onset(NamedTuple):
+    """When an eviction policy begins to act on a text. at: the committed tokens at its first eviction; shareable: the number of leading
+    tokens with the same keys as without the policy; skippable: the number of leading tokens whose rows it does not watch; slots:
+    committed slots right after the first eviction, most: at any time after it, both on average over the lanes; longest: the most in
+    any lane after it."""
+
+    at: int = UNLIMITED
+    shareable: int = UNLIMITED
+    skippable: int = UNLIMITED
+    slots: int = 0
+    most: int = UNLIMITED
+    longest: int = UNLIMITED
+
+
+NEVER = Onset()
 
 
 class Lanes(StrEnum):
@@ -46,8 +64,8 @@ class CachePlan:
     keep: the eviction policy; read: the sparse attention; reuse: the reuse of the cache of an edited text; each is None if the request
     chose none. lanes: the lane kind of the sequence. format, encoded: names of page formats, empty for plain keys and values (see View).
     encode_every: the number of tokens after which full pages change from `format` to `encoded`. window: what rows see, None for all.
-    max_slots: the largest number of committed slots of a lane. shareable_tokens: the number of leading tokens with pages that depend
-    on these tokens only; the sequence may lower it. endless: positions may exceed the trained context, because distances within the
+    shareable: whether pages before the first eviction have the bits of a
+    plain text. endless: positions may exceed the trained context, because distances within the
     cache do not. depth: the layer skipping behind the context, None where all layers run. steer: what changes hidden states between
     layers, None for nothing.
     """
@@ -60,11 +78,25 @@ class CachePlan:
     encoded: str = ""
     encode_every: int = UNLIMITED
     window: Window | None = None
-    max_slots: int = UNLIMITED
-    shareable_tokens: int = UNLIMITED
+    shareable: bool = True
     endless: bool = False
     depth: OpenLayerSkipping | None = None
     steer: OpenSteer | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether evictions write kept slots, in pages that no other text lists."""
+        return self.keep is not None and self.keep.merges
+
+    @property
+    def splits(self) -> bool:
+        """Whether a text begins with one lane for all heads, as plain texts have, and gets its own lanes at the first eviction."""
+        return self.lanes is not Lanes.SHARED and not self.format and not self.encoded
+
+    @property
+    def shares(self) -> bool:
+        """Whether a text can begin with pages of other texts."""
+        return self.splits or self.lanes is Lanes.SHARED
 
 
 PLAIN = CachePlan()  # the whole cache, unencoded; every row reads all of it and runs all layers
@@ -80,12 +112,12 @@ class Pooling(StrEnum):
 
 class Wants(NamedTuple):
     """The results that a request wants for its prompt. prompt_logprobs: return the log-probability of each token and of this many
-    likeliest tokens, None for none; pooling: return the hidden states as one vector and generate no new tokens; logprobs_from: the
-    first token that needs a log-probability."""
+    likeliest tokens, None for none; pooling: return the hidden states as one vector and generate no new tokens; logprobs_of: the
+    tokens that need a log-probability, by their place in the prompt, 1 or more and ascending; None for all."""
 
     prompt_logprobs: int | None = None
     pooling: Pooling = Pooling.NONE
-    logprobs_from: int = 1
+    logprobs_of: Seq[int] | None = None
 
     @property
     def new_tokens(self) -> bool:
@@ -96,7 +128,11 @@ class Wants(NamedTuple):
         """The number of leading rows of the prompt that need not run, so that they may come from the prefix cache."""
         if self.pooling is Pooling.MEAN:
             return 0
-        return UNLIMITED if self.prompt_logprobs is None else self.logprobs_from - 1
+        if self.prompt_logprobs is None:
+            return UNLIMITED
+        if self.logprobs_of is None:
+            return 0
+        return self.logprobs_of[0] - 1 if self.logprobs_of else UNLIMITED
 
 
 class FinishReason(StrEnum):
@@ -130,7 +166,7 @@ class Request:
     vectors: F32 | None = None  # [prompt, hidden]: stand in for the embeddings of the prompt's tokens, but for rows of NaN
     context: int | None = None  # tokens that count as given, None for the prompt; policies treat later tokens as new text
     sequences: list[Sequence] = field(default_factory=list)
-    prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # of each prompt token, None before wants.logprobs_from
+    prompt_logprobs: list[TopLogprobs | None] = field(default_factory=list)  # of each prompt token, None where wants.logprobs_of has none
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
 
     def __post_init__(self) -> None:
@@ -154,8 +190,8 @@ class Sequence:
     `begin` of each opened plugin returned. fault: why the text continues without drafts, empty if it does not. speculation: the
     opened drafter and verifier. drafts: the largest number of nodes that a step may draft. rest: the number of further steps in which
     its drafter, which sets it, need not be asked nor see the step. constrained: whether the request has a constraint, which drafts tokens
-    of its own. shareable_tokens: the number of leading
-    tokens with pages that depend on these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
+    of its own. onset: when its eviction policy begins to act. shareable_tokens: the number of leading tokens with pages that depend on
+    these tokens only. spans: text to reuse from `source`, a sequence that holds it in the cache,
     once `stored` reaches it. reuse_searched: whether spans were searched since the text was admitted. arrives: the number of leading
     tokens whose pages come from another engine when the text is admitted. layers: those that the next step's rows run, None for all.
     between: what changes their hidden states between layers, None for nothing.
@@ -171,6 +207,7 @@ class Sequence:
     stored: int = 0
     synced: int = -1
     cache: CachePlan = PLAIN
+    onset: Onset = NEVER
     shareable_tokens: int = UNLIMITED
     reason: FinishReason | None = None
     state: dict[Any, Any] = field(default_factory=dict)
@@ -189,6 +226,11 @@ class Sequence:
     @property
     def context(self) -> int:
         return self.prompt_len if self.request.context is None else self.request.context
+
+    @property
+    def skippable(self) -> int:
+        """The number of leading tokens that may come from pages of other texts."""
+        return min(self.shareable_tokens, self.onset.skippable, self.request.wants.skippable) if self.cache.shares else 0
 
     @property
     def params(self) -> SamplingParams:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from typing import Any, NamedTuple
 
-from redraft.core.sequence import Lanes, Sequence
+from redraft.core.sequence import Sequence
 from redraft.engine.parcel import Source
 from redraft.models.runner import Runner
 
@@ -71,9 +71,7 @@ class Arrivals:
 
     def _matched(self, seq: Sequence) -> int:
         """Pages of earlier arrivals of the same step may have replaced those that the plan matched."""
-        skippable = min(seq.shareable_tokens, seq.request.wants.skippable)
-        shares = seq.cache.lanes is Lanes.SHARED and skippable
-        return self.memory.match(seq.tokens[: skippable + 1], seq.request.salt) if shares else 0
+        return self.memory.match(seq.tokens[: seq.skippable + 1], seq.request.salt) if seq.skippable else 0
 
     def drop(self, seq: Sequence) -> Expected | None:
         """Nothing of this text is needed any more, or it is copied now."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from redraft.core.batch import Batch
 from redraft.core.plan import StepPlan, StepResult
-from redraft.core.sequence import PLAIN, FinishReason, Lanes, Request, Sequence
+from redraft.core.sequence import PLAIN, FinishReason, Request, Sequence
 from redraft.core.taps import Taps
 from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
@@ -218,8 +218,9 @@ class Engine:
             self.outputs.open(children[-1])
             self._wait(children[-1])
         for child in children:
-            # with shared lanes a fork copies the last page and soon fills it; else it may take as much as a new text
-            wanted = 2 if child.cache.lanes is Lanes.SHARED else self.memory.need(child, child.prompt_len + 1)
+            # a text with one lane lists the full pages of its sibling; else it may take as much as a new text
+            listed = seq.stored if child.cache.shares else 0
+            wanted = self.memory.need(child, child.prompt_len + 1, listed)
             if len(self.running) < self.scheduler.max_seqs and self._spare() >= wanted:
                 self._fork(seq, child)
                 self.waiting.remove(child)

@@ -250,15 +250,15 @@ class Outputs:
 
     def _record_prompt(self, w: Work, s: int, result: StepResult, k: int) -> None:
         """Each prompt row gives the entry of the next token. Rows that run again after preemption add nothing."""
-        seq, entries = w.seq, w.seq.request.prompt_logprobs
-        first, last = int(result.batch.starts[s]), int(result.batch.tree_starts[s])
+        seq, entries, batch = w.seq, w.seq.request.prompt_logprobs, result.batch
         if not entries:
-            entries += [None] * min(seq.request.wants.logprobs_from, seq.prompt_len)
-        wanted = [r for r in range(first, last) if len(entries) <= int(result.batch.positions[r]) + 1 < seq.prompt_len]
-        if wanted:
-            place = {row: i for i, row in enumerate(result.batch.logit_rows.tolist())}
-            ids = [seq.tokens[int(result.batch.positions[r]) + 1] for r in wanted]
-            entries += result.distribution.logprobs([place[r] for r in wanted], ids, k)
+            entries += [None] * seq.prompt_len
+        first, last = int(batch.starts[s]), int(batch.tree_starts[s])
+        begin, end = np.searchsorted(batch.logit_rows, [first, last]).tolist()
+        tokens = {place: int(batch.positions[batch.logit_rows[place]]) + 1 for place in range(begin, end)}
+        new = {place: at for place, at in tokens.items() if at < seq.prompt_len and entries[at] is None}
+        for at, found in zip(new.values(), result.distribution.logprobs([*new], [seq.tokens[at] for at in new.values()], k), strict=True):
+            entries[at] = found
 
     def _record_hidden(self, w: Work, s: int, result: StepResult, pooling: Pooling) -> None:
         """Pools the prompt's hidden states after the final norm: the last row, or the sum of all rows. The sum is added row by row in

@@ -11,7 +11,7 @@ from typing import Any
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
-from redraft.core.sequence import PLAIN, UNLIMITED, CachePlan, Lanes, Sequence
+from redraft.core.sequence import NEVER, PLAIN, UNLIMITED, CachePlan, Lanes, Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.engine.faults import SafeCalls
 from redraft.engine.opened import Opened
@@ -76,6 +76,14 @@ class Policies:
             raise Unsupported(
                 f"{spec.family} has {spec.learned_positions} learned positions, so keys cannot be renumbered by their place in the cache"
             )
+        if read is not None and read.own and codec is not None and codec.block:
+            raise Unsupported("this codec encodes whole pages, and the sparse read needs the keys of its text as they were stored")
+        if keep is not None and keep.merges and read is not None:
+            sides = read.arrays(spec.head_dim, self.runner.backend.dtype)
+            if not all(array.whole for array in sides.values()):
+                raise Unsupported(
+                    "this policy merges slots, but the sparse read stores data of its own with each slot; choose one of the two"
+                )
         form, encoded = self._stored(codec, read)
         policies = keep or codec or read or depth or steer
         plain_bits = not policies or Feature.BIT_EXACT in self.runner.backend.features  # as a plain request computes them
@@ -89,9 +97,8 @@ class Policies:
             encoded=encoded,
             encode_every=codec.block if codec is not None and codec.block else UNLIMITED,
             window=window,
-            max_slots=UNLIMITED if keep is None else keep.max_slots,
-            shareable_tokens=0 if not plain_bits else UNLIMITED if keep is None else keep.shareable_tokens,
-            endless=keep is not None and keep.endless and window is not None and sum(window) <= spec.context,
+            shareable=plain_bits,
+            endless=keep is not None and keep.endless and window is not None and window.size <= spec.context,
             depth=depth if depth is not None and depth.skips else None,
             steer=steer,
         )
@@ -122,7 +129,8 @@ class Policies:
     def fit(self, seq: Sequence) -> None:
         """Gives a new sequence the plan that its request chose."""
         seq.cache = plan = self.check(seq.params, seq.request.reuse)
-        seq.shareable_tokens = plan.shareable_tokens
+        seq.onset = NEVER if plan.keep is None else plan.keep.onset(seq.context)
+        seq.shareable_tokens = seq.onset.shareable if plan.shareable else 0
         if plan.depth is not None or plan.read is not None:
             seq.shareable_tokens = min(seq.shareable_tokens, seq.context)
         if plan.steer is not None:
@@ -138,6 +146,7 @@ class Policies:
         for policy in self._kept(seq):
             seq.state[policy] = policy.begin(seq)
         self._cross(seq)  # pages that the text found or that arrived may end behind a border
+        self._read_border(seq, False)
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
         child.reuse_searched = True  # its sibling already took over what there was
@@ -155,7 +164,7 @@ class Policies:
     @staticmethod
     def _kept(seq: Sequence) -> list[Any]:
         """The policies that keep a state of the sequence."""
-        return [policy for policy in (seq.cache.keep, seq.cache.depth) if policy is not None]
+        return [policy for policy in (seq.cache.keep, seq.cache.read, seq.cache.depth) if policy is not None]
 
     @staticmethod
     def _cross(seq: Sequence) -> None:
@@ -165,6 +174,12 @@ class Policies:
         chosen = depth.plan(seq)
         assert chosen.within(seq.layers) == chosen, f"sequence {seq.id} at {seq.stored}: rows run a layer that rows before them skipped"
         seq.layers = chosen
+
+    def _read_border(self, seq: Sequence, edited: bool) -> None:
+        """Brings the state with which the next rows select up to date."""
+        read = seq.cache.read
+        if read is not None and read.own and seq.stored >= seq.context:
+            read.border(seq.state[read], seq, self.runner.memory.paged.held(seq), edited)
 
     def take_over(self, seq: Sequence, spare: int) -> None:
         """Takes over the parts of the source text that are due at this position. Holds the source's pages while `spare` is not
@@ -246,9 +261,11 @@ class Policies:
         """After a commit: sets the layers of the next rows, evicts tokens, summarizes pages and encodes pages, as the plan says."""
         plan, paged = seq.cache, self.runner.memory.paged
         self._cross(seq)
-        if plan.keep is not None and (kept := plan.keep.decide(seq, lambda: paged.table.positions(seq))) is not None:
+        kept = None if plan.keep is None else plan.keep.decide(seq, paged.held(seq))
+        if kept is not None:
             paged.keep(seq, kept)
-        if plan.read is not None and plan.read.sync_every:
+        if plan.read is not None and plan.read.sync_every and plan.format:
             paged.summarize(seq, plan.read)
+        self._read_border(seq, kept is not None)
         if plan.encoded and seq.stored and seq.stored % plan.encode_every == 0:
             paged.encode(seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import numpy as np
@@ -10,25 +11,88 @@ from numpy.typing import ArrayLike
 from redraft.core.sequence import Sequence, Space
 from redraft.core.tree import I32
 from redraft.kv.parcel import Incoming, StoredLane, StoredText
-from redraft.kv.table import Moves, PageTable, _Pool
+from redraft.kv.slots import Merged
+from redraft.kv.table import Moves, PageTable, _Held, _Lane, _Pool
 
 _NONE = np.zeros(0, np.int32)
 
 
 class Encoding(NamedTuple):
-    """Whole pages to encode: page src[i] of the source space into page dst[i] of the target space."""
+    """Whole pages to encode: page src[i] of the source space, of lane lanes[i], into page dst[i] of the target space."""
 
     source: Space
     target: Space
     src: I32
     dst: I32
+    lanes: I32
+
+
+def _check(seq: Sequence, slots: I32, length: int) -> None:
+    """AssertionError unless these are ascending slots of a lane with `length` slots."""
+    inside = not len(slots) or (slots[0] >= 0 and slots[-1] < length and bool((np.diff(slots) > 0).all()))
+    assert inside, f"sequence {seq.id}: slots to keep must be ascending and in 0..{length - 1}"
 
 
 class EditableTable(PageTable):
     """A page table with edits of committed slots. Edits happen between steps, while tails are empty."""
 
-    def keep(self, seq: Sequence, lane: int, slots: ArrayLike) -> Moves:
-        """Evicts all slots of this lane except `slots` (ascending), and closes the gaps. The tail must be empty.
+    def keep(self, seq: Sequence, kept: Seq[ArrayLike], merged: Merged | None = None) -> list[Moves]:
+        """Evicts all slots of lane i except kept[i] (ascending), for every lane of the kind that the text chose, and closes the gaps. The
+        tail must be empty. A text that still has one lane for all heads gets its own lanes now. Only the text lists pages of slots in
+        `merged` afterwards; see `merging` for their places."""
+        held = self._held[seq.id]
+        moves = self._kept(held, seq, kept, merged)
+        if merged is not None and (held.weighed or (merged.tokens > 1).any()):
+            for lane in held.lanes:
+                lane.logs = np.zeros(lane.length, np.float32) if lane.logs is None else lane.logs
+            for lane, slot, tokens in zip(merged.lanes.tolist(), merged.slots.tolist(), np.log(merged.tokens).tolist(), strict=True):
+                logs = held.lanes[lane].logs
+                assert logs is not None
+                logs[slot] = tokens
+        return moves
+
+    def merging(self, seq: Sequence, merged: Merged) -> tuple[Space, I32]:
+        """Where the slots of `merged` are."""
+        held, size = self._held[seq.id], self.page
+        pairs = zip(merged.lanes.tolist(), merged.slots.tolist(), strict=True)
+        places = [held.lanes[lane].pages[slot // size] * size + slot % size for lane, slot in pairs]
+        return held.pool.space, np.array(places, np.int32)
+
+    def _kept(self, held: _Held, seq: Sequence, kept: Seq[ArrayLike], merged: Merged | None) -> list[Moves]:
+        assert not held.chain, f"sequence {seq.id}: keep while a tail is open"
+        lanes = [np.asarray(slots, np.int32) for slots in kept]
+        if seq.cache.splits and held.pool.space == Space():
+            return [self._split(held, seq, lanes)]
+        assert len(lanes) == len(held.lanes), f"sequence {seq.id}: {len(lanes)} lanes to keep, {len(held.lanes)} held"
+        written: dict[int, set[int]] = {}
+        for lane, slot in zip(merged.lanes.tolist(), merged.slots.tolist(), strict=True) if merged is not None else ():
+            written.setdefault(lane, set()).add(slot // self.page)
+        return [self._keep(held, lane, slots, written.get(lane, set())) for lane, slots in enumerate(lanes)]
+
+    def _split(self, held: _Held, seq: Sequence, kept: list[I32]) -> Moves:
+        """Copies kept[i] of the one lane to fresh pages of lane i, and releases the lane's pages. Part i of a shared block is where lane
+        i has a page of its own if the block is cut. The end of a fresh page gets copies of the last kept slot."""
+        lane, own, size = held.lanes[0], self._pools[Space(seq.cache.lanes)], self.page
+        assert len(kept) == own.lanes, f"sequence {seq.id}: {len(kept)} lanes to keep, {own.lanes} wanted"
+        self._ensure({own.space: sum(-(-len(slots) // size) for slots in kept)})
+        old, lanes, src, dst = np.array(lane.pages, np.int64), [], [_NONE], [_NONE]
+        for part, slots in enumerate(kept):
+            n = len(slots)
+            _check(seq, slots, lane.length)
+            pages = [self._take(own) for _ in range(-(-n // size))]
+            if n:
+                to = np.arange(len(pages) * size)
+                at = slots[np.minimum(to, n - 1)]
+                src.append(((old[at // size] * own.per_block + part) * size + at % size).astype(np.int32))
+                dst.append(self._places(pages, to))
+            lanes.append(_Lane(pages, n, positions=slots.copy() if lane.positions is None else lane.positions[slots]))
+        self._mark()
+        self._drop(held.pool, list(reversed(lane.pages)))
+        held.pool, held.lanes, held.view = own, lanes, None
+        return Moves(own.space, np.concatenate(src), np.concatenate(dst))
+
+    def _keep(self, held: _Held, lane: int, keep: I32, written: set[int]) -> Moves:
+        """Evicts all slots of one lane except `keep`. written: pages, counted in the lane after it, that only the lane may list.
 
         A page of which all slots stay, or all slots up to the end of the lane, is kept without a copy. Other slots are written to
         pages that only this lane lists, or to fresh pages. Places of a fresh page after the end of the lane get a copy of the last
@@ -39,21 +103,18 @@ class EditableTable(PageTable):
             pages      [p3]      [p7]       [p8]       [p2]
             after      [p3]      [p8]       [p2]                      nothing moves, p7 is free
         """
-        held = self._held[seq.id]
-        assert not held.chain, f"sequence {seq.id}: keep while a tail is open"
-        it, pool, size = held.lanes[lane], held.pool, self.page
-        keep = np.asarray(slots, np.int32)
+        seq, it, pool, size = held.seq, held.lanes[lane], held.pool, self.page
         n, old = len(keep), it.pages
-        assert n == 0 or (keep[0] >= 0 and keep[-1] < it.length and bool((np.diff(keep) > 0).all())), (
-            f"sequence {seq.id}: slots to keep must be ascending and in 0..{it.length - 1}"
-        )
+        _check(seq, keep, it.length)
         assert held.encoded is None, f"sequence {seq.id}: a sequence with encoded pages cannot evict"
-        if n == it.length:
+        if n == it.length and not written:
             return Moves(pool.space, _NONE, _NONE)
         first = np.arange(0, n, size)  # index in `keep` of the first slot of each page after the eviction
         last = np.minimum(first + size, n) - 1
         whole = (keep[first] % size == 0) & (keep[last] - keep[first] == last - first)
         whole &= (last - first == size - 1) | (keep[last] == it.length - 1)
+        for page in written:
+            whole[page] &= self._private(pool, old[int(keep[first[page]]) // size])
         pages = [old[slot // size] if stays else -1 for slot, stays in zip(keep[first].tolist(), whole.tolist(), strict=True)]
         stay, writing = set(pages), np.flatnonzero(~whole)
         gone = [page for page in old if page not in stay]
@@ -70,16 +131,31 @@ class EditableTable(PageTable):
                 other.positions = np.arange(other.length, dtype=np.int32)
         assert it.positions is not None
         it.positions = it.positions[keep]
+        it.logs = None if it.logs is None else it.logs[keep]
         it.pages, it.length, it.summarized, held.view = pages, n, 0, None
         used = set(pages)
         self._drop(pool, [page for page in reversed(gone) if page not in used])
         moved = src != dst
         return Moves(pool.space, src[moved], dst[moved])
 
+    def lanes(self, seq: Sequence) -> int:
+        """The number of lanes of the kind that the text chose."""
+        return self._lanes[seq.cache.lanes]
+
     def positions(self, seq: Sequence) -> list[I32]:
-        """i32[length] for each lane: the positions of its committed slots."""
+        """i32[length] for each lane of the kind that the text chose: the positions of its committed slots."""
         held = self._held[seq.id]
-        return [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
+        found = [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
+        return found * self.lanes(seq) if len(found) == 1 else found
+
+    def pages(self, seq: Sequence, lane: int) -> tuple[Space, I32, int]:
+        """The unencoded pages of a lane of the kind that the text chose, their space, and the number of committed slots in them."""
+        held = self._held[seq.id]
+        if seq.cache.splits and held.pool.space == Space():
+            one, own = held.lanes[0], self._pools[Space(seq.cache.lanes)]
+            return own.space, np.array(one.pages, np.int32) * own.per_block + np.int32(lane), one.length
+        it = held.lanes[lane]
+        return held.pool.space, np.array(it.pages, np.int32), it.length - self.page * len(it.encoded)
 
     def unfolded(self, seq: Sequence) -> I32:
         """The full pages that no earlier call returned, or that an eviction changed since; i32[pages]."""
@@ -107,7 +183,8 @@ class EditableTable(PageTable):
         self._mark()
         self._drop(held.pool, reversed(src))
         held.view = None
-        return Encoding(held.pool.space, held.encoded.space, np.array(src, np.int32), np.array(dst, np.int32))
+        lanes = np.repeat(np.arange(len(full), dtype=np.int32), full)
+        return Encoding(held.pool.space, held.encoded.space, np.array(src, np.int32), np.array(dst, np.int32), lanes)
 
     def splice(self, seq: Sequence, source: Sequence, first: int, count: int, exact: bool = False) -> Moves:
         """Appends private copies of slots first..first + count of the open sequence `source` as the next slots of `seq`. Keys are
@@ -137,7 +214,11 @@ class EditableTable(PageTable):
         assert not held.chain, f"sequence {seq.id}: export while a tail is open"
         lanes = [
             StoredLane(
-                lane.length, len(lane.encoded), lane.summarized, None if lane.positions is None else lane.positions[: lane.length].copy()
+                lane.length,
+                len(lane.encoded),
+                lane.summarized,
+                None if lane.positions is None else lane.positions[: lane.length].copy(),
+                None if lane.logs is None else lane.logs[: lane.length].copy(),
             )
             for lane in held.lanes
         ]
@@ -148,11 +229,12 @@ class EditableTable(PageTable):
         """Opens `seq` with the export of another table: the first `attached` tokens (see match) in published pages of this one, the rest
         in fresh pages. Returns the copies that must be made before the next step. Raises OutOfPages, and does not open `seq`, if memory is
         short."""
-        fresh = self._fresh(seq)
+        plan, split = seq.cache, stored.space == Space(seq.cache.lanes) and seq.cache.splits
+        fresh = self._fresh(seq, stored.space if split else None)
         assert len(seq.tokens) >= stored.tokens, f"sequence {seq.id}: {len(seq.tokens)} tokens, {stored.tokens} stored"
-        assert (fresh.pool.space, seq.cache.encoded) == (stored.space, stored.encoded), f"sequence {seq.id}: different space"
+        assert (fresh.pool.space, plan.encoded) == (stored.space, stored.encoded), f"sequence {seq.id}: different space"
         assert len(fresh.lanes) == len(stored.lanes), f"sequence {seq.id}: {len(stored.lanes)} lanes, {len(fresh.lanes)} here"
-        self.open(seq)
+        self.open(seq, stored.space)
         try:
             self.attach(seq, attached)
             held = self._held[seq.id]
@@ -180,6 +262,7 @@ class EditableTable(PageTable):
             own.encoded = [self._take(held.encoded) for _ in range(lane.encoded)] if held.encoded else []
             own.length, own.summarized = lane.length, lane.summarized
             own.positions = None if lane.positions is None else lane.positions.copy()
+            own.logs = None if lane.logs is None else lane.logs.copy()
         held.view = None
         seq.stored, seq.shareable_tokens = stored.tokens, min(seq.shareable_tokens, stored.shareable_tokens)
         self._mark()

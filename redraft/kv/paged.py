@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import Lanes, Sequence, Space
+from redraft.core.sequence import UNLIMITED, Lanes, Sequence, Space
 from redraft.core.spec import ModelSpec
-from redraft.core.tree import I32, TokenTree
+from redraft.core.tree import F32, I32, TokenTree
 from redraft.kv.edits import EditableTable
 from redraft.kv.memory import Memory
 from redraft.kv.parcel import Lost, Read, StoredText
+from redraft.kv.slots import Held, Kept
 from redraft.kv.store import Store
 from redraft.kv.table import Moves
+from redraft.ops.arrays import array, widened
 from redraft.ops.backend import Backend, Room, Select
-from redraft.ops.format import Arrays, Format
+from redraft.ops.format import PAGE, Arrays, Format
 
 
 class Paged:
@@ -112,9 +114,29 @@ class Paged:
         """Registers a format for pages of PER_HEAD lanes."""
         self.table.define(Space(Lanes.PER_HEAD, fmt.name), self.store.define(fmt))
 
-    def keep(self, seq: Sequence, kept: Seq[ArrayLike]) -> None:
-        """Evicts all slots of lane i except kept[i], for every lane."""
-        self.store.move([self.table.keep(seq, lane, slots) for lane, slots in enumerate(kept)])
+    def keep(self, seq: Sequence, kept: Kept) -> None:
+        """Evicts all slots of lane i except kept.slots[i], for every lane that the policy decides for. A page format of its own gives each
+        head a lane; heads of a layer then keep the same slots. Then it writes kept.merged."""
+        each = self.table.lanes(seq) // len(kept.slots)
+        self.store.move(self.table.keep(seq, [slots for slots in kept.slots for _ in range(each)], kept.merged))
+        if kept.merged is not None:
+            assert each == 1, "slots can be merged in lanes of one kv head only"
+            self.store.put(*self.table.merging(seq, kept.merged), kept.merged.keys, kept.merged.values)
+
+    def held(self, seq: Sequence) -> Held:
+        """What an eviction policy may read of a text."""
+        return Held(partial(self.table.positions, seq), partial(self._lane, seq))
+
+    def _lane(self, seq: Sequence, lane: int, first: int = 0, end: int = UNLIMITED) -> tuple[F32, F32]:
+        space, pages, slots = self.table.pages(seq, lane)
+        end, skipped = min(end, slots), first // PAGE
+        pages = pages[skipped : -(-end // PAGE)]
+        arrays, codec = self.store.contents(space, pages), self.store.formats[space.format].codec
+        keys, values = (arrays["keys"], arrays["values"]) if codec is None else codec.decode(arrays)
+        apart = (widened(array(x)).astype(np.float32) for x in (keys, values))
+        flat = (x.reshape(len(pages), -1, PAGE, x.shape[-1]).swapaxes(0, 1) for x in apart)
+        keys, values = (x.reshape(len(x), -1, x.shape[-1])[:, first - PAGE * skipped : end - PAGE * skipped] for x in flat)
+        return keys, values
 
     def encode(self, seq: Sequence) -> None:
         """Moves full pages to the sequence's format of encoded pages."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from redraft.core.sequence import Lanes, Space
-from redraft.core.tree import I32
+from redraft.core.tree import F32, I32
 
 Read = Callable[[Space, I32], Mapping[str, Any]]
 """Copies of the arrays of these pages in another engine's memory, name -> [pages, *shape]. OSError if they cannot be read."""
@@ -20,12 +20,14 @@ class Lost(OSError):
 
 class StoredLane(NamedTuple):
     """length: committed slots; encoded: pages in the format of encoded pages; summarized: full pages that were summarised; positions:
-    of the slots, None while slot i holds position i."""
+    of the slots, None while slot i holds position i; logs: the logarithms of the numbers of tokens that slots stand for, None while all
+    are 0."""
 
     length: int
     encoded: int
     summarized: int
     positions: I32 | None
+    logs: F32 | None = None
 
 
 class StoredText(NamedTuple):
@@ -44,14 +46,17 @@ class StoredText(NamedTuple):
 
     def numbers(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        lanes = [lane._replace(positions=None if lane.positions is None else lane.positions.tolist()) for lane in self.lanes]
-        return {**self._asdict(), "lanes": [list(lane) for lane in lanes], "space": list(self.space)}
+        lanes = [[part.tolist() if isinstance(part, np.ndarray) else part for part in lane] for lane in self.lanes]
+        return {**self._asdict(), "lanes": lanes, "space": list(self.space)}
 
     @classmethod
     def of(cls, numbers: dict[str, Any]) -> StoredText:
         """What numbers() returned."""
         lanes, kind = numbers["lanes"], numbers["space"]
-        found = [StoredLane(n, encoded, done, None if at is None else np.array(at, np.int32)) for n, encoded, done, at in lanes]
+        found = [
+            StoredLane(*rest, *(None if part is None else np.array(part, kind) for part, kind in ((at, np.int32), (logs, np.float32))))
+            for *rest, at, logs in lanes
+        ]
         return cls(**{**numbers, "lanes": found, "space": Space(Lanes(kind[0]), kind[1])})
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import ModelSpec
-from redraft.core.tree import I32
+from redraft.core.tree import F32, I32
 from redraft.kv.edits import Encoding
 from redraft.kv.parcel import Incoming, Lost, Read
 from redraft.kv.table import Moves
-from redraft.ops.arrays import array
+from redraft.ops.arrays import array, numpy_dtype
 from redraft.ops.backend import Backend, Room, Select
-from redraft.ops.format import Arrays, Format, plain
+from redraft.ops.format import PAGE, Arrays, Format, plain
 
 AT_ONCE = 32  # blocks whose pages are copied at once between engines
 
@@ -47,6 +47,10 @@ class Store:
         """A copy of all arrays of these pages."""
         return self.backend.read(self.pool, space, pages)
 
+    def contents(self, space: Space, pages: I32) -> Arrays:
+        """A copy of all arrays of these pages, by their names in the format."""
+        return self.backend.contents(self.pool, space, pages)
+
     def sums(self, space: Space, pages: I32) -> list[int]:
         """CRC-32 of the contents of each page."""
         return [found for part in self._parts(space, pages) for found in sums(self.read(space, part), len(part))]
@@ -72,14 +76,26 @@ class Store:
             if len(src):
                 self.backend.move(self.pool, space, src, dst, delta)
 
+    def put(self, space: Space, places: I32, keys: F32, values: F32) -> None:
+        """Writes keys and values f32[n, D] to places of PER_HEAD lanes, in pages that are written no other way meanwhile."""
+        assert space.lanes is Lanes.PER_HEAD, f"{space}: only lanes of one kv head can be written"
+        pages, rows = np.unique(places // PAGE, return_inverse=True)
+        held, codec = {name: array(x) for name, x in self.read(space, pages).items()}, self.formats[space.format].codec
+        k, v = (x.astype(numpy_dtype(self.backend.dtype)) for x in (keys, values))
+        for name, entry in ({"keys": k, "values": v} if codec is None else codec.store(k, v)).items():
+            whole = held[name].reshape(len(pages), PAGE, *entry.shape[1:])
+            whole[rows.tolist(), (places % PAGE).tolist()] = entry
+            held[name] = whole.reshape(held[name].shape)
+        self.backend.write(self.pool, space, pages, {name: self.backend.place(x) for name, x in held.items()})
+
     def summarize(self, space: Space, pages: I32, read: Select) -> None:
         """Fills the per-page arrays of a sparse read in full pages."""
         self.backend.summarize(self.pool, space, pages, read)
 
     def encode(self, encodings: list[Encoding]) -> None:
-        for source, target, src, dst in encodings:
+        for source, target, src, dst, lanes in encodings:
             if len(src):
-                self.backend.encode(self.pool, source, target, src, dst)
+                self.backend.encode(self.pool, source, target, src, dst, lanes)
 
 
 def sums(arrays: Arrays, count: int) -> list[int]:

@@ -25,7 +25,7 @@ import numpy as np
 from redraft.core.batch import PageView
 from redraft.core.plan import Accepted, Work
 from redraft.core.sequence import UNLIMITED, Lanes, Sequence, Space
-from redraft.core.tree import I32, I64, TokenTree
+from redraft.core.tree import F32, I32, I64, TokenTree
 from redraft.kv.prefix import Node, PrefixTree
 
 
@@ -50,6 +50,7 @@ class _Lane:
     encoded: list[int] = field(default_factory=list)  # pages in the format of encoded pages, before `pages`
     summarized: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
+    logs: F32 | None = None  # the logarithms of the numbers of tokens that slots stand for, with room to grow; None while all are 0
 
     def append(self, start: int, count: int) -> None:
         """Adds `count` committed slots at positions start..start + count."""
@@ -60,6 +61,10 @@ class _Lane:
                 room[: self.length] = self.positions[: self.length]
                 self.positions = room
             self.positions[self.length : end] = np.arange(start, start + count)
+        if self.logs is not None:
+            if end > len(self.logs):
+                self.logs = np.concatenate([self.logs[: self.length], np.zeros(2 * end - self.length, np.float32)])
+            self.logs[self.length : end] = 0
         self.length = end
 
 
@@ -93,6 +98,11 @@ class _Held:
     def edited(self) -> bool:
         """Whether keys were evicted. Later keys then do not depend on the tokens alone."""
         return self.lanes[0].positions is not None
+
+    @property
+    def weighed(self) -> bool:
+        """Whether slots may stand for several tokens."""
+        return self.lanes[0].logs is not None
 
     def missing(self, rows: int, page: int) -> int:
         """The number of pages that the lanes lack for `rows` rows after the tail."""
@@ -173,17 +183,36 @@ class PageTable:
         held = self._held.get(seq.id) or self._fresh(seq)
         size, tail = self.page, held.chain + held.nodes + rows
         drafted = max(0, tail - seq.pending) if seq.id in self._held else 0
-        evicts = seq.cache.max_slots < UNLIMITED and seq.stored + tail >= seq.shareable_tokens  # it copies kept slots of shared pages
+        if seq.cache.splits and held.pool.space == Space():
+            return self._need_to_split(held, seq, tail, drafted) - matched // size
+        onset = seq.onset  # an eviction copies kept slots of shared pages
+        evicts = seq.stored + tail >= onset.at and (seq.stored < onset.at or onset.longest < UNLIMITED or seq.cache.merges)
         exact = encoded = 0
         for lane in held.lanes:
             own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
-            end = max(lane.length, min(lane.length + tail - drafted, seq.cache.max_slots)) + drafted
+            end = max(lane.length, min(lane.length + tail - drafted, onset.longest)) + drafted
             if held.encoded is not None:
                 encoded += max(0, end // seq.cache.encode_every * seq.cache.encode_every // size - len(lane.encoded))
                 end = min(end, size * len(lane.encoded) + seq.cache.encode_every + drafted)
             exact += max(0, -(-end // size) - len(lane.encoded) - own)
         blocks = -(-exact // held.pool.per_block) - (0 if evicts else matched // size)
         return blocks + (-(-encoded // held.encoded.per_block) if held.encoded is not None else 0)
+
+    def _need_to_split(self, held: _Held, seq: Sequence, tail: int, drafted: int) -> int:
+        """need() of a text with one lane, which gets other lanes at its first eviction (see EditableTable.keep)."""
+        lane, own, onset = held.lanes[0], self._pools[Space(seq.cache.lanes)], seq.onset
+        end = lane.length + tail - drafted
+        before = -(-(min(end, onset.at) + drafted) // self.page) - len(lane.pages)
+        if end + drafted < onset.at:
+            return before
+
+        def blocks(slots: int) -> int:
+            """Of lanes with `slots` slots on average, each of which ends within a page."""
+            pages = (slots + self.page - 1) * own.lanes // self.page
+            return -(-pages // own.per_block)
+
+        after = min(onset.slots + max(0, end - onset.at), onset.most) + drafted
+        return max(before + blocks(onset.slots), blocks(after))
 
     def gain(self, seq: Sequence) -> int:
         """Blocks that freeing `seq` would add to available(): those with pages that no other sequence lists."""
@@ -251,15 +280,16 @@ class PageTable:
 
     # ---- sequences
 
-    def open(self, seq: Sequence) -> None:
-        """Opens `seq` with empty lanes of kind `seq.cache.lanes`."""
+    def open(self, seq: Sequence, space: Space | None = None) -> None:
+        """Opens `seq` with empty lanes of kind `seq.cache.lanes`, or with one SHARED lane if it splits later."""
         assert seq.id not in self._held, f"sequence {seq.id} is open already"
-        self._held[seq.id] = self._fresh(seq)
+        self._held[seq.id] = self._fresh(seq, space)
         seq.stored = 0
 
-    def _fresh(self, seq: Sequence) -> _Held:
+    def _fresh(self, seq: Sequence, space: Space | None = None) -> _Held:
+        """space: of its pages; None: that of a text without tokens."""
         plan = seq.cache
-        pool = self._pools[Space(plan.lanes, plan.format)]
+        pool = self._pools[space or (Space() if plan.splits else Space(plan.lanes, plan.format))]
         block = self._pools[Space(plan.lanes, plan.encoded)] if plan.encoded else None
         return _Held(seq, pool, block, [_Lane([]) for _ in range(pool.lanes)], self.prefix.root)
 
@@ -290,7 +320,7 @@ class PageTable:
             growth.append((held, chain, nodes, missing))
         if wanted:
             self._ensure(wanted)
-        view = PageView([], [], [], [], [], [], [], [])
+        view = PageView([], [], [], [], [], [], [], [], [])
         for held, chain, nodes, missing in growth:
             tail = held.chain + held.nodes
             held.chain += chain
@@ -307,6 +337,7 @@ class PageTable:
             view.positions.append(
                 [lane.positions[: lane.length] for lane in held.lanes if lane.positions is not None] if held.edited else None
             )
+            view.logs.append([lane.logs[: lane.length] for lane in held.lanes if lane.logs is not None] if held.weighed else None)
         if wanted:
             self._mark()
         return view
@@ -377,7 +408,8 @@ class PageTable:
                 src.append(lane.pages[full])
                 dst.append(pages[full])
             positions = None if lane.positions is None else lane.positions[: lane.length].copy()
-            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.summarized, positions))
+            logs = None if lane.logs is None else lane.logs[: lane.length].copy()
+            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.summarized, positions, logs))
         self._held[child.id] = _Held(child, pool, held.encoded, lanes, held.cursor, held.published)
         child.stored, child.shareable_tokens = seq.stored, min(child.shareable_tokens, seq.shareable_tokens)
         self._mark()
@@ -402,6 +434,7 @@ class PageTable:
                 assert skipped * size <= lane.length, f"{name} lane {index}: {skipped} encoded pages for {lane.length} slots"
                 assert held.edited or lane.length == held.seq.stored, f"{name} lane {index}: {lane.length} slots, {held.seq.stored} stored"
                 assert held.edited == (lane.positions is not None), f"{name} lane {index}: only some lanes have positions"
+                assert held.weighed == (lane.logs is not None), f"{name} lane {index}: only some lanes have logarithms"
                 where = np.arange(lane.length) if lane.positions is None else lane.positions
                 for i, page in enumerate(lane.pages, skipped):
                     published = shared_kind and page in self.prefix

@@ -35,8 +35,9 @@ def pool_blocks(
     """The number of blocks of `block_bytes` in the pool, given `free` bytes before loading (see `limits`).
 
     The pool is `config.memory`, or `config.fraction` of what is free after the weights, but at most what `max_seqs` sequences of
-    `max_model_len` tokens can fill. OutOfMemory if the weights do not fit, if the requested pool does not fit as well, or if the pool
-    cannot hold one sequence of max_model_len tokens and a page for its draft.
+    `max_model_len` tokens can fill, and one more, because a text that evicts holds what stays twice for a moment. OutOfMemory if the
+    weights do not fit, if the requested pool does not fit as well, or if the pool cannot hold one sequence of max_model_len tokens and a
+    page for its draft.
     """
     weights = checkpoint.weight_bytes
     held = f"weights {size(weights)} ({checkpoint.dtype}), free {size(free)}"
@@ -44,7 +45,7 @@ def pool_blocks(
         raise OutOfMemory(f"{checkpoint.path}: the weights do not fit: {held}")
     one = -(-max_model_len // page) + 1
     if config.memory is None:
-        blocks = min(int((free - weights) * config.fraction) // block_bytes, max_seqs * one)
+        blocks = min(int((free - weights) * config.fraction) // block_bytes, (max_seqs + 1) * one)
         pool = f"{config.fraction:g} of what is left, {size(int((free - weights) * config.fraction))},"
     else:
         blocks = config.memory // block_bytes

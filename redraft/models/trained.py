@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -95,13 +95,18 @@ def model_hash(runner: Runner) -> str:
     """The sha256 of the config and of the name, dtype, shape and first rows (64 KiB) of each stored tensor, in the order of names. A
     checkpoint of any size takes well under a second. The hash does not depend on sharding or on the dtype in which the model runs.
     For weights without a checkpoint it hashes the spec and the weights in memory."""
-    digest = sha256()
-    if runner.source is None:
-        digest.update(repr(runner.spec).encode())
-        weights = _in_memory(runner.weights)
-    else:
-        digest.update(_config(runner.source))
-        weights = _in_files(runner.source)
+    if runner.source is not None:
+        return hash_of(runner.source)
+    return _hash(repr(runner.spec).encode(), _in_memory(runner.weights))
+
+
+def hash_of(source: Path) -> str:
+    """model_hash() of a checkpoint that need not be loaded."""
+    return _hash(_config(source), _in_files(source))
+
+
+def _hash(config: bytes, weights: Iterable[Weight]) -> str:
+    digest = sha256(config)
     for name, shape, rows in weights:
         digest.update(f"{name} torch.{numpy_dtype(rows.dtype)} {shape}".encode())
         digest.update(array(rows).tobytes())

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from redraft.card import Card
 from redraft.core.plan import Budget, StepPlan, Work
-from redraft.core.sequence import Lanes, Sequence
+from redraft.core.sequence import Sequence
 from redraft.errors import InvalidInput
 from redraft.options import Options
 
@@ -130,10 +130,8 @@ class Scheduler(Options):
 def _match(seq: Sequence, table: Pages) -> tuple[int, int]:
     """The tokens of a waiting sequence to attach from the prefix cache, and the blocks that its admission takes."""
     salt = seq.request.salt
-    skippable = min(seq.shareable_tokens, seq.request.wants.skippable)
-    shares = seq.cache.lanes is Lanes.SHARED and skippable  # only shared lanes attach pages
-    tokens = seq.tokens[: skippable + 1]  # at most all but the last of them match
-    matched = table.match(tokens, salt) if shares else 0
+    tokens = seq.tokens[: seq.skippable + 1]  # at most all but the last of them match
+    matched = table.match(tokens, salt) if len(tokens) > 1 else 0
     cost = table.need(seq, len(seq.tokens) + 1, matched) + (table.idle_matched(tokens, salt) if matched else 0)
     if matched and (alone := table.need(seq, len(seq.tokens) + 1)) < cost:  # the match would cost more copies than it saves
         matched, cost = 0, alone

@@ -14,6 +14,8 @@ from redraft.core.plan import Work
 from redraft.core.testing import view, work
 from redraft.core.tree import EMPTY, TokenTree
 
+ASKED = [None, (), (1,), range(5, 20), (2, 3, 7, 11)]  # tokens of a prompt
+
 
 @st.composite
 def steps(draw):
@@ -26,7 +28,7 @@ def steps(draw):
         prompt_len = draw(st.integers(1, length))
         w = work(range(50, 50 + length), stored=stored, rows=rows, prompt_logprobs=draw(st.sampled_from([None, 0, 2])))
         w.seq.prompt_len = prompt_len
-        w.seq.request.wants = w.seq.request.wants._replace(logprobs_from=draw(st.sampled_from([1, 2, 5, 12])))
+        w.seq.request.wants = w.seq.request.wants._replace(logprobs_of=draw(st.sampled_from(ASKED)))
         n = draw(st.sampled_from([0, 1, 3, 9, 70])) if w.done else 0
         parents = [draw(st.integers(max(-1, i - 4), i - 1)) for i in range(n)]
         works.append(w)
@@ -41,10 +43,12 @@ def test_rows_by_definition(step):
     batch = Batch.pack(works, trees, view(works))
     rows = []  # (token, position, bits, its logits are wanted, sequence whose root it is)
     for s, (w, tree) in enumerate(zip(works, trees, strict=True)):
-        asks = w.seq.params.prompt_logprobs is not None and w.seq.stored < w.seq.prompt_len - 1
+        of = w.seq.request.wants.logprobs_of
+        asks = w.seq.params.prompt_logprobs is not None
         for r in range(w.rows):
             last = r == w.rows - 1
-            wanted = (asks and w.seq.stored + r + 1 >= w.seq.request.wants.logprobs_from) or (last and w.done)
+            token = w.seq.stored + r + 1
+            wanted = (asks and token < w.seq.prompt_len and (of is None or token in of)) or (last and w.done)
             rows.append((w.seq.tokens[w.seq.stored + r], w.seq.stored + r, [], wanted, s if last and w.done else None))
         for node in range(len(tree)):
             path = tree.path_to(node)

@@ -20,6 +20,7 @@ from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.parcel import Lost, StoredText
+from redraft.kv.slots import Kept
 from redraft.kv.table import OutOfPages
 from redraft.models.runner import Runner
 from redraft.ops.format import Format, plain
@@ -194,7 +195,7 @@ def test_an_exported_text_continues_in_another_engine(backend: Any, lanes: Lanes
         run(here, seq, 70)
         if evicts:
             kept = [np.sort(np.array(dice.sample(range(70), 50), np.int32)) for _ in here.memory.paged.table.positions(seq)]
-            here.memory.paged.keep(seq, kept)
+            here.memory.paged.keep(seq, Kept(kept))
         moved = made(1, tokens, lanes)
         moves(here, seq, there, moved)
         there.memory.check()
@@ -302,7 +303,7 @@ def test_an_export_survives_json() -> None:
     one = runner(TorchOps)
     seq = made_open(one, made(1, TEXT[:75], Lanes.PER_LAYER))
     run(one, seq, 70)
-    one.memory.paged.keep(seq, [np.arange(20), np.arange(40)])
+    one.memory.paged.keep(seq, Kept([np.arange(20), np.arange(40)]))
     before = one.memory.export(seq)
     after = StoredText.of(json.loads(json.dumps(before.numbers())))
     assert [list(lane.positions) for lane in after.lanes] == [list(lane.positions) for lane in before.lanes]

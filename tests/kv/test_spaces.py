@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from redraft.core.plan import Accepted, Work
-from redraft.core.sequence import UNLIMITED, CachePlan, Lanes, Sequence, Space
+from redraft.core.sequence import UNLIMITED, CachePlan, Lanes, Onset, Sequence, Space
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv import edits, table
 from redraft.kv.edits import EditableTable
@@ -69,6 +69,7 @@ def test_encode_moves_full_pages_and_frees_them() -> None:
     table.check()
     assert (found.source, found.target) == (Space(Lanes.PER_HEAD), Space(Lanes.PER_HEAD, "int4"))
     assert found.src.tolist() == exact[:, :2].ravel().tolist() and len({*found.dst.tolist()}) == 12
+    assert found.lanes.tolist() == [lane for lane in range(6) for _ in range(2)]
     view = table.reserve([Work(seq, 1)], [TokenTree.chain(range(3))])
     assert view.encoded[0].tolist() == found.dst.reshape(6, 2).tolist() and view.lengths[0].tolist() == [10] * 6
     assert view.pages[0][:, 0].tolist() == exact[:, 2].tolist() and view.pages[0].shape == (6, 2)
@@ -77,7 +78,7 @@ def test_encode_moves_full_pages_and_frees_them() -> None:
     table.check()
     assert len(table.encode(seq).src) == 6 and len(table.encode(seq).src) == 0
     with pytest.raises(AssertionError, match="a sequence with encoded pages cannot evict"):
-        table.keep(seq, 0, [])
+        table.keep(seq, [[]] * 6)
 
 
 def test_splice_copies_slots_and_turns_keys() -> None:
@@ -123,7 +124,8 @@ def test_need_counts_what_sync_points_take() -> None:
     blocks.tokens = blocks.tokens[:5]
     assert table.need(blocks, 1 + 10) == 3 + -(-6 * 2 // 15)  # drafts come after the sync point, not in encoded pages
     evicted = stored(table, 2, 9, Lanes.PER_HEAD)
-    evicted.cache, evicted.shareable_tokens = replace(evicted.cache, max_slots=12), 12
+    table.keep(evicted, [range(9)] * 6)
+    evicted.onset = Onset(12, 12, longest=12)
     evicted.tokens += range(99)
     assert table.need(evicted, 100) == 0 and table.need(evicted, 100 + 5) == 2
     child = make(3, evicted.tokens, Lanes.PER_HEAD)
@@ -131,9 +133,17 @@ def test_need_counts_what_sync_points_take() -> None:
     assert table.need(evicted, 100) == 2 and table.need(evicted, 1) == 0  # an eviction copies pages that both list
     shared = make(4, range(30))
     assert table.need(shared, 31, matched=8) == 6
-    shared.cache, shared.shareable_tokens = replace(shared.cache, max_slots=16), 16
+    shared.onset = Onset(16, 16, longest=16)
     assert table.need(shared, 31, matched=8) == 4 and table.need(shared, 15, matched=8) == 2
     assert table.need(shared, 10**6) == 4  # a text of any length
+
+
+def test_need_counts_the_split_to_which_accepted_drafts_bring_a_text() -> None:
+    table = pool(BLOCKS)
+    seq = stored(table, 1, 13)
+    seq.cache, seq.onset = CachePlan(lanes=Lanes.PER_HEAD), Onset(16, 16, slots=8, most=16, longest=16)
+    assert table.need(seq, 1 + 1) == 0
+    assert table.need(seq, 1 + 2) == 4  # 8 slots and the drafts in each of 6 lanes
 
 
 # ---- random programs
@@ -168,7 +178,7 @@ class Spaces(Program):
         full = sum(lane.length // PAGE - len(lane.encoded) for lane in held.lanes)
         fits = -(-max(0, full - held.encoded.spares) // held.encoded.per_block) <= self.table.available()
         try:
-            source, target, src, dst = self.table.encode(seq)
+            source, target, src, dst, _ = self.table.encode(seq)
         except self.module.OutOfPages:
             assert not fits and snapshot(self.table) == before
             return
@@ -241,7 +251,7 @@ def test_random_programs() -> None:
 class Kind(NamedTuple):
     """A kind of cache that a request may choose. budget, drop: `drop` slots are evicted whenever `budget` are in use; uneven: the most
     slots by which a lane may differ from the others then; encoded, encode_every: see CachePlan; spliced: text is copied from another
-    sequence."""
+    sequence; context: the first eviction comes at the end of the prompt, and is the only one if drop is 0."""
 
     lanes: Lanes = Lanes.SHARED
     format: str = ""
@@ -251,6 +261,14 @@ class Kind(NamedTuple):
     uneven: int = 0
     encode_every: int = 0
     spliced: bool = False
+    context: bool = False
+
+    def first(self, seq: Sequence) -> int:
+        """The stored tokens at the first eviction."""
+        if not self.context:
+            return self.budget
+        kept = self.budget - self.drop
+        return seq.prompt_len if seq.prompt_len > kept + self.uneven else self.budget + self.uneven if self.drop else UNLIMITED
 
 
 KINDS = [
@@ -259,6 +277,9 @@ KINDS = [
     Kind(spliced=True),
     Kind(Lanes.PER_LAYER, budget=13, drop=5, uneven=3),
     Kind(Lanes.PER_HEAD, budget=16, drop=8, uneven=4),
+    Kind(Lanes.PER_HEAD, budget=4, uneven=2, context=True),
+    Kind(Lanes.PER_LAYER, budget=10, drop=5, uneven=1, context=True),
+    Kind(Lanes.PER_HEAD, "wide", budget=5, uneven=1, context=True),
     Kind(Lanes.PER_HEAD, "int8", budget=9, drop=3),
     Kind(Lanes.PER_HEAD, "wide"),
     Kind(Lanes.PER_HEAD, encoded="int4", encode_every=4),
@@ -286,7 +307,7 @@ class Service:
                 *(self.random.randrange(3) for _ in range(3)),
             ]
             self.waiting.append(self.fit(make(ident, tokens), self.random.choice(KINDS)))
-            self.waiting[-1].request.params = self.waiting[-1].params.but(n=self.random.choice([1, 1, 2]))
+            self.waiting[-1].request.params = self.waiting[-1].params.but(n=self.random.choice([1, 1, 2, 4]))
 
     def fit(self, seq: Sequence, kind: Kind) -> Sequence:
         self.kinds[seq.id], self.ends[seq.id] = kind, seq.prompt_len + self.random.randint(1, 12)
@@ -294,10 +315,13 @@ class Service:
             lanes=kind.lanes,
             format=kind.format,
             encoded=kind.encoded,
-            max_slots=kind.budget + kind.uneven if kind.budget else UNLIMITED,
             encode_every=kind.encode_every or UNLIMITED,
         )
-        seq.shareable_tokens = kind.budget or UNLIMITED
+        if kind.budget and kind.first(seq) < UNLIMITED:
+            kept = kind.budget - kind.drop + kind.uneven
+            most = kept + kind.drop if kind.drop else UNLIMITED
+            seq.onset = Onset(kind.first(seq), kind.first(seq), slots=kept, most=most, longest=most)
+        seq.shareable_tokens = seq.onset.shareable
         self.spans(seq)
         seq.sync_point = self.sync_point(seq)
         return seq
@@ -315,8 +339,9 @@ class Service:
         kind, found = self.kinds[seq.id], [self.ends[seq.id] - 1, *(span[0] for span in seq.spans[:1])]
         if seq.params.n > len(seq.request.sequences) and seq.stored < seq.prompt_len - 1:
             found.append(seq.prompt_len - 1)
-        if kind.budget:
-            found.append(kind.budget + max(0, (seq.stored - kind.budget) // kind.drop + 1) * kind.drop)
+        if kind.budget and (first := kind.first(seq)) < UNLIMITED:
+            again = max(0, (seq.stored - first) // kind.drop + 1) * kind.drop if kind.drop else UNLIMITED if seq.stored >= first else 0
+            found.append(first + again)
         if kind.encode_every:
             found.append((seq.stored // kind.encode_every + 1) * kind.encode_every)
         return min(found)
@@ -326,12 +351,15 @@ class Service:
         for seq in seqs:
             table.publish(seq)
             kind = self.kinds[seq.id]
-            due = kind.budget and seq.stored >= kind.budget and (seq.stored - kind.budget) % kind.drop == 0
+            due = kind.budget and seq.stored >= kind.first(seq) and (seq.stored - kind.first(seq)) % (kind.drop or UNLIMITED) == 0
             if due and self.decided.get(seq.id) != seq.stored:
                 self.decided[seq.id] = seq.stored
-                for lane, old in enumerate(table.positions(seq)):
+                kept = []
+                for old in table.positions(seq):
                     share = min(len(old), kind.budget - kind.drop + r.randint(-kind.uneven, kind.uneven))
-                    table.keep(seq, lane, sorted(r.sample(range(len(old)), share)))
+                    kept.append(sorted(r.sample(range(len(old)), share)))
+                self.done["split"] += seq.cache.splits and table._held[seq.id].pool.space == Space()
+                table.keep(seq, kept)
                 self.done["keep"] += 1
             if kind.encode_every and seq.stored and seq.stored % kind.encode_every == 0:
                 self.done["encode"] += len(table.encode(seq).src) > 0
@@ -348,7 +376,8 @@ class Service:
         seq.request.sequences.append(child)
         self.fit(child, self.kinds[seq.id])
         spare = self.table.available() - sum(self.table.need(each, each.pending) for each in self.running)
-        if len(self.running) < self.scheduler.max_seqs and spare >= 2:
+        listed = seq.stored if child.cache.shares else 0
+        if len(self.running) < self.scheduler.max_seqs and spare >= self.table.need(child, child.prompt_len + 1, listed):
             self.table.fork(seq, child)
             child.spans, child.sync_point = [], self.sync_point(child)
             self.decided[child.id] = self.decided.get(seq.id, 0)
@@ -403,7 +432,7 @@ class Service:
         for seq in [seq for seq in self.running if len(seq.tokens) >= self.ends[seq.id]]:
             self.stop(seq)
         for seq in self.running:
-            assert max(map(len, table.positions(seq))) <= seq.cache.max_slots
+            assert max(map(len, table.positions(seq))) <= max(seq.onset.longest, seq.onset.at)
         table.check()
 
     def run(self) -> Counter[str]:
@@ -418,7 +447,7 @@ class Service:
 
 def test_need_is_never_exceeded() -> None:
     done = sum((Service(seed).run() for seed in range(110)), Counter[str]())
-    assert min(done[what] for what in ("keep", "encode", "splice", "fork", "preempt", "full")) > 20
+    assert min(done[what] for what in ("keep", "encode", "splice", "fork", "preempt", "full", "split")) > 20
 
 
 # ---- tests of the tests: planted faults
@@ -471,7 +500,9 @@ PROGRAM = {
 }
 
 SERVICE = {
-    "drafts are cut with the pending rows": ("tail - drafted, seq.cache.max_slots)) + drafted", "tail, seq.cache.max_slots))"),
+    "drafts are cut with the pending rows": ("tail - drafted, onset.longest)) + drafted", "tail, onset.longest))"),
+    "a split copies nothing": ("max(before + blocks(onset.slots), blocks(after))", "max(before, blocks(after))"),
+    "a split is forgotten": ("        if end + drafted < onset.at:\n", "        if True:\n"),
     "drafts lie in codes": ("+ seq.cache.encode_every + drafted)", "+ seq.cache.encode_every)"),
     "codes take no memory": ("encoded += max(0, ", "encoded += 0 * max(0, "),
     "shared pages can be written": ("if evicts else len(lane.pages)", "if False else len(lane.pages)"),

@@ -20,6 +20,7 @@ from redraft.core.sequence import CachePlan, Lanes, Sequence, Space
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
 from redraft.kv.edits import EditableTable
+from redraft.kv.slots import Merged
 from redraft.kv.table import Moves, OutOfPages
 
 LAYERS, HEADS = 2, 3
@@ -82,14 +83,17 @@ def test_the_drawn_example() -> None:
 
 def test_pages_behind_the_path_are_freed_and_moves_cross_pages() -> None:
     table = EditableTable(8, LAYERS, HEADS, page=4)
-    seqs = [make(1, range(4)), make(2, range(6), Lanes.PER_LAYER)]
+    own = Space(Lanes.PER_LAYER, "int8")
+    table.define(own, LAYERS)
+    seqs = [make(1, range(4)), make(2, range(6))]
+    seqs[1].cache = CachePlan(lanes=own.lanes, format=own.format)
     for seq in seqs:
         table.open(seq)
     works = [Work(seq, seq.pending) for seq in seqs]
     trees = [TokenTree.chain(range(6)), TokenTree.chain(range(2))]
     view = table.reserve(works, trees)
     moves = table.commit(works, [Accepted((5,), (5, 9)), Accepted((1,), (1, 9))])
-    assert [m.space for m in moves] == [Space(), Space(Lanes.PER_LAYER)]
+    assert [m.space for m in moves] == [Space(), own]
     assert pairs(moves[0]) == [(view.pages[0][0, 2] * 4 + 1, view.pages[0][0, 1] * 4)]
     assert pairs(moves[1]) == [(p * 4 + 3, p * 4 + 2) for p in view.pages[1][:, 1].tolist()]
     assert table.used() == 2 + 2 and table.peak == 3 + 2
@@ -270,7 +274,7 @@ def test_keep_writes_no_shared_page_and_keeps_positions() -> None:
     seq = make(1, range(12))
     admit(table, seq, 8)
     old = listed(table, seq)[:2]
-    moves = table.keep(seq, 0, [0, 1, 2, 3, 5, 7])
+    (moves,) = table.keep(seq, [[0, 1, 2, 3, 5, 7]])
     table.check()
     view = table.reserve([Work(seq, 4)], [EMPTY])
     new = view.pages[0][0].tolist()
@@ -292,7 +296,7 @@ def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
     admit(table, seq)
     mine = listed(table, seq)[:3]
     admit(table, other, 4)  # the pool is full, of listed and published pages
-    moves = table.keep(seq, 0, [0, 1, 2, 3, 5, 7, 9])
+    (moves,) = table.keep(seq, [[0, 1, 2, 3, 5, 7, 9]])
     table.check()
     assert pairs(moves) == [(mine[1] * 4 + 1, mine[2] * 4), (mine[1] * 4 + 3, mine[2] * 4 + 1), (mine[2] * 4 + 1, mine[2] * 4 + 2)]
     assert table.match(range(13), "") == 8 and table.available() == 1  # the second page is idle
@@ -300,7 +304,7 @@ def test_keep_takes_back_what_it_published_where_memory_lacks() -> None:
     table.fork(seq, child)  # takes it
     assert table.available() == 0 and table.match(range(13), "") == 4
     with pytest.raises(OutOfPages, match="1 blocks needed, 0 of 4"):
-        table.keep(seq, 0, [1, 2, 3, 4, 5])  # two pages to write, one is its own alone
+        table.keep(seq, [[1, 2, 3, 4, 5]])  # two pages to write, one is its own alone
 
 
 def test_lanes_of_one_sequence_differ_after_keep() -> None:
@@ -308,8 +312,7 @@ def test_lanes_of_one_sequence_differ_after_keep() -> None:
     seq = make(1, range(9), Lanes.PER_LAYER)
     admit(table, seq, 8)
     used = table.used()
-    for lane in range(LAYERS):
-        table.keep(seq, lane, [] if lane else [1, 6])
+    table.keep(seq, [[1, 6], []])
     table.check()
     view = table.reserve([Work(seq, 1)], [EMPTY])
     assert view.lengths[0].tolist() == [2, 0] and view.pages[0].shape == (2, 1) and table.used() == used - 1
@@ -337,7 +340,7 @@ def test_check_sees(fault: str) -> None:
     seq, head, gone = make(1, range(6)), make(2, range(3), Lanes.PER_LAYER), make(3, range(50, 55))
     for each in (seq, head, gone):
         admit(table, each)
-    table.keep(head, 0, [])  # its page is free, the block is not
+    table.keep(head, [[], [1]])  # the page of one lane is free, the block is not
     table.free(gone)
     table.check()
     held = table._held[1]
@@ -449,7 +452,7 @@ class Program(RuleBasedStateMachine):
     def born(self, seq: Sequence, taint: object = None) -> None:
         self.seqs[seq.id] = seq
         self.taint[seq.id] = taint
-        lanes = LANES[seq.cache.lanes]
+        lanes = len(self.table._held[seq.id].lanes)
         self.expected[seq.id] = [[self.number(seq, seq.tokens[: i + 1]) for i in range(seq.stored)] for _ in range(lanes)]
         self.positions[seq.id] = [list(range(seq.stored)) for _ in range(lanes)]
 
@@ -457,7 +460,7 @@ class Program(RuleBasedStateMachine):
         """Opens the sequence, and attaches its prefix if all of its tokens fit by the figures that the scheduler uses."""
         table, salt = self.table, seq.request.salt
         tokens = seq.tokens[: seq.shareable_tokens + 1]
-        n = table.match(tokens, salt) if seq.cache.lanes is Lanes.SHARED else 0
+        n = table.match(tokens, salt) if seq.cache.shares else 0
         idle = table.idle_matched(tokens, salt) if n else 0
         assert n < len(seq.tokens) and n % PAGE == 0
         fits = table.need(seq, len(seq.tokens), matched=n) <= table.available() - idle
@@ -509,7 +512,7 @@ class Program(RuleBasedStateMachine):
             assert not promised, "need() <= available(), yet reserve failed"
             assert snapshot(table) == before, "a failing reserve changed something"
             return False
-        assert view.tail == tails and view.chain == [w.rows for w in works] and view.kinds == [w.seq.cache.lanes for w in works]
+        assert view.tail == tails and view.chain == [w.rows for w in works] and view.kinds == [self.space(w.seq).lanes for w in works]
         assert len(set(view.fresh)) == len(view.fresh)
         for space, page in view.fresh:
             self.memory[self.cells(space, page)] = ZERO
@@ -520,16 +523,20 @@ class Program(RuleBasedStateMachine):
             assert view.lengths[s].tolist() == [len(lane) for lane in self.expected[seq.id]]
             positions = view.positions[s]
             if positions is None:
-                assert self.positions[seq.id] == [list(range(seq.stored))] * LANES[seq.cache.lanes]
+                assert self.positions[seq.id] == [list(range(seq.stored))] * LANES[self.space(seq).lanes]
             else:
                 assert [p.tolist() for p in positions] == self.positions[seq.id]
             for lane, length in enumerate(view.lengths[s].tolist()):
                 for r, value in enumerate(values):
                     slot = length + view.tail[s] + r - view.encoded[s].shape[1] * PAGE
-                    self.memory[self.cells(Space(seq.cache.lanes, seq.cache.format), view.pages[s][lane, slot // PAGE]), slot % PAGE] = (
-                        value
-                    )
+                    self.memory[self.cells(self.space(seq), view.pages[s][lane, slot // PAGE]), slot % PAGE] = value
         return True
+
+    def space(self, seq: Sequence) -> Space:
+        """Of the unencoded pages: that of shared pages until a text with lanes of its own first evicts."""
+        space: Space = self.table._held[seq.id].pool.space
+        assert space == Space(seq.cache.lanes, seq.cache.format) or (space == Space() and seq.cache.splits)
+        return space
 
     def path_prefix(self, w: Work, tree: TokenTree, node: int) -> list[int]:
         return [*w.seq.tokens[: w.seq.stored + w.rows], *tree.tokens[tree.path_to(node)].tolist()]
@@ -595,7 +602,7 @@ class Program(RuleBasedStateMachine):
         child = make(self.count, seq.tokens, seq.cache.lanes, seq.request.salt)
         child.cache = seq.cache
         before = snapshot(self.table)
-        fits = self.table.available() >= -(-LANES[seq.cache.lanes] // self.table._held[seq.id].pool.per_block)
+        fits = self.table.available() >= -(-len(self.expected[seq.id]) // self.table._held[seq.id].pool.per_block)
         try:
             moves = self.table.fork(seq, child)
         except self.module.OutOfPages:
@@ -612,11 +619,14 @@ class Program(RuleBasedStateMachine):
     @rule()
     def keep(self) -> None:
         r, seq = self.random, self.pick()
-        lane = r.randrange(LANES[seq.cache.lanes])
-        values, positions, held = self.expected[seq.id][lane], self.positions[seq.id][lane], self.table._held[seq.id]
-        n, old = len(values), list(held.lanes[lane].pages)
         if seq.cache.encoded:
             return
+        if seq.cache.splits and self.space(seq) == Space():
+            self.split(seq)
+            return
+        lane = r.randrange(len(self.expected[seq.id]))
+        values, positions, held = self.expected[seq.id][lane], self.positions[seq.id][lane], self.table._held[seq.id]
+        n, old = len(values), list(held.lanes[lane].pages)
         whole = r.random() < 0.3  # pages, and the end of the lane
         if whole:
             blocks = [range(i, min(i + PAGE, n)) for i in range(0, n, PAGE)]
@@ -624,8 +634,9 @@ class Program(RuleBasedStateMachine):
         else:
             slots = sorted(r.sample(range(n), r.randint(0, n))) if r.random() < 0.7 else list(range(r.randint(0, n)))
         before, others = snapshot(self.table), sum(held.pool.refs[page] > 1 for page in old)
+        kept = [slots if i == lane else list(range(len(one))) for i, one in enumerate(self.expected[seq.id])]
         try:
-            moves = self.table.keep(seq, lane, slots)
+            moves = self.table.keep(seq, kept)[lane]
         except self.module.OutOfPages:
             assert snapshot(self.table) == before
             assert self.table.available() < others, "pages that this lane alone lists are its own to write"
@@ -636,6 +647,22 @@ class Program(RuleBasedStateMachine):
         self.positions[seq.id][lane] = [positions[i] for i in slots]
         if len(slots) < n:
             self.taint[seq.id] = (seq.id, len(self.numbers), self.taint[seq.id])
+
+    def split(self, seq: Sequence) -> None:
+        r, (values,), (positions,) = self.random, self.expected[seq.id], self.positions[seq.id]
+        kept = [sorted(r.sample(range(len(values)), r.randint(0, len(values)))) for _ in range(LANES[seq.cache.lanes])]
+        pool, before = self.table._pools[Space(seq.cache.lanes)], snapshot(self.table)
+        wanted = max(0, sum(-(-len(slots) // PAGE) for slots in kept) - pool.spares)
+        fits = -(-wanted // pool.per_block) <= self.table.available()
+        try:
+            (moves,) = self.table.keep(seq, kept)
+        except self.module.OutOfPages:
+            assert not fits and snapshot(self.table) == before
+            return
+        self.move(moves)
+        self.expected[seq.id] = [[values[i] for i in slots] for slots in kept]
+        self.positions[seq.id] = [[positions[i] for i in slots] for slots in kept]
+        self.taint[seq.id] = (seq.id, len(self.numbers), self.taint[seq.id])
 
     @precondition(lambda self: self.seqs)
     @rule()
@@ -668,7 +695,8 @@ class Program(RuleBasedStateMachine):
         assert table.used() + table.available() == BLOCKS and table.peak >= table.used()
         for seq in self.seqs.values():
             held = table._held[seq.id]
-            assert [p.tolist() for p in table.positions(seq)] == self.positions[seq.id]
+            once = LANES[seq.cache.lanes] // len(self.positions[seq.id])
+            assert [p.tolist() for p in table.positions(seq)] == self.positions[seq.id] * once
             for lane, values in zip(held.lanes, self.expected[seq.id], strict=True):
                 for i, page in enumerate([*lane.encoded, *lane.pages]):
                     encoded = i < len(lane.encoded)
@@ -705,3 +733,21 @@ class Program(RuleBasedStateMachine):
 
 TestProgram = Program.TestCase
 TestProgram.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def test_slots_that_stand_for_one_token_need_no_logarithms() -> None:
+    table, seq = EditableTable(9, LAYERS, HEADS, page=4), make(1, range(9), Lanes.PER_HEAD)
+    table.open(seq)
+    run(table, seq, 8)
+    lanes, slots = np.array([1, 4], np.int32), np.array([0, 2], np.int32)
+    rows = np.zeros((2, 3), np.float32)
+    for kept, tokens in ((6, 1), (5, 3), (4, 1)):
+        table.keep(seq, [range(kept)] * LANES[Lanes.PER_HEAD], Merged(lanes, slots, rows, rows, np.full(2, tokens, np.int32)))
+        table.check()
+        logs = table.reserve([Work(seq, 0)], [EMPTY]).logs[0]
+        if kept == 6:
+            assert logs is None
+            continue
+        assert logs is not None
+        held = [(lane, slot) for lane, one in enumerate(logs) for slot in np.flatnonzero(one)]
+        assert held == ([(1, 0), (4, 2)] if tokens == 3 else []), "a new count replaces the old one"

@@ -27,7 +27,7 @@ def test_pool_is_a_fraction_of_what_is_left() -> None:
 
 
 def test_pool_is_no_larger_than_can_be_used() -> None:
-    assert blocks(600 * GIB, seqs=4) == 4 * 33
+    assert blocks(600 * GIB, seqs=4) == 5 * 33
 
 
 def test_explicit_pool() -> None:
