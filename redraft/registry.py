@@ -43,7 +43,10 @@ METHODS: dict[str, dict[str, str]] = {
         "vocabtrim": "redraft.draft.vocabtrim:VocabTrim",
     },
     "codec": {
-        "int4": "redraft.kv.quantization.int4:Int4",
+        "int4": "redraft.kv.quantization.kivi:Int4",
+        "kivi": "redraft.kv.quantization.kivi:KIVI",
+        "gear": "redraft.kv.quantization.gear:GEAR",
+        "think": "redraft.kv.quantization.think:ThinK",
         "int8": "redraft.kv.quantization.int8:Int8",
     },
     "depth": {
@@ -53,12 +56,24 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "keep": {
         "ada-kv": "redraft.kv.eviction.ada_kv:AdaKV",
+        "compresskv": "redraft.kv.eviction.compress_kv:CompressKV",
+        "d2o": "redraft.kv.eviction.d2o:D2O",
+        "duo": "redraft.kv.eviction.duo:DuoAttention",
+        "elastic-cache": "redraft.kv.eviction.elastic_cache:ElasticCache",
+        "ems": "redraft.kv.eviction.ems:EMS",
+        "h2o": "redraft.kv.eviction.h2o:H2O",
+        "kvmerger": "redraft.kv.eviction.kv_merger:KVMerger",
+        "lazy-eviction": "redraft.kv.eviction.lazy_eviction:LazyEviction",
+        "prefixkv": "redraft.kv.eviction.prefix_kv:PrefixKV",
+        "razor": "redraft.kv.eviction.razor:RazorAttention",
         "scissorhands": "redraft.kv.eviction.scissorhands:Scissorhands",
+        "snapkv": "redraft.kv.eviction.snap_kv:SnapKV",
         "streaming-llm": "redraft.kv.eviction.streaming_llm:StreamingLLM",
     },
     "read": {
         "double-sparsity": "redraft.kv.sparse_attention.double_sparsity:DoubleSparsity",
         "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
+        "sentencekv": "redraft.kv.sparse_attention.sentence_kv:SentenceKV",
     },
     "reuse": {
         "pie": "redraft.kv.reuse.pie:PIE",

@@ -24,25 +24,53 @@ engine = partial(identity.engine, layers=4)
 SEAMS = ("keep", "codec", "read", "depth", "steer")
 # Options with which a method has an effect on texts of a hundred tokens. Other methods are tested with their defaults.
 BITING = {
-    "ada-kv": "budget=32,recent=4,sinks=1,history=8",
+    "ada-kv": "budget=0.3,window=4,pool=3,sinks=1,floor=0",
+    "compresskv": f"budget=0.3,heads=1,window=4,pool=3,sinks=1,least=4,profile={trained.votes(4)}",
     "context-knob": f"path={trained.knob(4)}",
+    "d2o": "budget=0.3,sinks=1,drop=8",
     "double-sparsity": None,  # needs a profile of the model: tests/kv/sparse_attention
+    "duo": f"sinks=2,local=14,profile={trained.heads(4)}",
+    "elastic-cache": "budget=0.4,distance=3,drop=4",
+    "ems": "budget=12,window=4,similar=0",
+    "h2o": "budget=20,drop=8",
     "first": None,  # needs routers of the model: tests/layer_skipping
+    "gear": "block=32",
     "int4": "block=32",
+    "kvmerger": "similar=0.1,count=true",
+    "kivi": "block=32",
     "layer-skip": "speedup=2",
+    "lazy-eviction": "budget=24,window=8",
     "page-top-k": "tokens=64,sinks=0",
+    "prefixkv": "budget=0.3,sinks=1,recent=4",
+    "razor": f"sinks=1,recent=8,share=0.1,every=8,profile={trained.heads(4)}",
     "scissorhands": "budget=32,recent=4,sinks=1,history=8",
+    "sentencekv": "tokens=48,start=2,recent=4,longest=8",
     "skip-decode": "least=2,over=8",
+    "snapkv": "budget=0.3,window=4,pool=3,sinks=1",
     "streaming-llm": "sinks=2,recent=14",
+    "think": f"block=32,share=0.7,profile={trained.channels(4)}",
 }
 NEUTRAL = {
     "ada-kv": "budget=4096",
+    "compresskv": f"budget=4096,profile={trained.votes(4)}",
     "context-knob": "strength=0",
+    "d2o": "budget=4096",
+    "duo": f"streaming=0,profile={trained.heads(4)}",
+    "elastic-cache": "budget=1",
+    "ems": "budget=4096",
+    "h2o": "budget=4096",
+    "kvmerger": "similar=1",
     "layer-skip": "speedup=1",
+    "lazy-eviction": "budget=4096",
     "page-top-k": "tokens=4096",
+    "prefixkv": "budget=4096",
+    "razor": f"recent=4096,profile={trained.heads(4)}",
     "scissorhands": "budget=4096",
+    "sentencekv": "tokens=4096",
     "skip-decode": "least=8",
+    "snapkv": "budget=4096",
     "streaming-llm": "recent=4096",
+    "think": "share=0",
 }
 
 
@@ -165,14 +193,14 @@ def test_two_policies_together(pair: tuple[tuple[str, str], ...]) -> None:
     same(seen, [pair, ()], 4)
 
 
-@pytest.mark.parametrize("one", chosen(NEUTRAL), ids=lambda one: one[1])
+@pytest.mark.parametrize("one", chosen(NEUTRAL), ids=lambda one: named((one,)))
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_neutral_settings_change_no_bit(embedded: dict[str, LLM], one: tuple[str, str], dtype: str) -> None:
     llm = embedded[dtype]
     prompt = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n" * 8  # several pages
-    seam, text = one
+    policy = trained.fitted(dict([one]), llm.runner)
     plain_params = SamplingParams(temperature=0.8, seed=3, max_tokens=40, logprobs=5)
-    (before,), (after,) = llm.generate(prompt, plain_params), llm.generate(prompt, plain_params.but(**{seam: text}))
+    (before,), (after,) = llm.generate(prompt, plain_params), llm.generate(prompt, plain_params.but(**policy))
     assert after.outputs[0].token_ids == before.outputs[0].token_ids
     assert after.outputs[0].logprobs == before.outputs[0].logprobs
 

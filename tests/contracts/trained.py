@@ -27,11 +27,35 @@ def knob(layers: int) -> Path:
     return _knob(engine(layers=layers).runner, f"knob-{layers}")
 
 
+@cache
+def channels(layers: int) -> Path:
+    """Of think, for the tiny model of so many layers."""
+    return _channels(engine(layers=layers).runner, f"channels-{layers}")
+
+
+@cache
+def heads(layers: int) -> Path:
+    """Of razor and duo, for the tiny model of so many layers."""
+    return _heads(engine(layers=layers).runner, f"heads-{layers}")
+
+
+@cache
+def votes(layers: int) -> Path:
+    """Of compresskv, for the tiny model of so many layers."""
+    return _votes(engine(layers=layers).runner, f"votes-{layers}")
+
+
 def fitted(policy: dict[str, str], runner: Runner) -> dict[str, str]:
     """The same choices with files for this model."""
-    own = {str(knob(4)): lambda: str(_knob(runner, f"knob-{model_hash(runner)}"))}
+    name = model_hash(runner)
+    own = {
+        str(knob(4)): lambda: _knob(runner, f"knob-{name}"),
+        str(channels(4)): lambda: _channels(runner, f"channels-{name}"),
+        str(heads(4)): lambda: _heads(runner, f"heads-{name}"),
+        str(votes(4)): lambda: _votes(runner, f"votes-{name}"),
+    }
     for path, made in own.items():
-        policy = {seam: text.replace(path, made()) if path in text else text for seam, text in policy.items()}
+        policy = {seam: text.replace(path, str(made())) if path in text else text for seam, text in policy.items()}
     return policy
 
 
@@ -40,3 +64,25 @@ def _knob(runner: Runner, name: str) -> Path:
     u = np.random.default_rng(7).standard_normal(runner.spec.hidden)
     about = {"layer": 0, "context": 6.0, "prior": -6.0}
     return Trained("context-knob", model_hash(runner), about, {"u": u.astype(np.float32)}).save(folder() / f"{name}.safetensors")
+
+
+def _channels(runner: Runner, name: str) -> Path:
+    spec = runner.spec
+    scores = np.random.default_rng(8).random((len(spec.layers), spec.kv_heads, spec.head_dim), np.float32)
+    about = {"texts": 1, "tokens": 1}
+    return Trained("think", model_hash(runner), about, {"scores": scores}).save(folder() / f"{name}.safetensors")
+
+
+def _heads(runner: Runner, name: str) -> Path:
+    """The last head scores best."""
+    shape = len(runner.spec.attention), runner.spec.kv_heads
+    scores = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape) / (shape[0] * shape[1])
+    return Trained("razor", model_hash(runner), {"tokens": 1}, {"echo": scores, "induction": scores}).save(folder() / f"{name}.safetensors")
+
+
+def _votes(runner: Runner, name: str) -> Path:
+    """The last head scores best, and later layers are hurt more."""
+    layers = len(runner.spec.attention)
+    scores = np.tile(np.arange(runner.spec.attention[0].heads, dtype=np.float32), (layers, 1))
+    arrays = {"heads": scores, "damage": np.arange(1, layers + 1, dtype=np.float32)}
+    return Trained("compresskv", model_hash(runner), {"tokens": 1, "texts": 1}, arrays).save(folder() / f"{name}.safetensors")

@@ -1,16 +1,13 @@
-"""The kv heads of a layer share a budget: the slots that the newest rows attend to most stay, whichever head they belong to.
+"""The kv heads of a layer share a budget: the slots that the prompt's last rows attend to most stay, whichever head they belong to.
 
 Yuan Feng, Junlin Lv, Yukun Cao, Xike Xie, S. Kevin Zhou: Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation
 for Efficient LLM Inference, 2024, arXiv 2407.11550.
 
-1. Score a slot by the attention that the last `history` rows gave it, as SnapKV does.
-2. Protect the newest `recent` slots. They are those rows, and few rows have seen them, so their scores say little.
-3. Every head keeps at least its best `floor` of the even share.
-4. The rest of the layer's budget goes to the best slots of all its heads together, so heads with spread attention keep more.
+1. Score slots at the end of the prompt as SnapKV does (snap_kv.py), and protect the same ones.
+2. Every head keeps at least its best `floor` of the even share.
+3. The rest of the layer's budget goes to the best slots of all its heads together, so heads with spread attention keep more.
 
-Differs: it evicts whenever a layer is full, every budget * drop tokens, also while a prompt is read, not once at its end; scores are
-not pooled over neighbours; the floor is a minimum (the paper mixes an even share with the adaptive one); weights are averaged over the
-query heads of a kv head; the first `sinks` are protected too.
+Differs: the floor is a minimum (the paper mixes an even share with the adaptive one); otherwise as SnapKV here.
 """
 
 from __future__ import annotations
@@ -20,18 +17,18 @@ from typing import Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.kv.eviction.eviction import OpenEviction
-from redraft.kv.eviction.parts import Across, Budgeted, Evicting, Mass
+from redraft.kv.eviction.parts import Across, Evicting
+from redraft.kv.eviction.snap_kv import SnapKV
 from redraft.options import number
 
 
 @dataclass(frozen=True)
-class AdaKV(Budgeted):
-    """budget: slots of a kv head, on average over a layer; drop: the fraction of them to evict when all are full; history: the number
-    of newest rows to count; recent, sinks: the number of newest and of first tokens that are never evicted; floor: the fraction of
-    the even share that every head keeps."""
+class AdaKV(SnapKV):
+    """budget: slots of the prompt that a kv head keeps on average over its layer, or the part of the prompt if it is 1 or less; window: the
+    number of its last rows, which observe and stay; pool: the number of neighbouring slots that share their attention, odd; sinks: the
+    number of first tokens that always stay; drop: new tokens between two further evictions, 0 for none; floor: the fraction of the even
+    share that every head keeps."""
 
-    history: int = number(32, ge=1)
-    recent: int = number(32, ge=1)
     floor: float = number(0.2, ge=0, le=1)
 
     card: ClassVar[Card] = Card(
@@ -39,19 +36,13 @@ class AdaKV(Budgeted):
         "Feng, Lv, Cao, Xie, Zhou, Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM "
         "Inference, 2024, arXiv 2407.11550",
         Guarantee.LOSSY,
-        deviates="evicts whenever the budget is full; scores are not pooled; the floor is a minimum",
-        summary="Evicts the least attended, heads share; long prompts",
+        deviates="the floor is a minimum; query heads of a kv head choose together; sinks are spared",
+        summary="As SnapKV, and the heads of a layer share; long prompts",
+        budget="budget={part}",
     )
     name: ClassVar[str] = "ada-kv"
 
     def open(self, runner: Any) -> OpenEviction:
-        heads, trigger = runner.spec.kv_heads, self.trigger
-        allocator = Across(heads, max(self.sinks + self.recent, int(self.floor * trigger.kept)))  # 3. and 4.
-        return Evicting(
-            len(runner.spec.attention) * heads,
-            allocator.max_slots(trigger),
-            scorer=Mass(self.history),  # 1.
-            selector=self.selector,  # 2.
-            trigger=trigger,
-            allocator=allocator,
-        )
+        heads = runner.spec.kv_heads
+        allocator = Across(heads, self.floor, self.sinks + self.window)  # 2. and 3.
+        return Evicting(len(runner.spec.attention) * heads, allocator=allocator, **self.parts)

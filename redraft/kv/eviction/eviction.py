@@ -10,27 +10,28 @@ steps: no step crosses a sync point, statistics are those of committed rows in o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, ClassVar, Protocol
 
 from redraft.card import Card
-from redraft.core.sequence import UNLIMITED, Lanes, Sequence
-from redraft.core.tree import I32
+from redraft.core.sequence import NEVER, UNLIMITED, Lanes, Onset, Sequence
 from redraft.core.view import Watch, Window
+from redraft.kv.slots import Held, Kept
 from redraft.ops.backend import WeightSums
 
 
 class OpenEviction(Protocol):
-    """An opened policy. lanes: SHARED if all heads keep the same slots; endless: positions may exceed the trained context; window: the
-    mask of rows, for policies that use one; max_slots: the largest number of committed slots of a lane at any time; shareable_tokens:
-    the number of leading tokens with the same keys as without the policy."""
+    """An opened policy. lanes: SHARED if all heads keep the same slots, PER_LAYER if those of a layer do; endless: positions may exceed
+    the trained context; window: the mask of rows, for policies that use one; merges: whether it writes kept slots."""
 
     lanes: Lanes
     endless: bool
     window: Window | None
-    max_slots: int
-    shareable_tokens: int
+    merges: bool
+
+    def onset(self, context: int) -> Onset:
+        """When it begins to act on a text of which `context` tokens are given."""
+        ...
 
     def begin(self, seq: Sequence) -> Any:
         """The state of one sequence. After a preemption the sequence may already hold generated tokens. Always paired with `end`."""
@@ -53,10 +54,9 @@ class OpenEviction(Protocol):
         nothing was watched. seq.stored has already advanced."""
         ...
 
-    def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
-        """The slots that each lane keeps, ascending, or None to evict nothing. Called after each commit, and possibly again at the same
-        seq.stored. positions(): the positions of the committed slots of each lane, ascending. A state with one entry for each slot
-        must follow the returned slots."""
+    def decide(self, seq: Sequence, held: Held) -> Kept | None:
+        """What each lane keeps, or None to evict nothing. Called after each commit, and possibly again at the same seq.stored. A state with
+        one entry for each slot must follow the returned slots."""
         ...
 
 
@@ -74,8 +74,10 @@ class StatelessEviction:
     lanes: Lanes = Lanes.SHARED
     endless: bool = False
     window: Window | None = None
-    max_slots: int = UNLIMITED
-    shareable_tokens: int = UNLIMITED
+    merges: bool = False
+
+    def onset(self, context: int) -> Onset:
+        return NEVER
 
     def begin(self, seq: Sequence) -> Any:
         return None

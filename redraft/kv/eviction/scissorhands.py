@@ -37,13 +37,13 @@ class Scissorhands(Budgeted):
         Guarantee.LOSSY,
         deviates="sinks are spared; history ends at the last decision; the same budget for all layers",
         summary="Evicts the least attended, fixed slots; long outputs",
+        budget="budget={tokens}",
     )
     name: ClassVar[str] = "scissorhands"
 
     def open(self, runner: Any) -> OpenEviction:
         return Evicting(
             len(runner.spec.attention) * runner.spec.kv_heads,
-            self.budget,
             scorer=SeldomLow(self.history),  # 1. and 2.
             selector=self.selector,  # 3.
             trigger=self.trigger,  # 4.

@@ -15,17 +15,16 @@ by whole pages after a commit, and may exceed sinks + recent by less than a page
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from redraft.card import Card, Guarantee
-from redraft.core.sequence import Sequence
-from redraft.core.tree import I32
+from redraft.core.sequence import Onset, Sequence
 from redraft.core.view import Window
 from redraft.kv.eviction.eviction import OpenEviction, StatelessEviction
+from redraft.kv.slots import Held, Kept
 from redraft.options import Options, number
 
 GRID = 128  # rows between two sync points, about: large enough to run long prompts fast, small compared with a window
@@ -38,8 +37,7 @@ class Streaming(StatelessEviction):
 
     def __init__(self, sinks: int, recent: int, page: int) -> None:
         self.window = Window(sinks, recent)  # 1. and 2.
-        self.shareable_tokens = sinks + recent
-        self.recent, self.page = recent, page
+        self.sinks, self.recent, self.page = sinks, recent, page
         self.first = -(-sinks // page) * page
         self.sync_every = max(1, min(recent, GRID) // page) * page
         # a step ends at most sync_every rows after a sync point, at which the pages of the newest recent - 1 slots were kept
@@ -49,12 +47,18 @@ class Streaming(StatelessEviction):
         """The next multiple of sync_every, starting with the largest one that fits in max_slots."""
         return max(self.max_slots // self.sync_every, seq.stored // self.sync_every + 1) * self.sync_every
 
-    def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
-        """Evicts whole pages only. Slots keep their place within a page, so nothing is copied."""
-        gone = (seq.stored - self.recent + 1) // self.page * self.page  # 3. row `stored` sees positions above stored - recent
-        if gone <= self.first or len((lanes := positions())[0]) == self.first + seq.stored - gone:
+    def onset(self, context: int) -> Onset:
+        return Onset(self.max_slots, self.sinks + self.recent, slots=self.max_slots, most=self.max_slots, longest=self.max_slots)
+
+    def decide(self, seq: Sequence, held: Held) -> Kept | None:
+        """Evicts whole pages, whose slots keep their places, so nothing is copied. Only at sync points: attention adds in an order that
+        depends on which pages there are."""
+        if seq.stored % self.sync_every:
             return None
-        return [np.flatnonzero((lane < self.first) | (lane >= gone)).astype(np.int32) for lane in lanes]
+        gone = (seq.stored - self.recent + 1) // self.page * self.page  # 3. row `stored` sees positions above stored - recent
+        if gone <= self.first or len((lanes := held.positions())[0]) == self.first + seq.stored - gone:
+            return None
+        return Kept([np.flatnonzero((lane < self.first) | (lane >= gone)).astype(np.int32) for lane in lanes])
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class StreamingLLM(Options):
         Guarantee.LOSSY,
         deviates="a mask of each row's position; memory is freed by whole pages",
         summary="Keeps the first and newest tokens; endless chats",
+        budget="sinks=4,recent={recent}",
     )
 
     def open(self, runner: Any) -> OpenEviction:

@@ -16,6 +16,7 @@ from redraft.core.sequence import CachePlan, Sequence
 from redraft.core.testing import sequence
 from redraft.core.tree import TokenTree
 from redraft.kv.edits import EditableTable
+from redraft.kv.slots import Held
 from redraft.ops.backend import WeightSums
 
 LAYERS, HEADS = 2, 3
@@ -42,15 +43,24 @@ def given(statistic: str, lane: int, row: int, slot: int) -> int:
     noise = (row * 7919 + slot * 104729 + lane * 15485863 + 31) * 2654435761 >> 7
     if statistic == "low":
         return int(noise % 5 < 1 + slot % 4)  # some slots are low more often than others
+    if statistic == "above":
+        return int(noise % (5 + 7 * (slot % 3)) == 0)
     return noise % 4 + (3 * (slot % 3) if lane % HEADS == 1 else 0)  # one head gives more than the others
+
+
+def unread(lane: int) -> Any:
+    raise AssertionError("this policy reads no keys")
+
+
+HELD = Held(list, unread)
 
 
 class Drive:
     """One sequence under a policy. kept: committed tokens at each decision -> the positions that each lane kept; longest: the most
     slots of a lane after a commit; moved: the number of slots that decisions copied."""
 
-    def __init__(self, policy: Any, *, page: int = 32, table: EditableTable | None = None, ident: int = 1) -> None:
-        self.policy = policy
+    def __init__(self, policy: Any, *, page: int = 32, table: EditableTable | None = None, ident: int = 1, context: int = 1) -> None:
+        self.policy, self.context = policy, context
         self.table = table or EditableTable(2000, LAYERS, HEADS, page=page)
         self.seq = self._sequence(ident)
         self.table.open(self.seq)
@@ -60,7 +70,8 @@ class Drive:
 
     def _sequence(self, ident: int) -> Sequence:
         seq = sequence([0])
-        seq.id, seq.cache = ident, CachePlan(lanes=self.policy.lanes)
+        seq.id, seq.cache, seq.prompt_len = ident, CachePlan(lanes=self.policy.lanes), self.context
+        seq.onset = self.policy.onset(self.context)
         return seq
 
     def fork(self, ident: int) -> Drive:
@@ -97,15 +108,17 @@ class Drive:
         self.table.check()
 
     def decide(self) -> bool:
-        kept = self.policy.decide(self.seq, lambda: self.table.positions(self.seq))
-        for lane, slots in enumerate(kept or ()):
-            self.moved += len(self.table.keep(self.seq, lane, slots).src)
+        kept = self.policy.decide(self.seq, Held(lambda: self.table.positions(self.seq), unread))
+        if kept is not None:
+            self.moved += sum(len(moves.src) for moves in self.table.keep(self.seq, kept.slots))
         return kept is not None
 
 
 def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt: int = 0) -> WeightSums:
     """The WeightSums of rows and nodes after lanes with the positions `before`. Slots that no row sees, rejected rows and padding hold
     wrong numbers. Columns of nodes in chain rows hold 0, because they are summed and a chain row gives a node no attention."""
+    if len(before) == LAYERS:  # lanes of whole layers: attention is by head
+        before = [lane for lane in before for _ in range(HEADS)]
     rows, nodes, longest = step.rows, len(step.parents), max(map(len, before))
     width = longest + rows + nodes
     depth: list[int] = []
@@ -114,14 +127,18 @@ def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt
         depth.append(0 if parent < 0 else depth[parent] + 1)
         above.append([*(above[parent] if parent >= 0 else ()), len(above)])
     chain = np.full((len(watches), len(before), width), ROGUE, float)
+    each = np.full((len(watches), rows, len(before), width), ROGUE, float)
     tree = np.full((len(watches), nodes, len(before), width), ROGUE, float)
-    for w, (statistic, since) in enumerate(watches):
+    for w, watch in enumerate(watches):
+        statistic, since = watch.statistic, watch.since
         for lane, held in enumerate(before):
             end = len(held) + rows
             at = [*held, *range(stored, stored + rows)]
             counted = [r for r in range(rows) if stored + r >= since]
             for j, slot in enumerate(at):
-                chain[w, lane, j] = sum(given(statistic, lane, stored + r, slot + salt) for r in counted if slot <= stored + r)
+                own = {r: given(statistic, lane, stored + r, slot + salt) for r in counted if slot <= stored + r}
+                each[w, :, lane, j] = [own.get(r, 0) for r in range(rows)]
+                chain[w, lane, j] = sum(own.values())
             chain[w, lane, end : end + nodes] = 0
             for k in step.path:
                 row = stored + rows + depth[k]
@@ -131,6 +148,8 @@ def made_up(watches: Any, before: list[list[int]], stored: int, step: Step, salt
                     tree[w, k, lane, end + j] = given(statistic, lane, row, stored + rows + depth[j] + salt)
     shape = (len(watches), LAYERS, HEADS, width) if len(before) == LANES else (len(watches), 1, len(before), width)
     folded = (len(watches), nodes, *shape[1:])
+    if any(watch.each for watch in watches):
+        return WeightSums(each.reshape(len(watches), rows, *shape[1:]), tree.reshape(folded))
     return WeightSums(chain.reshape(shape), tree.reshape(folded))
 
 
@@ -138,11 +157,11 @@ def one_by_one(length: int) -> Iterator[Step]:
     return (Step(1) for _ in range(length))
 
 
-def grouped(policy: Any, length: int, seed: int, drafting: bool) -> Iterator[Step]:
+def grouped(policy: Any, length: int, seed: int, drafting: bool, context: int = 1) -> Iterator[Step]:
     """Steps of random sizes up to `length` committed tokens that cross no sync point, with random trees and paths or chunks only."""
     random_, stored = random.Random(seed), 0
     while stored < length:
-        room = min(policy.sync_point(SimpleNamespace(stored=stored)), length) - stored
+        room = min(policy.sync_point(SimpleNamespace(stored=stored, context=context)), length) - stored
         if drafting:
             parents = tuple(random_.randint(-1, i - 1) for i in range(random_.randint(0, 7)))
             path: list[int] = []

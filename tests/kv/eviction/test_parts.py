@@ -8,22 +8,23 @@ import pytest
 from hypothesis import given
 
 from redraft.core.testing import sequence
-from redraft.kv.eviction.parts import Across, Even, Evicting, Mass, SeldomLow, Selector, Tally, Trigger
+from redraft.kv.eviction.parts import Across, Even, Evicting, Full, Mass, SeldomLow, Selector, Tally
 from redraft.ops.backend import WeightSums
+from tests.kv.eviction import HELD
 
 
 @given(st.integers(2, 50), st.data())
 def test_a_trigger_is_due_when_all_is_taken(budget: int, data: st.DataObject) -> None:
-    trigger = Trigger(budget, data.draw(st.integers(1, budget - 1)))
+    trigger = Full(budget, data.draw(st.integers(1, budget - 1)))
     held, due = 0, []
     for stored in range(1, 200):
         held += 1
-        assert trigger.after(stored - 1) >= stored
+        assert trigger.after(stored - 1, 0) >= stored
         if held == budget:
-            assert trigger.after(stored - 1) == stored
+            assert trigger.after(stored - 1, 0) == stored
             due.append(stored)
-            held = trigger.kept
-    assert due == [stored for stored in range(1, 200) if trigger.after(stored - 1) == stored]
+            held = trigger.kept(0)
+    assert due == [stored for stored in range(1, 200) if trigger.after(stored - 1, 0) == stored]
 
 
 def seen(chain: list[list[list[float]]], nodes: list[list[list[list[float]]]]) -> WeightSums:
@@ -62,8 +63,8 @@ def test_scorers_order_as_they_say() -> None:
     low, mass = np.array([[3.0, 1, 3, 0]]), np.array([[5.0, 1, 6, 2]])
     lengths = np.array([4])
     free = Selector(0, 0)
-    assert free.ranks(SeldomLow(1).keys(np.stack([low, mass])), lengths).tolist() == [[3, 1, 2, 0]]
-    assert free.ranks(Mass(1).keys(mass[None]), lengths).tolist() == [[1, 3, 0, 2]]
+    assert free.ranks(SeldomLow(1).keys(np.stack([low, mass]), lengths), lengths).tolist() == [[3, 1, 2, 0]]
+    assert free.ranks(Mass(1).keys(mass[None], lengths), lengths).tolist() == [[1, 3, 0, 2]]
     assert free.ranks([np.zeros((1, 4))], lengths).tolist() == [[3, 2, 1, 0]], "of equals the older goes"
 
 
@@ -86,7 +87,7 @@ def test_shares_sum_to_the_budget_and_respect_the_floor(shape: tuple[int, int], 
     keys = [random.integers(0, 4, (len(lengths), int(lengths.max()))).astype(float)]
     ranks = Selector(1, 1).ranks(keys, lengths)
     assert Even().shares(kept, keys, ranks, lengths).tolist() == [kept] * len(lengths)
-    shares = Across(heads, floor).shares(kept, keys, ranks, lengths)
+    shares = Across(heads, 0.0, floor).shares(kept, keys, ranks, lengths)
     assert (shares.reshape(layers, heads).sum(-1) == heads * kept).all()
     assert (shares >= floor).all() and (shares <= lengths).all()
     for layer in range(layers):  # nothing that went is better than what stayed, but for the floors
@@ -98,25 +99,25 @@ def test_shares_sum_to_the_budget_and_respect_the_floor(shape: tuple[int, int], 
 
 
 def test_rows_before_the_history_are_not_asked_for() -> None:
-    policy = Evicting(1, 10, trigger=Trigger(10, 4), scorer=SeldomLow(3), selector=Selector(0, 1), allocator=Even())
+    policy = Evicting(1, trigger=Full(10, 4), scorer=SeldomLow(3), selector=Selector(0, 1), allocator=Even())
     seq = sequence([0] * 20)
     assert [(w.statistic, w.since) for w in policy.watch(seq)] == [("low", 7), ("mass", 7)]
     seq.stored = 10
     assert [w.since for w in policy.watch(seq)] == [11, 11]
-    long = Evicting(1, 10, trigger=Trigger(10, 4), scorer=Mass(99), selector=Selector(0, 1), allocator=Even())
+    long = Evicting(1, trigger=Full(10, 4), scorer=Mass(99), selector=Selector(0, 1), allocator=Even())
     assert [w.since for w in long.watch(sequence([0]))] == [0]
 
 
 def test_a_commit_that_was_not_observed_is_no_hole() -> None:
     """If a plugin raises between commit and observe, the engine decides at the next step with the statistics that it has."""
-    policy = Evicting(1, 4, trigger=Trigger(4, 2), scorer=Mass(4), selector=Selector(0, 1), allocator=Even())
+    policy = Evicting(1, trigger=Full(4, 2), scorer=Mass(4), selector=Selector(0, 1), allocator=Even())
     seq = sequence([0] * 9)
     seq.state[policy] = policy.begin(seq)
     seq.stored = 2
     policy.observe(seq, WeightSums(np.array([[[[1.0, 2]]]], np.float32), np.zeros((1, 0, 1, 1, 2), np.float32)), 2, ())
     seq.stored = 4
-    kept = policy.decide(seq, list)
-    assert kept is not None and kept[0].tolist() == [1, 3]
+    kept = policy.decide(seq, HELD)
+    assert kept is not None and kept.slots[0].tolist() == [1, 3]
     seq.stored = 5
     policy.observe(seq, None, 1, ())
-    assert policy.decide(seq, list) is None and seq.state[policy].now(5).tolist() == [3]
+    assert policy.decide(seq, HELD) is None and seq.state[policy].now(5).tolist() == [3]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from redraft import registry
 from redraft.core.sequence import Lanes
+from redraft.core.view import Window
 from redraft.errors import InvalidInput
 from redraft.kv.edits import EditableTable
 from redraft.kv.eviction.streaming_llm import StreamingLLM
@@ -41,11 +42,12 @@ def test_what_any_later_row_sees_is_there(shape: tuple[int, int, int], seed: int
         assert held == sorted(held)
         seen_later = set().union(*(visible(policy, row) for row in range(stored, stored + 4)))
         assert {j for j in seen_later if j < stored} <= set(held), "a later row misses a key"
-        # of what nobody sees any more, less than one page of sinks and one of the window stay
-        assert len(held) <= sinks + recent - 1 + 2 * (page - 1)
+        # of what nobody sees any more, less than one page of sinks and one of the window stay at a sync point
+        assert len(held) <= sinks + recent - 1 + 2 * (page - 1) + stored % policy.sync_every or stored < policy.max_slots
         assert len(held) <= policy.max_slots
     assert drive.longest <= policy.max_slots
     assert drive.moved == 0, "pages are relisted, not copied"
+    assert all(stored % policy.sync_every == 0 for stored in drive.kept), "however rows were grouped into steps"
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 4), (4, 20, 4), (5, 13, 4), (1, 8, 8), (9, 300, 8)])
@@ -62,7 +64,7 @@ def test_most_is_reached_and_never_passed(shape: tuple[int, int, int]) -> None:
 
 def test_the_defaults() -> None:
     policy = opened(4, 1020, page=32)
-    assert (policy.window, policy.shareable_tokens, policy.lanes, policy.endless) == ((4, 1020), 1024, Lanes.SHARED, True)
+    assert (policy.window, policy.onset(0).shareable, policy.lanes, policy.endless) == (Window(4, 1020), 1024, Lanes.SHARED, True)
     assert policy.sync_every == 128 and policy.max_slots == 32 + 1024 + 128
     drive = Drive(policy).run([Step(1152), Step(128), Step(1)])
     assert list(drive.kept) == [1152, 1280]
@@ -74,15 +76,15 @@ def test_short_texts_meet_no_border() -> None:
     policy = opened(4, 20)
     drive = Drive(policy, page=4)
     first = policy.sync_point(drive.seq)
-    assert policy.shareable_tokens <= first <= policy.max_slots
-    drive.run(one_by_one(policy.shareable_tokens))
-    assert drive.kept == {} and drive.positions() == [list(range(policy.shareable_tokens))]
+    assert policy.onset(0).shareable <= first <= policy.max_slots
+    drive.run(one_by_one(policy.onset(0).shareable))
+    assert drive.kept == {} and drive.positions() == [list(range(policy.onset(0).shareable))]
 
 
 def test_rows_below_pure_see_everything_and_no_others() -> None:
     policy = opened(3, 10)
-    assert all(visible(policy, row) == set(range(row + 1)) for row in range(policy.shareable_tokens))
-    assert visible(policy, policy.shareable_tokens) != set(range(policy.shareable_tokens + 1))
+    assert all(visible(policy, row) == set(range(row + 1)) for row in range(policy.onset(0).shareable))
+    assert visible(policy, policy.onset(0).shareable) != set(range(policy.onset(0).shareable + 1))
 
 
 def test_borders_are_a_function_of_what_is_stored() -> None:
@@ -106,12 +108,12 @@ def test_all_lanes_go_the_same_way_where_a_codec_has_split_them() -> None:
 
 
 def test_freed_pages_serve_another_text() -> None:
-    policy, table = opened(4, 20), EditableTable(14, LAYERS, HEADS, page=4)
+    policy, table = opened(4, 20), EditableTable(22, LAYERS, HEADS, page=4)
     drives = [Drive(policy, table=table, ident=i) for i in (1, 2)]  # 25 pages each without eviction
     for _ in range(100):
         for drive in drives:
             drive.step(Step(1))
-    assert table.peak == 14  # 4 + 20 + 3 slots before the oldest page goes
+    assert table.peak == 22  # max_slots each, 44, before the oldest pages go
 
 
 def test_a_fork_shares_pages_and_goes_its_own_way() -> None:
