@@ -15,7 +15,7 @@ from redraft.errors import InvalidInput
 def calibrate(
     model: Model = "embedded",
     texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more.", show_default=False)] = None,
-    method: Annotated[str, typer.Option(help="The sparse attention method that needs it.")] = "double-sparsity",
+    method: Annotated[str, typer.Option(help="The cache method that needs it.")] = "double-sparsity",
     samples: Annotated[int, typer.Option(help="Pieces of 512 tokens at most, evenly from all texts.")] = 256,
     output: Annotated[Path | None, typer.Option(help="The file to write; else the one that the method reads.", show_default=False)] = None,
 ) -> None:
@@ -23,15 +23,16 @@ def calibrate(
 
     Needed once for each model. The file holds the model's hash and is refused for any other model.
     """
-    made: Any = registry.create("read", method)
+    seam = next((seam for seam in ("read", "keep", "codec") if method in registry.METHODS[seam]), "read")
+    made: Any = registry.create(seam, method)
     if not hasattr(made, "calibrate"):
         raise InvalidInput(f"--method {method}: needs no calibration")
-    if not texts:
+    if not texts and getattr(made, "reads_texts", True):
         raise InvalidInput("--texts: at least one file of text is needed")
     from redraft.bench.tasks import read
     from redraft.llm import LLM
 
-    given = [read(file) for file in texts]
+    given = [read(file) for file in texts or ()]
     llm = LLM(config=engine_config(model, {"draft": "none"}))
     profile = made.calibrate(llm.runner, [llm.tokenizer.encode(text) for text in given if text], samples)
     try:

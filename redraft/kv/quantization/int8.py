@@ -71,7 +71,8 @@ class Int8Units:
         (k, key_scales), (v, value_scales) = _encode(keys), _encode(values)
         return {"keys": k, "values": v, "key_scales": key_scales, "value_scales": value_scales}
 
-    pack = store
+    def pack(self, keys: Tensor, values: Tensor, lanes: Any = None) -> dict[str, Tensor]:
+        return self.store(keys, values)
 
     def scores(self, held: Arrays, q: Tensor) -> Tensor:
         scales = cast(held["key_scales"], q.dtype).reshape(len(q), 1, -1)

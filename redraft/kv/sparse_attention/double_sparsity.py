@@ -23,31 +23,25 @@ from functools import cached_property
 from hashlib import sha256
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redraft.card import Card, Guarantee
-from redraft.config import SamplingParams
-from redraft.core.batch import Batch
-from redraft.core.plan import Work
-from redraft.core.sequence import UNLIMITED, Request, Sequence
-from redraft.core.spec import Attention
-from redraft.core.tree import EMPTY
-from redraft.errors import CheckpointError, InvalidInput
-from redraft.models.trained import Trained, model_hash, place
+from redraft.errors import InvalidInput
+from redraft.kv import channels
+from redraft.kv.sparse_attention.sparse_attention import StatelessRead
 from redraft.ops import arrays
-from redraft.ops.arrays import Tensor, array, kth_largest, namespace
+from redraft.ops.arrays import Tensor, kth_largest, namespace
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
-    from redraft.ops.backend import Backend, Products
+    from redraft.ops.backend import Products
 
 METHOD = "double-sparsity"
-PIECE = 512  # tokens of a text that run together
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,7 @@ class DoubleSparsity(Options):
         needs="a calibration of the model, once: redraft calibrate",
         deviates="labels for each kv head, in the dtype of the cache; no offloading",
         summary="Reads tokens by calibrated channels; long contexts",
+        budget="tokens={tokens}",
     )
 
     def __post_init__(self) -> None:
@@ -89,72 +84,27 @@ class DoubleSparsity(Options):
         count = runner.spec.head_dim // self.factor
         if not count:
             raise InvalidInput(f"{METHOD}:factor={self.factor}: must be {runner.spec.head_dim} or less, the number of channels of a key")
-        path = self.profile.expanduser() if self.profile else place(METHOD, model_hash(runner))
-        if not path.exists():
-            of = str(runner.source or "MODEL")
-            raise InvalidInput(f"{METHOD}: no profile {path}; make one with: redraft calibrate {of} --method {METHOD} --texts FILE")
-        profile = Profile.load(path)
-        Trained(METHOD, profile.model, {}, {}).check(runner, path)
+        profile = Profile.opened(runner, self.profile)
         return Labels(profile.channels(count), self.tokens, self.dense, self.sinks)
 
     @staticmethod
     def calibrate(runner: Runner, texts: Seq[Seq[int]], samples: int = 256) -> Profile:
-        """Token ids of texts -> Profile. Long texts are cut into pieces of 512 tokens. Of more than `samples` pieces it runs `samples`,
-        evenly spaced. Raises InvalidInput if there is no token."""
-        from redraft.models.runner import Runner
-
-        size = min(PIECE, runner.spec.context)
-        pieces = [list(text[i : i + size]) for text in texts for i in range(0, len(text), size)]
-        if not pieces or samples < 1:
-            raise InvalidInput(f"{METHOD}: {len(pieces)} pieces of text and samples = {samples}: a calibration needs at least one of each")
-        chosen = [pieces[i * len(pieces) // samples] for i in range(samples)] if len(pieces) > samples else pieces
-        meter = _Meter(runner)
-        own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-size // PAGE))
-        for i, tokens in enumerate(chosen):  # 1.
-            request = Request(METHOD, tokens, SamplingParams())
-            seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, sync_point=UNLIMITED)
-            own.memory.open(seq)
-            work = [Work(seq, len(tokens))]
-            own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
-            own.memory.free(seq)
-        tokens_run = sum(map(len, chosen))
-        return Profile(meter.means(tokens_run), model_hash(runner), len(texts), tokens_run)
+        """Token ids of texts -> Profile; see channels.Profile.measured."""
+        return Profile.measured(runner, texts, samples, lambda q, k: namespace(q).mean(abs(q), axis=2) * abs(k))  # 1.
 
 
-@dataclass(frozen=True, eq=False)
-class Profile:
-    """scores: f32 [L, K, D], the mean |q_c * k_c| of every channel; model: the hash of the calibrated model; texts, tokens: the number
-    of texts and tokens of the calibration."""
+class Profile(channels.Profile):
+    """scores: the mean |q_c * k_c| of every channel."""
 
-    scores: NDArray[np.float32]
-    model: str
-    texts: int
-    tokens: int
+    method = METHOD
 
     def channels(self, count: int) -> NDArray[np.int64]:
         """i64 [L, K, count], ascending: the channels with the largest scores; of equal scores the lower channel."""
         return np.sort(np.argsort(-self.scores, axis=-1, kind="stable")[..., :count], axis=-1)  # 2.
 
-    def save(self, path: Path | None = None) -> Path:
-        """Writes a safetensors file, by default where `open` looks for it; returns its path."""
-        about = {"texts": self.texts, "tokens": self.tokens}
-        return Trained(METHOD, self.model, about, {"scores": self.scores}).save(path or place(METHOD, self.model))
-
-    @classmethod
-    def load(cls, path: Path) -> Profile:
-        """CheckpointError if the file is damaged or of another method, or if all scores are 0."""
-        found = Trained.load(path, METHOD)
-        try:
-            profile = cls(found.arrays["scores"], found.model, int(found.about["texts"]), int(found.about["tokens"]))
-        except KeyError as error:
-            raise CheckpointError(f"{path}: not a complete file of {METHOD}: {error}") from None
-        if not profile.scores.any():
-            raise CheckpointError(f"{path}: all scores are 0: calibrate again")
-        return profile
-
 
 @dataclass(frozen=True, eq=False)
-class Labels:
+class Labels(StatelessRead):
     """The opened method. channels: i64 [L, K, c], the label channels."""
 
     channels: NDArray[np.int64]
@@ -205,31 +155,3 @@ def _channels(x: Any, chosen: Any) -> Any:
     xp = namespace(x)
     places = xp.asarray(chosen, device=arrays.device(x))
     return xp.take_along_axis(x, xp.broadcast_to(places, (*x.shape[:-1], places.shape[-1])), axis=-1)
-
-
-class _Meter:
-    """Wraps the backend of a runner and adds up |q_c * k_c| of every token that enters attention. sums: f64 [K, D] of layers."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._backend = runner.backend
-        self.sums: dict[int, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def forward(self, *of: Any) -> None:
-        """Returns None, as `run` does, so every layer runs operation by operation and calls `attend`."""
-
-    run = forward
-
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        xp = namespace(q)
-        rows, keys = (arrays.cast(xp.abs(x), xp.float64) for x in (q, k))
-        means = xp.mean(rows.reshape(len(k), layer.kv_heads, -1, layer.head_dim), axis=2)
-        self.sums[index] = self.sums.get(index, 0.0) + xp.sum(means * keys, axis=0)
-        found: Tensor = self._backend.attend(index, layer, q, k, *rest)
-        return found
-
-    def means(self, tokens: int) -> NDArray[np.float32]:
-        """f32 [L, K, D]"""
-        return (np.stack([array(self.sums[index]) for index in sorted(self.sums)]) / tokens).astype(np.float32)

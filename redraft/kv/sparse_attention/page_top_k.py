@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from redraft.card import Card, Guarantee
 from redraft.errors import InvalidInput
+from redraft.kv.sparse_attention.sparse_attention import StatelessRead
 from redraft.ops.arrays import Tensor, namespace
 from redraft.ops.format import PAGE, Array, Arrays
 from redraft.options import Options, number
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PageTopK(Options):
+class PageTopK(Options, StatelessRead):
     """tokens: the most tokens that a row reads, with the newest page counted as full; logical: the tokens in a part of a page; sinks:
     the number of first pages that are always read. A page that a window or an eviction has cut is read in addition.
 
@@ -52,6 +53,7 @@ class PageTopK(Options):
         Guarantee.LOSSY,
         deviates="no streaming heads; pages of 32 tokens; a choice for every row, never reused; the first page is always read",
         summary="Reads the pages that fit best; long contexts, no set-up",
+        budget="tokens={paged}",
     )
     sync_every: ClassVar[int] = PAGE
 

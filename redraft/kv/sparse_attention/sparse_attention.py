@@ -3,6 +3,9 @@
 A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`, which returns a Select (ops/backend.py)
 with a name and limits. Rows of the given context read all keys. For each later row `select` chooses among the keys that the row sees,
 by its own query and position, so no choice depends on chunks, drafts or other texts.
+
+A method whose choice needs more of a text than its side data has a state of the text. It is made of committed tokens and their stored
+keys at borders, which are multiples of `sync_every`, so it is the same after a preemption and in another engine.
 """
 
 from __future__ import annotations
@@ -10,17 +13,51 @@ from __future__ import annotations
 from typing import Any, ClassVar, Protocol
 
 from redraft.card import Card
+from redraft.core.sequence import Sequence
+from redraft.kv.slots import Held
 from redraft.ops.backend import Select
 
 
 class OpenSparseAttention(Select, Protocol):
     """name: the name of its side data, different for different side data; dense_up_to: a row that sees at most this many slots reads all of
     them; sync_every: the number of committed tokens, a multiple of 32, between sync points at which the per-page arrays of full pages are
-    filled, 0 for a method without them."""
+    filled and `border` acts, 0 for a method without both; own: whether a text has a state of its own."""
 
     name: str
     dense_up_to: int
     sync_every: int
+    own: bool
+
+    def begin(self, seq: Sequence) -> Select:
+        """The state of a text, with which its rows select. It is kept in seq.state. Always paired with `end`."""
+        ...
+
+    def fork(self, state: Any, seq: Sequence) -> Select: ...
+
+    def end(self, state: Any) -> None: ...
+
+    def border(self, state: Any, seq: Sequence, held: Held, edited: bool) -> None:
+        """Called after each commit behind the context, and possibly again at the same seq.stored. The state must become what the tokens
+        up to the last multiple of `sync_every` and the slots in the cache give. edited: slots were evicted since the last call."""
+        ...
+
+
+class StatelessRead:
+    """Defaults for methods that select by side data only."""
+
+    own: bool = False
+
+    def begin(self, seq: Sequence) -> Any:
+        return self
+
+    def fork(self, state: Any, seq: Sequence) -> Any:
+        return self
+
+    def end(self, state: Any) -> None:
+        pass
+
+    def border(self, state: Any, seq: Sequence, held: Held, edited: bool) -> None:
+        pass
 
 
 class Read(Protocol):

@@ -20,6 +20,7 @@ from tests.contracts.identity import Run, drive, engine
 METHODS = {
     "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
     "double-sparsity": "redraft.kv.sparse_attention.double_sparsity:DoubleSparsity",
+    "sentencekv": "redraft.kv.sparse_attention.sentence_kv:SentenceKV",
 }
 
 

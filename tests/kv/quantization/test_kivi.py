@@ -1,4 +1,4 @@
-"""int4 against its definition, written again in float64 with one loop for each group."""
+"""kivi, with 2 and 4 bits, against its definition, written again in float64 with one loop for each group."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from redraft.card import Guarantee
 from redraft.errors import InvalidInput, Unsupported
-from redraft.kv.quantization import int4
-from redraft.kv.quantization.int4 import Int4, Int4Units
+from redraft.kv.quantization import kivi
+from redraft.kv.quantization.kivi import KIVI, CodeUnits, Int4
 from redraft.ops.format import PAGE, Format
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+RUNNER: Any = SimpleNamespace(spec=SimpleNamespace(head_dim=8), backend=SimpleNamespace(dtype=F64))
 
 
-def opened(dtype: torch.dtype = F64, head_dim: int = 6, block: int = 128) -> Int4Units:
-    return Int4(block).open(SimpleNamespace(spec=SimpleNamespace(head_dim=head_dim), backend=SimpleNamespace(dtype=dtype)))
+def opened(dtype: torch.dtype = F64, head_dim: int = 6, block: int = 128, bits: int = 4) -> CodeUnits:
+    return KIVI(bits, block).open(SimpleNamespace(spec=SimpleNamespace(head_dim=head_dim), backend=SimpleNamespace(dtype=dtype)))
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
@@ -34,47 +35,47 @@ def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
     return (torch.randn(*shape, generator=generator, dtype=F64) * spread + mean).to(dtype)
 
 
-def encoded(group: list[float]) -> tuple[list[int], float, float]:
+def encoded(group: list[float], steps: int) -> tuple[list[int], float, float]:
     """The definition."""
     zero = min(group)
-    scale = (max(group) - zero) / 15
+    scale = (max(group) - zero) / steps
     return [round((x - zero) / scale) if scale else 0 for x in group], scale, zero  # round() is half to even
 
 
-def held(codec: Int4Units, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+def held(codec: CodeUnits, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Units [K, n, 32, D] in the form that attention reads."""
     return {
         name: array.view(*keys.shape[:2], *array.shape[1:]) for name, array in codec.pack(keys.flatten(0, 1), values.flatten(0, 1)).items()
     }
 
 
-def dense(codec: Int4Units, units: dict[str, Tensor], q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def dense(codec: CodeUnits, units: dict[str, Tensor], q: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and outputs over the decoded cache, in float64, with one loop for each head."""
     keys, values = (x.double().flatten(1, 2) for x in codec.decode(units))
     each = range(len(q))
     return torch.stack([q[h].double() @ keys[h].T for h in each]), torch.stack([weights[h].double() @ values[h] for h in each])
 
 
-def nibbles(row: list[int]) -> list[int]:
-    """The bytes of one row: channel i low, channel i + D / 2 high."""
-    half = len(row) // 2
-    return [row[i] + 16 * row[i + half] for i in range(half)]
+def packed(row: list[int], bits: int) -> list[int]:
+    """The bytes of one row: with 4 bits channel i low, channel i + D / 2 high."""
+    size = len(row) * bits // 8
+    return [sum(row[i + part * size] << part * bits for part in range(8 // bits)) for i in range(size)]
 
 
-def agrees_with_the_definition(codec: Int4Units, seed: int = 0) -> None:
-    size = 6
+def agrees_with_the_definition(codec: CodeUnits, seed: int = 0) -> None:
+    size, bits, steps = codec.arrays["key_scales"].shape[0], codec.bits, 2**codec.bits - 1
     keys, values = draw(seed, 2, 3, PAGE, size), draw(seed + 1, 2, 3, PAGE, size)
     units = held(codec, keys, values)
     back_keys, back_values = codec.decode(units)
     for at in np.ndindex(2, 3):
-        channels = [encoded(keys[at][:, c].tolist()) for c in range(size)]
+        channels = [encoded(keys[at][:, c].tolist(), steps) for c in range(size)]
         assert units["key_scales"][at].tolist() == [scale for _, scale, _ in channels]
         assert units["key_zeros"][at].tolist() == [zero for _, _, zero in channels]
         for t in range(PAGE):
-            assert units["keys"][at][t].tolist() == nibbles([codes[t] for codes, _, _ in channels])
+            assert units["keys"][at][t].tolist() == packed([codes[t] for codes, _, _ in channels], bits)
             assert back_keys[at][t].tolist() == [codes[t] * scale + zero for codes, scale, zero in channels]
-            codes, scale, zero = encoded(values[at][t].tolist())
-            assert units["values"][at][t].tolist() == nibbles(codes)
+            codes, scale, zero = encoded(values[at][t].tolist(), steps)
+            assert units["values"][at][t].tolist() == packed(codes, bits)
             assert (units["value_scales"][at][t].item(), units["value_zeros"][at][t].item()) == (scale, zero)
             assert back_values[at][t].tolist() == [code * scale + zero for code in codes]
     q, weights = draw(seed + 2, 2, 5, size), draw(seed + 3, 2, 5, 3 * PAGE)
@@ -87,46 +88,47 @@ def agrees_with_the_definition(codec: Int4Units, seed: int = 0) -> None:
 @settings(max_examples=5, deadline=None)
 def test_definition(seed: int) -> None:
     agrees_with_the_definition(opened(), seed)
+    agrees_with_the_definition(opened(head_dim=8, bits=2), seed)
 
 
-encode, unpack = Int4Units._encode, int4._unpack
+encode = CodeUnits._encode
 
 
-def keys_by_token(self: Int4Units, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+def keys_by_token(self: CodeUnits, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
     codes, scales, zeros = encode(self, x, -1)
     return (codes, scales, zeros) if along == -1 else (codes, scales[..., : x.shape[-1]], zeros[..., : x.shape[-1]])
 
 
-def one_grid(self: Int4Units, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+def one_grid(self: CodeUnits, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.aminmax()
     _, scales, zeros = encode(self, x, along)
     shared = ((x - low) / ((high - low) / 15)).round().to(torch.uint8).chunk(2, -1)
     return shared[0] | shared[1] << 4, ((high - low) / 15).expand(scales.shape), low.expand(zeros.shape)
 
 
-def symmetric(self: Int4Units, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
+def symmetric(self: CodeUnits, x: Tensor, along: int) -> tuple[Tensor, Tensor, Tensor]:
     codes, scales, _ = encode(self, x, along)
     return codes, scales, -7.5 * scales
 
 
-def other_order(packed: Tensor, dtype: torch.dtype) -> Tensor:
+def other_order(self: CodeUnits, packed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([packed >> 4, packed & 15], -1).to(dtype)
 
 
-def side_by_side(packed: Tensor, dtype: torch.dtype) -> Tensor:
+def side_by_side(self: CodeUnits, packed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(dtype)
 
 
 @pytest.mark.parametrize("fault", [keys_by_token, one_grid, symmetric])
 def test_a_wrong_grid_is_caught(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Int4Units, "_encode", fault)
+    monkeypatch.setattr(CodeUnits, "_encode", fault)
     with pytest.raises(AssertionError):
         agrees_with_the_definition(opened())
 
 
 @pytest.mark.parametrize("fault", [other_order, side_by_side])
 def test_a_wrong_order_of_nibbles_is_caught(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int4, "_unpack", fault)
+    monkeypatch.setattr(CodeUnits, "_unpack", fault)
     with pytest.raises(AssertionError):
         agrees_with_the_definition(opened())
 
@@ -135,8 +137,8 @@ def test_a_wrong_order_of_nibbles_is_caught(fault: Callable[..., Any], monkeypat
 @pytest.mark.parametrize("part", ["scales", "zeros"])
 def test_a_wrong_grid_in_attention_is_caught(verb: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next unit's grid."""
-    right, name = getattr(Int4Units, verb), f"{'key' if verb == 'scores' else 'value'}_{part}"
-    monkeypatch.setattr(Int4Units, verb, lambda self, units, x: right(self, units | {name: units[name].roll(1, 1)}, x))
+    right, name = getattr(CodeUnits, verb), f"{'key' if verb == 'scores' else 'value'}_{part}"
+    monkeypatch.setattr(CodeUnits, verb, lambda self, units, x: right(self, units | {name: units[name].roll(1, 1)}, x))
     with pytest.raises(AssertionError):
         agrees_with_the_definition(opened())
 
@@ -144,7 +146,7 @@ def test_a_wrong_grid_in_attention_is_caught(verb: str, part: str, monkeypatch: 
 @pytest.mark.parametrize("room", [1, 2 * 5 * 6, 2 * 2 * 5 * 6])
 def test_pages_in_runs(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of one page, and of two pages with one page left over."""
-    monkeypatch.setattr(int4, "ROOM", room)
+    monkeypatch.setattr(kivi, "ROOM", room)
     agrees_with_the_definition(opened())
 
 
@@ -245,12 +247,12 @@ def test_codes_depend_on_their_unit_alone(dtype: torch.dtype) -> None:
         assert torch.equal(torch.cat([one[name] for one in alone]), array)
 
 
-@pytest.mark.parametrize(("dtype", "taken", "full"), [(F32, 88, 512), (BF16, 76, 256)])
-def test_bytes(dtype: torch.dtype, taken: int, full: int) -> None:
+@pytest.mark.parametrize(("dtype", "bits", "taken", "full"), [(F32, 4, 88, 512), (BF16, 4, 76, 256), (F32, 2, 56, 512), (BF16, 2, 44, 256)])
+def test_bytes(dtype: torch.dtype, bits: int, taken: int, full: int) -> None:
     """Bytes of a token and head at D = 64. The arrays are those of pack()."""
-    codec = opened(dtype, 64)
+    codec = opened(dtype, 64, bits=bits)
     assert Format(codec.name, codec.arrays, codec).bytes == PAGE * taken
-    assert 2 * 64 * dtype.itemsize == full and taken == 64 + (2 * 64 + 64) * dtype.itemsize / 32
+    assert 2 * 64 * dtype.itemsize == full and taken == 64 * bits / 4 + (2 * 64 + 64) * dtype.itemsize / 32
     made = codec.pack(draw(0, 3, PAGE, 64, dtype=dtype), draw(1, 3, PAGE, 64, dtype=dtype))
     assert list(made) == list(codec.arrays)
     for name, array in codec.arrays.items():
@@ -261,12 +263,19 @@ def test_what_is_refused() -> None:
     for block in (0, -32, 16, 100):
         with pytest.raises(InvalidInput, match=f"int4:block={block}: must be a multiple of 32"):
             Int4(block)
-    with pytest.raises(Unsupported, match="head size 7 is odd"):
-        opened(head_dim=7)
+    with pytest.raises(InvalidInput, match="kivi:bits=3: must be 2 or 4"):
+        KIVI(bits=3)
+    for size, bits in ((7, 4), (6, 2)):
+        with pytest.raises(Unsupported, match=f"do not divide the head size {size}"):
+            opened(head_dim=size, bits=bits)
     with pytest.raises(Unsupported, match="whole pages"):
         opened().store(torch.zeros(1, 6), torch.zeros(1, 6))
 
 
 def test_claim() -> None:
-    assert Int4.card.guarantee == Guarantee.LOSSY
-    assert [(opened(block=b).name, opened(block=b).block) for b in (32, 128)] == [("int4", 32), ("int4", 128)]
+    assert Int4.card.guarantee == KIVI.card.guarantee == Guarantee.LOSSY
+    assert [(one.open(RUNNER).name, one.open(RUNNER).block) for one in (Int4(32), KIVI(4), KIVI(2, 64))] == [
+        ("int4", 32),
+        ("int4", 128),
+        ("int2", 64),
+    ]

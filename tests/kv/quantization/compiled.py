@@ -1,0 +1,57 @@
+"""A codec of whole pages on the compiled kernels: they attend as NumPy does, and a text is the same in any batch and chunks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from redraft import LLM, SamplingParams
+from redraft.core.sequence import Lanes
+from redraft.core.view import Watch, Window
+from redraft.ops import library
+from redraft.ops.format import Format, plain
+from tests.ops import test_views
+from tests.ops.tensors import Faced
+
+CASES = {
+    "tail": test_views.Case(Lanes.PER_HEAD, "", "blocks", watch=(Watch("mass"),)),
+    "window": test_views.Case(Lanes.PER_HEAD, "", "blocks", window=Window(4, 40), layer=30),
+}
+PROMPTS = [list(range(5, 105)), list(range(90, 20, -1))]
+
+
+def attends(codec: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """codec: opened, for PyTorch's dtype. Pages have the same bits, outputs differ by rounding."""
+    if why_not := library.why_not():
+        pytest.skip(f"no native kernels: {why_not}")
+    from tests.ops.tensors import Tensors
+
+    formats = {"blocks": Format("blocks", codec.arrays, codec), "labelled": Format("labelled", plain(codec.dtype, size))}
+    monkeypatch.setattr(test_views, "SIZE", size)
+    monkeypatch.setattr(test_views, "model", partial(test_views.model, size=size))
+    monkeypatch.setattr(test_views, "formats", lambda *_: formats)
+    for case in CASES.values():
+        mine, numpys = (test_views.program(ops(codec.dtype), case, codec.dtype) for ops in (Tensors, Faced))
+        for one, other in zip(mine.found, numpys.found, strict=True):
+            limit = 0.01 if codec.dtype == torch.bfloat16 else 2e-5
+            assert not one.numel() or (one.double() - other.double()).abs().max() <= limit * max(1.0, float(other.abs().max()))
+        units = torch.tensor(mine.main.encoded).flatten().numpy()
+        held, right = (world.pool.formats["blocks"].take(codec.arrays, units) for world in (mine, numpys))
+        assert all((held[name] == right[name]).all() for name in codec.arrays)
+
+
+def same_in_any_batch(choice: str) -> None:
+    """choice: the text of a codec that encodes 32 tokens at once. Log-probabilities have the same bits in bfloat16."""
+    if why_not := library.why_not():
+        pytest.skip(f"no native kernels: {why_not}")
+    params = SamplingParams(temperature=0, max_tokens=40, logprobs=1, ignore_eos=True, codec=choice)
+    found = []
+    for budget in (7, 512):
+        llm = LLM("embedded", backend="native", dtype="bfloat16", token_budget=budget, draft="none" if budget == 7 else "ngram", threads=1)
+        groups = [[one] for one in PROMPTS] if budget == 7 else [PROMPTS]
+        texts = [out.outputs[0] for group in groups for out in llm.generate(group, params)]
+        found.append([(text.token_ids, text.logprobs) for text in texts])
+    assert found[0] == found[1]
