@@ -326,6 +326,16 @@ class CacheConfig(Settings):
     )
     fraction: float = Field(0.3, gt=0, le=0.95, description="of what is free after the weights")
     prefix_sharing: bool = Field(True, description="pages of equal prefixes are computed once")
+    policy: str | None = Field(
+        None,
+        description="keep=NAME, codec=NAME, read=NAME or several with + between them, for requests that choose none; auto:quality=0.02:"
+        " the cheapest that loses at most 2 % of right answers and of perplexity, as `redraft bench cache` measured and kept",
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _none(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
 
 
 class SchedulerConfig(Settings):
@@ -357,7 +367,8 @@ class EngineConfig(Settings):
 
     @classmethod
     def of(cls, **flat: Any) -> EngineConfig:
-        """From flat names: every field of ModelConfig, CacheConfig (`cache_memory`, `cache_fraction`) and SchedulerConfig."""
+        """From flat names: every field of ModelConfig, CacheConfig (`cache_memory`, `cache_fraction`, `cache_policy`) and
+        SchedulerConfig."""
         parts: dict[str, dict[str, Any]] = {"model": {}, "cache": {}, "schedule": {}, "": {}}
         homes = cls._homes()
         for name, value in flat.items():
@@ -376,7 +387,7 @@ class EngineConfig(Settings):
     def _homes() -> dict[str, tuple[str, str]]:
         homes = {name: ("model", name) for name in ModelConfig.model_fields}
         homes |= {name: ("schedule", name) for name in SchedulerConfig.model_fields}
-        homes |= {"cache_memory": ("cache", "memory"), "cache_fraction": ("cache", "fraction")}
+        homes |= {"cache_memory": ("cache", "memory"), "cache_fraction": ("cache", "fraction"), "cache_policy": ("cache", "policy")}
         homes |= {"prefix_sharing": ("cache", "prefix_sharing")}
         homes |= {name: ("", name) for name in ("draft", "draft_model", "verify")}
         return homes

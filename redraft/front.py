@@ -10,10 +10,13 @@ from typing import Any
 from redraft import registry
 from redraft.card import Guarantee
 from redraft.config import EngineConfig, SamplingParams
+from redraft.engine import cache_policy
+from redraft.engine.budgets import CACHE
 from redraft.errors import InvalidInput
 from redraft.guarantee import weakest
 from redraft.models import fill, generation
 from redraft.models.tokenizer import Tokenizer
+from redraft.ops.arrays import name_of
 from redraft.ops.backend import Feature
 from redraft.sample.sampler import Sampler
 from redraft.setup import Setup
@@ -42,6 +45,10 @@ class Front:
         self.eos = frozenset(checkpoint.eos_ids)
         self.name = config.model.model
         self.weight_bytes = checkpoint.weight_bytes
+        self.cache_policy: cache_policy.CachePolicy | None = None
+        if (policy := config.cache.policy) is not None:
+            form = self.source, name_of(self.backend.dtype), self.backend.name
+            self.cache_policy = cache_policy.of(policy, self.name, *form)
 
     @property
     def adapters(self) -> Mapping[str, Any]:
@@ -94,6 +101,18 @@ class Front:
         given = {} if params is None else {name: getattr(params, name) for name in params.model_fields_set}
         return SamplingParams(**generation.over(self.defaults, given))
 
+    def cached(self, params: SamplingParams, tokens: int) -> SamplingParams:
+        """The parameters of a request with a prompt of `tokens` tokens: with the cache policy of the configuration, unless they choose
+        keep, codec or read, if only "none"."""
+        if self.cache_policy is None or params.model_fields_set & {*CACHE}:
+            return params
+        return params.but(**self.cache_policy.params(tokens))
+
+    @property
+    def cache_lengths(self) -> tuple[int, ...]:
+        """The least tokens of a prompt from which on `cached` chooses as it does."""
+        return (1,) if self.cache_policy is None else self.cache_policy.lengths
+
     @property
     def sampler(self) -> Sampler:
         """Checks what requests ask for, and builds what they need."""
@@ -130,7 +149,7 @@ class Headless(Front):
     def of_worker(self) -> EngineConfig:
         """The configuration of each worker: its pool has the size that was found here."""
         pool = self.blocks * self.backend.block_bytes(self.spec)
-        return self.config.but(cache=self.config.cache.but(memory=pool))
+        return self.config.but(cache=self.config.cache.but(memory=pool, policy=None))  # requests arrive with their policy
 
     def name_adapters(self, names: Iterable[str]) -> None:
         """Sets the adapters that requests may choose."""

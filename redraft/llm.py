@@ -85,6 +85,8 @@ class LLM(Front):
         for name, folder in config.model.adapters.items():
             self.load_lora(name, folder)
         self.engine = self._engine(setup.scheduler, setup.drafter)
+        for length in self.cache_lengths:
+            self.engine.policies.check(self.cached(SamplingParams(), length))  # a conflict is an error now, not for the first request
         self._engines = WeakSet([self.engine])  # of this LLM and its siblings
         self._numbers = itertools.count()
         self._inboxes: dict[str, deque[Event]] = {}  # request id -> what its caller has not taken yet
@@ -338,6 +340,8 @@ class LLM(Front):
         if "suffix" in fields:
             chosen = self.fill.params(chosen)
         options = {name: fields[name] for name in inputs.OPTIONS if name in fields}
+        if not options.keys() & {"before", "wants"}:
+            chosen = self.cached(chosen, len(output.prompt_token_ids))
         request = Request(output.request_id, output.prompt_token_ids, chosen, vectors=vectors, **options)
         with InterruptBetween(), self._turns:
             if any(other.has_work for other in self._engines if other is not self.engine):

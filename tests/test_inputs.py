@@ -227,6 +227,7 @@ CALLS: dict[str, Callable[[LLM, Any], Any]] = {
     "load_lora folder": lambda llm, x: llm.load_lora("a", x),
     "unload_lora": lambda llm, x: llm.unload_lora(x),
     "params": lambda llm, x: llm.params(x),
+    "cached": lambda llm, x: llm.cached(SamplingParams(), x),
     "guarantee_of": lambda llm, x: llm.guarantee_of(x),
     "guarantee_of reuse": lambda llm, x: llm.guarantee_of(SamplingParams(), x),
     "promise": lambda llm, x: llm.promise(x),

@@ -8,6 +8,8 @@ import typing
 from collections.abc import Iterator
 
 from redraft import registry
+from redraft.config import SamplingParams
+from redraft.engine.budgets import CACHE
 from redraft.errors import RedraftError
 from redraft.serve.errors import Refused
 
@@ -50,6 +52,12 @@ def public(seam: str, text: str) -> str:
     parts = [part for option in METHODS if option in given for part in registry.split(given[option], "+")]
     hides = any(_may_name_a_file(seam, name, option) for option in given) or any(public(seam, part) != part for part in parts)
     return name if hides else text
+
+
+def cache_policy(params: SamplingParams) -> str:
+    """The cache policy of a request as clients see it: "keep=name:option=value+codec=...", or none."""
+    chosen = {seam: text for seam in CACHE if (text := getattr(params, seam)) is not None}
+    return "+".join(f"{seam}={public(seam, text)}" for seam, text in chosen.items()) or "none"
 
 
 def _count(seam: str, text: str, field: str) -> int:

@@ -73,6 +73,7 @@ class RequestMetrics(Form):
     acceptance_by_position: list[int]
     stopped_drafters: list[str] = Field(description="drafters that stopped for a while, because their drafts did not pay")
     faults: list[str] = Field(description="why a text continued without drafts")
+    cache_policies: list[str] = Field(description="of each prompt: its eviction, quantization and sparse attention, or none")
     seeds: list[int] = Field(description="of each prompt; repeating the request with it gives the same text")
 
 
@@ -353,6 +354,11 @@ class WorkerInfo(Form):
     waiting: int
 
 
+class PolicyOfLength(Form):
+    prompt_tokens: int = Field(description="of prompts with at least so many tokens")
+    policy: str = Field(description="seam=name:option=value with + between several, or none: the whole cache")
+
+
 class ServerInfo(Form):
     version: str
     models: list[str]
@@ -371,6 +377,7 @@ class ServerInfo(Form):
     cache: CacheInfo
     workers: list[WorkerInfo]
     policies: dict[str, str | None]
+    cache_policy: list[PolicyOfLength] = Field(description="of requests that choose no cache policy, by the length of the prompt")
     parsers: dict[str, str | None] = Field(description="formats of tool_calls and of reasoning")
     methods: dict[str, list[str]]
     limits: dict[str, float]

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from redraft import __version__, registry
 from redraft.ops.format import PAGE
 from redraft.serve import documents, page
-from redraft.serve.choices import FIELDS, public
+from redraft.serve.choices import FIELDS, cache_policy, public
 from redraft.serve.config import ServeConfig
 from redraft.serve.documents import answers
 from redraft.serve.errors import Refused
@@ -99,6 +99,7 @@ async def server_info(http: Request) -> dict[str, Any]:
             for name, now in here.host.figures().items()
         ],
         "policies": {seam: _policy(here.config, seam) for seam in ("keep", "codec", "read", "depth", "steer")},
+        "cache_policy": [{"prompt_tokens": n, "policy": cache_policy(llm.cached(here.own, n))} for n in llm.cache_lengths],
         "parsers": here.prompts.formats.names,
         "methods": {seam: sorted(registry.METHODS[seam]) for seam in FIELDS},
         "limits": here.config.model_dump(include={"max_queue", "request_timeout", "max_body", "max_n", "max_logprobs", "max_stop"}),

@@ -14,6 +14,7 @@ from redraft.core.distribution import TopLogprobs
 from redraft.engine.output import Event, Provenance, Stats
 from redraft.models.tokenizer import Tokenizer
 from redraft.serve import provenance
+from redraft.serve.choices import cache_policy
 from redraft.serve.errors import Refused
 from redraft.serve.parsers.chain import Unspecial
 from redraft.serve.parsers.parser import Parser, Plain, Said
@@ -161,6 +162,7 @@ class Writer(ABC):
             ],
             "stopped_drafters": sorted({name for one in stats for name in one.stopped}),
             "faults": sorted({one.fault for one in stats if one.fault}),
+            "cache_policies": [cache_policy(submission.request.params) for submission in self.submissions],
             "seeds": [submission.request.params.seed for submission in self.submissions],
         }  # fmt: skip
 

@@ -18,7 +18,8 @@ import uvicorn
 
 from redraft.columns import fold, width
 from redraft.config import EngineConfig, SamplingParams
-from redraft.errors import RedraftError
+from redraft.engine.budgets import CACHE
+from redraft.errors import InvalidInput, RedraftError
 from redraft.front import POLICIES, Front
 from redraft.llm import LLM
 from redraft.models.memory import size
@@ -140,9 +141,17 @@ def described(llm: Front, names: str, workers: Seq[str]) -> list[str]:
     cache = f"cache of {size(blocks * backend.block_bytes(llm.spec))}, {blocks * PAGE} tokens"
     if len(workers) > 1:
         cache = f"workers {', '.join(workers)}, each with a {cache}"
+    chosen = (
+        []
+        if (policy := llm.cache_policy) is None
+        else [
+            f"cache policy of prompts from {length} token{'s' * (length > 1)} on: {policy.described(length)}" for length in policy.lengths
+        ]
+    )
     return [
         f"{names}: backend {backend.name}, {drafts}, {llm.promise(SamplingParams())}",
         f"{cache}; texts of up to {llm.max_model_len} tokens",
+        *chosen,
     ]
 
 
@@ -150,7 +159,9 @@ def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) 
     """Serves on `sockets`, which listen already, until a signal. Then closes them. Returns 0, or 1 if the engine died."""
     ending = contextlib.ExitStack()
     try:
-        policies = SamplingParams(**{seam: getattr(serve, seam) for seam in POLICIES})
+        policies = SamplingParams(**{seam: own for seam in POLICIES if (own := getattr(serve, seam)) is not None})
+        if engine.cache.policy is not None and (both := next((seam for seam in CACHE if getattr(serve, seam)), None)):
+            raise InvalidInput(f"cache_policy and {both} exclude each other: both are for requests that choose nothing")
         llm: Front
         if serve.on_ray:
             machines = ending.enter_context(connect(serve.ray_address, len(serve.stages) * (engine.model.threads or 1)))

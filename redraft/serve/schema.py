@@ -185,7 +185,7 @@ class Tuned(Body):
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     speculation: Literal["off"] | SpeculationChoice | None = Field(None, description='"off", or how to draft and verify')
-    cache: CacheChoice | None = None
+    cache: Literal["off"] | CacheChoice | None = Field(None, description='"off", the whole cache, or policies for it')
 
 
 class Generated(Tuned):

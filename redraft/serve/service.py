@@ -23,9 +23,10 @@ from redraft import registry
 from redraft.config import SamplingParams, closed
 from redraft.core import sequence
 from redraft.core.noise import Stream
-from redraft.core.sequence import Pooling, Wants
+from redraft.core.sequence import NO_WANTS, Pooling, Wants
+from redraft.engine.budgets import CACHE
 from redraft.errors import PromptTooLong, RedraftError
-from redraft.front import Front
+from redraft.front import POLICIES, Front
 from redraft.models.adapter import Adapter
 from redraft.models.tokenizer import Tokenizer
 from redraft.serve import schema
@@ -67,6 +68,11 @@ class Service:
         self.began = int(time.time())
         self.uses: Counter[Adapter] = Counter()  # requests under way with each adapter
         self._numbers = itertools.count()
+
+    @property
+    def own(self) -> SamplingParams:
+        """What requests get that choose no policy."""
+        return SamplingParams(**{seam: own for seam in POLICIES if (own := getattr(self.config, seam))})
 
     @property
     def deadline(self) -> float:
@@ -122,8 +128,10 @@ class Service:
     def _policies(self, body: schema.Sampled) -> dict[str, str]:
         """Methods of the cache, of layer skipping and of steering: the request's choice, else the server's."""
         found = {}
-        for seam in ("keep", "codec", "read", "depth", "steer"):
+        for seam in POLICIES:
             own, chosen = getattr(self.config, seam), getattr(body if seam == "steer" else body.cache, seam, None)
+            if body.cache == "off" and seam in CACHE:
+                chosen = "none"
             if chosen is not None:
                 checked(seam, chosen, own)
             if chosen or own:
@@ -174,9 +182,10 @@ class Service:
         requests = []
         for prompt in prompts:
             name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-            wants = Wants(pooling=pool) if prompt.scored is None else Wants(0, pool, prompt.scored)
+            wants = Wants(pooling=pool) if prompt.scored is None else Wants(0, pool, range(prompt.scored, len(prompt.tokens)))
             options = {"priority": body.priority or 0, "wants": wants, "adapter": adapter, "vectors": prompt.vectors}
-            requests.append(sequence.Request(name, prompt.tokens, params, salt, **options))
+            own = self.llm.cached(params, len(prompt.tokens)) if wants == NO_WANTS else params
+            requests.append(sequence.Request(name, prompt.tokens, own, salt, **options))
         try:
             if params.structured_outputs is not None:
                 await self.prompts.compiled(params, deadline)

@@ -113,6 +113,7 @@ CASES = {
     "int8": SamplingParams(temperature=0.7, seed=6, max_tokens=60, codec="int8"),
     "int4": SamplingParams(temperature=0.7, seed=6, max_tokens=60, codec="int4:block=32"),
     "sparse": SamplingParams(temperature=0.7, seed=6, max_tokens=60, read="page-top-k:tokens=64,sinks=0"),
+    "sentences": SamplingParams(temperature=0.7, seed=6, max_tokens=60, read="sentencekv:tokens=48,start=2,recent=4,longest=8"),
     "both": SamplingParams(temperature=0.7, seed=6, max_tokens=60, codec="int4:block=32", read="page-top-k:tokens=64,sinks=0"),
     "depth": SamplingParams(temperature=0.7, seed=6, max_tokens=60, depth="layer-skip:speedup=2"),
 }

@@ -93,18 +93,20 @@ def test_logprobs_are_those_of_the_raw_logits(drafted: bool, chunk: int, pool: i
 
 
 @pytest.mark.parametrize("chunk", [512, 9])
-@pytest.mark.parametrize("begin", [1, 40, 64, 80, 81, 90])
-def test_rows_before_the_first_wanted_log_probability_may_come_from_the_prefix_cache(begin: int, chunk: int) -> None:
+@pytest.mark.parametrize("of", [range(1, 81), range(40, 81), range(64, 81), [80], [], [33, 34, 47, 66], [1, 80]])
+def test_rows_before_the_first_wanted_log_probability_may_come_from_the_prefix_cache(of: list[int], chunk: int) -> None:
     params, prompt = SamplingParams(temperature=0, max_tokens=1), PROMPT * 3
     several = made({}, False, pool=40, chunk=chunk)
     whole = Request("whole", list(prompt), params.but(prompt_logprobs=1))
-    part = Request("part", list(prompt), params, wants=Wants(prompt_logprobs=1, logprobs_from=begin))
+    part = Request("part", list(prompt), params, wants=Wants(prompt_logprobs=1, logprobs_of=of))
     finish(several, whole)
     finish(several, part)
     assert whole.cached_tokens == 0 and len(prompt) == 81
-    assert part.cached_tokens is not None and part.cached_tokens < begin and bool(part.cached_tokens) == (begin > 1)
-    assert part.prompt_logprobs[:begin] == [None] * min(begin, 81)
-    for found, known in zip(part.prompt_logprobs[begin:], whole.prompt_logprobs[begin:], strict=True):
+    first = min(of, default=81)
+    assert part.cached_tokens is not None and part.cached_tokens < first and bool(part.cached_tokens) == (first > 1)
+    assert [at for at, found in enumerate(part.prompt_logprobs) if found is not None] == [*of] and len(part.prompt_logprobs) == 81
+    for at in of:
+        found, known = part.prompt_logprobs[at], whole.prompt_logprobs[at]
         assert found is not None and known is not None
         assert (found.token, found.rank) == (known.token, known.rank) and found.logprob == pytest.approx(known.logprob, abs=1e-9)
 
