@@ -7,8 +7,7 @@ longest text of a task, in tokens. Spreads are bootstraps over texts (95 %) of d
 
 from __future__ import annotations
 
-import math
-import string
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -19,36 +18,26 @@ from numpy.typing import NDArray
 
 from redraft import registry
 from redraft.bench.tasks import Probe, Task
-from redraft.config import SamplingParams
+from redraft.config import EngineConfig, SamplingParams
 from redraft.core.sequence import Request, Wants
+from redraft.engine.budgets import Policy, budgeted, registered
+from redraft.engine.curves import Interval
 from redraft.engine.engine import Engine
 from redraft.engine.output import checked
-from redraft.engine.policies import SEAMS
-from redraft.errors import InvalidInput, RedraftError, did_you_mean
+from redraft.errors import InvalidInput, RedraftError
 from redraft.llm import LLM
 from redraft.models.runner import Runner
-from redraft.ops.format import PAGE, plain
+from redraft.ops.backend import Feature
+from redraft.ops.format import plain
 
 F64 = NDArray[np.float64]
 Tick = Callable[[str], None]  # called after each group of texts
 Refused = dict[str, dict[float | None, str]]  # policy -> budget -> why it was refused in at least one task
 
-POLICIES = (
-    "keep=streaming-llm:sinks=4,recent={recent}",
-    "keep=scissorhands:budget={tokens}",
-    "keep=ada-kv:budget={tokens}",
-    "read=page-top-k:tokens={paged}",
-    "read=double-sparsity:tokens={tokens}",
-    "depth=layer-skip:speedup={speedup}",
-    "codec=int8",
-    "codec=int4",
-)
-SINKS = 4  # tokens of a budget that {recent} leaves to the sinks
-NUMBERS = ("tokens", "recent", "paged", "speedup")
-BUDGETS = (100.0, 50.0, 25.0, 10.0)
-FOOTPRINT_BUDGET = 25.0  # percent, of policies that have one
+BUDGETS = (50.0, 25.0, 10.0, 5.0)
 DRAWS = 2000
-LAST = 96  # tokens that a text still has to write when the neighbour arrives
+LAST = 96  # tokens that a text has written, and has to write, when the neighbour arrives
+PATTERN = "def name(self, other):\n    return "
 REPLY = 16  # tokens that the neighbour writes
 CHECKED = 32  # steps between two checks of the table
 
@@ -56,13 +45,13 @@ CHECKED = 32  # steps between two checks of the table
 @dataclass(frozen=True)
 class CacheOptions:
     """What is measured and how. policies: "seam=name:option=value,...", joined by + if a request chooses several; one of NUMBERS in
-    braces stands for the budget; empty: all of POLICIES that this model supports. budgets: percent; batch: texts scored at once;
-    memory: tokens to generate to measure cache bytes, 0 for none."""
+    braces stands for the budget; empty: all registered ones that this model supports. budgets: percent; batch: texts scored at once;
+    memory: tokens of the text whose cache and steps are measured, 0 for none."""
 
     policies: tuple[str, ...] = ()
     budgets: tuple[float, ...] = BUDGETS
     batch: int = 8
-    memory: int = 4000
+    memory: int = 2000
 
     def __post_init__(self) -> None:
         """Raises InvalidInput (UnknownMethod) before anything is loaded."""
@@ -78,74 +67,19 @@ class CacheOptions:
 
     @property
     def chosen(self) -> list[Policy]:
-        if self.policies:
-            return [Policy.of(text) for text in self.policies]
-        return [Policy.of(text) for text in POLICIES if known(text)]
-
-
-def known(text: str) -> bool:
-    """Whether a policy of POLICIES is registered."""
-    seam, _, method = text.partition("=")
-    return registry.parse(method)[0] in registry.METHODS[seam]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """text: as given; parts: (seam, method) with placeholders for numbers."""
-
-    text: str
-    parts: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def of(cls, text: str) -> Policy:
-        """InvalidInput if the text is not a policy; UnknownMethod if there is no such method."""
-        parts = []
-        for part in registry.split(text, "+"):
-            seam, equals, method = part.partition("=")
-            if not equals or seam not in SEAMS:
-                raise InvalidInput(f"policy = {text!r}: must be seam=name:option=value,...; seams: {', '.join(SEAMS)}")
-            registry.method(seam, registry.parse(method)[0])
-            parts.append((seam, method))
-        if not parts or len(dict(parts)) < len(parts):
-            raise InvalidInput(f"policy = {text!r}: must name one method or more, each of another seam")
-        policy = cls(text, tuple(parts))
-        if unknown := policy.places - {*NUMBERS}:
-            raise InvalidInput(f"policy = {text!r}: no number {{{min(unknown)}}}: {did_you_mean(min(unknown), NUMBERS)}")
-        return policy
-
-    @property
-    def name(self) -> str:
-        return " + ".join(registry.parse(method)[0] for _, method in self.parts)
-
-    @property
-    def places(self) -> set[str]:
-        """The names of its placeholders."""
-        try:
-            return {name for _, method in self.parts for _, name, _, _ in string.Formatter().parse(method) if name is not None}
-        except ValueError:
-            raise InvalidInput(f"policy = {self.text!r}: braces do not match") from None
-
-    def at(self, budget: float, tokens: int) -> dict[str, str]:
-        """Fields of SamplingParams for `budget` percent of a text of `tokens` tokens. {paged}: rounded up to whole pages; {speedup}: the
-        inverse of the budget."""
-        held = budgeted(budget, tokens)
-        numbers = (held, max(1, held - SINKS), -(-held // PAGE) * PAGE, f"{100 / budget:g}")
-        return {seam: method.format(**dict(zip(NUMBERS, numbers, strict=True))) for seam, method in self.parts}
-
-
-def budgeted(budget: float, tokens: int) -> int:
-    return math.ceil(budget / 100 * tokens)
+        return [Policy.of(text) for text in self.policies] if self.policies else registered()
 
 
 class PolicyAtBudget(NamedTuple):
     """A policy at a budget. budget: percent, None if the policy takes none; params: fields of SamplingParams; share: bytes of a token
-    relative to the full cache, if it has a codec."""
+    relative to the full cache, if it has a codec; text: the policy with places for its budget."""
 
     policy: str
     budget: float | None
     tokens: int | None
     params: dict[str, str]
     share: float | None = None
+    text: str = ""
 
     @property
     def label(self) -> str:
@@ -160,18 +94,6 @@ class Scores(NamedTuple):
 
     logprobs: F64
     right: F64
-
-
-class Interval(NamedTuple):
-    """A mean over texts and its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def visible(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -196,14 +118,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Cache of one text. peak: most bytes; steady: mean bytes over the last quarter of its tokens; beside: tokens of another request
-    that ran at the same time in the remaining pages."""
+    """Cache of one text. peak: most bytes; steady: mean bytes while it is written; beside: tokens of another request that ran at the same
+    time in the remaining pages; seconds: of a processor, for one written token."""
 
     choice: PolicyAtBudget
     tokens: int
     peak: int
     steady: int
     beside: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -215,7 +138,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All that will run. tokens: length of the texts whose cache `footprints` measures."""
+    """All that will run. tokens: length of the text whose cache `footprints` measures."""
 
     runs: list[tuple[Task, list[PolicyAtBudget]]]
     footprints: list[PolicyAtBudget]
@@ -229,7 +152,7 @@ class RunPlan:
         refused: Refused = {}
         runs = [(task, choices(llm, options, task.longest, refused)) for task in tasks]
         tokens = room(llm, options.memory)
-        footprints = [FULL, *choices(llm, options, tokens, refused, (FOOTPRINT_BUDGET,))] if tokens else []
+        footprints = [FULL, *choices(llm, options, tokens, refused)] if tokens else []
         return cls(runs, footprints, tokens, options.batch, refused)
 
     @property
@@ -240,25 +163,39 @@ class RunPlan:
         return sum(-(-probes // self.batch) for probes in scored) + len(self.footprints)
 
 
+def load(config: EngineConfig) -> LLM:
+    """The model. It shares prefixes if a policy then gives the same bits, which is not so where a row depends on those beside it."""
+    llm = LLM(config=config)
+    if Feature.BIT_EXACT in llm.runner.backend.features:
+        return llm
+    del llm
+    return LLM(config=config.but(cache=config.cache.but(prefix_sharing=False)))
+
+
 def measure(llm: LLM, plan: RunPlan, tick: Tick = lambda what: None) -> Measured:
-    """Runs it. `llm` is loaded with prefix_sharing=False and without a drafter."""
+    """Runs it. `llm` has no drafter. If it shares prefixes, a context is read once for all questions and policies that
+    may begin with pages of the whole cache."""
     results = []
     for task, chosen in plan.runs:
-        full = score(llm, task, task.probes, FULL, plan.batch, tick)
+        full, *scores = score_all(llm, task, task.probes, [FULL, *chosen], plan.batch, tick)
         control = score(llm, task, task.controls, FULL, plan.batch, tick) if task.retrieval else None
-        runs = [(choice, score(llm, task, task.probes, choice, plan.batch, tick)) for choice in chosen]
-        results.append(Result(task, full, control, runs))
-    footprints = [footprint(llm, choice, plan.tokens, tick) for choice in plan.footprints]
+        results.append(Result(task, full, control, [*zip(chosen, scores, strict=True)]))
+    footprints = []
+    for choice in plan.footprints:
+        try:
+            footprints.append(footprint(llm, choice, plan.tokens, tick))
+        except RedraftError as error:  # what was measured before is not lost
+            plan.refused.setdefault(choice.policy, {}).setdefault(choice.budget, str(error))
     return Measured(results, footprints, plan.refused)
 
 
-def choices(llm: LLM, options: CacheOptions, tokens: int, refused: Refused, budgets: Seq[float] = ()) -> list[PolicyAtBudget]:
-    """All policies at all budgets (else those of `options`) of a text of `tokens` tokens. Policies and budgets that this model refuses
+def choices(llm: LLM, options: CacheOptions, tokens: int, refused: Refused) -> list[PolicyAtBudget]:
+    """All policies at all budgets of a text of `tokens` tokens. Policies and budgets that this model refuses
     go to `refused`. If all budgets of a policy that the user named are refused, the error is raised."""
     found: list[PolicyAtBudget] = []
     for policy in options.chosen:
         before, error = len(found), None
-        for budget in (budgets or options.budgets) if policy.places else (None,):
+        for budget in options.budgets if policy.places else (None,):
             params = policy.at(budget or 100, tokens)
             try:
                 llm.engine.policies.check(SamplingParams(**params))
@@ -267,7 +204,7 @@ def choices(llm: LLM, options: CacheOptions, tokens: int, refused: Refused, budg
                 refused.setdefault(policy.name, {}).setdefault(budget, str(raised))
                 continue
             held = None if budget is None else budgeted(budget, tokens)
-            found.append(PolicyAtBudget(policy.name, budget, held, params, stored(llm, params)))
+            found.append(PolicyAtBudget(policy.name, budget, held, params, stored(llm, params), policy.text))
         if options.policies and error is not None and len(found) == before:
             raise error
     return found
@@ -287,26 +224,43 @@ def stored(llm: LLM, params: dict[str, str]) -> float | None:
 
 
 def score(llm: LLM, task: Task, probes: Seq[Probe], choice: PolicyAtBudget, batch: int, tick: Tick) -> Scores:
-    """Scores every answer of every probe. An answer is right if each of its tokens is the likeliest after the tokens before it, which
-    means that greedy decoding writes it."""
-    logprobs, right = (np.full((task.items, len(task.places)), np.nan) for _ in range(2))
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, **choice.params)
+    return score_all(llm, task, probes, [choice], batch, tick)[0]
+
+
+def score_all(llm: LLM, task: Task, probes: Seq[Probe], chosen: Seq[PolicyAtBudget], batch: int, tick: Tick) -> list[Scores]:
+    """Scores every answer of every probe under each choice. An answer is right if each of its tokens is the likeliest after the tokens
+    before it, which means that greedy decoding writes it. All choices score a group of `batch` probes before the next group."""
+    found = [Scores(*(np.full((task.items, len(task.places)), np.nan) for _ in range(2))) for _ in chosen]
     for at in range(0, len(probes), batch):
         group = probes[at : at + batch]
-        wants = [Wants(logprobs_from=min(answer.first for answer in probe.answers)) for probe in group]
-        given = [{"prompt_token_ids": probe.ids, "context": probe.context, "wants": one} for probe, one in zip(group, wants)]
-        outputs = llm.generate(given, params)
-        for probe, output in zip(group, outputs, strict=True):
-            if output.error is not None or output.prompt_logprobs is None:
-                raise InvalidInput(f"{task.name}, {choice.label}: {output.error}")
-            for place, first, last in probe.answers:
-                entries = [one for one in output.prompt_logprobs[first:last] if one is not None]
-                assert len(entries) == last - first
-                logprobs[probe.item, place] = np.mean([one.logprob for one in entries])
-                right[probe.item, place] = all(one.rank == 1 for one in entries)
-        tick(f"{task.name}: {choice.label}")
-    assert not np.isnan(logprobs).any(), f"{task.name}: an item lacks an answer at some place"
-    return Scores(logprobs, right)
+        if llm.config.cache.prefix_sharing:
+            read(llm, group)
+        for choice, scores in zip(chosen, found, strict=True):
+            _score(llm, task, group, choice, scores)
+            tick(f"{task.name}: {choice.label}")
+    assert not any(np.isnan(scores.logprobs).any() for scores in found), f"{task.name}: an item lacks an answer at some place"
+    return found
+
+
+def read(llm: LLM, group: Seq[Probe]) -> None:
+    """Puts the contexts of these probes into the prefix cache."""
+    contexts = {tuple(probe.ids[: probe.context]) for probe in group}
+    llm.generate([{"prompt_token_ids": list(ids)} for ids in contexts], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+
+
+def _score(llm: LLM, task: Task, group: Seq[Probe], choice: PolicyAtBudget, scores: Scores) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=0, **choice.params)
+    wants = [Wants(logprobs_of=[at for _, first, last in probe.answers for at in range(first, last)]) for probe in group]
+    given = [{"prompt_token_ids": probe.ids, "context": probe.context, "wants": one} for probe, one in zip(group, wants, strict=True)]
+    outputs = llm.generate(given, params)
+    for probe, output in zip(group, outputs, strict=True):
+        if output.error is not None or output.prompt_logprobs is None:
+            raise InvalidInput(f"{task.name}, {choice.label}: {output.error}")
+        for place, first, last in probe.answers:
+            entries = [one for one in output.prompt_logprobs[first:last] if one is not None]
+            assert len(entries) == last - first
+            scores.logprobs[probe.item, place] = np.mean([one.logprob for one in entries])
+            scores.right[probe.item, place] = all(one.rank == 1 for one in entries)
 
 
 def bootstrap(values: F64) -> Interval:
@@ -328,26 +282,29 @@ def room(llm: LLM, tokens: int) -> int:
 
 
 def footprint(llm: LLM, choice: PolicyAtBudget, tokens: int, tick: Tick) -> Footprint:
-    """Generates a text of `tokens` tokens in its own pool, which has room for one and a half such texts with the full cache. Shortly
-    before its end, another request with the full cache arrives, which needs half of the free pages. AssertionError if the page
-    table is inconsistent."""
-    prompt = llm.tokenizer.encode("def")[:8]
-    params = SamplingParams(temperature=1, seed=0, max_tokens=tokens - len(prompt), ignore_eos=True, **choice.params)
-    text, blocks = Request("text", prompt, params), 3 * -(-tokens // llm.runner.memory.paged.table.page) // 2 + 1
+    """Reads and writes a text of `tokens` tokens in its own pool, which has room for two and a half such texts with the full cache. Its
+    last 2 * LAST tokens are written; when half of these are left, another request with the full cache arrives, which needs half of the
+    free pages. AssertionError if the page table is inconsistent."""
+    prompt = (llm.tokenizer.encode(PATTERN) * tokens)[: tokens - 2 * LAST]
+    params = SamplingParams(temperature=0, max_tokens=2 * LAST, ignore_eos=True, **choice.params)
+    text, blocks = Request("text", prompt, params), 5 * -(-tokens // llm.runner.memory.paged.table.page) // 2 + 1
     engine = pool(llm, tokens, blocks)
     engine.add(text)
     table, block_bytes = engine.memory.paged.table, engine.memory.paged.store.block_bytes
-    used: list[int] = []
-    while text.sequences[0].generated < tokens - len(prompt) - LAST:
+    used, seconds = [0], [0.0]
+    while text.sequences[0].generated < LAST:
+        began, writes = time.process_time(), text.sequences[0].generated > 0
         checked(engine.step())
-        used.append(table.used())
+        if writes:
+            used.append(table.used())
+            seconds.append(time.process_time() - began)
         if len(used) % CHECKED == 0:
             table.check()
-    peak, steady = table.peak, float(np.mean(used[-max(1, len(used) // 4) :]))
-    beside = neighbour(engine, prompt, table.available() // 2 * table.page - REPLY)
+    peak, steady, step = table.peak, float(np.mean(used[1:])), float(np.median(seconds[1:]))
+    beside = neighbour(engine, prompt, min(table.available() // 2 * table.page, tokens - 1) - REPLY)
     table.check()
     tick(f"memory: {choice.label}")
-    return Footprint(choice, tokens, peak * block_bytes, round(steady * block_bytes), beside)
+    return Footprint(choice, tokens, peak * block_bytes, round(steady * block_bytes), beside, step)
 
 
 def neighbour(engine: Engine, prompt: list[int], count: int) -> int:

@@ -19,21 +19,21 @@ from redraft import registry
 from redraft.bench import report
 from redraft.bench.cache import (
     F64,
-    FOOTPRINT_BUDGET,
     FULL,
     CacheOptions,
     Footprint,
-    Interval,
     Measured,
     PolicyAtBudget,
     Result,
     Scores,
     bootstrap,
 )
+from redraft.engine.curves import Curve, Curves, Interval, Loss
 from redraft.engine.policies import SEAMS
 from redraft.errors import InvalidInput, Unsupported
 from redraft.llm import LLM
 from redraft.models.memory import size
+from redraft.models.trained import model_hash
 
 WHOLE = "whole cache"
 ENOUGH = 8  # texts
@@ -177,12 +177,87 @@ def _change(result: Result, scores: Scores) -> Text:
 
 def _memory(footprints: Seq[Footprint]) -> tuple[str, Table]:
     whole = footprints[0]
-    title = f"cache of one text of {whole.tokens} tokens; budgets {FOOTPRINT_BUDGET:g} % of it"
-    table = _table(["policy", "peak", "of whole", "steady", "of whole", "tokens of another\nrequest beside it"])
+    title = f"cache of one text of {whole.tokens} tokens, and what a written token takes of a processor"
+    table = _table(["policy", "budget", "peak", "steady", "of\nwhole", "beside it,\ntokens", "a token,\nms", "times\nas fast"])
     for one in footprints:
-        shares = one.peak / whole.peak, one.steady / whole.steady
-        table.add_row(one.choice.policy, size(one.peak), f"{shares[0]:.0%}", size(one.steady), f"{shares[1]:.0%}", str(one.beside))
+        budget = f"{one.choice.budget:g} %" if one.choice.budget else ""
+        shares = f"{one.steady / whole.steady:.0%}", str(one.beside), f"{1000 * one.seconds:.1f}", f"{whole.seconds / one.seconds:.2f}"
+        table.add_row(one.choice.policy, budget, size(one.peak), size(one.steady), *shares)
     return title, table
+
+
+# ---- what is kept, and a table for a page of documentation
+
+
+def kept(llm: LLM, measured: Measured) -> Curves:
+    """What later choices of a policy need. A loss is what the whole cache has more."""
+    results = measured.results
+    points = []
+    for choice in policies(results):
+        found = {}
+        for result, scores in _of(results, choice):
+            right = bootstrap((result.full.right - scores.right).mean(1)) if result.task.retrieval else None
+            found[result.task.name] = Loss(bootstrap((result.full.logprobs - scores.logprobs).mean(1)), right)
+        points.append(Curve(choice.text, choice.budget, *beside_whole(measured, choice), found))
+    return Curves(
+        model_hash(llm.runner),
+        llm.name,
+        str(llm.runner.backend.dtype).removeprefix("torch."),
+        llm.runner.backend.name,
+        max(result.task.longest for result in results),
+        min(result.task.items for result in results),
+        {result.task.name: float(result.full.right.mean()) for result in results if result.task.retrieval},
+        {result.task.name: result.task.chance for result in results if result.task.retrieval},
+        tuple(points),
+    )
+
+
+def policies(results: Seq[Result]) -> list[PolicyAtBudget]:
+    """Each policy at each budget once. Its options differ from task to task."""
+    return [*{(choice.policy, choice.budget): choice for result in results for choice, _ in result.runs}.values()]
+
+
+def _of(results: Seq[Result], choice: PolicyAtBudget) -> Iterator[tuple[Result, Scores]]:
+    for result in results:
+        for one, scores in result.runs:
+            if (one.policy, one.budget) == (choice.policy, choice.budget):
+                yield result, scores
+
+
+def beside_whole(measured: Measured, choice: PolicyAtBudget) -> tuple[float | None, float | None]:
+    """Bytes while a text is written, and tokens a second, over those of the whole cache; None where they were not measured."""
+    for one in measured.footprints:
+        if (one.choice.policy, one.choice.budget) == (choice.policy, choice.budget):
+            whole = measured.footprints[0]
+            return one.steady / whole.steady, whole.seconds / one.seconds
+    return None, None
+
+
+def markdown(measured: Measured) -> str:
+    """One table, a line for each policy and budget. Running text: the change of perplexity; other tasks: the answers that are right, then
+    the nats a token beside the whole cache's, with the interval."""
+    tasks = [result.task for result in measured.results]
+    lines = [_row("policy", "budget", "bytes", "tokens/s", *(task.name for task in tasks)), "|---" * (4 + len(tasks)) + "|"]
+    cells = [_right(result, result.full) or _cells(result, result.full)[0] for result in measured.results]
+    whole = [_row(WHOLE, "", "100 %", "1.00", *cells)]
+    for choice in policies(measured.results):
+        held, speed = beside_whole(measured, choice)
+        own = {
+            result.task.name: ", ".join(filter(None, (_right(result, scores), _change(result, scores).plain)))
+            for result, scores in _of(measured.results, choice)
+        }
+        budget = "" if choice.budget is None else f"{choice.budget:g} %"
+        figures = "-" if held is None else f"{held:.0%}", "-" if speed is None else f"{speed:.2f}"
+        whole.append(_row(choice.policy, budget, *figures, *(own.get(task.name, "-") for task in tasks)))
+    return "\n".join([*lines, *whole]) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _right(result: Result, scores: Scores) -> str:
+    return f"{scores.right.mean():.0%}" if result.task.retrieval else ""
 
 
 # ---- JSON
@@ -204,9 +279,11 @@ def document(llm: LLM, options: CacheOptions, measured: Measured, settings: dict
                 "peak_bytes": one.peak,
                 "steady_bytes": one.steady,
                 "tokens_beside": one.beside,
+                "seconds_a_token": one.seconds,
             }
             for one in measured.footprints
         ],
+        "markdown": markdown(measured),
         "findings": findings(measured, options),
     }
 

@@ -39,28 +39,32 @@ def _bench() -> None:  # with a callback typer keeps the verb's name even if the
 
 
 @bench.command("cache")
-@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing"))
+@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing", "cache_policy"))
 def cache(
     model: Model = "embedded",
     texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more; a folder is a source.")] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="seam=name:option=value,..., + between several; {tokens}, {recent}, {paged}, {speedup} of a budget; else all."),
+        typer.Option(
+            help="seam=name:option=value,..., + between several; {tokens}, {part}, {recent}, {paged}, {speedup} of a budget; else all."
+        ),
     ] = None,
-    budget: Annotated[list[float] | None, typer.Option(help="Percent of a text, repeated for more; else 100, 50, 25, 10.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="Percent of a text, repeated for more; else 50, 25, 10, 5.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a text; else as many as the context holds.")] = None,
     limit: Annotated[int, typer.Option(help="Texts of each task, 2 or more.")] = 16,
     turns: Annotated[int, typer.Option(help="Questions about one context, 1 to 5.")] = 5,
     given: Annotated[int, typer.Option(help="Tokens at the start of running text that are not scored.")] = 64,
     batch: Annotated[int, typer.Option(help="Texts scored at once.")] = 8,
-    memory: Annotated[int, typer.Option(help="Tokens that each policy generates to measure its cache, 0 for none.")] = 4000,
+    memory: Annotated[int, typer.Option(help="Tokens of a text whose cache and steps are measured, 0 for none.")] = 2000,
+    task: Annotated[list[str] | None, typer.Option(help="A task by its name in the tables, repeated for more; else all.")] = None,
     seed: Annotated[int, typer.Option(help="Needles, keys and values are drawn from it.")] = 0,
+    save: Annotated[bool, typer.Option("--save", help="Keep the curves for this model; a server chooses by them.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves to this .png, .svg or .pdf; needs matplotlib.")] = None,
     *,
     engine: Given,
 ) -> None:
-    """Measure cache policies against the whole cache: perplexity, needles, key-value retrieval by turn, and bytes.
+    """Measure cache policies against the whole cache: perplexity, needles, retrieval by turn, bytes and speed.
 
     Tables go to stdout, the progress bar to stderr. The last lines name the tasks that show no effect.
     """
@@ -68,25 +72,35 @@ def cache(
 
     from redraft.bench import cache as measurement
     from redraft.bench import curves, files, report, tasks
-    from redraft.llm import LLM
 
     options = measurement.CacheOptions(tuple(policy or ()), tuple(budget or measurement.BUDGETS), batch, memory)
     texts = texts or []
     found = tasks.sources(texts)
-    wanted = tasks.Wanted(length, limit, turns, given, seed)
+    wanted = tasks.Wanted(length, limit, turns, given, seed, tuple(task or ()))
     if json is not None:
         files.check_writable(json)
     if plot is not None:
         curves.check_plot(plot)
-    llm = LLM(config=engine_config(model, {**engine, "draft": "none", "prefix_sharing": False}))
-    every = tasks.build(llm.tokenizer, found, wanted, llm.max_model_len - 1)
+    llm = measurement.load(engine_config(model, {**engine, "draft": "none"}))
+    left_out: list[str] = []
+    every = tasks.build(llm.tokenizer, found, wanted, llm.max_model_len - 1, left_out)
     plan = measurement.RunPlan.of(llm, options, every)
     progress = Console(stderr=True)
+    for reason in left_out:
+        progress.print(f"left out: {reason}")
     with report.bar(progress, plan.ticks) as tick:
         measured = measurement.measure(llm, plan, tick)
     curves.show(_console(), llm, options, measured)
+    if save:
+        progress.print(f"kept in {curves.kept(llm, measured).save()}")
     if json is not None:
-        settings = {"texts": [str(path) for path in texts] or "the standard library", "limit": limit, "turns": turns, "seed": seed}
+        settings = {
+            "texts": [str(path) for path in texts] or "the standard library",
+            "limit": limit,
+            "turns": turns,
+            "seed": seed,
+            "left_out": left_out,
+        }
         files.write(json, curves.document(llm, options, measured, settings))
         progress.print(f"written to {json}")
     if plot is not None:
@@ -213,7 +227,7 @@ def ops(
 
 
 @bench.command("profile")
-@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing"))
+@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing", "cache_policy"))
 def profile(
     model: Model = "embedded",
     output: Annotated[Path, typer.Option(help="The file to write, for `redraft sim --cost`.")] = Path("measured.json"),

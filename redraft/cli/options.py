@@ -73,7 +73,7 @@ ENGINE = OptionGroup(
     | {name: field for name, field in ModelConfig.model_fields.items() if name != "model"}
     | dict(SchedulerConfig.model_fields)
     | {"cache_memory": CacheConfig.model_fields["memory"], "cache_fraction": CacheConfig.model_fields["fraction"]}
-    | {"prefix_sharing": CacheConfig.model_fields["prefix_sharing"]},
+    | {"prefix_sharing": CacheConfig.model_fields["prefix_sharing"], "cache_policy": CacheConfig.model_fields["policy"]},
 )
 _OPTIONS = {id(field): name for group in (SAMPLING, ENGINE) for name, field in group.fields.items()}
 FLAGS = {  # "Class.field", as errors name it -> its option

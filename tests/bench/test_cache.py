@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -16,15 +15,18 @@ from rich.console import Console
 
 from redraft import LLM, SamplingParams, registry
 from redraft.bench import cache, curves
-from redraft.bench.cache import FULL, CacheOptions, Footprint, Measured, Policy, PolicyAtBudget, Result, Scores, bootstrap, score
+from redraft.bench.cache import FULL, CacheOptions, Footprint, Measured, PolicyAtBudget, Result, Scores, bootstrap, score
 from redraft.bench.tasks import Answer, Probe, Task, Wanted, build
 from redraft.card import Card, Guarantee
-from redraft.core.sequence import Request, Sequence
-from redraft.core.tree import I32
-from redraft.errors import InvalidInput, UnknownMethod
+from redraft.core.sequence import Onset, Request, Sequence
+from redraft.engine import budgets
+from redraft.engine.budgets import Policy
+from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.eviction.eviction import OpenEviction, StatelessEviction
+from redraft.kv.slots import Held, Kept
 from redraft.kv.table import PageTable
 from redraft.layer_skipping.layer_skipping import SameLayers
+from redraft.models.trained import model_hash
 from tests.checkpoints import tiny_llama
 
 TEXT = "".join(chr(97 + i * i % 23) for i in range(3000))
@@ -44,22 +46,17 @@ class Newest(StatelessEviction):
     def open(self, runner: Any) -> OpenEviction:
         return self
 
-    @property
-    def max_slots(self) -> int:  # type: ignore[override]
-        return 2 * self.budget
-
-    @property
-    def shareable_tokens(self) -> int:  # type: ignore[override]
-        return 2 * self.budget
+    def onset(self, context: int) -> Onset:
+        return Onset(2 * self.budget, 2 * self.budget, slots=self.budget, most=2 * self.budget, longest=2 * self.budget)
 
     def sync_point(self, seq: Sequence) -> int:
         return (seq.stored // self.budget + 1) * self.budget
 
-    def decide(self, seq: Sequence, positions: Callable[[], list[I32]]) -> list[I32] | None:
-        lanes = positions()
+    def decide(self, seq: Sequence, held: Held) -> Kept | None:
+        lanes = held.positions()
         if len(lanes[0]) < 2 * self.budget:
             return None
-        return [np.arange(len(lane) - self.budget, len(lane), dtype=np.int32) for lane in lanes]
+        return Kept([np.arange(len(lane) - self.budget, len(lane), dtype=np.int32) for lane in lanes])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +75,7 @@ def newest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def tasks(llm: LLM) -> list[Task]:
-    return build(llm.tokenizer, {"text": [TEXT]}, Wanted(200, 2, 2, 8), llm.max_model_len - 1)
+    return build(llm.tokenizer, {"text": [TEXT]}, Wanted(250, 2, 2, 8), llm.max_model_len - 1)
 
 
 def quiet(what: str) -> None:
@@ -103,7 +100,11 @@ def test_scores_are_the_models_own_log_probabilities(llm: LLM) -> None:
     assert found.right.tolist() == [[1, 1], [1, 0]]
 
 
-STANDING = [text for text in cache.POLICIES if cache.known(text) and "double-sparsity" not in text]
+STANDING = [
+    policy.text
+    for policy in budgets.registered()
+    if all(registry.method(seam, registry.parse(method)[0]).card.needs == "nothing" for seam, method in policy.parts)  # type: ignore[attr-defined]
+]
 
 
 @pytest.mark.parametrize("text", ["keep=newest:budget=32", *STANDING])
@@ -112,6 +113,12 @@ def test_one_pass_scores_every_turn_as_if_the_text_ended_there(llm: LLM, tasks: 
     task = next(task for task in tasks if task.name == "key-value, multi-turn")
     policy = Policy.of(text)
     choice = PolicyAtBudget(policy.name, 70.0, None, policy.at(70, task.longest))
+    try:
+        llm.engine.policies.check(SamplingParams(**choice.params))
+    except Unsupported as error:
+        if "do not divide the head size" not in str(error):
+            raise
+        pytest.skip(str(error))
     together = score(llm, task, task.probes, choice, 8, quiet)
     apart = [Probe(probe.item, probe.ids[: answer.last], probe.context, (answer,)) for probe in task.probes for answer in probe.answers]
     alone = score(llm, task, apart, choice, 3, quiet)
@@ -119,6 +126,47 @@ def test_one_pass_scores_every_turn_as_if_the_text_ended_there(llm: LLM, tasks: 
     if "codec" not in text:
         full = score(llm, task, task.probes, FULL, 8, quiet)
         assert np.abs(together.logprobs - full.logprobs).min() > 1e-9, "a policy that changes nothing would pass"
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return LLM(str(tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")), dtype="float32", cache_memory=1 << 22)
+
+
+@pytest.mark.parametrize("params", [{}, {"keep": "h2o:budget=0.3"}, {"keep": "newest:budget=32"}, {"codec": "int8"}])
+def test_neither_the_order_of_questions_nor_answers_of_the_model_leave_a_trace(sharing: LLM, tasks: list[Task], params: Any) -> None:
+    """A context is read once, and each question starts from it: bit for bit the same scores in any order, and behind the model's own
+    answers."""
+    task = next(task for task in tasks if task.name == "facts, multi-request")
+    choice = PolicyAtBudget("policy", None, None, params)
+    first = score(sharing, task, task.probes, choice, 8, quiet)
+    backwards = score(sharing, task, task.probes[::-1], choice, 3, quiet)
+    given = [{"prompt_token_ids": probe.ids[: probe.answers[0].first]} for probe in task.probes]
+    sharing.generate(given, SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, **params))
+    again = score(sharing, task, task.probes, choice, 8, quiet)
+    for other in (backwards, again):
+        assert (first.logprobs == other.logprobs).all() and (first.right == other.right).all()
+
+
+def test_a_context_is_read_once(sharing: LLM, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = next(task for task in tasks if task.name == "facts, multi-request")
+    probes = [replace_first(probe) for probe in task.probes]
+    cached: list[int] = []
+    generate = sharing.generate
+
+    def counted(given: Any, params: Any) -> Any:
+        found = generate(given, params)
+        cached.extend(one.cached_tokens for one in found)
+        return found
+
+    monkeypatch.setattr(sharing, "generate", counted)
+    score(sharing, task, probes, FULL, 8, quiet)
+    assert cached == [0, 0, *(probe.context // 32 * 32 for probe in probes)], "in whole pages"
+
+
+def replace_first(probe: Probe) -> Probe:
+    """The same text with another first token, so that no earlier test has read it."""
+    return dataclasses.replace(probe, ids=[probe.ids[1], *probe.ids[1:]])
 
 
 def test_policies_act_behind_the_context_only(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,24 +194,10 @@ class Top:
 # ---- policies and budgets
 
 
-def test_a_budget_fills_the_numbers_of_a_policy() -> None:
-    policy = Policy.of("keep=newest:budget={tokens}+read=page-top-k:tokens={paged}+depth=layer-skip:speedup={speedup}")
-    assert policy.name == "newest + page-top-k + layer-skip" and policy.places == {"tokens", "paged", "speedup"}
-    assert policy.at(25, 1001) == {"keep": "newest:budget=251", "read": "page-top-k:tokens=256", "depth": "layer-skip:speedup=4"}
-    assert Policy.of("keep=newest:budget={recent}").at(100, 300) == {"keep": "newest:budget=296"}
-    assert Policy.of("keep=newest:budget={recent}").at(1, 300) == {"keep": "newest:budget=1"}
-    assert not Policy.of("keep=newest").places
-
-
 @pytest.mark.parametrize(
     ("given", "reported"),
     [
-        ({"policies": ("newest",)}, "must be seam=name:option=value"),
-        ({"policies": ("verify=coupled",)}, "seams: keep, codec, read, depth"),
-        ({"policies": ("",)}, "must name one method or more"),
-        ({"policies": ("keep=newest+keep=newest",)}, "each of another seam"),
         ({"policies": ("keep=newest:budget={token}",)}, "no number {token}: did you mean 'tokens'"),
-        ({"policies": ("keep=newest:budget={tokens",)}, "braces do not match"),
         ({"budgets": (0.0,)}, "budget = 0: percent above 0 and up to 100"),
         ({"budgets": (120.0,)}, "budget = 120: percent"),
         ({"batch": 0}, "batch = 0: must be 1 or more"),
@@ -176,26 +210,26 @@ def test_bad_options_are_one_line(given: dict[str, Any], reported: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_methods_are_named() -> None:
-    with pytest.raises(UnknownMethod, match="did you mean 'newest'"):
-        CacheOptions(("keep=newes:budget=3",))
-
-
 def test_what_a_model_cannot_have_is_left_out_and_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "POLICIES", ("keep=newest:budget={tokens}", "keep=unheard-of:budget={tokens}", "depth=top"))
+    monkeypatch.setattr(cache, "registered", lambda: [Policy.of("keep=newest:budget={tokens}"), Policy.of("depth=top")])
     monkeypatch.setitem(registry.METHODS["depth"], "top", f"{__name__}:Top")
     refused: cache.Refused = {}
     found = cache.choices(llm, CacheOptions(), 100, refused)
-    assert [(one.label, one.tokens) for one in found] == [("newest at 100 %", 100), ("newest at 50 %", 50), ("top", None)]
-    assert refused == {"newest": {25.0: "newest:budget=25: must be 32 or more", 10.0: "newest:budget=10: must be 32 or more"}}
+    assert [(one.label, one.tokens) for one in found] == [("newest at 50 %", 50), ("top", None)]
+    assert refused == {"newest": {of: f"newest:budget={of:g}: must be 32 or more" for of in (25.0, 10.0, 5.0)}}
     with pytest.raises(InvalidInput, match="newest:budget=25: must be 32"):
-        cache.choices(llm, CacheOptions(("keep=newest:budget={tokens}",)), 100, {}, (25.0,))
+        cache.choices(llm, CacheOptions(("keep=newest:budget={tokens}",), (25.0,)), 100, {})
 
 
 def test_a_codec_is_placed_by_its_bytes(llm: LLM) -> None:
     assert cache.stored(llm, {"keep": "newest"}) is None
     for name in registry.METHODS["codec"]:
-        share = cache.stored(llm, {"codec": name})
+        try:
+            share = cache.stored(llm, {"codec": name})
+        except (InvalidInput, Unsupported) as error:  # a file that is not there, or heads of size 6
+            if "no profile" not in str(error) and "head size" not in str(error):
+                raise
+            continue
         assert share is not None and 0.02 < share < 0.6, f"{name}: codes of float64 numbers"
 
 
@@ -204,7 +238,7 @@ def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
     ticked: list[str] = []
     measured = cache.measure(llm, plan, ticked.append)
     assert len(ticked) == plan.ticks and {line.partition(":")[0] for line in ticked} == {task.name for task in tasks} | {"memory"}
-    assert [len(one.runs) for one in measured.results] == [2] * 4 and len(measured.footprints) == 2
+    assert [len(one.runs) for one in measured.results] == [2] * len(tasks) and len(measured.footprints) == 3
     for one in measured.results:
         same, tight = (scores for _, scores in one.runs)
         assert (same.logprobs == one.full.logprobs).all() and not np.allclose(tight.logprobs, one.full.logprobs)
@@ -214,13 +248,14 @@ def test_the_plan_says_how_much_will_run(llm: LLM, tasks: list[Task]) -> None:
 # ---- memory
 
 
-def test_the_whole_cache_grows_and_a_budget_does_not(llm: LLM) -> None:
+def test_the_whole_cache_grows_and_a_budget_does_not(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LAST", 32)
     tokens, block = 370, llm.runner.memory.paged.store.block_bytes
     full = cache.footprint(llm, FULL, tokens, quiet)
     assert full.peak == -(-(tokens - cache.LAST) // 32) * block, "all but the last tokens, in pages of 32"
-    assert full.steady < full.peak and full.beside == 5 * 32, "half of the 10 pages that are left"
+    assert full.steady <= full.peak and full.seconds > 0
     short = cache.footprint(llm, PolicyAtBudget("newest", 25.0, 64, {"keep": "newest:budget=64"}), tokens, quiet)
-    assert short.peak == 4 * block and 2 * block < short.steady < 4 * block, "64 to 128 tokens; fewer when the neighbour comes"
+    assert 2 * block <= short.steady <= 4 * block and short.steady < short.peak < full.peak, "64 to 128 tokens while it is written"
     assert short.beside > full.beside, "another request runs in what was freed"
 
 
@@ -267,7 +302,7 @@ def test_a_text_with_learned_positions_ends_where_they_do(llm: LLM, monkeypatch:
 def result(full: Any, control: Any = None, retrieval: bool = True, **runs: Any) -> Result:
     """Scores by item; runs: "policy_50" -> log-probabilities."""
     probes = [Probe(i, [0] * 10, 2, (Answer(0, 2, 10),)) for i in range(len(full))]
-    task = Task("key-value", ("turn 1",), probes, probes if retrieval else [], 0.25)
+    task = Task("key-value" if retrieval else "text", ("turn 1",), probes, probes if retrieval else [], 0.25)
 
     def scores(logprobs: Any) -> Scores:
         return Scores(np.array(logprobs, float)[:, None], np.zeros((len(full), 1)))
@@ -275,7 +310,7 @@ def result(full: Any, control: Any = None, retrieval: bool = True, **runs: Any) 
     chosen = []
     for name, logprobs in runs.items():
         policy, _, budget = name.partition("_")
-        chosen.append((PolicyAtBudget(policy, float(budget) if budget else None, 5, {"keep": policy}), scores(logprobs)))
+        chosen.append((PolicyAtBudget(policy, float(budget) if budget else None, 5, {"keep": policy}, None, policy), scores(logprobs)))
     return Result(task, scores(full), None if control is None else scores(control), chosen)
 
 
@@ -341,7 +376,10 @@ def test_spreads() -> None:
 def measured() -> Measured:
     retrieval = result(FLAT, np.array(FLAT) - 1, newest_100=FLAT, newest_50=np.array(FLAT) - 0.5, newest_25=np.array(FLAT) - 1)
     running = result(FLAT, retrieval=False, newest_50=np.array(FLAT) - 0.1, ruin_50=np.array(FLAT) - 3)
-    prints = [Footprint(FULL, 400, 1 << 20, 1 << 19, 64), Footprint(PolicyAtBudget("newest", 25.0, 100, {}), 400, 1 << 18, 1 << 18, 128)]
+    prints = [
+        Footprint(FULL, 400, 1 << 20, 1 << 19, 64, 0.04),
+        Footprint(PolicyAtBudget("newest", 25.0, 100, {}), 400, 1 << 18, 1 << 18, 128, 0.02),
+    ]
     return Measured([retrieval, running], prints, {"newest": {10.0: "newest:budget=5: must be 32 or more"}})
 
 
@@ -352,7 +390,7 @@ def test_tables(llm: LLM, measured: Measured) -> None:
     assert "newest 50 %, 5 0.0% -2.50 -0.50 (-0.50 to -0.50)" in lines and "newest 50 % -2.50" in lines
     assert "newest 50 %, 5 8.166 +10.5% (+10.5% to +10.5%)" in lines and "newest 50 % 8.166" in lines
     assert lines.count("full 7.389") == 2 and "\N{HORIZONTAL ELLIPSIS}" not in out.getvalue()
-    assert "newest 256 KiB 25% 256 KiB 50% 128" in lines
+    assert "newest 25 % 256 KiB 256 KiB 50% 128 20.0 2.00" in lines
     assert any("refused and left out: newest at 10 %: newest:budget=5" in line for line in lines)
 
 
@@ -369,6 +407,27 @@ def test_json_holds_every_curve(llm: LLM, measured: Measured) -> None:
         ("newest", 1 << 18, 128),
     ]
     assert found["findings"] and found["settings"]["policies"] == ["keep=newest"]
+
+
+def test_curves_are_kept_for_later_choices(llm: LLM, measured: Measured) -> None:
+    found = curves.kept(llm, measured)
+    assert (found.model, found.dtype, found.texts) == (model_hash(llm.runner), "float64", 12)
+    assert found.right == {"key-value": 0.0} and found.chance == {"key-value": 0.25}
+    by_budget = {(one.policy, one.budget): one for one in found.curves}
+    half, quarter = by_budget["newest", 50.0], by_budget["newest", 25.0]
+    assert (half.bytes, half.speed, quarter.bytes, quarter.speed) == (None, None, 0.5, 2.0)
+    assert half.loss["text"].nats.mean == pytest.approx(0.1) and half.loss["text"].right is None
+    assert half.loss["key-value"].nats.mean == pytest.approx(0.5)
+    assert quarter.loss["key-value"].right == (0.0, 0.0, 0.0)
+
+
+def test_the_table_has_a_line_for_each_budget(measured: Measured) -> None:
+    lines = curves.markdown(measured).splitlines()
+    assert lines[2:4] == [
+        "| whole cache |  | 100 % | 1.00 | 0% | 7.389 |",
+        "| newest | 100 % | - | - | 0%, +0.00 (+0.00 to +0.00) | - |",
+    ]
+    assert "| newest | 25 % | 50% | 2.00 | 0%, -1.00 (-1.00 to -1.00) | - |" in lines and len(lines) == 7
 
 
 def test_the_figure_has_a_labelled_panel_for_each_measure(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import gzip
 import re
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from redraft.bench import tasks
-from redraft.bench.tasks import Probe, Wanted, key_values, needle, pieces, read, running, sources
+from redraft.bench.tasks import (
+    WORD,
+    Form,
+    Probe,
+    Wanted,
+    facts,
+    key_values,
+    many_shot,
+    most_frequent,
+    needle,
+    pieces,
+    read,
+    running,
+    sources,
+)
 from redraft.errors import InvalidInput
 from redraft.models.tokenizer import Tokenizer
 from tests.checkpoints import tiny_llama
@@ -59,9 +74,12 @@ def test_running_text_is_scored_in_four_equal_parts_behind_what_is_given() -> No
 
 # ---- needles
 
+PLAIN = Form(START, [], spell(".\n\n"), False)
+CHAT = Form([*START, *spell("<u>")], spell("</u><a>"), spell(".</a><u>"), True)
+
 
 def test_a_needle_lies_at_its_depth_and_is_asked_for_at_the_end() -> None:
-    task = needle(spell, [spell(LETTERS)], START, 300, 3, seed=4)
+    task, _ = needle(spell, [spell(LETTERS)], PLAIN, 300, 3, seed=4)
     assert (task.items, len(task.probes)) == (3, 15) and task.longest <= 300
     for probe in task.probes:
         text = said(probe.ids[1:])
@@ -78,12 +96,81 @@ def test_a_needle_lies_at_its_depth_and_is_asked_for_at_the_end() -> None:
 
 
 def test_controls_of_a_needle_tell_another_word_and_ask_for_the_same() -> None:
-    task = needle(spell, [spell(LETTERS)], START, 300, 2, seed=4)
+    task, _ = needle(spell, [spell(LETTERS)], PLAIN, 300, 2, seed=4)
     for probe, control in zip(task.probes, task.controls, strict=True):
         assert (probe.item, probe.answers, scored(probe)) == (control.item, control.answers, scored(control))
         (word,) = scored(probe)
         assert said(probe.ids).count(word) == 2 and said(control.ids).count(word) == 1
         assert sum(a != b for a, b in zip(probe.ids, control.ids, strict=True)) <= len(word)
+
+
+@pytest.mark.parametrize("form", [PLAIN, CHAT])
+def test_a_policy_sees_the_question_in_one_task_and_not_in_the_other(form: Form) -> None:
+    after, within = needle(spell, [spell(LETTERS)], form, 300, 2, seed=4)
+    for one, other in zip([*after.probes, *after.controls], [*within.probes, *within.controls], strict=True):
+        assert (one.ids, one.answers, one.item) == (other.ids, other.answers, other.item)
+        name = re.search("code word of ([A-Z][a-z]{4})", said(one.ids[1:]))
+        assert name is not None
+        asked = f"</u><a>The code word of {name[1]} is " if form.asks else f"\n\nThe code word of {name[1]} is "
+        assert said(one.ids[1 : one.context]).count(f"of {name[1]}") == 1 and asked in said(one.ids[one.context :])
+        assert other.context == other.answers[0].first == len(other.ids) - WORD - 1
+
+
+def test_a_chat_template_gives_the_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(tiny_llama(tmp_path / "llama"))
+    monkeypatch.setattr(tokenizer, "render", lambda said: "".join(f"<{one['role']}>{one['content']}</>" for one in said) + "<assistant>")
+    spelled = [tokenizer.encode(text, special=False) for text in ("<user>", "</><assistant>", ".</><user>")]
+    assert Form.of(tokenizer) == (*spelled, True)
+    monkeypatch.setattr(Tokenizer, "has_template", False)
+    assert Form.of(tokenizer) == ([1], [], tokenizer.encode(".\n\n", special=False), False)
+
+
+# ---- several facts
+
+
+@pytest.mark.parametrize("form", [PLAIN, CHAT])
+def test_facts_are_asked_for_in_another_order_and_each_question_has_the_same_context(form: Form) -> None:
+    multi, single = facts(spell, [spell(LETTERS)], form, 500, 3, 4, seed=1)
+    assert (multi.items, len(multi.probes), len(single.probes), multi.chance) == (4, 4, 12, 1 / 3)
+    assert multi.longest <= 500 and multi.places == single.places == ("turn 1", "turn 2", "turn 3")
+    orders = set()
+    for probe, control in zip(multi.probes, multi.controls, strict=True):
+        stated = re.findall(r"The code word of ([A-Z][a-z]{4}) is( [a-z]{5})\.\n\n", said(probe.ids[: probe.context][1:]))
+        assert len(stated) == 3
+        asked = re.findall(r"The code word of ([A-Z][a-z]{4}) is( [a-z]{5})", said(probe.ids[probe.context :]))
+        assert sorted(stated) == sorted(asked) and scored(probe) == [word for _, word in asked]
+        orders.add(tuple(stated.index(one) for one in asked))
+        assert all(word not in said(control.ids[1 : control.context]) for _, word in stated)
+        alone = [one for one in single.probes if one.item == probe.item]
+        assert all(one.ids[: one.context] == probe.ids[: probe.context] for one in alone)
+        assert [scored(one) for one in alone] == [[word] for _, word in asked]
+    assert len(orders) > 1
+
+
+# ---- tasks over the whole context
+
+
+def test_examples_show_a_label_for_each_class() -> None:
+    task = many_shot(spell, START, 400, 3, 2, seed=3)
+    assert (task.items, len(task.probes), task.longest <= 400, task.chance) == (2, 6, True, 0.25)
+    for probe, control in zip(task.probes, task.controls, strict=True):
+        lines = dict(re.findall(r"([a-z]+): ([a-z]{4})\n", said(probe.ids[1 : probe.context])))
+        label, classes = dict.fromkeys(lines.values()), [one.split() for one in tasks.CLASSES]
+        word = said(probe.ids[probe.context :]).split(":")[0]
+        assert len(label) <= 4 and word not in lines
+        own = {lines[other] for other in next(one for one in classes if word in one) if other in lines}
+        assert own == {scored(probe)[0].strip()} and scored(control) == scored(probe)
+        other = dict(re.findall(r"([a-z]+): ([a-z]{4})\n", said(control.ids[1 : control.context])))
+        assert lines.keys() == other.keys() and all(lines[one] != other[one] for one in lines)
+
+
+def test_the_most_frequent_word_is_asked_for() -> None:
+    task = most_frequent(spell, START, 800, 4, seed=3)
+    for probe, control in zip(task.probes, task.controls, strict=True):
+        (word,) = scored(probe)
+        counts = Counter(re.findall(r"( [a-z]+),", said(probe.ids[1 : probe.context])))
+        assert counts.most_common(1)[0][0] == word and scored(control) == [word]
+        assert Counter(re.findall(r"( [a-z]+),", said(control.ids[1 : control.context]))).most_common(1)[0][0] != word
 
 
 # ---- key-value pairs
@@ -144,7 +231,7 @@ def test_answers_are_spelled_as_in_the_context() -> None:
 def test_a_seed_decides(both: tuple[tasks.Task, tasks.Task]) -> None:
     assert key_values(spell, START, 400, 3, 4, seed=9) == both
     assert key_values(spell, START, 400, 3, 4, seed=8)[0].probes[0].ids != both[0].probes[0].ids
-    assert needle(spell, [spell(LETTERS)], START, 300, 2, 4) == needle(spell, [spell(LETTERS)], START, 300, 2, 4)
+    assert needle(spell, [spell(LETTERS)], PLAIN, 300, 2, 4) == needle(spell, [spell(LETTERS)], PLAIN, 300, 2, 4)
 
 
 # ---- sources, and all of them together
@@ -179,11 +266,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_all_tasks_fit_the_length(tokenizer: Tokenizer) -> None:
-    made = tasks.build(tokenizer, {"one": [LETTERS], "two": [LETTERS]}, Wanted(220, 2, 2, 16), 255)
-    assert [task.name for task in made] == ["one", "two", "needle", "key-value, multi-turn", "key-value, multi-request"]
+    made = tasks.build(tokenizer, {"one": [LETTERS], "two": [LETTERS]}, Wanted(255, 2, 2, 16), 255)
+    assert [task.name for task in made] == ["one", "two", *tasks.NEEDLE, *tasks.FACTS, *tasks.PAIRS, *tasks.SHOTS, *tasks.OFTENEST]
     for task in made:
-        assert task.items == 2 and task.longest <= 220
-        assert all(probe.ids[:1] == [1] for probe in (*task.probes, *task.controls)), "the checkpoint's <s> stands in front"
+        assert task.items == 2 and task.longest <= 255
+        chat = task.name in (*tasks.NEEDLE, *tasks.FACTS)  # its template writes no <s>
+        assert chat or all(probe.ids[:1] == [1] for probe in (*task.probes, *task.controls)), "the checkpoint's <s> stands in front"
         for probe in task.probes:
             assert all(probe.context <= a.first < a.last <= len(probe.ids) for a in probe.answers)
 
@@ -196,8 +284,12 @@ def test_all_tasks_fit_the_length(tokenizer: Tokenizer) -> None:
         ({"turns": 6}, "turns = 6: 1 to 5 is allowed"),
         ({"given": 0}, "given = 0: must be 1 or more"),
         ({"length": 300}, "length = 300: the context leaves 255"),
-        ({"length": 60, "given": 8}, "length = 60: too short for a needle"),
-        ({"length": 140, "given": 8}, r"length = 140: too short for 5 turns, which take 10 pairs; \d fit"),
+        ({"length": 60, "tasks": tasks.NEEDLE}, "length = 60: too short for a needle"),
+        ({"length": 140, "tasks": tasks.FACTS}, "length = 140: too short for 5 facts"),
+        ({"length": 2}, "length = 2: must be 68 or more, 64 of them given"),
+        ({"length": 140, "tasks": tasks.PAIRS}, r"length = 140: too short for 5 turns, which take 10 pairs; \d fit"),
+        ({"length": 9, "tasks": tasks.SHOTS}, "length = 9: too short for a line of examples"),
+        ({"tasks": ("needles",)}, "task = 'needles': did you mean 'needle'"),
         ({"length": 255, "count": 99, "turns": 1}, None),
     ],
 )
@@ -210,5 +302,12 @@ def test_what_cannot_be_made_is_one_line(tokenizer: Tokenizer, options: dict[str
 
 
 def test_too_little_text_is_named(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InvalidInput, match="texts: one, needle: fewer than 2 pieces of 220 tokens"):
-        tasks.build(tokenizer, {"one": [LETTERS[:250]]}, Wanted(220, 2, 2), 255)
+    with pytest.raises(InvalidInput, match="texts: one: fewer than 2 pieces of 220 tokens"):
+        tasks.build(tokenizer, {"one": [LETTERS[:250]]}, Wanted(220, 2, 2, tasks=("one", *tasks.NEEDLE)), 255)
+
+
+def test_a_task_that_needs_longer_texts_is_left_out_with_a_reason(tokenizer: Tokenizer) -> None:
+    left_out: list[str] = []
+    made = tasks.build(tokenizer, {"one": [LETTERS]}, Wanted(200, 2, 2, 16), 255, left_out)
+    assert {task.name for task in made} == {"one", *tasks.NEEDLE, *tasks.PAIRS, *tasks.SHOTS, *tasks.OFTENEST}
+    assert len(left_out) == 1 and left_out[0].startswith("length = 200: too short for 2 facts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from redraft import registry
+from redraft.bench.tasks import FACTS, NEEDLE, OFTENEST, PAIRS, SHOTS
+from redraft.engine.curves import Curves
 from tests.cli.conftest import Ran
 from tests.cli.test_main import LIGHT
 
@@ -36,20 +39,26 @@ def test_help_names_the_verb_and_imports_nothing_heavy(redraft: Callable[..., Ra
 def test_all_of_it(redraft: Callable[..., Ran], tiny: str, texts: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found, drawn = tmp_path / "found.json", tmp_path / "drawn.png"
-    small = ["--limit", "2", "--length", "200", "--turns", "2", "--given", "8", "--memory", "300", "--dtype", "float64"]
+    small = ["--limit", "2", "--length", "250", "--turns", "2", "--given", "8", "--memory", "300", "--dtype", "float64"]
     policy = ["--policy", "keep=newest:budget={tokens}", "--budget", "100", "--budget", "32"]
-    code, out, err = redraft("bench", "cache", tiny, "--texts", texts, *small, *policy, "--json", str(found), "--plot", str(drawn))
+    code, out, err = redraft(
+        "bench", "cache", tiny, "--texts", texts, *small, *policy, "--json", str(found), "--plot", str(drawn), "--save"
+    )
     assert code == 0, err
-    assert "books: perplexity; 2 texts of up to 200 tokens" in out and "at 100 % the same scores as the whole cache: newest" in out
+    assert "books: perplexity; 2 texts of up to 248 tokens" in out and "at 100 % the same scores as the whole cache: newest" in out
     assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and len(drawn.read_bytes()) > 20_000
     document = json.loads(found.read_text())
-    assert [task["task"] for task in document["tasks"]] == ["books", "needle", "key-value, multi-turn", "key-value, multi-request"]
+    assert [task["task"] for task in document["tasks"]] == ["books", *NEEDLE, *FACTS, *PAIRS, *SHOTS, *OFTENEST]
+    assert document["markdown"].count("| newest |") == 2
+    kept = Curves.load(Path(re.search(r"kept in (\S+)", err)[1]))  # type: ignore[index]
+    assert 240 < kept.tokens <= 250 and [(one.policy, one.budget) for one in kept.curves] == [(policy[1], 100), (policy[1], 32)]
+    assert {*kept.curves[0].loss} == {task["task"] for task in document["tasks"]}
     for task in document["tasks"]:
         whole, same, tight = task["rows"]
         assert (whole["policy"], same["budget"], tight["budget"]) == ("full", 100, 32)
         assert same["logprob"] == whole["logprob"] and tight["logprob"] != whole["logprob"]
         assert tight["params"] == {"keep": f"newest:budget={tight['tokens']}"}
-    whole, newest = document["memory"]
+    whole, _, newest = document["memory"]
     assert newest["peak_bytes"] < whole["peak_bytes"] and document["settings"]["texts"] == [texts]
 
 

@@ -82,7 +82,7 @@ def test_taps_and_the_weakest_guarantee_come_from_the_parts(
     assert "drafter spy requests hidden states after layers 0, 1" in below(out, "self.runner.forward(")
 
 
-NEED_FILES = {"double-sparsity", "first", "judge", "stored"}
+NEED_FILES = {"compresskv", "double-sparsity", "duo", "first", "judge", "razor", "stored", "think"}
 CHOICES = [(seam, name) for seam in ("draft", "verify", "keep", "codec", "read", "depth", "quant") for name in registry.METHODS[seam]]
 CHOICES += [("draft", "union:parts=copyspec+token-recycling"), ("draft", "auto")]
 

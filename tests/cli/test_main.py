@@ -90,6 +90,7 @@ FEW = "--rounds 1 --threads 1"
         ("doctor embedded", "native library"),
         ("explain --draft token-recycling", "runner: backend native on cpu"),
         ("calibrate --texts README.md --samples 1 --output {folder}/profile", "{folder}/profile"),
+        ("calibrate --method razor --output {folder}/heads.safetensors", "{folder}/heads.safetensors"),
         ("compare --draft copyspec --limit 1 --rounds 1 --max-tokens 4", "native backend"),
         ("tune --draft copyspec --limit 1 --rounds 2 --max-tokens 4 --best 1", "draft: "),
         (f"bench ops embedded --backend native --quant int4 --rows 1 --cached 32 --shared 32 {FEW}", "all linear layers of a step"),
