@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from redraft.bench.cache import Interval, bootstrap
+from redraft.bench.cache import bootstrap
+from redraft.engine.curves import Interval
 
 RESULTS = Path(__file__).parent / "results.json"
 SERVING = Path(__file__).resolve().parents[2] / "docs" / "claims-serving.md"

@@ -42,19 +42,24 @@ SAMPLING: dict[str, dict[str, float]] = {
 }
 STREAM, SMALL = "streaming-llm:sinks=4,recent=44", "budget=64,recent=8,sinks=1,history=32"
 TOP, LABELS = "page-top-k:tokens=96", "double-sparsity:tokens=32,profile={profile}"
+SENTENCES = "sentencekv:tokens=72,start=4,recent=8,longest=16"
 POLICIES: dict[str, dict[str, str]] = {
     "plain": {},
     "streaming-llm": {"keep": STREAM},
     "scissorhands": {"keep": f"scissorhands:{SMALL}"},
-    "ada-kv": {"keep": f"ada-kv:{SMALL}"},
+    "ada-kv": {"keep": "ada-kv:budget=64,window=8,sinks=1"},
     "int8": {"codec": "int8"},
     "int4": {"codec": "int4:block=32"},
+    "kivi": {"codec": "kivi:block=32"},
+    "gear": {"codec": "gear:block=32"},
     "page-top-k": {"read": TOP},
     "double-sparsity": {"read": LABELS},
+    "sentencekv": {"read": SENTENCES},
     "layer-skip": {"depth": "layer-skip:speedup=1.5"},
     "streaming-llm, int8": {"keep": STREAM, "codec": "int8"},
     "streaming-llm, page-top-k": {"keep": STREAM, "read": TOP},
-    "ada-kv, int8, page-top-k": {"keep": "ada-kv:budget=128,recent=8,sinks=1,history=32", "codec": "int8", "read": TOP},
+    "snapkv, sentencekv": {"keep": "snapkv:budget=160", "read": SENTENCES},
+    "ada-kv, int8, page-top-k": {"keep": "ada-kv:budget=128,window=8,sinks=1", "codec": "int8", "read": TOP},
     "int4, double-sparsity": {"codec": "int4:block=64", "read": LABELS},
     "layer-skip, int4": {"depth": "layer-skip:speedup=1.5", "codec": "int4:block=32"},
 }

@@ -26,13 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from redraft import LLM
-from redraft.bench.cache import Interval, bootstrap
+from redraft.bench.cache import bootstrap
 from redraft.bench.tasks import pieces, sources
 from redraft.core.batch import Batch
 from redraft.core.plan import Accepted, Work
 from redraft.core.taps import Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY
+from redraft.engine.curves import Interval
 
 FORMS = (
     "int8", "int8:outliers=4", "int4:group=32", "int4:group=64", "int4:group=128", "int4:group=adaptive", "int4:group=64,head=int4",
