@@ -24,7 +24,8 @@ class Guarantee(IntEnum):
 @dataclass(frozen=True)
 class Card:
     """paper: "authors, title, year, arXiv id"; needs: what must exist besides the target; deviates: differences from the paper;
-    summary: what the method does and when to use it, at most 57 characters."""
+    summary: what the method does and when to use it, at most 57 characters; budget: the options of a cache policy that a budget sets, with
+    numbers in braces (engine/budgets.py), empty for none."""
 
     title: str
     paper: str
@@ -32,3 +33,4 @@ class Card:
     needs: str = "nothing"
     deviates: str = "nothing"
     summary: str = ""
+    budget: str = ""

@@ -32,8 +32,8 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         if self.ge is not None and self.le is not None:
-            return f"{self.ge:g} to {self.le:g}"
-        words = {"{:g} or more": self.ge, "above {:g}": self.gt, "{:g} or less": self.le, "below {:g}": self.lt}
+            return f"{self.ge:.12g} to {self.le:.12g}"
+        words = {"{:.12g} or more": self.ge, "above {:.12g}": self.gt, "{:.12g} or less": self.le, "below {:.12g}": self.lt}
         found = [word.format(bound) for word, bound in words.items() if bound is not None]
         return " and ".join([f"a multiple of {self.multiple_of}", *found] if self.multiple_of else found)
 

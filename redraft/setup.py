@@ -15,6 +15,7 @@ from redraft.columns import fold, width
 from redraft.config import AUTO, EngineConfig
 from redraft.core.spec import ModelSpec
 from redraft.draft.drafter import Drafter
+from redraft.engine import cache_policy
 from redraft.errors import CheckpointError, InvalidInput, Unsupported, shown
 from redraft.models import loader, memory, mixers
 from redraft.ops import library
@@ -43,6 +44,8 @@ class Setup:
         device = _device(config.model.device)
         drafter = registry.create("draft", config.draft)
         registry.create("verify", config.verify)
+        if config.cache.policy is not None:
+            cache_policy.named(config.cache.policy)
         scheduler = scheduler_of(config, device)
         checkpoint = _checkpoint(config, device)
         backend = _backend(config, checkpoint, device)

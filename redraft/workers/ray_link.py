@@ -38,6 +38,7 @@ def actors_of(
     """As several.workers_of, with the workers on the nodes of a Ray cluster. InvalidInput if these have no room."""
     config, cpus, gpus = machines.placed(config, len(stages))
     front = Headless(config)
+    check = front.cached(check, front.cache_lengths[-1])
     shares = len(set(stages.values())) > 1
     begins = [Begin(name, front.of_worker, None, check, own, shares=shares) for name, own in stages.items()]
     link = partial(RayLink, cpus, gpus, secrets.token_bytes(SECRET))

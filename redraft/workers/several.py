@@ -22,6 +22,7 @@ def workers_of(
     if config.cache.memory is None:
         config = config.but(cache=config.cache.but(fraction=config.cache.fraction / count))
     front = Headless(config)
+    check = front.cached(check, front.cache_lengths[-1])
     begins = [
         Begin(name, _placed(front.of_worker, str(front.backend.device), i), cores, check, own, shares=len(set(stages.values())) > 1)
         for i, ((name, own), cores) in enumerate(zip(stages.items(), _cores(count), strict=True))
