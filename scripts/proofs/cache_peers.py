@@ -39,7 +39,7 @@ METHODS = {  # name -> Redraft's policy; the name is also that of the press. {dr
     "snapkv": "keep=snapkv:budget={part}",
     "h2o": "keep=h2o:budget={part}",
     "streaming-llm": "keep=streaming-llm:sinks=4,recent={recent}",
-    "ada-kv": "keep=ada-kv:budget={tokens}",
+    "ada-kv": "keep=ada-kv:budget={part}",
     "think": "codec=think:share={dropped}",
 }
 INSIDE, AFTER = "inside", "after"
