@@ -16,6 +16,7 @@ from redraft.core.sequence import Request
 from redraft.errors import Unsupported
 from redraft.guarantee import weakest
 from redraft.llm import LLM
+from redraft.ops import library
 from tests.arrays import BACKEND, DEFINITION
 from tests.contracts import identity, plain, trained
 from tests.contracts.identity import Run, drafter, drive, prompts
@@ -203,6 +204,29 @@ def test_neutral_settings_change_no_bit(embedded: dict[str, LLM], one: tuple[str
     (before,), (after,) = llm.generate(prompt, plain_params), llm.generate(prompt, plain_params.but(**policy))
     assert after.outputs[0].token_ids == before.outputs[0].token_ids
     assert after.outputs[0].logprobs == before.outputs[0].logprobs
+
+
+@pytest.mark.skipif(library.load() is None, reason="only the compiled kernels share pages between texts with and without policies")
+@pytest.mark.parametrize("one", SINGLE, ids=ids)
+def test_a_prefix_that_another_text_left_changes_no_bit(native: tuple[LLM, LLM], one: tuple[tuple[str, str], ...]) -> None:
+    """The prompt ends a token behind a page, so a prefix could hold all rows that a policy watches but one."""
+    shared, alone_ = native
+    policies = trained.fitted(dict(one), shared.runner)
+    ids_ = shared.tokenizer.encode("class Stack:\n    def push(self, item):\n        self.items.append(item)\n\n" * 8)[:129]
+    asked = SamplingParams(temperature=0.8, seed=3, max_tokens=24, logprobs=3, ignore_eos=True)
+    try:
+        shared.engine.policies.check(asked.but(**policies))
+    except Unsupported as error:
+        pytest.skip(str(error))
+    shared.generate({"prompt_token_ids": ids_}, asked.but(max_tokens=1))
+    (found,), (wanted,) = (llm.generate({"prompt_token_ids": ids_}, asked.but(**policies)) for llm in (shared, alone_))
+    assert found.outputs[0].token_ids == wanted.outputs[0].token_ids
+    assert found.outputs[0].logprobs == wanted.outputs[0].logprobs
+
+
+@pytest.fixture(scope="module")
+def native() -> tuple[LLM, LLM]:
+    return tuple(LLM("embedded", dtype="float32", backend="native", prefix_sharing=on, max_seqs=2) for on in (True, False))  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
