@@ -6,26 +6,20 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.config import SamplingParams
-from redraft.core.batch import Batch
-from redraft.core.plan import Work
-from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.spec import Attention
-from redraft.core.tree import EMPTY
 from redraft.errors import CheckpointError, InvalidInput
+from redraft.models import calibration
 from redraft.models.trained import Trained, model_hash, place
 from redraft.ops import arrays
 from redraft.ops.arrays import Tensor, array, namespace
-from redraft.ops.format import PAGE
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
-    from redraft.ops.backend import Backend
 
 PIECE = 512  # tokens of a text that run together
 
@@ -76,8 +70,6 @@ class Profile:
     def measured(cls, runner: Runner, texts: Seq[Seq[int]], samples: int, score: Score) -> Self:
         """Token ids of texts -> Profile. Long texts are cut into pieces of 512 tokens. Of more than `samples` pieces it runs `samples`,
         evenly spaced. Raises InvalidInput if there is no token."""
-        from redraft.models.runner import Runner
-
         size = min(PIECE, runner.spec.context)
         pieces = [list(text[i : i + size]) for text in texts for i in range(0, len(text), size)]
         if not pieces or samples < 1:
@@ -85,42 +77,15 @@ class Profile:
                 f"{cls.method}: {len(pieces)} pieces of text and samples = {samples}: a calibration needs at least one of each"
             )
         chosen = [pieces[i * len(pieces) // samples] for i in range(samples)] if len(pieces) > samples else pieces
-        meter = _Meter(runner, score)
-        own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-size // PAGE))
-        for i, tokens in enumerate(chosen):
-            request = Request(cls.method, tokens, SamplingParams())
-            seq = Sequence(i, request, 0, tokens, len(tokens), seed=0, sync_point=UNLIMITED)
-            own.memory.open(seq)
-            work = [Work(seq, len(tokens))]
-            own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
-            own.memory.free(seq)
-        tokens_run = sum(map(len, chosen))
-        return cls(meter.means(tokens_run), model_hash(runner), len(texts), tokens_run)
+        sums: dict[int, Any] = {}
 
+        def add(index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
+            xp = namespace(q)
+            rows, keys = (arrays.cast(x, xp.float64) for x in (q, k))
+            scores = score(rows.reshape(len(k), layer.kv_heads, -1, layer.head_dim), keys)
+            sums[index] = sums.get(index, 0.0) + xp.sum(scores, axis=0)
 
-class _Meter:
-    """Wraps the backend of a runner and adds up the scores of every token that enters attention. sums: f64 [K, D] of layers."""
-
-    def __init__(self, runner: Runner, score: Score) -> None:
-        self._backend, self._score = runner.backend, score
-        self.sums: dict[int, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def forward(self, *of: Any) -> None:
-        """Returns None, as `run` does, so every layer runs operation by operation and calls `attend`."""
-
-    run = forward
-
-    def attend(self, index: int, layer: Attention, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        xp = namespace(q)
-        rows, keys = (arrays.cast(x, xp.float64) for x in (q, k))
-        scores = self._score(rows.reshape(len(k), layer.kv_heads, -1, layer.head_dim), keys)
-        self.sums[index] = self.sums.get(index, 0.0) + xp.sum(scores, axis=0)
-        found: Tensor = self._backend.attend(index, layer, q, k, *rest)
-        return found
-
-    def means(self, tokens: int) -> NDArray[np.float32]:
-        """f32 [L, K, D]"""
-        return (np.stack([array(self.sums[index]) for index in sorted(self.sums)]) / tokens).astype(np.float32)
+        calibration.run(runner, chosen, size, add)
+        tokens = sum(map(len, chosen))
+        means = (np.stack([array(sums[index]) for index in sorted(sums)]) / tokens).astype(np.float32)
+        return cls(means, model_hash(runner), len(texts), tokens)

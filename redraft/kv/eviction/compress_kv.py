@@ -24,27 +24,24 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from redraft.card import Card, Guarantee
-from redraft.config import SamplingParams
-from redraft.core.batch import Batch
-from redraft.core.plan import Work
-from redraft.core.sequence import UNLIMITED, Lanes, Request, Sequence
+from redraft.core.sequence import Lanes
 from redraft.core.spec import Attention
-from redraft.core.tree import EMPTY, F32, F64, I64
+from redraft.core.tree import F32, F64, I64
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.eviction.parts import AtContext, Evicting, Mass, Selector
+from redraft.models import calibration
 from redraft.models.trained import Trained, model_hash, place
 from redraft.ops.arrays import array
 from redraft.options import Options, number
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
-    from redraft.ops.backend import Backend
 
 METHOD = "compresskv"
 TINY = 32  # slots that a damaged layer reads
@@ -175,70 +172,39 @@ class CompressKV(Options):
 
 
 def calibrate(runner: Runner, texts: Seq[Seq[int]], samples: int, seed: int = 0) -> HeadScores:
-    from redraft.models.runner import Runner
-
     dice, words = np.random.default_rng(seed), np.array([token for text in texts for token in text])
     length = min(LENGTH, runner.spec.context - 1)
     if len(words) < length:
         raise InvalidInput(f"{METHOD}: {len(words)} tokens of text: at least {length} are needed")
-    meter = _Meter(runner)
-    own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-length // 32) + 1)
-    count = max(1, samples)
-    for i in range(count):
+    count, layers = max(1, samples), len(runner.spec.attention)
+    heads, damage = np.zeros((layers, runner.spec.attention[0].heads)), np.zeros(layers)
+    for _ in range(count):
         at, sentence = int(dice.integers(len(words) - length + 1)), dice.choice(words, HIDDEN)
-        filler = words[at : at + length - 2 * HIDDEN].copy()
-        place_ = int(dice.integers(8, len(filler) - 8))
-        tokens = [*filler[:place_], *sentence, *filler[place_:], *sentence]  # its beginning again is the question
-        meter.hidden, meter.first = slice(place_, place_ + HIDDEN), len(tokens) - ANSWER
-        ids = [int(token) for token in tokens]
-        seq = Sequence(i, Request(METHOD, ids, SamplingParams()), 0, ids, len(ids), seed=0, sync_point=UNLIMITED)
-        own.memory.open(seq)
-        work = [Work(seq, len(ids))]
-        own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
-        own.memory.free(seq)
-    layers = sorted(meter.scores)
-    damage = np.array([meter.damage[layer] for layer in layers], np.float32)
-    return HeadScores(
-        np.stack([meter.scores[layer] / count for layer in layers]).astype(np.float32),
-        damage / damage.sum(), model_hash(runner), count * length, len(texts),
-    )  # fmt: skip
+        filler = words[at : at + length - 2 * HIDDEN]
+        where = int(dice.integers(8, len(filler) - 8))
+        tokens = [*filler[:where], *sentence, *filler[where:], *sentence]  # its beginning again is the question
+
+        def score(index: int, layer: Attention, q: Any, k: Any, v: Any, where: int = where) -> None:
+            rows, keys, values = (array(x).astype(np.float32).reshape(len(k), -1, layer.head_dim) for x in (q, k, v))
+            weights = _weights(rows[len(k) - 2 * ANSWER :], keys, layer)  # [H, question and answer, slots]
+            heads[index] += weights[:, ANSWER:, where : where + HIDDEN].sum(-1).mean(-1) / count  # 1.
+            damage[index] += _damage(weights, values)  # 2.
+
+        calibration.run(runner, [tokens], length, score)
+    means = (heads.astype(np.float32), (damage / damage.sum()).astype(np.float32))
+    return HeadScores(*means, model_hash(runner), count * length, len(texts))
 
 
-class _Meter:
-    """Wraps the backend of a runner. hidden: the slots of the hidden sentence; first: the first row of the answer. scores: layer -> f64[H];
-    damage: layer -> the relative change of outputs, both summed over texts."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._backend = runner.backend
-        self.hidden, self.first = slice(0), 0
-        self.scores: dict[int, F64] = {}
-        self.damage: dict[int, float] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def forward(self, *of: Any) -> None:
-        """Returns None, as `run` does, so every layer runs operation by operation and calls `attend`."""
-
-    run = forward
-
-    def attend(self, index: int, layer: Attention, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        n = len(k)
-        rows, keys, values = (array(x).astype(np.float32).reshape(n, -1, layer.head_dim) for x in (q, k, v))
-        weights = _weights(rows[self.first - ANSWER :], keys, layer)  # [H, question and answer, slots]
-        answer = weights[:, ANSWER:]
-        found = answer[:, :, self.hidden].sum(-1).mean(-1)  # 1.
-        self.scores[index] = self.scores.get(index, 0.0) + found
-        seen = weights[:, :ANSWER].sum((0, 1))
-        few = np.argsort(-seen, kind="stable")[:TINY]
-        kept = np.zeros(n, bool)
-        kept[few], kept[self.first :] = True, True
-        share = layer.heads // layer.kv_heads
-        by_head = np.repeat(values, share, 1).swapaxes(0, 1)
-        cut = np.where(kept, answer, 0.0)
-        whole, less = answer @ by_head, (cut / cut.sum(-1, keepdims=True)) @ by_head
-        self.damage[index] = self.damage.get(index, 0.0) + float(np.linalg.norm(whole - less) / (np.linalg.norm(whole) + 1e-5))  # 2.
-        return self._backend.attend(index, layer, q, k, v, *rest)
+def _damage(weights: F32, values: F32) -> float:
+    """How far the outputs of the answer's rows move if these read only the TINY slots that the question's rows attend to most. weights:
+    [H, question and answer, slots]; values: [slots, K, D]."""
+    kept = np.zeros(weights.shape[-1], bool)
+    kept[np.argsort(-weights[:, :ANSWER].sum((0, 1)), kind="stable")[:TINY]] = True
+    kept[-ANSWER:] = True
+    answer, by_head = weights[:, ANSWER:], np.repeat(values, len(weights) // values.shape[1], 1).swapaxes(0, 1)
+    cut = np.where(kept, answer, 0.0)
+    whole, less = answer @ by_head, (cut / cut.sum(-1, keepdims=True)) @ by_head
+    return float(np.linalg.norm(whole - less) / (np.linalg.norm(whole) + 1e-5))
 
 
 def _weights(q: F32, k: F32, layer: Attention) -> F32:

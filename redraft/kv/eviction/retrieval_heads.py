@@ -17,24 +17,20 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.config import SamplingParams
-from redraft.core.batch import Batch
-from redraft.core.plan import Work
-from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.spec import Attention
-from redraft.core.tree import EMPTY, F32
+from redraft.core.tree import F32
 from redraft.errors import CheckpointError, InvalidInput
+from redraft.models import calibration
 from redraft.models.trained import Trained, model_hash, place
 from redraft.ops.arrays import array
 
 if TYPE_CHECKING:
     from redraft.models.runner import Runner
-    from redraft.ops.backend import Backend
 
 METHOD = "razor"
 COPIES = 4
@@ -94,42 +90,18 @@ def opened(runner: Runner, path: Path | None, method: str) -> HeadProfile:
 
 def calibrate(runner: Runner, texts: Seq[Seq[int]] = (), samples: int = 0, block: int = BLOCK, seed: int = 0) -> HeadProfile:
     """Runs the random text. texts, samples: not needed. The profile depends on the model, the block and the seed."""
-    from redraft.models.runner import Runner
-
     block = min(block, (runner.spec.context - 1) // COPIES, runner.spec.vocab)
     ids = np.random.default_rng(seed).permutation(runner.spec.vocab)[:block].tolist()  # 1. no token twice in a copy
     tokens = [*ids, *ids, *ids, *ids]
-    meter = _Meter(runner, block)
-    own = Runner(runner.spec, runner.weights, cast("Backend", meter), -(-len(tokens) // 32) + 1)
-    seq = Sequence(0, Request(METHOD, tokens, SamplingParams()), 0, tokens, len(tokens), seed=0, sync_point=UNLIMITED)
-    own.memory.open(seq)
-    work = [Work(seq, len(tokens))]
-    own.forward(Batch.pack(work, [EMPTY], own.memory.reserve(work, [EMPTY])))
-    own.memory.free(seq)
-    echo, induction = (np.stack([meter.scores[i][part] for i in sorted(meter.scores)]).astype(np.float32) for part in (0, 1))
+    scores: dict[int, tuple[Any, Any]] = {}
+
+    def score(index: int, layer: Attention, q: Any, k: Any, v: Any) -> None:
+        rows, keys = (array(x).astype(np.float32).reshape(len(k), -1, layer.head_dim) for x in (q, k))
+        scores[index] = head_scores(rows[len(k) - block :], keys, layer)  # 2.
+
+    calibration.run(runner, [tokens], len(tokens), score)
+    echo, induction = (np.stack([scores[i][part] for i in sorted(scores)]).astype(np.float32) for part in (0, 1))
     return HeadProfile(echo, induction, model_hash(runner), len(tokens))
-
-
-class _Meter:
-    """Wraps the backend of a runner and scores the heads of each layer. scores: layer -> (echo, induction), both f64[K]."""
-
-    def __init__(self, runner: Runner, block: int) -> None:
-        self._backend, self.block = runner.backend, block
-        self.scores: dict[int, tuple[Any, Any]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def forward(self, *of: Any) -> None:
-        """Returns None, as `run` does, so every layer runs operation by operation and calls `attend`."""
-
-    run = forward
-
-    def attend(self, index: int, layer: Attention, q: Any, k: Any, *rest: Any) -> Any:
-        n = len(k)
-        rows, keys = (array(x).astype(np.float32).reshape(n, -1, layer.head_dim) for x in (q, k))
-        self.scores[index] = head_scores(rows[n - self.block :], keys, layer)  # 2.
-        return self._backend.attend(index, layer, q, k, *rest)
 
 
 def head_scores(q: F32, k: F32, layer: Attention) -> tuple[Any, Any]:
