@@ -21,16 +21,21 @@ class Guarantee(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+NOTHING = "nothing"
+
+
 @dataclass(frozen=True)
 class Card:
     """paper: "authors, title, year, arXiv id"; needs: what must exist besides the target; deviates: differences from the paper;
     summary: what the method does and when to use it, at most 57 characters; budget: the options of a cache policy that a budget sets, with
-    numbers in braces (engine/budgets.py), empty for none."""
+    numbers in braces (engine/budgets.py), empty for none; beside: another cache policy with which it is measured, because it does nothing
+    alone, likewise, as "seam=name:option=value"."""
 
     title: str
     paper: str
     guarantee: Guarantee
-    needs: str = "nothing"
+    needs: str = NOTHING
     deviates: str = "nothing"
     summary: str = ""
     budget: str = ""
+    beside: str = ""

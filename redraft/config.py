@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from redraft.errors import InvalidInput, did_you_mean, shown
@@ -146,9 +147,25 @@ def _true(value: Any) -> str:
 _CHECKS = {"json": _schema, "json_object": _true, "regex": _text, "choice": _choices, "grammar": _text}
 
 
+def _control(value: Any, check: Any) -> Any:
+    """Names in a text, an object with `open` and `card` (sample/controls/control.py), or several of both."""
+    if isinstance(value, list | tuple):
+        return tuple(found for one in value if (found := _control(one, check)) is not None) or None
+    if value is None or isinstance(value, str):
+        return None if value in (None, "", "none") else value
+    if isinstance(value, type) or not (hasattr(value, "open") and hasattr(value, "card")):
+        raise ValueError("names of controls or objects that are controls are needed")
+    try:
+        hash(value)
+    except TypeError:
+        raise ValueError("a control must be hashable, such as a frozen dataclass") from None
+    return value
+
+
 class SamplingParams(Settings):
-    """How one request is sampled and when it ends. The order of the processors is fixed: bias, bad words, min tokens,
-    penalties, temperature, grammar, top-k, top-p, min-p, typical-p."""
+    """How one request is sampled and when it ends. The order of the processors is fixed: bias, bad words, min tokens, penalties, DRY,
+    temperature, controls of logits, grammar, top-n-sigma, top-k, top-p, min-p, typical-p, XTC, dynamic temperature, mirostat, other
+    controls."""
 
     n: int = Field(1, ge=1, le=1024, description="how many texts for the prompt")
     temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0 is greedy")
@@ -156,11 +173,30 @@ class SamplingParams(Settings):
     top_p: float = Field(1.0, ge=0, le=1, description="keep the likeliest tokens that hold this probability; 0: the likeliest alone")
     min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this fraction of the likeliest one's probability")
     typical_p: float = Field(1.0, gt=0, le=1, description="keep the tokens nearest to the entropy that hold this probability")
+    top_n_sigma: float = Field(
+        0.0, ge=-1, le=1000, description="keep logits at most n standard deviations below the largest; 0 or less: all"
+    )
+    xtc_probability: float = Field(0.0, ge=0, le=1, description="chance that XTC drops the likeliest tokens before a token")
+    xtc_threshold: float = Field(0.1, ge=0, le=1, description="XTC drops all but the least likely of the tokens this likely")
+    dynatemp_range: float = Field(
+        0.0, ge=0, le=100, description="temperature varies with the entropy by as much as this, after the filters; 0: it is fixed"
+    )
+    dynatemp_exponent: float = Field(1.0, ge=0, le=100, description="of the entropy's share of its largest value")
+    mirostat: Literal[0, 2] = Field(0, description="2: mirostat 2.0 holds the surprise of the text's tokens near mirostat_tau")
+    mirostat_tau: float = Field(5.0, ge=0, le=100, description="the surprise in bits that mirostat aims at")
+    mirostat_eta: float = Field(0.1, ge=0, le=100, description="how fast mirostat reacts")
     repetition_penalty: float = Field(
         1.0, ge=0.01, le=100, description="divides (multiplies) positive (negative) logits of tokens seen in prompt and output"
     )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted once from tokens seen in the output")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="subtracted per occurrence in the output")
+    dry_multiplier: float = Field(
+        0.0, ge=0, le=1000, description="DRY subtracts this, times a power, from a token that would go on with a repetition; 0: off"
+    )
+    dry_base: float = Field(1.75, ge=1, le=100, description="base of that power, for each token that the repetition has beyond the allowed")
+    dry_allowed_length: int = Field(2, ge=1, le=1 << 20, description="shortest repetition that DRY acts on, in tokens")
+    dry_penalty_last_n: int = Field(-1, ge=-1, le=1 << 30, description="last tokens in which DRY looks; -1: the whole text; 0: off")
+    dry_sequence_breakers: tuple[str, ...] = Field(("\n", ":", '"', "*"), description="texts that no repetition goes across")
     logit_bias: dict[int, float] = Field(default_factory=dict, description="added to the logits of token ids")
     bad_words: tuple[str, ...] = Field((), description="texts that must not be generated")
     min_tokens: int = Field(0, ge=0, description="new tokens before the text may end or stop")
@@ -185,6 +221,9 @@ class SamplingParams(Settings):
     read: str | None = Field(None, description="name:option=value of a sparse attention method")
     depth: str | None = Field(None, description="name:option=value of a method that skips layers after the prompt")
     steer: str | None = Field(None, description="name:option=value of a method that changes hidden states between layers")
+    control: Annotated[str | None, WrapValidator(_control)] = Field(
+        None, description="name:option=value of what decides beside the model how the text goes on, several with + between them"
+    )
     draft: str | None = Field(None, description="name:option=value of this request's drafter; None: the engine's")
     verify: str | None = Field(None, description="name:option=value of this request's verifier; None: the engine's")
     draft_rows: int | None = Field(None, ge=0, description="maximum of drafted nodes in a step; None: the engine's")
@@ -197,19 +236,19 @@ class SamplingParams(Settings):
     def _none(cls, value: str | None) -> str | None:
         return None if value == "none" else value
 
-    @field_validator("stop", "bad_words", mode="before")
+    @field_validator("stop", "bad_words", "dry_sequence_breakers", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else () if value is None else value
 
-    @field_validator("stop", "bad_words")
+    @field_validator("stop", "bad_words", "dry_sequence_breakers")
     @classmethod
     def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not text for text in value):
             raise ValueError("an empty string is not allowed")
         return value
 
-    @field_validator("stop", "bad_words", "prediction")
+    @field_validator("stop", "bad_words", "dry_sequence_breakers", "prediction")
     @classmethod
     def _utf8(cls, value: Any) -> Any:
         if not all(is_utf8(text) for text in ([value] if isinstance(value, str) else value or ()) if isinstance(text, str)):
@@ -316,16 +355,23 @@ class ModelConfig(Settings):
 
 
 AUTO = "auto"
+PREFIX_CACHE_SIZE = 4_000_000_000  # bytes
 
 
 class CacheConfig(Settings):
-    """The pool of pages that all requests share."""
+    """The pool of pages that all requests share, and the folder of those that outlive the process."""
 
     memory: Bytes | None = Field(
         None, ge=1, description="size of the pool, such as 2GB or 512MiB; None: `fraction` of what is free after the weights"
     )
     fraction: float = Field(0.3, gt=0, le=0.95, description="of what is free after the weights")
     prefix_sharing: bool = Field(True, description="pages of equal prefixes are computed once")
+    prefix_cache_dir: str | None = Field(
+        None, min_length=1, description="folder, for this user only, where prefixes are kept for later processes; None: nowhere"
+    )
+    prefix_cache_size: Bytes | None = Field(
+        None, ge=1, description="most bytes of that folder; what was used longest ago leaves; None: 4GB"
+    )
     policy: str | None = Field(
         None,
         description="keep=NAME, codec=NAME, read=NAME or several with + between them, for requests that choose none; auto:quality=0.02:"
@@ -336,6 +382,25 @@ class CacheConfig(Settings):
     @classmethod
     def _none(cls, value: str | None) -> str | None:
         return None if value == "none" else value
+
+    @field_validator("prefix_cache_dir")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        """Workers may have another working folder."""
+        return value if value is None else os.path.abspath(os.path.expanduser(value))
+
+    @model_validator(mode="after")
+    def _kept(self) -> Self:
+        if self.prefix_cache_dir is not None and not self.prefix_sharing:
+            raise ValueError("prefix_cache_dir keeps shared prefixes: it needs prefix_sharing")
+        if self.prefix_cache_size is not None and self.prefix_cache_dir is None:
+            raise ValueError("prefix_cache_size is that of a folder: it needs prefix_cache_dir")
+        return self
+
+    @property
+    def kept(self) -> Path | None:
+        """The folder of prefixes that outlive the process."""
+        return None if self.prefix_cache_dir is None else Path(self.prefix_cache_dir)
 
 
 class SchedulerConfig(Settings):
@@ -367,8 +432,8 @@ class EngineConfig(Settings):
 
     @classmethod
     def of(cls, **flat: Any) -> EngineConfig:
-        """From flat names: every field of ModelConfig, CacheConfig (`cache_memory`, `cache_fraction`, `cache_policy`) and
-        SchedulerConfig."""
+        """From flat names: every field of ModelConfig, CacheConfig (`cache_memory`, `cache_fraction`, `cache_policy`, the others by their
+        own names) and SchedulerConfig."""
         parts: dict[str, dict[str, Any]] = {"model": {}, "cache": {}, "schedule": {}, "": {}}
         homes = cls._homes()
         for name, value in flat.items():
@@ -388,6 +453,6 @@ class EngineConfig(Settings):
         homes = {name: ("model", name) for name in ModelConfig.model_fields}
         homes |= {name: ("schedule", name) for name in SchedulerConfig.model_fields}
         homes |= {"cache_memory": ("cache", "memory"), "cache_fraction": ("cache", "fraction"), "cache_policy": ("cache", "policy")}
-        homes |= {"prefix_sharing": ("cache", "prefix_sharing")}
+        homes |= {name: ("cache", name) for name in ("prefix_sharing", "prefix_cache_dir", "prefix_cache_size")}
         homes |= {name: ("", name) for name in ("draft", "draft_model", "verify")}
         return homes

@@ -80,7 +80,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     best = [difflib.SequenceMatcher(None, one, name).ratio() for one in near]
     near = [one for one, ratio in zip(near, best, strict=True) if ratio > CLOSE * best[0]]
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"known: {('; ' if any(', ' in one for one in known) else ', ').join(known)}"
 
 
 def bounded(message: str) -> str:

@@ -18,6 +18,7 @@ from redraft.models import fill, generation
 from redraft.models.tokenizer import Tokenizer
 from redraft.ops.arrays import name_of
 from redraft.ops.backend import Feature
+from redraft.sample.controls.control import controls
 from redraft.sample.sampler import Sampler
 from redraft.setup import Setup
 
@@ -76,7 +77,7 @@ class Front:
         """The guarantee for one request, compared with the plain loop over the checkpoint's weights, or, with weights=False, over the
         same quantized ones. reuse: as given to `edit`."""
         params, config = self.params(params), self.config
-        return weakest(
+        found = weakest(
             draft=config.draft if params.draft is None else params.draft,
             verify=config.verify if params.verify is None else params.verify,
             sched=config.schedule.scheduler,
@@ -84,12 +85,19 @@ class Front:
             reuse=reuse,
             **{seam: getattr(params, seam) for seam in POLICIES},
         )
+        chosen = () if params.control is None else controls(params.control)
+        return max([found, *(control.card.guarantee for control in chosen)])
 
-    def promise(self, params: SamplingParams) -> str:
-        """What the last line of a command says of `guarantee_of`: of the methods, and apart from these of the weights, if they are
-        quantized. On a backend whose rows do not have the bits that they have alone, two tokens that are nearly as likely may change
+    def guarantee_with_policy(self, params: SamplingParams, tokens: int | None = None, *, weights: bool = True) -> Guarantee:
+        """`guarantee_of` with the cache policy of the configuration, for a prompt of `tokens` tokens, else the weakest of any length."""
+        lengths = self.cache_lengths if tokens is None else (tokens,)
+        return max(self.guarantee_of(self.cached(params, length), weights=weights) for length in lengths)
+
+    def promise(self, params: SamplingParams, tokens: int | None = None) -> str:
+        """What the last line of a command says of `guarantee_with_policy`: of the methods, and apart from these of the weights, if they
+        are quantized. On a backend whose rows do not have the bits that they have alone, two tokens that are nearly as likely may change
         places, if its numbers have fewer than 64 bits."""
-        backend, quant, methods = self.backend, self.config.model.quant, self.guarantee_of(params, weights=False)
+        backend, quant, methods = self.backend, self.config.model.quant, self.guarantee_with_policy(params, tokens, weights=False)
         exact = Feature.BIT_EXACT in backend.features or backend.dtype.itemsize > 4 or methods >= Guarantee.NEAR
         stored = f", weights {quant} ({weakest(quant=quant).label})" if quant else ""
         return f"{methods.label}{'' if exact else ' but for near-ties'}{stored}"

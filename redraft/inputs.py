@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from collections.abc import Sequence as Seq
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from redraft import registry
 from redraft.config import SamplingParams, is_utf8
 from redraft.core.sequence import Wants
 from redraft.core.tree import F32
@@ -20,10 +22,10 @@ Conversation = Seq[Mapping[str, Any]]
 Tools = Seq[Mapping[str, Any]]
 Params = SamplingParams | Seq[SamplingParams | None] | None
 
-SOURCES = ("prompt", "prompt_token_ids", "messages", "prompt_embeds")
+SOURCES = ("prompt", "prompt_token_ids", "messages", "prompt_embeds", "segments")
 OPTIONS = ("context", "before", "reuse", "wants")
 FILLED = ("suffix", "tools")  # what stands after the gap that follows a prompt; what a conversation may call
-PROMPT = "a string, a list of token ids, or a mapping with prompt, prompt_token_ids, messages or prompt_embeds"
+PROMPT = "a string, a list of token ids, or a mapping with prompt, prompt_token_ids, messages, prompt_embeds or segments"
 STAND_IN = 0  # the token of a row that is a vector
 
 
@@ -77,13 +79,28 @@ def fields_of(prompt: Any) -> dict[str, Any]:
     if not isinstance(prompt, Mapping):
         return {"prompt_token_ids": elements(prompt, "prompt", PROMPT)}
     if unknown := [name for name in prompt if name not in (*SOURCES, *FILLED, *OPTIONS)]:
-        allowed = "prompt, prompt_token_ids, prompt_embeds, messages, suffix, tools, context, before and reuse are allowed"
+        allowed = "prompt, prompt_token_ids, prompt_embeds, segments, messages, suffix, tools, context, before and reuse are allowed"
         raise InvalidInput(f"prompt has an unknown key {shown(unknown[0])}: {allowed}")
     fields = {name: value for name, value in prompt.items() if value is not None}
     if not fields.keys() & set(SOURCES):
-        raise InvalidInput("prompt has none of prompt, prompt_token_ids, prompt_embeds and messages: one is needed")
+        raise InvalidInput("prompt has none of prompt, prompt_token_ids, prompt_embeds, segments and messages: one is needed")
     _check_options(fields)
     return fields
+
+
+def reusing(prompts: list[Any], reuse: Any) -> list[Any]:
+    """The prompts of a call; those that name no reuse method get `reuse`, if they have what it needs."""
+    if reuse is None:
+        return prompts
+    if not isinstance(reuse, str):
+        raise InvalidInput(f"reuse = {shown(reuse)}: the name of a reuse method is needed")
+    if not registry.create("reuse", reuse).needs:
+        sources = ("prompt" if isinstance(one, str) else "prompt_token_ids" for one in prompts)
+        return [{"reuse": reuse, **(one if isinstance(one, Mapping) else {name: one})} for name, one in zip(sources, prompts, strict=True)]
+    found = [isinstance(one, Mapping) and one.get("segments") is not None for one in prompts]
+    if not any(found):
+        raise InvalidInput(f"reuse = {shown(reuse)}: no prompt has segments")
+    return [{"reuse": reuse, **one} if segments else one for one, segments in zip(prompts, found, strict=True)]
 
 
 def _check_options(fields: dict[str, Any]) -> None:
@@ -102,6 +119,8 @@ def _check_options(fields: dict[str, Any]) -> None:
         raise InvalidInput("tools: only a conversation has them")
     if "prompt_embeds" in fields and not fields.keys().isdisjoint(("prompt", "messages")):
         raise InvalidInput("prompt_embeds: beside it only prompt_token_ids are allowed, as many, for its rows of NaN")
+    if "segments" in fields and not fields.keys().isdisjoint(set(SOURCES) - {"segments"}):
+        raise InvalidInput("segments: they are the whole prompt, so no other prompt is allowed beside them")
     if "context" in fields:
         fields["context"] = integer(context := fields["context"])
         if fields["context"] is None:
@@ -140,6 +159,24 @@ def vectors_of(given: Any, tokens: Seq[int] | None = None) -> tuple[list[int], F
         needed = "rows of NaN need prompt_token_ids" if absent[wrong[0]] else "finite float32 numbers are needed"
         raise InvalidInput(f"prompt_embeds[{wrong[0]}] holds NaN or infinity: {needed}")
     return [STAND_IN if tokens is None or not gap else tokens[i] for i, gap in enumerate(absent.tolist())], found
+
+
+def segments_of(given: Any, encode: Callable[[str, bool], list[int]], name: str = "") -> tuple[list[int], list[tuple[int, int]]]:
+    """A prompt of segments, each a text or token ids: all its tokens, and where the segments between the first and the last are.
+    encode(text, first): the tokens of a segment. name: of the segments in errors."""
+    segments = elements(given, "segments", "a list of texts or lists of token ids")
+    if len(segments) < 2:
+        raise InvalidInput(f"segments has {len(segments)} elements: a head, any number of chunks and a last part are needed")
+    tokens: list[int] = []
+    ends = []
+    for i, segment in enumerate(segments):
+        own = name or f"segments[{i}]"
+        found = encode(text_of(segment, own), i == 0) if isinstance(segment, str) else token_ids(segment, own)
+        if not found:
+            raise InvalidInput(f"{own} is empty: at least one token is needed")
+        tokens += found
+        ends.append(len(tokens))
+    return tokens, list(pairwise(ends[:-1]))
 
 
 def messages_of(given: Any) -> list[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -25,11 +26,13 @@ from redraft.engine.prepend import Prepend, embed
 from redraft.errors import InvalidInput, RedraftError, Unsupported, shown
 from redraft.front import Front
 from redraft.inputs import Conversation, Params, Patch, Prompt, Tools
+from redraft.kv.reuse.chunks import FILLER, text_of
 from redraft.models import adapter, packs
 from redraft.models.runner import Runner
 from redraft.ops.backend import Room
 from redraft.outputs import CacheMiss, CompletionOutput, Delta, RequestOutput
 from redraft.sample.sampler import Sampler
+from redraft.sched.scheduler import Scheduler
 from redraft.setup import scheduler_of
 from redraft.turns import Turns
 
@@ -81,6 +84,8 @@ class LLM(Front):
             weight_cache=config.model.weight_cache,
             room=room,
         )
+        if config.cache.kept is not None:
+            self.runner.keep_prefixes(config.cache.kept, config.cache.prefix_cache_size, str(checkpoint.path))
         self._turns = Turns()
         for name, folder in config.model.adapters.items():
             self.load_lora(name, folder)
@@ -89,6 +94,7 @@ class LLM(Front):
             self.engine.policies.check(self.cached(SamplingParams(), length))  # a conflict is an error now, not for the first request
         self._engines = WeakSet([self.engine])  # of this LLM and its siblings
         self._numbers = itertools.count()
+        self._own_scheduler: Scheduler | None = None  # the engine's, while a call has another one
         self._inboxes: dict[str, deque[Event]] = {}  # request id -> what its caller has not taken yet
 
     def sibling(self, **options: Any) -> Self:
@@ -102,6 +108,7 @@ class LLM(Front):
         changed = EngineConfig.of(**{**own, **options})
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
+        made._own_scheduler = None
         made.config = changed.but(model=self.config.model, cache=self.config.cache, draft_model=self.config.draft_model)
         drafter = registry.create("draft", made.config.draft)
         with InterruptBetween(), self._turns:
@@ -155,8 +162,20 @@ class LLM(Front):
 
     # ---- use
 
-    def generate(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> list[RequestOutput]:
-        """One RequestOutput for each prompt. fields: of SamplingParams.
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: Params = None,
+        *,
+        reuse: str | None = None,
+        scheduler: str | None = None,
+        **fields: Any,
+    ) -> list[RequestOutput]:
+        """One RequestOutput for each prompt. fields: of SamplingParams. reuse: how prompts of segments that name no method reuse the cache
+        of their chunks, such as "cacheblend:ratio=0.15"; the same chunks in another order or under another question keep their cache.
+        "kvshare" does so for any prompt, and finds what other prompts had too.
+        scheduler: one for this call in place of the own one, such as "batchllm", which orders a list by what its prompts share; Unsupported
+        if other requests are under way.
 
         A single prompt that is refused raises InvalidInput (PromptTooLong), or Unsupported if this model or backend cannot
         serve what it chose; RedraftError says so if the model's output is not a number. In a list, RequestOutput.error says
@@ -164,7 +183,23 @@ class LLM(Front):
         InvalidInput at once.
         """
         many, single = inputs.prompts_of(prompts)
-        return self._whole(many, inputs.params_of(len(many), sampling_params, fields), single)
+        params = inputs.params_of(len(many), sampling_params, fields)
+        with self._scheduled(scheduler):
+            return self._whole(inputs.reusing(many, reuse), params, single)
+
+    def cache(self, chunks: Seq[str | Seq[int]], *, sink: str | Seq[int] = "", lora: str | None = None) -> list[int]:
+        """Computes the cache of chunks, which prompts of segments with the head `sink` then reuse. Returns the tokens of each chunk.
+        InvalidInput names an empty or too long one. The cache is kept like that of any prompt: the least recently used blocks leave."""
+        head = self._segment(sink, True) if isinstance(sink, str) else inputs.token_ids(sink, "sink")
+        if not head:
+            raise InvalidInput("sink is empty: the head of the prompts, with at least one token, is needed")
+        prompts = []
+        for i, chunk in enumerate(inputs.elements(chunks, "chunks", "a list of texts or lists of token ids")):
+            tokens, spans = inputs.segments_of([head, chunk, [FILLER]], self._segment, f"chunks[{i}]")
+            prompts.append((text_of(head, tokens[slice(*spans[0])]), spans[0][1] - spans[0][0]))
+        params = SamplingParams(temperature=0, max_tokens=1, draft="none", lora=lora)
+        self._whole([{"prompt_token_ids": [*text, FILLER]} for text, _ in prompts], [params] * len(prompts), single=True)
+        return [count for _, count in prompts]
 
     def chat(
         self, messages: Conversation | Seq[Conversation], sampling_params: Params = None, *, tools: Tools | None = None, **fields: Any
@@ -176,11 +211,13 @@ class LLM(Front):
         prompts = [{"messages": one, "tools": tools} for one in many]
         return self._whole(prompts, inputs.params_of(len(many), sampling_params, fields), single)
 
-    def stream(self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, **fields: Any) -> Generator[Delta]:
+    def stream(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: Params = None, *, reuse: str | None = None, **fields: Any
+    ) -> Generator[Delta]:
         """The same as `generate`, piece by piece, with the same errors. A Delta with finish_reason "error" reports such a
         prompt of a list. Closing the iterator aborts what is not finished."""
         many, single = inputs.prompts_of(prompts)
-        outputs = self._submit(many, inputs.params_of(len(many), sampling_params, fields), single)
+        outputs = self._submit(inputs.reusing(many, reuse), inputs.params_of(len(many), sampling_params, fields), single)
         deltas = self._deltas(outputs, single)
         next(deltas)  # enters its try block, so that an iterator that is never read aborts its requests too
         return deltas
@@ -271,6 +308,29 @@ class LLM(Front):
 
     # ---- requests
 
+    @contextmanager
+    def _scheduled(self, name: str | None) -> Iterator[None]:
+        """The engine has another scheduler meanwhile; None: its own."""
+        if name is None:
+            yield
+            return
+        if not isinstance(name, str):
+            raise InvalidInput(f"scheduler = {shown(name)}: the name of a scheduler is needed, with options if need be")
+        schedule = self.config.schedule.but(scheduler=name)
+        chosen = scheduler_of(self.config.but(schedule=schedule), str(self.runner.backend.device))
+        with InterruptBetween(), self._turns:
+            if self.engine.has_work or self._own_scheduler is not None:
+                raise Unsupported(f"scheduler = {shown(name)}: other requests are under way, and all have one scheduler")
+            self._own_scheduler, self.engine.scheduler = self.engine.scheduler, chosen
+        try:
+            yield
+        finally:
+            self._turns.soon(self._reschedule)
+
+    def _reschedule(self) -> None:
+        assert self._own_scheduler is not None
+        self.engine.scheduler, self._own_scheduler = self._own_scheduler, None
+
     def _whole(self, prompts: Seq[Prompt], params: Seq[SamplingParams | None], single: bool) -> list[RequestOutput]:
         outputs = self._submit(prompts, params, single)
         try:
@@ -323,6 +383,9 @@ class LLM(Front):
                     if single:
                         raise
                     outputs[-1].error = str(error) if isinstance(error, RedraftError) else f"{type(error).__name__}: {shown(error)}"
+            if not single:
+                with InterruptBetween(), self._turns:
+                    self.engine.arrange()
         except BaseException:
             self._end(outputs)
             raise
@@ -336,13 +399,13 @@ class LLM(Front):
         chosen = self.params(params)
         if isinstance(chosen.prediction, str):
             chosen = chosen.but(prediction=tuple(self.tokenizer.encode(chosen.prediction, special=False)))
-        output.prompt_token_ids, vectors = self._read(fields)
+        output.prompt_token_ids, vectors, chunks = self._read(fields)
         if "suffix" in fields:
             chosen = self.fill.params(chosen)
         options = {name: fields[name] for name in inputs.OPTIONS if name in fields}
-        if not options.keys() & {"before", "wants"}:
+        if not options.keys() & {"before", "reuse", "wants"}:
             chosen = self.cached(chosen, len(output.prompt_token_ids))
-        request = Request(output.request_id, output.prompt_token_ids, chosen, vectors=vectors, **options)
+        request = Request(output.request_id, output.prompt_token_ids, chosen, vectors=vectors, chunks=chunks, **options)
         with InterruptBetween(), self._turns:
             if any(other.has_work for other in self._engines if other is not self.engine):
                 raise Unsupported("a sibling of this LLM has requests under way: siblings share pages and run one at a time")
@@ -352,12 +415,18 @@ class LLM(Front):
         output.guarantee = self.guarantee_of(chosen, request.reuse or None).label
         output.outputs = [CompletionOutput(i, logprobs=None if chosen.logprobs is None else []) for i in range(chosen.n)]
 
-    def _read(self, fields: dict[str, Any]) -> tuple[list[int], F32 | None]:
-        """The token ids of a prompt, and its vectors if it has any."""
+    def _read(self, fields: dict[str, Any]) -> tuple[list[int], F32 | None, list[tuple[int, int]]]:
+        """The token ids of a prompt, its vectors if it has any, and its chunks."""
+        if "segments" in fields:
+            tokens, chunks = inputs.segments_of(fields["segments"], self._segment)
+            return tokens, None, chunks
         if "prompt_embeds" not in fields:
-            return self._tokens(fields), None
-        tokens = self._tokens(fields) if "prompt_token_ids" in fields else None
-        return inputs.vectors_of(fields["prompt_embeds"], tokens)
+            return self._tokens(fields), None, []
+        given = self._tokens(fields) if "prompt_token_ids" in fields else None
+        return *inputs.vectors_of(fields["prompt_embeds"], given), []
+
+    def _segment(self, text: str, first: bool) -> list[int]:
+        return self.tokenizer.encode(text, special=first) if text else []
 
     def _tokens(self, fields: dict[str, Any]) -> list[int]:
         """The token ids of a prompt; see `inputs.fields_of`. Ids that are given come before text."""
@@ -444,6 +513,8 @@ class LLM(Front):
         if event.reason is not None:
             one.finish_reason = str(event.reason)
         output.cached_tokens, output.reused_tokens = event.request.cached_tokens or 0, event.request.reused_tokens
+        output.disk_tokens, output.disk_seconds = event.request.disk_tokens, event.request.disk_seconds
+        output.repaired_tokens, output.repair_rows = event.request.repaired_tokens, event.request.repair_rows
         if event.request.miss is not None and output.cache_miss is None:
             at, token, cached, lost = event.request.miss
             output.cache_miss = CacheMiss(at, token, self.tokenizer.decode_all([token]), cached, self.tokenizer.decode_all([cached]), lost)

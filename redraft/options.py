@@ -52,6 +52,11 @@ def number(
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"range": Range(ge, gt, le, lt, multiple_of)})
 
 
+def word(default: str, *others: str) -> Any:
+    """A dataclass field of an `Options` class: one of these words."""
+    return dataclasses.field(default=default, metadata={"words": (default, *others)})
+
+
 class Options:
     """Base class of methods, which are frozen dataclasses of hyper-parameters. InvalidInput names the option, its value and the
     allowed range."""
@@ -59,5 +64,7 @@ class Options:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):  # type: ignore[arg-type]
             allowed, value = option.metadata.get("range"), getattr(self, option.name)
+            if (words := option.metadata.get("words")) and value not in words:
+                raise InvalidInput(f"{registry.name_of(type(self))}:{option.name}={shown(value)}: must be {', '.join(words)}")
             if allowed is not None and value not in allowed and (value is not None or option.default is not None):
                 raise InvalidInput(f"{registry.name_of(type(self))}:{option.name}={shown(value)}: must be {allowed}")

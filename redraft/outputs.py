@@ -47,10 +47,13 @@ class RequestOutput:
     """One prompt and its n texts. If a prompt of a list was refused, or the model's output for it is not a number, `error` says so and
     `outputs` is empty.
 
-    cached_tokens: prompt tokens found in the prefix cache; cache_miss: the difference that ended the match, None without one
+    cached_tokens: prompt tokens found in the prefix cache; disk_tokens, disk_seconds: those of them that were on disk, and the time to
+    read them; cache_miss: the difference that ended the match, None without one
     (requests with a codec, per-head eviction or a read with data of its own do not use the prefix cache); reused_tokens: tokens
-    of an edited text that were taken from the text before the edit; before: the tokens of that text; guarantee: the weakest
-    guarantee of the engine's methods and the request's; seed: the seed in use, also if none was given.
+    that were taken from the cache of another text: of the text before an edit, or of chunks; repaired_tokens: those of them and
+    between them that ran again through all layers; repair_rows: all that ran again, in whole rows; before: the tokens of the text
+    before an edit; guarantee: the weakest guarantee of the engine's methods and the request's; seed: the seed in use, also if none was
+    given.
     """
 
     request_id: str
@@ -59,7 +62,11 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     prompt_logprobs: list[TopLogprobs | None] | None = None
     cached_tokens: int = 0
+    disk_tokens: int = 0
+    disk_seconds: float = 0.0
     reused_tokens: int = 0
+    repaired_tokens: int = 0
+    repair_rows: float = 0.0
     cache_miss: CacheMiss | None = None
     guarantee: str = ""
     before: list[int] = field(default_factory=list)

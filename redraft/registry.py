@@ -42,11 +42,17 @@ METHODS: dict[str, dict[str, str]] = {
         "union": "redraft.draft.union:Union",
         "vocabtrim": "redraft.draft.vocabtrim:VocabTrim",
     },
+    "control": {
+        "awrs": "redraft.sample.controls.awrs:AWRS",
+        "momentum": "redraft.sample.controls.momentum:Momentum",
+        "rpg": "redraft.sample.controls.rpg:RPG",
+    },
     "codec": {
         "int4": "redraft.kv.quantization.kivi:Int4",
         "kivi": "redraft.kv.quantization.kivi:KIVI",
         "gear": "redraft.kv.quantization.gear:GEAR",
         "think": "redraft.kv.quantization.think:ThinK",
+        "mikv": "redraft.kv.quantization.mikv:MiKV",
         "int8": "redraft.kv.quantization.int8:Int8",
     },
     "depth": {
@@ -71,11 +77,17 @@ METHODS: dict[str, dict[str, str]] = {
         "streaming-llm": "redraft.kv.eviction.streaming_llm:StreamingLLM",
     },
     "read": {
+        "a2ats": "redraft.kv.sparse_attention.a2ats:A2ATS",
         "double-sparsity": "redraft.kv.sparse_attention.double_sparsity:DoubleSparsity",
+        "infllm": "redraft.kv.sparse_attention.infllm:InfLLM",
         "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
         "sentencekv": "redraft.kv.sparse_attention.sentence_kv:SentenceKV",
     },
     "reuse": {
+        "ape": "redraft.kv.reuse.ape:APE",
+        "cache-craft": "redraft.kv.reuse.cache_craft:CacheCraft",
+        "cacheblend": "redraft.kv.reuse.cacheblend:CacheBlend",
+        "kvshare": "redraft.kv.reuse.kvshare:KVShare",
         "pie": "redraft.kv.reuse.pie:PIE",
     },
     "steer": {
@@ -104,6 +116,7 @@ METHODS: dict[str, dict[str, str]] = {
         "splitwise": "redraft.sched.routers.splitwise:Splitwise",
     },
     "sched": {
+        "batchllm": "redraft.sched.batchllm:BatchLLM",
         "fcfs": "redraft.sched.fcfs:FCFS",
         "piggyback": "redraft.sched.piggyback:Piggyback",
         "sarathi": "redraft.sched.sarathi:Sarathi",
@@ -117,12 +130,20 @@ PROCESSORS: dict[str, str] = {
     "bad-words": "redraft.sample.processors.bad_words:BadWords",
     "min-tokens": "redraft.sample.processors.min_tokens:MinTokens",
     "penalties": "redraft.sample.processors.penalties:Penalties",
+    "dry": "redraft.sample.processors.dry:DRY",
     "temperature": "redraft.sample.processors.temperature:Temperature",
+    "control-logits": "redraft.sample.processors.control:LogitControls",
     "grammar": "redraft.sample.processors.grammar:FollowGrammar",
+    "top-n-sigma": "redraft.sample.processors.top_n_sigma:TopNSigma",
     "top-k": "redraft.sample.processors.top_k:TopK",
     "top-p": "redraft.sample.processors.top_p:TopP",
     "min-p": "redraft.sample.processors.min_p:MinP",
     "typical-p": "redraft.sample.processors.typical_p:TypicalP",
+    "xtc": "redraft.sample.processors.xtc:XTC",
+    "dynamic-temperature": "redraft.sample.processors.dynamic_temperature:DynamicTemperature",
+    "mirostat": "redraft.sample.processors.mirostat:Mirostat",
+    "control-filtered": "redraft.sample.processors.control:FilteredControls",
+    "control-check": "redraft.sample.processors.control:CheckControls",
 }
 
 NEEDS_TORCH = "it needs PyTorch, which is not installed: pip install 'redraft[torch]'"
@@ -269,7 +290,10 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
         option, equals, value = item.partition("=")
         if not equals:
             raise InvalidInput(f"{text!r}: {item!r} is not option=value")
-        given[option.strip().replace("-", "_")] = value.strip()
+        option = option.strip().replace("-", "_")
+        if option in given:
+            raise InvalidInput(f"{text!r}: {option!r} is given twice")
+        given[option] = value.strip()
     return name.strip(), given
 
 

@@ -36,7 +36,9 @@ class PageView:
     rows of the whole tail, so node j has slot lengths + chain + j; fresh: pages that this reserve allocated and that must be zeroed;
     positions[s]: None while slot i holds position i, else one i32[length] for each lane; encoded[s]: i32[lanes, m], pages that hold the
     first 32 m slots of a lane in the sequence's format of encoded pages, before pages[s]; logs[s]: the logarithms of the numbers
-    of tokens that slots stand for, f32[length] for each lane, None while all are 0; states: one entry for each memory of fixed size.
+    of tokens that slots stand for, f32[length] for each lane, None while all are 0; slots[s]: i32[rows], ascending, the committed slots
+    that rows write again, each of which then sees the slots up to its own; None for rows after the tail; states: one entry for each
+    memory of fixed size.
     """
 
     kinds: list[Lanes]
@@ -48,7 +50,16 @@ class PageView:
     positions: list[list[I32] | None]
     encoded: list[I32]
     logs: list[list[F32] | None]
+    slots: list[I32 | None]
     states: tuple[StateView, ...] = ()
+
+    def tentative(self, s: int, rows: int) -> int:
+        """Tentative slots of sequence s, of which `rows` rows run."""
+        return self.tail[s] + rows if self.slots[s] is None else 0
+
+    def held(self, s: int, rows: int) -> int:
+        """The same with the committed slots of its longest lane."""
+        return int(self.lengths[s].max()) + self.tentative(s, rows)
 
     def only(self, chosen: Seq[int]) -> PageView:
         """The view of the chosen sequences; `fresh` is empty."""
@@ -62,6 +73,7 @@ class PageView:
             [self.positions[s] for s in chosen],
             [self.encoded[s] for s in chosen],
             [self.logs[s] for s in chosen],
+            [self.slots[s] for s in chosen],
             tuple(state.only(chosen) for state in self.states),
         )
 
@@ -138,8 +150,9 @@ class Batch:
         for w, tree, tail in zip(work, trees, pages.tail, strict=True):
             seq = w.seq
             rows = 0 if tail else w.rows  # only the first forward of a tail packs the chain
-            tokens += seq.tokens[seq.stored : seq.stored + rows]
-            positions += range(seq.stored, seq.stored + rows)
+            again = range(seq.stored, seq.stored + rows) if w.rerun is None else w.rerun.slots.tolist()
+            tokens += [seq.tokens[i] for i in again]
+            positions += again
             root = seq.stored + w.rows - 1
             tree_starts.append(len(tokens))
             if len(tree) > w.first:
@@ -168,12 +181,15 @@ class Batch:
             begins,
             tree_begins,
             np.concatenate(bits) if bits else np.zeros((0, max(words, 1)), np.uint64),
-            [_tail(w, tree) if tail else where[a:z] for w, tree, tail, (a, z) in zip(work, trees, pages.tail, spans, strict=True)],
+            [
+                _tail(w, tree) if tail else where[a : a if w.rerun else z]
+                for w, tree, tail, (a, z) in zip(work, trees, pages.tail, spans, strict=True)
+            ],
             pages,
             wanted,
             root_rows,
             [_view(w.seq, positions[a:z]) for w, (a, z) in zip(work, spans, strict=True)],
-            [w.seq.layers for w in work],
+            [w.seq.layers if w.rerun is None else w.rerun.layers for w in work],
             [w.seq.request.adapter for w in work],
             [w.seq.between for w in work],
             _vectors(work, trees, pages.tail, starts, tree_starts),
@@ -184,8 +200,9 @@ class Batch:
         """Whether every row sees all slots before it, in shared lanes from which nothing was evicted, and runs all layers, with nothing
         between them."""
         count, pages = len(self.views), self.pages
-        nothing = self.views.count(None), self.layers.count(None), self.between.count(None), pages.positions.count(None)
-        return pages.kinds.count(Lanes.SHARED) == count and nothing == (count,) * len(nothing)
+        absent = self.views, self.layers, self.between, pages.positions
+        nothing = all(one.count(None) == count for one in absent) and all(one is None for one in pages.slots)
+        return nothing and pages.kinds.count(Lanes.SHARED) == count
 
     def only(self, chosen: Seq[int]) -> tuple[Batch, I32]:
         """A batch of the chosen sequences without logit rows and vectors, and i32[rows]: the rows of this batch that it holds."""
@@ -241,13 +258,19 @@ def _vectors(work: Seq[Work], trees: Seq[TokenTree], tails: Seq[int], starts: Se
 
 
 def _view(seq: Sequence, positions: list[int]) -> View | None:
-    """The view of rows at these positions, None where they see all slots. A sparse read starts after the context, and no step mixes rows
-    before and after it. A window or a sparse read that hides nothing from the deepest row is left out."""
+    """The view of rows at these positions, None where they see all slots. No step mixes rows before and after the start of a sparse
+    read. A window or a sparse read that hides nothing from the deepest row is left out, and so is a distance if that row has no far
+    key, and groups of keys that no row attends as such."""
     chosen = seq.cache
     if chosen is PLAIN:
         return None
     deepest = max(positions, default=0)
-    read = chosen.read if chosen.read is not None and seq.stored >= seq.context and deepest + 1 > chosen.read.dense_up_to else None
+    read, far = chosen.read, None if chosen.read is None else chosen.read.far
+    far = far if far is not None and deepest >= far.near else None
+    if read is not None and (seq.stored < seq.reads_from or deepest + 1 <= read.dense_up_to):
+        read = None
     read = None if read is None else seq.state.get(read, read)  # the text's own state selects
     window = chosen.window if chosen.window is not None and deepest + 1 > chosen.window.size else None
-    return View(chosen.format, chosen.encoded, window, read) if (chosen.format or chosen.encoded or window or read) else None
+    parallel = seq.parallel if seq.parallel is not None and not seq.parallel.neutral and deepest >= seq.parallel.end else None
+    view = View(chosen.format, chosen.encoded, window, read, far, parallel)
+    return view if any(view) else None

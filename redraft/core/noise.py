@@ -22,6 +22,7 @@ class Stream(IntEnum):
     DRAFT = 1
     ACCEPT = 2
     RESIDUAL = 3
+    COIN = 4  # of a processor that acts by chance
 
 
 def _finalise(x: int) -> int:

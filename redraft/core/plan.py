@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from redraft.core.sequence import FinishReason, Sequence
+from redraft.core.sequence import FinishReason, Rerun, Sequence
 from redraft.core.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 class Work(NamedTuple):
     """`rows` pending tokens of `seq` run in this step. An earlier forward of the same tail packed the nodes before `first`, and the
-    pending tokens too if the tail is not empty."""
+    pending tokens too if the tail is not empty. rerun: committed rows that run instead; then rows is 0."""
 
     seq: Sequence
     rows: int
     first: int = 0
+    rerun: Rerun | None = None
 
     @property
     def done(self) -> bool:

@@ -42,5 +42,5 @@ def view(works: Seq[Work], page: int = 32) -> PageView:
     kinds = [Lanes.SHARED] * len(works)
     return PageView(
         kinds, pages, lengths, [w.rows + w.first if w.first else 0 for w in works], [w.rows for w in works], [], [None] * len(works),
-        [np.zeros((1, 0), np.int32)] * len(works), [None] * len(works),
+        [np.zeros((1, 0), np.int32)] * len(works), [None] * len(works), [None if w.rerun is None else w.rerun.slots for w in works],
     )  # fmt: skip

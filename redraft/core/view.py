@@ -44,12 +44,42 @@ class Watch(NamedTuple):
     each: bool = False
 
 
+class Far(NamedTuple):
+    """A row at position p scores keys at positions j with p - j >= near as if all of them were `distance` positions before it: keys are
+    rotated back by j, and the query is rotated to position `distance`. Layers without rotation score all keys as they are."""
+
+    near: int
+    distance: int
+
+
+class Parallel(NamedTuple):
+    """A row at a position behind the last of `spans`, (first, end) each, attends the keys at positions in them as one group. Let s be the
+    score of such a key, and L the logarithm of the sum of exp(s / temperature) over those that the row sees. The key then has the score
+    s / temperature + (scale * temperature - 1) L."""
+
+    spans: tuple[tuple[int, int], ...]
+    temperature: float
+    scale: float
+
+    @property
+    def end(self) -> int:
+        """The first position of rows that it changes."""
+        return self.spans[-1][1]
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it changes no score."""
+        return self.temperature == 1 == self.scale
+
+
 class View(NamedTuple):
     """format, encoded: names of the formats of written pages and of encoded pages (ops/format.py), empty for plain keys and values;
-    window: see Window; read: an opened method that selects among the visible keys (Select in ops/backend.py), None where this step
-    reads all of them."""
+    window: see Window; read: an opened method that selects among the visible keys (Select in ops/backend.py), None where this step reads
+    all of them; far: see Far, None if no row has a far key; parallel: see Parallel, None if it changes no row."""
 
     format: str = ""
     encoded: str = ""
     window: Window | None = None
     read: Any | None = None
+    far: Far | None = None
+    parallel: Parallel | None = None

@@ -8,6 +8,7 @@ from hashlib import sha256
 from itertools import zip_longest
 from typing import cast
 
+from redraft import registry
 from redraft.core.noise import sample_seed
 from redraft.core.sequence import UNLIMITED, Request, Sequence
 from redraft.core.tree import F32
@@ -15,6 +16,7 @@ from redraft.engine.output import Progress
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters
 from redraft.errors import InvalidInput, OutOfMemory, PromptTooLong, Unsupported
+from redraft.kv.reuse.reuse import OpenReuse
 from redraft.models.adapter import Adapter, unknown
 from redraft.models.runner import Runner
 from redraft.sample.sampler import Sampler
@@ -106,15 +108,15 @@ class Admission:
             raise InvalidInput("prompt is empty: at least one token is needed")
         self._check_ids("prompt_token_ids", prompt)
         plan = self.policies.check(params, request.reuse)
-        if request.reuse and request.wants.skippable < len(prompt):
-            name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
-            raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, but reuse skips parts of it")
+        if plan.reuse is not None:
+            self._check_reuse(request, plan.reuse)
         self.drafter.check(params)
         if request.vectors is not None:
             self._check_vectors(request)
         if len(prompt) >= self.max_model_len and not (plan.endless and params.max_tokens is not None):
             raise PromptTooLong(f"prompt has {len(prompt)} tokens: max_model_len = {self.max_model_len} leaves no room for a new one")
         self._check_ids("before", request.before)
+        self._check_chunks(request)
         if request.context is not None and not 1 <= request.context <= len(prompt):
             raise InvalidInput(f"context = {request.context}: 1 to {len(prompt)}, the tokens of the prompt, is allowed")
         self._check_ids("stop_token_ids", params.stop_token_ids)
@@ -124,6 +126,27 @@ class Admission:
         if params.stop and not self.spells:
             raise InvalidInput("stop needs a tokenizer, and this engine has none; use stop_token_ids")
         self.sampler.check(params)
+
+    def _check_reuse(self, request: Request, reuse: OpenReuse) -> None:
+        reused = request.chunks[-1][1] + reuse.after if request.chunks else len(request.prompt)
+        if request.wants.skippable < min(reused, len(request.prompt)):
+            name = "prompt_logprobs" if request.wants.prompt_logprobs is not None else "mean embeddings"
+            raise Unsupported(f"reuse {request.reuse}: {name} need the whole prompt computed, but reuse skips parts of it")
+        if reuse.later and request.params.n > 1:
+            shared = "texts of one request share pages, in which no rows can run again after the first new token"
+            raise Unsupported(
+                f"reuse {request.reuse}: n = {request.params.n}, but {shared}; n = 1, or an option that stops these, is needed"
+            )
+
+    def _check_chunks(self, request: Request) -> None:
+        if request.chunks and request.reuse and registry.create("reuse", request.reuse).needs == "before":
+            raise InvalidInput(f"reuse = {request.reuse}: it reuses the text before an edit, but the prompt has segments")
+        at, last = 1, len(request.prompt) - 1
+        for first, end in request.chunks:
+            if not at <= first < end <= last:
+                allowed = "parts of the prompt in order, each with a token, after its first token and before its last"
+                raise InvalidInput(f"chunks: ({first}, {end}) of a prompt of {last + 1} tokens: {allowed}, are allowed")
+            at = end
 
     def _check_vectors(self, request: Request) -> None:
         vectors, hidden = request.vectors, self.runner.spec.hidden

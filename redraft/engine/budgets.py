@@ -69,10 +69,14 @@ def budgeted(budget: float, tokens: int) -> int:
 
 
 def registered() -> list[Policy]:
-    """Every registered method of CACHE alone, with the options that a budget sets; others have the defaults of their options."""
+    """Every registered method of CACHE, with the options that a budget sets; others have the defaults of their options. It is alone, or
+    beside the method that its card names."""
     found = []
     for seam in CACHE:
         for name in registry.METHODS[seam]:
             card: Card = registry.method(seam, name).card  # type: ignore[attr-defined]
-            found.append(Policy.of(f"{seam}={name}" + (f":{card.budget}" if card.budget else "")))
+            own = f"{seam}={name}" + (f":{card.budget}" if card.budget else "")
+            other, _, method = card.beside.partition("=")
+            if not other or registry.parse(method)[0] in registry.METHODS[other]:
+                found.append(Policy.of(f"{own}+{card.beside}" if other else own))
     return found

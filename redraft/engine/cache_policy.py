@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, cast
 
 from redraft import registry
 from redraft.engine.budgets import CACHE, Policy
-from redraft.engine.curves import Curve, Curves
+from redraft.engine.curves import ENOUGH, Curve, Curves
 from redraft.errors import InvalidInput
 from redraft.models.trained import hash_of
 from redraft.options import Options, number
@@ -125,7 +125,7 @@ def named(text: str) -> Named | Auto:
 
 def of(text: str, model: str, source: Path, dtype: str, backend: str) -> CachePolicy:
     """The policy that a text names, for the checkpoint `source`, which the user calls `model`. InvalidInput if the measurements that it
-    needs are missing, or are those of another dtype or backend."""
+    needs are missing, are of too few texts, or are those of another dtype or backend."""
     found = named(text)
     if isinstance(found, Named):
         return found
@@ -136,5 +136,10 @@ def of(text: str, model: str, source: Path, dtype: str, backend: str) -> CachePo
         raise InvalidInput(
             f"{FIELD} = {text!r}: measured with dtype {curves.dtype} and backend {curves.backend}, this is {dtype} and {backend};"
             f" `redraft bench cache {model} --save` measures it"
+        )
+    if curves.texts < ENOUGH:
+        raise InvalidInput(
+            f"{FIELD} = {text!r}: measured on {curves.texts} texts a task, {ENOUGH} or more are needed;"
+            f" `redraft bench cache {model} --save` measures more"
         )
     return found.open(curves)

@@ -16,6 +16,7 @@ from redraft.errors import CheckpointError, RedraftError
 
 FOLDER = "cache-curves"
 VERSION = 1
+ENOUGH = 8  # texts of a task, with fewer its intervals are too narrow to be trusted
 
 
 class Interval(NamedTuple):

@@ -22,10 +22,11 @@ class Parked(NamedTuple):
 
 
 def travels(seq: Sequence) -> bool:
-    """Whether the pages are all that a text has stored. A policy that evicts or reads the context's states has a state of its own, so its
-    texts are computed again."""
-    depth = seq.cache.depth
-    return seq.cache.keep is None and (depth is None or depth.taps is NO_TAPS)
+    """Whether the pages are all that a text has stored. A policy that evicts, watches attention or reads the context's states has a state
+    of its own, and so has the repair of reused text, so their texts are computed again."""
+    depth, read = seq.cache.depth, seq.cache.read
+    repairs = seq.reusing is not None and seq.reusing.repair is not None
+    return seq.cache.keep is None and (depth is None or depth.taps is NO_TAPS) and (read is None or not read.watches) and not repairs
 
 
 class Departures:

@@ -18,18 +18,22 @@ from redraft.core.tree import TokenTree
 from redraft.draft.drafter import OpenDrafter
 from redraft.engine.admission import Admission
 from redraft.engine.arrivals import Arrivals
+from redraft.engine.chunks import ChunkTexts
 from redraft.engine.departures import Departures, travels
 from redraft.engine.faults import Faults
+from redraft.engine.holds import Holds
 from redraft.engine.idle import forward_seconds
 from redraft.engine.opened import Opened
 from redraft.engine.output import Event, Outputs, Progress
 from redraft.engine.parcel import Parcel, Source
 from redraft.engine.policies import Policies
 from redraft.engine.speculation import Drafters, Verifiers
+from redraft.kv.reuse.chunks import FILLER
 from redraft.kv.table import PageTable
 from redraft.models.runner import Runner
 from redraft.models.tokenizer import Decoder
-from redraft.sample.sampler import NotNumbers, Sampler
+from redraft.sample.processors.processor import TextError
+from redraft.sample.sampler import Sampler
 from redraft.sched.draft_memory import DraftMemory
 from redraft.sched.scheduler import Scheduler
 from redraft.verify.verifier import Verifier, opened
@@ -82,6 +86,8 @@ class Engine:
         self.admission = Admission(runner, sampler, self.drafter, self.policies, max_model_len=max_model_len, spells=decode is not None)
         self.max_model_len, self.eos, self.clock = max_model_len, frozenset(eos), clock
         self.departures, self.arrivals, self.parks = Departures(runner), Arrivals(runner), parks
+        self.holds = Holds(runner)
+        self.chunk_texts = ChunkTexts(runner.memory, max_model_len - 1, self.arrivals.on_disk)
         self.faults = Faults()
         self.outputs = Outputs(
             runner,
@@ -128,9 +134,7 @@ class Engine:
         if any(seq.reason for seq in running):
             return None  # an interrupt came after the last commit: report its results first
         self.sync(running)  # for new sequences that start at a sync point, and after an interrupt
-        least = 0 if self.departures.parked else 1
-        plan = self.scheduler.plan(self.faults.without(waiting), self.faults.without(running), self.memory, least)  # changes nothing yet
-        plan = self.enact(plan)  # pages freed, sequences moved, shared prefixes attached
+        plan = self.enact(self._plan(waiting, running))  # pages freed, sequences moved, shared prefixes attached
         if self.draft_memory is not None:
             plan = self.draft_memory.cut(plan, self.memory, logits=self.taps(plan).logits)
         if not plan.work:
@@ -151,9 +155,12 @@ class Engine:
         try:
             distribution = self.sampler.distribution(out, batch, work, trees)  # lazy: rows are computed when a verifier visits them
             accepted = self.outputs.cut(work, self.verifier.accept(work, trees, distribution))  # at the end of the text
+            surprises = distribution.surprises(accepted)
             moves = self.memory.commit(work, accepted)  # keeps the accepted path and frees the rest; tokens and stored advance
         except BaseException as error:
             return self.isolate(error, begun, only)
+        for seq, surprise in surprises:
+            seq.surprise = surprise
         result = StepResult(work, trees, batch, accepted, out, distribution)
         self.outputs.record(result)
         try:
@@ -169,6 +176,18 @@ class Engine:
         return self.emit()
 
     # ---- parts of the step
+
+    def _plan(self, waiting: Seq[Sequence], running: Seq[Sequence]) -> StepPlan:
+        """What the scheduler chooses. Changes nothing, but that prefixes are held no longer where texts lack their memory."""
+        if self.holds and self._spare() < 0:
+            self.holds.release()
+        ready = self.chunk_texts.ready(self.faults.without(waiting))
+        given = ready, self.faults.without(running), self.memory, 0 if self.departures.parked else 1
+        plan = self.scheduler.plan(*given)
+        if self.holds and not (plan.work or plan.admit):
+            self.holds.release()
+            plan = self.scheduler.plan(*given)
+        return plan
 
     def enact(self, plan: StepPlan) -> StepPlan:
         """Frees preempted sequences, which wait again in arrival order. Opens admitted sequences and attaches the prefixes that `plan`
@@ -186,8 +205,9 @@ class Engine:
         if seq.request.admitted is None:
             seq.request.admitted = self.clock()
         if seq.request.cached_tokens is None:
-            seq.request.cached_tokens = matched
-            seq.request.miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
+            seq.request.cached_tokens = seq.stored
+            miss = self.table.prefix.miss(seq.request.prompt, seq.request.salt)
+            seq.request.miss = None if seq.request.chunks and miss is not None and miss.cached == FILLER else miss
 
     def taps(self, plan: StepPlan) -> Taps:
         seqs = plan.seqs
@@ -203,10 +223,11 @@ class Engine:
 
     def _sync(self, seq: Sequence) -> None:
         self.memory.publish(seq)
+        self.holds.keep(seq)
         if seq.cache is not PLAIN:
             self.policies.sync(seq)
             if seq.cache.reuse is not None:
-                self.policies.take_over(seq, self._spare())
+                self.policies.reuse.take_over(seq, self._spare())
         if seq.stored == seq.prompt_len - 1 and len(seq.request.sequences) < seq.params.n:
             self._branch(seq)
         seq.sync_point, seq.synced = self.admission.sync_point(seq), seq.stored
@@ -231,7 +252,8 @@ class Engine:
         leaving = []
         for seq in self.faults.without(self.running):
             if (event := self.faults.call(seq, self.outputs.event, seq)) is not None:
-                self.events.append(event)
+                if not seq.request.hidden:
+                    self.events.append(event)
                 if seq.request.leaves and event.reason is None:
                     leaving.append(seq)
         for seq in [seq for seq in self.faults.without(self.running) if seq.reason]:
@@ -239,7 +261,8 @@ class Engine:
         self._park(leaving)
         for request, error in list(self.faults.found.values()):
             self.abort(request.id)
-            self.events.append(Event.failed(request, error))
+            if not request.hidden:  # those that wait for it are computed without it
+                self.events.append(Event.failed(request, error))
         events, self.events = self.events, []
         return events
 
@@ -251,7 +274,7 @@ class Engine:
             self._discard(begun.plan)
         if not isinstance(error, Exception):
             raise error
-        if (guilty := error.seq if isinstance(error, NotNumbers) else only) is not None:
+        if (guilty := error.seq if isinstance(error, TextError) else only) is not None:
             self.faults.add(guilty, error)
             return self.emit()
         before = len(self.events)
@@ -290,6 +313,8 @@ class Engine:
         seqs = self.admission.admit(request, progress)
         if request.arrived is None:
             request.arrived = self.clock()
+        for text in self.chunk_texts.lacking(request) if not progress else ():
+            self.add(text, parks=False)
         for seq in seqs:
             self.outputs.open(seq)
             if progress:
@@ -297,6 +322,14 @@ class Engine:
             self._wait(seq)
         self.blocked = False
         request.leaves = self.parks if parks is None else parks
+
+    def arrange(self) -> None:
+        """Lets the scheduler order the requests that wait as one batch: all of it is known now. What their prompts share is held."""
+        if groups := self.scheduler.groups(self.waiting, self.table.page):
+            for group, members in groups:
+                for seq in members:
+                    seq.request.group = group if group.prefix and self.table.sharing else None
+            self.waiting = deque(sorted((seq for _, members in groups for seq in members), key=_priority))
 
     def abort(self, request_id: str) -> bool:
         """Ends all texts of a request at once and frees their memory. Returns False if there is no such request. Errors of its parts
@@ -313,6 +346,12 @@ class Engine:
         """Uses a moment without requests for what the drafter wants to measure, one step of the model at most. Returns whether there is
         more to do."""
         return not self.has_work and self.drafter.own.idle(lambda rows, cached: forward_seconds(self, rows, cached))
+
+    def forget_prefixes(self) -> int:
+        """Frees the published pages that no text lists, and returns their number. On disk there are none after it."""
+        if self.runner.disk is not None:
+            self.runner.disk.clear()
+        return self.table.forget()
 
     @property
     def has_work(self) -> bool:
@@ -359,6 +398,7 @@ class Engine:
             self.running.remove(seq)
             self.faults.call(seq, self._end if travels(seq) else self._stop, seq)
             self.drafter.release(seq)
+            self.holds.leave(seq, (*self.waiting, *self.running))
         for request in self.departures.unready():
             if not any(seq.request is request for seq in self.running):
                 for seq in [seq for seq in self.waiting if seq.request is request]:  # it lacked memory: another engine computes it
@@ -371,6 +411,7 @@ class Engine:
 
     def _wait(self, seq: Sequence) -> None:
         """Queues it after all of the same or higher priority."""
+        self.arrivals.look(seq)
         self.waiting.insert(bisect_right(self.waiting, seq.request.priority, key=_priority), seq)
 
     def _run(self, seq: Sequence) -> None:
@@ -383,6 +424,7 @@ class Engine:
         self.waiting.insert(bisect_left(self.waiting, seq.request.priority, key=_priority), seq)
         self.preemptions += 1
         self.faults.call(seq, self._reset, seq)
+        self.arrivals.look(seq)
 
     def _spare(self) -> int:
         """Free blocks beyond what running texts need for their pending tokens."""
@@ -432,12 +474,14 @@ class Engine:
         """Removes a sequence that finished or was aborted."""
         self.outputs.close(seq)
         self.arrivals.drop(seq)
+        self.chunk_texts.ended(seq.request)
         if seq in self.running:
             self.running.remove(seq)
             self.faults.call(seq, self._stop, seq)
         else:
             self.waiting.remove(seq)
         self.drafter.release(seq)
+        self.holds.leave(seq, (*self.waiting, *self.running))
 
     def _in_use(self) -> Iterator[Any]:
         for seq in (*self.waiting, *self.running):

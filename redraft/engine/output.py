@@ -28,7 +28,7 @@ class Stats:
     """Drafting statistics of one text. steps: passes that drew a token; drafted: nodes checked; accepted: nodes kept; fault: the
     drafter that failed and its error, if the text continued without drafts; drafts: passes that checked at least one node;
     by_depth[i]: passes that kept i + 1 nodes or more; by_drafter: (nodes checked, nodes kept) of each drafter; stopped: for each drafter
-    that did not pay, the passes that it did not draft for."""
+    that did not pay, the passes that it did not draft for; surprise: see Sequence, so that another engine can go on with a text."""
 
     steps: int = 0
     drafted: int = 0
@@ -38,6 +38,7 @@ class Stats:
     by_depth: list[int] = field(default_factory=list)
     by_drafter: dict[str, tuple[int, int]] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
+    surprise: float = 0.0
 
     def count(self, tree: TokenTree, path: Seq[int], names: Seq[str], stopped: Seq[str] = ()) -> None:
         """Adds one pass that drew a token."""
@@ -169,7 +170,7 @@ class Outputs:
 
     def resume(self, seq: Sequence, stats: Stats) -> None:
         """The tokens that `seq` has were reported by another engine. What is kept of a token until it is reported is left empty."""
-        output, count = self._of[seq.id], seq.generated
+        output, count, seq.surprise = self._of[seq.id], seq.generated, stats.surprise
         output.stats, output.reported_tokens, output.drafted = stats.copy(), count, [False] * count
         if seq.params.logprobs is not None:
             output.logprobs = [TopLogprobs(0, 0.0, 0, ())] * count
@@ -238,7 +239,7 @@ class Outputs:
         if not found.tokens:
             return
         output = self._of[w.seq.id]
-        output.stats.fault, names = w.seq.fault, self.names(w.seq)
+        output.stats.fault, output.stats.surprise, names = w.seq.fault, w.seq.surprise, self.names(w.seq)
         output.stats.count(tree, found.path, names, self.stopped(w.seq))
         if params.provenance:
             output.provenance += _provenance(output.stats.steps, tree, found, names)

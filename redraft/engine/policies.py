@@ -13,12 +13,14 @@ from redraft.config import SamplingParams
 from redraft.core.plan import StepResult
 from redraft.core.sequence import NEVER, PLAIN, UNLIMITED, CachePlan, Lanes, Sequence
 from redraft.core.taps import NO_TAPS, Taps
+from redraft.core.view import Parallel
 from redraft.engine.faults import SafeCalls
 from redraft.engine.opened import Opened
+from redraft.engine.reuse import CacheReuse
 from redraft.errors import Unsupported
 from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.quantization.quantization import OpenCodec
-from redraft.kv.reuse.reuse import OpenReuse
+from redraft.kv.reuse.reuse import OpenReuse, Reusing
 from redraft.kv.sparse_attention.sparse_attention import OpenSparseAttention
 from redraft.layer_skipping.layer_skipping import OpenLayerSkipping
 from redraft.models.runner import Runner
@@ -28,7 +30,7 @@ from redraft.steer.steer import OpenSteer
 
 SEAMS = ("keep", "codec", "read", "depth")
 CHOICES = (*SEAMS, "steer")
-FORMATS = 256  # page formats that may be defined; they stay as long as the pool
+FORMATS = 256  # page formats that options may define; they stay as long as the pool. Those of methods without options do not count
 
 
 class Policies:
@@ -36,15 +38,16 @@ class Policies:
 
     def __init__(self, runner: Runner, opened: Opened) -> None:
         self.runner, self.opened = runner, opened
+        self.reuse = CacheReuse(runner)
         self._formats: set[str] = set()
-        self._sources = 0
 
     def check(self, params: SamplingParams, reuse: str = "") -> CachePlan:
         """The plan that these parameters choose. Raises UnknownMethod, InvalidInput or Unsupported, one line each."""
         texts = {seam: text for seam in CHOICES if (text := getattr(params, seam)) is not None}
         parts = {seam: self._open(seam, text) for seam, text in {**texts, **({"reuse": reuse} if reuse else {})}.items()}
         try:
-            plan = self._plan(**parts) if parts else PLAIN
+            limit = FORMATS if any(":" in texts.get(seam, "") for seam in ("codec", "read")) else None
+            plan = self._plan(limit, **parts) if parts else PLAIN
         except Unsupported as error:
             chosen = ", ".join(f"{seam}={text}" for seam, text in texts.items())
             raise Unsupported(f"{chosen}: {error}") from None
@@ -52,6 +55,10 @@ class Policies:
             raise Unsupported(f"reuse {reuse} takes over keys and values only, but this model has layers with another kind of memory")
         if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
             raise Unsupported(f"reuse {reuse} takes over plain pages; keep, codec and a read with data of its own store other pages")
+        if reuse and plan.read is not None and (plan.read.watches or plan.read.far is not None):
+            raise Unsupported(f"read={params.read} changes keys of the context or watches its rows, but reuse {reuse} skips parts of it")
+        if reuse and plan.read is not None and (plan.read.watches or plan.read.far is not None or plan.read.inside < UNLIMITED):
+            raise Unsupported(f"reuse {reuse}: read={params.read} acts on rows of the prompt, but reuse skips parts of it")
         if reuse and plan.depth is not None and plan.depth.taps is not NO_TAPS:
             raise Unsupported(f"depth={params.depth} reads every row of the context, but reuse {reuse} skips parts of it")
         return plan
@@ -62,6 +69,7 @@ class Policies:
 
     def _plan(
         self,
+        limit: int | None,
         keep: OpenEviction | None = None,
         codec: OpenCodec | None = None,
         read: OpenSparseAttention | None = None,
@@ -70,8 +78,8 @@ class Policies:
         reuse: OpenReuse | None = None,
     ) -> CachePlan:
         spec = self.runner.spec
-        if keep is not None and codec is not None and codec.block:
-            raise Unsupported("this codec encodes whole pages, and a keep policy cannot evict from encoded pages; choose one of the two")
+        if codec is not None and codec.block:
+            self._check_pages(codec, keep, read)
         if keep is not None and keep.endless and spec.learned_positions is not None:
             raise Unsupported(
                 f"{spec.family} has {spec.learned_positions} learned positions, so keys cannot be renumbered by their place in the cache"
@@ -84,10 +92,13 @@ class Policies:
                 raise Unsupported(
                     "this policy merges slots, but the sparse read stores data of its own with each slot; choose one of the two"
                 )
-        form, encoded = self._stored(codec, read)
+        if read is not None:
+            self._check_read(keep, read)
+        form, encoded = self._stored(codec, read, limit)
         policies = keep or codec or read or depth or steer
         plain_bits = not policies or Feature.BIT_EXACT in self.runner.backend.features  # as a plain request computes them
-        window = None if keep is None else keep.window
+        window, far = None if keep is None else keep.window, None if read is None else read.far
+        most = window.size if window is not None and keep is not None and keep.endless else None if far is None else max(far)
         return CachePlan(
             keep,
             read,
@@ -98,28 +109,61 @@ class Policies:
             encode_every=codec.block if codec is not None and codec.block else UNLIMITED,
             window=window,
             shareable=plain_bits,
-            endless=keep is not None and keep.endless and window is not None and window.size <= spec.context,
+            endless=most is not None and most <= spec.context,
             depth=depth if depth is not None and depth.skips else None,
             steer=steer,
         )
 
-    def _stored(self, codec: OpenCodec | None, read: OpenSparseAttention | None) -> tuple[str, str]:
-        """The format in which pages are written, and the format to which full pages are converted. Empty: none of its own."""
+    @staticmethod
+    def _check_pages(codec: OpenCodec, keep: OpenEviction | None, read: OpenSparseAttention | None) -> None:
+        """Unsupported if these methods cannot be combined with a codec of whole pages."""
+        demotes = codec.block == UNLIMITED
+        if keep is None:
+            if demotes:
+                raise Unsupported("this codec encodes what a keep policy would evict; choose a keep policy too")
+            return
+        if keep.merges:
+            raise Unsupported("this keep policy writes slots that it keeps, and the codec encodes whole pages; choose one of the two")
+        if keep.window is not None and demotes:
+            raise Unsupported("this keep policy hides what it evicts from rows, so the codec would encode what no row reads; choose one")
+        if not keep.once and not demotes:
+            raise Unsupported(
+                "this keep policy evicts more than once, and a keep policy cannot evict from encoded pages; choose one of the two"
+            )
+        if read is not None and demotes:
+            raise Unsupported(
+                "this codec encodes slots from many pages, and a sparse read knows the pages of the text; choose one of the two"
+            )
+
+    def _check_read(self, keep: OpenEviction | None, read: OpenSparseAttention) -> None:
+        spec = self.runner.spec
+        if read.far is not None and spec.learned_positions is not None:
+            raise Unsupported(f"{spec.family} has learned positions, so keys cannot be scored at another distance than their own")
+        if read.far is not None and keep is not None and keep.window is not None and keep.window.turned:
+            raise Unsupported("the keep policy and the sparse read both choose the distance of the first keys; choose one of the two")
+        if read.watches and keep is not None:
+            raise Unsupported("the sparse read watches all slots of its text, and a keep policy removes some; choose one of the two")
+
+    def _stored(self, codec: OpenCodec | None, read: OpenSparseAttention | None, limit: int | None) -> tuple[str, str]:
+        """The format in which pages are written, and the format to which full pages are converted. Empty: none of its own. limit: of the
+        number of formats."""
         spec, backend = self.runner.spec, self.runner.backend
         exact, sides = plain(backend.dtype, spec.head_dim), {}
         if read is not None:
             sides = dict(read.arrays(spec.head_dim, backend.dtype))
         suffix, of = (f"+{read.name}", (read,)) if read is not None and sides else ("", ())
         if codec is not None and not codec.block:
-            return self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of)), ""
-        form = self._define(Format(suffix, {**exact, **sides}, None, of)) if suffix else ""
-        return form, "" if codec is None else self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of))
+            return self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of), limit), ""
+        form = self._define(Format(suffix, {**exact, **sides}, None, of), limit) if suffix else ""
+        return form, "" if codec is None else self._define(Format(codec.name + suffix, {**codec.arrays, **sides}, codec, of), limit)
 
-    def _define(self, fmt: Format) -> str:
+    def _define(self, fmt: Format, limit: int | None) -> str:
         if fmt.name in self._formats:
             return fmt.name
-        if len(self._formats) == FORMATS:
-            raise Unsupported(f"{FORMATS} page formats are in use, which is the limit; choose options that are in use already")
+        if limit is not None and len(self._formats) >= limit:
+            raise Unsupported(
+                f"{limit} page formats are in use, which is the limit; choose options that are in use already, or the defaults"
+            )
         self.runner.memory.paged.define(fmt)
         self._formats.add(fmt.name)
         return fmt.name
@@ -132,12 +176,15 @@ class Policies:
         seq.onset = NEVER if plan.keep is None else plan.keep.onset(seq.context)
         seq.shareable_tokens = seq.onset.shareable if plan.shareable else 0
         if plan.depth is not None or plan.read is not None:
-            seq.shareable_tokens = min(seq.shareable_tokens, seq.context)
+            seq.shareable_tokens = min(seq.shareable_tokens, seq.context, *self._starts(seq))
         if plan.steer is not None:
             seq.between = plan.steer.between(seq.context)
             seq.shareable_tokens = min(seq.shareable_tokens, plan.steer.shareable_tokens(seq.context))
         if plan.depth is not None and plan.depth.taps is not NO_TAPS:
             seq.shareable_tokens = 0
+        if plan.reuse is not None and plan.reuse.parallel is not None and (chunks := seq.request.chunks):
+            seq.parallel = Parallel(tuple(chunks), *plan.reuse.parallel)
+            seq.shareable_tokens = min(seq.shareable_tokens, chunks[0][1])  # later chunks do not see those before them
 
     def parts(self, seq: Sequence) -> tuple[Any, ...]:
         return seq.cache.keep, seq.cache.read, seq.cache.reuse, seq.cache.depth, seq.cache.steer
@@ -149,14 +196,14 @@ class Policies:
         self._read_border(seq, False)
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
-        child.reuse_searched = True  # its sibling already took over what there was
+        child.reusing = Reusing(begun=True)  # its sibling already took over what there was
         for policy in self._kept(seq):
             child.state[policy] = policy.fork(seq.state[policy], child)
         child.layers = seq.layers
 
     def end(self, seq: Sequence) -> None:
-        self._release(seq)
-        seq.reuse_searched, seq.layers = False, None
+        self.reuse.release(seq)
+        seq.reusing = seq.rerun = seq.layers = None
         for policy in self._kept(seq):
             if policy in seq.state:
                 policy.end(seq.state.pop(policy))
@@ -165,6 +212,13 @@ class Policies:
     def _kept(seq: Sequence) -> list[Any]:
         """The policies that keep a state of the sequence."""
         return [policy for policy in (seq.cache.keep, seq.cache.read, seq.cache.depth) if policy is not None]
+
+    @staticmethod
+    def _starts(seq: Sequence) -> list[int]:
+        """The positions from which a sparse read selects and changes distances. Rows on the two sides of one are in different steps."""
+        if (read := seq.cache.read) is None:
+            return []
+        return [seq.reads_from, *([] if read.far is None else [read.far.near])]
 
     @staticmethod
     def _cross(seq: Sequence) -> None:
@@ -178,60 +232,31 @@ class Policies:
     def _read_border(self, seq: Sequence, edited: bool) -> None:
         """Brings the state with which the next rows select up to date."""
         read = seq.cache.read
-        if read is not None and read.own and seq.stored >= seq.context:
+        if read is not None and read.own and seq.stored >= seq.reads_from:
             read.border(seq.state[read], seq, self.runner.memory.paged.held(seq), edited)
-
-    def take_over(self, seq: Sequence, spare: int) -> None:
-        """Takes over the parts of the source text that are due at this position. Holds the source's pages while `spare` is not
-        negative, that is, while running texts have enough blocks. Otherwise the text is computed."""
-        if not seq.reuse_searched:
-            seq.reuse_searched = True
-            if seq.index == 0:
-                seq.request.reused_tokens = 0
-            self._find(seq, spare)
-        elif spare < 0:
-            self._release(seq)
-        while seq.spans and seq.spans[0].at == seq.stored and seq.source is not None:
-            span = seq.spans.pop(0)
-            self.runner.memory.paged.splice(seq, seq.source, span.first, span.length, span.exact)
-            seq.request.reused_tokens += span.length
-        if not seq.spans:
-            self._release(seq)
-
-    def _find(self, seq: Sequence, spare: int) -> None:
-        memory, request, reuse = self.runner.memory, seq.request, seq.cache.reuse
-        assert reuse is not None, f"sequence {seq.id}: its request has no reuse method"
-        old = [*request.before, 0]  # a match always leaves one token to run, so one is added
-        count = memory.match(old, request.salt)
-        spans = [span for span in reuse.spans(old[:count], request.prompt, seq.stored) if span.at >= seq.stored]
-        if spans and memory.idle_matched(old, request.salt) <= spare:
-            self._sources -= 1
-            seq.source, seq.spans = Sequence(self._sources, request, 0, old, len(old), 0, 0), spans
-            memory.open(seq.source)
-            memory.attach(seq.source, count)
-
-    def _release(self, seq: Sequence) -> None:
-        if seq.source is not None:
-            self.runner.memory.free(seq.source)
-        seq.source, seq.spans = None, []
 
     def sync_point(self, seq: Sequence) -> int:
         """The next value of seq.stored at which a policy must be called."""
         stored, plan = seq.stored, seq.cache
-        if plan is PLAIN and not seq.spans:
+        if plan is PLAIN:
             return UNLIMITED
-        if plan.reuse is not None and not seq.reuse_searched:
-            return stored
-        found: list[int] = [UNLIMITED, *(span.at for span in seq.spans[:1])]
+        found: list[int] = [UNLIMITED]
+        if plan.reuse is not None:
+            if seq.reusing is None:
+                return stored
+            found += [taken.span.at for taken in seq.reusing.spans[:1]]
+            if seq.reusing.until is not None:
+                found.append(seq.reusing.until)
+            if seq.parallel is not None and stored < seq.parallel.end:
+                found.append(seq.parallel.end)
         if plan.keep is not None:
             found.append(plan.keep.sync_point(seq))
         if plan.encoded:
             found.append((stored // plan.encode_every + 1) * plan.encode_every)
-        if (plan.read is not None or plan.depth is not None) and stored < seq.context:
-            found.append(seq.context)
-        elif plan.depth is not None:
-            found.append(plan.depth.border(seq))
-        if plan.read is not None and plan.read.sync_every and stored >= seq.context:
+        if plan.depth is not None:
+            found.append(seq.context if stored < seq.context else plan.depth.border(seq))
+        found += [start for start in self._starts(seq) if stored < start]
+        if plan.read is not None and plan.read.sync_every and stored >= seq.reads_from:
             found.append((stored // plan.read.sync_every + 1) * plan.read.sync_every)
         return min(found)
 
@@ -240,18 +265,29 @@ class Policies:
     def taps(self, seqs: Iterable[Sequence]) -> Taps:
         found, watched = NO_TAPS, {}
         for s, seq in enumerate(seqs):
-            keep, depth = seq.cache.keep, seq.cache.depth
-            if keep is not None and (watch := keep.watch(seq)):
-                watched[s] = watch
-            if depth is not None and seq.stored < seq.context:
+            keep, read, depth = seq.cache.keep, seq.cache.read, seq.cache.depth
+            for policy in (keep, read):  # one of the two at most
+                if policy is not None and (watch := policy.watch(seq)):
+                    watched[s] = watch
+            if seq.reusing is not None and seq.reusing.watch:
+                watched[s] = seq.reusing.watch
+            if depth is not None and seq.rerun is None and seq.stored < seq.context:
                 found |= depth.taps
         return found | Taps(attention=watched) if watched else found
 
     def observe(self, result: StepResult, safe: SafeCalls) -> None:
         for s, (work, accepted) in enumerate(zip(result.work, result.accepted, strict=True)):
-            seq, (keep, depth) = work.seq, (work.seq.cache.keep, work.seq.cache.depth)
-            if keep is not None:
-                safe.call(seq, keep.observe, seq, result.out.attention.get(s), work.rows, accepted.path)
+            seq, (keep, read, depth) = work.seq, (work.seq.cache.keep, work.seq.cache.read, work.seq.cache.depth)
+            if seq.reusing is not None and seq.cache.reuse is not None:
+                safe.call(seq, self.reuse.ran, work, accepted.path, result.out.attention.get(s))
+            if work.rerun is not None:
+                continue
+            for policy in (keep, read):
+                if policy is not None:
+                    seen = result.out.attention.get(s)
+                    if seen is not None and seq.cache.demotes:
+                        seen = self.runner.memory.paged.watched(seq, seen)
+                    safe.call(seq, policy.observe, seq, seen, work.rows, accepted.path)
             if depth is not None and depth.taps is not NO_TAPS and seq.stored <= seq.context:
                 first = int(result.batch.starts[s])
                 rows = {layer: h[first : first + work.rows] for layer, h in result.out.hidden.items() if layer in depth.taps.hidden}
@@ -262,10 +298,12 @@ class Policies:
         plan, paged = seq.cache, self.runner.memory.paged
         self._cross(seq)
         kept = None if plan.keep is None else plan.keep.decide(seq, paged.held(seq))
-        if kept is not None:
+        if kept is not None and plan.demotes:
+            paged.demote(seq, kept)
+        elif kept is not None:
             paged.keep(seq, kept)
         if plan.read is not None and plan.read.sync_every and plan.format:
             paged.summarize(seq, plan.read)
         self._read_border(seq, kept is not None)
-        if plan.encoded and seq.stored and seq.stored % plan.encode_every == 0:
+        if plan.encoded and seq.stored and seq.stored % plan.encode_every == 0 and not seq.stored < seq.onset.at < UNLIMITED:
             paged.encode(seq)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from redraft.core.sequence import Sequence, Space
-from redraft.core.tree import I32
+from redraft.core.sequence import Lanes, Sequence, Space
+from redraft.core.tree import I32, I64
 from redraft.kv.parcel import Incoming, StoredLane, StoredText
 from redraft.kv.slots import Merged
 from redraft.kv.table import Moves, PageTable, _Held, _Lane, _Pool
@@ -41,6 +41,7 @@ class EditableTable(PageTable):
         tail must be empty. A text that still has one lane for all heads gets its own lanes now. Only the text lists pages of slots in
         `merged` afterwards; see `merging` for their places."""
         held = self._held[seq.id]
+        assert not any(lane.encoded for lane in held.lanes), f"sequence {seq.id}: encoded pages cannot be evicted"
         moves = self._kept(held, seq, kept, merged)
         if merged is not None and (held.weighed or (merged.tokens > 1).any()):
             for lane in held.lanes:
@@ -67,6 +68,8 @@ class EditableTable(PageTable):
         written: dict[int, set[int]] = {}
         for lane, slot in zip(merged.lanes.tolist(), merged.slots.tolist(), strict=True) if merged is not None else ():
             written.setdefault(lane, set()).add(slot // self.page)
+        for lane, slots in zip(held.lanes, lanes, strict=True):
+            _check(seq, slots, lane.length)
         return [self._keep(held, lane, slots, written.get(lane, set())) for lane, slots in enumerate(lanes)]
 
     def _split(self, held: _Held, seq: Sequence, kept: list[I32]) -> Moves:
@@ -91,8 +94,36 @@ class EditableTable(PageTable):
         held.pool, held.lanes, held.view = own, lanes, None
         return Moves(own.space, np.concatenate(src), np.concatenate(dst))
 
+    def demote(self, seq: Sequence, kept: Seq[ArrayLike]) -> tuple[list[Moves], Encoding]:
+        """Leaves kept[i] (ascending, as positions() counts slots) to the eviction policy in lane i, for every lane of the kind that the
+        text chose. The other slots move to the front of the lane and are demoted: full pages of them are encoded, as many in each lane.
+        The moves come before the encoding. The tail must be empty. Raises OutOfPages, and changes nothing, if memory is short.
+
+            slots      0 .. 31  32 .. 63  64 .. 95  96 .. 99      kept: 0 .. 9, 50 .. 99
+            after      encoded: 10 .. 41    42 .. 49, 0 .. 9, 50 .. 63    64 .. 95    96 .. 99      demoted: 40
+        """
+        held = self._held[seq.id]
+        assert held.encoded is not None and not held.chain, f"sequence {seq.id}: no format of encoded pages, or a tail is open"
+        orders, demoted = [], []
+        for lane, given in zip(held.lanes, kept, strict=True):
+            slots, before = np.asarray(given, np.int32), lane.demoted - self.page * len(lane.encoded)
+            _check(seq, slots, lane.length - lane.demoted)
+            gone = np.ones(lane.length - lane.demoted, bool)
+            gone[slots] = False
+            lost = np.flatnonzero(gone).astype(np.int32)
+            orders.append(np.concatenate([np.arange(before, dtype=np.int32), before + lost, before + slots]))
+            demoted.append(lane.demoted + len(lost))
+        encoded = sum(min(demoted) // self.page - len(lane.encoded) for lane in held.lanes)
+        copied = sum(not self._private(held.pool, page) for lane in held.lanes for page in lane.pages)
+        self._ensure({held.pool.space: copied, held.encoded.space: encoded})
+        moves = [self._keep(held, index, order, set()) for index, order in enumerate(orders)]
+        for lane, count in zip(held.lanes, demoted, strict=True):
+            lane.demoted = count
+        return moves, self.encode(seq)
+
     def _keep(self, held: _Held, lane: int, keep: I32, written: set[int]) -> Moves:
-        """Evicts all slots of one lane except `keep`. written: pages, counted in the lane after it, that only the lane may list.
+        """Leaves the slots `keep` of the unencoded pages of one lane, in this order. written: pages, counted in the lane after it, that
+        only the lane may list.
 
         A page of which all slots stay, or all slots up to the end of the lane, is kept without a copy. Other slots are written to
         pages that only this lane lists, or to fresh pages. Places of a fresh page after the end of the lane get a copy of the last
@@ -103,16 +134,16 @@ class EditableTable(PageTable):
             pages      [p3]      [p7]       [p8]       [p2]
             after      [p3]      [p8]       [p2]                      nothing moves, p7 is free
         """
-        seq, it, pool, size = held.seq, held.lanes[lane], held.pool, self.page
-        n, old = len(keep), it.pages
-        _check(seq, keep, it.length)
-        assert held.encoded is None, f"sequence {seq.id}: a sequence with encoded pages cannot evict"
-        if n == it.length and not written:
+        it, pool, size = held.lanes[lane], held.pool, self.page
+        n, old, codes = len(keep), it.pages, size * len(it.encoded)
+        length = it.length - codes
+        breaks = np.cumsum(np.diff(keep, prepend=keep[:1]) != 1)  # equal for slots that follow each other
+        if n == length and not written and (not n or breaks[-1] == breaks[0]):
             return Moves(pool.space, _NONE, _NONE)
         first = np.arange(0, n, size)  # index in `keep` of the first slot of each page after the eviction
         last = np.minimum(first + size, n) - 1
-        whole = (keep[first] % size == 0) & (keep[last] - keep[first] == last - first)
-        whole &= (last - first == size - 1) | (keep[last] == it.length - 1)
+        whole = (keep[first] % size == 0) & (breaks[last] == breaks[first])
+        whole &= (last - first == size - 1) | (keep[last] == length - 1)
         for page in written:
             whole[page] &= self._private(pool, old[int(keep[first[page]]) // size])
         pages = [old[slot // size] if stays else -1 for slot, stays in zip(keep[first].tolist(), whole.tolist(), strict=True)]
@@ -130,9 +161,10 @@ class EditableTable(PageTable):
             for other in held.lanes:
                 other.positions = np.arange(other.length, dtype=np.int32)
         assert it.positions is not None
-        it.positions = it.positions[keep]
-        it.logs = None if it.logs is None else it.logs[keep]
-        it.pages, it.length, it.summarized, held.view = pages, n, 0, None
+        stay_first = np.concatenate([np.arange(codes), codes + keep])
+        it.positions = it.positions[stay_first]
+        it.logs = None if it.logs is None else it.logs[stay_first]
+        it.pages, it.length, it.summarized, held.view = pages, codes + n, 0, None
         used = set(pages)
         self._drop(pool, [page for page in reversed(gone) if page not in used])
         moved = src != dst
@@ -143,19 +175,34 @@ class EditableTable(PageTable):
         return self._lanes[seq.cache.lanes]
 
     def positions(self, seq: Sequence) -> list[I32]:
-        """i32[length] for each lane of the kind that the text chose: the positions of its committed slots."""
+        """i32[slots], ascending, for each lane of the kind that the text chose: the positions of its committed, not demoted slots."""
         held = self._held[seq.id]
-        found = [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
+        every = [np.arange(lane.length, dtype=np.int32) if lane.positions is None else lane.positions[: lane.length] for lane in held.lanes]
+        found = [positions[lane.demoted :] for positions, lane in zip(every, held.lanes, strict=True)]
         return found * self.lanes(seq) if len(found) == 1 else found
 
-    def pages(self, seq: Sequence, lane: int) -> tuple[Space, I32, int]:
-        """The unencoded pages of a lane of the kind that the text chose, their space, and the number of committed slots in them."""
+    def demoted(self, seq: Sequence) -> I64:
+        """i64[lanes], of the kind that the text chose: the number of leading slots that positions() leaves out."""
+        found = np.array([lane.demoted for lane in self._held[seq.id].lanes], np.int64)
+        return np.broadcast_to(found, self.lanes(seq)) if len(found) == 1 else found
+
+    def pages(self, seq: Sequence, lane: int) -> tuple[Space, I32, int, int]:
+        """The unencoded pages of a lane of the kind that the text chose, their space, the number of committed slots in them, and of demoted
+        ones, which come first."""
         held = self._held[seq.id]
         if seq.cache.splits and held.pool.space == Space():
             one, own = held.lanes[0], self._pools[Space(seq.cache.lanes)]
-            return own.space, np.array(one.pages, np.int32) * own.per_block + np.int32(lane), one.length
+            return own.space, np.array(one.pages, np.int32) * own.per_block + np.int32(lane), one.length, 0
         it = held.lanes[lane]
-        return held.pool.space, np.array(it.pages, np.int32), it.length - self.page * len(it.encoded)
+        codes = self.page * len(it.encoded)
+        return held.pool.space, np.array(it.pages, np.int32), it.length - codes, max(0, it.demoted - codes)
+
+    def units(self, seq: Sequence, pages: I32, first: int, count: int) -> I32:
+        """i32[count * n]: parts first..first + count of pages of a text with one plain lane, as pages of PER_HEAD lanes, by part."""
+        held, each = self._held[seq.id], self._lanes[Lanes.PER_HEAD]
+        assert held.pool.space == Space(), f"sequence {seq.id}: not one plain lane for all heads"
+        listed = np.array(held.lanes[0].pages, np.int32)[pages] * np.int32(each)
+        return (listed + np.arange(first, first + count, dtype=np.int32)[:, None]).ravel()
 
     def unfolded(self, seq: Sequence) -> I32:
         """The full pages that no earlier call returned, or that an eviction changed since; i32[pages]."""
@@ -167,10 +214,12 @@ class EditableTable(PageTable):
         return np.array(found, np.int32)
 
     def encode(self, seq: Sequence) -> Encoding:
-        """Moves the full pages of every lane to the sequence's format of encoded pages. The tail must be empty."""
+        """Moves the full pages of every lane to the sequence's format of encoded pages; if the text demotes, those of demoted slots. Each
+        lane moves as many as the one that has fewest. The tail must be empty."""
         held = self._held[seq.id]
         assert held.encoded is not None and not held.chain, f"sequence {seq.id}: no format of encoded pages, or a tail is open"
-        full = [lane.length // self.page - len(lane.encoded) for lane in held.lanes]
+        least = min(lane.demoted if seq.cache.demotes else lane.length for lane in held.lanes)
+        full = [least // self.page - len(lane.encoded) for lane in held.lanes]
         self._ensure({held.encoded.space: sum(full)})
         src: list[int] = []
         dst: list[int] = []
@@ -216,6 +265,7 @@ class EditableTable(PageTable):
             StoredLane(
                 lane.length,
                 len(lane.encoded),
+                lane.demoted,
                 lane.summarized,
                 None if lane.positions is None else lane.positions[: lane.length].copy(),
                 None if lane.logs is None else lane.logs[: lane.length].copy(),
@@ -260,7 +310,7 @@ class EditableTable(PageTable):
             dst += taken
             own.pages += taken
             own.encoded = [self._take(held.encoded) for _ in range(lane.encoded)] if held.encoded else []
-            own.length, own.summarized = lane.length, lane.summarized
+            own.length, own.demoted, own.summarized = lane.length, lane.demoted, lane.summarized
             own.positions = None if lane.positions is None else lane.positions.copy()
             own.logs = None if lane.logs is None else lane.logs.copy()
         held.view = None

@@ -20,7 +20,7 @@ from redraft.kv.slots import Held, Kept
 from redraft.kv.store import Store
 from redraft.kv.table import Moves
 from redraft.ops.arrays import array, widened
-from redraft.ops.backend import Backend, Room, Select
+from redraft.ops.backend import Backend, Room, Select, WeightSums
 from redraft.ops.format import PAGE, Arrays, Format
 
 
@@ -123,19 +123,51 @@ class Paged:
             assert each == 1, "slots can be merged in lanes of one kv head only"
             self.store.put(*self.table.merging(seq, kept.merged), kept.merged.keys, kept.merged.values)
 
+    def demote(self, seq: Sequence, kept: Kept) -> None:
+        """Leaves kept.slots[i] of lane i to the eviction policy; the other slots are encoded by whole pages. See EditableTable.demote."""
+        assert kept.merged is None, "slots are demoted or merged"
+        each = self.table.lanes(seq) // len(kept.slots)
+        moves, encoding = self.table.demote(seq, [slots for slots in kept.slots for _ in range(each)])
+        self.store.move(moves)
+        self.store.encode([encoding])
+
     def held(self, seq: Sequence) -> Held:
-        """What an eviction policy may read of a text."""
+        """What an eviction policy may read of a text: all but demoted slots."""
         return Held(partial(self.table.positions, seq), partial(self._lane, seq))
 
+    def watched(self, seq: Sequence, seen: WeightSums) -> WeightSums:
+        """The statistics of the slots that held() shows, and of the tail."""
+        demoted = self.table.demoted(seq).reshape(len(self.layers), -1, 1)
+        if not demoted.any():
+            return seen
+        width = seen.chain.shape[-1]
+        slots = np.minimum(demoted + np.arange(width - int(demoted.min())), width - 1)
+        parts = [array(part) for part in seen]
+        return WeightSums(*(np.take_along_axis(x, np.broadcast_to(slots, (*x.shape[:-1], slots.shape[-1])), -1) for x in parts))
+
     def _lane(self, seq: Sequence, lane: int, first: int = 0, end: int = UNLIMITED) -> tuple[F32, F32]:
-        space, pages, slots = self.table.pages(seq, lane)
-        end, skipped = min(end, slots), first // PAGE
+        space, pages, slots, demoted = self.table.pages(seq, lane)
+        first, end = first + demoted, min(end + demoted, slots)
+        skipped = first // PAGE
         pages = pages[skipped : -(-end // PAGE)]
         arrays, codec = self.store.contents(space, pages), self.store.formats[space.format].codec
         keys, values = (arrays["keys"], arrays["values"]) if codec is None else codec.decode(arrays)
         apart = (widened(array(x)).astype(np.float32) for x in (keys, values))
-        flat = (x.reshape(len(pages), -1, PAGE, x.shape[-1]).swapaxes(0, 1) for x in apart)
-        keys, values = (x.reshape(len(x), -1, x.shape[-1])[:, first - PAGE * skipped : end - PAGE * skipped] for x in flat)
+        heads = len(self.layers) * self.store.spec.kv_heads // self.table.lanes(seq)
+        flat = (x.reshape(len(pages), heads, PAGE, x.shape[-1]).swapaxes(0, 1) for x in apart)
+        own = slice(first - PAGE * skipped, end - PAGE * skipped)
+        keys, values = (x.reshape(heads, PAGE * len(pages), x.shape[-1])[:, own] for x in flat)
+        return keys, values
+
+    def layer(self, seq: Sequence, rows: I32, layer: int) -> tuple[F32, F32]:
+        """Keys and values f32[K, n, D] of committed slots of a text with one lane for all heads, in one layer of this memory."""
+        pages, heads = np.unique(rows // PAGE), self.store.spec.kv_heads
+        units = self.table.units(seq, pages, layer * heads, heads)
+        arrays = self.store.contents(Space(Lanes.PER_HEAD), units)
+        slots = np.searchsorted(pages, rows // PAGE) * PAGE + rows % PAGE
+        keys, values = (
+            widened(array(arrays[name])).astype(np.float32).reshape(heads, len(pages) * PAGE, -1)[:, slots] for name in ("keys", "values")
+        )
         return keys, values
 
     def encode(self, seq: Sequence) -> None:

@@ -19,14 +19,15 @@ class Lost(OSError):
 
 
 class StoredLane(NamedTuple):
-    """length: committed slots; encoded: pages in the format of encoded pages; summarized: full pages that were summarised; positions:
-    of the slots, None while slot i holds position i; logs: the logarithms of the numbers of tokens that slots stand for, None while all
-    are 0."""
+    """length: committed slots; encoded: pages in the format of encoded pages; demoted: leading slots that the eviction policy no longer
+    counts; summarized: full pages that were summarised; positions: of the slots, None while slot i holds position i; logs: the logarithms
+    of the numbers of tokens that slots stand for, None while all are 0."""
 
     length: int
-    encoded: int
-    summarized: int
-    positions: I32 | None
+    encoded: int = 0
+    demoted: int = 0
+    summarized: int = 0
+    positions: I32 | None = None
     logs: F32 | None = None
 
 

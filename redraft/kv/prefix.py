@@ -7,6 +7,7 @@ no lane lists is *idle*. It stays until memory is needed; the least recently lis
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,13 +28,15 @@ class Miss(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One published page; the root has page -1. `alive` until it is evicted."""
+    """One published page; the root has page -1. `alive` until it is evicted. name: by which it is found on disk, empty while nobody has
+    asked for it."""
 
     page: int
     key: Key
     parent: Node | None
     children: dict[Key, Node] = field(default_factory=dict)
     alive: bool = True
+    name: bytes = b""
 
 
 class PrefixTree:
@@ -44,6 +47,7 @@ class PrefixTree:
         self.root = Node(-1, ("", ()), None)
         self.nodes: dict[int, Node] = {}
         self.idle: OrderedDict[int, None] = OrderedDict()  # longest idle first
+        self.added: Callable[[Node], None] | None = None  # is called with every page that is published
 
     def __contains__(self, page: int) -> bool:
         return page in self.nodes
@@ -94,6 +98,8 @@ class PrefixTree:
         child = parent.children.get(key)
         if child is None:
             child = parent.children[key] = self.nodes[page] = Node(page, key, parent)
+            if self.added is not None:
+                self.added(child)
         return child
 
     def rest(self, page: int) -> None:

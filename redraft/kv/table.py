@@ -14,7 +14,7 @@ Paged keys: Kwon et al., Efficient Memory Management for Large Language Model Se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -48,6 +48,7 @@ class _Lane:
     pages: list[int]
     length: int = 0  # committed slots
     encoded: list[int] = field(default_factory=list)  # pages in the format of encoded pages, before `pages`
+    demoted: int = 0  # leading slots that the eviction policy no longer counts, in encoded pages as far as these are full
     summarized: int = 0  # leading full pages that were summarised
     positions: I32 | None = None  # of the committed slots, with room to grow; None while slot i holds position i
     logs: F32 | None = None  # the logarithms of the numbers of tokens that slots stand for, with room to grow; None while all are 0
@@ -141,6 +142,7 @@ class PageTable:
         self.page = page
         self.sharing = sharing
         self.prefix = PrefixTree(page)
+        self.listener: Callable[[Seq[Node]], None] | None = None  # gets newly published pages, and the last one that a text attached
         self.peak = 0  # most blocks in use since the last reset_peak
         self._lanes = {Lanes.SHARED: 1, Lanes.PER_LAYER: layers, Lanes.PER_HEAD: layers * kv_heads}
         self._pools = {Space(kind): _Pool(Space(kind), count, count) for kind, count in self._lanes.items()}
@@ -186,17 +188,33 @@ class PageTable:
         if seq.cache.splits and held.pool.space == Space():
             return self._need_to_split(held, seq, tail, drafted) - matched // size
         onset = seq.onset  # an eviction copies kept slots of shared pages
-        evicts = seq.stored + tail >= onset.at and (seq.stored < onset.at or onset.longest < UNLIMITED or seq.cache.merges)
+        again = onset.longest < UNLIMITED or seq.cache.merges or seq.cache.demotes
+        evicts = seq.stored + tail >= onset.at and (seq.stored < onset.at or again)
         exact = encoded = 0
         for lane in held.lanes:
             own = sum(self._private(held.pool, page) for page in lane.pages) if evicts else len(lane.pages)
-            end = max(lane.length, min(lane.length + tail - drafted, onset.longest)) + drafted
-            if held.encoded is not None:
-                encoded += max(0, end // seq.cache.encode_every * seq.cache.encode_every // size - len(lane.encoded))
-                end = min(end, size * len(lane.encoded) + seq.cache.encode_every + drafted)
-            exact += max(0, -(-end // size) - len(lane.encoded) - own)
+            slots, codes = self._most(lane, seq, tail - drafted, drafted, held.encoded is not None)
+            exact += max(0, -(-slots // size) - own)
+            encoded += max(0, codes // size - len(lane.encoded))
         blocks = -(-exact // held.pool.per_block) - (0 if evicts else matched // size)
         return blocks + (-(-encoded // held.encoded.per_block) if held.encoded is not None else 0)
+
+    def _most(self, lane: _Lane, seq: Sequence, rows: int, drafted: int, encodes: bool) -> tuple[int, int]:
+        """The most slots in unencoded pages of a lane while `rows` pending tokens and some of `drafted` ones are committed, and the most
+        in encoded pages afterwards."""
+        size, every, onset = self.page, seq.cache.encode_every, seq.onset
+        codes = size * len(lane.encoded)
+        exact, end = lane.length - codes, lane.length + rows
+        first = onset.at if seq.stored < onset.at else 0  # slots before the first eviction
+        if not encodes:
+            return max(exact, min(end, max(first, onset.longest))) + drafted, 0
+        if onset.at == UNLIMITED:
+            return min(end - codes, every) + drafted, (end + drafted) // every * every
+        if seq.stored + rows + drafted < onset.at:
+            return end - codes + drafted, 0
+        if seq.cache.demotes and onset.longest == onset.most:  # else lanes wait with full pages for the one that has fewest
+            end = min(end, codes + max(first, exact, onset.longest + size - 1))
+        return end - codes + drafted, lane.length + rows + drafted
 
     def _need_to_split(self, held: _Held, seq: Sequence, tail: int, drafted: int) -> int:
         """need() of a text with one lane, which gets other lanes at its first eviction (see EditableTable.keep)."""
@@ -247,6 +265,8 @@ class PageTable:
             lane.pages.append(node.page)
         lane.length = seq.stored = n
         held.cursor, held.published, held.view = nodes[-1], len(nodes), None
+        if self.listener is not None:
+            self.listener(nodes[-1:])
         self._mark()
 
     def publish(self, seq: Sequence) -> None:
@@ -261,10 +281,14 @@ class PageTable:
             return
         if not held.cursor.alive:  # the page below which this sequence publishes was evicted: start from the root
             held.cursor, held.published = self.prefix.root, 0
+        cursors = []
         for i in range(held.published, full):
             tokens = seq.tokens[i * self.page : (i + 1) * self.page]
             held.cursor = self.prefix.insert(held.cursor, seq.request.salt, tokens, lane.pages[i])
+            cursors.append(held.cursor)
         held.published = full
+        if self.listener is not None:
+            self.listener(cursors)
 
     def cursors(self, seqs: Iterable[Sequence]) -> list[Node]:
         """The published page below which each of these open sequences publishes its next one, the root if it published none."""
@@ -320,8 +344,8 @@ class PageTable:
             growth.append((held, chain, nodes, missing))
         if wanted:
             self._ensure(wanted)
-        view = PageView([], [], [], [], [], [], [], [], [])
-        for held, chain, nodes, missing in growth:
+        view = PageView([], [], [], [], [], [], [], [], [], [])
+        for w, (held, chain, nodes, missing) in zip(work, growth, strict=True):
             tail = held.chain + held.nodes
             held.chain += chain
             held.nodes += nodes
@@ -338,9 +362,19 @@ class PageTable:
                 [lane.positions[: lane.length] for lane in held.lanes if lane.positions is not None] if held.edited else None
             )
             view.logs.append([lane.logs[: lane.length] for lane in held.lanes if lane.logs is not None] if held.weighed else None)
+            view.slots.append(None if w.rerun is None else self._again(held, w.rerun.slots))
         if wanted:
             self._mark()
         return view
+
+    def _again(self, held: _Held, slots: I32) -> I32:
+        """Committed slots whose rows run again: in pages that only this sequence lists, and that are not published."""
+        lane, name = held.lanes[0], f"sequence {held.seq.id}"
+        assert not held.edited and len(held.lanes) == 1 and not held.chain, f"{name}: rows run again in plain text without a tail only"
+        assert len(slots) and slots[0] >= 0 and slots[-1] < lane.length and (np.diff(slots) > 0).all(), f"{name}: no such slots"
+        for i in np.unique(slots // self.page).tolist():
+            assert self._private(held.pool, lane.pages[i]), f"{name}: slots of the shared page {lane.pages[i]} cannot run again"
+        return slots
 
     def commit(self, work: Seq[Work], accepted: Seq[Accepted]) -> list[Moves]:
         """Commits the chain and the accepted path and drops the rest of the tail. Returns at most one Moves for each space.
@@ -409,7 +443,7 @@ class PageTable:
                 dst.append(pages[full])
             positions = None if lane.positions is None else lane.positions[: lane.length].copy()
             logs = None if lane.logs is None else lane.logs[: lane.length].copy()
-            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.summarized, positions, logs))
+            lanes.append(_Lane(pages, lane.length, list(lane.encoded), lane.demoted, lane.summarized, positions, logs))
         self._held[child.id] = _Held(child, pool, held.encoded, lanes, held.cursor, held.published)
         child.stored, child.shareable_tokens = seq.stored, min(child.shareable_tokens, seq.shareable_tokens)
         self._mark()
@@ -432,6 +466,10 @@ class PageTable:
                 count, skipped = len(lane.pages) + len(lane.encoded), len(lane.encoded)
                 assert count == -(-end // size), f"{name} lane {index}: {count} pages for {end} slots"
                 assert skipped * size <= lane.length, f"{name} lane {index}: {skipped} encoded pages for {lane.length} slots"
+                assert skipped == len(held.lanes[0].encoded), f"{name} lane {index}: {skipped} encoded pages, other lanes have others"
+                assert lane.demoted <= lane.length, f"{name} lane {index}: {lane.demoted} of {lane.length} slots demoted"
+                if held.seq.cache.demotes:
+                    assert skipped <= lane.demoted // size, f"{name} lane {index}: {skipped} encoded pages, {lane.demoted} slots demoted"
                 assert held.edited or lane.length == held.seq.stored, f"{name} lane {index}: {lane.length} slots, {held.seq.stored} stored"
                 assert held.edited == (lane.positions is not None), f"{name} lane {index}: only some lanes have positions"
                 assert held.weighed == (lane.logs is not None), f"{name} lane {index}: only some lanes have logarithms"

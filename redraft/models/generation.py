@@ -21,7 +21,13 @@ from redraft.models.gguf.config import sampling
 FILE = "generation_config.json"
 
 # field of the file -> field of SamplingParams
-_SAME = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")}
+_SAME = {
+    name: name
+    for name in (
+        "temperature", "top_k", "top_p", "min_p", "typical_p", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau",
+        "mirostat_eta", "repetition_penalty",
+    )
+}  # fmt: skip
 _APPLIED = {**_SAME, "min_new_tokens": "min_tokens", "max_new_tokens": "max_tokens", "stop_strings": "stop"}
 
 # unsupported field -> whether a value changes the text

@@ -26,19 +26,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from redraft import kept, registry
 from redraft.config import ModelConfig
 from redraft.errors import CheckpointError, InvalidInput
-from redraft.models import loader
+from redraft.models import identity, loader
 from redraft.models.mapped import Mapped
 from redraft.ops import library
 from redraft.ops.arrays import BFLOAT16, Numbers
@@ -130,17 +127,7 @@ def _form(checkpoint: loader.Checkpoint) -> str:
 def _key(checkpoint: loader.Checkpoint, backend: Backend) -> str:
     states = [file.state for file in checkpoint.tensors.mapped]
     what = checkpoint.spec, checkpoint.sources, checkpoint.stored, checkpoint.quant, checkpoint.dtype
-    return _digest(states, *what, type(backend).__name__, backend.layout, library.fingerprint(), _code())
-
-
-@cache
-def _code() -> str:
-    """Of the modules that read, quantize and pack, and of the libraries that they decode with."""
-    digest, package = hashlib.sha256(), Path(__file__).parent.parent
-    for part in ("models", "ops", "weights"):
-        for file in sorted((package / part).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return repr((digest.hexdigest(), np.__version__, ml_dtypes.__version__, version("gguf")))
+    return _digest(states, *what, type(backend).__name__, backend.layout, library.fingerprint(), identity.code())
 
 
 def _digest(*parts: Any) -> str:

@@ -16,13 +16,15 @@ from redraft.core.layers import Between
 from redraft.core.spec import Attention, LayerSpec, ModelSpec
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I64
+from redraft.errors import Unsupported
+from redraft.kv.disk.pages import DiskPages
 from redraft.kv.memory import Memories
 from redraft.kv.paged import Paged
 from redraft.kv.table import PageTable
 from redraft.models import identity, mixers
 from redraft.models.adapter import Adapter, adapted, embedded, headed, own_rows
 from redraft.models.layers import attended, fed
-from redraft.ops.arrays import Tensor, array, like, namespace, replaced, times
+from redraft.ops.arrays import Tensor, array, like, name_of, namespace, replaced, times
 from redraft.ops.backend import Backend, Feature, ForwardResult, LayerWeights, Room, Weights, WeightSums
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Runner:
         self.source, self.draft_model, self.quant, self.weight_cache = source, draft_model, quant, weight_cache
         self.draft_models: dict[Path, Runner] = {}
         self.adapters: dict[str, Adapter] = {}  # that requests may choose, by name
+        self.disk: DiskPages | None = None  # where published pages are kept, see keep_prefixes
         self.memory = Paged(backend, spec, blocks, sharing=sharing, room=room) if memory is None else memory
         self._cuts = {i for i, (a, b) in enumerate(pairwise((*spec.layers, None))) if not (_attends(a) and _attends(b))}
         self._places = {layer: (part, i) for part in self.memory.members for i, layer in enumerate(part.layers)}
@@ -67,6 +70,16 @@ class Runner:
     def table(self) -> PageTable:
         """The page table of the layers that own pages, to inspect."""
         return self.memory.paged.table
+
+    def keep_prefixes(self, folder: Path, room: int | None = None, model: str = "") -> None:
+        """Keeps published pages in a folder, and finds those that earlier processes left there; see kv/disk. model: its name in a list of
+        the folder. Unsupported if the model has memory of another kind, InvalidInput if the folder cannot be used."""
+        if self.memory.members != (self.memory.paged,):
+            raise Unsupported("prefix_cache_dir keeps keys and values only, but this model has layers with another kind of memory")
+        quant = "" if self.quant is None else f" {self.quant!r}"
+        described = f"{name_of(self.backend.dtype)}{quant}, {self.backend.name}"
+        self.disk = DiskPages(self.memory.paged, folder, room, identity.whole_form(self), model, described)
+        self.table.listener = self.disk.listed
 
     @cached_property
     def form(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ bfloat16 of NumPy is that of ml_dtypes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat
@@ -86,10 +87,9 @@ def mixed(weights: Any, values: Any) -> Any:
     return np.einsum("...rn,...nd->...rd", weights, values) if isinstance(weights, np.ndarray) else weights @ values
 
 
-def total(x: Any) -> NDArray[Any]:
-    """The sums [..., 1] of an array [..., n], added in order, so zeros change nothing wherever they are."""
-    sums: NDArray[Any] = np.cumsum(x, -1)[..., -1:]
-    return sums
+def total(x: Any) -> Any:
+    """The sums [..., 1] of x [..., n]. With NumPy the terms are added in order, so zeros change nothing wherever they are."""
+    return np.cumsum(x, -1)[..., -1:] if isinstance(x, np.ndarray) else x.sum(-1, keepdim=True)
 
 
 def times(x: Any, factor: float) -> Any:
@@ -110,6 +110,16 @@ def like(values: Any, x: Any) -> Any:
         return array(values).astype(x.dtype, copy=False)
     given = widened(values) if isinstance(values, np.ndarray) else values  # PyTorch cannot read NumPy's bfloat16
     return namespace(x).asarray(given, dtype=x.dtype, device=device(x))
+
+
+def turned(x: Any, frequencies: Sequence[float], by: Any) -> Any:
+    """x [..., D] in float32 or better, rotated by `by` positions: integers that broadcast to the dimensions before D. The pairs
+    (i, i + n) turn by these n frequencies, with angles in float64. Channels behind the pairs stay."""
+    xp, half, wide_x = namespace(x), len(frequencies), widened(x)
+    angles = cast(by, xp.float64)[..., None] * xp.asarray(frequencies, dtype=xp.float64, device=device(x))
+    cos, sin = (cast(part, wide_x.dtype) for part in (xp.cos(angles), xp.sin(angles)))
+    a, b = wide_x[..., :half], wide_x[..., half : 2 * half]
+    return xp.concat([a * cos - b * sin, b * cos + a * sin, wide_x[..., 2 * half :]], axis=-1)
 
 
 def kth_largest(x: Any, k: int) -> Any:

@@ -44,8 +44,8 @@ class PageCodec(Protocol):
 
     The attribute `layout` tells compiled kernels that they can read the codes. INT8_VECTORS: the arrays are `keys` and `values`, int8
     [32, D], and `key_scales` and `value_scales`, float32 [32], as kv/quantization/int8.py makes them for single tokens. CODE_BLOCKS:
-    the arrays are those of kv/quantization/kivi.py, with 2 or 4 bits, or of gear.py, for whole pages. THIN_KEYS: those of think.py. A
-    bit-exact backend refuses a codec with an unknown layout."""
+    the arrays are those of kv/quantization/kivi.py, with 2 or 4 bits, or of gear.py or mikv.py, for whole pages. THIN_KEYS: those of
+    think.py. A bit-exact backend refuses a codec with an unknown layout."""
 
     def store(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         """The entries [m, ...] of every per-slot array of the codec, for keys and values [m, D] of m slots. Every read, also in the

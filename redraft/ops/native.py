@@ -1,9 +1,9 @@
 """Compiled kernels on the CPU (ops/cpu). They are bit-exact, and one call runs all layers of a step.
 
 The page layout is that of the NumPy backend, whose operations do what no kernel does: page operations between steps, and codes of groups
-that no kernel reads. The kernels attend every view: windows,
-codes of 8 and 4 bits, sparse reads. The result of a row does not depend on other rows or on the grouping into steps. A sparse attention
-method selects slots in Python, from products that the kernels compute.
+that no kernel reads. The kernels attend every view: windows, codes of 8 and 4 bits, sparse reads. Only texts with far keys or groups of
+keys are attended in NumPy, with products of the kernels. The result of a row does not depend on other rows or on the grouping into steps. A
+sparse attention method selects slots in Python, from products that the kernels compute.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from redraft.ops.cpu import abi
 from redraft.ops.cpu.abi import address
 from redraft.ops.format import CODE_BLOCKS, INT8_VECTORS, THIN_KEYS, Format
 from redraft.ops.numpy_ops import Floats, NumpyOps
-from redraft.ops.numpy_pool import FormatStore, NumpyPool, aligned, lines
+from redraft.ops.numpy_pool import Exact, FormatStore, NumpyPool, aligned, lines
 from redraft.ops.places import STATISTICS, LoneSequence, Writer, chain_shape, tree_rows, unknown
 from redraft.ops.quantized import Quantized
 
@@ -148,13 +148,16 @@ class NativeModel:
 
 @dataclass
 class NativePlan:
-    """turns: f32[rotaries, 2 (cos, sin), T, head_dim / 2]; seen: statistics of the sequences, by index in the batch; kept: memory that the
-    steps of the groups point to."""
+    """turns: f32[rotaries, 2 (cos, sin), T, head_dim / 2]; lone: sequences with far keys or groups of keys, which belong to no group here;
+    writers: where to write their rows; seen: statistics of the sequences, by index in the batch; kept: memory that the steps of the groups
+    point to."""
 
     batch: Batch
     model: NativeModel
     turns: NDArray[np.float32]
     groups: list[NativeGroup] = field(default_factory=list)
+    lone: list[LoneSequence] = field(default_factory=list)
+    writers: list[Writer] = field(default_factory=list)
     seen: dict[int, WeightSums] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
     adapters: abi.Adapters | None = None
@@ -209,7 +212,10 @@ class NativeOps(NumpyOps):
             raise Unsupported(f"format {fmt.name!r} has two layouts")
         if fmt.sides:
             self._sided.add(fmt.name)
-        return super().define(pool, fmt)
+        count = super().define(pool, fmt)
+        if fmt.codec is None:
+            pool.formats[fmt.name].codec = Exact(self.products)
+        return count
 
     # ---- weights
 
@@ -316,7 +322,14 @@ class NativeOps(NumpyOps):
         plan = NativePlan(batch, model, turns)
         seqs, far = self._sequences(batch, plan.kept), self._far(batch, model, plan.kept)
         groups: dict[tuple[str, str, bool], list[int]] = {}
+        if lone := [s for s, view in enumerate(batch.views) if view is not None and (view.far is not None or view.parallel is not None)]:
+            first = tree_rows(batch)
+            plan.lone = [self._alone(batch, s, spec, taps.attention.get(s, ()), first[s]) for s in lone]
+            plan.writers = self._writers(batch, lone, len(spec.attention), spec.kv_heads)
+            plan.seen |= {it.place: it.seen for it in plan.lone if it.watches}
         for s, view in enumerate(batch.views):
+            if s in lone:
+                continue
             groups.setdefault(("", "", False) if view is None else (view.format, view.encoded, view.read is not None), []).append(s)
         for (name, encoded, sparse), members in groups.items():
             own, kind = b"".join([seqs[s] for s in members]), self._kind_of(name, model)
@@ -362,7 +375,7 @@ class NativeOps(NumpyOps):
         seqs = []
         for s, (a, t, z) in enumerate(zip(starts[:-1], tree_starts, starts[1:], strict=True)):
             pages, codes, held = view.pages[s], view.encoded[s], view.positions[s]
-            pointers = logs = windowed = 0
+            pointers = logs = windowed = slots_at = 0
             codes_at = pages_at + 4 * pages.size
             lengths_at = codes_at + 4 * codes.size
             tail_at = lengths_at + 4 * view.lengths[s].size
@@ -371,6 +384,9 @@ class NativeOps(NumpyOps):
                 pointers = _lanes([np.ascontiguousarray(lane, np.int32) for lane in held], kept)
             if (given := view.logs[s]) is not None:
                 logs = _lanes([np.ascontiguousarray(lane, np.float32) for lane in given], kept)
+            if (own := view.slots[s]) is not None:
+                kept.append(slots := np.ascontiguousarray(own, np.int32))
+                slots_at = address(slots)
             if window.heads is not None:
                 kept.append(heads := np.array(window.heads, np.uint8))
                 windowed = address(heads)
@@ -378,6 +394,7 @@ class NativeOps(NumpyOps):
                 abi.SEQ.pack(
                     a, z - a, t - a, view.tail[s], view.chain[s], LANES[view.kinds[s]], pages.shape[1], words, codes.shape[1], window.sinks,
                     window.recent, window.turned, pages_at, codes_at, lengths_at, pointers, bits, where + 4 * a, tail_at, windowed, logs,
+                    slots_at,
                 )
             )  # fmt: skip
             bits += 8 * words * (z - t)
@@ -417,7 +434,7 @@ class NativeOps(NumpyOps):
         for member, wanted in watches.items():
             s = members[member]
             a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
-            slots = int(batch.pages.lengths[s].max()) + batch.pages.tail[s] + z - a
+            slots = batch.pages.held(s, z - a)
             shape = len(spec.attention), spec.kv_heads, slots
             chain, nodes = np.zeros(chain_shape(wanted, t - a, shape)), np.zeros((len(wanted), z - t, *shape))
             seen = found[member] = WeightSums(chain, nodes)
@@ -547,6 +564,7 @@ class NativeOps(NumpyOps):
         out = np.empty((len(q), layer.heads * layer.head_dim), q.dtype)
         for group in plan.groups if len(q) else ():
             self._attend_group(index, layer, heads, q, k, v, out, pool, group)
+        self._attend_lone(index, layer, q, k, v, out, pool, plan.lone, plan.writers, sink_logits)
         return out
 
     def _attend_group(
@@ -590,6 +608,9 @@ class NativeOps(NumpyOps):
             self._call("rd_cap", abi.Rows.of(x, abi.F32), abi.Rows.of(out, abi.F32), limit)
         return out
 
+    def _dots(self, a: Floats, b: Floats) -> Floats:
+        return self.products(a, b)
+
     def products(self, a: Floats, b: Floats) -> Floats:
         a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
         out = np.empty((len(a), a.shape[1], b.shape[1]), np.float32)
@@ -622,7 +643,7 @@ class NativeOps(NumpyOps):
 
     def run(self, first: int, last: int, h: Floats, spec: ModelSpec, weights: Weights, pool: NumpyPool, plan: NativePlan) -> Floats | None:
         """Runs layers first..last (exclusive) in one call. Returns None if a layer or a sequence needs one operation at a time."""
-        if not h.shape[0] or any(group.readers or group.writers for group in plan.groups):
+        if not h.shape[0] or plan.lone or any(group.readers or group.writers for group in plan.groups):
             return None
         if plan.adapters is None:
             plan.adapters = self._adapters(plan.batch, plan.kept)

@@ -27,6 +27,7 @@ from redraft.core.sequence import Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
+from redraft.core.view import Far
 from redraft.errors import Unsupported
 from redraft.ops import places
 from redraft.ops.arrays import Numbers, array, cast, dots, mixed, numpy_dtype, total, wide, widened
@@ -295,16 +296,35 @@ class NumpyOps:
         plan: NumpyPlan,
         sink_logits: Any = None,
     ) -> Floats:
-        heads, size = layer.kv_heads, layer.head_dim
-        share = layer.heads // heads
-        logits = None if sink_logits is None else array(sink_logits)
-        for writer in plan.writers:
-            self._write(index, k[writer.rows], v[writer.rows], pool.formats[writer.format], writer)
-        out = np.empty((len(q), heads * share * size), q.dtype)
-        for it in plan.lone:
-            rows = q[it.rows].reshape(-1, heads, share, size).transpose(1, 2, 0, 3)
-            out[it.rows] = self._attend_alone(index, layer, rows, pool, it, logits).transpose(2, 0, 1, 3).reshape(-1, out.shape[1])
+        out = np.empty((len(q), layer.heads * layer.head_dim), q.dtype)
+        self._attend_lone(index, layer, q, k, v, out, pool, plan.lone, plan.writers, sink_logits)
         return out
+
+    def _attend_lone(
+        self,
+        index: int,
+        layer: Attention,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        out: Floats,
+        pool: NumpyPool,
+        lone: list[LoneSequence],
+        writers: list[Writer],
+        sink_logits: Any,
+    ) -> None:
+        """Attends the rows of these sequences."""
+        heads, size = layer.kv_heads, layer.head_dim
+        logits = None if sink_logits is None else array(sink_logits)
+        for writer in writers:
+            self._write(index, k[writer.rows], v[writer.rows], pool.formats[writer.format], writer)
+        for it in lone:
+            rows = q[it.rows].reshape(-1, heads, layer.heads // heads, size).transpose(1, 2, 0, 3)
+            out[it.rows] = self._attend_alone(index, layer, rows, pool, it, logits).transpose(2, 0, 1, 3).reshape(-1, out.shape[1])
+
+    def _dots(self, a: Floats, b: Floats) -> Floats:
+        """a [K, R, D] times b [K, n, D], in float32 or better -> [K, R, n]"""
+        return np.asarray(dots(a, b))
 
     def products(self, a: Floats, b: Floats) -> Floats:
         return np.asarray(dots(np.ascontiguousarray(widened(a)), np.ascontiguousarray(widened(b))))
@@ -346,6 +366,8 @@ class NumpyOps:
         lane = index if len(it.lengths) > 1 else 0
         column = np.clip(np.arange(it.slots) - it.lengths[lane] + 1, 0, it.tail.shape[1] - 1)
         seen = it.tail[:, column].transpose(1, 0, 2)
+        if it.last is not None:
+            seen = seen & (np.arange(it.slots) <= it.last[:, None])
         if it.where is not None:
             where = it.where[lane][:, None]
             distance = it.at[:, None] - where
@@ -405,13 +427,35 @@ class NumpyOps:
             if it.window.heads is not None:
                 sinks = sinks & np.array(it.window.heads[index])[:, None, None]
             scores[..., :near] = np.where(sinks, turned, scores[..., :near])
+        if it.far is not None and layer.rotary is not None:
+            scores = self._with_far(index, layer.rotary, it.far, q, scores, sources, it)
         scores = scores.reshape(heads, share, rows, -1) * scores.dtype.type(layer.score_scale)
         if layer.softcap is not None:
             scores = self.cap(scores, layer.softcap)
         if it.logs is not None:
             scores = scores + it.logs[index if len(it.logs) > 1 else 0][:, None, None].astype(scores.dtype)
+        if it.parallel is not None:
+            scores = places.grouped(index, scores, picked, it)
         sinks = None if sink_logits is None else sink_logits.reshape(heads, share, 1, 1).astype(scores.dtype)
         return _softmax(np.where(picked, scores, scores.dtype.type(-np.inf)), sinks)
+
+    def _with_far(
+        self, index: int, rotary: Rotary, far: Far, q: Floats, scores: Floats, sources: list[PageSource], it: LoneSequence
+    ) -> Floats:
+        """scores [K, G R, slots] with those of far keys at their one distance."""
+        heads, share, _, size = q.shape
+        assert it.where is not None
+        lane = index if len(it.where) > 1 else 0
+        where, ones = it.where[lane], [1.0] * len(rotary.frequencies)  # both have the scales of their rotary
+        if (rotary, lane) not in it.far_turns:
+            back = [part.reshape(*where.shape, -1) for part in self._turns(rotary, -where.ravel(), ones)]
+            it.far_turns[rotary, lane] = (back[0], back[1]), self._turns(rotary, far.distance - it.at, ones)
+        turns_of_keys, turns_of_rows = it.far_turns[rotary, lane]
+        decoded = (widened(array(codec.decode(held)[0])) for codec, held, _ in sources)
+        keys = np.concatenate([part.reshape(heads, -1, size) for part in decoded], 1)
+        found = self._dots(_turn(q, *turns_of_rows).reshape(heads, -1, size), _turn(keys, *turns_of_keys))
+        apart = it.at[:, None] - where[:, None] >= far.near  # [K or 1, R, slots]
+        return np.where(np.tile(apart, (1, share, 1)), found, scores)
 
     def experts(self, x: Floats, weights: LayerWeights, experts: Experts) -> Floats:
         assert weights.router is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 from redraft.core.batch import Batch
 from redraft.core.sequence import Lanes
 from redraft.core.spec import ModelSpec, Rotary
-from redraft.core.view import View, Watch, Window
+from redraft.core.view import Far, Parallel, View, Watch, Window
 from redraft.errors import Unsupported
-from redraft.ops.arrays import cast, device, namespace
+from redraft.ops.arrays import cast, device, namespace, total
 from redraft.ops.backend import WeightSums
 from redraft.ops.format import PAGE
 
@@ -33,11 +34,13 @@ class LoneSequence:
     """A sequence that is attended alone. If all lanes are equal, lengths and where are [1, 1, ...] instead of [L, K, ...].
 
     encoded, units: i64[L, K, m] and i64[L, K, n], the units of 32 (m + n) slots; lengths: i64[L, K, 1] committed slots; at: i64[R],
-    positions of the rows; where: i64[L, K, slots], positions of the slots, None if not needed; tail: bool[R, 2 + tail], the slots of
-    the tail that rows see, after a column for committed slots (True) and before a column for padding (False); window: None if it
-    hides nothing in this step; logs: f32[L, K, slots], the logarithms of the numbers of tokens that slots stand for, None if all are 0;
-    near: the number of leading slots that contain all sinks to score with rotated queries; deepest: the
-    largest position of a row; chain: chain rows of this step; first: the first watched row; masks, turns: caches shared by layers.
+    positions of the rows; where: i64[L, K, slots], positions of the slots, None if not needed; tail: bool[R, 2 + tail], the slots of the
+    tail that rows see, after a column for committed slots (True) and before a column for padding (False); window: None if it hides nothing
+    in this step; far: None if no row of this step has a far key; parallel: None if no row of it attends a group; logs: f32[L, K, slots],
+    the logarithms of the numbers of tokens that slots stand for, None if all are 0; near: the number of leading slots that contain all
+    sinks to score with rotated queries; deepest: the largest position of a row; chain: chain rows of this step; first: the first watched
+    row; last: i64[R], the last committed slot that each row sees, None for all; masks, turns, far_turns: caches shared by layers, far_turns
+    for the keys of a lane and for the queries.
     """
 
     place: int
@@ -50,6 +53,8 @@ class LoneSequence:
     where: Any | None
     tail: Any
     window: Window | None
+    far: Far | None
+    parallel: Parallel | None
     logs: Any | None
     near: int
     deepest: int
@@ -57,8 +62,10 @@ class LoneSequence:
     watches: tuple[Watch, ...]
     first: int
     seen: WeightSums
+    last: Any | None = None
     masks: dict[int | None, Any] = field(default_factory=dict)
     turns: dict[Rotary, tuple[Any, Any]] = field(default_factory=dict)
+    far_turns: dict[tuple[Rotary, int], tuple[tuple[Any, Any], tuple[Any, Any]]] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -71,7 +78,8 @@ def writers(batch: Batch, lone: list[int], layers: int, heads: int) -> list[Writ
     of: dict[str, list[tuple[NDArray[np.integer], ...]]] = {}
     for s in lone:
         a, z = int(batch.starts[s]), int(batch.starts[s + 1])
-        slot = view.lengths[s][:, None] + view.tail[s] + np.arange(z - a)
+        own = view.slots[s]
+        slot = view.lengths[s][:, None] + view.tail[s] + np.arange(z - a) if own is None else np.tile(own, (len(view.lengths[s]), 1))
         pages = np.take_along_axis(view.pages[s], slot // PAGE - view.encoded[s].shape[1], 1)
         parts = units_of(pages, view.kinds[s], layers, heads), by_head(slot % PAGE, view.kinds[s], layers, heads)
         name = "" if (chosen := batch.views[s]) is None else chosen.format
@@ -88,17 +96,19 @@ def alone(batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], fir
     layers, heads, pages, chosen = len(spec.attention), spec.kv_heads, batch.pages, batch.views[s] or View()
     a, t, z = int(batch.starts[s]), int(batch.tree_starts[s]), int(batch.starts[s + 1])
     kind, lengths, chain, rows = pages.kinds[s], pages.lengths[s].astype(np.int64), pages.chain[s], t - a
-    at, tail = batch.positions[a:z].astype(np.int64), pages.tail[s] + z - a
-    bits = tree_bits(batch, first, z - t, tail - chain)
+    at, tail, again = batch.positions[a:z].astype(np.int64), pages.tentative(s, z - a), pages.slots[s]
     see = np.zeros((z - a, tail + 2), bool)
     see[:, 0] = True
-    see[:rows, 1 : rows + 1] = np.tri(rows, dtype=bool)
-    see[rows:, 1 : chain + 1] = True
-    see[rows:, chain + 1 : -1] = bits
+    if again is None:
+        see[:rows, 1 : rows + 1] = np.tri(rows, dtype=bool)
+        see[rows:, 1 : chain + 1] = True
+        see[rows:, chain + 1 : -1] = tree_bits(batch, first, z - t, tail - chain)
     deepest = int(at.max())
     window = chosen.window if chosen.window and deepest + 1 > chosen.window.size else None  # in force
     windows = window is not None or any(layer.window is not None and layer.window <= deepest for layer in spec.attention)
-    located = windows or chosen.read is not None  # positions are needed
+    far = chosen.far if chosen.far is not None and deepest >= chosen.far.near else None
+    parallel = chosen.parallel if chosen.parallel is not None and deepest >= chosen.parallel.end else None
+    located = windows or chosen.read is not None or far is not None or parallel is not None  # positions are needed
     positions = pages.positions[s] if located else None
     # lanes need separate entries only if their lengths or needed positions differ
     given, some = pages.logs[s], window is not None and window.heads is not None
@@ -126,9 +136,9 @@ def alone(batch: Batch, s: int, spec: ModelSpec, watches: tuple[Watch, ...], fir
         place=s, rows=slice(a, z), view=chosen,
         encoded=units_of(pages.encoded[s], kind, layers, heads), units=units_of(table, kind, layers, heads),
         lengths=by_head(lengths[:, None] if apart else lengths[:1, None], own_kind, *head), at=at,
-        where=by_head(where, own_kind, *head) if located else None, tail=see, window=window,
+        where=by_head(where, own_kind, *head) if located else None, tail=see, window=window, far=far, parallel=parallel,
         logs=None if logs is None else by_head(logs, own_kind, *head), near=near, deepest=deepest, chain=rows, watches=watches,
-        first=min(max(0, since - int(at[0])), rows),
+        first=min(max(0, since - int(at[0])), rows), last=None if again is None else again.astype(np.int64),
         seen=WeightSums(np.zeros(chain_shape(watches, rows, shape)), np.zeros((len(watches), z - t, *shape))),
     )  # fmt: skip
 
@@ -138,6 +148,24 @@ def chain_shape(watches: tuple[Watch, ...], rows: int, shape: tuple[int, ...]) -
     each = {watch.each for watch in watches}
     assert len(each) < 2, "watches of one sequence add up chain rows, or none of them does"
     return (len(watches), rows, *shape) if True in each else (len(watches), *shape)
+
+
+def grouped(index: int, scores: Any, picked: Any, it: LoneSequence) -> Any:
+    """scores [K, G, R, slots] of the last R rows in layer `index`, changed for the keys that rows attend as a group. picked: bool
+    [K or 1, G or 1, R, slots], the slots that rows read."""
+    assert it.parallel is not None and it.where is not None
+    xp, (spans, temperature, scale) = namespace(scores), it.parallel
+    where = it.where[index if len(it.where) > 1 else 0][:, None, None]
+    inside = where < 0
+    for first, end in spans:
+        inside = inside | ((where >= first) & (where < end))
+    own = picked & inside & (it.at[-scores.shape[2] :, None] >= it.parallel.end)
+    scores_of_group = scores / temperature
+    shown = xp.where(own, scores_of_group, xp.asarray(-math.inf, dtype=scores.dtype, device=device(scores)))
+    some = xp.any(own, axis=-1, keepdims=True)  # rows with a group; the others get 0
+    most = xp.where(some, xp.max(shown, axis=-1, keepdims=True), xp.asarray(0.0, dtype=scores.dtype, device=device(scores)))
+    logs = most + xp.log(total(xp.exp(shown - most)) + cast(~some, scores.dtype))
+    return xp.where(own, scores_of_group + (scale * temperature - 1) * logs, scores)
 
 
 def note(index: int, weights: Any, seen: Any, it: LoneSequence) -> None:

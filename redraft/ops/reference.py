@@ -183,8 +183,7 @@ class Reference:
         seen = {}
         for s, watches in taps.attention.items():
             nodes = int(batch.starts[s + 1] - batch.tree_starts[s])
-            rows = batch.pages.tail[s] + int(batch.starts[s + 1] - batch.starts[s])
-            shape = len(spec.attention), spec.kv_heads, int(batch.pages.lengths[s].max()) + rows
+            shape = len(spec.attention), spec.kv_heads, batch.pages.held(s, int(batch.starts[s + 1] - batch.starts[s]))
             n = len(watches)
             chain = chain_shape(watches, int(batch.tree_starts[s] - batch.starts[s]), shape)
             seen[s] = WeightSums(torch.zeros(*chain, dtype=self.dtype), torch.zeros(n, nodes, *shape, dtype=self.dtype))
@@ -367,12 +366,12 @@ class SequenceAttention:
         self.heads, self.share = layer.kv_heads, layer.heads // layer.kv_heads
         self.start, self.tree_start, self.end = (int(x) for x in (batch.starts[s], batch.tree_starts[s], batch.starts[s + 1]))
         self.first_bits = int((batch.starts[1 : s + 1] - batch.tree_starts[:s]).sum())  # tree rows before this sequence
-        self.tail, self.chain = batch.pages.tail[s], batch.pages.chain[s]
+        self.tail, self.chain, self.again = batch.pages.tail[s], batch.pages.chain[s], batch.pages.slots[s]
         kind = batch.pages.kinds[s]
         self.lanes = [{Lanes.SHARED: 0, Lanes.PER_LAYER: index, Lanes.PER_HEAD: index * self.heads + h}[kind] for h in range(self.heads)]
         self.inside = [{Lanes.SHARED: index * self.heads + h, Lanes.PER_LAYER: h, Lanes.PER_HEAD: 0}[kind] for h in range(self.heads)]
         self.lengths = [int(batch.pages.lengths[s][lane]) for lane in self.lanes]
-        rows = self.tail + self.end - self.start
+        rows = batch.pages.tentative(s, self.end - self.start)
         self.units = [self._units(head, -(-(self.lengths[head] + rows) // PAGE)) for head in range(self.heads)]
         self.slots = PAGE * max(map(len, self.units))
 
@@ -386,15 +385,20 @@ class SequenceAttention:
             found.append((self.pool.formats[name], self.pool.units(space, page)[self.inside[head]]))
         return found
 
+    def slot(self, head: int, r: int) -> int:
+        """The slot that row r of the sequence writes."""
+        return self.lengths[head] + self.tail + r if self.again is None else int(self.again[r])
+
     def write(self, k: Tensor, v: Tensor) -> None:
         """Writes k and v [rows, K, D] and their side data."""
         for head in range(self.heads):
             for r in range(len(k)):
-                slot = self.lengths[head] + self.tail + r
+                slot = self.slot(head, r)
                 stored, unit = self.units[head][slot // PAGE]
                 stored.write(unit, slot % PAGE, k[r, head], v[r, head])
         for r in range(len(k)):  # side data are computed from keys in the form that attention reads
-            at = [(*self.units[head][(n + self.tail + r) // PAGE], (n + self.tail + r) % PAGE) for head, n in enumerate(self.lengths)]
+            places = [divmod(self.slot(head, r), PAGE) for head in range(self.heads)]
+            at = [(*self.units[head][page], offset) for head, (page, offset) in enumerate(places)]
             keys = torch.stack([stored.keys_values(unit)[0][offset] for stored, unit, offset in at])
             for side in at[0][0].format.sides:
                 for name, entry in side.fill(self.index, keys[None]).items():
@@ -411,7 +415,9 @@ class SequenceAttention:
         length, mine = self.lengths[head], int(self.batch.positions[r])
         held, tail = self.batch.pages.positions[self.s], self.batch.tails[self.s].tolist()
         where = dict(enumerate(range(length) if held is None else held[self.lanes[head]].tolist()))
-        if r < self.tree_start:  # a chain row sees the chain up to itself
+        if self.again is not None:  # a committed slot that runs again sees the slots up to itself
+            where, seen = {slot: p for slot, p in where.items() if slot <= self.again[r - self.start]}, []
+        elif r < self.tree_start:  # a chain row sees the chain up to itself
             seen = list(range(self.tail + r - self.start + 1))
         else:  # a node sees the whole chain and the nodes of its bits
             bits = self.batch.visible[self.first_bits + r - self.tree_start]
@@ -440,10 +446,11 @@ class SequenceAttention:
             for g in range(self.share):
                 h, slots = head * self.share + g, read[head][g]
                 turns = torch.tensor([seen[head][slot] < sinks and window.holds(self.index, head) for slot in slots])
-                scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h]) * self.layer.score_scale
+                scores = torch.where(turns, keys[slots] @ far[h], keys[slots] @ q[h])
+                scores = self._with_far(mine, q[h], keys[slots], [seen[head][slot] for slot in slots], scores) * self.layer.score_scale
                 if self.layer.softcap is not None:
                     scores = self.layer.softcap * torch.tanh(scores / self.layer.softcap)
-                scores = scores + self.logs(head, slots)
+                scores = self._grouped(mine, scores + self.logs(head, slots), [seen[head][slot] for slot in slots])
                 own = scores if sink_logits is None else torch.cat([scores, sink_logits[h, None]])
                 weights[head, g, slots] = own.softmax(0)[: len(slots)]
                 out[h] = weights[head, g, slots] @ values[slots]
@@ -451,6 +458,23 @@ class SequenceAttention:
             if mine >= watch.since:
                 self._note(watch, r, weights, seen, WeightSums(*(part[i] for part in plan.seen[self.s])))
         return out
+
+    def _with_far(self, mine: int, q: Tensor, keys: Tensor, where: list[int], scores: Tensor) -> Tensor:
+        """scores [n] of q [D] at position `mine` and keys [n, D] at these positions, with those of far keys at their one distance."""
+        if (far := self.view.far) is None:
+            return scores
+        positions = torch.tensor(where)
+        plain_keys = turned(keys, self.layer.rotary, -positions[:, None])
+        found = plain_keys @ turned(q, self.layer.rotary, far.distance - mine)
+        return torch.where(mine - positions >= far.near, found, scores)
+
+    def _grouped(self, mine: int, scores: Tensor, where: list[int]) -> Tensor:
+        """scores [n] of a row at position `mine` and keys at these positions, changed for those that it attends as a group."""
+        if (parallel := self.view.parallel) is None or mine < parallel.end:
+            return scores
+        inside = torch.tensor([any(first <= position < end for first, end in parallel.spans) for position in where])
+        own = scores / parallel.temperature
+        return torch.where(inside, own + (parallel.scale * parallel.temperature - 1) * own[inside].logsumexp(0), scores)
 
     def logs(self, head: int, slots: list[int]) -> Tensor:
         """The logarithms of the numbers of tokens that these slots stand for."""

@@ -24,7 +24,7 @@ from redraft.core.sequence import Lanes, Space
 from redraft.core.spec import Attention, Experts, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import F64, I32, I64
-from redraft.core.view import Watch
+from redraft.core.view import Far, Watch
 from redraft.errors import Unsupported
 from redraft.ops import places
 from redraft.ops.arrays import Numbers
@@ -197,7 +197,9 @@ class TorchOps:
         lone = [
             s
             for s, kind in enumerate(batch.pages.kinds)
-            if kind is not Lanes.SHARED or batch.views[s] is not None or batch.pages.logs[s] is not None or taps.attention.get(s)
+            if kind is not Lanes.SHARED
+            or any(given is not None for given in (batch.views[s], batch.pages.logs[s], batch.pages.slots[s]))
+            or taps.attention.get(s)
         ]
         together = [s for s in range(len(rows)) if s not in lone]
         small = [s for s in together if rows[s] <= MAX_GROUPED_ROWS]
@@ -309,7 +311,7 @@ class TorchOps:
         seen = WeightSums(*(torch.zeros(part.shape, dtype=self._wide(), device=self.device) for part in it.seen))
         return replace(
             it, encoded=encoded, units=units, lengths=lengths, at=at, where=where[0] if where else None,
-            tail=torch.from_numpy(it.tail).to(self.device), seen=seen,
+            tail=torch.from_numpy(it.tail).to(self.device), seen=seen, last=None if it.last is None else self._upload(it.last),
             logs=None if it.logs is None else torch.from_numpy(it.logs.copy()).to(self.device),
         )  # fmt: skip
 
@@ -480,7 +482,8 @@ class TorchOps:
         """q [K, G, R, D] -> the same shape."""
         heads, share, rows, size = q.shape
         seen, mask = self._visible(index, layer, share, it)
-        stored, weighed = pool.formats[it.view.format], (it.near > 0 and layer.rotary is not None) or it.logs is not None
+        turned = layer.rotary is not None and (it.near > 0 or it.far is not None)
+        stored, weighed = pool.formats[it.view.format], turned or it.logs is not None or it.parallel is not None
         picked = seen[:, None]
         if it.view.read is not None:
             picked = self._picked(index, q, seen, pool, it)
@@ -521,6 +524,8 @@ class TorchOps:
         lane = index if it.lengths.shape[0] > 1 else 0
         column = (torch.arange(it.slots, device=self.device) - it.lengths[lane] + 1).clamp_(0, it.tail.shape[1] - 1)
         seen: Tensor = it.tail[:, column].transpose(0, 1)
+        if it.last is not None:
+            seen = seen & (torch.arange(it.slots, device=self.device) <= it.last[:, None])
         if it.where is not None:
             where = it.where[lane][:, None]
             distance = it.at[:, None] - where
@@ -621,11 +626,32 @@ class TorchOps:
             if it.window.heads is not None:
                 sinks = sinks & torch.tensor(it.window.heads[index], device=self.device)[:, None, None]
             front.copy_(torch.where(sinks, turned, front))
+        if it.far is not None and layer.rotary is not None:
+            scores = self._with_far(index, layer.rotary, it.far, q, scores, sources, it)
         scores = _settled(scores.reshape(-1, share, rows, scores.shape[-1]), layer)
         if it.logs is not None:
             scores = scores + it.logs[index if len(it.logs) > 1 else 0][:, None, None].to(scores.dtype)
+        if it.parallel is not None:
+            scores = places.grouped(index, scores, picked, it)
         scores = scores.masked_fill_(~picked, float("-inf"))
         return _softmax(scores, None if sink_logits is None else sink_logits.view(-1, share, 1).expand(-1, -1, rows))
+
+    def _with_far(
+        self, index: int, rotary: Rotary, far: Far, q: Tensor, scores: Tensor, sources: list[PageSource], it: LoneSequence
+    ) -> Tensor:
+        """scores [K, G R, slots] of the last R rows, with those of far keys at their one distance."""
+        heads, share, rows, size = q.shape
+        assert it.where is not None
+        lane = index if len(it.where) > 1 else 0
+        where, ones, wide = it.where[lane], [1.0] * len(rotary.frequencies), self._wide()  # both have the scales of their rotary
+        if (rotary, lane) not in it.far_turns:
+            back = [part.unflatten(0, where.shape) for part in self._turns(rotary, -where.flatten(), ones, wide)]
+            it.far_turns[rotary, lane] = (back[0], back[1]), self._turns(rotary, far.distance - it.at, ones, wide)
+        turns_of_keys, (cos, sin) = it.far_turns[rotary, lane]
+        keys = torch.cat([codec.decode(held)[0].to(wide).reshape(heads, -1, size) for codec, held, _ in sources], 1)
+        found = _turn(q, cos[-rows:], sin[-rows:]).flatten(1, 2) @ _turn(keys, *turns_of_keys).mT
+        apart = it.at[-rows:, None] - where[:, None] >= far.near  # [K or 1, R, slots]
+        return torch.where(apart.repeat(1, share, 1), found, scores)
 
     def experts(self, x: Tensor, weights: LayerWeights, experts: Experts) -> Tensor:
         assert weights.router is not None

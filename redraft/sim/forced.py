@@ -42,6 +42,10 @@ class Step(NamedTuple):
 
     work: Seq[Work]
 
+    def surprises(self, accepted: Seq[Accepted]) -> list[tuple[Sequence, float]]:
+        """See Distribution.surprises: no text is sampled."""
+        return []
+
 
 class ForcedSampler:
     """In place of redraft.sample.sampler.Sampler: it needs no outputs of the model and knows no processors."""

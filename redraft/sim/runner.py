@@ -81,6 +81,7 @@ class CostRunner:
         if memory is None:
             self.memory.table.prefix = LeanTree(self.memory.table.page)
         self.adapters: dict[str, Any] = {}
+        self.disk = None
         self.form: dict[str, str] = {}
 
     @property

@@ -10,12 +10,33 @@ from typing import NamedTuple, Protocol
 from redraft.core.sequence import Request
 from redraft.engine.engine import Engine
 from redraft.engine.output import Event
+from redraft.kv.disk.pages import DiskPages
+
+
+class Disk(NamedTuple):
+    """found: tokens whose pages were read, in so many seconds; written, dropped: pages; bytes: of all files of the folder."""
+
+    found: int = 0
+    seconds: float = 0.0
+    written: int = 0
+    dropped: int = 0
+    bytes: int = 0
+
+    def after(self, earlier: Disk) -> Disk:
+        found, written, dropped = self.found + earlier.found, self.written + earlier.written, self.dropped + earlier.dropped
+        return Disk(found, self.seconds + earlier.seconds, written, dropped, self.bytes)
+
+    @classmethod
+    def of(cls, disk: DiskPages | None) -> Disk:
+        """Any thread may ask."""
+        return cls() if disk is None else cls(disk.found * disk.page, disk.seconds, disk.written, disk.dropped, disk.files.total or 0)
 
 
 class Figures(NamedTuple):
     """The state of a worker. running, waiting: texts; used, blocks, published: blocks of its pool; shared: pages that several texts
     read; busy: seconds since the current step began, 0 while it waits; ready: whether it takes requests; starts: how often it started;
-    copied, found: tokens whose pages it copied from another worker, or had already; lost: texts whose pages it could not copy."""
+    copied, found: tokens whose pages it copied from another worker, or had already; lost: texts whose pages it could not copy; disk: what
+    it read from and wrote to disk."""
 
     running: int = 0
     waiting: int = 0
@@ -32,6 +53,7 @@ class Figures(NamedTuple):
     copied: int = 0
     found: int = 0
     lost: int = 0
+    disk: Disk = Disk()
 
     def after(self, earlier: Figures) -> Figures:
         """With what an earlier life of the worker has counted."""
@@ -40,6 +62,7 @@ class Figures(NamedTuple):
             copied=self.copied + earlier.copied,
             found=self.found + earlier.found,
             lost=self.lost + earlier.lost,
+            disk=self.disk.after(earlier.disk),
         )
 
     @classmethod
@@ -49,7 +72,7 @@ class Figures(NamedTuple):
         return cls(
             len(engine.running), len(engine.waiting), memory.used(), memory.blocks, table.shared(), len(table.prefix.nodes),
             engine.opened.count, engine.opened.bytes, engine.preemptions, busy,
-            copied=engine.arrivals.copied, found=engine.arrivals.found, lost=engine.arrivals.lost,
+            copied=engine.arrivals.copied, found=engine.arrivals.found, lost=engine.arrivals.lost, disk=Disk.of(engine.runner.disk),
         )  # fmt: skip
 
 

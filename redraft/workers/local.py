@@ -73,7 +73,7 @@ class Local:
         self.thread.abort(request_id)
 
     async def forget_prefixes(self) -> int:
-        return int(await self.call(self.engine.table.forget))
+        return int(await self.call(self.engine.forget_prefixes))
 
     async def load_lora(self, name: str, folder: Path) -> None:
         await asyncio.to_thread(self.llm.load_lora, name, folder)

@@ -37,6 +37,7 @@ class Job(NamedTuple):
     wants: Wants
     reuse: str
     before: list[int]
+    chunks: list[tuple[int, int]]
     context: int | None
     vectors: F32 | None = None
     progress: tuple[Progress, ...] = ()
@@ -48,14 +49,14 @@ class Job(NamedTuple):
         if request.prompt_logprobs:
             params, wants = params.but(prompt_logprobs=None), wants._replace(prompt_logprobs=None)
         return cls(
-            key, request.prompt, params, request.salt, request.priority, wants, request.reuse, request.before, request.context,
-            request.vectors, progress,
+            key, request.prompt, params, request.salt, request.priority, wants, request.reuse, request.before, request.chunks,
+            request.context, request.vectors, progress,
         )  # fmt: skip
 
     def request(self) -> Request:
         return Request(
             self.key, self.prompt, self.params, self.salt, priority=self.priority, wants=self.wants, reuse=self.reuse, before=self.before,
-            context=self.context, vectors=self.vectors,
+            chunks=self.chunks, context=self.context, vectors=self.vectors,
         )  # fmt: skip
 
 
@@ -129,7 +130,10 @@ class About(NamedTuple):
 
     waited: float
     cached_tokens: int | None
+    disk: tuple[int, float]
     reused_tokens: int
+    repaired_tokens: int
+    repair_rows: float
     miss: Any
     prompt_logprobs: list[TopLogprobs | None]
     pooled: tuple[F64, int] | None
@@ -137,7 +141,8 @@ class About(NamedTuple):
     @classmethod
     def of(cls, request: Request, arrived: float) -> About:
         waited = max(0.0, (request.admitted or arrived) - arrived)
-        return cls(waited, request.cached_tokens, request.reused_tokens, request.miss, request.prompt_logprobs, request.pooled)
+        disk, repaired = (request.disk_tokens, request.disk_seconds), (request.reused_tokens, request.repaired_tokens, request.repair_rows)
+        return cls(waited, request.cached_tokens, disk, *repaired, request.miss, request.prompt_logprobs, request.pooled)
 
     def tell(self, request: Request, sent: float) -> None:
         """Fills the front's request. What it has from an earlier worker stays."""
@@ -145,6 +150,8 @@ class About(NamedTuple):
             request.admitted = sent + self.waited
         if request.cached_tokens is None:
             request.cached_tokens, request.reused_tokens, request.miss = self.cached_tokens, self.reused_tokens, self.miss
+            request.repaired_tokens, request.repair_rows = self.repaired_tokens, self.repair_rows
+            request.disk_tokens, request.disk_seconds = self.disk
         request.prompt_logprobs = request.prompt_logprobs or self.prompt_logprobs
         request.pooled = self.pooled
 

@@ -83,11 +83,13 @@ class Worker:
         self._stop.set()
         self._builder.shutdown(cancel_futures=True)
         self.thread.stop()
+        if (disk := self.llm.runner.disk) is not None:
+            disk.flush()
 
     # ---- calls of the front, by name
 
     def forget_prefixes(self) -> int:
-        return self.engine.table.forget()
+        return self.engine.forget_prefixes()
 
     def check(self) -> tuple[int, int]:
         """The blocks and the texts that the engine holds. AssertionError if an invariant of the memory is broken."""

@@ -263,7 +263,7 @@ def test_the_file_that_was_opened_decides(folder: Path, packed: list[Path]) -> N
 def test_another_way_to_pack(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch, packed: list[Path]) -> None:
     read(folder)
     if what == "code":
-        monkeypatch.setattr(packs, "_code", lambda: "another")
+        monkeypatch.setattr(packs.identity, "code", lambda: "another")
     elif what == "kernels":
         monkeypatch.setattr(library, "fingerprint", lambda: "another")
     elif what == "layout":

@@ -25,7 +25,7 @@ HALVES, SOME, NONE = Layers(frozenset({0, 1, 3, 5}), frozenset({0, 2, 3, 4})), L
 STATES = Taps(hidden=frozenset({LAYERS - 1}))
 
 
-def runner(backend: str, dtype: str = "float64") -> Runner:
+def runner(backend: str, dtype: str = "float64", blocks: int = 20) -> Runner:
     made, (spec, weights) = registry.backend(backend)(dtype), deep()
 
     def vector(weights: NormWeights | None) -> NormWeights | None:
@@ -41,7 +41,7 @@ def runner(backend: str, dtype: str = "float64") -> Runner:
     ]  # fmt: skip
     embed = made.place(weights.embed.astype(dtype))
     own = Weights(embed, matrix(weights.head), vector(weights.final_norm), tuple(layers))
-    return Runner(spec, own, made, 20)
+    return Runner(spec, own, made, blocks)
 
 
 def states(runner: Runner, taps: Taps = STATES, **changes: Any) -> plain.Numbers:

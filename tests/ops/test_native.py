@@ -268,7 +268,7 @@ DEFINED = [
     "2-bit pages",
 ]
 DEFINED += [f"{name}, sink logits" for name in ("no view", "shared, both windows", "int8", "read, window")]
-DEFINED += ["read, window", "read of encoded pages", "read behind the chunk, int8"]
+DEFINED += ["read, window", "read of encoded pages", "read behind the chunk, int8", "far, read"]
 
 
 def near(found: test_views.World, expected: test_views.World, statistics: float = 1e-5) -> None:
@@ -323,6 +323,16 @@ def test_picks_may_lie_in_memory_in_any_order(dtype: torch.dtype, monkeypatch: p
     assert all(map(torch.equal, found.found, expected.found))
 
 
+def test_terms_of_zero_leave_a_sum_as_it_is() -> None:
+    """Wherever they are: so texts with far keys have the same bits with and without slots that they do not see."""
+    ops, dice = NativeOps(F32), np.random.default_rng(4)
+    weights, values = dice.random((2, 3, 1000), np.float32), dice.standard_normal((2, 20, 1000)).astype(np.float32)
+    places = np.sort(dice.choice(1000, 88))
+    more, wider = np.insert(weights, places, 0, axis=2), np.insert(values, places, 9, axis=2)
+    assert np.array_equal(ops.products(weights, values), ops.products(more, wider))
+    assert np.array_equal(ops.products(weights[:, 1:2], values), ops.products(weights, values)[:, 1:2])
+
+
 @DTYPES
 def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None:
     """Also pages without a usable scale."""
@@ -347,6 +357,7 @@ def test_vectors_become_the_codes_that_pytorch_makes(dtype: torch.dtype) -> None
             [],
             [None],
             [np.zeros((1, 0), np.int32)],
+            [None],
             [None],
         )
         ops.zero(pool, [(Space(Lanes.PER_HEAD, "int8"), page) for page in (1, 2, 4)])
@@ -662,13 +673,17 @@ class Bench:
             for chunks in (ways[0], ways[2]):
                 for length, logits in self.alone(text, text.seq.tokens, chunks).items():
                     assert torch.equal(bits(logits), bits(line[length])), f"{length} tokens, another chunking"
-            for own, prefix, logits, best in self.results:
+            paths: dict[tuple[int, ...], Tensor] = {}  # of trees; the longest first, which gives the others too
+            for own, prefix, logits, best in sorted(self.results, key=lambda result: -len(result[1])):
                 if own is not text:
                     continue
                 if prefix == tuple(text.seq.tokens[: len(prefix)]) and len(prefix) in line:
                     expected = line[len(prefix)]
                 else:
-                    expected = self.alone(text, list(prefix), dice.choice(ways[::2]))[len(prefix)]
+                    if prefix not in paths:
+                        found = self.alone(text, list(prefix), ways[0])
+                        paths.update((prefix[:length], row) for length, row in found.items())
+                    expected = paths[prefix]
                 assert best == int(expected.argmax())
                 assert logits is None or torch.equal(bits(logits), bits(expected)), f"{len(prefix)} tokens of {len(text.seq.tokens)}"
         return len(self.results)
@@ -768,7 +783,7 @@ def random_texts(bench: Bench, dice: random.Random) -> list[Text]:
     return texts
 
 
-def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: int = 7) -> None:
+def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: int = 5) -> None:
     """Texts start one by one and run in random batches, with chunks and trees, random threads, taps and segments of layers."""
     dice = random.Random(seed)
     texts, table = random_texts(bench, dice), bench.runner.memory.paged.table
@@ -815,7 +830,7 @@ def program(bench: Bench, seed: int, set_threads: Callable[[int], None], steps: 
         if number == steps - 2 and running[0].seq.cache.lanes is Lanes.SHARED:  # pages of a text that is gone are found again
             table.free(running.pop(0).seq)
     set_threads(1)
-    assert bench.check(dice) > 20
+    assert bench.check(dice) > 12
     for text in running:
         table.free(text.seq)
 
@@ -898,7 +913,9 @@ def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: 
     for seq in texts:
         table.open(seq)
 
-    def compare(rows: list[int], trees: list[TokenTree], first: int = 0) -> None:
+    every = [Taps(), Taps(top_k=5), Taps(logits=True), Taps(top_k=3, logits=True)]
+
+    def compare(rows: list[int], trees: list[TokenTree], first: int = 0, asked: list[Taps] = every) -> None:
         works = [Work(seq, n, first) for seq, n in zip(texts, rows, strict=True)]
         pages = table.reserve(works, trees)
         bench.runner.memory.paged.store.zero(pages.fresh)
@@ -907,7 +924,7 @@ def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: 
         bench.ops.whole, bench.ops.passes, before = False, False, bench.ops.segments
         apart = bench.runner.forward(batch, Taps(top_k=5, logits=True))
         assert bench.ops.segments == before and apart.top_k is not None and apart.logits is not None
-        for taps in (Taps(), Taps(top_k=5), Taps(logits=True), Taps(top_k=3, logits=True)):
+        for taps in asked:
             for bench.ops.whole, bench.ops.passes in ((True, True), (True, False)):
                 before = bench.ops.segments
                 threads(dice.choice([1, 2, 3]))
@@ -918,7 +935,7 @@ def test_a_pass_in_one_call_gives_the_same_bits(family: str, quant: str, dtype: 
                 assert one.top_k is None or np.array_equal(one.top_k, apart.top_k[:, : taps.top_k])
                 assert one.logits is None or torch.equal(bits(one.logits), bits(apart.logits))
 
-    compare([69, 38, 2, 300], [EMPTY] * 4)
+    compare([69, 38, 2, 300], [EMPTY] * 4, asked=every[-1:])
     table.commit([Work(seq, n) for seq, n in zip(texts, [69, 38, 2, 300], strict=True)], [Accepted()] * 4)
     grown = [tree for tree in (random_tree(dice, 70) for _ in range(30)) if len(tree) > 2][:2]
     rows, trees = [1, 2, 1, 250], [grown[0], EMPTY, grown[1], EMPTY]
@@ -1385,7 +1402,7 @@ from tests.ops import test_native as t
 lib = library.load()
 for family, dtype, quant in (("llama", t.F32, ""), ("gpt2", t.BF16, ""), ("llama", t.BF16, "outliers"), ("llama", t.F32, "int4")):
     bench = t.Bench(family, dtype, quant)
-    t.program(bench, 5, lib.set_threads, 5)
+    t.program(bench, 5, lib.set_threads)
     assert bench.ops.segments
 t.test_models_compute_what_the_reference_defines("qwen3")
 for group in (0, 64):

@@ -91,9 +91,8 @@ pool = ops.allocate(spec, 4)
 for name, codec in (("int8", Int8Units(8, ops.dtype)), ("int4", CodeUnits(8, ops.dtype, 32, 4))):
     ops.define(pool, Format(name, codec.arrays, codec))
 ops.zero(pool, [(Space(), 0), (Space(), 1)])
-pages = PageView(
-    [Lanes.SHARED], [np.array([[0, 1]], np.int32)], [np.zeros(1, np.int32)], [0], [40], [], [None], [np.zeros((1, 0), np.int32)], [None]
-)
+none, length = [np.zeros((1, 0), np.int32)], [np.zeros(1, np.int32)]
+pages = PageView([Lanes.SHARED], [np.array([[0, 1]], np.int32)], length, [0], [40], [], [None], none, [None], [None])
 batch = Batch.pack([Work(sequence([1] * 40), 40)], [tree], pages)
 plan = ops.plan(batch, spec)
 h = ops.embed(weights, plan)

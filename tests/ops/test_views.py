@@ -21,7 +21,7 @@ from redraft.core.spec import Attention, LayerSpec, Mlp, ModelSpec, Norm, Rotary
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.testing import sequence
 from redraft.core.tree import EMPTY, TokenTree
-from redraft.core.view import View, Watch, Window
+from redraft.core.view import Far, Parallel, View, Watch, Window
 from redraft.errors import Unsupported
 from redraft.kv.quantization.int8 import Int8Units
 from redraft.kv.quantization.kivi import CodeUnits
@@ -176,9 +176,11 @@ class Case:
     late: bool = False  # the chunk reads all
     sink_logits: tuple[float, ...] = ()  # of query heads
     merged: bool = False  # some kept slots stand for several tokens
+    far: Far | None = None
+    parallel: Parallel | None = None
 
     def view(self, stored: int) -> View | None:
-        view = View(self.format, self.encoded, self.window, self.read if stored or not self.late else None)
+        view = View(self.format, self.encoded, self.window, self.read if stored or not self.late else None, self.far, self.parallel)
         return None if view == View() else view
 
 
@@ -259,7 +261,7 @@ class World:
             tail = n + first if first else 0
             views.append(text.view(tail, n, len(tree) - first if first else n + len(tree)))
         kinds, pages, lengths, tails, chains, positions, encoded, logs = map(list, zip(*views, strict=True))
-        batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, encoded, logs))
+        batch = Batch.pack(work, trees, PageView(kinds, pages, lengths, tails, chains, [], positions, encoded, logs, [None] * len(texts)))
         batch = replace(batch, views=[text.case.view(text.stored) for text in texts])
         watches = {s: text.case.watch for s, text in enumerate(texts) if text.case.watch}
         plan = self.ops.plan(batch, self.spec, Taps(attention=watches))
@@ -373,6 +375,7 @@ def compare(case: Case, fast: TorchOps | Faced, tolerance: float) -> None:
 MASS, LOW = Watch("mass"), Watch("low", since=20)
 ABOVE, COUNT = Watch("above"), ((True, False, False, True), (False, False, True, True))
 PER_HEAD = Lanes.PER_HEAD
+GROUPS = Parallel(((3, 20), (33, 50)), 0.7, 0.6)
 SOME = Window(3, 18, turned=False, heads=((True, False), (False, True)))
 CASES = {
     "per head": Case(PER_HEAD),
@@ -419,11 +422,23 @@ CASES = {
     "watched above": Case(PER_HEAD, evict=True, watch=(Watch("above", since=20, threshold=2.0), MASS)),
     "watched one by one": Case(PER_HEAD, window=SOME, evict=True, watch=(ABOVE._replace(each=True), MASS._replace(each=True, since=25))),
     "some heads watched": Case(evict=True, watch=(MASS._replace(heads=COUNT), LOW._replace(heads=COUNT), ABOVE._replace(heads=COUNT))),
+    "far": Case(far=Far(9, 9), watch=(MASS, LOW)),
+    "far, from the middle of the chunk on": Case(far=Far(CHUNK - 5, 3), scale=1.2),
+    "far, evicted, layer window": Case(PER_HEAD, far=Far(16, 40), evict=True, layer=30, watch=(MASS,)),
+    "far, window": Case(PER_HEAD, far=Far(10, 12), window=SOME, evict=True, merged=True),
+    "far, read": Case(PER_HEAD, "labelled", read=Even(by_head=True), far=Far(9, 9), evict=True, watch=(MASS, LOW)),
+    "far, read, few": Case(read=Even(16, by_head=True, labels=False), far=Far(9, 30)),
+    "far, int8, encoded pages": Case(PER_HEAD, "int8", "blocks", far=Far(9, 9)),
+    "groups": Case(parallel=GROUPS, watch=(MASS, LOW)),
+    "groups, from the middle of the chunk on": Case(PER_HEAD, parallel=Parallel(((3, CHUNK - 30),), 0.5, 1.0), layer=12),
+    "groups, evicted": Case(PER_HEAD, parallel=GROUPS, evict=True, merged=True, watch=(MASS,)),
+    "groups, read, few": Case(read=Even(16, by_head=True, labels=False), parallel=GROUPS),
+    "groups, int8, far": Case(PER_HEAD, "int8", "blocks", parallel=GROUPS, far=Far(9, 30)),
     "no view": Case(layer=12),
 }
 LEARNED = (
     "no view", "shared, evicted, watched", "shared, both windows", "per head, window, evicted, watched", "int8", "encoded pages, window",
-    "merged", "read by position", "read, few, by query head", "read, window", "read of int8, few",
+    "merged", "read by position", "read, few, by query head", "read, window", "read of int8, few", "far", "groups",
 )  # fmt: skip
 CASES |= {f"{name}, sink logits": replace(CASES[name], sink_logits=(0.5, -30.0, 2.0, 40.0)) for name in LEARNED}
 
@@ -442,7 +457,7 @@ def test_with_the_codecs_that_are_shipped(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
-    "name", ["per head, window, evicted, watched", "int8, evicted, window", "encoded pages, window", "read by position"]
+    "name", ["per head, window, evicted, watched", "int8, evicted, window", "encoded pages, window", "read by position", "far", "groups"]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_other_dtypes(name: str, dtype: torch.dtype, tolerance: float, backend: str) -> None:
@@ -455,6 +470,13 @@ FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "sinks are not turned": ("shared, window", lambda it: {"near": 0}),
     "one sink too few": ("shared, window", lambda it: {"window": it.window and Window(it.window.sinks - 1, it.window.recent)}),
     "one slot too many in the window": ("shared, no sinks", lambda it: {"window": it.window and Window(0, it.window.recent + 1)}),
+    "one key too many is far": ("far", lambda it: {"far": it.far and Far(it.far.near - 1, it.far.distance)}),
+    "far keys at another distance": ("far", lambda it: {"far": it.far and Far(it.far.near, it.far.distance + 1)}),
+    "one key too many is in a group": (
+        "groups",
+        lambda it: {"parallel": it.parallel and it.parallel._replace(spans=((3, 21), (33, 50)))},
+    ),
+    "a group of another weight": ("groups", lambda it: {"parallel": it.parallel and it.parallel._replace(scale=0.7)}),
     "positions by slot": (
         "per head, layer window",
         lambda it: {"where": it.where if it.where is None else torch.arange(it.where.shape[-1]).expand(it.where.shape)},
@@ -522,7 +544,7 @@ def attention(spec: ModelSpec, dtype: torch.dtype, kind: Lanes, view: View | Non
         seq, total = sequence([0] * (stored + rows), stored=stored), rows + len(tree)
         held = [pages[:, : -(-(stored + total) // PAGE)]]
         paged = PageView(
-            [kind], held, [np.full(lanes, stored, np.int32)], [0], [rows], [], [None], [np.zeros((lanes, 0), np.int32)], [None]
+            [kind], held, [np.full(lanes, stored, np.int32)], [0], [rows], [], [None], [np.zeros((lanes, 0), np.int32)], [None], [None]
         )
         batch = replace(Batch.pack([Work(seq, rows)], [tree], paged), views=[view])
         plan = ops.plan(batch, spec, taps)
@@ -584,7 +606,16 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
         work = Work(sequence([0] * (first + rows), stored=first), rows)
         lengths = [np.array([length], np.int32)]
         pages = PageView(
-            [Lanes.SHARED], [np.array([[0, 1]], np.int32)], lengths, [0], [rows], [], [positions], [np.zeros((1, 0), np.int32)], [None]
+            [Lanes.SHARED],
+            [np.array([[0, 1]], np.int32)],
+            lengths,
+            [0],
+            [rows],
+            [],
+            [positions],
+            [np.zeros((1, 0), np.int32)],
+            [None],
+            [None],
         )
         batch = replace(Batch.pack([work], [EMPTY], pages), views=[View(window=Window(sinks, recent))])
         plan, own = ops.plan(batch, spec), slice(first, first + rows)
@@ -601,6 +632,36 @@ def test_a_window_is_a_cache_whose_keys_are_numbered_anew(ops: Ops, scale: float
             keys = torch.stack([turn(k[j, h // SHARE], rotary, i) for i, j in enumerate(cache)])
             weights = (keys @ turn(q[p, h], rotary, len(cache) - 1) / math.sqrt(SIZE)).softmax(0)
             assert (weights @ v[cache, h // SHARE] - found[p, h]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("ops", [TorchOps(torch.float64), Reference(), Faced(torch.float64)], ids=["torch", "reference", "numpy"])
+def test_far_keys_are_unrotated_and_at_one_distance(ops: Ops) -> None:
+    """A chunk, then decoded rows, against keys and queries before their rotation."""
+    spec, near, distance, total = model(scale=1.3), 7, 11, 41
+    layer, pool = spec.attention[0], ops.allocate(spec, 2)
+    rotary = layer.rotary
+    assert rotary is not None
+    dice = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(total, heads, SIZE, generator=dice, dtype=torch.float64) for heads in (HEADS * SHARE, HEADS, HEADS))
+    ops.zero(pool, [(Space(), 0), (Space(), 1)])
+    found = []
+    for first, rows in ((0, 30), (30, 10), (40, 1)):
+        work, pages = Work(sequence([0] * (first + rows), stored=first), rows), [np.array([[0, 1]], np.int32)]
+        none, length = [np.zeros((1, 0), np.int32)], [np.array([first], np.int32)]
+        view = PageView([Lanes.SHARED], pages, length, [0], [rows], [], [None], none, [None], [None])
+        batch = replace(Batch.pack([work], [EMPTY], view), views=[View(far=Far(near, distance))])
+        plan, own = ops.plan(batch, spec), slice(first, first + rows)
+        found.append(ops.attend(0, layer, ops.rope(q[own], layer, plan), ops.rope(k[own], layer, plan), v[own], pool, plan))
+    got = torch.cat(found).view(total, HEADS * SHARE, SIZE)
+    for p in range(total):
+        for h in range(HEADS * SHARE):
+            scores = []
+            for j in range(p + 1):
+                far = p - j >= near
+                key = k[j, h // SHARE].double() * rotary.scale if far else turn(k[j, h // SHARE], rotary, j)
+                scores.append(key @ turn(q[p, h], rotary, distance if far else p))
+            weights = (torch.stack(scores) / math.sqrt(SIZE)).softmax(0)
+            assert (weights @ v[: p + 1, h // SHARE] - got[p, h]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -649,7 +710,7 @@ def test_a_codec_is_attention_over_what_it_gives_back(ops: Ops) -> None:
         pages = np.arange(8, dtype=np.int32).reshape(4, 2)
         batch = Batch.pack(
             [Work(sequence([0] * 37), 37)], [EMPTY],
-            PageView([PER_HEAD], [pages], [np.zeros(4, np.int32)], [0], [37], [], [None], [np.zeros((4, 0), np.int32)], [None]),
+            PageView([PER_HEAD], [pages], [np.zeros(4, np.int32)], [0], [37], [], [None], [np.zeros((4, 0), np.int32)], [None], [None]),
         )  # fmt: skip
         plan = ops.plan(replace(batch, views=[view]), spec)
         found.append(ops.attend(1, spec.attention[1], q, keys, values, pool, plan))

@@ -41,8 +41,11 @@ _GEMMA = {"attention.sliding_window", "attn_logit_softcapping", "final_logit_sof
 _ALSO = {"gemma2": _GEMMA, "gemma3": _GEMMA}  # understood in these architectures only
 _COUNTED = ("block_count",)  # each has tensors of its own
 _LARGEST = (1 << 24) - 1  # context lengths reach 10^7
-_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
-_OTHER_SAMPLING = ("mirostat", "xtc_probability")  # zero: off
+_SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+    "xtc_probability": "xtc_probability", "xtc_threshold": "xtc_threshold", "mirostat": "mirostat", "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+}  # fmt: skip
 _SCALINGS = ("none", "linear", "yarn")
 
 
@@ -104,13 +107,8 @@ def _scaled(found: Contents, layer: LayerSpec, scale: np.ndarray[Any, np.dtype[n
 
 
 def sampling(found: Contents) -> dict[str, Any]:
-    """The metadata `general.sampling.*` as fields of generation_config.json. Unsupported names one that changes the text and cannot be
-    applied."""
+    """The metadata `general.sampling.*` as fields of generation_config.json."""
     start, fields = "general.sampling.", found.fields
-    for name in _OTHER_SAMPLING:
-        value = fields.get(start + name, 0)
-        if not isinstance(value, (int, float)) or value:
-            raise Unsupported(f"{found.path}: {start}{name} = {shown(value)} changes the text and is not supported")
     return {to: _short(fields[start + name]) for name, to in _SAMPLING.items() if start + name in fields}
 
 

@@ -58,7 +58,8 @@ class Pool(ctypes.Structure):
         ("layers", NUMBER), ("kv_heads", NUMBER), ("size", NUMBER), ("kind", NUMBER),
         ("key_scales", SIZE), ("value_scales", SIZE), ("key_zeros", SIZE), ("value_zeros", SIZE),
         ("key_left", SIZE), ("key_right", SIZE), ("value_left", SIZE), ("value_right", SIZE),
-        ("key_outliers", SIZE), ("key_places", SIZE), ("value_outliers", SIZE), ("value_places", SIZE), ("channels", SIZE),
+        ("key_outliers", SIZE), ("key_places", SIZE), ("value_outliers", SIZE), ("value_places", SIZE),
+        ("channels", SIZE), ("balance", SIZE),
         ("numbers", NUMBER), ("rank", NUMBER), ("outliers", NUMBER), ("kept", NUMBER),
     ]  # fmt: skip
 
@@ -108,9 +109,9 @@ class Model(ctypes.Structure):
 BATCH = struct.Struct("6i")
 PLAIN = struct.Struct("5i")
 
-# In the order of kernels.h. Seq: twelve numbers and nine addresses; Watched: three addresses, a size, four numbers, a float and a
+# In the order of kernels.h. Seq: twelve numbers and ten addresses; Watched: three addresses, a size, four numbers, a float and a
 # number; Picked: an address and two numbers.
-SEQ = struct.Struct("12i9P")
+SEQ = struct.Struct("12i10P")
 WATCHED = struct.Struct("3Pq4ifi")
 PICKED = struct.Struct("P2i")
 

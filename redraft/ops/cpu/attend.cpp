@@ -56,7 +56,7 @@ private:
     void measure(int64_t i) {
         const Seq& s = seqs_[i];
         const int32_t* end = s.lengths + lanes_of(s, pool_);
-        keys_.push_back(*std::max_element(s.lengths, end) + s.tail + s.rows);
+        keys_.push_back(s.held(*std::max_element(s.lengths, end)));
         groups_.push_back(ceil_div(keys_.back(), SPAN));
         full_.push_back(s.lanes == 0 && choices_.shared ? s.lengths[0] / SPAN : 0);
         most_groups_ = std::max(most_groups_, groups_.back());
@@ -181,7 +181,7 @@ void Attention::prepare(const AttendKernels& kernels, const AttendPlan& plan, in
 namespace {
 // Slots of a lane, with tentative ones.
 int64_t slots_of(const AttendJob& job, const Seq& seq, int64_t kv_head) {
-    return length_of(seq, job.pool, job.layer, kv_head) + seq.tail + seq.rows;
+    return seq.held(length_of(seq, job.pool, job.layer, kv_head));
 }
 
 // Whether the lane of this kv head ends before the task's group. The sequences of a task with several have SHARED lanes, with full pages.

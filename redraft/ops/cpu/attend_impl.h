@@ -137,7 +137,7 @@ inline Line line_of(const AttendJob& job, const AttendRow& row, int64_t kv_head)
     line.all = line.low < 0 && line.near < s.sinks;
     line.turned = job.far && windowed && s.turned && line.at + 1 > int64_t(s.sinks) + s.recent;
     if (row.row < s.chain_rows) {
-        line.base = line.seen = line.straight = line.length + s.tail + row.row + 1;
+        line.base = line.seen = line.straight = s.slots ? s.slots[row.row] + 1 : line.length + s.tail + row.row + 1;
         return line;
     }
     line.path = s.visible + (row.row - s.chain_rows) * int64_t(s.words);
@@ -323,6 +323,16 @@ inline void turn_keys(const Unit& unit, bool paired, float* keys) {
         });
     if (pool.kind == THIN) return turn_thin(unit, keys);
     const int bits = bits_of(pool.kind), parts = 8 / bits;
+    if (pool.balance)
+        return turn_rows(unit.at, bytes, [&](int64_t word, int64_t slot, Vec x) {  // times the scale of the slot, plus its zero
+            const int64_t at = slot * bytes_of(pool.numbers);
+            const Vec scale = read(unit.at + pool.key_scales + at, pool.numbers), zeros = read(unit.at + pool.key_zeros + at, pool.numbers);
+            for (int i = 0; i < 4 * parts && 4 * word + i / parts < bytes; i++) {
+                const int64_t channel = 4 * word + i / parts + i % parts * bytes;
+                const Vec code = code_of(x, i / parts * 8 + i % parts * bits, (1 << bits) - 1);
+                put(channel, slot, fma(code, scale, zeros) * number_of(unit, pool.balance, channel));
+            }
+        });
     turn_rows(unit.at, bytes, [&](int64_t word, int64_t slot, Vec x) {  // times the scale of the channel, plus its zero
         for (int i = 0; i < 4 * parts && 4 * word + i / parts < bytes; i++) {
             const int64_t channel = 4 * word + i / parts + i % parts * bytes;  // the first channels are in the lowest bits of bytes
@@ -685,7 +695,7 @@ public:
         const float share = watched.statistic == LOW ? 1.0f : watched.threshold;
         for (int64_t i = 0; i < count_; i++) limits[i] = watched.statistic == MASS ? 0.0f : share / float(slots_seen(lines_[i]));
         const Seq& seq = *lines_[0].seq;
-        const int64_t slots = lines_[0].length + seq.tail + seq.rows;  // of the lane, tentative ones included
+        const int64_t slots = seq.held(lines_[0].length);
         for (int64_t page = group * GROUP; page < (group + 1) * GROUP && page * PAGE < slots; page++) watch_page(watched, page, limits);
     }
 
@@ -1137,7 +1147,7 @@ inline void attend_merge(const AttendJob& job, const AttendShape& shape, const A
     carve(shape, scratch, &s);
     for (int64_t head = 0, count; head < job.heads; head += count) {
         count = at_most(job.heads - head, most);
-        const int64_t slots = length_of(seq, job.pool, job.layer, head / shape.share) + seq.tail + seq.rows;
+        const int64_t slots = seq.held(length_of(seq, job.pool, job.layer, head / shape.share));
         begin(s.whole, count, shape.padded, job.sink_logits ? job.sink_logits + head : nullptr, count);
         for (int64_t group = 0; group * SPAN < slots; group++)
             merge(s.whole, partials.groups.from((row.partial + group) * job.heads + head, shape.padded), count, shape.padded);

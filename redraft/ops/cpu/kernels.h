@@ -156,12 +156,17 @@ struct Seq {
     const int32_t* tail_at;           // [tail + rows] positions of the tentative slots
     const uint8_t* windowed;          // [layers][kv_heads] whether the window holds, or null: everywhere
     const float* const* logs;         // [lanes] -> logarithm of the number of tokens of every committed slot, or null: all 0
+    const int32_t* slots;             // [rows] committed slots that the rows write, ascending, or null: the slots after the tail
+
+    // Slots of a lane with `length` committed ones, tentative ones included.
+    INLINE int64_t held(int64_t length) const { return slots ? length : length + tail + rows; }
 };
 
 // Where units are stored: unit u is at data + u / per_block * block_bytes + u % per_block * unit_bytes, and holds keys [32][size], then
 // values. I8: codes of vectors (redraft/kv/quantization/int8.py) with scales float32 [32]. I4, I2: codes [32][size / 2 or 4], of keys by
 // channel and of values by slot (redraft/kv/quantization/kivi.py), with scales and zeros of kind `numbers`; `rank` pairs of factors and
-// `outliers` numbers of each group are added to what they mean (redraft/kv/quantization/gear.py). THIN: keys [32][kept] of the channels
+// `outliers` numbers of each group are added to what they mean (redraft/kv/quantization/gear.py). With `balance` keys have a grid by slot
+// too, and what their codes mean is times the factor of the channel (redraft/kv/quantization/mikv.py). THIN: keys [32][kept] of the channels
 // that `channels` names, and values [32][size], of kind `numbers` (redraft/kv/quantization/think.py).
 struct Pool {
     uint8_t* data;
@@ -175,6 +180,7 @@ struct Pool {
     int64_t key_outliers, key_places;                  // [outliers][size] of kind `numbers`, and the slot of each in a byte
     int64_t value_outliers, value_places;              // [32][outliers], and the channel of each
     int64_t channels;                                  // THIN: bytes [kept]
+    int64_t balance;                                   // [size] of kind `numbers`, 0: none
     Kind numbers;                                      // I4, I2, THIN
     int32_t rank, outliers, kept;
 };

@@ -91,7 +91,7 @@ void write_keys(const AttendKernels& kernels, const Step& step, int64_t layer, c
         for (int64_t head = 0; head < pool.kv_heads; head++) {
             const int64_t start = length_of(seq, pool, layer, head) + seq.tail;
             for (int64_t r = own.first; r < own.last; r++) {
-                const int64_t slot = start + r;
+                const int64_t slot = seq.slots ? seq.slots[r] : start + r;
                 uint8_t* unit = find_unit(seq, pool, step.encoded, layer, head, slot / PAGE).at;
                 const auto put = [&](const Rows& x, int64_t offset, int64_t scales) {
                     const uint8_t* from = x.at(seq.first + r, head * pool.size);

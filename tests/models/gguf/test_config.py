@@ -198,12 +198,14 @@ def test_default_sampling_parameters(tmp_path: Path) -> None:
         files.close(writer)
         return tmp_path / name
 
-    every = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "penalty_repeat": 1.1, "mirostat": 0, "xtc_threshold": 0.1}
+    every = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "penalty_repeat": 1.1}
     found = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.1}
+    same = {"mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2, "xtc_probability": 0.5, "xtc_threshold": 0.15}
+    every, found = every | same, found | same
     assert read_defaults(written("a.gguf", **every), (2,), 61) == found
     assert read_defaults(written("b.gguf"), (2,), 61) == {}
-    with pytest.raises(Unsupported, match=r"c.gguf: general.sampling.mirostat = 2 changes the text"):
-        read_defaults(written("c.gguf", mirostat=2), (2,), 61)
+    with pytest.raises(CheckpointError, match=r"c.gguf: SamplingParams.mirostat = 1"):
+        read_defaults(written("c.gguf", mirostat=1), (2,), 61)
     with pytest.raises(CheckpointError, match=r"d.gguf: SamplingParams.top_p = 2.0"):
         read_defaults(written("d.gguf", top_p=2.0), (2,), 61)
 

@@ -1,0 +1,43 @@
+"""Prefixes that the requests of a batch share stay in the cache until the last of these requests has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from redraft.core.sequence import Group, Sequence
+from redraft.models.runner import Runner
+
+
+class Holds:
+    """The prefixes that are held now. An open sequence lists the pages of each, so that nobody evicts them."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.memory = runner.memory
+        self._held: dict[Group, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def keep(self, seq: Sequence) -> None:
+        """Holds the prefix of the sequence's group once it is published. Takes no memory: the sequence lists the same pages."""
+        group, salt = seq.request.group, seq.request.salt
+        if group is None or not group.held or group in self._held or seq.stored < len(group.prefix):
+            return
+        holder = Sequence.holder(seq.request, [*group.prefix, 0])  # a match always leaves one token to run, so one is added
+        if self.memory.match(holder.tokens, salt) == len(group.prefix) and not self.memory.idle_matched(holder.tokens, salt):
+            self.memory.open(holder)
+            self._held[group] = holder
+            self.memory.attach(holder, len(group.prefix))
+
+    def leave(self, seq: Sequence, others: Iterable[Sequence]) -> None:
+        """After the sequence left: lets the prefix of its group go if none of the others is of this group."""
+        group = seq.request.group
+        if group in self._held and all(other.request.group is not group for other in others):
+            self.memory.free(self._held.pop(group))
+
+    def release(self) -> None:
+        """Lets all prefixes go, for good. They stay in the prefix cache until their pages are needed."""
+        while self._held:
+            group, holder = self._held.popitem()
+            group.held = False
+            self.memory.free(holder)
