@@ -14,19 +14,21 @@ to 31 of its last tokens are computed too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, ClassVar, Self
 
 from redraft.card import Card, Guarantee
-from redraft.errors import Unsupported
-from redraft.kv.reuse.reuse import Span
+from redraft.core.sequence import Request
+from redraft.kv.reuse.blend import fit
+from redraft.kv.reuse.reuse import AtOnce, Repair, Span, Spliced
 from redraft.options import Options, number
 
 
 @dataclass(frozen=True)
-class PIE(Options):
+class PIE(AtOnce, Options):
     """refresh: the last tokens are always computed, this many; shortest: runs with fewer tokens are computed."""
 
     refresh: int = number(1, ge=1)
@@ -41,17 +43,25 @@ class PIE(Options):
         summary="Keeps the cache of unedited text; for editors",
     )
 
+    needs: ClassVar[str] = "before"
+
     def open(self, runner: Any) -> Self:
-        if any(layer.rotary is None for layer in runner.spec.attention):
-            raise Unsupported(f"pie: {runner.spec.family} has no rotary positions, so keys cannot be moved to new positions")
+        fit("pie", runner)
         return self
 
-    def spans(self, old: Seq[int], new: Seq[int], stored: int) -> list[Span]:
+    def texts(self, request: Request) -> list[list[int]]:
+        return []
+
+    def repair(self, text: Spliced) -> Repair:
+        yield from ()
+
+    def spans(self, request: Request, stored: int, cached: Callable[[Seq[int]], int]) -> list[Span]:
         # 1.
+        new, old = request.prompt, request.before[: cached(request.before)]
         end = len(new) - self.refresh  # 4.
         same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        found = [Span(stored, stored, same - stored, True)]  # 2.
+        found = [Span(stored, stored, same - stored, True, old)]  # 2.
         for first, at, count in SequenceMatcher(None, old[same:], new[same:], autojunk=False).get_matching_blocks():
-            found.append(Span(same + at, same + first, count, False))  # 3.
+            found.append(Span(same + at, same + first, count, False, old))  # 3.
         cut = [span._replace(length=min(span.length, end - span.at)) for span in found]
         return [span for span in cut if span.length >= self.shortest]

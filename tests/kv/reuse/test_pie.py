@@ -59,7 +59,7 @@ def reported(engine: Engine, one: Request) -> list[float]:
 
 @given(st.lists(st.integers(0, 5), max_size=80), st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 4), st.integers(1, 9))
 def test_spans_are_equal_tokens_in_order(old: list[int], new: list[int], refresh: int, shortest: int) -> None:
-    spans = PIE(refresh=refresh, shortest=shortest).spans(old, new, 0)
+    spans = PIE(refresh=refresh, shortest=shortest).spans(request("new", new, before=old), 0, len)
     at = first = 0
     for span in spans:
         assert span.at >= at and span.first >= first and span.length >= shortest
