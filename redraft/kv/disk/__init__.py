@@ -1,0 +1,1 @@
+"""Published pages in files, so that a later process finds them again."""
