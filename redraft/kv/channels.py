@@ -1,4 +1,4 @@
-"""Calibrations of channels: a number for each channel of each kv head, averaged over the tokens of texts that run through a model."""
+"""Calibrations of channels: a number for each channel of each kv head, over the tokens of texts that run through a model."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """scores: f32 [L, K, D], the mean over tokens; model: the hash of the calibrated model; texts, tokens: the number of texts and tokens
-    of the calibration. A method derives from it and says its registered name."""
+    """scores: f32 [L, K, D], the mean or the largest over tokens; model: the hash of the calibrated model; texts, tokens: the number of
+    texts and tokens of the calibration. A method derives from it and says its registered name."""
 
     method: ClassVar[str]
     scores: NDArray[np.float32]
@@ -67,9 +67,9 @@ class Profile:
         return profile
 
     @classmethod
-    def measured(cls, runner: Runner, texts: Seq[Seq[int]], samples: int, score: Score) -> Self:
+    def measured(cls, runner: Runner, texts: Seq[Seq[int]], samples: int, score: Score, largest: bool = False) -> Self:
         """Token ids of texts -> Profile. Long texts are cut into pieces of 512 tokens. Of more than `samples` pieces it runs `samples`,
-        evenly spaced. Raises InvalidInput if there is no token."""
+        evenly spaced. largest: scores are the largest over tokens, not the mean. Raises InvalidInput if there is no token."""
         size = min(PIECE, runner.spec.context)
         pieces = [list(text[i : i + size]) for text in texts for i in range(0, len(text), size)]
         if not pieces or samples < 1:
@@ -77,15 +77,19 @@ class Profile:
                 f"{cls.method}: {len(pieces)} pieces of text and samples = {samples}: a calibration needs at least one of each"
             )
         chosen = [pieces[i * len(pieces) // samples] for i in range(samples)] if len(pieces) > samples else pieces
-        sums: dict[int, Any] = {}
+        found: dict[int, Any] = {}
 
         def add(index: int, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> None:
             xp = namespace(q)
             rows, keys = (arrays.cast(x, xp.float64) for x in (q, k))
             scores = score(rows.reshape(len(k), layer.kv_heads, -1, layer.head_dim), keys)
-            sums[index] = sums.get(index, 0.0) + xp.sum(scores, axis=0)
+            if largest:
+                most = xp.max(scores, axis=0)
+                found[index] = xp.maximum(found.get(index, most), most)
+            else:
+                found[index] = found.get(index, 0.0) + xp.sum(scores, axis=0)
 
         calibration.run(runner, chosen, size, add)
         tokens = sum(map(len, chosen))
-        means = (np.stack([array(sums[index]) for index in sorted(sums)]) / tokens).astype(np.float32)
-        return cls(means, model_hash(runner), len(texts), tokens)
+        each = np.stack([array(found[index]) for index in sorted(found)]) / (1 if largest else tokens)
+        return cls(each.astype(np.float32), model_hash(runner), len(texts), tokens)

@@ -23,9 +23,11 @@ from redraft.kv.parcel import Lost, StoredText
 from redraft.kv.slots import Kept
 from redraft.kv.table import OutOfPages
 from redraft.models.runner import Runner
+from redraft.ops.backend import WeightSums
 from redraft.ops.format import Format, plain
 from redraft.ops.reference import Reference
 from redraft.ops.torch_ops import TorchOps
+from redraft.ops.torch_pool import Exact
 from tests.arrays import placed
 from tests.contracts import hybrid
 from tests.contracts import plain as definition
@@ -54,6 +56,54 @@ def hybrids() -> tuple[Memories, Paged, State]:
     (state,) = runner.memory.others
     assert isinstance(state, State)
     return runner.memory, runner.memory.paged, state
+
+
+# ---- demoted slots
+
+
+def test_a_policy_sees_what_is_not_demoted() -> None:
+    """Keys, positions and statistics are those of the slots that were kept, in lanes that gave up different numbers."""
+    backend = TorchOps(torch.float64)
+    spec = definition.tiny()[0]
+    paged = Paged(backend, spec, 40)
+    fmt = Format("codes", plain(torch.float64, spec.head_dim), Exact())
+    paged.define(fmt)
+    seq = made(1, range(130), Lanes.PER_HEAD)
+    seq.cache = CachePlan(lanes=Lanes.PER_HEAD, encoded="codes")
+    paged.open(seq)
+    work = [Work(seq, 100)]
+    paged.reserve(work, [EMPTY])
+    paged.commit(work, [Accepted()])
+    lanes = paged.table.lanes(seq)
+    data = paged.pool.data
+    data.copy_(torch.arange(data.numel(), dtype=torch.float64).view(data.shape))
+    before = [paged.held(seq).read(lane) for lane in range(lanes)]
+    assert [part.shape for part in paged.held(seq).read(0, 32, 32)] == [(1, 0, spec.head_dim)] * 2, "no slots, at the border of a page"
+    dice = Random(1)
+    first = [sorted(dice.sample(range(100), 30 + lane)) for lane in range(lanes)]
+    paged.demote(seq, Kept([np.array(slots, np.int32) for slots in first]))
+    second = [sorted(dice.sample(range(len(slots)), 20 - lane)) for lane, slots in enumerate(first)]
+    paged.demote(seq, Kept([np.array(slots, np.int32) for slots in second]))
+    paged.check()
+    stay = [[slots[i] for i in chosen] for slots, chosen in zip(first, second, strict=True)]
+    held = paged.held(seq)
+    assert [lane.tolist() for lane in held.positions()] == stay
+    for lane, slots in enumerate(stay):
+        for now, old in zip(held.read(lane), before[lane], strict=True):
+            assert np.array_equal(now, old[:, slots])
+        assert np.array_equal(held.read(lane, 3, 9)[0], before[lane][0][:, slots[3:9]])
+    kinds = (len(spec.attention), spec.kv_heads)
+    chain, nodes = np.zeros((1, *kinds, 105)), np.zeros((1, 2, *kinds, 105))
+    for lane, one in enumerate(paged.table._held[1].lanes):
+        assert one.positions is not None
+        at = [*one.positions[:100].tolist(), *range(100, 105)]
+        chain[0].reshape(-1, 105)[lane] = at
+        nodes.reshape(2, -1, 105)[:, lane] = at
+    found = paged.watched(seq, WeightSums(chain, nodes))
+    for lane, slots in enumerate(stay):
+        seen = [*slots, *range(100, 105)]
+        assert np.asarray(found.chain).reshape(lanes, -1)[lane, : len(seen)].tolist() == seen
+        assert np.asarray(found.nodes).reshape(2, lanes, -1)[1, lane, : len(seen)].tolist() == seen
 
 
 # ---- combined memories

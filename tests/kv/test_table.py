@@ -371,7 +371,7 @@ ZERO = 0
 
 def state(lane: Any) -> object:
     positions = None if lane.positions is None else lane.positions[: lane.length].tolist()
-    return list(lane.pages), list(lane.encoded), lane.length, lane.summarized, positions
+    return list(lane.pages), list(lane.encoded), lane.length, lane.demoted, lane.summarized, positions
 
 
 def snapshot(table: EditableTable) -> object:
@@ -400,6 +400,7 @@ class Program(RuleBasedStateMachine):
         self.seqs: dict[int, Sequence] = {}
         self.expected: dict[int, list[list[int]]] = {}  # what each committed slot of each lane holds
         self.positions: dict[int, list[list[int]]] = {}
+        self.demoted: dict[int, list[int]] = {}  # leading slots of each lane
         self.taint: dict[int, object] = {}
         self.count = 0
         self.prompts = [[self.random.randrange(3) for _ in range(30)] for _ in range(2)]
@@ -455,6 +456,7 @@ class Program(RuleBasedStateMachine):
         lanes = len(self.table._held[seq.id].lanes)
         self.expected[seq.id] = [[self.number(seq, seq.tokens[: i + 1]) for i in range(seq.stored)] for _ in range(lanes)]
         self.positions[seq.id] = [list(range(seq.stored)) for _ in range(lanes)]
+        self.demoted[seq.id] = [0] * lanes
 
     def enter(self, seq: Sequence) -> None:
         """Opens the sequence, and attaches its prefix if all of its tokens fit by the figures that the scheduler uses."""
@@ -613,13 +615,14 @@ class Program(RuleBasedStateMachine):
         self.taint[child.id] = self.taint[seq.id]
         self.expected[child.id] = [list(lane) for lane in self.expected[seq.id]]
         self.positions[child.id] = [list(lane) for lane in self.positions[seq.id]]
+        self.demoted[child.id] = list(self.demoted[seq.id])
         assert child.stored == seq.stored
 
     @precondition(lambda self: self.seqs)
     @rule()
     def keep(self) -> None:
         r, seq = self.random, self.pick()
-        if seq.cache.encoded:
+        if seq.cache.demotes or any(lane.encoded for lane in self.table._held[seq.id].lanes):
             return
         if seq.cache.splits and self.space(seq) == Space():
             self.split(seq)
@@ -662,6 +665,7 @@ class Program(RuleBasedStateMachine):
         self.move(moves)
         self.expected[seq.id] = [[values[i] for i in slots] for slots in kept]
         self.positions[seq.id] = [[positions[i] for i in slots] for slots in kept]
+        self.demoted[seq.id] = [0] * len(kept)
         self.taint[seq.id] = (seq.id, len(self.numbers), self.taint[seq.id])
 
     @precondition(lambda self: self.seqs)
@@ -696,7 +700,9 @@ class Program(RuleBasedStateMachine):
         for seq in self.seqs.values():
             held = table._held[seq.id]
             once = LANES[seq.cache.lanes] // len(self.positions[seq.id])
-            assert [p.tolist() for p in table.positions(seq)] == self.positions[seq.id] * once
+            mine = [lane[n:] for lane, n in zip(self.positions[seq.id], self.demoted[seq.id], strict=True)]
+            assert [p.tolist() for p in table.positions(seq)] == mine * once and mine == [sorted(lane) for lane in mine]
+            assert table.demoted(seq).tolist() == self.demoted[seq.id] * once
             for lane, values in zip(held.lanes, self.expected[seq.id], strict=True):
                 for i, page in enumerate([*lane.encoded, *lane.pages]):
                     encoded = i < len(lane.encoded)

@@ -133,7 +133,7 @@ class CompressKV(Options):
         Guarantee.LOSSY,
         deviates="heads are scored on made-up sentences; sinks are spared",
         summary="The heads that retrieve choose; long prompts",
-        needs="scores of the model's heads, once: redraft calibrate",
+        needs="scores of the model's heads, once: redraft calibrate --method compresskv",
         budget="budget={part}",
     )
 

@@ -43,7 +43,7 @@ class Elastic(Evicting):
             selector=Selector(1, 1),  # 2.
             allocator=Even(),
         )
-        self.method, self.heads, self.merges = method, heads, method.merge
+        self.method, self.heads, self.merges, self.once = method, heads, method.merge, False
 
     def onset(self, context: int) -> Onset:
         found = super().onset(context)

@@ -26,14 +26,11 @@ import numpy as np
 from redraft.card import Card, Guarantee
 from redraft.core.sequence import UNLIMITED, Sequence
 from redraft.core.tree import F64, I32, I64
-from redraft.errors import InvalidInput
 from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.eviction.merge import Means, contents, cosines, evicted, joins
 from redraft.kv.eviction.parts import AtContext, Even, Evicting, Mass, Selector
 from redraft.kv.slots import Held, Kept
-from redraft.options import Options, number
-
-SCORES = ("both", "global", "local")
+from redraft.options import Options, number, word
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class EMS(Options):
     window: int = number(32, ge=1)
     similar: float = number(0.6, ge=-1, le=1)
     sparse: float = number(0.01, ge=0, le=1)
-    score: str = "both"
+    score: str = word("both", "global", "local")
 
     card: ClassVar[Card] = Card(
         "EMS",
@@ -114,11 +111,6 @@ class EMS(Options):
         summary="Evicts, then merges by two scores; very small budgets",
         budget="budget={part}",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.score not in SCORES:
-            raise InvalidInput(f"ems:score={self.score}: must be {', '.join(SCORES)}")
 
     def open(self, runner: Any) -> OpenEviction:
         return EvictThenMerge(self, len(runner.spec.attention) * runner.spec.kv_heads)

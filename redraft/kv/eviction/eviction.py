@@ -4,6 +4,9 @@ A registered class is a frozen dataclass of hyper-parameters with a `card` and `
 long as the engine (the class's own instance if it has no state). `begin` returns the state of a request; it is kept in
 seq.state[opened] and copied by `fork`.
 
+With a codec that encodes what a policy does not keep, slots are demoted instead of evicted. The policy sees the others only, in the
+same way, so it need not know.
+
 All decisions depend on seq.stored, the number of committed tokens. Results therefore do not depend on how tokens were grouped into
 steps: no step crosses a sync point, statistics are those of committed rows in order, and a mask depends only on a row's position.
 """
@@ -22,12 +25,14 @@ from redraft.ops.backend import WeightSums
 
 class OpenEviction(Protocol):
     """An opened policy. lanes: SHARED if all heads keep the same slots, PER_LAYER if those of a layer do; endless: positions may exceed
-    the trained context; window: the mask of rows, for policies that use one; merges: whether it writes kept slots."""
+    the trained context; window: the mask of rows, for policies that use one; merges: whether it writes kept slots; once: whether it
+    evicts one time only."""
 
     lanes: Lanes
     endless: bool
     window: Window | None
     merges: bool
+    once: bool
 
     def onset(self, context: int) -> Onset:
         """When it begins to act on a text of which `context` tokens are given."""
@@ -75,6 +80,7 @@ class StatelessEviction:
     endless: bool = False
     window: Window | None = None
     merges: bool = False
+    once: bool = False
 
     def onset(self, context: int) -> Onset:
         return NEVER

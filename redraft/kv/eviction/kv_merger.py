@@ -24,14 +24,12 @@ import numpy as np
 from redraft.card import Card, Guarantee
 from redraft.core.sequence import UNLIMITED, Sequence
 from redraft.core.tree import F32, F64, I32, I64
-from redraft.errors import InvalidInput
 from redraft.kv.eviction.eviction import OpenEviction
 from redraft.kv.eviction.merge import Means, contents, means, neighbours, runs
 from redraft.kv.eviction.parts import Even, Evicting, Mass, Selector
 from redraft.kv.slots import Held, Kept
-from redraft.options import Options, number
+from redraft.options import Options, number, word
 
-WEIGHTS = ("gaussian", "mean", "pivot")
 FLOOR = 1e-6  # of the mean distance
 
 
@@ -100,7 +98,7 @@ class KVMerger(Options):
     recent: float = number(0.15, ge=0, le=1)
     heavy: float = number(0.15, ge=0, le=1)
     longest: int = number(32, ge=2)
-    weights: str = "gaussian"
+    weights: str = word("gaussian", "mean", "pivot")
     count: bool = False
 
     card: ClassVar[Card] = Card(
@@ -111,11 +109,6 @@ class KVMerger(Options):
         deviates="generated tokens are not merged; runs have a limit; no layer is spared",
         summary="Merges runs of similar neighbours; long prompts",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weights not in WEIGHTS:
-            raise InvalidInput(f"kvmerger:weights={self.weights}: must be {', '.join(WEIGHTS)}")
 
     def open(self, runner: Any) -> OpenEviction:
         return Merging(self, len(runner.spec.attention) * runner.spec.kv_heads)

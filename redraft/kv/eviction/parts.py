@@ -297,6 +297,7 @@ class Evicting(StatelessEviction):
     ) -> None:
         self.count, self.lanes = count, lanes
         self.trigger, self.scorer, self.selector, self.allocator = trigger, scorer, selector, allocator
+        self.once = trigger.most(1) == UNLIMITED
 
     def onset(self, context: int) -> Onset:
         at = self.trigger.after(0, context)

@@ -119,7 +119,7 @@ class RazorAttention(Options):
         "Tang, Lin, Lin, Han, Hong, Yao, Wang, RazorAttention: Efficient KV Cache Compression Through Retrieval Heads, "
         "2024, arXiv 2407.15891",
         Guarantee.LOSSY,
-        needs="scores of the model's heads, once: redraft calibrate",
+        needs="scores of the model's heads, once: redraft calibrate --method razor",
         deviates="whole pages are dropped; 256 newest tokens at least, not 4,000; the mean is rounded whenever it changes",
         budget="budget={part},recent=32",
         summary="Heads that retrieve keep all; long prompts",

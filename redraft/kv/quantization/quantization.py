@@ -2,7 +2,8 @@
 
 A registered class is a frozen dataclass of hyper-parameters with a `card` and `open(runner)`. A codec of single tokens encodes on
 write; every read, also in the same step, uses the stored codes. A codec of whole pages leaves the newest tokens exact: after every
-`block` committed tokens, at a sync point, it encodes their pages, and rows after the sync point see codes.
+`block` committed tokens, at a sync point, it encodes their pages, and rows after the sync point see codes. With an eviction policy that
+acts once it begins after that. A codec whose `block` is UNLIMITED encodes what the eviction policy of the text would drop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from redraft.ops.format import Array, PageCodec
 
 class OpenCodec(PageCodec, Protocol):
     """An opened codec. name: the name of its format, different for different arrays; arrays: the arrays of a unit (see ops/format.py);
-    block: the number of tokens, a multiple of 32, after which full pages are encoded, 0 for a codec of single tokens."""
+    block: the number of tokens, a multiple of 32, after which full pages are encoded, 0 for a codec of single tokens, UNLIMITED for one
+    that encodes what an eviction policy does not keep."""
 
     name: str
     arrays: Mapping[str, Array]

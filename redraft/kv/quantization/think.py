@@ -62,7 +62,7 @@ class ThinK(Options):
         "ThinK",
         "Xu, Jie, Dong, Wang, Lu, Zhou, Saha, Xiong, Sahoo, ThinK: Thinner Key Cache by Query-Driven Pruning, 2024, arXiv 2407.21018",
         Guarantee.LOSSY,
-        needs="a calibration of the model, once: redraft calibrate",
+        needs="a calibration of the model, once: redraft calibrate --method think",
         deviates="queries of a calibration, not of the prompt's end; channels for each page of 32 tokens",
         summary="Leaves out channels of keys; a fifth less memory",
     )

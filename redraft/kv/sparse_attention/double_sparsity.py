@@ -64,7 +64,7 @@ class DoubleSparsity(Options):
         "Double Sparsity",
         "Yang, Sheng, Gonzalez, Stoica, Zheng, Post-Training Sparse Attention with Double Sparsity, 2024, arXiv 2408.07092",
         Guarantee.LOSSY,
-        needs="a calibration of the model, once: redraft calibrate",
+        needs="a calibration of the model, once: redraft calibrate --method double-sparsity",
         deviates="labels for each kv head, in the dtype of the cache; no offloading",
         summary="Reads tokens by calibrated channels; long contexts",
         budget="tokens={tokens}",

@@ -30,6 +30,7 @@ from redraft.card import Card, Guarantee
 from redraft.core.sequence import Sequence
 from redraft.errors import InvalidInput
 from redraft.kv.slots import Held
+from redraft.kv.sparse_attention.sparse_attention import StatelessRead
 from redraft.models.tokenizer import Tokenizer
 from redraft.ops.arrays import Tensor, cast, device, kth_largest, namespace, wide
 from redraft.ops.backend import Products
@@ -82,7 +83,7 @@ def ends(tokenizer: Tokenizer, vocab: int) -> frozenset[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Sentences:
+class Sentences(StatelessRead):
     """The opened method. enders: the ids of tokens that end a sentence; layers, heads: those with attention, and the kv heads of each."""
 
     options: SentenceKV
@@ -92,7 +93,7 @@ class Sentences:
 
     name: ClassVar[str] = METHOD
     sync_every: ClassVar[int] = PAGE
-    own: ClassVar[bool] = True
+    own = True
 
     @property
     def dense_up_to(self) -> int:
@@ -103,9 +104,6 @@ class Sentences:
 
     def fork(self, state: Reader, seq: Sequence) -> Reader:
         return Reader(self, state.stored, state.owner, state.means)
-
-    def end(self, state: Reader) -> None:
-        pass
 
     def border(self, state: Reader, seq: Sequence, held: Held, edited: bool) -> None:
         stored = seq.stored // PAGE * PAGE

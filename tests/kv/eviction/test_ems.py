@@ -78,5 +78,5 @@ def test_a_budget_of_all_does_nothing() -> None:
 
 
 def test_an_unknown_score_is_named() -> None:
-    with pytest.raises(InvalidInput, match=r"ems:score=mean: must be both, global, local"):
+    with pytest.raises(InvalidInput, match=r"ems:score='mean': must be both, global, local"):
         EMS(score="mean")

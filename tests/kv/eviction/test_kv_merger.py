@@ -77,5 +77,5 @@ def test_the_pivot_alone_drops_the_others() -> None:
 
 
 def test_unknown_weights_are_named() -> None:
-    with pytest.raises(InvalidInput, match=r"kvmerger:weights=sum: must be gaussian, mean, pivot"):
+    with pytest.raises(InvalidInput, match=r"kvmerger:weights='sum': must be gaussian, mean, pivot"):
         KVMerger(weights="sum")

@@ -165,4 +165,4 @@ def test_what_it_can_be_combined_with(tmp_path: Path) -> None:
     llm.engine.policies.check(SamplingParams(keep=f"razor:profile={file}", read="page-top-k"))
     llm.engine.policies.check(SamplingParams(keep=f"razor:profile={file}", codec="int8"))
     with pytest.raises(Unsupported, match="merges slots"):
-        llm.engine.policies._plan(keep=RazorAttention(profile=file).open(llm.runner), read=Even())  # type: ignore[arg-type]
+        llm.engine.policies._plan(None, keep=RazorAttention(profile=file).open(llm.runner), read=Even())  # type: ignore[arg-type]

@@ -43,11 +43,12 @@ def attends(codec: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all((held[name] == right[name]).all() for name in codec.arrays)
 
 
-def same_in_any_batch(choice: str) -> None:
-    """choice: the text of a codec that encodes 32 tokens at once. Log-probabilities have the same bits in bfloat16."""
+def same_in_any_batch(choice: str, seam: str = "codec", keep: str | None = None) -> None:
+    """choice: a method that acts on texts of a hundred tokens, with a keep policy or none. Log-probabilities have the same bits in
+    bfloat16."""
     if why_not := library.why_not():
         pytest.skip(f"no native kernels: {why_not}")
-    params = SamplingParams(temperature=0, max_tokens=40, logprobs=1, ignore_eos=True, codec=choice)
+    params = SamplingParams(temperature=0, max_tokens=40, logprobs=1, ignore_eos=True, keep=keep, **{seam: choice})
     found = []
     for budget in (7, 512):
         llm = LLM("embedded", backend="native", dtype="bfloat16", token_budget=budget, draft="none" if budget == 7 else "ngram", threads=1)

@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from redraft import LLM, SamplingParams
 from redraft.card import Guarantee
+from redraft.core.sequence import Request
 from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.quantization import kivi
 from redraft.kv.quantization.kivi import KIVI, CodeUnits, Int4
 from redraft.ops.format import PAGE, Format
+from tests.kv.quantization.compiled import same_in_any_batch
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 RUNNER: Any = SimpleNamespace(spec=SimpleNamespace(head_dim=8), backend=SimpleNamespace(dtype=F64))
@@ -270,6 +273,38 @@ def test_what_is_refused() -> None:
             opened(head_dim=size, bits=bits)
     with pytest.raises(Unsupported, match="whole pages"):
         opened().store(torch.zeros(1, 6), torch.zeros(1, 6))
+
+
+@pytest.mark.parametrize("keep", [None, "snapkv:budget=0.5,window=4,pool=3,sinks=1", "ada-kv:budget=0.5,window=4,pool=3,sinks=1"])
+def test_a_text_is_the_same_in_any_batch(keep: str | None) -> None:
+    same_in_any_batch("kivi:block=32", keep=keep)
+
+
+def test_pages_are_encoded_after_a_policy_evicted() -> None:
+    """100 tokens are given and half of them stay. No page is encoded before that; later, a block ends at 128 tokens."""
+    llm, prompt = LLM("embedded", draft="none", dtype="float32", token_budget=32), [*range(5, 105)]
+    keep = "snapkv:budget=0.5,window=4,pool=3,sinks=1"
+    llm.engine.add(Request("r", prompt, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, keep=keep, codec="kivi:block=64")))
+    llm.engine.step()
+    (seq,) = llm.engine.running
+    table, found = llm.engine.memory.paged.table, set()
+    while llm.engine.running:
+        (lane, *_) = table._held[seq.id].lanes
+        found.add((seq.stored, len(lane.encoded), lane.length))
+        llm.engine.step()
+    assert {(64, 0, 64), (101, 0, 51), (127, 0, 77), (128, 2, 78), (138, 2, 88)} <= found
+
+
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        ("h2o:budget=0.5", "evicts more than once, and a keep policy cannot evict from encoded pages"),
+        ("kvmerger", "writes slots that it keeps"),
+    ],
+)
+def test_what_it_does_not_combine_with(keep: str, why: str) -> None:
+    with pytest.raises(Unsupported, match=why):
+        LLM("embedded", draft="none").engine.policies.check(SamplingParams(keep=keep, codec="kivi"))
 
 
 def test_claim() -> None:

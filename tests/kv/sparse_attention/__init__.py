@@ -18,9 +18,11 @@ from tests.contracts.drafters import RandomTrees
 from tests.contracts.identity import Run, drive, engine
 
 METHODS = {
+    "a2ats": "redraft.kv.sparse_attention.a2ats:A2ATS",
     "page-top-k": "redraft.kv.sparse_attention.page_top_k:PageTopK",
     "double-sparsity": "redraft.kv.sparse_attention.double_sparsity:DoubleSparsity",
     "sentencekv": "redraft.kv.sparse_attention.sentence_kv:SentenceKV",
+    "infllm": "redraft.kv.sparse_attention.infllm:InfLLM",
 }
 
 

@@ -326,7 +326,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
         (None, "double-sparsity", r"^--texts: at least one file of text is needed$"),
         ([tmp_path / "none"], "double-sparsity", r"^texts = \S+none: cannot be read \(No such file or directory\)$"),
         ([tmp_path / "bytes"], "double-sparsity", r"^texts = \S+bytes: cannot be read \(not UTF-8 text"),
-        ([tmp_path / "none"], "page-top-k", r"^--method page-top-k: needs no calibration$"),
+        ([tmp_path / "none"], "page-top-k", r"^--method page-top-k: these methods need a calibration: .*double-sparsity"),
     ):
         with pytest.raises(InvalidInput, match=message):
             calibrate("embedded", given, method)

@@ -204,6 +204,14 @@ def test_sentences_of_what_an_eviction_left(keep: str) -> None:
     assert found[0] == found[1] == found[2]
 
 
+def test_an_eviction_may_leave_no_slot_of_any_sentence() -> None:
+    prompt = [token for one in prompts()[:4] for token in one][:64]
+    params = SamplingParams(
+        temperature=0, max_tokens=90, keep="ems:budget=8,window=4,similar=1", read="sentencekv:tokens=48,start=2,longest=8"
+    )
+    assert len(drive(engine(max_model_len=256), [Request("0", prompt, params)], [0]).texts["0"]) == 90
+
+
 def test_the_text_is_the_same_however_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     read = "sentencekv:tokens=48,start=2,recent=4,longest=8"
