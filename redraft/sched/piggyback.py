@@ -40,7 +40,7 @@ class Piggyback(Scheduler):
     )
 
     def order(self, running: Seq[Sequence], waiting: Seq[Sequence] = ()) -> Iterable[Sequence]:
-        return chain(sorted(running, key=lambda seq: seq.pending > 1), waiting)  # 1.
+        return chain(sorted(running, key=lambda seq: not seq.drawing), waiting)  # 1.
 
     def chunk(self, left: int, prompts: int) -> int:
         return 0 if prompts else min(self.rows, left)  # 2. and 3.

@@ -35,4 +35,4 @@ class Sarathi(Scheduler):
 
     def order(self, running: Seq[Sequence], waiting: Seq[Sequence] = ()) -> Iterable[Sequence]:
         # 1. to 3. The sort is stable, so both groups stay in arrival order.
-        return chain(sorted(running, key=lambda seq: seq.pending > 1), waiting)
+        return chain(sorted(running, key=lambda seq: not seq.drawing), waiting)

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from redraft.card import Card
 from redraft.core.plan import Budget, StepPlan, Work
-from redraft.core.sequence import Sequence
+from redraft.core.sequence import Group, Sequence
 from redraft.errors import InvalidInput
 from redraft.options import Options
 
@@ -59,6 +59,15 @@ class Scheduler(Options):
         """The most rows of a prompt in this step. left: rows that are not given yet; prompts: how many prompts have got some."""
         return left
 
+    def groups(self, waiting: Seq[Sequence], page: int) -> list[tuple[Group, list[Sequence]]]:
+        """The requests of a batch that wait, all of them once, in the order in which they should wait, by what their prompts share. page:
+        tokens of a page. Empty if they stay in order of arrival."""
+        return []
+
+    def reserve(self, seqs: Seq[Sequence], table: Pages) -> int:
+        """The blocks that must stay free for these texts when the last of them, which waits, is admitted after the others."""
+        return int(self.watermark * table.blocks) if len(seqs) > 1 else 0
+
     def plan(self, waiting: Seq[Sequence], running: Seq[Sequence], table: Pages, least: int = 1) -> StepPlan:
         """least: running texts that are not preempted; 0 if texts that do not run hold memory, because then one alone may lack some."""
         # 1. Every running text needs blocks for its pending rows. The last arrivals are preempted until these fit. Prompts in
@@ -72,7 +81,7 @@ class Scheduler(Options):
         spare = free - sum(needs[seq.id] for seq in run)
 
         # 2. Sequences get rows in order. Drafts are shared evenly among decoding texts, and dropped first if blocks or rows are short.
-        drawing = sum(seq.pending == 1 for seq in run)
+        drawing = sum(seq.drawing for seq in run)
         room = max(0, self.token_budget - drawing)  # rows left after one for each decoding text
         if waiting or drawing < len(run):
             room //= 2  # drafts never take all rows from prompts
@@ -86,6 +95,13 @@ class Scheduler(Options):
         for seq in self.order(run, waiting):
             if seq.id in needs:
                 others -= 1
+                if seq.rerun is not None:
+                    if (rerun := seq.rerun.within(self.chunk(left, prompts))) is not None:
+                        left -= rerun.cost
+                        prompts += 1
+                        work.append(Work(seq, 0, rerun=rerun))
+                        budgets.append(Budget(0, 0))
+                    continue
                 pending = seq.pending
                 rows = min(pending, seq.sync_point - seq.stored, left if pending == 1 else self.chunk(left, prompts))
                 if rows <= 0:
@@ -109,8 +125,7 @@ class Scheduler(Options):
             full = full or most <= 0 or len(run) + len(admit) == self.max_seqs
             if not full:
                 matched, cost = _match(seq, table)
-                reserve = int(self.watermark * table.blocks) if run or admit else 0
-                full = cost > spare - reserve
+                full = cost > spare - self.reserve([*run, *(one for one, _ in admit), seq], table)
             if full:
                 if others:
                     continue
@@ -141,5 +156,5 @@ def _match(seq: Sequence, table: Pages) -> tuple[int, int]:
 def _depth(seq: Sequence) -> int:
     """The largest depth of a draft: 0 for a prompt in progress, without a drafter or while it rests, and if only one more token fits. A
     constraint drafts also while the drafter rests."""
-    asked = seq.drafts and seq.pending == 1 and (seq.constrained or not (seq.rest or seq.fault))
+    asked = seq.drafts and seq.drawing and (seq.constrained or not (seq.rest or seq.fault))
     return max(0, seq.sync_point - len(seq.tokens)) if asked else 0

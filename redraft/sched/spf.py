@@ -41,8 +41,8 @@ class ShortestPromptFirst(Scheduler):
     )
 
     def order(self, running: Seq[Sequence], waiting: Seq[Sequence] = ()) -> Iterable[Sequence]:
-        drawing = [seq for seq in running if seq.pending == 1]  # 1.
-        prompts = [seq for seq in running if seq.pending > 1]
+        drawing = [seq for seq in running if seq.drawing]  # 1.
+        prompts = [seq for seq in running if not seq.drawing]
         return chain(drawing, sorted(chain(prompts, waiting), key=self.rank))  # 2.
 
     def rank(self, seq: Sequence) -> tuple[int, float]:

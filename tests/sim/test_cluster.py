@@ -13,6 +13,7 @@ from redraft.core.sequence import Request
 from redraft.sched.router import Load
 from redraft.sim.records import Records
 from redraft.sim.trace import Arrival
+from tests.contracts.identity import preempts
 from tests.sim.worlds import Linear, arrivals, cluster, run
 
 
@@ -30,7 +31,7 @@ def test_every_request_ends_once_and_blocks_return(sched: str, route: str) -> No
     assert records.column("output").sum() == sum(one.output for one in coming)
     assert sum(counts.sum() for _, counts in records.gaps) == sum(one.output - 1 for one in coming)
     assert where.front.loads == [Load(free_blocks=130)] * 3
-    assert sum(worker.engine.preemptions for worker in where.workers) > 0
+    assert not preempts(sched) or sum(worker.engine.preemptions for worker in where.workers) > 0
     assert records.column("cached").sum() > 0
 
 
