@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -17,25 +18,42 @@ from redraft.config import SamplingParams
 from redraft.core.batch import Batch
 from redraft.core.distribution import TopLogprobs
 from redraft.core.noise import Stream, draw, gumbel, key, uniform
-from redraft.core.plan import Work
+from redraft.core.plan import Accepted, Work
 from redraft.core.ranking import top
 from redraft.core.sequence import Sequence
 from redraft.core.taps import NO_TAPS, Taps
 from redraft.core.tree import I32, TokenTree
-from redraft.errors import RedraftError
 from redraft.ops.arrays import Tensor, array, device
 from redraft.ops.backend import ForwardResult
-from redraft.sample.processors.processor import F64, I64, Constraint, Ending, Processor, Row, Vocabulary, weigh
+from redraft.sample.processors.processor import (
+    F64,
+    I64,
+    Constraint,
+    Ending,
+    Feedback,
+    LazyCheck,
+    Processor,
+    Row,
+    TextError,
+    Vocabulary,
+    weigh,
+)
 
 Chosen = tuple[Processor, ...]  # a request's processors in the registry's order; kept in seq.state[sampler]
 
 
-class NotNumbers(RedraftError):
+class NotNumbers(TextError):
     """The model's logits for a text contain NaN or an infinity: the weights are damaged, or a narrow dtype overflowed."""
 
     def __init__(self, seq: Sequence) -> None:
-        super().__init__(f"the model's output after token {len(seq.tokens) - 1} is NaN or infinite")
-        self.seq = seq
+        super().__init__(seq, f"the model's output after token {len(seq.tokens) - 1} is NaN or infinite")
+
+
+class NoToken(TextError):
+    """A control's check refuses every token that the filters of its request leave."""
+
+    def __init__(self, seq: Sequence) -> None:
+        super().__init__(seq, f"control: no token that the filters leave may follow token {len(seq.tokens) - 1}")
 
 
 class Sampler:
@@ -74,6 +92,8 @@ class Sampler:
     def begin(self, seq: Sequence) -> Chosen:
         chosen = self.check(seq.params)
         seq.constrained = any(isinstance(one, Constraint) for one in chosen)
+        seq.checked = any(isinstance(one, LazyCheck) for one in chosen)
+        seq.reacts = any(isinstance(one, Feedback) for one in chosen)
         return chosen
 
     def fork(self, state: Chosen, seq: Sequence) -> Chosen:
@@ -100,10 +120,10 @@ class Sampler:
         draws = work.done and (not params.greedy or bool(seq.state[self]) or params.logprobs is not None)
         return draws or bool(work.prompt_rows)
 
-    def row(self, values: F64, seq: Sequence, drafted: list[int]) -> Row:
+    def row(self, values: F64, seq: Sequence, drafted: list[int], parent: Callable[[], Row] | None = None) -> Row:
         """Applies the request's processors to the logits after seq.tokens and `drafted`. Both the target and draft models are
-        sampled from the result. values: f64[V], overwritten."""
-        row = Row(self.ids, values, seq, drafted)
+        sampled from the result. values: f64[V], overwritten; parent: see Row."""
+        row = Row(self.ids, values, seq, drafted, parent)
         for processor in seq.state[self]:
             processor.apply(row)
         return row
@@ -157,6 +177,7 @@ class TargetDistribution:
     work: Seq[Work]
     trees: Seq[TokenTree]
     roots: I32
+    processed: dict[int, Row] = field(default_factory=dict)  # of sequences that react: row in the batch -> the same, processed
 
     def only(self, indices: Seq[int]) -> TargetDistribution:
         """The distribution for a verifier of some of the sequences: `indices` are their places in the batch."""
@@ -173,10 +194,10 @@ class TargetDistribution:
         fetched = self._fetch([rows[i] for i in processed])
         for i, values in zip(processed, fetched, strict=True):
             row = self._row(values, owners[i], packed[i])
-            if row.seq.params.greedy:
-                place = int(row.values.argmax())
-            else:
-                place = self.sampler.draw(self._key(row.seq, Stream.TARGET, packed[i]), row.ids, row.values)
+            noise = None if row.seq.params.greedy else self._key(row.seq, Stream.TARGET, packed[i])
+            place = int(row.values.argmax()) if noise is None else self.sampler.draw(noise, row.ids, row.values)
+            if row.seq.checked and not self._allows(row, place):
+                place = self._next_allowed(row, place, noise)
             drawn[i] = int(row.ids[place])
         return drawn
 
@@ -191,6 +212,10 @@ class TargetDistribution:
         for i, values in zip(sampled, self._fetch([rows[i] for i in sampled]), strict=True):
             row = self._row(values, owners[i], packed[i])
             weights = weigh(row.values)
+            if row.seq.checked:
+                weights[[place for place in np.flatnonzero(weights).tolist() if not self._allows(row, place)]] = 0
+                if not weights.any():
+                    raise NoToken(row.seq)
             probs[i, row.ids] = weights / weights.sum()
         return probs
 
@@ -214,7 +239,19 @@ class TargetDistribution:
             return True
         (values,) = self._fetch([row])
         left = self._row(values, owner, packed)
-        return bool((left.values[left.ids == token] > -np.inf).any())
+        place = np.flatnonzero((left.ids == token) & (left.values > -np.inf))
+        return bool(len(place)) and (not left.seq.checked or self._allows(left, int(place[0])))
+
+    def surprises(self, accepted: Seq[Accepted]) -> list[tuple[Sequence, float]]:
+        """The sequences that react to how likely their tokens were, and Sequence.surprise after these tokens. Before the commit."""
+        found = []
+        for s, (work, one) in enumerate(zip(self.work, accepted, strict=True)):
+            if work.seq.reacts and one.tokens:
+                total, first_node = work.seq.surprise, int(self.batch.tree_starts[s])
+                for packed, token in zip([first_node - 1, *(first_node + node for node in one.path)], one.tokens, strict=False):
+                    total += self._processed(s, packed).surprise(token)
+                found.append((work.seq, total))
+        return found
 
     def logprobs(self, rows: Seq[int], ids: Seq[int], k: int) -> list[TopLogprobs]:
         """log softmax in float64 of the raw logits. Ranks start at 1; of equal logits the lowest id comes first."""
@@ -235,7 +272,24 @@ class TargetDistribution:
         if not seq.params.greedy:
             return False
         chosen = seq.state[self.sampler]
-        return all(isinstance(one, Constraint) and one.allows(seq, self._drafted(s, packed), argmax) for one in chosen)
+        return all(isinstance(one, Constraint | LazyCheck) and one.allows(seq, self._drafted(s, packed), argmax) for one in chosen)
+
+    def _allows(self, row: Row, place: int) -> bool:
+        """Whether the lazy checks allow the token at this place of a row."""
+        checks = (one for one in row.seq.state[self.sampler] if isinstance(one, LazyCheck))
+        return all(one.allows(row.seq, row.drafted, int(row.ids[place])) for one in checks)
+
+    def _next_allowed(self, row: Row, place: int, noise: int | None) -> int:
+        """The place that is drawn of those that the lazy checks allow, where they refuse `place`, which comes first. Raises NoToken. The
+        order of noisy logits is that of draws without replacement, so this is a draw from the distribution of the allowed tokens."""
+        noisy = row.values.copy() if noise is None else row.values + gumbel(noise, row.ids)
+        while True:
+            noisy[place] = row.values[place] = -np.inf
+            place = int(noisy.argmax())
+            if noisy[place] == -np.inf:
+                raise NoToken(row.seq)
+            if self._allows(row, place):
+                return place
 
     def _fetch(self, rows: Seq[int]) -> Iterator[F64]:
         """Float64 copies of these rows of logits, one at a time, after one transfer from the device."""
@@ -262,7 +316,23 @@ class TargetDistribution:
         return key(seq.seed, stream, int(self.batch.positions[packed]) + 1)
 
     def _row(self, values: F64, s: int, packed: int) -> Row:
-        return self.sampler.row(values, self.work[s].seq, self._drafted(s, packed))
+        seq, drafted = self.work[s].seq, self._drafted(s, packed)
+        if not seq.reacts:
+            return self.sampler.row(values, seq, drafted)
+        if packed not in self.processed:
+            self.processed[packed] = self.sampler.row(values, seq, drafted, partial(self._parent, s, packed))
+        return self.processed[packed]
+
+    def _parent(self, s: int, packed: int) -> Row:
+        """The processed row of a node's parent."""
+        first_node = int(self.batch.tree_starts[s])
+        return self._processed(s, first_node + int(self.trees[s].parents[packed - first_node]))  # the root's parent is -1
+
+    def _processed(self, s: int, packed: int) -> Row:
+        if packed not in self.processed:
+            (values,) = self._fetch([int(np.searchsorted(self.batch.logit_rows, packed))])
+            return self._row(values, s, packed)
+        return self.processed[packed]
 
     def _drafted(self, s: int, packed: int) -> list[int]:
         """The drafted tokens on the path of a row, which may be that of a node."""

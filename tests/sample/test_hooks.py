@@ -14,6 +14,7 @@ from redraft.core.noise import mix
 from redraft.errors import InvalidInput
 from redraft.sample.processors.processor import Ending, Path, Row, Vocabulary
 from redraft.sample.sampler import Sampler
+from tests.sample.controls.toys import TOYS
 from tests.sample.toy import begun
 
 V = 12
@@ -101,14 +102,18 @@ def test_a_processor_may_need_a_tokenizer() -> None:
 def test_the_others_work_without_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulates that the processor's file and its registry line are deleted."""
     module = registry.PROCESSORS[name].split(":")[0]
-    monkeypatch.setattr(registry, "PROCESSORS", {key: target for key, target in registry.PROCESSORS.items() if key != name})
+    monkeypatch.setattr(
+        registry, "PROCESSORS", {key: target for key, target in registry.PROCESSORS.items() if not target.startswith(f"{module}:")}
+    )
     monkeypatch.setitem(sys.modules, module, None)  # importing it raises
     fields = {"temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "presence_penalty": 0.5}
+    fields |= {"dry_multiplier": 1, "top_n_sigma": 2, "xtc_probability": 1, "control": TOYS}
     sampler = Sampler(V, frozenset({0}), lambda text: [[4]], bytes_of=lambda token: b"%c" % (96 + token), plain=lambda text: [1])
-    either = {"min-tokens": {"min_tokens": 2}, "grammar": {"structured_outputs": {"regex": "[a-c]+"}}}
-    for one, more in either.items():
+    one = {"min-tokens": {"min_tokens": 2}, "temperature": {}, "mirostat": {"mirostat": 2}}
+    other = {"grammar": {"structured_outputs": {"regex": "[a-c]+"}}, "dynamic-temperature": {"dynatemp_range": 0.2}}
+    for chosen, left in ((one, other), (other, one)):  # those of one exclude some of the other
+        more = {field: value for given in chosen.values() for field, value in given.items()}
         seq = begun(sampler, [1, 2], logit_bias={3: 1.0}, bad_words="x", **fields, **more)
-        wanted = registry.PROCESSORS.keys() - either.keys() | {one}
-        assert len(seq.state[sampler]) == len(wanted & registry.PROCESSORS.keys()) == (9 if name in either.keys() - {one} else 8)
+        assert len(seq.state[sampler]) == len(registry.PROCESSORS.keys() - left.keys())
         row = sampler.row(np.random.default_rng(mix(1)).normal(size=V), seq, [])
         assert len(row.ids) and np.isfinite(row.values).any()

@@ -32,11 +32,17 @@ PARAMS = [
     {"top_k": 3, "presence_penalty": 1.0, "min_tokens": 6, "logit_bias": {2: 1.0}},
     {"temperature": 1.3, "min_p": 0.1, "bad_words": ("a", "bc")},
     {"typical_p": 0.7, "frequency_penalty": -0.5, "stop_token_ids": (2,), "min_tokens": 4},
+    {"dry_multiplier": 1.5, "dry_allowed_length": 1, "dry_sequence_breakers": ("c",), "temperature": 0},
+    {"dry_multiplier": 0.5, "dry_base": 1.2, "dry_penalty_last_n": 9, "xtc_probability": 0.5, "xtc_threshold": 0.15},
+    {"top_n_sigma": 1.2, "dynatemp_range": 0.7, "dynatemp_exponent": 0.5, "temperature": 1.1},
+    {"mirostat": 2, "mirostat_tau": 1.5, "mirostat_eta": 0.4, "temperature": 1.5},
+    {"mirostat": 2, "mirostat_tau": 2.5, "mirostat_eta": 0.1, "xtc_probability": 0.3, "dry_multiplier": 1.0, "top_k": 7},
 ]
+LETTERS = "abcdefghi"
 
 
 def sampler():
-    return Sampler(V, EOS, SPELLED.__getitem__)
+    return Sampler(V, EOS, SPELLED.__getitem__, bytes_of=lambda token: LETTERS[token].encode())
 
 
 def random_tree(rng, seq):
@@ -53,21 +59,35 @@ def random_tree(rng, seq):
 
 
 def plain_text(prompt, params, seed, length):
-    texts, words = list(prompt), [ids for text in params.get("bad_words", ()) for ids in SPELLED[text]]
+    texts, surprises = list(prompt), []
     checked = begun(sampler(), prompt, **params).params
     while len(texts) < length:
-        texts.append(plain.token(toy_logits(texts, V), checked, texts, len(prompt), seed, EOS, words))
+        extend(texts, surprises, checked, len(prompt), seed)
     return texts
+
+
+def extend(context, surprises, params, prompt_len, seed, token=None):
+    """Appends the token that the definition draws, or the given one, and its surprise."""
+    words = [ids for text in params.bad_words for ids in SPELLED[text]]
+    given = toy_logits(context, V), params, context, prompt_len
+    more = EOS, words, seed, LETTERS, list(surprises)
+    drawn = plain.token(*given, seed, EOS, words, *more[3:]) if token is None else token
+    surprises.append(plain.surprise(*plain.processed(*given, *more), drawn))
+    context.append(drawn)
 
 
 def test_coupled_gives_the_plain_text_for_any_trees_in_any_batch():
     own, rng, accepted_nodes, rejected = sampler(), np.random.default_rng(3), 0, 0
-    prompts = [[1, 2, 3], [5, 5], [8], [1, 2, 3], [4, 6, 4, 6], [7, 2], [3, 1, 8]]
+    prompts = [[1, 2, 3], [5, 5], [8], [1, 2, 3], [4, 6, 4, 6], [7, 2], [3, 1, 8], [3, 4], [1, 2, 1], [6], [2, 5, 8], [7]]
     seqs = [begun(own, prompt, seed=i % 3, **params) for i, (prompt, params) in enumerate(zip(prompts, PARAMS, strict=True))]
     while any(len(seq.tokens) < 40 for seq in seqs):
         run = [seq for seq in seqs if len(seq.tokens) < 40 and rng.random() < 0.8]
         trees = [random_tree(rng, seq) for seq in run]
-        for seq, tree, accepted in zip(run, trees, Coupled().accept(trees, step(own, run, trees)) if run else [], strict=True):
+        distribution = step(own, run, trees) if run else None
+        found = Coupled().accept(trees, distribution) if run else []
+        surprises = {id(seq): total for seq, total in distribution.surprises(found)} if run else {}
+        for seq, tree, accepted in zip(run, trees, found, strict=True):
+            seq.surprise = surprises.get(id(seq), 0)
             seq.advance(seq.pending, accepted.tokens, len(accepted.path))
             accepted_nodes += len(accepted.path)
             rejected += len(tree) - len(accepted.path)
@@ -75,6 +95,7 @@ def test_coupled_gives_the_plain_text_for_any_trees_in_any_batch():
                 seq.stored = int(rng.integers(0, len(seq.tokens)))
                 seq.state[own] = own.begin(seq)
     assert accepted_nodes > 50 and rejected > 50
+    assert all(bool(seq.surprise) == ("mirostat" in params) for seq, params in zip(seqs, PARAMS, strict=True))
     for i, (seq, prompt, params) in enumerate(zip(seqs, prompts, PARAMS, strict=True)):
         assert seq.tokens == plain_text(prompt, params, i % 3, len(seq.tokens)), params
 
@@ -93,11 +114,12 @@ def test_every_node_draws_by_its_own_path_together_as_alone(seed, chosen):
     together = dict(zip(rows, distribution.draw(rows), strict=True))
     assert together == {row: distribution.draw([row])[0] for row in rows}
     for s, (seq, tree) in enumerate(zip(seqs, trees, strict=True)):
-        words = [ids for text in seq.params.bad_words for ids in SPELLED[text]]
         for node in range(-1, len(tree)):
-            context = seq.tokens + tree.tokens[tree.path_to(node)].tolist()
-            wanted = plain.token(toy_logits(context, V), seq.params, context, seq.prompt_len, seq.seed, EOS, words)
-            assert together[int(distribution.roots[s]) + 1 + node] == wanted
+            context, surprises = list(seq.tokens), [0.0] * seq.generated
+            for token in tree.tokens[tree.path_to(node)].tolist():
+                extend(context, surprises, seq.params, seq.prompt_len, seq.seed, token)
+            extend(context, surprises, seq.params, seq.prompt_len, seq.seed)
+            assert together[int(distribution.roots[s]) + 1 + node] == context[-1]
 
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 1500}, {"typical_p": 0.6}, {"min_p": 0.2, "temperature": 0.7}])

@@ -15,11 +15,13 @@ from redraft.config import SamplingParams
 from redraft.core.plan import Budget
 from redraft.core.sequence import Sequence
 from redraft.core.tree import TokenTree
+from redraft.errors import RedraftError
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 S = TypeVar("S")
 
+UNLIKELY = 32.0  # bits: the surprise of a token that a lossy verifier accepted although no filter left it
 FEW = 256  # up to this many keys are sorted instead of put into buckets
 BUCKETS = 1024
 
@@ -46,20 +48,52 @@ class Vocabulary:
         return found
 
 
+class TextError(RedraftError):
+    """An error of one text, which ends its request alone."""
+
+    def __init__(self, seq: Sequence, message: str) -> None:
+        super().__init__(message)
+        self.seq = seq
+
+
 @dataclass(slots=True)
 class Row:
     """One row of logits. values: f64[M], the logits of the remaining tokens; ids: i64[M], their ids, ascending; drafted: the tokens
-    on the row's path after seq.tokens. Until the first filter, ids has all ids, so an id is its own place."""
+    on the row's path after seq.tokens. Until the first filter, ids has all ids, so an id is its own place. parent: returns the processed
+    row from which the last drafted token is drawn, None where it is not known."""
 
     ids: I64
     values: F64
     seq: Sequence
     drafted: list[int]
+    parent: Callable[[], Row] | None = None
 
     @property
     def generated(self) -> int:
         """The number of new tokens before the token that this row draws."""
         return self.seq.generated + len(self.drafted)
+
+    @property
+    def position(self) -> int:
+        """The index in the text of the token that this row draws."""
+        return len(self.seq.tokens) + len(self.drafted)
+
+    def surprise(self, token: int) -> float:
+        """-log2 of the probability with which this row draws `token`."""
+        place = int(np.searchsorted(self.ids, token))
+        weights = weigh(self.values)
+        if place == len(self.ids) or self.ids[place] != token or not weights[place]:
+            return UNLIKELY
+        return float(-np.log2(weights[place] / weights.sum()))
+
+    def surprises(self) -> tuple[float, int]:
+        """The sum of the surprises of the new tokens before this row's, and their number. Needs a `Feedback`. Drafted tokens count only
+        where their rows are known."""
+        if not self.drafted or self.parent is None:
+            return self.seq.surprise, self.seq.generated
+        before = self.parent()
+        total, count = before.surprises()
+        return total + before.surprise(self.drafted[-1]), count + 1
 
     def keep(self, places: I64) -> None:
         """Drops all tokens except those at `places` (ascending)."""
@@ -79,6 +113,11 @@ class Processor(Protocol):
     def apply(self, row: Row) -> None:
         """Changes row.values in place or drops tokens with row.keep. Only processors before the first filter may index by id."""
         ...
+
+
+class Feedback:
+    """A processor that reacts to how likely the text's tokens were: see Row.surprises. Such a state does not follow from tokens, so it
+    stays with the sequence."""
 
 
 class Ending(ABC):
@@ -106,6 +145,36 @@ class Constraint(ABC):
     @abstractmethod
     def fit(self, seq: Sequence, tree: TokenTree, budget: Budget, origin: int) -> TokenTree:
         """A tree without nodes that cannot be accepted, and with tokens that must follow. `origin`: of the nodes that it adds."""
+
+
+class Context:
+    """The tokens on a row's path as an array: those of the text, then the drafted ones. A token that stands in for a vector is a number
+    below 0 that occurs once."""
+
+    def __init__(self) -> None:
+        self._committed = np.zeros(0, np.int64)
+
+    @staticmethod
+    def prompt(seq: Sequence) -> list[int]:
+        tokens, vectors = seq.tokens[: seq.prompt_len], seq.request.vectors
+        if vectors is None:
+            return tokens
+        return [token if np.isnan(vector[0]) else -1 - i for i, (token, vector) in enumerate(zip(tokens, vectors, strict=True))]
+
+    def at(self, row: Row) -> I64:
+        """i64[row.position]"""
+        if len(self._committed) != len(row.seq.tokens):
+            start = self._committed if len(self._committed) else np.asarray(self.prompt(row.seq), np.int64)
+            self._committed = np.concatenate([start, np.asarray(row.seq.tokens[len(start) :], np.int64)])
+        return np.concatenate([self._committed, np.asarray(row.drafted, np.int64)]) if row.drafted else self._committed
+
+
+class LazyCheck(ABC):
+    """A processor that is asked about single tokens after all others, in the order in which they would be drawn, until it allows one."""
+
+    @abstractmethod
+    def allows(self, seq: Sequence, drafted: Seq[int], token: int) -> bool:
+        """Whether `token` may follow seq.tokens and `drafted`."""
 
 
 class Path(Generic[S]):
@@ -137,6 +206,22 @@ class Path(Generic[S]):
         for token in seq.tokens[max(self._upto, seq.prompt_len) :]:
             state = self._advance(state, token)
         self._upto, self._states = len(seq.tokens), {(): state}
+
+
+def repetitions(tokens: I64, longest: int) -> dict[int, int]:
+    """Token -> the length of the longest end of `tokens`, at most `longest`, that occurred before with this token behind it."""
+    last = len(tokens) - 1
+    ends = np.flatnonzero(tokens[:-1] == tokens[last])  # of earlier occurrences; tokens below 0 occur once
+    found: dict[int, int] = {}
+    n = 1
+    while len(ends):
+        found |= dict.fromkeys((token for token in tokens[ends + 1].tolist() if token >= 0), n)
+        if n == longest:
+            break
+        ends = ends[ends >= n]
+        ends = ends[tokens[ends - n] == tokens[last - n]]
+        n += 1
+    return found
 
 
 def largest(keys: F64, weights: F64, wanted: float) -> I64:

@@ -17,7 +17,7 @@ class Temperature:
 
     @classmethod
     def of(cls, params: SamplingParams, vocabulary: Vocabulary) -> Self | None:
-        return None if params.temperature in (0, 1) else cls(params.temperature)
+        return None if params.temperature in (0, 1) or params.dynatemp_range else cls(params.temperature)
 
     def apply(self, row: Row) -> None:
         top = row.values.max()
