@@ -27,7 +27,6 @@ from redraft_train.heads.head import Head
 from redraft_train.progress import Progress, left, trained, training
 from redraft_train.states import States
 from redraft_train.target import Target
-from redraft_train.texts import Text
 from redraft_train.train import Measured, Plan, Trainer
 
 if TYPE_CHECKING:
@@ -142,9 +141,9 @@ def _data(
         before, limited = sum(text.written for text in written), order.texts is not None
         total = before
 
-        def wrote(text: Text) -> None:
+        def wrote(tokens: int) -> None:
             nonlocal total
-            total += text.written
+            total += tokens
             speed = (total - before) / progress.seconds
             rest = f"{order.texts} wanted" if limited else left(share - progress.seconds)
             progress.show(f"{len(writer.texts):,} texts, {total:,} tokens written, {speed:,.0f} tok/s, {rest}")

@@ -77,7 +77,7 @@ def split(found: Seq[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return [one for one in found if one.content not in held], [one for one in found if one.content in held]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """One conversation that the model is writing."""
 
@@ -103,6 +103,12 @@ class _Job:
         self.answers.append((len(self.ids), len(self.ids) + len(self.reply)))
         self.said = self.ids + self.reply
         self.dialogue.reply(self.reply)
+        self.reply = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether what it has is a text."""
+        return bool(self.reply or self.answers)
 
     def text(self) -> Text:
         return Text(self.prompt.id, self.number, self.held, self.temperature, self.said, self.answers)
@@ -122,9 +128,9 @@ class Writer:
             self.wanted += [(prompt, number, False) for prompt in order]
         self.texts = read(file)
 
-    def run(self, seconds: float = inf, limit: int | None = None, tick: Callable[[Text], None] = lambda text: None) -> list[Text]:
-        """Writes for about so long, at least one held-out text and one other, or the first `limit` texts. Returns all texts in the order of
-        prompts."""
+    def run(self, seconds: float = inf, limit: int | None = None, tick: Callable[[int], None] = lambda tokens: None) -> list[Text]:
+        """Writes for so long, at least one held-out text and one other, or the first `limit` texts. Answers that are under way when time is
+        up are cut. tick gets the number of new tokens. Returns all texts in the order of prompts."""
         until = time.monotonic() + seconds
         wanted = self.wanted if limit is None else self.wanted[:limit]
         jobs, waiting = self._jobs(wanted), deque[_Job]()
@@ -135,18 +141,26 @@ class Writer:
                 file.write(json.dumps(asdict(job.text())) + "\n")
                 file.flush()
                 self.texts.append(job.text())
-                tick(self.texts[-1])
 
             while wave := [waiting.popleft() for _ in range(min(len(waiting), WAVE))] or [*islice(jobs, WAVE)]:
-                for job in self._wave(wave):
-                    if job.dialogue.open and len(job.dialogue.ids()) < self.llm.max_model_len - 1:
-                        waiting.append(job)
-                    else:
-                        keep(job)
-                    if time.monotonic() > until and {text.held for text in self.texts} == {True, False}:
-                        for one in waiting:  # what it has is a text
-                            keep(one)
-                        return self._sorted(wanted)
+                under_way = dict.fromkeys(wave)
+                for job, new, ended in self._wave(wave):
+                    tick(new)
+                    if ended:
+                        del under_way[job]
+                        job.close()
+                        if job.dialogue.open and len(job.dialogue.ids()) < self.llm.max_model_len - 1:
+                            waiting.append(job)
+                        else:
+                            keep(job)
+                    if time.monotonic() > until:
+                        begun = [one for one in (*waiting, *under_way) if one.begun]
+                        if {text.held for text in self.texts} | {job.held for job in begun} == {True, False}:
+                            for job in begun:
+                                if job.reply:
+                                    job.close()
+                                keep(job)
+                            return self._sorted(wanted)
         return self._sorted(wanted)
 
     def _sorted(self, wanted: Seq[tuple[Prompt, int, bool]]) -> list[Text]:
@@ -168,16 +182,15 @@ class Writer:
         share = int.from_bytes(sha256(f"{self.seed} {prompt.id}".encode()).digest()[:4], "big") / 2**32
         return 0.0 if share < GREEDY else TEMPERATURE
 
-    def _wave(self, jobs: Seq[_Job]) -> Iterator[_Job]:
-        """Yields each when its answer is written. Errors of single prompts are left out."""
+    def _wave(self, jobs: Seq[_Job]) -> Iterator[tuple[_Job, int, bool]]:
+        """Yields each with the number of its new tokens, and whether its answer is written. Errors of single prompts are left out."""
         params = [SamplingParams(temperature=job.temperature, seed=job.seed, max_tokens=self.max_tokens) for job in jobs]
         with closing(self.llm.stream([{"prompt_token_ids": job.ask()} for job in jobs], params)) as deltas:
             for delta in deltas:
                 job = jobs[delta.prompt]
                 job.reply += delta.token_ids
-                if delta.finish_reason is not None and delta.error is None:
-                    job.close()
-                    yield job
+                if delta.error is None:
+                    yield job, len(delta.token_ids), delta.finish_reason is not None
 
 
 def read(file: Path) -> list[Text]:

@@ -28,7 +28,8 @@ from redraft.bench.cache import (
     Scores,
     bootstrap,
 )
-from redraft.engine.curves import Curve, Curves, Interval, Loss
+from redraft.card import NOTHING
+from redraft.engine.curves import ENOUGH, Curve, Curves, Interval, Loss
 from redraft.engine.policies import SEAMS
 from redraft.errors import InvalidInput, Unsupported
 from redraft.llm import LLM
@@ -36,7 +37,6 @@ from redraft.models.memory import size
 from redraft.models.trained import model_hash
 
 WHOLE = "whole cache"
-ENOUGH = 8  # texts
 BEYOND = 1.4  # times the full cache's perplexity; larger values are not drawn
 DASHED = {"color": "black", "linestyle": "--", "linewidth": 1, "zorder": 5}
 
@@ -107,10 +107,11 @@ def neutral(results: Seq[Result]) -> Iterator[str]:
 
 
 def unmeasured(options: CacheOptions) -> list[str]:
-    """Methods of these seams that are not among the policies, with what they need."""
+    """Methods of these seams that are not among the policies, with what they need, if anything."""
     chosen = {(seam, registry.parse(method)[0]) for policy in options.chosen for seam, method in policy.parts}
     others = [(seam, name) for seam in SEAMS for name in registry.METHODS[seam] if (seam, name) not in chosen]
-    return [f"{seam}={name} (needs: {cast(Any, registry.method(seam, name)).card.needs})" for seam, name in others]
+    needs = [cast(Any, registry.method(seam, name)).card.needs for seam, name in others]
+    return [f"{seam}={name}" + (f" (needs: {what})" if what != NOTHING else "") for (seam, name), what in zip(others, needs, strict=True)]
 
 
 def span(one: Interval) -> str:

@@ -115,7 +115,7 @@ class Copy:
 
     def _policy(self, runner: Runner, seam: str, name: str, prompt: list[int]) -> str:
         """A policy with its default options, calibrated if it needs that."""
-        method: Any = registry.method(seam, name)
+        method: Any = registry.create(seam, name)
         if not hasattr(method, "calibrate"):
             return name
         return f"{name}:profile={method.calibrate(runner, [prompt]).save(self.folder / name)}"

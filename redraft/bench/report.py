@@ -26,6 +26,7 @@ from redraft.bench.divergence import Divergence, tolerance_label
 from redraft.bench.results import CHOOSER, ENOUGH, LOW_REPEAT, Row, Speed
 from redraft.card import Guarantee
 from redraft.columns import fold
+from redraft.engine.budgets import CACHE
 from redraft.engine.policies import CHOICES
 from redraft.ops import library, pytorch
 from redraft.setup import GPUS
@@ -199,8 +200,11 @@ def heading(comparison: Comparison, options: CompareOptions) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores, {threads} thread{'s' * (threads > 1)}, {backend.name} backend"
         + beside_pytorch(machine),
     ]
-    if chosen := [f"{seam} {text}" for seam in CHOICES if (text := getattr(params, seam))]:
-        weakest = llm.guarantee_of(params).label
+    chosen = [f"{seam} {text}" for seam in CHOICES if (text := getattr(params, seam))]
+    if llm.cache_policy is not None and not params.model_fields_set & {*CACHE}:
+        chosen.append(f"cache policy {llm.config.cache.policy}")
+    if chosen:
+        weakest = llm.guarantee_with_policy(params).label
         lines.append(f"all under {', '.join(chosen)}, {weakest}; the guarantees below are towards the plain loop under the same")
     return lines
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from redraft.cli.options import ENGINE, Given, Model, engine_config, names, takes
+from redraft.cli.options import ENGINE, SHARING, Given, Model, engine_config, names, takes
 from redraft.errors import InvalidInput, RedraftError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def _bench() -> None:  # with a callback typer keeps the verb's name even if the
 
 
 @bench.command("cache")
-@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing", "cache_policy"))
+@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", *SHARING, "cache_policy"))
 def cache(
     model: Model = "embedded",
     texts: Annotated[list[Path] | None, typer.Option(help="A .txt or .gz file, repeated for more; a folder is a source.")] = None,
@@ -227,7 +227,7 @@ def ops(
 
 
 @bench.command("profile")
-@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", "prefix_sharing", "cache_policy"))
+@takes(engine=ENGINE.without("lora", "draft", "draft_model", "verify", "draft_rows", "draft_total", *SHARING, "cache_policy"))
 def profile(
     model: Model = "embedded",
     output: Annotated[Path, typer.Option(help="The file to write, for `redraft sim --cost`.")] = Path("measured.json"),

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from redraft.cli.options import ENGINE, SAMPLING, STRUCTURE, Given, Model, engine_config, measured, names, structured, takes
+from redraft.cli.options import ENGINE, SAMPLING, SHARING, STRUCTURE, Given, Model, engine_config, measured, names, structured, takes
 
 
 @takes(
     sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"),
     structure=STRUCTURE,
-    engine=ENGINE.without("draft", "prefix_sharing"),
+    engine=ENGINE.without("draft", *SHARING),
 )
 def compare(
     model: Model = "embedded",

@@ -10,13 +10,14 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from redraft import registry
 from redraft.card import Card, Guarantee
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, adapted, engine_config, takes
+from redraft.cli.options import ENGINE, KEPT, SAMPLING, Given, Model, adapted, engine_config, takes
 from redraft.columns import fold, width
 from redraft.config import EngineConfig, SamplingParams
 
@@ -36,7 +37,7 @@ class Part:
     guarantee: Guarantee | None = None
 
 
-@takes(sampling=SAMPLING, engine=ENGINE)
+@takes(sampling=SAMPLING, engine=ENGINE.without(*KEPT))
 def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> None:
     """Print the step for a configuration, and the part that does each line.
 
@@ -52,12 +53,12 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
     setup = Setup.of(config)
     config = setup.config
     defaults = setup.checkpoint.defaults if config.model.generation_config == "auto" else {}
-    params = SamplingParams(**generation.over(defaults, adapted(sampling, config)))
+    params = _cached(config, setup, SamplingParams(**generation.over(defaults, adapted(sampling, config))))
     parts = _parts(config, setup, _engine(config, setup), params)
     for line in [*_model(config, setup, parts), ""]:
         _print(line)
     shown = set()
-    code = "\n".join(inspect.getsource(part) for part in (Engine.step, Engine.begin, Engine.end))
+    code = "\n".join(inspect.getsource(part) for part in (Engine.step, Engine.begin, Engine._plan, Engine.end))
     for line in textwrap.dedent(code).splitlines():
         _print(line, bold=True)
         indent = " " * (len(line) - len(line.lstrip()) + 8)
@@ -66,6 +67,19 @@ def explain(model: Model = "embedded", *, sampling: Given, engine: Given) -> Non
                 shown.add(name)
                 for text in parts[name].lines:
                     _print(indent + text)
+
+
+def _cached(config: EngineConfig, setup: Setup, params: SamplingParams) -> SamplingParams:
+    """With the cache policy of the configuration, as a long prompt gets it."""
+    from redraft.engine import cache_policy
+    from redraft.engine.budgets import CACHE
+    from redraft.ops.arrays import name_of
+
+    if config.cache.policy is None or params.model_fields_set & {*CACHE}:
+        return params
+    form = setup.checkpoint.path, name_of(setup.backend.dtype), setup.backend.name
+    policy = cache_policy.of(config.cache.policy, config.model.model, *form)
+    return params.but(**policy.params(policy.lengths[-1]))
 
 
 def _print(line: str, bold: bool | None = None) -> None:
@@ -93,7 +107,11 @@ def _engine(config: EngineConfig, setup: Setup) -> Engine:
         draft_model=config.draft_model,
     )
     verifier = registry.create("verify", config.verify)
-    sampler = Sampler(checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), Tokenizer(checkpoint.path).spellings, verifier.drafts)
+    tokenizer = Tokenizer(checkpoint.path)
+    sampler = Sampler(
+        checkpoint.spec.vocab, frozenset(checkpoint.eos_ids), tokenizer.spellings, verifier.drafts, bytes_of=tokenizer.bytes_of,
+        plain=partial(tokenizer.encode, special=False), special=tokenizer.left_out,
+    )  # fmt: skip
     drafter = setup.drafter.open(runner, sampler)
     return Engine(
         runner, setup.scheduler, drafter, verifier, sampler, max_model_len=setup.max_model_len, eos=checkpoint.eos_ids, draft=config.draft
@@ -142,10 +160,18 @@ def _parts(config: EngineConfig, setup: Setup, engine: Engine, params: SamplingP
         "drafter": _registered("drafter", "draft", config.draft, setup.drafter),
         "memory": Part([f"cache: {setup.blocks} blocks of 32 tokens, prefixes {sharing}"]),
         "runner": Part([*runner, *(stored.lines if stored else ())], stored.guarantee if stored else None),
-        "sampler": Part([sampler]),
+        "sampler": _sampler(sampler, params),
         "policies": _policies(engine, params),
         "verifier": _registered("verifier", "verify", config.verify, registry.create("verify", config.verify)),
     }
+
+
+def _sampler(line: str, params: SamplingParams) -> Part:
+    """The processors, then the controls of the request."""
+    chosen = [] if params.control is None else registry.split(params.control, "+")
+    parts = [_registered("control", "control", text, registry.create("control", text)) for text in chosen]
+    found = [part.guarantee for part in parts if part.guarantee is not None]
+    return Part([line, *(more for part in parts for more in part.lines)], max(found, default=None))
 
 
 def _adapters(config: EngineConfig, setup: Setup, params: SamplingParams) -> Iterator[str]:

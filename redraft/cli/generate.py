@@ -75,6 +75,7 @@ def generate(
     options such as max_tokens, and lora, the name of an adapter (null: none). Each gives one line of results, in the
     same order: index, id, text, token_ids, finish_reason, usage, seed, error. A wrong line gets an error and the others finish;
     the exit code is then 1. Results are written as they finish, so Ctrl-C keeps the lines that are complete.
+    With --scheduler batchllm lines that begin alike run together, of 1,024 lines at a time.
 
     With --ray, --output is a folder of files, in Parquet if its name ends with .parquet. The same command again continues
     a run that was stopped, however it ended: each row of prompts has one row of results, with its index.

@@ -18,6 +18,7 @@ from redraft.columns import fold, width
 SEAMS = {
     "draft": "Drafters: what may come next?",
     "verify": "Verifiers: what is accepted?",
+    "control": "Controls: what decides beside the model?",
     "keep": "Cache policies: what stays?",
     "codec": "Codecs: how is a page stored?",
     "read": "Sparse reads: what is read this step?",

@@ -67,13 +67,16 @@ STRUCTURE = OptionGroup(
         "grammar": FieldInfo(annotation=str, default=None, description="file of a grammar, in Lark's form or GBNF, or the grammar"),
     },
 )
+KEPT = "prefix_cache_dir", "prefix_cache_size"
+SHARING = "prefix_sharing", *KEPT  # verbs that measure have none of these
 ENGINE = OptionGroup(
     "Engine",
     {name: EngineConfig.model_fields[name] for name in ("draft", "draft_model", "verify")}
     | {name: field for name, field in ModelConfig.model_fields.items() if name != "model"}
     | dict(SchedulerConfig.model_fields)
     | {"cache_memory": CacheConfig.model_fields["memory"], "cache_fraction": CacheConfig.model_fields["fraction"]}
-    | {"prefix_sharing": CacheConfig.model_fields["prefix_sharing"], "cache_policy": CacheConfig.model_fields["policy"]},
+    | {"cache_policy": CacheConfig.model_fields["policy"]}
+    | {name: CacheConfig.model_fields[name] for name in SHARING},
 )
 _OPTIONS = {id(field): name for group in (SAMPLING, ENGINE) for name, field in group.fields.items()}
 FLAGS = {  # "Class.field", as errors name it -> its option

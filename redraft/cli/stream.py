@@ -85,8 +85,10 @@ class Screen:
 
 @dataclass
 class Shown:
-    """The generated texts, by sample, and figures for the summary. pieces: with the seconds until each, if tokens have a provenance."""
+    """The generated texts, by sample, and figures for the summary. pieces: with the seconds until each, if tokens have a provenance.
+    prompt_tokens: of the prompt."""
 
+    prompt_tokens: int
     seconds: float = 0.0
     interrupted: bool = False
     texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
@@ -99,12 +101,15 @@ class Shown:
 
     def summary(self, llm: LLM, params: SamplingParams, *notes: str) -> str:
         """Lines of at most COLUMNS characters: what was generated, how, and any `notes`."""
+        from redraft.front import POLICIES
+
         length = f", mean acceptance length {1 + self.accepted / self.steps:.2f}" if self.steps else ""
         rate = f", {self.tokens / self.seconds:.1f} tokens/s" if self.tokens else ""
         draw = "greedy" if llm.params(params).greedy else f"seed {params.seed}"
         adapter = params.lora and f"lora {params.lora}"
-        policies = [text for text in (adapter, params.keep, params.codec, params.read, params.depth) if text]
-        how = [llm.runner.backend.name, llm.config.draft, *policies, llm.promise(params), draw, *notes]
+        chosen = llm.cached(params, self.prompt_tokens)
+        policies = [text for text in (adapter, *(getattr(chosen, seam) for seam in POLICIES)) if text]
+        how = [llm.runner.backend.name, llm.config.draft, *policies, llm.promise(params, self.prompt_tokens), draw, *notes]
         lines = [f"{self.tokens} new tokens{rate}{length}", ", ".join(how)]
         if self.stopped:
             named = ", ".join(f"{name} in {count}" for name, count in self.stopped.items())
@@ -120,7 +125,7 @@ def folded(lines: Iterable[str]) -> str:
 def show(llm: LLM, prompt: list[int], params: SamplingParams) -> Shown:
     """Generates the texts of one prompt and writes them one after the other, the first one as it is generated. Ctrl-C stops between
     two steps and sets `interrupted`."""
-    screen, shown, n = Screen(), Shown(), params.n
+    screen, shown, n = Screen(), Shown(len(prompt)), params.n
     decode = llm.tokenizer.decoder if params.skip_special_tokens else llm.tokenizer.decoder_all
     colours = [Colours(prompt, decode) for _ in range(n)]
     held: dict[int, list[Part]] = defaultdict(list)

@@ -57,7 +57,7 @@ def recorded(llm: LLM, prompt: str, params: SamplingParams, shown: Shown, *, cha
         "model": Path(llm.name).name,
         "backend": llm.runner.backend.name,
         "draft": llm.config.draft,
-        "guarantee": llm.promise(params),
+        "guarantee": llm.promise(params, shown.prompt_tokens),
         "version": f"redraft {__version__}",
     }
     request = {"temperature": llm.params(params).temperature, "seed": str(params.seed)}

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from redraft.cli.compare import complete
-from redraft.cli.options import ENGINE, SAMPLING, Given, Model, engine_config, measured, takes
+from redraft.cli.options import ENGINE, SAMPLING, SHARING, Given, Model, engine_config, measured, takes
 
 
 @takes(
     sampling=SAMPLING.without("n", "temperature", "max_tokens", "seed"),
-    engine=ENGINE.without("draft", "draft_rows", "prefix_sharing"),
+    engine=ENGINE.without("draft", "draft_rows", *SHARING),
 )
 def tune(
     model: Model = "embedded",

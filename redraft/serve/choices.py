@@ -20,6 +20,8 @@ FIELDS = {
     "codec": "cache.codec",
     "read": "cache.read",
     "steer": "steer",
+    "control": "control",
+    "reuse": "reuse",
 }
 PARTS = 8  # drafters in one choice, including nested ones
 LARGEST_DRAFT = 64  # of a number in a drafter's options, because its tables grow with it
@@ -36,9 +38,11 @@ def checked(seam: str, text: str, own: str | None) -> str:
         return text
     field = FIELDS[seam]
     try:
-        if (count := _count(seam, text, field)) > PARTS:
+        several = registry.split(text, "+") if seam == "control" else [text]
+        if (count := sum(_count(seam, one, field) for one in several)) > PARTS:
             raise Refused(400, f"{text}: it has {count} parts, at most {PARTS} are allowed in a request", field)
-        registry.create(seam, text)
+        for one in several:
+            registry.create(seam, one)
     except RedraftError as error:
         raise Refused(400, str(error), field) from None
     except (OverflowError, MemoryError):
@@ -88,7 +92,10 @@ def _check_numbers(seam: str, shown: str, option: str, value: str, field: str) -
 
 
 def _may_name_a_file(seam: str, name: str, option: str) -> bool:
-    hint = typing.get_type_hints(registry.method(seam, name)).get(option, int)
+    method = registry.method(seam, name)
+    if (field := registry.options(method).get(option)) is not None and "words" in field.metadata:
+        return False
+    hint = typing.get_type_hints(method).get(option, int)
     return not {*(typing.get_args(hint) or (hint,))} <= PLAIN and option not in METHODS + SHAPES
 
 

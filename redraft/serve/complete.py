@@ -55,6 +55,8 @@ async def complete(
     given = body.prompt or ""
     if body.prompt_embeds is not None:
         prompts = vectors.prompts(body.prompt_embeds, here.llm.spec.hidden, here.config.max_queue)
+    elif body.segments is not None:
+        prompts = [await here.prompts.joined(body.segments, deadline, special=special)]
     elif body.suffix is None:
         prompts = await here.prompts.read(given, deadline, special=special, texts=bool(body.echo))
     else:

@@ -43,8 +43,21 @@ class Form(BaseModel):
 # ---- parts of texts
 
 
+class CacheMiss(Form):
+    """Token `at` of the prompt differs from the cached text, which would have given `lost` more tokens."""
+
+    at: int
+    text: str
+    cached_text: str
+    lost: int
+
+
 class CachedTokens(Form):
     cached_tokens: int = Field(description="of the prompt, found in the prefix cache")
+    reused_tokens: int | None = Field(None, description="with reuse: taken from the cache of segments")
+    repaired_tokens: int | None = Field(None, description="with reuse: those that ran again through all layers")
+    repair_rows: float | None = Field(None, description="with reuse: all that ran again, in whole rows")
+    cache_miss: CacheMiss | None = Field(None, description="with reuse: where the prompt left the prefix cache")
 
 
 class PredictionTokens(Form):
@@ -73,6 +86,8 @@ class RequestMetrics(Form):
     acceptance_by_position: list[int]
     stopped_drafters: list[str] = Field(description="drafters that stopped for a while, because their drafts did not pay")
     faults: list[str] = Field(description="why a text continued without drafts")
+    disk_tokens: int = Field(description="of the prompts, found in the prefix cache on disk")
+    disk_seconds: float | None = Field(description="that it took to read them")
     cache_policies: list[str] = Field(description="of each prompt: its eviction, quantization and sparse attention, or none")
     seeds: list[int] = Field(description="of each prompt; repeating the request with it gives the same text")
 
@@ -344,6 +359,7 @@ class CacheInfo(Form):
     pages: int
     tokens_per_page: int
     prefix_sharing: bool
+    on_disk: bool = Field(description="prefixes are kept for later processes")
 
 
 class WorkerInfo(Form):
@@ -372,7 +388,7 @@ class ServerInfo(Form):
     quant: str | None
     draft: str
     verify: str
-    guarantee: str
+    guarantee: str = Field(description="of requests that choose nothing")
     scheduler: dict[str, Any]
     cache: CacheInfo
     workers: list[WorkerInfo]

@@ -80,10 +80,19 @@ class LlamaSettings(Form):
     stream: bool
     n_probs: int
     grammar: str
-    mirostat: int
-    dynatemp_range: float
-    dry_multiplier: float
+    top_n_sigma: float
     xtc_probability: float
+    xtc_threshold: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: list[str]
     samplers: list[str]
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 from redraft.config import SamplingParams
 from redraft.serve.errors import TYPES, Refused, clean
-from redraft.serve.llama_cpp_schema import SAMPLERS, Options
+from redraft.serve.llama_cpp_schema import Options
+from redraft.serve.llama_options import SAMPLERS
 from redraft.serve.reply import Choice, Writer, event, finite
 
-LACKED = {"mirostat": 0, "dynatemp_range": 0.0, "dry_multiplier": 0.0, "xtc_probability": 0.0}
-ORDER = ["penalties", "temperature", "top_k", "top_p", "min_p", "typ_p"]  # of Redraft's samplers
+SAME = (  # names of fields
+    "top_n_sigma", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_tau", "mirostat_eta",
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+)  # fmt: skip
+ORDER = ["penalties", "dry", "temperature", "top_n_sigma", "top_k", "top_p", "min_p", "typ_p", "xtc"]  # of Redraft's samplers
 assert set(ORDER) <= set(SAMPLERS)
 
 
@@ -44,7 +48,8 @@ def settings(params: SamplingParams, context: int, *, stream: bool = False) -> d
         "stream": stream,
         "n_probs": params.logprobs or 0,
         "grammar": grammar.text if grammar is not None and grammar.kind == "grammar" else "",
-        **LACKED,
+        **{name: getattr(params, name) for name in SAME},
+        "dry_sequence_breakers": list(params.dry_sequence_breakers),
         "samplers": ORDER,
     }
 

@@ -6,15 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from redraft.serve.llama_options import LlamaOptions, Number
+from redraft.serve.llama_options import SAMPLERS, LlamaOptions, Number, neutral
 from redraft.serve.schema import MAX_NUMBER, MESSAGES, TOOLS, VARIABLES, Body, LongText, Message, Short, Token, Tool
 
 FILES = 1024  # of a request
-PENALTIES: dict[str, Any] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-SAMPLERS: dict[str, dict[str, Any]] = {  # name -> its fields, with values without effect
-    "penalties": PENALTIES, "top_k": {"top_k": 0}, "typ_p": {"typical_p": 1.0}, "top_p": {"top_p": 1.0}, "min_p": {"min_p": 0.0},
-    "temperature": {"temperature": 1.0}, "dry": {}, "xtc": {}, "top_n_sigma": {}, "infill": {},
-}  # fmt: skip
 Milliseconds = Annotated[int, Field(ge=-1, lt=MAX_NUMBER)]
 Bias = Annotated[float, Field(ge=-1e6, le=1e6)] | Literal[False]
 Part = Token | LongText
@@ -25,15 +20,13 @@ class Options(LlamaOptions):
     """Fields of completions and of filling in the middle."""
 
     lacking: ClassVar[dict[str, str]] = {
-        **LlamaOptions.lacking, "dynatemp_range": "dynamic temperatures", "dry_multiplier": "DRY sampling",
-        "xtc_probability": "XTC sampling", "top_n_sigma": "top-n-sigma sampling", "adaptive_target": "adaptive sampling",
-        "min_keep": "min_keep", "n_discard": "moving of contexts", "post_sampling_probs": "probabilities after sampling",
+        **LlamaOptions.lacking, "adaptive_target": "adaptive sampling", "min_keep": "min_keep",
+        "n_discard": "moving of contexts", "post_sampling_probs": "probabilities after sampling",
         "return_progress": "progress of prompts", "lora": "scales of adapters, but model",
         "sse_ping_interval": "intervals of pings from clients",
     }  # fmt: skip
     neutral: ClassVar[dict[str, Any]] = {
-        **LlamaOptions.neutral, "dynatemp_range": 0, "dry_multiplier": 0, "xtc_probability": 0, "top_n_sigma": -1, "adaptive_target": -1,
-        "min_keep": 0, "n_discard": 0,
+        **LlamaOptions.neutral, "adaptive_target": -1, "min_keep": 0, "n_discard": 0,
     }  # fmt: skip
 
     model: str | None = Field(None, max_length=400, description="a name of /v1/models; without it, the one that is served")
@@ -60,12 +53,6 @@ class Options(LlamaOptions):
     id_slot: int | None = Field(None, ge=-1, lt=MAX_NUMBER, description="accepted, and without effect: there are no slots")
     t_max_predict_ms: Milliseconds | None = Field(None, description="accepted, and without effect")
     t_max_prompt_ms: Milliseconds | None = Field(None, description="accepted, and without effect")
-    dynatemp_exponent: Number = Field(None, description="accepted, and without effect: dynamic temperatures are off")
-    dry_base: Number = Field(None, description="accepted, and without effect: DRY is off")
-    dry_allowed_length: Number = Field(None, description="accepted, and without effect: DRY is off")
-    dry_penalty_last_n: Number = Field(None, description="accepted, and without effect: DRY is off")
-    dry_sequence_breakers: list[Short] | None = Field(None, max_length=1024, description="accepted, and without effect: DRY is off")
-    xtc_threshold: Number = Field(None, description="accepted, and without effect: XTC is off")
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -75,9 +62,8 @@ class Options(LlamaOptions):
 
     def tuned(self) -> dict[str, Any]:
         found = super().tuned()
-        for name, fields in SAMPLERS.items():
-            if self.samplers is not None and name not in self.samplers:
-                found |= fields
+        if self.samplers is not None and not self.mirostat:
+            found |= neutral(set(SAMPLERS) - set(self.samplers))
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter as Counts
+from collections import defaultdict
 from collections.abc import Callable
 from time import monotonic
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ class Metrics:
         self.model, self.prefix, self.figures = model, prefix, figures
         self._seen: dict[str, dict[int, Any]] = {}  # request -> text -> statistics already counted
         self._gaps: dict[str, int] = {}  # likewise
-        self._counted: Counts[tuple[str, str]] = Counts()  # of each worker and metric
+        self._counted: defaultdict[tuple[str, str], float] = defaultdict(float)  # of each worker and metric
         self._made: dict[str, Any] = {}
 
         self._gauge("num_requests_running", "Texts that run.")
@@ -45,6 +45,11 @@ class Metrics:
         self._counter("handover_copied_tokens", "Tokens whose pages were copied from another worker.")
         self._counter("handover_found_tokens", "Tokens of handed-over texts whose pages were there already.")
         self._counter("handover_lost_texts", "Handed-over texts that were computed again, because their pages did not arrive.")
+        self._counter("prefix_cache_disk_hits", "Tokens of prefixes that were read from disk.")
+        self._counter("prefix_cache_disk_seconds", "Seconds that it took to read them.")
+        self._counter("prefix_cache_disk_written_pages", "Pages of prefixes that were written to disk.")
+        self._counter("prefix_cache_disk_dropped_pages", "Pages that were not written, because they left memory or the disk was full.")
+        self._gauge("prefix_cache_disk_bytes", "Bytes of all prefixes on disk, as the worker counted them last.")
         self._gauge("opened_methods", "Methods opened for requests.")
         self._gauge("opened_methods_bytes", "Memory of these.")
         self._counter("prompt_tokens", "Tokens of prompts that started.")
@@ -130,12 +135,17 @@ class Metrics:
             of.opened_methods.set(now.opened)
             of.opened_methods_bytes.set(now.opened_bytes)
             of.worker_ready.set(now.ready)
+            of.prefix_cache_disk_bytes.set(now.disk.bytes)
             for name, count in (
                 ("num_preemptions", now.preemptions),
                 ("worker_starts", now.starts),
                 ("handover_copied_tokens", now.copied),
                 ("handover_found_tokens", now.found),
                 ("handover_lost_texts", now.lost),
+                ("prefix_cache_disk_hits", now.disk.found),
+                ("prefix_cache_disk_seconds", now.disk.seconds),
+                ("prefix_cache_disk_written_pages", now.disk.written),
+                ("prefix_cache_disk_dropped_pages", now.disk.dropped),
             ):
                 getattr(of, name).inc(count - self._counted[worker, name])
                 self._counted[worker, name] = count

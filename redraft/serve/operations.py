@@ -87,12 +87,13 @@ async def server_info(http: Request) -> dict[str, Any]:
         "quant": config.model.quant and public("quant", config.model.quant),
         "draft": public("draft", config.draft),
         "verify": config.verify,
-        "guarantee": llm.guarantee.label,
+        "guarantee": llm.guarantee_with_policy(here.own).label,
         "scheduler": config.schedule.model_dump(),
         "cache": {
             "pages": llm.blocks * len(here.host.workers),
             "tokens_per_page": PAGE,
             "prefix_sharing": config.cache.prefix_sharing,
+            "on_disk": config.cache.kept is not None,
         },
         "workers": [
             {"name": name, "ready": now.ready, "starts": now.starts, "running": now.running, "waiting": now.waiting}

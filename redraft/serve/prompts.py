@@ -6,9 +6,9 @@ import asyncio
 import inspect
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from time import monotonic
 from typing import Any, cast
 
@@ -31,13 +31,15 @@ LATE = "the request took longer than this server allows"
 @dataclass(frozen=True)
 class Prompt:
     """text: as given, or as rendered by the template; field: of the request that has it; scored: the first token whose log-probability
-    is wanted, None for none; vectors: [tokens, hidden], that take the place of the tokens."""
+    is wanted, None for none; vectors: [tokens, hidden], that take the place of the tokens; chunks: (first, end) of segments between the
+    first and the last."""
 
     tokens: list[int]
     text: str
     field: str = "prompt"
     scored: int | None = None
     vectors: F32 | None = None
+    chunks: tuple[tuple[int, int], ...] = ()
 
 
 class Prompts:
@@ -89,6 +91,18 @@ class Prompts:
                 tokens += prompt.tokens
             found.append(Prompt(tokens, "", field))
         return found
+
+    async def joined(self, segments: Seq[str | list[int]], deadline: float, *, special: bool = True) -> Prompt:
+        """A prompt of segments, of which the first gets the tokens that the checkpoint puts around every text."""
+        tokens: list[int] = []
+        ends: list[int] = []
+        for i, segment in enumerate(segments):
+            name = f"segments[{i}]"
+            tokens += (await self._run(partial(self._prompt, segment, special and not i, False, name), deadline)).tokens
+            if len(tokens) == (ends[-1] if ends else 0):
+                raise Refused(400, f"{name} is empty: at least one token is needed", "segments")
+            ends.append(len(tokens))
+        return Prompt(tokens, "", "segments", chunks=tuple(pairwise(ends[:-1])))
 
     async def filled(
         self, given: Any, suffix: str, deadline: float, *, special: bool = True, files: Seq[tuple[str, str]] = (), room: int = 1
@@ -153,6 +167,12 @@ class Prompts:
         if continued and prompting:
             raise Refused(400, "add_generation_prompt and continue_final_message exclude each other", "continue_final_message")
         messages = [message.plain() for message in body.messages]
+        segments: list[str] = getattr(body, "segments", None) or []
+        if segments:
+            asked = next((message for message in reversed(messages) if message["role"] == "user"), None)
+            if asked is None:
+                raise Refused(400, "segments: no message has the role user", "segments")
+            asked["content"] = "".join([*segments, asked["content"]])
         options = {"add_generation_prompt": prompting, "template": self.config.chat_template, **variables}
         if body.tools:
             options["tools"] = [tool.plain() for tool in body.tools]
@@ -160,7 +180,16 @@ class Prompts:
             options["tools_as_text"] = True
         if continued:
             options["continue_final_message"] = True
-        return cast(Prompt, await self._run(partial(self._render, messages, options), deadline))
+        prompt = cast(Prompt, await self._run(partial(self._render, messages, options), deadline))
+        if not segments:
+            return prompt
+        if (at := prompt.text.rfind("".join(segments))) < 1:
+            segments = [segments[0].lstrip(), *segments[1:]]  # many templates trim messages
+            at = prompt.text.rfind("".join(segments))
+        if at < 1:
+            raise Refused(400, "segments: the chat template of this model changes their text, or nothing is before it", "segments")
+        rest = prompt.text[at + len("".join(segments)) :]
+        return replace(await self.joined([prompt.text[:at], *segments, rest], deadline, special=False), text=prompt.text)
 
     async def _run(self, task: Any, deadline: float, thread: ThreadPoolExecutor | None = None) -> Any:
         """Runs it in a thread, by default the tokenizer's. After the deadline, a waiting task is dropped, and so is the result of a

@@ -133,7 +133,15 @@ class Writer(ABC):
         prompt = sum(len(submission.request.prompt) for submission in self.submissions)
         completion = sum(len(choice.tokens) for choice in self.choices)
         found: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        found["prompt_tokens_details"] = {"cached_tokens": sum(submission.request.cached_tokens or 0 for submission in self.submissions)}
+        details: dict[str, Any] = {"cached_tokens": sum(one.request.cached_tokens or 0 for one in self.submissions)}
+        found["prompt_tokens_details"] = details
+        if (request := self.submissions[0].request).reuse:
+            details |= {"reused_tokens": request.reused_tokens, "repaired_tokens": request.repaired_tokens}
+            details["repair_rows"] = round(request.repair_rows, 3)
+            if request.miss is not None:
+                at, token, cached, lost = request.miss
+                text, other = (self.tokenizer.decode_all([one]) for one in (token, cached))
+                details["cache_miss"] = {"at": at, "text": text, "cached_text": other, "lost": lost}
         if self.wanted.predicted:
             counts = [choice.stats.by_drafter.get(self.wanted.predicted, (0, 0)) for choice in self.choices]
             drafted, kept = sum(count for count, _ in counts), sum(count for _, count in counts)
@@ -162,6 +170,8 @@ class Writer(ABC):
             ],
             "stopped_drafters": sorted({name for one in stats for name in one.stopped}),
             "faults": sorted({one.fault for one in stats if one.fault}),
+            "disk_tokens": sum(submission.request.disk_tokens for submission in self.submissions),
+            "disk_seconds": _rounded(sum(submission.request.disk_seconds for submission in self.submissions)),
             "cache_policies": [cache_policy(submission.request.params) for submission in self.submissions],
             "seeds": [submission.request.params.seed for submission in self.submissions],
         }  # fmt: skip

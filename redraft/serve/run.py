@@ -134,8 +134,8 @@ def server(llm: Front, serve: ServeConfig, host: Host | None = None) -> Server:
     return Server(config, application.state.service)
 
 
-def described(llm: Front, names: str, workers: Seq[str]) -> list[str]:
-    """What runs, and the size of its cache."""
+def described(llm: Front, names: str, workers: Seq[str], own: SamplingParams) -> list[str]:
+    """What runs, and the size of its cache. own: what requests get that choose nothing."""
     backend, blocks = llm.backend, llm.blocks
     drafts = f"draft {llm.config.draft} with {llm.config.schedule.draft_rows} rows"
     cache = f"cache of {size(blocks * backend.block_bytes(llm.spec))}, {blocks * PAGE} tokens"
@@ -149,7 +149,7 @@ def described(llm: Front, names: str, workers: Seq[str]) -> list[str]:
         ]
     )
     return [
-        f"{names}: backend {backend.name}, {drafts}, {llm.promise(SamplingParams())}",
+        f"{names}: backend {backend.name}, {drafts}, {llm.promise(own)}",
         f"{cache}; texts of up to {llm.max_model_len} tokens",
         *chosen,
     ]
@@ -175,9 +175,10 @@ def run(engine: EngineConfig, serve: ServeConfig, sockets: list[socket.socket]) 
             own.engine.policies.check(policies)  # a conflict is an error now, not for the first client
             made = server(llm, serve)
         names = ", ".join([*made.service.names, *(f"{name} (adapter)" for name in llm.loras)])
-        typer.echo("\n".join(line for one in described(llm, names, made.service.host.workers) for line in fold(one, width())), err=True)
+        said = described(llm, names, made.service.host.workers, policies)
         if made.ignores_sigint:
-            typer.echo("SIGINT is ignored, as in background jobs of a script: stop the server with SIGTERM", err=True)
+            said.append("SIGINT is ignored, as in background jobs of a script: stop the server with SIGTERM")
+        typer.echo("\n".join(line for one in said for line in fold(one, width())), err=True)
         with contextlib.suppress(KeyboardInterrupt):
             made.run(sockets)
     finally:

@@ -14,6 +14,7 @@ from redraft.config import is_utf8
 
 MAX_NUMBER = 1 << 31  # of numbers that count something
 MESSAGES = 4096  # of a conversation
+SEGMENTS = 1024  # of a prompt
 CONTENT_PARTS = 1024  # of a message or a prediction
 TOOL_CALLS = 128  # of a message
 TOOLS = 128  # of a request
@@ -184,6 +185,19 @@ class Tuned(Body):
     top_k: int | None = Field(None, ge=-1, lt=MAX_NUMBER)
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     typical_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_n_sigma: float | None = Field(None, ge=-1, le=1000, allow_inf_nan=False, description="0 or less: off")
+    xtc_probability: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    xtc_threshold: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    dynatemp_range: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    dynatemp_exponent: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    mirostat: Literal[0, 2] | None = Field(None, description="2: mirostat 2.0; 0: off")
+    mirostat_tau: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    mirostat_eta: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    dry_multiplier: float | None = Field(None, ge=0, le=1000, allow_inf_nan=False, description="0: DRY is off")
+    dry_base: float | None = Field(None, ge=1, le=100, allow_inf_nan=False)
+    dry_allowed_length: int | None = Field(None, ge=1, le=1 << 20)
+    dry_penalty_last_n: int | None = Field(None, ge=-1, le=1 << 30, description="-1: the whole text; 0: off")
+    dry_sequence_breakers: list[Annotated[str, Field(min_length=1, max_length=100)]] | None = Field(None, max_length=64)
     speculation: Literal["off"] | SpeculationChoice | None = Field(None, description='"off", or how to draft and verify')
     cache: Literal["off"] | CacheChoice | None = Field(None, description='"off", the whole cache, or policies for it')
 
@@ -225,12 +239,19 @@ class Sampled(Generated):
     response_format: ResponseFormat | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=1024)
     steer: Method | None = Field(None, description="name:option=value of a method that changes hidden states between layers, or none")
+    control: Method | None = Field(
+        None, description="name:option=value of what decides beside the model how the text goes on, several with + between them, or none"
+    )
+    reuse: Method | None = Field(None, description="name:option=value of a method that reuses the cache of segments in any order")
 
 
 class CompletionRequest(Sampled):
     best_of: Literal[1] | None = None
     use_beam_search: Literal[False] | None = None
     prompt: LongText | list[LongText] | list[Token] | list[list[Token]] | None = None
+    segments: list[LongText | list[Token]] | None = Field(
+        None, min_length=2, max_length=SEGMENTS, description="instead of prompt: its parts, a head, chunks and the last part; see reuse"
+    )
     prompt_embeds: LongText | list[LongText] | None = Field(
         None, description="instead of prompt: vectors [tokens, hidden size], base64 of an npy or a safetensors file"
     )
@@ -242,8 +263,11 @@ class CompletionRequest(Sampled):
 
     @model_validator(mode="after")
     def _prompted(self) -> Self:
+        for name in ("prompt", "prompt_embeds", "suffix", "echo"):
+            if self.segments is not None and getattr(self, name):
+                raise ValueError(f"{name}: segments exclude it")
         if self.prompt_embeds is None:
-            if self.prompt is None:
+            if self.prompt is None and self.segments is None:
                 raise ValueError("prompt: field required")
             return self
         for name in ("prompt", "suffix", "echo"):
@@ -338,6 +362,9 @@ class ChatRequest(Sampled):
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     modalities: list[Literal["text"]] | None = Field(None, min_length=1, max_length=1)
     messages: list[Message] = Field(min_length=1, max_length=MESSAGES)
+    segments: list[LongText] | None = Field(
+        None, min_length=1, max_length=SEGMENTS, description="texts before that of the last user message, such as documents; see reuse"
+    )
     max_tokens: int | None = Field(None, ge=1, lt=MAX_NUMBER)
     max_completion_tokens: int | None = Field(None, ge=1, lt=MAX_NUMBER)
     logprobs: bool | None = None

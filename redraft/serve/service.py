@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import hmac
 import itertools
 import json
 import logging
@@ -27,6 +27,7 @@ from redraft.core.sequence import NO_WANTS, Pooling, Wants
 from redraft.engine.budgets import CACHE
 from redraft.errors import PromptTooLong, RedraftError
 from redraft.front import POLICIES, Front
+from redraft.kv.disk.pages import secret_of
 from redraft.models.adapter import Adapter
 from redraft.models.tokenizer import Tokenizer
 from redraft.serve import schema
@@ -44,10 +45,11 @@ from redraft.workers.host import Host
 PREDICTED = "aggressive"  # the drafter of a request's prediction
 ADAPTER = "redraft.adapter"  # key of the scope: the adapter of the request, or None
 FORMAT = {"structured_outputs.json": "response_format.json_schema.schema"}  # its name where OpenAI's field for it is given
-SALTED = 16  # characters of a key's hash
 SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens",
-    "ignore_eos", "stop_token_ids", "bad_words", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs", "stop",
+    "top_n_sigma", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent", "mirostat", "mirostat_tau", "mirostat_eta",
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "ignore_eos", "stop_token_ids",
+    "bad_words", "include_stop_str_in_output", "skip_special_tokens", "prompt_logprobs", "stop",
 )  # fmt: skip
 
 Write = Callable[[Tokenizer, list[Submission], list[str]], Writer]
@@ -68,6 +70,7 @@ class Service:
         self.began = int(time.time())
         self.uses: Counter[Adapter] = Counter()  # requests under way with each adapter
         self._numbers = itertools.count()
+        self._secret = secrets.token_bytes(32) if (folder := llm.config.cache.kept) is None else secret_of(folder)
 
     @property
     def own(self) -> SamplingParams:
@@ -78,6 +81,12 @@ class Service:
     def deadline(self) -> float:
         """Of a request that arrives now, a time of time.monotonic."""
         return monotonic() + (self.config.request_timeout or float("inf"))
+
+    def tenant(self, key: str, salt: str) -> str:
+        """The salt in the prefix cache of requests with this API key and cache_salt: nothing from which a key can be guessed."""
+        if not key and not salt:
+            return ""
+        return hmac.digest(self._secret, f"{key}\0{salt}".encode(), "sha256").hex()[:32]  # a key has no \0
 
     # ---- what a body requests
 
@@ -122,6 +131,8 @@ class Service:
             given["seed"] = body.seed % (1 << 64)
         if body.logit_bias is not None:
             given["logit_bias"] = {int(token): amount for token, amount in body.logit_bias.items()}
+        if body.control is not None:
+            given["control"] = checked("control", body.control, None)
         given |= self._policies(body) | self._speculation(body) | _structure(body)
         return self.llm.params(SamplingParams(**given | {name: value for name, value in more.items() if value is not None}))
 
@@ -177,14 +188,21 @@ class Service:
         if isinstance(params.prediction, str):
             params = params.but(prediction=tuple(await self.prompts.prediction(params.prediction, deadline)))
         key, adapter = http.scope["redraft.key"], http.scope[ADAPTER]
-        salt = hashlib.sha256(key.encode()).hexdigest()[:SALTED] if key else ""
-        salt += f"/{body.cache_salt}" if body.cache_salt else ""
+        salt = self.tenant(key, body.cache_salt or "")
         requests = []
+        reuse = getattr(body, "reuse", None) or ""
+        if (
+            reuse
+            and registry.create("reuse", checked("reuse", reuse, None)).needs
+            and any(prompt.field != "segments" for prompt in prompts)
+        ):
+            raise Refused(400, f"reuse = {reuse}: a prompt of segments is needed", "reuse")
         for prompt in prompts:
             name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
             wants = Wants(pooling=pool) if prompt.scored is None else Wants(0, pool, range(prompt.scored, len(prompt.tokens)))
             options = {"priority": body.priority or 0, "wants": wants, "adapter": adapter, "vectors": prompt.vectors}
-            own = self.llm.cached(params, len(prompt.tokens)) if wants == NO_WANTS else params
+            options |= {"reuse": reuse, "chunks": list(prompt.chunks)} if reuse else {}
+            own = self.llm.cached(params, len(prompt.tokens)) if wants == NO_WANTS and not reuse else params
             requests.append(sequence.Request(name, prompt.tokens, own, salt, **options))
         try:
             if params.structured_outputs is not None:
@@ -230,16 +248,19 @@ class Service:
             text = params.structured_outputs.text
             known += [text, repr(text), f"/{text}/"]  # as the library's errors quote it
         found = refused(error, *known)
-        chosen = {field: text for seam, field in FIELDS.items() if (text := getattr(params, seam)) is not None}
-        about = (field for field, text in chosen.items() if str(error).startswith(registry.parse(text)[0]))
+        chosen = {field: str(own) for seam, field in FIELDS.items() if (own := getattr(params, seam, None)) is not None}
+        names = {field: registry.parse(text)[0] for field, text in chosen.items()}
+        about = next((field for field, name in names.items() if str(error).startswith(f"{name}:")), None)
+        if about is not None:
+            return replace(found, param=about)
         if found.param is None:
-            return replace(found, param=next(about, None))
+            return replace(found, param=next((field for field, name in names.items() if str(error).startswith(name)), None))
         return renamed(found, FORMAT) if getattr(body, "response_format", None) is not None else found
 
     @staticmethod
     def _unopened(error: Exception, body: Any) -> Exception:
         """The reply if the engine cannot open what a request chose; `error` itself if the request chose nothing."""
-        chosen = [name for name in ("speculation", "cache", "steer") if isinstance(getattr(body, name, None), schema.Body | str)]
+        chosen = [name for name in ("speculation", "cache", "steer", "control") if isinstance(getattr(body, name, None), schema.Body | str)]
         if not chosen:
             return error
         log.warning("what a request chose of %s cannot be opened", " and ".join(chosen), exc_info=error)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from redraft import LLM, SamplingParams
+from redraft import LLM, SamplingParams, registry
 from redraft.cli import batch
 from tests.checkpoints import tiny_llama
 from tests.cli.conftest import Ran, start
@@ -112,6 +112,21 @@ def test_what_cannot_be_done_is_refused_before_loading(
     code, out, err = redraft("generate", "none/model", "--prompts", str(file), *(named.get(word, word) for word in arguments))
     assert (code, out, err.count("\n")) == (2, "", 1) and problem.replace("OLD", str(old)) in err
     assert old.read_text() == "precious" and json.loads(file.read_text()) == "x"
+
+
+def test_every_scheduler_writes_the_same_lines_in_order(
+    redraft: Callable[..., Ran], tiny: str, prompts: Callable[..., Path], tmp_path: Path
+) -> None:
+    stems = ["the first document is about the sea and ships ", "the second one has to do with rivers and boats "]
+    file, found = prompts(*(stems[i % 2] + f"question {i}" for i in range(6))), []
+    for scheduler in registry.METHODS["sched"]:
+        out = tmp_path / f"{scheduler}.jsonl"
+        assert (
+            redraft("generate", tiny, "--prompts", str(file), "--output", str(out), "--scheduler", scheduler, "--seed", "3", *OPTIONS)[0]
+            == 0
+        )
+        found.append(read(out))
+    assert [one["index"] for one in found[0]] == [*range(6)] and all(lines == found[0] for lines in found)
 
 
 def test_overwrite_replaces_a_file(redraft: Callable[..., Ran], tiny: str, prompts: Callable[..., Path], tmp_path: Path) -> None:

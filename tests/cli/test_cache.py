@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from redraft.kv.disk.pages import _end as at_exit
 from redraft.models import packs
 from tests.cli.conftest import Ran
 
@@ -77,3 +78,42 @@ def test_the_limit_is_checked(redraft: Callable[..., Ran], monkeypatch: pytest.M
     monkeypatch.setenv("REDRAFT_WEIGHT_CACHE", "much")
     code, _, err = redraft("generate", "-p", "x", "--max-tokens", "1")
     assert code == 2 and err.startswith("error: REDRAFT_WEIGHT_CACHE = 'much': a whole number of bytes, or a size in KB")
+
+
+# ---- prefixes in a folder
+
+
+def test_prefixes_of_a_folder(redraft: Callable[..., Ran], tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    words = ("generate", "-p", "one two three " * 20, "--max-tokens", "20", "--temperature", "0", "--prefix-cache-dir", str(folder))
+    assert redraft(*words)[0] == 0
+    at_exit()
+    code, out, err = redraft("cache", "--prefix-cache-dir", str(folder))
+    assert (code, err) == (0, "")
+    head, line, total = out.splitlines()
+    assert head.split() == ["last", "used", "size", "form", "model"]
+    assert "bfloat16, native" in line and line.endswith("redraft/embedded/target") and len(line) <= 80
+    pages = int(total.split()[0])
+    assert pages > 1 and total.split()[1] == "pages,"
+    assert redraft("cache", "clear", "--prefix-cache-dir", str(folder))[1].startswith(f"removed {pages} pages, ")
+    assert redraft("cache", "--prefix-cache-dir", str(folder)) == (0, "0 pages, 0 KiB\n", "")
+
+
+def test_a_folder_of_prefixes_that_is_none(redraft: Callable[..., Ran], tmp_path: Path) -> None:
+    assert redraft("cache", "--prefix-cache-dir", str(tmp_path / "none"))[0] == 1
+    (tmp_path / "open").mkdir(mode=0o755)
+    code, out, err = redraft("cache", "clear", "--prefix-cache-dir", str(tmp_path / "open"))
+    assert (code, out) == (1, "") and "others may enter the folder" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prefix-cache-size", "1GB"], "error: CacheConfig: prefix_cache_size is that of a folder: it needs prefix_cache_dir\n"),
+        (["--prefix-cache-dir", "x", "--no-prefix-sharing"], "error: CacheConfig: prefix_cache_dir keeps shared prefixes: it needs"),
+        (["--prefix-cache-dir", "x", "--prefix-cache-size", "much"], "error: --prefix-cache-size = 'much': a whole number of bytes"),
+    ],
+)
+def test_options_of_prefixes_are_checked(redraft: Callable[..., Ran], words: list[str], message: str) -> None:
+    code, _, err = redraft("generate", *words)
+    assert code == 2 and err.startswith(message)

@@ -72,6 +72,17 @@ def test_sampling_options_change_what_is_requested(redraft: Callable[..., Ran], 
     assert "processors: BadWords, Temperature, TopP" in below(out, "self.sampler.distribution(")
 
 
+def test_controls_stand_beside_the_processors(redraft: Callable[..., Ran], tiny: str) -> None:
+    _, out, _ = redraft("explain", tiny, "--control", "momentum:k=4", "--temperature", "0")
+    sampler = below(out, "self.sampler.distribution(")
+    assert (
+        "processors: FilteredControls" in sampler
+        and "control: momentum, Momentum decoding; guarantee lossy" in sampler
+        and "k=4" in sampler
+    )
+    assert "guarantee: lossy, the weakest of the parts" in out
+
+
 def test_taps_and_the_weakest_guarantee_come_from_the_parts(
     redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +93,7 @@ def test_taps_and_the_weakest_guarantee_come_from_the_parts(
     assert "drafter spy requests hidden states after layers 0, 1" in below(out, "self.runner.forward(")
 
 
-NEED_FILES = {"compresskv", "double-sparsity", "duo", "first", "judge", "razor", "stored", "think"}
+NEED_FILES = {"a2ats", "compresskv", "double-sparsity", "duo", "first", "judge", "mikv", "razor", "stored", "think"}
 CHOICES = [(seam, name) for seam in ("draft", "verify", "keep", "codec", "read", "depth", "quant") for name in registry.METHODS[seam]]
 CHOICES += [("draft", "union:parts=copyspec+token-recycling"), ("draft", "auto")]
 
@@ -100,6 +111,13 @@ def test_everything_fits_80_columns(
     assert code == 0, err
     assert registry.parse(name)[0] in out or name == "auto"
     assert [line for line in out.splitlines() if len(line) > 80] == []
+
+
+def test_a_cache_policy_for_all_requests_is_among_the_parts(redraft: Callable[..., Ran], tiny: str) -> None:
+    _, chosen, _ = redraft("explain", tiny, "--keep", "streaming-llm:recent=8")
+    _, for_all, _ = redraft("explain", tiny, "--cache-policy", "keep=streaming-llm:recent=8")
+    _, left, _ = redraft("explain", tiny, "--cache-policy", "keep=streaming-llm:recent=8", "--keep", "none")
+    assert for_all == chosen and "guarantee: lossy" in chosen and "policies: none" in left
 
 
 def test_the_default_drafter_is_auto(redraft: Callable[..., Ran], tiny: str) -> None:

@@ -49,6 +49,19 @@ def test_several_texts_come_one_after_the_other(redraft: Callable[..., Ran], tin
     assert err.startswith("120 new tokens")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--keep", "streaming-llm:recent=6"), ", auto, streaming-llm:recent=6, lossy, "),
+        (("--cache-policy", "keep=streaming-llm:recent=6"), ", auto, streaming-llm:recent=6, lossy, "),
+        (("--cache-policy", "keep=streaming-llm:recent=6", "--keep", "none"), ", auto, same-text, "),
+    ],
+)
+def test_the_last_line_names_the_cache_policy_that_ran(redraft: Callable[..., Ran], tiny: str, given: tuple[str, ...], said: str) -> None:
+    _, _, err = redraft("generate", tiny, "--prompt", "hello there", *given, *SAMPLED)
+    assert said in " ".join(err.split())
+
+
 def test_a_terminal_shows_accepted_drafts_green(
     redraft: Callable[..., Ran], tiny: str, monkeypatch: pytest.MonkeyPatch, texts: list[str]
 ) -> None:

@@ -50,12 +50,12 @@ def test_unknown_methods_are_named() -> None:
 
 
 def test_registered_methods_are_policies_that_their_cards_give_a_budget() -> None:
-    found = {policy.name: policy for policy in budgets.registered()}
+    found = {policy.name.partition(" + ")[0]: policy for policy in budgets.registered()}
     assert {*found} == {name for seam in budgets.CACHE for name in registry.METHODS[seam]}
     assert not found["newest"].places, "its card names no option that takes a budget"
     for policy in found.values():
-        ((seam, method),) = policy.at(50, 1024).items()
-        registry.create(seam, method)
+        for seam, method in policy.at(50, 4096).items():
+            registry.create(seam, method)
 
 
 def test_a_card_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +65,12 @@ def test_a_card_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Newest, "card", type(Newest.card)("Newest", "nobody", Newest.card.guarantee, **given))
     (policy,) = (one for one in budgets.registered() if one.name == "newest")
     assert policy.text == "keep=newest:budget={tokens}"
+
+
+def test_a_card_names_what_a_method_needs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench.test_cache import Newest
+
+    for beside, wanted in (("codec=int8", ["keep=newest+codec=int8"]), ("codec=gone", [])):
+        given: Any = {"beside": beside}
+        monkeypatch.setattr(Newest, "card", type(Newest.card)("Newest", "nobody", Newest.card.guarantee, **given))
+        assert [one.text for one in budgets.registered() if "newest" in one.name] == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from math import log
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_what_was_measured_in_another_way_does_not_count(kept: Path) -> None:
     plain = LLM("embedded", dtype="float32", max_model_len=64, cache_memory=8 << 20)
     curves(EIGHT, model=model_hash(plain.runner)).save()
     with pytest.raises(InvalidInput, match=f"measured with dtype float32 and backend native, this is float32 and {BACKEND}"):
+        load("auto:quality=0.05")
+
+
+def test_few_texts_are_no_ground_for_a_choice(kept: Path) -> None:
+    plain = LLM("embedded", dtype="float32", backend=BACKEND, max_model_len=64, cache_memory=8 << 20)
+    few = dataclasses.replace(curves(EIGHT, model=model_hash(plain.runner), backend=BACKEND), texts=7)
+    few.save()
+    with pytest.raises(InvalidInput, match="measured on 7 texts a task, 8 or more are needed"):
         load("auto:quality=0.05")
 
 

@@ -56,14 +56,15 @@ def test_formats_stay_and_there_are_only_so_many(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(policies, "FORMATS", 2)
     made = engine(pool=60)
     made.opened.max_count = 1
-    ways = [{"codec": "int4"}, {"codec": "int8"}, {"read": "page-top-k"}]
+    ways = [{"codec": "int4:block=32"}, {"codec": "int8"}, {"read": "page-top-k:logical=8"}]
     for way in ways[:2] * 2:  # they are opened again the second time
         made.policies.check(SAMPLED.but(**way))
-    with pytest.raises(Unsupported, match=r"^read=page-top-k: 2 page formats are in use") as refused:
+    with pytest.raises(Unsupported, match=r"^read=page-top-k:logical=8: 2 page formats are in use") as refused:
         made.add(Request("r", PROMPT, SAMPLED.but(**ways[2])))
     assert "\n" not in str(refused.value) and not made.has_work and not made.outputs
     assert drive(made, [Request("r", PROMPT, SAMPLED.but(**ways[1]))], [0]).texts
-    assert drive(made, [Request("r", PROMPT, SAMPLED.but(keep="streaming-llm"))], [0]).texts, "which stores nothing of its own"
+    assert drive(made, [Request("r", PROMPT, SAMPLED.but(keep="streaming-llm:recent=8"))], [0]).texts, "which stores nothing of its own"
+    assert drive(made, [Request("r", PROMPT, SAMPLED.but(read="page-top-k"))], [0]).texts, "whose options are the defaults"
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,15 @@ def test_without_time_both_sides_have_a_text(llm: LLM, tmp_path: Path) -> None:
     assert {text.held for text in found} == {True, False}
 
 
+def test_answers_and_turns_are_cut_when_time_is_up(llm: LLM, tmp_path: Path) -> None:
+    training, held = texts.split([Prompt(str(i), "all", turns=[line, "Why?", "How?"]) for i, line in enumerate(LINES)])
+    tokens: list[int] = []
+    found = Writer(llm, tmp_path / "texts.jsonl", training, held, max_tokens=400).run(seconds=0, tick=tokens.append)
+    assert {text.held for text in found} == {True, False} and sum(tokens) == sum(text.written for text in found) < 400
+    assert all(text.answers[-1][1] == len(text.tokens) for text in found)
+    assert texts.read(tmp_path / "texts.jsonl") and not llm.engine.has_work
+
+
 def test_turns_become_one_text(llm: LLM, tmp_path: Path) -> None:
     prompts = [Prompt("a", "all", turns=["What is a stack?", "And a queue?"]), Prompt("b", "all", turns=["Why?", "How?"])]
     for text in written(llm, tmp_path / "texts.jsonl", 2, prompts):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redraft import LLM
+from redraft import LLM, SamplingParams
 from redraft.config import EngineConfig
 from redraft.errors import InvalidInput
 from redraft.serve.config import ServeConfig
@@ -60,8 +60,11 @@ def test_vectors_and_scores_have_the_whole_cache(server: Live) -> None:
 
 
 def test_the_server_says_what_requests_get(server: Live) -> None:
-    assert server.ask("GET", "/server_info").json["cache_policy"] == [{"prompt_tokens": 1, "policy": POLICY}]
-    assert described(server.llm, "m", ["0"])[-1] == f"cache policy of prompts from 1 token on: {POLICY}"
+    said = server.ask("GET", "/server_info").json
+    assert said["cache_policy"] == [{"prompt_tokens": 1, "policy": POLICY}] and said["guarantee"] == "lossy"
+    first, *_, last = described(server.llm, "m", ["0"], SamplingParams())
+    assert last == f"cache policy of prompts from 1 token on: {POLICY}" and first.endswith(", lossy")
+    assert described(server.llm, "m", ["0"], SamplingParams(keep="none"))[0].endswith(", same-text")
 
 
 def test_a_choice_that_is_none_is_refused(server: Live) -> None:

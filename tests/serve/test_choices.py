@@ -115,6 +115,26 @@ def test_a_profile_that_is_missing_is_refused_without_its_path(server: Live) -> 
     assert error["message"].startswith("double-sparsity: no profile (path); ") and "/" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "field", "said"),
+    [
+        ({"cache": {"keep": "razor"}}, "cache.keep", "razor: no profile (path); "),
+        ({"cache": {"codec": "think"}}, "cache.codec", "think: no profile (path); "),
+        ({"speculation": {"verifier": "judge"}}, "speculation.verifier", "judge: no judge is kept for this model; "),
+        ({"cache": {"keep": "kvmerger:weights=sum"}}, "cache.keep", "kvmerger:weights='sum': must be gaussian, mean, pivot"),
+        ({"cache": {"keep": "snapkv:budget=1,budget=0.2"}}, "cache.keep", "'snapkv:budget=1,budget=0.2': 'budget' is given twice"),
+    ],
+)
+def test_an_error_names_the_field_of_its_method(server: Live, choice: dict[str, Any], field: str, said: str) -> None:
+    answer = server.complete("a", **choice)
+    error = answer.json["error"]
+    assert (answer.status, error["param"]) == (400, field) and error["message"].startswith(said)
+
+
+def test_a_request_may_choose_words(server: Live) -> None:
+    assert server.complete("a", cache={"keep": "kvmerger:weights=mean"}).status == 200
+
+
 def test_what_cannot_fit_is_refused_unread(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     long = "word " * 100_000
     read: list[int] = []

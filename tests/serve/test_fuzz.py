@@ -49,7 +49,7 @@ def test_every_field_gets_a_wrong_type(client: Client) -> None:
     places = {(slot.path, slot.place) for slot in slots(document)}
     assert ("/v1/chat/completions", ("messages", 0, "content", 0, "text")) in places
     assert ("/v1/completions", ("speculation", "budget")) in places
-    sent = [one for one in islice(malformed(document, 20000, 0, large=10), 20000) if one.kind == "type"]
+    sent = [one for one in islice(malformed(document, 25000, 0, large=10), 25000) if one.kind == "type"]
     assert len({one.body for one in sent}) > len(places) * 5
 
 

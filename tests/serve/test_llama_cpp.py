@@ -111,6 +111,36 @@ def test_sampling(live: Live, llm: LLM) -> None:
     assert complete(live, **given, repeat_penalty=1.1, samplers=["top_k", "infill"])["content"] == named
 
 
+SAMPLERS: list[dict[str, Any]] = [
+    {
+        "temperature": 0.2,
+        "dry_multiplier": 2.0,
+        "dry_base": 1.5,
+        "dry_allowed_length": 1,
+        "dry_penalty_last_n": 40,
+        "dry_sequence_breakers": ["zz"],
+    },
+    {"xtc_probability": 0.9, "xtc_threshold": 0.05},
+    {"top_n_sigma": 0.7},
+    {"dynatemp_range": 0.8, "dynatemp_exponent": 0.5},
+    {"mirostat": 2, "mirostat_tau": 2.0, "mirostat_eta": 0.5},
+]
+
+
+@pytest.mark.parametrize("given", SAMPLERS, ids=lambda given: [*given][-1])
+def test_samplers_by_llama_cpps_names(live: Live, llm: LLM, given: dict[str, Any]) -> None:
+    given = {"temperature": 1.2, "seed": 7, **given}
+    expected, plain = alone(llm, **given).outputs[0].text, alone(llm, temperature=given["temperature"], seed=7).outputs[0].text
+    found = complete(live, **given)
+    assert found["content"] == expected != plain
+    assert {name: found["generation_settings"][name] for name in given} == given
+    if "mirostat" in given:
+        others = {"top_k": 1, "presence_penalty": 2, "dynatemp_range": 1, "samplers": ["top_k"]}
+        assert complete(live, **given, **others)["content"] == expected, "temperature alone acts beside it"
+    else:
+        assert complete(live, **given, samplers=["temperature"] if "dynatemp_range" not in given else [])["content"] != expected
+
+
 def test_a_seed_that_is_reported_gives_the_text_again(live: Live) -> None:
     first = complete(live, temperature=1, seed=-1)
     assert complete(live, temperature=1, seed=first["generation_settings"]["seed"])["content"] == first["content"]
@@ -279,10 +309,10 @@ def test_tokens_in_both_forms(live: Live, llm: LLM) -> None:
         ({"prompt": [1, [2]]}, "prompt: a list of tokens holds texts and tokens only"),
         ({"prompt": [1 << 20]}, "token 1048576: not in 0..4095"),
         ({"prompt": {"prompt_string": "a", "multimodal_data": ["aGk="]}}, "prompt = "),
-        ({"mirostat": 2}, "mirostat: this server does not support mirostat sampling"),
-        ({"dry_multiplier": 0.8}, "dry_multiplier: this server does not support DRY sampling"),
-        ({"xtc_probability": 0.5}, "xtc_probability: this server does not support XTC sampling"),
-        ({"dynatemp_range": 0.5}, "dynatemp_range: this server does not support dynamic temperatures"),
+        ({"mirostat": 1}, "mirostat = 1: input should be 0 or 2"),
+        ({"dry_base": 0.5}, "dry_base = 0.5: input should be greater than or equal to 1"),
+        ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers.0 = ''"),
+        ({"adaptive_target": 0.5}, "adaptive_target: this server does not support adaptive sampling"),
         ({"post_sampling_probs": True}, "post_sampling_probs: this server does not support probabilities after sampling"),
         ({"lora": [{"id": 0, "scale": 0.5}]}, "lora: this server does not support scales of adapters, but model"),
         ({"samplers": ["nothing"]}, "samplers.0 = 'nothing'"),

@@ -52,7 +52,15 @@ class Scripted:
 
 def written(parts: list[Said], reason: FinishReason = FinishReason.STOP, stop: str | None = None, **more: Any) -> tuple[Any, bytes]:
     """(whole reply, bytes of the stream) of a text that its parser reads as these parts."""
-    request: Any = SimpleNamespace(params=SamplingParams(max_tokens=len(parts), seed=1), prompt=[1, 2, 3], cached_tokens=2, admitted=None)
+    request: Any = SimpleNamespace(
+        params=SamplingParams(max_tokens=len(parts), seed=1),
+        prompt=[1, 2, 3],
+        cached_tokens=2,
+        admitted=None,
+        reuse="",
+        disk_tokens=0,
+        disk_seconds=0.0,
+    )
     submission: Any = SimpleNamespace(request=request, first=None, arrived=0.0, gaps=[])
     wanted = Wanted(id="msg_1", model="m", parser=lambda: Scripted(list(parts)))
     writer = MessageWriter(wanted, None, [submission], [""], **more)

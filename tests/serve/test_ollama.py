@@ -120,6 +120,9 @@ def test_options(client: ollama.Client, llm: LLM) -> None:
     params = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "stop")}
     expected = alone(llm, CODE, **params, max_tokens=20, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1)
     assert client.generate("embedded", CODE, raw=True, options=options).response == expected.outputs[0].text
+    drawn = {"temperature": 1.2, "seed": 7, "mirostat": 2, "mirostat_tau": 2, "mirostat_eta": 0.5}
+    expected = alone(llm, CODE, **drawn, max_tokens=20)
+    assert client.generate("embedded", CODE, raw=True, options={**drawn, "num_predict": 20}).response == expected.outputs[0].text
     off = {**options, "repeat_last_n": 0}
     expected = alone(llm, CODE, **params, max_tokens=20)
     assert client.generate("embedded", CODE, raw=True, options=off).response == expected.outputs[0].text
@@ -268,7 +271,7 @@ def test_models_are_not_deleted(client: ollama.Client) -> None:
         ({"suffix": "b"}, "suffix: this model has no tokens that mark the text before and after a gap"),
         ({"think": True}, "think = true: the chat template does not know reasoning"),
         ({"think": "high"}, "think = 'high': the chat template does not know an effort of reasoning"),
-        ({"options": {"mirostat": 2}}, "options = {'mirostat': 2}: mirostat: this server does not support mirostat sampling"),
+        ({"options": {"mirostat": 1}}, "options.mirostat = 1: input should be 0 or 2"),
         ({"options": {"top_q": 2}}, "unknown field 'options.top_q'; did you mean 'top_p'?"),
         ({"options": {"num_ctx": 4096}}, "num_ctx = 4096: the context of this server has 512 tokens"),
         ({"options": {"temperature": -1}}, "options.temperature = -1: input should be greater than or equal to 0"),

@@ -483,6 +483,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"top_k": 5},
     {"min_p": 0.2},
     {"typical_p": 0.5},
+    {"dry_multiplier": 1.0, "dry_allowed_length": 1, "dry_sequence_breakers": ["("], "xtc_probability": 0.5},
+    {"top_n_sigma": 0.9, "dynatemp_range": 0.5, "dynatemp_exponent": 2.0},
+    {"mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.2},
     {"repetition_penalty": 1.5},
     {"presence_penalty": 1.5, "frequency_penalty": 0.5},
     {"bad_words": ["self", "="]},
@@ -496,6 +499,22 @@ def test_sampling_is_the_engine_s(client: openai.OpenAI, llm: LLM, given: dict[s
     options = {**SAMPLED, "max_tokens": 24, **given}
     direct = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     assert text(client, **options) == alone(llm, **direct).outputs[0].text
+
+
+def test_controls(client: openai.OpenAI, llm: LLM) -> None:
+    options = {"temperature": 0, "max_tokens": 40}
+    plain, expected = (alone(llm, **options, control=control).outputs[0].text for control in (None, "momentum:k=8"))
+    assert text(client, **options, control="momentum:k=8") == expected != plain
+    assert text(client, **options, control="none") == plain
+    for control, said in (
+        ("momentun", "no control method 'momentun'"),
+        ("momentum:k=0", "momentum:k=0: must be 1 to 1024"),
+        ("momentum:k=2000000", "momentum:k=2000000: at most 1048576 is allowed in a request"),
+        ("+".join(["momentum"] * 9), "it has 9 parts, at most 8 are allowed in a request"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said) as error:
+            text(client, **options, control=control)
+        assert error.value.param == "control"
 
 
 def test_top_p(client: openai.OpenAI, llm: LLM) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import uvicorn
 
+from redraft.config import SamplingParams
 from redraft.llm import LLM
 from redraft.models.memory import size
 from redraft.serve.run import Server, described
@@ -29,7 +30,7 @@ def test_sigint_ends_a_server_unless_it_was_ignored_at_the_start(before: Any) ->
 
 def test_a_server_says_what_runs_and_how_large_its_cache_is() -> None:
     llm = LLM("embedded", backend="numpy", draft="copyspec", draft_rows=4, cache_memory="16MB", max_model_len=512)
-    first, second = described(llm, "toy", ("0",))
+    first, second = described(llm, "toy", ("0",), SamplingParams())
     assert first == f"toy: backend numpy, draft copyspec with 4 rows, {llm.guarantee.label}"
     blocks = llm.runner.memory.blocks
     bytes_held = size(blocks * llm.runner.backend.block_bytes(llm.runner.spec))

@@ -261,13 +261,14 @@ class JsonScanner(CallScanner):
 
     def _rest(self) -> bool:
         """The rest of the object after the arguments: its bracket, and fields that no call has. If it does not end, it is content."""
-        size = self._whole.end(self._held[self._seen :])
-        if size is None:
-            self._seen = len(self._held)
-            if not self._ended and not self._whole.broken and self._held.lstrip()[:1] in ("", "}", ","):
-                return False
-        else:
-            self._held = self._held[self._seen + size :]
+        if self._held.lstrip()[:1] in ("", "}", ","):
+            size = self._whole.end(self._held[self._seen :])
+            if size is None:
+                self._seen = len(self._held)
+                if not self._ended and not self._whole.broken:
+                    return False
+            else:
+                self._held = self._held[self._seen + size :]
         self._state = self._after
         return True
 

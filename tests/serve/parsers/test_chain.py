@@ -27,6 +27,12 @@ TOOLS = {name: registry.load(target) for name, target in registry.TOOL_PARSERS.i
 REASONING = {name: registry.load(target) for name, target in registry.REASONING_PARSERS.items()}
 
 
+@pytest.mark.parametrize("tools", TOOLS)
+def test_text_between_arguments_and_the_bracket_is_content(tools: str) -> None:
+    """However it is cut, the bracket after it ends no call."""
+    every_cut(TOOLS[tools], '{"name": "f", "arguments": {}x}}')
+
+
 @pytest.mark.parametrize("reasoning", [None, *REASONING])
 @pytest.mark.parametrize("tools", TOOLS)
 @settings(max_examples=20, deadline=None)
