@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 BACKEND, DEFINITION = ("torch", "reference") if find_spec("torch") else ("numpy", "numpy")
 """The backend of tests of other parts, and the one that tells what is right, in float64."""
 
+QUICK = "numpy"
+"""The backend of tests of other parts that step through many short texts of a tiny model: it does the least beside the arithmetic."""
+
 
 def placed(backend: Any, weights: Any) -> Any:
     """Weights with each array where the backend computes."""

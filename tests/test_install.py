@@ -51,9 +51,20 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel(tree: Path, out: Path, **environment: str) -> tuple[set[str], str]:
-    """The files of a wheel built from the tree, and its name. Compiled without optimisation: nothing here runs it."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--no-cache-dir", "-w", str(out)]
-    command += ["-C", "cmake.build-type=Quick", str(tree)]
+    """The files of a wheel built from the tree, and its name."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "--no-cache-dir",
+        "-w",
+        str(out),
+        str(tree),
+    ]
     kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CXXFLAGS", "CMAKE_GENERATOR", "CMAKE_ARGS")}
     run = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -91,9 +102,21 @@ def test_without_a_compiler_the_install_succeeds(tree: Path, tools: Path, tmp_pa
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
+def quick_compiler(folder: Path) -> Path:
+    """The compiler, to which every source of the kernels is empty: the tests of the kernels compile them."""
+    (empty := folder / "empty.cpp").touch()
+    (made := folder / "c++").write_text(
+        "#!/bin/sh\nfor word do\n  shift\n"
+        f'  case "$word" in */redraft/*.cpp) word={empty} ;; esac\n'
+        f'  set -- "$@" "$word"\ndone\nexec {shutil.which("c++")} "$@"\n'
+    )
+    made.chmod(0o755)
+    return made
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler")
 def test_with_a_compiler_the_library_is_in_the_wheel(tree: Path, tmp_path: Path) -> None:
-    files, name = wheel(tree, tmp_path)
+    files, name = wheel(tree, tmp_path, CXX=str(quick_compiler(tmp_path)))
     assert of_packages(files) - expected() == {LIBRARY}
     assert expected() <= files
     assert name.startswith("redraft-") and "-py3-none-" in name and not name.endswith("-any.whl")

@@ -22,7 +22,7 @@ from redraft.bench.compare import PromptGroup
 from redraft.bench.prompts import Prompt
 from redraft.config import EngineConfig
 from redraft.engine.interrupt import InterruptBetween
-from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod
+from redraft.errors import CheckpointError, InvalidInput, OutOfMemory, PromptTooLong, RedraftError, UnknownMethod, Unsupported
 from redraft.ops import library
 from tests import adapters
 from tests.checkpoints import tiny_llama
@@ -68,6 +68,26 @@ def test_every_drafter_gives_the_plain_text(llm: LLM) -> None:
         assert texts(llm.sibling(draft=draft)) == plain
     for prompt, text in zip(PROMPTS, plain, strict=True):
         assert texts(llm, prompt) == [text]
+
+
+def test_a_call_may_have_another_scheduler(llm: LLM) -> None:
+    plain, own = texts(llm), llm.engine.scheduler
+    for scheduler in registry.METHODS["sched"]:
+        outputs = llm.generate(PROMPTS, SAMPLED, scheduler=scheduler)
+        assert [output.prompt for output in outputs] == PROMPTS and [output.outputs[0].token_ids for output in outputs] == plain
+        assert llm.engine.scheduler is own
+    with pytest.raises(UnknownMethod, match="no sched method 'sarath': did you mean 'sarathi'"):
+        llm.generate(PROMPTS, SAMPLED, scheduler="sarath")
+    with pytest.raises(InvalidInput, match="scheduler = 3: the name of a scheduler is needed"):
+        llm.generate(PROMPTS, SAMPLED, scheduler=3)  # type: ignore[arg-type]
+    stream = llm.stream(PROMPTS, SAMPLED)
+    next(stream)
+    with pytest.raises(Unsupported, match="scheduler = 'fcfs': other requests are under way"):
+        llm.generate(PROMPTS, SAMPLED, scheduler="fcfs")
+    stream.close()
+    with pytest.raises(PromptTooLong):
+        llm.generate([1] * 2000, SAMPLED, scheduler="fcfs")
+    assert llm.engine.scheduler is own
 
 
 def test_a_prediction_is_a_hint_and_changes_no_text(llm: LLM) -> None:

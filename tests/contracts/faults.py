@@ -17,7 +17,7 @@ from redraft.core.spec import ModelSpec
 from redraft.core.tree import TokenTree
 from redraft.kv.store import Store
 from redraft.kv.table import Moves, PageTable
-from tests.arrays import BACKEND
+from tests.arrays import QUICK
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -88,7 +88,7 @@ def moves_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def page_not_zeroed(patch: pytest.MonkeyPatch) -> None:
     """New pages keep their old contents, here NaN."""
-    backend = registry.backend(BACKEND)
+    backend = registry.backend(QUICK)
     allocate = backend.allocate
 
     def filled(ops: Any, spec: ModelSpec, blocks: int, room: Any = None) -> Any:

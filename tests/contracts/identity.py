@@ -23,7 +23,8 @@ from redraft.models.runner import Runner
 from redraft.ops.arrays import array
 from redraft.ops.backend import Linear
 from redraft.sample.sampler import Sampler
-from tests.arrays import BACKEND, placed
+from redraft.sched.scheduler import Scheduler
+from tests.arrays import QUICK, placed
 from tests.contracts import plain
 from tests.contracts.drafters import FullFanOut, RandomTrees
 
@@ -48,7 +49,7 @@ class Condition:
 
     drafter: str = "none"
     sampling: str = "greedy"
-    backend: str = BACKEND
+    backend: str = QUICK
     chunk: int = 512
     arrivals: tuple[int, ...] = (0,)
     pool: int = 40
@@ -95,7 +96,7 @@ def expected(window: int | None, prompt: tuple[int, ...], sampling: str, seed: i
 
 
 def engine(
-    drafter: OpenDrafter | str | Opener = "none", *, backend: str = BACKEND, window: int | None = None, pool: int = 40,
+    drafter: OpenDrafter | str | Opener = "none", *, backend: str = QUICK, window: int | None = None, pool: int = 40,
     sharing: bool = True, scheduler: str = "sarathi", chunk: int = 512, max_seqs: int | None = None, layers: int = 2, **options: object
 ) -> Engine:  # fmt: skip
     """An engine with the tiny model, float64. drafter: an opened drafter, a registered name, or a function that opens one."""
@@ -110,6 +111,11 @@ def engine(
     budgets = {"token_budget": chunk, "max_seqs": max_seqs or min(8, chunk), "draft_rows": 80, "draft_total": 160}
     made = registry.create("sched", scheduler, **budgets)
     return Engine(runner, made, opened, verifier, sampler, **{"max_model_len": 128, **options})  # type: ignore[arg-type]
+
+
+def preempts(scheduler: str) -> bool:
+    """Whether texts of this scheduler run out of memory in a small pool. One that reserves the memory that texts will need has none."""
+    return registry.method("sched", scheduler).reserve is Scheduler.reserve
 
 
 def complete(seam: str, name: str) -> bool:

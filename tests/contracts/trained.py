@@ -28,9 +28,9 @@ def knob(layers: int) -> Path:
 
 
 @cache
-def channels(layers: int) -> Path:
-    """Of think, for the tiny model of so many layers."""
-    return _channels(engine(layers=layers).runner, f"channels-{layers}")
+def channels(layers: int, method: str = "think") -> Path:
+    """Of think or mikv, for the tiny model of so many layers."""
+    return _channels(engine(layers=layers).runner, f"{method}-{layers}", method)
 
 
 @cache
@@ -45,14 +45,22 @@ def votes(layers: int) -> Path:
     return _votes(engine(layers=layers).runner, f"votes-{layers}")
 
 
+@cache
+def codebooks(layers: int) -> Path:
+    """Of a2ats, for the tiny model of so many layers."""
+    return _codebooks(engine(layers=layers).runner, f"codebooks-{layers}")
+
+
 def fitted(policy: dict[str, str], runner: Runner) -> dict[str, str]:
     """The same choices with files for this model."""
     name = model_hash(runner)
     own = {
         str(knob(4)): lambda: _knob(runner, f"knob-{name}"),
-        str(channels(4)): lambda: _channels(runner, f"channels-{name}"),
+        str(channels(4)): lambda: _channels(runner, f"think-{name}", "think"),
+        str(channels(4, "mikv")): lambda: _channels(runner, f"mikv-{name}", "mikv"),
         str(heads(4)): lambda: _heads(runner, f"heads-{name}"),
         str(votes(4)): lambda: _votes(runner, f"votes-{name}"),
+        str(codebooks(4)): lambda: _codebooks(runner, f"codebooks-{name}"),
     }
     for path, made in own.items():
         policy = {seam: text.replace(path, str(made())) if path in text else text for seam, text in policy.items()}
@@ -66,11 +74,11 @@ def _knob(runner: Runner, name: str) -> Path:
     return Trained("context-knob", model_hash(runner), about, {"u": u.astype(np.float32)}).save(folder() / f"{name}.safetensors")
 
 
-def _channels(runner: Runner, name: str) -> Path:
+def _channels(runner: Runner, name: str, method: str) -> Path:
     spec = runner.spec
     scores = np.random.default_rng(8).random((len(spec.layers), spec.kv_heads, spec.head_dim), np.float32)
     about = {"texts": 1, "tokens": 1}
-    return Trained("think", model_hash(runner), about, {"scores": scores}).save(folder() / f"{name}.safetensors")
+    return Trained(method, model_hash(runner), about, {"scores": scores}).save(folder() / f"{name}.safetensors")
 
 
 def _heads(runner: Runner, name: str) -> Path:
@@ -86,3 +94,13 @@ def _votes(runner: Runner, name: str) -> Path:
     scores = np.tile(np.arange(runner.spec.attention[0].heads, dtype=np.float32), (layers, 1))
     arrays = {"heads": scores, "damage": np.arange(1, layers + 1, dtype=np.float32)}
     return Trained("compresskv", model_hash(runner), {"tokens": 1, "texts": 1}, arrays).save(folder() / f"{name}.safetensors")
+
+
+def _codebooks(runner: Runner, name: str) -> Path:
+    """Sixteen vectors, all directions alike, for a distance of 40."""
+    spec, chance = runner.spec, np.random.default_rng(9)
+    shape = len(spec.attention), spec.kv_heads
+    factors = np.broadcast_to(np.eye(spec.head_dim, dtype=np.float32), (*shape, spec.head_dim, spec.head_dim))
+    arrays = {"factors": factors, "vectors": chance.standard_normal((*shape, 16, spec.head_dim)).astype(np.float32)}
+    about = {"texts": 1, "tokens": 1, "distance": 40}
+    return Trained("a2ats", model_hash(runner), about, arrays).save(folder() / f"{name}.safetensors")

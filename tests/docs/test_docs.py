@@ -121,6 +121,14 @@ def test_every_python_block_of_the_readme_runs() -> None:
             exec(compile(code, "README.md", "exec"), {})
 
 
+def test_examples_of_sampling() -> None:
+    names: dict[str, Any] = {}
+    for code in blocks("docs/sampling.md", "python"):
+        exec(compile(code, "sampling.md", "exec"), names)
+    for words in commands("docs/sampling.md"):
+        assert parsed(words[1:])["prompt"]
+
+
 def test_the_list_of_files_is_whole() -> None:
     """Every Python file of the package's folders is in docs/files.md, and nothing that does not exist."""
     (tree,) = blocks("docs/files.md", "text")

@@ -30,23 +30,23 @@ def llm() -> LLM:
     return LLM(config=CONFIG.but(draft="token-recycling"))
 
 
-@pytest.mark.parametrize("stages", [TWO, SPLIT], ids=["replicas", "split"])
-def test_actors_that_are_killed_lose_nothing(llm: LLM, machines: RayCluster, stages: dict[str, tuple[int, ...]]) -> None:
-    expected = alone(llm, requests(llm, 21))
+def test_actors_that_are_killed_lose_nothing(llm: LLM, machines: RayCluster) -> None:
+    """One worker computes prompts and one goes on, so parcels of cached text pass too."""
+    expected = alone(llm, requests(llm, 12))
     inbox = Inbox()
 
     def tokens() -> int:
         return sum(len(found) for found, *_ in inbox.texts.values())
 
     async def main() -> None:
-        _, cluster = actors_of(machines, CONFIG.but(draft="token-recycling"), stages, "round-robin", PLAIN, 600.0)
+        _, cluster = actors_of(machines, CONFIG.but(draft="token-recycling"), SPLIT, "round-robin", PLAIN, 600.0)
         await cluster.prepare()
         cluster.start(inbox.deliver, lambda error: None)
-        inbox.expect(some := requests(llm, 21))
+        inbox.expect(some := requests(llm, 12))
         await cluster.add(some)
         for member in cluster.members:
             count = tokens()
-            await inbox.until(lambda count=count: not inbox.left or tokens() > count + 100)
+            await inbox.until(lambda count=count: not inbox.left or tokens() > count + 60)
             assert member.link is not None
             member.link.kill()
         await inbox.until(lambda: not inbox.left)
