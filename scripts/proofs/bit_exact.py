@@ -55,6 +55,7 @@ POLICIES: dict[str, dict[str, str]] = {
     "page-top-k": {"read": TOP},
     "double-sparsity": {"read": LABELS},
     "sentencekv": {"read": SENTENCES},
+    "infllm": {"read": "infllm:tokens=80,local=32,sinks=4,block=32"},
     "layer-skip": {"depth": "layer-skip:speedup=1.5"},
     "streaming-llm, int8": {"keep": STREAM, "codec": "int8"},
     "streaming-llm, page-top-k": {"keep": STREAM, "read": TOP},
