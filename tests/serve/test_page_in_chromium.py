@@ -399,7 +399,7 @@ def test_colours_follow_the_system_or_the_button(live: Live, visit: Callable[...
     page.click("[aria-label='Colours: light']")
     assert page.evaluate(ground) == dark
     page.reload()
-    assert page.is_visible("[aria-label='Colours: dark']")
+    page.wait_for_selector("[aria-label='Colours: dark']")  # or it fails after its time limit
 
 
 def test_a_trace_opens_from_disk(visit: Callable[..., Page], redraft: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
