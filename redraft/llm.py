@@ -198,7 +198,8 @@ class LLM(Front):
             tokens, spans = inputs.segments_of([head, chunk, [FILLER]], self._segment, f"chunks[{i}]")
             prompts.append((text_of(head, tokens[slice(*spans[0])]), spans[0][1] - spans[0][0]))
         params = SamplingParams(temperature=0, max_tokens=1, draft="none", lora=lora)
-        self._whole([{"prompt_token_ids": [*text, FILLER]} for text, _ in prompts], [params] * len(prompts), single=True)
+        texts = [{"prompt_token_ids": [*text, FILLER], "wants": Wants()} for text, _ in prompts]  # what wants say get no cache policy
+        self._whole(texts, [params] * len(prompts), single=True)
         return [count for _, count in prompts]
 
     def chat(

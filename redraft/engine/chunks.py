@@ -24,7 +24,8 @@ class ChunkTexts:
         self._lacking: dict[str, set[str]] = {}  # id of a request -> ids of the texts that it waits for
 
     def lacking(self, request: Request) -> list[Request]:
-        """The texts that must be computed, in order, before an admitted request can reuse them, without those that are under way."""
+        """The texts that must be computed, in order, before an admitted request can reuse them, without those that are under way. All
+        wait for the first of them, which publishes their common beginning."""
         found: list[Request] = []
         adapter = request.adapter
         salt = request.salt if adapter is None else request.salt.removeprefix(adapter.salted(""))  # as it was before admission
@@ -38,6 +39,7 @@ class ChunkTexts:
                 self._texts[key] = Request(name, prompt, ONE, salt, adapter=adapter, priority=request.priority, hidden=True)
                 found.append(self._texts[key])
             self._lacking.setdefault(request.id, set()).add(self._texts[key].id)
+        self._lacking |= {text.id: {found[0].id} for text in found[1:]}
         return found
 
     def _texts_of(self, request: Request) -> list[list[int]]:
@@ -51,12 +53,14 @@ class ChunkTexts:
         """Those that wait for no text."""
         return [seq for seq in waiting if seq.request.id not in self._lacking] if self._lacking else list(waiting)
 
-    def ended(self, request: Request) -> None:
-        """A request that left: those that wait for it go on, and it waits for nothing."""
-        self._lacking.pop(request.id, None)
+    def ended(self, request: Request) -> list[str]:
+        """A request that left: those that wait for it go on, and it waits for nothing. Returns the ids of texts that nobody needs now."""
+        waited = self._lacking.pop(request.id, set())
         if request.hidden:
             self._texts = {key: text for key, text in self._texts.items() if text is not request}
-            for name in [name for name, texts in self._lacking.items() if request.id in texts]:
-                self._lacking[name].discard(request.id)
-                if not self._lacking[name]:
-                    del self._lacking[name]
+            for texts in self._lacking.values():
+                texts.discard(request.id)
+            self._lacking = {name: texts for name, texts in self._lacking.items() if texts}
+            return []
+        needed = {text for name, texts in self._lacking.items() if name not in waited for text in texts}
+        return sorted(waited - needed)

@@ -474,7 +474,6 @@ class Engine:
         """Removes a sequence that finished or was aborted."""
         self.outputs.close(seq)
         self.arrivals.drop(seq)
-        self.chunk_texts.ended(seq.request)
         if seq in self.running:
             self.running.remove(seq)
             self.faults.call(seq, self._stop, seq)
@@ -482,6 +481,8 @@ class Engine:
             self.waiting.remove(seq)
         self.drafter.release(seq)
         self.holds.leave(seq, (*self.waiting, *self.running))
+        for text in self.chunk_texts.ended(seq.request):
+            self.abort(text)
 
     def _in_use(self) -> Iterator[Any]:
         for seq in (*self.waiting, *self.running):

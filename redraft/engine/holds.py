@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
-from redraft.core.sequence import Group, Sequence
+from redraft.core.sequence import Group, Request, Sequence
+from redraft.kv.memory import Memories
+from redraft.kv.paged import Paged
 from redraft.models.runner import Runner
+
+
+def held(memory: Paged | Memories, request: Request, tokens: Seq[int]) -> Sequence:
+    """An open sequence that lists the blocks of the beginning of a text, as far as they are in the cache of this request's tenant."""
+    holder = Sequence.holder(request, [*tokens, 0])  # a match always leaves one token to run, so one is added
+    memory.open(holder)
+    memory.attach(holder, memory.match(holder.tokens, request.salt))
+    return holder
 
 
 class Holds:
@@ -23,11 +34,9 @@ class Holds:
         group, salt = seq.request.group, seq.request.salt
         if group is None or not group.held or group in self._held or seq.stored < len(group.prefix):
             return
-        holder = Sequence.holder(seq.request, [*group.prefix, 0])  # a match always leaves one token to run, so one is added
-        if self.memory.match(holder.tokens, salt) == len(group.prefix) and not self.memory.idle_matched(holder.tokens, salt):
-            self.memory.open(holder)
-            self._held[group] = holder
-            self.memory.attach(holder, len(group.prefix))
+        tokens = [*group.prefix, 0]  # as for a holder
+        if self.memory.match(tokens, salt) == len(group.prefix) and not self.memory.idle_matched(tokens, salt):
+            self._held[group] = held(self.memory, seq.request, group.prefix)
 
     def leave(self, seq: Sequence, others: Iterable[Sequence]) -> None:
         """After the sequence left: lets the prefix of its group go if none of the others is of this group."""

@@ -55,8 +55,6 @@ class Policies:
             raise Unsupported(f"reuse {reuse} takes over keys and values only, but this model has layers with another kind of memory")
         if reuse and (plan.keep or plan.lanes is not Lanes.SHARED):
             raise Unsupported(f"reuse {reuse} takes over plain pages; keep, codec and a read with data of its own store other pages")
-        if reuse and plan.read is not None and (plan.read.watches or plan.read.far is not None):
-            raise Unsupported(f"read={params.read} changes keys of the context or watches its rows, but reuse {reuse} skips parts of it")
         if reuse and plan.read is not None and (plan.read.watches or plan.read.far is not None or plan.read.inside < UNLIMITED):
             raise Unsupported(f"reuse {reuse}: read={params.read} acts on rows of the prompt, but reuse skips parts of it")
         if reuse and plan.depth is not None and plan.depth.taps is not NO_TAPS:

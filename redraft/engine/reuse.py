@@ -9,7 +9,8 @@ import numpy as np
 
 from redraft.core.layers import Layers
 from redraft.core.plan import Work
-from redraft.core.sequence import Request, Rerun, Sequence
+from redraft.core.sequence import Rerun, Sequence
+from redraft.engine.holds import held
 from redraft.kv.reuse.reuse import Later, OpenReuse, Reusing, Spliced, Taken
 from redraft.models.runner import Runner
 from redraft.ops.arrays import array
@@ -108,26 +109,19 @@ class CacheReuse:
         if request.spans is None:
             request.spans = reuse.spans(request, seq.stored, cached)
         taken: list[Taken] = []
-        held: dict[int, Sequence] = {}
+        sources: dict[int, Sequence] = {}
         at = seq.stored
         for span in request.spans:
             skipped = max(0, at - span.at)
             length = min(span.length, cached(span.source) - span.first) - skipped
             if length <= 0:
                 continue
-            if id(span.source) not in held:
+            if id(span.source) not in sources:
                 wanted = memory.idle_matched([*span.source, 0], request.salt)
                 if wanted > spare:
                     continue
                 spare -= wanted
-                held[id(span.source)] = self._held(request, span.source, cached(span.source))
-            taken.append(Taken(span._replace(at=span.at + skipped, first=span.first + skipped, length=length), held[id(span.source)]))
+                sources[id(span.source)] = held(memory, request, span.source)
+            taken.append(Taken(span._replace(at=span.at + skipped, first=span.first + skipped, length=length), sources[id(span.source)]))
             at = span.at + skipped + length
         return taken
-
-    def _held(self, request: Request, tokens: Seq[int], count: int) -> Sequence:
-        """A sequence that lists the pages of the first `count` tokens of a text."""
-        source = Sequence.holder(request, [*tokens, 0])
-        self.runner.memory.open(source)
-        self.runner.memory.attach(source, count)
-        return source

@@ -65,6 +65,33 @@ def test_an_abort_leaves_the_others_alone() -> None:
     assert text == truth and engine.memory.used() == 0 and not engine.chunk_texts._lacking
 
 
+def test_an_abort_ends_the_texts_that_nobody_else_waits_for() -> None:
+    engine = identity.engine(max_model_len=LONGEST, chunk=16)
+    engine.add(joined("one", (0, 1, 3), SOME))
+    engine.add(joined("two", (1,), SOME))
+    engine.step()
+    assert engine.abort("one")
+    left = {seq.request.id for seq in (*engine.waiting, *engine.running)}
+    assert left == {"two", *engine.chunk_texts._lacking["two"]} and len(left) == 2
+    assert set(steps(engine)) == {"two"} and engine.memory.used() == 0
+    engine.add(joined("three", (0, 3), SOME))
+    engine.step()
+    assert engine.abort("three") and not engine.has_work and not engine.chunk_texts._texts
+
+
+def test_what_texts_have_in_common_is_computed_once() -> None:
+    """They wait for the first one, so the head is in the cache before the others run."""
+    engine = identity.engine(max_model_len=LONGEST)
+    head = [token % plain.VOCAB for token in range(64)]
+    prompt, spans = list(head), []
+    for chunk in CHUNKS[:3]:
+        spans.append((len(prompt), len(prompt) + len(chunk)))
+        prompt += chunk
+    engine.add(Request("r", [*prompt, 1], SamplingParams(temperature=0, max_tokens=1), reuse=SOME, chunks=spans))
+    texts = [seq.request for seq in engine.waiting if seq.request.hidden]
+    assert set(steps(engine)) == {"r"} and [text.cached_tokens for text in texts] == [0, 64, 64]
+
+
 def test_a_text_that_fails_is_computed_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = identity.engine(max_model_len=LONGEST)
     start = engine._start

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,12 @@ from redraft.core.tree import F32, F64
 from redraft.core.view import Far
 from redraft.errors import CheckpointError, InvalidInput
 from redraft.kv.slots import Held
-from redraft.kv.sparse_attention.sparse_attention import StatelessRead
+from redraft.kv.sparse_attention.sparse_attention import NoSideData, StatefulRead
 from redraft.models import calibration
 from redraft.models.trained import Trained, model_hash, place
 from redraft.ops.arrays import Tensor, array, cast, device, dots, kth_largest, namespace, turned, wide
 from redraft.ops.backend import Products
-from redraft.ops.format import PAGE, Array, Arrays
+from redraft.ops.format import PAGE, Arrays
 from redraft.options import Options, number
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def nearest(products: F64, centers: F64) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, eq=False)
-class Coded(StatelessRead):
+class Coded(StatefulRead):
     """The opened method."""
 
     options: A2ATS
@@ -202,7 +202,6 @@ class Coded(StatelessRead):
 
     name: ClassVar[str] = METHOD
     sync_every: ClassVar[int] = PAGE
-    own = True
 
     @cached_property
     def centers(self) -> F64:
@@ -228,29 +227,14 @@ class Coded(StatelessRead):
         if edited or stored != state.stored:
             state.follow(stored, held, 0 if edited else state.stored)
 
-    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
-        return {}
-
-    def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
-        raise AssertionError("a text reads with its own state")
-
 
 @dataclass(eq=False)
-class Reader:
+class Reader(NoSideData):
     """The codes of one text. stored: the tokens with codes; codes: u8 [L, K, tokens], by position. It is replaced, not changed."""
 
     of: Coded
     stored: int = 0
     codes: Codes = field(default_factory=lambda: np.zeros((0, 0, 0), np.uint8))
-
-    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
-        return {}
 
     def follow(self, stored: int, held: Held, first: int) -> None:
         """Gives codes to the tokens first..stored (exclusive) that have slots."""

@@ -37,10 +37,10 @@ from redraft.core.tree import F32, F64
 from redraft.core.view import Far, Watch
 from redraft.errors import InvalidInput
 from redraft.kv.slots import Held
-from redraft.kv.sparse_attention.sparse_attention import StatelessRead
+from redraft.kv.sparse_attention.sparse_attention import NoSideData, StatefulRead
 from redraft.ops.arrays import Tensor, array, cast, device, namespace, turned, wide
 from redraft.ops.backend import Products, WeightSums
-from redraft.ops.format import PAGE, Array, Arrays
+from redraft.ops.format import PAGE, Arrays
 from redraft.options import Options, number
 
 METHOD = "infllm"
@@ -94,14 +94,13 @@ class InfLLM(Options):
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks(StatelessRead):
+class Blocks(StatefulRead):
     """The opened method."""
 
     options: InfLLM
     layers: tuple[Attention, ...]
 
     name: ClassVar[str] = METHOD
-    own = True
     watches = True
 
     @property
@@ -144,21 +143,9 @@ class Blocks(StatelessRead):
         if seen is not None:
             seq.state[self].watched(seen, seq.stored - len(path), path)
 
-    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
-        return {}
-
-    def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
-        raise AssertionError("a text reads with its own state")
-
 
 @dataclass(eq=False)
-class Reader:
+class Reader(NoSideData):
     """The sealed blocks of one text. count: their number; means: f32 [L, K, blocks, D]; first: the first token that is neither a sink nor
     in a block; mass: f64 [L K, tokens from `first` on]. Arrays are replaced, not changed, so forks may share them."""
 
@@ -170,9 +157,6 @@ class Reader:
     @property
     def first(self) -> int:
         return self.of.options.sinks + self.count * self.of.options.block
-
-    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
-        return {}
 
     def watched(self, seen: WeightSums, end: int, path: Seq[int]) -> None:
         """Adds the attention of a commit. end: committed tokens before the path, whose node i had slot end + i."""

@@ -30,11 +30,11 @@ from redraft.card import Card, Guarantee
 from redraft.core.sequence import Sequence
 from redraft.errors import InvalidInput
 from redraft.kv.slots import Held
-from redraft.kv.sparse_attention.sparse_attention import StatelessRead
+from redraft.kv.sparse_attention.sparse_attention import NoSideData, StatefulRead
 from redraft.models.tokenizer import Tokenizer
 from redraft.ops.arrays import Tensor, cast, device, kth_largest, namespace, wide
 from redraft.ops.backend import Products
-from redraft.ops.format import PAGE, Array, Arrays
+from redraft.ops.format import PAGE, Arrays
 from redraft.options import Options, number
 
 METHOD = "sentencekv"
@@ -83,7 +83,7 @@ def ends(tokenizer: Tokenizer, vocab: int) -> frozenset[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Sentences(StatelessRead):
+class Sentences(StatefulRead):
     """The opened method. enders: the ids of tokens that end a sentence; layers, heads: those with attention, and the kv heads of each."""
 
     options: SentenceKV
@@ -93,7 +93,6 @@ class Sentences(StatelessRead):
 
     name: ClassVar[str] = METHOD
     sync_every: ClassVar[int] = PAGE
-    own = True
 
     @property
     def dense_up_to(self) -> int:
@@ -110,21 +109,9 @@ class Sentences(StatelessRead):
         if edited or stored != state.stored:
             state.follow(seq.tokens[:stored], held, anew=edited)
 
-    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
-        return {}
-
-    def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
-        return {}
-
-    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
-        raise AssertionError("a text reads with its own state")
-
 
 @dataclass(eq=False)
-class Reader:
+class Reader(NoSideData):
     """The finished sentences of one text. stored: the number of tokens that were split; owner: i64[tokens], the sentence of each token
     up to the end of the last sentence; means: f32 [L, K, sentences, D]."""
 
@@ -132,9 +119,6 @@ class Reader:
     stored: int = 0
     owner: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     means: NDArray[np.float32] | None = None
-
-    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
-        return {}
 
     def follow(self, tokens: list[int], held: Held, anew: bool) -> None:
         """Splits the tokens behind the last sentence. anew: the means of all sentences are computed, because slots were evicted."""

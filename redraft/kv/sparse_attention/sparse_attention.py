@@ -18,7 +18,9 @@ from redraft.card import Card
 from redraft.core.sequence import UNLIMITED, Sequence
 from redraft.core.view import Far, Watch
 from redraft.kv.slots import Held
-from redraft.ops.backend import Select, WeightSums
+from redraft.ops.arrays import Tensor
+from redraft.ops.backend import Products, Select, WeightSums
+from redraft.ops.format import Array, Arrays
 
 
 class OpenSparseAttention(Select, Protocol):
@@ -84,6 +86,28 @@ class StatelessRead:
 
     def observe(self, seq: Sequence, seen: WeightSums | None, rows: int, path: Seq[int]) -> None:
         pass
+
+
+class NoSideData:
+    """Defaults of Select for what stores nothing beside keys."""
+
+    def arrays(self, head_dim: int, dtype: Any) -> dict[str, Array]:
+        return {}
+
+    def fill(self, index: int, keys: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def summarize(self, keys: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+class StatefulRead(NoSideData, StatelessRead):
+    """Defaults for methods that select with a state of the text, which `begin` returns, and store nothing beside keys."""
+
+    own = True
+
+    def select(self, index: int, q: Tensor, held: Arrays, seen: Tensor, where: Tensor, at: Tensor, products: Products) -> Tensor:
+        raise AssertionError("a text reads with its own state")
 
 
 class Read(Protocol):

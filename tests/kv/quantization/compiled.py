@@ -12,9 +12,11 @@ from redraft import LLM, SamplingParams
 from redraft.core.sequence import Lanes
 from redraft.core.view import Watch, Window
 from redraft.ops import library
-from redraft.ops.format import Format, plain
+from redraft.ops.format import PAGE, Format, plain
 from tests.ops import test_views
 from tests.ops.tensors import Faced
+
+F32, BF16 = torch.float32, torch.bfloat16
 
 CASES = {
     "tail": test_views.Case(Lanes.PER_HEAD, "", "blocks", watch=(Watch("mass"),)),
@@ -41,6 +43,23 @@ def attends(codec: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         units = torch.tensor(mine.main.encoded).flatten().numpy()
         held, right = (world.pool.formats["blocks"].take(codec.arrays, units) for world in (mine, numpys))
         assert all((held[name] == right[name]).all() for name in codec.arrays)
+
+
+def attends_over_codes(codec: Any, units: Any, dense: Any, draw: Any, tolerance: float, largest_key: Any) -> None:
+    """Attention over codes against `dense`, over the decoded cache, with queries and weights in float32, as in the engine. bfloat16:
+    decode() rounds, by 2 ** -9 at most. largest_key: of the decoded keys that a query meets."""
+    q, weights = draw(2, 2, 6, 16, dtype=F32), draw(3, 2, 6, 4 * PAGE, dtype=F32).softmax(-1)
+    scores, out = dense(codec, units, q, weights)
+    assert codec.scores(units, q).dtype == codec.mix(units, weights).dtype == F32
+    assert ((codec.scores(units, q) - scores).abs() <= tolerance * q.abs().sum(-1, keepdim=True) * largest_key).all()
+    assert ((codec.mix(units, weights) - out).abs() <= tolerance * codec.decode(units)[1].abs().max()).all()
+
+
+def attends_with_queries_of_bfloat16(codec: Any, units: Any, dense: Any, draw: Any) -> None:
+    q, weights = draw(2, 1, 3, 16, dtype=BF16), draw(3, 1, 3, 2 * PAGE, dtype=F32).softmax(-1).to(BF16)
+    for got, want in zip((codec.scores(units, q), codec.mix(units, weights)), dense(codec, units, q, weights), strict=True):
+        assert got.dtype == BF16
+        assert (got.double() - want).abs().max() <= 0.02 * want.abs().max()
 
 
 def same_in_any_batch(choice: str, seam: str = "codec", keep: str | None = None) -> None:

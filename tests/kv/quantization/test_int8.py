@@ -18,6 +18,7 @@ from redraft.card import Guarantee
 from redraft.kv.quantization import int8
 from redraft.kv.quantization.int8 import Int8, Int8Units
 from redraft.ops.format import PAGE, Format
+from tests.kv.quantization.compiled import attends_over_codes, attends_with_queries_of_bfloat16
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -134,25 +135,16 @@ def test_ties_go_to_even(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(F32, 2e-6), (BF16, 2**-8)])
 def test_attention_over_codes_is_attention_over_the_decoded_cache(dtype: torch.dtype, tolerance: float) -> None:
-    """q and weights in float32, as in the engine. bfloat16: decode() rounds, by 2 ** -9 at most."""
     codec = opened(dtype, 16)
     units = held(codec, draw(0, 2, 4, PAGE, 16, dtype=dtype), draw(1, 2, 4, PAGE, 16, dtype=dtype))
     assert [x.dtype for x in codec.decode(units)] == [dtype, dtype]
-    q, weights = draw(2, 2, 6, 16, dtype=F32), draw(3, 2, 6, 4 * PAGE, dtype=F32).softmax(-1)
-    scores, out = dense(codec, units, q, weights)
-    largest = q.abs().sum(-1, keepdim=True) * codec.decode(units)[0].abs().amax((1, 2, 3))[:, None, None]
-    assert codec.scores(units, q).dtype == codec.mix(units, weights).dtype == F32
-    assert ((codec.scores(units, q) - scores).abs() <= tolerance * largest).all()
-    assert ((codec.mix(units, weights) - out).abs() <= tolerance * codec.decode(units)[1].abs().max()).all()
+    attends_over_codes(codec, units, dense, draw, tolerance, codec.decode(units)[0].abs().amax((1, 2, 3))[:, None, None])
 
 
 def test_queries_of_bfloat16() -> None:
     codec = opened(BF16, 16)
     units = held(codec, draw(0, 1, 2, PAGE, 16, dtype=BF16), draw(1, 1, 2, PAGE, 16, dtype=BF16))
-    q, weights = draw(2, 1, 3, 16, dtype=BF16), draw(3, 1, 3, 2 * PAGE, dtype=F32).softmax(-1).to(BF16)
-    for got, want in zip((codec.scores(units, q), codec.mix(units, weights)), dense(codec, units, q, weights), strict=True):
-        assert got.dtype == BF16
-        assert (got.double() - want).abs().max() <= 0.02 * want.abs().max()
+    attends_with_queries_of_bfloat16(codec, units, dense, draw)
 
 
 @given(st.integers(0, 2**32), st.sampled_from([F64, F32, BF16]), st.integers(-30, 30))

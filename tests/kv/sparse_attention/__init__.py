@@ -6,12 +6,14 @@ from collections.abc import Sequence as Seq
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from redraft import registry
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
+from redraft.kv.slots import Held
 from redraft.ops.format import PAGE
 from tests.contracts import plain
 from tests.contracts.drafters import RandomTrees
@@ -73,6 +75,29 @@ def scene(
     if window is not None:
         seen &= torch.tensor(at)[:, None] - where[:, None] < window
     return Scene(q, keys, seen, where, torch.tensor(at), [len(lane) for lane in lanes])
+
+
+TREE = [-1, 0, 0, -1, 3, 1, 5]
+LONG = list(range(300))
+SPARSE = [[*range(40), *range(70, 270)], [*range(1, 270, 3)]]  # what an eviction left, another number in each head
+SCENES = {
+    "decode": scene(0, [LONG, LONG], 300),
+    "tree": scene(2, [LONG, LONG], 300, chain=2, parents=TREE),
+    "evicted": scene(3, SPARSE, 270, chain=3, parents=TREE),
+    "window": scene(4, [LONG, LONG], 300, parents=TREE, window=190),
+}
+
+
+def held_by(at: Scene, calls: list[tuple[int, int, int]] | None = None) -> Held:
+    """What a policy may read of a scene: one layer, a lane for each head. calls: gets what was read."""
+
+    def read(head: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        if calls is not None:
+            calls.append((head, first, end))
+        keys = at.keys[head : head + 1, : at.committed[head]].float().numpy()[:, first:end]
+        return keys, keys
+
+    return Held(lambda: [at.where[head, : at.committed[head]].numpy().astype(np.int32) for head in range(len(at.keys))], read)
 
 
 def alone(from_: Scene, row: int) -> Scene:

@@ -16,7 +16,6 @@ from redraft.core.sequence import Request
 from redraft.core.spec import Attention, Rotary
 from redraft.core.view import Far
 from redraft.errors import CheckpointError, InvalidInput, Unsupported
-from redraft.kv.slots import Held
 from redraft.kv.sparse_attention.a2ats import A2ATS, Codebooks, Coded, Reader, codebook, nearest
 from redraft.models.trained import Trained
 from redraft.ops.arrays import turned
@@ -24,18 +23,9 @@ from redraft.ops.torch_ops import TorchOps
 from tests.contracts import trained
 from tests.contracts.identity import drive, engine, prompts
 from tests.kv.quantization import compiled
-from tests.kv.sparse_attention import Scene, alone, register, scene, texts
+from tests.kv.sparse_attention import SCENES, TREE, Scene, alone, held_by, register, scene, texts
 
 products = TorchOps().products
-TREE = [-1, 0, 0, -1, 3, 1, 5]
-LONG = list(range(300))
-SPARSE = [[*range(40), *range(70, 270)], [*range(1, 270, 3)]]  # what an eviction left, another number in each head
-SCENES = {
-    "decode": scene(0, [LONG, LONG], 300),
-    "tree": scene(2, [LONG, LONG], 300, chain=2, parents=TREE),
-    "evicted": scene(3, SPARSE, 270, chain=3, parents=TREE),
-    "window": scene(4, [LONG, LONG], 300, parents=TREE, window=190),
-}
 METHODS = [A2ATS(60, window=40, distance=50, sinks=2), A2ATS(80, window=32, distance=90, sinks=0)]
 ROTARY = Rotary(tuple(30.0 ** (-i / 3) for i in range(3)))  # two of eight channels do not turn
 
@@ -48,16 +38,6 @@ def books(distance: int) -> Codebooks:
 
 def opened(method: A2ATS) -> Coded:
     return Coded(method, books(method.distance), (Attention(6, 2, 8, ROTARY),))
-
-
-def held_by(at: Scene) -> Held:
-    """One layer, a lane for each head."""
-
-    def read(head: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        keys = at.keys[head : head + 1, : at.committed[head]].float().numpy()[:, first:end]
-        return keys, keys
-
-    return Held(lambda: [at.where[head, : at.committed[head]].numpy().astype(np.int32) for head in range(len(at.keys))], read)
 
 
 def reader(method: A2ATS, at: Scene) -> Reader:

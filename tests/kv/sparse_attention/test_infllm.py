@@ -21,16 +21,11 @@ from redraft.ops.backend import WeightSums
 from redraft.ops.torch_ops import TorchOps
 from tests.contracts.identity import drive, engine, prompts
 from tests.kv.quantization import compiled
-from tests.kv.sparse_attention import Scene, alone, register, scene, texts
+from tests.kv.sparse_attention import SCENES as EVERY_SCENE
+from tests.kv.sparse_attention import TREE, Scene, alone, register, texts
 
 products = TorchOps().products
-TREE = [-1, 0, 0, -1, 3, 1, 5]
-LONG = list(range(300))
-SCENES = {
-    "decode": scene(0, [LONG, LONG], 300),
-    "tree": scene(2, [LONG, LONG], 300, chain=2, parents=TREE),
-    "window": scene(4, [LONG, LONG], 300, parents=TREE, window=190),
-}
+SCENES = {name: one for name, one in EVERY_SCENE.items() if name != "evicted"}  # no policy evicts beside it
 METHODS = [
     InfLLM(tokens=110, local=40, sinks=6, block=32, representatives=3),
     InfLLM(tokens=100, local=30, sinks=0, block=64, representatives=64),
@@ -219,7 +214,7 @@ def test_what_does_not_go_together_is_refused(policy: dict[str, str], message: s
 
 
 def test_a_reused_context_is_refused() -> None:
-    with pytest.raises(Unsupported, match="read=infllm changes keys of the context or watches its rows, but reuse pie skips parts"):
+    with pytest.raises(Unsupported, match="reuse pie: read=infllm acts on rows of the prompt"):
         engine().add(Request("r", [1, 2, 3], SamplingParams(read="infllm"), reuse="pie", before=[1, 2]))
 
 

@@ -12,23 +12,13 @@ from redraft.card import Guarantee
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.errors import InvalidInput, Unsupported
-from redraft.kv.slots import Held
 from redraft.kv.sparse_attention.sentence_kv import Reader, SentenceKV, Sentences, ends
 from redraft.ops.torch_ops import TorchOps
 from tests.contracts.identity import drive, engine, prompts
-from tests.kv.sparse_attention import Scene, alone, register, scene, texts
+from tests.kv.sparse_attention import LONG, SCENES, TREE, Scene, alone, held_by, register, scene, texts
 
 products = TorchOps().products
 STOP = 7  # the id of a token that ends a sentence
-TREE = [-1, 0, 0, -1, 3, 1, 5]
-LONG = list(range(300))
-SPARSE = [[*range(40), *range(70, 270)], [*range(1, 270, 3)]]  # what an eviction left, another number in each head
-SCENES = {
-    "decode": scene(0, [LONG, LONG], 300),
-    "tree": scene(2, [LONG, LONG], 300, chain=2, parents=TREE),
-    "evicted": scene(3, SPARSE, 270, chain=3, parents=TREE),
-    "window": scene(4, [LONG, LONG], 300, parents=TREE, window=190),
-}
 METHODS = [SentenceKV(96, start=4, recent=8, longest=16), SentenceKV(72, start=0, recent=40, longest=10)]
 WORDS = [STOP if i % 23 in (0, 9) else 1 for i in range(400)]  # sentences of 9 and of 14 tokens, or less if they are cut
 
@@ -39,18 +29,6 @@ def opened(method: SentenceKV, layers: int = 1, heads: int = 2) -> Sentences:
 
 def lane(at: Scene, head: int) -> list[int]:
     return at.where[head, : at.committed[head]].tolist()
-
-
-def held_by(at: Scene, calls: list[tuple[int, int, int]] | None = None) -> Held:
-    """One layer, a lane for each head."""
-
-    def read(head: int, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        if calls is not None:
-            calls.append((head, first, end))
-        keys = at.keys[head : head + 1, : at.committed[head]].float().numpy()[:, first:end]
-        return keys, keys
-
-    return Held(lambda: [np.array(lane(at, head), np.int32) for head in range(len(at.keys))], read)
 
 
 def reader(method: SentenceKV, at: Scene, tokens: Seq[int] = WORDS) -> Reader:
