@@ -235,3 +235,16 @@ def test_a_refused_request_changes_nothing(llm: LLM) -> None:
     (refused, fine) = llm.generate(["a", "a"], [SamplingParams(lora="none-such"), SamplingParams(lora="x", max_tokens=2)])
     assert refused.error is not None and refused.error.startswith("lora = 'none-such'")
     assert fine.error is None
+
+
+def test_chunks_keep_their_cache_with_one_adapter(base: Path, made: dict[str, Path]) -> None:
+    """All rows again is the prompt that an adapter computes, and nobody takes the chunks of another adapter."""
+    segments = ["def f(x):", LONG, "once upon a time there was a dog", "and the cat sat on the log and the mat", "the end"]
+    common: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "logprobs": 3, "ignore_eos": True}
+    llm = LLM(str(base), lora=made, draft="none", cache_memory=POOL, dtype="float32", backend="native")
+    fresh = LLM(str(base), lora=made, draft="none", cache_memory=POOL, dtype="float32", backend="native", prefix_sharing=False)
+    for name in NAMES:
+        found = llm.generate({"segments": segments}, reuse="cacheblend:ratio=1", lora=name, **common)
+        assert texts(found) == texts(fresh.generate({"segments": segments}, lora=name, **common)), name
+        assert found[0].reused_tokens and found[0].repaired_tokens
+    assert llm.cache(segments[1:-1], sink=segments[0], lora="x") and not llm.engine.chunk_texts._texts

@@ -143,3 +143,13 @@ def test_a_named_policy_that_the_model_refuses_is_an_error_at_the_start() -> Non
         load("keep=scissorhands+codec=int4")
     found = cache_policy.named("keep=scissorhands:budget=64+codec=int8")
     assert isinstance(found, Named) and found.params(1) == {"keep": "scissorhands:budget=64", "codec": "int8"}
+
+
+def test_the_cache_of_chunks_is_plain_under_a_policy() -> None:
+    """Blocks that a policy stores in another form are nobody else's, so texts for the cache get none."""
+    llm = load("codec=int8")
+    head, chunk = "def f(x):\n", "    return x\n" * 24
+    assert llm.cache([chunk], sink=head)[0] > 64
+    assert len(llm.engine.table.prefix.nodes) > 2, "its blocks are published"
+    output = llm.generate({"segments": [head, chunk, "    pass\n" * 9, "def g(y):"]}, reuse="cacheblend", max_tokens=2)[0]
+    assert output.cached_tokens >= 64

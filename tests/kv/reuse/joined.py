@@ -7,6 +7,7 @@ from random import Random
 from redraft.config import SamplingParams
 from redraft.core.sequence import Request
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from tests.contracts import plain
 from tests.contracts.identity import Run, drive
 
@@ -36,7 +37,7 @@ def reported(engine: Engine, request: Request) -> list[float]:
     engine.add(request)
     found = []
     while engine.has_work:
-        found += [value for event in engine.step() for row in event.logprobs for _, value in sorted(row.top)]
+        found += [value for event in checked(engine.step()) for row in event.logprobs for _, value in sorted(row.top)]
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from redraft import LLM, registry
 from redraft.core.sequence import Request
+from redraft.engine.output import checked
 from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.reuse.cacheblend import CacheBlend
 from redraft.kv.reuse.reuse import Pass, Spliced
@@ -82,7 +83,7 @@ def values(request: Request) -> np.ndarray:
     engine = identity.engine(layers=6, max_model_len=LONGEST)
     engine.add(request)
     while not (seq := next((one for one in engine.running if one.request is request and one.generated), None)):
-        engine.step()
+        checked(engine.step())
     rows = np.arange(len(request.prompt), dtype=np.int32)
     return np.stack([engine.memory.paged.layer(seq, rows, layer)[1] for layer in range(6)])
 
@@ -123,7 +124,7 @@ def test_preempted_while_rows_run_again() -> None:
             stopped += 1
             engine._preempt(seq)
             engine.memory.check()
-        tokens += [token for event in engine.step() for token in event.tokens]
+        tokens += [token for event in checked(engine.step()) for token in event.tokens]
     assert stopped == 3 and tokens == truth
     assert engine.memory.used() == 0
 
@@ -132,7 +133,7 @@ def test_an_abort_while_rows_run_again_leaks_nothing() -> None:
     engine = identity.engine(chunk=8, max_model_len=LONGEST)
     engine.add(joined("new", reuse=SOME))
     while not any(seq.rerun is not None for seq in engine.running):
-        engine.step()
+        checked(engine.step())
         engine.memory.check()
     assert engine.abort("new")
     engine.memory.check()

@@ -11,6 +11,7 @@ from hypothesis import given
 from redraft.config import SamplingParams
 from redraft.core.sequence import Pooling, Request, Wants
 from redraft.engine.engine import Engine
+from redraft.engine.output import checked
 from redraft.errors import InvalidInput, Unsupported
 from redraft.kv.reuse.pie import PIE
 from tests.arrays import BACKEND
@@ -53,7 +54,7 @@ def reported(engine: Engine, one: Request) -> list[float]:
     engine.add(one)
     found = []
     while engine.has_work:
-        found += [value for event in engine.step() for row in event.logprobs for _, value in sorted(row.top)]
+        found += [value for event in checked(engine.step()) for row in event.logprobs for _, value in sorted(row.top)]
     return found
 
 
